@@ -1,0 +1,31 @@
+"""Drop-in PyTorch optimizers that measure how far training stands from the edge of stability.
+
+Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the training loop stays::
+
+    opt = stableopt.SGD(model.parameters(), lr=0.1)
+    opt.track(model, loss_fn, (x, y), every=50, sinks=[stableopt.TensorBoardSink("runs/demo")])
+    ...
+    opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
+"""
+
+from stableopt import curvature, optim, stability
+from stableopt._version import __version__
+from stableopt.curvature import Problem
+from stableopt.monitor import StabilityMonitor
+from stableopt.optim import GD, SGD
+from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule, measure
+
+__all__ = [
+    "GD",
+    "SGD",
+    "Problem",
+    "StabilityMargins",
+    "StabilityMonitor",
+    "StabilityRegion",
+    "UpdateRule",
+    "__version__",
+    "curvature",
+    "measure",
+    "optim",
+    "stability",
+]

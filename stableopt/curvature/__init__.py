@@ -1,0 +1,18 @@
+"""Curvature matrices that are never formed, and their top eigenpairs."""
+
+from stableopt.curvature.diagnose import SecondDerivativeError
+from stableopt.curvature.eigen import Eigenpair, NonFiniteError, top_eigenpair
+from stableopt.curvature.operators import GaussNewton, Hessian, NonUniformity, Operator
+from stableopt.curvature.problem import Problem
+
+__all__ = [
+    "Eigenpair",
+    "GaussNewton",
+    "Hessian",
+    "NonFiniteError",
+    "NonUniformity",
+    "Operator",
+    "Problem",
+    "SecondDerivativeError",
+    "top_eigenpair",
+]

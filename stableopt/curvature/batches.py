@@ -1,0 +1,211 @@
+"""Data in any of its usual forms, read again and again as batches that carry their sample counts.
+
+Curvature is a mean over samples, so every reader here yields ``(batch, size)``: a ragged last batch
+then weighs what it holds. Three examples of what :class:`Batches` takes:
+
+- ``(x, y)``: two tensors, cut into chunks;
+- a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that neither
+  its random state nor its persistent workers are disturbed;
+- a list, or any other re-iterable, of batches.
+
+An iterator that can be read only once is refused: a product with a curvature matrix reads the data
+each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+
+__all__ = ["Batches", "map_tensors", "sample_count"]
+
+DEFAULT_CHUNK = 1024
+"""Samples in a chunk where nobody chose: one pass of most small networks, and bounded memory."""
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Return ``batch`` with ``function`` applied to every tensor in its dicts, lists and tuples.
+
+    >>> map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "name": "a"})
+    {'x': tensor([1., 1.]), 'name': 'a'}
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def sample_count(batch: Any) -> int:
+    """Return the number of samples: the leading dimension that all tensors of ``batch`` share.
+
+    Tensors without dimensions belong to all samples alike and are left out.
+
+    Raises:
+        ValueError: if there is no tensor with a leading dimension, or if the dimensions disagree.
+
+    >>> sample_count((torch.zeros(5, 3), torch.zeros(5)))
+    5
+    """
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, batch)
+    if not sizes:
+        raise ValueError(
+            f"data: a batch of type {type(batch).__name__} holds no tensor with a leading dimension;"
+            " expected tensors whose first dimension counts the samples"
+        )
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"data: the tensors of one batch have {sizes} samples;"
+            " expected the same leading dimension in all of them"
+        )
+    return sizes[0]
+
+
+def cut(batch: Any, start: int, stop: int) -> Any:
+    """Return samples ``start`` to ``stop`` of ``batch``."""
+    return map_tensors(lambda t: t[start:stop] if t.dim() else t, batch)
+
+
+class Batches:
+    """A data set as a re-iterable of ``(batch, size)``.
+
+    Args:
+        data: an ``(x, y)`` pair (one batch), a ``Dataset``, a ``DataLoader`` or any re-iterable of
+            batches. With ``paired=False`` a dict of tensors or a single tensor is one batch too.
+        chunk_size: the most samples in what is yielded; larger batches are cut. ``None`` leaves
+            the batches of a loader or an iterable as they are and cuts a pair at 1,024.
+        paired: whether each batch must be an ``(x, y)`` pair.
+
+    A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order:
+    what counts is which samples it serves. A sampler that chooses (a subset, weights) is honoured.
+
+    Raises:
+        TypeError: if ``data`` can be read only once, or cannot be read at all.
+        ValueError: if it is empty, or ``chunk_size`` is not positive.
+
+    >>> batches = Batches((torch.zeros(5, 3), torch.zeros(5)), chunk_size=2)
+    >>> [size for _, size in batches], batches.num_samples
+    ([2, 2, 1], 5)
+    """
+
+    def __init__(self, data: Any, *, chunk_size: int | None = None, paired: bool = True) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: expected at least 1, or None")
+        self.paired = paired
+        self._num_samples: int | None = None
+        self.source, one_batch = _source(data, chunk_size, paired)
+        self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size
+        if next(iter(self), None) is None:
+            raise ValueError("data is empty: expected at least one sample")
+
+    def with_chunk_size(self, chunk_size: int) -> Batches:
+        """Return the same data cut into chunks of at most ``chunk_size`` samples."""
+        other = object.__new__(Batches)
+        other.__dict__ = {**self.__dict__, "chunk_size": chunk_size}
+        return other
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples n; the first call reads through data of unknown length."""
+        if self._num_samples is None:
+            for _ in self:
+                pass
+        assert self._num_samples is not None
+        return self._num_samples
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        total = 0
+        for batch in self.source:
+            if self.paired and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise TypeError(
+                    f"data: expected batches (x, y), got {_describe(batch)}; for dictionaries and"
+                    " models with their own loss use Problem.from_batch_loss"
+                )
+            size = sample_count(batch)
+            total += size
+            step = self.chunk_size or max(size, 1)
+            if size <= step:
+                if size:
+                    yield batch, size
+                continue
+            for start in range(0, size, step):
+                stop = min(start + step, size)
+                yield cut(batch, start, stop), stop - start
+        self._num_samples = total
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]:
+    """Return a re-iterable of batches, and whether it is one batch that was handed over whole."""
+    if isinstance(data, DataLoader):
+        return _reread(data), False
+    if isinstance(data, Dataset):
+        if isinstance(data, IterableDataset):
+            return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK), False
+        return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK, shuffle=False), False
+    if _is_batch(data, paired):
+        return [data], True
+    if isinstance(data, Tensor):
+        raise TypeError("data is a single tensor: expected (x, y)")
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise TypeError(
+            f"data={data!r} cannot be iterated: expected (x, y), a Dataset, a DataLoader or a"
+            " re-iterable of batches"
+        ) from None
+    if iterator is data:
+        raise TypeError(
+            f"data is a {type(data).__name__}, an iterator that can be read only once; each product"
+            " reads the data again, so pass a list of batches, a Dataset or a DataLoader"
+        )
+    return data, False
+
+
+def _is_batch(data: Any, paired: bool) -> bool:
+    if isinstance(data, (tuple, list)):
+        # Two tensors are (x, y). Two tuples are two batches. A structured input or target beside
+        # one tensor is (x, y) as well.
+        return len(data) == 2 and any(isinstance(part, Tensor) for part in data)
+    return not paired and isinstance(data, (Tensor, Mapping))
+
+
+def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader over the same samples that shares no state with ``loader``."""
+    common: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0}
+    if isinstance(loader.dataset, IterableDataset):
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, **common)
+    plain = isinstance(loader.sampler, SequentialSampler) or (
+        isinstance(loader.sampler, RandomSampler)
+        and not loader.sampler.replacement
+        and loader.sampler.num_samples == len(loader.sampler.data_source)
+    )
+    if plain and loader.batch_size is not None:
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **common)
+    if loader.batch_sampler is not None:
+        return DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **common)
+    return DataLoader(loader.dataset, batch_size=None, sampler=loader.sampler, **common)
+
+
+def generators_of(source: Any) -> list[torch.Generator]:
+    """Return the generators that reading ``source`` would advance."""
+    if not isinstance(source, DataLoader):
+        return []
+    inner = getattr(source.batch_sampler, "sampler", None)
+    holders: tuple[Any, ...] = (source, source.sampler, source.batch_sampler, inner)
+    found = {id(g): g for h in holders if (g := getattr(h, "generator", None)) is not None}
+    return list(found.values())

@@ -1,0 +1,270 @@
+r"""Curvature matrices that are never formed: ``operator @ v`` for ``(d,)`` and ``(d, k)``.
+
+An operator is the matrix at one point: the parameters are copied when it is built, so it stays what
+it was while training goes on. Three examples::
+
+    Hessian(problem) @ v          # H v
+    GaussNewton(problem) @ v      # (1/n) sum J_i^T (second derivative of the loss) J_i v
+    NonUniformity(problem) @ v    # Sigma v, Sigma = (1/n) sum H_i^2 - H^2
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.per_sample import (
+    MEMORY,
+    ChunkProduct,
+    loop_product,
+    samples_at_once,
+    vmap_product,
+)
+from stableopt.curvature.problem import Problem
+from stableopt.curvature.pull import pull
+
+__all__ = ["GaussNewton", "Hessian", "NonUniformity", "Operator"]
+
+_WORTH_VMAP = 16
+"""Samples at once below which the overhead of vmap outweighs what it saves."""
+
+
+class Operator(abc.ABC):
+    """A real symmetric matrix of shape ``(d, d)`` known by its products alone.
+
+    ``operator @ v`` takes ``(d,)`` or ``(d, k)`` of the operator's dtype and device, and raises
+    ``ValueError`` for anything else. A subclass defines :meth:`product`.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = (size, size)
+        self.dtype = dtype
+        self.device = device
+
+    @abc.abstractmethod
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the matrix times ``vector`` ``(d,)``, without a graph."""
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"{type(self).__name__} of shape {self.shape} @ {tuple(vectors.shape)}:"
+                f" expected ({self.shape[1]},) or ({self.shape[1]}, k)"
+            )
+        if vectors.dtype != self.dtype or vectors.device != self.device:
+            raise ValueError(
+                f"{type(self).__name__} is {self.dtype} on {self.device}, but the vector is"
+                f" {vectors.dtype} on {vectors.device}: expected the same"
+            )
+        if vectors.dim() == 1:
+            return self.product(vectors)
+        columns = [self.product(column) for column in vectors.unbind(1)]
+        return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
+
+
+class _MeanOverSamples(Operator):
+    """A mean over samples, plus the problem's weight decay: the point, and the sum over chunks."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.num_params, problem.dtype, problem.device)
+        self.problem = problem
+        self.theta = problem.theta()
+        self._kept: tuple[Any, int] | None = None
+
+    @abc.abstractmethod
+    def _linearise(self, batch: Any) -> Any:
+        """Return the differentiable passes over ``batch`` at theta, ready for products."""
+
+    @abc.abstractmethod
+    def _chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """Return the product of one chunk's mean with ``tangent``, per parameter."""
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the matrix times ``vector`` ``(d,)``, without a graph."""
+        problem = self.problem
+        tangent = problem.unflatten(vector)
+        total, count = torch.zeros_like(vector), 0
+        with problem.evaluation():
+            for passes, size in self._linearised():
+                part = problem.flatten(self._chunk_product(passes, tangent))
+                total.add_(part, alpha=size)
+                count += size
+        total /= count
+        if any(problem.weight_decay):
+            decays = zip(problem.weight_decay, tangent, strict=True)
+            total += problem.flatten([decay * part for decay, part in decays])
+        return total
+
+    def _linearised(self) -> Iterator[tuple[Any, int]]:
+        # Where all samples fit one chunk the passes at theta are kept, and a product after the
+        # first costs one second-order pass. With more chunks they would cost memory in n.
+        if self._kept is not None:
+            yield self._kept
+            return
+        chunks, last = 0, None
+        for batch, size in self.problem.chunks():
+            last = None  # let go of one graph before the next is built
+            last = (self._linearise(batch), size)
+            chunks += 1
+            yield last
+        if chunks == 1:
+            self._kept = last
+
+
+class Hessian(_MeanOverSamples):
+    r"""The Hessian :math:`H = \nabla^2 f(\theta)` of the mean loss.
+
+    A product is the gradient of :math:`\langle\nabla f(\theta), v\rangle`, by double
+    backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994). In the
+    coordinates of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False).double()
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
+    >>> problem = Problem(model, torch.nn.MSELoss(), (x, y))   # f = (w_1^2 + 4 w_2^2) / 2
+    >>> Hessian(problem) @ torch.eye(2).double()
+    tensor([[1., 0.],
+            [0., 4.]], dtype=torch.float64)
+    """
+
+    def _linearise(self, batch: Any) -> tuple[Tensor | None, ...]:
+        loss = self.problem.loss(self.theta, batch)
+        return torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
+
+    def _chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
+        return pull(passes, self.theta, tangent)
+
+
+class _OutputPasses(NamedTuple):
+    """A chunk's passes for Gauss–Newton: outputs z, J^T u for a dummy u, and the loss's slope."""
+
+    outputs: Tensor
+    dummy: Tensor
+    pulled: tuple[Tensor | None, ...]
+    slope: Tensor
+    slope_at: Tensor
+
+
+class GaussNewton(_MeanOverSamples):
+    r"""The generalised Gauss–Newton matrix :math:`G = \frac1n\sum_i J_i^\top L_i J_i`.
+
+    :math:`J_i` is the Jacobian of the model's outputs for sample i, :math:`L_i` the second
+    derivative of the loss in the outputs (Schraudolph, *Fast curvature matrix-vector products for
+    second-order gradient descent*, 2002). It is positive semi-definite for a convex loss, and equals
+    the Hessian where the model is linear or the residuals vanish.
+
+    Raises:
+        ValueError: for a problem from a batch loss, in which outputs and loss cannot be told apart.
+        TypeError: for a model that does not return one tensor.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False).double()
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
+    >>> GaussNewton(Problem(model, torch.nn.MSELoss(), (x, y))) @ torch.ones(2).double()
+    tensor([1., 4.], dtype=torch.float64)
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        if problem.loss_fn is None:
+            raise ValueError(
+                "GaussNewton needs the model's outputs apart from the loss: build the problem as"
+                " Problem(model, loss_fn, data)"
+            )
+        super().__init__(problem)
+        self._loss_fn = problem.loss_fn
+
+    def _linearise(self, batch: Any) -> _OutputPasses:
+        outputs = self.problem.outputs(self.theta, batch)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"
+            )
+        # J^T u is linear in u: its gradient along a tangent v is J v, by reverse mode alone.
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(
+            outputs, self.theta, dummy, create_graph=True, allow_unused=True
+        )
+        slope_at = outputs.detach().requires_grad_()
+        loss = self.problem.sign * self._loss_fn(slope_at, batch[1])
+        (slope,) = torch.autograd.grad(loss, slope_at, create_graph=True)
+        return _OutputPasses(outputs, dummy, pulled, slope, slope_at)
+
+    def _chunk_product(
+        self, passes: _OutputPasses, tangent: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        pushed = pull(passes.pulled, (passes.dummy,), tangent)
+        bent = pull((passes.slope,), (passes.slope_at,), pushed)
+        return pull((passes.outputs,), self.theta, bent)
+
+
+class NonUniformity(Operator):
+    r"""The covariance of the per-sample Hessians, :math:`\Sigma = \frac1n\sum_i H_i^2 - H^2`.
+
+    The square root of its largest eigenvalue is the non-uniformity s (Wu, Ma & E, 2018, section 3).
+    A product is :math:`\Sigma v = \frac1n\sum_i H_i(H_i v - Hv)`: exact, positive semi-definite up
+    to rounding, and in memory that does not grow with n.
+
+    Args:
+        problem: what it is the non-uniformity of.
+        method: ``"vmap"`` takes many samples at once, ``"loop"`` one at a time; ``"auto"`` picks
+            by the size of the model and falls back to the loop where vmap cannot follow it.
+        memory: bytes that the samples taken at once may need.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2, H_i = 2 x_i^2
+    >>> x = torch.tensor([[1.0], [2.0]]).double()
+    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+    >>> NonUniformity(problem) @ torch.ones(1).double()      # variance of 2 and 8
+    tensor([9.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        method: Literal["auto", "vmap", "loop"] = "auto",
+        memory: int = MEMORY,
+    ) -> None:
+        if method not in ("auto", "vmap", "loop"):
+            raise ValueError(f"method={method!r}: expected 'auto', 'vmap' or 'loop'")
+        if memory < 1:
+            raise ValueError(f"memory={memory}: expected a positive number of bytes")
+        super().__init__(problem.num_params, problem.dtype, problem.device)
+        self.problem = problem
+        # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
+        self._mean = Hessian(problem.without_weight_decay())
+        at_once = samples_at_once(problem, memory)
+        self._may_fall_back = method == "auto"
+        self._use_vmap = method == "vmap" or (method == "auto" and at_once >= _WORTH_VMAP)
+        self._chunk_size = max(1, at_once)
+
+    @property
+    def method(self) -> str:
+        """Which way products go: ``"vmap"`` or ``"loop"``."""
+        return "vmap" if self._use_vmap else "loop"
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return ``Sigma @ vector`` for ``(d,)``."""
+        mean = self._mean.product(vector)
+        if self._use_vmap:
+            try:
+                return self._sum(vmap_product, vector, mean, self._chunk_size)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                if not self._may_fall_back:
+                    raise
+                self._use_vmap = False
+        return self._sum(loop_product, vector, mean, None)
+
+    def _sum(
+        self, chunk_product: ChunkProduct, vector: Tensor, mean: Tensor, chunk_size: int | None
+    ) -> Tensor:
+        problem, theta = self.problem, self._mean.theta
+        total, count = torch.zeros_like(vector), 0
+        with problem.evaluation():
+            for batch, size in problem.chunks(chunk_size):
+                total += chunk_product(problem, theta, batch, size, vector, mean)
+                count += size
+        return total / count

@@ -1,0 +1,378 @@
+r"""Model, loss and data seen as one function of one flat parameter vector.
+
+.. math:: f(\theta) = \frac1n \sum_{i=1}^n f_i(\theta)
+
+Every operator of this package takes a :class:`Problem`. It knows how to read the data, how to call
+the model at other parameters than its own, and how a flat vector ``(d,)`` maps to the parameters'
+shapes. It never changes the model, its gradients or its random state.
+
+Three examples::
+
+    Problem(model, nn.MSELoss(), (x, y))                        # two tensors
+    Problem(model, nn.CrossEntropyLoss(), loader, chunk_size=64)  # bounded memory
+    Problem.from_batch_loss(model, lambda model, batch: model(**batch).loss, batches)
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
+from stableopt.curvature.diagnose import SecondDerivativeError, module_without_second_derivative
+from stableopt.curvature.quiet import undisturbed
+
+__all__ = ["Problem", "Theta"]
+
+Theta = tuple[Tensor, ...]
+"""One value of the parameters: a tensor for each, in the problem's order."""
+
+_CHECKED_SAMPLES = 8
+"""Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
+
+_NOT_A_MEAN = 0.05
+"""Relative change of the loss under doubling of the batch that no mean shows: a sum changes by 1,
+rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
+
+
+class _Objective(nn.Module):
+    """A model and its loss as one module, so that one functional call swaps all parameters."""
+
+    def __init__(self, model: nn.Module, batch_loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_loss = batch_loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.batch_loss(self.model, batch)
+
+
+class Problem:
+    r"""The mean loss of ``model`` on ``data`` as a function of the flat parameter vector.
+
+    Args:
+        model: any module. A compiled module is measured as the module it was compiled from.
+        loss_fn: ``loss_fn(model(x), y)``, a scalar, the *mean* over the samples of a batch.
+        data: an ``(x, y)`` pair, a ``Dataset`` or ``DataLoader`` of such pairs, or any re-iterable
+            of batches (see :class:`~stableopt.curvature.batches.Batches`). Batches are moved to the
+            model's device; a ragged last batch weighs what it holds.
+        params: the parameters that count, d in number; all trainable ones of ``model`` by default.
+        chunk_size: the most samples evaluated at once. Less memory, the same result.
+
+    Raises:
+        ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
+            a batch), for empty data, or parameters on several devices or of several dtypes.
+        TypeError: for data that can be read only once, or parameters that are not real
+            floating-point numbers of single or double precision.
+        SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+    >>> problem.num_params, problem.num_samples
+    (2, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        data: Any,
+        *,
+        params: Iterable[Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        self.loss_fn: Callable[[Any, Any], Tensor] | None = loss_fn
+
+        def batch_loss(model: nn.Module, batch: Any) -> Tensor:
+            x, y = batch
+            return loss_fn(model(x), y)
+
+        self._set_up(model, batch_loss, Batches(data, chunk_size=chunk_size), params)
+
+    @classmethod
+    def from_batch_loss(
+        cls,
+        model: nn.Module,
+        batch_loss: Callable[[nn.Module, Any], Tensor],
+        data: Any,
+        *,
+        params: Iterable[Tensor] | None = None,
+        chunk_size: int | None = None,
+    ) -> Problem:
+        """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
+
+        For batches that are dictionaries, and models that compute their own loss. ``data`` is one
+        batch, or a re-iterable of batches; every tensor of a batch counts its samples in its first
+        dimension. The other arguments, and the errors, are those of the class.
+
+        >>> model = nn.Linear(2, 1)
+        >>> batch = {"x": torch.ones(4, 2)}
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> Problem.from_batch_loss(model, loss, batch).num_samples
+        4
+        """
+        problem = cls.__new__(cls)
+        problem.loss_fn = None
+        batches = Batches(data, chunk_size=chunk_size, paired=False)
+        problem._set_up(model, batch_loss, batches, params)
+        return problem
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        batch_loss: Callable[[nn.Module, Any], Tensor],
+        batches: Batches,
+        params: Iterable[Tensor] | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+        # torch.compile's module cannot be differentiated twice; the one inside it can.
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self._objective = _Objective(self.model, batch_loss)
+        _check_batch_norm(self.model)
+        self.batches = batches
+        self.names, self.params = _select(self.model, params)
+        self.device, self.dtype = _place(self.names, self.params)
+        self.shapes = [p.shape for p in self.params]
+        self.num_params = sum(p.numel() for p in self.params)
+        self.sign = 1.0
+        self.scale = (1.0,) * len(self.params)
+        self.weight_decay = (0.0,) * len(self.params)
+        self._check()
+
+    def transformed(
+        self,
+        *,
+        sign: float = 1.0,
+        scale: Sequence[float] | None = None,
+        weight_decay: Sequence[float] | None = None,
+    ) -> Problem:
+        r"""Return the problem in other coordinates, as an optimizer with several groups sees it.
+
+        .. math:: g(y) = \pm f(\theta_0 + D y) + \tfrac12 \|\Lambda^{1/2} D y\|^2
+
+        so that the Hessian becomes :math:`D(\pm H + \Lambda)D`: with :math:`D^2 = P` a diagonal
+        preconditioner (per-group learning rates), :math:`\Lambda` coupled weight decay that differs
+        between groups, and a minus sign for ``maximize``.
+
+        Args:
+            sign: 1, or -1 to look at -f.
+            scale: a factor for each parameter, the diagonal of D.
+            weight_decay: a coefficient for each parameter, the diagonal of Lambda.
+
+        >>> model = nn.Linear(2, 1)
+        >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+        >>> problem.transformed(scale=[2.0, 1.0]).flatten([torch.ones(1, 2), torch.ones(1)])
+        tensor([2., 2., 1.])
+        """
+        other = copy.copy(self)
+        other.sign = sign
+        for name, values in (("scale", scale), ("weight_decay", weight_decay)):
+            if values is not None and len(values) != len(self.params):
+                raise ValueError(
+                    f"{name} has {len(values)} values: expected one for each of the"
+                    f" {len(self.params)} parameters"
+                )
+        other.scale = (1.0,) * len(self.params) if scale is None else tuple(scale)
+        other.weight_decay = (
+            (0.0,) * len(self.params) if weight_decay is None else tuple(weight_decay)
+        )
+        return other
+
+    def without_weight_decay(self) -> Problem:
+        """Return the problem in the same coordinates without the term of the weight decay."""
+        return self.transformed(sign=self.sign, scale=self.scale)
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples n."""
+        with self.evaluation():
+            return self.batches.num_samples
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return the context in which the model is a fixed function and nothing leaves a trace."""
+        return undisturbed(self.model, self.device, generators_of(self.batches.source))
+
+    def theta(self) -> Theta:
+        """Return a copy of the parameters as they are now: leaves that ask for gradients."""
+        return tuple(p.detach().clone().requires_grad_() for p in self.params)
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
+        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each."""
+        batches = self.batches if chunk_size is None else self.batches.with_chunk_size(chunk_size)
+        for batch, size in batches:
+            yield map_tensors(lambda t: t.to(self.device, non_blocking=True), batch), size
+
+    def loss(self, theta: Theta, batch: Any) -> Tensor:
+        """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
+
+        To be called inside :meth:`evaluation`.
+        """
+        loss = functional_call(self._objective, self._state(theta, "model."), (batch,))
+        return self.sign * _checked_scalar(loss)
+
+    def outputs(self, theta: Theta, batch: Any) -> Any:
+        """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
+        return functional_call(self.model, self._state(theta, ""), (batch[0],))
+
+    def _state(self, theta: Theta, prefix: str) -> dict[str, Tensor]:
+        # Buffers as copies: some modules write to them even in eval mode.
+        state = {prefix + name: b.clone() for name, b in self.model.named_buffers()}
+        state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
+        return state
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
+        parts = [
+            torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
+            if t is None
+            else (t.reshape(-1) if factor == 1.0 else t.reshape(-1) * factor)
+            for t, shape, factor in zip(tensors, self.shapes, self.scale, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes])
+        return [
+            (part if factor == 1.0 else part * factor).view(shape)
+            for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
+        ]
+
+    def value(self) -> float:
+        """Return the mean loss over all samples at the present parameters."""
+        theta = tuple(p.detach() for p in self.params)
+        with self.evaluation(), torch.no_grad():
+            total, count = torch.zeros((), dtype=torch.float64), 0
+            for batch, size in self.chunks():
+                total += size * self.loss(theta, batch).double().cpu()
+                count += size
+        return float(total / count)
+
+    def gradient(self) -> Tensor:
+        """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
+        theta = self.theta()
+        total, count = torch.zeros(self.num_params, dtype=self.dtype, device=self.device), 0
+        with self.evaluation():
+            for batch, size in self.chunks():
+                loss = self.loss(theta, batch)
+                total += size * self.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
+                count += size
+        return total / count
+
+    def _check(self) -> None:
+        with self.evaluation():
+            batch, size = next(self.chunks())
+            batch = cut(batch, 0, min(size, _CHECKED_SAMPLES))
+            theta = self.theta()
+            loss = self.loss(theta, batch)
+            with torch.no_grad():
+                doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
+                _check_mean(float(loss), float(self.loss(theta, doubled)))
+            gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+            if all(g is None for g in gradients):
+                raise ValueError(
+                    "loss_fn: the loss does not depend on any of the parameters that count"
+                )
+            try:
+                probe = sum((g * g).sum() for g in gradients if g is not None)
+                if isinstance(probe, Tensor) and probe.requires_grad:
+                    torch.autograd.grad(probe, theta, allow_unused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                culprit = module_without_second_derivative(
+                    self.model, lambda: self.loss(theta, batch)
+                )
+                raise SecondDerivativeError(culprit, error) from error
+
+
+def _select(
+    model: nn.Module, params: Iterable[Tensor] | None
+) -> tuple[list[str], list[nn.Parameter]]:
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError("model has no trainable parameters: expected at least one")
+    else:
+        if isinstance(params, Tensor):
+            raise TypeError("params is a single tensor: expected an iterable of parameters")
+        wanted = {id(p): p for p in params}
+        chosen = {name: p for name, p in named.items() if id(p) in wanted}
+        strangers = set(wanted) - {id(p) for p in chosen.values()}
+        if strangers:
+            shapes = [tuple(wanted[key].shape) for key in strangers]
+            raise ValueError(
+                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}"
+            )
+        if not chosen:
+            raise ValueError("params is empty: expected at least one parameter of model")
+    return list(chosen), list(chosen.values())
+
+
+def _place(
+    names: Sequence[str], params: Sequence[nn.Parameter]
+) -> tuple[torch.device, torch.dtype]:
+    first = params[0]
+    for name, p in zip(names, params, strict=True):
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64;"
+                " measure a copy of the model in float32, or leave it out by params="
+            )
+        if p.device != first.device or p.dtype != first.dtype:
+            raise ValueError(
+                f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is {first.dtype}"
+                f" on {first.device}: expected one dtype and one device"
+            )
+    return first.device, first.dtype
+
+
+def _check_batch_norm(model: nn.Module) -> None:
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    for name, module in norms:
+        if not module.track_running_stats:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) normalises by batch statistics even in"
+                " eval mode, which couples the samples: expected track_running_stats=True"
+            )
+    if any(module.training for _, module in norms):
+        warnings.warn(
+            "the model has batch norm in training mode: curvature is measured in eval mode, with"
+            " running statistics, since batch statistics couple the samples",
+            stacklevel=4,
+        )
+
+
+def _checked_scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn returned {type(loss).__name__}: expected a scalar tensor")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"loss_fn returned shape {tuple(loss.shape)}: expected a scalar, the mean over the batch"
+            " (reduction='mean')"
+        )
+    if loss.is_complex():
+        raise TypeError(f"loss_fn returned {loss.dtype}: expected a real scalar")
+    return loss
+
+
+def _check_mean(once: float, twice: float) -> None:
+    # Near zero both are rounding; a non-finite loss is for the measurement to report.
+    if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
+        return
+    if abs(twice - once) > _NOT_A_MEAN * abs(once):
+        hint = " (a sum: use reduction='mean')" if abs(twice - 2 * once) < 0.1 * abs(once) else ""
+        raise ValueError(
+            f"loss_fn is not a mean over samples{hint}: a batch has loss {once:.6g}, the same batch"
+            f" twice over {twice:.6g}; expected the same"
+        )

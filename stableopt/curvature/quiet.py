@@ -1,0 +1,68 @@
+"""Evaluating a model during training without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["undisturbed"]
+
+_SEED = 0
+"""Any constant: random numbers drawn in a measurement must be the same in each of its products."""
+
+
+@contextlib.contextmanager
+def undisturbed(
+    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator] = ()
+) -> Iterator[None]:
+    """Evaluate ``model`` as a fixed, twice differentiable function; restore everything afterwards.
+
+    Inside: eval mode (dropout off, batch norm by its running statistics: the per-sample Hessians of
+    the theory do not exist where samples are coupled), gradients on, autocast off, attention by its
+    math kernel (the others have no double backward), and every random generator at a fixed seed.
+    Afterwards: each module's ``training`` flag and the state of Python's, NumPy's and torch's
+    generators, on the CPU, on ``device`` and in ``generators``, are bit for bit what they were.
+
+    >>> layer = nn.Dropout()
+    >>> with undisturbed(layer, torch.device("cpu")):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    own = [(generator, generator.get_state()) for generator in generators]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [] if device.type == "cpu" else [device]
+    device_type = device.type if device.type != "cpu" else "cuda"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        try:
+            # Set the flag itself: `train()` may be overridden, and may do more than set it.
+            for module, _ in flags:
+                module.training = False
+            torch.default_generator.manual_seed(_SEED)
+            if devices:
+                getattr(torch, device.type).manual_seed(_SEED)
+            random.seed(_SEED)
+            np.random.seed(_SEED)  # noqa: NPY002
+            for generator, _ in own:
+                generator.manual_seed(_SEED)
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for generator, state in own:
+                generator.set_state(state)

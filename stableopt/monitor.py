@@ -1,0 +1,424 @@
+"""When to measure, at what cost, and whom to tell.
+
+Three examples::
+
+    StabilityMonitor(optimizer, model, loss_fn, (x, y), every=50)          # any torch optimizer
+    StabilityMonitor(optimizer, model, loss_fn, (x, y), max_overhead=0.05) # 5 % of training time
+    with StabilityMonitor(optimizer, Problem.from_batch_loss(model, loss, data), every=10): ...
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median_low
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature import Problem
+from stableopt.curvature.batches import map_tensors
+from stableopt.stability.margins import StabilityMargins, as_seen_by, check_quantities, measure_at
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = ["Sink", "StabilityMonitor"]
+
+Sink = Callable[[int, dict[str, float]], Any]
+"""Anything that takes ``(step, record)``; a ``flush()`` is called when a monitor closes."""
+
+DEFAULT_OVERHEAD = 0.05
+
+_OBSERVED_STEPS = 5
+"""Steps whose median is the observed batch size: one ragged batch, or one skipped step whose
+samples are counted with the next, does not change it."""
+
+_HISTORY = 10_000
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _eager(function: _Function) -> _Function:
+    """Keep ``function`` out of compiled graphs, as torch.optim does with its own helpers.
+
+    The public ``torch.compiler.disable`` would import the whole compiler here.
+    """
+    disabled: _Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return disabled
+
+
+class StabilityMonitor:
+    r"""Measures the stability margins of a run from the hooks of any ``torch.optim.Optimizer``.
+
+    Training with a monitor is bit for bit the training without it. A measurement that fails, by a
+    loss that is not finite or by an error, is recorded with its reason and warned of once; training
+    goes on.
+
+    Args:
+        optimizer: the optimizer whose steps count; :meth:`UpdateRule.of` must know it, or
+            ``update_rule`` be given.
+        model: the model, or a ready :class:`~stableopt.curvature.Problem` in place of ``model``,
+            ``loss_fn`` and ``data``.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the probe set, on which curvature is measured: the training set, or a part of it.
+        every: measure after each so many steps.
+        max_overhead: or: measure as often as that share of the training time allows. The default,
+            at 0.05, where ``every`` is not given.
+        batch_size: samples in a step; by default what the model's forward passes show, accumulated
+            over a step and as the median of the last five steps.
+        dataset_size: samples in the training set, by default those of the probe set.
+        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        sinks: callables that take ``(step, record)`` after each measurement.
+        update_rule: the rule, or a function of the optimizer that returns it.
+        params: the parameters that count; all trainable ones of the model by default.
+        chunk_size: the most samples evaluated at once.
+        tol: the largest residual relative to the eigenvalue.
+        max_iter: the largest number of products for each quantity and measurement.
+        cold_every: how many measurements start from the last eigenvector before one starts afresh.
+        seed: of the eigen-solver.
+
+    Attributes:
+        step: steps of the optimizer seen so far.
+        history: the latest 10,000 :class:`StabilityMargins`, oldest first.
+
+    Raises:
+        ValueError: for arguments out of range, parameters that the optimizer does not hold, and as
+            ``Problem`` does.
+        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+
+    >>> model = nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> x, y = torch.ones(4, 2), torch.zeros(4, 1)
+    >>> with StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1) as monitor:
+    ...     nn.MSELoss()(model(x), y).backward()
+    ...     optimizer.step()
+    >>> round(monitor.margins.sharpness, 3), monitor.margins.sharpness_limit
+    (6.0, 20.0)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | Problem,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        data: Any = None,
+        *,
+        every: int | None = None,
+        max_overhead: float | None = None,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        quantities: Iterable[str] = ("sharpness",),
+        sinks: Iterable[Sink] = (),
+        update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
+        params: Iterable[Tensor] | None = None,
+        chunk_size: int | None = None,
+        tol: float = 1e-2,
+        max_iter: int = 50,
+        cold_every: int = 20,
+        seed: int = 0,
+    ) -> None:
+        _check_pace(every, max_overhead, cold_every)
+        self.optimizer = optimizer
+        self._update_rule = update_rule
+        params = None if params is None else list(params)
+        self.problem = _problem(model, loss_fn, data, params, chunk_size)
+        _check_params(optimizer, self.problem, explicit=params is not None)
+        rule = self._rule()
+        self.quantities = check_quantities(quantities, rule)
+        as_seen_by(self.problem, rule, optimizer)  # raises where the groups do not fit
+        probe_size = self.problem.num_samples
+        self._dataset_size = probe_size if dataset_size is None else dataset_size
+        self._probe_is_all = dataset_size is None
+        if batch_size is not None:
+            rule.max_non_uniformity(batch_size, self._dataset_size)  # raises for a batch above n
+        self._batch_size = batch_size
+        self.sinks = list(sinks)
+        self._every = every
+        self._max_overhead = DEFAULT_OVERHEAD if max_overhead is None else max_overhead
+        self._tol, self._max_iter, self._seed = tol, max_iter, seed
+        self._cold_every = cold_every
+
+        self.step = 0
+        self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
+        self._starts: dict[str, Tensor] = {}
+        self._measured = 0
+        self._pending = False
+        self._seconds = self._last_seconds = 0.0
+        self._began = self._last_end = time.perf_counter()
+        self._observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
+        self._warned: set[str] = set()
+
+        self._counter = _SampleCounter()
+        observed = model if isinstance(model, nn.Module) else self.problem.model
+        self._handles = [
+            optimizer.register_step_post_hook(self._after_step),
+            observed.register_forward_pre_hook(self._counter, with_kwargs=True),
+        ]
+
+    # -- what it knows -------------------------------------------------------------------------
+
+    @property
+    def margins(self) -> StabilityMargins | None:
+        """The latest measurement, a failed one included; ``None`` before the first."""
+        return self.history[-1] if self.history else None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a step, as given or observed; ``None`` before the first step."""
+        if self._batch_size is not None:
+            return self._batch_size
+        return median_low(self._observed) if self._observed else None
+
+    @property
+    def overhead(self) -> float:
+        """Time spent measuring, as a share of the time spent training since the monitor began."""
+        training = time.perf_counter() - self._began - self._seconds
+        return self._seconds / training if training > 0 else math.inf
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def measure(self) -> StabilityMargins:
+        """Measure now, whatever the step; record the result and tell the sinks.
+
+        Raises:
+            Exception: whatever goes wrong, other than curvature that is not finite.
+        """
+        device = self.problem.device
+        if device.type == "cuda":
+            # Work that training has queued is not the measurement's.
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        self._counter.active = False
+        try:
+            return self._tell(self._measure_now())
+        finally:
+            self._counter.active = True
+            self._last_end = time.perf_counter()
+            self._last_seconds = self._last_end - began
+            self._seconds += self._last_seconds
+
+    def _measure_now(self) -> StabilityMargins:
+        rule = self._rule()
+        batch_size, dataset_size = self.batch_size, self._known_dataset_size()
+        cold = self._measured % (self._cold_every + 1) == 0
+        margins, vectors = measure_at(
+            as_seen_by(self.problem, rule, self.optimizer),
+            rule,
+            batch_size=batch_size,
+            dataset_size=dataset_size,
+            quantities=self.quantities,
+            tol=self._tol,
+            max_iter=self._max_iter,
+            # A new seed each time: noise that is always the same would never see what it missed.
+            seed=self._seed + self._measured,
+            starts={} if cold else self._starts,
+            step=self.step,
+        )
+        self._measured += 1
+        self._starts = vectors
+        return margins
+
+    def _tell(self, margins: StabilityMargins) -> StabilityMargins:
+        self.history.append(margins)
+        if margins.failure is not None:
+            self._warn(f"the measurement at step {margins.step} failed", margins.failure)
+        elif not margins.converged:
+            self._warn(
+                f"the measurement at step {margins.step} did not converge",
+                f"in {self._max_iter} products; raise max_iter or tol",
+            )
+        record = margins.record()
+        for sink in self.sinks:
+            try:
+                sink(margins.step, dict(record))
+            except Exception as error:
+                self._warn(f"the sink {sink!r} failed", f"{type(error).__name__}: {error}")
+        return margins
+
+    def _rule(self) -> UpdateRule:
+        if isinstance(self._update_rule, UpdateRule):
+            return self._update_rule
+        if self._update_rule is not None:
+            return self._update_rule(self.optimizer)
+        return UpdateRule.of(self.optimizer)
+
+    def _known_dataset_size(self) -> int | None:
+        batch_size, size = self.batch_size, self._dataset_size
+        if self._batch_size is None and batch_size is not None and batch_size > size:
+            if not self._probe_is_all:
+                raise ValueError(
+                    f"steps of {batch_size} samples were observed, above dataset_size={size}"
+                )
+            self._warn(
+                f"steps have more samples than the {size} probe samples",
+                "limits are for an infinite data set; pass dataset_size= or batch_size=",
+            )
+            return None
+        return size
+
+    def _warn(self, what: str, why: str) -> None:
+        if why not in self._warned:
+            self._warned.add(why)
+            warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    @_eager
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        samples = self._counter.take()
+        self.step += 1
+        if samples:
+            self._observed.append(samples)
+        self._pending = self._pending or self._due()
+        if not self._pending or not self._moved():
+            return
+        self._pending = False
+        try:
+            self.measure()
+        except Exception as error:
+            margins = StabilityMargins(step=self.step, failure=f"{type(error).__name__}: {error}")
+            self._tell(margins)
+
+    def _due(self) -> bool:
+        if self._every is not None:
+            return self.step % self._every == 0
+        # The training time since the last measurement has paid for one like it.
+        waited = time.perf_counter() - self._last_end
+        return waited >= self._last_seconds / self._max_overhead
+
+    def _moved(self) -> bool:
+        """Whether the step changed anything: not at rate zero, nor skipped by a gradient scaler."""
+        if all(float(group.get("lr", 1.0)) == 0 for group in self.optimizer.param_groups):
+            return False
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return found_inf is None or not bool(torch.as_tensor(found_inf).any())
+
+    # -- life cycle ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Detach from optimizer and model, and flush the sinks; ``history`` stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for sink in self.sinks:
+            if callable(flush := getattr(sink, "flush", None)):
+                flush()
+
+    def __enter__(self) -> StabilityMonitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return steps, history and eigenvectors as plain numbers, lists, dicts and tensors."""
+        return {
+            "step": self.step,
+            "measured": self._measured,
+            "pending": self._pending,
+            "observed": list(self._observed),
+            "starts": dict(self._starts),
+            "history": [margins.to_dict() for margins in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if its eigenvectors are not of this model's size.
+        """
+        size = self.problem.num_params
+        for name, vector in state["starts"].items():
+            if vector.shape != (size,):
+                raise ValueError(
+                    f"state_dict: the eigenvector of {name} has shape {tuple(vector.shape)},"
+                    f" and the model has {size} parameters"
+                )
+        like = {"device": self.problem.device, "dtype": self.problem.dtype}
+        self._starts = {name: vector.to(**like) for name, vector in state["starts"].items()}
+        self.step, self._measured = state["step"], state["measured"]
+        self._pending = state["pending"]
+        self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
+        history = (StabilityMargins.from_dict(margins) for margins in state["history"])
+        self.history = deque(history, maxlen=_HISTORY)
+
+
+class _SampleCounter:
+    """A forward pre-hook that counts samples; a copy made with its module counts nothing."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self._count = 0
+
+    @_eager
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Validation runs without gradients and is no part of a step.
+        if self.active and torch.is_grad_enabled():
+            sizes: list[int] = []
+            map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, (args, kwargs))
+            self._count += sizes[0] if sizes else 0
+
+    def take(self) -> int:
+        """Return the samples since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+    def __deepcopy__(self, memo: Any) -> _SampleCounter:
+        return _SampleCounter(active=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_SampleCounter, (False,))
+
+
+def _problem(
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    params: list[Tensor] | None,
+    chunk_size: int | None,
+) -> Problem:
+    if not isinstance(model, Problem):
+        if loss_fn is None or data is None:
+            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
+        return Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    if any(value is not None for value in (loss_fn, data, params, chunk_size)):
+        raise ValueError(
+            "a Problem has its own loss_fn, data, params and chunk_size: leave them out"
+        )
+    return model
+
+
+def _check_pace(every: int | None, max_overhead: float | None, cold_every: int) -> None:
+    if every is not None and max_overhead is not None:
+        raise ValueError("every and max_overhead: expected at most one of them")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"every={every}: expected a whole number of steps, at least 1")
+    if max_overhead is not None and not 0 < max_overhead < math.inf:
+        raise ValueError(f"max_overhead={max_overhead}: expected a positive share, such as 0.05")
+    if cold_every < 0:
+        raise ValueError(f"cold_every={cold_every}: expected at least 0")
+
+
+def _check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in held:
+            raise ValueError(
+                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
+                " requires_grad_(False), or name the parameters that count by params="
+            )
+    strangers = len(held - {id(p) for p in problem.model.parameters()})
+    if strangers and not explicit:
+        raise ValueError(
+            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
+            " curvature is not all that its steps see; name those that count by params="
+        )

@@ -1,0 +1,394 @@
+"""Measuring how far a point stands from the edge of linear stability."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature import (
+    Eigenpair,
+    Hessian,
+    NonFiniteError,
+    NonUniformity,
+    Operator,
+    Problem,
+    top_eigenpair,
+)
+from stableopt.stability.limits import noise_factor
+from stableopt.stability.mean_square import SecondMomentBound
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = ["QUANTITIES", "Measurement", "StabilityMargins", "as_seen_by", "measure", "measure_at"]
+
+QUANTITIES = ("sharpness", "non_uniformity", "theorem1")
+"""What :func:`measure` can measure, in the order in which it does."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured value and what is known of its accuracy and cost.
+
+    Attributes:
+        value: the value itself.
+        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x.
+        products: products with the operator that it took.
+        seconds: wall time.
+        converged: whether the residual fell below the tolerance.
+    """
+
+    value: float
+    residual: float
+    products: int
+    seconds: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class StabilityMargins:
+    r"""Sharpness and non-uniformity at one step, and the largest values that the step allows.
+
+    ``None`` means "not measured" or "not known"; infinity means "no limit", as for the
+    non-uniformity of full-batch gradient descent.
+
+    Attributes:
+        step: optimizer steps done.
+        lr: learning rate, the largest of all groups'.
+        batch_size: samples B in a step.
+        dataset_size: samples n in all; ``None`` for so many that they do not matter.
+        loss: mean loss over the probe data, in eval mode.
+        sharpness: :math:`a = \lambda_{\max}(H)`, of the preconditioned H where groups have
+            different learning rates.
+        sharpness_limit: the largest a at which gradient descent is stable, :math:`2/\eta` for
+            plain SGD.
+        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`.
+        non_uniformity_limit: the side of the box (9), :math:`\sqrt{B(n-1)/(n-B)}/\eta` for plain
+            SGD.
+        theorem1: the left side of condition (8), stable up to 1.
+        measurements: residual, products, seconds and convergence of each measured quantity.
+        failure: why the measurement failed, or ``None``.
+
+    >>> margins = StabilityMargins(lr=0.1, sharpness=15.0, sharpness_limit=20.0)
+    >>> margins.sharpness_ratio, margins.sharpness_margin, margins.stable
+    (0.75, 5.0, True)
+    """
+
+    step: int = 0
+    lr: float | None = None
+    batch_size: int | None = None
+    dataset_size: int | None = None
+    loss: float | None = None
+    sharpness: float | None = None
+    sharpness_limit: float | None = None
+    non_uniformity: float | None = None
+    non_uniformity_limit: float | None = None
+    theorem1: float | None = None
+    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def sharpness_ratio(self) -> float | None:
+        """Sharpness over its limit: the edge of stability is at 1."""
+        return _ratio(self.sharpness, self.sharpness_limit)
+
+    @property
+    def non_uniformity_ratio(self) -> float | None:
+        """Non-uniformity over its limit; 0 where there is no limit."""
+        return _ratio(self.non_uniformity, self.non_uniformity_limit)
+
+    @property
+    def sharpness_margin(self) -> float | None:
+        """What is left of the limit: limit minus sharpness."""
+        return _margin(self.sharpness, self.sharpness_limit)
+
+    @property
+    def non_uniformity_margin(self) -> float | None:
+        """What is left of the limit: limit minus non-uniformity."""
+        return _margin(self.non_uniformity, self.non_uniformity_limit)
+
+    @property
+    def stable(self) -> bool | None:
+        """Whether every ratio that is known is at most 1: the box (9). ``None`` if none is."""
+        ratios = [r for r in (self.sharpness_ratio, self.non_uniformity_ratio) if r is not None]
+        return all(r <= 1 for r in ratios) if ratios else None
+
+    @property
+    def converged(self) -> bool:
+        """Whether the measurement did not fail and every value reached its tolerance."""
+        return self.failure is None and all(m.converged for m in self.measurements.values())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the eigen-solvers."""
+        return sum(m.seconds for m in self.measurements.values())
+
+    def record(self) -> dict[str, float]:
+        """Return what a sink is given: every known number by name, ratios included.
+
+        Infinite limits stay; a failed measurement has no values, and ``failed`` is 1.
+
+        >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).record()["sharpness_ratio"]
+        0.75
+        """
+        names = [f.name for f in dataclasses.fields(self)]
+        names = [n for n in names if n not in ("step", "measurements", "failure")]
+        names += ["sharpness_ratio", "non_uniformity_ratio"]
+        known = {name: getattr(self, name) for name in names}
+        record = {name: float(value) for name, value in known.items() if value is not None}
+        record["seconds"] = self.seconds
+        record["failed"] = float(self.failure is not None)
+        record["converged"] = float(self.converged)
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and dicts, for checkpoints; :meth:`from_dict` reads them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> StabilityMargins:
+        """Return the margins that :meth:`to_dict` wrote.
+
+        >>> margins = StabilityMargins(step=3, sharpness=1.0)
+        >>> StabilityMargins.from_dict(margins.to_dict()) == margins
+        True
+        """
+        measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
+        return cls(**{**state, "measurements": measurements})
+
+
+def _ratio(value: float | None, limit: float | None) -> float | None:
+    if value is None or limit is None:
+        return None
+    # A limit of zero or less admits nothing: any step is over the edge.
+    return value / limit if limit > 0 else float("inf")
+
+
+def _margin(value: float | None, limit: float | None) -> float | None:
+    return None if value is None or limit is None else limit - value
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float | None = None,
+    update_rule: UpdateRule | None = None,
+    batch_size: int | None = None,
+    dataset_size: int | None = None,
+    quantities: Iterable[str] = ("sharpness", "non_uniformity"),
+    params: Iterable[Tensor] | None = None,
+    chunk_size: int | None = None,
+    tol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+) -> StabilityMargins:
+    """Measure the stability margins of ``model`` once, now; nothing of it changes.
+
+    Args:
+        model: the model, at the point to measure.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the samples that the theory speaks of, the training set or a part of it; see
+            :class:`~stableopt.curvature.Problem`.
+        optimizer: where learning rate, momentum and the like are read from.
+        lr: in place of an optimizer, the learning rate of plain SGD.
+        update_rule: in place of either, the rule itself. With none of the three there are no limits.
+        batch_size: samples in a step. Without it the non-uniformity has no known limit, unless the
+            optimizer is :class:`stableopt.GD`.
+        dataset_size: samples in all, where ``data`` is only a part of them.
+        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        params: the parameters that count; all trainable ones by default.
+        chunk_size: the most samples evaluated at once.
+        tol: the largest residual relative to the eigenvalue.
+        max_iter: the largest number of products for each quantity.
+        seed: of the eigen-solver's random start.
+
+    Returns:
+        The margins; with ``failure`` set where a loss or a curvature was not finite.
+
+    Raises:
+        ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
+        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> margins = measure(model, nn.MSELoss(), (x, y), lr=0.25, batch_size=1)
+    >>> round(margins.sharpness, 3), margins.sharpness_limit
+    (4.0, 8.0)
+    """
+    if sum(given is not None for given in (optimizer, lr, update_rule)) > 1:
+        raise ValueError("optimizer, lr and update_rule: expected at most one of them")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr={lr}: expected a positive learning rate")
+    rule = update_rule
+    if optimizer is not None:
+        rule = UpdateRule.of(optimizer)
+    elif lr is not None:
+        rule = UpdateRule(lr=float(lr))
+    problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    if rule is not None:
+        problem = as_seen_by(problem, rule, optimizer)
+    margins, _ = measure_at(
+        problem,
+        rule,
+        batch_size=batch_size,
+        dataset_size=problem.num_samples if dataset_size is None else dataset_size,
+        quantities=check_quantities(quantities, rule),
+        tol=tol,
+        max_iter=max_iter,
+        seed=seed,
+    )
+    return margins
+
+
+def as_seen_by(
+    problem: Problem, rule: UpdateRule, optimizer: torch.optim.Optimizer | None
+) -> Problem:
+    """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
+
+    Raises:
+        ValueError: if the rule has groups and there is no optimizer to say which parameter is in
+            which, or if a parameter is in none of them.
+    """
+    sign = -1.0 if rule.maximize else 1.0
+    if not rule.group_lrs and not rule.group_weight_decays:
+        return problem.transformed(sign=sign)
+    if optimizer is None:
+        raise ValueError("update_rule has several groups: pass the optimizer they belong to")
+    groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in groups:
+            raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")
+    of = [groups[id(p)] for p in problem.params]
+    lrs = rule.group_lrs or (rule.lr,) * len(optimizer.param_groups)
+    decays = rule.group_weight_decays or (0.0,) * len(optimizer.param_groups)
+    return problem.transformed(
+        sign=sign,
+        scale=[(lrs[index] / rule.lr) ** 0.5 if rule.lr else 1.0 for index in of],
+        weight_decay=[decays[index] for index in of],
+    )
+
+
+def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
+    """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
+    if isinstance(quantities, str):
+        raise ValueError(
+            f"quantities={quantities!r}: expected a sequence such as ({quantities!r},)"
+        )
+    wanted = set(quantities)
+    if not wanted or wanted - set(QUANTITIES):
+        raise ValueError(f"quantities={sorted(wanted)}: expected some of {QUANTITIES}")
+    if "theorem1" in wanted and rule is not None and not rule.plain:
+        raise ValueError(
+            f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"
+            f" {rule.momentum}; leave it out"
+        )
+    return tuple(name for name in QUANTITIES if name in wanted)
+
+
+def measure_at(
+    problem: Problem,
+    rule: UpdateRule | None,
+    *,
+    batch_size: int | None,
+    dataset_size: int | None,
+    quantities: Sequence[str],
+    tol: float,
+    max_iter: int,
+    seed: int,
+    starts: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+) -> tuple[StabilityMargins, dict[str, Tensor]]:
+    """Measure ``problem``, already in the rule's coordinates; return margins and eigenvectors.
+
+    ``starts`` are the eigenvectors of an earlier measurement, by quantity.
+    """
+    margins = StabilityMargins(
+        step=step,
+        lr=None if rule is None else rule.lr,
+        batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
+        dataset_size=dataset_size,
+        sharpness_limit=None if rule is None else rule.max_sharpness,
+        non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
+    )
+    operators = _Operators(problem, rule, margins)
+    measurements: dict[str, Measurement] = {}
+    vectors: dict[str, Tensor] = {}
+    try:
+        loss = problem.value()
+        if not abs(loss) < float("inf"):
+            raise NonFiniteError(f"the loss is {loss}")
+        for name in quantities:
+            began = time.perf_counter()
+            start = (starts or {}).get(name)
+            pair = top_eigenpair(
+                operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+            )
+            vectors[name] = pair.vector
+            measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+    except NonFiniteError as error:
+        failed = dataclasses.replace(margins, failure=f"not finite: {error}")
+        return failed, {}
+    values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
+    loss *= problem.sign
+    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
+
+
+def _non_uniformity_limit(
+    rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
+) -> float | None:
+    if rule is None or (batch_size is None and not rule.full_batch):
+        return None
+    return rule.max_non_uniformity(batch_size, dataset_size)
+
+
+def _measurement(name: str, pair: Eigenpair, seconds: float) -> Measurement:
+    # The non-uniformity is the square root of an eigenvalue that rounding may leave below zero.
+    value = max(pair.value, 0.0) ** 0.5 if name == "non_uniformity" else pair.value
+    relative = pair.residual / abs(pair.value) if pair.value else 0.0
+    return Measurement(value, relative, pair.products, seconds, pair.converged)
+
+
+class _Operators:
+    """The operators of one measurement, each built when it is asked for and then shared."""
+
+    def __init__(
+        self, problem: Problem, rule: UpdateRule | None, margins: StabilityMargins
+    ) -> None:
+        self._problem, self._rule, self._margins = problem, rule, margins
+        self._built: dict[str, Operator] = {}
+
+    def of(self, name: str) -> Operator:
+        if name not in self._built:
+            self._built[name] = getattr(self, "_" + name)()
+        return self._built[name]
+
+    def _sharpness(self) -> Hessian:
+        return Hessian(self._problem)
+
+    def _non_uniformity(self) -> NonUniformity:
+        return NonUniformity(self._problem)
+
+    def _theorem1(self) -> SecondMomentBound:
+        rule, margins = self._rule, self._margins
+        if rule is None or margins.batch_size is None:
+            raise ValueError(
+                "quantities: theorem1 needs a learning rate and a batch size; pass optimizer= or"
+                " lr=, and batch_size="
+            )
+        hessian, non_uniformity = self.of("sharpness"), self.of("non_uniformity")
+        assert isinstance(hessian, Hessian)
+        assert isinstance(non_uniformity, NonUniformity)
+        return SecondMomentBound(
+            hessian,
+            non_uniformity,
+            lr=rule.lr,
+            noise=noise_factor(margins.batch_size, margins.dataset_size),
+            weight_decay=rule.weight_decay,
+        )
