@@ -8,24 +8,29 @@ Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the train
     opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
 """
 
-from stableopt import curvature, optim, stability
+from stableopt import curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
 from stableopt.optim import GD, SGD
+from stableopt.sinks import JSONLinesSink, TensorBoardSink
 from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule, measure
 
 __all__ = [
     "GD",
     "SGD",
+    "JSONLinesSink",
     "Problem",
     "StabilityMargins",
     "StabilityMonitor",
     "StabilityRegion",
+    "TensorBoardSink",
     "UpdateRule",
     "__version__",
     "curvature",
     "measure",
     "optim",
+    "plot",
+    "sinks",
     "stability",
 ]

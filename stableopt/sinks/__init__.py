@@ -1,0 +1,17 @@
+"""Where measurements go. A sink is any callable that takes ``(step, record)``.
+
+Three examples::
+
+    sinks=[TensorBoardSink("runs/demo")]             # live charts, with their limits as bands
+    sinks=[JSONLinesSink("runs/demo/margins.jsonl")] # one JSON object a line
+    sinks=[lambda step, record: print(step, record["sharpness_ratio"])]
+
+``record`` is what :meth:`~stableopt.stability.StabilityMargins.record` returns: every known number
+by name, infinite limits included; a failed measurement has ``failed`` = 1 and no values. Where a
+sink has a ``flush()``, the monitor calls it when it closes.
+"""
+
+from stableopt.sinks.json_lines import JSONLinesSink
+from stableopt.sinks.tensorboard import TensorBoardSink
+
+__all__ = ["JSONLinesSink", "TensorBoardSink"]

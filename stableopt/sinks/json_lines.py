@@ -1,0 +1,65 @@
+"""Records as lines of JSON, for whatever reads the run afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["JSONLinesSink"]
+
+
+class JSONLinesSink:
+    """Appends each record to a file, as one JSON object on a line of its own.
+
+    A line is ``{"step": …, "sharpness": …, …}``. The file is open only while a record is written, so
+    that whatever was recorded survives a crash, and processes that fork share no handle. Every line
+    is strict JSON, which knows neither infinity nor NaN: both are written as ``null``. A limit that
+    is ``null`` is thus none at all, and one that is absent was not known.
+
+    A file that exists is appended to, as a run that continues does; a last line that a crash cut
+    short is left as it is, and what follows begins on a new one.
+
+    Args:
+        path: the file; its folder is created with the first record.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sink = JSONLinesSink(Path(folder) / "run" / "margins.jsonl")
+    ...     sink(50, {"sharpness": 15.0, "non_uniformity_limit": math.inf})
+    ...     print(sink.path.read_text(), end="")
+    {"step": 50, "sharpness": 15.0, "non_uniformity_limit": null}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._began = False
+
+    def __call__(self, step: int, record: Mapping[str, float]) -> None:
+        """Append ``record``, measured at ``step``."""
+        numbers = {name: float(value) for name, value in record.items()}
+        line = {"step": int(step)} | {
+            name: value if math.isfinite(value) else None for name, value in numbers.items()
+        }
+        text = json.dumps(line, allow_nan=False) + "\n"
+        if not self._began:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = _line_break(self.path) + text
+        # One write of bytes: where several processes append, lines do not mix.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(text.encode())
+        self._began = True
+
+    def __repr__(self) -> str:
+        return f"JSONLinesSink({str(self.path)!r})"
+
+
+def _line_break(path: Path) -> str:
+    """Return what must precede a new line: nothing, unless the last one was cut short."""
+    if not path.exists() or path.stat().st_size == 0:
+        return ""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return "" if file.read() == b"\n" else "\n"
