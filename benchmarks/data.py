@@ -6,7 +6,7 @@ import gzip
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class Images:
             return float((model(self.test_x).argmax(1) == self.test_labels).double().mean())
 
 
-def load(name: str, *, n: int = 1000, folder: Path | None = None) -> Images:
+def load(name: str, *, n: int = 1000, folder: Path | None = None, random_labels: int = 0) -> Images:
     """Return the first ``n`` training images and all the others for testing.
 
     Args:
@@ -56,6 +56,7 @@ def load(name: str, *, n: int = 1000, folder: Path | None = None) -> Images:
         n: training images.
         folder: where the files are, or are to be downloaded to; by default the environment's
             ``STABLEOPT_DATA``, else the user's cache folder. Digits come with scikit-learn.
+        random_labels: how many training images get a label drawn at random.
 
     Raises:
         ValueError: for an unknown name, or more images than there are.
@@ -64,7 +65,13 @@ def load(name: str, *, n: int = 1000, folder: Path | None = None) -> Images:
         raise ValueError(f"data={name!r}: expected one of {sorted(DATASETS)}")
     if folder is None and os.environ.get("STABLEOPT_DATA"):
         folder = Path(os.environ["STABLEOPT_DATA"])
-    return DATASETS[name](n, folder)
+    if not 0 <= random_labels <= n:
+        raise ValueError(f"random_labels={random_labels}: expected from 0 to n={n}")
+    images = DATASETS[name](n, folder)
+    y = images.y.clone()
+    drawn = torch.randint(10, (random_labels,), generator=torch.Generator().manual_seed(0))
+    y[:random_labels] = nn.functional.one_hot(drawn, 10).float()
+    return replace(images, y=y)
 
 
 def _digits(n: int, folder: Path | None) -> Images:

@@ -62,26 +62,22 @@ def reshuffled_batches(
 
 
 def sgd_steps(
-    start: nn.Module,
-    images: Images,
-    *,
-    lr: float,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    before: Callable[[stableopt.SGD, nn.Module], None] = lambda optimizer, model: None,
-) -> Iterator[tuple[int, nn.Module]]:
-    """Train a copy of ``start`` by SGD, yielding ``(step, model)`` after each step.
+    start: nn.Module, images: Images, *, lr: float, batch_size: int, steps: int, seed: int
+) -> tuple[nn.Module, stableopt.SGD, Iterator[int]]:
+    """Prepare SGD on a copy of ``start``.
 
-    ``before`` is called once with optimizer and model: the place to track them.
+    Returns the copy, its optimizer, and an iterator that takes a step each time and yields its
+    number.
     """
     model = copy.deepcopy(start)
     optimizer = stableopt.SGD(model.parameters(), lr=lr)
-    before(optimizer, model)
     batches = reshuffled_batches(images, batch_size, torch.Generator().manual_seed(seed))
-    for step in range(1, steps + 1):
-        x, y = next(batches)
-        optimizer.zero_grad()
-        mean_squared_error(model(x), y).backward()
-        optimizer.step()
-        yield step, model
+
+    def run() -> Iterator[int]:
+        for step, (x, y) in zip(range(1, steps + 1), batches, strict=False):
+            optimizer.zero_grad()
+            mean_squared_error(model(x), y).backward()
+            optimizer.step()
+            yield step
+
+    return model, optimizer, run()
