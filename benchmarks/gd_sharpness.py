@@ -17,7 +17,7 @@ from rich.table import Table
 import stableopt
 from benchmarks.data import load
 from benchmarks.networks import WIDTHS, fully_connected
-from benchmarks.training import Diverged, gd_until, mean_squared_error
+from benchmarks.training import DivergedError, gd_until, mean_squared_error
 
 __all__ = ["Config", "run"]
 
@@ -69,7 +69,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, float 
                 steps = gd_until(
                     config.target_loss, model, images, optimizer, max_steps=10**6, progress=show
                 )
-            except Diverged as error:
+            except DivergedError as error:
                 console.print(f"η = {lr:g}: {error}")
                 continue
         seconds = time.perf_counter() - began

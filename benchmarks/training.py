@@ -11,13 +11,13 @@ from torch import Tensor, nn
 import stableopt
 from benchmarks.data import Images
 
-__all__ = ["Diverged", "evaluate", "gd_until", "reshuffled_batches", "sgd_steps"]
+__all__ = ["DivergedError", "evaluate", "gd_until", "reshuffled_batches", "sgd_steps"]
 
 mean_squared_error = nn.MSELoss()
 """The paper's loss: the mean over samples and outputs."""
 
 
-class Diverged(ArithmeticError):
+class DivergedError(ArithmeticError):
     """The training loss is not finite."""
 
 
@@ -38,18 +38,18 @@ def gd_until(
 ) -> int:
     """Train by gradient descent until the training loss is at most ``target_loss``.
 
-    Returns the number of steps. Raises ``Diverged`` for a loss that is not finite or is still above
+    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still above
     the target after ``max_steps``.
     """
     for step in range(max_steps):
         loss = optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))
         if not loss < float("inf"):
-            raise Diverged(f"the loss is {loss} after {step} steps")
+            raise DivergedError(f"the loss is {loss} after {step} steps")
         if loss <= target_loss:
             return step
         optimizer.step()
         progress(step + 1, loss)
-    raise Diverged(f"the loss is {loss} after {max_steps} steps, above {target_loss}")
+    raise DivergedError(f"the loss is {loss} after {max_steps} steps, above {target_loss}")
 
 
 def reshuffled_batches(
