@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median_low
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,7 @@ def _eager(function: _Function) -> _Function:
 
     The public ``torch.compiler.disable`` would import the whole compiler here.
     """
-    disabled: _Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
-    return disabled
+    return cast("_Function", torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 class StabilityMonitor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from stableopt.curvature.batches import map_tensors
 
-__all__ = ["SecondDerivativeError", "module_without_second_derivative"]
+__all__ = ["SecondDerivativeError", "differentiate_twice", "module_without_second_derivative"]
 
 
 class SecondDerivativeError(RuntimeError):
@@ -68,16 +68,49 @@ def _twice_differentiable(module: nn.Module, args: Any, kwargs: Any) -> bool:
     state = {name: leaf(p) for name, p in module.named_parameters()}
     outputs: list[Tensor] = []
     map_tensors(outputs.append, functional_call(module, state, args, kwargs))
-    total = sum(
+    squares = [
         (out * out).sum() for out in outputs if out.is_floating_point() and out.requires_grad
-    )
-    if not isinstance(total, Tensor):
+    ]
+    if not squares:
         return True
+    total = torch.stack(squares).sum()
     try:
-        gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-        twice = sum((g * g).sum() for g in gradients if g is not None)
-        if isinstance(twice, Tensor) and twice.requires_grad:
-            torch.autograd.grad(twice, leaves, allow_unused=True)
+        differentiate_twice(total, leaves)
     except RuntimeError:
         return False
     return True
+
+
+def differentiate_twice(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Take the second derivative of ``loss`` once, to see whether it can be.
+
+    Raises:
+        ValueError: if nothing in ``leaves`` has a gradient.
+        RuntimeError: if some operation has no second derivative.
+    """
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    known = [g for g in gradients if g is not None]
+    if not known:
+        raise ValueError("loss_fn: the loss does not depend on any of the parameters that count")
+    probe = torch.stack([(g * g).sum() for g in known]).sum()
+    if not probe.requires_grad:
+        return
+    # What @once_differentiable leaves in the graph raises only when it is reached, and a search for
+    # particular leaves goes round it: their second derivative would silently lack a part.
+    if _reaches(probe, "torch::autograd::Error"):
+        raise RuntimeError("its backward is marked @once_differentiable")
+    torch.autograd.grad(probe, leaves, allow_unused=True)
+
+
+def _reaches(tensor: Tensor, name: str) -> bool:
+    """Whether a node called ``name`` is in the graph of ``tensor``."""
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == name:
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False

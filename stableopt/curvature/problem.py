@@ -27,7 +27,11 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
-from stableopt.curvature.diagnose import SecondDerivativeError, module_without_second_derivative
+from stableopt.curvature.diagnose import (
+    SecondDerivativeError,
+    differentiate_twice,
+    module_without_second_derivative,
+)
 from stableopt.curvature.quiet import undisturbed
 
 __all__ = ["Problem", "Theta"]
@@ -276,16 +280,9 @@ class Problem:
             loss = self.loss(theta, batch)
             with torch.no_grad():
                 doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
-                _check_mean(float(loss), float(self.loss(theta, doubled)))
-            gradients = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-            if all(g is None for g in gradients):
-                raise ValueError(
-                    "loss_fn: the loss does not depend on any of the parameters that count"
-                )
+                _check_mean(float(loss.detach()), float(self.loss(theta, doubled)))
             try:
-                probe = sum((g * g).sum() for g in gradients if g is not None)
-                if isinstance(probe, Tensor) and probe.requires_grad:
-                    torch.autograd.grad(probe, theta, allow_unused=True)
+                differentiate_twice(loss, theta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

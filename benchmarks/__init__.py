@@ -1,0 +1,1 @@
+"""The experiments of Wu, Ma & E (NeurIPS 2018) by one command each: ``python -m benchmarks list``."""

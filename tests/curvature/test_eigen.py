@@ -1,0 +1,194 @@
+"""The eigen-solver against known spectra and LAPACK."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import Dense
+from torch import Tensor
+
+from stableopt.curvature import NonFiniteError, Operator, top_eigenpair
+
+
+def with_spectrum(values: list[float] | Tensor, seed: int = 0) -> Tensor:
+    """Return a dense symmetric float64 matrix with these eigenvalues."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    )[0]
+    matrix = basis @ torch.diag(values) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+SPECTRA = {
+    "a few outliers": [10.0, 7.0, 3.0] + [0.01 * i for i in range(40)],
+    "a larger negative": [-50.0, -20.0, 3.0, 1.0, 0.0, 0.5, -1.0, 2.0],
+    "symmetric": [-5.0, 5.0, 1.0, -1.0, 2.0],
+    "all negative": [-5.0, -1.0, -2.0, -9.0, -3.0],
+    "multiple": [4.0, 4.0, 4.0, 1.0, 0.0, -2.0],
+    "one": [3.0],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_the_algebraically_largest_is_found(spectrum: str, method: str) -> None:
+    """Catches the largest in magnitude given out as the largest. The residual bounds the error in
+    the value, quadratically where there is a gap: 1e-6 of a residual of 1e-5 is ample.
+    """
+    matrix = with_spectrum(SPECTRA[spectrum])
+    found = top_eigenpair(Dense(matrix), method=method, tol=1e-5, max_iter=2000)
+    assert found.converged
+    assert found.value == pytest.approx(max(SPECTRA[spectrum]), rel=1e-6)
+    assert float(found.vector.norm()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_the_reported_residual_is_the_true_one(method: str) -> None:
+    """Catches a residual by recurrence that drifts from |Av - xv|, and products miscounted."""
+    operator = Dense(with_spectrum(SPECTRA["a few outliers"]))
+    found = top_eigenpair(operator, method=method, tol=1e-4, max_iter=500)
+    assert found.products == operator.products
+    true = float((operator.matrix @ found.vector - found.value * found.vector).norm())
+    assert found.residual == pytest.approx(true, rel=1e-6, abs=1e-12)
+    assert true <= 1e-4 * found.value
+
+
+def test_restarts_reach_a_spectrum_without_gap() -> None:
+    """Catches a restart that loses the best vector: 300 close eigenvalues need several bases."""
+    matrix = with_spectrum(torch.linspace(0, 1, 300))
+    found = top_eigenpair(Dense(matrix), tol=1e-6, max_iter=1000)
+    assert found.converged
+    assert found.products > 80  # two restarts at the least, or the test is too easy
+    assert found.value == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_ritz_value_never_exceeds_the_largest_eigenvalue() -> None:
+    """Catches a projected matrix that is not the projection (a wrong column after a restart)."""
+    matrix = with_spectrum(torch.linspace(-1, 1, 200))
+    for max_iter in (1, 2, 5, 39, 40, 41, 50, 79, 80, 81):
+        found = top_eigenpair(Dense(matrix), tol=1e-14, max_iter=max_iter)
+        rayleigh = float(found.vector @ matrix @ found.vector)
+        assert found.value == pytest.approx(rayleigh, rel=1e-10)
+        assert found.value <= 1 + 1e-12
+        assert found.products == max_iter
+
+
+def test_running_out_of_products_is_said() -> None:
+    """Catches a value passed off as converged."""
+    found = top_eigenpair(Dense(with_spectrum(torch.linspace(0, 1, 300))), tol=1e-8, max_iter=5)
+    assert not found.converged
+    assert found.products == 5
+    assert found.residual > 1e-8
+
+
+def test_a_small_krylov_space_ends_the_search() -> None:
+    """Catches division by zero when Lanczos breaks down: identity, zero, and low rank."""
+    for matrix, value in (
+        (torch.eye(50), 1.0),
+        (torch.zeros(50, 50), 0.0),
+        (torch.ones(50, 50), 50.0),
+        (-torch.eye(50), -1.0),
+    ):
+        for method in ("lanczos", "power"):
+            found = top_eigenpair(Dense(matrix), method=method, tol=1e-5, max_iter=300)
+            assert found.converged
+            assert found.value == pytest.approx(value, rel=1e-5, abs=1e-5)
+
+
+def test_a_warm_start_saves_products() -> None:
+    """Catches a start that is ignored."""
+    operator = Dense(with_spectrum(SPECTRA["a few outliers"]))
+    cold = top_eigenpair(operator, tol=1e-3)
+    warm = top_eigenpair(operator, tol=1e-3, start=cold.vector, seed=1)
+    assert warm.converged
+    assert warm.products < cold.products
+
+
+def test_a_warm_start_at_the_wrong_eigenvector_finds_the_right_one() -> None:
+    """Catches a search that, started on an exact eigenvector that has been overtaken, stays there:
+    its residual is zero, so only the noise mixed in can tell.
+    """
+    matrix = with_spectrum([10.0, 11.0, 3.0, 1.0, 0.0, -2.0])
+    vectors = torch.linalg.eigh(matrix).eigenvectors
+    old = vectors[:, -2]
+    found = top_eigenpair(Dense(matrix), start=old, tol=1e-3)
+    assert found.value == pytest.approx(11.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_an_unusable_start_is_replaced(bad: float) -> None:
+    """Catches a NaN that spreads from an old eigenvector."""
+    matrix = with_spectrum([10.0, 3.0, 1.0, 0.0])
+    found = top_eigenpair(Dense(matrix), start=torch.full((4,), bad, dtype=torch.float64))
+    assert found.value == pytest.approx(10.0, rel=1e-3)
+
+
+def test_a_start_in_single_precision_is_taken() -> None:
+    """Catches a checkpoint's dtype leaking into the basis."""
+    found = top_eigenpair(Dense(with_spectrum([2.0, 1.0])), start=torch.ones(2))
+    assert found.vector.dtype == torch.float64
+
+
+def test_seeds_decide_and_global_generators_are_left_alone() -> None:
+    """Catches draws from torch's own generator, which would change the run that is watched."""
+    operator = Dense(with_spectrum(torch.linspace(0, 1, 100)))
+    before = torch.get_rng_state()
+    runs = [top_eigenpair(operator, tol=1e-3, seed=seed) for seed in (5, 5, 6)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(runs[0].vector, runs[1].vector)
+    assert not torch.equal(runs[0].vector, runs[2].vector)
+
+
+def test_single_precision_converges_to_its_accuracy() -> None:
+    """Catches a tolerance in float32 that rounding never lets it reach. 1e-5 is some 80 eps."""
+    matrix = with_spectrum(SPECTRA["a few outliers"]).float()
+    found = top_eigenpair(Dense(matrix), tol=1e-5)
+    assert found.converged
+    assert found.value == pytest.approx(10.0, rel=1e-5)
+    assert found.vector.dtype == torch.float32
+
+
+class Broken(Operator):
+    def product(self, vector: Tensor) -> Tensor:
+        return vector * float("nan")
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_a_product_that_is_not_finite_is_reported(method: str) -> None:
+    """Catches a NaN that LAPACK would turn into an obscure error, or into a value."""
+    with pytest.raises(NonFiniteError, match="product 1 with Broken"):
+        top_eigenpair(Broken(3, torch.float32, torch.device("cpu")), method=method)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"method": "qr"}, "method='qr'"),
+        ({"tol": 0.0}, "tol=0.0"),
+        ({"tol": float("nan")}, "tol=nan"),
+        ({"max_iter": 0}, "max_iter=0"),
+        ({"start": torch.ones(3)}, r"start has shape \(3,\)"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, named: str) -> None:
+    """Catches an error that leaves the user to guess."""
+    with pytest.raises(ValueError, match=named):
+        top_eigenpair(Dense(torch.eye(2)), **arguments)
+
+
+def test_one_host_transfer_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an `item()` on the device's values; the projected problem is solved on the host."""
+    transfers = 0
+    original = Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal transfers
+        transfers += 1
+        return original(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    operator = Dense(with_spectrum(SPECTRA["a few outliers"]))
+    found = top_eigenpair(operator, tol=1e-6)
+    assert transfers == found.products

@@ -1,0 +1,64 @@
+"""Slow, obvious references that several test modules compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature import Operator
+
+
+class Dense(Operator):
+    """A given symmetric matrix as an operator."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+        self.products = 0
+
+    def product(self, vector: Tensor) -> Tensor:
+        self.products += 1
+        return self.matrix @ vector
+
+
+def dense_hessians(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """Return the Hessian of each sample ``(n, d, d)``, row by row by double backpropagation."""
+    parameters = list(model.parameters())
+    hessians = []
+    for i in range(len(x)):
+        loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
+        gradient = torch.cat(
+            [g.reshape(-1) for g in torch.autograd.grad(loss, parameters, create_graph=True)]
+        )
+        rows = []
+        for entry in gradient:
+            parts = torch.autograd.grad(
+                entry, parameters, retain_graph=True, materialize_grads=True
+            )
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        hessians.append(torch.stack(rows))
+    return torch.stack(hessians)
+
+
+def covariance(hessians: Tensor) -> Tensor:
+    """Return (1/n) sum H_i^2 - H^2, as the definition reads."""
+    mean = hessians.mean(0)
+    return torch.stack([h @ h for h in hessians]).mean(0) - mean @ mean
+
+
+def small_network(activation: type[nn.Module] = nn.Tanh) -> nn.Module:
+    """Return 38 parameters in float64, smooth unless asked otherwise."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), activation(), nn.Linear(5, 3)).double()
+
+
+def small_data(n: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    return x, y
