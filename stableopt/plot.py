@@ -162,7 +162,7 @@ def to_rgb(figure: Figure) -> NDArray[np.uint8]:
     """Return the pixels of ``figure``, ``(height, width, 3)``.
 
     >>> to_rgb(diagram((20.0, 20.0))).shape
-    (480, 640, 3)
+    (420, 540, 3)
     """
     backend = _import("matplotlib.backends.backend_agg")
     canvas = backend.FigureCanvasAgg(figure)
@@ -298,7 +298,6 @@ def _draw_panel(
     if not measured.size:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_GREY)
         return
-    limits = np.where(np.isfinite(values), limits, np.nan)
     finite = limits[np.isfinite(limits)]
     marker = "o" if measured.size < 60 else ""
     label = name if finite.size else f"{name} (without limit)"
@@ -311,9 +310,13 @@ def _draw_panel(
     else:
         axes.set_ylim(min(0.0, low * 1.1), high * 1.1 if high > 0 else 1.0)
     if finite.size:
-        axes.plot(steps, limits, linestyle="--", color=_VERMILION, linewidth=1.6, label="limit")
+        # A limit is a setting: it holds from one measurement to the next, and then jumps.
+        style = {"linestyle": "--", "color": _VERMILION, "linewidth": 1.6}
+        axes.plot(steps, limits, drawstyle="steps-post", label="limit", **style)
         ceiling = np.full_like(limits, axes.get_ylim()[1])
-        axes.fill_between(steps, limits, ceiling, color=_VERMILION, alpha=0.08, linewidth=0)
+        axes.fill_between(
+            steps, limits, ceiling, step="post", color=_VERMILION, alpha=0.08, linewidth=0
+        )
 
 
 # -- matplotlib ------------------------------------------------------------------------------------
@@ -335,4 +338,4 @@ def _figure(figsize: tuple[float, float]) -> Any:
 
 
 def _new_axes() -> Any:
-    return _figure(figsize=(6.4, 4.8)).add_subplot()
+    return _figure(figsize=(5.4, 4.2)).add_subplot()

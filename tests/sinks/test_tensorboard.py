@@ -1,0 +1,341 @@
+"""What TensorBoard would read back."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import stableopt
+from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink
+
+LAYOUT_TAG = "custom_scalars__config__"
+
+
+def read(folder: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(folder), size_guidance=everything).Reload()
+
+
+def steps_of(events: EventAccumulator, tag: str) -> list[int]:
+    return [event.step for event in events.Scalars(tag)]
+
+
+def layout_of(events: EventAccumulator) -> layout_pb2.Layout:
+    (event,) = events.Tensors(LAYOUT_TAG)
+    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def series_of(events: EventAccumulator) -> dict[str, tuple[str, str, str]]:
+    """Return value, lower and upper tag of every chart by title."""
+    return {
+        chart.title: (series.value, series.lower, series.upper)
+        for category in layout_of(events).category
+        for chart in category.chart
+        for series in chart.margin.series
+    }
+
+
+def gd(step: int, **changes: Any) -> StabilityMargins:
+    known: dict[str, Any] = {
+        "lr": 0.1,
+        "batch_size": 100,
+        "dataset_size": 100,
+        "loss": 0.5,
+        "sharpness": 18.0 + 0.01 * step,
+        "sharpness_limit": 20.0,
+        "non_uniformity": 30.0 + 0.01 * step,
+        "non_uniformity_limit": math.inf,
+    }
+    return StabilityMargins(step=step, **{**known, **changes})
+
+
+def sgd(step: int, **changes: Any) -> StabilityMargins:
+    return gd(
+        step, **{"batch_size": 4, "dataset_size": None, "non_uniformity_limit": 20.0, **changes}
+    )
+
+
+def failed(step: int) -> StabilityMargins:
+    return sgd(step, loss=None, sharpness=None, non_uniformity=None, failure="the loss is nan")
+
+
+def write(folder: Path, run: Iterable[StabilityMargins], **options: Any) -> EventAccumulator:
+    sink = TensorBoardSink(folder, **options)
+    for margins in run:
+        sink(margins.step, margins.record())
+    sink.close()
+    return read(folder)
+
+
+TWO_PHASES = [
+    *(gd(step) for step in range(1, 6)),
+    failed(6),
+    *(sgd(step) for step in range(7, 12)),
+    gd(12, sharpness_limit=math.inf),  # a learning rate of zero
+]
+
+
+def test_value_lower_and_upper_have_the_same_steps(tmp_path: Path) -> None:
+    """Would catch a band that is missing at one step: TensorBoard shows an error in its place."""
+    events = write(tmp_path, TWO_PHASES, max_diagrams=0)
+    charts = series_of(events)
+    assert len(charts) == 4
+    for title, (value, lower, upper) in charts.items():
+        steps = steps_of(events, value)
+        assert steps == steps_of(events, lower) == steps_of(events, upper), title
+        expected = [*range(7, 12)] if title.startswith("non") else [*range(1, 6), *range(7, 12)]
+        assert steps == expected, title
+
+
+def test_every_number_is_finite_and_every_band_positive(tmp_path: Path) -> None:
+    """Would catch numbers that float32 or the dashboard turns into infinity, NaN or zero."""
+    run = [
+        *TWO_PHASES,
+        sgd(13, sharpness=math.nan, non_uniformity=math.inf),
+        sgd(14, sharpness_limit=0.0, non_uniformity_limit=-1.0),
+        sgd(15, sharpness_limit=1e-45, non_uniformity_limit=1e300),
+        sgd(16, sharpness=1e30, sharpness_limit=1e-30),
+        sgd(17, sharpness=1e300),
+    ]
+    events = write(tmp_path, run, max_diagrams=0)
+    for tag in events.Tags()["scalars"]:
+        assert all(math.isfinite(event.value) for event in events.Scalars(tag)), tag
+    for title, (value, lower, upper) in series_of(events).items():
+        low, high = events.Scalars(lower), events.Scalars(upper)
+        assert all(0 < a.value < b.value for a, b in zip(low, high, strict=True))
+        # The non-uniformity of the last two is as it should be.
+        broken = {13, 14, 15} if title.startswith("non") else {13, 14, 15, 16, 17}
+        assert not broken & {*steps_of(events, value)}, title
+
+
+def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> None:
+    """Would catch a band around the value in place of the limit, and tags that are swapped."""
+    events = write(tmp_path, [sgd(5, sharpness_limit=40.0)], max_diagrams=0)
+    shown = {
+        title: [events.Scalars(tag)[0].value for tag in tags]
+        for title, tags in series_of(events).items()
+    }
+    # float32 has seven digits.
+    assert shown["sharpness / limit"] == pytest.approx([18.05 / 40, 0.99, 1.01], rel=1e-6)
+    assert shown["sharpness and its limit"] == pytest.approx([18.05, 39.6, 40.4], rel=1e-6)
+    assert shown["non-uniformity / limit"] == pytest.approx([30.05 / 20, 0.99, 1.01], rel=1e-6)
+    assert shown["non-uniformity and its limit"] == pytest.approx([30.05, 19.8, 20.2], rel=1e-6)
+
+
+def test_gradient_descent_has_non_uniformity_without_band(tmp_path: Path) -> None:
+    """Would catch an infinite band, a ratio of zero, and values lost because there is no limit."""
+    events = write(tmp_path, [gd(1), gd(2)], max_diagrams=0)
+    tags = [tag for tag in events.Tags()["scalars"] if "non" in tag]
+    assert tags == ["stability/non_uniformity"]
+    assert steps_of(events, "stability/non_uniformity") == [1, 2]
+
+
+def test_tags_are_short_and_each_has_its_own(tmp_path: Path) -> None:
+    """Would catch a tag too long for the legend, and two numbers drawn as one curve."""
+    run = [sgd(1, theorem1=1.2), failed(2)]
+    events = write(tmp_path, run, max_diagrams=0)
+    tags = events.Tags()["scalars"]
+    assert all(re.fullmatch(r"stability/\w{1,15}", tag) for tag in tags), tags
+    names = {name for margins in run for name in margins.record()}
+    bands = {tag for tags in series_of(events).values() for tag in tags}
+    # Both ratios are values of charts, and counted there.
+    assert len(tags) == len(names) - 2 + len(bands)
+
+
+def test_names_that_collide_are_refused(tmp_path: Path) -> None:
+    """Would catch two quantities that silently share a tag once they are shortened."""
+    sink = TensorBoardSink(tmp_path, max_diagrams=0)
+    with pytest.raises(ValueError, match="same tag"):
+        sink(1, {"preconditioning1": 1.0, "preconditioning2": 2.0})
+    sink.close()
+
+
+def test_the_layout_is_constant_and_in_reverse(tmp_path: Path) -> None:
+    """Would catch a layout that differs from run to run, which TensorBoard shows twice."""
+    a = layout_of(write(tmp_path / "a", [gd(1), gd(2)], max_diagrams=0))
+    b = layout_of(write(tmp_path / "b", TWO_PHASES, max_diagrams=0))
+    assert a == b
+    (category,) = a.category
+    titles = [chart.title for chart in category.chart]
+    assert titles[-1] == "sharpness / limit"  # shown first
+    assert titles[0] == "non-uniformity and its limit"
+    assert not any(character.isdigit() for title in titles for character in title)
+
+
+def test_a_failed_measurement_shows(tmp_path: Path) -> None:
+    """Would catch failures that leave no trace, or a trace in the charts of the values."""
+    events = write(tmp_path, [sgd(1), failed(2)])
+    assert [event.value for event in events.Scalars("stability/failed")] == [0.0, 1.0]
+    assert steps_of(events, "stability/sharpness") == [1]
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5])
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_no_more_diagrams_than_asked_for(tmp_path: Path, most: int, count: int) -> None:
+    """Would catch one diagram too many, and a run whose end has none."""
+    events = write(tmp_path, map(sgd, range(1, count + 1)), max_diagrams=most)
+    if most == 0:
+        assert events.Tags()["images"] == []
+        return
+    steps = [event.step for event in events.Images("stability/diagram")]
+    assert len(steps) == len(set(steps)) <= most
+    assert steps[-1] == count
+
+
+def test_diagrams_get_rarer(tmp_path: Path) -> None:
+    """Would catch ten diagrams of the first ten measurements, and none of the rest."""
+    sink = TensorBoardSink(tmp_path)
+    for step in range(1, 961):
+        # Only measured pairs count.
+        sink(step, sgd(step).record() if step % 2 == 0 else {"sharpness": 1.0})
+    sink.flush()
+    sink.flush()
+    sink.close()
+    steps = [event.step for event in read(tmp_path).Images("stability/diagram")]
+    # The powers of 1000^(1/8), and the last measurement.
+    assert [step // 2 for step in steps] == [1, 2, 6, 13, 32, 75, 178, 422, 480]
+
+
+def test_diagrams_are_pictures(tmp_path: Path) -> None:
+    """Would catch pixels in the wrong order of axes, which tensorboard stores all the same."""
+    (image,) = write(tmp_path, [sgd(3)]).Images("stability/diagram")
+    assert (image.step, image.width, image.height) == (3, 540, 420)
+
+
+def test_plain_sgd_is_recognised_by_its_limits() -> None:
+    """Would catch the half-ellipse of plain SGD drawn for a rule with momentum."""
+    from stableopt.sinks.tensorboard import _region
+
+    region = _region(sgd(1).record())
+    assert isinstance(region, StabilityRegion)
+    assert (region.max_sharpness, region.max_non_uniformity) == (20.0, 20.0)
+    assert _region(sgd(1, sharpness_limit=38.0).record()) == (38.0, 20.0)
+    assert isinstance(_region(gd(1).record()), StabilityRegion)
+    assert _region({"sharpness_limit": 20.0}) == (20.0, math.inf)
+    assert _region({"sharpness_limit": -1.0}) is None
+
+
+def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
+    """Would catch a sink that closes, or writes beside, the writer of the training script."""
+    writer = SummaryWriter(str(tmp_path))
+    sink = TensorBoardSink(writer, max_diagrams=0)
+    sink(1, sgd(1).record())
+    sink.close()
+    writer.add_scalar("mine", 1.0, 2)
+    writer.close()
+    assert len(list(tmp_path.glob("events*"))) == 1
+    assert {"mine", "stability/sharpness"} <= set(read(tmp_path).Tags()["scalars"])
+
+
+def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    """Would catch charts that stay two minutes behind, the writer's own pace."""
+    sink = TensorBoardSink(tmp_path, max_diagrams=0)
+    for step in (1, 2, 3):
+        sink(step, sgd(step).record())
+        assert steps_of(read(tmp_path), "stability/sharpness") == [*range(1, step + 1)]
+    sink.close()
+
+
+def test_more_points_than_are_shown_are_advised_of_once(tmp_path: Path) -> None:
+    """Would catch a long run whose missing points nobody explains, and a warning a step."""
+    sink = TensorBoardSink(tmp_path, max_diagrams=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1000):
+            sink(step, {"loss": 1.0})
+        assert caught == []
+        for step in range(1000, 1005):
+            sink(step, {"loss": 1.0})
+    assert ["--samples_per_plugin" in str(warning.message) for warning in caught] == [True]
+    sink.close()
+
+
+def test_it_prints_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a library that prints, and an announcement at every record."""
+    write(tmp_path / "quiet", [sgd(1)], max_diagrams=0)
+    assert capsys.readouterr().out == ""
+    write(tmp_path / "a run", [sgd(1), sgd(2)], max_diagrams=0, announce=True)
+    command, link = capsys.readouterr().out.splitlines()
+    assert command == f"tensorboard --logdir '{tmp_path / 'a run'}'"
+    assert link == "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+
+
+def legacy_numpy_state() -> list[int]:
+    # The legacy generator is what training scripts draw from.
+    return np.random.get_state()[1].tolist()  # noqa: NPY002
+
+
+def test_random_state_is_left_alone(tmp_path: Path) -> None:
+    """Would catch a draw from any global generator, which would change the training it watches."""
+    before, torch_before = (random.getstate(), legacy_numpy_state()), torch.get_rng_state()
+    write(tmp_path, map(sgd, range(1, 8)))
+    assert before == (random.getstate(), legacy_numpy_state())
+    assert torch.equal(torch_before, torch.get_rng_state())
+
+
+def test_an_optimizer_drives_it(tmp_path: Path) -> None:
+    """Would catch a sink that the monitor cannot call or flush: it only warns, and warnings raise."""
+    model, (x, y) = nn.Linear(2, 1), (torch.randn(8, 2), torch.randn(8, 1))
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    sink = TensorBoardSink(tmp_path)
+    quantities = ("sharpness", "non_uniformity")
+    with optimizer.track(
+        model, nn.MSELoss(), (x, y), every=1, batch_size=4, quantities=quantities, sinks=[sink]
+    ):
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.MSELoss()(model(x[:4]), y[:4]).backward()
+            optimizer.step()
+    events = read(tmp_path)
+    assert steps_of(events, "stability/non_unif_ratio") == [1, 2, 3]
+    assert [event.step for event in events.Images("stability/diagram")] == [1, 2, 3]
+    sink.close()
+
+
+def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:
+    """Would catch a wrong argument that is taken for zero."""
+    with pytest.raises(ValueError, match=r"max_diagrams=-1"):
+        TensorBoardSink(tmp_path, max_diagrams=-1)
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "extra"),
+    [
+        ("torch.utils.tensorboard", "TensorBoardSink('unused', max_diagrams=0)", "tensorboard"),
+        ("matplotlib", "TensorBoardSink('unused')", "plot"),
+        ("matplotlib", "plot.diagram()", "plot"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, module: str, call: str, extra: str) -> None:
+    """Would catch an eager import of an optional package, and an error that helps nobody."""
+    code = f"""
+import sys
+import stableopt
+from stableopt import *
+from stableopt import plot
+assert not {{"tensorboard", "matplotlib"}} & set(sys.modules)
+sys.modules[{module!r}] = None
+try:
+    {call}
+except ImportError as error:
+    assert "pip install stableopt[{extra}]" in str(error), error
+else:
+    raise AssertionError("no ImportError")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert not (tmp_path / "unused").exists()

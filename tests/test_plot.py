@@ -1,0 +1,178 @@
+"""Figures: what they show, in numbers that can be read off them."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stableopt import JSONLinesSink, StabilityMargins, StabilityRegion, UpdateRule, plot
+
+REGION = StabilityRegion(UpdateRule(lr=0.1), batch_size=4)
+FULL_BATCH = StabilityRegion(UpdateRule(lr=0.1))
+PATH = [(4.0, 30.0), (12.0, 22.0), (19.0, 12.0)]
+
+
+def labelled(axes: Any, label: str) -> Any:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[labels.index(label)]
+
+
+def test_the_box_and_the_half_ellipse_are_where_the_theory_has_them() -> None:
+    """Would catch exchanged axes, and a half-ellipse that is drawn for the box."""
+    axes = plot.diagram(REGION).axes[0]
+    box = labelled(axes, "limits")
+    assert box.get_xydata().tolist() == [[20, 0], [20, 20], [0, 20]]
+    assert box.get_linestyle() == "--"
+    outline = labelled(axes, "exact in one dimension").get_paths()[0].vertices
+    # On the ellipse ((a - 10) / 10)^2 + (s / 20)^2 = 1 or on its base; rounding only.
+    a, s = outline.T
+    on_ellipse = np.abs(((a - 10) / 10) ** 2 + (s / 20) ** 2 - 1) < 1e-9
+    assert np.all(on_ellipse | (s == 0))
+    assert s.max() == pytest.approx(20, rel=1e-3)  # 200 points miss the very top
+
+
+def test_full_batch_is_a_vertical_line() -> None:
+    """Would catch infinity on an axis, and a top side where there is none."""
+    figure = plot.diagram(FULL_BATCH, PATH)
+    axes = figure.axes[0]
+    assert set(labelled(axes, "limits").get_xdata()) == {20.0}
+    assert axes.get_ylim() == pytest.approx((0, 33))
+    assert np.isfinite(plot.to_rgb(figure)).all()
+
+
+def test_no_limit_at_all_is_no_line() -> None:
+    """Would catch a learning rate of zero, without any limit, that breaks the axes."""
+    axes = plot.diagram((math.inf, math.inf), PATH).axes[0]
+    assert "limits" not in axes.get_legend_handles_labels()[1]
+    assert axes.get_xlim() == pytest.approx((0, 20.9))
+
+
+def test_only_the_box_of_a_pair_is_drawn() -> None:
+    """Would catch an exact region invented for a rule of which only the limits are known."""
+    axes = plot.diagram((38.0, 9.0)).axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["limits"]
+    sides = labelled(plot.diagram((math.inf, 9.0)).axes[0], "limits").get_ydata()
+    assert list(sides) == [9.0, 9.0]
+
+
+def test_several_regions_have_labels_and_colours_of_their_own() -> None:
+    """Would catch regions that cannot be told apart."""
+    axes = plot.diagram({"before": REGION, "after": FULL_BATCH}).axes[0]
+    before, after = labelled(axes, "before: limits"), labelled(axes, "after: limits")
+    assert before.get_color() != after.get_color()
+
+
+def test_every_point_is_inside_the_axes_in_its_order() -> None:
+    """Would catch a trajectory cut off at the limits, exchanged ends, and times out of order."""
+    history = [
+        StabilityMargins(step=10 * k, sharpness=a, non_uniformity=s)
+        for k, (a, s) in enumerate(PATH)
+    ]
+    figure = plot.diagram(REGION, [*history, StabilityMargins(step=30, failure="nan")])
+    axes, bar = figure.axes
+    (dots,) = [c for c in axes.collections if c.get_array() is not None]
+    assert np.array_equal(dots.get_offsets(), PATH)
+    assert dots.get_array().tolist() == [0, 10, 20]
+    assert labelled(axes, "start").get_xydata().tolist() == [list(PATH[0])]
+    assert labelled(axes, "end").get_xydata().tolist() == [list(PATH[-1])]
+    assert bar.get_ylabel() == "step"
+    assert axes.get_ylim()[1] > 30
+
+
+def test_one_point_is_an_end() -> None:
+    """Would catch a colour scale without extent, at the first measurement of every run."""
+    figure = plot.diagram(REGION, [(5.0, 5.0)])
+    assert "start" not in figure.axes[0].get_legend_handles_labels()[1]
+    assert plot.to_rgb(figure).std() > 0
+
+
+def test_axes_are_named_and_may_be_given() -> None:
+    """Would catch a figure that ignores ``ax`` and leaves a grid of panels empty."""
+    figure = plot.diagram(REGION)
+    assert figure.axes[0].get_xlabel().startswith("sharpness")
+    assert figure.axes[0].get_ylabel().startswith("non-uniformity")
+    ax = figure.add_axes((0.5, 0.5, 0.2, 0.2))
+    assert plot.diagram(REGION, PATH, ax=ax, title="inset") is figure
+    assert ax.get_title() == "inset"
+
+
+@pytest.mark.parametrize("region", [(1.0,), (-1.0, 2.0), (math.nan, 1.0), "box"])
+def test_what_is_no_region_is_refused(region: Any) -> None:
+    """Would catch a wrong argument that is drawn as something."""
+    with pytest.raises(ValueError, match="region"):
+        plot.diagram(region)
+
+
+def test_what_is_no_point_is_refused() -> None:
+    """Would catch (step, sharpness, non-uniformity) taken for a pair."""
+    with pytest.raises(ValueError, match="points"):
+        plot.diagram(REGION, [(1.0, 2.0, 3.0)])
+
+
+def history() -> list[StabilityMargins]:
+    descent = [
+        StabilityMargins(
+            step=k,
+            sharpness=0.1 * 2**k,
+            sharpness_limit=20.0,
+            non_uniformity=5.0 + k,
+            non_uniformity_limit=math.inf if k < 4 else 30.0,
+        )
+        for k in range(8)
+    ]
+    return [*descent, StabilityMargins(step=8, sharpness_limit=20.0, failure="the loss is nan")]
+
+
+def test_margins_show_values_limits_and_failures() -> None:
+    """Would catch exchanged panels, an infinite limit on the axis, and failures left out."""
+    sharpness, non_uniformity = plot.margins(history(), title="run").axes
+    assert labelled(sharpness, "sharpness").get_ydata()[:2].tolist() == [0.1, 0.2]
+    assert labelled(sharpness, "failed").get_xdata().tolist() == [8]
+    limits = labelled(non_uniformity, "limit").get_ydata()
+    assert np.isnan(limits[:4]).all()
+    assert limits[4:8].tolist() == [30.0] * 4
+    assert (sharpness.get_yscale(), non_uniformity.get_yscale()) == ("log", "linear")
+    assert sharpness.get_ylim()[1] > 20
+
+
+def test_margins_of_records_are_those_of_the_history(tmp_path: Path) -> None:
+    """Would catch a file of JSON lines that cannot be drawn, ``null`` limits included."""
+    sink = JSONLinesSink(tmp_path / "run.jsonl")
+    for each in history():
+        sink(each.step, each.record())
+    records = [json.loads(line) for line in sink.path.read_text().splitlines()]
+    drawn = plot.to_rgb(plot.margins(records))
+    assert np.array_equal(drawn, plot.to_rgb(plot.margins(history())))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [],
+        [StabilityMargins(step=1, failure="nan")],
+        [StabilityMargins(step=1, sharpness=-1.0), StabilityMargins(step=2, sharpness=0.0)],
+        [StabilityMargins(step=1, sharpness=0.0, sharpness_limit=math.inf)],
+    ],
+)
+def test_margins_of_next_to_nothing_can_be_drawn(run: list[StabilityMargins]) -> None:
+    """Would catch empty panels, negative values and zeros that raise or warn."""
+    assert plot.to_rgb(plot.margins(run)).shape == (560, 700, 3)
+
+
+def test_nothing_touches_pyplot() -> None:
+    """Would catch figures that pyplot keeps for ever, and a backend chosen behind one's back."""
+    code = """
+import sys
+from stableopt import plot
+plot.to_rgb(plot.diagram((1.0, 1.0), [(0.5, 0.5), (1.0, 0.2)]))
+plot.to_rgb(plot.margins([]))
+assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
