@@ -115,7 +115,7 @@ class StabilityMonitor:
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
-        tol: float = 1e-2,
+        tol: float = 0.03,
         max_iter: int = 50,
         cold_every: int = 20,
         seed: int = 0,

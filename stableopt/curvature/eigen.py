@@ -26,6 +26,10 @@ _FRESH = 0.05
 """Norm of the noise mixed into a unit start: it lets a warm search find an eigenvector that has
 overtaken the old one, for about one product more."""
 
+_AT_LEAST = 5
+"""Products before a small residual is believed: a start near some eigenvector has one from the
+beginning, and only further products show whether a larger eigenvalue hides in the noise."""
+
 _BASIS = 40
 """Most vectors that Lanczos holds. A full basis is restarted with its best Ritz vectors."""
 
@@ -161,7 +165,8 @@ def _lanczos(operator: Operator, first: Tensor, tol: float, max_iter: int) -> Ei
         scale = max(scale, float(values.abs().max()), beta)
         residual = beta * abs(float(weights[-1]))
         exhausted = held == size or beta <= 10 * eps * scale
-        converged = exhausted or _small_enough(residual, value, scale, tol, eps)
+        settled = products >= _AT_LEAST and _small_enough(residual, value, scale, tol, eps)
+        converged = exhausted or settled
         if converged or products == max_iter:
             vector = weights.to(basis) @ known
             return Eigenpair(value, vector / vector.norm(), residual, products, converged)

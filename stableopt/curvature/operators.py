@@ -115,6 +115,13 @@ class _MeanOverSamples(Operator):
             self._kept = last
 
 
+class _GradientPasses(NamedTuple):
+    """A chunk's loss, and its gradients with their graph."""
+
+    loss: Tensor
+    gradients: tuple[Tensor | None, ...]
+
+
 class Hessian(_MeanOverSamples):
     r"""The Hessian :math:`H = \nabla^2 f(\theta)` of the mean loss.
 
@@ -130,12 +137,21 @@ class Hessian(_MeanOverSamples):
             [0., 4.]], dtype=torch.float64)
     """
 
-    def _linearise(self, batch: Any) -> tuple[Tensor | None, ...]:
+    def _linearise(self, batch: Any) -> _GradientPasses:
         loss = self.problem.loss(self.theta, batch)
-        return torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
+        return _GradientPasses(loss.detach(), gradients)
 
-    def _chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
-        return pull(passes, self.theta, tangent)
+    def _chunk_product(
+        self, passes: _GradientPasses, tangent: list[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        return pull(passes.gradients, self.theta, tangent)
+
+    def loss(self) -> float:
+        """Return the problem's mean loss at the point: for nothing where the passes are kept."""
+        if self._kept is not None:
+            return float(self._kept[0].loss)
+        return self.problem.value(self.theta)
 
 
 class _OutputPasses(NamedTuple):

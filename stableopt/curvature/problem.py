@@ -251,9 +251,9 @@ class Problem:
             for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
         ]
 
-    def value(self) -> float:
-        """Return the mean loss over all samples at the present parameters."""
-        theta = tuple(p.detach() for p in self.params)
+    def value(self, theta: Theta | None = None) -> float:
+        """Return the mean loss over all samples, times ``sign``, at the present parameters."""
+        theta = tuple(p.detach() for p in self.params) if theta is None else theta
         with self.evaluation(), torch.no_grad():
             total, count = torch.zeros((), dtype=torch.float64), 0
             for batch, size in self.chunks():

@@ -321,9 +321,6 @@ def measure_at(
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
     try:
-        loss = problem.value()
-        if not abs(loss) < float("inf"):
-            raise NonFiniteError(f"the loss is {loss}")
         for name in quantities:
             began = time.perf_counter()
             start = (starts or {}).get(name)
@@ -332,11 +329,15 @@ def measure_at(
             )
             vectors[name] = pair.vector
             measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+        failure = None
     except NonFiniteError as error:
-        failed = dataclasses.replace(margins, failure=f"not finite: {error}")
-        return failed, {}
+        failure = str(error)
+    loss = problem.sign * operators.loss()
+    if not abs(loss) < float("inf"):
+        failure = f"the loss is {loss}"
+    if failure is not None:
+        return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
     values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
-    loss *= problem.sign
     return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
 
 
@@ -368,6 +369,10 @@ class _Operators:
         if name not in self._built:
             self._built[name] = getattr(self, "_" + name)()
         return self._built[name]
+
+    def loss(self) -> float:
+        hessian = self._built.get("sharpness")
+        return hessian.loss() if isinstance(hessian, Hessian) else self._problem.value()
 
     def _sharpness(self) -> Hessian:
         return Hessian(self._problem)
