@@ -99,7 +99,7 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        self._set_up(model, batch_loss, Batches(data, chunk_size=chunk_size), params)
+        self._set_up(model, batch_loss, data, params, chunk_size, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -125,16 +125,18 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        batches = Batches(data, chunk_size=chunk_size, paired=False)
-        problem._set_up(model, batch_loss, batches, params)
+        problem._set_up(model, batch_loss, data, params, chunk_size, paired=False)
         return problem
 
     def _set_up(
         self,
         model: nn.Module,
         batch_loss: Callable[[nn.Module, Any], Tensor],
-        batches: Batches,
+        data: Any,
         params: Iterable[Tensor] | None,
+        chunk_size: int | None,
+        *,
+        paired: bool,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
@@ -142,9 +144,11 @@ class Problem:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self._objective = _Objective(self.model, batch_loss)
         _check_batch_norm(self.model)
-        self.batches = batches
         self.names, self.params = _select(self.model, params)
         self.device, self.dtype = _place(self.names, self.params)
+        # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
+        with undisturbed(self.model, self.device, generators_of(data)):
+            self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
         self.shapes = [p.shape for p in self.params]
         self.num_params = sum(p.numel() for p in self.params)
         self.sign = 1.0
