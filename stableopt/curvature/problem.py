@@ -211,7 +211,9 @@ class Problem:
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that ask for gradients."""
-        return tuple(p.detach().clone().requires_grad_() for p in self.params)
+        # Tensors made in an ambient inference mode could never be differentiated.
+        with torch.inference_mode(False):
+            return tuple(p.detach().clone().requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each."""

@@ -321,17 +321,19 @@ def measure_at(
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
     try:
-        loss = problem.value()
-        if not abs(loss) < float("inf"):
-            raise NonFiniteError(f"the loss is {loss}")
-        for name in quantities:
-            began = time.perf_counter()
-            start = (starts or {}).get(name)
-            pair = top_eigenpair(
-                operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
-            )
-            vectors[name] = pair.vector
-            measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+        # Vectors made in an ambient inference mode could not be changed inside the evaluation.
+        with torch.inference_mode(False):
+            loss = problem.value()
+            if not abs(loss) < float("inf"):
+                raise NonFiniteError(f"the loss is {loss}")
+            for name in quantities:
+                began = time.perf_counter()
+                start = (starts or {}).get(name)
+                pair = top_eigenpair(
+                    operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+                )
+                vectors[name] = pair.vector
+                measurements[name] = _measurement(name, pair, time.perf_counter() - began)
     except NonFiniteError as error:
         failed = dataclasses.replace(margins, failure=f"not finite: {error}")
         return failed, {}
