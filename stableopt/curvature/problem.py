@@ -241,11 +241,13 @@ class Problem:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
+        # An embedding may give sparse gradients, which have no flat view.
+        dense = [t.to_dense() if t is not None and t.is_sparse else t for t in tensors]
         parts = [
             torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
             if t is None
             else (t.reshape(-1) if factor == 1.0 else t.reshape(-1) * factor)
-            for t, shape, factor in zip(tensors, self.shapes, self.scale, strict=True)
+            for t, shape, factor in zip(dense, self.shapes, self.scale, strict=True)
         ]
         return torch.cat(parts)
 
