@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature import Problem
 from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.quiet import measuring
 from stableopt.stability.margins import StabilityMargins, as_seen_by, check_quantities, measure_at
 from stableopt.stability.update_rule import UpdateRule
 
@@ -191,11 +192,9 @@ class StabilityMonitor:
             # Work that training has queued is not the measurement's.
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        self._counter.active = False
         try:
             return self._tell(self._measure_now())
         finally:
-            self._counter.active = True
             self._last_end = time.perf_counter()
             self._last_seconds = self._last_end - began
             self._seconds += self._last_seconds
@@ -360,8 +359,9 @@ class _SampleCounter:
 
     @_eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Validation runs without gradients and is no part of a step.
-        if self.active and torch.is_grad_enabled():
+        # Validation runs without gradients and is no part of a step; nor are passes of this or any
+        # other measurement.
+        if self.active and torch.is_grad_enabled() and not measuring():
             sizes: list[int] = []
             map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, (args, kwargs))
             self._count += sizes[0] if sizes else 0
