@@ -833,6 +833,23 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
     assert margins.loss == pytest.approx(loss, rel=1e-12)  # rounding alone
 
 
+def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a search that never starts afresh, which could follow an overtaken eigenvector on."""
+    given: list[tuple[set[str], int]] = []
+    measure_at = stableopt.monitor.measure_at
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        given.append((set(kwargs["starts"]), kwargs["seed"]))
+        return measure_at(*args, **kwargs)
+
+    monkeypatch.setattr(stableopt.monitor, "measure_at", recorded)
+    model, optimizer, _ = start(cold_every=2, seed=7)
+    train(model, optimizer, 7)
+    cold, warm = set[str](), {"sharpness"}
+    assert [starts for starts, _ in given] == [cold, warm, warm, cold, warm, warm, cold]
+    assert [seed for _, seed in given] == list(range(7, 14))
+
+
 def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a history that grows with the run, or that drops its latest entries."""
     monkeypatch.setattr(stableopt.monitor, "_HISTORY", 3)

@@ -184,6 +184,16 @@ def test_full_batch_has_no_non_uniformity_limit() -> None:
     assert limits[stableopt.GD] == (math.inf, N)
 
 
+def test_full_batch_has_no_limit_before_it_is_seen() -> None:
+    """Catches GD known by its batch size alone: before a step, or with a part of the data, too."""
+    model = linear()
+    optimizer = stableopt.GD(model.parameters(), lr=0.1)
+    before = optimizer.track(model, nn.MSELoss(), (X, Y)).measure()
+    assert (before.non_uniformity_limit, before.batch_size) == (math.inf, N)
+    part = optimizer.track(model, nn.MSELoss(), (X, Y), batch_size=N, dataset_size=100).measure()
+    assert (part.non_uniformity_limit, part.batch_size) == (math.inf, 100)
+
+
 def test_tracked_descent_is_the_untracked_one_and_reaches_the_minimum() -> None:
     """Catches gradients that point right but sum wrong: least squares has a known minimum."""
     final = []
