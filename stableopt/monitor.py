@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature import Problem
 from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.quiet import measuring
 from stableopt.stability.margins import StabilityMargins, as_seen_by, check_quantities, measure_at
 from stableopt.stability.update_rule import UpdateRule
 
@@ -121,6 +122,7 @@ class StabilityMonitor:
         seed: int = 0,
     ) -> None:
         _check_pace(every, max_overhead, cold_every)
+        _check_solver(tol, max_iter)
         self.optimizer = optimizer
         self._update_rule = update_rule
         params = None if params is None else list(params)
@@ -132,6 +134,8 @@ class StabilityMonitor:
         probe_size = self.problem.num_samples
         self._dataset_size = probe_size if dataset_size is None else dataset_size
         self._probe_is_all = dataset_size is None
+        if self._dataset_size < 1:
+            raise ValueError(f"dataset_size={dataset_size}: expected at least 1")
         if batch_size is not None:
             rule.max_non_uniformity(batch_size, self._dataset_size)  # raises for a batch above n
         self._batch_size = batch_size
@@ -191,11 +195,9 @@ class StabilityMonitor:
             # Work that training has queued is not the measurement's.
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        self._counter.active = False
         try:
             return self._tell(self._measure_now())
         finally:
-            self._counter.active = True
             self._last_end = time.perf_counter()
             self._last_seconds = self._last_end - began
             self._seconds += self._last_seconds
@@ -360,8 +362,9 @@ class _SampleCounter:
 
     @_eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Validation runs without gradients and is no part of a step.
-        if self.active and torch.is_grad_enabled():
+        # Validation runs without gradients and is no part of a step; nor are passes of this or any
+        # other measurement.
+        if self.active and torch.is_grad_enabled() and not measuring():
             sizes: list[int] = []
             map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, (args, kwargs))
             self._count += sizes[0] if sizes else 0
@@ -399,12 +402,21 @@ def _problem(
 def _check_pace(every: int | None, max_overhead: float | None, cold_every: int) -> None:
     if every is not None and max_overhead is not None:
         raise ValueError("every and max_overhead: expected at most one of them")
-    if every is not None and (not isinstance(every, int) or every < 1):
+    # True is an int to Python, and surely meant something else.
+    if every is not None and (not isinstance(every, int) or every < 1 or every is True):
         raise ValueError(f"every={every}: expected a whole number of steps, at least 1")
     if max_overhead is not None and not 0 < max_overhead < math.inf:
         raise ValueError(f"max_overhead={max_overhead}: expected a positive share, such as 0.05")
     if cold_every < 0:
         raise ValueError(f"cold_every={cold_every}: expected at least 0")
+
+
+def _check_solver(tol: float, max_iter: int) -> None:
+    # The solver checks them too, but then training runs already and can only be warned.
+    if not tol > 0:
+        raise ValueError(f"tol={tol}: expected a positive number")
+    if max_iter < 1:
+        raise ValueError(f"max_iter={max_iter}: expected at least 1")
 
 
 def _check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:

@@ -109,7 +109,9 @@ def top_eigenpair(
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},)")
     first = _first_vector(operator, start, seed)
     search = _lanczos if method == "lanczos" else _power
-    return search(operator, first, tol, max_iter)
+    # Under an ambient autocast the projections would be products of half-precision numbers.
+    with torch.autocast(operator.device.type, enabled=False):
+        return search(operator, first, tol, max_iter)
 
 
 def _first_vector(operator: Operator, start: Tensor | None, seed: int) -> Tensor:

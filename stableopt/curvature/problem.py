@@ -99,7 +99,7 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        self._set_up(model, batch_loss, Batches(data, chunk_size=chunk_size), params)
+        self._set_up(model, batch_loss, data, params, chunk_size, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -125,16 +125,18 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        batches = Batches(data, chunk_size=chunk_size, paired=False)
-        problem._set_up(model, batch_loss, batches, params)
+        problem._set_up(model, batch_loss, data, params, chunk_size, paired=False)
         return problem
 
     def _set_up(
         self,
         model: nn.Module,
         batch_loss: Callable[[nn.Module, Any], Tensor],
-        batches: Batches,
+        data: Any,
         params: Iterable[Tensor] | None,
+        chunk_size: int | None,
+        *,
+        paired: bool,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
@@ -142,9 +144,11 @@ class Problem:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self._objective = _Objective(self.model, batch_loss)
         _check_batch_norm(self.model)
-        self.batches = batches
         self.names, self.params = _select(self.model, params)
         self.device, self.dtype = _place(self.names, self.params)
+        # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
+        with undisturbed(self.model, self.device, generators_of(data)):
+            self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
         self.shapes = [p.shape for p in self.params]
         self.num_params = sum(p.numel() for p in self.params)
         self.sign = 1.0
@@ -207,7 +211,9 @@ class Problem:
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that ask for gradients."""
-        return tuple(p.detach().clone().requires_grad_() for p in self.params)
+        # Tensors made in an ambient inference mode could never be differentiated.
+        with torch.inference_mode(False):
+            return tuple(p.detach().clone().requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each."""
@@ -235,11 +241,13 @@ class Problem:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
+        # An embedding may give sparse gradients, which have no flat view.
+        dense = [t.to_dense() if t is not None and t.is_sparse else t for t in tensors]
         parts = [
             torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
             if t is None
             else (t.reshape(-1) if factor == 1.0 else t.reshape(-1) * factor)
-            for t, shape, factor in zip(tensors, self.shapes, self.scale, strict=True)
+            for t, shape, factor in zip(dense, self.shapes, self.scale, strict=True)
         ]
         return torch.cat(parts)
 

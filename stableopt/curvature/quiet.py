@@ -5,16 +5,31 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["undisturbed"]
+__all__ = ["measuring", "undisturbed"]
 
 _SEED = 0
 """Any constant: random numbers drawn in a measurement must be the same in each of its products."""
+
+_inside: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+def measuring() -> bool:
+    """Return whether the caller runs inside :func:`undisturbed`, by whomever it was entered.
+
+    >>> with undisturbed(nn.Identity(), torch.device("cpu")):
+    ...     measuring()
+    True
+    >>> measuring()
+    False
+    """
+    return _inside.get()
 
 
 @contextlib.contextmanager
@@ -47,6 +62,7 @@ def undisturbed(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        token = _inside.set(True)
         try:
             # Set the flag itself: `train()` may be overridden, and may do more than set it.
             for module, _ in flags:
@@ -60,6 +76,7 @@ def undisturbed(
                 generator.manual_seed(_SEED)
             yield
         finally:
+            _inside.reset(token)
             for module, training in flags:
                 module.training = training
             random.setstate(python_state)

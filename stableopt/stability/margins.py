@@ -321,14 +321,16 @@ def measure_at(
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
     try:
-        for name in quantities:
-            began = time.perf_counter()
-            start = (starts or {}).get(name)
-            pair = top_eigenpair(
-                operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
-            )
-            vectors[name] = pair.vector
-            measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+        # Vectors made in an ambient inference mode could not be changed inside the evaluation.
+        with torch.inference_mode(False):
+            for name in quantities:
+                began = time.perf_counter()
+                start = (starts or {}).get(name)
+                pair = top_eigenpair(
+                    operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+                )
+                vectors[name] = pair.vector
+                measurements[name] = _measurement(name, pair, time.perf_counter() - began)
         failure = None
     except NonFiniteError as error:
         failure = str(error)
