@@ -29,6 +29,9 @@ __all__ = ["ESCAPED", "Config", "Prediction", "Trace", "predict", "run"]
 
 QUANTITIES = ("sharpness", "non_uniformity")
 
+GD_EVERY = 2048
+"""Steps of GD between measurements."""
+
 ESCAPED = 10.0
 """SGD has left when the training loss has risen by this factor: noise around a stable minimum makes
 it rise two- to fourfold, an escape thirtyfold and more."""
@@ -170,7 +173,7 @@ def _descend(
         model,
         mean_squared_error,
         (images.x, images.y),
-        max_overhead=0.2,
+        every=GD_EVERY,
         quantities=QUANTITIES,
         sinks=[sink],
         tol=1e-3,
@@ -180,6 +183,8 @@ def _descend(
         task = progress.add_task("GD", total=1.0)
 
         def show(step: int, loss: float) -> None:
+            if step < GD_EVERY and step & (step - 1) == 0:
+                monitor.measure()  # much happens early: at powers of two as well
             if step % 100:
                 return
             margins = optimizer.margins
@@ -257,7 +262,7 @@ def _result(
         record = {k: v if math.isfinite(v) else None for k, v in margins.record().items()}
         return {**record, "test_accuracy": accuracy}
 
-    settings = asdict(config)
+    settings = {**asdict(config), "batch_sizes": list(config.batch_sizes)}
     for folder in ("out", "data_dir"):
         del settings[folder]
     return {

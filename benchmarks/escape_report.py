@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,8 @@ def compare(
 
     def row(name: str, form: str, value: Callable[[StabilityMargins], float | None]) -> None:
         cells = [value(margins) for margins in [minimum, *ends]]
-        table.add_row(name, *("–" if c is None else format(c, form) for c in cells))
+        shown = ("–" if c is None else "none" if c == math.inf else format(c, form) for c in cells)
+        table.add_row(name, *shown)
 
     row("training loss", ".1e", lambda m: m.loss)
     accuracies = [accuracy, *(trace.accuracy for trace in traces)]
