@@ -51,6 +51,10 @@ def covariance(hessians: Tensor) -> Tensor:
     return torch.stack([h @ h for h in hessians]).mean(0) - mean @ mean
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 def small_network(activation: type[nn.Module] = nn.Tanh) -> nn.Module:
     """Return 38 parameters in float64, smooth unless asked otherwise."""
     torch.manual_seed(0)

@@ -2,7 +2,8 @@
 
 from stableopt.curvature.diagnose import SecondDerivativeError
 from stableopt.curvature.eigen import Eigenpair, NonFiniteError, top_eigenpair
-from stableopt.curvature.operators import GaussNewton, Hessian, NonUniformity, Operator
+from stableopt.curvature.non_uniformity import NonUniformity
+from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.problem import Problem
 
 __all__ = [

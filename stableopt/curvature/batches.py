@@ -101,7 +101,7 @@ class Batches:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}: expected at least 1, or None")
         self.paired = paired
-        self._num_samples: int | None = None
+        self._counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
         self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size
         if next(iter(self), None) is None:
@@ -110,20 +110,28 @@ class Batches:
     def with_chunk_size(self, chunk_size: int) -> Batches:
         """Return the same data cut into chunks of at most ``chunk_size`` samples."""
         other = object.__new__(Batches)
-        other.__dict__ = {**self.__dict__, "chunk_size": chunk_size}
+        other.__dict__ = {**self.__dict__, "chunk_size": chunk_size, "_counts": None}
         return other
 
     @property
     def num_samples(self) -> int:
         """The number of samples n; the first call reads through data of unknown length."""
-        if self._num_samples is None:
+        return self._counted()[0]
+
+    @property
+    def num_chunks(self) -> int:
+        """The number of chunks that one reading yields."""
+        return self._counted()[1]
+
+    def _counted(self) -> tuple[int, int]:
+        if self._counts is None:
             for _ in self:
                 pass
-        assert self._num_samples is not None
-        return self._num_samples
+        assert self._counts is not None
+        return self._counts
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        total = 0
+        total = chunks = 0
         for batch in self.source:
             if self.paired and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise TypeError(
@@ -135,12 +143,14 @@ class Batches:
             step = self.chunk_size or max(size, 1)
             if size <= step:
                 if size:
+                    chunks += 1
                     yield batch, size
                 continue
             for start in range(0, size, step):
                 stop = min(start + step, size)
+                chunks += 1
                 yield cut(batch, start, stop), stop - start
-        self._num_samples = total
+        self._counts = (total, chunks)
 
 
 def _describe(value: Any) -> str:

@@ -1,36 +1,25 @@
 r"""Curvature matrices that are never formed: ``operator @ v`` for ``(d,)`` and ``(d, k)``.
 
 An operator is the matrix at one point: the parameters are copied when it is built, so it stays what
-it was while training goes on. Three examples::
+it was while training goes on. Two examples::
 
     Hessian(problem) @ v          # H v
     GaussNewton(problem) @ v      # (1/n) sum J_i^T (second derivative of the loss) J_i v
-    NonUniformity(problem) @ v    # Sigma v, Sigma = (1/n) sum H_i^2 - H^2
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.per_sample import (
-    MEMORY,
-    ChunkProduct,
-    loop_product,
-    samples_at_once,
-    vmap_product,
-)
 from stableopt.curvature.problem import Problem
 from stableopt.curvature.pull import pull
 
-__all__ = ["GaussNewton", "Hessian", "NonUniformity", "Operator"]
-
-_WORTH_VMAP = 16
-"""Samples at once below which the overhead of vmap outweighs what it saves."""
+__all__ = ["GaussNewton", "Hessian", "Operator"]
 
 
 class Operator(abc.ABC):
@@ -102,17 +91,14 @@ class _MeanOverSamples(Operator):
     def _linearised(self) -> Iterator[tuple[Any, int]]:
         # Where all samples fit one chunk the passes at theta are kept, and a product after the
         # first costs one second-order pass. With more chunks they would cost memory in n.
+        if self._kept is None and self.problem.one_chunk:
+            batch, size = next(self.problem.chunks())
+            self._kept = (self._linearise(batch), size)
         if self._kept is not None:
             yield self._kept
             return
-        chunks, last = 0, None
         for batch, size in self.problem.chunks():
-            last = None  # let go of one graph before the next is built
-            last = (self._linearise(batch), size)
-            chunks += 1
-            yield last
-        if chunks == 1:
-            self._kept = last
+            yield self._linearise(batch), size
 
 
 class _GradientPasses(NamedTuple):
@@ -213,74 +199,3 @@ class GaussNewton(_MeanOverSamples):
         pushed = pull(passes.pulled, (passes.dummy,), tangent)
         bent = pull((passes.slope,), (passes.slope_at,), pushed)
         return pull((passes.outputs,), self.theta, bent)
-
-
-class NonUniformity(Operator):
-    r"""The covariance of the per-sample Hessians, :math:`\Sigma = \frac1n\sum_i H_i^2 - H^2`.
-
-    The square root of its largest eigenvalue is the non-uniformity s (Wu, Ma & E, 2018, section 3).
-    A product is :math:`\Sigma v = \frac1n\sum_i H_i(H_i v - Hv)`: exact, positive semi-definite up
-    to rounding, and in memory that does not grow with n.
-
-    Args:
-        problem: what it is the non-uniformity of.
-        method: ``"vmap"`` takes many samples at once, ``"loop"`` one at a time; ``"auto"`` picks
-            by the size of the model and falls back to the loop where vmap cannot follow it.
-        memory: bytes that the samples taken at once may need.
-
-    >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2, H_i = 2 x_i^2
-    >>> x = torch.tensor([[1.0], [2.0]]).double()
-    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
-    >>> NonUniformity(problem) @ torch.ones(1).double()      # variance of 2 and 8
-    tensor([9.], dtype=torch.float64)
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        *,
-        method: Literal["auto", "vmap", "loop"] = "auto",
-        memory: int = MEMORY,
-    ) -> None:
-        if method not in ("auto", "vmap", "loop"):
-            raise ValueError(f"method={method!r}: expected 'auto', 'vmap' or 'loop'")
-        if memory < 1:
-            raise ValueError(f"memory={memory}: expected a positive number of bytes")
-        super().__init__(problem.num_params, problem.dtype, problem.device)
-        self.problem = problem
-        # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
-        self._mean = Hessian(problem.without_weight_decay())
-        at_once = samples_at_once(problem, memory)
-        self._may_fall_back = method == "auto"
-        self._use_vmap = method == "vmap" or (method == "auto" and at_once >= _WORTH_VMAP)
-        self._chunk_size = max(1, at_once)
-
-    @property
-    def method(self) -> str:
-        """Which way products go: ``"vmap"`` or ``"loop"``."""
-        return "vmap" if self._use_vmap else "loop"
-
-    def product(self, vector: Tensor) -> Tensor:
-        """Return ``Sigma @ vector`` for ``(d,)``."""
-        mean = self._mean.product(vector)
-        if self._use_vmap:
-            try:
-                return self._sum(vmap_product, vector, mean, self._chunk_size)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                if not self._may_fall_back:
-                    raise
-                self._use_vmap = False
-        return self._sum(loop_product, vector, mean, None)
-
-    def _sum(
-        self, chunk_product: ChunkProduct, vector: Tensor, mean: Tensor, chunk_size: int | None
-    ) -> Tensor:
-        problem, theta = self.problem, self._mean.theta
-        total, count = torch.zeros_like(vector), 0
-        with problem.evaluation():
-            for batch, size in problem.chunks(chunk_size):
-                total += chunk_product(problem, theta, batch, size, vector, mean)
-                count += size
-        return total / count

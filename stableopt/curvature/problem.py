@@ -205,6 +205,12 @@ class Problem:
         with self.evaluation():
             return self.batches.num_samples
 
+    @property
+    def one_chunk(self) -> bool:
+        """Whether all samples are evaluated at once, so that passes over them may be kept."""
+        with self.evaluation():
+            return self.batches.num_chunks == 1
+
     def evaluation(self) -> AbstractContextManager[None]:
         """Return the context in which the model is a fixed function and nothing leaves a trace."""
         return undisturbed(self.model, self.device, generators_of(self.batches.source))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from oracles import covariance, dense_hessians, small_data, small_network
+from oracles import covariance, dense_hessians, relative_error, small_data, small_network
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,10 +23,6 @@ from stableopt.curvature import (
 )
 
 LOSSES = [nn.MSELoss(), nn.CrossEntropyLoss(), nn.HuberLoss(delta=0.3)]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 def eye(operator: Operator) -> Tensor:
@@ -49,7 +45,7 @@ def test_hessian_is_the_mean_of_the_dense_per_sample_hessians(
     assert relative_error(hessian @ eye(hessian), expected) < PRODUCT
 
 
-@pytest.mark.parametrize("method", ["vmap", "loop"])
+@pytest.mark.parametrize("method", ["structured", "vmap", "loop"])
 @pytest.mark.parametrize("loss_fn", LOSSES, ids=lambda f: type(f).__name__)
 def test_non_uniformity_is_the_covariance_of_the_dense_per_sample_hessians(
     network: nn.Module, data: tuple[Tensor, Tensor], loss_fn: nn.Module, method: str
@@ -223,7 +219,7 @@ def test_transformed_coordinates(network: nn.Module, data: tuple[Tensor, Tensor]
     inside = diagonal[:, None] * hessians * diagonal
     expected = -inside.mean(0) + torch.diag(diagonal**2 * shift)
     assert relative_error(Hessian(seen) @ eye(Hessian(seen)), expected) < PRODUCT
-    for method in ("vmap", "loop"):
+    for method in ("structured", "vmap", "loop"):
         spread = NonUniformity(seen, method=method)
         assert relative_error(spread @ eye(spread), covariance(inside)) < PRODUCT
 
@@ -277,7 +273,7 @@ def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = network
+            self.inner = nn.Sequential(network, nn.LayerNorm(3).double())
 
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) * (2.0 if float(x.sum()) > 0 else 1.0)
@@ -295,10 +291,12 @@ def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
 
 def test_large_models_take_few_samples_at_once(problem: Problem) -> None:
     """Catches memory that grows with the model times the data."""
-    assert NonUniformity(problem, memory=1).method == "loop"
-    roomy = NonUniformity(problem, memory=8 * 38 * 8 * 20)
+    model = nn.Sequential(problem.model, nn.LayerNorm(3).double())  # no structure of layers alone
+    other = Problem(model, nn.MSELoss(), small_data())
+    assert NonUniformity(other, memory=1).method == "loop"
+    roomy = NonUniformity(other, memory=8 * 44 * 8 * 20)
     assert roomy.method == "vmap"
-    assert roomy._chunk_size == 20
+    assert roomy._at_once == 20
 
 
 def test_single_precision_agrees(data: tuple[Tensor, Tensor]) -> None:
