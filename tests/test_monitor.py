@@ -165,15 +165,18 @@ def test_failing_measurement_leaves_no_trace() -> None:
     """Catches restoring that is skipped when the loss raises halfway through a measurement."""
 
     def watch(optimizer: torch.optim.Optimizer, model: nn.Module, loader: Any) -> Any:
-        calls = []
+        armed = calls = 0
 
         def loss(output: Tensor, y: Tensor) -> Tensor:
-            calls.append(1)
-            if len(calls) > 3:  # two of the constructor's, and the first batch of the first
+            nonlocal calls
+            calls += armed
+            if calls > 1:  # after the first batch of the first measurement
                 raise RuntimeError("out of luck")
             return MSE(output, y)
 
-        return StabilityMonitor(optimizer, model, loss, loader, every=1)
+        monitor = StabilityMonitor(optimizer, model, loss, loader, every=1)
+        armed = 1
+        return monitor
 
     bare, _ = restless_run(None)
     with pytest.warns(RuntimeWarning, match="out of luck") as caught:

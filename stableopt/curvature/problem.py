@@ -296,7 +296,7 @@ class Problem:
                 doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
                 _check_mean(float(loss.detach()), float(self.loss(theta, doubled)))
             try:
-                differentiate_twice(loss, theta)
+                depends = differentiate_twice(lambda at: self.loss(tuple(at), batch), theta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -304,6 +304,10 @@ class Problem:
                     self.model, lambda: self.loss(theta, batch)
                 )
                 raise SecondDerivativeError(culprit, error) from error
+        if not depends:
+            raise ValueError(
+                "loss_fn: the loss does not depend on any of the parameters that count"
+            )
 
 
 def _select(

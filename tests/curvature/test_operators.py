@@ -430,6 +430,57 @@ def test_a_module_without_second_derivative_is_named() -> None:
         Problem(model.double(), nn.MSELoss(), (x, y))
 
 
+class Detached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.exp())
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].detach()
+
+
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Detached.apply(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_backward_with_a_wrong_derivative_is_found_out(dtype: torch.dtype) -> None:
+    """Catches curvature that silently lacks a part: nothing raises, and only differences tell."""
+    x, y = (t.to(dtype) for t in small_data())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), Silent()), nn.Linear(4, 3))
+    with pytest.raises(SecondDerivativeError, match=r"module '1\.1' \(Silent\).* is off by"):
+        Problem(model.to(dtype), nn.MSELoss(), (x, y))
+
+
+def test_weight_norm_is_measured_rightly_or_refused() -> None:
+    """Catches the second derivative of torch's fused weight norm, off by tens of percent in torch
+    2.13: where a release mends it, it must agree with differences of the gradient.
+    """
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)).double()
+    data = small_data()
+    try:
+        hessian = Hessian(Problem(model, nn.MSELoss(), data))
+    except SecondDerivativeError:
+        with pytest.raises(SecondDerivativeError, match="_WeightNorm"):
+            Problem(model, nn.MSELoss(), data)
+        return
+    point = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def gradient(at: Tensor) -> Tensor:
+        torch.nn.utils.vector_to_parameters(at, model.parameters())
+        return Problem(model, nn.MSELoss(), data).gradient()
+
+    step = 1e-6
+    for unit in eye(hessian):
+        expected = (gradient(point + step * unit) - gradient(point - step * unit)) / (2 * step)
+        assert float((hessian @ unit - expected).norm()) < 1e-6
+
+
 def test_attention_is_measured() -> None:
     """Catches attention kernels that have no double backward: the math kernel has."""
 

@@ -131,11 +131,10 @@ UNFIT = {
     "other parameters": lambda: nn.Sequential(Two(), nn.LayerNorm(3)).double(),
     "a subclass": lambda: Squared(3, 3).double(),
     "sequences": Sequences,
-    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3).double()),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3).double()),
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of weight norm, once
 @pytest.mark.parametrize("model", UNFIT)
 def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
     """Catches a product that is quick and wrong; the general one is right for all of these."""
