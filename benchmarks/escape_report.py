@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data import Images
+from benchmarks.escape_case import Config, Prediction, Trace
 from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink, UpdateRule, plot
-
-if TYPE_CHECKING:
-    from benchmarks.escape import Config, Prediction, Trace
 
 __all__ = ["announce", "compare", "draw", "foretell", "point_out"]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as cli
 from benchmarks import data as datasets
-from benchmarks import escape, gd_sharpness, overhead
+from benchmarks import escape, escape_case, gd_sharpness, overhead
 from benchmarks.networks import WIDTHS, fully_connected
 from stableopt import StabilityMargins
 
@@ -145,11 +145,11 @@ def test_predictions_follow_the_measured_numbers(
         non_uniformity=s,
         non_uniformity_limit=4.0,
     )
-    prediction = escape.predict(margins)
+    prediction = escape_case.predict(margins)
     assert prediction.escapes is escapes
     assert says in prediction.why
     with pytest.raises(ValueError, match="not measured: not finite"):
-        escape.predict(StabilityMargins(failure="not finite"))
+        escape_case.predict(StabilityMargins(failure="not finite"))
 
 
 def test_an_escape_is_a_tenfold_rise_or_a_loss_that_is_lost() -> None:
@@ -161,7 +161,9 @@ def test_an_escape_is_a_tenfold_rise_or_a_loss_that_is_lost() -> None:
         ([1.0, float("nan"), 1.0], 10),
     ):
         for said in (True, False):
-            trace = escape.Trace(escape.Prediction(said, ""), start, [0, 10, 20], losses, 0.5)
+            trace = escape_case.Trace(
+                escape_case.Prediction(said, ""), start, [0, 10, 20], losses, 0.5
+            )
             assert trace.escaped_at == at
             assert trace.right == (said == (at is not None))
 
