@@ -90,7 +90,7 @@ class Batches:
 
     Raises:
         TypeError: if ``data`` can be read only once, or cannot be read at all.
-        ValueError: if it is empty, or ``chunk_size`` is not positive.
+        ValueError: if ``chunk_size`` is not positive; when it is read, if it is empty.
 
     >>> batches = Batches((torch.zeros(5, 3), torch.zeros(5)), chunk_size=2)
     >>> [size for _, size in batches], batches.num_samples
@@ -104,8 +104,6 @@ class Batches:
         self._counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
         self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size
-        if next(iter(self), None) is None:
-            raise ValueError("data is empty: expected at least one sample")
 
     def with_chunk_size(self, chunk_size: int) -> Batches:
         """Return the same data cut into chunks of at most ``chunk_size`` samples."""
@@ -150,6 +148,8 @@ class Batches:
                 stop = min(start + step, size)
                 chunks += 1
                 yield cut(batch, start, stop), stop - start
+        if not total:
+            raise ValueError("data is empty: expected at least one sample")
         self._counts = (total, chunks)
 
 

@@ -93,13 +93,11 @@ class GD(SGD):
             TypeError: for data that can be read only once.
             ValueError: for empty data, or a loss that is not a scalar.
         """
-        batches = Batches(data, chunk_size=chunk_size)
         device = self.param_groups[0]["params"][0].device
-        total = batches.num_samples
-        self.zero_grad()
         losses: list[Tensor] = []
+        first = total = 0
         with torch.enable_grad():
-            for batch, size in batches:
+            for batch, size in Batches(data, chunk_size=chunk_size):
                 x, y = map_tensors(lambda t: t.to(device, non_blocking=True), batch)
                 loss = loss_fn(model(x), y)
                 if loss.dim() != 0:
@@ -107,7 +105,17 @@ class GD(SGD):
                         f"loss_fn returned shape {tuple(loss.shape)}: expected a scalar, the mean"
                         " over the batch (reduction='mean')"
                     )
-                part = loss * (size / total)
+                if not total:
+                    self.zero_grad()
+                    first = size
+                # n is known when all is read; until then the first chunk is the unit.
+                part = loss * (size / first)
                 torch.autograd.backward(part)
                 losses.append(part.detach())
-        return float(torch.stack(losses).sum())
+                total += size
+        if total != first:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(first / total)
+        return float(torch.stack(losses).sum()) * (first / total)

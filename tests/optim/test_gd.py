@@ -82,6 +82,21 @@ def test_chunk_size_bounds_what_the_model_sees() -> None:
     assert sizes == [4, 4, 3]
 
 
+def test_data_are_read_once_a_step() -> None:
+    """Catches a pass over the data only to count them, which doubles the time of reading."""
+    served = []
+
+    class Counted(Rows):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            served.append(index)
+            return super().__getitem__(index)
+
+    model = linear()
+    optimizer = stableopt.GD(model.parameters(), lr=0.1)
+    optimizer.full_gradient(model, nn.MSELoss(), DataLoader(Counted(), batch_size=4))
+    assert served == list(range(N))
+
+
 def test_one_chunk_is_bit_for_bit_a_plain_backward() -> None:
     """Catches weights n/n that round, so that full-batch runs would drift from plain ones."""
     model, other = linear(), linear()
