@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-__all__ = ["Batches", "map_tensors", "sample_count"]
+from stableopt._arguments import whole
+
+__all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 
 DEFAULT_CHUNK = 1024
 """Samples in a chunk where nobody chose: one pass of most small networks, and bounded memory."""
@@ -44,6 +46,22 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the dicts, lists and tuples of ``batch``, without rebuilding any.
+
+    >>> [t.shape[0] for t in tensors_in({"x": torch.zeros(2), "more": [torch.zeros(3)]})]
+    [2, 3]
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_in(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from tensors_in(value)
+
+
 def sample_count(batch: Any) -> int:
     """Return the number of samples: the leading dimension that all tensors of ``batch`` share.
 
@@ -55,12 +73,11 @@ def sample_count(batch: Any) -> int:
     >>> sample_count((torch.zeros(5, 3), torch.zeros(5)))
     5
     """
-    sizes: list[int] = []
-    map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, batch)
+    sizes = [t.shape[0] for t in tensors_in(batch) if t.dim()]
     if not sizes:
         raise ValueError(
-            f"data: a batch of type {type(batch).__name__} holds no tensor with a leading dimension;"
-            " expected tensors whose first dimension counts the samples"
+            f"data: {_describe(batch)} as a batch holds no tensor with a leading dimension; expected"
+            " tensors whose first dimension counts the samples (torch.as_tensor makes them of arrays)"
         )
     if len(set(sizes)) > 1:
         raise ValueError(
@@ -98,8 +115,8 @@ class Batches:
     """
 
     def __init__(self, data: Any, *, chunk_size: int | None = None, paired: bool = True) -> None:
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: expected at least 1, or None")
+        if chunk_size is not None:
+            chunk_size = whole("chunk_size", chunk_size)
         self.paired = paired
         self._counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
@@ -165,25 +182,34 @@ def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]
         return _reread(data), False
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
+            _refuse_once_only(data)
             return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK), False
         return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK, shuffle=False), False
     if _is_batch(data, paired):
         return [data], True
     if isinstance(data, Tensor):
         raise TypeError("data is a single tensor: expected (x, y)")
+    if isinstance(data, str):
+        raise TypeError(f"data={data!r}: expected (x, y), a Dataset, a DataLoader or batches")
     try:
-        iterator = iter(data)
+        iter(data)
     except TypeError:
         raise TypeError(
             f"data={data!r} cannot be iterated: expected (x, y), a Dataset, a DataLoader or a"
             " re-iterable of batches"
         ) from None
-    if iterator is data:
+    _refuse_once_only(data)
+    return data, False
+
+
+def _refuse_once_only(data: Any) -> None:
+    # What gives the same iterator twice would be moved on by reading it here, or be at its end.
+    first, second = iter(data), iter(data)
+    if first is data or first is second:
         raise TypeError(
             f"data is a {type(data).__name__}, an iterator that can be read only once; each product"
             " reads the data again, so pass a list of batches, a Dataset or a DataLoader"
         )
-    return data, False
 
 
 def _is_batch(data: Any, paired: bool) -> bool:
@@ -198,6 +224,7 @@ def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader over the same samples that shares no state with ``loader``."""
     common: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0}
     if isinstance(loader.dataset, IterableDataset):
+        _refuse_once_only(loader.dataset)
         return DataLoader(loader.dataset, batch_size=loader.batch_size, **common)
     plain = isinstance(loader.sampler, SequentialSampler) or (
         isinstance(loader.sampler, RandomSampler)

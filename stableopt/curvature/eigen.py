@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stableopt._arguments import positive, whole
 from stableopt.curvature.operators import Operator
 
 __all__ = ["Eigenpair", "NonFiniteError", "top_eigenpair"]
@@ -100,10 +101,7 @@ def top_eigenpair(
     """
     if method not in ("lanczos", "power"):
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
-    if not tol > 0:
-        raise ValueError(f"tol={tol}: expected a positive number")
-    if max_iter < 1:
-        raise ValueError(f"max_iter={max_iter}: expected at least 1")
+    tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     size = operator.shape[0]
     if start is not None and start.shape != (size,):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},)")

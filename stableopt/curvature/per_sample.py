@@ -12,6 +12,7 @@ A faster way for particular modules is one more function of the type :data:`Chun
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -68,4 +69,7 @@ def vmap_product(
         return problem.flatten(pull_back(tuple(problem.unflatten(deviation)))[0])
 
     rows = torch.arange(size, device=vector.device)
-    return torch.vmap(one, randomness="same")(rows).sum(0).detach()
+    with warnings.catch_warnings():
+        # Advice to file an issue with torch is nothing that the user of a measurement can follow.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(one, randomness="same")(rows).sum(0).detach()

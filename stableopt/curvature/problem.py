@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
+from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors, sample_count
 from stableopt.curvature.diagnose import (
     SecondDerivativeError,
     differentiate_twice,
@@ -50,10 +50,16 @@ rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
 class _Objective(nn.Module):
     """A model and its loss as one module, so that one functional call swaps all parameters."""
 
-    def __init__(self, model: nn.Module, batch_loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, batch_loss: Callable[[nn.Module, Any], Tensor], loss_fn: Any
+    ) -> None:
         super().__init__()
         self.model = model
         self.batch_loss = batch_loss
+        if isinstance(loss_fn, nn.Module):
+            # Its mode and buffers are then kept like the model's. A loss that is bound to the
+            # model, or a part of it, is there already.
+            self.loss_fn = loss_fn
 
     def forward(self, batch: Any) -> Tensor:
         return self.batch_loss(self.model, batch)
@@ -93,6 +99,8 @@ class Problem:
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
     ) -> None:
+        if not callable(loss_fn) or isinstance(loss_fn, type):
+            raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
         self.loss_fn: Callable[[Any, Any], Tensor] | None = loss_fn
 
         def batch_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -140,14 +148,14 @@ class Problem:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-        # torch.compile's module cannot be differentiated twice; the one inside it can.
-        self.model: nn.Module = getattr(model, "_orig_mod", model)
-        self._objective = _Objective(self.model, batch_loss)
+        self.model = _unwrapped(model)
+        self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         _check_batch_norm(self.model)
+        self._all_trainable = params is None
         self.names, self.params = _select(self.model, params)
         self.device, self.dtype = _place(self.names, self.params)
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
-        with undisturbed(self.model, self.device, generators_of(data)):
+        with undisturbed(self._objective, self.device, generators_of(data)):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
         self.shapes = [p.shape for p in self.params]
         self.num_params = sum(p.numel() for p in self.params)
@@ -213,7 +221,7 @@ class Problem:
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Return the context in which the model is a fixed function and nothing leaves a trace."""
-        return undisturbed(self.model, self.device, generators_of(self.batches.source))
+        return undisturbed(self._objective, self.device, generators_of(self.batches.source))
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that ask for gradients."""
@@ -222,26 +230,30 @@ class Problem:
             return tuple(p.detach().clone().requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
-        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each."""
+        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each.
+
+        Tensors are copies, since a model may work on its inputs in place.
+        """
         batches = self.batches if chunk_size is None else self.batches.with_chunk_size(chunk_size)
         for batch, size in batches:
-            yield map_tensors(lambda t: t.to(self.device, non_blocking=True), batch), size
+            yield map_tensors(lambda t: t.detach().to(self.device, copy=True), batch), size
 
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
 
         To be called inside :meth:`evaluation`.
         """
-        loss = functional_call(self._objective, self._state(theta, "model."), (batch,))
+        state = self._state(self._objective, theta, "model.")
+        loss = functional_call(self._objective, state, (batch,))
         return self.sign * _checked_scalar(loss)
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
-        return functional_call(self.model, self._state(theta, ""), (batch[0],))
+        return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
 
-    def _state(self, theta: Theta, prefix: str) -> dict[str, Tensor]:
+    def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
         # Buffers as copies: some modules write to them even in eval mode.
-        state = {prefix + name: b.clone() for name, b in self.model.named_buffers()}
+        state = {name: b.clone() for name, b in module.named_buffers()}
         state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
         return state
 
@@ -268,12 +280,26 @@ class Problem:
     def value(self, theta: Theta | None = None) -> float:
         """Return the mean loss over all samples, times ``sign``, at the present parameters."""
         theta = tuple(p.detach() for p in self.params) if theta is None else theta
-        with self.evaluation(), torch.no_grad():
+        # With gradients on: without them some modules take another path, and some models, which
+        # differentiate in their forward pass, none.
+        with self.evaluation():
             total, count = torch.zeros((), dtype=torch.float64), 0
             for batch, size in self.chunks():
-                total += size * self.loss(theta, batch).double().cpu()
+                total += size * self.loss(theta, batch).detach().double().cpu()
                 count += size
         return float(total / count)
+
+    def check_current(self) -> None:
+        """Raise ``ValueError`` if the model no longer has the parameters that were chosen."""
+        try:
+            now = _select(self.model, None if self._all_trainable else self.params)[1]
+        except ValueError:
+            now = []
+        if [id(p) for p in now] != [id(p) for p in self.params]:
+            raise ValueError(
+                "the model's trainable parameters are no longer those that were chosen when the"
+                " problem was made: make it again, or call track again"
+            )
 
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
@@ -291,10 +317,12 @@ class Problem:
             batch, size = next(self.chunks())
             batch = cut(batch, 0, min(size, _CHECKED_SAMPLES))
             theta = self.theta()
-            loss = self.loss(theta, batch)
-            with torch.no_grad():
-                doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
-                _check_mean(float(loss.detach()), float(self.loss(theta, doubled)))
+            once = float(self.loss(theta, batch).detach())
+            doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
+            _check_mean(once, float(self.loss(theta, doubled).detach()))
+            size = sample_count(batch)
+            singles = (self.loss(theta, cut(batch, i, i + 1)).detach() for i in range(size))
+            _check_weights(once, sum(map(float, singles)) / size)
             try:
                 depends = differentiate_twice(lambda at: self.loss(tuple(at), batch), theta)
             except torch.OutOfMemoryError:
@@ -321,6 +349,11 @@ def _select(
     else:
         if isinstance(params, Tensor):
             raise TypeError("params is a single tensor: expected an iterable of parameters")
+        params = list(params)
+        if not all(isinstance(p, Tensor) for p in params):
+            raise TypeError(
+                f"params={params!r}: expected parameters of model, such as model.head.parameters()"
+            )
         wanted = {id(p): p for p in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}
         strangers = set(wanted) - {id(p) for p in chosen.values()}
@@ -339,6 +372,8 @@ def _place(
 ) -> tuple[torch.device, torch.dtype]:
     first = params[0]
     for name, p in zip(names, params, strict=True):
+        if isinstance(p, nn.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the lazy model once before")
         if p.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64;"
@@ -366,6 +401,28 @@ def _check_batch_norm(model: nn.Module) -> None:
             " running statistics, since batch statistics couple the samples",
             stacklevel=4,
         )
+
+
+def _check_weights(together: float, apart: float) -> None:
+    if abs(together) > 1e-6 and abs(together - apart) > _NOT_A_MEAN * abs(together):
+        warnings.warn(
+            f"loss_fn weighs samples unequally: a batch has loss {together:.6g}, its samples by"
+            f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"
+            " see each other). Sharpness is then that of the mean over chunks, and non-uniformity"
+            " that of samples by themselves",
+            stacklevel=4,
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
+    # other processes in their forward pass; the module inside has the same parameters.
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return model
+        model = inner
 
 
 def _checked_scalar(loss: Any) -> Tensor:

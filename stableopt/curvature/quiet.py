@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ __all__ = ["measuring", "undisturbed"]
 
 _SEED = 0
 """Any constant: random numbers drawn in a measurement must be the same in each of its products."""
+
+_one_at_a_time = threading.RLock()
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
@@ -41,8 +45,9 @@ def undisturbed(
     Inside: eval mode (dropout off, batch norm by its running statistics: the per-sample Hessians of
     the theory do not exist where samples are coupled), gradients on, autocast off, attention by its
     math kernel (the others have no double backward), and every random generator at a fixed seed.
-    Afterwards: each module's ``training`` flag and the state of Python's, NumPy's and torch's
-    generators, on the CPU, on ``device`` and in ``generators``, are bit for bit what they were.
+    Afterwards: each module's ``training`` flag and other attributes, and the state of Python's,
+    NumPy's and torch's generators, on the CPU, on ``device`` and in ``generators``, are what they were.
+    Several threads take turns: generators and kernel choice belong to the process.
 
     >>> layer = nn.Dropout()
     >>> with undisturbed(layer, torch.device("cpu")):
@@ -52,11 +57,12 @@ def undisturbed(
     True
     """
     flags = [(module, module.training) for module in model.modules()]
+    attributes = [(module, dict(module.__dict__)) for module, _ in flags]
     own = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
     device_type = device.type if device.type != "cpu" else "cuda"
-    with contextlib.ExitStack() as stack:
+    with _one_at_a_time, contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -79,7 +85,18 @@ def undisturbed(
             _inside.reset(token)
             for module, training in flags:
                 module.training = training
+            for module, before in attributes:
+                _restore(module.__dict__, before)
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in own:
                 generator.set_state(state)
+
+
+def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put back what a forward pass assigned, as a recurrent model its hidden state."""
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    for name, value in before.items():
+        if attributes.get(name) is not value:
+            attributes[name] = value

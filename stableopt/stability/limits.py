@@ -18,6 +18,8 @@ import math
 
 import numpy as np
 
+from stableopt._arguments import whole
+
 __all__ = ["max_non_uniformity", "max_sharpness", "mean_square_radius", "noise_factor"]
 
 
@@ -34,10 +36,10 @@ def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
     >>> noise_factor(4), noise_factor(1, 10), noise_factor(10, 10)
     (0.25, 1.0, 0.0)
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    batch_size = whole("batch_size", batch_size)
     if dataset_size is None:
         return 1.0 / batch_size
+    dataset_size = whole("dataset_size", dataset_size)
     if batch_size > dataset_size:
         raise ValueError(f"batch_size={batch_size} is above dataset_size={dataset_size}")
     if batch_size == dataset_size:
