@@ -20,11 +20,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
-from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.batches import tensors_in
 from stableopt.curvature.quiet import measuring
-from stableopt.stability.margins import StabilityMargins, as_seen_by, check_quantities, measure_at
+from stableopt.stability.limits import noise_factor
+from stableopt.stability.margins import (
+    StabilityMargins,
+    as_seen_by,
+    check_params,
+    check_quantities,
+    measure_at,
+)
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Sink", "StabilityMonitor"]
@@ -121,29 +130,34 @@ class StabilityMonitor:
         cold_every: int = 20,
         seed: int = 0,
     ) -> None:
-        _check_pace(every, max_overhead, cold_every)
-        _check_solver(tol, max_iter)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+        if every is not None and max_overhead is not None:
+            raise ValueError("every and max_overhead: expected at most one of them")
+        self._every = None if every is None else whole("every", every)
+        self._max_overhead = positive(
+            "max_overhead", DEFAULT_OVERHEAD if max_overhead is None else max_overhead
+        )
+        self._cold_every = whole("cold_every", cold_every, least=0)
+        self._tol, self._max_iter = positive("tol", tol), whole("max_iter", max_iter)
+        self._seed = whole("seed", seed, least=0)
+        self.sinks = check_sinks(sinks)
         self.optimizer = optimizer
         self._update_rule = update_rule
-        params = None if params is None else list(params)
         self.problem = _problem(model, loss_fn, data, params, chunk_size)
-        _check_params(optimizer, self.problem, explicit=params is not None)
+        self._explicit = params is not None
+        check_params(optimizer, self.problem, explicit=self._explicit)
         rule = self._rule()
         self.quantities = check_quantities(quantities, rule)
         as_seen_by(self.problem, rule, optimizer)  # raises where the groups do not fit
         probe_size = self.problem.num_samples
-        self._dataset_size = probe_size if dataset_size is None else dataset_size
         self._probe_is_all = dataset_size is None
-        if self._dataset_size < 1:
-            raise ValueError(f"dataset_size={dataset_size}: expected at least 1")
-        if batch_size is not None:
-            rule.max_non_uniformity(batch_size, self._dataset_size)  # raises for a batch above n
-        self._batch_size = batch_size
-        self.sinks = list(sinks)
-        self._every = every
-        self._max_overhead = DEFAULT_OVERHEAD if max_overhead is None else max_overhead
-        self._tol, self._max_iter, self._seed = tol, max_iter, seed
-        self._cold_every = cold_every
+        self._dataset_size = (
+            probe_size if dataset_size is None else whole("dataset_size", dataset_size)
+        )
+        self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
+        if self._batch_size is not None:
+            noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
 
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
@@ -158,8 +172,9 @@ class StabilityMonitor:
         self._counter = _SampleCounter()
         observed = model if isinstance(model, nn.Module) else self.problem.model
         self._handles = [
-            optimizer.register_step_post_hook(self._after_step),
+            # This one first: modules of torch.jit refuse it, and nothing must be left behind.
             observed.register_forward_pre_hook(self._counter, with_kwargs=True),
+            optimizer.register_step_post_hook(self._after_step),
         ]
 
     # -- what it knows -------------------------------------------------------------------------
@@ -190,20 +205,30 @@ class StabilityMonitor:
         Raises:
             Exception: whatever goes wrong, other than curvature that is not finite.
         """
+        return self._timed(self._measure_now)
+
+    def _timed(self, measured: Callable[[], StabilityMargins]) -> StabilityMargins:
         device = self.problem.device
         if device.type == "cuda":
             # Work that training has queued is not the measurement's.
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         try:
-            return self._tell(self._measure_now())
+            return self._tell(measured())
         finally:
             self._last_end = time.perf_counter()
             self._last_seconds = self._last_end - began
             self._seconds += self._last_seconds
 
+    def _measured_or_failed(self) -> StabilityMargins:
+        try:
+            return self._measure_now()
+        except Exception as error:  # measuring must not end the training
+            return StabilityMargins(step=self.step, failure=f"{type(error).__name__}: {error}")
+
     def _measure_now(self) -> StabilityMargins:
         rule = self._rule()
+        self._follow()
         batch_size, dataset_size = self.batch_size, self._known_dataset_size()
         cold = self._measured % (self._cold_every + 1) == 0
         margins, vectors = measure_at(
@@ -223,6 +248,13 @@ class StabilityMonitor:
         self._starts = vectors
         return margins
 
+    def _follow(self) -> None:
+        """Go on with the model's parameters where they have changed, as when layers thaw."""
+        problem = self.problem.current()
+        if problem is not self.problem:
+            check_params(self.optimizer, problem, explicit=self._explicit)
+            self.problem, self._starts = problem, {}
+
     def _tell(self, margins: StabilityMargins) -> StabilityMargins:
         self.history.append(margins)
         if margins.failure is not None:
@@ -237,15 +269,23 @@ class StabilityMonitor:
             try:
                 sink(margins.step, dict(record))
             except Exception as error:
-                self._warn(f"the sink {sink!r} failed", f"{type(error).__name__}: {error}")
+                self._warn(
+                    f"the sink {type(sink).__name__} failed", f"{type(error).__name__}: {error}"
+                )
         return margins
 
     def _rule(self) -> UpdateRule:
-        if isinstance(self._update_rule, UpdateRule):
-            return self._update_rule
-        if self._update_rule is not None:
-            return self._update_rule(self.optimizer)
-        return UpdateRule.of(self.optimizer)
+        if self._update_rule is None:
+            return UpdateRule.of(self.optimizer)
+        rule = self._update_rule
+        if not isinstance(rule, UpdateRule) and callable(rule):
+            rule = rule(self.optimizer)
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(
+                f"update_rule={self._update_rule!r}: expected an UpdateRule, or a function of the"
+                " optimizer that returns one"
+            )
+        return rule
 
     def _known_dataset_size(self) -> int | None:
         batch_size, size = self.batch_size, self._dataset_size
@@ -278,11 +318,7 @@ class StabilityMonitor:
         if not self._pending or not self._moved():
             return
         self._pending = False
-        try:
-            self.measure()
-        except Exception as error:
-            margins = StabilityMargins(step=self.step, failure=f"{type(error).__name__}: {error}")
-            self._tell(margins)
+        self._timed(self._measured_or_failed)
 
     def _due(self) -> bool:
         if self._every is not None:
@@ -307,7 +343,10 @@ class StabilityMonitor:
         self._handles = []
         for sink in self.sinks:
             if callable(flush := getattr(sink, "flush", None)):
-                flush()
+                try:
+                    flush()
+                except Exception as error:  # it must not hide the error that ends a `with`
+                    self._warn(f"the sink {type(sink).__name__} failed to flush", repr(error))
 
     def __enter__(self) -> StabilityMonitor:
         return self
@@ -337,6 +376,9 @@ class StabilityMonitor:
         Raises:
             ValueError: if its eigenvectors are not of this model's size.
         """
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"state_dict lacks {sorted(missing)}")
         size = self.problem.num_params
         for name, vector in state["starts"].items():
             if vector.shape != (size,):
@@ -344,12 +386,14 @@ class StabilityMonitor:
                     f"state_dict: the eigenvector of {name} has shape {tuple(vector.shape)},"
                     f" and the model has {size} parameters"
                 )
-        like = {"device": self.problem.device, "dtype": self.problem.dtype}
-        self._starts = {name: vector.to(**like) for name, vector in state["starts"].items()}
+        device, dtype = self.problem.device, self.problem.dtype
+        starts = {name: vector.to(device, dtype) for name, vector in state["starts"].items()}
+        history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
+        # Nothing is changed before all of it has been read.
+        self._starts = starts
         self.step, self._measured = state["step"], state["measured"]
         self._pending = state["pending"]
         self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
-        history = (StabilityMargins.from_dict(margins) for margins in state["history"])
         self.history = deque(history, maxlen=_HISTORY)
 
 
@@ -365,9 +409,13 @@ class _SampleCounter:
         # Validation runs without gradients and is no part of a step; nor are passes of this or any
         # other measurement.
         if self.active and torch.is_grad_enabled() and not measuring():
-            sizes: list[int] = []
-            map_tensors(lambda t: sizes.append(t.shape[0]) if t.dim() else None, (args, kwargs))
-            self._count += sizes[0] if sizes else 0
+            # A packed sequence holds rows of several samples: its batch sizes start with all.
+            packed = [a for a in args if isinstance(a, PackedSequence)]
+            if packed:
+                self._count += int(packed[0].batch_sizes[0])
+            else:
+                sizes = (t.shape[0] for t in tensors_in((args, kwargs)) if t.dim())
+                self._count += next(sizes, 0)
 
     def take(self) -> int:
         """Return the samples since the last call."""
@@ -385,7 +433,7 @@ def _problem(
     model: nn.Module | Problem,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     data: Any,
-    params: list[Tensor] | None,
+    params: Iterable[Tensor] | None,
     chunk_size: int | None,
 ) -> Problem:
     if not isinstance(model, Problem):
@@ -399,37 +447,14 @@ def _problem(
     return model
 
 
-def _check_pace(every: int | None, max_overhead: float | None, cold_every: int) -> None:
-    if every is not None and max_overhead is not None:
-        raise ValueError("every and max_overhead: expected at most one of them")
-    # True is an int to Python, and surely meant something else.
-    if every is not None and (not isinstance(every, int) or every < 1 or every is True):
-        raise ValueError(f"every={every}: expected a whole number of steps, at least 1")
-    if max_overhead is not None and not 0 < max_overhead < math.inf:
-        raise ValueError(f"max_overhead={max_overhead}: expected a positive share, such as 0.05")
-    if cold_every < 0:
-        raise ValueError(f"cold_every={cold_every}: expected at least 0")
-
-
-def _check_solver(tol: float, max_iter: int) -> None:
-    # The solver checks them too, but then training runs already and can only be warned.
-    if not tol > 0:
-        raise ValueError(f"tol={tol}: expected a positive number")
-    if max_iter < 1:
-        raise ValueError(f"max_iter={max_iter}: expected at least 1")
-
-
-def _check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in zip(problem.names, problem.params, strict=True):
-        if id(p) not in held:
-            raise ValueError(
-                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
-                " requires_grad_(False), or name the parameters that count by params="
-            )
-    strangers = len(held - {id(p) for p in problem.model.parameters()})
-    if strangers and not explicit:
-        raise ValueError(
-            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
-            " curvature is not all that its steps see; name those that count by params="
-        )
+def check_sinks(sinks: Any) -> list[Sink]:
+    """Return ``sinks`` as a list; a single one may stand for a list of it."""
+    if callable(sinks):
+        sinks = [sinks]
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(f"sinks={sinks!r}: expected a list of callables (step, record)")
+    listed = list(sinks)
+    for sink in listed:
+        if not callable(sink) or isinstance(sink, type):
+            raise TypeError(f"sinks: {sink!r} is not a callable (step, record)")
+    return listed

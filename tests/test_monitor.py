@@ -870,3 +870,229 @@ def test_no_warning_in_a_healthy_run() -> None:
         train(model, optimizer, 3)
     assert all(m.converged for m in monitor.history)
     assert len(monitor.history) == 3
+
+
+# -- what a measurement must not touch, and what it must not miss -----------------------------------
+
+
+class Remembers(nn.Module):
+    """Keeps a state of its own that enters its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.state = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x) + 0.1 * self.state
+        self.state = out.detach().mean(0)
+        return out
+
+
+class Averaging(nn.Module):
+    """A loss with a running mean, written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, output: Tensor, y: Tensor) -> Tensor:
+        loss = MSE(output, y) + 0.01 * self.mean
+        self.mean.mul_(0.9).add_(0.1 * loss.detach())
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("make_model", "make_loss"),
+    [
+        (Remembers, nn.MSELoss),
+        (linear, Averaging),
+        (lambda: nn.Sequential(nn.ReLU(inplace=True), linear()), nn.MSELoss),
+    ],
+    ids=["state of the model", "state of the loss", "inputs in place"],
+)
+def test_states_and_inputs_are_left_alone(make_model: Any, make_loss: Any) -> None:
+    """Catches attributes, buffers of the loss, or probe data that a measurement moves on."""
+    results = []
+    for tracked in (False, True):
+        torch.manual_seed(0)
+        model, loss_fn, x = make_model(), make_loss(), X.clone()
+        optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+        if tracked:
+            monitor = optimizer.track(model, loss_fn, (x, Y), every=1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_fn(model(x.clone()), Y).backward()
+            optimizer.step()
+        results.append([*(p.detach() for p in model.parameters()), *loss_fn.buffers(), x])
+    assert [m.failure for m in monitor.history] == [None] * 4
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_replaced_layers_are_followed() -> None:
+    """Catches curvature of parameters that the model no longer has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x, y = X.double(), Y.double()
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, MSE, (x, y), every=1, tol=1e-9)
+    train(model, optimizer)
+    model[2] = nn.Linear(4, 1).double()
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    train(model, optimizer)
+    expected = stableopt.measure(model, MSE, (x, y), tol=1e-9, quantities=("sharpness",))
+    assert monitor.margins is not None
+    assert monitor.margins.sharpness == pytest.approx(expected.sharpness, rel=1e-9)
+    model[2].requires_grad_(False)
+    train(model, optimizer)
+    assert monitor.problem.num_params == 12
+    assert monitor.margins.failure is None
+
+
+def test_a_packed_sequence_is_counted_and_left_alone() -> None:
+    """Catches a hook that rebuilds the user's containers, and rows of time taken for samples."""
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.RNN(2, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Any) -> Tensor:
+            return self.head(self.rnn(x)[1][-1])
+
+    model = Recurrent()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(4, 6, 2), torch.randn(4, 1)
+    problem = stableopt.Problem.from_batch_loss(
+        model, lambda model, batch: MSE(model(batch[0].transpose(0, 1)), batch[1]), [(x, y)]
+    )
+    monitor = optimizer.track(problem, every=1)
+    lengths = torch.tensor([6, 4, 3, 1])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    MSE(model(packed), y).backward()
+    optimizer.step()
+    assert monitor.batch_size == 4
+
+
+class Grumpy:
+    def __call__(self, step: int, record: dict[str, float]) -> None:
+        raise OSError("disk full")
+
+    def flush(self) -> None:
+        raise OSError("disk full")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not even a name")
+
+
+def test_a_sink_that_fails_in_every_way_ends_nothing() -> None:
+    """Catches a failing `repr` or `flush`, a record told twice, and sinks left unflushed."""
+    flushed, told = [], []
+
+    class Good:
+        def __call__(self, step: int, record: dict[str, float]) -> None:
+            told.append(step)
+
+        def flush(self) -> None:
+            flushed.append(True)
+
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, MSE, (X, Y), every=1, sinks=[Grumpy(), Good()])
+    with pytest.warns(RuntimeWarning, match="the sink Grumpy failed"), monitor:
+        train(model, optimizer)
+    assert flushed == [True]
+    assert told == [1]
+    assert len(monitor.history) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"sinks": "runs"}, TypeError, "sinks='runs'"),
+        ({"sinks": [None]}, TypeError, "None is not a callable"),
+        ({"sinks": [Grumpy]}, TypeError, "is not a callable"),
+        ({"batch_size": 2.5}, ValueError, "batch_size=2.5"),
+        ({"batch_size": True}, ValueError, "batch_size=True"),
+        ({"dataset_size": float("nan")}, ValueError, "dataset_size=nan"),
+        ({"max_iter": 2.5}, ValueError, "max_iter=2.5"),
+        ({"seed": "a"}, ValueError, "seed='a'"),
+        ({"cold_every": None}, ValueError, "cold_every=None"),
+        ({"max_overhead": "5"}, ValueError, "max_overhead='5'"),
+        ({"tol": None}, ValueError, "tol=None"),
+        ({"quantities": None}, ValueError, "quantities=None"),
+        ({"update_rule": 5}, TypeError, "update_rule=5"),
+        ({"update_rule": lambda optimizer: None}, TypeError, "expected an UpdateRule"),
+        ({"params": ["0.weight"]}, TypeError, "params="),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(options: Any, kind: Any, says: str) -> None:
+    """Catches an error of Python's that names no argument, and a value found bad only later."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(kind, match=says):
+        optimizer.track(model, MSE, (X, Y), **options)
+    assert not optimizer._optimizer_step_post_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_numpy_integers_are_integers() -> None:
+    """Catches a checkpoint that `weights_only` refuses because of a NumPy scalar in it."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    sizes = {"every": np.int64(1), "batch_size": np.int64(2), "dataset_size": np.int64(9)}
+    monitor = optimizer.track(model, MSE, (X, Y), **sizes)
+    train(model, optimizer)
+    buffer = io.BytesIO()
+    torch.save(monitor.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True)["history"][0]["batch_size"] == 2
+
+
+def test_a_bad_checkpoint_changes_nothing() -> None:
+    """Catches a monitor left half loaded."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, MSE, (X, Y), every=1)
+    train(model, optimizer)
+    state = monitor.state_dict()
+    with pytest.raises(ValueError, match="state_dict lacks"):
+        monitor.load_state_dict({"starts": {}})
+    with pytest.raises(KeyError):
+        monitor.load_state_dict({**state, "step": 99, "history": [{}]})
+    assert monitor.step == 1
+    assert len(monitor.history) == 1
+    assert monitor.state_dict()["starts"]
+
+
+def test_parallel_wrappers_are_measured_as_the_module_inside() -> None:
+    """Catches a forward pass of DDP in a measurement: it talks to other processes."""
+
+    class Wrapper(nn.DataParallel):
+        def forward(self, *args: Any) -> Any:
+            raise AssertionError("the wrapper was called")
+
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(Wrapper(model), MSE, (X, Y), every=1)
+    assert monitor.measure().failure is None
+
+
+def test_losses_that_weigh_samples_are_named() -> None:
+    """Catches class weights, whose mean over chunks is another loss."""
+    torch.manual_seed(0)
+    model, labels = nn.Linear(2, 3), torch.arange(12) % 3
+    equal = nn.CrossEntropyLoss()
+    stableopt.Problem(model, equal, (X, labels))
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10.0, 0.1]))
+    with torch.no_grad():
+        model.weight.mul_(5)
+    with pytest.warns(UserWarning, match="weighs samples unequally"):
+        stableopt.Problem(model, weighted, (X, labels))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors, sample_count
+from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
 from stableopt.curvature.diagnose import (
     SecondDerivativeError,
     differentiate_twice,
@@ -152,16 +152,10 @@ class Problem:
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         _check_batch_norm(self.model)
         self._all_trainable = params is None
-        self.names, self.params = _select(self.model, params)
-        self.device, self.dtype = _place(self.names, self.params)
+        self._take(*_select(self.model, params))
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
         with undisturbed(self._objective, self.device, generators_of(data)):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
-        self.shapes = [p.shape for p in self.params]
-        self.num_params = sum(p.numel() for p in self.params)
-        self.sign = 1.0
-        self.scale = (1.0,) * len(self.params)
-        self.weight_decay = (0.0,) * len(self.params)
         self._check()
 
     def transformed(
@@ -289,17 +283,30 @@ class Problem:
                 count += size
         return float(total / count)
 
-    def check_current(self) -> None:
-        """Raise ``ValueError`` if the model no longer has the parameters that were chosen."""
-        try:
-            now = _select(self.model, None if self._all_trainable else self.params)[1]
-        except ValueError:
-            now = []
-        if [id(p) for p in now] != [id(p) for p in self.params]:
-            raise ValueError(
-                "the model's trainable parameters are no longer those that were chosen when the"
-                " problem was made: make it again, or call track again"
-            )
+    def current(self) -> Problem:
+        """Return the problem with the model's trainable parameters as they are by now.
+
+        Itself, if they are the same: layers may have thawed or been replaced. Coordinates of
+        :meth:`transformed` are not kept.
+
+        Raises:
+            ValueError: if parameters that were chosen by ``params`` are no longer the model's.
+        """
+        names, params = _select(self.model, None if self._all_trainable else self.params)
+        if [id(p) for p in params] == [id(p) for p in self.params]:
+            return self
+        other = copy.copy(self)
+        other._take(names, params)
+        return other
+
+    def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
+        self.names, self.params = names, params
+        self.device, self.dtype = _place(names, params)
+        self.shapes = [p.shape for p in params]
+        self.num_params = sum(p.numel() for p in params)
+        self.sign = 1.0
+        self.scale = (1.0,) * len(params)
+        self.weight_decay = (0.0,) * len(params)
 
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
@@ -313,18 +320,26 @@ class Problem:
         return total / count
 
     def _check(self) -> None:
+        theta = self.theta()
+
+        def loss_at(at: Sequence[Tensor], batch: Any) -> Tensor:
+            # Each time anew, so that what a model keeps from pass to pass does not tell.
+            with self.evaluation():
+                return self.loss(tuple(at), batch)
+
+        def value(batch: Any) -> float:
+            return float(loss_at(theta, batch).detach())
+
         with self.evaluation():
             batch, size = next(self.chunks())
-            batch = cut(batch, 0, min(size, _CHECKED_SAMPLES))
-            theta = self.theta()
-            once = float(self.loss(theta, batch).detach())
-            doubled = map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
-            _check_mean(once, float(self.loss(theta, doubled).detach()))
-            size = sample_count(batch)
-            singles = (self.loss(theta, cut(batch, i, i + 1)).detach() for i in range(size))
-            _check_weights(once, sum(map(float, singles)) / size)
+            size = min(size, _CHECKED_SAMPLES)
+            batch = cut(batch, 0, size)
+            once = value(batch)
+            _check_mean(once, value(map_tensors(_twice_over, batch)))
+            singles = (value(cut(batch, index, index + 1)) for index in range(size))
+            _check_weights(once, sum(singles) / size)
             try:
-                depends = differentiate_twice(lambda at: self.loss(tuple(at), batch), theta)
+                depends = differentiate_twice(lambda at: loss_at(at, batch), theta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -336,6 +351,10 @@ class Problem:
             raise ValueError(
                 "loss_fn: the loss does not depend on any of the parameters that count"
             )
+
+
+def _twice_over(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
 
 def _select(

@@ -41,11 +41,12 @@ class Tracking:
         """
         optimizer = cast(torch.optim.Optimizer, self)
         monitor = StabilityMonitor(optimizer, model, loss_fn, data, **options)
-        if self.monitor is not None:
-            self.monitor.close()
+        former = self.monitor
         # Not in `state`: checkpoints must stay those of torch.optim, and Optimizer's own
         # __getstate__ leaves the attribute out of copies and pickles.
         self._stability_monitor = monitor
+        if former is not None:
+            former.close()
         return monitor
 
     @property

@@ -48,7 +48,12 @@ class JSONLinesSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = _line_break(self.path) + text
         # One write of bytes: where several processes append, lines do not mix.
-        with self.path.open("ab", buffering=0) as file:
+        try:
+            file = self.path.open("ab", buffering=0)
+        except FileNotFoundError:  # the folder was removed meanwhile
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab", buffering=0)
+        with file:
             file.write(text.encode())
         self._began = True
 

@@ -128,6 +128,10 @@ class TensorBoardSink:
         if max_diagrams:
             plot.require_matplotlib()
         self._owned = isinstance(writer_or_dir, (str, os.PathLike))
+        if not self._owned and not hasattr(writer_or_dir, "add_custom_scalars"):
+            raise TypeError(
+                f"writer_or_dir={writer_or_dir!r}: expected a directory or a SummaryWriter"
+            )
         self.writer: Any = _new_writer(writer_or_dir) if self._owned else writer_or_dir
         self._announce = announce
         self._records = 0

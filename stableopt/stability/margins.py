@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt._arguments import positive, whole
 from stableopt.curvature import (
     Eigenpair,
     Hessian,
@@ -224,21 +225,29 @@ def measure(
     """
     if sum(given is not None for given in (optimizer, lr, update_rule)) > 1:
         raise ValueError("optimizer, lr and update_rule: expected at most one of them")
-    if lr is not None and not lr > 0:
-        raise ValueError(f"lr={lr}: expected a positive learning rate")
     rule = update_rule
+    if rule is not None and not isinstance(rule, UpdateRule):
+        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     if optimizer is not None:
         rule = UpdateRule.of(optimizer)
     elif lr is not None:
-        rule = UpdateRule(lr=float(lr))
+        rule = UpdateRule(lr=positive("lr", lr))
     problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    if optimizer is not None:
+        check_params(optimizer, problem, explicit=params is not None)
     if rule is not None:
         problem = as_seen_by(problem, rule, optimizer)
+    dataset_size = (
+        problem.num_samples if dataset_size is None else whole("dataset_size", dataset_size)
+    )
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size)
+        noise_factor(batch_size, dataset_size)  # raises for a batch above n
     margins, _ = measure_at(
         problem,
         rule,
         batch_size=batch_size,
-        dataset_size=problem.num_samples if dataset_size is None else dataset_size,
+        dataset_size=dataset_size,
         quantities=check_quantities(quantities, rule),
         tol=tol,
         max_iter=max_iter,
@@ -275,15 +284,32 @@ def as_seen_by(
     )
 
 
+def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
+    """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
+
+    ``explicit`` says that the user chose the parameters, so that it may step others too.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in held:
+            raise ValueError(
+                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
+                " requires_grad_(False), or name the parameters that count by params="
+            )
+    strangers = len(held - {id(p) for p in problem.model.parameters()})
+    if strangers and not explicit:
+        raise ValueError(
+            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
+            " curvature is not all that its steps see; name those that count by params="
+        )
+
+
 def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
     """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
-    if isinstance(quantities, str):
-        raise ValueError(
-            f"quantities={quantities!r}: expected a sequence such as ({quantities!r},)"
-        )
-    wanted = set(quantities)
-    if not wanted or wanted - set(QUANTITIES):
-        raise ValueError(f"quantities={sorted(wanted)}: expected some of {QUANTITIES}")
+    listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
+    wanted = list(quantities) if listed else []
+    if not wanted or any(name not in QUANTITIES for name in wanted):
+        raise ValueError(f"quantities={quantities!r}: expected a sequence of some of {QUANTITIES}")
     if "theorem1" in wanted and rule is not None and not rule.plain:
         raise ValueError(
             f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"

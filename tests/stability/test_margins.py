@@ -288,7 +288,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str
     "unknown quantity": (
         lambda m, d: measure(m, nn.MSELoss(), d, quantities=("flatness",)),
         ValueError,
-        r"quantities=\['flatness'\]",
+        r"quantities=\('flatness',\)",
     ),
     "a string": (
         lambda m, d: measure(m, nn.MSELoss(), d, quantities="sharpness"),
