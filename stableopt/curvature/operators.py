@@ -1,7 +1,7 @@
 r"""Curvature matrices that are never formed: ``operator @ v`` for ``(d,)`` and ``(d, k)``.
 
-An operator is the matrix at one point: the parameters are copied when it is built, so it stays what
-it was while training goes on. Two examples::
+An operator is the matrix at one point: the parameters that count are copied when it is built, so it
+stays what it was while training moves them. Two examples::
 
     Hessian(problem) @ v          # H v
     GaussNewton(problem) @ v      # (1/n) sum J_i^T (second derivative of the loss) J_i v

@@ -46,6 +46,10 @@ _NOT_A_MEAN = 0.05
 """Relative change of the loss under doubling of the batch that no mean shows: a sum changes by 1,
 rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
 
+_UNEQUAL = 0.02
+"""Relative difference between the loss of a batch and the mean of its samples' that is more than
+rounding, or the noise of a model that draws random numbers."""
+
 
 class _Objective(nn.Module):
     """A model and its loss as one module, so that one functional call swaps all parameters."""
@@ -423,7 +427,10 @@ def _check_batch_norm(model: nn.Module) -> None:
 
 
 def _check_weights(together: float, apart: float) -> None:
-    if abs(together) > 1e-6 and abs(together - apart) > _NOT_A_MEAN * abs(together):
+    if not 1e-6 < abs(together) < float("inf"):
+        return
+    # A sample that is ignored altogether has a loss of its own that is not a number.
+    if not abs(together - apart) <= _UNEQUAL * abs(together):
         warnings.warn(
             f"loss_fn weighs samples unequally: a batch has loss {together:.6g}, its samples by"
             f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"

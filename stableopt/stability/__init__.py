@@ -6,14 +6,15 @@ from stableopt.stability.limits import (
     mean_square_radius,
     noise_factor,
 )
-from stableopt.stability.margins import Measurement, StabilityMargins, measure
-from stableopt.stability.mean_square import SecondMomentBound
+from stableopt.stability.margins import Measurement, StabilityMargins
+from stableopt.stability.mean_square import SecondMomentExcess
+from stableopt.stability.measuring import measure
 from stableopt.stability.region import StabilityRegion
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
     "Measurement",
-    "SecondMomentBound",
+    "SecondMomentExcess",
     "StabilityMargins",
     "StabilityRegion",
     "UpdateRule",

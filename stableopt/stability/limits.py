@@ -126,6 +126,16 @@ def max_non_uniformity(
     """
     beta, tau = _checked(lr, momentum, dampening, nesterov)
     p = noise_factor(batch_size, dataset_size)
+    if sharpness is not None:
+        edge = max_sharpness(
+            lr,
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+        )
+        if not -weight_decay <= sharpness <= edge:
+            return 0.0
     if lr == 0 or p == 0:
         return math.inf
     if sharpness is None:

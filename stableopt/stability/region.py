@@ -79,9 +79,14 @@ class StabilityRegion:
         """Return ``num`` points ``(num, 2)`` of the upper boundary, from left to right.
 
         Columns are sharpness and the largest non-uniformity there (infinity for the full batch).
+
+        Raises:
+            ValueError: for fewer than two points, or a learning rate of zero.
         """
         if num < 2:
             raise ValueError(f"num={num}: expected at least 2")
+        if not self.max_sharpness < np.inf:
+            raise ValueError(f"lr={self.rule.lr}: a region without a right side has no boundary")
         sharpness = np.linspace(self.min_sharpness, self.max_sharpness, num)
         return np.array([(a, self._height(a, kind)) for a in sharpness])
 

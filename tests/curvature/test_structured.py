@@ -151,7 +151,8 @@ def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
 
 def test_a_model_that_couples_its_samples_is_found_out() -> None:
     """Catches per-sample Hessians taken from a batch in which they do not exist."""
-    problem = Problem(Coupled(), nn.MSELoss(), small_data())
+    with pytest.warns(UserWarning, match="samples that see each other"):
+        problem = Problem(Coupled(), nn.MSELoss(), small_data())
     assert linear_layers(problem) is not None
     assert NonUniformity(problem).method != "structured"
 

@@ -203,3 +203,16 @@ def test_gradient_descent_has_no_top() -> None:
         assert region.max_non_uniformity == math.inf
         assert region.contains(19.0, 1e9)
         assert not region.contains(21.0, 0.0)
+
+
+def test_no_noise_is_allowed_where_the_mean_is_unstable() -> None:
+    """Catches a formula that turns positive again beyond the region: Nesterov's denominator changes
+    sign, and a full batch has no limit only where it is stable.
+    """
+    options = {"momentum": 0.9, "nesterov": True}
+    for a in (-3.0, -1e-6, 1e3):
+        assert max_non_uniformity(0.1, 1, sharpness=a, **options) == 0.0
+        assert mean_square_radius(a, 0.0, 0.1, **options) > 1
+    assert max_non_uniformity(0.1, 10, 10, sharpness=1000.0) == 0.0
+    with pytest.raises(ValueError, match=r"lr=0\.0"):
+        StabilityRegion(UpdateRule(lr=0.0), 4).boundary()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import stableopt
 from stableopt import StabilityMargins, UpdateRule
 from stableopt.curvature import Hessian, NonUniformity, Problem
-from stableopt.stability import SecondMomentBound, measure, noise_factor
+from stableopt.stability import SecondMomentExcess, measure, noise_factor
 
 Data = tuple[Tensor, Tensor]
 ALL = ("sharpness", "non_uniformity", "theorem1")
@@ -67,13 +67,13 @@ def test_weight_decay_in_theorem1(network: nn.Module, data: Data) -> None:
     """Catches decay left out of I - eta (H + lambda I)."""
     hessians = dense_hessians(network, nn.MSELoss(), *data)
     problem = Problem(network, nn.MSELoss(), data)
-    bound = SecondMomentBound(
+    excess = SecondMomentExcess(
         Hessian(problem), NonUniformity(problem), lr=0.5, noise=0.3, weight_decay=0.4
     )
     eye = torch.eye(38, dtype=torch.float64)
     contraction = eye - 0.5 * (hessians.mean(0) + 0.4 * eye)
-    expected = contraction @ contraction + 0.25 * 0.3 * covariance(hessians)
-    assert float((bound @ eye - expected).norm() / expected.norm()) < 1e-10
+    expected = contraction @ contraction + 0.25 * 0.3 * covariance(hessians) - eye
+    assert float((excess @ eye - expected).norm() / expected.norm()) < 1e-10
 
 
 def groups(network: nn.Module) -> list[dict]:
@@ -357,3 +357,41 @@ def test_bad_input_is_named_and_nothing_is_changed(call: str) -> None:
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_small_excess_is_not_hidden_by_the_flat_directions() -> None:
+    """Catches a tolerance relative to 1: with more parameters than samples nearly all of a random
+    vector lies where condition (8) has the eigenvalue 1, and 1.02 would pass for stable.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    x = torch.randn(20, 10, dtype=torch.float64)
+    y = model(x).detach()  # a minimum that every sample shares
+    hessians = dense_hessians(model, nn.MSELoss(), x, y)
+    h, sigma = hessians.mean(0), covariance(hessians)
+    eye = torch.eye(len(h), dtype=torch.float64)
+
+    def left_side(lr: float) -> float:
+        contraction = eye - lr * h
+        return largest(contraction @ contraction + lr**2 * noise_factor(2, 20) * sigma)
+
+    low, high = 0.0, 2 / largest(h)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left_side(middle) < 1.02 else (low, middle)
+    found = measure(
+        model, nn.MSELoss(), (x, y), lr=low, batch_size=2, quantities=("theorem1",), tol=0.03
+    )
+    assert found.theorem1 == pytest.approx(1.02, abs=1e-3)
+
+
+def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
+    """Catches a noise asked for where there is none: the full batch of a set larger than the probe."""
+    optimizer = stableopt.GD(network.parameters(), lr=0.3)
+    h = dense_hessians(network, nn.MSELoss(), *data).mean(0)
+    monitor = optimizer.track(network, nn.MSELoss(), data, quantities=("theorem1",), tol=1e-8)
+    monitor._observed.append(100)
+    with pytest.warns(RuntimeWarning, match="more samples than the 7 probe samples"):
+        found = monitor.measure()
+    contraction = torch.eye(38, dtype=torch.float64) - 0.3 * h
+    assert found.theorem1 == pytest.approx(largest(contraction @ contraction), rel=1e-6)

@@ -1,0 +1,58 @@
+"""Counting the samples of a step from the model's forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from stableopt.curvature.batches import tensors_in
+from stableopt.curvature.quiet import measuring
+
+__all__ = ["SampleCounter", "eager"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def eager(function: _Function) -> _Function:
+    """Keep ``function`` out of compiled graphs, as torch.optim does with its own helpers.
+
+    The public ``torch.compiler.disable`` would import the whole compiler here.
+    """
+    return cast("_Function", torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
+class SampleCounter:
+    """A forward pre-hook that counts samples; a copy made with its module counts nothing."""
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+        self._count = 0
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the samples of a forward pass that training makes."""
+        # Validation runs without gradients and is no part of a step; nor are passes of this or any
+        # other measurement.
+        if self.active and torch.is_grad_enabled() and not measuring():
+            # A packed sequence holds rows of several samples: its batch sizes start with all.
+            packed = [a for a in args if isinstance(a, PackedSequence)]
+            if packed:
+                self._count += int(packed[0].batch_sizes[0])
+            else:
+                sizes = (t.shape[0] for t in tensors_in((args, kwargs)) if t.dim())
+                self._count += next(sizes, 0)
+
+    def take(self) -> int:
+        """Return the samples since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+    def __deepcopy__(self, memo: Any) -> SampleCounter:
+        return SampleCounter(active=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (SampleCounter, (False,))

@@ -1,0 +1,301 @@
+"""Measuring how far a point stands from the edge of linear stability."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt._arguments import positive, whole
+from stableopt.curvature import (
+    Eigenpair,
+    Hessian,
+    NonFiniteError,
+    NonUniformity,
+    Operator,
+    Problem,
+    top_eigenpair,
+)
+from stableopt.stability.limits import noise_factor
+from stableopt.stability.margins import Measurement, StabilityMargins
+from stableopt.stability.mean_square import SecondMomentExcess
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = [
+    "QUANTITIES",
+    "as_seen_by",
+    "check_params",
+    "check_quantities",
+    "measure",
+    "measure_at",
+]
+
+QUANTITIES = ("sharpness", "non_uniformity", "theorem1")
+"""What :func:`measure` can measure, in the order in which it does."""
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float | None = None,
+    update_rule: UpdateRule | None = None,
+    batch_size: int | None = None,
+    dataset_size: int | None = None,
+    quantities: Iterable[str] = ("sharpness", "non_uniformity"),
+    params: Iterable[Tensor] | None = None,
+    chunk_size: int | None = None,
+    tol: float = 1e-3,
+    max_iter: int = 100,
+    seed: int = 0,
+) -> StabilityMargins:
+    """Measure the stability margins of ``model`` once, now; nothing of it changes.
+
+    Args:
+        model: the model, at the point to measure.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the samples that the theory speaks of, the training set or a part of it; see
+            :class:`~stableopt.curvature.Problem`.
+        optimizer: where learning rate, momentum and the like are read from.
+        lr: in place of an optimizer, the learning rate of plain SGD.
+        update_rule: in place of either, the rule itself. With none of the three there are no limits.
+        batch_size: samples in a step. Without it the non-uniformity has no known limit, unless the
+            optimizer is :class:`stableopt.GD`.
+        dataset_size: samples in all, where ``data`` is only a part of them.
+        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        params: the parameters that count; all trainable ones by default.
+        chunk_size: the most samples evaluated at once.
+        tol: the largest residual relative to the eigenvalue.
+        max_iter: the largest number of products for each quantity.
+        seed: of the eigen-solver's random start.
+
+    Returns:
+        The margins; with ``failure`` set where a loss or a curvature was not finite.
+
+    Raises:
+        ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
+        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+    >>> margins = measure(model, nn.MSELoss(), (x, y), lr=0.25, batch_size=1)
+    >>> round(margins.sharpness, 3), margins.sharpness_limit
+    (4.0, 8.0)
+    """
+    if sum(given is not None for given in (optimizer, lr, update_rule)) > 1:
+        raise ValueError("optimizer, lr and update_rule: expected at most one of them")
+    rule = update_rule
+    if rule is not None and not isinstance(rule, UpdateRule):
+        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
+    if optimizer is not None:
+        rule = UpdateRule.of(optimizer)
+    elif lr is not None:
+        rule = UpdateRule(lr=positive("lr", lr))
+    problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    if optimizer is not None:
+        check_params(optimizer, problem, explicit=params is not None)
+    if rule is not None:
+        problem = as_seen_by(problem, rule, optimizer)
+    dataset_size = (
+        problem.num_samples if dataset_size is None else whole("dataset_size", dataset_size)
+    )
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size)
+        noise_factor(batch_size, dataset_size)  # raises for a batch above n
+    margins, _ = measure_at(
+        problem,
+        rule,
+        batch_size=batch_size,
+        dataset_size=dataset_size,
+        quantities=check_quantities(quantities, rule),
+        tol=tol,
+        max_iter=max_iter,
+        seed=seed,
+    )
+    return margins
+
+
+def as_seen_by(
+    problem: Problem, rule: UpdateRule, optimizer: torch.optim.Optimizer | None
+) -> Problem:
+    """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
+
+    Raises:
+        ValueError: if the rule has groups and there is no optimizer to say which parameter is in
+            which, or if a parameter is in none of them.
+    """
+    sign = -1.0 if rule.maximize else 1.0
+    if not rule.group_lrs and not rule.group_weight_decays:
+        return problem.transformed(sign=sign)
+    if optimizer is None:
+        raise ValueError(
+            "update_rule has several groups: only an optimizer tells which parameter is in which"
+        )
+    groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in groups:
+            raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")
+    of = [groups[id(p)] for p in problem.params]
+    lrs = rule.group_lrs or (rule.lr,) * len(optimizer.param_groups)
+    decays = rule.group_weight_decays or (0.0,) * len(optimizer.param_groups)
+    return problem.transformed(
+        sign=sign,
+        scale=[(lrs[index] / rule.lr) ** 0.5 if rule.lr else 1.0 for index in of],
+        weight_decay=[decays[index] for index in of],
+    )
+
+
+def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
+    """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
+
+    ``explicit`` says that the user chose the parameters, so that it may step others too.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in held:
+            raise ValueError(
+                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
+                " requires_grad_(False), or name the parameters that count by params="
+            )
+    strangers = len(held - {id(p) for p in problem.model.parameters()})
+    if strangers and not explicit:
+        raise ValueError(
+            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
+            " curvature is not all that its steps see; name those that count by params="
+        )
+
+
+def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
+    """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
+    listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
+    wanted = list(quantities) if listed else []
+    if not wanted or any(name not in QUANTITIES for name in wanted):
+        raise ValueError(f"quantities={quantities!r}: expected a sequence of some of {QUANTITIES}")
+    if "theorem1" in wanted and rule is not None and not rule.plain:
+        raise ValueError(
+            f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"
+            f" {rule.momentum}; leave it out"
+        )
+    return tuple(name for name in QUANTITIES if name in wanted)
+
+
+def measure_at(
+    problem: Problem,
+    rule: UpdateRule | None,
+    *,
+    batch_size: int | None,
+    dataset_size: int | None,
+    quantities: Sequence[str],
+    tol: float,
+    max_iter: int,
+    seed: int,
+    starts: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+) -> tuple[StabilityMargins, dict[str, Tensor]]:
+    """Measure ``problem``, already in the rule's coordinates; return margins and eigenvectors.
+
+    ``starts`` are the eigenvectors of an earlier measurement, by quantity.
+    """
+    margins = StabilityMargins(
+        step=step,
+        lr=None if rule is None else rule.lr,
+        batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
+        dataset_size=dataset_size,
+        sharpness_limit=None if rule is None else rule.max_sharpness,
+        non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
+    )
+    operators = _Operators(problem, rule, margins)
+    measurements: dict[str, Measurement] = {}
+    vectors: dict[str, Tensor] = {}
+    try:
+        # Vectors made in an ambient inference mode could not be changed inside the evaluation.
+        with torch.inference_mode(False):
+            for name in quantities:
+                began = time.perf_counter()
+                start = (starts or {}).get(name)
+                pair = top_eigenpair(
+                    operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+                )
+                vectors[name] = pair.vector
+                measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+        failure = None
+    except NonFiniteError as error:
+        failure = str(error)
+    loss = problem.sign * operators.loss()
+    if not abs(loss) < float("inf"):
+        failure = f"the loss is {loss}"
+    if failure is not None:
+        return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
+    values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
+    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
+
+
+def _non_uniformity_limit(
+    rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
+) -> float | None:
+    if rule is None or (batch_size is None and not rule.full_batch):
+        return None
+    return rule.max_non_uniformity(batch_size, dataset_size)
+
+
+def _measurement(name: str, pair: Eigenpair, seconds: float) -> Measurement:
+    value = pair.value
+    if name == "non_uniformity":
+        # The square root of an eigenvalue that rounding may leave below zero.
+        value = max(value, 0.0) ** 0.5
+    elif name == "theorem1":
+        value += 1.0  # the left side of (8), of which the operator is the excess over 1
+    relative = pair.residual / abs(pair.value) if pair.value else 0.0
+    return Measurement(value, relative, pair.products, seconds, pair.converged)
+
+
+class _Operators:
+    """The operators of one measurement, each built when it is asked for and then shared."""
+
+    def __init__(
+        self, problem: Problem, rule: UpdateRule | None, margins: StabilityMargins
+    ) -> None:
+        self._problem, self._rule, self._margins = problem, rule, margins
+        self._built: dict[str, Operator] = {}
+
+    def of(self, name: str) -> Operator:
+        if name not in self._built:
+            self._built[name] = getattr(self, "_" + name)()
+        return self._built[name]
+
+    def loss(self) -> float:
+        hessian = self._built.get("sharpness")
+        return hessian.loss() if isinstance(hessian, Hessian) else self._problem.value()
+
+    def _sharpness(self) -> Hessian:
+        return Hessian(self._problem)
+
+    def _non_uniformity(self) -> NonUniformity:
+        return NonUniformity(self._problem)
+
+    def _theorem1(self) -> SecondMomentExcess:
+        rule, margins = self._rule, self._margins
+        if rule is None or (margins.batch_size is None and not rule.full_batch):
+            raise ValueError(
+                "quantities: theorem1 needs a learning rate and a batch size; pass optimizer= or"
+                " lr=, and batch_size="
+            )
+        noise = 0.0
+        if not rule.full_batch and margins.batch_size is not None:
+            noise = noise_factor(margins.batch_size, margins.dataset_size)
+        hessian, non_uniformity = self.of("sharpness"), self.of("non_uniformity")
+        assert isinstance(hessian, Hessian)
+        assert isinstance(non_uniformity, NonUniformity)
+        return SecondMomentExcess(
+            hessian,
+            non_uniformity,
+            lr=rule.lr,
+            noise=noise,
+            weight_decay=rule.weight_decay,
+        )
