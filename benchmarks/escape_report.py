@@ -118,6 +118,13 @@ def draw(config: Config, gd_history: Sequence[StabilityMargins], traces: Sequenc
     region = StabilityRegion(
         UpdateRule(lr=config.lr), shown.batch_size, shown.history[0].dataset_size
     )
-    title = f"GD to a minimum, then SGD with B = {shown.batch_size} at the same η"
-    diagram = plot.diagram(region, [*gd_history, *shown.history[1:]], title=title)
+    diagram = plot.diagram(
+        region,
+        shown.history,
+        title=f"SGD with B = {shown.batch_size}, from GD's minimum at the same η",
+    )
+    before = [(m.sharpness, m.non_uniformity) for m in gd_history if m.failure is None]
+    axes = diagram.axes[0]
+    axes.plot(*zip(*before, strict=True), color="grey", marker=".", zorder=1, label="GD before")
+    axes.legend(loc="best", framealpha=0.9, fontsize="small")
     diagram.savefig(config.out / "diagram.png", dpi=150)

@@ -61,12 +61,15 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     console = console or Console()
     images = load(config.data, n=config.n, folder=config.data_dir)
     rows = []
-    for name, compare in ((f"every={config.every}", _every), ("max_overhead", _max_overhead)):
+    for name, compare in (
+        (f"every={config.every}", _every),
+        ("max_overhead", _max_overhead),
+    ):
         with console.status(f"tracking with {name}"):
             rows.append(compare(config, images))
     table = Table(title=f"Cost of tracking sharpness by GD: {config.data}, n = {config.n:,}")
     for heading in ("tracking", "ms a step", "with tracking", "overhead", "measured", "products"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading == "tracking")
     for row in rows:
         table.add_row(
             row["tracking"],

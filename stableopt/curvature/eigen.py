@@ -173,10 +173,11 @@ def _lanczos(operator: Operator, first: Tensor, tol: float, max_iter: int) -> Ei
         if converged or products == max_iter:
             vector = weights.to(basis) @ known
             return Eigenpair(value, vector / vector.norm(), residual, products, converged)
-        # Where rounding is all that is left, this is a fresh direction once it is orthogonal.
         following = image / norm
-        following = following - (known @ following) @ known
-        following /= following.norm()
+        if beta <= 100 * eps * scale:
+            # Rounding is all that is left: a fresh direction, once it is orthogonal.
+            following = following - (known @ following) @ known
+            following /= following.norm()
         if held == width:
             held = min(_KEPT, width - 1)
             best = vectors[:, -held:].T.to(basis)
