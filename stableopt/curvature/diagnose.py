@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.batches import map_tensors, tensors_in
 from stableopt.curvature.pull import pull
 
 __all__ = ["SecondDerivativeError", "differentiate_twice", "module_without_second_derivative"]
@@ -66,7 +66,7 @@ def _twice_differentiable(module: nn.Module, args: Any, kwargs: Any) -> bool:
         zip(*module.named_parameters(), strict=True) if [*module.parameters()] else ((), ())
     )
     point: list[Tensor] = list(state)
-    map_tensors(lambda t: point.append(t) if t.is_floating_point() else None, (args, kwargs))
+    point += [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
 
     def squares(leaves: Sequence[Tensor]) -> Tensor:
         """Return a scalar of the module's outputs at other parameters and inputs."""
@@ -75,9 +75,7 @@ def _twice_differentiable(module: nn.Module, args: Any, kwargs: Any) -> bool:
             lambda t: next(rest) if t.is_floating_point() else t, (args, kwargs)
         )
         called = functional_call(module, dict(zip(names, leaves, strict=False)), given, named)
-        outputs: list[Tensor] = []
-        map_tensors(outputs.append, called)
-        sums = [(out * out).sum() for out in outputs if out.is_floating_point()]
+        sums = [(out * out).sum() for out in tensors_in(called) if out.is_floating_point()]
         return torch.stack(sums).sum() if sums else torch.zeros(())
 
     try:

@@ -56,13 +56,21 @@ def undisturbed(
     >>> layer.training
     True
     """
+    with _one_at_a_time, _everything_kept(model, device, generators):
+        yield
+
+
+@contextlib.contextmanager
+def _everything_kept(
+    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator]
+) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(module.__dict__)) for module, _ in flags]
     own = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
     device_type = device.type if device.type != "cpu" else "cuda"
-    with _one_at_a_time, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
