@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature import structured
-from stableopt.curvature.batches import cut
 from stableopt.curvature.operators import Hessian, Operator
+from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.per_sample import (
-    MEMORY,
+    VMAP_MEMORY,
     ChunkProduct,
     loop_product,
     samples_at_once,
     vmap_product,
 )
-from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.problem import Problem
+from stableopt.curvature.structured import StructuredProduct, UnfitError
 
 __all__ = ["NonUniformity"]
 
 Method = Literal["auto", "structured", "vmap", "loop"]
 
+_METHODS = ("auto", "structured", "vmap", "loop")
+
 _WORTH_VMAP = 16
 """Samples at once below which the overhead of vmap outweighs what it saves."""
-
-_CHECKED_SAMPLES = 3
-
-_AGREES = 0.02
-"""Relative difference up to which two ways of one product agree: a ReLU that rounding flips
-moves a product in single precision by some 1e-3, and a structure that does not hold by all of it."""
 
 
 class NonUniformity(Operator):
@@ -42,11 +39,18 @@ class NonUniformity(Operator):
 
     Args:
         problem: what it is the non-uniformity of.
-        method: ``"structured"`` takes a few gradients whatever n is, where all parameters are those
-            of fully connected layers; ``"vmap"`` takes many samples at once, ``"loop"`` one at a time,
-            for any module. ``"auto"`` picks the first that applies, by the size of the model between
-            the last two, and has checked the structured one against the loop on three samples.
-        memory: bytes that the samples taken at once by ``"vmap"`` may need.
+        method: ``"structured"`` takes a few gradients whatever n is, where parameters are in layers
+            of a known kind (linear, convolution, normalisation, embedding) or in modules that can
+            be called for one sample at a time; ``"vmap"`` takes many samples at once, ``"loop"``
+            one at a time, for any module. ``"auto"`` picks the first that applies, by the size of
+            the model between the last two, and has checked the structured one against the loop on
+            three samples.
+        memory: bytes that products may take beside the model: by default 1 GiB for passes that are
+            kept, 128 MiB for samples taken at once by ``"vmap"``.
+
+    Attributes:
+        method: the way that products go.
+        ways: the way of each parameter by name.
 
     Raises:
         ValueError: for arguments out of range, and ``"structured"`` where it does not apply.
@@ -55,114 +59,87 @@ class NonUniformity(Operator):
     >>> x = torch.tensor([[1.0], [2.0]]).double()
     >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
     >>> sigma = NonUniformity(problem)
-    >>> sigma @ torch.ones(1).double(), sigma.method         # variance of 2 and 8
-    (tensor([9.], dtype=torch.float64), 'structured')
+    >>> sigma @ torch.ones(1).double()                       # variance of 2 and 8
+    tensor([9.], dtype=torch.float64)
+    >>> sigma.method, sigma.ways
+    ('structured', {'weight': 'linear'})
     """
 
-    def __init__(self, problem: Problem, *, method: Method = "auto", memory: int = MEMORY) -> None:
-        if method not in ("auto", "structured", "vmap", "loop"):
-            raise ValueError(f"method={method!r}: expected 'auto', 'structured', 'vmap' or 'loop'")
-        if memory < 1:
+    def __init__(
+        self, problem: Problem, *, method: Method = "auto", memory: int | None = None
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"method={method!r}: expected one of {_METHODS}")
+        if memory is not None and memory < 1:
             raise ValueError(f"memory={memory}: expected a positive number of bytes")
         super().__init__(problem.num_params, problem.dtype, problem.device)
-        self.problem = problem
         # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
-        self._hessian = Hessian(problem.without_weight_decay())
-        self._theta = self._hessian.theta
-        self._at_once = max(1, samples_at_once(problem, memory))
-        self._layers: list[structured.Layer] = []
-        self._kept: structured.LayerPasses | None = None
+        self.problem = problem.without_weight_decay()
+        self._memory = memory
+        self._structured: StructuredProduct | None = None
         self._may_fall_back = method == "auto"
-        self.method: str = self._chosen(method)
-
-    def _chosen(self, method: Method) -> str:
-        """Return the way that products go, and prepare it."""
         if method in ("auto", "structured"):
-            layers = structured.linear_layers(self.problem)
-            if layers is not None and self._holds(layers):
-                self._layers = layers
-                return "structured"
-            if method == "structured":
+            self._structured = self._try_structured(must=method == "structured")
+        if self._structured is not None:
+            self.method: str = "structured"
+            self.ways = dict(self._structured.ways)
+        else:
+            self._go_by(self._general() if method == "auto" else method)
+
+    def _try_structured(self, *, must: bool) -> StructuredProduct | None:
+        memory = MEMORY if self._memory is None else self._memory
+        try:
+            return StructuredProduct(self.problem, self.problem.theta(), memory)
+        except UnfitError as error:
+            if must:
                 raise ValueError(
-                    "method='structured': expected a model whose parameters are all weights and"
-                    " biases of nn.Linear layers, each called once with one row a sample"
-                )
-        if method == "auto":
-            return "vmap" if self._at_once >= _WORTH_VMAP else "loop"
-        return method
+                    "method='structured': expected a model whose parameters are all in layers of a"
+                    f" known kind that are called with a batch; {error}"
+                ) from error
+        return None
 
-    def _holds(self, layers: list[structured.Layer]) -> bool:
-        """Whether the structured product is the plain one: on a few samples, by trying it."""
-        problem, theta = self.problem, self._theta
-        generator = torch.Generator(self.device).manual_seed(0)
-        vector = torch.randn(
-            self.shape[0], generator=generator, dtype=self.dtype, device=self.device
-        )
-        zero = torch.zeros_like(vector)
-        with problem.evaluation():
-            batch, size = next(problem.chunks())
-            size = min(size, _CHECKED_SAMPLES)
-            batch = cut(batch, 0, size)
-            try:
-                passes = structured.linearise(problem, layers, theta, batch, size)
-            except structured.UnfitError:
-                return False
-            found = self._structured(layers, passes, vector, zero)
-            expected = loop_product(problem, theta, batch, size, vector, zero)
-        return bool((found - expected).norm() <= _AGREES * expected.norm())
+    def _general(self) -> str:
+        return "vmap" if samples_at_once(self.problem, self._vmap_memory) >= _WORTH_VMAP else "loop"
 
-    def _structured(
-        self,
-        layers: list[structured.Layer],
-        passes: structured.LayerPasses,
-        vector: Tensor,
-        mean: Tensor | None,
-    ) -> Tensor:
-        """Return the sum over a chunk; ``mean=None`` stands for the chunk's own."""
-        problem = self.problem
-        tangents = structured.tangents_along(passes, problem.unflatten(vector))
-        if mean is None:
-            mean = problem.flatten(structured.mean_from(layers, passes, tangents))
-        subtracted = problem.unflatten(mean)
-        return problem.flatten(
-            structured.product_from(
-                layers, self._theta, passes, tangents, subtracted, problem.scale
-            )
-        )
+    @property
+    def _vmap_memory(self) -> int:
+        return VMAP_MEMORY if self._memory is None else self._memory
+
+    def _go_by(self, method: str) -> None:
+        self.method = method
+        self.ways = dict.fromkeys(self.problem.names, method)
+        self._hessian = Hessian(self.problem)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return ``Sigma @ vector`` for ``(d,)``."""
-        if self.method == "structured" and self.problem.one_chunk:
-            return self._structured_at_once(vector)
+        return self.products([vector])[0]
+
+    def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``Sigma`` times each vector, where the structure is known in one reading."""
+        if self._structured is not None:
+            try:
+                return self._structured(vectors)
+            except UnfitError:
+                # It held for the few samples on which it was tried, and not for these.
+                if not self._may_fall_back:
+                    raise
+                self._structured = None
+                self._go_by(self._general())
+        return [self._by_samples(vector) for vector in vectors]
+
+    def _by_samples(self, vector: Tensor) -> Tensor:
         mean = self._hessian.product(vector)
-        if self.method == "structured":
-            return self._sum(self._structured_chunk, vector, mean, None)
         if self.method == "vmap":
             try:
-                return self._sum(vmap_product, vector, mean, self._at_once)
+                at_once = max(1, samples_at_once(self.problem, self._vmap_memory))
+                return self._sum(vmap_product, vector, mean, at_once)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 if not self._may_fall_back:
                     raise
-                self.method = "loop"
+                self._go_by("loop")
         return self._sum(loop_product, vector, mean, None)
-
-    def _structured_at_once(self, vector: Tensor) -> Tensor:
-        # As for the Hessian, the passes at theta are kept; and they have the mean too.
-        problem = self.problem
-        with problem.evaluation():
-            if self._kept is None:
-                batch, size = next(problem.chunks())
-                self._kept = structured.linearise(problem, self._layers, self._theta, batch, size)
-            total = self._structured(self._layers, self._kept, vector, None)
-        return total / self._kept.size
-
-    def _structured_chunk(
-        self, problem: Problem, theta: Theta, batch: Any, size: int, vector: Tensor, mean: Tensor
-    ) -> Tensor:
-        passes = structured.linearise(problem, self._layers, theta, batch, size)
-        return self._structured(self._layers, passes, vector, mean)
 
     def _sum(
         self, chunk_product: ChunkProduct, vector: Tensor, mean: Tensor, chunk_size: int | None
@@ -171,6 +148,6 @@ class NonUniformity(Operator):
         total, count = torch.zeros_like(vector), 0
         with problem.evaluation():
             for batch, size in problem.chunks(chunk_size):
-                total += chunk_product(problem, self._theta, batch, size, vector, mean)
+                total += chunk_product(problem, self._hessian.theta, batch, size, vector, mean)
                 count += size
         return total / count

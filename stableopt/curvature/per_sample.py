@@ -23,7 +23,7 @@ from stableopt.curvature.batches import cut, map_tensors
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
-__all__ = ["ChunkProduct", "loop_product", "samples_at_once", "vmap_product"]
+__all__ = ["VMAP_MEMORY", "ChunkProduct", "loop_product", "samples_at_once", "vmap_product"]
 
 ChunkProduct = Callable[[Problem, Theta, Any, int, Tensor, Tensor], Tensor]
 """``(problem, theta, batch, size, vector, mean) -> sum of H_i (H_i vector - mean)``, ``(d,)``."""
@@ -31,7 +31,7 @@ ChunkProduct = Callable[[Problem, Theta, Any, int, Tensor, Tensor], Tensor]
 _COPIES = 8
 """Tensors of the parameters' size that one sample needs at the peak of a vmapped product."""
 
-MEMORY = 128 * 2**20
+VMAP_MEMORY = 128 * 2**20
 """Bytes that a vmapped chunk may take where nobody chose; on CPUs more was slower, for want of cache."""
 
 

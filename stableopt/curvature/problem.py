@@ -156,6 +156,7 @@ class Problem:
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         _check_batch_norm(self.model)
         self._all_trainable = params is None
+        self.equal_weights = True
         self._take(*_select(self.model, params))
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
         with undisturbed(self._objective, self.device, generators_of(data)):
@@ -166,7 +167,7 @@ class Problem:
         self,
         *,
         sign: float = 1.0,
-        scale: Sequence[float] | None = None,
+        scale: Sequence[Tensor | float] | None = None,
         weight_decay: Sequence[float] | None = None,
     ) -> Problem:
         r"""Return the problem in other coordinates, as an optimizer with several groups sees it.
@@ -179,7 +180,7 @@ class Problem:
 
         Args:
             sign: 1, or -1 to look at -f.
-            scale: a factor for each parameter, the diagonal of D.
+            scale: for each parameter a factor, or a tensor of its shape: the diagonal of D.
             weight_decay: a coefficient for each parameter, the diagonal of Lambda.
 
         >>> model = nn.Linear(2, 1)
@@ -195,7 +196,13 @@ class Problem:
                     f"{name} has {len(values)} values: expected one for each of the"
                     f" {len(self.params)} parameters"
                 )
-        other.scale = (1.0,) * len(self.params) if scale is None else tuple(scale)
+        if scale is not None:
+            other.scale = tuple(
+                _checked_scale(name, factor, shape)
+                for name, factor, shape in zip(self.names, scale, self.shapes, strict=True)
+            )
+        else:
+            other.scale = (1.0,) * len(self.params)
         other.weight_decay = (
             (0.0,) * len(self.params) if weight_decay is None else tuple(weight_decay)
         )
@@ -228,11 +235,14 @@ class Problem:
             return tuple(p.detach().clone().requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
-        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each.
+        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each,
+        and never more than the problem's own chunks hold.
 
         Tensors are copies, since a model may work on its inputs in place.
         """
-        batches = self.batches if chunk_size is None else self.batches.with_chunk_size(chunk_size)
+        batches, own = self.batches, self.batches.chunk_size
+        if chunk_size is not None and (own is None or chunk_size < own):
+            batches = batches.with_chunk_size(chunk_size)
         for batch, size in batches:
             yield map_tensors(lambda t: t.detach().to(self.device, copy=True), batch), size
 
@@ -262,7 +272,7 @@ class Problem:
         parts = [
             torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
             if t is None
-            else (t.reshape(-1) if factor == 1.0 else t.reshape(-1) * factor)
+            else _scaled(t, factor).reshape(-1)
             for t, shape, factor in zip(dense, self.shapes, self.scale, strict=True)
         ]
         return torch.cat(parts)
@@ -271,7 +281,7 @@ class Problem:
         """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
         parts = torch.split(vector, [shape.numel() for shape in self.shapes])
         return [
-            (part if factor == 1.0 else part * factor).view(shape)
+            _scaled(part.view(shape), factor)
             for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
         ]
 
@@ -308,8 +318,9 @@ class Problem:
         self.device, self.dtype = _place(names, params)
         self.shapes = [p.shape for p in params]
         self.num_params = sum(p.numel() for p in params)
+        self.memo: dict[str, Any] = {}
         self.sign = 1.0
-        self.scale = (1.0,) * len(params)
+        self.scale: tuple[Tensor | float, ...] = (1.0,) * len(params)
         self.weight_decay = (0.0,) * len(params)
 
     def gradient(self) -> Tensor:
@@ -341,7 +352,7 @@ class Problem:
             once = value(batch)
             _check_mean(once, value(map_tensors(_twice_over, batch)))
             singles = (value(cut(batch, index, index + 1)) for index in range(size))
-            _check_weights(once, sum(singles) / size)
+            self.equal_weights = _checked_weights(once, sum(singles) / size)
             try:
                 depends = differentiate_twice(lambda at: loss_at(at, batch), theta)
             except torch.OutOfMemoryError:
@@ -355,6 +366,20 @@ class Problem:
             raise ValueError(
                 "loss_fn: the loss does not depend on any of the parameters that count"
             )
+
+
+def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
+    if not isinstance(factor, Tensor):
+        return float(factor)
+    if factor.shape != shape:
+        raise ValueError(
+            f"scale of {name!r} has shape {tuple(factor.shape)}: expected {tuple(shape)}, or a number"
+        )
+    return factor.detach()
+
+
+def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
+    return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
 
 
 def _twice_over(tensor: Tensor) -> Tensor:
@@ -426,11 +451,13 @@ def _check_batch_norm(model: nn.Module) -> None:
         )
 
 
-def _check_weights(together: float, apart: float) -> None:
+def _checked_weights(together: float, apart: float) -> bool:
+    """Whether the loss of a batch is the mean of its samples' losses; warn where it is not."""
     if not 1e-6 < abs(together) < float("inf"):
-        return
+        return True
     # A sample that is ignored altogether has a loss of its own that is not a number.
-    if not abs(together - apart) <= _UNEQUAL * abs(together):
+    equal = abs(together - apart) <= _UNEQUAL * abs(together)
+    if not equal:
         warnings.warn(
             f"loss_fn weighs samples unequally: a batch has loss {together:.6g}, its samples by"
             f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"
@@ -438,6 +465,7 @@ def _check_weights(together: float, apart: float) -> None:
             " that of samples by themselves",
             stacklevel=4,
         )
+    return equal
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,60 +1,66 @@
-r"""Per-sample Hessian products of fully connected layers at the price of a few batched passes.
+r"""Per-sample Hessian products at the price of a few batched passes, from the structure of layers.
 
 In a layer z = W a + b the gradient of sample i's loss is the outer product :math:`\delta_i a_i^\top`,
 :math:`\delta_i` its gradient in z. Its derivative along v, that block of :math:`w_i = H_i v`, has rank
-two, :math:`\dot\delta_i a_i^\top + \delta_i \dot a_i^\top`, and is never formed. What is wanted,
+two, :math:`\dot\delta_i a_i^\top + \delta_i \dot a_i^\top`. What is wanted,
 
 .. math:: \sum_i H_i (w_i - \bar w)
     = \nabla_\theta \sum_i \langle w_i - \bar w, \nabla f_i(\theta)\rangle,
 
-is one backward pass from all :math:`a_i` and :math:`\delta_i`, with the cotangents
+is one backward pass from all :math:`a_i` and :math:`\delta_i`, with cotangents that follow from
+:math:`a_i, \delta_i, \dot a_i, \dot\delta_i` layer by layer (:mod:`~stableopt.curvature.forms`). So an
+exact product costs a constant number of batched passes, whatever n is. Whatever lies between the
+layers is autograd's business. It applies where samples do not see each other.
 
-.. math::
-    c^{\delta}_i &= \dot\delta_i \|a_i\|^2 + \delta_i \langle\dot a_i, a_i\rangle - \bar W a_i
-        \;(+\, \dot\delta_i - \bar b), \\
-    c^{a}_i &= a_i \langle\dot\delta_i, \delta_i\rangle + \dot a_i \|\delta_i\|^2
-        - \bar W^\top \delta_i .
-
-So an exact product costs a constant number of batched passes, whatever n is. Whatever lies between the
-layers is autograd's business. It applies where every parameter that counts is the weight or the bias
-of an ``nn.Linear`` that is called once, with one row a sample.
+Both the mean :math:`\bar w` over all samples and the product need the passes at theta: they are kept
+from product to product for as many chunks as the memory allows.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from stableopt.curvature.batches import map_tensors, tensors_in
+from stableopt.curvature.forms import PLAIN, Form, Uses
+from stableopt.curvature.layers import Kind, Layer, Plan, UnfitError, plan
+from stableopt.curvature.passes import KeptPasses
+from stableopt.curvature.per_sample import loop_product
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
-__all__ = [
-    "Layer",
-    "LayerPasses",
-    "LayerTangents",
-    "UnfitError",
-    "linear_layers",
-    "linearise",
-    "mean_from",
-    "product_from",
-    "tangents_along",
-]
+__all__ = ["StructuredProduct", "UnfitError"]
 
 
-class Layer(NamedTuple):
-    """An ``nn.Linear`` and where its weight and bias are among the problem's parameters."""
+_CHECKED_SAMPLES = 3
 
-    module: nn.Linear
-    weight: int | None
-    bias: int | None
+_AGREES = 0.02
+"""Relative difference up to which two ways of one product agree: a ReLU that rounding flips
+moves a product in single precision by some 1e-3, and a structure that does not hold by all of it."""
 
 
-class LayerPasses(NamedTuple):
-    """A chunk's passes at theta: per layer the inputs a and the slopes delta, with their graph.
+@dataclass(frozen=True)
+class _Part:
+    """One use of one parameter: where its input and slope are, and how they are laid out."""
+
+    parameter: int
+    form: Form
+    head: int | None
+    slope: int
+    kind: Kind | None
+    module: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A chunk's passes at theta.
 
     ``transposed`` are the gradients in theta of the sum of all <a, u> + <delta, w>. They are linear
     in the dummies u and w, so their derivative in the dummies along a tangent is the tangent of a
@@ -62,156 +68,317 @@ class LayerPasses(NamedTuple):
     """
 
     size: int
-    inputs: list[Tensor]
+    parts: list[_Part]
+    heads: list[Tensor]
     slopes: list[Tensor]
     dummies: list[Tensor]
     transposed: tuple[Tensor | None, ...]
 
 
-class LayerTangents(NamedTuple):
-    """The derivatives of a chunk's inputs and slopes along a tangent."""
+class _Recorder:
+    """Inserts offsets of zero behind the layers of one pass, and takes down what passes there."""
 
-    inputs: list[Tensor]
-    slopes: list[Tensor]
+    def __init__(self, way: Plan, theta: Theta, size: int) -> None:
+        self.size = size
+        self.parts: list[_Part] = []
+        self.heads: list[Tensor] = []
+        self.offsets: list[Tensor] = []
+        self._inside_unit = False
+        self._mapped = way.mapped
+        self.theta = list(theta)
+        for i in way.expanded:
+            self.theta[i] = self._copies(theta[i][0], i)
+
+    def _offset(self, like: Tensor) -> int:
+        self.offsets.append(torch.zeros_like(like, requires_grad=True))
+        return len(self.offsets) - 1
+
+    def _copies(self, parameter: Tensor, index: int) -> Tensor:
+        """Return a parameter for each sample, and take its gradients down."""
+        copies = parameter.expand(self.size, *parameter.shape)
+        number = self._offset(copies)
+        self.parts.append(_Part(index, PLAIN, None, number, None, None))
+        return copies + self.offsets[number]
+
+    def hook(self, layer: Layer) -> Callable[..., Any]:
+        """Return the forward hook for ``layer``."""
+        if layer.kind is None:
+            return lambda module, args, kwargs, output: self._unit(layer, args, kwargs, output)
+        return lambda module, args, kwargs, output: self._layer(layer, args, kwargs, output)
+
+    def _layer(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor:
+        kind, module = layer.kind, layer.module
+        if kind is None or len(args) != 1 or kwargs or not isinstance(output, Tensor):
+            raise UnfitError(f"{type(module).__name__} was called with more than one input")
+        head = None
+        if "weight" in layer.indices:
+            self.heads.append(kind.head(module, args[0], self.size))
+            head = len(self.heads) - 1
+        slope = self._offset(output)
+        for name, index in layer.indices.items():
+            form = kind.weight if name == "weight" else PLAIN
+            where = head if name == "weight" else None
+            self.parts.append(_Part(index, form, where, slope, kind, module))
+        return output + self.offsets[slope]
+
+    def _unit(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._inside_unit:
+            return None
+        module, size = layer.module, self.size
+        state = dict(module.named_parameters())
+        owned = {name: self._copies(state[name], i) for name, i in layer.indices.items()}
+        given = list(tensors_in((args, kwargs)))
+        # Tensors that do not lead with the samples, such as masks, are the same for all of them.
+        # Which do was settled when the plan was tried: by chance others have as many rows.
+        leads = [t.dim() > 0 and t.shape[0] == size for t in given]
+        mapped = self._mapped.setdefault(id(module), leads)
+        fits = len(mapped) == len(leads) and any(mapped)
+        if not fits or not all(lead for lead, m in zip(leads, mapped, strict=True) if m):
+            raise UnfitError(f"{type(module).__name__} was not called with a batch")
+
+        def one(own: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+            rest = iter(t.unsqueeze(0) if m else t for t, m in zip(tensors, mapped, strict=True))
+            own_args, own_kwargs = map_tensors(lambda _: next(rest), (args, kwargs))
+            found = functional_call(module, own, own_args, own_kwargs)
+            return tuple(t.squeeze(0) for t in tensors_in(found))
+
+        dims = (dict.fromkeys(owned, 0), *(0 if m else None for m in mapped))
+        self._inside_unit = True
+        try:
+            found = torch.vmap(one, in_dims=dims, randomness="same")(owned, *given)
+        finally:
+            self._inside_unit = False
+        fresh = iter(found)
+        return map_tensors(lambda _: next(fresh), output)
 
 
-class UnfitError(Exception):
-    """The model turned out not to call its layers as the structure needs."""
-
-
-def linear_layers(problem: Problem) -> list[Layer] | None:
-    """Return the layers that hold the problem's parameters, or ``None`` if others hold some.
-
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
-    >>> [(layer.weight, layer.bias) for layer in linear_layers(problem)]
-    [(0, 1), (2, 3)]
-    """
-    index = {id(p): i for i, p in enumerate(problem.params)}
-    owners = Counter(id(p) for _, p in problem.model.named_parameters(remove_duplicate=False))
-    layers = []
-    for module in problem.model.modules():
-        # A subclass, or a reparametrised module, may compute something else.
-        if type(module) is nn.Linear:
-            weight, bias = index.get(id(module.weight)), index.get(id(module.bias))
-            if weight is not None or bias is not None:
-                layers.append(Layer(module, weight, bias))
-    held = [i for layer in layers for i in (layer.weight, layer.bias) if i is not None]
-    shared = any(owners[id(p)] > 1 for p in problem.params)
-    return None if shared or sorted(held) != list(range(len(problem.params))) else layers
-
-
-def linearise(
-    problem: Problem, layers: Sequence[Layer], theta: Theta, batch: Any, size: int
-) -> LayerPasses:
+def linearise(problem: Problem, way: Plan, theta: Theta, batch: Any, size: int) -> Passes:
     """Return the passes over a chunk of ``size`` samples at ``theta``.
 
     Raises:
-        UnfitError: if a layer was not called exactly once with a row a sample.
+        UnfitError: if a layer was called in a way that its structure does not cover.
     """
-    inputs: dict[int, Tensor] = {}
-    offsets: dict[int, Tensor] = {}
-    handles = []
-    for number, layer in enumerate(layers):
-
-        def insert(module: Any, args: Any, output: Tensor, number: int = number) -> Tensor:
-            if number in inputs or len(args) != 1 or args[0].dim() != 2 or len(args[0]) != size:
-                raise UnfitError
-            inputs[number] = args[0]
-            offsets[number] = torch.zeros_like(output, requires_grad=True)
-            return output + offsets[number]
-
-        handles.append(layer.module.register_forward_hook(insert))
-    try:
-        loss = size * problem.loss(theta, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(inputs) != len(layers):
-        raise UnfitError
-    heads = [inputs[number] for number in range(len(layers))]
-    leaves = [offsets[number] for number in range(len(layers))]
-    slopes = list(torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True))
-    dummies = [torch.zeros_like(t, requires_grad=True) for t in [*heads, *slopes]]
-    transposed = _gradients([*heads, *slopes], theta, dummies)
-    return LayerPasses(size, heads, slopes, dummies, transposed)
+    recorder = _Recorder(way, theta, size)
+    with ExitStack() as hooks:
+        for layer in way.layers:
+            handle = layer.module.register_forward_hook(recorder.hook(layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        loss = size * problem.loss(tuple(recorder.theta), batch)
+    slopes = list(
+        torch.autograd.grad(loss, recorder.offsets, create_graph=True, materialize_grads=True)
+    )
+    found = [*recorder.heads, *slopes]
+    # Row numbers of a table have no tangent, but keep their place.
+    dummies = [torch.zeros_like(t, dtype=slopes[0].dtype).requires_grad_() for t in found]
+    live = [(t, dummy) for t, dummy in zip(found, dummies, strict=True) if t.requires_grad]
+    if not live:
+        return Passes(size, recorder.parts, recorder.heads, slopes, dummies, (None,) * len(theta))
+    outputs, cotangents = zip(*live, strict=True)
+    transposed = torch.autograd.grad(
+        outputs, theta, cotangents, create_graph=True, allow_unused=True
+    )
+    return Passes(size, recorder.parts, recorder.heads, slopes, dummies, transposed)
 
 
-def _gradients(
-    outputs: list[Tensor], leaves: Theta, weights: list[Tensor]
+class _Chunk:
+    """A chunk's passes and its tangents along one vector: the uses of each parameter."""
+
+    def __init__(self, passes: Passes, tangent: Sequence[Tensor]) -> None:
+        self.passes = passes
+        found = pull(passes.transposed, passes.dummies, tangent)
+        count = len(passes.heads)
+        self._head_tangents = [
+            _materialised(dot, head) if head.requires_grad else None
+            for dot, head in zip(found[:count], passes.heads, strict=True)
+        ]
+        self._slope_tangents = [
+            _materialised(dot, slope)
+            for dot, slope in zip(found[count:], passes.slopes, strict=True)
+        ]
+
+    def by_parameter(self) -> Iterator[tuple[int, Form, list[_Part], list[Uses]]]:
+        """Yield each parameter with its form and its uses."""
+        grouped: dict[int, list[_Part]] = defaultdict(list)
+        for part in self.passes.parts:
+            grouped[part.parameter].append(part)
+        for index, parts in sorted(grouped.items()):
+            if any(part.form is not parts[0].form for part in parts):
+                raise UnfitError("a parameter is used by layers of two kinds")
+            yield index, parts[0].form, parts, [self._uses(part) for part in parts]
+
+    def _uses(self, part: _Part) -> Uses:
+        size, kind, module = self.passes.size, part.kind, part.module
+        slope, dot = self.passes.slopes[part.slope].detach(), self._slope_tangents[part.slope]
+        if kind is None:
+            return Uses(None, slope.reshape(size, -1, 1), None, dot.reshape(size, -1, 1))
+        slope, dot = kind.slopes(module, slope, size), kind.slopes(module, dot, size)
+        if part.head is None:
+            return Uses(None, slope, None, dot)
+        head, head_dot = self.passes.heads[part.head].detach(), self._head_tangents[part.head]
+        inputs = kind.inputs(module, head, size)
+        if head_dot is None:
+            return Uses(inputs, slope, None, dot)
+        return Uses(inputs, slope, kind.inputs(module, head_dot, size), dot)
+
+
+def _materialised(found: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if found is None else found
+
+
+def _joined(uses: Sequence[Uses]) -> Uses:
+    """Return several uses as one, position after position."""
+    if len(uses) == 1:
+        return uses[0]
+    dots = [use.input_tangents for use in uses]
+    inputs = [use.inputs for use in uses]
+    if any(dot is not None for dot in dots):
+        # One of them looked at the data, the other at what depends on theta.
+        dots = [
+            torch.zeros_like(a) if dot is None and a is not None else dot
+            for a, dot in zip(inputs, dots, strict=True)
+        ]
+    return Uses(
+        _concatenated(inputs),
+        torch.cat([use.slopes for use in uses], dim=-1),
+        _concatenated(dots),
+        torch.cat([use.slope_tangents for use in uses], dim=-1),
+    )
+
+
+def _concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    known = [t for t in tensors if t is not None]
+    return torch.cat(known, dim=-1) if known else None
+
+
+def _sum_of_products(chunk: _Chunk, shapes: Sequence[torch.Size]) -> list[Tensor | None]:
+    """Return the sum of :math:`w_i` over the chunk, for each parameter."""
+    sums: list[Tensor | None] = [None] * len(shapes)
+    for index, form, _, uses in chunk.by_parameter():
+        sums[index] = form.total(_joined(uses), shapes[index])
+    return sums
+
+
+def _pulled(
+    chunk: _Chunk, theta: Theta, scale: Sequence[Tensor | float], mean: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    live = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
-    heads, cotangents = zip(*live, strict=True)
-    return torch.autograd.grad(heads, leaves, cotangents, create_graph=True, allow_unused=True)
+    """Return the sum of :math:`H_i (D^2 w_i - m)` over the chunk, for each parameter."""
+    passes = chunk.passes
+    along_heads: list[Tensor | None] = [None] * len(passes.heads)
+    along_slopes: list[Tensor | None] = [None] * len(passes.slopes)
+    for index, form, parts, uses in chunk.by_parameter():
+        found = form.cotangents(_joined(uses), scale[index], mean[index])
+        start = 0
+        for part, use in zip(parts, uses, strict=True):
+            stop = start + use.slopes.shape[-1]
+            cotangent = found.slopes[..., start:stop]
+            shape = passes.slopes[part.slope].shape
+            if part.kind is None or part.module is None:
+                _add(along_slopes, part.slope, cotangent.reshape(shape))
+            else:
+                back = part.kind.slopes_back(part.module, cotangent, shape)
+                _add(along_slopes, part.slope, back)
+                if part.head is not None and use.input_tangents is not None:
+                    assert found.inputs is not None
+                    back = part.kind.inputs_back(
+                        part.module, found.inputs[..., start:stop], passes.heads[part.head].shape
+                    )
+                    _add(along_heads, part.head, back)
+            start = stop
+    return pull([*passes.heads, *passes.slopes], theta, [*along_heads, *along_slopes])
 
 
-def tangents_along(passes: LayerPasses, tangent: Sequence[Tensor]) -> LayerTangents:
-    """Return the derivatives of the chunk's inputs and slopes along ``tangent``."""
-    found = pull(passes.transposed, passes.dummies, tangent)
-    dotted = [
-        torch.zeros_like(dummy) if dot is None else dot
-        for dot, dummy in zip(found, passes.dummies, strict=True)
-    ]
-    half = len(passes.inputs)
-    return LayerTangents(dotted[:half], dotted[half:])
+def _add(to: list[Tensor | None], where: int, term: Tensor) -> None:
+    before = to[where]
+    to[where] = term if before is None else before + term
 
 
-def mean_from(
-    layers: Sequence[Layer], passes: LayerPasses, tangents: LayerTangents
-) -> list[Tensor]:
-    """Return the mean of :math:`w_i` over the chunk, in the shapes of the parameters."""
-    found: dict[int, Tensor] = {}
-    for layer, a, delta, a_dot, delta_dot in _by_layer(layers, passes, tangents):
-        if layer.weight is not None:
-            found[layer.weight] = (delta_dot.T @ a + delta.T @ a_dot) / passes.size
-        if layer.bias is not None:
-            found[layer.bias] = delta_dot.sum(0) / passes.size
-    return [found[index] for index in sorted(found)]
-
-
-def product_from(
-    layers: Sequence[Layer],
-    theta: Theta,
-    passes: LayerPasses,
-    tangents: LayerTangents,
-    mean: Sequence[Tensor],
-    scale: Sequence[float],
-) -> tuple[Tensor | None, ...]:
-    r"""Return :math:`\sum_i H_i (D^2 w_i - m)` over the chunk, per parameter.
+class StructuredProduct:
+    """Products with the covariance of the per-sample Hessians, for a problem whose layers allow it.
 
     Args:
-        layers: the layers.
+        problem: the problem, without weight decay.
         theta: the point.
-        passes: the chunk's passes there.
-        tangents: the chunk's tangents along v.
-        mean: m, in the shapes of the parameters.
-        scale: the diagonal of D, a number for each parameter.
+        memory: bytes that the passes at theta may take.
+
+    Raises:
+        UnfitError: where it does not apply: some parameter has no layer, or a product of three
+            samples differs from the plain one.
     """
-    along_inputs: list[Tensor] = []
-    along_slopes: list[Tensor] = []
-    for layer, a, delta, a_dot, delta_dot in _by_layer(layers, passes, tangents):
-        along_a, along_delta = torch.zeros_like(a), torch.zeros_like(delta)
-        if layer.weight is not None:
-            power, w_mean = scale[layer.weight] ** 2, mean[layer.weight]
-            rank_two = a * _dot(delta_dot, delta) + a_dot * _dot(delta, delta)
-            along_a += power * rank_two - delta @ w_mean
-            rank_two = delta_dot * _dot(a, a) + delta * _dot(a_dot, a)
-            along_delta += power * rank_two - a @ w_mean.T
-        if layer.bias is not None:
-            along_delta += scale[layer.bias] ** 2 * delta_dot - mean[layer.bias]
-        along_inputs.append(along_a)
-        along_slopes.append(along_delta)
-    return pull([*passes.inputs, *passes.slopes], theta, [*along_inputs, *along_slopes])
 
+    def __init__(self, problem: Problem, theta: Theta, memory: int) -> None:
+        self._problem, self._theta = problem, theta
+        self._squares = [factor**2 for factor in problem.scale]
+        self._plan = self._found_fit()
+        self._passes = KeptPasses(problem, self._linearised, memory=memory, kind="structured")
 
-def _by_layer(
-    layers: Sequence[Layer], passes: LayerPasses, tangents: LayerTangents
-) -> Iterator[tuple[Layer, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield each layer with its a, delta, and their tangents, none of them with a graph."""
-    inputs, slopes = ([t.detach() for t in part] for part in (passes.inputs, passes.slopes))
-    yield from zip(layers, inputs, slopes, tangents.inputs, tangents.slopes, strict=True)
+    @property
+    def ways(self) -> dict[str, str]:
+        """How each parameter goes, by name."""
+        return self._plan.ways
 
+    def _found_fit(self) -> Plan:
+        """Return the plan; find out, once for a problem, whether it holds."""
+        found = self._problem.memo.get("structured")
+        if found is None:
+            try:
+                found = self._tried()
+            except UnfitError as error:
+                found = error
+            self._problem.memo["structured"] = found
+        if isinstance(found, UnfitError):
+            raise UnfitError(str(found))
+        assert isinstance(found, Plan)
+        return found
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Return the inner product of each pair of rows, as a column."""
-    return (left * right).sum(1, keepdim=True)
+    def _tried(self) -> Plan:
+        """Compare with the plain product on a few samples."""
+        problem, theta = self._problem, self._theta
+        way = plan(problem)
+        if way is None:
+            raise UnfitError("some parameters are not in a layer that is called with a batch")
+        self._plan = way
+        generator = torch.Generator(problem.device).manual_seed(0)
+        vector = torch.randn(
+            problem.num_params, generator=generator, dtype=problem.dtype, device=problem.device
+        )
+        zero = torch.zeros_like(vector)
+        with problem.evaluation():
+            batch, size = next(problem.chunks(_CHECKED_SAMPLES))
+            chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
+            mean = problem.unflatten(zero)
+            found = problem.flatten(_pulled(chunk, theta, self._squares, mean))
+            expected = loop_product(problem, theta, batch, size, vector, zero)
+        if not bool((found - expected).norm() <= _AGREES * expected.norm()):
+            raise UnfitError("the samples see each other, or a weight is used outside of its layer")
+        return way
+
+    def _linearised(self, batch: Any, size: int) -> Passes:
+        try:
+            return linearise(self._problem, self._plan, self._theta, batch, size)
+        except (UnfitError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError) as error:  # vmap cannot follow a module
+            raise UnfitError(str(error)) from error
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the product with each vector ``(d,)``, in one reading of the data."""
+        problem = self._problem
+        tangents = [problem.unflatten(vector) for vector in vectors]
+        with problem.evaluation():
+            count, totals = 0, [torch.zeros_like(vector) for vector in vectors]
+            kept: list[list[_Chunk]] = []
+            for number, (passes, size) in enumerate(self._passes):
+                chunks = [_Chunk(passes, tangent) for tangent in tangents]
+                for total, chunk in zip(totals, chunks, strict=True):
+                    total += problem.flatten(_sum_of_products(chunk, problem.shapes))
+                count += size
+                if number < self._passes.keepable:
+                    kept.append(chunks)
+            means = [problem.unflatten(total / count) for total in totals]
+            results = [torch.zeros_like(vector) for vector in vectors]
+            for number, (passes, _) in enumerate(self._passes):
+                known = number < len(kept)
+                chunks = kept[number] if known else [_Chunk(passes, t) for t in tangents]
+                for result, chunk, mean in zip(results, chunks, means, strict=True):
+                    result += problem.flatten(_pulled(chunk, self._theta, self._squares, mean))
+        return [result / count for result in results]

@@ -21,6 +21,7 @@ from stableopt.curvature import (
     SecondDerivativeError,
     top_eigenpair,
 )
+from stableopt.curvature.per_sample import samples_at_once
 
 LOSSES = [nn.MSELoss(), nn.CrossEntropyLoss(), nn.HuberLoss(delta=0.3)]
 
@@ -265,20 +266,28 @@ def test_frozen_tied_and_unused_parameters(data: tuple[Tensor, Tensor]) -> None:
     assert relative_error(hessian @ eye(hessian), expected) < PRODUCT
 
 
+class Unstructured(nn.Module):
+    """Holds a parameter that no layer knows of."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.gain * self.inner(x))
+
+
 def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
     network: nn.Module, data: tuple[Tensor, Tensor]
 ) -> None:
     """Catches a crash, or a silent wrong answer, for control flow that depends on the data."""
 
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(network, nn.LayerNorm(3).double())
-
+    class Branching(Unstructured):
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) * (2.0 if float(x.sum()) > 0 else 1.0)
+            return super().forward(x) * (2.0 if float(x.sum()) > 0 else 1.0)
 
-    operator = NonUniformity(Problem(Branching(), nn.MSELoss(), data, chunk_size=1))
+    operator = NonUniformity(Problem(Branching(network), nn.MSELoss(), data, chunk_size=1))
     assert operator.method == "vmap"
     product = operator @ eye(operator)
     assert operator.method == "loop"
@@ -291,12 +300,11 @@ def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
 
 def test_large_models_take_few_samples_at_once(problem: Problem) -> None:
     """Catches memory that grows with the model times the data."""
-    model = nn.Sequential(problem.model, nn.LayerNorm(3).double())  # no structure of layers alone
-    other = Problem(model, nn.MSELoss(), small_data())
+    other = Problem(Unstructured(problem.model), nn.MSELoss(), small_data())
     assert NonUniformity(other, memory=1).method == "loop"
-    roomy = NonUniformity(other, memory=8 * 44 * 8 * 20)
-    assert roomy.method == "vmap"
-    assert roomy._at_once == 20
+    roomy = 8 * 41 * 8 * 20  # eight copies of 41 parameters in double precision, for 20 samples
+    assert NonUniformity(other, memory=roomy).method == "vmap"
+    assert samples_at_once(other, roomy) == 20
 
 
 def test_single_precision_agrees(data: tuple[Tensor, Tensor]) -> None:

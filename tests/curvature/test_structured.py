@@ -6,9 +6,10 @@ import pytest
 import torch
 from oracles import covariance, dense_hessians, relative_error, small_data, small_network
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stableopt.curvature import NonUniformity, Problem
-from stableopt.curvature.structured import linear_layers
+from stableopt.curvature import Hessian, NonUniformity, Problem
+from stableopt.curvature.layers import plan
 
 
 def on(model: nn.Module, data: tuple[Tensor, Tensor] | None = None, **options) -> NonUniformity:
@@ -97,6 +98,204 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).tanh())
 
 
+class Sequences(Two):
+    """Rows of a sample are positions: their gradients add up before they are squared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([x, -x, 2 * x], dim=1)).mean(1)
+
+
+class MergedSequences(Two):
+    """As above, with the positions merged into the leading dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.stack([x, -x, 2 * x], dim=1)
+        return super().forward(rows.reshape(-1, 3)).view(rows.shape).mean(1)
+
+
+class Attention(nn.Module):
+    """A block with normalisation, attention and positions of its own, as transformers have it."""
+
+    def __init__(self, attention: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 4)
+        self.token = nn.Parameter(0.3 * torch.randn(1, 1, 4))
+        self.places = nn.Parameter(0.3 * torch.randn(1, 4, 4))
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True) if attention else None
+        self.mix = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x.unsqueeze(2))], dim=1)
+        rows = rows + self.places
+        normed = self.norm(rows)
+        if self.attention is not None:
+            rows = rows + self.attention(normed, normed, normed, need_weights=False)[0]
+        q, k, v = self.mix(normed).chunk(3, dim=2)
+        rows = rows + torch.softmax(q @ k.mT, dim=2) @ v
+        return self.head(rows[:, 0])
+
+
+class Words(nn.Module):
+    """An embedding of integers, which come as floats here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 5, padding_idx=3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (2 * x).long().remainder(4)
+        return self.head(torch.tanh(self.table(words).sum(1)))
+
+
+def convolutions(*layers: nn.Module, features: int) -> nn.Module:
+    """Return a network that looks at the three inputs through convolutions."""
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 3))
+
+
+def spread(*shape: int) -> nn.Module:
+    """Return layers from the three inputs to a map of this shape."""
+    return nn.Sequential(
+        nn.Linear(3, torch.Size(shape).numel(), bias=False), nn.Unflatten(1, shape)
+    )
+
+
+STRUCTURES = {
+    "sequences": (Sequences, set()),
+    "merged sequences": (MergedSequences, set()),
+    "tied weights": (Tied, set()),
+    "a layer used twice": (Twice, set()),
+    "conv1d": (
+        lambda: convolutions(spread(2, 6), nn.Conv1d(2, 3, 3), nn.Tanh(), features=12),
+        {"convolution"},
+    ),
+    "conv2d with everything": (
+        lambda: convolutions(
+            spread(2, 4, 3),
+            nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2),
+            nn.Tanh(),
+            nn.AvgPool2d((3, 1)),
+            features=4 * 3,
+        ),
+        {"convolution"},
+    ),
+    "conv2d on one position": (
+        lambda: convolutions(spread(2, 3, 3), nn.Conv2d(2, 4, 3), nn.Tanh(), features=4),
+        {"convolution"},
+    ),
+    "conv2d on few positions": (
+        lambda: convolutions(spread(3, 3, 2), nn.Conv2d(3, 6, 2), nn.Tanh(), features=12),
+        {"convolution"},
+    ),
+    "grouped conv2d on one position": (
+        lambda: convolutions(spread(2, 2, 2), nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), features=4),
+        {"convolution"},
+    ),
+    "same padding": (
+        lambda: convolutions(
+            spread(2, 4, 3),
+            nn.Conv2d(2, 2, (1, 3), padding="same", dilation=(1, 2)),
+            nn.Tanh(),
+            features=24,
+        ),
+        {"convolution"},
+    ),
+    "conv3d": (
+        lambda: convolutions(
+            spread(1, 2, 2, 1), nn.Conv3d(1, 2, 2, padding=(0, 0, 1)), nn.Tanh(), features=4
+        ),
+        {"convolution"},
+    ),
+    "padding by reflection": (
+        lambda: convolutions(
+            spread(1, 4),
+            nn.Conv1d(1, 2, 3, padding=1, padding_mode="reflect"),
+            nn.Tanh(),
+            features=8,
+        ),
+        {"vmap"},
+    ),
+    "layer norm": (lambda: nn.Sequential(Two(), nn.LayerNorm(3), nn.Tanh()), {"normalisation"}),
+    "group norm": (
+        lambda: convolutions(spread(4, 3), nn.GroupNorm(2, 4), nn.Tanh(), features=12),
+        {"normalisation"},
+    ),
+    "instance norm": (
+        lambda: convolutions(
+            spread(2, 5), nn.InstanceNorm1d(2, affine=True), nn.Tanh(), features=10
+        ),
+        {"normalisation"},
+    ),
+    "batch norm": (
+        lambda: nn.Sequential(Two(), nn.BatchNorm1d(3), nn.Tanh()).eval(),
+        {"normalisation"},
+    ),
+    "embedding": (Words, {"embedding"}),
+    "a gain without structure": (
+        lambda: nn.Sequential(Two(), nn.PReLU(3), nn.Tanh()),
+        {"vmap"},
+    ),
+    "a transposed convolution": (
+        lambda: convolutions(spread(1, 3), nn.ConvTranspose1d(1, 2, 2), nn.Tanh(), features=8),
+        {"vmap"},
+    ),
+    "attention by hand, with places": (Attention, {"normalisation", "vmap"}),
+    "attention by torch": (lambda: Attention(attention=True), {"normalisation", "vmap"}),
+}
+
+
+def jittered(network: nn.Module) -> nn.Module:
+    """Return it in double precision, away from gains of one and biases of zero."""
+    network.double()
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.2 * torch.randn(p.shape, dtype=p.dtype)
+    return network
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("model", STRUCTURES)
+def test_layers_of_every_kind(model: str, chunk_size: int | None) -> None:
+    """Catches a kind whose layout, adjoint or sum over positions is wrong, and one that is not
+    taken for what it is.
+    """
+    build, kinds = STRUCTURES[model]
+    torch.manual_seed(0)
+    network, data = jittered(build()), small_data()
+    operator = on(network, data, chunk_size=chunk_size)
+    assert operator.method == "structured"
+    assert set(operator.ways.values()) == {"linear"} | kinds
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
+    v = torch.randn(len(expected), 3, dtype=torch.float64)
+    for _ in range(2):
+        assert relative_error(operator @ v, expected @ v) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "model", ["linear", "conv1d", "conv2d on few positions", "layer norm", "embedding", "sequences"]
+)
+def test_a_diagonal_preconditioner_of_numbers_and_of_tensors(model: str) -> None:
+    """Catches D applied once where it belongs twice, and a tensor taken for a number: with P = D^2
+    the covariance is that of the D H_i D.
+    """
+    build = FITTING.get(model) or STRUCTURES[model][0]
+    torch.manual_seed(0)
+    network, data = jittered(build()), small_data()
+    problem = Problem(network, nn.MSELoss(), data)
+    hessians = dense_hessians(network, nn.MSELoss(), *data)
+    v = torch.randn(problem.num_params, 3, dtype=torch.float64)
+    numbers = [0.5 + 0.25 * i for i in range(len(problem.params))]
+    for scale in (numbers, [torch.rand_like(p) + 0.5 for p in problem.theta()]):
+        d = problem.transformed(scale=scale).flatten([torch.ones_like(p) for p in problem.theta()])
+        expected = covariance(d[:, None] * hessians * d)
+        operator = NonUniformity(problem.transformed(scale=scale))
+        assert operator.method == "structured"
+        assert relative_error(operator @ v, expected @ v) < 1e-10
+
+
 class ByHand(Two):
     """Uses a weight outside of its layer as well: nothing in the modules tells."""
 
@@ -117,20 +316,32 @@ class Squared(nn.Linear):
         return super().forward(x) ** 2
 
 
-class Sequences(Two):
-    """Rows of a sample are positions: their gradients add up before they are squared."""
+class PositionsFirst(Two):
+    """Merges positions and samples, samples last: the rows of a sample do not lie together."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.stack([x, -x, 2 * x], dim=1)).mean(1)
+        rows = torch.stack([x, -x, 2 * x], dim=0)
+        return super().forward(rows.reshape(-1, 3)).view(rows.shape).mean(0)
+
+
+class TiedTable(Words):
+    """The table of the embedding is the weight of a layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.head
+        self.back = nn.Linear(5, 4, bias=False)
+        self.back.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(torch.tanh(self.table((2 * x).long().remainder(4)).sum(1)))[:, :3]
 
 
 UNFIT = {
-    "tied weights": Tied,
-    "a layer used twice": Twice,
     "a weight used by hand": ByHand,
-    "other parameters": lambda: nn.Sequential(Two(), nn.LayerNorm(3)).double(),
     "a subclass": lambda: Squared(3, 3).double(),
-    "sequences": Sequences,
+    "positions first": PositionsFirst,
+    "a table and a weight in one": TiedTable,
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3).double()),
 }
 
@@ -139,9 +350,10 @@ UNFIT = {
 def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
     """Catches a product that is quick and wrong; the general one is right for all of these."""
     torch.manual_seed(0)
-    network, data = UNFIT[model](), small_data()
+    network, data = UNFIT[model]().double(), small_data()
     operator = on(network, data)
     assert operator.method in ("vmap", "loop")
+    assert set(operator.ways.values()) == {operator.method}
     expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
     eye = torch.eye(len(expected), dtype=torch.float64)
     assert relative_error(operator @ eye, expected) < 1e-10
@@ -149,11 +361,64 @@ def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
         NonUniformity(operator.problem, method="structured")
 
 
+class Masked(nn.Module):
+    """Adds a mask of one row a feature: with three samples it has as many rows as the batch."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, rows)
+        self.gain = Gain(rows)
+        self.head = nn.Linear(rows, 3)
+        self.mask = torch.linspace(0.5, 1, rows * rows).view(rows, rows).double()
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gain(torch.tanh(self.first(x)), self.mask))
+
+
+class Gain(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, features))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.gain * (x @ mask))
+
+
+@pytest.mark.parametrize("rows", [3, 7, 5])
+def test_a_mask_is_not_taken_for_samples(rows: int) -> None:
+    """Catches a tensor that by chance has as many rows as there are samples, in the few that the
+    structure is tried on (3) or in all (7), cut up among them.
+    """
+    network, data = Masked(rows), small_data(7)
+    operator = on(network, data)
+    expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
+    eye = torch.eye(len(expected), dtype=torch.float64)
+    assert relative_error(operator @ eye, expected) < 1e-10
+    assert operator.method == ("structured" if rows != 3 else "vmap")
+
+
+@pytest.mark.parametrize("memory", [1, 100_000, 2**30])
+def test_whatever_is_kept_the_product_is_the_same(memory: int) -> None:
+    """Catches a chunk that is skipped, or read twice, where some passes are kept and others not."""
+    network, data = small_network(), small_data(50)
+    problem = Problem(network, nn.MSELoss(), data, chunk_size=7)
+    v = torch.randn(38, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = NonUniformity(problem, method="loop") @ v
+    operator = NonUniformity(problem, memory=memory)
+    for _ in range(3):
+        assert relative_error(operator @ v, expected) < 1e-12
+    hessian = Hessian(problem, memory=memory)
+    for _ in range(3):
+        assert relative_error(hessian @ v, Hessian(problem, memory=1) @ v) < 1e-13
+
+
 def test_a_model_that_couples_its_samples_is_found_out() -> None:
     """Catches per-sample Hessians taken from a batch in which they do not exist."""
     with pytest.warns(UserWarning, match="samples that see each other"):
         problem = Problem(Coupled(), nn.MSELoss(), small_data())
-    assert linear_layers(problem) is not None
+    assert plan(problem) is not None
     assert NonUniformity(problem).method != "structured"
 
 

@@ -1,0 +1,136 @@
+"""The passes over the data at one point, kept from product to product as far as memory allows.
+
+The first part of every product, from the parameters to the gradients with their graph, is the same
+for all products at a point. :class:`KeptPasses` does it once for as many chunks of the data as fit
+into a number of bytes, and each time anew for the others; and it cuts chunks that are small enough
+for a CPU's cache, where they are quicker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.batches import cut
+from stableopt.curvature.problem import Problem
+
+__all__ = ["MEMORY", "KeptPasses"]
+
+P = TypeVar("P")
+
+MEMORY = 2**30
+"""Bytes of kept passes where nobody chose: a thousand samples of a small convolutional network."""
+
+_CPU_CHUNK = 96 * 2**20
+"""Bytes of passes in one chunk on a CPU: more fell out of its cache, fewer were all overhead."""
+
+_TRIED = 3
+
+
+class KeptPasses(Generic[P]):
+    """A re-iterable of ``(passes, size)`` over the chunks of a problem's data.
+
+    Args:
+        problem: whose data they are.
+        linearise: ``(batch, size) -> passes``.
+        memory: bytes that kept passes may take; in all, since what is not kept is made of one chunk.
+        kind: names the passes, so that what they take is found out once for each kind.
+
+    To be iterated inside :meth:`Problem.evaluation`.
+    """
+
+    def __init__(
+        self, problem: Problem, linearise: Callable[[Any, int], P], *, memory: int, kind: str
+    ) -> None:
+        self._problem, self._linearise = problem, linearise
+        self._memory, self._kind = memory, kind
+        self._kept: list[tuple[P, int]] = []
+        self._all_kept = False
+        self._plan: tuple[int | None, int] | None = None
+
+    @property
+    def kept(self) -> list[tuple[P, int]]:
+        """The passes that are there."""
+        return self._kept
+
+    @property
+    def keepable(self) -> int:
+        """How many chunks, the first ones, are kept."""
+        return self._planned()[1]
+
+    def __iter__(self) -> Iterator[tuple[P, int]]:
+        yield from self._kept
+        if self._all_kept:
+            return
+        chunk_size, keepable = self._planned()
+        number = 0
+        for number, (batch, size) in enumerate(self._problem.chunks(chunk_size), start=1):
+            if number <= len(self._kept):
+                continue
+            passes = self._linearise(batch, size)
+            if number <= keepable:
+                self._kept.append((passes, size))
+            yield passes, size
+        self._all_kept = number == len(self._kept)
+
+    def _planned(self) -> tuple[int | None, int]:
+        """Return the chunk size, and how many chunks to keep."""
+        if self._plan is None:
+            each = self._bytes_each()
+            at_once = self._memory
+            if self._problem.device.type == "cpu":
+                at_once = min(at_once, _CPU_CHUNK)
+            chunk_size = max(1, int(at_once / each))
+            if not self._problem.equal_weights:
+                # A batch is then more than its samples; it stays as the user cut it.
+                self._plan = (None, int(self._problem.one_chunk))
+            else:
+                size = min(chunk_size, self._problem.num_samples)
+                self._plan = (chunk_size, int(self._memory / (size * each)))
+        return self._plan
+
+    def _bytes_each(self) -> float:
+        """Return what the passes of one more sample take."""
+        memo = self._problem.memo
+        key = f"bytes of {self._kind}"
+        if key not in memo:
+            batch, size = next(self._problem.chunks(_TRIED))
+            more = self._bytes(batch, size) - self._bytes(cut(batch, 0, 1), 1)
+            memo[key] = max(more / max(size - 1, 1), 1.0)
+        return float(memo[key])
+
+    def _bytes(self, batch: Any, size: int) -> int:
+        with _SavedBytes() as saved:
+            self._linearise(batch, size)
+        return saved.count
+
+
+class _SavedBytes:
+    """Counts the bytes that autograd saves for the backward pass of what is done inside."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._seen: set[int] = set()
+        self._alive: list[Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        # A sparse gradient has no storage of its own, but its indices and values have.
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self._alive.append(part)  # or its address would be used again
+                self.count += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
