@@ -45,6 +45,28 @@ def dense_hessians(
     return torch.stack(hessians)
 
 
+def dense_gauss_newtons(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """Return each sample's J^T L J ``(n, d, d)``, with J row by row and L entry by entry."""
+    parameters = list(model.parameters())
+    found = []
+    for i in range(len(x)):
+        outputs = model(x[i : i + 1])
+        rows = [
+            torch.cat(
+                [g.reshape(-1) for g in torch.autograd.grad(z, parameters, retain_graph=True)]
+            )
+            for z in outputs.reshape(-1)
+        ]
+        jacobian = torch.stack(rows)
+        bend = torch.autograd.functional.hessian(
+            lambda z, i=i: loss_fn(z, y[i : i + 1]), outputs.detach()
+        ).reshape(len(rows), len(rows))
+        found.append(jacobian.T @ bend @ jacobian)
+    return torch.stack(found)
+
+
 def covariance(hessians: Tensor) -> Tensor:
     """Return (1/n) sum H_i^2 - H^2, as the definition reads."""
     mean = hessians.mean(0)

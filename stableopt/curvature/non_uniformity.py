@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.operators import Hessian, Operator
+from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.per_sample import (
     VMAP_MEMORY,
@@ -22,9 +22,9 @@ from stableopt.curvature.structured import StructuredProduct, UnfitError
 
 __all__ = ["NonUniformity"]
 
-Method = Literal["auto", "structured", "vmap", "loop"]
+Method = Literal["auto", "structured", "vmap", "loop", "gauss-newton"]
 
-_METHODS = ("auto", "structured", "vmap", "loop")
+_METHODS = ("auto", "structured", "vmap", "loop", "gauss-newton")
 
 _WORTH_VMAP = 16
 """Samples at once below which the overhead of vmap outweighs what it saves."""
@@ -44,7 +44,14 @@ class NonUniformity(Operator):
             be called for one sample at a time; ``"vmap"`` takes many samples at once, ``"loop"``
             one at a time, for any module. ``"auto"`` picks the first that applies, by the size of
             the model between the last two, and has checked the structured one against the loop on
-            three samples.
+            three samples. ``"gauss-newton"`` puts Gauss–Newton's :math:`G_i = J_i^\top L_i J_i` for
+            :math:`H_i`, by the structure or the loop: the same at interpolation, and within
+            :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
+        preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
+            is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
+            product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:
+            ``top_eigenpair(NonUniformity(problem, preconditioner=P), preconditioner=P)``. It takes
+            the samples by themselves; diagonal ones are cheaper by :meth:`Problem.transformed`.
         memory: bytes that products may take beside the model: by default 1 GiB for passes that are
             kept, 128 MiB for samples taken at once by ``"vmap"``.
 
@@ -53,7 +60,8 @@ class NonUniformity(Operator):
         ways: the way of each parameter by name.
 
     Raises:
-        ValueError: for arguments out of range, and ``"structured"`` where it does not apply.
+        ValueError: for arguments out of range, ``"structured"`` where it does not apply or with a
+            preconditioner, and as :class:`GaussNewton` does.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2, H_i = 2 x_i^2
     >>> x = torch.tensor([[1.0], [2.0]]).double()
@@ -66,30 +74,45 @@ class NonUniformity(Operator):
     """
 
     def __init__(
-        self, problem: Problem, *, method: Method = "auto", memory: int | None = None
+        self,
+        problem: Problem,
+        *,
+        method: Method = "auto",
+        preconditioner: Any = None,
+        memory: int | None = None,
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method={method!r}: expected one of {_METHODS}")
         if memory is not None and memory < 1:
             raise ValueError(f"memory={memory}: expected a positive number of bytes")
+        if preconditioner is not None and method == "structured":
+            raise ValueError(
+                "method='structured' with a preconditioner: expected another method, or a diagonal"
+                " one by Problem.transformed(scale=...)"
+            )
         super().__init__(problem.num_params, problem.dtype, problem.device)
         # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
         self.problem = problem.without_weight_decay()
         self._memory = memory
+        self._preconditioner = preconditioner
+        kind = GaussNewton if method == "gauss-newton" else Hessian
+        self._mean: Hessian | GaussNewton = kind(self.problem)
         self._structured: StructuredProduct | None = None
-        self._may_fall_back = method == "auto"
-        if method in ("auto", "structured"):
+        self._may_fall_back = method in ("auto", "gauss-newton")
+        if method in ("auto", "structured", "gauss-newton") and preconditioner is None:
             self._structured = self._try_structured(must=method == "structured")
         if self._structured is not None:
-            self.method: str = "structured"
+            self.method: str = "structured" if method == "auto" else method
             self.ways = dict(self._structured.ways)
+        elif method == "auto":
+            self._go_by(self._general())
         else:
-            self._go_by(self._general() if method == "auto" else method)
+            self._go_by(method)
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
         memory = MEMORY if self._memory is None else self._memory
         try:
-            return StructuredProduct(self.problem, self.problem.theta(), memory)
+            return StructuredProduct(self._mean, memory)
         except UnfitError as error:
             if must:
                 raise ValueError(
@@ -99,6 +122,8 @@ class NonUniformity(Operator):
         return None
 
     def _general(self) -> str:
+        if isinstance(self._mean, GaussNewton):
+            return "gauss-newton"
         return "vmap" if samples_at_once(self.problem, self._vmap_memory) >= _WORTH_VMAP else "loop"
 
     @property
@@ -107,8 +132,8 @@ class NonUniformity(Operator):
 
     def _go_by(self, method: str) -> None:
         self.method = method
-        self.ways = dict.fromkeys(self.problem.names, method)
-        self._hessian = Hessian(self.problem)
+        way = "loop" if method == "gauss-newton" else method
+        self.ways = dict.fromkeys(self.problem.names, way)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return ``Sigma @ vector`` for ``(d,)``."""
@@ -128,7 +153,7 @@ class NonUniformity(Operator):
         return [self._by_samples(vector) for vector in vectors]
 
     def _by_samples(self, vector: Tensor) -> Tensor:
-        mean = self._hessian.product(vector)
+        mean = self._mean.product(vector)
         if self.method == "vmap":
             try:
                 at_once = max(1, samples_at_once(self.problem, self._vmap_memory))
@@ -148,6 +173,12 @@ class NonUniformity(Operator):
         total, count = torch.zeros_like(vector), 0
         with problem.evaluation():
             for batch, size in problem.chunks(chunk_size):
-                total += chunk_product(problem, self._hessian.theta, batch, size, vector, mean)
+                total += chunk_product(self._mean, batch, size, vector, mean, self._preconditioned)
                 count += size
         return total / count
+
+    def _preconditioned(self, vector: Tensor) -> Tensor:
+        if self._preconditioner is None:
+            return vector
+        preconditioned: Tensor = self._preconditioner @ vector
+        return preconditioned

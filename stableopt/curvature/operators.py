@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.passes import MEMORY, KeptPasses
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
-__all__ = ["GaussNewton", "Hessian", "Operator"]
+__all__ = ["GaussNewton", "Hessian", "MeanOverSamples", "Operator"]
 
 
 class Operator(abc.ABC):
@@ -63,21 +63,21 @@ class Operator(abc.ABC):
         return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
 
 
-class _MeanOverSamples(Operator):
+class MeanOverSamples(Operator):
     """A mean over samples, plus the problem's weight decay: the point, and the sum over chunks."""
 
     def __init__(self, problem: Problem, memory: int) -> None:
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
         self.theta = problem.theta()
-        self._passes = KeptPasses(problem, self._linearise, memory=memory, kind=type(self).__name__)
+        self._passes = KeptPasses(problem, self.linearise, memory=memory, kind=type(self).__name__)
 
     @abc.abstractmethod
-    def _linearise(self, batch: Any, size: int) -> Any:
+    def linearise(self, batch: Any, size: int) -> Any:
         """Return the differentiable passes over ``batch`` at theta, ready for products."""
 
     @abc.abstractmethod
-    def _chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
         """Return the product of one chunk's mean with ``tangent``, per parameter."""
 
     def product(self, vector: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class _MeanOverSamples(Operator):
         with problem.evaluation():
             for passes, size in self._passes:
                 for total, tangent in zip(totals, tangents, strict=True):
-                    total.add_(problem.flatten(self._chunk_product(passes, tangent)), alpha=size)
+                    total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
                 count += size
         for total, tangent in zip(totals, tangents, strict=True):
             total /= count
@@ -113,7 +113,7 @@ class _GradientPasses(NamedTuple):
     gradients: tuple[Tensor | None, ...]
 
 
-class Hessian(_MeanOverSamples):
+class Hessian(MeanOverSamples):
     r"""The Hessian :math:`H = \nabla^2 f(\theta)` of the mean loss.
 
     A product is the gradient of :math:`\langle\nabla f(\theta), v\rangle`, by double
@@ -135,14 +135,16 @@ class Hessian(_MeanOverSamples):
     def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
         super().__init__(problem, memory)
 
-    def _linearise(self, batch: Any, size: int) -> _GradientPasses:
+    def linearise(self, batch: Any, size: int) -> _GradientPasses:
+        """Return the loss of ``batch`` and its gradients, with their graph."""
         loss = self.problem.loss(self.theta, batch)
         gradients = torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
         return _GradientPasses(loss.detach(), gradients)
 
-    def _chunk_product(
+    def chunk_product(
         self, passes: _GradientPasses, tangent: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
+        """Return the gradients' derivative along ``tangent``, per parameter."""
         return pull(passes.gradients, self.theta, tangent)
 
     def loss(self) -> float:
@@ -164,7 +166,7 @@ class _OutputPasses(NamedTuple):
     slope_at: Tensor
 
 
-class GaussNewton(_MeanOverSamples):
+class GaussNewton(MeanOverSamples):
     r"""The generalised Gauss–Newton matrix :math:`G = \frac1n\sum_i J_i^\top L_i J_i`.
 
     :math:`J_i` is the Jacobian of the model's outputs for sample i, :math:`L_i` the second
@@ -195,8 +197,9 @@ class GaussNewton(_MeanOverSamples):
         super().__init__(problem, memory)
         self._loss_fn = problem.loss_fn
 
-    def _linearise(self, batch: Any, size: int) -> _OutputPasses:
-        outputs = self.problem.outputs(self.theta, batch)
+    def linearise(self, batch: Any, size: int, at: Theta | None = None) -> _OutputPasses:
+        """Return the passes over ``batch``; the model is called with ``at``, functions of theta."""
+        outputs = self.problem.outputs(self.theta if at is None else at, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"
@@ -211,9 +214,10 @@ class GaussNewton(_MeanOverSamples):
         (slope,) = torch.autograd.grad(loss, slope_at, create_graph=True)
         return _OutputPasses(outputs, dummy, pulled, slope, slope_at)
 
-    def _chunk_product(
+    def chunk_product(
         self, passes: _OutputPasses, tangent: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
+        """Return the product of one chunk's mean with ``tangent``, per parameter."""
         pushed = pull(passes.pulled, (passes.dummy,), tangent)
         bent = pull((passes.slope,), (passes.slope_at,), pushed)
         return pull((passes.outputs,), self.theta, bent)

@@ -1,4 +1,4 @@
-r"""Per-sample Hessian products at the price of a few batched passes, from the structure of layers.
+r"""Per-sample curvature products at the price of a few batched passes, from the structure of layers.
 
 In a layer z = W a + b the gradient of sample i's loss is the outer product :math:`\delta_i a_i^\top`,
 :math:`\delta_i` its gradient in z. Its derivative along v, that block of :math:`w_i = H_i v`, has rank
@@ -12,29 +12,31 @@ is one backward pass from all :math:`a_i` and :math:`\delta_i`, with cotangents 
 exact product costs a constant number of batched passes, whatever n is. Whatever lies between the
 layers is autograd's business. It applies where samples do not see each other.
 
+With Gauss–Newton's :math:`G_i = J_i^\top L_i J_i` it is simpler: :math:`w_i = J_i^\top q_i` with
+:math:`q_i = L_i J_i v` has rank one in each layer, :math:`\delta_i(q_i)\, a_i^\top`, and
+:math:`J_i(w_i - \bar w)` is a forward derivative along offsets behind the layers.
+
 Both the mean :math:`\bar w` over all samples and the product need the passes at theta: they are kept
 from product to product for as many chunks as the memory allows.
 """
 
 from __future__ import annotations
 
+import abc
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from stableopt.curvature.batches import map_tensors, tensors_in
-from stableopt.curvature.forms import PLAIN, Form, Uses
-from stableopt.curvature.layers import Kind, Layer, Plan, UnfitError, plan
+from stableopt.curvature.forms import Form, Uses
+from stableopt.curvature.layers import Plan, UnfitError, plan
+from stableopt.curvature.operators import GaussNewton, Hessian
 from stableopt.curvature.passes import KeptPasses
 from stableopt.curvature.per_sample import loop_product
-from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
+from stableopt.curvature.recorder import Part, Recorder, recorded
 
 __all__ = ["StructuredProduct", "UnfitError"]
 
@@ -45,160 +47,113 @@ _AGREES = 0.02
 """Relative difference up to which two ways of one product agree: a ReLU that rounding flips
 moves a product in single precision by some 1e-3, and a structure that does not hold by all of it."""
 
-
-@dataclass(frozen=True)
-class _Part:
-    """One use of one parameter: where its input and slope are, and how they are laid out."""
-
-    parameter: int
-    form: Form
-    head: int | None
-    slope: int
-    kind: Kind | None
-    module: nn.Module | None
+Tangents = list[Tensor | None]
 
 
-@dataclass(frozen=True)
-class Passes:
-    """A chunk's passes at theta.
+class _Passes(abc.ABC):
+    """A chunk's passes at theta, ready for the two halves of a product.
 
-    ``transposed`` are the gradients in theta of the sum of all <a, u> + <delta, w>. They are linear
+    ``heads`` and ``slopes`` are the a and the delta of every layer.
+    """
+
+    def __init__(self, recorder: Recorder, slopes: Sequence[Tensor]) -> None:
+        self.size, self.parts, self.heads = recorder.size, recorder.parts, recorder.heads
+        self.slopes = slopes
+
+    @abc.abstractmethod
+    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
+        """Return what the :math:`w_i` are made of: the tangents of heads and slopes along v."""
+
+    @abc.abstractmethod
+    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
+        """Return the second half of the product, from the cotangents of heads and slopes."""
+
+
+class _HessianPasses(_Passes):
+    """The passes for :math:`H_i`.
+
+    ``_transposed`` are the gradients in theta of the sum of all <a, u> + <delta, w>. They are linear
     in the dummies u and w, so their derivative in the dummies along a tangent is the tangent of a
     and delta, without forward mode.
     """
 
-    size: int
-    parts: list[_Part]
-    heads: list[Tensor]
-    slopes: list[Tensor]
-    dummies: list[Tensor]
-    transposed: tuple[Tensor | None, ...]
+    def __init__(self, recorder: Recorder, of: Hessian, batch: Any) -> None:
+        loss, theta = recorder.size * of.problem.loss(recorder.theta, batch), of.theta
+        slopes = torch.autograd.grad(
+            loss, recorder.offsets, create_graph=True, materialize_grads=True
+        )
+        super().__init__(recorder, slopes)
+        self._theta = theta
+        found = [*self.heads, *slopes]
+        # Row numbers of a table have no tangent, but keep their place.
+        self._dummies = [torch.zeros_like(t, dtype=loss.dtype).requires_grad_() for t in found]
+        live = [(t, u) for t, u in zip(found, self._dummies, strict=True) if t.requires_grad]
+        self._transposed: tuple[Tensor | None, ...] = (None,) * len(theta)
+        if live:
+            outputs, cotangents = zip(*live, strict=True)
+            self._transposed = torch.autograd.grad(
+                outputs, theta, cotangents, create_graph=True, allow_unused=True
+            )
+
+    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
+        found = pull(self._transposed, self._dummies, tangent)
+        count = len(self.heads)
+        # A head that depends on theta has a cotangent even where its tangent vanishes.
+        along_heads = [
+            torch.zeros_like(head) if dot is None and head.requires_grad else dot
+            for dot, head in zip(found[:count], self.heads, strict=True)
+        ]
+        return along_heads, list(found[count:])
+
+    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
+        return pull([*self.heads, *self.slopes], self._theta, [*along_heads, *along_slopes])
 
 
-class _Recorder:
-    """Inserts offsets of zero behind the layers of one pass, and takes down what passes there."""
+class _GaussNewtonPasses(_Passes):
+    """The passes for :math:`G_i`; slopes are linear in a dummy for the cotangent of the outputs."""
 
-    def __init__(self, way: Plan, theta: Theta, size: int) -> None:
-        self.size = size
-        self.parts: list[_Part] = []
-        self.heads: list[Tensor] = []
-        self.offsets: list[Tensor] = []
-        self._inside_unit = False
-        self._mapped = way.mapped
-        self.theta = list(theta)
-        for i in way.expanded:
-            self.theta[i] = self._copies(theta[i][0], i)
+    def __init__(self, recorder: Recorder, of: GaussNewton, batch: Any) -> None:
+        self._passes = of.linearise(batch, recorder.size, at=recorder.theta)
+        slopes = torch.autograd.grad(
+            self._passes.outputs,
+            recorder.offsets,
+            self._passes.dummy,
+            create_graph=True,
+            materialize_grads=True,
+        )
+        super().__init__(recorder, slopes)
+        self._theta, self._offsets = of.theta, recorder.offsets
 
-    def _offset(self, like: Tensor) -> int:
-        self.offsets.append(torch.zeros_like(like, requires_grad=True))
-        return len(self.offsets) - 1
+    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
+        passes = self._passes
+        pushed = pull(passes.pulled, (passes.dummy,), tangent)
+        bent = self._bent(pushed)
+        return [None] * len(self.heads), list(pull((passes.outputs,), self._offsets, bent))
 
-    def _copies(self, parameter: Tensor, index: int) -> Tensor:
-        """Return a parameter for each sample, and take its gradients down."""
-        copies = parameter.expand(self.size, *parameter.shape)
-        number = self._offset(copies)
-        self.parts.append(_Part(index, PLAIN, None, number, None, None))
-        return copies + self.offsets[number]
+    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
+        pushed = pull(self.slopes, (self._passes.dummy,), along_slopes)
+        return pull((self._passes.outputs,), self._theta, self._bent(pushed))
 
-    def hook(self, layer: Layer) -> Callable[..., Any]:
-        """Return the forward hook for ``layer``."""
-        if layer.kind is None:
-            return lambda module, args, kwargs, output: self._unit(layer, args, kwargs, output)
-        return lambda module, args, kwargs, output: self._layer(layer, args, kwargs, output)
-
-    def _layer(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Tensor:
-        kind, module = layer.kind, layer.module
-        if kind is None or len(args) != 1 or kwargs or not isinstance(output, Tensor):
-            raise UnfitError(f"{type(module).__name__} was called with more than one input")
-        head = None
-        if "weight" in layer.indices:
-            self.heads.append(kind.head(module, args[0], self.size))
-            head = len(self.heads) - 1
-        slope = self._offset(output)
-        for name, index in layer.indices.items():
-            form = kind.weight if name == "weight" else PLAIN
-            where = head if name == "weight" else None
-            self.parts.append(_Part(index, form, where, slope, kind, module))
-        return output + self.offsets[slope]
-
-    def _unit(self, layer: Layer, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._inside_unit:
-            return None
-        module, size = layer.module, self.size
-        state = dict(module.named_parameters())
-        owned = {name: self._copies(state[name], i) for name, i in layer.indices.items()}
-        given = list(tensors_in((args, kwargs)))
-        # Tensors that do not lead with the samples, such as masks, are the same for all of them.
-        # Which do was settled when the plan was tried: by chance others have as many rows.
-        leads = [t.dim() > 0 and t.shape[0] == size for t in given]
-        mapped = self._mapped.setdefault(id(module), leads)
-        fits = len(mapped) == len(leads) and any(mapped)
-        if not fits or not all(lead for lead, m in zip(leads, mapped, strict=True) if m):
-            raise UnfitError(f"{type(module).__name__} was not called with a batch")
-
-        def one(own: dict[str, Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
-            rest = iter(t.unsqueeze(0) if m else t for t, m in zip(tensors, mapped, strict=True))
-            own_args, own_kwargs = map_tensors(lambda _: next(rest), (args, kwargs))
-            found = functional_call(module, own, own_args, own_kwargs)
-            return tuple(t.squeeze(0) for t in tensors_in(found))
-
-        dims = (dict.fromkeys(owned, 0), *(0 if m else None for m in mapped))
-        self._inside_unit = True
-        try:
-            found = torch.vmap(one, in_dims=dims, randomness="same")(owned, *given)
-        finally:
-            self._inside_unit = False
-        fresh = iter(found)
-        return map_tensors(lambda _: next(fresh), output)
-
-
-def linearise(problem: Problem, way: Plan, theta: Theta, batch: Any, size: int) -> Passes:
-    """Return the passes over a chunk of ``size`` samples at ``theta``.
-
-    Raises:
-        UnfitError: if a layer was called in a way that its structure does not cover.
-    """
-    recorder = _Recorder(way, theta, size)
-    with ExitStack() as hooks:
-        for layer in way.layers:
-            handle = layer.module.register_forward_hook(recorder.hook(layer), with_kwargs=True)
-            hooks.callback(handle.remove)
-        loss = size * problem.loss(tuple(recorder.theta), batch)
-    slopes = list(
-        torch.autograd.grad(loss, recorder.offsets, create_graph=True, materialize_grads=True)
-    )
-    found = [*recorder.heads, *slopes]
-    # Row numbers of a table have no tangent, but keep their place.
-    dummies = [torch.zeros_like(t, dtype=slopes[0].dtype).requires_grad_() for t in found]
-    live = [(t, dummy) for t, dummy in zip(found, dummies, strict=True) if t.requires_grad]
-    if not live:
-        return Passes(size, recorder.parts, recorder.heads, slopes, dummies, (None,) * len(theta))
-    outputs, cotangents = zip(*live, strict=True)
-    transposed = torch.autograd.grad(
-        outputs, theta, cotangents, create_graph=True, allow_unused=True
-    )
-    return Passes(size, recorder.parts, recorder.heads, slopes, dummies, transposed)
+    def _bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return L_i times each sample's part, where the loss is the chunk's mean."""
+        (bent,) = pull((self._passes.slope,), (self._passes.slope_at,), pushed)
+        return (None if bent is None else self.size * bent,)
 
 
 class _Chunk:
     """A chunk's passes and its tangents along one vector: the uses of each parameter."""
 
-    def __init__(self, passes: Passes, tangent: Sequence[Tensor]) -> None:
+    def __init__(self, passes: _Passes, tangent: Sequence[Tensor]) -> None:
         self.passes = passes
-        found = pull(passes.transposed, passes.dummies, tangent)
-        count = len(passes.heads)
-        self._head_tangents = [
-            _materialised(dot, head) if head.requires_grad else None
-            for dot, head in zip(found[:count], passes.heads, strict=True)
-        ]
+        self._head_tangents, slope_tangents = passes.tangents(tangent)
         self._slope_tangents = [
-            _materialised(dot, slope)
-            for dot, slope in zip(found[count:], passes.slopes, strict=True)
+            torch.zeros_like(slope) if dot is None else dot
+            for dot, slope in zip(slope_tangents, passes.slopes, strict=True)
         ]
 
-    def by_parameter(self) -> Iterator[tuple[int, Form, list[_Part], list[Uses]]]:
+    def by_parameter(self) -> Iterator[tuple[int, Form, list[Part], list[Uses]]]:
         """Yield each parameter with its form and its uses."""
-        grouped: dict[int, list[_Part]] = defaultdict(list)
+        grouped: dict[int, list[Part]] = defaultdict(list)
         for part in self.passes.parts:
             grouped[part.parameter].append(part)
         for index, parts in sorted(grouped.items()):
@@ -206,7 +161,7 @@ class _Chunk:
                 raise UnfitError("a parameter is used by layers of two kinds")
             yield index, parts[0].form, parts, [self._uses(part) for part in parts]
 
-    def _uses(self, part: _Part) -> Uses:
+    def _uses(self, part: Part) -> Uses:
         size, kind, module = self.passes.size, part.kind, part.module
         slope, dot = self.passes.slopes[part.slope].detach(), self._slope_tangents[part.slope]
         if kind is None:
@@ -219,10 +174,6 @@ class _Chunk:
         if head_dot is None:
             return Uses(inputs, slope, None, dot)
         return Uses(inputs, slope, kind.inputs(module, head_dot, size), dot)
-
-
-def _materialised(found: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if found is None else found
 
 
 def _joined(uses: Sequence[Uses]) -> Uses:
@@ -259,12 +210,12 @@ def _sum_of_products(chunk: _Chunk, shapes: Sequence[torch.Size]) -> list[Tensor
 
 
 def _pulled(
-    chunk: _Chunk, theta: Theta, scale: Sequence[Tensor | float], mean: Sequence[Tensor]
+    chunk: _Chunk, scale: Sequence[Tensor | float], mean: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return the sum of :math:`H_i (D^2 w_i - m)` over the chunk, for each parameter."""
     passes = chunk.passes
-    along_heads: list[Tensor | None] = [None] * len(passes.heads)
-    along_slopes: list[Tensor | None] = [None] * len(passes.slopes)
+    along_heads: Tangents = [None] * len(passes.heads)
+    along_slopes: Tangents = [None] * len(passes.slopes)
     for index, form, parts, uses in chunk.by_parameter():
         found = form.cotangents(_joined(uses), scale[index], mean[index])
         start = 0
@@ -284,47 +235,47 @@ def _pulled(
                     )
                     _add(along_heads, part.head, back)
             start = stop
-    return pull([*passes.heads, *passes.slopes], theta, [*along_heads, *along_slopes])
+    return passes.pulled(along_heads, along_slopes)
 
 
-def _add(to: list[Tensor | None], where: int, term: Tensor) -> None:
+def _add(to: Tangents, where: int, term: Tensor) -> None:
     before = to[where]
     to[where] = term if before is None else before + term
 
 
 class StructuredProduct:
-    """Products with the covariance of the per-sample Hessians, for a problem whose layers allow it.
+    """Products with the covariance of the per-sample curvatures, where layers allow it.
 
     Args:
-        problem: the problem, without weight decay.
-        theta: the point.
-        memory: bytes that the passes at theta may take.
+        of: the mean curvature, at the point; its problem without weight decay.
+        memory: bytes that the passes at the point may take.
 
     Raises:
         UnfitError: where it does not apply: some parameter has no layer, or a product of three
             samples differs from the plain one.
     """
 
-    def __init__(self, problem: Problem, theta: Theta, memory: int) -> None:
-        self._problem, self._theta = problem, theta
-        self._squares = [factor**2 for factor in problem.scale]
-        self._plan = self._found_fit()
-        self._passes = KeptPasses(problem, self._linearised, memory=memory, kind="structured")
+    def __init__(self, of: Hessian | GaussNewton, memory: int) -> None:
+        self._of, self._problem = of, of.problem
+        self._squares = [factor**2 for factor in self._problem.scale]
+        kind = f"structured {type(of).__name__}"
+        self._plan = self._found_fit(kind)
+        self._passes = KeptPasses(self._problem, self._linearised, memory=memory, kind=kind)
 
     @property
     def ways(self) -> dict[str, str]:
         """How each parameter goes, by name."""
         return self._plan.ways
 
-    def _found_fit(self) -> Plan:
+    def _found_fit(self, kind: str) -> Plan:
         """Return the plan; find out, once for a problem, whether it holds."""
-        found = self._problem.memo.get("structured")
+        found = self._problem.memo.get(kind)
         if found is None:
             try:
                 found = self._tried()
             except UnfitError as error:
                 found = error
-            self._problem.memo["structured"] = found
+            self._problem.memo[kind] = found
         if isinstance(found, UnfitError):
             raise UnfitError(str(found))
         assert isinstance(found, Plan)
@@ -332,7 +283,7 @@ class StructuredProduct:
 
     def _tried(self) -> Plan:
         """Compare with the plain product on a few samples."""
-        problem, theta = self._problem, self._theta
+        problem = self._problem
         way = plan(problem)
         if way is None:
             raise UnfitError("some parameters are not in a layer that is called with a batch")
@@ -346,15 +297,19 @@ class StructuredProduct:
             batch, size = next(problem.chunks(_CHECKED_SAMPLES))
             chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
             mean = problem.unflatten(zero)
-            found = problem.flatten(_pulled(chunk, theta, self._squares, mean))
-            expected = loop_product(problem, theta, batch, size, vector, zero)
+            found = problem.flatten(_pulled(chunk, self._squares, mean))
+            expected = loop_product(self._of, batch, size, vector, zero)
         if not bool((found - expected).norm() <= _AGREES * expected.norm()):
             raise UnfitError("the samples see each other, or a weight is used outside of its layer")
         return way
 
-    def _linearised(self, batch: Any, size: int) -> Passes:
+    def _linearised(self, batch: Any, size: int) -> _Passes:
+        of = self._of
         try:
-            return linearise(self._problem, self._plan, self._theta, batch, size)
+            with recorded(self._plan, of.theta, size) as recorder:
+                if isinstance(of, GaussNewton):
+                    return _GaussNewtonPasses(recorder, of, batch)
+                return _HessianPasses(recorder, of, batch)
         except (UnfitError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError) as error:  # vmap cannot follow a module
@@ -380,5 +335,5 @@ class StructuredProduct:
                 known = number < len(kept)
                 chunks = kept[number] if known else [_Chunk(passes, t) for t in tangents]
                 for result, chunk, mean in zip(results, chunks, means, strict=True):
-                    result += problem.flatten(_pulled(chunk, self._theta, self._squares, mean))
+                    result += problem.flatten(_pulled(chunk, self._squares, mean))
         return [result / count for result in results]
