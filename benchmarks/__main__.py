@@ -1,4 +1,4 @@
-"""``python -m benchmarks list | run NAME``."""
+"""``python -m benchmarks list | run NAME | perf [PART ...]``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from benchmarks.perf import PARTS
+
 EXPERIMENTS = {
     "escape": "benchmarks.escape",
     "gd-sharpness": "benchmarks.gd_sharpness",
-    "overhead": "benchmarks.overhead",
 }
 
 
@@ -24,28 +25,39 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("list", help="name the experiments")
     runner = commands.add_parser("run", help="run an experiment")
     runner.add_argument("name", choices=EXPERIMENTS)
-    runner.add_argument("--data", help="digits (embedded) or fashion-mnist")
-    runner.add_argument("--data-dir", type=Path, help="where the data are, or are to be kept")
-    runner.add_argument("--out", type=Path, help="folder for logs, numbers and figures")
-    runner.add_argument("--seed", type=int)
-    runner.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other field of the experiment's Config; several values with commas",
-    )
+    timer = commands.add_parser("perf", help="time this library and others, side by side")
+    timer.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; or all")
+    timer.add_argument("--device", help="cpu or cuda")
+    for command in (runner, timer):
+        command.add_argument("--data", help="digits (embedded) or fashion-mnist")
+        command.add_argument("--data-dir", type=Path, help="where the data are, or are to be kept")
+        command.add_argument("--out", type=Path, help="folder for logs, numbers and figures")
+        command.add_argument("--seed", type=int)
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="any other field of the Config; several values with commas",
+        )
     options = parser.parse_args(arguments)
     if options.command == "list":
-        for name, module in EXPERIMENTS.items():
+        for name, module in {**EXPERIMENTS, **PARTS}.items():
             print(f"{name:<14}{importlib.import_module(module).__doc__.splitlines()[0]}")
         return 0
-    experiment = importlib.import_module(EXPERIMENTS[options.name])
+    if options.command == "perf":
+        unknown = set(options.parts) - set(PARTS)
+        if unknown:
+            parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
+        chosen = [importlib.import_module(PARTS[name]) for name in options.parts or PARTS]
+    else:
+        chosen = [importlib.import_module(EXPERIMENTS[options.name])]
     try:
-        config = configure(experiment.Config, options)
+        configs = [configure(module.Config, options) for module in chosen]
     except ValueError as error:
         parser.error(str(error))
-    experiment.run(config)
+    for module, config in zip(chosen, configs, strict=True):
+        module.run(config)
     return 0
 
 
@@ -55,8 +67,9 @@ def configure(kind: type[Any], options: argparse.Namespace) -> Any:
     Raises:
         ValueError: for a key that it does not have, or a value that does not fit.
     """
-    named = ("data", "data_dir", "out", "seed")
-    values = {key: getattr(options, key) for key in named if getattr(options, key) is not None}
+    named = ("data", "data_dir", "out", "seed", "device")
+    given = {key: getattr(options, key, None) for key in named}
+    values = {key: value for key, value in given.items() if value is not None}
     types = typing.get_type_hints(kind)
     for setting in options.set:
         key, equals, text = setting.partition("=")

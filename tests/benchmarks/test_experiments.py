@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as cli
 from benchmarks import data as datasets
-from benchmarks import escape, escape_case, gd_sharpness, overhead
+from benchmarks import escape, escape_case, gd_sharpness
 from benchmarks.networks import WIDTHS, fully_connected
 from stableopt import StabilityMargins
 
@@ -200,24 +200,6 @@ def test_gd_sharpness_end_to_end(tmp_path: Path) -> None:
     assert 0 < rows[0]["sharpness"] < 1.1 * rows[0]["limit"]
     assert json.loads((tmp_path / "gd-sharpness.json").read_text()) == rows
     assert "η = 500: the loss is" in console.export_text()
-
-
-def test_overhead_end_to_end(tmp_path: Path) -> None:
-    """Catches an accounting that loses measurements; what it costs is no test."""
-    config = overhead.Config(
-        data="digits",
-        out=tmp_path,
-        n=100,
-        every=5,
-        max_overhead=0.5,
-        segments=3,
-        segment_steps=20,
-        warm_up=5,
-    )
-    every, share = overhead.run(config, quiet())
-    assert every["measurements"] == 12
-    assert share["measurements"] >= 1
-    assert every["median_products"] >= 5
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

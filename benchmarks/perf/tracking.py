@@ -6,60 +6,27 @@ machine whose speed drifts slows both alike; the ratio of the medians is what co
 
 from __future__ import annotations
 
-import json
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import stableopt
 from benchmarks.data import Images, load
 from benchmarks.networks import WIDTHS, fully_connected
+from benchmarks.perf.timing import Config, once, write
 from benchmarks.training import mean_squared_error
 
 __all__ = ["Config", "run"]
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is run.
-
-    Attributes:
-        data: ``"digits"`` or ``"fashion-mnist"``.
-        data_dir: where the data are; see :func:`benchmarks.data.load`.
-        out: the folder for the numbers.
-        seed: of the initialisation.
-        n: training images, which are the probe set too.
-        lr: learning rate of GD.
-        every: steps between measurements.
-        max_overhead: share of the training time, for the second comparison.
-        segments: pairs of segments.
-        segment_steps: steps in each.
-        warm_up: steps before, untimed: past the noisy start, on the way to the edge of stability.
-    """
-
-    data: str = "fashion-mnist"
-    data_dir: Path | None = None
-    out: Path = Path("runs/overhead")
-    seed: int = 0
-    n: int = 1000
-    lr: float = 0.5
-    every: int = 50
-    max_overhead: float = 0.05
-    segments: int = 7
-    segment_steps: int = 100
-    warm_up: int = 200
-
-
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Run both comparisons, print their table, write ``overhead.json``; return its rows."""
+    """Run both comparisons, print and write their table; return its rows."""
     console = console or Console()
     images = load(config.data, n=config.n, folder=config.data_dir)
+    images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
     rows = []
     for name, compare in (
         (f"every={config.every}", _every),
@@ -80,8 +47,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
             f"{row['median_products']:g} each",
         )
     console.print(table)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "overhead.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write(config.out / "perf-tracking.json", rows, config.device)
     return rows
 
 
@@ -89,8 +55,8 @@ class _Run:
     """One run of GD that can go on step by step."""
 
     def __init__(self, config: Config, images: Images) -> None:
-        self.images = images
-        self.model = fully_connected(WIDTHS[config.data], config.seed)
+        self.images, self.device = images, config.device
+        self.model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
         self.optimizer = stableopt.GD(self.model.parameters(), lr=config.lr)
         self.seconds(config.warm_up)
 
@@ -100,14 +66,13 @@ class _Run:
 
     def seconds(self, steps: int) -> list[float]:
         """Take steps; return the time of each."""
-        times = []
-        for _ in range(steps):
-            began = time.perf_counter()
+
+        def step() -> None:
             self.optimizer.zero_grad()
             mean_squared_error(self.model(self.images.x), self.images.y).backward()
             self.optimizer.step()
-            times.append(time.perf_counter() - began)
-        return times
+
+        return [once(step, self.device).median for _ in range(steps)]
 
 
 def _every(config: Config, images: Images) -> dict[str, Any]:
@@ -169,6 +134,4 @@ def _row(
         "measurements": len(history),
         "median_products": median(m.measurements["sharpness"].products for m in history),
         "not_converged": sum(not m.converged for m in history),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
     }

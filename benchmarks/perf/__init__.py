@@ -1,0 +1,11 @@
+"""Speed, side by side in one process; ``python -m benchmarks perf [PART ...]``."""
+
+from __future__ import annotations
+
+PARTS = {
+    "products": "benchmarks.perf.products",
+    "eigenvalues": "benchmarks.perf.eigenvalues",
+    "tracking": "benchmarks.perf.tracking",
+    "growth": "benchmarks.perf.growth",
+}
+"""Modules with a ``run(config)``, by name."""

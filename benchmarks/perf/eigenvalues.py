@@ -1,0 +1,168 @@
+"""The largest eigenvalue of the Hessian at a trained network: ours and other packages', and s.
+
+All look at the same parameters and data, and are asked for the same residual, ``tol`` relative to the
+eigenvalue, as far as they can be asked. What each returned is held against the truth (Lanczos until
+float32 gives no more), and its residual is computed afterwards with our operator.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import stableopt
+from benchmarks.data import Images, load
+from benchmarks.networks import WIDTHS, fully_connected
+from benchmarks.perf.peers import PEERS
+from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.training import gd_until, mean_squared_error
+from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
+
+__all__ = ["Config", "run", "trained"]
+
+_STEPS_BETWEEN = 50
+"""Steps of gradient descent between the measurement that a warm start comes from and this one."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What one way found, and what it took."""
+
+    matrix: str
+    way: str
+    seconds: float
+    products: int | None
+    value: float
+    truth: float
+    residual: float
+
+    @property
+    def error(self) -> float:
+        """Relative to the truth, with its sign."""
+        return self.value / self.truth - 1
+
+
+def trained(config: Config, console: Console) -> tuple[nn.Module, nn.Module, Images]:
+    """Train by gradient descent; return the network, itself some steps before, and the data."""
+    images = load(config.data, n=config.n, folder=config.data_dir)
+    images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
+    model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
+    optimizer = stableopt.GD(model.parameters(), lr=config.lr)
+    with console.status("training") as status:
+        gd_until(
+            config.target_loss,
+            model,
+            images,
+            optimizer,
+            max_steps=200_000,
+            progress=lambda step, loss: (
+                status.update(f"training: step {step}, loss {loss:.2e}")
+                if step % 100 == 0
+                else None
+            ),
+        )
+    before = copy.deepcopy(model)
+    for _ in range(_STEPS_BETWEEN):
+        optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))
+        optimizer.step()
+    return before, model, images
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time every way, print and write the table; return its rows."""
+    console = console or Console()
+    before, model, images = trained(config, console)
+    data = (images.x, images.y)
+    problem, former = (Problem(m, mean_squared_error, data) for m in (model, before))
+    with console.status("comparing"):
+        rows = _compared(config, problem, former, console)
+    table = Table(
+        title=f"Largest eigenvalue to a residual of {config.tol:g}: {config.data},"
+        f" d = {problem.num_params:,}, n = {config.n:,}"
+    )
+    for heading in ("matrix", "way", "seconds", "products", "returned", "error", "residual"):
+        table.add_column(heading, justify="left" if heading in ("matrix", "way") else "right")
+    for row in rows:
+        table.add_row(
+            row.matrix,
+            row.way,
+            f"{row.seconds:.3f}",
+            "?" if row.products is None else str(row.products),
+            f"{row.value:.6g}",
+            f"{row.error:+.1e}",
+            f"{row.residual:.1e}",
+        )
+    console.print(table)
+    found = [{**asdict(row), "error": row.error} for row in rows]
+    write(config.out / "perf-eigenvalues.json", found, config.device)
+    _draw(rows, config, config.out / "perf-eigenvalues.png")
+    return found
+
+
+def _compared(config: Config, problem: Problem, former: Problem, console: Console) -> list[_Row]:
+    ways: dict[tuple[str, str], Callable[[], tuple[float, Tensor, int | None]]] = {}
+    truths: dict[str, float] = {}
+    operators: dict[str, Operator] = {}
+    for matrix, kind in (("H", Hessian), ("Σ", NonUniformity)):
+        operators[matrix] = operator = kind(problem)
+        truths[matrix] = top_eigenpair(operator, tol=3e-6, max_iter=2000).value
+        start = top_eigenpair(kind(former), tol=config.tol, max_iter=1000)
+        ways[matrix, "stableopt, cold"] = _ours(kind, problem, config, None)
+        ways[matrix, "stableopt, warm"] = _ours(kind, problem, config, start.vector)
+    for name, prepare in PEERS.items():
+        try:
+            ways["H", name] = prepare(problem, config.tol, config.seed)
+        except ImportError as error:
+            console.print(f"{name}: left out, {error}; pip install 'stableopt[bench-peers]'")
+    timings = interleaved(
+        {"/".join(key): way for key, way in ways.items()},
+        repeats=config.repeats,
+        device=config.device,
+    )
+    rows = []
+    for (matrix, way), timing in zip(ways, timings.values(), strict=True):
+        value, vector, products = timing.result
+        image = operators[matrix] @ vector
+        residual = float((image - value * vector).norm()) / abs(value)
+        rows.append(_Row(matrix, way, timing.median, products, value, truths[matrix], residual))
+    return rows
+
+
+def _ours(
+    kind: type[Hessian] | type[NonUniformity], problem: Problem, config: Config, start: Any
+) -> Callable[[], tuple[float, Tensor, int | None]]:
+    def find() -> tuple[float, Tensor, int | None]:
+        pair = top_eigenpair(
+            kind(problem), start=start, tol=config.tol, max_iter=1000, seed=config.seed
+        )
+        return pair.value, pair.vector, pair.products
+
+    return find
+
+
+def _draw(rows: list[_Row], config: Config, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    chosen = [row for row in rows if row.matrix == "H"]
+    figure = Figure(figsize=(6, 0.5 + 0.4 * len(chosen)), layout="constrained")
+    axes = figure.subplots()
+    reached = [row.residual <= 1.05 * config.tol for row in chosen]
+    axes.barh(
+        [row.way for row in chosen],
+        [row.seconds for row in chosen],
+        color=["C0" if ok else "0.75" for ok in reached],
+    )
+    for place, (row, ok) in enumerate(zip(chosen, reached, strict=True)):
+        note = f" {row.error:+.1%}" + ("" if ok else f", residual {row.residual:.1%}")
+        axes.annotate(note, (row.seconds, place), va="center", fontsize=8)
+    axes.margins(x=0.3)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title="Top eigenvalue of the Hessian; error of what was returned")
+    figure.savefig(path, dpi=150)

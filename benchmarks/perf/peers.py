@@ -1,0 +1,114 @@
+"""Other packages that find the largest eigenvalue of a Hessian, each as its documentation says.
+
+Each entry prepares a function of no arguments that returns value, unit vector and the number of
+products (``None`` where it does not tell), or raises ``ImportError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature import Problem
+
+__all__ = ["PEERS"]
+
+Find = Callable[[], tuple[float, Tensor, int | None]]
+
+
+def _batch(problem: Problem) -> tuple[Tensor, Tensor]:
+    (batch, _), *rest = problem.chunks()
+    if rest:
+        raise ValueError("expected a problem of one chunk, the same for all packages")
+    x, y = batch
+    return x, y
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([torch.as_tensor(t).reshape(-1) for t in tensors])
+
+
+def curvlinops_eigsh(problem: Problem, tol: float, seed: int) -> Find:
+    """Prepare curvlinops' operator with SciPy's ``eigsh``, whose tolerance is a Ritz residual's."""
+    from curvlinops import HessianLinearOperator
+    from scipy.sparse.linalg import eigsh
+
+    batch = _batch(problem)
+
+    def find() -> tuple[float, Tensor, int | None]:
+        operator = HessianLinearOperator(
+            problem.model, problem.loss_fn, list(problem.params), [batch], check_deterministic=False
+        ).to_scipy()
+        start = torch.randn(problem.num_params, generator=torch.Generator().manual_seed(seed))
+        values, vectors = eigsh(operator, k=1, which="LA", tol=tol, v0=start.numpy())
+        return float(values[0]), torch.from_numpy(vectors[:, 0]).to(problem.params[0]), None
+
+    return find
+
+
+def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
+    """Prepare PyHessian's power iteration, which stops when the *value* changes by less than tol."""
+    from pyhessian import hessian
+
+    batch = _batch(problem)
+    cuda = problem.device.type == "cuda"
+
+    def find() -> tuple[float, Tensor, int | None]:
+        torch.manual_seed(seed)
+        # It leaves the graph of its own gradients in .grad.
+        found = hessian(problem.model, problem.loss_fn, data=batch, cuda=cuda)
+        values, vectors = found.eigenvalues(maxIter=1000, tol=tol, top_n=1)
+        for p in problem.params:
+            p.grad = None
+        return float(values[0]), _flat(vectors[0]).detach(), None
+
+    return find
+
+
+def eigenthings_lanczos(problem: Problem, tol: float, seed: int) -> Find:
+    """Prepare hessian-eigenthings' Lanczos.
+
+    It takes a fixed number of steps and certifies afterwards: it is given the smallest multiple of 5
+    with which it says to have converged.
+    """
+    from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
+
+    operator = HessianOperator(problem.model, [_batch(problem)], supervised_loss(problem.loss_fn))
+
+    def search(steps: int) -> Any:
+        return lanczos(operator, k=1, max_iter=steps, tol=tol, which="LA", seed=seed)
+
+    steps = next(m for m in range(5, 1000, 5) if bool(torch.as_tensor(search(m).converged).all()))
+
+    def find() -> tuple[float, Tensor, int | None]:
+        result = search(steps)
+        vector = torch.as_tensor(result.eigenvectors).reshape(-1)
+        return float(result.eigenvalues[0]), vector, steps
+
+    return find
+
+
+def eigenthings_power(problem: Problem, tol: float, seed: int) -> Find:
+    """Prepare hessian-eigenthings' power iteration."""
+    from hessian_eigenthings import HessianOperator, power_iteration_one, supervised_loss
+
+    operator = HessianOperator(problem.model, [_batch(problem)], supervised_loss(problem.loss_fn))
+
+    def find() -> tuple[float, Tensor, int | None]:
+        value, vector, _, products, _ = power_iteration_one(
+            operator, max_iter=1000, tol=tol, seed=seed
+        )
+        return value, vector, products
+
+    return find
+
+
+PEERS: dict[str, Callable[[Problem, float, int], Find]] = {
+    "curvlinops, SciPy eigsh": curvlinops_eigsh,
+    "hessian-eigenthings, Lanczos": eigenthings_lanczos,
+    "hessian-eigenthings, power": eigenthings_power,
+    "PyHessian": pyhessian,
+}

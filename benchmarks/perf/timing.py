@@ -1,0 +1,139 @@
+"""Timing several ways of one thing fairly, and saying on what machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+__all__ = ["Config", "Timing", "interleaved", "machine", "once", "write"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is timed.
+
+    Attributes:
+        data: ``"digits"`` or ``"fashion-mnist"``, of the trained network.
+        data_dir: where the data are; see :func:`benchmarks.data.load`.
+        out: the folder for numbers and figures.
+        seed: of initialisations and random vectors.
+        device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
+        repeats: interleaved repeats, of which the median counts.
+        sizes: samples of the comparison of products.
+        n: training images of the trained network, its probe set too.
+        lr: learning rate of gradient descent.
+        target_loss: training loss at which it stops.
+        tol: certified residual relative to the eigenvalue.
+        every: steps between measurements, when tracking.
+        max_overhead: share of the training time, when tracking.
+        segments: pairs of segments with and without tracking.
+        segment_steps: steps in each.
+        warm_up: steps before, untimed.
+    """
+
+    data: str = "digits"
+    data_dir: Path | None = None
+    out: Path = Path("benchmarks/results")
+    seed: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats: int = 5
+    sizes: tuple[int, ...] = (100, 1000, 10_000)
+    n: int = 1000
+    lr: float = 1.0
+    target_loss: float = 1e-3
+    tol: float = 1e-3
+    every: int = 50
+    max_overhead: float = 0.05
+    segments: int = 7
+    segment_steps: int = 100
+    warm_up: int = 200
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated runs, and what the last of them returned."""
+
+    seconds: tuple[float, ...]
+    result: Any
+
+    @property
+    def median(self) -> float:
+        """The median of the repeats."""
+        return median(self.seconds)
+
+
+def once(function: Callable[[], Any], device: str) -> Timing:
+    """Time one call, with what the device has left to do."""
+    _wait(device)
+    began = time.perf_counter()
+    result = function()
+    _wait(device)
+    return Timing((time.perf_counter() - began,), result)
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int, device: str
+) -> dict[str, Timing]:
+    """Time each function ``repeats`` times, in turns, so that a drifting machine slows all alike.
+
+    Each is called once before, untimed: what is set up on first use does not count.
+
+    >>> found = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3, device="cpu")
+    >>> found["b"].result, len(found["a"].seconds)
+    (2, 3)
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    results: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            timing = once(function, device)
+            seconds[name] += timing.seconds
+            results[name] = timing.result
+    return {name: Timing(tuple(seconds[name]), results[name]) for name in functions}
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what a figure depends on: device, threads and versions."""
+    peers = ("curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings", "scipy")
+    versions = {name: found for name in peers if (found := _version(name)) is not None}
+    on_gpu = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **versions,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write(path: Path, rows: Any, device: str) -> None:
+    """Write ``rows`` beside the machine's description, as JSON, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,99 @@
+"""The speed comparisons run, and what they write is of the right things; how fast is no test."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import benchmarks.__main__ as cli
+from benchmarks.networks import TransformerBlock, small_vgg
+from benchmarks.perf import eigenvalues, growth, products, timing, tracking
+from stableopt.curvature import NonUniformity, Problem
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def config(out: Path, **options) -> timing.Config:
+    return timing.Config(out=out, device="cpu", repeats=1, **options)
+
+
+def rows_of(path: Path) -> list[dict]:
+    written = json.loads(path.read_text())
+    assert written["machine"]["torch"] == str(torch.__version__)
+    return written["rows"]
+
+
+def test_products_of_all_ways_agree(tmp_path: Path) -> None:
+    """Catches two ways that are timed on different things, and one that scales by the wrong n."""
+    rows = products.run(config(tmp_path, sizes=(3,)), quiet())
+    assert [row["network"] for row in rows] == ["FNN", "VGG", "transformer"]
+    assert [row["d"] for row in rows][:2] == [898_510, 71_410]
+    # A product in single precision in which rounding may flip a ReLU.
+    assert all(row["difference"] < 0.01 for row in rows)
+    assert rows_of(tmp_path / "perf-products.json") == rows
+    assert (tmp_path / "perf-products.png").exists()
+
+
+def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
+    """Catches a value of one matrix held against the truth of the other, and a wrong residual."""
+    rows = eigenvalues.run(config(tmp_path, n=60, target_loss=0.05, lr=0.5), quiet())
+    own = [row for row in rows if row["way"].startswith("stableopt")]
+    assert [row["matrix"] for row in own] == ["H", "H", "Σ", "Σ"]
+    for row in own:
+        assert row["residual"] <= 1e-3
+        # Of second order in the residual, where the gap is not much below the value itself.
+        assert abs(row["error"]) < 1e-3
+    assert rows_of(tmp_path / "perf-eigenvalues.json") == rows
+
+
+def test_tracking_end_to_end(tmp_path: Path) -> None:
+    """Catches an accounting that loses measurements."""
+    options = {"every": 5, "max_overhead": 0.5, "segments": 3, "segment_steps": 20, "warm_up": 5}
+    every, share = tracking.run(config(tmp_path, n=100, lr=0.5, **options), quiet())
+    assert every["measurements"] == 12
+    assert share["measurements"] >= 1
+    assert every["median_products"] >= 1
+    assert rows_of(tmp_path / "perf-tracking.json") == [every, share]
+
+
+def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a series that varies something else than it says."""
+    monkeypatch.setattr(growth, "SERIES", {"n": [(8, 4, 2), (16, 4, 2)], "d": [(8, 4, 2)]})
+    rows = growth.run(config(tmp_path), quiet())
+    assert [(row["series"], row["n"]) for row in rows] == [("n", 8), ("n", 16), ("d", 8)]
+    assert rows_of(tmp_path / "perf-growth.json") == rows
+
+
+def test_command_line_takes_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a part that is dropped, and an unknown one that runs nothing without a word."""
+    monkeypatch.setattr(growth, "SERIES", {"n": [(8, 4, 2)]})
+    arguments = ["--set", "repeats=1", "--device", "cpu"]
+    assert cli.main(["perf", "growth", "--out", str(tmp_path), *arguments]) == 0
+    assert [path.name for path in tmp_path.glob("*.json")] == ["perf-growth.json"]
+    with pytest.raises(SystemExit):
+        cli.main(["perf", "speed"])
+    assert "speed: expected some of products" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "ways"),
+    [
+        (small_vgg(0), (3, 32, 32), {"convolution", "linear"}),
+        (TransformerBlock(16), (3, 16), {"linear", "normalisation"}),
+    ],
+)
+def test_the_networks_have_structure(model: nn.Module, shape: tuple, ways: set[str]) -> None:
+    """Catches a network of the comparison that goes by the general way unnoticed."""
+    outputs = model(torch.zeros(2, *shape)).shape[1]
+    problem = Problem(model, nn.MSELoss(), (torch.rand(2, *shape), torch.rand(2, outputs)))
+    assert set(NonUniformity(problem, method="structured").ways.values()) == ways
