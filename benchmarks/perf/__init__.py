@@ -7,5 +7,6 @@ PARTS = {
     "eigenvalues": "benchmarks.perf.eigenvalues",
     "tracking": "benchmarks.perf.tracking",
     "growth": "benchmarks.perf.growth",
+    "compiled": "benchmarks.perf.compiled",
 }
 """Modules with a ``run(config)``, by name."""

@@ -1,0 +1,97 @@
+"""Whether ``torch.compile`` pays for a product with the Hessian.
+
+What torch compiles cannot be differentiated twice afterwards, so a compiled product is one compiled
+function of the vector, forward-over-reverse from the parameters on, in place of passes that are kept
+from product to product. How long compiling took is shown as well: a measurement takes a few products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.networks import WIDTHS, fully_connected
+from benchmarks.perf.products import cases
+from benchmarks.perf.timing import Config, interleaved, once, write
+from stableopt.curvature import Hessian, Problem
+
+__all__ = ["Config", "run"]
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time the three ways on each network, print and write the table; return its rows."""
+    console = console or Console()
+    networks = {"digits": (fully_connected(WIDTHS["digits"], config.seed), (64,), 10)}
+    rows = []
+    for name, (model, shape, outputs) in {**networks, **cases(config.seed)}.items():
+        with console.status(f"compiling for {name}"):
+            rows.append({"network": name, **_row(config, model, shape, outputs)})
+    table = Table(title="One product with the Hessian, in gradients")
+    for heading in (
+        "network",
+        "kept passes (ours)",
+        "torch.func",
+        "compiled",
+        "seconds to compile",
+    ):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for row in rows:
+        costs = (row[way] / row["gradient"] for way in ("kept", "eager", "compiled"))
+        table.add_row(
+            row["network"], *(f"{cost:.2f}" for cost in costs), f"{row['compile_seconds']:.1f}"
+        )
+    console.print(table)
+    write(config.out / "perf-compiled.json", rows, config.device)
+    return rows
+
+
+def _row(config: Config, model: nn.Module, shape: tuple[int, ...], outputs: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(config.seed)
+    model.to(config.device)
+    x = torch.rand((config.n, *shape), generator=generator).to(config.device)
+    y = torch.rand((config.n, outputs), generator=generator).to(config.device)
+    problem = Problem(model, nn.functional.mse_loss, (x, y))
+    hessian = Hessian(problem)
+    vector = torch.randn(problem.num_params, generator=generator).to(config.device)
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    tangent = dict(zip(problem.names, problem.unflatten(vector), strict=True))
+
+    def loss(at: dict[str, Tensor]) -> Tensor:
+        # Written out: forward mode through mse_loss is not implemented.
+        return (functional_call(model, at, (x,)) - y).square().mean()
+
+    def product(along: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = torch.func.jvp(torch.func.grad(loss), (theta,), (along,))[1]
+        return found
+
+    torch.compiler.reset()
+    compiled = torch.compile(product, dynamic=False)
+    first = once(lambda: compiled(tangent), config.device)
+    flat = torch.cat([first.result[name].reshape(-1) for name in problem.names])
+    difference = float((flat - hessian @ vector).norm() / flat.norm())
+
+    def gradient() -> None:
+        model.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+
+    timings = interleaved(
+        {
+            "gradient": gradient,
+            "kept": lambda: hessian @ vector,
+            "eager": lambda: product(tangent),
+            "compiled": lambda: compiled(tangent),
+        },
+        repeats=config.repeats,
+        device=config.device,
+    )
+    return {
+        "d": problem.num_params,
+        **{name: timing.median for name, timing in timings.items()},
+        "compile_seconds": first.median,
+        "difference": difference,
+    }
