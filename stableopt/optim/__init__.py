@@ -1,8 +1,9 @@
 """Drop-in optimizers that can be tracked."""
 
+from stableopt.optim.lbfgs import LBFGS
 from stableopt.optim.sgd import GD, SGD
 from stableopt.stability.update_rule import UpdateRule, read_sgd
 
-__all__ = ["GD", "SGD"]
+__all__ = ["GD", "LBFGS", "SGD"]
 
 UpdateRule.register(GD, lambda optimizer: read_sgd(optimizer, full_batch=True))
