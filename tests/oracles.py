@@ -66,3 +66,36 @@ def small_data(n: int = 7) -> tuple[Tensor, Tensor]:
     x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
     y = torch.randn(n, 3, generator=generator, dtype=torch.float64)
     return x, y
+
+
+def quadratic_pairs(k: int, d: int = 12) -> tuple[Tensor, Tensor]:
+    """Return k gradient changes and steps ``(k, d)`` of a quadratic, eigenvalues from 1 to 20."""
+    generator = torch.Generator().manual_seed(4)
+    basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    steps = torch.randn(k, d, generator=generator, dtype=torch.float64)
+    scales = torch.linspace(1, 20, d, dtype=torch.float64)
+    return steps @ (basis * scales) @ basis.T, steps
+
+
+def bfgs_inverse(changes: Tensor, steps: Tensor, gamma: float) -> Tensor:
+    """Return the inverse BFGS matrix ``(d, d)``, updated pair by pair as the textbook has it."""
+    identity = torch.eye(steps.shape[1], dtype=steps.dtype)
+    matrix = gamma * identity
+    for y, s in zip(changes, steps, strict=True):
+        rho = 1 / (y @ s)
+        left = identity - rho * torch.outer(s, y)
+        matrix = left @ matrix @ left.T + rho * torch.outer(s, s)
+    return matrix
+
+
+def two_loop(changes: Tensor, steps: Tensor, gamma: float, vector: Tensor) -> Tensor:
+    """Return that matrix times ``vector`` by the two-loop recursion (Nocedal, 1980)."""
+    pairs = list(zip(changes, steps, strict=True))
+    shares, result = [], vector.clone()
+    for y, s in reversed(pairs):
+        shares.append(s @ result / (y @ s))
+        result = result - shares[-1] * y
+    result = gamma * result
+    for (y, s), share in zip(pairs, reversed(shares), strict=True):
+        result = result + (share - y @ result / (y @ s)) * s
+    return result

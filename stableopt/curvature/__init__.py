@@ -2,6 +2,7 @@
 
 from stableopt.curvature.diagnose import SecondDerivativeError
 from stableopt.curvature.eigen import Eigenpair, NonFiniteError, Preconditioner, top_eigenpair
+from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.non_uniformity import NonUniformity
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.problem import Problem
@@ -10,6 +11,7 @@ __all__ = [
     "Eigenpair",
     "GaussNewton",
     "Hessian",
+    "InverseHessian",
     "NonFiniteError",
     "NonUniformity",
     "Operator",

@@ -21,12 +21,12 @@ from torch import Tensor
 __all__ = [
     "DiagonalPreconditioner",
     "MatrixPreconditioner",
-    "Preconditioner",
+    "StepPreconditioner",
     "UnknownPreconditioner",
 ]
 
 
-class Preconditioner(abc.ABC):
+class StepPreconditioner(abc.ABC):
     """A symmetric positive semi-definite matrix P over given parameters: ``P @ v`` for ``(d,)``.
 
     Attributes:
@@ -52,7 +52,7 @@ class Preconditioner(abc.ABC):
         parts = zip(torch.split(vector, self._sizes), self.params, strict=True)
         return torch.cat([t.reshape(-1) for t in self.apply([v.view(p.shape) for v, p in parts])])
 
-    def over(self, params: Sequence[Tensor]) -> Preconditioner:
+    def over(self, params: Sequence[Tensor]) -> StepPreconditioner:
         """Return the part of P that acts among ``params``, in their order; the others stay put.
 
         Raises:
@@ -74,10 +74,10 @@ class Preconditioner(abc.ABC):
         return f"{type(self).__name__}({len(self.params)} parameters)"
 
 
-class _Part(Preconditioner):
+class _Part(StepPreconditioner):
     """The principal part of a preconditioner among some of its parameters."""
 
-    def __init__(self, whole: Preconditioner, params: Sequence[Tensor]) -> None:
+    def __init__(self, whole: StepPreconditioner, params: Sequence[Tensor]) -> None:
         super().__init__(params)
         self._whole, self._at = whole, whole._places(params)
 
@@ -90,7 +90,7 @@ class _Part(Preconditioner):
         return [image[index] for index in self._at]
 
 
-class DiagonalPreconditioner(Preconditioner):
+class DiagonalPreconditioner(StepPreconditioner):
     """A diagonal P.
 
     Args:
@@ -136,7 +136,7 @@ class DiagonalPreconditioner(Preconditioner):
         return [e.sqrt() if isinstance(e, Tensor) else e**0.5 for e in self.entries]
 
 
-class MatrixPreconditioner(Preconditioner):
+class MatrixPreconditioner(StepPreconditioner):
     """A symmetric positive definite matrix, known by its products with flat vectors.
 
     Args:
@@ -160,7 +160,7 @@ class MatrixPreconditioner(Preconditioner):
         return [part.view(p.shape) for part, p in parts]
 
 
-class UnknownPreconditioner(Preconditioner):
+class UnknownPreconditioner(StepPreconditioner):
     """Stands for a P that is not known, as before an optimizer's first step.
 
     What belongs to it is then neither measured nor limited.

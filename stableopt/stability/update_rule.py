@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stableopt.stability import limits
-from stableopt.stability.preconditioner import Preconditioner, UnknownPreconditioner
+from stableopt.stability.preconditioner import StepPreconditioner, UnknownPreconditioner
 
 __all__ = ["UpdateRule"]
 
@@ -78,15 +78,15 @@ class UpdateRule:
     group_weight_decays: tuple[float, ...] = ()
     decoupled_weight_decay: float = 0.0
     momentum_share: float = 1.0
-    preconditioner: Preconditioner | None = None
+    preconditioner: StepPreconditioner | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "dampening", "weight_decay", "decoupled_weight_decay"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
-        if not (self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)):
+        if not (self.preconditioner is None or isinstance(self.preconditioner, StepPreconditioner)):
             raise TypeError(
-                f"preconditioner={self.preconditioner!r}: expected a Preconditioner, such as"
+                f"preconditioner={self.preconditioner!r}: expected a StepPreconditioner, such as"
                 " MatrixPreconditioner(params, matrix), or None"
             )
         if self.preconditioner is not None and self.group_lrs:
