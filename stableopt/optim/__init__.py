@@ -1,7 +1,8 @@
 """Drop-in optimizers that can be tracked."""
 
 from stableopt.optim.sgd import GD, SGD
-from stableopt.stability.update_rule import UpdateRule, read_sgd
+from stableopt.stability import UpdateRule
+from stableopt.stability.readers.sgd import read_sgd
 
 __all__ = ["GD", "SGD"]
 

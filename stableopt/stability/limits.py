@@ -88,9 +88,7 @@ def max_sharpness(
     >>> max_sharpness(0.1), round(max_sharpness(0.1, momentum=0.9), 6)
     (20.0, 38.0)
     """
-    mode = linear_mode(
-        lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share
-    )
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     if lr == 0:
         return math.inf
     reach = (1 + mode.beta) * (1 + mode.kept) / (mode.now * (1 + mode.beta) + mode.averaged)
@@ -115,9 +113,7 @@ def min_sharpness(
     >>> min_sharpness(0.1, weight_decay=0.5)
     -0.5
     """
-    mode = linear_mode(
-        lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share
-    )
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
     pull = mode.now + mode.averaged / (1 - mode.beta)
     return -weight_decay - decoupled_weight_decay / pull
@@ -175,9 +171,7 @@ def max_non_uniformity(
     >>> round(max_non_uniformity(0.1, 100, 1200), 1)
     104.4
     """
-    mode = linear_mode(
-        lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share
-    )
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     p = noise_factor(batch_size, dataset_size)
     low, high = mode.range
     x = None if sharpness is None else lr * (sharpness + weight_decay)
@@ -221,9 +215,7 @@ def mean_square_radius(
     >>> round(mean_square_radius(sharpness=5.0, noise=16.0, lr=0.1), 6)   # (1 - .5)^2 + .01 * 16
     0.41
     """
-    mode = linear_mode(
-        lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share
-    )
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     constant = np.array([[mode.kept, -lr * mode.weight * mode.beta], [0.0, mode.beta]])
     slope = np.array([[-lr * (mode.now + mode.averaged), 0.0], [mode.gain, 0.0]])
     mean = constant + (sharpness + weight_decay) * slope

@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.polynomial import Polynomial
 
 __all__ = ["LinearMode", "linear_mode"]
 
@@ -54,31 +54,24 @@ class LinearMode(NamedTuple):
     def variance(self, x: float) -> float:
         """Return the largest variance of x at its mean ``x``."""
         above, below = self._quotient()
-        return float(np.polyval(above, x) / np.polyval(below, x))
+        return float(above(x) / below(x))
 
     def peak(self) -> float:
         """Return the largest :meth:`variance` over all means within :attr:`range`."""
         above, below = self._quotient()
         # Stationary where N' D = N D': a cubic.
-        slope = np.polysub(
-            np.polymul(np.polyder(above), below), np.polymul(above, np.polyder(below))
-        )
-        roots = np.roots(slope)
-        low, high = self.range
+        roots = (above.deriv() * below - above * below.deriv()).roots()
         real = roots.real[np.abs(roots.imag) < 1e-9 * (1 + np.abs(roots.real))]
-        inside = [self.variance(float(x)) for x in real if low < x < high]
-        return max(inside, default=0.0)
+        low, high = self.range
+        return max((self.variance(float(x)) for x in real if low < x < high), default=0.0)
 
-    def _quotient(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _quotient(self) -> tuple[Polynomial, Polynomial]:
         """Return numerator and denominator of :meth:`variance`, as polynomials of x."""
         u, w = self.now + self.averaged, self.beta * self.now
-        trace = np.array([-u, self.kept + self.beta])
-        det = np.array([-w, self.beta * self.kept])
-        jury = np.polymul(
-            np.polysub(np.polyadd([1.0], det), trace), np.polyadd(np.polyadd([1.0], det), trace)
-        )
-        above = np.polymul(np.polysub([1.0], det), jury)
-        below = np.polysub((u * u + w * w) * np.polyadd([1.0], det), 2 * u * w * trace)
+        trace = Polynomial([self.kept + self.beta, -u])
+        det = Polynomial([self.beta * self.kept, -w])
+        above = (1 - det) * (1 + det - trace) * (1 + det + trace)
+        below = (u * u + w * w) * (1 + det) - 2 * u * w * trace
         return above, below
 
 

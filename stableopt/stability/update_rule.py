@@ -194,34 +194,3 @@ class UpdateRule:
         if not isinstance(kind, (type, str)):
             raise TypeError(f"kind={kind!r}: expected a class, or its module and name as a string")
         _readers[kind] = reader
-
-
-def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateRule:
-    """Read ``torch.optim.SGD`` and its subclasses."""
-    groups = optimizer.param_groups
-    for key in ("momentum", "dampening", "nesterov", "maximize"):
-        values = [group[key] for group in groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(
-                f"param_groups have {key} {values}: expected one value; groups may differ in lr and"
-                " weight_decay only, or pass update_rule="
-            )
-    lrs = tuple(float(group["lr"]) for group in groups)
-    decays = tuple(float(group["weight_decay"]) for group in groups)
-    one_lr, one_decay = len(set(lrs)) == 1, len(set(decays)) == 1
-    # A shared decay moves the limit; with unequal rates the matrix is scaled, so it goes there.
-    in_limit = one_decay and one_lr
-    return UpdateRule(
-        lr=max(lrs),
-        momentum=float(groups[0]["momentum"]),
-        dampening=float(groups[0]["dampening"]),
-        nesterov=bool(groups[0]["nesterov"]),
-        weight_decay=decays[0] if in_limit else 0.0,
-        maximize=bool(groups[0]["maximize"]),
-        full_batch=full_batch,
-        group_lrs=() if one_lr else lrs,
-        group_weight_decays=() if in_limit else decays,
-    )
-
-
-UpdateRule.register(torch.optim.SGD, read_sgd)
