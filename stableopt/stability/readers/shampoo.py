@@ -64,6 +64,7 @@ class KroneckerPreconditioner(StepPreconditioner):
         )
 
 
+@torch.no_grad()
 def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Read ``torch_optimizer.Shampoo``."""
     groups, params = optimizer.param_groups, params_of(optimizer)
