@@ -63,9 +63,12 @@ class StabilityMonitor:
         batch_size: samples in a step; by default what the model's forward passes show, accumulated
             over a step and as the median of the last five steps.
         dataset_size: samples in the training set, by default those of the probe set.
-        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
+            ``"theorem1"``. Sharpness comes with the preconditioned one where the optimizer has a
+            preconditioner, which is what its limit is on.
         sinks: callables that take ``(step, record)`` after each measurement.
-        update_rule: the rule, or a function of the optimizer that returns it.
+        update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
+            not known, with their preconditioner if they have one.
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the most samples evaluated at once.
         tol: the largest residual relative to the eigenvalue.

@@ -31,6 +31,7 @@ Region: TypeAlias = StabilityRegion | tuple[float, float]
 """A region, or the largest sharpness and non-uniformity where only the box is known."""
 
 SHARPNESS = "sharpness $\\lambda_{\\max}(H)$"
+PRECONDITIONED = "preconditioned sharpness $\\lambda_{\\max}(PH)$"
 NON_UNIFORMITY = "non-uniformity $\\lambda_{\\max}(\\Sigma)^{1/2}$"
 
 # Okabe and Ito's palette: told apart under every common colour blindness.
@@ -60,7 +61,8 @@ def diagram(
         region: the region; or several by label, as before and after a change of the learning rate;
             or ``None``.
         points: the trajectory, oldest first: :class:`StabilityMargins` or pairs (sharpness,
-            non-uniformity). Those that lack either are left out.
+            non-uniformity). Those that lack either are left out. The sharpness is the preconditioned
+            one where the optimizer has a preconditioner, as the non-uniformity is.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
@@ -110,6 +112,7 @@ def margins(
 ) -> Figure:
     """Draw sharpness and non-uniformity over the steps, each with its limit.
 
+    The sharpness is the preconditioned one where the optimizer has a preconditioner: the limit is its.
     What is above a limit is shaded. Failed measurements are crosses at the foot of a panel. An axis
     that spans more than a factor of 20 is logarithmic, unless something on it is not positive.
 
@@ -134,11 +137,14 @@ def margins(
     panels = figure.subplots(2, 1, sharex=True)
     steps = _column(items, "step")
     failed = np.array([_has_failed(item) for item in items], dtype=bool)
-    for axes, name, label in zip(
-        panels, ("sharpness", "non_uniformity"), (SHARPNESS, NON_UNIFORMITY), strict=True
-    ):
+    preconditioned = bool(np.isfinite(_column(items, "preconditioned_sharpness")).any())
+    shown = (
+        ("preconditioned_sharpness", PRECONDITIONED) if preconditioned else ("sharpness", SHARPNESS),
+        ("non_uniformity", NON_UNIFORMITY),
+    )
+    for axes, (name, label) in zip(panels, shown, strict=True):
         values, limits = _column(items, name), _column(items, f"{name}_limit")
-        _draw_panel(axes, steps, values, limits, name.replace("_", "-"))
+        _draw_panel(axes, steps, values, limits, label.split(" $")[0])
         if failed.any():
             axes.plot(
                 steps[failed],
@@ -210,7 +216,8 @@ def _path(
     for index, item in enumerate(items):
         if isinstance(item, StabilityMargins):
             time = item.step if of_margins else index
-            pair = (item.sharpness, item.non_uniformity)
+            own = item.preconditioned_sharpness
+            pair = (item.sharpness if own is None else own, item.non_uniformity)
         else:
             time, pair = index, tuple(item)  # type: ignore[assignment]
             if len(pair) != 2:

@@ -1,7 +1,7 @@
 """Curvature matrices that are never formed, and their top eigenpairs."""
 
 from stableopt.curvature.diagnose import SecondDerivativeError
-from stableopt.curvature.eigen import Eigenpair, NonFiniteError, top_eigenpair
+from stableopt.curvature.eigen import Eigenpair, NonFiniteError, Preconditioner, top_eigenpair
 from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.non_uniformity import NonUniformity
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "NonUniformity",
     "Operator",
+    "Preconditioner",
     "Problem",
     "SecondDerivativeError",
     "top_eigenpair",

@@ -2,7 +2,8 @@
 
 from stableopt.optim.lbfgs import LBFGS
 from stableopt.optim.sgd import GD, SGD
-from stableopt.stability.update_rule import UpdateRule, read_sgd
+from stableopt.stability import UpdateRule
+from stableopt.stability.readers.sgd import read_sgd
 
 __all__ = ["GD", "LBFGS", "SGD"]
 

@@ -49,6 +49,20 @@ _CHARTS = {
             "stability/sharpness_upper",
         ),
     ),
+    "preconditioned_sharpness": (
+        _Band(
+            "preconditioned sharpness / limit",
+            "stability/pre_sharp_ratio",
+            "stability/pre_ratio_low",
+            "stability/pre_ratio_up",
+        ),
+        _Band(
+            "preconditioned sharpness and its limit",
+            "stability/pre_sharp_value",
+            "stability/pre_sharp_lower",
+            "stability/pre_sharp_upper",
+        ),
+    ),
     "non_uniformity": (
         _Band(
             "non-uniformity / limit",
@@ -80,10 +94,11 @@ run, since TensorBoard merges the layouts of all runs and would show each chart 
 class TensorBoardSink:
     r"""Writes measurements to TensorBoard.
 
-    - *Custom Scalars*: sharpness and non-uniformity relative to their limits, with a band from 0.99
-      to 1.01, and as they are, with a band of ±1 % around the limit. Where there is no limit, as for
-      the non-uniformity of full-batch gradient descent, there is no band, and the value is
-      only among the scalars.
+    - *Custom Scalars*: sharpness, preconditioned sharpness and non-uniformity relative to their
+      limits, with a band from 0.99 to 1.01, and as they are, with a band of ±1 % around the limit.
+      Where there is no limit, as for the non-uniformity of full-batch gradient descent or the plain
+      sharpness of an optimizer with a preconditioner, there is no band, and the value is only among
+      the scalars.
     - *Scalars*: every finite number of a record, as ``stability/<name>`` of at most 25 characters
       (``non_uniformity_ratio`` is ``stability/non_unif_ratio``), and the bands.
     - *Images*: the sharpness / non-uniformity diagram, if both are measured, after the first
@@ -217,11 +232,12 @@ def _short(name: str) -> str:
     """Return the tag of ``name``: as it is if it fits, else with its words cut to one length.
 
     >>> _short("sharpness"), _short("non_uniformity_limit"), _short("preconditioned_sharpness")
-    ('stability/sharpness', 'stability/non_unif_limit', 'stability/precond_sharpne')
+    ('stability/sharpness', 'stability/non_unif_limit', 'stability/pre_sharpness')
     """
     room = _LONGEST_TAG - len("stability/")
     if len(name) > room:
         name = name.replace("non_uniformity", "non_unif")
+        name = name.replace("preconditioned_sharpness", "pre_sharpness")
     length = len(name)
     words = name.split("_")
     while len(name) > room and length > 1:
@@ -263,8 +279,9 @@ class _Diagrams:
         self._region: plot.Region | None = None
 
     def add(self, step: int, record: Mapping[str, float]) -> None:
-        """Take one record, if it has both quantities."""
-        sharpness, non_uniformity = record.get("sharpness"), record.get("non_uniformity")
+        """Take one record, if it has both quantities: with a preconditioner those that it is in."""
+        sharpness = record.get("preconditioned_sharpness", record.get("sharpness"))
+        non_uniformity = record.get("non_uniformity")
         if not self._left or sharpness is None or non_uniformity is None:
             return
         if not (math.isfinite(sharpness) and math.isfinite(non_uniformity)):
@@ -305,7 +322,7 @@ def _region(record: Mapping[str, float]) -> plot.Region | None:
     >>> _region({"sharpness_limit": 38.0, "non_uniformity_limit": 9.0, "lr": 0.1, "batch_size": 4})
     (38.0, 9.0)
     """
-    a = record.get("sharpness_limit", math.inf)
+    a = record.get("preconditioned_sharpness_limit", record.get("sharpness_limit", math.inf))
     s = record.get("non_uniformity_limit", math.inf)
     if not (a > 0 and s > 0):
         return None

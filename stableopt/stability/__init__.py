@@ -1,26 +1,40 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
+from stableopt.stability import readers
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
     mean_square_radius,
+    min_sharpness,
     noise_factor,
 )
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
 from stableopt.stability.measuring import measure
+from stableopt.stability.preconditioner import (
+    DiagonalPreconditioner,
+    MatrixPreconditioner,
+    StepPreconditioner,
+    UnknownPreconditioner,
+)
 from stableopt.stability.region import StabilityRegion
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
+    "DiagonalPreconditioner",
+    "MatrixPreconditioner",
     "Measurement",
     "SecondMomentExcess",
     "StabilityMargins",
     "StabilityRegion",
+    "StepPreconditioner",
+    "UnknownPreconditioner",
     "UpdateRule",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",
     "measure",
+    "min_sharpness",
     "noise_factor",
+    "readers",
 ]

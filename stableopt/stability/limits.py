@@ -6,10 +6,10 @@ replacement, so that the curvature seen in one step has mean a and variance :mat
 
 .. math:: p = \frac{n-B}{B(n-1)}.
 
-Formulas for plain SGD are those of Wu, Ma & E (NeurIPS 2018), Theorem 1 and equation (9); those with
-momentum, dampening and weight decay follow from the same second-moment recursion for
-``torch.optim.SGD``'s update, :math:`\beta` momentum, :math:`\tau` dampening, :math:`\lambda` coupled
-weight decay. :func:`mean_square_radius` is that recursion itself, and the oracle of the others.
+The step, with its coefficients A, B, c, :math:`\beta`, :math:`\tau`, u and w, is in
+:mod:`~stableopt.stability.linear_mode`. For plain SGD the limits are Theorem 1 and equation (9) of Wu,
+Ma & E (NeurIPS 2018). :func:`mean_square_radius` is the recursion of second moments itself, and the
+oracle of the others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ import math
 import numpy as np
 
 from stableopt._arguments import whole
+from stableopt.stability.linear_mode import linear_mode
 
-__all__ = ["max_non_uniformity", "max_sharpness", "mean_square_radius", "noise_factor"]
+__all__ = [
+    "max_non_uniformity",
+    "max_sharpness",
+    "mean_square_radius",
+    "min_sharpness",
+    "noise_factor",
+]
 
 
 def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
@@ -54,18 +61,26 @@ def max_sharpness(
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    decoupled_weight_decay: float = 0.0,
+    momentum_share: float = 1.0,
 ) -> float:
     r"""Return the largest sharpness at which gradient descent is linearly stable.
 
-    Plain: :math:`2/\eta - \lambda`; with momentum :math:`2(1+\beta)/(\eta(1-\tau)) - \lambda`; with
-    Nesterov's :math:`(2+2\beta)/(\eta(1+2\beta)) - \lambda`.
+    :math:`\frac{(1+\beta)(1+c)}{\eta\,[A(1+\beta)+B(1-\tau)]}-\lambda`:
+
+    - plain: :math:`2/\eta-\lambda`;
+    - heavy ball: :math:`2(1+\beta)/(\eta(1-\tau)) - \lambda`;
+    - Nesterov: :math:`(2+2\beta)/(\eta(1+2\beta)) - \lambda`;
+    - AdamW's step, :math:`\tau=\beta`: :math:`(1+\beta)(2-\eta\lambda')/(\eta(1-\beta))`.
 
     Args:
         lr: learning rate; 0 gives infinity.
         momentum: beta of ``torch.optim.SGD``, below 1.
         dampening: tau, below 1; without effect when momentum is 0, as in torch.
         nesterov: Nesterov's form of the momentum.
-        weight_decay: coupled weight decay lambda.
+        weight_decay: coupled weight decay lambda, a part of the gradient.
+        decoupled_weight_decay: lambda', by which parameters shrink beside the step.
+        momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
 
     Raises:
         ValueError: for values out of range.
@@ -73,11 +88,35 @@ def max_sharpness(
     >>> max_sharpness(0.1), round(max_sharpness(0.1, momentum=0.9), 6)
     (20.0, 38.0)
     """
-    beta, tau = _checked(lr, momentum, dampening, nesterov)
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     if lr == 0:
         return math.inf
-    reach = (2 + 2 * beta) / (1 + 2 * beta) if nesterov else 2 * (1 + beta) / (1 - tau)
+    reach = (1 + mode.beta) * (1 + mode.kept) / (mode.now * (1 + mode.beta) + mode.averaged)
     return reach / lr - weight_decay
+
+
+def min_sharpness(
+    lr: float,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: float = 0.0,
+    momentum_share: float = 1.0,
+) -> float:
+    r"""Return the sharpness below which there is no minimum that the step could settle at.
+
+    :math:`-\lambda - \frac{\lambda'(1-\beta)}{A(1-\beta)+B(1-\tau)}`; arguments and errors are those of
+    :func:`max_sharpness`.
+
+    >>> min_sharpness(0.1, weight_decay=0.5)
+    -0.5
+    """
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
+    # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
+    pull = mode.now + mode.averaged / (1 - mode.beta)
+    return -weight_decay - decoupled_weight_decay / pull
 
 
 def max_non_uniformity(
@@ -90,18 +129,24 @@ def max_non_uniformity(
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    decoupled_weight_decay: float = 0.0,
+    momentum_share: float = 1.0,
 ) -> float:
     r"""Return the largest non-uniformity at which SGD is mean-square stable in one dimension.
 
     Without ``sharpness`` it is the largest over all sharpnesses, the side of the box (9): for plain
     SGD :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, about :math:`\sqrt B/\eta` for large n. With it, the
     height of the exact region there: for plain SGD the half-ellipse
-    :math:`(1-\eta a)^2 + \eta^2 p s^2 = 1`. With :math:`e = \eta(1-\tau)`, :math:`x = e(a+\lambda)`
-    and :math:`q = 1-\eta(a+\lambda)`:
+    :math:`(1-\eta a)^2 + \eta^2 p s^2 = 1`. In general, with
+    :math:`T = c+\beta-u(a+\lambda)` and :math:`\Delta = \beta c-w(a+\lambda)`,
 
-    - heavy ball: :math:`p s^2 \le \frac{1-\beta}{1+\beta}\,x\,(2(1+\beta)-x)/e^2`;
-    - Nesterov: :math:`p s^2 \le \{\frac{1+\beta q}{(1+\beta)^2(1-\beta q)+\beta^2(1+\beta q)}
-      - q^2\}/\eta^2`.
+    .. math:: p s^2 \le
+        \frac{(1-\Delta)\,[(1+\Delta)^2-T^2]}{(u^2+w^2)(1+\Delta)-2uwT},
+
+    the inverse of the stationary variance of :math:`x_{t+1} = Tx_t-\Delta x_{t-1}+u\varepsilon_t-
+    w\varepsilon_{t-1}` under unit noise. For the heavy ball it is
+    :math:`\frac{1-\beta}{1+\beta}\,x\,(2(1+\beta)-x)/e^2` with :math:`e = \eta(1-\tau)` and
+    :math:`x = e(a+\lambda)`.
 
     Args:
         lr: learning rate; 0 gives infinity.
@@ -112,6 +157,8 @@ def max_non_uniformity(
         dampening: tau.
         nesterov: Nesterov's form of the momentum.
         weight_decay: coupled weight decay lambda.
+        decoupled_weight_decay: lambda', as in :func:`max_sharpness`.
+        momentum_share: nu, as in :func:`max_sharpness`.
 
     Returns:
         The limit; 0 where the rule is unstable at ``sharpness`` even without noise.
@@ -124,27 +171,15 @@ def max_non_uniformity(
     >>> round(max_non_uniformity(0.1, 100, 1200), 1)
     104.4
     """
-    beta, tau = _checked(lr, momentum, dampening, nesterov)
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
     p = noise_factor(batch_size, dataset_size)
-    if sharpness is not None:
-        edge = max_sharpness(
-            lr,
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-        )
-        if not -weight_decay <= sharpness <= edge:
-            return 0.0
+    low, high = mode.range
+    x = None if sharpness is None else lr * (sharpness + weight_decay)
+    if x is not None and not low <= x <= high:
+        return 0.0
     if lr == 0 or p == 0:
         return math.inf
-    if sharpness is None:
-        variance = _nesterov_peak(beta) if nesterov else (1 - beta**2) / (1 - tau) ** 2
-    elif nesterov:
-        variance = _nesterov_variance(1 - lr * (sharpness + weight_decay), beta)
-    else:
-        x = lr * (1 - tau) * (sharpness + weight_decay)
-        variance = (1 - beta) / (1 + beta) * x * (2 * (1 + beta) - x) / (1 - tau) ** 2
+    variance = mode.peak() if x is None else mode.variance(x)
     return math.sqrt(max(variance, 0.0) / p) / lr
 
 
@@ -157,11 +192,13 @@ def mean_square_radius(
     dampening: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    decoupled_weight_decay: float = 0.0,
+    momentum_share: float = 1.0,
 ) -> float:
     r"""Return the growth per step of the second moments of one linear mode: stable up to 1.
 
-    The state (x, momentum buffer) is multiplied by :math:`A_0 + hA_1` with h random of mean a and
-    variance ``noise``, so the second moments by
+    The state (x, m) is multiplied by :math:`A_0 + hA_1` with h random of mean a and variance
+    ``noise``, so the second moments by
     :math:`\bar A\otimes\bar A + \mathrm{noise}\,A_1\otimes A_1`; this is its spectral radius.
 
     Args:
@@ -172,47 +209,15 @@ def mean_square_radius(
         dampening: tau.
         nesterov: Nesterov's form of the momentum.
         weight_decay: coupled weight decay lambda.
+        decoupled_weight_decay: lambda', as in :func:`max_sharpness`.
+        momentum_share: nu, as in :func:`max_sharpness`.
 
     >>> round(mean_square_radius(sharpness=5.0, noise=16.0, lr=0.1), 6)   # (1 - .5)^2 + .01 * 16
     0.41
     """
-    beta, tau = _checked(lr, momentum, dampening, nesterov)
-    if nesterov:
-        constant = np.array([[1.0, -lr * beta**2], [0.0, beta]])
-        slope = np.array([[-lr * (1 + beta), 0.0], [1.0, 0.0]])
-    else:
-        constant = np.array([[1.0, -lr * beta], [0.0, beta]])
-        slope = np.array([[-lr * (1 - tau), 0.0], [1 - tau, 0.0]])
+    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
+    constant = np.array([[mode.kept, -lr * mode.weight * mode.beta], [0.0, mode.beta]])
+    slope = np.array([[-lr * (mode.now + mode.averaged), 0.0], [mode.gain, 0.0]])
     mean = constant + (sharpness + weight_decay) * slope
     moments = np.kron(mean, mean) + noise * np.kron(slope, slope)
     return float(np.abs(np.linalg.eigvals(moments)).max())
-
-
-def _nesterov_variance(q: float, beta: float) -> float:
-    return (1 + beta * q) / ((1 + beta) ** 2 * (1 - beta * q) + beta**2 * (1 + beta * q)) - q * q
-
-
-def _nesterov_peak(beta: float) -> float:
-    # Stationary in q where (1+b)^2 b (2 / D^2) = 2 q, D the denominator: a cubic.
-    c0, c1 = (1 + beta) ** 2 + beta**2, beta * (beta**2 - (1 + beta) ** 2)
-    roots = np.roots([c1**2, 2 * c0 * c1, c0**2, -beta * (1 + beta) ** 2])
-    real = roots.real[np.abs(roots.imag) < 1e-9]
-    # Stable at all needs q within (-1/(1+2b), 1).
-    inside = [float(q) for q in real if -1 / (1 + 2 * beta) < q < 1]
-    return max(_nesterov_variance(q, beta) for q in inside)
-
-
-def _checked(lr: float, momentum: float, dampening: float, nesterov: bool) -> tuple[float, float]:
-    """Return momentum and the dampening that acts, after checking the ranges."""
-    if not lr >= 0:
-        raise ValueError(f"lr={lr}: expected at least 0")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum}: expected at least 0 and below 1")
-    if not dampening < 1:
-        raise ValueError(f"dampening={dampening}: expected below 1")
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError(
-            f"nesterov with momentum={momentum}, dampening={dampening}: expected momentum above 0"
-            " and no dampening"
-        )
-    return momentum, (dampening if momentum else 0.0)

@@ -42,11 +42,17 @@ class StabilityMargins:
         batch_size: samples B in a step.
         dataset_size: samples n in all; ``None`` for so many that they do not matter.
         loss: mean loss over the probe data, in eval mode.
-        sharpness: :math:`a = \lambda_{\max}(H)`, of the preconditioned H where groups have
-            different learning rates.
+        sharpness: :math:`a = \lambda_{\max}(H)`.
         sharpness_limit: the largest a at which gradient descent is stable, :math:`2/\eta` for
-            plain SGD.
-        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`.
+            plain SGD; ``None`` where the step is preconditioned, since H alone then has no limit.
+        preconditioned_sharpness: :math:`\lambda_{\max}(P(H+\Lambda))`, P the preconditioner of the
+            optimizer's last step and :math:`\Lambda` its coupled weight decay; ``None`` where the
+            step is not preconditioned, or P not known. Groups with different learning rates, or
+            different weight decays, count as preconditioned.
+        preconditioned_sharpness_limit: the largest at which the step with P held is stable,
+            :math:`(2+2\beta_1)/((1-\beta_1)\eta)` for Adam.
+        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`, of the per-sample
+            :math:`P^{1/2}H_iP^{1/2}` where the step is preconditioned.
         non_uniformity_limit: the side of the box (9), :math:`\sqrt{B(n-1)/(n-B)}/\eta` for plain
             SGD.
         theorem1: the left side of condition (8), stable up to 1.
@@ -65,6 +71,8 @@ class StabilityMargins:
     loss: float | None = None
     sharpness: float | None = None
     sharpness_limit: float | None = None
+    preconditioned_sharpness: float | None = None
+    preconditioned_sharpness_limit: float | None = None
     non_uniformity: float | None = None
     non_uniformity_limit: float | None = None
     theorem1: float | None = None
@@ -77,6 +85,11 @@ class StabilityMargins:
         return _ratio(self.sharpness, self.sharpness_limit)
 
     @property
+    def preconditioned_sharpness_ratio(self) -> float | None:
+        """Preconditioned sharpness over its limit: the edge of stability is at 1."""
+        return _ratio(self.preconditioned_sharpness, self.preconditioned_sharpness_limit)
+
+    @property
     def non_uniformity_ratio(self) -> float | None:
         """Non-uniformity over its limit; 0 where there is no limit."""
         return _ratio(self.non_uniformity, self.non_uniformity_limit)
@@ -87,6 +100,11 @@ class StabilityMargins:
         return _margin(self.sharpness, self.sharpness_limit)
 
     @property
+    def preconditioned_sharpness_margin(self) -> float | None:
+        """What is left of the limit: limit minus preconditioned sharpness."""
+        return _margin(self.preconditioned_sharpness, self.preconditioned_sharpness_limit)
+
+    @property
     def non_uniformity_margin(self) -> float | None:
         """What is left of the limit: limit minus non-uniformity."""
         return _margin(self.non_uniformity, self.non_uniformity_limit)
@@ -94,8 +112,13 @@ class StabilityMargins:
     @property
     def stable(self) -> bool | None:
         """Whether every ratio that is known is at most 1: the box (9). ``None`` if none is."""
-        ratios = [r for r in (self.sharpness_ratio, self.non_uniformity_ratio) if r is not None]
-        return all(r <= 1 for r in ratios) if ratios else None
+        ratios = (
+            self.sharpness_ratio,
+            self.preconditioned_sharpness_ratio,
+            self.non_uniformity_ratio,
+        )
+        known = [ratio for ratio in ratios if ratio is not None]
+        return all(ratio <= 1 for ratio in known) if known else None
 
     @property
     def converged(self) -> bool:
@@ -117,7 +140,7 @@ class StabilityMargins:
         """
         names = [f.name for f in dataclasses.fields(self)]
         names = [n for n in names if n not in ("step", "measurements", "failure")]
-        names += ["sharpness_ratio", "non_uniformity_ratio"]
+        names += ["sharpness_ratio", "preconditioned_sharpness_ratio", "non_uniformity_ratio"]
         known = {name: getattr(self, name) for name in names}
         record = {name: float(value) for name, value in known.items() if value is not None}
         record["seconds"] = self.seconds

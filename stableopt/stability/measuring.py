@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ from stableopt.curvature import (
     Problem,
     top_eigenpair,
 )
+from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
+from stableopt.stability.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
@@ -34,8 +37,10 @@ __all__ = [
     "measure_at",
 ]
 
-QUANTITIES = ("sharpness", "non_uniformity", "theorem1")
+QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1")
 """What :func:`measure` can measure, in the order in which it does."""
+
+DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
 
 def measure(
@@ -48,7 +53,7 @@ def measure(
     update_rule: UpdateRule | None = None,
     batch_size: int | None = None,
     dataset_size: int | None = None,
-    quantities: Iterable[str] = ("sharpness", "non_uniformity"),
+    quantities: Iterable[str] | None = None,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
     tol: float = 1e-3,
@@ -68,12 +73,18 @@ def measure(
         batch_size: samples in a step. Without it the non-uniformity has no known limit, unless the
             optimizer is :class:`stableopt.GD`.
         dataset_size: samples in all, where ``data`` is only a part of them.
-        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
+            ``"theorem1"``; by default sharpness and, unless the preconditioner is not diagonal,
+            non-uniformity. Sharpness comes with the preconditioned one where there is a
+            preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
+
+    Before its first step an adaptive optimizer's preconditioner is not known: what depends on it is
+    then ``None``, with a ``RuntimeWarning``.
 
     Returns:
         The margins; with ``failure`` set where a loss or a curvature was not finite.
@@ -121,36 +132,6 @@ def measure(
     return margins
 
 
-def as_seen_by(
-    problem: Problem, rule: UpdateRule, optimizer: torch.optim.Optimizer | None
-) -> Problem:
-    """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
-
-    Raises:
-        ValueError: if the rule has groups and there is no optimizer to say which parameter is in
-            which, or if a parameter is in none of them.
-    """
-    sign = -1.0 if rule.maximize else 1.0
-    if not rule.group_lrs and not rule.group_weight_decays:
-        return problem.transformed(sign=sign)
-    if optimizer is None:
-        raise ValueError(
-            "update_rule has several groups: only an optimizer tells which parameter is in which"
-        )
-    groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    for name, p in zip(problem.names, problem.params, strict=True):
-        if id(p) not in groups:
-            raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")
-    of = [groups[id(p)] for p in problem.params]
-    lrs = rule.group_lrs or (rule.lr,) * len(optimizer.param_groups)
-    decays = rule.group_weight_decays or (0.0,) * len(optimizer.param_groups)
-    return problem.transformed(
-        sign=sign,
-        scale=[(lrs[index] / rule.lr) ** 0.5 if rule.lr else 1.0 for index in of],
-        weight_decay=[decays[index] for index in of],
-    )
-
-
 def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
     """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
 
@@ -171,8 +152,11 @@ def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit
         )
 
 
-def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
+def check_quantities(quantities: Iterable[str] | None, rule: UpdateRule | None) -> tuple[str, ...]:
     """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
+    diagonal = rule is None or rule.preconditioner is None or rule.preconditioner.diagonal
+    if quantities is None:
+        quantities = DEFAULT_QUANTITIES if diagonal else ("sharpness",)
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
     if not wanted or any(name not in QUANTITIES for name in wanted):
@@ -180,7 +164,18 @@ def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tupl
     if "theorem1" in wanted and rule is not None and not rule.plain:
         raise ValueError(
             f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"
-            f" {rule.momentum}; leave it out"
+            f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
+        )
+    per_sample = [name for name in ("non_uniformity", "theorem1") if name in wanted]
+    if per_sample and not diagonal:
+        raise ValueError(
+            f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
+            " by, and this one is not diagonal; leave it out"
+        )
+    if "preconditioned_sharpness" in wanted and (rule is None or not rule.preconditioned):
+        raise ValueError(
+            "quantities: preconditioned_sharpness needs an optimizer with a preconditioner; for"
+            " others the limit is on the sharpness"
         )
     return tuple(name for name in QUANTITIES if name in wanted)
 
@@ -200,16 +195,21 @@ def measure_at(
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
     """Measure ``problem``, already in the rule's coordinates; return margins and eigenvectors.
 
-    ``starts`` are the eigenvectors of an earlier measurement, by quantity.
+    ``starts`` are the eigenvectors of an earlier measurement, by quantity. With a preconditioned rule
+    the sharpness is measured together with the preconditioned one.
     """
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
         batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
         dataset_size=dataset_size,
-        sharpness_limit=None if rule is None else rule.max_sharpness,
         non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
     )
+    if rule is not None and rule.unknown is None:
+        prefix = "preconditioned_" if rule.preconditioned else ""
+        limit: dict[str, Any] = {f"{prefix}sharpness_limit": rule.max_sharpness}
+        margins = dataclasses.replace(margins, **limit)
+    quantities = _measurable(quantities, rule)
     operators = _Operators(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
@@ -220,7 +220,12 @@ def measure_at(
                 began = time.perf_counter()
                 start = (starts or {}).get(name)
                 pair = top_eigenpair(
-                    operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+                    operators.of(name),
+                    preconditioner=operators.preconditioner(name),
+                    start=start,
+                    tol=tol,
+                    max_iter=max_iter,
+                    seed=seed,
                 )
                 vectors[name] = pair.vector
                 measurements[name] = _measurement(name, pair, time.perf_counter() - began)
@@ -239,9 +244,29 @@ def measure_at(
 def _non_uniformity_limit(
     rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
 ) -> float | None:
-    if rule is None or (batch_size is None and not rule.full_batch):
+    if rule is None or rule.unknown or (batch_size is None and not rule.full_batch):
         return None
-    return rule.max_non_uniformity(batch_size, dataset_size)
+    diagonal = rule.preconditioner is None or rule.preconditioner.diagonal
+    return (
+        rule.max_non_uniformity(batch_size, dataset_size) if diagonal or rule.full_batch else None
+    )
+
+
+def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
+    """Return what of ``quantities`` has a meaning for ``rule`` as it is now, and its companions."""
+    wanted = set(quantities)
+    preconditioned = rule is not None and rule.preconditioned
+    if preconditioned and "sharpness" in wanted:
+        wanted.add("preconditioned_sharpness")
+    if not preconditioned:
+        wanted.discard("preconditioned_sharpness")
+    reason = None if rule is None else rule.unknown
+    if reason is not None and wanted != {"sharpness"}:
+        wanted &= {"sharpness"}
+        warnings.warn(
+            f"the preconditioned margins are not known: {reason}", RuntimeWarning, stacklevel=3
+        )
+    return [name for name in QUANTITIES if name in wanted]
 
 
 def _measurement(name: str, pair: Eigenpair, seconds: float) -> Measurement:
@@ -263,6 +288,7 @@ class _Operators:
     ) -> None:
         self._problem, self._rule, self._margins = problem, rule, margins
         self._built: dict[str, Operator] = {}
+        self._loss: float | None = None
 
     def of(self, name: str) -> Operator:
         if name not in self._built:
@@ -270,10 +296,35 @@ class _Operators:
         return self._built[name]
 
     def loss(self) -> float:
-        hessian = self._built.get("sharpness")
-        return hessian.loss() if isinstance(hessian, Hessian) else self._problem.value()
+        if self._loss is None:
+            built = (self._built.get(name) for name in ("sharpness", "preconditioned_sharpness"))
+            hessian = next((each for each in built if isinstance(each, Hessian)), None)
+            self._loss = self._problem.value() if hessian is None else hessian.loss()
+        return self._loss
+
+    def preconditioner(self, name: str) -> StepPreconditioner | None:
+        """The P of ``P @ operator`` where it is no part of the problem's coordinates."""
+        known = None if self._rule is None else self._rule.preconditioner
+        if name != "preconditioned_sharpness" or known is None:
+            return None
+        own = known.over(self._problem.params)
+        return None if isinstance(own, DiagonalPreconditioner) else own
 
     def _sharpness(self) -> Hessian:
+        if self._rule is None or not self._rule.preconditioned:
+            return Hessian(self._problem)
+        return Hessian(self._problem.transformed(sign=self._problem.sign))
+
+    def _preconditioned_sharpness(self) -> Hessian:
+        plain = self._built.get("sharpness")
+        if isinstance(plain, Hessian):
+            if self.preconditioner("preconditioned_sharpness") and not any(
+                self._problem.weight_decay
+            ):
+                return plain
+            # One set of passes at a time is kept in memory.
+            self._loss = plain.loss()
+            del self._built["sharpness"]
         return Hessian(self._problem)
 
     def _non_uniformity(self) -> NonUniformity:
@@ -289,7 +340,9 @@ class _Operators:
         noise = 0.0
         if not rule.full_batch and margins.batch_size is not None:
             noise = noise_factor(margins.batch_size, margins.dataset_size)
-        hessian, non_uniformity = self.of("sharpness"), self.of("non_uniformity")
+        in_limit = not rule.preconditioned
+        hessian = self.of("sharpness" if in_limit else "preconditioned_sharpness")
+        non_uniformity = self.of("non_uniformity")
         assert isinstance(hessian, Hessian)
         assert isinstance(non_uniformity, NonUniformity)
         return SecondMomentExcess(
@@ -297,5 +350,5 @@ class _Operators:
             non_uniformity,
             lr=rule.lr,
             noise=noise,
-            weight_decay=rule.weight_decay,
+            weight_decay=rule.weight_decay if in_limit else 0.0,
         )

@@ -51,7 +51,7 @@ class StabilityRegion:
     @property
     def min_sharpness(self) -> float:
         """The lower side: below it the regularised loss has no minimum."""
-        return -self.rule.weight_decay
+        return self.rule.min_sharpness
 
     @property
     def max_sharpness(self) -> float:

@@ -17,22 +17,30 @@ from typing import Any
 import torch
 
 from stableopt.stability import limits
+from stableopt.stability.preconditioner import StepPreconditioner, UnknownPreconditioner
 
 __all__ = ["UpdateRule"]
 
 Reader = Callable[[Any], "UpdateRule"]
 
-_readers: dict[type, Reader] = {}
+_readers: dict[type | str, Reader] = {}
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    r"""The linearised step of ``torch.optim.SGD``, with every option that moves its stability.
+    r"""One linearised step: a preconditioner, and the coefficients that move its stability.
 
-    Groups with different learning rates :math:`\eta_g` are plain SGD at the largest of them with the
-    diagonal preconditioner :math:`P = \mathrm{diag}(\eta_g)/\eta`; the sharpness that the limit
-    belongs to is then :math:`\lambda_{\max}(P^{1/2}HP^{1/2})`. Weight decay that differs between
-    groups becomes a part of that matrix, and leaves the limit.
+    .. math::
+        g = P(\nabla f + \lambda\theta), \quad m' = \beta m + (1-\tau) g, \quad
+        \theta' = (1-\eta\lambda')\theta - \eta\,[(1-\nu)\, g + \nu\, m']
+
+    covers ``torch.optim.SGD`` (P = 1; Nesterov's form is :math:`g + \beta m'` in place of the
+    bracket) and every adaptive optimizer whose P is held as its last step had it. Where P is not 1,
+    the limit belongs to :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, and
+    weight decay is a part of that matrix; otherwise to :math:`\lambda_{\max}(H)`, and weight decay is
+    a part of the limit. SGD whose groups have learning rates :math:`\eta_g` of their own is SGD at the
+    largest with :math:`P = \mathrm{diag}(\eta_g)/\eta`; decay that differs between groups is a
+    :math:`\Lambda` with P = 1. Both count as preconditioned.
 
     Attributes:
         lr: learning rate; the largest of all groups'.
@@ -44,6 +52,9 @@ class UpdateRule:
         full_batch: whether each step takes the gradient of all samples (gradient descent).
         group_lrs: learning rate of each group, empty where all are ``lr``.
         group_weight_decays: weight decay of each group, empty where all are ``weight_decay``.
+        decoupled_weight_decay: lambda', by which parameters shrink beside the step, as AdamW's.
+        momentum_share: nu; below 1 the step takes a share of the gradient itself, as NAdam's.
+        preconditioner: P; ``None`` for 1.
 
     Raises:
         ValueError: for values out of range.
@@ -52,6 +63,8 @@ class UpdateRule:
     4.0
     >>> UpdateRule.of(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)).momentum
     0.9
+    >>> UpdateRule.of(torch.optim.Adam([torch.zeros(1)], lr=0.01)).preconditioned
+    True
     """
 
     lr: float
@@ -63,11 +76,21 @@ class UpdateRule:
     full_batch: bool = False
     group_lrs: tuple[float, ...] = ()
     group_weight_decays: tuple[float, ...] = ()
+    decoupled_weight_decay: float = 0.0
+    momentum_share: float = 1.0
+    preconditioner: StepPreconditioner | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "momentum", "dampening", "weight_decay"):
+        for name in ("lr", "momentum", "dampening", "weight_decay", "decoupled_weight_decay"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
+        if not (self.preconditioner is None or isinstance(self.preconditioner, StepPreconditioner)):
+            raise TypeError(
+                f"preconditioner={self.preconditioner!r}: expected a StepPreconditioner, such as"
+                " MatrixPreconditioner(params, matrix), or None"
+            )
+        if self.preconditioner is not None and self.group_lrs:
+            raise ValueError("group_lrs with a preconditioner: expected the rates to be in it")
         limits.max_sharpness(**self._coefficients)  # raises for values out of range
 
     @property
@@ -77,18 +100,40 @@ class UpdateRule:
             "momentum": self.momentum,
             "dampening": self.dampening,
             "nesterov": self.nesterov,
-            "weight_decay": self.weight_decay,
+            "weight_decay": 0.0 if self.preconditioned else self.weight_decay,
+            "decoupled_weight_decay": self.decoupled_weight_decay,
+            "momentum_share": self.momentum_share,
         }
 
     @property
     def plain(self) -> bool:
         """Whether it is SGD without momentum, which the paper's conditions speak of."""
-        return self.momentum == 0
+        return self.momentum == 0 and self.decoupled_weight_decay == 0
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the limit is on the top eigenvalue of P(H + Lambda) in place of H's."""
+        has_own = self.group_lrs or self.group_weight_decays
+        return self.preconditioner is not None or bool(has_own)
+
+    @property
+    def unknown(self) -> str | None:
+        """Why the preconditioner is not known, as before the first step; else ``None``."""
+        p = self.preconditioner
+        return p.reason if isinstance(p, UnknownPreconditioner) else None
 
     @property
     def max_sharpness(self) -> float:
-        """The largest stable sharpness: :func:`~stableopt.stability.limits.max_sharpness`."""
+        """The largest stable sharpness: :func:`~stableopt.stability.limits.max_sharpness`.
+
+        Of the preconditioned sharpness where the rule is :attr:`preconditioned`.
+        """
         return limits.max_sharpness(**self._coefficients)
+
+    @property
+    def min_sharpness(self) -> float:
+        """The smallest stable sharpness: :func:`~stableopt.stability.limits.min_sharpness`."""
+        return limits.min_sharpness(**self._coefficients)
 
     def max_non_uniformity(
         self,
@@ -100,7 +145,7 @@ class UpdateRule:
         """Return the largest stable non-uniformity, infinity for the full batch.
 
         See :func:`~stableopt.stability.limits.max_non_uniformity`. ``batch_size=None`` is the full
-        batch.
+        batch. Where the rule is :attr:`preconditioned`, it is that of the preconditioned Hessians.
         """
         if batch_size is not None:
             limits.noise_factor(batch_size, dataset_size)  # raises for a batch above n
@@ -117,13 +162,17 @@ class UpdateRule:
     def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
         """Read the rule of ``optimizer`` as it stands now.
 
+        A preconditioner is a copy of what the last step used: it does not follow later ones.
+
         Raises:
-            TypeError: for an optimizer that nobody registered.
-            ValueError: for SGD whose groups differ in more than learning rate and weight decay.
+            TypeError: for an optimizer that nobody registered, or parameters that are complex.
+            ValueError: for groups that differ in more than learning rate and weight decay, or in what
+                only the preconditioner depends on.
         """
         for kind in type(optimizer).__mro__:
-            if kind in _readers:
-                return _readers[kind](optimizer)
+            reader = _readers.get(kind) or _readers.get(f"{kind.__module__}.{kind.__qualname__}")
+            if reader is not None:
+                return reader(optimizer)
         name = type(optimizer).__name__
         raise TypeError(
             f"optimizer is {name}, whose update rule is not known: register a reader with"
@@ -132,43 +181,16 @@ class UpdateRule:
         )
 
     @classmethod
-    def register(cls, kind: type, reader: Reader) -> None:
+    def register(cls, kind: type | str, reader: Reader) -> None:
         """Let :meth:`of` read optimizers of class ``kind``, and its subclasses, by ``reader``.
+
+        A string names a class by module and qualified name, so that it need not be imported.
 
         >>> class Mine(torch.optim.Adagrad): pass
         >>> UpdateRule.register(Mine, lambda optimizer: UpdateRule(lr=0.25))
         >>> UpdateRule.of(Mine([torch.zeros(1)])).max_sharpness
         8.0
         """
+        if not isinstance(kind, (type, str)):
+            raise TypeError(f"kind={kind!r}: expected a class, or its module and name as a string")
         _readers[kind] = reader
-
-
-def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateRule:
-    """Read ``torch.optim.SGD`` and its subclasses."""
-    groups = optimizer.param_groups
-    for key in ("momentum", "dampening", "nesterov", "maximize"):
-        values = [group[key] for group in groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(
-                f"param_groups have {key} {values}: expected one value; groups may differ in lr and"
-                " weight_decay only, or pass update_rule="
-            )
-    lrs = tuple(float(group["lr"]) for group in groups)
-    decays = tuple(float(group["weight_decay"]) for group in groups)
-    one_lr, one_decay = len(set(lrs)) == 1, len(set(decays)) == 1
-    # A shared decay moves the limit; with unequal rates the matrix is scaled, so it goes there.
-    in_limit = one_decay and one_lr
-    return UpdateRule(
-        lr=max(lrs),
-        momentum=float(groups[0]["momentum"]),
-        dampening=float(groups[0]["dampening"]),
-        nesterov=bool(groups[0]["nesterov"]),
-        weight_decay=decays[0] if in_limit else 0.0,
-        maximize=bool(groups[0]["maximize"]),
-        full_batch=full_batch,
-        group_lrs=() if one_lr else lrs,
-        group_weight_decays=() if in_limit else decays,
-    )
-
-
-UpdateRule.register(torch.optim.SGD, read_sgd)

@@ -1,0 +1,58 @@
+r"""The P inner product, in which :math:`PH` is symmetric, from products with P alone.
+
+Beside each vector q stands the covector r with :math:`q = Pr`. H takes vectors to covectors, P
+covectors to vectors, and :math:`q^\top r' = r^\top P r'` is the inner product. No inverse and no root
+of P is needed. Without a preconditioner the two are one tensor, which costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.eigenpair import Preconditioner
+
+__all__ = ["Dual", "check_norm", "dual", "scaled"]
+
+
+class Dual(NamedTuple):
+    r"""A covector r and its vector q = P r.
+
+    ``norm`` is :math:`\sqrt{q^\top r}` on the device; below zero, minus the root of minus the square,
+    where P is not positive definite.
+    """
+
+    covector: Tensor
+    vector: Tensor
+    norm: Tensor
+
+
+def dual(covector: Tensor, preconditioner: Preconditioner | None) -> Dual:
+    """Return ``covector`` ``(d,)`` with its vector and norm."""
+    if preconditioner is None:
+        return Dual(covector, covector, covector.norm())
+    vector = preconditioner @ covector
+    square = covector @ vector
+    # Where rounding is all that is left of a covector, it decides the sign of the square too.
+    rounding = 10 * torch.finfo(covector.dtype).eps * covector.norm() * vector.norm()
+    norm = square.abs().sqrt() * torch.where(square >= -rounding, 1.0, -1.0)
+    return Dual(covector, vector, norm)
+
+
+def scaled(pair: Dual) -> Dual:
+    """Return the pair divided by its norm."""
+    covector = pair.covector / pair.norm
+    vector = covector if pair.vector is pair.covector else pair.vector / pair.norm
+    return Dual(covector, vector, pair.norm)
+
+
+def check_norm(norm: float, preconditioner: Preconditioner | None) -> None:
+    """Raise ``ValueError`` for the norm of a finite covector that no positive definite P gives it."""
+    if preconditioner is not None and not 0 <= norm < float("inf"):
+        square = norm * abs(norm)
+        raise ValueError(
+            f"preconditioner={type(preconditioner).__name__}: r^T P r is {square:.3g} for a covector"
+            " r, expected a positive number, as of a symmetric positive definite matrix"
+        )

@@ -1,0 +1,27 @@
+"""Readers of the update rule of optimizers: one module a family, registered on import.
+
+A reader takes an optimizer and returns its :class:`~stableopt.stability.UpdateRule`, with the
+preconditioner of its last step. Classes of packages that need not be installed are registered by name.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stableopt.stability.readers import adaptive, lbfgs, pytorch_optimizer, sgd, shampoo
+from stableopt.stability.update_rule import UpdateRule
+
+__all__: list[str] = []
+
+UpdateRule.register(torch.optim.SGD, sgd.read_sgd)
+UpdateRule.register(torch.optim.Adam, adaptive.read_adam)
+UpdateRule.register(torch.optim.AdamW, adaptive.read_adam)
+UpdateRule.register(torch.optim.NAdam, adaptive.read_nadam)
+UpdateRule.register(torch.optim.RMSprop, adaptive.read_rmsprop)
+UpdateRule.register(torch.optim.Adagrad, adaptive.read_adagrad)
+UpdateRule.register(torch.optim.LBFGS, lbfgs.read_lbfgs)
+UpdateRule.register("torch_optimizer.adabelief.AdaBelief", pytorch_optimizer.read_adabelief)
+UpdateRule.register("torch_optimizer.adahessian.Adahessian", pytorch_optimizer.read_adahessian)
+UpdateRule.register("torch_optimizer.apollo.Apollo", pytorch_optimizer.read_apollo)
+UpdateRule.register("torch_optimizer.shampoo.Shampoo", shampoo.read_shampoo)
+UpdateRule.register("torch_optimizer.yogi.Yogi", pytorch_optimizer.read_yogi)

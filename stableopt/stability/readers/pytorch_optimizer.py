@@ -1,0 +1,113 @@
+"""Optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner, as its classes step.
+
+The package is not imported: a reader works on the optimizer that it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.stability.readers.adaptive import averaged
+from stableopt.stability.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]
+
+
+def read_yogi(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read Yogi: Adam with a second moment of its own."""
+
+    def entries(step: Step) -> Tensor:
+        return _corrected(step, step.state["exp_avg_sq"].sqrt())
+
+    return diagonal_rule(optimizer, entries, momentum=averaged)
+
+
+def read_adahessian(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read Adahessian: Adam with squared Hessian diagonals, to the power ``hessian_power`` / 2.
+
+    Its weight decay is decoupled, whatever its documentation says.
+    """
+
+    def entries(step: Step) -> Tensor:
+        root: Tensor = step.state["exp_hessian_diag_sq"].sqrt()
+        return _corrected(step, root, power=float(step.group["hessian_power"]))
+
+    return diagonal_rule(
+        optimizer,
+        entries,
+        momentum=averaged,
+        shrink=lambda group: float(group["lr"]) * float(group["weight_decay"]),
+        weight_decay=lambda group: 0.0,
+    )
+
+
+def read_adabelief(optimizer: Any) -> UpdateRule:
+    """Read AdaBelief, ``amsgrad``, ``weight_decouple``, ``fixed_decay`` and ``rectify`` included.
+
+    The variance that it keeps has ``eps`` in it already. A rectified step whose variance is not yet to
+    be trusted has no preconditioner and no bias correction.
+    """
+    decoupled = bool(optimizer._weight_decouple)
+
+    def entries(step: Step) -> Tensor:
+        group, state, t = step
+        variance: Tensor = state["max_exp_avg_var" if group["amsgrad"] else "exp_avg_var"]
+        factor = 1.0
+        if optimizer._rectify:
+            beta2, far = float(group["betas"][1]), float(state["rho_inf"])
+            rho = far - 2 * t * beta2**t / (1 - beta2**t)
+            if rho <= 4:
+                return torch.ones_like(variance)
+            factor = (rho - 4) * (rho - 2) * far / ((far - 4) * (far - 2) * rho)
+        return _corrected(step, variance.sqrt()) * float(factor**0.5)
+
+    def shrink(group: Group) -> float:
+        taken = float(group["weight_decay"]) if decoupled else 0.0
+        return taken if optimizer._fixed_decay else taken * float(group["lr"])
+
+    return diagonal_rule(
+        optimizer,
+        entries,
+        momentum=averaged,
+        shrink=shrink,
+        weight_decay=lambda group: 0.0 if decoupled else float(group["weight_decay"]),
+    )
+
+
+def read_apollo(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    r"""Read Apollo: :math:`P = 1/\max(|B|, 1)`, B its diagonal of the Hessian.
+
+    Its average of gradients takes a share :math:`\alpha_t = (1-\beta)/(1-\beta^t)` of the newest, so
+    that its momentum is :math:`1-\alpha_t`. The rate is that of its own warm-up.
+    """
+
+    def entries(step: Step) -> Tensor:
+        diagonal: Tensor = step.state["approx_hessian"]
+        return diagonal.abs().clamp(min=1).reciprocal()
+
+    def momentum(step: Step) -> tuple[float, float, float]:
+        beta = float(step.group["beta"])
+        past = 1 - (1 - beta) / (1 - beta**step.steps)
+        return past, past, 1.0
+
+    def rate(step: Step) -> float:
+        group, done = step.group, step.steps - 1
+        if done >= group["warmup"]:
+            return float(group["lr"])
+        return float(
+            (group["base_lr"] - group["init_lr"]) * done / group["warmup"] + group["init_lr"]
+        )
+
+    return diagonal_rule(optimizer, entries, momentum=momentum, rate=rate)
+
+
+def _corrected(step: Step, root: Tensor, power: float = 1.0) -> Tensor:
+    """Return the inverse of Adam's denominator with its bias corrections, ``root`` to ``power``."""
+    beta1, beta2 = (float(beta) for beta in step.group["betas"])
+    scaled = root**power / (1 - beta2**step.steps) ** (power / 2)
+    denominator: Tensor = (scaled + step.group["eps"]) * (1 - beta1**step.steps)
+    return denominator.reciprocal()
