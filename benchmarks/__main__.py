@@ -15,6 +15,7 @@ from benchmarks.perf import PARTS
 EXPERIMENTS = {
     "escape": "benchmarks.escape",
     "gd-sharpness": "benchmarks.gd_sharpness",
+    "quasi-newton": "benchmarks.quasi_newton",
 }
 
 
