@@ -70,7 +70,7 @@ class Config:
     adam_lrs: tuple[float, ...] = (1e-3, 3e-3)
     adahessian_lrs: tuple[float, ...] = (0.05, 0.15)
     apollo_lrs: tuple[float, ...] = (0.1, 0.3)
-    shampoo_lrs: tuple[float, ...] = (0.03, 0.1)
+    shampoo_lrs: tuple[float, ...] = (0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _methods(config: Config) -> list[_Method]:
         _Method("Adam", lambda params, lr: torch.optim.Adam(params, lr=lr), config.adam_lrs),
         _Method("Adahessian", external("Adahessian"), config.adahessian_lrs, twice=True),
         _Method("Apollo", external("Apollo", warmup=50), config.apollo_lrs),
-        _Method("Shampoo", external("Shampoo", update_freq=20), config.shampoo_lrs),
+        _Method("Shampoo", external("Shampoo", epsilon=1e-2, update_freq=20), config.shampoo_lrs),
     ]
 
 
