@@ -211,7 +211,10 @@ class StabilityMonitor:
     def _measure_now(self) -> StabilityMargins:
         rule = self._rule()
         self._follow()
-        batch_size, dataset_size = self.batch_size, self._known_dataset_size()
+        # A rule of the full batch may look at it many times a step: what was counted is no batch.
+        whole_set = rule.full_batch
+        batch_size = None if whole_set else self.batch_size
+        dataset_size = self._dataset_size if whole_set else self._known_dataset_size()
         cold = self._measured % (self._cold_every + 1) == 0
         margins, vectors = measure_at(
             as_seen_by(self.problem, rule, self.optimizer),

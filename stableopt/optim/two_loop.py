@@ -55,15 +55,15 @@ class TwoLoopPairs:
             share = damped_share(float(y.dot(s)), reference, damping)
             if share < 1:
                 y.mul_(share).add_(s, alpha=(1 - share) / float(self._gamma))
-        curvature = y.dot(s)
-        if curvature > TORCHS_CURVATURE and math.isfinite(curvature):
+        curvature, change = y.dot(s), y.dot(y)
+        if curvature > TORCHS_CURVATURE and math.isfinite(curvature) and math.isfinite(change):
             if len(self._changes) == self.capacity:
                 for oldest in (self._changes, self._steps, self._inverses):
                     oldest.pop(0)
             self._changes.append(y)
             self._steps.append(s)
             self._inverses.append(1.0 / curvature)
-            self._gamma = curvature / y.dot(y)
+            self._gamma = curvature / change
 
     def descent(self, gradient: Tensor) -> Tensor:
         """Return -P times ``gradient``, which is left alone."""
