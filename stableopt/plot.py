@@ -139,7 +139,9 @@ def margins(
     failed = np.array([_has_failed(item) for item in items], dtype=bool)
     preconditioned = bool(np.isfinite(_column(items, "preconditioned_sharpness")).any())
     shown = (
-        ("preconditioned_sharpness", PRECONDITIONED) if preconditioned else ("sharpness", SHARPNESS),
+        ("preconditioned_sharpness", PRECONDITIONED)
+        if preconditioned
+        else ("sharpness", SHARPNESS),
         ("non_uniformity", NON_UNIFORMITY),
     )
     for axes, (name, label) in zip(panels, shown, strict=True):
