@@ -12,12 +12,13 @@ from stableopt import curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
-from stableopt.optim import GD, SGD
+from stableopt.optim import GD, LBFGS, SGD
 from stableopt.sinks import JSONLinesSink, TensorBoardSink
 from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule, measure
 
 __all__ = [
     "GD",
+    "LBFGS",
     "SGD",
     "JSONLinesSink",
     "Problem",

@@ -1,0 +1,187 @@
+"""L-BFGS directions in compact form, from ring buffers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.inverse_hessian import InverseHessian, triangle_dtype
+from stableopt.optim.line_search import Number
+from stableopt.optim.pair_memory import damped_share
+
+__all__ = ["CompactPairs"]
+
+
+class CompactPairs:
+    """Ring buffers, and their inner products kept as pairs come and go.
+
+    A new pair costs one product of the ring with its gradient change; a direction one more, and one
+    with the transpose. Nothing of length d is allocated but the direction.
+    """
+
+    def __init__(self, capacity: int, state: dict[str, Any]) -> None:
+        self.capacity = capacity
+        self._change: Tensor | None = None
+        self.clear()
+        if state.get("old_dirs"):
+            self._load(state)
+
+    def clear(self) -> None:
+        """Forget all pairs."""
+        self._count = self._oldest = 0
+        self._gamma = 1.0
+        self._pending: Tensor | None = None
+
+    def _allocate(self, like: Tensor) -> None:
+        """Make room, once."""
+        if not hasattr(self, "_pairs"):
+            dtype = triangle_dtype(like.device)
+            self._pairs = like.new_empty(self.capacity, 2, len(like))
+            self._triangle = like.new_zeros(self.capacity, self.capacity, dtype=dtype)
+            self._squares = torch.zeros_like(self._triangle)
+            self._smallest_cosine = torch.finfo(like.dtype).eps
+
+    def _load(self, state: dict[str, Any]) -> None:
+        changes = state["old_dirs"][-self.capacity :]
+        steps = state["old_stps"][-self.capacity :]
+        self._allocate(changes[0])
+        kept = state.get("compact") or {}
+        if (
+            kept.get("func_evals") == state.get("func_evals")
+            and kept.get("count") == len(changes)
+            and (kept["oldest"] == 0 or len(changes) == self.capacity)
+        ):
+            # This class wrote it last: the very numbers, so that a resumed run is the same run.
+            self._oldest, self._count = kept["oldest"], len(changes)
+            for i, (y, s) in enumerate(zip(changes, steps, strict=True)):
+                self._write(self._slot(i), y, s, 1.0)
+            part, square = slice(0, self._count), (self._count, self._count)
+            for small, name in ((self._triangle, "triangle"), (self._squares, "squares")):
+                small[part, part] = small.new_tensor(kept[name]).view(square)
+            self._gamma = kept["gamma"]
+            return
+        for y, s in zip(changes, steps, strict=True):
+            self._append(y, s, 1.0)
+            self._settle([])
+        self._gamma = float(state.get("H_diag", 1.0))
+
+    def numbers(self, *values: Any) -> list[Number]:
+        """Return floats: all tensors among ``values`` in one transfer."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not tensors:
+            return [float(value) for value in values]
+        # A loss may lie elsewhere; what comes last is made of gradients.
+        device = tensors[-1].device
+        same = [value.to(device, triangle_dtype(device)).reshape(()) for value in tensors]
+        found = iter(torch.stack(same).tolist())
+        return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
+
+    def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
+        """Return what decides whether :meth:`update` keeps the pair."""
+        self._change = y = gradient - previous
+        return [y.dot(direction), y.dot(y), direction.dot(direction)]
+
+    def update(
+        self,
+        gradient: Tensor,
+        previous: Tensor,
+        direction: Tensor,
+        t: Number,
+        products: list[Number],
+        damping: float,
+    ) -> None:
+        """Keep the pair of a step ``t * direction`` if it has curvature."""
+        curvature, change, step = products[0] * t, products[1], products[2] * t * t
+        y, self._change = self._change, None
+        assert y is not None  # of the products
+        if damping and self._count:
+            share = damped_share(curvature, step / self._gamma, damping)
+            if share < 1:
+                rest = (1 - share) / self._gamma
+                y.mul_(share).add_(direction, alpha=rest * t)
+                change = share**2 * change + 2 * share * rest * curvature + rest**2 * step
+                curvature = share * curvature + rest * step
+        self._allocate(y)
+        threshold = self._smallest_cosine * math.sqrt(change) * math.sqrt(step)
+        if curvature > threshold and math.isfinite(curvature) and math.isfinite(change):
+            self._append(y, direction, t)
+            self._gamma = curvature / change
+
+    def _slot(self, index: int) -> int:
+        return (self._oldest + index) % self.capacity
+
+    def _write(self, slot: int, y: Tensor, direction: Tensor, t: Number) -> None:
+        torch.mul(direction, t, out=self._pairs[slot, 0])
+        self._pairs[slot, 1] = y
+
+    def _append(self, y: Tensor, direction: Tensor, t: Number) -> None:
+        if self._count == self.capacity:
+            self._oldest = self._slot(1)
+            self._count -= 1
+            for small in (self._triangle, self._squares):
+                small[:-1, :-1] = small[1:, 1:].clone()
+        self._write(self._slot(self._count), y, direction, t)
+        self._count += 1
+        self._pending = y
+
+    def _settle(self, vectors: list[Tensor]) -> list[Tensor]:
+        """Take in the inner products of a pair that came last; return those of ``vectors``."""
+        pending, self._pending = self._pending, None
+        rows = self._pairs[: self._count].flatten(0, 1)
+        inner = [rows @ vector for vector in (*([] if pending is None else [pending]), *vectors)]
+        if pending is not None:
+            last = self._count - 1
+            small = inner.pop(0).to(self._triangle.dtype).view(-1, 2).roll(-self._oldest, dims=0)
+            self._triangle[: self._count, last] = small[:, 0]
+            self._triangle[last, :last] = 0
+            self._squares[: self._count, last] = self._squares[last, : self._count] = small[:, 1]
+        return inner
+
+    def inverse_hessian(self) -> InverseHessian:
+        """Return the matrix, which lives until the next :meth:`update`."""
+        part = slice(0, self._count)
+        return InverseHessian(
+            self._pairs[part],
+            self._oldest,
+            self._triangle[part, part],
+            self._squares[part, part],
+            self._gamma,
+        )
+
+    def descent(self, gradient: Tensor) -> Tensor:
+        """Return -P times ``gradient``, which is left alone."""
+        if not self._count:
+            return gradient.mul(-self._gamma)
+        (inner,) = self._settle([gradient])
+        return self.inverse_hessian().from_inner(gradient, inner, sign=-1)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """Return P times ``(d,)`` or ``(d, k)``."""
+        if not self._count:
+            return vectors * self._gamma
+        self._settle([])
+        return self.inverse_hessian() @ vectors
+
+    def export(self) -> dict[str, Any]:
+        """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
+        if not self._count:
+            return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
+        self._settle([])
+        part, slots = slice(0, self._count), [self._slot(i) for i in range(self._count)]
+        diagonal = self._triangle.diagonal()[part].to(self._pairs.dtype)
+        return {
+            "old_dirs": [self._pairs[slot, 1] for slot in slots],
+            "old_stps": [self._pairs[slot, 0] for slot in slots],
+            "ro": list((1.0 / diagonal).unbind()),
+            "H_diag": self._pairs.new_tensor(self._gamma),
+            "compact": {
+                "count": self._count,
+                "oldest": self._oldest,
+                "gamma": self._gamma,
+                "triangle": self._triangle[part, part].tolist(),
+                "squares": self._squares[part, part].tolist(),
+            },
+        }

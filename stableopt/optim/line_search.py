@@ -1,0 +1,198 @@
+r"""Step lengths along a direction: the strong Wolfe conditions, and plain shortening.
+
+A step t is taken where the loss has fallen enough and the slope is flat enough,
+
+.. math::
+    f(t) \le f(0) + c_1 t f'(0), \qquad |f'(t)| \le c_2 |f'(0)|
+
+(Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6), by cubic
+interpolation within the same safeguards as ``torch.optim.LBFGS``: on finite numbers both evaluate
+the same points. A point whose loss or gradient is not finite counts as infinitely high, and the next
+is sought near the end that is finite.
+
+Numbers are floats, or 0-dimensional tensors where torch has those: then every operation is torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Number", "Trial", "quotient", "shortened", "strong_wolfe"]
+
+Number: TypeAlias = Any
+"""A ``float`` or a 0-dimensional tensor."""
+
+SUFFICIENT = 1e-4
+CURVATURE = 0.9
+NARROWEST = 1e-9
+"""Largest change of a parameter across a bracket that is not worth another evaluation."""
+
+SHORTENING = 0.1
+"""A finite point may be many powers of ten away, and evaluations are few: they go in tenths."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point on the line, evaluated.
+
+    Attributes:
+        t: the step length.
+        loss: infinity where the loss, the gradient or the slope is not finite.
+        slope: derivative of the loss in t.
+        gradient: the flat gradient ``(d,)``.
+        largest: its largest absolute entry.
+        extra: other numbers that came to the host with these.
+    """
+
+    t: Number
+    loss: Number
+    slope: Number
+    gradient: Tensor
+    largest: Number
+    extra: tuple[Number, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss, gradient and slope are finite."""
+        return math.isfinite(self.loss)
+
+
+def strong_wolfe(
+    evaluate: Callable[[Number], Trial],
+    start: Trial,
+    t: Number,
+    largest: Number,
+    *,
+    budget: int,
+) -> tuple[Trial, bool]:
+    """Search for a step that fulfils the strong Wolfe conditions; at worst, return the lowest known.
+
+    Args:
+        evaluate: returns the point at a step length.
+        start: the point at zero, with a negative slope.
+        t: the first step length to try.
+        largest: the largest absolute entry of the direction.
+        budget: evaluations after the first.
+
+    Returns:
+        The point, which is ``start`` where none was lower, and whether all points were finite.
+
+    >>> def parabola(t):
+    ...     return Trial(t, (t - 3) ** 2, 2 * (t - 3), None, 0.0)
+    >>> strong_wolfe(parabola, parabola(0.0), 1.0, 1.0, budget=10)[0].t
+    1.0
+    """
+    finite = True
+
+    def tried(t: Number) -> Trial:
+        nonlocal finite
+        trial = evaluate(t)
+        finite = finite and trial.finite
+        return trial
+
+    def too_high(trial: Trial) -> bool:
+        return bool(trial.loss > (start.loss + SUFFICIENT * trial.t * start.slope))
+
+    def flat(trial: Trial) -> bool:
+        return bool(abs(trial.slope) <= -CURVATURE * start.slope)
+
+    previous, trial = start, tried(t)
+    spent = 0
+    while True:
+        if spent >= budget:
+            return _lower(start, trial), finite
+        if too_high(trial) or (spent > 1 and trial.loss >= previous.loss):
+            break
+        if flat(trial):
+            return trial, finite
+        if trial.slope >= 0:
+            break
+        nearest, farthest = trial.t + 0.01 * (trial.t - previous.t), trial.t * 10
+        previous, trial = trial, tried(_cubic_minimum(previous, trial, nearest, farthest))
+        spent += 1
+
+    ends, stuck = [previous, trial], False
+    low = 0 if previous.loss <= trial.loss else 1
+    while spent < budget and not abs(ends[1].t - ends[0].t) * largest < NARROWEST:
+        t, stuck = _between(ends, low, stuck)
+        trial = tried(t)
+        spent += 1
+        if too_high(trial) or trial.loss >= ends[low].loss:
+            ends[1 - low] = trial
+            low = 0 if ends[0].loss <= ends[1].loss else 1
+            continue
+        if flat(trial):
+            return trial, finite
+        if trial.slope * (ends[1 - low].t - ends[low].t) >= 0:
+            ends[1 - low] = ends[low]
+        ends[low] = trial
+    return ends[low], finite
+
+
+def shortened(evaluate: Callable[[Number], Trial], trial: Trial, *, budget: int) -> Trial | None:
+    """Return the first finite point on the way back from ``trial``, or ``None`` if none is found.
+
+    >>> barrier = lambda t: Trial(t, -t if t < 0.05 else math.inf, -1.0, None, 0.0)
+    >>> round(shortened(barrier, barrier(1.0), budget=5).t, 3)
+    0.01
+    """
+    while not trial.finite:
+        if budget <= 0:
+            return None
+        trial = evaluate(trial.t * SHORTENING)
+        budget -= 1
+    return trial
+
+
+def _lower(one: Trial, other: Trial) -> Trial:
+    return one if one.loss <= other.loss else other
+
+
+def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
+    """Return the next step within the bracket, and whether it lies near one of its ends."""
+    if not (ends[0].finite and ends[1].finite):
+        return ends[low].t + SHORTENING * (ends[1 - low].t - ends[low].t), False
+    left, right = min(ends[0].t, ends[1].t), max(ends[0].t, ends[1].t)
+    t = _cubic_minimum(ends[0], ends[1], left, right)
+    margin = 0.1 * (right - left)
+    if not min(right - t, t - left) < margin:
+        return t, False
+    if not (stuck or t >= right or t <= left):
+        return t, True
+    # Twice in a row, or on the very end: a tenth of the bracket away from it.
+    return (right - margin if abs(t - right) < abs(t - left) else left + margin), False
+
+
+def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) -> Number:
+    """Return the minimum of the cubic through two points with their slopes, within bounds.
+
+    Nocedal & Wright, equation 3.59; the middle where the cubic has none.
+    """
+    if one.t != other.t:
+        bend = one.slope + other.slope - 3 * (one.loss - other.loss) / (one.t - other.t)
+        square = bend * bend - one.slope * other.slope
+        if square >= 0:
+            root = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
+            left, right = (one, other) if one.t <= other.t else (other, one)
+            share = quotient(right.slope + root - bend, right.slope - left.slope + 2 * root)
+            t = right.t - (right.t - left.t) * share
+            # A straight line has no bend: torch divides zero by zero here, and steps to NaN.
+            if not math.isnan(t):
+                return min(max(t, nearest), farthest)
+    return (nearest + farthest) / 2.0
+
+
+def quotient(dividend: Number, divisor: Number) -> Number:
+    """Divide as tensors do, which know infinity.
+
+    >>> quotient(-1.0, 0.0)
+    -inf
+    """
+    if isinstance(divisor, Tensor) or divisor != 0:
+        return dividend / divisor
+    return dividend * math.inf

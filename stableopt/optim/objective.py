@@ -1,0 +1,117 @@
+"""A closure as a function of one flat vector: what a line search evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Objective", "largest"]
+
+
+def largest(vector: Tensor) -> Tensor:
+    """Return the largest absolute entry, NaN if there is one; in a single pass.
+
+    >>> largest(torch.tensor([1.0, -3.0]))
+    tensor(3.)
+    """
+    least, most = torch.aminmax(vector)
+    return torch.maximum(most, -least)
+
+
+class Objective:
+    r"""The loss that a closure returns, as groups of parameters see it.
+
+    .. math:: \pm f(x) + \sum_g \tfrac{\lambda_g}{2} \|x_g\|^2
+
+    with minus where the group says ``maximize``. Complex parameters count as pairs of real ones, and
+    a gradient that is missing as zero.
+
+    Args:
+        closure: computes gradients and returns the loss.
+        groups: the optimizer's groups of parameters.
+        reduce_loss: maps the detached loss to the one that decides, such as its mean over ranks.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        groups: Sequence[dict[str, Any]],
+        reduce_loss: Callable[[Tensor], Any] | None,
+    ) -> None:
+        self._closure = torch.enable_grad()(closure)
+        self._reduce_loss = reduce_loss
+        self._groups = groups
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]
+        self._views = [torch.view_as_real(p) if p.is_complex() else p for p in self.params]
+        self._decays = [group["weight_decay"] for group in groups for _ in group["params"]]
+        # What the narrowest of the parameters' dtypes can hold.
+        self.reach = min((torch.finfo(view.dtype).max for view in self._views), default=0.0)
+        self.size = sum(view.numel() for view in self._views)
+        self.evaluations = 0
+        self.first_returned: Any = None
+
+    def evaluate(self) -> tuple[Any, Tensor]:
+        """Call the closure; return the loss, a 0-dimensional tensor or a float, and its gradient."""
+        loss = self._closure()
+        if not self.evaluations:
+            self.first_returned = loss
+        self.evaluations += 1
+        if loss is None:
+            raise TypeError("closure returned None: expected the loss")
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"closure returned a loss of shape {tuple(loss.shape)}: expected a scalar"
+                )
+            loss = loss.detach().reshape(())
+        if self._reduce_loss is not None:
+            loss = self._reduce_loss(torch.as_tensor(loss))
+        gradient = self._gradient()
+        if self._groups[0]["maximize"]:
+            loss, gradient = -loss, gradient.neg_()
+        if any(self._decays):
+            loss = loss + self._penalty(gradient)
+        return loss, gradient
+
+    def _gradient(self) -> Tensor:
+        parts = []
+        for p, view in zip(self.params, self._views, strict=True):
+            if p.grad is None:
+                parts.append(view.new_zeros(view.numel()))
+                continue
+            grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            parts.append((torch.view_as_real(grad) if grad.is_complex() else grad).reshape(-1))
+        return torch.cat(parts)
+
+    def _penalty(self, gradient: Tensor) -> Tensor:
+        """Add that of the weight decay to ``gradient``; return its value."""
+        total = gradient.new_zeros(())
+        for part, view, decay in zip(self.split(gradient), self._views, self._decays, strict=True):
+            if decay:
+                part.add_(view, alpha=decay)
+                total += 0.5 * decay * view.square().sum()
+        return total
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Return the part of a flat vector that belongs to each parameter, in its shape."""
+        parts = torch.split(vector, [view.numel() for view in self._views])
+        return [part.view(view.shape) for part, view in zip(parts, self._views, strict=True)]
+
+    def position(self) -> list[Tensor]:
+        """Return copies of the parameters."""
+        return [view.clone(memory_format=torch.contiguous_format) for view in self._views]
+
+    def restore(self, position: list[Tensor]) -> None:
+        """Set the parameters to a :meth:`position`."""
+        torch._foreach_copy_(self._views, position)
+
+    def move(self, direction: Tensor, t: Any) -> None:
+        """Add t times the flat ``direction`` to the parameters."""
+        torch._foreach_add_(self._views, self.split(direction), alpha=float(t))
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Return what changes when something else writes to the parameters."""
+        return [(p.data_ptr(), p._version) for p in self.params]

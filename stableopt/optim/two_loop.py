@@ -1,0 +1,98 @@
+"""L-BFGS directions by the two-loop recursion, operation for operation those of torch."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.optim.line_search import Number
+from stableopt.optim.pair_memory import damped_share
+
+__all__ = ["TwoLoopPairs"]
+
+TORCHS_CURVATURE = 1e-10
+
+
+class TwoLoopPairs:
+    """Lists of pairs, and the two-loop recursion (Nocedal, 1980)."""
+
+    def __init__(self, capacity: int, state: dict[str, Any]) -> None:
+        self.capacity = capacity
+        self._changes: list[Tensor] = list(state.get("old_dirs") or [])[-capacity:]
+        self._steps: list[Tensor] = list(state.get("old_stps") or [])[-capacity:]
+        self._inverses: list[Number] = list(state.get("ro") or [])[-capacity:]
+        self._gamma: Number = state.get("H_diag", 1)
+
+    def clear(self) -> None:
+        """Forget all pairs."""
+        self._changes, self._steps, self._inverses, self._gamma = [], [], [], 1
+
+    def numbers(self, *values: Any) -> list[Number]:
+        """Return the tensors themselves: torch compares those."""
+        return list(values)
+
+    def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
+        """Return nothing: :meth:`update` makes its own, which it keeps."""
+        return []
+
+    def update(
+        self,
+        gradient: Tensor,
+        previous: Tensor,
+        direction: Tensor,
+        t: Number,
+        products: list[Number],
+        damping: float,
+    ) -> None:
+        """Keep the pair of a step ``t * direction`` if it has curvature."""
+        y, s = gradient.sub(previous), direction.mul(t)
+        if damping and self._changes:
+            reference = float(s.dot(s)) / float(self._gamma)
+            share = damped_share(float(y.dot(s)), reference, damping)
+            if share < 1:
+                y.mul_(share).add_(s, alpha=(1 - share) / float(self._gamma))
+        curvature = y.dot(s)
+        if curvature > TORCHS_CURVATURE and math.isfinite(curvature):
+            if len(self._changes) == self.capacity:
+                for oldest in (self._changes, self._steps, self._inverses):
+                    oldest.pop(0)
+            self._changes.append(y)
+            self._steps.append(s)
+            self._inverses.append(1.0 / curvature)
+            self._gamma = curvature / y.dot(y)
+
+    def descent(self, gradient: Tensor) -> Tensor:
+        """Return -P times ``gradient``, which is left alone."""
+        return self._recursion(gradient.neg())
+
+    def _recursion(self, vector: Tensor) -> Tensor:
+        """Return P times ``vector``, which is used up."""
+        pairs = list(zip(self._changes, self._steps, self._inverses, strict=True))
+        shares: deque[Tensor] = deque()
+        for y, s, inverse in reversed(pairs):
+            shares.appendleft(s.dot(vector) * inverse)
+            vector.add_(y, alpha=-float(shares[0]))
+        result = torch.mul(vector, self._gamma)
+        for (y, s, inverse), share in zip(pairs, shares, strict=True):
+            result.add_(s, alpha=float(share - y.dot(result) * inverse))
+        return result
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """Return P times ``(d,)`` or ``(d, k)``."""
+        if vectors.dim() == 1:
+            return self._recursion(vectors.clone())
+        columns = [self._recursion(column.clone()) for column in vectors.unbind(1)]
+        return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
+
+    def export(self) -> dict[str, Any]:
+        """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
+        return {
+            "old_dirs": self._changes,
+            "old_stps": self._steps,
+            "ro": self._inverses,
+            "H_diag": self._gamma,
+        }
