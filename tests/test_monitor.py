@@ -547,10 +547,10 @@ def test_parameter_that_the_model_does_not_hold() -> None:
 
 
 def test_optimizer_of_unknown_rule() -> None:
-    """Catches Adam measured against SGD's limits; a rule given, or read by a function, is used."""
+    """Catches Rprop measured against SGD's limits; a rule given, or read by a function, is used."""
     model = linear()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"UpdateRule\.register\(Adam.*update_rule="):
+    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"UpdateRule\.register\(Rprop.*update_rule="):
         StabilityMonitor(optimizer, model, MSE, (X, Y))
     assert hooks_left(optimizer, model) == 0
     given = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1, update_rule=UpdateRule(lr=0.5))
@@ -825,13 +825,22 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
     root = rates.sqrt()
     step = root[:, None] * (hessian + torch.diag(decay)) * root
     top = float(torch.linalg.eigvalsh(step)[-1])
-    assert margins.sharpness is not None
-    assert margins.sharpness_limit is not None
     # Unstable exactly where an eigenvalue of the step passes 2. The solver's error is of the order
     # of tol^2, 1e-18, so rounding in another order is all there is.
     shared = decays[0] if lrs[0] == lrs[1] and decays[0] == decays[1] else 0.0
-    assert margins.sharpness_limit == pytest.approx(2 / max(lrs) - shared, rel=1e-12)
-    assert margins.sharpness + shared == pytest.approx(top / max(lrs), rel=1e-12)
+    same = len(set(lrs)) == len(set(decays)) == 1
+    found, limit = (
+        (margins.sharpness, margins.sharpness_limit)
+        if same
+        else (margins.preconditioned_sharpness, margins.preconditioned_sharpness_limit)
+    )
+    assert found is not None
+    assert limit == pytest.approx(2 / max(lrs) - shared, rel=1e-12)
+    assert found + shared == pytest.approx(top / max(lrs), rel=1e-12)
+    # Plain sharpness is H's whatever the groups, and has a limit only where the step is plain.
+    plain = float(torch.linalg.eigvalsh(hessian)[-1])
+    assert margins.sharpness == pytest.approx(plain, rel=1e-12)
+    assert (margins.sharpness_limit is None) == (not same)
     assert margins.lr == max(lrs)
     loss = float(MSE(model(x), y).detach())
     assert margins.loss == pytest.approx(loss, rel=1e-12)  # rounding alone

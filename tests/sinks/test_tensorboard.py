@@ -70,6 +70,15 @@ def sgd(step: int, **changes: Any) -> StabilityMargins:
     )
 
 
+def adam(step: int, **changes: Any) -> StabilityMargins:
+    own = {
+        "sharpness_limit": None,
+        "preconditioned_sharpness": 300.0 + step,
+        "preconditioned_sharpness_limit": 380.0,
+    }
+    return sgd(step, **{**own, **changes})
+
+
 def failed(step: int) -> StabilityMargins:
     return sgd(step, loss=None, sharpness=None, non_uniformity=None, failure="the loss is nan")
 
@@ -82,6 +91,10 @@ def write(folder: Path, run: Iterable[StabilityMargins], **options: Any) -> Even
     return read(folder)
 
 
+def adam_alone(step: int) -> StabilityMargins:
+    return adam(step, non_uniformity=None)
+
+
 TWO_PHASES = [
     *(gd(step) for step in range(1, 6)),
     failed(6),
@@ -92,13 +105,17 @@ TWO_PHASES = [
 
 def test_value_lower_and_upper_have_the_same_steps(tmp_path: Path) -> None:
     """Would catch a band that is missing at one step: TensorBoard shows an error in its place."""
-    events = write(tmp_path, TWO_PHASES, max_diagrams=0)
+    events = write(tmp_path, [*TWO_PHASES, *map(adam_alone, (20, 21))], max_diagrams=0)
     charts = series_of(events)
-    assert len(charts) == 4
+    assert len(charts) == 6
     for title, (value, lower, upper) in charts.items():
         steps = steps_of(events, value)
         assert steps == steps_of(events, lower) == steps_of(events, upper), title
-        expected = [*range(7, 12)] if title.startswith("non") else [*range(1, 6), *range(7, 12)]
+        expected = {
+            "non": [*range(7, 12)],
+            "sha": [*range(1, 6), *range(7, 12)],
+            "pre": [20, 21],
+        }[title[:3]]
         assert steps == expected, title
 
 
@@ -125,7 +142,8 @@ def test_every_number_is_finite_and_every_band_positive(tmp_path: Path) -> None:
 
 def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> None:
     """Would catch a band around the value in place of the limit, and tags that are swapped."""
-    events = write(tmp_path, [sgd(5, sharpness_limit=40.0)], max_diagrams=0)
+    run = [sgd(5, sharpness_limit=40.0), adam(6)]
+    events = write(tmp_path, run, max_diagrams=0)
     shown = {
         title: [events.Scalars(tag)[0].value for tag in tags]
         for title, tags in series_of(events).items()
@@ -133,6 +151,9 @@ def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> 
     # float32 has seven digits.
     assert shown["sharpness / limit"] == pytest.approx([18.05 / 40, 0.99, 1.01], rel=1e-6)
     assert shown["sharpness and its limit"] == pytest.approx([18.05, 39.6, 40.4], rel=1e-6)
+    own = "preconditioned sharpness"
+    assert shown[f"{own} / limit"] == pytest.approx([306 / 380, 0.99, 1.01], rel=1e-6)
+    assert shown[f"{own} and its limit"] == pytest.approx([306, 376.2, 383.8], rel=1e-6)
     assert shown["non-uniformity / limit"] == pytest.approx([30.05 / 20, 0.99, 1.01], rel=1e-6)
     assert shown["non-uniformity and its limit"] == pytest.approx([30.05, 19.8, 20.2], rel=1e-6)
 
@@ -147,14 +168,14 @@ def test_gradient_descent_has_non_uniformity_without_band(tmp_path: Path) -> Non
 
 def test_tags_are_short_and_each_has_its_own(tmp_path: Path) -> None:
     """Would catch a tag too long for the legend, and two numbers drawn as one curve."""
-    run = [sgd(1, theorem1=1.2), failed(2)]
+    run = [sgd(1, theorem1=1.2), failed(2), adam(3)]
     events = write(tmp_path, run, max_diagrams=0)
     tags = events.Tags()["scalars"]
     assert all(re.fullmatch(r"stability/\w{1,15}", tag) for tag in tags), tags
     names = {name for margins in run for name in margins.record()}
     bands = {tag for tags in series_of(events).values() for tag in tags}
-    # Both ratios are values of charts, and counted there.
-    assert len(tags) == len(names) - 2 + len(bands)
+    # All three ratios are values of charts, and counted there.
+    assert len(tags) == len(names) - 3 + len(bands)
 
 
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
@@ -228,6 +249,7 @@ def test_plain_sgd_is_recognised_by_its_limits() -> None:
     assert isinstance(_region(gd(1).record()), StabilityRegion)
     assert _region({"sharpness_limit": 20.0}) == (20.0, math.inf)
     assert _region({"sharpness_limit": -1.0}) is None
+    assert _region(adam(1).record()) == (380.0, 20.0)
 
 
 def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:

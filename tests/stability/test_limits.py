@@ -16,6 +16,7 @@ from stableopt.stability import (
     max_non_uniformity,
     max_sharpness,
     mean_square_radius,
+    min_sharpness,
     noise_factor,
 )
 
@@ -30,6 +31,22 @@ RULES = {
     "negative dampening": {"momentum": 0.5, "dampening": -0.5},
     "Nesterov": {"momentum": 0.9, "nesterov": True},
     "Nesterov, weight decay": {"momentum": 0.5, "nesterov": True, "weight_decay": 0.4},
+}
+
+
+ALL_RULES = {
+    **RULES,
+    "decoupled decay": {"decoupled_weight_decay": 2.0},
+    "AdamW": {"momentum": 0.9, "dampening": 0.9, "decoupled_weight_decay": 0.8},
+    "Nesterov, decoupled": {"momentum": 0.8, "nesterov": True, "decoupled_weight_decay": 0.5},
+    "NAdam": {"momentum": 0.9, "dampening": 0.9, "momentum_share": 0.6, "weight_decay": 0.2},
+    "NAdam, decoupled": {
+        "momentum": 0.7,
+        "dampening": 0.7,
+        "momentum_share": 0.4,
+        "decoupled_weight_decay": 1.0,
+    },
+    "no share of the momentum": {"momentum": 0.9, "momentum_share": 0.0},
 }
 
 
@@ -76,23 +93,33 @@ def test_the_recursion_is_torch_optim_sgd(rule: str) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.3, 2.0])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_max_sharpness_is_where_the_recursion_reaches_one(rule: str, lr: float) -> None:
     """Catches a wrong constant in the closed form for any of the rules."""
-    limit = max_sharpness(lr, **RULES[rule])
-    # Half a millionth of the curvature on either side of the edge.
-    total = limit + RULES[rule].get("weight_decay", 0.0)
-    assert mean_square_radius(limit - 1e-6 * total, 0.0, lr, **RULES[rule]) < 1
-    assert mean_square_radius(limit + 1e-6 * total, 0.0, lr, **RULES[rule]) > 1
+    limit = max_sharpness(lr, **ALL_RULES[rule])
+    # A millionth of the curvature on either side of the edge, of which decoupled decay is a part.
+    total = limit - min_sharpness(lr, **ALL_RULES[rule])
+    assert mean_square_radius(limit - 1e-6 * total, 0.0, lr, **ALL_RULES[rule]) < 1
+    assert mean_square_radius(limit + 1e-6 * total, 0.0, lr, **ALL_RULES[rule]) > 1
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_min_sharpness_is_where_the_recursion_reaches_one(rule: str, lr: float) -> None:
+    """Catches a lower side that forgets decoupled decay, or weighs it without the momentum."""
+    limit, options = min_sharpness(lr, **ALL_RULES[rule]), ALL_RULES[rule]
+    total = max_sharpness(lr, **options) - limit
+    assert mean_square_radius(limit + 1e-6 * total, 0.0, lr, **options) < 1
+    assert mean_square_radius(limit - 1e-6 * total, 0.0, lr, **options) > 1
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_max_non_uniformity_is_where_the_recursion_reaches_one(rule: str, share: float) -> None:
     """Catches a wrong height of the exact region at a given sharpness."""
-    lr, options = 0.2, RULES[rule]
-    decay = options.get("weight_decay", 0.0)
-    a = share * (max_sharpness(lr, **options) + decay) - decay
+    lr, options = 0.2, ALL_RULES[rule]
+    low = min_sharpness(lr, **options)
+    a = share * (max_sharpness(lr, **options) - low) + low
     s = max_non_uniformity(lr, 4, 50, sharpness=a, **options)
     p = noise_factor(4, 50)
     assert s > 0
@@ -100,12 +127,11 @@ def test_max_non_uniformity_is_where_the_recursion_reaches_one(rule: str, share:
     assert mean_square_radius(a, p * (s * (1 + 1e-6)) ** 2, lr, **options) > 1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_the_box_is_the_hull_of_the_exact_region(rule: str) -> None:
     """Catches a top of the box that the exact region exceeds, or does not touch."""
-    lr, options = 0.2, RULES[rule]
-    decay = options.get("weight_decay", 0.0)
-    grid = np.linspace(-decay, max_sharpness(lr, **options), 20_001)
+    lr, options = 0.2, ALL_RULES[rule]
+    grid = np.linspace(min_sharpness(lr, **options), max_sharpness(lr, **options), 20_001)
     heights = [max_non_uniformity(lr, 4, sharpness=float(a), **options) for a in grid]
     top = max_non_uniformity(lr, 4, **options)
     # The grid misses the peak of a parabola by its spacing squared.
@@ -160,6 +186,8 @@ def test_noise_factor_by_enumeration() -> None:
         (lambda: max_sharpness(0.1, momentum=1.0), "momentum=1.0"),
         (lambda: max_sharpness(0.1, momentum=0.5, dampening=1.0), "dampening=1.0"),
         (lambda: max_sharpness(0.1, nesterov=True), "nesterov with momentum=0"),
+        (lambda: max_sharpness(0.1, momentum_share=1.5), "momentum_share=1.5"),
+        (lambda: max_sharpness(0.1, decoupled_weight_decay=-1.0), "decoupled_weight_decay=-1.0"),
         (lambda: UpdateRule(lr=float("inf")), "lr=inf"),
         (lambda: UpdateRule(lr=0.1, weight_decay=float("nan")), "weight_decay=nan"),
         (lambda: StabilityRegion(UpdateRule(0.1), 5, 4), "batch_size=5"),
@@ -175,10 +203,10 @@ def test_bad_arguments_are_named(call, named: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["box", "exact"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_region_and_recursion_agree(rule: str, kind: str) -> None:
     """Catches `contains` that differs from `boundary`, and an exact region that is not exact."""
-    update_rule = UpdateRule(lr=0.2, **RULES[rule])
+    update_rule = UpdateRule(lr=0.2, **ALL_RULES[rule])
     region = StabilityRegion(update_rule, batch_size=3, dataset_size=20)
     boundary = region.boundary(51, kind=kind)
     assert boundary.shape == (51, 2)
@@ -187,7 +215,7 @@ def test_region_and_recursion_agree(rule: str, kind: str) -> None:
         assert not region.contains(a, s * (1 + 1e-9) + 1e-9, kind=kind)
         if kind == "exact":
             p = noise_factor(3, 20)
-            radius = mean_square_radius(a, p * s**2, 0.2, **RULES[rule])
+            radius = mean_square_radius(a, p * s**2, 0.2, **ALL_RULES[rule])
             assert radius == pytest.approx(1, abs=1e-9)
     assert not region.contains(region.max_sharpness * (1 + 1e-9) + 1e-9, 0.0, kind=kind)
     assert not region.contains(region.min_sharpness - 1e-9, 0.0, kind=kind)

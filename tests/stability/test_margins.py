@@ -94,7 +94,10 @@ def test_groups_with_their_own_rates_are_a_preconditioner(network: nn.Module, da
     top = torch.linalg.eigvals(rates[:, None] * (h + torch.diag(decay))).real.max()
     found = measure(network, nn.MSELoss(), data, optimizer=optimizer, tol=1e-8)
     # |1 - mu| = 1 at mu = 2.
-    assert found.sharpness_ratio == pytest.approx(float(top) / 2, rel=1e-7)
+    assert found.preconditioned_sharpness_ratio == pytest.approx(float(top) / 2, rel=1e-7)
+    assert found.sharpness == pytest.approx(largest(h), rel=1e-7)
+    assert found.sharpness_limit is None
+    assert found.stable
     assert found.lr == 0.4
 
 
@@ -190,6 +193,14 @@ def test_margins_and_ratios() -> None:
     assert margins.non_uniformity_margin == -2.0
     assert margins.stable is False
     assert StabilityMargins(sharpness=1.0, sharpness_limit=-1.0).stable is False
+    own = StabilityMargins(
+        sharpness=90.0, preconditioned_sharpness=3.0, preconditioned_sharpness_limit=2.0
+    )
+    assert own.preconditioned_sharpness_ratio == 1.5
+    assert own.preconditioned_sharpness_margin == -1.0
+    assert own.record()["preconditioned_sharpness_ratio"] == 1.5
+    assert own.stable is False
+    assert own.sharpness_ratio is None
     assert set(StabilityMargins().record()) == {"seconds", "failed", "converged"}
 
 
