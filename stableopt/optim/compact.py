@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.inverse_hessian import InverseHessian, triangle_dtype
+from stableopt.curvature.inverse_hessian import InverseHessian
+from stableopt.curvature.rows import Rows, widest
 from stableopt.optim.line_search import Number
 from stableopt.optim.pair_memory import damped_share
 
@@ -37,9 +38,9 @@ class CompactPairs:
 
     def _allocate(self, like: Tensor) -> None:
         """Make room, once."""
-        if not hasattr(self, "_pairs"):
-            dtype = triangle_dtype(like.device)
-            self._pairs = like.new_empty(self.capacity, 2, len(like))
+        if not hasattr(self, "_rows"):
+            dtype = widest(like.device)
+            self._rows = Rows(2 * self.capacity, like)
             self._triangle = like.new_zeros(self.capacity, self.capacity, dtype=dtype)
             self._squares = torch.zeros_like(self._triangle)
             self._smallest_cosine = torch.finfo(like.dtype).eps
@@ -65,7 +66,7 @@ class CompactPairs:
             return
         for y, s in zip(changes, steps, strict=True):
             self._append(y, s, 1.0)
-            self._settle([])
+            self._settle()
         self._gamma = float(state.get("H_diag", 1.0))
 
     def numbers(self, *values: Any) -> list[Number]:
@@ -75,7 +76,7 @@ class CompactPairs:
             return [float(value) for value in values]
         # A loss may lie elsewhere; what comes last is made of gradients.
         device = tensors[-1].device
-        same = [value.to(device, triangle_dtype(device)).reshape(()) for value in tensors]
+        same = [value.to(device, widest(device)).reshape(()) for value in tensors]
         found = iter(torch.stack(same).tolist())
         return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
 
@@ -114,8 +115,8 @@ class CompactPairs:
         return (self._oldest + index) % self.capacity
 
     def _write(self, slot: int, y: Tensor, direction: Tensor, t: Number) -> None:
-        torch.mul(direction, t, out=self._pairs[slot, 0])
-        self._pairs[slot, 1] = y
+        self._rows.write(2 * slot, direction, float(t))
+        self._rows.write(2 * slot + 1, y)
 
     def _append(self, y: Tensor, direction: Tensor, t: Number) -> None:
         if self._count == self.capacity:
@@ -127,24 +128,27 @@ class CompactPairs:
         self._count += 1
         self._pending = y
 
-    def _settle(self, vectors: list[Tensor]) -> list[Tensor]:
-        """Take in the inner products of a pair that came last; return those of ``vectors``."""
+    def _settle(self, vector: Tensor | None = None) -> Tensor:
+        """Take in the products of a pair that came last; return those of ``vector``, if any."""
         pending, self._pending = self._pending, None
-        rows = self._pairs[: self._count].flatten(0, 1)
-        inner = [rows @ vector for vector in (*([] if pending is None else [pending]), *vectors)]
+        vectors = [v for v in (pending, vector) if v is not None]
+        if not vectors:
+            return self._triangle.new_zeros(0)
+        # Stacked, so that the rows are read once for both.
+        inner = self._rows.inner(torch.stack(vectors), 2 * self._count)
         if pending is not None:
-            last = self._count - 1
-            small = inner.pop(0).to(self._triangle.dtype).view(-1, 2).roll(-self._oldest, dims=0)
-            self._triangle[: self._count, last] = small[:, 0]
+            last, part = self._count - 1, slice(0, self._count)
+            small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
+            self._triangle[part, last] = small[:, 0]
             self._triangle[last, :last] = 0
-            self._squares[: self._count, last] = self._squares[last, : self._count] = small[:, 1]
-        return inner
+            self._squares[part, last] = self._squares[last, part] = small[:, 1]
+        return inner[-1]
 
     def inverse_hessian(self) -> InverseHessian:
         """Return the matrix, which lives until the next :meth:`update`."""
         part = slice(0, self._count)
         return InverseHessian(
-            self._pairs[part],
+            self._rows,
             self._oldest,
             self._triangle[part, part],
             self._squares[part, part],
@@ -155,28 +159,28 @@ class CompactPairs:
         """Return -P times ``gradient``, which is left alone."""
         if not self._count:
             return gradient.mul(-self._gamma)
-        (inner,) = self._settle([gradient])
+        inner = self._settle(gradient)
         return self.inverse_hessian().from_inner(gradient, inner, sign=-1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return P times ``(d,)`` or ``(d, k)``."""
         if not self._count:
             return vectors * self._gamma
-        self._settle([])
+        self._settle()
         return self.inverse_hessian() @ vectors
 
     def export(self) -> dict[str, Any]:
         """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
         if not self._count:
             return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
-        self._settle([])
+        self._settle()
         part, slots = slice(0, self._count), [self._slot(i) for i in range(self._count)]
-        diagonal = self._triangle.diagonal()[part].to(self._pairs.dtype)
+        diagonal = self._triangle.diagonal()[part].to(self._rows.dtype)
         return {
-            "old_dirs": [self._pairs[slot, 1] for slot in slots],
-            "old_stps": [self._pairs[slot, 0] for slot in slots],
+            "old_dirs": [self._rows.read(2 * slot + 1) for slot in slots],
+            "old_stps": [self._rows.read(2 * slot) for slot in slots],
             "ro": list((1.0 / diagonal).unbind()),
-            "H_diag": self._pairs.new_tensor(self._gamma),
+            "H_diag": diagonal.new_tensor(self._gamma),
             "compact": {
                 "count": self._count,
                 "oldest": self._oldest,
