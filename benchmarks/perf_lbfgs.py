@@ -32,7 +32,7 @@ from benchmarks.training import mean_squared_error
 from stableopt.optim.compact import CompactPairs
 from stableopt.optim.two_loop import TwoLoopPairs
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "host_waits", "run"]
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch": torch.optim.LBFGS,
@@ -190,7 +190,7 @@ def _compare_iterations(config: Config, size: int, history: int) -> dict[str, An
             for name, run_ in runs.items():
                 times[name] += run_.seconds(config.iterations)
         for name, run_ in runs.items():
-            with _host_waits() as count:
+            with host_waits() as count:
                 run_.seconds(1)
             waits[name] = count["waits"]
     methods = {
@@ -256,7 +256,7 @@ class _Lists(TorchFunctionMode):
 
 
 @contextmanager
-def _host_waits() -> Iterator[dict[str, int]]:
+def host_waits() -> Iterator[dict[str, int]]:
     """Count how often the host asks for a number that a device would still be computing."""
     count = {"waits": 0}
     with _Lists(count), _Waits(count):

@@ -25,7 +25,8 @@ class CompactPairs:
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
-        self._change: Tensor | None = None
+        # A gradient change, and the gradient beside it: the rows are read once for both.
+        self._beside: Tensor | None = None
         self.clear()
         if state.get("old_dirs"):
             self._load(state)
@@ -34,7 +35,7 @@ class CompactPairs:
         """Forget all pairs."""
         self._count = self._oldest = 0
         self._gamma = 1.0
-        self._pending: Tensor | None = None
+        self._pending = False
 
     def _allocate(self, like: Tensor) -> None:
         """Make room, once."""
@@ -49,6 +50,7 @@ class CompactPairs:
         changes = state["old_dirs"][-self.capacity :]
         steps = state["old_stps"][-self.capacity :]
         self._allocate(changes[0])
+        self._beside = changes[0].new_empty(2, len(changes[0]))
         kept = state.get("compact") or {}
         if (
             kept.get("func_evals") == state.get("func_evals")
@@ -65,6 +67,7 @@ class CompactPairs:
             self._gamma = kept["gamma"]
             return
         for y, s in zip(changes, steps, strict=True):
+            self._beside[0] = y
             self._append(y, s, 1.0)
             self._settle()
         self._gamma = float(state.get("H_diag", 1.0))
@@ -74,15 +77,18 @@ class CompactPairs:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             return [float(value) for value in values]
-        # A loss may lie elsewhere; what comes last is made of gradients.
-        device = tensors[-1].device
-        same = [value.to(device, widest(device)).reshape(()) for value in tensors]
-        found = iter(torch.stack(same).tolist())
+        # A loss may lie elsewhere, or have other digits; what comes last is made of gradients.
+        last = tensors[-1]
+        if any(value.dtype != last.dtype or value.device != last.device for value in tensors):
+            tensors = [value.to(last.device, widest(last.device)) for value in tensors]
+        found = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
         return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
 
     def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
         """Return what decides whether :meth:`update` keeps the pair."""
-        self._change = y = gradient - previous
+        if self._beside is None or self._beside.shape[1] != len(gradient):
+            self._beside = gradient.new_empty(2, len(gradient))
+        y = torch.sub(gradient, previous, out=self._beside[0])
         return [y.dot(direction), y.dot(y), direction.dot(direction)]
 
     def update(
@@ -96,8 +102,8 @@ class CompactPairs:
     ) -> None:
         """Keep the pair of a step ``t * direction`` if it has curvature."""
         curvature, change, step = products[0] * t, products[1], products[2] * t * t
-        y, self._change = self._change, None
-        assert y is not None  # of the products
+        assert self._beside is not None  # where `products` left the change
+        y = self._beside[0]
         if damping and self._count:
             share = damped_share(curvature, step / self._gamma, damping)
             if share < 1:
@@ -126,17 +132,19 @@ class CompactPairs:
                 small[:-1, :-1] = small[1:, 1:].clone()
         self._write(self._slot(self._count), y, direction, t)
         self._count += 1
-        self._pending = y
+        self._pending = True
 
     def _settle(self, vector: Tensor | None = None) -> Tensor:
         """Take in the products of a pair that came last; return those of ``vector``, if any."""
-        pending, self._pending = self._pending, None
-        vectors = [v for v in (pending, vector) if v is not None]
-        if not vectors:
+        pending, self._pending = self._pending, False
+        if self._beside is not None and vector is not None:
+            self._beside[1] = vector
+        wanted = slice(0 if pending else 1, 1 if vector is None else 2)
+        if wanted.start == wanted.stop:
             return self._triangle.new_zeros(0)
-        # Stacked, so that the rows are read once for both.
-        inner = self._rows.inner(torch.stack(vectors), 2 * self._count)
-        if pending is not None:
+        assert self._beside is not None
+        inner = self._rows.inner(self._beside[wanted], 2 * self._count)
+        if pending:
             last, part = self._count - 1, slice(0, self._count)
             small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
             self._triangle[part, last] = small[:, 0]
