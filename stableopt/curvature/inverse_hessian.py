@@ -22,17 +22,9 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.operators import Operator
+from stableopt.curvature.rows import Rows
 
-__all__ = ["InverseHessian", "triangle_dtype"]
-
-
-def triangle_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of the small matrices, whose triangular systems want all digits there are.
-
-    >>> triangle_dtype(torch.device("cpu"))
-    torch.float64
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
+__all__ = ["InverseHessian"]
 
 
 class InverseHessian(Operator):
@@ -41,25 +33,25 @@ class InverseHessian(Operator):
     Every pair but the last constrains it in part, the last in full: ``P @ y == s``.
 
     Args:
-        pairs: step and gradient change of each pair, ``(k, 2, d)``, in cyclic order.
-        oldest: the row of ``pairs`` that holds the oldest.
+        rows: steps and gradient changes by turns, two rows a pair, in cyclic order.
+        oldest: the pair of ``rows`` that is oldest.
         triangle: R, the upper triangle of :math:`SY^\top`, ``(k, k)``, oldest first.
-        changes: :math:`YY^\top`, ``(k, k)``, oldest first.
+        squares: :math:`YY^\top`, ``(k, k)``, oldest first.
         gamma: scale of the initial matrix.
 
-    ``pairs`` is not copied: the matrix lives as long as they stay what they are.
+    ``rows`` is not copied: the matrix lives as long as they stay what they are.
     :meth:`from_pairs` copies.
     """
 
     def __init__(
-        self, pairs: Tensor, oldest: int, triangle: Tensor, changes: Tensor, gamma: float
+        self, rows: Rows, oldest: int, triangle: Tensor, squares: Tensor, gamma: float
     ) -> None:
-        super().__init__(pairs.shape[2], pairs.dtype, pairs.device)
+        super().__init__(rows.size, rows.dtype, rows.device)
         self.gamma = gamma
-        self._pairs = pairs
+        self._rows = rows
         self._oldest = oldest
         self._triangle = triangle
-        self._middle = torch.diag(triangle.diagonal()) + gamma * changes
+        self._middle = torch.diag(triangle.diagonal()) + gamma * squares
 
     @classmethod
     def from_pairs(
@@ -90,45 +82,39 @@ class InverseHessian(Operator):
                 f"{len(pairs_y)} gradient changes and {len(pairs_s)} steps: expected as many of"
                 " each, at least one"
             )
-        pairs = torch.stack([torch.stack(list(pairs_s)), torch.stack(list(pairs_y))], dim=1)
-        steps, changes = pairs.detach().to(triangle_dtype(pairs.device)).unbind(1)
-        triangle = (steps @ changes.T).triu()
+        steps, changes = (torch.stack(list(p)).detach() for p in (pairs_s, pairs_y))
+        rows = Rows(2 * len(steps), steps[0])
+        for i, (step, change) in enumerate(zip(steps, changes, strict=True)):
+            rows.write(2 * i, step)
+            rows.write(2 * i + 1, change)
+        # Of y with every row: column i of them is s_j y_i and y_j y_i by turns.
+        inner = rows.inner(changes, 2 * len(steps))
+        triangle, squares = inner[:, 0::2].T.triu(), inner[:, 1::2]
         curvatures = triangle.diagonal()
         if not bool((curvatures > 0).all()):
             raise ValueError(
                 f"pairs have curvatures y @ s of {curvatures.tolist()}: expected positive numbers"
             )
-        squares = changes @ changes.T
         if gamma is None:
             gamma = curvatures[-1] / squares[-1, -1]
-        return cls(pairs.detach(), 0, triangle, squares, float(gamma))
+        return cls(rows, 0, triangle, squares, float(gamma))
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the matrix times ``vector`` ``(d,)``."""
-        return self.from_inner(vector, self.inner(vector))
+        return self.products([vector])[0]
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrix times each vector, reading the pairs twice for all of them."""
+        """Return the matrix times each vector."""
         if not vectors:
             return []
-        block = torch.stack(list(vectors), dim=1)
-        return list(self.from_inner(block, self.inner(block)).unbind(1))
+        inner = self._rows.inner(torch.stack(list(vectors)), 2 * len(self._triangle))
+        return [self.from_inner(v, products) for v, products in zip(vectors, inner, strict=True)]
 
-    def inner(self, vectors: Tensor) -> Tensor:
-        """Return the products of every row of the pairs with ``(d,)`` or ``(d, c)`` vectors."""
-        rows = self._pairs.flatten(0, 1)
-        return rows @ vectors
-
-    def from_inner(self, vectors: Tensor, inner: Tensor, *, sign: int = 1) -> Tensor:
-        """Return the matrix times ``vectors``, given what :meth:`inner` returns of them."""
-        gamma, rows = self.gamma, self._pairs.flatten(0, 1)
-        small = inner.to(self._triangle.dtype).view(len(self._pairs), 2, -1)
-        steps, changes = small.roll(-self._oldest, dims=0).unbind(1)
+    def from_inner(self, vector: Tensor, inner: Tensor, *, sign: int = 1) -> Tensor:
+        """Return ``sign`` times the matrix times ``vector``, given its products with the rows."""
+        steps, changes = inner.view(-1, 2, 1).roll(-self._oldest, dims=0).unbind(1)
         u = torch.linalg.solve_triangular(self._triangle, steps, upper=True)
-        right = self._middle @ u - gamma * changes
+        right = self._middle @ u - self.gamma * changes
         p = torch.linalg.solve_triangular(self._triangle.T, right, upper=False)
-        weights = torch.stack([p, -gamma * u], dim=1).roll(self._oldest, dims=0)
-        weights = weights.to(self.dtype).view(inner.shape)
-        if vectors.dim() == 1:
-            return torch.addmv(vectors, rows.T, weights, beta=sign * gamma, alpha=sign)
-        return torch.addmm(vectors, rows.T, weights, beta=sign * gamma, alpha=sign)
+        weights = torch.stack([p, -self.gamma * u], dim=1).roll(self._oldest, dims=0)
+        return self._rows.added(vector, weights.flatten(), beta=sign * self.gamma, alpha=sign)

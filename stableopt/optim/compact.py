@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.inverse_hessian import InverseHessian, triangle_dtype
+from stableopt.curvature.inverse_hessian import InverseHessian
+from stableopt.curvature.rows import Rows, widest
 from stableopt.optim.line_search import Number
 from stableopt.optim.pair_memory import damped_share
 
@@ -24,7 +25,8 @@ class CompactPairs:
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
-        self._change: Tensor | None = None
+        # A gradient change, and the gradient beside it: the rows are read once for both.
+        self._beside: Tensor | None = None
         self.clear()
         if state.get("old_dirs"):
             self._load(state)
@@ -33,13 +35,13 @@ class CompactPairs:
         """Forget all pairs."""
         self._count = self._oldest = 0
         self._gamma = 1.0
-        self._pending: Tensor | None = None
+        self._pending = False
 
     def _allocate(self, like: Tensor) -> None:
         """Make room, once."""
-        if not hasattr(self, "_pairs"):
-            dtype = triangle_dtype(like.device)
-            self._pairs = like.new_empty(self.capacity, 2, len(like))
+        if not hasattr(self, "_rows"):
+            dtype = widest(like.device)
+            self._rows = Rows(2 * self.capacity, like)
             self._triangle = like.new_zeros(self.capacity, self.capacity, dtype=dtype)
             self._squares = torch.zeros_like(self._triangle)
             self._smallest_cosine = torch.finfo(like.dtype).eps
@@ -48,6 +50,7 @@ class CompactPairs:
         changes = state["old_dirs"][-self.capacity :]
         steps = state["old_stps"][-self.capacity :]
         self._allocate(changes[0])
+        self._beside = changes[0].new_empty(2, len(changes[0]))
         kept = state.get("compact") or {}
         if (
             kept.get("func_evals") == state.get("func_evals")
@@ -64,8 +67,9 @@ class CompactPairs:
             self._gamma = kept["gamma"]
             return
         for y, s in zip(changes, steps, strict=True):
+            self._beside[0] = y
             self._append(y, s, 1.0)
-            self._settle([])
+            self._settle()
         self._gamma = float(state.get("H_diag", 1.0))
 
     def numbers(self, *values: Any) -> list[Number]:
@@ -73,15 +77,18 @@ class CompactPairs:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             return [float(value) for value in values]
-        # A loss may lie elsewhere; what comes last is made of gradients.
-        device = tensors[-1].device
-        same = [value.to(device, triangle_dtype(device)).reshape(()) for value in tensors]
-        found = iter(torch.stack(same).tolist())
+        # A loss may lie elsewhere, or have other digits; what comes last is made of gradients.
+        last = tensors[-1]
+        if any(value.dtype != last.dtype or value.device != last.device for value in tensors):
+            tensors = [value.to(last.device, widest(last.device)) for value in tensors]
+        found = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
         return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
 
     def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
         """Return what decides whether :meth:`update` keeps the pair."""
-        self._change = y = gradient - previous
+        if self._beside is None or self._beside.shape[1] != len(gradient):
+            self._beside = gradient.new_empty(2, len(gradient))
+        y = torch.sub(gradient, previous, out=self._beside[0])
         return [y.dot(direction), y.dot(y), direction.dot(direction)]
 
     def update(
@@ -95,8 +102,8 @@ class CompactPairs:
     ) -> None:
         """Keep the pair of a step ``t * direction`` if it has curvature."""
         curvature, change, step = products[0] * t, products[1], products[2] * t * t
-        y, self._change = self._change, None
-        assert y is not None  # of the products
+        assert self._beside is not None  # where `products` left the change
+        y = self._beside[0]
         if damping and self._count:
             share = damped_share(curvature, step / self._gamma, damping)
             if share < 1:
@@ -114,8 +121,8 @@ class CompactPairs:
         return (self._oldest + index) % self.capacity
 
     def _write(self, slot: int, y: Tensor, direction: Tensor, t: Number) -> None:
-        torch.mul(direction, t, out=self._pairs[slot, 0])
-        self._pairs[slot, 1] = y
+        self._rows.write(2 * slot, direction, float(t))
+        self._rows.write(2 * slot + 1, y)
 
     def _append(self, y: Tensor, direction: Tensor, t: Number) -> None:
         if self._count == self.capacity:
@@ -125,26 +132,31 @@ class CompactPairs:
                 small[:-1, :-1] = small[1:, 1:].clone()
         self._write(self._slot(self._count), y, direction, t)
         self._count += 1
-        self._pending = y
+        self._pending = True
 
-    def _settle(self, vectors: list[Tensor]) -> list[Tensor]:
-        """Take in the inner products of a pair that came last; return those of ``vectors``."""
-        pending, self._pending = self._pending, None
-        rows = self._pairs[: self._count].flatten(0, 1)
-        inner = [rows @ vector for vector in (*([] if pending is None else [pending]), *vectors)]
-        if pending is not None:
-            last = self._count - 1
-            small = inner.pop(0).to(self._triangle.dtype).view(-1, 2).roll(-self._oldest, dims=0)
-            self._triangle[: self._count, last] = small[:, 0]
+    def _settle(self, vector: Tensor | None = None) -> Tensor:
+        """Take in the products of a pair that came last; return those of ``vector``, if any."""
+        pending, self._pending = self._pending, False
+        if self._beside is not None and vector is not None:
+            self._beside[1] = vector
+        wanted = slice(0 if pending else 1, 1 if vector is None else 2)
+        if wanted.start == wanted.stop:
+            return self._triangle.new_zeros(0)
+        assert self._beside is not None
+        inner = self._rows.inner(self._beside[wanted], 2 * self._count)
+        if pending:
+            last, part = self._count - 1, slice(0, self._count)
+            small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
+            self._triangle[part, last] = small[:, 0]
             self._triangle[last, :last] = 0
-            self._squares[: self._count, last] = self._squares[last, : self._count] = small[:, 1]
-        return inner
+            self._squares[part, last] = self._squares[last, part] = small[:, 1]
+        return inner[-1]
 
     def inverse_hessian(self) -> InverseHessian:
         """Return the matrix, which lives until the next :meth:`update`."""
         part = slice(0, self._count)
         return InverseHessian(
-            self._pairs[part],
+            self._rows,
             self._oldest,
             self._triangle[part, part],
             self._squares[part, part],
@@ -155,28 +167,28 @@ class CompactPairs:
         """Return -P times ``gradient``, which is left alone."""
         if not self._count:
             return gradient.mul(-self._gamma)
-        (inner,) = self._settle([gradient])
+        inner = self._settle(gradient)
         return self.inverse_hessian().from_inner(gradient, inner, sign=-1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return P times ``(d,)`` or ``(d, k)``."""
         if not self._count:
             return vectors * self._gamma
-        self._settle([])
+        self._settle()
         return self.inverse_hessian() @ vectors
 
     def export(self) -> dict[str, Any]:
         """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
         if not self._count:
             return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
-        self._settle([])
+        self._settle()
         part, slots = slice(0, self._count), [self._slot(i) for i in range(self._count)]
-        diagonal = self._triangle.diagonal()[part].to(self._pairs.dtype)
+        diagonal = self._triangle.diagonal()[part].to(self._rows.dtype)
         return {
-            "old_dirs": [self._pairs[slot, 1] for slot in slots],
-            "old_stps": [self._pairs[slot, 0] for slot in slots],
+            "old_dirs": [self._rows.read(2 * slot + 1) for slot in slots],
+            "old_stps": [self._rows.read(2 * slot) for slot in slots],
             "ro": list((1.0 / diagonal).unbind()),
-            "H_diag": self._pairs.new_tensor(self._gamma),
+            "H_diag": diagonal.new_tensor(self._gamma),
             "compact": {
                 "count": self._count,
                 "oldest": self._oldest,

@@ -13,7 +13,7 @@ from torch import Tensor
 from stableopt._arguments import whole
 from stableopt.optim.compact import CompactPairs
 from stableopt.optim.iterations import Ending, Iterations
-from stableopt.optim.objective import Objective
+from stableopt.optim.objective import Objective, kind_of
 from stableopt.optim.pair_memory import PairMemory
 from stableopt.optim.tracking import Tracking
 from stableopt.optim.two_loop import TwoLoopPairs
@@ -56,8 +56,8 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     - Copies and pickles work.
 
     Memory: ``2 history_size + 8`` vectors of the parameters' size, next to parameters and gradients,
-    allocated at the first step if compact: pairs, direction, two gradients, a gradient change, the
-    point where a line search began, up to two more gradients during it, and one temporary.
+    most of it at the first pair if compact: pairs, direction, two gradients, a gradient change and
+    the gradient beside it, the point where a move began, up to two more gradients in a line search.
 
     Args:
         params: parameters, or groups of them, all on one device.
@@ -210,31 +210,35 @@ class LBFGS(Tracking, torch.optim.LBFGS):
             ValueError: for another shape.
         """
         params = self._params
-        size = sum(p.numel() * (2 if p.is_complex() else 1) for p in params)
+        kind = kind_of(params)
+        size = 0 if kind is None else kind[0]
         if vectors.dim() not in (1, 2) or len(vectors) != size:
             raise ValueError(
                 f"vectors has shape {tuple(vectors.shape)}: expected ({size},) or ({size}, k)"
             )
-        state = self.state[params[0]] if params and params[0] in self.state else {}
-        return self._pairs(state, size).matvec(vectors)
+        if kind is None or params[0] not in self.state:
+            return vectors.clone()
+        return self._pairs(self.state[params[0]], kind).matvec(vectors)
 
-    def _pairs(self, state: dict[str, Any], size: int) -> PairMemory:
+    def _pairs(
+        self, state: dict[str, Any], kind: tuple[int, torch.dtype, torch.device]
+    ) -> PairMemory:
         """Return the memory: made from the state, if a checkpoint brought that."""
         options = self.param_groups[0]
-        kind: type[CompactPairs | TwoLoopPairs]
-        kind = CompactPairs if options["direction"] == "compact" else TwoLoopPairs
+        wanted: type[CompactPairs | TwoLoopPairs]
+        wanted = CompactPairs if options["direction"] == "compact" else TwoLoopPairs
         memory, capacity = self._memory, options["history_size"]
         former = state.get("prev_flat_grad")
-        if former is not None and len(former) != size:
-            # There are other parameters now.
+        if former is not None and (len(former), former.dtype, former.device) != kind:
+            # There are other parameters now, or they were cast or moved.
             for name in ("d", "t", "prev_flat_grad", "prev_loss", *MEMORY):
                 state.pop(name, None)
             state["n_iter"], memory = 0, None
-        elif type(memory) is kind and memory is not None and memory.capacity == capacity:
+        elif type(memory) is wanted and memory is not None and memory.capacity == capacity:
             return memory
         elif memory is not None:
             state.update(memory.export())
-        memory = self._memory = kind(capacity, state)
+        memory = self._memory = wanted(capacity, state)
         for name in MEMORY:
             state.pop(name, None)
         return memory
@@ -268,13 +272,14 @@ class LBFGS(Tracking, torch.optim.LBFGS):
                 f"closure={closure!r}: expected a function that zeroes the gradients, computes the"
                 " loss and its gradients, and returns the loss: LBFGS calls it several times a step"
             )
-        objective = Objective(closure, self.param_groups, self.reduce_loss)
-        if not objective.size:
+        kind = kind_of(self._params)
+        if kind is None:
             return closure()
+        objective = Objective(closure, self.param_groups, self.reduce_loss)
         state = self.state[objective.params[0]]
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
-        memory = self._pairs(state, objective.size)
+        memory = self._pairs(state, kind)
         rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
         rates = [rate.squeeze() if isinstance(rate, Tensor) else rate for rate in rates]
         iterations = Iterations(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Objective", "largest"]
+__all__ = ["Objective", "kind_of", "largest"]
 
 
 def largest(vector: Tensor) -> Tensor:
@@ -19,6 +20,25 @@ def largest(vector: Tensor) -> Tensor:
     """
     least, most = torch.aminmax(vector)
     return torch.maximum(most, -least)
+
+
+def kind_of(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] | None:
+    """Return length, dtype and device of the flat gradient of ``params``, ``None`` if it is empty.
+
+    Raises:
+        ValueError: for parameters on several devices.
+
+    >>> kind_of([torch.zeros(2), torch.zeros(3, dtype=torch.complex128)])
+    (8, torch.float64, device(type='cpu'))
+    """
+    views = [torch.view_as_real(p) if p.is_complex() else p for p in params]
+    devices = sorted({str(view.device) for view in views})
+    if len(devices) > 1:
+        raise ValueError(f"parameters are on {' and '.join(devices)}: expected one device")
+    size = sum(view.numel() for view in views)
+    if not size:
+        return None
+    return size, reduce(torch.promote_types, (view.dtype for view in views)), views[0].device
 
 
 class Objective:
@@ -49,7 +69,6 @@ class Objective:
         self._decays = [group["weight_decay"] for group in groups for _ in group["params"]]
         # What the narrowest of the parameters' dtypes can hold.
         self.reach = min((torch.finfo(view.dtype).max for view in self._views), default=0.0)
-        self.size = sum(view.numel() for view in self._views)
         self.evaluations = 0
         self.first_returned: Any = None
 

@@ -8,6 +8,7 @@ from oracles import bfgs_inverse, quadratic_pairs, two_loop
 from torch import Tensor
 
 from stableopt.curvature import InverseHessian
+from stableopt.curvature.rows import Rows
 
 # Condition numbers of a few tens, and some hundred roundings of 2e-16 in products of length 12.
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
@@ -35,10 +36,14 @@ def test_any_row_may_be_the_oldest() -> None:
     y, s = quadratic_pairs(4)
     expected = InverseHessian.from_pairs(y, s, 0.5)
     v = torch.ones(12, dtype=torch.float64)
-    rows = torch.stack([s, y], dim=1)
     triangle, squares = (s @ y.T).triu(), y @ y.T
     for oldest in range(4):
-        turned = InverseHessian(rows.roll(oldest, 0), oldest, triangle, squares, 0.5)
+        rows = Rows(8, v)
+        for i in range(4):
+            slot = (oldest + i) % 4
+            rows.write(2 * slot, s[i])
+            rows.write(2 * slot + 1, y[i])
+        turned = InverseHessian(rows, oldest, triangle, squares, 0.5)
         torch.testing.assert_close(turned @ v, expected @ v, **ROUNDING)
 
 

@@ -106,7 +106,7 @@ def test_two_loop_is_torchs(
         {"tolerance_grad": 0.02},
         {"tolerance_change": 1e-3},
         {"history_size": 1},
-        {"max_iter": 60, "lr": 3},
+        {"max_iter": 30, "lr": 3},
     ],
     ids=str,
 )

@@ -441,6 +441,47 @@ def test_compiled_step() -> None:
     assert torch.equal(flat(model), flat(other))
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_model_cast_under_way(direction: str) -> None:
+    """Catches pairs of the old dtype in products with gradients of the new one."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3, direction=direction)
+    optimizer.step(closure_of(model, optimizer))
+    model.double()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X.double()), Y.double())
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert closure() < first
+    assert optimizer.inverse_hessian_matvec(torch.ones(20).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(direction: str, dtype: torch.dtype) -> None:
+    """Catches kernels that half precision lacks, as triangular systems do."""
+    model = network().to(dtype)
+    optimizer = stableopt.LBFGS(
+        model.parameters(), max_iter=5, direction=direction, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X.to(dtype)), Y.to(dtype))
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    optimizer.step(closure)
+    assert closure() < first
+
+
 def test_scheduler_sets_the_rate() -> None:
     """Catches a rate that is read once: at rate zero nothing moves."""
     model = network()

@@ -1,0 +1,293 @@
+"""What an iteration of L-BFGS costs: compact and two-loop directions against torch.optim.LBFGS.
+
+Three clocks, on a quadratic whose own cost is taken off: a whole iteration without line search, the
+direction alone (pair taken in, and -Pg), and how often the host waits for a number. The methods take
+turns, so that a machine whose speed drifts slows all alike. Then the time to a given loss on the
+fully connected network, the closure's cost included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stableopt
+from benchmarks.data import load
+from benchmarks.networks import WIDTHS, fully_connected
+from benchmarks.training import mean_squared_error
+from stableopt.optim.compact import CompactPairs
+from stableopt.optim.two_loop import TwoLoopPairs
+
+__all__ = ["Config", "host_waits", "run"]
+
+METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "torch": torch.optim.LBFGS,
+    "two_loop": lambda params, **options: stableopt.LBFGS(params, direction="two_loop", **options),
+    "compact": lambda params, **options: stableopt.LBFGS(params, direction="compact", **options),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is run.
+
+    Attributes:
+        data: ``"digits"`` or ``"fashion-mnist"``, for the time to a loss.
+        data_dir: where the data are; see :func:`benchmarks.data.load`.
+        out: the folder for the numbers.
+        seed: of starting points and the network.
+        device: where parameters live.
+        sizes: numbers of parameters.
+        histories: numbers of pairs.
+        rounds: turns of each method.
+        iterations: timed iterations in each turn, after the memory has filled once.
+        memory_limit: the most gigabytes that the pairs of one method may take.
+        n: training images.
+        target_loss: of the network.
+        max_steps: the most steps of 20 iterations towards it.
+    """
+
+    data: str = "digits"
+    data_dir: Path | None = None
+    out: Path = Path("runs/perf-lbfgs")
+    seed: int = 0
+    device: str = "cpu"
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
+    histories: tuple[int, ...] = (10, 100)
+    rounds: int = 7
+    iterations: int = 3
+    memory_limit: float = 4.0
+    n: int = 1000
+    target_loss: float = 1e-3
+    max_steps: int = 100
+
+
+def run(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Run all comparisons, print their tables, write ``perf_lbfgs.json``; return what it holds."""
+    console = console or Console()
+    iterations = []
+    for size in config.sizes:
+        for history in config.histories:
+            gigabytes = 2 * history * size * 4 / 1e9
+            if gigabytes > config.memory_limit:
+                console.print(
+                    f"skipped {size:,} parameters with {history} pairs: {gigabytes:.1f} GB a method,"
+                    f" above memory_limit={config.memory_limit:g}"
+                )
+                continue
+            with console.status(f"{size:,} parameters, {history} pairs"):
+                iterations.append(_compare_iterations(config, size, history))
+    training = [_time_to_loss(config, name) for name in METHODS]
+    results = {
+        "iterations": iterations,
+        "time_to_loss": training,
+        "device": config.device,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+    _print(config, results, console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    partial = config.out / "perf_lbfgs.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, config.out / "perf_lbfgs.json")
+    return results
+
+
+def _print(config: Config, results: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"L-BFGS iterations without the closure, float32, {config.device}")
+    for heading in ("parameters", "pairs", "method", "ms", "direction ms", "faster", "host waits"):
+        table.add_column(heading, justify="right")
+    for row in results["iterations"]:
+        for name, found in row["methods"].items():
+            direction = found["direction_ms"]
+            table.add_row(
+                f"{row['size']:,}",
+                str(row["history"]),
+                name,
+                f"{found['iteration_ms']:.3f}",
+                "" if direction is None else f"{direction:.3f}",
+                f"{row['methods']['torch']['iteration_ms'] / found['iteration_ms']:.2f}x",
+                f"{found['host_waits']:g}",
+            )
+    console.print(table)
+    table = Table(title=f"Time to loss {config.target_loss:g}: {config.data}, n = {config.n:,}")
+    for heading in ("method", "seconds", "calls of the closure", "loss"):
+        table.add_column(heading, justify="right")
+    for row in results["time_to_loss"]:
+        seconds = f"{row['seconds']:.2f}" if row["reached"] else "not reached"
+        table.add_row(row["method"], seconds, str(row["calls"]), f"{row['loss']:.2e}")
+    console.print(table)
+
+
+class _Quadratic:
+    """A diagonal quadratic and an optimizer on it; the time of the closure is taken off."""
+
+    def __init__(self, config: Config, size: int, name: str, history: int) -> None:
+        generator = torch.Generator().manual_seed(config.seed)
+        self._scales = torch.logspace(0, 2, size, device=config.device)
+        start = torch.randn(size, generator=generator).to(config.device)
+        self.x = nn.Parameter(start)
+        self._inside = 0.0
+        self.optimizer = METHODS[name](
+            [self.x],
+            max_iter=1,
+            history_size=history,
+            tolerance_grad=0,
+            tolerance_change=0,
+            lr=0.5,
+        )
+
+    def _closure(self) -> Tensor:
+        began = _now(self.x.device)
+        x = self.x.detach()
+        # A little noise, else the memory would be done with the quadratic before it is full.
+        x.add_(torch.rand_like(x), alpha=1e-2)
+        self.x.grad = self._scales * x
+        loss = 0.5 * x.dot(self.x.grad)
+        self._inside += _now(self.x.device) - began
+        return loss
+
+    def seconds(self, iterations: int) -> list[float]:
+        """Take iterations; return the time of each, without the closure's."""
+        times = []
+        for _ in range(iterations):
+            self._inside, began = 0.0, _now(self.x.device)
+            self.optimizer.step(self._closure)
+            times.append(_now(self.x.device) - began - self._inside)
+        return times
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _compare_iterations(config: Config, size: int, history: int) -> dict[str, Any]:
+    """Fill the memories, then let the methods take turns."""
+    directions = _directions(config, size, history)
+    runs = {name: _Quadratic(config, size, name, history) for name in METHODS}
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    waits = {}
+    with torch.random.fork_rng(devices=[]):
+        for run_ in runs.values():
+            run_.seconds(history + 2)
+        for _ in range(config.rounds):
+            for name, run_ in runs.items():
+                times[name] += run_.seconds(config.iterations)
+        for name, run_ in runs.items():
+            with host_waits() as count:
+                run_.seconds(1)
+            waits[name] = count["waits"]
+    methods = {
+        name: {
+            "iteration_ms": 1e3 * median(times[name]),
+            "direction_ms": directions.get(name),
+            "host_waits": waits[name],
+        }
+        for name in METHODS
+    }
+    return {"size": size, "history": history, "methods": methods}
+
+
+def _directions(config: Config, size: int, history: int) -> dict[str, float]:
+    """Return the median milliseconds of taking a pair in and giving a direction."""
+    generator = torch.Generator().manual_seed(config.seed)
+    kinds: dict[str, type[Any]] = {"two_loop": TwoLoopPairs, "compact": CompactPairs}
+    memories = {name: kind(history, {}) for name, kind in kinds.items()}
+    scales = torch.logspace(0, 2, size, device=config.device)
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    previous = torch.zeros(size, device=config.device)
+    for turn in range(history + 1 + config.rounds * config.iterations):
+        step = torch.randn(size, generator=generator).to(config.device)
+        gradient = previous + scales * step
+        for name, memory in memories.items():
+            began = _now(step.device)
+            pair = (gradient, previous, step)
+            products = memory.numbers(*memory.products(*pair))
+            memory.update(*pair, 1.0, products, 0.0)
+            memory.descent(gradient)
+            if turn > history:
+                times[name].append(_now(step.device) - began)
+        previous = gradient
+    return {name: 1e3 * median(values) for name, values in times.items()}
+
+
+class _Waits(TorchDispatchMode):
+    def __init__(self, count: dict[str, int]) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name == "aten::_local_scalar_dense":
+            self.count["waits"] += 1
+        elif name == "aten::_to_copy" and args[0].device.type != "cpu":
+            target = (kwargs or {}).get("device")
+            self.count["waits"] += target is not None and torch.device(target).type == "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+class _Lists(TorchFunctionMode):
+    """On a CPU ``tolist`` reads the memory itself; elsewhere it copies, which the other mode sees."""
+
+    def __init__(self, count: dict[str, int]) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist and args[0].device.type == "cpu":
+            self.count["waits"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def host_waits() -> Iterator[dict[str, int]]:
+    """Count how often the host asks for a number that a device would still be computing."""
+    count = {"waits": 0}
+    with _Lists(count), _Waits(count):
+        yield count
+
+
+def _time_to_loss(config: Config, name: str) -> dict[str, Any]:
+    """Train the fully connected network to the target; compare with a loss at the end of a step."""
+    images = load(config.data, n=config.n, folder=config.data_dir)
+    model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
+    x, y = images.x.to(config.device), images.y.to(config.device)
+    optimizer = METHODS[name](model.parameters(), line_search_fn="strong_wolfe", history_size=10)
+    calls, loss = 0, float("inf")
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        optimizer.zero_grad()
+        value = mean_squared_error(model(x), y)
+        value.backward()
+        return value.detach()
+
+    began = _now(x.device)
+    for _ in range(config.max_steps):
+        loss = float(optimizer.step(closure))
+        if not loss > config.target_loss:
+            break
+    return {
+        "method": name,
+        "seconds": _now(x.device) - began,
+        "calls": calls,
+        "loss": loss,
+        "reached": loss <= config.target_loss,
+    }
