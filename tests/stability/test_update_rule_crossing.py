@@ -6,7 +6,7 @@ as it is, which no adaptive optimizer lets it do; so before each further step ev
 put back to where it was before step t, other than the momentum: the real class takes its real step t
 over and over. Near the minimum gradients are of the order of 1e-9, whose squares are lost on a second
 moment, so that all these steps have one and the same preconditioner and are linear. L-BFGS needs nothing
-put back: it takes no pair with y @ s below 1e-10 into its memory.
+put back: torch's memory, and the two-loop one of this package, take no pair with y @ s below 1e-10.
 """
 
 from __future__ import annotations
