@@ -6,7 +6,7 @@ as it is, which no adaptive optimizer lets it do; so before each further step ev
 put back to where it was before step t, other than the momentum: the real class takes its real step t
 over and over. Near the minimum gradients are of the order of 1e-9, whose squares are lost on a second
 moment, so that all these steps have one and the same preconditioner and are linear. L-BFGS needs nothing
-put back: it takes no pair with y @ s below 1e-10 into its memory.
+put back: torch's memory, and the two-loop one of this package, take no pair with y @ s below 1e-10.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from oracles import dense_hessians
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+import stableopt
 from stableopt import UpdateRule, measure
 
 TINY = 1e-9
@@ -49,6 +50,7 @@ def of(kind: Any, **options: Any) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 optim = torch.optim
+ONE_ITERATION = {"max_iter": 1, "tolerance_grad": 0, "tolerance_change": 0}
 CASES = {
     "SGD, rates": Case(sgd(), bias={"lr": 0.03}),
     "SGD, rates and decays": Case(
@@ -99,7 +101,13 @@ CASES = {
         of(optim.Adagrad, lr=0.1, lr_decay=0.2, weight_decay=0.3, initial_accumulator_value=0.5),
         bias={"weight_decay": 0.1},
     ),
-    "LBFGS": Case(of(optim.LBFGS, lr=0.5, max_iter=1, tolerance_grad=0, tolerance_change=0)),
+    "LBFGS": Case(
+        lambda groups: optim.LBFGS([p for g in groups for p in g["params"]], 0.5, **ONE_ITERATION)
+    ),
+    "LBFGS of this package, two-loop, rates, L2": Case(
+        of(stableopt.LBFGS, lr=0.5, direction="two_loop", weight_decay=0.1, **ONE_ITERATION),
+        bias={"lr": 0.3},
+    ),
     "Yogi": Case(of(torch_optimizer.Yogi, lr=0.01, weight_decay=0.2), "exp_avg"),
     "AdaBelief": Case(of(torch_optimizer.AdaBelief, lr=0.01, eps=1e-3), "exp_avg"),
     "AdaBelief, amsgrad, L2": Case(
@@ -156,11 +164,9 @@ class Frozen:
                 {"params": [self.model.weight], **(case.weight or {})},
                 {"params": [self.model.bias], **(case.bias or {})},
             ]
-            if name != "LBFGS"
-            else self.params
         )
         for _ in range(t - 1):
-            if name != "LBFGS":
+            if not self.remembers:
                 self.place(torch.randn(8, dtype=torch.float64))
             self.step()
         self.put_back = self.snapshot()
@@ -170,6 +176,10 @@ class Frozen:
                     state[key].zero_()
         self.place(TINY * torch.randn(8, dtype=torch.float64))
         self.step()
+
+    @property
+    def remembers(self) -> bool:
+        return isinstance(self.optimizer, torch.optim.LBFGS)
 
     def loss_fn(self, z: Tensor, y: Tensor) -> Tensor:
         return self.case.sign * (z - y).square().mean()
@@ -198,7 +208,7 @@ class Frozen:
                     p.grad = part.view(p.shape).clone()
             return theta @ gradient / 2
 
-        if isinstance(self.optimizer, torch.optim.LBFGS):
+        if self.remembers:
             self.optimizer.step(closure)
         else:
             closure()
@@ -209,7 +219,7 @@ class Frozen:
 
     def again(self) -> None:
         """Take step t again."""
-        if not isinstance(self.optimizer, torch.optim.LBFGS):
+        if not self.remembers:
             for p, before in zip(self.params, self.put_back, strict=True):
                 momentum = self.optimizer.state[p].get(self.case.momentum)
                 self.optimizer.state[p] = copied(before)
@@ -280,7 +290,7 @@ class Frozen:
 def every(*times: int) -> list[Any]:
     # L-BFGS has found the minimum after ten steps.
     return [
-        pytest.param(name, min(t, 8 if name == "LBFGS" else t), id=f"{name}, step {t}")
+        pytest.param(name, min(t, 8 if "LBFGS" in name else t), id=f"{name}, step {t}")
         for name in CASES
         for t in times
     ]

@@ -1,15 +1,16 @@
-"""L-BFGS, whose preconditioner is the inverse Hessian of its memory."""
+r"""L-BFGS, whose preconditioner is the inverse Hessian of its memory.
+
+The limit is :math:`2/\eta`, so that near a minimum that the memory knows well, where PH is about 1,
+every rate below 2 is stable: L-BFGS can settle at almost any minimum (Wu, Ma & E, 2018, section 5).
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature import InverseHessian
 from stableopt.stability.preconditioner import (
-    DiagonalPreconditioner,
     MatrixPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
@@ -20,59 +21,55 @@ from stableopt.stability.update_rule import UpdateRule
 __all__ = ["read_lbfgs"]
 
 
-def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
-    r"""Read ``torch.optim.LBFGS`` or :class:`stableopt.LBFGS`, with closures of the full batch.
+class _Scaled:
+    """The matrix D P D, D diagonal, as products."""
 
-    The rate is the learning rate, and the last step's length where a line search has chosen it or the
-    first iteration has cut it. Where groups have rates of their own, with ratios
-    :math:`\Lambda` to the largest, the preconditioner is :math:`\Lambda^{1/2}P\Lambda^{1/2}`.
+    def __init__(self, matrix: InverseHessian | None, scale: float, roots: Tensor) -> None:
+        self._matrix, self._scale, self._roots = matrix, scale, roots
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        scaled = self._roots.to(vector) * vector
+        image = self._scale * scaled if self._matrix is None else self._matrix @ scaled
+        return self._roots.to(vector) * image
+
+
+def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
+    r"""Read ``torch.optim.LBFGS``, and subclasses that export their memory in its state dict.
+
+    Its closure is taken to be of the full batch. The rate is the learning rate, or the last step's
+    length where a line search chose it or the first iteration cut it. Groups with rates of their own,
+    in subclasses that allow them, are :math:`\Lambda^{1/2}P\Lambda^{1/2}`,
+    :math:`\Lambda=\mathrm{diag}(\eta_g)/\eta`.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
-    lrs = [float(group["lr"]) for group in groups for _ in group["params"]]
-    lr = max(lrs)
-    roots = [(each / lr) ** 0.5 if lr else 1.0 for each in lrs]
-    # Through the state dict: one of the two classes keeps its pairs elsewhere.
+    # A copy, in torch's form: memory that is kept elsewhere is put there.
     state = optimizer.state_dict()["state"].get(0, {})
-    iterations = state.get("n_iter", 0)
+    iterations, length = state.get("n_iter", 0), float(state.get("t") or 0.0)
+    rates = [float(group["lr"]) for group in groups]
+    lr = max(rates)
     preconditioner: StepPreconditioner
-    if not iterations or state.get("t") is None:
+    if not iterations or state.get("old_dirs") is None:
         reason = NOT_STEPPED.format(type(optimizer).__name__)
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
-    elif not state["old_dirs"]:
-        scale = float(state["H_diag"])
-        preconditioner = DiagonalPreconditioner(params, [scale * root**2 for root in roots])
     else:
-        inverse = InverseHessian.from_pairs(
-            state["old_dirs"], state["old_stps"], gamma=float(state["H_diag"])
-        )
-        preconditioner = MatrixPreconditioner(params, inverse)
-        if len(set(roots)) > 1:
-            preconditioner = _Between(preconditioner, roots)
-    searched = one("line_search_fn", [group["line_search_fn"] for group in groups])
-    if state.get("t") is not None and (searched is not None or iterations == 1):
-        lr = float(state["t"])
+        pairs, gamma = state["old_dirs"], float(state["H_diag"])
+        inverse = InverseHessian.from_pairs(pairs, state["old_stps"], gamma) if pairs else None
+        shares = [rate / lr if lr else 1.0 for rate in rates]
+        roots = [
+            torch.full((p.numel(),), share**0.5, dtype=p.dtype, device=p.device)
+            for share, group in zip(shares, groups, strict=True)
+            for p in group["params"]
+        ]
+        preconditioner = MatrixPreconditioner(params, _Scaled(inverse, gamma, torch.cat(roots)))
+        if length and (groups[0]["line_search_fn"] is not None or iterations == 1):
+            lr = length
     decays = tuple(float(group.get("weight_decay", 0.0)) for group in groups)
     one_decay = len(set(decays)) == 1
     return UpdateRule(
         lr=lr,
         full_batch=True,
-        maximize=one("maximize", [bool(group.get("maximize", False)) for group in groups]),
         weight_decay=decays[0] if one_decay else 0.0,
         group_weight_decays=() if one_decay else decays,
+        maximize=bool(one("maximize", [group.get("maximize", False) for group in groups])),
         preconditioner=preconditioner,
     )
-
-
-class _Between(StepPreconditioner):
-    """A preconditioner between two diagonal matrices of one number for each parameter."""
-
-    def __init__(self, inner: StepPreconditioner, factors: Sequence[float]) -> None:
-        super().__init__(inner.params)
-        self._inner, self._factors = inner, list(factors)
-
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return D P D times the tensors."""
-        return self._scaled(self._inner.apply(self._scaled(tensors)))
-
-    def _scaled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [factor * t for factor, t in zip(self._factors, tensors, strict=True)]
