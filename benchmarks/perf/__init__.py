@@ -8,5 +8,6 @@ PARTS = {
     "tracking": "benchmarks.perf.tracking",
     "growth": "benchmarks.perf.growth",
     "compiled": "benchmarks.perf.compiled",
+    "lbfgs": "benchmarks.perf.lbfgs",
 }
 """Modules with a ``run(config)``, by name."""

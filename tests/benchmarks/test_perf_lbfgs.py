@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.perf_lbfgs import Config, host_waits, run
+from benchmarks.perf.lbfgs import Config, host_waits, run
 
 
 def test_it_runs_and_skips_what_is_too_large(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_it_runs_and_skips_what_is_too_large(tmp_path: Path) -> None:
     assert row["methods"]["compact"]["host_waits"] == 2
     assert row["methods"]["torch"]["host_waits"] > 6
     assert [entry["reached"] for entry in results["time_to_loss"]] == [True] * 3
-    assert json.loads((config.out / "perf_lbfgs.json").read_text()) == results
+    assert json.loads((config.out / "perf-lbfgs.json").read_text())["rows"] == results
 
 
 def test_waits_are_counted() -> None:

@@ -8,8 +8,6 @@ fully connected network, the closure's cost included.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stableopt
 from benchmarks.data import load
 from benchmarks.networks import WIDTHS, fully_connected
+from benchmarks.perf.timing import write
 from benchmarks.training import mean_squared_error
 from stableopt.optim.compact import CompactPairs
 from stableopt.optim.two_loop import TwoLoopPairs
@@ -63,7 +62,7 @@ class Config:
 
     data: str = "digits"
     data_dir: Path | None = None
-    out: Path = Path("runs/perf-lbfgs")
+    out: Path = Path("benchmarks/results")
     seed: int = 0
     device: str = "cpu"
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -77,7 +76,7 @@ class Config:
 
 
 def run(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Run all comparisons, print their tables, write ``perf_lbfgs.json``; return what it holds."""
+    """Run all comparisons, print their tables, write ``perf-lbfgs.json``; return what it holds."""
     console = console or Console()
     iterations = []
     for size in config.sizes:
@@ -92,18 +91,9 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             with console.status(f"{size:,} parameters, {history} pairs"):
                 iterations.append(_compare_iterations(config, size, history))
     training = [_time_to_loss(config, name) for name in METHODS]
-    results = {
-        "iterations": iterations,
-        "time_to_loss": training,
-        "device": config.device,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-    }
+    results = {"iterations": iterations, "time_to_loss": training}
     _print(config, results, console)
-    config.out.mkdir(parents=True, exist_ok=True)
-    partial = config.out / "perf_lbfgs.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, config.out / "perf_lbfgs.json")
+    write(config.out / "perf-lbfgs.json", results, config.device)
     return results
 
 
