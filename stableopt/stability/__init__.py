@@ -1,5 +1,6 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
+from stableopt.stability.critical import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
@@ -13,11 +14,14 @@ from stableopt.stability.region import StabilityRegion
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
+    "CriticalLR",
     "Measurement",
     "SecondMomentExcess",
     "StabilityMargins",
     "StabilityRegion",
     "UpdateRule",
+    "critical_batch_size",
+    "critical_lr",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",
