@@ -63,7 +63,8 @@ class StabilityMonitor:
         batch_size: samples in a step; by default what the model's forward passes show, accumulated
             over a step and as the median of the last five steps.
         dataset_size: samples in the training set, by default those of the probe set.
-        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``, ``"critical_lr"``,
+            ``"batch_sharpness"``.
         sinks: callables that take ``(step, record)`` after each measurement.
         update_rule: the rule, or a function of the optimizer that returns it.
         params: the parameters that count; all trainable ones of the model by default.

@@ -1,5 +1,6 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
+from stableopt.stability.along_gradient import BatchSharpness, batch_sharpness
 from stableopt.stability.critical import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.limits import (
     max_non_uniformity,
@@ -14,12 +15,14 @@ from stableopt.stability.region import StabilityRegion
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
+    "BatchSharpness",
     "CriticalLR",
     "Measurement",
     "SecondMomentExcess",
     "StabilityMargins",
     "StabilityRegion",
     "UpdateRule",
+    "batch_sharpness",
     "critical_batch_size",
     "critical_lr",
     "max_non_uniformity",

@@ -28,18 +28,18 @@ _FIRST_TOLS = (0.03, 1e-3)
 _EXACT = 1e-13
 """Relative accuracy of scalar roots: a rounding error above that of the sums in them."""
 
-_MIXED = (1e-5, 1e-3)
-"""Shares of the identity in S for the lower bound: samples without a part in the eigenvector, or next
-to none, have a bound of their own only through it."""
+_POWERS, _RETREATS = 4, 3
+"""Products that the lower bound may take: to better its S, and to come down to where it holds."""
 
-_RETREATS = 4
-
-_FAR = 1e100
+_FLOOR = 1e-12
+"""Share of the identity in S for the lower bound, which must be positive definite."""
 
 _FURTHER = 1.1
 
 _CLOSE = 1e-3
-"""Relative width of a bracket that is not worth another try."""
+"""Relative width of a bracket that needs no more products."""
+
+_FAR = 1e100
 
 
 @dataclass(frozen=True)
@@ -150,28 +150,29 @@ def _symmetric(vector: Tensor, n: int) -> Tensor:
 
 
 def _lower(family: Family, vector: Tensor, value: float) -> float:
-    """Return a t below ``value`` at which the gain of S is at most S, with S near ``vector``."""
-    factors = family.modes.factors
-    n, outputs, _ = factors.shape
-    values, vectors = torch.linalg.eigh(vector.view(n, outputs, outputs))
-    found = 0.0
-    for share in _MIXED:
-        shifted = values.clamp(min=0) + share * values.max()
-        matrices = (vectors * shifted.unsqueeze(1)) @ vectors.mT
-        root = vectors * shifted.rsqrt().unsqueeze(1)
-        gathered = gather(factors, matrices.flatten())
-        t = value
-        for _ in range(_RETREATS):
-            gained = family.at(t).spread(gathered).view_as(matrices)
-            bound = float(torch.linalg.eigvalsh(root.mT @ gained @ root)[:, -1].max())
-            if bound <= 1 + _EXACT:
-                found = max(found, t)
-                break
+    """Return a t below ``value`` at which the gain of some S is at most S, or 0.
+
+    In an eigenvector small entries have the errors of the large ones. Powers of the gain, which make
+    every entry of the large ones, mend that; then t is lowered until the bound allows it.
+    """
+    factors, t = family.modes.factors, value
+    gain = family.at(t)
+    matrices = vector.view(factors.shape[0], factors.shape[1], -1)
+    for attempt in range(_POWERS + _RETREATS):
+        values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
+        values = values.clamp(min=0) + _FLOOR * values.max()
+        matrices = (vectors * values.unsqueeze(1)) @ vectors.mT
+        inverse_root = (vectors * values.rsqrt().unsqueeze(1)) @ vectors.mT
+        gained = gain.product(matrices.flatten()).view_as(matrices)
+        bound = float(torch.linalg.eigvalsh(inverse_root @ gained @ inverse_root)[:, -1].max())
+        if bound <= 1 + _EXACT:
+            return t
+        if bound <= 1 + _CLOSE or attempt >= _POWERS:
             # A little further than a gain that is proportional to t would need.
             t /= 1 + _FURTHER * (bound - 1)
-        if found >= (1 - _CLOSE) * value:
-            break
-    return found
+            gain = family.at(t)
+        matrices = gained / gained.norm()
+    return 0.0
 
 
 def root(growing: Callable[[float], float], most: float) -> float:

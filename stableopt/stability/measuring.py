@@ -20,6 +20,7 @@ from stableopt.curvature import (
     Problem,
     top_eigenpair,
 )
+from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
@@ -34,7 +35,7 @@ __all__ = [
     "measure_at",
 ]
 
-QUANTITIES = ("sharpness", "non_uniformity", "theorem1")
+QUANTITIES = ("sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
 
 
@@ -68,7 +69,8 @@ def measure(
         batch_size: samples in a step. Without it the non-uniformity has no known limit, unless the
             optimizer is :class:`stableopt.GD`.
         dataset_size: samples in all, where ``data`` is only a part of them.
-        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``.
+        quantities: any of ``"sharpness"``, ``"non_uniformity"``, ``"theorem1"``, ``"critical_lr"``,
+            ``"batch_sharpness"``.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
         tol: the largest residual relative to the eigenvalue.
@@ -213,11 +215,19 @@ def measure_at(
     operators = _Operators(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
+    more: dict[str, float] = {}
     try:
         # Vectors made in an ambient inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
             for name in quantities:
                 began = time.perf_counter()
+                if name in DIRECT:
+                    found = DIRECT[name](problem, rule, margins, seed)
+                    if found.measurement is not None:
+                        seconds = time.perf_counter() - began
+                        measurements[name] = dataclasses.replace(found.measurement, seconds=seconds)
+                        more.update(found.more)
+                    continue
                 start = (starts or {}).get(name)
                 pair = top_eigenpair(
                     operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
@@ -232,7 +242,7 @@ def measure_at(
         failure = f"the loss is {loss}"
     if failure is not None:
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
-    values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
+    values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
     return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
 
 
