@@ -22,6 +22,7 @@ from torch import Tensor
 from stableopt._arguments import whole
 from stableopt.curvature.eigen import NonFiniteError
 from stableopt.curvature.jacobian import check_outputs, pushed_rows, sample_rows
+from stableopt.curvature.layer_gram import fully_connected, gram_of_layers
 from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.problem import Problem
 
@@ -103,7 +104,7 @@ class DualCurvature:
         Args:
             problem: made of ``(model, loss_fn, data)``.
             memory: bytes that rows may take beside K. What does not fit is cut into chunks of
-                samples, and each pair of chunks computed anew.
+                samples, and each pair of chunks computed anew. Fully connected networks need none.
 
         Raises:
             ValueError: for a problem from a batch loss, a loss that is not convex in the outputs.
@@ -117,6 +118,11 @@ class DualCurvature:
         """
         check_outputs(problem)
         theta, outputs = problem.theta(), count_outputs(problem)
+        with problem.evaluation():
+            layers = fully_connected(problem, theta)
+            found = None if layers is None else gram_of_layers(problem, theta, layers)
+        if found is not None:
+            return cls(found, problem.num_samples)
         at_once = _at_once(problem, memory)
         total = problem.num_samples * outputs
         gram = torch.zeros(total, total, dtype=torch.float64, device=problem.device)

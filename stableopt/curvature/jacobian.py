@@ -71,7 +71,10 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
             f" {float(values.min()):.3g}; expected a loss that is convex in them and is minimised,"
             " since the mean-square recursion is taken in the Gauss–Newton form"
         )
-    roots: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.mT
+    # The root of a rounding error would be large beside it.
+    floor = values.shape[1] * torch.finfo(outputs.dtype).eps * values[:, -1:]
+    kept = torch.where(values > floor, values, 0.0)
+    roots: Tensor = (vectors * kept.sqrt().unsqueeze(1)) @ vectors.mT
     return roots
 
 
@@ -109,7 +112,7 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
 
     found = _over_samples(one, one_alone, size, roots)
     scaled = zip(found, problem.scale, strict=True)
-    return [(part.detach() * factor).flatten(2) for part, factor in scaled]
+    return [(part.detach() * factor).reshape(*part.shape[:2], -1) for part, factor in scaled]
 
 
 def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Tensor) -> Tensor:

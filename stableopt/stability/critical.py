@@ -279,7 +279,8 @@ def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Step:
             " problem.transformed(sign=...)"
         )
     plain = all(isinstance(factor, float) and factor == 1.0 for factor in problem.scale)
-    if (rule.group_lrs and plain) or (rule.group_weight_decays and not any(problem.weight_decay)):
+    undecayed = any(rule.group_weight_decays) and not any(problem.weight_decay)
+    if (rule.group_lrs and plain) or undecayed:
         raise ValueError(
             "update_rule has several groups: expected problem.transformed(scale=, weight_decay=), in"
             " whose coordinates it is one learning rate for all"
@@ -292,7 +293,7 @@ def _shared_decay(problem: Problem) -> float:
     if not any(problem.weight_decay):
         return 0.0
     added = [
-        decay * torch.as_tensor(factor) ** 2
+        decay * torch.as_tensor(factor, dtype=torch.float64) ** 2
         for decay, factor in zip(problem.weight_decay, problem.scale, strict=True)
     ]
     least = min(float(part.min()) for part in added)

@@ -45,7 +45,8 @@ def mode_weights(
     place of :math:`\eta` under dampening:
 
     - heavy ball, and plain SGD with :math:`\beta = 0`:
-      :math:`\eta^2 w = (1-\beta)(u+v) - \frac{(1+\beta^2)uv - \beta(u^2+v^2)}{1-\beta^2}`;
+      :math:`\eta^2 w = (1-\beta)\bigl(u + v - \frac{uv}{1+\beta}\bigr)
+      + \frac{\beta(u-v)^2}{1-\beta^2}`;
     - Nesterov: :math:`\eta^2 w =
       \frac{(1-\beta^2 q_aq_b)^2 - (1+\beta)^2q_aq_b(1-\beta q_a)(1-\beta q_b)}
       {((1+\beta)^2+\beta^2)(1-\beta^2q_aq_b) - \beta(1+\beta)^2(q_a+q_b-2\beta q_aq_b)}`,
@@ -64,8 +65,8 @@ def mode_weights(
     u, v = scale * eigenvalues, scale * others
     total, product = u + v, u * v
     if not nesterov:
-        bent = (1 + beta**2) * product - beta * (u**2 + v**2)
-        return ((1 - beta) * total - bent / (1 - beta**2)) / scale**2
+        along = (1 - beta) * (total - product / (1 + beta))
+        return (along + beta * (u - v) ** 2 / (1 - beta**2)) / scale**2
     m = total - product  # 1 - q_a q_b
     above = (1 - beta**2) * (1 - beta) * total + beta**4 * m**2
     above += (1 + beta) ** 2 * m * (beta * (1 - beta) * total + beta**2 * product)
