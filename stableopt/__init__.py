@@ -14,12 +14,21 @@ from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
 from stableopt.optim import GD, LBFGS, SGD
 from stableopt.sinks import JSONLinesSink, TensorBoardSink
-from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule, measure
+from stableopt.stability import (
+    CriticalLR,
+    StabilityMargins,
+    StabilityRegion,
+    UpdateRule,
+    critical_batch_size,
+    critical_lr,
+    measure,
+)
 
 __all__ = [
     "GD",
     "LBFGS",
     "SGD",
+    "CriticalLR",
     "JSONLinesSink",
     "Problem",
     "StabilityMargins",
@@ -28,6 +37,8 @@ __all__ = [
     "TensorBoardSink",
     "UpdateRule",
     "__version__",
+    "critical_batch_size",
+    "critical_lr",
     "curvature",
     "measure",
     "optim",

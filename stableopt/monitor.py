@@ -64,8 +64,8 @@ class StabilityMonitor:
             over a step and as the median of the last five steps.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``. Sharpness comes with the preconditioned one where the optimizer has a
-            preconditioner, which is what its limit is on.
+            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``. Sharpness comes with the
+            preconditioned one where the optimizer has a preconditioner, which is what its limit is on.
         sinks: callables that take ``(step, record)`` after each measurement.
         update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
             not known, with their preconditioner if they have one.

@@ -1,6 +1,7 @@
 """Curvature matrices that are never formed, and their top eigenpairs."""
 
 from stableopt.curvature.diagnose import SecondDerivativeError
+from stableopt.curvature.dual import DualCurvature
 from stableopt.curvature.eigen import Eigenpair, NonFiniteError, Preconditioner, top_eigenpair
 from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.non_uniformity import NonUniformity
@@ -8,6 +9,7 @@ from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.problem import Problem
 
 __all__ = [
+    "DualCurvature",
     "Eigenpair",
     "GaussNewton",
     "Hessian",

@@ -203,8 +203,10 @@ class TensorBoardSink:
         """Return the scalars of ``record`` by tag, all of them finite."""
         scalars: dict[str, float] = {}
         for name, value in record.items():
-            # Ratios come with their bands.
-            if not name.endswith("_ratio") and abs(value) <= _LARGEST:
+            # Ratios with a chart come with their bands.
+            if name.removesuffix("_ratio") in _CHARTS and name.endswith("_ratio"):
+                continue
+            if abs(value) <= _LARGEST:
                 scalars[self._tag(name)] = value
         for name, charts in _CHARTS.items():
             limit = record.get(f"{name}_limit", math.inf)

@@ -1,6 +1,8 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
 from stableopt.stability import readers
+from stableopt.stability.along_gradient import BatchSharpness, batch_sharpness
+from stableopt.stability.critical import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
@@ -21,6 +23,8 @@ from stableopt.stability.region import StabilityRegion
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
+    "BatchSharpness",
+    "CriticalLR",
     "DiagonalPreconditioner",
     "MatrixPreconditioner",
     "Measurement",
@@ -30,6 +34,9 @@ __all__ = [
     "StepPreconditioner",
     "UnknownPreconditioner",
     "UpdateRule",
+    "batch_sharpness",
+    "critical_batch_size",
+    "critical_lr",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",

@@ -16,7 +16,8 @@ class Measurement:
 
     Attributes:
         value: the value itself.
-        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x.
+        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x; of an
+            average, its relative standard error.
         products: products with the operator that it took.
         seconds: wall time.
         converged: whether the residual fell below the tolerance.
@@ -56,6 +57,12 @@ class StabilityMargins:
         non_uniformity_limit: the side of the box (9), :math:`\sqrt{B(n-1)/(n-B)}/\eta` for plain
             SGD.
         theorem1: the left side of condition (8), stable up to 1.
+        critical_lr: the largest learning rate that is stable in mean square, exactly or, where there
+            are too many directions, an upper bound:
+            :func:`~stableopt.stability.critical_lr`. It is of the Gauss–Newton matrix.
+        critical_lr_lower: a learning rate up to which all is certainly stable.
+        batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
+            plain SGD stays.
         measurements: residual, products, seconds and convergence of each measured quantity.
         failure: why the measurement failed, or ``None``.
 
@@ -76,6 +83,9 @@ class StabilityMargins:
     non_uniformity: float | None = None
     non_uniformity_limit: float | None = None
     theorem1: float | None = None
+    critical_lr: float | None = None
+    critical_lr_lower: float | None = None
+    batch_sharpness: float | None = None
     measurements: Mapping[str, Measurement] = field(default_factory=dict)
     failure: str | None = None
 
@@ -93,6 +103,11 @@ class StabilityMargins:
     def non_uniformity_ratio(self) -> float | None:
         """Non-uniformity over its limit; 0 where there is no limit."""
         return _ratio(self.non_uniformity, self.non_uniformity_limit)
+
+    @property
+    def critical_lr_ratio(self) -> float | None:
+        """Learning rate over the critical one: the edge of mean-square stability is at 1."""
+        return _ratio(self.lr, self.critical_lr)
 
     @property
     def sharpness_margin(self) -> float | None:
@@ -140,7 +155,12 @@ class StabilityMargins:
         """
         names = [f.name for f in dataclasses.fields(self)]
         names = [n for n in names if n not in ("step", "measurements", "failure")]
-        names += ["sharpness_ratio", "preconditioned_sharpness_ratio", "non_uniformity_ratio"]
+        names += [
+            "sharpness_ratio",
+            "preconditioned_sharpness_ratio",
+            "non_uniformity_ratio",
+            "critical_lr_ratio",
+        ]
         known = {name: getattr(self, name) for name in names}
         record = {name: float(value) for name, value in known.items() if value is not None}
         record["seconds"] = self.seconds

@@ -22,6 +22,7 @@ from stableopt.curvature import (
     top_eigenpair,
 )
 from stableopt.stability.coordinates import as_seen_by
+from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
@@ -37,7 +38,7 @@ __all__ = [
     "measure_at",
 ]
 
-QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1")
+QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
 
 DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
@@ -74,9 +75,9 @@ def measure(
             optimizer is :class:`stableopt.GD`.
         dataset_size: samples in all, where ``data`` is only a part of them.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``; by default sharpness and, unless the preconditioner is not diagonal,
-            non-uniformity. Sharpness comes with the preconditioned one where there is a
-            preconditioner.
+            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``; by default sharpness and, unless
+            the preconditioner is not diagonal, non-uniformity. Sharpness comes with the preconditioned
+            one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
         tol: the largest residual relative to the eigenvalue.
@@ -166,7 +167,7 @@ def check_quantities(quantities: Iterable[str] | None, rule: UpdateRule | None) 
             f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"
             f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
         )
-    per_sample = [name for name in ("non_uniformity", "theorem1") if name in wanted]
+    per_sample = [name for name in ("non_uniformity", "theorem1", *DIRECT) if name in wanted]
     if per_sample and not diagonal:
         raise ValueError(
             f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
@@ -213,11 +214,19 @@ def measure_at(
     operators = _Operators(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
     vectors: dict[str, Tensor] = {}
+    more: dict[str, float] = {}
     try:
         # Vectors made in an ambient inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
             for name in quantities:
                 began = time.perf_counter()
+                if name in DIRECT:
+                    found = DIRECT[name](problem, rule, margins, seed)
+                    if found.measurement is not None:
+                        seconds = time.perf_counter() - began
+                        measurements[name] = dataclasses.replace(found.measurement, seconds=seconds)
+                        more.update(found.more)
+                    continue
                 start = (starts or {}).get(name)
                 pair = top_eigenpair(
                     operators.of(name),
@@ -237,7 +246,7 @@ def measure_at(
         failure = f"the loss is {loss}"
     if failure is not None:
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
-    values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
+    values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
     return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
 
 

@@ -1,0 +1,271 @@
+r"""The Gauss–Newton curvature of all samples, seen from the side of the outputs.
+
+n samples with C outputs each have curvature in at most nC directions, however many parameters there
+are. With :math:`\hat J` the rows :math:`L_i^{1/2}J_i` of all samples (:mod:`.jacobian`), everything
+that linear stability asks is in the Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``: the mean
+:math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its eigenbasis sample i's
+matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F = n\Lambda`. Two examples::
+
+    DualCurvature.of(problem).sharpness
+    DualCurvature.of(problem).modes           # eigenvalues, and every sample's factor F_i
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt._arguments import whole
+from stableopt.curvature.eigen import NonFiniteError
+from stableopt.curvature.jacobian import check_outputs, pushed_rows, sample_rows
+from stableopt.curvature.layer_gram import fully_connected, gram_of_layers
+from stableopt.curvature.passes import MEMORY
+from stableopt.curvature.problem import Problem
+
+__all__ = ["DualCurvature", "Modes", "count_outputs", "largest_block", "project"]
+
+_COPIES = 3
+"""Tensors of a row's size that are alive at once while a chunk of rows is made."""
+
+
+@dataclass(frozen=True)
+class Modes:
+    r"""The mean curvature's eigenvalues, and the samples' curvature in its eigenbasis.
+
+    :math:`\frac1n\sum_i F_i^\top F_i = \mathrm{diag}(\text{eigenvalues})`, all in double precision.
+
+    Attributes:
+        eigenvalues: of the mean, positive and ascending, ``(r,)``.
+        factors: :math:`F_i`, ``(n, C, r)``; sample i's matrix is :math:`F_i^\top F_i`.
+    """
+
+    eigenvalues: Tensor
+    factors: Tensor
+
+    @classmethod
+    def of_factors(cls, factors: Tensor) -> Modes:
+        r"""Return the modes of samples with the matrices :math:`A_i^\top A_i`, for A ``(n, C, d)``.
+
+        >>> Modes.of_factors(torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])).eigenvalues.round()
+        tensor([1., 1.], dtype=torch.float64)
+        """
+        n, outputs, d = factors.shape
+        if d > n * outputs:
+            return DualCurvature.of_factors(factors).modes
+        rows = factors.double().flatten(0, 1)
+        values, vectors = _positive_part(rows.T @ rows / n)
+        return cls(values, (rows @ vectors).view(n, outputs, -1))
+
+
+@dataclass(frozen=True)
+class DualCurvature:
+    r"""The Gram matrix :math:`K = \hat J\hat J^\top` of all samples' Gauss–Newton rows.
+
+    Off interpolation the Gauss–Newton matrix is not the Hessian: sharpness differs by at most the
+    mean, non-uniformity by at most the root mean square, of :math:`\|H_i - G_i\|`, which the residuals
+    bound. See :class:`~stableopt.curvature.GaussNewton` for the products without K.
+
+    Attributes:
+        gram: K ``(nC, nC)`` in double precision; C consecutive rows a sample.
+        num_samples: n.
+
+    Raises:
+        ValueError: for a matrix that is not square, or whose rows are not a multiple of n.
+        NonFiniteError: for a matrix with an infinity or a NaN.
+
+    >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])     # C = 1: H_i = J_i J_i^T
+    >>> dual = DualCurvature(rows @ rows.T, num_samples=3)
+    >>> round(dual.sharpness, 6), round(dual.non_uniformity**2, 6)
+    (1.0, 0.888889)
+    """
+
+    gram: Tensor
+    num_samples: int
+
+    def __post_init__(self) -> None:
+        n, shape = whole("num_samples", self.num_samples), tuple(self.gram.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] % n or not shape[0]:
+            raise ValueError(f"gram has shape {shape}: expected (nC, nC) with n = {n} samples")
+        gram = self.gram.detach().double()
+        if not bool(torch.isfinite(gram).all()):
+            raise NonFiniteError("the Gram matrix of the output Jacobians is not finite")
+        object.__setattr__(self, "gram", (gram + gram.T) / 2)
+
+    @classmethod
+    def of(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
+        """Compute K at the problem's present parameters, in its coordinates.
+
+        Weight decay, which adds the same matrix to every sample's, is left to the update rule.
+
+        Args:
+            problem: made of ``(model, loss_fn, data)``.
+            memory: bytes that rows may take beside K. What does not fit is cut into chunks of
+                samples, and each pair of chunks computed anew. Fully connected networks need none.
+
+        Raises:
+            ValueError: for a problem from a batch loss, a loss that is not convex in the outputs.
+            TypeError: for a model that does not return one tensor with a row for each sample.
+
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
+        >>> DualCurvature.of(Problem(model, torch.nn.MSELoss(), (x, y))).gram.round()    # L_i = 2
+        tensor([[2., 0.],
+                [0., 8.]], dtype=torch.float64)
+        """
+        check_outputs(problem)
+        theta, outputs = problem.theta(), count_outputs(problem)
+        with problem.evaluation():
+            layers = fully_connected(problem, theta)
+            found = None if layers is None else gram_of_layers(problem, theta, layers)
+        if found is not None:
+            return cls(found, problem.num_samples)
+        at_once = _at_once(problem, memory)
+        total = problem.num_samples * outputs
+        gram = torch.zeros(total, total, dtype=torch.float64, device=problem.device)
+        with problem.evaluation():
+            start = 0
+            for batch, size in problem.chunks(at_once):
+                rows = sample_rows(problem, theta, batch, size)
+                here = slice(start, start + rows[0].shape[0] * rows[0].shape[1])
+                _check_rows(rows, outputs)
+                gram[here, here] = _products(rows, rows)
+                before = 0
+                for other_batch, other_size in problem.chunks(at_once):
+                    if before >= start:
+                        break
+                    other = sample_rows(problem, theta, other_batch, other_size)
+                    there = slice(before, before + other_size * outputs)
+                    gram[here, there] = _products(rows, other)
+                    gram[there, here] = gram[here, there].T
+                    before = there.stop
+                start = here.stop
+        return cls(gram, problem.num_samples)
+
+    @classmethod
+    def of_factors(cls, factors: Tensor) -> DualCurvature:
+        r"""Return K of samples with the matrices :math:`A_i^\top A_i`, for A ``(n, C, d)``."""
+        rows = factors.double().flatten(0, 1)
+        return cls(rows @ rows.T, factors.shape[0])
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs C of a sample."""
+        return int(self.gram.shape[0] // self.num_samples)
+
+    @property
+    def blocks(self) -> Tensor:
+        r"""The samples' own Gram matrices :math:`\hat J_i\hat J_i^\top`, ``(n, C, C)``."""
+        n, outputs = self.num_samples, self.num_outputs
+        tiled = self.gram.view(n, outputs, n, outputs)
+        return torch.stack([tiled[i, :, i] for i in range(n)])
+
+    @cached_property
+    def modes(self) -> Modes:
+        r"""Eigenvalues of the mean and the samples' factors: :math:`F = \sqrt n\,U\Lambda^{1/2}`."""
+        values, vectors = _positive_part(self.gram / self.num_samples)
+        factors = vectors * (self.num_samples * values).sqrt()
+        return Modes(values, factors.view(self.num_samples, self.num_outputs, -1))
+
+    @property
+    def sharpness(self) -> float:
+        r"""The largest eigenvalue of the mean, :math:`\lambda_{\max}(K)/n`."""
+        values = self.modes.eigenvalues
+        return float(values[-1]) if len(values) else 0.0
+
+    @cached_property
+    def non_uniformity(self) -> float:
+        r"""The root of the largest eigenvalue of :math:`\Sigma = \frac1n\sum_i G_i^2 - G^2`.
+
+        :math:`s^2 = \lambda_{\max}(\frac1n F^\top (K_d - K/n) F)`, :math:`K_d` the block diagonal.
+        """
+        values, factors = self.modes.eigenvalues, self.modes.factors
+        if not len(values):
+            return 0.0
+        rows = factors.flatten(0, 1)
+        own = (self.blocks @ factors).flatten(0, 1)
+        covariance = rows.T @ own / self.num_samples - torch.diag(values**2)
+        largest = torch.linalg.eigvalsh((covariance + covariance.T) / 2)[-1]
+        return float(largest.clamp(min=0).sqrt())
+
+
+def project(problem: Problem, basis: Tensor) -> Modes:
+    """Return the modes of the curvature restricted to the orthonormal columns of ``basis`` ``(d, k)``.
+
+    Raises:
+        ValueError, TypeError: as :meth:`DualCurvature.of`.
+    """
+    theta = problem.theta()
+    with problem.evaluation():
+        parts = [
+            pushed_rows(problem, theta, batch, size, basis) for batch, size in problem.chunks()
+        ]
+    return Modes.of_factors(torch.cat(parts))
+
+
+def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
+    """Return the largest eigenvalue of any one sample's Gauss–Newton matrix.
+
+    Raises:
+        ValueError, TypeError: as :meth:`DualCurvature.of`.
+    """
+    theta, largest = problem.theta(), 0.0
+    with problem.evaluation():
+        for batch, size in problem.chunks(_at_once(problem, memory)):
+            rows = sample_rows(problem, theta, batch, size)
+            blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
+            largest = max(largest, float(torch.linalg.eigvalsh(blocks)[:, -1].max()))
+    return largest
+
+
+def _at_once(problem: Problem, memory: int) -> int:
+    """Return how many samples' rows fit twice, since two chunks of them are there at once."""
+    each = _COPIES * count_outputs(problem) * problem.num_params * problem.dtype.itemsize
+    return max(1, int(memory / (2 * each)))
+
+
+def count_outputs(problem: Problem) -> int:
+    """Return the number C of outputs of one sample.
+
+    Raises:
+        ValueError: for a problem from a batch loss.
+        TypeError: for a model that does not return one tensor with a row for each sample.
+    """
+    check_outputs(problem)
+    with problem.evaluation(), torch.no_grad():
+        batch, size = next(problem.chunks(1))
+        found: Any = problem.outputs(problem.theta(), batch)
+    if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != size:
+        raise TypeError(
+            f"the model returned {type(found).__name__}: the Gauss–Newton matrix needs one output"
+            " tensor with a row for each sample"
+        )
+    return found[0].numel()
+
+
+def _check_rows(rows: list[Tensor], outputs: int) -> None:
+    if rows[0].shape[1] != outputs:
+        raise ValueError(
+            f"the model returned {rows[0].shape[1]} outputs for some samples and {outputs} for"
+            " others: expected one number"
+        )
+
+
+def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Return the rows' inner products, summed over the parameters in double precision."""
+    pairs = zip(left, right, strict=True)
+    total = left[0].new_zeros((), dtype=torch.float64)
+    for a, b in pairs:
+        total = total + a.flatten(0, 1).double() @ b.flatten(0, 1).double().T
+    return total
+
+
+def _positive_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenpairs of a positive semi-definite matrix that are not rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
+    kept = values > floor.clamp(min=0)
+    return values[kept], vectors[:, kept]

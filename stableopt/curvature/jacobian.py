@@ -1,0 +1,180 @@
+r"""Rows whose outer products are the per-sample Gauss–Newton matrices.
+
+With :math:`J_i` the Jacobian ``(C, d)`` of the outputs for sample i and :math:`L_i` the second
+derivative of its loss in them, :math:`G_i = J_i^\top L_i J_i = \hat J_i^\top \hat J_i` for
+:math:`\hat J_i = L_i^{1/2} J_i`: C rows a sample. For squared loss :math:`L_i` is a number, for
+cross-entropy :math:`\mathrm{diag}(\pi) - \pi\pi^\top`; here it is whatever autograd finds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.batches import cut, map_tensors
+from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.pull import pull
+
+__all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]
+
+_INDEFINITE = 1e-4
+"""Relative size of a negative eigenvalue of the loss's second derivative that is not rounding."""
+
+
+def check_outputs(problem: Problem) -> None:
+    """Raise ``ValueError`` unless outputs and loss of ``problem`` can be told apart."""
+    if problem.loss_fn is None:
+        raise ValueError(
+            "problem: the Gauss–Newton matrix needs the model's outputs apart from the loss; build it"
+            " as Problem(model, loss_fn, data)"
+        )
+
+
+def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Tensor:
+    r"""Return :math:`L_i^{1/2}` for each sample, ``(n, C, C)``, symmetric and in double precision.
+
+    Raises:
+        ValueError: if the loss is not convex in the outputs.
+        TypeError: for a model that does not return one tensor, or a sample without its row of it.
+    """
+    check_outputs(problem)
+    with torch.no_grad():
+        outputs = _checked(problem.outputs(theta, batch), size)
+
+    def loss(flat: Tensor, sample: Any) -> Tensor:
+        assert problem.loss_fn is not None
+        value: Tensor = problem.loss_fn(flat.view(1, *outputs.shape[1:]), sample[1])
+        return problem.sign * value
+
+    def one(index: Tensor, flat: Tensor) -> Any:
+        # Reverse over reverse: the forward mode of torch's own mse_loss raises.
+        slope = torch.func.grad(loss)
+        return torch.func.jacrev(slope)(flat, _row(batch, index))
+
+    def one_alone(index: int, flat: Tensor) -> Any:
+        at = flat.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(
+            loss(at, cut(batch, index, index + 1)), at, create_graph=True
+        )
+        rows = [pull([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
+        return torch.stack([torch.zeros_like(at) if row is None else row for row in rows])
+
+    second = _over_samples(one, one_alone, size, outputs.flatten(1)).double()
+    values, vectors = torch.linalg.eigh((second + second.mT) / 2)
+    if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
+        raise ValueError(
+            f"loss_fn: its second derivative in the outputs has the eigenvalue"
+            f" {float(values.min()):.3g}; expected a loss that is convex in them and is minimised,"
+            " since the mean-square recursion is taken in the Gauss–Newton form"
+        )
+    # The root of a rounding error would be large beside it.
+    floor = values.shape[1] * torch.finfo(outputs.dtype).eps * values[:, -1:]
+    kept = torch.where(values > floor, values, 0.0)
+    roots: Tensor = (vectors * kept.sqrt().unsqueeze(1)) @ vectors.mT
+    return roots
+
+
+def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[Tensor]:
+    r"""Return :math:`\hat J_i` of a chunk, in the problem's coordinates: for each parameter
+    ``(size, C, numel)``.
+
+    To be called inside :meth:`Problem.evaluation`. Memory is that of ``size * C`` gradients.
+
+    Raises:
+        ValueError, TypeError: as :func:`curvature_roots`.
+    """
+    roots = curvature_roots(problem, theta, batch, size)
+
+    def outputs(at: Theta, sample: Any) -> Tensor:
+        found: Tensor = problem.outputs(at, sample)
+        return found.flatten()
+
+    def one(index: Tensor, root: Tensor) -> list[Tensor]:
+        sample = _row(batch, index)
+        # Not taken apart at once: vjp's type allows for an auxiliary output as well.
+        passes = torch.func.vjp(lambda at: outputs(at, sample), theta)
+        (gradients,) = torch.vmap(passes[1])(root.to(passes[0]))
+        return list(gradients)
+
+    def one_alone(index: int, root: Tensor) -> list[Tensor]:
+        found = outputs(theta, cut(batch, index, index + 1))
+        rows = [
+            torch.autograd.grad(
+                found, theta, row, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for row in root.to(found)
+        ]
+        return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+    found = _over_samples(one, one_alone, size, roots)
+    scaled = zip(found, problem.scale, strict=True)
+    return [(part.detach() * factor).reshape(*part.shape[:2], -1) for part, factor in scaled]
+
+
+def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Tensor) -> Tensor:
+    r"""Return :math:`\hat J_i Q` ``(size, C, k)`` in double precision, for ``basis`` Q ``(d, k)``.
+
+    By one derivative along each column: memory does not grow with d beyond the basis itself.
+
+    Raises:
+        ValueError, TypeError: as :func:`curvature_roots`.
+    """
+    roots = curvature_roots(problem, theta, batch, size)
+    outputs = _checked(problem.outputs(theta, batch), size)
+    # J^T u is linear in u: its gradient along a tangent v is J v, by reverse mode alone.
+    dummy = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(
+        outputs, theta, dummy, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    columns = []
+    for vector in basis.unbind(1):
+        (pushed,) = torch.autograd.grad(
+            pulled, dummy, problem.unflatten(vector), retain_graph=True, materialize_grads=True
+        )
+        columns.append(pushed.flatten(1).double())
+    return roots @ torch.stack(columns, dim=2)
+
+
+def _row(batch: Any, index: Tensor) -> Any:
+    row = index.unsqueeze(0)
+    return map_tensors(lambda t: t.index_select(0, row) if t.dim() else t, batch)
+
+
+def _over_samples(
+    one: Callable[[Tensor, Tensor], Any],
+    one_alone: Callable[[int, Tensor], Any],
+    size: int,
+    given: Tensor,
+) -> Any:
+    """Return ``one`` of every sample, stacked: at once, or one by one where vmap cannot follow."""
+    rows = torch.arange(size, device=given.device)
+    with warnings.catch_warnings():
+        # Advice to file an issue with torch is nothing that the user of a measurement can follow.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            return torch.vmap(one, randomness="same")(rows, given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            found = [one_alone(index, part) for index, part in enumerate(given)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found)
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+def _checked(outputs: Any, size: int) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"the model returned {type(outputs).__name__}: the Gauss–Newton matrix needs one output"
+            " tensor"
+        )
+    if outputs.dim() == 0 or outputs.shape[0] != size:
+        raise TypeError(
+            f"the model returned shape {tuple(outputs.shape)} for {size} samples: expected their"
+            " number in the first dimension"
+        )
+    return outputs

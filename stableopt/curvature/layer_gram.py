@@ -1,0 +1,123 @@
+r"""The Gram matrix of the outputs' Jacobians of a fully connected network, without the Jacobians.
+
+In a layer z = W a + b, output c's gradient for sample i is :math:`\delta_{ic} a_i^\top`, with
+:math:`\delta_{ic}` its gradient in z. So the layer's part of the Gram matrix is the product, entry by
+entry, of two small ones, :math:`(a_i^\top a_j + 1)\,(\delta_{ic}^\top\delta_{jc'})`. It takes C
+backward passes over all samples at once, and no array of the size of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature.jacobian import curvature_roots, sample_rows
+from stableopt.curvature.layers import Layer, plan
+from stableopt.curvature.problem import Problem, Theta
+
+__all__ = ["fully_connected", "gram_of_layers"]
+
+_TRIED = 3
+
+_AGREES = 1e-3
+"""Relative difference up to which two ways of one Gram matrix agree: rounding in single precision is
+below it, and a structure that does not hold, by the size of the part it leaves out, above."""
+
+
+class _Pass(NamedTuple):
+    """For each layer, inputs ``(n, in)`` and slopes ``(n, C, out)``, in double precision."""
+
+    inputs: list[Tensor]
+    slopes: list[Tensor]
+
+
+def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
+    """Return the layers that hold all of the problem's parameters, or ``None`` if it is otherwise.
+
+    Tried on three samples against the rows themselves. To be called inside
+    :meth:`Problem.evaluation`.
+    """
+    found = plan(problem)
+    plain = all(isinstance(factor, float) for factor in problem.scale)
+    if found is None or not plain or found.expanded:
+        return None
+    layers = found.layers
+    if any(type(layer.module) is not nn.Linear or layer.kind is None for layer in layers):
+        return None
+    batch, size = next(problem.chunks(_TRIED))
+    passes = _passes(problem, theta, layers, batch, size)
+    if passes is None:
+        return None
+    rows = torch.cat(sample_rows(problem, theta, batch, size), dim=2).flatten(0, 1).double()
+    expected = rows @ rows.T
+    difference = (_gram(problem, layers, [passes]) - expected).norm()
+    return layers if bool(difference <= _AGREES * expected.norm()) else None
+
+
+def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tensor | None:
+    """Return the Gram matrix ``(nC, nC)``, or ``None`` where a layer was called in another way.
+
+    To be called inside :meth:`Problem.evaluation`.
+    """
+    found = []
+    for batch, size in problem.chunks():
+        passes = _passes(problem, theta, layers, batch, size)
+        if passes is None:
+            return None
+        found.append(passes)
+    return _gram(problem, layers, found)
+
+
+def _passes(
+    problem: Problem, theta: Theta, layers: list[Layer], batch: Any, size: int
+) -> _Pass | None:
+    inputs: list[list[Tensor]] = [[] for _ in layers]
+    outputs: list[list[Tensor]] = [[] for _ in layers]
+
+    def hook(number: int) -> Callable[..., None]:
+        def take(module: nn.Module, args: Any, output: Tensor) -> None:
+            inputs[number].append(args[0])
+            outputs[number].append(output)
+
+        return take
+
+    with ExitStack() as hooks:
+        for number, layer in enumerate(layers):
+            handle = layer.module.register_forward_hook(hook(number))
+            hooks.callback(handle.remove)
+        result = problem.outputs(theta, batch)
+    if not isinstance(result, Tensor) or any(len(uses) != 1 for uses in inputs):
+        return None
+    given = [uses[0] for uses in inputs]
+    if any(a.dim() != 2 or a.shape[0] != size for a in given):
+        return None
+    roots = curvature_roots(problem, theta, batch, size)
+    heads = [uses[0] for uses in outputs]
+    # Samples do not see each other, so one pass from a sum over them has the slopes of each.
+    columns = [
+        torch.autograd.grad(
+            column.sum(), heads, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for column in result.reshape(size, -1).unbind(1)
+    ]
+    slopes = [roots @ torch.stack(parts, dim=1).double() for parts in zip(*columns, strict=True)]
+    return _Pass([a.detach().double() for a in given], slopes)
+
+
+def _gram(problem: Problem, layers: list[Layer], passes: list[_Pass]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=problem.device)
+    for number, layer in enumerate(layers):
+        inputs = torch.cat([one.inputs[number] for one in passes])
+        slopes = torch.cat([one.slopes[number] for one in passes])
+        n, outputs, _ = slopes.shape
+        squares = {name: float(problem.scale[i]) ** 2 for name, i in layer.indices.items()}
+        overlaps = squares.get("weight", 0.0) * (inputs @ inputs.T) + squares.get("bias", 0.0)
+        rows = slopes.flatten(0, 1)
+        part = (rows @ rows.T).view(n, outputs, n, outputs)
+        part *= overlaps.view(n, 1, n, 1)
+        total = total + part.view(n * outputs, n * outputs)
+    return total

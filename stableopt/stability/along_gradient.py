@@ -1,0 +1,134 @@
+"""Sharpness as the batches of a step see it, along their own gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt._arguments import whole
+from stableopt.curvature import NonFiniteError, Problem
+from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.problem import Theta
+from stableopt.curvature.pull import pull
+
+__all__ = ["BatchSharpness", "batch_sharpness"]
+
+NUM_BATCHES = 64
+"""Batches that are averaged where nobody chose."""
+
+
+@dataclass(frozen=True)
+class BatchSharpness:
+    """An average over batches.
+
+    Attributes:
+        value: the batch sharpness; ``None`` where all gradients are zero.
+        standard_error: of ``value``, as far as the batches' spread shows it; 0 for a single batch.
+        batches: how many were averaged.
+    """
+
+    value: float | None
+    standard_error: float
+    batches: int
+
+
+def batch_sharpness(
+    problem: Problem, batch_size: int, *, num_batches: int = NUM_BATCHES, seed: int = 0
+) -> BatchSharpness:
+    r"""Return :math:`E[g_B^\top H_B g_B]/E\|g_B\|^2`, over batches B drawn without replacement.
+
+    A step of plain SGD along :math:`-g_B` lowers its own batch's quadratic model as long as this is
+    below :math:`2/\eta`, where runs at the edge of stability settle (Andreyev & Beneventano, *Edge of
+    stochastic stability*, 2024). Near a minimum with H_i of rank one it relates to mean-square
+    stability; for the full batch it is the sharpness along the gradient.
+
+    Args:
+        problem: the problem; weight decay is no part of it here.
+        batch_size: samples in a batch, at most the problem's.
+        num_batches: the most batches to average. They are cut from random orders of the samples, one
+            order after the other; with ``batch_size`` 1 and no more samples than batches, and for the
+            full batch, one order is all that there is to average.
+        seed: of the orders, by a generator of their own.
+
+    Numerator and denominator are averaged apart: a mean of ratios would be of another thing. It costs
+    one Hessian product, of the batch's samples alone, for each batch.
+
+    Raises:
+        ValueError: for a batch size above the problem's number of samples, or arguments out of range.
+        NonFiniteError: if a gradient or a product is not finite.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()     # f_i = x_i^2 w^2, H_i = 2 and 8
+    >>> x = torch.tensor([[1.0], [2.0]]).double()
+    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+    >>> round(batch_sharpness(problem, 1).value, 6)             # (2^3 + 8^3) / (2^2 + 8^2)
+    7.647059
+    """
+    batch_size, n = whole("batch_size", batch_size), problem.num_samples
+    if batch_size > n:
+        raise ValueError(
+            f"batch_size={batch_size} is above the {n} samples of the problem, of which batches are"
+            " drawn"
+        )
+    theta, terms = problem.theta(), []
+    generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
+    with problem.evaluation():
+        chunks = list(problem.chunks())
+        for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
+            terms.append(_along_gradient(problem, theta, list(_parts(chunks, rows)), batch_size))
+    bent, squares = torch.tensor(terms, dtype=torch.float64).T
+    if not bool(torch.isfinite(bent + squares).all()):
+        raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
+    count, mean = len(terms), float(squares.mean())
+    if mean == 0:
+        return BatchSharpness(None, 0.0, count)
+    value = float(bent.mean()) / mean
+    spread = float((bent - value * squares).std()) if count > 1 else 0.0
+    return BatchSharpness(value, spread / mean / math.sqrt(count), count)
+
+
+def _orders(n: int, batch_size: int, most: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the rows of each batch, sorted."""
+    each = n // batch_size
+    whole_orders = each * batch_size == n and (batch_size in (1, n)) and each <= most
+    left = each if whole_orders else most
+    while left > 0:
+        order = torch.randperm(n, generator=generator)
+        for number in range(min(each, left)):
+            yield order[number * batch_size : (number + 1) * batch_size].sort().values
+        left -= each
+
+
+def _parts(chunks: list[tuple[Any, int]], rows: Tensor) -> Iterator[tuple[Any, int]]:
+    """Yield the samples ``rows`` chunk by chunk, as ``(batch, size)``."""
+    start = 0
+    for batch, size in chunks:
+        inside = rows[(rows >= start) & (rows < start + size)] - start
+        if len(inside):
+            yield _take(batch, inside), len(inside)
+        start += size
+
+
+def _take(batch: Any, rows: Tensor) -> Any:
+    return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() else t, batch)
+
+
+def _along_gradient(
+    problem: Problem, theta: Theta, parts: list[tuple[Any, int]], total: int
+) -> tuple[float, float]:
+    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch."""
+    gradient = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+    for batch, size in parts:
+        loss = problem.loss(theta, batch) * (size / total)
+        gradient += problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
+    tangent, bent = problem.unflatten(gradient), torch.zeros_like(gradient)
+    for batch, size in parts:
+        loss = problem.loss(theta, batch) * (size / total)
+        slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
+        bent += problem.flatten(pull(slopes, theta, tangent))
+    gradient = gradient.double()
+    return float(gradient @ bent.double()), float(gradient @ gradient)

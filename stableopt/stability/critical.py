@@ -1,0 +1,315 @@
+r"""The largest learning rate, and the smallest batch, with which SGD can stay at a minimum.
+
+Exact linear stability in mean square, in any number of dimensions, where Theorem 1 of Wu, Ma & E
+(2018) is sufficient only: the criterion of Mulayoff & Michaeli (*Exact mean square linear stability
+analysis for SGD*, COLT 2024), here for every form of ``torch.optim.SGD``. Three examples::
+
+    critical_lr(problem, batch_size=4).value
+    critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
+    critical_batch_size(problem, lr=0.1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from stableopt._arguments import positive, whole
+from stableopt.curvature import Hessian, Problem, top_eigenpair
+from stableopt.curvature.dual import DualCurvature
+from stableopt.stability.crossing import Crossing, Family, first_crossing
+from stableopt.stability.limits import max_sharpness, noise_factor
+from stableopt.stability.sample_curvature import SampleCurvature
+from stableopt.stability.second_moments import Step
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
+
+MAX_ROWS = 2048
+"""Rows nC up to which all directions count: some twenty products of 4 (nC)^3 operations."""
+
+_ON_THE_EDGE = 1e-6
+"""Relative room for rounding when a batch size is said to allow a learning rate."""
+
+
+@dataclass(frozen=True)
+class CriticalLR:
+    r"""The largest learning rate at which a minimum is linearly stable in mean square.
+
+    Attributes:
+        value: :math:`\eta^*`; above it some second moment grows. From above: a search that did not
+            converge has one that is too large. Infinity where no sample curves.
+        lower: a learning rate up to which all second moments certainly stay bounded.
+        theorem1: the largest that condition (8) of Wu, Ma & E allows, which is sufficient; ``None``
+            with momentum, of which it does not speak, and where not all directions were looked at.
+        full_batch: the largest without noise, :math:`2/(a+\lambda)` for plain SGD.
+        sharpness: :math:`\lambda_{\max}` of the Gauss–Newton matrix, of which all this is.
+        hessian_sharpness: the same of the Hessian, or ``None`` if not measured. The two agree where
+            every sample is fitted; where they do not, :math:`\eta^*` is not that of the loss.
+        exact: whether all directions were looked at. If not, ``value`` is an upper bound.
+        converged: whether the search reached its tolerance.
+        residual: of its last eigen-solve, relative to the eigenvalue.
+        products: eigen-solver's products.
+
+    >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    >>> found = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
+    >>> round(found.value, 5), round(found.theorem1, 5), round(found.full_batch, 5)
+    (1.10102, 1.0, 2.0)
+    """
+
+    value: float
+    lower: float
+    theorem1: float | None
+    full_batch: float
+    sharpness: float
+    hessian_sharpness: float | None
+    exact: bool
+    converged: bool
+    residual: float
+    products: int
+
+    @property
+    def bracket(self) -> tuple[float, float]:
+        """Learning rates of which the first is stable, and above the second all unstable."""
+        return self.lower, self.value
+
+
+def critical_lr(
+    problem: Problem | DualCurvature,
+    batch_size: int | None,
+    *,
+    update_rule: UpdateRule | None = None,
+    dataset_size: int | None = None,
+    max_rows: int = MAX_ROWS,
+    directions: int = 32,
+    with_hessian: bool = True,
+    tol: float = 1e-4,
+    max_iter: int = 200,
+    seed: int = 0,
+) -> CriticalLR:
+    r"""Return the largest learning rate at which SGD can stay: :math:`\eta^*`.
+
+    At :math:`\eta^*` the largest eigenvalue of the second moments' recursion is 1; for plain SGD
+
+    .. math:: E[(I-\eta H_B)X(I-\eta H_B)] = X - \eta(HX+XH) + \eta^2(1-p)HXH
+        + \tfrac{\eta^2p}{n}\sum_i H_iXH_i,
+
+    and with momentum that of the pair (weight, buffer). It never falls as B grows. Everything is in
+    the **Gauss–Newton form** :math:`H_i = J_i^\top L_iJ_i`, which is the Hessian where all samples are
+    fitted: early in training, compare ``sharpness`` with ``hessian_sharpness`` of the result. Coupled
+    weight decay adds :math:`\lambda` to every curvature.
+
+    Args:
+        problem: of ``(model, loss_fn, data)``, in the rule's coordinates; or its
+            :class:`~stableopt.curvature.DualCurvature`.
+        batch_size: samples B in a step, drawn without replacement; ``None`` for the full batch.
+        update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is not looked
+            at. Plain SGD by default.
+        dataset_size: samples to draw from, where the problem's are only a part of them.
+        max_rows: rows nC up to which all directions count. Beyond, only the leading ones of the mean
+            curvature and, without momentum, of the samples' differences; ``exact`` is then false and
+            ``value`` an upper bound (with momentum, up to the accuracy of these directions).
+        directions: how many of each.
+        with_hessian: whether to measure ``hessian_sharpness`` for comparison.
+        tol: the largest residual at the crossing, relative to the eigenvalue; the error of the
+            result is about its square.
+        max_iter: the largest number of products.
+        seed: of the eigen-solver.
+
+    Raises:
+        ValueError: for arguments out of range; for a loss that is not convex in the outputs; for weight
+            decay that differs between directions, with which the modes are no longer those of H.
+        TypeError: for a model that does not return one tensor.
+        NonFiniteError: if the curvature is not finite.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()    # H_i = 2 and 8: 2 a / (a^2 + s^2)
+    >>> x = torch.tensor([[1.0], [2.0]]).double()
+    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+    >>> round(critical_lr(problem, batch_size=1).value, 6)
+    0.294118
+    """
+    step = _step(problem, update_rule)
+    tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
+    full_batch = batch_size is None or (update_rule is not None and update_rule.full_batch)
+    size = _dataset_size(problem, dataset_size)
+    noise = 0.0 if full_batch or batch_size is None else noise_factor(batch_size, size)
+    curvature = SampleCurvature.of(
+        problem,
+        max_rows=whole("max_rows", max_rows),
+        directions=whole("directions", directions),
+        differences=step.plain,
+        seed=seed,
+    )
+    hessian_sharpness = None
+    if with_hessian and isinstance(problem, Problem):
+        without_decay = problem.without_weight_decay()
+        hessian_sharpness = top_eigenpair(Hessian(without_decay), tol=1e-2, seed=seed).value
+    edge = step.edge(curvature.sharpness)
+    theorem1 = curvature.theorem1_lr(noise, step) if step.plain and curvature.exact else None
+    found = Crossing(edge, edge, 0.0, 0, converged=True)
+    if noise > 0 and curvature.sharpness > 0:
+        family = Family(
+            curvature.modes,
+            lambda lr, h, other: step.weights(h, other, lr) + noise * h * other,
+            lambda lr: noise,
+            edge,
+        )
+        found = first_crossing(family, tol=tol, max_iter=max_iter, seed=seed)
+    certain = found.lower if curvature.exact else curvature.stable_lr(noise, step)
+    return CriticalLR(
+        value=found.value,
+        lower=min(max(certain, theorem1 or 0.0), found.value),
+        theorem1=theorem1,
+        full_batch=edge,
+        sharpness=curvature.sharpness,
+        hessian_sharpness=hessian_sharpness,
+        exact=curvature.exact,
+        converged=found.converged,
+        residual=found.residual,
+        products=found.products,
+    )
+
+
+def critical_batch_size(
+    problem: Problem | DualCurvature,
+    lr: float,
+    *,
+    update_rule: UpdateRule | None = None,
+    dataset_size: int | None = None,
+    max_rows: int = MAX_ROWS,
+    directions: int = 32,
+    tol: float = 1e-4,
+    max_iter: int = 200,
+    seed: int = 0,
+) -> int | None:
+    r"""Return the smallest batch size with which SGD can stay at the learning rate ``lr``.
+
+    The smallest B whose :func:`critical_lr` is at least ``lr``, which never falls as B grows. It takes
+    one search: for the largest noise p that is stable at ``lr``, of which
+    :math:`B = \lceil n/(1+p(n-1))\rceil`.
+
+    Args:
+        problem: as for :func:`critical_lr`, and so are all that follow after ``lr``.
+        lr: the learning rate; that of ``update_rule`` is not looked at.
+        update_rule: the rule.
+        dataset_size: samples n to draw from.
+        max_rows: rows nC up to which all directions count.
+        directions: how many do beyond that.
+        tol: the largest relative residual.
+        max_iter: the largest number of products.
+        seed: of the eigen-solver.
+
+    Returns:
+        From 1 to n; ``None`` if even the full batch is unstable. Where not all directions count, a
+        lower bound of it.
+
+    Raises:
+        ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.
+
+    >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    >>> dual = DualCurvature(rows @ rows.T, 3)
+    >>> [critical_batch_size(dual, lr) for lr in (1.1, 1.2, 1.9, 2.1)]
+    [1, 2, 3, None]
+    """
+    lr, step = positive("lr", lr), _step(problem, update_rule)
+    tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
+    size = _dataset_size(problem, dataset_size)
+    curvature = SampleCurvature.of(
+        problem,
+        max_rows=whole("max_rows", max_rows),
+        directions=whole("directions", directions),
+        differences=step.plain,
+        seed=seed,
+    )
+    edge = step.edge(curvature.sharpness)
+    if lr > edge * (1 + _ON_THE_EDGE):
+        return None
+    if lr >= edge * (1 - _ON_THE_EDGE):
+        return size
+    if curvature.sharpness == 0:
+        return 1
+    family = Family(
+        curvature.modes,
+        lambda noise, h, other: step.weights(h, other, lr) + noise * h * other,
+        lambda noise: noise,
+        1.0,
+    )
+    largest = first_crossing(family, tol=tol, max_iter=max_iter, seed=seed).value
+    smallest = size / (1 + largest * (size - 1))
+    return min(max(math.ceil(smallest * (1 - _ON_THE_EDGE)), 1), size)
+
+
+def _seed(seed: int) -> int:
+    return whole("seed", seed, least=0)
+
+
+def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) -> int:
+    given = problem.num_samples
+    if dataset_size is None:
+        return given
+    size = whole("dataset_size", dataset_size)
+    if size < given:
+        raise ValueError(f"dataset_size={size}: expected at least the {given} samples given")
+    return size
+
+
+def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Step:
+    """Return the rule's coefficients, with weight decay that the problem's coordinates carry."""
+    rule = UpdateRule(lr=1.0) if rule is None else rule
+    if not isinstance(rule, UpdateRule):
+        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
+    # A preconditioned rule's decay is in the problem's coordinates already.
+    decay = 0.0 if rule.preconditioned else rule.weight_decay
+    step = Step(rule.momentum, rule.dampening, rule.nesterov, decay)
+    expected = max_sharpness(
+        1.0, momentum=step.momentum, dampening=step.dampening, nesterov=step.nesterov
+    )
+    if rule.lr > 0:
+        found = (rule.max_sharpness + decay) * rule.lr
+        if not math.isclose(found, expected, rel_tol=1e-6):
+            raise ValueError(
+                f"update_rule={rule}: expected the step of torch.optim.SGD, whose second moments are"
+                " known"
+            )
+    if not isinstance(problem, Problem):
+        return step
+    if rule.maximize != (problem.sign < 0):
+        raise ValueError(
+            f"update_rule has maximize={rule.maximize}, but problem has sign={problem.sign}; pass"
+            " problem.transformed(sign=...)"
+        )
+    plain = all(isinstance(factor, float) and factor == 1.0 for factor in problem.scale)
+    p = rule.preconditioner
+    if p is not None and (plain or not p.diagonal or rule.unknown is not None):
+        raise ValueError(
+            f"update_rule has the preconditioner {p}: expected a diagonal one that is known, and"
+            " problem.transformed(scale=) by its roots, in whose coordinates it is one rate for all"
+        )
+    undecayed = any(rule.group_weight_decays) and not any(problem.weight_decay)
+    if (rule.group_lrs and plain) or undecayed:
+        raise ValueError(
+            "update_rule has several groups: expected problem.transformed(scale=, weight_decay=), in"
+            " whose coordinates it is one learning rate for all"
+        )
+    return step.with_decay(_shared_decay(problem))
+
+
+def _shared_decay(problem: Problem) -> float:
+    """Return the number that the problem's weight decay adds to every curvature."""
+    if not any(problem.weight_decay):
+        return 0.0
+    added = [
+        decay * torch.as_tensor(factor, dtype=torch.float64) ** 2
+        for decay, factor in zip(problem.weight_decay, problem.scale, strict=True)
+    ]
+    least = min(float(part.min()) for part in added)
+    most = max(float(part.max()) for part in added)
+    if most - least > 1e-9 * abs(most):
+        raise ValueError(
+            f"weight decay adds from {least:.6g} to {most:.6g} to the curvature of different"
+            " parameters: expected one number for all, since otherwise the modes of the second moments"
+            " are not those of H"
+        )
+    return most

@@ -1,0 +1,109 @@
+"""The samples' curvature as mean-square stability needs it: all directions, or the leading ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stableopt.curvature import GaussNewton, NonUniformity, Problem
+from stableopt.curvature.dual import DualCurvature, Modes, count_outputs, largest_block, project
+from stableopt.curvature.leading import leading_eigenpairs
+from stableopt.stability.crossing import root
+from stableopt.stability.second_moments import Step, gather
+
+__all__ = ["SampleCurvature"]
+
+_GRID = 256
+"""Curvatures at which a smooth function of the curvature is looked at for its largest value."""
+
+
+@dataclass(frozen=True)
+class SampleCurvature:
+    """Modes of the mean curvature, and bounds where they are not all.
+
+    Attributes:
+        modes: of the mean, with every sample's factors.
+        sharpness: the largest eigenvalue of the mean; of leading modes, an upper bound within their
+            residual.
+        exact: whether the modes are all that there are.
+        largest_sample: where they are not, the largest eigenvalue of any sample's own matrix.
+    """
+
+    modes: Modes
+    sharpness: float
+    exact: bool
+    largest_sample: float
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem | DualCurvature,
+        *,
+        max_rows: int,
+        directions: int,
+        differences: bool,
+        seed: int,
+    ) -> SampleCurvature:
+        """Return all modes of a problem of at most ``max_rows`` rows nC, else its leading ones.
+
+        Those are ``directions`` eigenvectors of the mean, and as many of the differences between the
+        samples if ``differences`` ask for them.
+        """
+        if isinstance(problem, Problem):
+            problem = problem.without_weight_decay()
+            if problem.num_samples * count_outputs(problem) > max_rows:
+                return cls._leading(problem, directions, differences, seed)
+            problem = DualCurvature.of(problem)
+        return cls(problem.modes, problem.sharpness, True, float("nan"))
+
+    @classmethod
+    def _leading(
+        cls, problem: Problem, directions: int, differences: bool, seed: int
+    ) -> SampleCurvature:
+        mean = leading_eigenpairs(GaussNewton(problem), directions, seed=seed)
+        basis = mean.vectors
+        if differences:
+            more = leading_eigenpairs(NonUniformity(problem), directions, seed=seed + 1)
+            basis = torch.cat([basis, more.vectors], dim=1)
+        # Twice: what is left of nearly dependent columns is orthogonal only then.
+        basis = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
+        top = float(mean.values[0] + mean.residuals[0])
+        return cls(project(problem, basis), top, False, largest_block(problem))
+
+    def theorem1_lr(self, noise: float, step: Step) -> float:
+        r"""Return the largest learning rate that condition (8) allows.
+
+        :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, with weight decay
+        :math:`H+\lambda I` for H.
+        """
+        h, factors = self.modes.eigenvalues, self.modes.factors
+        if not len(h):
+            return step.edge(0.0)
+        n = factors.shape[0]
+        second = gather(factors, (factors @ factors.mT).flatten()) / n
+        decayed = h + step.weight_decay
+        matrix = torch.diag(decayed**2) + noise * (second - torch.diag(h**2))
+        scaled = matrix / (decayed.unsqueeze(1) * decayed).sqrt()
+        top = float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
+        # Directions in which no sample curves are bounded by the decay, which is less.
+        return 2 / top
+
+    def stable_lr(self, noise: float, step: Step) -> float:
+        r"""Return a learning rate that is certainly stable, from the largest curvatures alone.
+
+        The noise gain of S = I is at most :math:`p\,\max_i\lambda_{\max}(H_i)\,\max_h h/V(h,h)`, for h
+        from 0 to the sharpness.
+        """
+        if self.sharpness <= 0:
+            return step.edge(0.0)
+        edge = step.edge(self.sharpness)
+        if noise == 0:
+            return edge
+        h = torch.linspace(0, self.sharpness, _GRID + 1, dtype=torch.float64)[1:]
+
+        def bound(lr: float) -> float:
+            gains = h / (step.weights(h, h, lr) + noise * h**2)
+            return noise * self.largest_sample * float(gains.max())
+
+        return root(bound, edge)

@@ -1,0 +1,173 @@
+r"""The second moments of SGD near a minimum, in the eigenbasis of the mean curvature.
+
+With :math:`X = E[xx^\top]`, and :math:`h_a` the eigenvalues of the mean H, what one step's noise puts
+into X is :math:`p\,(\frac1n\sum_i H_iXH_i - HXH)`. Linear stability is the balance of that and of what
+the update rule's contraction takes out again: mode pair by mode pair, a noise Z in the gradient keeps
+up the second moment :math:`X_{ab} = Z_{ab}/w_{ab}`, so the point is stable exactly if
+
+.. math:: w \circ X - p\,\Bigl(\tfrac1n\sum_i H_iXH_i - HXH\Bigr)
+
+is a positive semi-definite map of symmetric X. :func:`mode_weights` is :math:`w`, the one place that
+knows the update rules. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is
+the criterion of Mulayoff & Michaeli (*Exact mean square linear stability analysis for SGD*, COLT 2024).
+
+Every sample's matrix is :math:`F_i^\top F_i`, with C rows each. The map is positive exactly if the far
+smaller one of :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature import Operator
+from stableopt.curvature.dual import Modes
+from stableopt.stability.limits import max_sharpness
+
+__all__ = ["NoiseGain", "Step", "gather", "mode_weights"]
+
+
+def mode_weights(
+    eigenvalues: Tensor,
+    others: Tensor,
+    lr: float,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+) -> Tensor:
+    r"""Return :math:`w_{ab}`: gradient noise of covariance Z keeps up :math:`Z_{ab}/w_{ab}` in x.
+
+    With :math:`u = \eta h_a`, :math:`v = \eta h_b` for the two modes, and :math:`e = \eta(1-\tau)` in
+    place of :math:`\eta` under dampening:
+
+    - heavy ball, and plain SGD with :math:`\beta = 0`:
+      :math:`\eta^2 w = (1-\beta)\bigl(u + v - \frac{uv}{1+\beta}\bigr)
+      + \frac{\beta(u-v)^2}{1-\beta^2}`;
+    - Nesterov: :math:`\eta^2 w =
+      \frac{(1-\beta^2 q_aq_b)^2 - (1+\beta)^2q_aq_b(1-\beta q_a)(1-\beta q_b)}
+      {((1+\beta)^2+\beta^2)(1-\beta^2q_aq_b) - \beta(1+\beta)^2(q_a+q_b-2\beta q_aq_b)}`,
+      :math:`q = 1 - \eta h`, which is computed without the cancellation at small :math:`\eta h`.
+
+    It is the reciprocal of :math:`\sum_k g_k(a)g_k(b)`, g the mode's response to one unit of noise.
+    Within the modes' own limits it is positive and falls as :math:`\eta` grows.
+
+    >>> h = torch.tensor([1.0, 2.0])
+    >>> mode_weights(h[:, None], h, lr=0.5)                     # (h_a + h_b) / lr - h_a h_b
+    tensor([[3., 4.],
+            [4., 4.]])
+    """
+    beta = momentum
+    scale = lr if nesterov else lr * (1 - dampening if momentum else 1.0)
+    u, v = scale * eigenvalues, scale * others
+    total, product = u + v, u * v
+    if not nesterov:
+        along = (1 - beta) * (total - product / (1 + beta))
+        return (along + beta * (u - v) ** 2 / (1 - beta**2)) / scale**2
+    m = total - product  # 1 - q_a q_b
+    above = (1 - beta**2) * (1 - beta) * total + beta**4 * m**2
+    above += (1 + beta) ** 2 * m * (beta * (1 - beta) * total + beta**2 * product)
+    above -= (1 - beta**4 + (beta + beta**2) ** 2) * product
+    below = 1 - beta**2 + ((1 + beta) ** 2 + beta**2) * beta**2 * m
+    below += beta * (1 + beta) ** 2 * (total - 2 * beta * m)
+    return above / below / scale**2
+
+
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of ``torch.optim.SGD``'s step, the learning rate left open.
+
+    Attributes:
+        momentum: beta.
+        dampening: tau.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: coupled weight decay lambda, which every curvature is raised by.
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is SGD without momentum."""
+        return self.momentum == 0
+
+    def with_decay(self, more: float) -> Step:
+        """Return the step with more weight decay."""
+        return replace(self, weight_decay=self.weight_decay + more)
+
+    def edge(self, sharpness: float) -> float:
+        """Return the largest learning rate that is stable without noise.
+
+        >>> round(Step(momentum=0.9).edge(38.0), 6)
+        0.1
+        """
+        reach = max_sharpness(
+            1.0, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov
+        )
+        curvature = sharpness + self.weight_decay
+        return reach / curvature if curvature > 0 else math.inf
+
+    def weights(self, h: Tensor, other: Tensor, lr: float) -> Tensor:
+        """Return :func:`mode_weights`, weight decay included."""
+        return mode_weights(
+            h + self.weight_decay,
+            other + self.weight_decay,
+            lr,
+            momentum=self.momentum,
+            dampening=self.dampening,
+            nesterov=self.nesterov,
+        )
+
+
+class NoiseGain(Operator):
+    r"""What one round of noise and contraction makes of noise: stable up to a largest eigenvalue of 1.
+
+    .. math:: S \mapsto \Bigl\{\tfrac pn F_i\,[(\textstyle\sum_j F_j^\top S_jF_j)/V]\,F_i^\top\Bigr\}_i,
+        \qquad V_{ab} = w_{ab} + p\,h_ah_b
+
+    on one ``(C, C)`` matrix for each sample, flat; the division is entry by entry. It is symmetric, and
+    takes positive semi-definite S to such. So any S gives a bound on either side: a Rayleigh quotient
+    never exceeds the largest eigenvalue, and :meth:`bound` never falls below it (Collatz, Wielandt).
+
+    Args:
+        modes: the samples' curvature, ``(n, C, r)``.
+        weights: V, ``(r, r)``.
+        noise: p, :func:`~stableopt.stability.limits.noise_factor`.
+
+    A product takes :math:`4nCr^2` operations and memory for three matrices of that of V.
+
+    >>> modes = Modes.of_factors(torch.tensor([[[1.0]], [[2.0]]]))   # h_i = 1 and 4, H = 5/2
+    >>> h, p, lr = modes.eigenvalues, 1.0, 0.5
+    >>> gain = NoiseGain(modes, mode_weights(h[:, None], h, lr) + p * h[:, None] * h, p)
+    >>> gain @ torch.ones(2).double()             # (1/n) f_i^2 (f_1^2 + f_2^2) / 10
+    tensor([0.2500, 1.0000], dtype=torch.float64)
+    """
+
+    def __init__(self, modes: Modes, weights: Tensor, noise: float) -> None:
+        n, outputs, _ = modes.factors.shape
+        super().__init__(n * outputs**2, torch.float64, modes.factors.device)
+        self._factors, self._weights, self._noise = modes.factors, weights, noise
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the matrix times ``vector`` ``(nC^2,)``."""
+        return self.spread(gather(self._factors, vector))
+
+    def spread(self, gathered: Tensor) -> Tensor:
+        """Return the second half of a product, from :func:`gather` on."""
+        factors = self._factors
+        n = factors.shape[0]
+        back = (factors.flatten(0, 1) @ (gathered / self._weights)).view_as(factors)
+        return (back @ factors.mT).mul_(self._noise / n).flatten()
+
+
+def gather(factors: Tensor, vector: Tensor) -> Tensor:
+    r"""Return :math:`\sum_i F_i^\top S_iF_i`, ``(r, r)``, for the matrices S in ``vector``."""
+    n, outputs, _ = factors.shape
+    own = vector.view(n, outputs, outputs) @ factors
+    return factors.flatten(0, 1).T @ own.flatten(0, 1)
