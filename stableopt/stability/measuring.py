@@ -198,9 +198,10 @@ def measure_at(
     starts: Mapping[str, Tensor] | None = None,
     step: int = 0,
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
-    """Measure ``problem``, already in the rule's coordinates; return margins and eigenvectors.
+    """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
 
-    ``starts`` are the eigenvectors of an earlier measurement, by quantity.
+    ``starts`` are the subspaces of an earlier measurement, by quantity; where it is ``None``, none are
+    returned either.
     """
     margins = StabilityMargins(
         step=step,
@@ -212,7 +213,7 @@ def measure_at(
     )
     operators = _Operators(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
-    vectors: dict[str, Tensor] = {}
+    subspaces: dict[str, Tensor] = {}
     try:
         # Vectors made in an ambient inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
@@ -220,9 +221,15 @@ def measure_at(
                 began = time.perf_counter()
                 start = (starts or {}).get(name)
                 pair = top_eigenpair(
-                    operators.of(name), start=start, tol=tol, max_iter=max_iter, seed=seed
+                    operators.of(name),
+                    start=start,
+                    keep=starts is not None,
+                    tol=tol,
+                    max_iter=max_iter,
+                    seed=seed,
                 )
-                vectors[name] = pair.vector
+                if pair.subspace is not None:
+                    subspaces[name] = pair.subspace
                 measurements[name] = _measurement(name, pair, time.perf_counter() - began)
         failure = None
     except NonFiniteError as error:
@@ -233,7 +240,7 @@ def measure_at(
     if failure is not None:
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
     values: dict[str, Any] = {name: m.value for name, m in measurements.items()}
-    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
+    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), subspaces
 
 
 def _non_uniformity_limit(
