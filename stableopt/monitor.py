@@ -73,7 +73,7 @@ class StabilityMonitor:
         chunk_size: the most samples evaluated at once.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
-        cold_every: how many measurements start from the last eigenvector before one starts afresh.
+        cold_every: how many measurements follow the eigenvectors of the last before one starts afresh.
         seed: of the eigen-solver.
 
     Attributes:
@@ -216,7 +216,7 @@ class StabilityMonitor:
         batch_size = None if whole_set else self.batch_size
         dataset_size = self._dataset_size if whole_set else self._known_dataset_size()
         cold = self._measured % (self._cold_every + 1) == 0
-        margins, vectors = measure_at(
+        margins, subspaces = measure_at(
             as_seen_by(self.problem, rule, self.optimizer),
             rule,
             batch_size=batch_size,
@@ -230,7 +230,7 @@ class StabilityMonitor:
             step=self.step,
         )
         self._measured += 1
-        self._starts = vectors
+        self._starts = subspaces
         return margins
 
     def _follow(self) -> None:
@@ -341,7 +341,7 @@ class StabilityMonitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return steps, history and eigenvectors as plain numbers, lists, dicts and tensors."""
+        """Return steps, history and subspaces as plain numbers, lists, dicts and tensors."""
         return {
             "step": self.step,
             "measured": self._measured,
@@ -355,20 +355,20 @@ class StabilityMonitor:
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: if its eigenvectors are not of this model's size.
+            ValueError: if its subspaces are not of this model's size.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state_dict lacks {sorted(missing)}")
         size = self.problem.num_params
-        for name, vector in state["starts"].items():
-            if vector.shape != (size,):
+        for name, subspace in state["starts"].items():
+            if subspace.shape[-1:] != (size,):
                 raise ValueError(
-                    f"state_dict: the eigenvector of {name} has shape {tuple(vector.shape)},"
+                    f"state_dict: the subspace of {name} has shape {tuple(subspace.shape)},"
                     f" and the model has {size} parameters"
                 )
         device, dtype = self.problem.device, self.problem.dtype
-        starts = {name: vector.to(device, dtype) for name, vector in state["starts"].items()}
+        starts = {name: kept.to(device, dtype) for name, kept in state["starts"].items()}
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
         # Nothing is changed before all of it has been read.
         self._starts = starts

@@ -776,7 +776,7 @@ def test_state_of_another_model_is_refused() -> None:
     other = stableopt.SGD(wider.parameters(), lr=0.1).track(
         wider, MSE, (torch.ones(2, 3), torch.ones(2, 1)), every=1
     )
-    with pytest.raises(ValueError, match=r"sharpness has shape \(2,\).*4 parameters"):
+    with pytest.raises(ValueError, match=r"sharpness has shape \(2, 2\).*4 parameters"):
         other.load_state_dict(state)
     assert other.step == 0
 

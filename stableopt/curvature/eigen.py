@@ -13,7 +13,7 @@ stopped changing certifies nothing. Four examples::
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from stableopt.curvature.inner import Dual, check_norm, dual, scaled
 from stableopt.curvature.lanczos import lanczos
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.power import power
+from stableopt.curvature.tracking import track, trackable
 
 __all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "top_eigenpair"]
 
@@ -39,6 +40,7 @@ def top_eigenpair(
     preconditioner: Preconditioner | None = None,
     method: Literal["lanczos", "power"] = "lanczos",
     start: Tensor | None = None,
+    keep: bool = False,
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
@@ -53,8 +55,11 @@ def top_eigenpair(
         method: ``"lanczos"`` orthogonalises each product against all vectors held and restarts when
             40 are (Lanczos, 1950; Wu & Simon, 2000); ``"power"`` iterates ``A + c I``, the shift c
             grown as far as negative eigenvalues demand.
-        start: a vector ``(d,)`` near the eigenvector, such as the last measurement's; a little noise
-            is mixed in. Random if ``None``. With a preconditioner it costs one product more.
+        start: the ``subspace`` ``(k, d)`` of an earlier result, whose eigenpair is then followed in
+            few products, or a single vector ``(d,)`` near the eigenvector, into which a little noise
+            is mixed; with a preconditioner a vector costs one product more. Random if ``None``.
+        keep: whether the result shall have a ``subspace`` for the next search to start from. It is
+            ten vectors.
         tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products.
         seed: of the random start and the noise; torch's own generators are not touched.
@@ -81,42 +86,97 @@ def top_eigenpair(
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     size = operator.shape[0]
-    if start is not None and start.shape != (size,):
-        raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},)")
-    search = lanczos if method == "lanczos" else power
+    if start is not None and (start.dim() not in (1, 2) or start.shape[-1] != size):
+        raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
+    search = _Search(operator, preconditioner, method, tol, seed, keep)
     # Under an ambient autocast the projections would be products of half-precision numbers.
     with torch.autocast(operator.device.type, enabled=False):
+        if start is None:
+            return search.random(max_iter)
+        start = start.to(operator.device, operator.dtype)
+        if start.dim() == 1:
+            return search.near(start, max_iter)
+        return search.follow(start, max_iter)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search from each kind of start."""
+
+    operator: Operator
+    preconditioner: Preconditioner | None
+    method: str
+    tol: float
+    seed: int
+    keep: bool
+
+    def random(self, max_iter: int) -> Eigenpair:
+        return self._iterate(self._noise(), max_iter, random=True)
+
+    def near(self, vector: Tensor, max_iter: int) -> Eigenpair:
+        if self.preconditioner is None:
+            return self._near_covector(vector, max_iter)
+        if max_iter == 1:
+            return self.random(max_iter)
         # Of an eigenvector x of P H, the covector is P^-1 x = H x / lambda: one product.
-        spent = 0 if start is None or preconditioner is None or max_iter == 1 else 1
-        covector = operator @ start.to(operator.dtype) if spent and start is not None else start
-        first = _first(operator, preconditioner, covector, seed)
-        found = search(
-            operator, first, preconditioner=preconditioner, tol=tol, max_iter=max_iter - spent
+        found = self._near_covector(self.operator @ vector, max_iter - 1)
+        return replace(found, products=found.products + 1)
+
+    def follow(self, kept: Tensor, max_iter: int) -> Eigenpair:
+        if self.method == "power" or not trackable(kept, max_iter):
+            return self._near_covector(kept[0], max_iter)
+        followed = track(
+            self.operator,
+            kept,
+            preconditioner=self.preconditioner,
+            tol=self.tol,
+            max_iter=max_iter,
+            seed=self.seed,
         )
-    return replace(found, products=found.products + spent)
+        if followed is None:
+            return self._near_covector(kept[0], max_iter)
+        if followed.converged or followed.products == max_iter:
+            return followed if self.keep else replace(followed, subspace=None)
+        fresh = self.random(max_iter - followed.products)
+        products = followed.products + fresh.products
+        if followed.value > fresh.value:
+            # The search that began afresh ended at another eigenvector.
+            return replace(followed, products=products, subspace=fresh.subspace)
+        return replace(fresh, products=products)
 
+    def _near_covector(self, covector: Tensor, max_iter: int) -> Eigenpair:
+        noise, near = self._noise(), dual(covector, self.preconditioner)
+        # A zero or non-finite start is no start.
+        usable = torch.isfinite(near.norm) & (near.norm > 0)
+        near = scaled(near)
+        mixed = torch.where(usable, near.covector + _FRESH * noise.covector, noise.covector)
+        vector = mixed
+        if self.preconditioner is not None:
+            vector = torch.where(usable, near.vector + _FRESH * noise.vector, noise.vector)
+        first = scaled(Dual(mixed, vector, (mixed @ vector).sqrt()))
+        return self._iterate(first, max_iter, random=False)
 
-def _first(
-    operator: Operator, preconditioner: Preconditioner | None, start: Tensor | None, seed: int
-) -> Dual:
-    generator = torch.Generator(device=operator.device).manual_seed(seed)
-    noise = dual(
-        torch.randn(
+    def _noise(self) -> Dual:
+        operator = self.operator
+        generator = torch.Generator(device=operator.device).manual_seed(self.seed)
+        noise = torch.randn(
             operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device
-        ),
-        preconditioner,
-    )
-    if preconditioner is not None:
-        check_norm(float(noise.norm), preconditioner)
-    noise = scaled(noise)
-    if start is None:
-        return noise
-    near = dual(start.to(operator.dtype), preconditioner)
-    # A zero or non-finite start is no start.
-    usable = torch.isfinite(near.norm) & (near.norm > 0)
-    near = scaled(near)
-    mixed = torch.where(usable, near.covector + _FRESH * noise.covector, noise.covector)
-    vector = mixed
-    if preconditioner is not None:
-        vector = torch.where(usable, near.vector + _FRESH * noise.vector, noise.vector)
-    return scaled(Dual(mixed, vector, (mixed @ vector).sqrt()))
+        )
+        pair = dual(noise, self.preconditioner)
+        if self.preconditioner is not None:
+            check_norm(float(pair.norm), self.preconditioner)
+        return scaled(pair)
+
+    def _iterate(self, first: Dual, max_iter: int, *, random: bool) -> Eigenpair:
+        operator, preconditioner, tol = self.operator, self.preconditioner, self.tol
+        if self.method == "power":
+            return power(operator, first, preconditioner=preconditioner, tol=tol, max_iter=max_iter)
+        return lanczos(
+            operator,
+            first,
+            preconditioner=preconditioner,
+            tol=tol,
+            max_iter=max_iter,
+            random=random,
+            keep_for=self.seed if self.keep else None,
+        )

@@ -7,7 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "small_enough"]
+__all__ = ["UNCERTAINTY", "Eigenpair", "NonFiniteError", "Preconditioner", "small_enough"]
+
+UNCERTAINTY = 0.01
+"""Probability that a largest eigenvalue lies above its ``upper_bound``."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -36,6 +39,21 @@ class Eigenpair:
             With a preconditioner :math:`A = P^{1/2}HP^{1/2}` and :math:`v = P^{-1/2}x`, scaled to 1.
         products: how many products with the operator it took.
         converged: whether ``residual <= tol * |value|`` was reached.
+        upper_bound: for a Lanczos search from a random start, what the largest eigenvalue exceeds with
+            probability at most 0.01 over the starts; ``None`` for other searches, whose start is not
+            uniform on the sphere, and for ones too short. For k products and
+            :math:`\epsilon = (\ln(2\cdot1.648\sqrt d/0.01)/(2k-1))^2 < 1/2` it is
+            :math:`\theta + \epsilon(\theta-\theta_{\min})/(1-2\epsilon)`, where :math:`\theta_{\min}`
+            is the smallest Ritz value seen and k counts up to the first restart. By Kuczyński &
+            Woźniakowski (*Estimating the largest eigenvalue by the power and Lanczos algorithms with
+            a random start*, 1992, Theorem 4.2), :math:`\lambda_1 - \theta \le
+            \epsilon(\lambda_1-\lambda_d)` fails with probability at most
+            :math:`1.648\sqrt d\,e^{-\sqrt\epsilon(2k-1)}`: theirs is for a positive definite matrix
+            and the error relative to :math:`\lambda_1`; a shift, which Lanczos does not see, makes it
+            this one for any. Applied to -A too, it bounds the unknown :math:`\lambda_d`. Where the
+            Krylov space is exhausted, the value is exact, and this is ``value + residual``.
+        subspace: if asked for, what the next search goes on from: covectors ``(k, d)``, orthonormal,
+            nine Ritz vectors, best first, and a direction not yet explored. ``None`` otherwise.
     """
 
     value: float
@@ -43,6 +61,8 @@ class Eigenpair:
     residual: float
     products: int
     converged: bool
+    upper_bound: float | None = None
+    subspace: Tensor | None = None
 
 
 def small_enough(residual: float, value: float, scale: float, tol: float, eps: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stableopt.curvature.eigenpair import Preconditioner
 
-__all__ = ["Dual", "check_norm", "dual", "scaled"]
+__all__ = ["Dual", "check_norm", "dual", "magnitude_of", "scaled"]
 
 
 class Dual(NamedTuple):
@@ -56,3 +56,10 @@ def check_norm(norm: float, preconditioner: Preconditioner | None) -> None:
             f"preconditioner={type(preconditioner).__name__}: r^T P r is {square:.3g} for a covector"
             " r, expected a positive number, as of a symmetric positive definite matrix"
         )
+
+
+def magnitude_of(image: Tensor) -> Tensor:
+    """Return a power of two near the largest entry: numbers over it can be squared."""
+    largest = torch.linalg.vector_norm(image, float("inf"))
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))

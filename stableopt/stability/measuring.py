@@ -194,10 +194,11 @@ def measure_at(
     starts: Mapping[str, Tensor] | None = None,
     step: int = 0,
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
-    """Measure ``problem``, already in the rule's coordinates; return margins and eigenvectors.
+    """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
 
-    ``starts`` are the eigenvectors of an earlier measurement, by quantity. With a preconditioned rule
-    the sharpness is measured together with the preconditioned one.
+    ``starts`` are the subspaces of an earlier measurement, by quantity; where it is ``None``, none are
+    returned either. With a preconditioned rule the sharpness is measured together with the
+    preconditioned one.
     """
     margins = StabilityMargins(
         step=step,
@@ -213,7 +214,7 @@ def measure_at(
     quantities = _measurable(quantities, rule)
     operators = _Operators(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
-    vectors: dict[str, Tensor] = {}
+    subspaces: dict[str, Tensor] = {}
     more: dict[str, float] = {}
     try:
         # Vectors made in an ambient inference mode could not be changed inside the evaluation.
@@ -232,11 +233,13 @@ def measure_at(
                     operators.of(name),
                     preconditioner=operators.preconditioner(name),
                     start=start,
+                    keep=starts is not None,
                     tol=tol,
                     max_iter=max_iter,
                     seed=seed,
                 )
-                vectors[name] = pair.vector
+                if pair.subspace is not None:
+                    subspaces[name] = pair.subspace
                 measurements[name] = _measurement(name, pair, time.perf_counter() - began)
         failure = None
     except NonFiniteError as error:
@@ -247,7 +250,7 @@ def measure_at(
     if failure is not None:
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
     values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
-    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), vectors
+    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), subspaces
 
 
 def _non_uniformity_limit(
