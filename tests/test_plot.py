@@ -158,7 +158,7 @@ def test_a_preconditioned_sharpness_is_drawn_with_its_limit() -> None:
     assert upper.get_ylabel().startswith("preconditioned sharpness")
     lines = [np.asarray(line.get_ydata()).tolist() for line in upper.get_lines()]
     assert [301.0, 302.0, 303.0] in lines
-    (diagram,) = plot.diagram((380.0, 20.0), run).axes
+    diagram = plot.diagram((380.0, 20.0), run).axes[0]
     (dots,) = (c for c in diagram.collections if len(c.get_offsets()) == 3)
     assert np.asarray(dots.get_offsets()).tolist() == [[301.0, 7.0], [302.0, 7.0], [303.0, 7.0]]
 
