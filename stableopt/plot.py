@@ -218,8 +218,7 @@ def _path(
     for index, item in enumerate(items):
         if isinstance(item, StabilityMargins):
             time = item.step if of_margins else index
-            own = item.preconditioned_sharpness
-            pair = (item.sharpness if own is None else own, item.non_uniformity)
+            pair = (item.limited_sharpness, item.non_uniformity)
         else:
             time, pair = index, tuple(item)  # type: ignore[assignment]
             if len(pair) != 2:

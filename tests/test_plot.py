@@ -142,6 +142,27 @@ def test_margins_show_values_limits_and_failures() -> None:
     assert sharpness.get_ylim()[1] > 20
 
 
+def test_a_preconditioned_sharpness_is_drawn_with_its_limit() -> None:
+    """Would catch Adam's plain sharpness drawn beside a limit that is not its own."""
+    run = [
+        StabilityMargins(
+            step=step,
+            sharpness=5.0,
+            preconditioned_sharpness=300.0 + step,
+            preconditioned_sharpness_limit=380.0,
+            non_uniformity=7.0,
+        )
+        for step in (1, 2, 3)
+    ]
+    upper, _ = plot.margins(run).axes
+    assert upper.get_ylabel().startswith("preconditioned sharpness")
+    lines = [np.asarray(line.get_ydata()).tolist() for line in upper.get_lines()]
+    assert [301.0, 302.0, 303.0] in lines
+    diagram = plot.diagram((380.0, 20.0), run).axes[0]
+    (dots,) = (c for c in diagram.collections if len(c.get_offsets()) == 3)
+    assert np.asarray(dots.get_offsets()).tolist() == [[301.0, 7.0], [302.0, 7.0], [303.0, 7.0]]
+
+
 def test_margins_of_records_are_those_of_the_history(tmp_path: Path) -> None:
     """Would catch a file of JSON lines that cannot be drawn, ``null`` limits included."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")

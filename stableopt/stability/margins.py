@@ -125,15 +125,26 @@ class StabilityMargins:
         return _margin(self.non_uniformity, self.non_uniformity_limit)
 
     @property
+    def limited_sharpness(self) -> float | None:
+        """The sharpness that a limit belongs to: the preconditioned one, where there is one."""
+        own = self.preconditioned_sharpness
+        return self.sharpness if own is None else own
+
+    @property
+    def edge_ratio(self) -> float | None:
+        """:attr:`limited_sharpness` over its limit, whatever the optimizer: 1 at the edge.
+
+        >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).edge_ratio
+        0.75
+        """
+        own = self.preconditioned_sharpness_ratio
+        return self.sharpness_ratio if own is None else own
+
+    @property
     def stable(self) -> bool | None:
         """Whether every ratio that is known is at most 1: the box (9). ``None`` if none is."""
-        ratios = (
-            self.sharpness_ratio,
-            self.preconditioned_sharpness_ratio,
-            self.non_uniformity_ratio,
-        )
-        known = [ratio for ratio in ratios if ratio is not None]
-        return all(ratio <= 1 for ratio in known) if known else None
+        ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
+        return all(r <= 1 for r in ratios) if ratios else None
 
     @property
     def converged(self) -> bool:

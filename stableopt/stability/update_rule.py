@@ -166,8 +166,8 @@ class UpdateRule:
 
         Raises:
             TypeError: for an optimizer that nobody registered, or parameters that are complex.
-            ValueError: for groups that differ in more than learning rate and weight decay, or in what
-                only the preconditioner depends on.
+            ValueError: for groups that differ in more than learning rate, weight decay and what only
+                the preconditioner depends on.
         """
         for kind in type(optimizer).__mro__:
             reader = _readers.get(kind) or _readers.get(f"{kind.__module__}.{kind.__qualname__}")

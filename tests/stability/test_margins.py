@@ -201,6 +201,8 @@ def test_margins_and_ratios() -> None:
     assert own.record()["preconditioned_sharpness_ratio"] == 1.5
     assert own.stable is False
     assert own.sharpness_ratio is None
+    assert (own.limited_sharpness, own.edge_ratio) == (3.0, 1.5)
+    assert (margins.limited_sharpness, margins.edge_ratio) == (15.0, 0.75)
     assert set(StabilityMargins().record()) == {"seconds", "failed", "converged"}
 
 
