@@ -59,6 +59,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     Memory: ``2 history_size + 8`` vectors of the parameters' size, next to parameters and gradients,
     most of it at the first pair if compact: pairs, direction, two gradients, a gradient change and
     the gradient beside it, the point where a move began, up to two more gradients in a line search.
+    ``"two_loop"`` takes some four more for temporaries, torch some nine more.
 
     Args:
         params: parameters, or groups of them, all on one device.
