@@ -19,8 +19,8 @@ __all__ = ["CompactPairs"]
 class CompactPairs:
     """Ring buffers, and their inner products kept as pairs come and go.
 
-    A new pair costs one product of the ring with its gradient change; a direction one more, and one
-    with the transpose. Nothing of length d is allocated but the direction.
+    An iteration reads them twice: for the products with the new gradient change and the gradient,
+    and to add them up. Nothing of length d is allocated but the direction.
     """
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:

@@ -30,16 +30,17 @@ MEMORY = ("old_dirs", "old_stps", "ro", "H_diag", "al", "compact")
 
 
 class LBFGS(Tracking, torch.optim.LBFGS):
-    r"""``torch.optim.LBFGS``: same arguments, same defaults, same results, several times faster.
+    r"""``torch.optim.LBFGS``: same arguments, defaults and results, without its traps.
 
     A step takes up to ``max_iter`` iterations :math:`x \leftarrow x - tPg`, P the inverse Hessian of
     the last ``history_size`` pairs (Liu & Nocedal, 1989).
 
     ``direction="two_loop"`` is torch's arithmetic, bit for bit wherever losses and gradients are
     finite. ``"compact"`` is the same matrix applied in a few large products
-    (:class:`~stableopt.curvature.InverseHessian`), equal to rounding; it waits for the device twice
-    an iteration and once for each call of the closure, where torch waits 2 ``history_size`` times.
-    State dicts are torch's, both ways and for both.
+    (:class:`~stableopt.curvature.InverseHessian`), equal to rounding. It waits for the device twice
+    an iteration, and once for each trial of a line search, where torch waits some twenty times for
+    ten pairs and two hundred for a hundred; the more parameters and pairs, the faster it is. State
+    dicts are torch's, both ways and for both.
 
     What differs, for the better:
 
@@ -58,6 +59,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     Memory: ``2 history_size + 8`` vectors of the parameters' size, next to parameters and gradients,
     most of it at the first pair if compact: pairs, direction, two gradients, a gradient change and
     the gradient beside it, the point where a move began, up to two more gradients in a line search.
+    ``"two_loop"`` takes some four more for temporaries, torch some nine more.
 
     Args:
         params: parameters, or groups of them, all on one device.

@@ -181,7 +181,7 @@ def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) 
             left, right = (one, other) if one.t <= other.t else (other, one)
             share = quotient(right.slope + root - bend, right.slope - left.slope + 2 * root)
             t = right.t - (right.t - left.t) * share
-            # A straight line has no bend: torch divides zero by zero here, and steps to NaN.
+            # Zero by zero, where slopes vanish or overflow: torch would step to NaN.
             if not math.isnan(t):
                 return min(max(t, nearest), farthest)
     return (nearest + farthest) / 2.0

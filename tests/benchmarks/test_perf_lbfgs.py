@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+import stableopt
 from benchmarks.perf.lbfgs import Config, host_waits, run
 
 
@@ -35,6 +36,28 @@ def test_it_runs_and_skips_what_is_too_large(tmp_path: Path) -> None:
     assert row["methods"]["torch"]["host_waits"] > 6
     assert [entry["reached"] for entry in results["time_to_loss"]] == [True] * 3
     assert json.loads((config.out / "perf-lbfgs.json").read_text())["rows"] == results
+
+
+def test_compact_search_waits_twice_an_iteration_and_once_a_trial() -> None:
+    """Catches a number asked for on its own: a comparison of tensors is enough, and easily written."""
+    x = torch.nn.Parameter(torch.linspace(-1, 2, 50))
+    optimizer = stableopt.LBFGS([x], line_search_fn="strong_wolfe", max_iter=8)
+    calls = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        point = x.detach()
+        x.grad = 4 * point**3 - point
+        return (point**4 - point**2 / 2).sum()
+
+    optimizer.step(closure)
+    first = calls
+    with host_waits() as count:
+        optimizer.step(closure)
+    iterations = optimizer.state_dict()["state"][0]["n_iter"] - 8
+    assert iterations > 2
+    assert count["waits"] <= 2 * iterations + calls - first
 
 
 def test_waits_are_counted() -> None:

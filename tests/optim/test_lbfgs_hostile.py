@@ -162,8 +162,9 @@ def test_search_across_the_edge(direction: str) -> None:
     assert 0.5 < x.item() < 1.5
 
 
-def test_straight_line_is_followed_not_lost() -> None:
-    """Catches the cubic of a linear loss, 0/0, which sends torch's parameters to NaN."""
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_straight_line_is_followed_not_lost(direction: str) -> None:
+    """Catches the cubic through a line, divided by zero: floats raise where tensors know infinity."""
     x = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = stableopt.LBFGS(
         [x], line_search_fn="strong_wolfe", max_iter=2, direction="two_loop"
