@@ -113,9 +113,9 @@ def _compared(config: Config, problem: Problem, former: Problem, console: Consol
     for matrix, kind in (("H", Hessian), ("Σ", NonUniformity)):
         operators[matrix] = operator = kind(problem)
         truths[matrix] = top_eigenpair(operator, tol=3e-6, max_iter=2000).value
-        start = top_eigenpair(kind(former), tol=config.tol, max_iter=1000)
+        start = top_eigenpair(kind(former), tol=config.tol, max_iter=1000, keep=True)
         ways[matrix, "stableopt, cold"] = _ours(kind, problem, config, None)
-        ways[matrix, "stableopt, warm"] = _ours(kind, problem, config, start.vector)
+        ways[matrix, "stableopt, warm"] = _ours(kind, problem, config, start.subspace)
     for name, prepare in PEERS.items():
         try:
             ways["H", name] = prepare(problem, config.tol, config.seed)

@@ -41,6 +41,9 @@ __all__ = [
 QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
 
+_DEGREE = {"non_uniformity": 2}
+"""Powers of a quantity that are the eigenvalue: the relative error of a root is half of that."""
+
 DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
 
@@ -234,7 +237,7 @@ def measure_at(
                     preconditioner=operators.preconditioner(name),
                     start=start,
                     keep=starts is not None,
-                    tol=tol,
+                    tol=_DEGREE.get(name, 1) * tol,
                     max_iter=max_iter,
                     seed=seed,
                 )
@@ -288,7 +291,7 @@ def _measurement(name: str, pair: Eigenpair, seconds: float) -> Measurement:
         value = max(value, 0.0) ** 0.5
     elif name == "theorem1":
         value += 1.0  # the left side of (8), of which the operator is the excess over 1
-    relative = pair.residual / abs(pair.value) if pair.value else 0.0
+    relative = pair.residual / abs(pair.value) / _DEGREE.get(name, 1) if pair.value else 0.0
     return Measurement(value, relative, pair.products, seconds, pair.converged)
 
 
