@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stableopt.curvature.dense_rows import DenseRows
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.per_sample import (
@@ -45,8 +46,8 @@ class NonUniformity(Operator):
             one at a time, for any module. ``"auto"`` picks the first that applies, by the size of
             the model between the last two, and has checked the structured one against the loop on
             three samples. ``"gauss-newton"`` puts Gauss–Newton's :math:`G_i = J_i^\top L_i J_i` for
-            :math:`H_i`, by the structure or the loop: the same at interpolation, and within
-            :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
+            :math:`H_i`, by all their rows where these are few, else by the structure or the loop: the
+            same at interpolation, and within :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
         preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
             is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:
@@ -97,17 +98,27 @@ class NonUniformity(Operator):
         self._preconditioner = preconditioner
         kind = GaussNewton if method == "gauss-newton" else Hessian
         self._mean: Hessian | GaussNewton = kind(self.problem)
-        self._structured: StructuredProduct | None = None
+        self._structured: StructuredProduct | DenseRows | None = None
         self._may_fall_back = method in ("auto", "gauss-newton")
         if method in ("auto", "structured", "gauss-newton") and preconditioner is None:
-            self._structured = self._try_structured(must=method == "structured")
-        if self._structured is not None:
+            self._structured = self._dense() or self._try_structured(must=method == "structured")
+        if isinstance(self._structured, StructuredProduct):
             self.method: str = "structured" if method == "auto" else method
             self.ways = dict(self._structured.ways)
+        elif self._structured is not None:
+            self.method, self.ways = method, dict.fromkeys(self.problem.names, "dense")
         elif method == "auto":
             self._go_by(self._general())
         else:
             self._go_by(method)
+
+    def _dense(self) -> DenseRows | None:
+        if not isinstance(self._mean, GaussNewton) or not DenseRows.quicker(self._mean):
+            return None
+        try:
+            return DenseRows(self._mean)
+        except ValueError:  # of a loss that is not convex in the outputs there are no rows
+            return None
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
         memory = MEMORY if self._memory is None else self._memory

@@ -16,8 +16,8 @@ class Measurement:
 
     Attributes:
         value: the value itself.
-        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x; of an
-            average, its relative standard error.
+        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x, and half
+            of that for a value that is its root; of an average, its relative standard error.
         products: products with the operator that it took.
         seconds: wall time.
         converged: whether the residual fell below the tolerance.

@@ -15,7 +15,7 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-from stableopt.curvature import NonUniformity, Problem, top_eigenpair
+from stableopt.curvature import NonUniformity, Problem, dense_rows, top_eigenpair
 
 
 class Blocks(nn.Module):
@@ -55,28 +55,46 @@ LOSSES = {
 }
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("build", [small_network, Blocks, Shared])
-def test_gauss_newton_against_dense(build, loss: str, chunk_size: int | None) -> None:
+def test_gauss_newton_against_dense(
+    build, loss: str, chunk_size: int | None, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches the scale of a mean over chunks in L, a head's cotangent where Gauss–Newton has none,
-    and an offset that a way forgets.
+    an offset that a way forgets, and rows of another mean than the passes'.
     """
+    if not few:
+        monkeypatch.setattr(dense_rows, "_NUMBERS", 0)
     network, x = build(), small_data()[0]
     loss_fn, y = LOSSES[loss]
     operator = NonUniformity(
         Problem(network, loss_fn, (x, y), chunk_size=chunk_size), method="gauss-newton"
     )
     assert operator.method == "gauss-newton"
-    if build is Shared:
+    if few:
+        assert set(operator.ways.values()) == {"dense"}
+    elif build is Shared:
         assert set(operator.ways.values()) == {"loop"}
     else:
         assert "loop" not in operator.ways.values()
     expected = covariance(dense_gauss_newtons(network, loss_fn, x, y))
-    eye = torch.eye(len(expected), dtype=torch.float64)
+    v = torch.randn(len(expected), 3, dtype=torch.float64)
     for _ in range(2):
         # Rounding of float64, over sums of a few hundred terms.
-        assert relative_error(operator @ eye, expected) < 1e-11
+        assert relative_error(operator @ v, expected @ v) < 1e-11
+
+
+def test_a_loss_that_is_not_convex_has_no_rows() -> None:
+    """Catches a root taken of a negative second derivative."""
+    network, (x, y) = small_network(), small_data()
+    problem = Problem(network, lambda z, target: torch.sin(z - target).mean(), (x, y))
+    operator = NonUniformity(problem, method="gauss-newton")
+    assert set(operator.ways.values()) == {"linear"}
+    expected = covariance(dense_gauss_newtons(network, problem.loss_fn, x, y))
+    eye = torch.eye(len(expected), dtype=torch.float64)
+    assert relative_error(operator @ eye, expected) < 1e-11
 
 
 def test_gauss_newton_is_the_hessians_at_interpolation() -> None:
@@ -90,16 +108,19 @@ def test_gauss_newton_is_the_hessians_at_interpolation() -> None:
     assert relative_error(found, NonUniformity(problem) @ eye) < 1e-12
 
 
-def test_gauss_newton_in_scaled_coordinates() -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_gauss_newton_in_scaled_coordinates(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches D applied once where it belongs twice."""
+    if not few:
+        monkeypatch.setattr(dense_rows, "_NUMBERS", 0)
     network, data = Blocks(), small_data()
     problem = Problem(network, nn.MSELoss(), data)
     scale = [torch.rand_like(p) + 0.5 for p in problem.theta()]
     d = problem.transformed(scale=scale).flatten([torch.ones_like(p) for p in problem.theta()])
     expected = covariance(d[:, None] * dense_gauss_newtons(network, nn.MSELoss(), *data) * d)
     operator = NonUniformity(problem.transformed(scale=scale), method="gauss-newton")
-    eye = torch.eye(len(expected), dtype=torch.float64)
-    assert relative_error(operator @ eye, expected) < 1e-11
+    v = torch.randn(len(expected), 3, dtype=torch.float64)
+    assert relative_error(operator @ v, expected @ v) < 1e-11
 
 
 def test_gauss_newton_needs_the_outputs() -> None:
