@@ -61,7 +61,6 @@ class Iterations:
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
-        self._reach = objective.reach / 1024
         # The last move: `previous` is the gradient where it began.
         self.direction: Tensor | None = state.get("d")
         self.t: Number = state.get("t", 0.0)
@@ -106,7 +105,7 @@ class Iterations:
             self.t = 0.0
             start = Trial(0, trial.loss, slope, trial.gradient, trial.largest)
             if options["line_search_fn"] is None and iteration == options["max_iter"]:
-                if not float(t * size) <= self._reach:
+                if not self.objective.can_move(float(t * size)):
                     return self._start_afresh(trial)
                 self.objective.move(direction, t)
                 self.t = t
@@ -144,7 +143,7 @@ class Iterations:
             return None
         # The last step of fixed length was never evaluated: it was too long.
         self.objective.move(self.direction, -self.t)
-        line = _Line(self.objective, self.direction, math.inf)
+        line = _Line(self.objective, self.direction, 0.0)
 
         def evaluate(t: Number) -> Trial:
             line.set(t)
@@ -208,7 +207,7 @@ class Iterations:
         objective, direction = self.objective, self.direction
         assert direction is not None
         fixed = self.options["line_search_fn"] is None
-        line = _Line(objective, direction, quotient(self._reach, size))
+        line = _Line(objective, direction, float(size))
 
         def evaluate(t: Number) -> Trial:
             if not line.set(t):
@@ -236,18 +235,18 @@ class _Line:
     Args:
         objective: whose parameters move.
         direction: where to.
-        longest: the step beyond which they would overflow, which a loss that saturates may not tell.
+        size: its largest entry, 0 where the way is known to be safe. Beyond some step parameters would
+            overflow, which a loss that saturates may not tell.
     """
 
-    def __init__(self, objective: Objective, direction: Tensor, longest: Number) -> None:
-        self._objective, self._direction = objective, direction
-        self._longest = longest
+    def __init__(self, objective: Objective, direction: Tensor, size: float) -> None:
+        self._objective, self._direction, self._size = objective, direction, size
         self._position = objective.position()
         self._at: Number = 0.0
 
     def set(self, t: Number) -> bool:
         """Move to ``t``; return whether that is possible."""
-        if not float(t) <= self._longest:
+        if not self._objective.can_move(float(t) * self._size, self._position):
             return False
         if t is not self._at:
             if float(self._at):

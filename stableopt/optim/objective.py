@@ -67,8 +67,6 @@ class Objective:
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._views = [torch.view_as_real(p) if p.is_complex() else p for p in self.params]
         self._decays = [group["weight_decay"] for group in groups for _ in group["params"]]
-        # What the narrowest of the parameters' dtypes can hold.
-        self.reach = min((torch.finfo(view.dtype).max for view in self._views), default=0.0)
         self.evaluations = 0
         self.first_returned: Any = None
 
@@ -130,6 +128,19 @@ class Objective:
     def move(self, direction: Tensor, t: Any) -> None:
         """Add t times the flat ``direction`` to the parameters."""
         torch._foreach_add_(self._views, self.split(direction), alpha=float(t))
+
+    def can_move(self, length: float, position: list[Tensor] | None = None) -> bool:
+        """Return whether parameters at ``position`` stay finite if none moves by more than ``length``.
+
+        Lengths that are lost in the rounding of the largest number, all ordinary ones, cost no look
+        at the parameters.
+        """
+        for at in position or self._views:
+            limits = torch.finfo(at.dtype)
+            lost = length <= limits.max * limits.eps / 4
+            if not lost and at.numel() and not float(largest(at)) + length <= limits.max:
+                return False
+        return True
 
     def versions(self) -> list[tuple[int, int]]:
         """Return what changes when something else writes to the parameters."""

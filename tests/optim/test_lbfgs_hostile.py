@@ -181,11 +181,12 @@ def test_straight_line_is_followed_not_lost(direction: str) -> None:
     assert bool(torch.isfinite(x).all())
 
 
-def test_saturated_loss_does_not_hide_an_overflow() -> None:
+@pytest.mark.parametrize("max_iter", [1, 3])
+def test_saturated_loss_does_not_hide_an_overflow(max_iter: int) -> None:
     """Catches parameters that grow tenfold a trial while the loss, in half precision, looks fine."""
     x = nn.Parameter(torch.full((2,), 2.0, dtype=torch.float16))
     optimizer = stableopt.LBFGS(
-        [x], lr=1e4, max_iter=3, line_search_fn=None, tolerance_grad=0, tolerance_change=0
+        [x], lr=1e3, max_iter=max_iter, line_search_fn=None, tolerance_grad=0, tolerance_change=0
     )
 
     def closure() -> Tensor:
@@ -194,8 +195,9 @@ def test_saturated_loss_does_not_hide_an_overflow() -> None:
         return torch.tensor(1.0)
 
     with pytest.warns(RuntimeWarning, match="not finite"):
-        repeat(10, lambda: optimizer.step(closure))
+        repeat(12, lambda: optimizer.step(closure))
     assert bool(torch.isfinite(x).all())
+    assert bool((x > 10_000).all())  # and it went as far as it could
 
 
 def test_first_loss_that_is_not_finite_is_told_once() -> None:
