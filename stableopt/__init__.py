@@ -8,8 +8,15 @@ Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the train
     opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
 """
 
-from stableopt import curvature, optim, plot, sinks, stability
+from stableopt import adapt, curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
+from stableopt.adapt import (
+    AdaptiveAccumulation,
+    AdaptiveBatchSampler,
+    StabilityController,
+    StabilityLR,
+    TargetRegion,
+)
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
 from stableopt.optim import GD, SGD
@@ -19,14 +26,20 @@ from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule, m
 __all__ = [
     "GD",
     "SGD",
+    "AdaptiveAccumulation",
+    "AdaptiveBatchSampler",
     "JSONLinesSink",
     "Problem",
+    "StabilityController",
+    "StabilityLR",
     "StabilityMargins",
     "StabilityMonitor",
     "StabilityRegion",
+    "TargetRegion",
     "TensorBoardSink",
     "UpdateRule",
     "__version__",
+    "adapt",
     "curvature",
     "measure",
     "optim",
