@@ -101,7 +101,7 @@ def gated_staircase(
 
     - :math:`\eta < \eta_{\mathrm{target}}` and m up to ``gate``: raise it by ``rate`` a step, up to
       :math:`\eta_{\mathrm{target}}` and the rate at which m is the gate;
-    - m above the gate: hold, an escape is under way;
+    - m at the gate or above: hold, an escape is under way;
     - :math:`\eta > \eta_{\mathrm{target}}`: lower it by ``rate`` a step;
     - a loss that is not finite, or above the cap: multiply it by ``cut``, and hold ``hold`` steps.
 
@@ -139,14 +139,15 @@ def gated_staircase(
         return measured.decide("keep", lr, "this is the target's rate"), state
     if not margins.converged:
         return measured.decide("hold", lr, "the measurement did not converge"), state
-    if measured.ratio > gate:
-        why = f"the sharpness is {measured.ratio:.2f} of its limit, above {gate:g}: escaping"
-        return measured.decide("hold", lr, why), state
+    assert margins.sharpness is not None
     raised = min(goal, lr * (1 + rate) ** passed)
-    if margins.sharpness is not None and margins.sharpness > 0:
+    if margins.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, margins.sharpness / gate))
+    if raised <= lr:
+        why = f"the sharpness is {measured.ratio:.2f} of its limit, at the gate {gate:g}: escaping"
+        return measured.decide("hold", lr, why), state
     why = f"the target's rate is {goal:.4g}, and the sharpness {measured.ratio:.2f} of its limit"
-    return measured.decide("raise", max(raised, lr), why), state
+    return measured.decide("raise", raised, why), state
 
 
 def keep_margin(

@@ -33,6 +33,9 @@ Bounds = tuple[float, float]
 
 OPEN: Bounds = (0.0, math.inf)
 
+_ROUNDED = 1 + 1e-9
+"""A batch size that is whole but for rounding is that whole number."""
+
 
 @dataclass(frozen=True)
 class TargetRegion:
@@ -197,8 +200,7 @@ class TargetRegion:
         at_one = rule.max_non_uniformity(1, None, sharpness=sharpness)
         p = (at_one / wanted) ** 2 if wanted > 0 else math.inf
         size = n / (1 + p * (n - 1)) if n > 1 else 1.0
-        # A thousandth of a sample is rounding, not a reason for another one.
-        size = math.floor(size + 1e-3) if high < math.inf else math.ceil(size - 1e-3)
+        size = math.floor(size * _ROUNDED) if high < math.inf else math.ceil(size / _ROUNDED)
         return min(max(size, 1), n)
 
     def contains(self, sharpness: float | None, non_uniformity: float | None = None) -> bool:
