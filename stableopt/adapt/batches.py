@@ -143,15 +143,13 @@ class AdaptiveBatchSampler(BatchSampler):
             forward(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # All of it only with the first batch: a loader with workers makes two iterators, and
+        # discards one.
         rest, self._resumed = self._resumed, None
-        self._indices, self._given = iter(self.sampler if rest is None else rest), []
-        # A second iterator takes over the state; this one goes on with what is its own.
-        return self._batches(self._given)
-
-    def _batches(self, given: list[list[int]]) -> Iterator[list[int]]:
-        indices = self._indices
+        indices = self._indices = iter(self.sampler if rest is None else rest)
+        given = self._given = []
         while True:
-            # state_dict puts back what it reads ahead, in a new iterator.
+            # Unless another iterator has taken over: state_dict puts back what it reads ahead.
             indices = self._indices if given is self._given else indices
             size = self.batch_size
             batch = list(islice(indices, size))

@@ -132,11 +132,11 @@ def gated_staircase(
 
     lr, aim = measured.lr, measured.target.lr_for(measured.rule)
     goal = min(max(aim, measured.min_lr), measured.max_lr)
+    if math.isclose(lr, goal, rel_tol=1e-9):
+        return measured.decide("keep", lr, "this is the target's rate"), state
     if lr > goal:
         lowered = max(goal, lr * (1 - rate) ** passed)
         return measured.decide("lower", lowered, f"the target's rate is {goal:.4g}"), state
-    if lr == goal:
-        return measured.decide("keep", lr, "this is the target's rate"), state
     if not margins.converged:
         return measured.decide("hold", lr, "the measurement did not converge"), state
     assert margins.sharpness is not None
@@ -161,7 +161,8 @@ def keep_margin(
 ) -> tuple[Decision, State]:
     r"""Keep the sharpness at a share ρ of its limit: the law of :meth:`TargetRegion.margin`.
 
-    Above ρ the rate falls towards the one at which the ratio is ρ, by ``rate`` a step at the most;
+    Above ρ the rate falls towards the one at which the ratio is ρ, by ``rate`` a step at the most,
+    and at once where the ratio is above 1;
     below ρ(1 − ``band``) it rises likewise; in between it stays. The rate here follows the
     measurement, and training sharpens as the rate falls, so that without a floor both go on for
     ever: ``min_lr`` must be positive. At the floor the law says so and holds.
@@ -203,7 +204,9 @@ def keep_margin(
         if lr <= measured.min_lr:
             return measured.decide("hold", lr, f"{why}, but the rate is at its floor"), state
         goal = lr_at_limit(measured.rule, margins.sharpness / share)
-        return measured.decide("lower", max(goal, lr * (1 - rate) ** passed), why), state
+        # What is unstable already has no time for small steps.
+        slowest = lr * (1 - rate) ** passed if measured.ratio <= 1 else 0.0
+        return measured.decide("lower", max(goal, slowest), why), state
     if not margins.converged:
         return measured.decide("hold", lr, "the measurement did not converge"), state
     if measured.ratio >= share * (1 - band) or lr >= measured.max_lr:

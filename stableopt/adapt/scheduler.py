@@ -121,10 +121,11 @@ class StabilityLR(LRScheduler):
         """Return the rate of each group after what there is to decide; :meth:`step` calls it."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         # torch steps a scheduler once as it makes it.
-        factor = self._act() if self._step_count > 1 else 1.0
-        if factor != 1.0:
-            return [float(rate) * factor for rate in rates]
-        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        decision = self._act() if self._step_count > 1 else None
+        if decision is None:
+            return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        # In this order the fastest group has the very rate that was decided.
+        return [decision.new * (float(rate) / decision.old) for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but optimizer and monitor, as plain numbers, lists and dicts."""
@@ -165,11 +166,11 @@ class StabilityLR(LRScheduler):
         self._step_count = state_dict["step_count"]
         self._seen, self._state = state_dict["seen"], dict(state_dict["law"])
 
-    def _act(self) -> float:
-        """Decide, do what concerns the weights, and return the factor of the rates."""
+    def _act(self) -> Decision | None:
+        """Decide, do what concerns the weights, and return what changes the rates, if anything."""
         decided = self._decide() if ranks.is_first() else []
         decided = ranks.shared_decisions(decided, step=self.monitor.step, most=3)
-        factor = 1.0
+        change = None
         for decision in decided:
             if not decision.changes and said_before(decision, self.decisions):
                 continue  # a decision to change nothing is said once
@@ -181,8 +182,8 @@ class StabilityLR(LRScheduler):
             if decision.kind in ("restore", "kick"):
                 self._change_weights(decision)
             elif decision.changes:
-                factor = decision.new / decision.old
-        return factor
+                change = decision
+        return change
 
     def _decide(self) -> list[Decision]:
         margins = self.monitor.margins

@@ -52,7 +52,8 @@ def verdict(
     margins, target = situation.margins, situation.target
     if margins.failure is not None or not margins.converged:
         return None, state
-    misses = _misses(margins, target, band)
+    # Once reached, it is missed only at twice the band: training hovers about the edge.
+    misses = _misses(margins, target, 2 * band if state.get("reached") else band)
     if not misses:
         state = {**state, "since": 0.0, "best": math.inf}
         if state.get("reached"):

@@ -56,12 +56,12 @@ def descend(
     return sharpness(u, v), (u * v - 1) ** 2 / 2, lr, decisions
 
 
-@pytest.mark.parametrize("goal", [20.0, 12.0, 8.0, 4.0])
+@pytest.mark.parametrize("goal", [20.0, 8.0, 4.0])
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
     """Catches a law that diverges, stays, or ends sharper than it was told to."""
     target = TargetRegion(sharpness=(0, goal))
-    a, loss, lr, _ = descend(gated_staircase, target, 6000, lr=0.06, every=every)
+    a, loss, lr, _ = descend(gated_staircase, target, 3000, lr=0.06, every=every)
     assert lr == pytest.approx(2 / goal, rel=1e-12)
     assert loss < 1e-6
     # An escape of this loss, without progressive sharpening, may end below the edge, not above.
@@ -90,7 +90,7 @@ def test_a_jump_diverges_where_the_staircase_does_not() -> None:
     target = TargetRegion(sharpness=(0, 4.0))
     assert descend(jump, target, 100, lr=0.06)[3][-1].why == "at once"
     assert not descend(jump, target, 100, lr=0.06)[1] < 1e6
-    assert descend(gated_staircase, target, 6000, lr=0.06)[1] < 1e-6
+    assert descend(gated_staircase, target, 3000, lr=0.06)[1] < 1e-6
 
 
 def test_cutting_while_it_is_too_sharp_freezes_the_sharp_minimum() -> None:
@@ -298,5 +298,8 @@ def test_the_margin_has_hysteresis() -> None:
     # It lowers to the share, and rises to below it.
     down, _ = keep_margin(at(0.1, 10.2, step=99, **bounds), {"step": 0.0})
     assert down.new == pytest.approx(1 / 10.2)
+    # Slowly while it is stable, at once where it is not.
+    assert keep_margin(at(0.1, 19.0, **bounds), {})[0].new == pytest.approx(0.099)
+    assert keep_margin(at(0.1, 21.0, **bounds), {})[0].new == pytest.approx(1 / 21)
     up, _ = keep_margin(at(0.1, 8.0, step=99, **bounds), {"step": 0.0})
     assert up.new == pytest.approx(0.45 * 2 / 8.0)
