@@ -73,12 +73,15 @@ def batch_staircase(
     *,
     band: float = 0.05,
     factor: float = 0.5,
+    gate: float = 1.2,
     dwell: int = 100,
 ) -> tuple[Decision, State]:
     r"""Go to the batch size whose limit is the target, and on for as long as s is not within it.
 
     - s above the target's upper bound by more than ``band``: multiply B by ``factor``, down to
-      :meth:`~TargetRegion.batch_size_for`; from there on by sqrt(``factor``) as long as s stays;
+      :meth:`~TargetRegion.batch_size_for`; from there on by sqrt(``factor``) as long as s stays; but
+      never to where s is more than ``gate`` times its limit: so much noise would scatter the weights
+      and not only lead them away;
     - s below the lower bound by more than ``band``: divide B by ``factor``;
     - in between: keep. After a change, wait ``dwell`` steps for its effect;
     - a loss that is not finite, or above the cap: divide B by ``factor``.
@@ -111,8 +114,15 @@ def batch_staircase(
         # Below the seed the box already forbids s: smaller steps, since it may just be slow.
         smaller = max(now * factor, seed) if now > seed else now * factor**0.5
         smaller = max(math.floor(smaller), measured.smallest)
-        if smaller == now:
+        gated = TargetRegion(non_uniformity=(s / gate, None))
+        least = gated.batch_size_for(measured.rule, measured.dataset_size)
+        if now <= measured.smallest:
             return measured.decide("hold", now, f"{why}; there is no smaller batch"), state
+        if now <= least:
+            ratio = s / measured.limit(now)
+            why = f"{why}; it is {ratio:.2f} of its limit, at the gate {gate:g}: escaping"
+            return measured.decide("hold", now, why), state
+        smaller = max(smaller, least)
         return measured.decide("lower", smaller, why), settled
     if s < low * (1 - band):
         why = f"the non-uniformity {s:.3g} is below the target's {low:.3g}"

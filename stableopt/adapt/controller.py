@@ -26,11 +26,12 @@ __all__ = ["StabilityController"]
 class StabilityController:
     r"""Steers learning rate and batch size towards a region of the diagram, and says what it does.
 
-    ``step()`` after each ``optimizer.step()``. The sharpness comes first, by :class:`StabilityLR`;
-    once it is within the target, or within it but for ``band``, for ``settle`` measurements, the
-    batch size follows, by :func:`~stableopt.adapt.batch_laws.batch_staircase`. The learning rate
-    has the word again when the sharpness leaves by twice the band: what lies between is hysteresis,
-    without which two knobs that act on both quantities would chase each other.
+    ``step()`` after each ``optimizer.step()``. The sharpness comes first, by :class:`StabilityLR`.
+    Once the learning rate stays, and the sharpness is within the target but for ``band``, for
+    ``settle`` measurements, the batch size follows, by
+    :func:`~stableopt.adapt.batch_laws.batch_staircase`. The learning rate has the word again when
+    the sharpness leaves by twice the band: what lies between is hysteresis, without which two knobs
+    that act on both quantities would chase each other.
 
     Every decision is a record with its reason, in :attr:`decisions`, in the monitor's sinks, and a mark
     for the figures. That the target is reached, or cannot be, is one as well.
@@ -215,6 +216,9 @@ class StabilityController:
         assert high is not None
         if a is None or not margins.converged:
             return self._settled >= self._settle
+        if self._moved(margins.step):
+            self._settled = 0
+            return False
         # A lower bound is no reason to wait: more noise will not sharpen, nor will less.
         if self._settled >= self._settle:
             if a > high * (1 + 2 * self._band):
@@ -222,6 +226,11 @@ class StabilityController:
         else:
             self._settled = self._settled + 1 if a <= high * (1 + self._band) else 0
         return self._settled >= self._settle
+
+    def _moved(self, step: int) -> bool:
+        """Whether the learning rate was changed at ``step``."""
+        last = next((each for each in reversed(self.decisions) if each.what == "lr"), None)
+        return last is not None and last.step == step and last.changes
 
     def _batch_measured(self, margins: StabilityMargins) -> BatchMeasured:
         assert self.batch is not None
@@ -250,7 +259,15 @@ class StabilityController:
             max_lr=math.inf if scheduler is None else scheduler.max_lr,
             batch_size=None if batch is None else batch.batch_size,
             smallest=1 if batch is None else batch.nearest(1),
+            cuts=self._cuts(),
         )
+
+    def _cuts(self) -> int:
+        """Return how often the rate was cut since the target was last reached."""
+        cuts = 0
+        for decision in self.decisions:
+            cuts = 0 if decision.kind == "reached" else cuts + (decision.kind == "cut")
+        return cuts
 
     def _local(self, batch_size: float) -> int:
         assert self.batch is not None

@@ -102,7 +102,8 @@ def gated_staircase(
     - :math:`\eta < \eta_{\mathrm{target}}` and m up to ``gate``: raise it by ``rate`` a step, up to
       :math:`\eta_{\mathrm{target}}` and the rate at which m is the gate;
     - m at the gate or above: hold, an escape is under way;
-    - :math:`\eta > \eta_{\mathrm{target}}`: lower it by ``rate`` a step;
+    - :math:`\eta > \eta_{\mathrm{target}}`: lower it by ``rate`` a step if the sharpness, or what the
+      rate allows, is below the target's lower bound; otherwise it does what is wanted already;
     - a loss that is not finite, or above the cap: multiply it by ``cut``, and hold ``hold`` steps.
 
     A measurement that did not converge raises nothing, since it may be too low.
@@ -132,14 +133,18 @@ def gated_staircase(
 
     lr, aim = measured.lr, measured.target.lr_for(measured.rule)
     goal = min(max(aim, measured.min_lr), measured.max_lr)
+    low = measured.target.sharpness[0] or 0.0
+    assert margins.sharpness is not None
     if math.isclose(lr, goal, rel_tol=1e-9):
         return measured.decide("keep", lr, "this is the target's rate"), state
+    if lr > goal and margins.sharpness >= low and measured.limit >= low:
+        why = f"what is sharper than the target is unstable as from a rate of {aim:.4g}"
+        return measured.decide("keep", lr, why), state
     if lr > goal:
         lowered = max(goal, lr * (1 - rate) ** passed)
         return measured.decide("lower", lowered, f"the target's rate is {goal:.4g}"), state
     if not margins.converged:
         return measured.decide("hold", lr, "the measurement did not converge"), state
-    assert margins.sharpness is not None
     raised = min(goal, lr * (1 + rate) ** passed)
     if margins.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, margins.sharpness / gate))

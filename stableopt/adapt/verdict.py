@@ -25,6 +25,7 @@ class Situation:
         max_lr: the largest allowed.
         batch_size: the batch size, or ``None`` if nothing changes it.
         smallest: the smallest allowed.
+        cuts: how often the learning rate was cut since the target was last reached.
     """
 
     margins: StabilityMargins
@@ -34,6 +35,12 @@ class Situation:
     max_lr: float = math.inf
     batch_size: int | None = None
     smallest: int = 1
+    cuts: int = 0
+
+
+_TOO_MANY_CUTS = 3
+
+_FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
 
 
 def verdict(
@@ -41,8 +48,9 @@ def verdict(
 ) -> tuple[Decision | None, State]:
     """Say that the target was reached or missed again, or cannot be reached; else ``None``.
 
-    Cannot, that is: the rate that it asks for is not allowed; or all knobs are where the target asks
-    for them, and the quantity has not come nearer by more than 1 % in ``patience`` measurements.
+    Cannot, that is: the rate that it asks for is not allowed, or had to be cut three times; or all
+    knobs are where the target asks for them, and the quantity has not come nearer by more than 1 %
+    in ``patience`` measurements.
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
@@ -67,9 +75,7 @@ def verdict(
     if why is not None:
         return _say(situation, "unreachable", why), state
     nearer = distance < 0.99 * state.get("best", math.inf)
-    at_work = situation.target_lr is not None and not math.isclose(
-        situation.lr, situation.target_lr, rel_tol=1e-6
-    )
+    at_work = _at_work(situation)
     if nearer or at_work:
         return None, {**state, "since": 0.0, "best": distance}
     since = state.get("since", 0.0) + 1
@@ -96,8 +102,20 @@ def _misses(
     return found
 
 
+def _at_work(situation: Situation) -> bool:
+    """Whether the rate still is on its way: below the target's, or above it where that sharpens."""
+    wanted, lr = situation.target_lr, situation.lr
+    if wanted is None or math.isclose(lr, wanted, rel_tol=1e-6):
+        return False
+    return lr < min(wanted, situation.max_lr) or (
+        lr > wanted and situation.target.sharpness[0] != 0
+    )
+
+
 def _forbidden(situation: Situation, what: str) -> str | None:
     wanted = situation.target_lr
+    if situation.cuts >= _TOO_MANY_CUTS:
+        return f"{what}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
     if what.startswith("sharpness") and wanted is not None and wanted > situation.max_lr:
         if situation.lr < situation.max_lr:
             return None  # on its way; what it finds may do

@@ -153,11 +153,24 @@ def test_it_goes_to_the_target_and_not_beyond() -> None:
     """Catches an overshoot in either direction, and a rate that moves at its goal."""
     state = {"step": 0.0}
     assert gated_staircase(at(0.199, 9.0), state)[0].new == pytest.approx(0.2, rel=1e-12)
-    assert gated_staircase(at(0.2005, 9.0), state)[0].new == pytest.approx(0.2, rel=1e-12)
+    exact = TargetRegion(sharpness=(10.0, 10.0))
+    assert gated_staircase(at(0.2005, 9.0, target=exact), state)[0].new == 0.2
     kept, _ = gated_staircase(at(0.2, 50.0), state)
     assert (kept.kind, kept.new) == ("keep", 0.2)
-    lowered, _ = gated_staircase(at(0.4, 4.0), state)
-    assert lowered.new == pytest.approx(0.4 * 0.99**10, rel=1e-12)
+    sharper = TargetRegion(sharpness=(10.0, None))
+    lowered, _ = gated_staircase(at(0.4, 4.0, target=sharper), state)
+    assert (lowered.kind, lowered.new) == ("lower", pytest.approx(0.4 * 0.99**10, rel=1e-12))
+
+
+def test_a_rate_that_forbids_more_than_it_must_is_left_alone() -> None:
+    """Catches a flat minimum that a wide target sharpens: 10 is the most, not what is wanted."""
+    kept, _ = gated_staircase(at(0.4, 4.0), {"step": 0.0})
+    assert (kept.kind, kept.new) == ("keep", 0.4)
+    between = TargetRegion(sharpness=(4.0, 10.0))
+    assert gated_staircase(at(0.4, 4.5, target=between), {"step": 0.0})[0].kind == "keep"
+    assert gated_staircase(at(0.4, 3.9, target=between), {"step": 0.0})[0].kind == "lower"
+    # What the rate allows is below the bound, though the present point is not.
+    assert gated_staircase(at(0.6, 4.5, target=between), {"step": 0.0})[0].kind == "lower"
 
 
 def test_bounds_of_the_rate_hold() -> None:
@@ -165,7 +178,9 @@ def test_bounds_of_the_rate_hold() -> None:
     state = {"step": 0.0}
     assert gated_staircase(at(0.1, 9.0, step=99, max_lr=0.12), state)[0].new == 0.12
     assert gated_staircase(at(0.12, 9.0, max_lr=0.12), state)[0].kind == "keep"
-    assert gated_staircase(at(0.5, 1.0, step=999, min_lr=0.45), state)[0].new == 0.45
+    sharper = TargetRegion(sharpness=(10.0, None))
+    lowered, _ = gated_staircase(at(0.5, 1.0, step=999, min_lr=0.45, target=sharper), state)
+    assert lowered.new == 0.45
     held, _ = gated_staircase(at(0.1, a=None, max_lr=0.05), state)
     assert held.new == 0.1
 
