@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "escape": "benchmarks.escape",
     "gd-sharpness": "benchmarks.gd_sharpness",
     "overhead": "benchmarks.overhead",
+    "steering": "benchmarks.steering",
 }
 
 
