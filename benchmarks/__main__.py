@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any
 
 EXPERIMENTS = {
+    "control-laws": "benchmarks.control_laws",
     "escape": "benchmarks.escape",
     "gd-sharpness": "benchmarks.gd_sharpness",
     "overhead": "benchmarks.overhead",

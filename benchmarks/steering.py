@@ -34,23 +34,39 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     )
     config.out.mkdir(parents=True, exist_ok=True)
     report.announce(config, console)
-    outcomes: list[Outcome] = []
+    rows: list[dict[str, Any]] = []
     for seed in range(config.seed, config.seed + config.seeds):
         with console.status(f"seed {seed}"):
-            outcomes += _from_minimum(config, images, seed)
-            outcomes += _from_scratch(config, images, seed)
-        # After each seed, so that a run that is cut short leaves what it found.
-        result = {
-            "config": {name: _plain(value) for name, value in vars(config).items()},
-            "summary": report.summary(outcomes),
-            "runs": [outcome.numbers() for outcome in outcomes],
-        }
-        (config.out / "steering.json").write_text(json.dumps(result, indent=2) + "\n")
+            rows += _seed(config, images, seed)
         console.print(f"seed {seed}: done")
-    report.compare(outcomes, console)
-    report.draw(config, outcomes)
+    result = {"config": _settings(config), "summary": report.summary(rows), "runs": rows}
+    (config.out / "steering.json").write_text(json.dumps(result, indent=2) + "\n")
+    report.compare(rows, console)
     report.point_out(config, console)
     return result
+
+
+def _seed(config: Config, images: Images, seed: int) -> list[dict[str, Any]]:
+    """Return the numbers of one seed: from its file, if an earlier run left one, else by running."""
+    path = config.out / f"seed-{seed}.json"
+    settings = _settings(config)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["config"] == settings:
+            return list(kept["runs"])
+    outcomes = [*_from_minimum(config, images, seed), *_from_scratch(config, images, seed)]
+    if seed == config.seed:
+        report.draw(config, outcomes)
+    rows = [outcome.numbers() for outcome in outcomes]
+    path.write_text(json.dumps({"config": settings, "runs": rows}, indent=2) + "\n")
+    return rows
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Return what a seed's numbers depend on, as JSON gives it back."""
+    elsewhere = ("out", "data_dir", "seed", "seeds")
+    values = {name: value for name, value in vars(config).items() if name not in elsewhere}
+    return dict(json.loads(json.dumps(values)))
 
 
 def _from_minimum(config: Config, images: Images, seed: int) -> list[Outcome]:
@@ -92,7 +108,3 @@ def _from_scratch(config: Config, images: Images, seed: int) -> list[Outcome]:
         methods.scratch_steered(fresh(), images, config, seed),
         *(methods.scratch_constant(fresh(), images, config, seed, lr) for lr in config.scratch_lrs),
     ]
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, tuple)) else str(value)

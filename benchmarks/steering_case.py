@@ -61,11 +61,11 @@ class Config:
     sgd_steps: int = 2500
     batch_size: int = 64
     measure_every: int = 10
-    grid_lrs: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
+    grid_lrs: tuple[float, ...] = (1.5, 2.0, 4.0)
     grid_ramps: tuple[int, ...] = (1, 300)
-    scratch_steps: int = 2000
+    scratch_steps: int = 1500
     scratch_sharpness: float = 2.0
-    scratch_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0)
+    scratch_lrs: tuple[float, ...] = (0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True)

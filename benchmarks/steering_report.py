@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -34,40 +33,41 @@ def announce(config: Config, console: Console) -> None:
     )
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each method and region what its seeds have in common."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.method, outcome.region), []).append(outcome)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["region"]), []).append(row)
     return [
         {"method": method, "region": region, **_common(group)}
         for (method, region), group in groups.items()
     ]
 
 
-def _common(group: list[Outcome]) -> dict[str, Any]:
-    alive = [each for each in group if each.end.failure is None]
-    ratios = [each.to_target for each in alive if each.to_target is not None]
-    targets = [each for each in alive if each.target is not None]
+def _common(group: list[dict[str, Any]]) -> dict[str, Any]:
+    alive = [row for row in group if not row["failed"]]
+    ratios = [row["sharpness_to_target"] for row in alive]
+    ratios = [ratio for ratio in ratios if ratio is not None]
     uniform = [
-        each.end.non_uniformity <= each.target.non_uniformity[1]  # type: ignore[operator,union-attr]
-        for each in targets
-        if each.target is not None and each.target.non_uniformity[1] != math.inf
+        row["non_uniformity"] <= row["target_non_uniformity"]
+        for row in alive
+        if row["target_non_uniformity"] is not None
     ]
-    accuracies = [each.accuracy for each in group]
+    accuracies = [row["test_accuracy"] for row in group]
     return {
         "seeds": len(group),
         "diverged": len(group) - len(alive),
-        "trained": sum((each.end.loss or math.inf) < BACK for each in alive),
-        "sharpness": _mean([each.end.sharpness for each in alive]),
-        "non_uniformity": _mean([each.end.non_uniformity for each in alive]),
+        "trained": sum(row["loss"] < BACK for row in alive),
+        "sharpness": _mean([row["sharpness"] for row in alive]),
+        "non_uniformity": _mean([row["non_uniformity"] for row in alive]),
         "sharpness_to_target": ratios,
         "within_10_percent": sum(abs(ratio - 1) <= WITHIN for ratio in ratios),
         "uniform_enough": sum(uniform) if uniform else None,
         "test_accuracy": mean(accuracies),
         "test_accuracy_deviation": stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "steps": mean(each.steps for each in group),
-        "products": mean(each.products for each in group),
+        "largest_loss": max((row["largest_loss"] or 0.0 for row in alive), default=0.0),
+        "steps": mean(row["steps"] for row in group),
+        "products": mean(row["products"] for row in group),
     }
 
 
@@ -76,7 +76,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return mean(known) if known else None
 
 
-def compare(outcomes: Sequence[Outcome], console: Console) -> None:
+def compare(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the summary as a table."""
     table = Table(title="Where each method ended (means over seeds)")
     for heading, justify in (
@@ -92,7 +92,7 @@ def compare(outcomes: Sequence[Outcome], console: Console) -> None:
         ("steps", "right"),
     ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for row in summary(outcomes):
+    for row in summary(rows):
         seeds, ratios = row["seeds"], row["sharpness_to_target"]
         spread = f"{min(ratios):.3f}–{max(ratios):.3f}" if ratios else "–"
         uniform = row["uniform_enough"]
