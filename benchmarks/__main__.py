@@ -13,9 +13,11 @@ from typing import Any
 from benchmarks.perf import PARTS
 
 EXPERIMENTS = {
+    "control-laws": "benchmarks.control_laws",
     "escape": "benchmarks.escape",
     "gd-sharpness": "benchmarks.gd_sharpness",
     "quasi-newton": "benchmarks.quasi_newton",
+    "steering": "benchmarks.steering",
 }
 
 

@@ -8,8 +8,15 @@ Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the train
     opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
 """
 
-from stableopt import curvature, optim, plot, sinks, stability
+from stableopt import adapt, curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
+from stableopt.adapt import (
+    AdaptiveAccumulation,
+    AdaptiveBatchSampler,
+    StabilityController,
+    StabilityLR,
+    TargetRegion,
+)
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
 from stableopt.optim import GD, LBFGS, SGD
@@ -28,15 +35,21 @@ __all__ = [
     "GD",
     "LBFGS",
     "SGD",
+    "AdaptiveAccumulation",
+    "AdaptiveBatchSampler",
     "CriticalLR",
     "JSONLinesSink",
     "Problem",
+    "StabilityController",
+    "StabilityLR",
     "StabilityMargins",
     "StabilityMonitor",
     "StabilityRegion",
+    "TargetRegion",
     "TensorBoardSink",
     "UpdateRule",
     "__version__",
+    "adapt",
     "critical_batch_size",
     "critical_lr",
     "curvature",

@@ -176,6 +176,16 @@ class StabilityMonitor:
         return median_low(self._observed) if self._observed else None
 
     @property
+    def update_rule(self) -> UpdateRule:
+        """The update rule, read from the optimizer as it stands now."""
+        return self._rule()
+
+    @property
+    def eigenvectors(self) -> dict[str, Tensor]:
+        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, if it found any."""
+        return dict(self._starts)
+
+    @property
     def overhead(self) -> float:
         """Time spent measuring, as a share of the time spent training since the monitor began."""
         training = time.perf_counter() - self._began - self._seconds

@@ -39,6 +39,8 @@ _VERMILION, _BLUE, _GREEN, _PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 _REGION_COLOURS = (_VERMILION, _BLUE, _GREEN, _PURPLE)
 _GREY = "#555555"
 
+_MARKERS = ["^", "v", "s", "D", "P", "X", "h", "p"]
+
 _LOG_FROM = 20.0
 """An axis is logarithmic where its largest number is so many times its smallest."""
 
@@ -47,6 +49,8 @@ def diagram(
     region: Region | Mapping[str, Region] | None = None,
     points: Iterable[StabilityMargins | Sequence[float]] = (),
     *,
+    target: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    marks: Iterable[tuple[float, str]] = (),
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
@@ -63,6 +67,10 @@ def diagram(
         points: the trajectory, oldest first: :class:`StabilityMargins` or pairs (sharpness,
             non-uniformity). Those that lack either are left out. The sharpness is the preconditioned
             one where the optimizer has a preconditioner, as the non-uniformity is.
+        target: a box to draw: ``(low, high)`` of the sharpness and of the non-uniformity, infinity
+            for an open end.
+        marks: pairs (step, label) of what was changed in the run; each is drawn on the trajectory
+            where it was at that step. Steps are numbers of points where these are pairs.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
@@ -86,16 +94,20 @@ def diagram(
 
     boxes = [_box(each) for each in regions.values()]
     left = float(min([0.0, *(low for low, _, _ in boxes), *path[:, 0]]))
-    right = _reach([a for _, a, _ in boxes], path[:, 0])
-    top = _reach([s for _, _, s in boxes], path[:, 1])
+    wanted = [] if target is None else [*target]
+    right = _reach([a for _, a, _ in boxes], path[:, 0], *wanted[:1])
+    top = _reach([s for _, _, s in boxes], path[:, 1], *wanted[1:])
     axes.set_xlim(left * 1.1, right)
     axes.set_ylim(0.0, top)
 
     for index, (label, each) in enumerate(regions.items()):
         colour = _REGION_COLOURS[index % len(_REGION_COLOURS)]
         _draw_region(axes, each, label, colour, right=right, top=top)
+    if target is not None:
+        _draw_target(axes, target, left=left, right=right, top=top)
     if len(path):
         _draw_path(axes, steps, path, unit)
+        _draw_marks(axes, steps, path, marks)
     axes.set_xlabel(SHARPNESS)
     axes.set_ylabel(NON_UNIFORMITY)
     if title is not None:
@@ -108,7 +120,10 @@ def diagram(
 
 
 def margins(
-    history: Iterable[StabilityMargins | Mapping[str, Any]], *, title: str | None = None
+    history: Iterable[StabilityMargins | Mapping[str, Any]],
+    *,
+    marks: Iterable[tuple[float, str]] = (),
+    title: str | None = None,
 ) -> Figure:
     """Draw sharpness and non-uniformity over the steps, each with its limit.
 
@@ -119,6 +134,7 @@ def margins(
     Args:
         history: a monitor's ``history``, or records with their ``step``, such as the lines that
             :class:`~stableopt.JSONLinesSink` wrote.
+        marks: pairs (step, label) of what was changed in the run: vertical lines.
         title: a title, or ``None``.
 
     Returns:
@@ -136,6 +152,7 @@ def margins(
     figure: Figure = _figure(figsize=(7.0, 5.6))
     panels = figure.subplots(2, 1, sharex=True)
     steps = _column(items, "step")
+    changes = list(marks)
     failed = np.array([_has_failed(item) for item in items], dtype=bool)
     preconditioned = bool(np.isfinite(_column(items, "preconditioned_sharpness")).any())
     shown = (
@@ -156,6 +173,12 @@ def margins(
                 transform=axes.get_xaxis_transform(),
                 label="failed",
             )
+        for index, what in enumerate(dict.fromkeys(what for _, what in changes)):
+            style = (0, (1 + 2 * index, 2))
+            for step, each in changes:
+                if each == what:
+                    axes.axvline(step, color=_GREY, linestyle=style, linewidth=0.8)
+            axes.plot([], [], color=_GREY, linestyle=style, linewidth=0.8, label=what)
         axes.set_ylabel(label)
         axes.grid(alpha=0.25, linewidth=0.6)
         if axes.get_legend_handles_labels()[0]:
@@ -230,9 +253,12 @@ def _path(
     return table[:, 0], table[:, 1:], "step" if of_margins else "measurement"
 
 
-def _reach(limits: Sequence[float], values: NDArray[np.float64]) -> float:
-    """Return the end of an axis that shows every finite limit and every value."""
-    largest = max([0.0, *(limit for limit in limits if math.isfinite(limit)), *values])
+def _reach(
+    limits: Sequence[float], values: NDArray[np.float64], ends: Iterable[float] = ()
+) -> float:
+    """Return the end of an axis that shows every finite limit, and every value."""
+    finite = (limit for limit in (*limits, *ends) if math.isfinite(limit))
+    largest = max([0.0, *finite, *values])
     return 1.1 * float(largest) if largest > 0 else 1.0
 
 
@@ -273,6 +299,39 @@ def _draw_path(axes: Any, steps: NDArray[np.float64], path: NDArray[np.float64],
         axes.plot(x[0], y[0], "o", markersize=9, markerfacecolor="white", label="start", **ring)
     end = dots.cmap(dots.norm(steps[-1]))
     axes.plot(x[-1], y[-1], "*", markersize=15, markerfacecolor=end, label="end", **ring)
+
+
+def _draw_target(
+    axes: Any,
+    target: tuple[tuple[float, float], tuple[float, float]],
+    *,
+    left: float,
+    right: float,
+    top: float,
+) -> None:
+    (a_low, a_high), (s_low, s_high) = target
+    # An open end is drawn beyond the axes, where its side does not show.
+    x = (a_low if a_low > 0 else 1.2 * left - 0.1 * right, min(a_high, 1.2 * right))
+    y = (s_low if s_low > 0 else -0.1 * top, min(s_high, 1.2 * top))
+    corners = [[x[0], x[1], x[1], x[0], x[0]], [y[0], y[0], y[1], y[1], y[0]]]
+    axes.fill(*corners, color=_GREEN, alpha=0.10, linewidth=0, zorder=0)
+    axes.plot(*corners, color=_GREEN, linewidth=1.4, linestyle=":", label="target")
+
+
+def _draw_marks(
+    axes: Any,
+    steps: NDArray[np.float64],
+    path: NDArray[np.float64],
+    marks: Iterable[tuple[float, str]],
+) -> None:
+    labels: dict[str, list[int]] = {}
+    for step, label in marks:
+        # Where the trajectory was: the last measurement up to then.
+        index = max(int(np.searchsorted(steps, step, side="right")) - 1, 0)
+        labels.setdefault(label, []).append(index)
+    for (label, indices), marker in zip(labels.items(), _MARKERS * len(labels), strict=False):
+        style = {"markerfacecolor": "none", "markeredgecolor": _VERMILION, "linestyle": "none"}
+        axes.plot(*path[indices].T, marker, markersize=8, zorder=5, label=label, **style)
 
 
 # -- the margins -----------------------------------------------------------------------------------

@@ -197,3 +197,42 @@ plot.to_rgb(plot.margins([]))
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_target_widens_the_axes_and_open_ends_have_no_side() -> None:
+    """Catches a target outside the picture, and infinity among its corners."""
+    figure = plot.diagram((4.0, 4.0), [(3.0, 3.0)], target=((0.0, 9.0), (2.0, math.inf)))
+    (axes,) = figure.axes
+    assert axes.get_xlim()[1] > 9
+    (box,) = [line for line in axes.lines if line.get_label() == "target"]
+    x, y = map(set, box.get_data())
+    assert max(x) == 9
+    assert min(x) < axes.get_xlim()[0]
+    assert min(y) == 2
+    assert axes.get_ylim()[1] < max(y) < math.inf
+    plot.to_rgb(figure)
+
+
+def test_marks_lie_on_the_trajectory_where_it_was_then() -> None:
+    """Catches a mark at the measurement after the decision, and one that is off the path."""
+    history = [
+        StabilityMargins(step=step, sharpness=float(step), non_uniformity=2.0 * step)
+        for step in (10, 20, 30)
+    ]
+    marks = [(5, "early"), (20, "up"), (29, "up"), (99, "late")]
+    figure = plot.diagram(None, history, marks=marks)
+    drawn = {
+        line.get_label(): list(zip(*line.get_data(), strict=True)) for line in figure.axes[0].lines
+    }
+    assert drawn["early"] == [(10, 20)]
+    assert drawn["up"] == [(20, 40), (20, 40)]
+    assert drawn["late"] == [(30, 60)]
+    panels = plot.margins(history, marks=marks).axes
+    assert [line.get_xdata()[0] for line in panels[1].lines if len(line.get_xdata()) == 2] == [
+        5,
+        20,
+        29,
+        99,
+    ]
+    # A run without measurements has nowhere to put them.
+    plot.diagram(None, [], marks=marks)

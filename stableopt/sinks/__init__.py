@@ -9,6 +9,9 @@ Three examples::
 ``record`` is what :meth:`~stableopt.stability.StabilityMargins.record` returns: every known number
 by name, infinite limits included; a failed measurement has ``failed`` = 1 and no values. Where a
 sink has a ``flush()``, the monitor calls it when it closes.
+
+Steering sends its decisions too: records with ``decision`` = 1, what was changed ``_from`` and
+``_to``, and to the ``note(step, text)`` of a sink that has one, the reason in words.
 """
 
 from stableopt.sinks.json_lines import JSONLinesSink

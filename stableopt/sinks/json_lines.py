@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = ["JSONLinesSink"]
 
@@ -40,9 +41,16 @@ class JSONLinesSink:
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
         """Append ``record``, measured at ``step``."""
         numbers = {name: float(value) for name, value in record.items()}
-        line = {"step": int(step)} | {
-            name: value if math.isfinite(value) else None for name, value in numbers.items()
-        }
+        self._append(
+            {"step": int(step)}
+            | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        )
+
+    def note(self, step: int, text: str) -> None:
+        """Append ``text``, what was decided at ``step`` and why, as ``{"step": …, "note": …}``."""
+        self._append({"step": int(step), "note": text})
+
+    def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False) + "\n"
         if not self._began:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,8 @@ class TensorBoardSink:
       (``non_uniformity_ratio`` is ``stability/non_unif_ratio``), and the bands.
     - *Images*: the sharpness / non-uniformity diagram, if both are measured, after the first
       measurement and then ever less often, and at the first :meth:`flush` or :meth:`close` that finds
-      something new.
+      something new. What steering decided is marked in it.
+    - *Text*: each decision and its reason, as ``stability/decisions``.
 
     A writer that the sink made is flushed after every record; one that was given is left to its own
     pace. TensorBoard keeps one layout a run, so a given writer must have no Custom Scalars of its own.
@@ -184,6 +185,10 @@ class TensorBoardSink:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def note(self, step: int, text: str) -> None:
+        """Write ``text``, what was decided at ``step`` and why."""
+        self.writer.add_text("stability/decisions", text, int(step))
 
     def flush(self) -> None:
         """Write everything to disk; the first time with a diagram of what is newest."""
@@ -278,10 +283,15 @@ class _Diagrams:
         self._stride = 1
         self._points: list[StabilityMargins] = []
         self._newest = StabilityMargins()
+        self._marks: list[tuple[float, str]] = []
         self._region: plot.Region | None = None
 
     def add(self, step: int, record: Mapping[str, float]) -> None:
-        """Take one record, if it has both quantities: with a preconditioner those that it is in."""
+        """Take one record, if it has both quantities (with a preconditioner those that it is in), or
+        is a decision.
+        """
+        if self._left and "decision" in record:
+            self._mark(step, record)
         sharpness = record.get("preconditioned_sharpness", record.get("sharpness"))
         non_uniformity = record.get("non_uniformity")
         if not self._left or sharpness is None or non_uniformity is None:
@@ -298,6 +308,16 @@ class _Diagrams:
         if len(self._points) > _POINTS_SHOWN:
             self._points, self._stride = self._points[::2], 2 * self._stride
 
+    def _mark(self, step: int, record: Mapping[str, float]) -> None:
+        for name, new in record.items():
+            old = record.get(name.removesuffix("_to") + "_from")
+            if not name.endswith("_to") or old is None or old == new:
+                continue
+            label = f"{name.removesuffix('_to').replace('_', ' ')} {'up' if new > old else 'down'}"
+            # A staircase is marked where it begins: its steps would hide the trajectory.
+            if not self._marks or self._marks[-1][1] != label:
+                self._marks.append((step, label))
+
     @property
     def due(self) -> bool:
         """Whether the diagram should be drawn now."""
@@ -313,7 +333,7 @@ class _Diagrams:
         self._left -= 1
         self._drawn = self._count
         points = self._points if self._points[-1] is self._newest else [*self._points, self._newest]
-        figure = plot.diagram(self._region, points)
+        figure = plot.diagram(self._region, points, marks=self._marks)
         step = self._newest.step
         writer.add_image("stability/diagram", plot.to_rgb(figure), step, dataformats="HWC")
 

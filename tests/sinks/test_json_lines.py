@@ -71,3 +71,15 @@ def test_a_failed_measurement_is_a_line_without_values(tmp_path: Path) -> None:
     (line,) = lines(sink.path)
     assert (line["step"], line["failed"], line["lr"]) == (7, 1.0, 0.1)
     assert "sharpness" not in line
+
+
+def test_notes_are_lines_of_their_own(tmp_path: Path) -> None:
+    """Catches a reason in words that breaks the file for whoever reads numbers."""
+    sink = JSONLinesSink(tmp_path / "run.jsonl")
+    sink(1, {"decision": 1.0, "lr_to": math.inf})
+    sink.note(1, 'raise lr: "why"\nand on')
+    lines = [json.loads(line) for line in sink.path.read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "decision": 1.0, "lr_to": None},
+        {"step": 1, "note": 'raise lr: "why"\nand on'},
+    ]

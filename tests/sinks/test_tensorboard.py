@@ -332,6 +332,26 @@ def test_an_optimizer_drives_it(tmp_path: Path) -> None:
     sink.close()
 
 
+def test_decisions_are_scalars_words_and_marks(tmp_path: Path) -> None:
+    """Catches decisions that TensorBoard does not show, and a staircase with a mark at each step."""
+    sink = TensorBoardSink(tmp_path)
+    for step in (1, 2, 3):
+        sink(step, sgd(step).record())
+        sink(step, {"decision": 1.0, "lr_from": 0.1 * step, "lr_to": 0.1 * step + 0.1})
+        sink.note(step, f"raise lr at {step}")
+    sink(4, {"decision": 1.0, "batch_size_from": 8.0, "batch_size_to": 4.0})
+    sink(4, {"decision": 1.0, "lr_from": 0.4, "lr_to": 0.4})
+    assert sink._diagrams._marks == [(1, "lr up"), (4, "batch size down")]
+    sink.close()
+    events = read(tmp_path)
+    assert steps_of(events, "stability/lr_to") == [1, 2, 3, 4]
+    assert steps_of(events, "stability/batch_size_to") == [4]
+    words = events.Tensors("stability/decisions/text_summary")
+    assert [event.tensor_proto.string_val[0].decode() for event in words] == [
+        f"raise lr at {step}" for step in (1, 2, 3)
+    ]
+
+
 def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:
     """Would catch a wrong argument that is taken for zero."""
     with pytest.raises(ValueError, match=r"max_diagrams=-1"):

@@ -1,0 +1,319 @@
+"""Both knobs together: first the sharpness by the learning rate, then the non-uniformity by B."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from stableopt._arguments import positive, whole
+from stableopt.adapt import ranks
+from stableopt.adapt.batch_laws import BatchLaw, BatchMeasured, batch_staircase, keep_batch_margin
+from stableopt.adapt.batches import Resizable
+from stableopt.adapt.decision import Decision, marks, tell
+from stableopt.adapt.laws import State, new_state
+from stableopt.adapt.scheduler import StabilityLR, said_before
+from stableopt.adapt.target import OPEN, TargetRegion, at_lr
+from stableopt.adapt.verdict import Situation, verdict
+from stableopt.monitor import StabilityMonitor
+from stableopt.stability import StabilityMargins
+
+__all__ = ["StabilityController"]
+
+
+class StabilityController:
+    r"""Steers learning rate and batch size towards a region of the diagram, and says what it does.
+
+    ``step()`` after each ``optimizer.step()``. The sharpness comes first, by :class:`StabilityLR`.
+    Once the learning rate stays, and the sharpness is within the target but for ``band``, for
+    ``settle`` measurements, the batch size follows, by
+    :func:`~stableopt.adapt.batch_laws.batch_staircase`. The learning rate has the word again when
+    the sharpness leaves by twice the band: what lies between is hysteresis, without which two knobs
+    that act on both quantities would chase each other.
+
+    Every decision is a record with its reason, in :attr:`decisions`, in the monitor's sinks, and a mark
+    for the figures. That the target is reached, or cannot be, is one as well.
+
+    In a distributed run rank 0 decides, and ``step()`` must be called on every rank.
+
+    Args:
+        monitor: the monitor; it measures what the target bounds.
+        target: the region.
+        lr: ``True`` for a :class:`StabilityLR` of the defaults, a mapping of options for it, one that
+            is ready, or ``False`` to leave the learning rate alone. Without a bound on the
+            sharpness ``True`` leaves it alone too.
+        batch: what changes the batch size: :class:`AdaptiveBatchSampler`,
+            :class:`AdaptiveAccumulation`, or ``None``.
+        batch_law: how; by default the staircase, and ``keep_batch_margin`` for a margin.
+        settle: measurements.
+        band: relative tolerance of the target's bounds.
+        patience: measurements without approach after which the target is called unreachable.
+        dry_run: decide, record and change nothing.
+
+    Attributes:
+        scheduler: the learning-rate scheduler, or ``None``.
+        decisions: the latest 10,000 decisions, oldest first.
+
+    Raises:
+        TypeError: for arguments of a wrong kind.
+        ValueError: if the target bounds what no knob changes or what is not measured.
+
+    >>> import stableopt, torch
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> x, y = torch.ones(4, 1), torch.zeros(4, 1)         # the sharpness is 2
+    >>> optimizer = stableopt.GD(model.parameters(), lr=0.1)
+    >>> monitor = optimizer.track(model, torch.nn.MSELoss(), (x, y), every=1)
+    >>> controller = StabilityController(monitor, stableopt.TargetRegion(sharpness=(0, 8.0)))
+    >>> for _ in range(3):
+    ...     loss = optimizer.full_gradient(model, torch.nn.MSELoss(), (x, y))
+    ...     optimizer.step(); controller.step()
+    >>> [(decision.kind, decision.what) for decision in controller.decisions][:2]
+    [('raise', 'lr'), ('reached', 'target')]
+    """
+
+    def __init__(
+        self,
+        monitor: StabilityMonitor,
+        target: TargetRegion,
+        *,
+        lr: StabilityLR | Mapping[str, Any] | bool = True,
+        batch: Resizable | None = None,
+        batch_law: BatchLaw | None = None,
+        settle: int = 3,
+        band: float = 0.05,
+        patience: int = 50,
+        dry_run: bool = False,
+    ) -> None:
+        if not isinstance(monitor, StabilityMonitor):
+            raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor")
+        if not isinstance(target, TargetRegion):
+            raise TypeError(f"target={target!r}: expected a TargetRegion")
+        if batch is not None and not hasattr(batch, "resize"):
+            raise TypeError(
+                f"batch={batch!r}: expected an AdaptiveBatchSampler or an AdaptiveAccumulation"
+            )
+        self.monitor, self.batch, self.dry_run = monitor, batch, dry_run
+        self._settle, self._patience = whole("settle", settle), whole("patience", patience)
+        self._band = positive("band", band)
+        self.scheduler = _scheduler(monitor, target, lr, dry_run)
+        self._target = target
+        _check_knobs(monitor, target, self.scheduler, batch)
+        margin = target.share is not None
+        self._batch_law: BatchLaw = batch_law or (keep_batch_margin if margin else batch_staircase)
+        self.decisions: deque[Decision] = (
+            deque(maxlen=10_000) if self.scheduler is None else self.scheduler.decisions
+        )
+        self._batch_state: State = new_state()
+        self._verdict_state: State = new_state()
+        self._settled = 0
+        self._seen: int | None = None
+
+    @property
+    def target(self) -> TargetRegion:
+        """The region, absolute as soon as it can be."""
+        return self._target
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """The decisions as ``marks`` of :func:`stableopt.plot.diagram` and ``margins``."""
+        return marks(self.decisions)
+
+    def step(self) -> None:
+        """Decide what there is to decide; after each ``optimizer.step()``."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+        decided = self._decide() if ranks.is_first() else []
+        for decision in ranks.shared_decisions(decided, step=self.monitor.step, most=2):
+            if decision.what == "batch_size" and decision.changes and not decision.dry_run:
+                assert self.batch is not None
+                self.batch.resize(self._local(decision.new))
+            if decision.changes or not said_before(decision, self.decisions):
+                self.decisions.append(decision)
+                if ranks.is_first():
+                    tell(decision, self.monitor.sinks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but monitor and optimizer as plain numbers, lists and dicts.
+
+        The place within the epoch is the sampler's own ``state_dict``.
+        """
+        return {
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "batch_size": None if self.batch is None else self.batch.batch_size,
+            "target": [
+                list(self._target.sharpness),
+                list(self._target.non_uniformity),
+                self._target.unit,
+            ],
+            "batch_law": dict(self._batch_state),
+            "verdict": dict(self._verdict_state),
+            "settled": self._settled,
+            "seen": self._seen,
+            "decisions": [decision.to_dict() for decision in self.decisions],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`, with the same knobs; load the monitor's as well.
+
+        Raises:
+            ValueError: if something is missing, or the knobs are others.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict lacks {sorted(missing)}")
+        for name, knob in (("scheduler", self.scheduler), ("batch_size", self.batch)):
+            if (state_dict[name] is None) != (knob is None):
+                raise ValueError(f"state_dict: its {name} does not fit this controller's knobs")
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state_dict["scheduler"])
+        if self.batch is not None:
+            self.batch.batch_size = state_dict["batch_size"]
+        sharpness, non_uniformity, unit = state_dict["target"]
+        self._target = TargetRegion(tuple(sharpness), tuple(non_uniformity), unit)
+        self._batch_state = dict(state_dict["batch_law"])
+        self._verdict_state = dict(state_dict["verdict"])
+        self._settled, self._seen = state_dict["settled"], state_dict["seen"]
+        decisions = [Decision.from_dict(each) for each in state_dict["decisions"]]
+        self.decisions.clear()
+        self.decisions.extend(decisions)
+
+    def _decide(self) -> list[Decision]:
+        margins = self.monitor.margins
+        if margins is None or margins.step == self._seen:
+            return []
+        self._seen = margins.step
+        self._resolve(margins)
+        if self._target.unit == "present":
+            return []  # the scheduler has said so, or the first good measurement will
+        decided = []
+        if self.batch is not None and self._target.non_uniformity != OPEN and self._turn(margins):
+            measured = self._batch_measured(margins)
+            decision, self._batch_state = self._batch_law(measured, self._batch_state)
+            # What the sampler makes of it, as multiples: a record must not say what is not done.
+            local = self._local(decision.new) if decision.changes else self.batch.batch_size
+            decided.append(replace(decision, new=local * ranks.world_size(), dry_run=self.dry_run))
+        if self._target.unit == "absolute":
+            said, self._verdict_state = verdict(
+                self._situation(margins),
+                self._verdict_state,
+                band=self._band,
+                patience=self._patience,
+            )
+            decided += [] if said is None else [replace(said, dry_run=self.dry_run)]
+        return decided
+
+    def _resolve(self, margins: StabilityMargins) -> None:
+        if self._target.unit == "present" and margins.failure is None and margins.converged:
+            self._target = self._target.resolve(margins)
+
+    def _turn(self, margins: StabilityMargins) -> bool:
+        """Whether it is the batch size's turn: the sharpness has settled, or is not steered."""
+        if self.scheduler is None or self._target.unit == "limit":
+            return True
+        a, high = margins.sharpness, self._target.sharpness[1]
+        assert high is not None
+        if a is None or not margins.converged:
+            return self._settled >= self._settle
+        if self._moved(margins.step):
+            self._settled = 0
+            return False
+        # A lower bound is no reason to wait: more noise will not sharpen, nor will less.
+        if self._settled >= self._settle:
+            if a > high * (1 + 2 * self._band):
+                self._settled = 0
+        else:
+            self._settled = self._settled + 1 if a <= high * (1 + self._band) else 0
+        return self._settled >= self._settle
+
+    def _moved(self, step: int) -> bool:
+        """Whether the learning rate was changed at ``step``."""
+        last = next((each for each in reversed(self.decisions) if each.what == "lr"), None)
+        return last is not None and last.step == step and last.changes
+
+    def _batch_measured(self, margins: StabilityMargins) -> BatchMeasured:
+        assert self.batch is not None
+        world = ranks.world_size()
+        size = margins.dataset_size
+        largest = self.batch.nearest(size or math.inf) * world if size else None
+        return BatchMeasured(
+            margins,
+            self.monitor.update_rule,
+            self._target,
+            batch_size=self.batch.batch_size * world,
+            dataset_size=size or 10**12,
+            smallest=self.batch.nearest(1) * world,
+            largest=largest,
+            loss_cap=math.inf if self.scheduler is None else self.scheduler.loss_cap,
+        )
+
+    def _situation(self, margins: StabilityMargins) -> Situation:
+        scheduler, batch = self.scheduler, self.batch
+        rule = self.monitor.update_rule
+        return Situation(
+            margins,
+            self._target,
+            lr=rule.lr,
+            target_lr=None if scheduler is None else self._target.lr_for(at_lr(rule, rule.lr)),
+            max_lr=math.inf if scheduler is None else scheduler.max_lr,
+            batch_size=None if batch is None else batch.batch_size,
+            smallest=1 if batch is None else batch.nearest(1),
+            cuts=self._cuts(),
+        )
+
+    def _cuts(self) -> int:
+        """Return how often the rate was cut since the target was last reached."""
+        cuts = 0
+        for decision in self.decisions:
+            cuts = 0 if decision.kind == "reached" else cuts + (decision.kind == "cut")
+        return cuts
+
+    def _local(self, batch_size: float) -> int:
+        assert self.batch is not None
+        return self.batch.nearest(batch_size / ranks.world_size())
+
+
+def _scheduler(
+    monitor: StabilityMonitor,
+    target: TargetRegion,
+    lr: StabilityLR | Mapping[str, Any] | bool,
+    dry_run: bool,
+) -> StabilityLR | None:
+    if isinstance(lr, StabilityLR):
+        if lr.monitor is not monitor or lr.target != target or lr.dry_run != dry_run:
+            raise ValueError("lr: this StabilityLR has another monitor, target or dry_run")
+        return lr
+    if isinstance(lr, Mapping):
+        return StabilityLR(monitor.optimizer, monitor, target, **{**lr, "dry_run": dry_run})
+    if lr is True and target.sharpness != OPEN:
+        return StabilityLR(monitor.optimizer, monitor, target, dry_run=dry_run)
+    if isinstance(lr, bool):
+        return None
+    raise TypeError(f"lr={lr!r}: expected a bool, options of StabilityLR, or one")
+
+
+def _check_knobs(
+    monitor: StabilityMonitor,
+    target: TargetRegion,
+    scheduler: StabilityLR | None,
+    batch: Resizable | None,
+) -> None:
+    margin = target.share is not None
+    if target.sharpness != OPEN and scheduler is None and not margin:
+        raise ValueError(f"target {target} bounds the sharpness, and lr=False leaves it alone")
+    if target.non_uniformity == OPEN:
+        return
+    if batch is None and not margin:
+        raise ValueError(
+            f"target {target} bounds the non-uniformity, which the batch size selects: pass batch="
+        )
+    if batch is not None and "non_uniformity" not in monitor.quantities:
+        raise ValueError(
+            f"monitor: it measures {monitor.quantities}, and the target bounds the non-uniformity"
+        )
+    if batch is not None and monitor.update_rule.full_batch:
+        raise ValueError(
+            "monitor: its optimizer takes the whole data set in each step (GD); a batch size that"
+            " changes needs SGD"
+        )

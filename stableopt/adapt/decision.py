@@ -1,0 +1,116 @@
+"""What was decided, and why: the record that every change of a run leaves behind."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["Decision", "Kind", "What", "marks", "tell"]
+
+What = Literal["lr", "batch_size", "weights", "target"]
+Kind = Literal[
+    "raise", "lower", "hold", "cut", "keep", "restore", "kick", "reached", "unreachable", "missed"
+]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision of a law, a scheduler or a controller.
+
+    Attributes:
+        what: what it is about: the learning rate ``"lr"``, ``"batch_size"``, the ``"weights"``, or
+            the ``"target"``.
+        kind: ``"raise"``, ``"lower"``; ``"cut"`` after a failure; ``"hold"`` while something must
+            settle; ``"keep"`` where there is nothing to do; ``"restore"`` or ``"kick"`` of weights;
+            ``"reached"``, ``"unreachable"``, or ``"missed"`` after having been reached.
+        old: the value before.
+        new: the value after; the same where nothing changes.
+        why: the reason, as a sentence.
+        measured: the quantity that it was taken from, or ``None`` if that is not known.
+        limit: what that was compared with.
+        step: optimizer steps done.
+        dry_run: whether it was only written down.
+
+    >>> Decision("lr", "raise", 0.1, 0.101, "the ratio is below the gate").changes
+    True
+    """
+
+    what: What
+    kind: Kind
+    old: float
+    new: float
+    why: str
+    measured: float | None = None
+    limit: float | None = None
+    step: int = 0
+    dry_run: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes anything."""
+        return self.old != self.new
+
+    def __str__(self) -> str:
+        change = f"{self.old:.4g} → {self.new:.4g}" if self.changes else f"{self.new:.4g}"
+        would = " (dry run)" if self.dry_run else ""
+        return f"step {self.step}: {self.kind} {self.what} {change}{would}: {self.why}"
+
+    def record(self) -> dict[str, float]:
+        """Return the numbers for a sink, by name; ``decision`` tells it from a measurement.
+
+        >>> Decision("lr", "cut", 0.1, 0.07, "the loss is nan").record()
+        {'decision': 1.0, 'lr_from': 0.1, 'lr_to': 0.07}
+        """
+        numbers = {
+            "decision": 1.0,
+            f"{self.what}_from": self.old,
+            f"{self.what}_to": self.new,
+            "measured": self.measured,
+            "limit": self.limit,
+        }
+        return {name: float(value) for name, value in numbers.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for checkpoints; :meth:`from_dict` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Decision:
+        """Return the decision that :meth:`to_dict` wrote."""
+        return cls(**state)
+
+
+def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:
+    """Return ``(step, label)`` of the decisions for :mod:`stableopt.plot`, each run of a kind once.
+
+    >>> up = [Decision("lr", "raise", 0.1, 0.2, "", step=t) for t in (1, 2, 3)]
+    >>> marks([*up, Decision("lr", "hold", 0.2, 0.2, "", step=4)])
+    [(1, 'raise lr'), (4, 'hold lr')]
+    """
+    latest: dict[str, str] = {}
+    found: list[tuple[float, str]] = []
+    for decision in decisions:
+        if latest.get(decision.what) != decision.kind:
+            latest[decision.what] = decision.kind
+            found.append((decision.step, f"{decision.kind} {decision.what.replace('_', ' ')}"))
+    return found
+
+
+def tell(decision: Decision, sinks: Iterable[Any]) -> None:
+    """Give the decision's record to each sink, and to its ``note(step, text)``, if it has one.
+
+    A sink that fails is warned of: it must not end the training.
+    """
+    for sink in sinks:
+        try:
+            sink(decision.step, decision.record())
+            if callable(note := getattr(sink, "note", None)):
+                note(decision.step, str(decision))
+        except Exception as error:
+            warnings.warn(
+                f"the sink {type(sink).__name__} failed: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,143 @@
+"""Whether the target is reached, can be, or cannot: a pure function of measurements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from stableopt.adapt.decision import Decision, Kind
+from stableopt.adapt.laws import State
+from stableopt.adapt.target import TargetRegion
+from stableopt.stability import StabilityMargins
+
+__all__ = ["Situation", "verdict"]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a verdict is taken from.
+
+    Attributes:
+        margins: the fresh measurement.
+        target: the region, resolved.
+        lr: the learning rate.
+        target_lr: the one that the target asks for, or ``None``.
+        max_lr: the largest allowed.
+        batch_size: the batch size, or ``None`` if nothing changes it.
+        smallest: the smallest allowed.
+        cuts: how often the learning rate was cut since the target was last reached.
+    """
+
+    margins: StabilityMargins
+    target: TargetRegion
+    lr: float
+    target_lr: float | None = None
+    max_lr: float = math.inf
+    batch_size: int | None = None
+    smallest: int = 1
+    cuts: int = 0
+
+
+_TOO_MANY_CUTS = 3
+
+_FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
+
+
+def verdict(
+    situation: Situation, state: State, *, band: float = 0.1, patience: int = 20
+) -> tuple[Decision | None, State]:
+    """Say that the target was reached or missed again, or cannot be reached; else ``None``.
+
+    Cannot, that is: the rate that it asks for is not allowed, or had to be cut three times; or all
+    knobs are where the target asks for them, and the quantity has not come nearer by more than 1 %
+    in ``patience`` measurements.
+
+    >>> margins = StabilityMargins(step=9, sharpness=4.1)
+    >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
+    >>> verdict(situation, {})[0].kind
+    'reached'
+    """
+    margins, target = situation.margins, situation.target
+    if margins.failure is not None or not margins.converged:
+        return None, state
+    # Once reached, it is missed only at twice the band: training hovers about the edge.
+    misses = _misses(margins, target, 2 * band if state.get("reached") else band)
+    if not misses:
+        state = {**state, "since": 0.0, "best": math.inf}
+        if state.get("reached"):
+            return None, state
+        return _say(situation, "reached", f"within the target: {target}"), {**state, "reached": 1.0}
+    distance, what = max(misses)
+    if state.get("reached"):
+        missed = {**state, "reached": 0.0, "since": 0.0, "best": distance}
+        return _say(situation, "missed", f"{what} again"), missed
+    why = _forbidden(situation, what)
+    if why is not None:
+        return _say(situation, "unreachable", why), state
+    nearer = distance < 0.99 * state.get("best", math.inf)
+    at_work = _at_work(situation)
+    if nearer or at_work:
+        return None, {**state, "since": 0.0, "best": distance}
+    since = state.get("since", 0.0) + 1
+    state = {**state, "since": since}
+    if since < patience:
+        return None, state
+    return _say(situation, "unreachable", _stuck(situation, what)), {**state, "since": 0.0}
+
+
+def _misses(
+    margins: StabilityMargins, target: TargetRegion, band: float
+) -> list[tuple[float, str]]:
+    """Return for each bound that is missed by more than ``band`` by how much, in logarithms."""
+    found = []
+    for name in ("sharpness", "non_uniformity"):
+        value, (low, high) = getattr(margins, name), getattr(target, name)
+        if value is None or not value > 0:
+            continue
+        shown = name.replace("_", "-")
+        if value > high * (1 + band):
+            found.append((math.log(value / high), f"{shown} {value:.3g} is above {high:.3g}"))
+        elif value < low * (1 - band):
+            found.append((math.log(low / value), f"{shown} {value:.3g} is below {low:.3g}"))
+    return found
+
+
+def _at_work(situation: Situation) -> bool:
+    """Whether the rate still is on its way: below the target's, or above it where that sharpens."""
+    wanted, lr = situation.target_lr, situation.lr
+    if wanted is None or math.isclose(lr, wanted, rel_tol=1e-6):
+        return False
+    return lr < min(wanted, situation.max_lr) or (
+        lr > wanted and situation.target.sharpness[0] != 0
+    )
+
+
+def _forbidden(situation: Situation, what: str) -> str | None:
+    wanted = situation.target_lr
+    if situation.cuts >= _TOO_MANY_CUTS:
+        return f"{what}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
+    if what.startswith("sharpness") and wanted is not None and wanted > situation.max_lr:
+        if situation.lr < situation.max_lr:
+            return None  # on its way; what it finds may do
+        return f"{what}, which takes a rate of {wanted:.3g}, above max_lr={situation.max_lr:.3g}"
+    return None
+
+
+def _stuck(situation: Situation, what: str) -> str:
+    low, loss = situation.target.sharpness[0], situation.margins.loss
+    if what.startswith("sharpness") and "below" in what:
+        left = "" if loss is None else f" {loss:.2g}"
+        return (
+            f"target sharpness {low:.4g} is above what the loss left to descend{left} can produce:"
+            f" {what}"
+        )
+    if what.startswith("non-uniformity") and situation.batch_size == situation.smallest:
+        return f"{what}, and there is no smaller batch than {situation.smallest}"
+    return f"{what}, and no longer comes nearer"
+
+
+def _say(situation: Situation, kind: Kind, why: str) -> Decision:
+    margins = situation.margins
+    value = margins.sharpness if margins.sharpness is not None else margins.non_uniformity
+    shown = math.nan if value is None else value
+    return Decision("target", kind, shown, shown, why, value, None, margins.step)

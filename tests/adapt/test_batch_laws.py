@@ -1,0 +1,235 @@
+"""The laws of the batch size and the verdicts, without a network."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from stableopt import StabilityMargins, TargetRegion, UpdateRule
+from stableopt.adapt.batch_laws import BatchMeasured, batch_staircase, keep_batch_margin
+from stableopt.adapt.decision import Decision, marks
+from stableopt.adapt.laws import State
+from stableopt.adapt.verdict import Situation, verdict
+from stableopt.stability import Measurement
+
+UNIFORM = TargetRegion(non_uniformity=(2.0, 4.0))  # at 0.5 and n = 1000 the box forbids by B = 3
+
+
+def at(s: float | None, batch_size: int, *, step: int = 10, **more: Any) -> BatchMeasured:
+    margins = StabilityMargins(step=step, non_uniformity=s, loss=more.pop("loss", 0.01))
+    target = more.pop("target", UNIFORM)
+    return BatchMeasured(margins, UpdateRule(lr=0.5), target, batch_size, 1000, **more)
+
+
+def test_it_goes_down_by_halves_to_what_the_box_forbids() -> None:
+    """Catches a jump to the smallest batch, and one that stops above the box's."""
+    size, sizes, step, state = 64, [], 0, {}
+    while size > 3:
+        decision, state = batch_staircase(at(4.5, size, step=step), state, gate=1.5, dwell=10)
+        size, step = int(decision.new), step + 10
+        sizes.append(size)
+    assert sizes == [32, 16, 8, 4, 3]
+
+
+def test_it_goes_on_below_the_box_while_the_non_uniformity_stays() -> None:
+    """Catches trust in a box that several dimensions do not obey."""
+    decision, state = batch_staircase(at(4.21, 3, step=200), {"until": 200.0}, gate=1.5)
+    assert (decision.kind, decision.new) == ("lower", 2)  # its limit is 2.83
+    decision, _ = batch_staircase(at(4.21, 2, step=300), state, gate=3.0)
+    assert decision.new == 1
+    decision, _ = batch_staircase(at(6.0, 1, step=400), state)
+    assert (decision.kind, decision.new) == ("hold", 1)
+    assert "no smaller batch" in decision.why
+
+
+def test_the_gate_keeps_the_noise_from_scattering_the_weights() -> None:
+    """Catches a batch so small that training diverges: the ratio to the limit is bounded."""
+    for s, gate in ((6.0, 1.5), (20.0, 1.5), (6.0, 1.2)):
+        size, state, step = 64, {}, 0
+        for _ in range(20):
+            decision, state = batch_staircase(at(s, size, step=step), state, gate=gate, dwell=1)
+            size, step = int(decision.new), step + 1
+        assert (decision.kind, decision.why[-8:]) == ("hold", "escaping")
+        assert s <= gate * at(s, size).limit(size) * (1 + 1e-9)
+        assert s > gate * at(s, size).limit(size - 1)
+
+
+def test_it_waits_for_the_effect_of_a_change() -> None:
+    """Catches a batch that falls at every measurement, whatever the time between."""
+    _, state = batch_staircase(at(6.0, 64, step=10), {}, dwell=100)
+    waiting, after = batch_staircase(at(6.0, 32, step=109), state, dwell=100)
+    assert (waiting.kind, waiting.new) == ("hold", 32)
+    assert after == state
+    assert batch_staircase(at(6.0, 32, step=110), state, dwell=100)[0].new == 16
+
+
+@pytest.mark.parametrize(
+    ("s", "kind"), [(4.19, "keep"), (4.21, "lower"), (1.91, "keep"), (1.89, "raise"), (3.0, "keep")]
+)
+def test_it_has_hysteresis(s: float, kind: str) -> None:
+    """Catches a threshold without a band, at which the batch would go up and down."""
+    decision, _ = batch_staircase(at(s, 16), {})
+    assert decision.kind == kind
+    assert decision.new == {"keep": 16, "lower": 8, "raise": 32}[kind]
+
+
+def test_a_lost_loss_asks_for_less_noise_once() -> None:
+    """Catches a divergence that is answered by a smaller batch, and one answered at every step."""
+    decision, state = batch_staircase(at(6.0, 16, loss=9.0, loss_cap=1.0), {}, dwell=50)
+    assert (decision.kind, decision.new) == ("raise", 32)
+    again, _ = batch_staircase(at(6.0, 32, loss=9.0, loss_cap=1.0, step=11), state, dwell=50)
+    assert (again.kind, again.new) == ("hold", 32)
+    margins = StabilityMargins(step=10, failure="not finite: the loss is nan")
+    lost = BatchMeasured(margins, UpdateRule(lr=0.5), UNIFORM, 16, 1000)
+    assert batch_staircase(lost, {})[0].new == 32
+
+
+def test_what_was_not_measured_changes_nothing() -> None:
+    """Catches a failure taken for a non-uniformity of zero."""
+    poor = Measurement(9.0, 0.5, 50, 0.1, converged=False)
+    for margins, says in (
+        (StabilityMargins(step=9), "not measured"),
+        (StabilityMargins(step=9, failure="RuntimeError: memory"), "memory"),
+        (
+            StabilityMargins(step=9, non_uniformity=9.0, measurements={"non_uniformity": poor}),
+            "did not converge",
+        ),
+    ):
+        for law, target in (
+            (batch_staircase, UNIFORM),
+            (keep_batch_margin, TargetRegion.margin(0.5)),
+        ):
+            decision, state = law(BatchMeasured(margins, UpdateRule(lr=0.5), target, 16, 1000), {})
+            assert (decision.kind, decision.new, state) == ("hold", 16, {})
+            assert says in decision.why
+
+
+def test_sizes_stay_within_what_is_allowed() -> None:
+    """Catches more samples than there are, and a bound that moves a size that is to stay."""
+    assert batch_staircase(at(5.0, 16, smallest=12), {})[0].new == 12
+    assert batch_staircase(at(1.0, 800), {})[0].new == 1000
+    assert batch_staircase(at(1.0, 20, largest=24), {})[0].new == 24
+    assert batch_staircase(at(3.0, 16, smallest=32), {})[0].new == 16
+
+
+def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
+    """Catches a share of the wrong limit; the oracle is the limit itself."""
+    target = TargetRegion.margin(0.5)
+    decision, state = keep_batch_margin(at(4.0, 4, target=target), {}, dwell=10)
+    size, rule = int(decision.new), UpdateRule(lr=0.5)
+    assert 0.5 * rule.max_non_uniformity(size, 1000) >= 4.0
+    assert 0.5 * rule.max_non_uniformity(size - 1, 1000) < 4.0
+    assert keep_batch_margin(at(4.5, size, target=target, step=19), state)[0].kind == "hold"
+    assert keep_batch_margin(at(1.0, size, target=target), {})[0].kind == "keep"
+    with pytest.raises(ValueError, match="needs a margin"):
+        keep_batch_margin(at(4.0, 4), {})
+
+
+# -- verdicts --------------------------------------------------------------------------------------
+
+
+def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decision]:
+    """Return what is said of a run of sharpnesses, at the target's rate unless told otherwise."""
+    state: State = {}
+    said = []
+    more = {"lr": 0.5, "target_lr": 0.5, **more}
+    patience = more.pop("patience", 5)
+    for step, a in enumerate(values):
+        margins = StabilityMargins(step=step, sharpness=a, non_uniformity=a, loss=2e-4)
+        decision, state = verdict(
+            Situation(margins, target, **more), state, band=0.05, patience=patience
+        )
+        said += [] if decision is None else [decision]
+    return said
+
+
+def test_a_target_is_reached_once_and_missed_only_at_twice_the_band() -> None:
+    """Catches a verdict at each measurement about the edge, about which training hovers."""
+    target = TargetRegion(sharpness=(0, 4.0))
+    said = judge([6.0, 4.21, 4.19, 4.3, 3.9, 4.35, 4.39, 4.41, 4.3, 4.1], target)
+    assert [(d.step, d.kind) for d in said] == [(2, "reached"), (7, "missed"), (9, "reached")]
+
+
+def test_a_sharper_target_that_nothing_leads_to_is_said_to_be_so() -> None:
+    """Catches silence, or words about another reason, where progressive sharpening has ended."""
+    target = TargetRegion(sharpness=(50.0, None))
+    said = judge([10.0, 11.0, 12.0, *[12.01] * 9], target)
+    assert [(d.kind, d.step) for d in said] == [("unreachable", 7)]
+    why = "target sharpness 50 is above what the loss left to descend 0.0002 can produce"
+    assert said[0].why.startswith(why)
+    # As long as it sharpens, or the rate is on its way, there is hope.
+    assert judge([10 * 1.02**k for k in range(30)], target) == []
+    assert judge([12.0] * 30, target, lr=0.4) == []
+
+
+def test_a_rate_that_is_not_allowed_is_named() -> None:
+    """Catches a bound of the user's that silently wins over his target."""
+    target = TargetRegion(sharpness=(0, 4.0))
+    (said, *_) = judge([6.0] * 3, target, lr=0.3, max_lr=0.3)
+    assert "takes a rate of 0.5, above max_lr=0.3" in said.why
+    assert judge([6.0] * 3, target, lr=0.2, max_lr=0.3) == []
+
+
+def test_a_rate_that_had_to_be_cut_again_and_again_is_given_up() -> None:
+    """Catches a target flatter than the network can be, towards which it diverges for ever."""
+    target = TargetRegion(sharpness=(0, 4.0))
+    assert judge([6.0] * 3, target, lr=0.3, cuts=2) == []
+    (said, *_) = judge([6.0] * 3, target, lr=0.3, cuts=3)
+    assert said.kind == "unreachable"
+    assert "cut 3 times" in said.why
+
+
+def test_the_smallest_batch_is_named() -> None:
+    """Catches patience without end where there is no smaller batch."""
+    said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=2, smallest=2)
+    assert "above 4, and there is no smaller batch than 2" in said[0].why
+    said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)
+    assert "no longer comes nearer" in said[0].why
+
+
+def test_nothing_is_said_of_a_failed_measurement() -> None:
+    """Catches a target that is reached by NaN."""
+    target = TargetRegion(sharpness=(0, 4.0))
+    for margins in (
+        StabilityMargins(failure="x"),
+        StabilityMargins(
+            sharpness=1.0,
+            measurements={"sharpness": Measurement(1.0, 0.5, 9, 0.1, converged=False)},
+        ),
+    ):
+        assert verdict(Situation(margins, target, lr=0.5), {}) == (None, {})
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def test_decisions_are_records_and_words() -> None:
+    """Catches numbers that are lost, and a None that a sink would choke on."""
+    decision = Decision("batch_size", "lower", 64, 32, "s is above", 6.0, math.inf, step=7)
+    assert decision.record() == {
+        "decision": 1.0,
+        "batch_size_from": 64.0,
+        "batch_size_to": 32.0,
+        "measured": 6.0,
+        "limit": math.inf,
+    }
+    assert str(decision) == "step 7: lower batch_size 64 → 32: s is above"
+    assert Decision.from_dict(decision.to_dict()) == decision
+    kept = Decision("lr", "keep", 0.1, 0.1, "done", dry_run=True)
+    assert str(kept) == "step 0: keep lr 0.1 (dry run): done"
+
+
+def test_marks_show_where_a_kind_begins() -> None:
+    """Catches a mark for each step of a staircase, which hides the picture."""
+    kinds = ["raise", "raise", "hold", "raise", "keep", "keep"]
+    decisions = [Decision("lr", kind, 1, 2, "", step=t) for t, kind in enumerate(kinds)]
+    decisions.insert(2, Decision("batch_size", "raise", 1, 2, "", step=1))
+    assert marks(decisions) == [
+        (0, "raise lr"),
+        (1, "raise batch size"),
+        (2, "hold lr"),
+        (3, "raise lr"),
+        (4, "keep lr"),
+    ]

@@ -1,0 +1,320 @@
+"""The laws, without a network: on the smallest loss that has minima of every sharpness.
+
+f = (1 - u v)^2 / 2 is minimal wherever u v = 1, with sharpness u^2 + v^2, from 2 to infinity. Gradient
+descent at a rate above 2/(u^2 + v^2) leaves for a flatter one, or diverges if it is too far above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from stableopt import StabilityMargins, TargetRegion, UpdateRule
+from stableopt.adapt.decision import Decision
+from stableopt.adapt.laws import (
+    Law,
+    Measured,
+    State,
+    gated_staircase,
+    keep_margin,
+    new_state,
+)
+from stableopt.stability import Measurement
+
+SHARP = 25.04  # of u = 5, v = 1/5
+
+
+def sharpness(u: float, v: float) -> float:
+    """Return the largest eigenvalue of [[v^2, 2uv - 1], [2uv - 1, u^2]]."""
+    mean, half = (u * u + v * v) / 2, (u * u - v * v) / 2
+    return mean + math.hypot(half, 2 * u * v - 1)
+
+
+def descend(
+    law: Law, target: TargetRegion, steps: int, *, lr: float, every: int = 1, **bounds: float
+) -> tuple[float, float, float, list[Decision]]:
+    """Return sharpness, loss and rate after gradient descent under ``law``, and the decisions."""
+    u, v, state, decisions = 5.0, 0.2 + 1e-4, new_state(), []
+    for step in range(1, steps + 1):
+        error = u * v - 1
+        # In float64 this loss becomes zero, which nothing can escape from; networks do not.
+        u, v = u - lr * error * v, v - lr * error * u + 1e-9 * (-1) ** step
+        loss = (u * v - 1) ** 2 / 2
+        if step % every == 0:
+            if math.isfinite(loss) and loss < 1e12:
+                margins = StabilityMargins(step=step, loss=loss, sharpness=sharpness(u, v))
+            else:
+                margins = StabilityMargins(step=step, failure="not finite: the loss is inf")
+                decisions.append(law(Measured(margins, UpdateRule(lr=lr), target), state)[0])
+                break
+            decision, state = law(Measured(margins, UpdateRule(lr=lr), target, **bounds), state)
+            decisions.append(decision)
+            lr = decision.new
+    return sharpness(u, v), (u * v - 1) ** 2 / 2, lr, decisions
+
+
+@pytest.mark.parametrize("goal", [20.0, 8.0, 4.0])
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
+    """Catches a law that diverges, stays, or ends sharper than it was told to."""
+    target = TargetRegion(sharpness=(0, goal))
+    a, loss, lr, _ = descend(gated_staircase, target, 3000, lr=0.06, every=every)
+    assert lr == pytest.approx(2 / goal, rel=1e-12)
+    assert loss < 1e-6
+    # An escape of this loss, without progressive sharpening, may end below the edge, not above.
+    assert 0.6 * goal < a < 1.001 * goal
+
+
+def jump(measured: Measured, state: State) -> tuple[Decision, State]:
+    return measured.decide("raise", measured.target.lr_for(measured.rule), "at once"), state
+
+
+def follow(measured: Measured, state: State, *, share: float) -> tuple[Decision, State]:
+    assert measured.margins.sharpness is not None
+    return measured.decide("lower", 2 * share / measured.margins.sharpness, "measured"), state
+
+
+def cut_while_sharp(measured: Measured, state: State) -> tuple[Decision, State]:
+    high = measured.target.sharpness[1]
+    assert measured.margins.sharpness is not None
+    assert high is not None
+    factor = 0.9 if measured.margins.sharpness > high else 1.0
+    return measured.decide("cut", factor * measured.lr, "too sharp"), state
+
+
+def test_a_jump_diverges_where_the_staircase_does_not() -> None:
+    """Catches a staircase whose gate does nothing: at 4 the jump's lr a/2 is 6.3."""
+    target = TargetRegion(sharpness=(0, 4.0))
+    assert descend(jump, target, 100, lr=0.06)[3][-1].why == "at once"
+    assert not descend(jump, target, 100, lr=0.06)[1] < 1e6
+    assert descend(gated_staircase, target, 3000, lr=0.06)[1] < 1e-6
+
+
+def test_cutting_while_it_is_too_sharp_freezes_the_sharp_minimum() -> None:
+    """Catches a law that lowers the rate to get flatter: everything is stable at rate zero."""
+    target = TargetRegion(sharpness=(0, 10.0))
+    a, _, lr, _ = descend(cut_while_sharp, target, 500, lr=0.06)
+    assert lr < 1e-20
+    assert a == pytest.approx(SHARP, rel=0.01)  # the start is 1e-4 off the minimum
+
+
+def test_following_the_measurement_leads_nowhere() -> None:
+    """Catches a rate taken from the measured sharpness: it keeps whatever there is."""
+    target = TargetRegion(sharpness=(0, 10.0))
+    a, _, lr, _ = descend(partial(follow, share=0.8), target, 3000, lr=0.06)
+    assert a == pytest.approx(SHARP, rel=0.01)
+    assert lr == pytest.approx(1.6 / SHARP, rel=0.01)
+
+
+# -- the staircase, decision by decision -----------------------------------------------------------
+
+TARGET = TargetRegion(sharpness=(0, 10.0))  # rate 0.2
+
+
+def at(
+    lr: float,
+    a: float | None = 20.0,
+    *,
+    step: int = 10,
+    target: TargetRegion = TARGET,
+    **more: float,
+) -> Measured:
+    margins = StabilityMargins(step=step, sharpness=a, loss=0.01)
+    return Measured(margins, UpdateRule(lr=lr), target, **more)
+
+
+def failed(lr: float, why: str, *, step: int = 10) -> Measured:
+    return Measured(StabilityMargins(step=step, failure=why), UpdateRule(lr=lr), TARGET)
+
+
+def test_it_rises_a_percent_a_step_also_between_rare_measurements() -> None:
+    """Catches a rate limit that counts measurements in place of steps."""
+    first, state = gated_staircase(at(0.1), new_state())
+    assert (first.kind, first.new) == ("raise", pytest.approx(0.101, rel=1e-12))
+    second, _ = gated_staircase(at(0.1, step=15), state)
+    assert second.new == pytest.approx(0.1 * 1.01**5, rel=1e-12)
+
+
+def test_the_gate_bounds_the_ratio() -> None:
+    """Catches a rise through the gate, and one while an escape is under way."""
+    state = {"step": 0.0}
+    decision, _ = gated_staircase(at(0.1, step=1000), state, gate=1.2)
+    # 1.01^1000 would be far above: the rate at which 20 is 1.2 of its limit.
+    assert decision.new == pytest.approx(2 * 1.2 / 20.0, rel=1e-12)
+    held, _ = gated_staircase(at(0.1, a=25.0, step=1000), state, gate=1.2)
+    assert (held.kind, held.new) == ("hold", 0.1)
+    assert "at the gate 1.2: escaping" in held.why
+
+
+def test_it_goes_to_the_target_and_not_beyond() -> None:
+    """Catches an overshoot in either direction, and a rate that moves at its goal."""
+    state = {"step": 0.0}
+    assert gated_staircase(at(0.199, 9.0), state)[0].new == pytest.approx(0.2, rel=1e-12)
+    exact = TargetRegion(sharpness=(10.0, 10.0))
+    assert gated_staircase(at(0.2005, 9.0, target=exact), state)[0].new == 0.2
+    kept, _ = gated_staircase(at(0.2, 50.0), state)
+    assert (kept.kind, kept.new) == ("keep", 0.2)
+    sharper = TargetRegion(sharpness=(10.0, None))
+    lowered, _ = gated_staircase(at(0.4, 4.0, target=sharper), state)
+    assert (lowered.kind, lowered.new) == ("lower", pytest.approx(0.4 * 0.99**10, rel=1e-12))
+
+
+def test_a_rate_that_forbids_more_than_it_must_is_left_alone() -> None:
+    """Catches a flat minimum that a wide target sharpens: 10 is the most, not what is wanted."""
+    kept, _ = gated_staircase(at(0.4, 4.0), {"step": 0.0})
+    assert (kept.kind, kept.new) == ("keep", 0.4)
+    between = TargetRegion(sharpness=(4.0, 10.0))
+    assert gated_staircase(at(0.4, 4.5, target=between), {"step": 0.0})[0].kind == "keep"
+    assert gated_staircase(at(0.4, 3.9, target=between), {"step": 0.0})[0].kind == "lower"
+    # What the rate allows is below the bound, though the present point is not.
+    assert gated_staircase(at(0.6, 4.5, target=between), {"step": 0.0})[0].kind == "lower"
+
+
+def test_bounds_of_the_rate_hold() -> None:
+    """Catches a bound that is only looked at when rising, or that moves a rate that is to stay."""
+    state = {"step": 0.0}
+    assert gated_staircase(at(0.1, 9.0, step=99, max_lr=0.12), state)[0].new == 0.12
+    assert gated_staircase(at(0.12, 9.0, max_lr=0.12), state)[0].kind == "keep"
+    sharper = TargetRegion(sharpness=(10.0, None))
+    lowered, _ = gated_staircase(at(0.5, 1.0, step=999, min_lr=0.45, target=sharper), state)
+    assert lowered.new == 0.45
+    held, _ = gated_staircase(at(0.1, a=None, max_lr=0.05), state)
+    assert held.new == 0.1
+
+
+def test_a_lost_loss_is_cut_once_and_held() -> None:
+    """Catches a cut at every measurement: weights that are lost stay so, and the rate would vanish."""
+    lost = "not finite: the loss is nan"
+    decision, state = gated_staircase(failed(0.1, lost), new_state(), hold=10)
+    assert (decision.kind, decision.new) == ("cut", pytest.approx(0.07))
+    for step in (11, 20, 500):
+        again, state = gated_staircase(failed(0.07, lost, step=step), state, hold=10)
+        assert (again.kind, again.new) == ("hold", 0.07)
+    # Put back, it may go on, and be lost again.
+    _, state = gated_staircase(at(0.07, step=510), state)
+    assert gated_staircase(failed(0.07, lost, step=520), state)[0].kind == "cut"
+
+
+def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
+    """Catches a cap that is relative to anything, and a cut that is undone at once."""
+    high = Measured(
+        StabilityMargins(step=10, sharpness=1.0, loss=0.3), UpdateRule(lr=0.1), TARGET, loss_cap=0.2
+    )
+    decision, state = gated_staircase(high, new_state(), hold=10)
+    assert decision.kind == "cut"
+    assert "the loss 0.3 is above its cap 0.2" in decision.why
+    # Back below the cap, but within the hold.
+    assert gated_staircase(at(0.07, 9.0, step=19), state)[0].kind == "hold"
+    assert gated_staircase(at(0.07, 9.0, step=20), state)[0].kind == "raise"
+    later = Measured(
+        StabilityMargins(step=20, sharpness=1.0, loss=0.3),
+        UpdateRule(lr=0.07),
+        TARGET,
+        loss_cap=0.2,
+    )
+    assert gated_staircase(later, state)[0].kind == "cut"
+
+
+def test_a_rise_of_the_loss_below_the_cap_is_no_reason_to_cut() -> None:
+    """Catches a cut on a relative rise, which would cancel the escape that is wanted."""
+    _, state = gated_staircase(at(0.1), new_state())
+    margins = StabilityMargins(step=11, sharpness=19.0, loss=10.0)
+    assert gated_staircase(Measured(margins, UpdateRule(lr=0.1), TARGET), state)[0].kind == "raise"
+
+
+def test_what_was_not_measured_raises_nothing() -> None:
+    """Catches a Ritz value that is too low and taken for room to rise, and a failure that is not
+    the loss's taken for a divergence.
+    """
+    poor = Measurement(15.0, 0.5, 50, 0.1, converged=False)
+    margins = StabilityMargins(step=5, sharpness=15.0, measurements={"sharpness": poor})
+    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.margin(0.9))):
+        measured = Measured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
+        decision, _ = law(measured, new_state())
+        assert (decision.kind, decision.new) == ("hold", 0.1)
+        assert "did not converge" in decision.why
+    error, _ = gated_staircase(failed(0.1, "RuntimeError: out of memory"), new_state())
+    assert (error.kind, error.new) == ("hold", 0.1)
+    assert "out of memory" in error.why
+
+
+def test_laws_are_pure() -> None:
+    """Catches a state that is changed in place, so that a dry run would not be one."""
+    state: State = {"step": 3.0, "held_until": 0.0, "other": 7.0}
+    before = dict(state)
+    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.margin(0.5))):
+        for margins in (
+            StabilityMargins(step=5, sharpness=15.0),
+            StabilityMargins(step=5, failure="not finite: x"),
+        ):
+            measured = Measured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
+            first, after = law(measured, state)
+            assert state == before
+            assert law(measured, state) == (first, after)
+            assert after["other"] == 7.0  # what a scheduler keeps beside it
+
+
+def test_a_first_call_and_a_counter_that_went_back_count_one_step() -> None:
+    """Catches a leap after a resumed run whose monitor began anew."""
+    for state in (new_state(), {"step": 5000.0}):
+        decision, _ = gated_staircase(at(0.1, step=10), state)
+        assert decision.new == pytest.approx(0.101, rel=1e-12)
+
+
+# -- the margin ------------------------------------------------------------------------------------
+
+HALF = TargetRegion.margin(0.5)
+
+
+def sharpening(law: Callable[[Measured], Decision], steps: int) -> tuple[float, float]:
+    """Return sharpness and rate where a rises by 2 % a step until it is at 2/lr."""
+    a, lr = 5.0, 0.1
+    for step in range(1, steps + 1):
+        a = min(1.02 * a, 2 / lr)
+        margins = StabilityMargins(step=step, sharpness=a)
+        lr = law(Measured(margins, UpdateRule(lr=lr), HALF, min_lr=0.02, max_lr=0.1)).new
+    return a, lr
+
+
+def test_a_shrinking_rate_stops_at_its_floor() -> None:
+    """Catches a margin that is kept by lowering the rate for ever: sharpness follows it up."""
+    a, lr = sharpening(lambda measured: follow(measured, {}, share=0.5)[0], 300)
+    # `decide` keeps the bounds; without them the rate would be 2 * 0.5 / a, and a without end.
+    assert lr == 0.02
+    state: dict[str, float] = {}
+
+    def law(measured: Measured) -> Decision:
+        nonlocal state
+        decision, after = keep_margin(measured, state)
+        state = dict(after)
+        return decision
+
+    a, lr = sharpening(law, 1000)
+    assert (a, lr) == (pytest.approx(100.0), 0.02)
+    floor, _ = keep_margin(at(0.02, 80.0, target=HALF, min_lr=0.02), {})
+    assert (floor.kind, floor.new) == ("hold", 0.02)
+    assert "at its floor" in floor.why
+    with pytest.raises(ValueError, match=r"min_lr=0\.0: expected a positive floor"):
+        keep_margin(at(0.1, target=HALF), {})
+    with pytest.raises(ValueError, match=r"needs TargetRegion\.margin"):
+        keep_margin(at(0.1, min_lr=0.01), {})
+
+
+def test_the_margin_has_hysteresis() -> None:
+    """Catches a rate that moves both ways about one threshold."""
+    bounds = {"target": HALF, "min_lr": 0.01, "max_lr": 1.0}
+    assert keep_margin(at(0.1, 10.2, **bounds), {})[0].kind == "lower"
+    assert keep_margin(at(0.1, 9.5, **bounds), {})[0].kind == "keep"
+    rising, _ = keep_margin(at(0.1, 5.0, **bounds), {})
+    assert (rising.kind, rising.new) == ("raise", pytest.approx(0.101))
+    # It lowers to the share, and rises to below it.
+    down, _ = keep_margin(at(0.1, 10.2, step=99, **bounds), {"step": 0.0})
+    assert down.new == pytest.approx(1 / 10.2)
+    # Slowly while it is stable, at once where it is not.
+    assert keep_margin(at(0.1, 19.0, **bounds), {})[0].new == pytest.approx(0.099)
+    assert keep_margin(at(0.1, 21.0, **bounds), {})[0].new == pytest.approx(1 / 21)
+    up, _ = keep_margin(at(0.1, 8.0, step=99, **bounds), {"step": 0.0})
+    assert up.new == pytest.approx(0.45 * 2 / 8.0)

@@ -1,0 +1,367 @@
+"""The scheduler: like torch's own, once a measurement, and never silent."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, SequentialLR
+
+import stableopt
+from stableopt import StabilityLR, StabilityMonitor, TargetRegion
+from stableopt.adapt.laws import Measured, State
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(16, 2, generator=GENERATOR)
+Y = X.sum(1, keepdim=True).sin()
+MSE = nn.MSELoss()
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+class Run:
+    """A model in training, watched by a monitor."""
+
+    def __init__(
+        self, lr: Any = 0.05, *, every: int = 1, groups: Any = None, **options: Any
+    ) -> None:
+        self.model = network()
+        parameters = list(self.model.parameters())
+        if groups is not None:
+            parameters = [
+                {"params": parameters[:2], "lr": groups[0]},
+                {"params": parameters[2:], "lr": groups[1]},
+            ]
+        self.optimizer = stableopt.SGD(parameters, lr=lr, momentum=options.pop("momentum", 0.0))
+        options = {"batch_size": 16, "max_iter": 100, "tol": 1e-3, **options}
+        self.monitor = self.optimizer.track(self.model, MSE, (X, Y), every=every, **options)
+
+    def step(self, x: Tensor = X, y: Tensor = Y) -> None:
+        self.optimizer.zero_grad()
+        MSE(self.model(x), y).backward()
+        self.optimizer.step()
+
+    def go(self, scheduler: Any, steps: int = 1, y: Tensor = Y) -> None:
+        for _ in range(steps):
+            self.step(X, y)
+            scheduler.step()
+
+    def rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+FLAT = TargetRegion(sharpness=(0, 0.5))  # a rate of 4, from 0.05 far away
+
+
+def test_it_acts_once_for_each_fresh_measurement() -> None:
+    """Catches a rate that moves at every step, from a measurement long past."""
+    run = Run(every=5)
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    rates = []
+    for _ in range(20):
+        run.go(scheduler)
+        scheduler.step()  # a second call finds nothing fresh
+        rates.append(run.rates()[0])
+    changed = [step for step in range(1, 20) if rates[step] != rates[step - 1]]
+    assert changed == [4, 9, 14, 19]  # after steps 5, 10, 15 and 20
+    assert rates[4] == pytest.approx(0.05 * 1.01, rel=1e-12)
+    assert rates[9] == pytest.approx(rates[4] * 1.01**5, rel=1e-12)
+    assert scheduler.get_last_lr() == [rates[-1]]
+    assert scheduler.last_epoch == 40
+
+
+def test_a_monitor_without_measurements_changes_nothing() -> None:
+    """Catches a scheduler that acts as it is made, or needs a measurement to exist."""
+    run = Run(every=1000)
+    run.monitor.measure()
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    assert run.rates() == [0.05]
+    run.step()
+    scheduler.step()
+    assert run.rates() != [0.05]  # the measurement before is fresh for it
+    run.monitor.close()
+    run.go(scheduler, 3)
+    assert len(scheduler.decisions) == 1
+
+
+def test_groups_keep_their_ratios_and_zero_stays_zero() -> None:
+    """Catches one rate for all groups."""
+    run = Run(groups=(0.04, 0.01))
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.go(scheduler, 30)
+    fast, slow = run.rates()
+    assert fast == pytest.approx(0.04 * 1.01**30, rel=1e-12)
+    assert fast / slow == pytest.approx(4, rel=1e-12)
+    frozen = Run(groups=(0.04, 0.0))
+    scheduler = StabilityLR(frozen.optimizer, frozen.monitor, FLAT)
+    frozen.go(scheduler, 3)
+    assert frozen.rates()[0] > 0.04
+    assert frozen.rates()[1] == 0.0
+
+
+def test_tensor_rates_are_changed_in_place() -> None:
+    """Catches a rate that a compiled step or a captured graph would no longer see."""
+    rate = torch.tensor(0.05)
+    run = Run(lr=rate)
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.step()
+    scheduler.step()
+    assert run.optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.0505, rel=1e-6)  # float32
+    last = scheduler.get_last_lr()[0]
+    assert isinstance(last, Tensor)
+    assert last is not rate
+
+
+def test_after_a_warm_up() -> None:
+    """Catches an initial step that acts, and a rate that falls back to the initial one."""
+    run = Run(lr=0.1)
+    warm_up = LinearLR(run.optimizer, start_factor=0.1, total_iters=5)
+    steering = StabilityLR(run.optimizer, run.monitor, FLAT)
+    scheduler = SequentialLR(run.optimizer, [warm_up, steering], milestones=[5])
+    rates = []
+    for _ in range(8):
+        rates += run.rates()
+        run.step()
+        scheduler.step()
+    assert rates[:5] == pytest.approx([0.01, 0.028, 0.046, 0.064, 0.082])
+    # From where the warm-up ended on, a percent a step.
+    assert rates[5] == pytest.approx(0.082, rel=0.02)
+    assert rates[7] > rates[6] > rates[5]
+    assert scheduler.get_last_lr() == run.rates()
+
+
+def test_chained_with_a_decay() -> None:
+    """Catches a rate that forgets what the schedulers before it did."""
+    run = Run()
+    steering = StabilityLR(run.optimizer, run.monitor, FLAT)
+    scheduler = ChainedScheduler([ExponentialLR(run.optimizer, 0.9), steering])
+    run.go(scheduler, 3)
+    assert run.rates()[0] == pytest.approx(0.05 * (0.9 * 1.01) ** 3, rel=1e-12)
+
+
+def test_a_run_resumes_where_it_was() -> None:
+    """Catches state that is not saved, and state that torch.load refuses."""
+
+    def go_on(run: Run, scheduler: StabilityLR, steps: int) -> None:
+        for _ in range(steps):
+            run.step()
+            scheduler.step()
+
+    target = TargetRegion.flatter(by=3)
+    whole = Run(every=3, momentum=0.9)
+    scheduler = StabilityLR(whole.optimizer, whole.monitor, target)
+    go_on(whole, scheduler, 10)
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "model": whole.model.state_dict(),
+            "optimizer": whole.optimizer.state_dict(),
+            "monitor": whole.monitor.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        },
+        buffer,
+    )
+    go_on(whole, scheduler, 10)
+
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    again = Run(lr=0.3, every=3, momentum=0.9)
+    resumed = StabilityLR(again.optimizer, again.monitor, target)
+    again.model.load_state_dict(state["model"])
+    again.optimizer.load_state_dict(state["optimizer"])
+    again.monitor.load_state_dict(state["monitor"])
+    resumed.load_state_dict(state["scheduler"])
+    assert resumed.target.unit == "absolute"
+    go_on(again, resumed, 10)
+    assert again.rates() == whole.rates()
+    assert all(map(torch.equal, again.weights(), whole.weights()))
+    assert list(resumed.decisions) == list(scheduler.decisions)
+    assert resumed.last_epoch == scheduler.last_epoch
+    with pytest.raises(ValueError, match="lacks"):
+        resumed.load_state_dict({"last_epoch": 3})
+
+
+@pytest.mark.parametrize("options", [{}, {"kick": 0.1}, {"restore": True, "loss_cap": 1e-9}])
+def test_a_dry_run_is_the_run_without(options: dict[str, Any]) -> None:
+    """Catches a trace that steering leaves although it must not, in weights or rates or buffers."""
+    bare = Run(momentum=0.9)
+    for _ in range(25):
+        bare.step()
+    dry = Run(momentum=0.9)
+    scheduler = StabilityLR(dry.optimizer, dry.monitor, FLAT, dry_run=True, **options)
+    dry.go(scheduler, 25)
+    assert all(map(torch.equal, bare.weights(), dry.weights()))
+    assert dry.rates() == [0.05]
+    buffers = [run.optimizer.state_dict()["state"] for run in (bare, dry)]
+    assert all(
+        torch.equal(buffers[0][k]["momentum_buffer"], buffers[1][k]["momentum_buffer"])
+        for k in buffers[0]
+    )
+    assert any(decision.changes for decision in scheduler.decisions)
+    assert all(decision.dry_run for decision in scheduler.decisions)
+
+
+def test_a_relative_target_waits_for_a_good_measurement() -> None:
+    """Catches a region that is taken from a failed measurement, and waiting that nobody is told."""
+    run = Run(max_iter=1)  # one product: it cannot converge
+    scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.flatter(by=2))
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        run.go(scheduler, 2)
+    assert run.rates() == [0.05]
+    (decision,) = scheduler.decisions
+    assert decision.kind == "hold"
+    assert "no good one yet" in decision.why
+    run.monitor.close()
+    good = Run()
+    scheduler = StabilityLR(good.optimizer, good.monitor, TargetRegion.flatter(by=2))
+    good.step()
+    scheduler.step()
+    first = good.monitor.history[0].sharpness
+    assert scheduler.target.sharpness == (0.0, first / 2)
+
+
+def test_a_lost_loss_is_survived_and_said() -> None:
+    """Catches a crash, or a rate that goes on rising, when weights are no longer finite."""
+    seen: list[tuple[int, dict[str, float]]] = []
+    run = Run(sinks=[lambda step, record: seen.append((step, record))])
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.step()
+    scheduler.step()
+    before = run.rates()[0]
+    with pytest.warns(RuntimeWarning, match="failed: not finite"):
+        run.go(scheduler, 20, Y * math.nan)
+    assert run.rates()[0] == pytest.approx(0.7 * before)
+    kinds = [decision.kind for decision in scheduler.decisions]
+    assert kinds == ["raise", "cut", "hold"]
+    cut = [record for _, record in seen if record.get("lr_to") == pytest.approx(0.7 * before)]
+    assert cut[0]["decision"] == 1.0
+    assert cut[0]["lr_from"] == before
+
+
+def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
+    """Catches weights that are changed unasked, and a momentum that blows them up once more."""
+    for restore in (False, True):
+        run = Run(momentum=0.9)
+        scheduler = StabilityLR(run.optimizer, run.monitor, FLAT, restore=restore)
+        run.go(scheduler, 3)
+        good = run.weights()
+        momentum = copy.deepcopy(run.optimizer.state_dict()["state"])
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            run.go(scheduler, 1, Y * math.nan)
+        if not restore:
+            assert not run.weights()[0].isfinite().any()
+            continue
+        assert all(map(torch.equal, run.weights(), good))
+        after = run.optimizer.state_dict()["state"]
+        assert all(
+            torch.equal(momentum[k]["momentum_buffer"], after[k]["momentum_buffer"])
+            for k in momentum
+        )
+        assert [d.kind for d in scheduler.decisions][-2:] == ["cut", "restore"]
+        run.step()
+        assert run.monitor.margins.converged
+
+
+def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstable() -> None:
+    """Catches a kick at a stable point, a kick at every measurement, and one across the valley's
+    floor. The loss is quadratic, so nothing else moves the weights at its minimum.
+    """
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2, 1)  # curvatures 1 and 9
+    with torch.no_grad():
+        model.weight[0, 0] = 1e-6
+    optimizer = torch.optim.SGD(model.parameters(), lr=2 / 9 / 1.005)
+    monitor = StabilityMonitor(optimizer, model, MSE, (x, y), every=1, batch_size=2)
+    scheduler = StabilityLR(
+        optimizer, monitor, TargetRegion(sharpness=(0, 1.0)), kick=1e-2, max_lr=2 / 9 * 1.02
+    )
+    kicks, norms = [], []
+    for _ in range(3):
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+        before = model.weight.detach().clone()
+        scheduler.step()
+        kicks.append((model.weight.detach() - before).flatten())
+        norms.append(float(before.norm()))
+    assert kicks[0].abs()[1] == pytest.approx(1e-2 * norms[0], rel=0.01)
+    assert kicks[0].abs()[0] < 0.05 * kicks[0].abs()[1]  # the eigenvector's tolerance is 3 %
+    assert torch.equal(kicks[1], torch.zeros(2))
+    assert torch.equal(kicks[2], torch.zeros(2))
+    assert [d.kind for d in scheduler.decisions].count("kick") == 1
+    monitor.close()
+
+
+def test_a_law_of_ones_own() -> None:
+    """Catches a scheduler that knows its laws."""
+
+    def halve(measured: Measured, state: State) -> tuple[Any, State]:
+        count = state.get("count", 0) + 1
+        return measured.decide("lower", measured.lr / 2, f"call {count:.0f}"), {"count": count}
+
+    run = Run()
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT, law=halve, min_lr=0.02)
+    run.go(scheduler, 3)
+    assert run.rates() == [0.02]  # the bounds hold for every law
+    assert scheduler.state_dict()["law"]["count"] == 3
+
+
+def test_a_margin_keeps_away_from_its_limit_and_above_its_floor() -> None:
+    """Catches a margin whose rate rises above the user's, or falls without end."""
+    run = Run(lr=1.5, tol=0.03)
+    scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.margin(0.5))
+    assert (scheduler.min_lr, scheduler.max_lr) == (0.15, 1.5)
+    run.go(scheduler, 60)
+    assert run.monitor.margins.sharpness_ratio < 0.55  # the share, and a step's lag
+    assert 0.15 <= run.rates()[0] <= 1.5
+
+
+def test_what_cannot_be_steered_is_refused() -> None:
+    """Catches arguments that would fail, or do nothing, only once training runs."""
+    run, other = Run(), Run(quantities=("non_uniformity",))
+    make = StabilityLR
+    uniform = TargetRegion(non_uniformity=(0, 1.0))
+    for arguments, options, error, says in (
+        ((run.model, run.monitor, FLAT), {}, TypeError, "optimizer="),
+        ((run.optimizer, run.optimizer, FLAT), {}, TypeError, "monitor="),
+        ((run.optimizer, run.monitor, 4.0), {}, TypeError, "target=4.0"),
+        ((other.optimizer, run.monitor, FLAT), {}, ValueError, "another optimizer"),
+        ((run.optimizer, run.monitor, uniform), {}, ValueError, "does not bound the sharpness"),
+        ((other.optimizer, other.monitor, FLAT), {}, ValueError, "steering needs the sharpness"),
+        ((run.optimizer, run.monitor, FLAT), {"min_lr": 1.0, "max_lr": 0.1}, ValueError, "min_lr"),
+        ((run.optimizer, run.monitor, FLAT), {"min_lr": -1.0}, ValueError, "min_lr=-1"),
+        ((run.optimizer, run.monitor, FLAT), {"loss_cap": 0.0}, ValueError, "loss_cap=0"),
+        ((run.optimizer, run.monitor, FLAT), {"kick": -1.0}, ValueError, "kick=-1"),
+    ):
+        with pytest.raises(error, match=says):
+            make(*arguments, **options)
+    assert "initial_lr" not in run.optimizer.param_groups[0]  # refused before anything was changed
+
+
+def test_sinks_that_fail_do_not_end_the_training() -> None:
+    """Catches an exception of a sink in the middle of a step."""
+
+    def broken(step: int, record: dict[str, float]) -> None:
+        if "decision" in record:
+            raise OSError("disk full")
+
+    run = Run(sinks=[broken])
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.step()
+    with pytest.warns(RuntimeWarning, match="disk full"):
+        scheduler.step()
+    assert run.rates()[0] > 0.05
