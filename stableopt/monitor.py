@@ -182,8 +182,12 @@ class StabilityMonitor:
 
     @property
     def eigenvectors(self) -> dict[str, Tensor]:
-        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, if it found any."""
-        return dict(self._starts)
+        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, if it found any.
+
+        In the coordinates of the update rule; where its preconditioner is not a part of these, as
+        L-BFGS's, the covector, of which the eigenvector is the preconditioner's image.
+        """
+        return {name: subspace[0] for name, subspace in self._starts.items()}
 
     @property
     def overhead(self) -> float:
