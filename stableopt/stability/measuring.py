@@ -123,6 +123,8 @@ def measure(
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
+    if quantities is None:
+        quantities = DEFAULT_QUANTITIES if _diagonal(rule) else ("sharpness",)
     margins, _ = measure_at(
         problem,
         rule,
@@ -156,11 +158,8 @@ def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit
         )
 
 
-def check_quantities(quantities: Iterable[str] | None, rule: UpdateRule | None) -> tuple[str, ...]:
+def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
     """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
-    diagonal = rule is None or rule.preconditioner is None or rule.preconditioner.diagonal
-    if quantities is None:
-        quantities = DEFAULT_QUANTITIES if diagonal else ("sharpness",)
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
     if not wanted or any(name not in QUANTITIES for name in wanted):
@@ -171,7 +170,7 @@ def check_quantities(quantities: Iterable[str] | None, rule: UpdateRule | None) 
             f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
         )
     per_sample = [name for name in ("non_uniformity", "theorem1", *DIRECT) if name in wanted]
-    if per_sample and not diagonal:
+    if per_sample and not _diagonal(rule):
         raise ValueError(
             f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
             " by, and this one is not diagonal; leave it out"
@@ -261,10 +260,14 @@ def _non_uniformity_limit(
 ) -> float | None:
     if rule is None or rule.unknown or (batch_size is None and not rule.full_batch):
         return None
-    diagonal = rule.preconditioner is None or rule.preconditioner.diagonal
-    return (
-        rule.max_non_uniformity(batch_size, dataset_size) if diagonal or rule.full_batch else None
-    )
+    if not rule.full_batch and not _diagonal(rule):
+        return None
+    return rule.max_non_uniformity(batch_size, dataset_size)
+
+
+def _diagonal(rule: UpdateRule | None) -> bool:
+    """Whether a step is one learning rate for all once each coordinate is scaled."""
+    return rule is None or rule.preconditioner is None or rule.preconditioner.diagonal
 
 
 def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
