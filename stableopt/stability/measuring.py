@@ -12,21 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature import (
-    Eigenpair,
-    Hessian,
-    NonFiniteError,
-    NonUniformity,
-    Operator,
-    Problem,
-    top_eigenpair,
-)
+from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
-from stableopt.stability.mean_square import SecondMomentExcess
-from stableopt.stability.preconditioner import DiagonalPreconditioner, StepPreconditioner
+from stableopt.stability.operators_at import DEGREE, OperatorsAt, measurement_of
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [
@@ -40,9 +31,6 @@ __all__ = [
 
 QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
-
-_DEGREE = {"non_uniformity": 2}
-"""Powers of a quantity that are the eigenvalue: the relative error of a root is half of that."""
 
 DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
@@ -214,7 +202,7 @@ def measure_at(
         limit: dict[str, Any] = {f"{prefix}sharpness_limit": rule.max_sharpness}
         margins = dataclasses.replace(margins, **limit)
     quantities = _measurable(quantities, rule)
-    operators = _Operators(problem, rule, margins)
+    operators = OperatorsAt(problem, rule, margins)
     measurements: dict[str, Measurement] = {}
     subspaces: dict[str, Tensor] = {}
     more: dict[str, float] = {}
@@ -236,13 +224,13 @@ def measure_at(
                     preconditioner=operators.preconditioner(name),
                     start=start,
                     keep=starts is not None,
-                    tol=_DEGREE.get(name, 1) * tol,
+                    tol=DEGREE.get(name, 1) * tol,
                     max_iter=max_iter,
                     seed=seed,
                 )
                 if pair.subspace is not None:
                     subspaces[name] = pair.subspace
-                measurements[name] = _measurement(name, pair, time.perf_counter() - began)
+                measurements[name] = measurement_of(name, pair, time.perf_counter() - began)
         failure = None
     except NonFiniteError as error:
         failure = str(error)
@@ -285,88 +273,3 @@ def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]
             f"the preconditioned margins are not known: {reason}", RuntimeWarning, stacklevel=3
         )
     return [name for name in QUANTITIES if name in wanted]
-
-
-def _measurement(name: str, pair: Eigenpair, seconds: float) -> Measurement:
-    value = pair.value
-    if name == "non_uniformity":
-        # The square root of an eigenvalue that rounding may leave below zero.
-        value = max(value, 0.0) ** 0.5
-    elif name == "theorem1":
-        value += 1.0  # the left side of (8), of which the operator is the excess over 1
-    relative = pair.residual / abs(pair.value) / _DEGREE.get(name, 1) if pair.value else 0.0
-    return Measurement(value, relative, pair.products, seconds, pair.converged)
-
-
-class _Operators:
-    """The operators of one measurement, each built when it is asked for and then shared."""
-
-    def __init__(
-        self, problem: Problem, rule: UpdateRule | None, margins: StabilityMargins
-    ) -> None:
-        self._problem, self._rule, self._margins = problem, rule, margins
-        self._built: dict[str, Operator] = {}
-        self._loss: float | None = None
-
-    def of(self, name: str) -> Operator:
-        if name not in self._built:
-            self._built[name] = getattr(self, "_" + name)()
-        return self._built[name]
-
-    def loss(self) -> float:
-        if self._loss is None:
-            built = (self._built.get(name) for name in ("sharpness", "preconditioned_sharpness"))
-            hessian = next((each for each in built if isinstance(each, Hessian)), None)
-            self._loss = self._problem.value() if hessian is None else hessian.loss()
-        return self._loss
-
-    def preconditioner(self, name: str) -> StepPreconditioner | None:
-        """The P of ``P @ operator`` where it is no part of the problem's coordinates."""
-        known = None if self._rule is None else self._rule.preconditioner
-        if name != "preconditioned_sharpness" or known is None:
-            return None
-        own = known.over(self._problem.params)
-        return None if isinstance(own, DiagonalPreconditioner) else own
-
-    def _sharpness(self) -> Hessian:
-        if self._rule is None or not self._rule.preconditioned:
-            return Hessian(self._problem)
-        return Hessian(self._problem.transformed(sign=self._problem.sign))
-
-    def _preconditioned_sharpness(self) -> Hessian:
-        plain = self._built.get("sharpness")
-        if isinstance(plain, Hessian):
-            if self.preconditioner("preconditioned_sharpness") and not any(
-                self._problem.weight_decay
-            ):
-                return plain
-            # One set of passes at a time is kept in memory.
-            self._loss = plain.loss()
-            del self._built["sharpness"]
-        return Hessian(self._problem)
-
-    def _non_uniformity(self) -> NonUniformity:
-        return NonUniformity(self._problem)
-
-    def _theorem1(self) -> SecondMomentExcess:
-        rule, margins = self._rule, self._margins
-        if rule is None or (margins.batch_size is None and not rule.full_batch):
-            raise ValueError(
-                "quantities: theorem1 needs a learning rate and a batch size; pass optimizer= or"
-                " lr=, and batch_size="
-            )
-        noise = 0.0
-        if not rule.full_batch and margins.batch_size is not None:
-            noise = noise_factor(margins.batch_size, margins.dataset_size)
-        in_limit = not rule.preconditioned
-        hessian = self.of("sharpness" if in_limit else "preconditioned_sharpness")
-        non_uniformity = self.of("non_uniformity")
-        assert isinstance(hessian, Hessian)
-        assert isinstance(non_uniformity, NonUniformity)
-        return SecondMomentExcess(
-            hessian,
-            non_uniformity,
-            lr=rule.lr,
-            noise=noise,
-            weight_decay=rule.weight_decay if in_limit else 0.0,
-        )
