@@ -74,15 +74,19 @@ def batch_staircase(
     band: float = 0.05,
     factor: float = 0.5,
     gate: float = 1.2,
+    last_gate: float = 1.4,
     dwell: int = 100,
+    patience: int = 300,
 ) -> tuple[Decision, State]:
     r"""Go to the batch size whose limit is the target, and on for as long as s is not within it.
 
-    - s above the target's upper bound by more than ``band``: multiply B by ``factor``, down to
+    - s above the target's upper bound: multiply B by ``factor``, down to
       :meth:`~TargetRegion.batch_size_for`; from there on by sqrt(``factor``) as long as s stays; but
       never to where s is more than ``gate`` times its limit: so much noise would scatter the weights
-      and not only lead them away;
-    - s below the lower bound by more than ``band``: divide B by ``factor``;
+      and not only lead them away. Where that gate has held for ``patience`` steps, and the next
+      size would still be within ``last_gate``, take that: below ten samples sizes lie far apart;
+    - s below the lower bound by more than ``band``, so that the two do not meet: divide B by
+      ``factor``;
     - in between: keep. After a change, wait ``dwell`` steps for its effect;
     - a loss that is not finite, or above the cap: divide B by ``factor``.
 
@@ -95,7 +99,7 @@ def batch_staircase(
     margins, now = measured.margins, measured.batch_size
     step, s = margins.step, margins.non_uniformity
     waiting = step < state.get("until", -math.inf)
-    settled: State = {**state, "until": step + dwell}
+    settled: State = {k: v for k, v in state.items() if k != "held"} | {"until": step + dwell}
     lost = _lost(measured)
     if lost is not None and not waiting:
         return measured.decide("raise", math.ceil(now / factor), lost), settled
@@ -106,23 +110,23 @@ def batch_staircase(
     low, high = measured.target.non_uniformity
     assert low is not None
     assert high is not None
-    if s > high * (1 + band):
+    if s > high:
         why = f"the non-uniformity {s:.3g} is above the target's {high:.3g}"
         if waiting:
             return measured.decide("hold", now, f"{why}; the last change is still at work"), state
+        if now <= measured.smallest:
+            return measured.decide("hold", now, f"{why}; there is no smaller batch"), state
         seed = measured.target.batch_size_for(measured.rule, measured.dataset_size)
         # Below the seed the box already forbids s: smaller steps, since it may just be slow.
         smaller = max(now * factor, seed) if now > seed else now * factor**0.5
-        smaller = max(math.floor(smaller), measured.smallest)
-        gated = TargetRegion(non_uniformity=(s / gate, None))
-        least = gated.batch_size_for(measured.rule, measured.dataset_size)
-        if now <= measured.smallest:
-            return measured.decide("hold", now, f"{why}; there is no smaller batch"), state
+        least = _least(measured, s / gate)
         if now <= least:
-            ratio = s / measured.limit(now)
-            why = f"{why}; it is {ratio:.2f} of its limit, at the gate {gate:g}: escaping"
-            return measured.decide("hold", now, why), state
-        smaller = max(smaller, least)
+            since = state.get("held", step)
+            if step - since < patience or now <= (least := _least(measured, s / last_gate)):
+                ratio = s / measured.limit(now)
+                why = f"{why}; it is {ratio:.2f} of its limit, at the gate: escaping"
+                return measured.decide("hold", now, why), {**state, "held": since}
+        smaller = max(math.floor(smaller), measured.smallest, least)
         return measured.decide("lower", smaller, why), settled
     if s < low * (1 - band):
         why = f"the non-uniformity {s:.3g} is below the target's {low:.3g}"
@@ -157,6 +161,12 @@ def keep_batch_margin(
     wanted = TargetRegion(non_uniformity=(s / share, None))
     size = wanted.batch_size_for(measured.rule, measured.dataset_size)
     return measured.decide("raise", max(size, now), why), {**state, "until": margins.step + dwell}
+
+
+def _least(measured: BatchMeasured, limit: float) -> int:
+    """Return the smallest batch size whose limit on the non-uniformity is at least ``limit``."""
+    allowed = TargetRegion(non_uniformity=(limit, None))
+    return allowed.batch_size_for(measured.rule, measured.dataset_size)
 
 
 def _lost(measured: BatchMeasured) -> str | None:

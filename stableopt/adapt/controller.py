@@ -49,7 +49,7 @@ class StabilityController:
         batch_law: how; by default the staircase, and ``keep_batch_margin`` for a margin.
         settle: measurements.
         band: relative tolerance of the target's bounds.
-        patience: measurements without approach after which the target is called unreachable.
+        patience: measurements without much of an approach after which the target is called unreachable.
         dry_run: decide, record and change nothing.
 
     Attributes:
@@ -186,7 +186,12 @@ class StabilityController:
         self._seen = margins.step
         self._resolve(margins)
         if self._target.unit == "present":
-            return []  # the scheduler has said so, or the first good measurement will
+            if self.scheduler is not None:
+                return []  # it has said so
+            why = "the target is relative to a measurement, and there is no good one yet"
+            now = 0.0 if self.batch is None else float(self.batch.batch_size)
+            held = Decision("batch_size", "hold", now, now, why, step=margins.step)
+            return [replace(held, dry_run=self.dry_run)]
         decided = []
         if self.batch is not None and self._target.non_uniformity != OPEN and self._turn(margins):
             measured = self._batch_measured(margins)

@@ -6,14 +6,15 @@ are bound by ``functools.partial``; a new law is one function::
 
     StabilityLR(optimizer, monitor, target, law=partial(gated_staircase, gate=1.5))
 
-What fails, and why the default is what it is (gradient descent on small networks):
+What fails, and why the default is what it is (``python -m benchmarks run control-laws`` shows it):
 
-- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the sharpness follows the falling rate up,
-  for ever; with ρ ≥ 1 the rate runs away from a minimum that it has made unstable, and diverges.
+- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the sharpness follows the falling rate up;
+  with ρ ≥ 1 the rate makes every minimum unstable in turn, towards no target, or diverges.
 - A cut whenever a is above the target freezes the sharp minimum: the rate falls to zero, at which
   everything is stable.
 - A cut whenever the loss rises cancels the escape that is wanted: an escape is a rise of the loss.
-- A jump to :math:`2/a_{\mathrm{target}}` can diverge where :math:`\eta a/2` is then large.
+- A jump to :math:`2/a_{\mathrm{target}}` makes the loss rise further, and where
+  :math:`\eta a/2` is then large enough, diverges.
 """
 
 from __future__ import annotations

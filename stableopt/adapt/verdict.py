@@ -49,8 +49,8 @@ def verdict(
     """Say that the target was reached or missed again, or cannot be reached; else ``None``.
 
     Cannot, that is: the rate that it asks for is not allowed, or had to be cut three times; or all
-    knobs are where the target asks for them, and the quantity has not come nearer by more than 1 %
-    in ``patience`` measurements.
+    knobs are where the target asks for them, and in ``patience`` measurements less than a tenth of
+    the distance, in logarithms, was covered.
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
@@ -74,7 +74,7 @@ def verdict(
     why = _forbidden(situation, what)
     if why is not None:
         return _say(situation, "unreachable", why), state
-    nearer = distance < 0.99 * state.get("best", math.inf)
+    nearer = distance < 0.9 * state.get("best", math.inf)
     at_work = _at_work(situation)
     if nearer or at_work:
         return None, {**state, "since": 0.0, "best": distance}
@@ -133,7 +133,7 @@ def _stuck(situation: Situation, what: str) -> str:
         )
     if what.startswith("non-uniformity") and situation.batch_size == situation.smallest:
         return f"{what}, and there is no smaller batch than {situation.smallest}"
-    return f"{what}, and no longer comes nearer"
+    return f"{what}, and hardly comes nearer"
 
 
 def _say(situation: Situation, kind: Kind, why: str) -> Decision:

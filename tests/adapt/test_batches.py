@@ -58,7 +58,7 @@ def changing(sampler: AdaptiveBatchSampler, batches: Iterator, sizes: list[int])
     raise AssertionError("no end")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 60), sizes=SIZES, drop_last=st.booleans())
 def test_every_index_exactly_once_whatever_the_sizes(
     n: int, sizes: list[int], drop_last: bool
@@ -77,7 +77,7 @@ def test_every_index_exactly_once_whatever_the_sizes(
 
 
 # A worker process takes a few hundredths of a second to start.
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     n=st.integers(1, 40),
     sizes=SIZES,
@@ -121,7 +121,7 @@ def test_with_one_size_it_is_torchs(n: int, drop_last: bool) -> None:
     assert a == b
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 60),
     sizes=SIZES,

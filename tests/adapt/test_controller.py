@@ -87,8 +87,8 @@ def test_a_dry_run_is_the_run_without(sharpness: float, what: str) -> None:
     controller = StabilityController(
         dry.monitor, target, batch=dry.sampler, dry_run=True, lr={"kick": 0.1, "restore": True}
     )
-    bare.go(30)
-    dry.go(30, controller)
+    bare.go(16)
+    dry.go(16, controller)
     assert all(map(torch.equal, bare.model.state_dict().values(), dry.model.state_dict().values()))
     assert (dry.lr, dry.sampler.batch_size) == (0.2, 12)
     assert any(decision.what == what and decision.changes for decision in controller.decisions)
@@ -144,10 +144,10 @@ def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> Non
 
 def test_decisions_are_marks_in_the_figures(tmp_path: Path) -> None:
     """Catches marks that fall off the trajectory, and a TensorBoard that shows none."""
-    sink = stableopt.TensorBoardSink(tmp_path)
+    sink = stableopt.TensorBoardSink(tmp_path, max_diagrams=2)
     run = Run(sinks=[sink])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=1)
-    run.go(30, controller)
+    run.go(15, controller)
     assert "lower batch size" in {label for _, label in controller.marks}
     figure = stableopt.plot.diagram(None, run.monitor.history, marks=controller.marks)
     drawn = {line.get_label(): line for line in figure.axes[0].lines}
@@ -242,7 +242,7 @@ def test_accumulation_is_a_knob_as_well() -> None:
     law = partial(batch_staircase, dwell=5)
     controller = StabilityController(run.monitor, WIDE, batch=accumulation, settle=1, batch_law=law)
     sizes = set()
-    for _ in range(20):
+    for _ in range(15):
         for group in accumulation:
             run.optimizer.zero_grad()
             for share, (x, y) in group:

@@ -57,11 +57,11 @@ def descend(
 
 
 @pytest.mark.parametrize("goal", [20.0, 8.0, 4.0])
-@pytest.mark.parametrize("every", [1, 7, 50])
+@pytest.mark.parametrize("every", [1, 50])
 def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
     """Catches a law that diverges, stays, or ends sharper than it was told to."""
     target = TargetRegion(sharpness=(0, goal))
-    a, loss, lr, _ = descend(gated_staircase, target, 3000, lr=0.06, every=every)
+    a, loss, lr, _ = descend(gated_staircase, target, 1500, lr=0.06, every=every)
     assert lr == pytest.approx(2 / goal, rel=1e-12)
     assert loss < 1e-6
     # An escape of this loss, without progressive sharpening, may end below the edge, not above.
@@ -90,7 +90,7 @@ def test_a_jump_diverges_where_the_staircase_does_not() -> None:
     target = TargetRegion(sharpness=(0, 4.0))
     assert descend(jump, target, 100, lr=0.06)[3][-1].why == "at once"
     assert not descend(jump, target, 100, lr=0.06)[1] < 1e6
-    assert descend(gated_staircase, target, 3000, lr=0.06)[1] < 1e-6
+    assert descend(gated_staircase, target, 1500, lr=0.06)[1] < 1e-6
 
 
 def test_cutting_while_it_is_too_sharp_freezes_the_sharp_minimum() -> None:
@@ -104,7 +104,7 @@ def test_cutting_while_it_is_too_sharp_freezes_the_sharp_minimum() -> None:
 def test_following_the_measurement_leads_nowhere() -> None:
     """Catches a rate taken from the measured sharpness: it keeps whatever there is."""
     target = TargetRegion(sharpness=(0, 10.0))
-    a, _, lr, _ = descend(partial(follow, share=0.8), target, 3000, lr=0.06)
+    a, _, lr, _ = descend(partial(follow, share=0.8), target, 1500, lr=0.06)
     assert a == pytest.approx(SHARP, rel=0.01)
     assert lr == pytest.approx(1.6 / SHARP, rel=0.01)
 
