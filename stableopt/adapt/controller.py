@@ -217,7 +217,7 @@ class StabilityController:
         """Whether it is the batch size's turn: the sharpness has settled, or is not steered."""
         if self.scheduler is None or self._target.unit == "limit":
             return True
-        a, high = margins.sharpness, self._target.sharpness[1]
+        a, high = margins.limited_sharpness, self._target.sharpness[1]
         assert high is not None
         if a is None or not margins.converged:
             return self._settled >= self._settle

@@ -60,6 +60,11 @@ class Measured:
         return self.rule.lr
 
     @property
+    def sharpness(self) -> float | None:
+        """The measured sharpness that the limit is on."""
+        return self.margins.limited_sharpness
+
+    @property
     def limit(self) -> float:
         """The largest stable sharpness at that rate."""
         return self.rule.max_sharpness
@@ -67,15 +72,15 @@ class Measured:
     @property
     def ratio(self) -> float:
         """The measured sharpness over :attr:`limit`, now, though it was measured at another rate."""
-        assert self.margins.sharpness is not None
-        return self.margins.sharpness / self.limit
+        assert self.sharpness is not None
+        return self.sharpness / self.limit
 
     def decide(self, kind: Kind, lr: float, why: str) -> Decision:
         """Return a decision for the rate ``lr``, within the bounds if it is a new one."""
         if lr != self.lr:
             lr = min(max(lr, self.min_lr), self.max_lr)
-        margins = self.margins
-        return Decision("lr", kind, self.lr, lr, why, margins.sharpness, self.limit, margins.step)
+        step = self.margins.step
+        return Decision("lr", kind, self.lr, lr, why, self.sharpness, self.limit, step)
 
 
 Law: TypeAlias = Callable[[Measured, State], tuple[Decision, State]]
@@ -135,10 +140,10 @@ def gated_staircase(
     lr, aim = measured.lr, measured.target.lr_for(measured.rule)
     goal = min(max(aim, measured.min_lr), measured.max_lr)
     low = measured.target.sharpness[0] or 0.0
-    assert margins.sharpness is not None
+    assert measured.sharpness is not None
     if math.isclose(lr, goal, rel_tol=1e-9):
         return measured.decide("keep", lr, "this is the target's rate"), state
-    if lr > goal and margins.sharpness >= low and measured.limit >= low:
+    if lr > goal and measured.sharpness >= low and measured.limit >= low:
         why = f"what is sharper than the target is unstable as from a rate of {aim:.4g}"
         return measured.decide("keep", lr, why), state
     if lr > goal:
@@ -147,8 +152,8 @@ def gated_staircase(
     if not margins.converged:
         return measured.decide("hold", lr, "the measurement did not converge"), state
     raised = min(goal, lr * (1 + rate) ** passed)
-    if margins.sharpness > 0:
-        raised = min(raised, lr_at_limit(measured.rule, margins.sharpness / gate))
+    if measured.sharpness > 0:
+        raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
         why = f"the sharpness is {measured.ratio:.2f} of its limit, at the gate {gate:g}: escaping"
         return measured.decide("hold", lr, why), state
@@ -205,11 +210,11 @@ def keep_margin(
     if wait is not None:
         return measured.decide("hold", lr, wait), state
     why = f"the sharpness is {measured.ratio:.2f} of its limit, to be at most {share:g}"
-    assert margins.sharpness is not None
+    assert measured.sharpness is not None
     if measured.ratio > share:
         if lr <= measured.min_lr:
             return measured.decide("hold", lr, f"{why}, but the rate is at its floor"), state
-        goal = lr_at_limit(measured.rule, margins.sharpness / share)
+        goal = lr_at_limit(measured.rule, measured.sharpness / share)
         # What is unstable already has no time for small steps.
         slowest = lr * (1 - rate) ** passed if measured.ratio <= 1 else 0.0
         return measured.decide("lower", max(goal, slowest), why), state
@@ -218,8 +223,8 @@ def keep_margin(
     if measured.ratio >= share * (1 - band) or lr >= measured.max_lr:
         return measured.decide("keep", lr, why), state
     raised = lr * (1 + rate) ** passed
-    if margins.sharpness > 0:
-        raised = min(raised, lr_at_limit(measured.rule, margins.sharpness / (share * (1 - band))))
+    if measured.sharpness > 0:
+        raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / (share * (1 - band))))
     return measured.decide("raise", max(raised, lr), why), state
 
 
@@ -256,7 +261,7 @@ def _wait(measured: Measured, state: State) -> str | None:
     margins = measured.margins
     if margins.failure is not None:
         return f"the measurement failed: {margins.failure}"
-    if margins.sharpness is None:
+    if measured.sharpness is None:
         return "the sharpness was not measured"
     if margins.step < state.get("held_until", -math.inf):
         return f"until step {state['held_until']:.0f}, after a cut"

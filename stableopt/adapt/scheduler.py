@@ -191,7 +191,7 @@ class StabilityLR(LRScheduler):
         if margins is None or margins.step == self._seen or lr == 0:
             return []
         self._seen = margins.step
-        if margins.sharpness is not None and margins.converged:
+        if margins.limited_sharpness is not None and margins.converged:
             self.target = self.target.resolve(margins)
         if self.target.unit == "present":
             why = "the target is relative to a measurement, and there is no good one yet"
@@ -215,16 +215,15 @@ class StabilityLR(LRScheduler):
             self._last_good.keep(margins.step)
         if not self._kick or not good or "sharpness" not in self.monitor.eigenvectors:
             return []
-        assert margins.sharpness is not None
-        after = margins.sharpness / at_lr(measured.rule, decision.new).max_sharpness
+        a = margins.limited_sharpness
+        assert a is not None
+        after = a / at_lr(measured.rule, decision.new).max_sharpness
         kicked = bool(self._state.get("kicked"))
         self._state = {**self._state, "kicked": float(after > 1)}
         if after <= 1 or kicked:
             return []
         why = f"the sharpness is {after:.2f} of its limit, and the point must be left"
-        return [
-            Decision("weights", "kick", 0.0, self._kick, why, margins.sharpness, step=margins.step)
-        ]
+        return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)]
 
     def _change_weights(self, decision: Decision) -> None:
         problem = self.monitor.problem

@@ -41,8 +41,11 @@ _ROUNDED = 1 + 1e-9
 class TargetRegion:
     r"""A box of wanted sharpness and non-uniformity.
 
+    The sharpness is the one that the optimizer's limit is on: of the loss, or, with a preconditioner
+    (Adam, groups with rates of their own), the preconditioned one.
+
     Args:
-        sharpness: ``(low, high)``, in units of the loss's curvature; ``None`` for an open end.
+        sharpness: ``(low, high)``, in units of the curvature; ``None`` for an open end.
         non_uniformity: ``(low, high)``, likewise.
         unit: what the bounds count in: ``"absolute"`` values, multiples of what is measured when
             steering begins (``"present"``), or shares of the limits (``"limit"``).
@@ -118,9 +121,12 @@ class TargetRegion:
         if self.unit != "present":
             return self
         bounds: dict[str, Bounds] = {"sharpness": OPEN, "non_uniformity": OPEN}
-        for name in ("sharpness", "non_uniformity"):
+        present = {
+            "sharpness": margins.limited_sharpness,
+            "non_uniformity": margins.non_uniformity,
+        }
+        for name, value in present.items():
             low, high = _bounds(getattr(self, name))
-            value = getattr(margins, name)
             if (low, high) == OPEN:
                 continue
             if value is None or not value > 0:

@@ -90,8 +90,9 @@ def _misses(
 ) -> list[tuple[float, str]]:
     """Return for each bound that is missed by more than ``band`` by how much, in logarithms."""
     found = []
-    for name in ("sharpness", "non_uniformity"):
-        value, (low, high) = getattr(margins, name), getattr(target, name)
+    present = {"sharpness": margins.limited_sharpness, "non_uniformity": margins.non_uniformity}
+    for name, value in present.items():
+        low, high = getattr(target, name)
         if value is None or not value > 0:
             continue
         shown = name.replace("_", "-")
@@ -138,6 +139,7 @@ def _stuck(situation: Situation, what: str) -> str:
 
 def _say(situation: Situation, kind: Kind, why: str) -> Decision:
     margins = situation.margins
-    value = margins.sharpness if margins.sharpness is not None else margins.non_uniformity
+    a = margins.limited_sharpness
+    value = margins.non_uniformity if a is None else a
     shown = math.nan if value is None else value
     return Decision("target", kind, shown, shown, why, value, None, margins.step)

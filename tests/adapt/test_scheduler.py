@@ -111,6 +111,23 @@ def test_groups_keep_their_ratios_and_zero_stays_zero() -> None:
     assert frozen.rates()[1] == 0.0
 
 
+def test_an_adaptive_optimizer_goes_by_its_preconditioned_sharpness() -> None:
+    """Catches the sharpness of the loss held against a limit that is on another matrix."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2), torch.randn(32, 3), torch.randn(32, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1, tol=1e-6)
+    scheduler = StabilityLR(optimizer, monitor, TargetRegion(sharpness=(0, 1.0)))
+    nn.MSELoss()(model(x), y).backward()
+    optimizer.step()
+    scheduler.step()
+    assert monitor.margins is not None
+    (decision,) = scheduler.decisions
+    assert decision.measured == monitor.margins.preconditioned_sharpness
+    assert decision.measured > 2 * monitor.margins.sharpness
+    assert decision.limit == monitor.margins.preconditioned_sharpness_limit
+
+
 def test_tensor_rates_are_changed_in_place() -> None:
     """Catches a rate that a compiled step or a captured graph would no longer see."""
     rate = torch.tensor(0.05)
