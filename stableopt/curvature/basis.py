@@ -59,7 +59,7 @@ class Basis:
         the rows before.
         """
         coordinates = dot(self.vectors[since:], image)
-        image = image - coordinates @ self.covectors[since:]
+        image = torch.addmv(image, self.covectors[since:].T, coordinates, alpha=-1)
         correction = dot(self.vectors, image)
         image.addmv_(self.covectors.T, correction, alpha=-1)
         correction[since:] += coordinates
@@ -72,13 +72,20 @@ class Basis:
             covector = covector / covector.norm()
         return scaled(dual(covector, self.preconditioner))
 
-    def combined(self, weights: Tensor) -> Basis:
-        """Return the basis of the combinations ``weights`` ``(k, held)`` of the rows."""
+    def combined(self, weights: Tensor, room: int = 0) -> Basis:
+        """Return the basis of the combinations ``weights`` ``(k, held)``, with room for more."""
         weights = weights.to(self._covectors)
-        covectors = weights @ self.covectors
-        return Basis(
-            covectors, covectors if self._plain else weights @ self.vectors, self.preconditioner
-        )
+
+        def of(rows: Tensor) -> Tensor:
+            made = rows.new_empty(len(weights) + room, rows.shape[1])
+            torch.mm(weights, rows, out=made[: len(weights)])
+            return made
+
+        covectors = of(self.covectors)
+        vectors = covectors if self._plain else of(self.vectors)
+        basis = Basis(covectors, vectors, self.preconditioner)
+        basis.held = len(weights)
+        return basis
 
     def vector(self, weights: Tensor) -> Tensor:
         """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""

@@ -3,10 +3,11 @@ r"""The algebraically largest eigenvalue of an operator, with a certificate.
 For a unit vector v with Ritz value :math:`\theta = v^\top A v`, the residual :math:`\|Av-\theta v\|`
 bounds the distance from :math:`\theta` to an eigenvalue of A; and :math:`\theta` never exceeds the
 largest. A search stops when the residual is small *relative to the value*: that the value has
-stopped changing certifies nothing. Four examples::
+stopped changing certifies nothing. Five examples::
 
     top_eigenpair(Hessian(problem))                       # from a random start
-    top_eigenpair(Hessian(problem), start=last.vector)    # a few products, when little has changed
+    last = top_eigenpair(Hessian(problem), keep=True)     # to be followed, as training moves on:
+    top_eigenpair(Hessian(problem), keep=True, start=last.subspace)  # three products, mostly
     top_eigenpair(operator, method="power", tol=1e-2)     # two vectors of memory, more products
     top_eigenpair(Hessian(problem), preconditioner=P)     # of P H, from products with P
 """
@@ -70,7 +71,8 @@ def top_eigenpair(
         max_iter: the largest number of products.
         seed: of the random start and the noise; torch's own generators are not touched.
 
-    Everything of length d stays on the operator's device; one small transfer a product.
+    Everything of length d stays on the operator's device; one small transfer a product, and one more
+    at the start from a vector or with a preconditioner.
 
     Raises:
         ValueError: for arguments out of range, and a preconditioner that is found not to be
@@ -92,7 +94,11 @@ def top_eigenpair(
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     size = operator.shape[0]
-    if start is not None and (start.dim() not in (1, 2) or start.shape[-1] != size):
+    if size == 0:
+        raise ValueError("operator has shape (0, 0): expected at least one dimension")
+    if start is not None and (
+        start.dim() not in (1, 2) or start.shape[-1] != size or start.numel() == 0
+    ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
     search = _Search(operator, preconditioner, method, tol, seed, keep)
     # Under an ambient autocast the projections would be products of half-precision numbers.

@@ -90,7 +90,7 @@ def lanczos(
         restarted = held == width
         if restarted:
             best = min(_RESTARTED, width - 1)
-            basis = basis.combined(weights[:, -best:].T)
+            basis = basis.combined(weights[:, -best:].T, room=width - best)
             projected.zero_()
             projected[:best, :best] = torch.diag(values[-best:])
         basis.append(following)
@@ -102,7 +102,7 @@ def lanczos(
         bound = _upper_bound(value, smallest, min(products, width), size)
     kept = None
     if keep_for is not None:
-        ritz = basis.combined(weights[:, 1 - KEPT :].T.flip(0))
+        ritz = basis.combined(weights[:, 1 - KEPT :].T.flip(0), room=1)
         beyond = rest.covector / rest.norm if beta > 0 else torch.zeros_like(rest.covector)
         kept = subspace(ritz, beyond, keep_for)
     vector = basis.vector(top)

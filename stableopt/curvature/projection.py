@@ -105,7 +105,7 @@ class Projection:
 
     def overtaken(self, value: float) -> bool:
         """Return whether a direction is expected to be above the tested ``value``."""
-        return float(self.expected()[0][0]) > value + _OVERTAKEN * abs(value)
+        return _above(float(self.expected()[0][0]), value)
 
     def direction(self, value: float, settled: bool, enough: bool) -> Tensor | None:
         """Return the direction to test next, of norm 1 and orthogonal to the tested; ``None`` if
@@ -113,17 +113,19 @@ class Projection:
         """
         values, vectors = self.expected()
         self._calm = self._calm and settled
-        outside = [self._outside(vector) for vector in vectors]
-        norms = [float(vector.norm()) for vector in outside]
-        if (not settled and norms[0] > 1e-9) or (self.overtaken(value) and norms[0] > 1e-3):
-            return outside[0] / norms[0]
+        outside = self._outside(vectors)
+        norms: list[float] = outside.norm(dim=1).tolist()
+        units: Tensor = outside / outside.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        overtaken = _above(float(values[0]), value)
+        if (not settled and norms[0] > 1e-9) or (overtaken and norms[0] > 1e-3):
+            return units[0]
         runner_up = next((i for i, norm in enumerate(norms) if norm > _UNTESTED), None)
         if runner_up is not None:
             part, above = _DOUBT
             hopeful = float(values[runner_up]) + part * self._noise
             turn = not enough and self._wishes[:1] != [self._kept - 1]
             if hopeful > value + above * abs(value) or (turn and hopeful > value):
-                return outside[runner_up] / norms[runner_up]
+                return units[runner_up]
         while self._wishes and (not enough or self._keen < _CURIOUS[0 if self._calm else 1]):
             index = self._wishes.pop(0)
             wish = self._outside(torch.eye(self._images.shape[1], dtype=torch.float64)[index])
@@ -135,12 +137,12 @@ class Projection:
         largest = max(range(len(norms)), key=norms.__getitem__)
         if enough or norms[largest] <= _NOTHING:
             return None
-        return outside[largest] / norms[largest]
+        return units[largest]
 
-    def _outside(self, direction: Tensor) -> Tensor:
+    def _outside(self, directions: Tensor) -> Tensor:
         for _ in range(2):
-            direction = direction - (self._tested @ direction) @ self._tested
-        return direction
+            directions = directions - (directions @ self._tested.T) @ self._tested
+        return directions
 
     def explorer(self, kept: Tensor) -> Tensor:
         """Return what the rows ``kept`` do not hold of the explorer's image, or the probe's, if the
@@ -150,3 +152,7 @@ class Projection:
         beside: Tensor = image - (kept @ image) @ kept
         norm = float(beside.norm())
         return beside / norm if norm > _NOTHING * float(image.norm()) else torch.zeros_like(beside)
+
+
+def _above(expected: float, value: float) -> bool:
+    return expected > value + _OVERTAKEN * abs(value)

@@ -17,6 +17,9 @@ tenth were lost three times as often."""
 
 _FEWEST = 3
 
+_ROOM = 5
+"""Images that room is made for at first: as many as are mostly taken."""
+
 _SMALL = 3 * KEPT
 """Size below which a whole search is no dearer than following."""
 
@@ -27,7 +30,7 @@ _FRESH = 0.1
 def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
     """Return what to keep ``(k, d)``: covectors of Ritz vectors, and of the explorer with noise.
 
-    ``explorer`` ``(d,)`` has norm 1, or is zero.
+    ``explorer`` ``(d,)`` has norm 1, or is zero. It is added to ``ritz``.
     """
     if explorer.shape[0] < _SMALL:
         return ritz.covectors
@@ -36,7 +39,8 @@ def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
         explorer.shape, generator=generator, dtype=explorer.dtype, device=explorer.device
     )
     mixed = explorer + _FRESH * scaled(dual(noise, ritz.preconditioner)).covector
-    return torch.cat([ritz.covectors, ritz.orthogonal(mixed).covector[None]])
+    ritz.append(ritz.orthogonal(mixed))
+    return ritz.covectors
 
 
 def followable(kept: Tensor) -> bool:
@@ -55,4 +59,4 @@ def restored(kept: Tensor, preconditioner: Preconditioner | None) -> Basis | Non
         return None
     identity = torch.eye(len(kept), dtype=torch.float64)
     weights = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return Basis(kept, vectors, preconditioner).combined(weights)
+    return Basis(kept, vectors, preconditioner).combined(weights, room=_ROOM)

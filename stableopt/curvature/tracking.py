@@ -97,7 +97,7 @@ def track(
     if keep:
         ritz = projection.expected()[1][: len(kept) - 1]
         beside = projection.explorer(ritz).to(kept) @ basis.covectors
-        following = subspace(basis.combined(ritz), beside, seed)
+        following = subspace(basis.combined(ritz, room=1), beside, seed)
     return Eigenpair(
         value * unit,
         vector / vector.norm(),
@@ -116,13 +116,11 @@ def _absorb(basis: Basis, image: Tensor) -> Tensor:
     rounding = 100 * torch.finfo(image.dtype).eps * coordinates.norm()
     nothing = (rest.norm >= 0) & (rest.norm <= rounding)
     norm = torch.where(nothing, 0.0, rest.norm)
-    basis.append(
-        Dual(
-            torch.where(nothing, 0.0, rest.covector / rest.norm),
-            torch.where(nothing, 0.0, rest.vector / rest.norm),
-            norm,
-        )
-    )
+    covector = torch.where(nothing, 0.0, rest.covector / rest.norm)
+    vector = covector
+    if basis.preconditioner is not None:
+        vector = torch.where(nothing, 0.0, rest.vector / rest.norm)
+    basis.append(Dual(covector, vector, norm))
     return torch.cat([coordinates, norm[None]])
 
 

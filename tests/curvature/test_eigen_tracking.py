@@ -99,10 +99,10 @@ STORIES = [
     pytest.param(sharpening, 0.01, 0, id="sharpening"),
     pytest.param(catapult, 0.01, 0, id="catapult"),
     # The rising eigenvalue may pass the top between two measurements, by 3.3 % of it. One in 190
-    # measurements was seen to lose more than 3 %: more than 5 of 200 do with probability 1e-3.
-    pytest.param(second_overtakes, 0.13, 5, id="the second overtakes"),
-    pytest.param(sixth_overtakes, 0.13, 5, id="the sixth overtakes"),
-    pytest.param(new_one_from_the_bulk, 0.13, 5, id="a new one"),
+    # measurements was seen to lose more than 3 %: more than 4 of 100 do with probability 3e-4.
+    pytest.param(second_overtakes, 0.13, 4, id="the second overtakes"),
+    pytest.param(sixth_overtakes, 0.13, 4, id="the sixth overtakes"),
+    pytest.param(new_one_from_the_bulk, 0.13, 4, id="a new one"),
 ]
 
 
@@ -110,10 +110,10 @@ STORIES = [
 @pytest.mark.parametrize(("change", "worst", "late"), STORIES)
 def test_the_top_is_followed(change: Values, worst: float, late: int, rotation: float) -> None:
     """Catches an overtaken eigenvector followed on, and products wasted where little moves: fifty
-    measurements, one cold, of each of four families.
+    measurements, one cold, of each of two families.
     """
     lost = 0
-    for seed in range(4):
+    for seed in range(2):
         products, losses = follow(family(change, 1000, seed, rotation=rotation))
         assert statistics.median(products) <= 3
         assert max(losses) <= worst
