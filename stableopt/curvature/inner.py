@@ -14,11 +14,16 @@ from torch import Tensor
 
 from stableopt.curvature.eigenpair import Preconditioner
 
-__all__ = ["Dual", "check_norm", "dual", "magnitude_of", "scaled"]
+__all__ = ["Dual", "check_norm", "dot", "dual", "magnitude_of", "scaled"]
+
+_BLOCK = 16_384
+"""Numbers summed at a time. Among a million in float32 a CPU's own sums were 2e-5 wrong, relative to
+the lengths of the vectors; sums of sums of so many 1e-7 for a norm and 4e-6 for a product, at the
+same speed. A GPU sums in blocks by itself."""
 
 
 class Dual(NamedTuple):
-    r"""A covector r and its vector q = P r.
+    r"""A covector r and its vector q = P r, or rows of them.
 
     ``norm`` is :math:`\sqrt{q^\top r}` on the device; below zero, minus the root of minus the square,
     where P is not positive definite.
@@ -29,12 +34,21 @@ class Dual(NamedTuple):
     norm: Tensor
 
 
+def dot(rows: Tensor, vector: Tensor) -> Tensor:
+    """Return ``rows @ vector`` for ``(d,)`` or ``(k, d)``, accurate in float32 for a large d."""
+    size = vector.shape[0]
+    if size <= _BLOCK or vector.dtype == torch.float64 or vector.device.type != "cpu":
+        return rows @ vector
+    pairs = zip(torch.split(rows, _BLOCK, dim=-1), torch.split(vector, _BLOCK), strict=True)
+    return torch.stack([part @ block for part, block in pairs]).sum(0)
+
+
 def dual(covector: Tensor, preconditioner: Preconditioner | None) -> Dual:
     """Return ``covector`` ``(d,)`` with its vector and norm."""
     if preconditioner is None:
-        return Dual(covector, covector, covector.norm())
+        return Dual(covector, covector, dot(covector, covector).sqrt())
     vector = preconditioner @ covector
-    square = covector @ vector
+    square = dot(covector, vector)
     # Where rounding is all that is left of a covector, it decides the sign of the square too.
     rounding = 10 * torch.finfo(covector.dtype).eps * covector.norm() * vector.norm()
     norm = square.abs().sqrt() * torch.where(square >= -rounding, 1.0, -1.0)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
+from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import (
     UNCERTAINTY,
     Eigenpair,
@@ -25,26 +25,17 @@ from stableopt.curvature.eigenpair import (
     Preconditioner,
     small_enough,
 )
-from stableopt.curvature.inner import Dual, check_norm, dual, magnitude_of, scaled
+from stableopt.curvature.inner import Dual, check_norm, magnitude_of, scaled
 from stableopt.curvature.operators import Operator
-from stableopt.curvature.tracking import KEPT, subspace
+from stableopt.curvature.subspace import KEPT, subspace
 
 __all__ = ["lanczos"]
 
 _BASIS = 40
 """Most vectors held. A full basis is restarted with its best Ritz vectors."""
 
-_FIRST_ROWS = 8
-"""Vectors that room is made for at first."""
-
-_KEPT = 8
+_RESTARTED = 8
 """Ritz vectors kept by a restart."""
-
-AT_LEAST = {"random": 12, "near": 5}
-"""Products before a small residual is believed: beside some other eigenvector it is small too. In
-random starts eight products with tol=0.03 were seen to stop at the second eigenvalue, 5 % low; a
-start near an eigenvector has a small residual from the beginning, and only further products show
-whether a larger eigenvalue hides in the noise."""
 
 
 def lanczos(
@@ -53,45 +44,35 @@ def lanczos(
     *,
     preconditioner: Preconditioner | None,
     tol: float,
+    at_least: int,
     max_iter: int,
-    random: bool,
+    uniform: bool,
     keep_for: int | None,
 ) -> Eigenpair:
     """Return the top eigenpair of P H, from the pair ``first`` of norm 1.
 
-    ``random`` says that ``first`` is; with a seed ``keep_for`` the result has its subspace.
+    ``at_least`` so many products are taken before a small residual is believed. ``uniform`` says
+    that ``first`` was drawn as the upper bound has it. With a seed ``keep_for`` the result has its
+    subspace.
     """
-    at_least = AT_LEAST["random" if random else "near"]
     size = operator.shape[0]
     eps = torch.finfo(operator.dtype).eps
     width = min(_BASIS, max_iter, size)
-    # Rows are basis vectors, so that each is contiguous and a projection is one matrix product.
-    covectors = _with_room(first.covector[None], min(_FIRST_ROWS, width))
-    plain = preconditioner is None
-    vectors = covectors if plain else _with_room(first.vector[None], len(covectors))
+    basis = Basis(first.covector[None], first.vector[None], preconditioner)
     projected = torch.zeros(width, width, dtype=torch.float64)
-    held, products, scale, smallest, restarted = 1, 0, 0.0, math.inf, False
-    magnitude = None
+    products, scale, smallest, restarted, magnitude = 0, 0.0, math.inf, False, None
     while True:
-        image = operator @ vectors[held - 1]
+        image = operator @ basis.vectors[-1]
         products += 1
-        if magnitude is None:
-            magnitude = magnitude_of(image)
-        image = image / magnitude
-        # The last two hold nearly all that there is to remove, after a restart all do; what is left
-        # of them by rounding goes with the second pass, over all.
-        since = 0 if restarted else max(held - 2, 0)
-        first_pass = vectors[since:held] @ image
-        image.addmv_(covectors[since:held].T, first_pass, alpha=-1)
-        coefficients = vectors[:held] @ image
-        image.addmv_(covectors[:held].T, coefficients, alpha=-1)
-        coefficients[since:] += first_pass
-        rest = dual(image, preconditioner)
-        column = torch.cat([coefficients, rest.norm[None], magnitude[None]]).cpu().double()
+        magnitude = magnitude_of(image) if magnitude is None else magnitude
+        held = basis.held
+        # The last two rows hold nearly all that there is to remove; after a restart all do.
+        coordinates, rest = basis.split(image / magnitude, 0 if restarted else max(held - 2, 0))
+        column = torch.cat([coordinates, rest.norm[None], magnitude[None]]).cpu().double()
         if not bool(torch.isfinite(column[:held]).all()):
             raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
         projected[:held, held - 1] = projected[held - 1, :held] = column[:held]
-        beta, unit = float(column[held]), float(column[held + 1])
+        beta, unit = column[held:].tolist()
         check_norm(beta, preconditioner)
         values, weights = torch.linalg.eigh(projected[:held, :held])
         value, top = float(values[-1]), weights[:, -1]
@@ -100,66 +81,44 @@ def lanczos(
         residual = beta * abs(float(top[-1]))
         exhausted = held == size or beta == 0.0
         settled = products >= at_least and small_enough(residual, value, scale, tol, eps)
-        converged = exhausted or settled
-        if converged or products == max_iter:
-            vector = top.to(vectors) @ vectors[:held]
-            bound = None
-            if exhausted:
-                bound = value + residual
-            elif random and plain:
-                bound = _upper_bound(value, smallest, min(products, width), size)
-            kept = None
-            if keep_for is not None:
-                best = weights[:, 1 - KEPT :].T.flip(0).to(covectors)
-                ritz = best @ covectors[:held]
-                ritz_vectors = ritz if plain else best @ vectors[:held]
-                beyond = rest.covector / rest.norm if beta > 0 else torch.zeros_like(image)
-                kept = subspace(
-                    Dual(ritz, ritz_vectors, rest.norm), beyond, preconditioner, keep_for
-                )
-            return Eigenpair(
-                value * unit,
-                vector / vector.norm(),
-                residual * unit,
-                products,
-                converged,
-                None if bound is None else bound * unit,
-                kept,
-            )
+        if exhausted or settled or products == max_iter:
+            break
         following = scaled(rest)
         if beta <= 100 * eps * scale:
             # Rounding is all that is left: a fresh direction, once it is orthogonal.
-            fresh = following.covector
-            for _ in range(2):
-                fresh = fresh - (vectors[:held] @ fresh) @ covectors[:held]
-                fresh /= fresh.norm()
-            following = scaled(dual(fresh, preconditioner))
+            following = basis.orthogonal(following.covector)
         restarted = held == width
         if restarted:
-            held = min(_KEPT, width - 1)
-            best = weights[:, -held:].T.to(covectors)
-            covectors[:held] = best @ covectors
-            if not plain:
-                vectors[:held] = best @ vectors
+            best = min(_RESTARTED, width - 1)
+            basis = basis.combined(weights[:, -best:].T, room=width - best)
             projected.zero_()
-            projected[:held, :held] = torch.diag(values[-held:])
-        elif held == len(covectors):
-            rows = min(2 * held, width)
-            covectors = _with_room(covectors, rows)
-            vectors = covectors if plain else _with_room(vectors, rows)
-        covectors[held] = following.covector
-        if not plain:
-            vectors[held] = following.vector
-        held += 1
+            projected[:best, :best] = torch.diag(values[-best:])
+        basis.append(following)
 
-
-def _with_room(rows: Tensor, count: int) -> Tensor:
-    """Return ``rows`` with room for ``count`` of them: a search may end after a few."""
-    return torch.cat([rows, rows.new_empty(count - len(rows), rows.shape[1])])
+    bound = None
+    if exhausted:
+        bound = value + residual
+    elif uniform:
+        bound = _upper_bound(value, smallest, min(products, width), size)
+    kept = None
+    if keep_for is not None:
+        ritz = basis.combined(weights[:, 1 - KEPT :].T.flip(0), room=1)
+        beyond = rest.covector / rest.norm if beta > 0 else torch.zeros_like(rest.covector)
+        kept = subspace(ritz, beyond, keep_for)
+    vector = basis.vector(top)
+    return Eigenpair(
+        value * unit,
+        vector / vector.norm(),
+        residual * unit,
+        products,
+        exhausted or settled,
+        None if bound is None else bound * unit,
+        kept,
+    )
 
 
 def _upper_bound(largest: float, smallest: float, products: int, size: int) -> float | None:
-    """Return the bound of :class:`Eigenpair`, or ``None`` where there is none."""
+    """Return the bound of :class:`Eigenpair` for Ritz values of so many products, if there is one."""
     needed = math.log(2 * 1.648 * math.sqrt(size) / UNCERTAINTY) / (2 * products - 1)
     epsilon = needed**2
     if epsilon >= 0.5:

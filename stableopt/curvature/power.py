@@ -7,7 +7,7 @@ import math
 import torch
 
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, dual, scaled
+from stableopt.curvature.inner import Dual, check_norm, dot, dual, magnitude_of, scaled
 from stableopt.curvature.operators import Operator
 
 __all__ = ["power"]
@@ -23,14 +23,16 @@ def power(
 ) -> Eigenpair:
     """Return the top eigenpair of P H, by iterating with P H + c from the pair ``first`` of norm 1."""
     eps = torch.finfo(operator.dtype).eps
-    current, shift, scale = first, 0.0, 0.0
+    current, shift, scale, magnitude = first, 0.0, 0.0, None
     for products in range(1, max_iter + 1):
-        image = dual(operator @ current.vector, preconditioner)
-        rayleigh = current.vector @ image.covector
+        product = operator @ current.vector
+        magnitude = magnitude_of(product) if magnitude is None else magnitude
+        image = dual(product / magnitude, preconditioner)
+        rayleigh = dot(current.vector, image.covector)
         rest = image.covector - rayleigh * current.covector
-        square = rest @ (image.vector - rayleigh * current.vector)
-        column = torch.stack([rayleigh, square.clamp(min=0).sqrt(), image.norm]).cpu().tolist()
-        value, residual, norm = column
+        square = dot(rest, image.vector - rayleigh * current.vector)
+        column = torch.stack([rayleigh, square.clamp(min=0).sqrt(), image.norm, magnitude])
+        value, residual, norm, unit = column.cpu().double().tolist()
         if not math.isfinite(value):
             raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
         check_norm(norm, preconditioner)
@@ -42,10 +44,10 @@ def power(
         converged = aligned and small_enough(residual, value, scale, tol, eps)
         if converged or products == max_iter:
             vector = current.vector / current.vector.norm()
-            return Eigenpair(value, vector, residual, products, converged)
+            return Eigenpair(value * unit, vector, residual * unit, products, converged)
         covector = image.covector + shift * current.covector
         vector = image.vector + shift * current.vector
         if preconditioner is None:
             vector = covector
-        current = scaled(Dual(covector, vector, (covector @ vector).sqrt()))
+        current = scaled(Dual(covector, vector, dot(covector, vector).sqrt()))
     raise AssertionError("unreachable: max_iter is at least 1")

@@ -170,12 +170,21 @@ def test_a_product_that_is_not_finite_is_reported(method: str) -> None:
         ({"tol": float("nan")}, "tol=nan"),
         ({"max_iter": 0}, "max_iter=0"),
         ({"start": torch.ones(3)}, r"start has shape \(3,\)"),
+        ({"start": torch.ones(2, 3)}, r"start has shape \(2, 3\)"),
+        ({"start": torch.ones(0, 2)}, r"start has shape \(0, 2\)"),
+        ({"start": torch.tensor(1.0)}, r"start has shape \(\)"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, named: str) -> None:
     """Catches an error that leaves the user to guess."""
     with pytest.raises(ValueError, match=named):
         top_eigenpair(Dense(torch.eye(2)), **arguments)
+
+
+def test_an_operator_of_no_dimension_is_named() -> None:
+    """Catches an index error from deep inside, as for a model whose layers are all frozen."""
+    with pytest.raises(ValueError, match=r"operator has shape \(0, 0\)"):
+        top_eigenpair(Dense(torch.zeros(0, 0)))
 
 
 def test_one_host_transfer_a_product(monkeypatch: pytest.MonkeyPatch) -> None:

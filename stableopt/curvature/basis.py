@@ -1,0 +1,92 @@
+"""An orthonormal basis that grows: the vectors of length d that a search holds, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.eigenpair import Preconditioner
+from stableopt.curvature.inner import Dual, dot, dual, scaled
+
+__all__ = ["Basis"]
+
+_FIRST_ROWS = 8
+"""Vectors that room is made for at first: a search may end after a few."""
+
+
+class Basis:
+    """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
+
+    Rows are contiguous, so that a projection is one matrix product. Without a preconditioner the two
+    are one tensor.
+    """
+
+    def __init__(
+        self, covectors: Tensor, vectors: Tensor, preconditioner: Preconditioner | None
+    ) -> None:
+        self.preconditioner = preconditioner
+        self._plain = preconditioner is None
+        self._covectors, self._vectors = covectors, covectors if self._plain else vectors
+        self.held = len(covectors)
+
+    @property
+    def covectors(self) -> Tensor:
+        """The covectors ``(held, d)``."""
+        return self._covectors[: self.held]
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors ``(held, d)``."""
+        return self._vectors[: self.held]
+
+    def append(self, row: Dual) -> None:
+        """Add a row, already orthonormal to the others."""
+        if self.held == len(self._covectors):
+            rows = max(_FIRST_ROWS, self.held // 2)
+            room = self._covectors.new_empty(rows, self._covectors.shape[1])
+            self._covectors = torch.cat([self._covectors, room])
+            self._vectors = self._covectors if self._plain else torch.cat([self._vectors, room])
+        self._covectors[self.held] = row.covector
+        if not self._plain:
+            self._vectors[self.held] = row.vector
+        self.held += 1
+
+    def split(self, image: Tensor, since: int = 0) -> tuple[Tensor, Dual]:
+        """Return the coordinates of a covector, and what the basis does not hold of it.
+
+        Two passes: the second removes what rounding left of the first (twice is enough: Parlett).
+        The first takes the rows ``since`` one on alone, for an image that has next to nothing of
+        the rows before.
+        """
+        coordinates = dot(self.vectors[since:], image)
+        image = torch.addmv(image, self.covectors[since:].T, coordinates, alpha=-1)
+        correction = dot(self.vectors, image)
+        image.addmv_(self.covectors.T, correction, alpha=-1)
+        correction[since:] += coordinates
+        return correction, dual(image, self.preconditioner)
+
+    def orthogonal(self, covector: Tensor) -> Dual:
+        """Return what is left of a covector outside the basis, of norm 1, however little it is."""
+        for _ in range(2):
+            covector = covector - dot(self.vectors, covector) @ self.covectors
+            covector = covector / covector.norm()
+        return scaled(dual(covector, self.preconditioner))
+
+    def combined(self, weights: Tensor, room: int = 0) -> Basis:
+        """Return the basis of the combinations ``weights`` ``(k, held)``, with room for more."""
+        weights = weights.to(self._covectors)
+
+        def of(rows: Tensor) -> Tensor:
+            made = rows.new_empty(len(weights) + room, rows.shape[1])
+            torch.mm(weights, rows, out=made[: len(weights)])
+            return made
+
+        covectors = of(self.covectors)
+        vectors = covectors if self._plain else of(self.vectors)
+        basis = Basis(covectors, vectors, self.preconditioner)
+        basis.held = len(weights)
+        return basis
+
+    def vector(self, weights: Tensor) -> Tensor:
+        """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""
+        return weights.to(self._vectors) @ self.vectors
