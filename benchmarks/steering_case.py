@@ -58,7 +58,7 @@ class Config:
     lr: float = 0.5
     start_loss: float = 5e-4
     steps: int = 1500
-    sgd_steps: int = 2500
+    sgd_steps: int = 3000
     batch_size: int = 64
     measure_every: int = 10
     grid_lrs: tuple[float, ...] = (1.5, 2.0, 4.0)
