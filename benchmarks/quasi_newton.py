@@ -60,7 +60,7 @@ class Config:
     n: int = 1000
     random_labels: int = 150
     target_loss: float = 1e-3
-    max_steps: int = 4000
+    max_steps: int = 3000
     min_steps: int = 500
     history: int = 10
     batch_size: int = 16
@@ -151,6 +151,7 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     searched: list[Solution] = []
     solutions: list[Solution] = []
     minima: dict[int, nn.Module] = {}
+    found: dict[str, Any] = {}
     for method in _methods(config):
         trials = []
         for lr in method.lrs:
@@ -171,6 +172,14 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
             if method.name == "L-BFGS":
                 minima[seed] = model
         console.print(_table(config, [s for s in solutions if s.method == method.name]))
+        found = _written(config, searched, solutions)
+    console.print(_table(config, solutions))
+    _draw(config, solutions, config.out / "quasi-newton.png")
+    return found
+
+
+def _written(config: Config, searched: list[Solution], solutions: list[Solution]) -> dict[str, Any]:
+    """Write what there is by now; return it."""
     found = {
         "config": {key: str(v) if isinstance(v, Path) else v for key, v in asdict(config).items()},
         "searched": [asdict(s) for s in searched],
@@ -180,8 +189,6 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
     partial = config.out / "quasi-newton.partial"
     partial.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(partial, config.out / "quasi-newton.json")
-    console.print(_table(config, solutions))
-    _draw(config, solutions, config.out / "quasi-newton.png")
     return found
 
 
@@ -215,7 +222,7 @@ def _trained(
     torch.manual_seed(seed)  # Adahessian draws from the global generator
     optimizer = method.make(model.parameters(), lr)
     least = config.min_steps if method.from_minimum else 0
-    steps = 0
+    steps, lost = 0, False
     for steps, (x, y) in enumerate(_batches(method, images, seed), start=1):
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -224,11 +231,15 @@ def _trained(
             torch.autograd.backward(loss, create_graph=method.twice)
             return loss
 
-        if method.name.startswith("L-BFGS") and not method.from_minimum:
-            loss = optimizer.step(closure)
-        else:
-            loss = closure()
-            optimizer.step()
+        try:
+            if method.name.startswith("L-BFGS") and not method.from_minimum:
+                loss = optimizer.step(closure)
+            else:
+                loss = closure()
+                optimizer.step()
+        except torch.linalg.LinAlgError:  # Shampoo decomposes its statistics, good or bad
+            lost = True
+            break
         value = (
             evaluate(model, images)
             if method.batch_size and steps % 50 == 0
@@ -242,7 +253,7 @@ def _trained(
             break
     for p in model.parameters():
         p.grad = None  # and with it the graph that double backward leaves there
-    loss = evaluate(model, images)
+    loss = math.nan if lost else evaluate(model, images)
     margins = stableopt.StabilityMargins()
     if loss < math.inf:
         margins = stableopt.measure(

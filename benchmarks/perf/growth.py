@@ -81,7 +81,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     labels = {"hessian": "one Hv", "non_uniformity": "one Σv", "step": "one training step"}
-    for axes, series in zip(figure.subplots(1, len(SERIES)), SERIES, strict=True):
+    for axes, series in zip(figure.subplots(1, len(SERIES), squeeze=False)[0], SERIES, strict=True):
         chosen = [row for row in rows if row["series"] == series]
         for key, label in labels.items():
             axes.loglog(
