@@ -60,7 +60,7 @@ def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
         torch.manual_seed(seed)
         # It leaves the graph of its own gradients in .grad.
         found = hessian(problem.model, problem.loss_fn, data=batch, cuda=cuda)
-        values, vectors = found.eigenvalues(maxIter=1000, tol=tol, top_n=1)
+        values, vectors = found.eigenvalues(maxIter=200, tol=tol, top_n=1)
         for p in problem.params:
             p.grad = None
         return float(values[0]), _flat(vectors[0]).detach(), None
@@ -99,7 +99,7 @@ def eigenthings_power(problem: Problem, tol: float, seed: int) -> Find:
 
     def find() -> tuple[float, Tensor, int | None]:
         value, vector, _, products, _ = power_iteration_one(
-            operator, max_iter=1000, tol=tol, seed=seed
+            operator, max_iter=200, tol=tol, seed=seed
         )
         return value, vector, products
 
