@@ -40,6 +40,11 @@ _AT_LEAST = {"near": 5, "random": 12, "followed": 16}
 too: from a start near one; from a random start, where eight with tol=0.03 were seen to stop at the
 second eigenvalue, 5 % low; and from one whose result will be followed, with whatever it has missed."""
 
+_TIGHT = 5e-3
+"""Tolerance up to which a random start needs no more products than one near: for the second eigenvector
+to have a residual as small, it must have held that much less of the first, which gains on it at
+every product."""
+
 
 def top_eigenpair(
     operator: Operator,
@@ -197,7 +202,7 @@ class _Search:
             first,
             preconditioner=self.preconditioner,
             tol=self.tol,
-            at_least=_AT_LEAST[start],
+            at_least=_AT_LEAST["near" if start == "random" and self.tol <= _TIGHT else start],
             max_iter=max_iter,
             # Uniform in the plain inner product alone.
             uniform=uniform and self.preconditioner is None,
