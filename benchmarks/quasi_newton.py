@@ -60,7 +60,7 @@ class Config:
     n: int = 1000
     random_labels: int = 150
     target_loss: float = 1e-3
-    max_steps: int = 3000
+    max_steps: int = 2000
     min_steps: int = 500
     history: int = 10
     batch_size: int = 16
