@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.networks import WIDTHS, fully_connected
-from benchmarks.perf.products import cases
 from benchmarks.perf.timing import Config, interleaved, once, write
 from stableopt.curvature import Hessian, Problem
 
@@ -26,9 +25,9 @@ __all__ = ["Config", "run"]
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time the three ways on each network, print and write the table; return its rows."""
     console = console or Console()
-    networks = {"digits": (fully_connected(WIDTHS["digits"], config.seed), (64,), 10)}
     rows = []
-    for name, (model, shape, outputs) in {**networks, **cases(config.seed)}.items():
+    for name, widths in WIDTHS.items():
+        model, shape, outputs = fully_connected(widths, config.seed), (widths[0],), widths[-1]
         with console.status(f"compiling for {name}"):
             rows.append({"network": name, **_row(config, model, shape, outputs)})
     table = Table(title="One product with the Hessian, in gradients")
