@@ -150,7 +150,7 @@ def _draw(rows: list[_Row], config: Config, path: Path) -> None:
     from matplotlib.figure import Figure
 
     chosen = [row for row in rows if row.matrix == "H"]
-    figure = Figure(figsize=(6, 0.5 + 0.4 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 0.4 * len(chosen)), layout="constrained")
     axes = figure.subplots()
     reached = [row.residual <= 1.05 * config.tol for row in chosen]
     axes.barh(
@@ -159,9 +159,9 @@ def _draw(rows: list[_Row], config: Config, path: Path) -> None:
         color=["C0" if ok else "0.75" for ok in reached],
     )
     for place, (row, ok) in enumerate(zip(chosen, reached, strict=True)):
-        note = f" {row.error:+.1%}" + ("" if ok else f", residual {row.residual:.1%}")
+        note = f" error {abs(row.error):.1%}" + ("" if ok else f", residual {row.residual:.1%}")
         axes.annotate(note, (row.seconds, place), va="center", fontsize=8)
-    axes.margins(x=0.3)
+    axes.set_xlim(0, 1.5 * max(row.seconds for row in chosen))
     axes.invert_yaxis()
-    axes.set(xlabel="seconds", title="Top eigenvalue of the Hessian; error of what was returned")
+    axes.set(xlabel="seconds to the top eigenvalue (grey: not to the residual)")
     figure.savefig(path, dpi=150)

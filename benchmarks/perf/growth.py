@@ -78,6 +78,7 @@ def _row(config: Config, n: int, width: int, batch: int) -> dict[str, Any]:
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     labels = {"hessian": "one Hv", "non_uniformity": "one Σv", "step": "one training step"}
@@ -90,6 +91,8 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
                 "o-",
                 label=label,
             )
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel={"n": "samples n", "d": "parameters d"}.get(series, "batch of a step"))
     figure.axes[0].set_ylabel("milliseconds")
     figure.axes[0].legend(frameon=False)
