@@ -11,6 +11,7 @@ the sample's own, which costs memory in the size of these parameters alone.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product as grid
@@ -30,7 +31,7 @@ class UnfitError(Exception):
     """The model turned out not to call its layers as the structure needs."""
 
 
-class Kind:
+class Kind(abc.ABC):
     """A family of layers with a weight, a bias or both."""
 
     name: ClassVar[str]
@@ -44,21 +45,21 @@ class Kind:
         """Return what the weight's gradients are linear in, a differentiable function of the input."""
         return given
 
+    @abc.abstractmethod
     def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
         """Return ``head`` laid out for the form of the weight: a linear map."""
-        raise NotImplementedError
 
     def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
         """Return the adjoint of :meth:`inputs`, in the head's ``shape``."""
-        raise NotImplementedError
+        raise TypeError(f"the inputs of a kind {self.name!r} have no tangent")
 
+    @abc.abstractmethod
     def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
         """Return the gradient in the output as ``(n, F, T)``."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def slopes_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
         """Return the inverse of :meth:`slopes`."""
-        raise NotImplementedError
 
 
 class _FeaturesLast(Kind):
