@@ -6,14 +6,14 @@ import gzip
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DATASETS", "Images", "load"]
+__all__ = ["DATASETS", "Dataset", "Images"]
 
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_MD5 = {
@@ -24,54 +24,85 @@ FASHION_MNIST_MD5 = {
 }
 
 
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+
+
 @dataclass(frozen=True)
 class Images:
     """A training and a test set.
 
     Attributes:
-        name: of the data set.
-        x: training images, flat, in [0, 1], ``(n, pixels)``.
+        x: training images in [0, 1], flat ``(n, pixels)``, or ``(n, 3, 32, 32)`` in colour.
         y: one-hot training targets ``(n, classes)``.
         test_x: test images.
         test_labels: test labels as integers.
     """
 
-    name: str
     x: Tensor
     y: Tensor
     test_x: Tensor
     test_labels: Tensor
 
-    def accuracy(self, model: nn.Module) -> float:
+    def accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
         """Return the share of test images that ``model`` classifies rightly."""
         with torch.no_grad():
-            return float((model(self.test_x).argmax(1) == self.test_labels).double().mean())
+            parts = [model(x).argmax(1) for x in self.test_x.split(1000)]
+        return float((torch.cat(parts) == self.test_labels).double().mean())
+
+    def to(self, device: str) -> Images:
+        """Return the same on another device; colour images with their channels last in memory."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Images(*(_laid_out(t.to(device)) for t in tensors))
 
 
-def load(name: str, *, n: int = 1000, folder: Path | None = None, random_labels: int = 0) -> Images:
-    """Return the first ``n`` training images and all the others for testing.
+def _laid_out(x: Tensor) -> Tensor:
+    # The small VGG's convolutions take 0.6 of the time in this layout on a CPU.
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-    Args:
-        name: ``"digits"`` or ``"fashion-mnist"``.
+
+@dataclass(frozen=True)
+class Dataset:
+    """Which images: a data set's first ones for training, the others for testing.
+
+    Attributes:
+        name: ``"digits"`` (comes with scikit-learn), ``"fashion-mnist"``, ``"cifar10"``, or
+            ``"cifar10-2"``: its airplanes and automobiles.
         n: training images.
-        folder: where the files are, or are to be downloaded to; by default the environment's
-            ``STABLEOPT_DATA``, else the user's cache folder. Digits come with scikit-learn.
-        random_labels: how many training images get a label drawn at random.
+        random_labels: how many of them get a label drawn at random.
 
-    Raises:
-        ValueError: for an unknown name, or more images than there are.
+    >>> images = Dataset("digits", n=100).load()
+    >>> images.x.shape, images.y.shape
+    (torch.Size([100, 64]), torch.Size([100, 10]))
     """
-    if name not in DATASETS:
-        raise ValueError(f"data={name!r}: expected one of {sorted(DATASETS)}")
-    if folder is None and os.environ.get("STABLEOPT_DATA"):
-        folder = Path(os.environ["STABLEOPT_DATA"])
-    if not 0 <= random_labels <= n:
-        raise ValueError(f"random_labels={random_labels}: expected from 0 to n={n}")
-    images = DATASETS[name](n, folder)
-    y = images.y.clone()
-    drawn = torch.randint(10, (random_labels,), generator=torch.Generator().manual_seed(0))
-    y[:random_labels] = nn.functional.one_hot(drawn, 10).float()
-    return replace(images, y=y)
+
+    name: str = "digits"
+    n: int = 1000
+    random_labels: int = 0
+
+    def load(self, folder: Path | None = None) -> Images:
+        """Return the images.
+
+        Args:
+            folder: where the files are, or are to be downloaded to; by default the environment's
+                ``STABLEOPT_DATA``, else the user's cache folder.
+
+        Raises:
+            ValueError: for an unknown name, or more images than there are.
+        """
+        if self.name not in DATASETS:
+            raise ValueError(f"data={self.name!r}: expected one of {sorted(DATASETS)}")
+        if folder is None and os.environ.get("STABLEOPT_DATA"):
+            folder = Path(os.environ["STABLEOPT_DATA"])
+        if not 0 <= self.random_labels <= self.n:
+            raise ValueError(f"random_labels={self.random_labels}: expected from 0 to n={self.n}")
+        images = DATASETS[self.name](self.n, folder)
+        y, classes = images.y.clone(), images.y.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(classes, (self.random_labels,), generator=generator)
+        y[: self.random_labels] = nn.functional.one_hot(drawn, classes).float()
+        return replace(images, y=y)
 
 
 def _digits(n: int, folder: Path | None) -> Images:
@@ -81,14 +112,32 @@ def _digits(n: int, folder: Path | None) -> Images:
     # They come sorted by writer; the paper's sets are in random order.
     order = np.random.RandomState(0).permutation(len(images))
     x, labels = images[order] / 16, labels[order]
-    return _split("digits", x[:n], labels[:n], x[n:], labels[n:], n)
+    return _split("digits", x[:n], labels[:n], x[n:], labels[n:], n, classes=10)
 
 
 def _fashion_mnist(n: int, folder: Path | None) -> Images:
     arrays = [read_idx(path) for path in _fashion_mnist_files(folder)]
     x, labels, test_x, test_labels = arrays
     x, test_x = (a.reshape(len(a), -1) / 255 for a in (x, test_x))
-    return _split("fashion-mnist", x[:n], labels[:n], test_x, test_labels, n)
+    return _split("fashion-mnist", x[:n], labels[:n], test_x, test_labels, n, classes=10)
+
+
+def _cifar10(n: int, folder: Path | None, classes: int) -> Images:
+    paths = _cifar10_files(folder)
+    x, labels = (
+        np.concatenate(parts) for parts in zip(*map(read_cifar10, paths[:-1]), strict=True)
+    )
+    test_x, test_labels = read_cifar10(paths[-1])
+    kept, test_kept = labels < classes, test_labels < classes
+    return _split(
+        f"cifar10 with {classes} classes",
+        x[kept][:n] / 255,
+        labels[kept][:n],
+        test_x[test_kept] / 255,
+        test_labels[test_kept],
+        n,
+        classes,
+    )
 
 
 def _split(
@@ -98,13 +147,13 @@ def _split(
     test_x: np.ndarray,
     test_labels: np.ndarray,
     n: int,
+    classes: int,
 ) -> Images:
     if n < 1 or len(x) < n or not len(test_x):
         raise ValueError(f"n={n}: {name} has {len(x)} training and {len(test_x)} test images left")
     return Images(
-        name=name,
         x=torch.tensor(x, dtype=torch.float32),
-        y=nn.functional.one_hot(torch.tensor(labels, dtype=torch.int64), 10).float(),
+        y=nn.functional.one_hot(torch.tensor(labels, dtype=torch.int64), classes).float(),
         test_x=torch.tensor(test_x, dtype=torch.float32),
         test_labels=torch.tensor(test_labels, dtype=torch.int64),
     )
@@ -123,6 +172,43 @@ def _fashion_mnist_files(folder: Path | None) -> list[Path]:
         Path(pooch.retrieve(FASHION_MNIST_URL + name, f"md5:{md5}", fname=name, path=target))
         for name, md5 in FASHION_MNIST_MD5.items()
     ]
+
+
+def _cifar10_files(folder: Path | None) -> list[Path]:
+    """Return the training batches there are, and last the test batch."""
+    for place in (folder, folder and folder / CIFAR10_FOLDER):
+        if place is not None and (place / "test_batch.bin").exists():
+            return [*sorted(place.glob("data_batch_*.bin")), place / "test_batch.bin"]
+    import pooch
+
+    names = [*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]
+    members = [f"{CIFAR10_FOLDER}/{name}" for name in names]
+    unpacked = pooch.retrieve(
+        CIFAR10_URL,
+        f"md5:{CIFAR10_MD5}",
+        fname="cifar-10-binary.tar.gz",
+        path=folder or pooch.os_cache("stableopt"),
+        processor=pooch.Untar(members=members, extract_dir="."),
+    )
+    found = {Path(path).name: Path(path) for path in unpacked}
+    return [found[name] for name in names]
+
+
+def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return images ``(n, 3, 32, 32)`` and labels of a CIFAR-10 binary file.
+
+    The format: for each image a byte with its label, then 3,072 bytes of red, green and blue rows.
+
+    Raises:
+        ValueError: if it is not such a file, or cut short.
+    """
+    content = np.fromfile(path, dtype=np.uint8)
+    if content.size == 0 or content.size % 3073:
+        raise ValueError(f"{path}: {content.size} bytes, expected a multiple of 3,073")
+    rows = content.reshape(-1, 3073)
+    if rows[:, 0].max() > 9:
+        raise ValueError(f"{path}: a label is {rows[:, 0].max()}, expected at most 9")
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -148,4 +234,6 @@ def read_idx(path: Path) -> np.ndarray:
 DATASETS: dict[str, Callable[[int, Path | None], Images]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
+    "cifar10": lambda n, folder: _cifar10(n, folder, classes=10),
+    "cifar10-2": lambda n, folder: _cifar10(n, folder, classes=2),
 }

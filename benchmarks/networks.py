@@ -7,13 +7,54 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WIDTHS", "TransformerBlock", "fully_connected", "small_vgg"]
+__all__ = ["WIDTHS", "TransformerBlock", "fully_connected", "network", "resnet14", "small_vgg"]
 
 WIDTHS = {
     "digits": (64, 128, 128, 10),
     "fashion-mnist": (784, 500, 500, 500, 10),
 }
 """Layer widths by data set. Those for Fashion-MNIST are the paper's: 898,510 parameters."""
+
+
+def network(
+    data: str, *, seed: int, kind: str | None = None, scale: float | None = None
+) -> nn.Module:
+    r"""Return the network that the paper trains on a data set.
+
+    Args:
+        data: the data set's name.
+        seed: of the initialisation.
+        kind: ``"fully-connected"``, ``"vgg"`` or ``"resnet"``; by default the first for images
+            without colour, and the second for those with.
+        scale: draw all weights and biases from :math:`U[-v/\sqrt{n_{in}}, v/\sqrt{n_{in}}]` with
+            this v, as the paper's Figure 6 does; by default as each network is drawn otherwise,
+            which for the fully connected ones is v = 1.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    kind = kind or ("fully-connected" if data in WIDTHS else "vgg")
+    classes = 2 if data == "cifar10-2" else 10
+    if kind == "fully-connected":
+        model: nn.Module = fully_connected(WIDTHS[data], seed)
+    elif kind == "vgg":
+        model = small_vgg(seed, classes)
+    elif kind == "resnet":
+        model = resnet14(seed, classes)
+    else:
+        raise ValueError(f"network={kind!r}: expected fully-connected, vgg or resnet")
+    if scale is not None:
+        _draw(model, scale, seed)
+    return model
+
+
+def _draw(model: nn.Module, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            bound = scale / layer.weight[0].numel() ** 0.5
+            for p in layer.parameters(recurse=False):
+                nn.init.uniform_(p, -bound, bound, generator=generator)
 
 
 def fully_connected(widths: tuple[int, ...], seed: int) -> nn.Sequential:
@@ -33,8 +74,8 @@ def fully_connected(widths: tuple[int, ...], seed: int) -> nn.Sequential:
 def small_vgg(seed: int, classes: int = 2) -> nn.Sequential:
     r"""Return the paper's small VGG for 32 x 32 colour images, convolutions drawn as there.
 
-    Five 3 x 3 convolutions, each with ReLU and a 2 x 2 max-pool, then 64-128-``classes``; convolution
-    weights are :math:`N(0, 2/(9\cdot\mathrm{channels\ out}))`, their biases 0.
+    Five 3 x 3 convolutions, each with ReLU and a 2 x 2 max-pool, then 64-128-``classes``;
+    convolution weights are :math:`N(0, 2/(9\cdot\mathrm{channels\ out}))`, their biases 0.
 
     >>> sum(p.numel() for p in small_vgg(seed=0).parameters())
     71410
@@ -50,6 +91,53 @@ def small_vgg(seed: int, classes: int = 2) -> nn.Sequential:
             layers += [convolution, nn.ReLU(), nn.MaxPool2d(2)]
         head = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, classes)]
         return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, and a way round them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.round = (
+            nn.Identity()
+            if stride == 1
+            else nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ReLU(body + way round)."""
+        return torch.relu(self.body(x) + self.round(x))
+
+
+def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
+    """Return a residual network of 14 layers for 32 x 32 colour images: 1 + 2 x 6 convolutions, 1
+    linear.
+
+    Three stages of two blocks with 16, 32 and 64 channels, as in He et al. (2016), section 4.2,
+    with n = 2. Batch norm couples the samples of a batch, so that a sample has no Hessian of its
+    own while it trains; what is measured is the network in evaluation mode, with running
+    statistics.
+
+    >>> sum(isinstance(m, nn.Conv2d | nn.Linear) for m in resnet14(seed=0).modules()) - 2  # ways
+    round 14
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [Residual(*pair) for pair in pairwise((16, 16, 16, 32, 32, 64, 64))]
+        return nn.Sequential(
+            *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
+        )
 
 
 class TransformerBlock(nn.Module):

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import stableopt
-from benchmarks.data import Images, load
+from benchmarks.data import Dataset, Images
 from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.peers import PEERS
 from benchmarks.perf.timing import Config, interleaved, write
@@ -52,7 +52,7 @@ class _Row:
 
 def trained(config: Config, console: Console) -> tuple[nn.Module, nn.Module, Images]:
     """Train by gradient descent; return the network, itself some steps before, and the data."""
-    images = load(config.data, n=config.n, folder=config.data_dir)
+    images = Dataset(config.data, config.n).load(config.data_dir)
     images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
     model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
     optimizer = stableopt.GD(model.parameters(), lr=config.lr)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stableopt
-from benchmarks.data import load
+from benchmarks.data import Dataset
 from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import write
 from benchmarks.training import mean_squared_error
@@ -255,7 +255,7 @@ def host_waits() -> Iterator[dict[str, int]]:
 
 def _time_to_loss(config: Config, name: str) -> dict[str, Any]:
     """Train the fully connected network to the target; compare with a loss at the end of a step."""
-    images = load(config.data, n=config.n, folder=config.data_dir)
+    images = Dataset(config.data, config.n).load(config.data_dir)
     model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
     x, y = images.x.to(config.device), images.y.to(config.device)
     optimizer = METHODS[name](model.parameters(), line_search_fn="strong_wolfe", history_size=10)

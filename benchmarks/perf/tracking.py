@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import stableopt
-from benchmarks.data import Images, load
+from benchmarks.data import Dataset, Images
 from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import Config, once, write
 from benchmarks.training import mean_squared_error
@@ -25,7 +25,7 @@ __all__ = ["Config", "run"]
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Run both comparisons, print and write their table; return its rows."""
     console = console or Console()
-    images = load(config.data, n=config.n, folder=config.data_dir)
+    images = Dataset(config.data, config.n).load(config.data_dir)
     images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
     rows = []
     for name, compare in (

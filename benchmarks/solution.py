@@ -1,0 +1,211 @@
+"""Training from scratch to a minimum: the job that most experiments stand on."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import stableopt
+from benchmarks.data import Dataset, Images
+from benchmarks.networks import network
+from benchmarks.runner import Job, Work
+from benchmarks.training import evaluate, mean_squared_error
+
+__all__ = ["Solution", "flops_per_sample", "images_for", "measured"]
+
+CHECKPOINT_SECONDS = 60.0
+"""Between two checkpoints: what a killed run may lose."""
+
+
+@dataclass(frozen=True)
+class Solution(Job):
+    """GD or SGD from a random start until the training loss is small, and what the minimum is like.
+
+    Attributes:
+        data: the images.
+        lr: learning rate.
+        seed: of the initialisation and of the batches' order.
+        batch_size: of SGD with random reshuffling, ``None`` for GD.
+        target_loss: training loss at which to stop.
+        max_steps: at which it stops in any case.
+        network: see :func:`benchmarks.networks.network`.
+        scale: of the initialisation; see there.
+        non_uniformity: whether to measure it; sharpness always is.
+
+    The result has ``outcome``, which is ``"reached"``, ``"diverged"`` or ``"out of steps"``;
+    ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity`` and their residuals,
+    relative, and the ``limits``. The weights are kept.
+    """
+
+    kind = "solution"
+
+    data: Dataset
+    lr: float
+    seed: int = 0
+    batch_size: int | None = None
+    target_loss: float = 1e-4
+    max_steps: int = 1_000_000
+    network: str | None = None
+    scale: float | None = None
+    non_uniformity: bool = True
+
+    def model(self, device: str = "cpu") -> nn.Module:
+        """Return the network before its first step."""
+        model = network(self.data.name, seed=self.seed, kind=self.network, scale=self.scale)
+        return model.to(device, memory_format=torch.channels_last)
+
+    @property
+    def flops(self) -> float:
+        """With 1/(lr · target_loss) passes over the data: right within a factor of three or so."""
+        epoch_steps = math.ceil(self.data.n / (self.batch_size or self.data.n))
+        passes = min(1 / (self.lr * self.target_loss), self.max_steps / epoch_steps)
+        return passes * self.data.n * flops_per_sample(self.data.name, self.network)
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Train, measure, keep the weights."""
+        images = images_for(self.data, work)
+        model = self.model(work.place.device)
+        outcome, steps, loss = _train(self, model, images, work)
+        work.save(model.state_dict())
+        found = {"outcome": outcome, "steps": steps, "loss": loss}
+        if outcome == "diverged":
+            return found
+        return {**found, **measured(self, model, images)}
+
+
+def images_for(data: Dataset, work: Work) -> Images:
+    """Return the images on the job's device. They are loaded once in a process."""
+    return _images(data, work.place.data_dir, work.place.device)
+
+
+@cache
+def _images(data: Dataset, folder: Path | None, device: str) -> Images:
+    return data.load(folder).to(device)
+
+
+@cache
+def flops_per_sample(data: str, kind: str | None) -> float:
+    """Return the floating-point operations of one sample's gradient."""
+    model = network(data, seed=0, kind=kind).eval()
+    first = next(model.parameters())
+    x = torch.zeros(1, first.shape[1]) if first.ndim == 2 else torch.zeros(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def measured(job: Solution, model: nn.Module, images: Images) -> dict[str, Any]:
+    """Return sharpness, non-uniformity and test accuracy of a model at ``job``'s minimum."""
+    model.eval()  # for batch norm: see resnet14
+    margins = stableopt.measure(
+        model,
+        mean_squared_error,
+        (images.x, images.y),
+        lr=job.lr,
+        batch_size=job.batch_size or len(images.x),
+        quantities=("sharpness", "non_uniformity") if job.non_uniformity else ("sharpness",),
+        chunk_size=None if images.x.ndim == 2 else 250,
+        max_iter=300,
+    )
+    found: dict[str, Any] = {"test_accuracy": images.accuracy(model)}
+    for name, measurement in margins.measurements.items():
+        value = getattr(margins, name)
+        found[name] = value
+        found[f"{name}_residual"] = measurement.residual / value if value else None
+        found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
+    return found
+
+
+def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
+    """Return the outcome, the number of steps, and the training loss after them."""
+    walk = _GD(job, model, images) if job.batch_size is None else _SGD(job, model, images)
+    state = work.restored()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        walk.generator.set_state(state["generator"].cpu())
+        walk.steps = state["steps"]
+    first = state["first"] if state is not None else evaluate(model.eval(), images)
+    saved = time.monotonic()
+    while True:
+        loss = walk.look()
+        if _worth_a_line(walk.epochs):
+            work.trace(step=walk.steps, loss=loss)
+        if not loss < math.inf:
+            return "diverged", walk.steps, loss
+        if loss <= job.target_loss:
+            return "reached", walk.steps, loss
+        if walk.steps >= job.max_steps:
+            return "out of steps", walk.steps, loss
+        # The loss falls about as a power of time, so its logarithm makes an honest bar.
+        work.progress(
+            math.log(first / loss) / math.log(first / job.target_loss),
+            f"η = {job.lr:g}, step {walk.steps:,}, loss {loss:.1e}",
+        )
+        walk.on()
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            saved = time.monotonic()
+            kept = {"model": model.state_dict(), "generator": walk.generator.get_state()}
+            work.checkpoint({**kept, "steps": walk.steps, "first": first})
+
+
+def _worth_a_line(epochs: int) -> bool:
+    return epochs & (epochs - 1) == 0 or epochs % 100 == 0
+
+
+class _GD:
+    """Steps of gradient descent; an epoch is one."""
+
+    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
+        self.model, self.images = model, images
+        self.optimizer = stableopt.GD(model.parameters(), lr=job.lr)
+        self.generator = torch.Generator()
+        self.steps = 0
+        size = len(images.x) if images.x.ndim == 2 else 250  # so that activations stay in the cache
+        self.data = list(zip(images.x.split(size), images.y.split(size), strict=True))
+
+    @property
+    def epochs(self) -> int:
+        return self.steps
+
+    def look(self) -> float:
+        """Return the training loss, and leave its gradient for the step."""
+        return self.optimizer.full_gradient(self.model.train(), mean_squared_error, self.data)
+
+    def on(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+
+
+class _SGD:
+    """Epochs of SGD, each in a new order, as a shuffling DataLoader does."""
+
+    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
+        assert job.batch_size is not None
+        self.model, self.images, self.batch_size = model, images, job.batch_size
+        self.optimizer = stableopt.SGD(model.parameters(), lr=job.lr)
+        self.generator = torch.Generator().manual_seed(job.seed)
+        self.steps = 0
+
+    @property
+    def epochs(self) -> int:
+        return self.steps // math.ceil(len(self.images.x) / self.batch_size)
+
+    def look(self) -> float:
+        return evaluate(self.model.eval(), self.images)
+
+    def on(self) -> None:
+        self.model.train()
+        order = torch.randperm(len(self.images.x), generator=self.generator)
+        for rows in order.to(self.images.x.device).split(self.batch_size):
+            self.optimizer.zero_grad()
+            mean_squared_error(self.model(self.images.x[rows]), self.images.y[rows]).backward()
+            self.optimizer.step()
+            self.steps += 1
