@@ -39,8 +39,8 @@ def gd_until(
 ) -> int:
     """Train by gradient descent until the training loss is at most ``target_loss``.
 
-    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still above
-    the target after ``max_steps``.
+    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still
+    above the target after ``max_steps``.
     """
     for step in range(max_steps):
         loss = optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))

@@ -114,7 +114,9 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write a file that is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    partial.write_text(
+        json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    )
     os.replace(partial, path)
 
 

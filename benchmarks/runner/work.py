@@ -54,7 +54,7 @@ class Work:
 
     def trace(self, **record: Any) -> None:
         """Append a line to ``trace.jsonl``, at once."""
-        line = json.dumps(plain(record), allow_nan=False)
+        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
         with self._trace_path.open("a") as file:
             file.write(line + "\n")
 
