@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import stableopt
 from benchmarks.data import Dataset, Images
 from benchmarks.networks import network
-from benchmarks.runner import Job, Work
+from benchmarks.runner import Job, Store, Work
 from benchmarks.training import evaluate, mean_squared_error
 
-__all__ = ["Solution", "flops_per_sample", "images_for", "measured"]
+__all__ = ["Solution", "flops_per_sample", "images_for", "measured", "row"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -39,6 +39,8 @@ class Solution(Job):
         network: see :func:`benchmarks.networks.network`.
         scale: of the initialisation; see there.
         non_uniformity: whether to measure it; sharpness always is.
+        sharpness_every: steps between two measurements of the sharpness along the way, which go to
+            the trace, with those at powers of two; ``None`` for none.
 
     The result has ``outcome``, which is ``"reached"``, ``"diverged"`` or ``"out of steps"``;
     ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity`` and their residuals,
@@ -56,6 +58,7 @@ class Solution(Job):
     network: str | None = None
     scale: float | None = None
     non_uniformity: bool = True
+    sharpness_every: int | None = None
 
     def model(self, device: str = "cpu") -> nn.Module:
         """Return the network before its first step."""
@@ -78,7 +81,14 @@ class Solution(Job):
         found = {"outcome": outcome, "steps": steps, "loss": loss}
         if outcome == "diverged":
             return found
-        return {**found, **measured(self, model, images)}
+        at_end = measured(
+            model,
+            images,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            non_uniformity=self.non_uniformity,
+        )
+        return {**found, "test_accuracy": images.accuracy(model), **at_end}
 
 
 def images_for(data: Dataset, work: Work) -> Images:
@@ -102,26 +112,52 @@ def flops_per_sample(data: str, kind: str | None) -> float:
     return float(counter.get_total_flops())
 
 
-def measured(job: Solution, model: nn.Module, images: Images) -> dict[str, Any]:
-    """Return sharpness, non-uniformity and test accuracy of a model at ``job``'s minimum."""
+def measured(
+    model: nn.Module,
+    images: Images,
+    *,
+    lr: float,
+    batch_size: int | None = None,
+    non_uniformity: bool = True,
+) -> dict[str, Any]:
+    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD."""
     model.eval()  # for batch norm: see resnet14
     margins = stableopt.measure(
         model,
         mean_squared_error,
         (images.x, images.y),
-        lr=job.lr,
-        batch_size=job.batch_size or len(images.x),
-        quantities=("sharpness", "non_uniformity") if job.non_uniformity else ("sharpness",),
+        lr=lr,
+        batch_size=batch_size or len(images.x),
+        quantities=("sharpness", "non_uniformity") if non_uniformity else ("sharpness",),
         chunk_size=None if images.x.ndim == 2 else 250,
         max_iter=300,
     )
-    found: dict[str, Any] = {"test_accuracy": images.accuracy(model)}
+    found: dict[str, Any] = {}
     for name, measurement in margins.measurements.items():
         value = getattr(margins, name)
         found[name] = value
         found[f"{name}_residual"] = measurement.residual / value if value else None
         found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
     return found
+
+
+def row(job: Solution, store: Store) -> dict[str, Any]:
+    """Return a job that is done as a row of a table."""
+    found = store.result(job)
+    return {
+        "lr": job.lr,
+        "batch_size": job.batch_size,
+        "scale": job.scale,
+        "seed": job.seed,
+        "outcome": found["outcome"],
+        "steps": found["steps"],
+        "loss": found["loss"],
+        "sharpness": found.get("sharpness"),
+        "sharpness_limit": 2 / job.lr,
+        "non_uniformity": found.get("non_uniformity"),
+        "non_uniformity_limit": found.get("non_uniformity_limit"),
+        "test_accuracy": found.get("test_accuracy"),
+    }
 
 
 def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
@@ -138,6 +174,9 @@ def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple
         loss = walk.look()
         if _worth_a_line(walk.epochs):
             work.trace(step=walk.steps, loss=loss)
+        if _due(job.sharpness_every, walk) and loss < math.inf:
+            now = measured(model, images, lr=job.lr, non_uniformity=False)
+            work.trace(step=walk.steps, loss=loss, sharpness=now["sharpness"])
         if not loss < math.inf:
             return "diverged", walk.steps, loss
         if loss <= job.target_loss:
@@ -160,8 +199,18 @@ def _worth_a_line(epochs: int) -> bool:
     return epochs & (epochs - 1) == 0 or epochs % 100 == 0
 
 
+def _due(every: int | None, walk: _GD | _SGD) -> bool:
+    """Say whether the sharpness is to be measured: steps may come in epochs."""
+    if every is None:
+        return False
+    before = walk.steps - walk.steps_in_epoch
+    return before // every < walk.steps // every or walk.steps.bit_length() > before.bit_length()
+
+
 class _GD:
     """Steps of gradient descent; an epoch is one."""
+
+    steps_in_epoch = 1
 
     def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
         self.model, self.images = model, images
@@ -193,10 +242,11 @@ class _SGD:
         self.optimizer = stableopt.SGD(model.parameters(), lr=job.lr)
         self.generator = torch.Generator().manual_seed(job.seed)
         self.steps = 0
+        self.steps_in_epoch = math.ceil(len(images.x) / job.batch_size)
 
     @property
     def epochs(self) -> int:
-        return self.steps // math.ceil(len(self.images.x) / self.batch_size)
+        return self.steps // self.steps_in_epoch
 
     def look(self) -> float:
         return evaluate(self.model.eval(), self.images)
