@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.experiment import PRESETS, Experiment
@@ -47,13 +48,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     chosen = [_configured(name, options) for name in names]
     store = Store(options.out)
     device = options.device or "cpu"
+    make_executor = executor(options.executor, options.workers)
     # Each worker gets its share of the cores; more threads than cores stand in each other's way.
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     threads = max(1, cores // options.workers)
     place = Place(device, options.data_dir, threads if options.executor == "processes" else None)
-    make_executor = executor(options.executor, options.workers)
     failed = 0
     for one in chosen:
         jobs = one.jobs()
@@ -73,7 +74,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             continue
         _remember(one, options.preset, store)
         members = options.ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1)
-        with Bars(everything, store, console, partial(one.foretell, store=store)) as bars:
+        foretell = partial(one.foretell, store=store)
+        with Bars(everything, store, console, foretell, device) as bars:
             summary = run_all(
                 jobs,
                 store,
@@ -147,7 +149,7 @@ def status(options: argparse.Namespace, console: Console) -> int:
         left = len(jobs) - len(done) - len(failed)
         counts = (len(jobs), len(done), len(running), len(failed), left)
         table.add_row(one.name, preset, one.data, *map(str, counts))
-        errors += [f"{name}: {failure['error']}" for name, failure in failed.items()]
+        errors += [f"{name}: {escape(failure['error'])}" for name, failure in failed.items()]
     console.print(table)
     for error in errors:
         console.print(f"[red]failed[/red] {error}", highlight=False)

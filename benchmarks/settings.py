@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterable
+from dataclasses import fields
 from types import UnionType
 from typing import Any
 
@@ -35,11 +36,8 @@ def parsed(kind: type[Any], texts: Iterable[str]) -> dict[str, Any]:
 
 def parsed_value(kind: type[Any], key: str, text: str) -> Any:
     """Return what ``text`` means for the field ``key``; see :func:`parsed`."""
-    types = {
-        name: of
-        for name, of in typing.get_type_hints(kind).items()
-        if typing.get_origin(of) is not typing.ClassVar
-    }
+    hints = typing.get_type_hints(kind)
+    types = {field.name: hints[field.name] for field in fields(kind)}
     if key not in types:
         raise ValueError(f"{key}={text}: expected one of {', '.join(types)}")
     try:

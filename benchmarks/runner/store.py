@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,13 @@ class Store:
         self.part(job).mkdir(parents=True, exist_ok=True)
         write_json(self.part(job) / "failed.json", {"error": error, "details": details})
 
-    def forget(self, job: Job) -> None:
-        """Remove what an unfinished job has left."""
-        shutil.rmtree(self.part(job), ignore_errors=True)
+    def forgive(self, job: Job) -> None:
+        """Let a job that has failed be run again: from its checkpoint, if its worker died."""
+        (self.part(job) / "failed.json").unlink(missing_ok=True)
+
+    def begun(self, job: Job) -> bool:
+        """Say whether there is a checkpoint to go on from."""
+        return (self.part(job) / "checkpoint.pt").exists()
 
     def finish(self, job: Job) -> None:
         """Count the job as done."""

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.steering_case import REGIONS
 from rich.console import Console
 
 from benchmarks import __main__ as cli
 from benchmarks import control_laws, escape, escape_case, gd_sharpness, steering
 from benchmarks import data as datasets
 from benchmarks.networks import WIDTHS, fully_connected
-from benchmarks.steering_case import REGIONS
 from stableopt import StabilityMargins
 
 ROOT = Path(__file__).parents[2]
