@@ -61,7 +61,14 @@ class Escape(Experiment):
     shows = "Figures 1 and 8, Table 3"
     columns: ClassVar = {
         "minima": ("random_labels", "seed", "loss", "sharpness", "non_uniformity", "test_accuracy"),
-        "switches": (),
+        "switches": (
+            "how",
+            "predicted",
+            "escaped_at",
+            "sharpness_after",
+            "non_uniformity_after",
+            "test_accuracy_after",
+        ),
         "traces": (),
         "scatter": (),
     }
@@ -114,10 +121,10 @@ class Escape(Experiment):
     steps: int = 1000
     gd_steps: int = 200
     measure_every: int = 100
-    scatter_lrs: tuple[float, ...] = (0.25, 0.5, 1.0)
+    scatter_lrs: tuple[float, ...] = (0.5, 1.0, 2.0)
     scatter_batch_sizes: tuple[int, ...] = (4, 16, 64)
-    scatter_n: int = 200
-    scatter_random_labels: int = 40
+    scatter_n: int = 100
+    scatter_random_labels: int = 20
 
     def _starts(self) -> list[Solution]:
         return [
