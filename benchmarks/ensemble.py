@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,7 +29,10 @@ from torch.func import functional_call, stack_module_state
 
 from benchmarks.data import Images
 from benchmarks.runner import Work
-from benchmarks.solution import Solution, images_for, note, outcome, worth_a_line
+from benchmarks.walk import note, outcome, worth_a_line
+
+if TYPE_CHECKING:
+    from benchmarks.solution import Solution
 
 __all__ = ["Ending", "Stack", "train"]
 
@@ -53,16 +57,16 @@ class Ending:
     weights: dict[str, Tensor]
 
 
-def train(jobs: Sequence[Solution], works: Sequence[Work]) -> list[Ending]:
+def train(jobs: Sequence[Solution], works: Sequence[Work], images: Images) -> list[Ending]:
     """Train solutions whose ``together`` is equal, until the last of them ends; return all ends.
 
     Args:
         jobs: at least one.
         works: theirs, where each one's trace and progress go.
+        images: theirs, on the device.
     """
     for work in works:
         work.restored()
-    images = images_for(jobs[0].data, works[0])
     stack = Stack(jobs, images, works[0].place.device)
     first = stack.losses()
     endings: dict[int, Ending] = {}

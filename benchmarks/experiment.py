@@ -51,6 +51,8 @@ class Experiment(ABC):
         name: on the command line.
         shows: which table or figure of the paper, or that it goes beyond the paper.
         datasets: the names of the data sets that it can be run on, the default first.
+        columns: which columns of a table to print, by the table's name; all by default, and none of a
+            table with an empty tuple. The CSV files always have all.
         presets: what differs from the defaults, by ``(preset, data)``; ``(preset, "")`` is for data
             sets without an entry of their own.
 
@@ -62,6 +64,7 @@ class Experiment(ABC):
     name: ClassVar[str]
     shows: ClassVar[str]
     datasets: ClassVar[tuple[str, ...]] = ("digits", "fashion-mnist")
+    columns: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     presets: ClassVar[Mapping[tuple[str, str], Mapping[str, Any]]] = {}
 
     data: str = "digits"
@@ -110,20 +113,29 @@ class Experiment(ABC):
         from rich.table import Table
 
         for name, rows in tables.items():
-            if not rows:
+            shown = self.columns.get(name, tuple(rows[0]) if rows else ())
+            if not rows or not shown:
                 continue
             table = Table(title=name.replace("-", " "))
-            for key in rows[0]:
+            for key in shown:
                 table.add_column(key.replace("_", " "), justify="right")
             for row in rows[:MOST_ROWS]:
-                table.add_row(*(cell(value) for value in row.values()))
+                table.add_row(*(cell(row[key]) for key in shown))
             console.print(table)
             if len(rows) > MOST_ROWS:
                 console.print(f"and {len(rows) - MOST_ROWS} more rows in the CSV file")
+        console.print(*(verdict(claim) for claim in self.claims(tables)), sep="\n", highlight=False)
 
 
 MOST_ROWS = 40
 """That a terminal is troubled with."""
+
+
+def verdict(claim: Claim) -> str:
+    """Return a claim as a line of a terminal."""
+    mark = "[green]✓[/green]" if claim.reproduced else "[red]✗[/red]"
+    why = f" ({claim.why})" if claim.why else ""
+    return f"{mark} {claim.what}: printed {claim.printed}; here {claim.ours}{why}"
 
 
 def cell(value: Any) -> str:

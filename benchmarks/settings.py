@@ -22,8 +22,8 @@ def parsed(kind: type[Any], texts: Iterable[str]) -> dict[str, Any]:
     ... class Config:
     ...     lrs: tuple[float, ...] = ()
     ...     n: int | None = None
-    >>> parsed(Config, ["lrs=0.5,1", "n=3"])
-    {'lrs': (0.5, 1.0), 'n': 3}
+    >>> parsed(Config, ["lrs=0.5,1", "n=3"]), parsed(Config, ["lrs=", "n=none"])
+    ({'lrs': (0.5, 1.0), 'n': 3}, {'lrs': (), 'n': None})
     """
     values = {}
     for text in texts:
@@ -48,7 +48,8 @@ def parsed_value(kind: type[Any], key: str, text: str) -> Any:
 
 def _parse(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
-        return tuple(_parse(part, typing.get_args(kind)[0]) for part in text.split(","))
+        parts = text.split(",") if text else []
+        return tuple(_parse(part, typing.get_args(kind)[0]) for part in parts)
     if typing.get_origin(kind) in (UnionType, typing.Union):
         if text.lower() == "none":
             return None

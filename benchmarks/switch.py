@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import stableopt
 from benchmarks.data import Images
 from benchmarks.runner import Job, Work
-from benchmarks.solution import Solution, flops_per_sample, images_for
-from benchmarks.training import evaluate, mean_squared_error, reshuffled_batches
+from benchmarks.solution import Solution, flops_per_sample, images_for, measured
+from benchmarks.training import (
+    evaluate,
+    independent_batches,
+    mean_squared_error,
+    reshuffled_batches,
+)
 from stableopt import UpdateRule
 
-__all__ = ["ESCAPED", "Prediction", "Switch", "box"]
+__all__ = ["ESCAPED", "Outcome", "Prediction", "Switch", "box"]
 
 ESCAPED = 10.0
 """SGD has left when the training loss has risen by this factor: noise around a stable minimum makes
@@ -54,6 +61,22 @@ def box(
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What SGD did.
+
+    Attributes:
+        escaped_at: the first step looked at by which the training loss had risen tenfold, or
+            ``None``.
+        largest_loss_ratio: the largest training loss that was seen, by the first.
+        after: loss, test accuracy and margins at the end; ``None`` for a run that diverged.
+    """
+
+    escaped_at: int | None
+    largest_loss_ratio: float
+    after: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Switch(Job):
     """SGD, or GD, from a minimum.
 
@@ -68,10 +91,8 @@ class Switch(Job):
             only.
 
     The first line of the trace is what :func:`box` says, written before the first step. The result
-    has ``predicted`` (``"escape"`` or ``"stay"``) and ``why``; ``escaped_at``, the first step
-    looked at by which the training loss had risen tenfold, or ``None``; ``largest_loss_ratio``; and
-    loss, margins and test accuracy ``before`` and ``after``. A run that diverges has escaped, and
-    has no ``after``.
+    has ``predicted`` (``"escape"`` or ``"stay"``) and ``why``, the minimum's own result as
+    ``before``, and the fields of :class:`Outcome`.
     """
 
     kind = "switch"
@@ -83,6 +104,8 @@ class Switch(Job):
     seed: int = 0
     look_every: int = 10
     measure_every: int | None = None
+    independent: bool = False
+    measure_after: bool = True
 
     @property
     def needs(self) -> tuple[Job, ...]:
@@ -100,11 +123,8 @@ class Switch(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Foretell, train, measure."""
-        images = images_for(self.start.data, work)
         before = work.result(self.start)
-        if before["outcome"] != "reached":
-            raise ValueError(f"{self.start.id} has not reached a minimum: {before['outcome']}")
-        n = len(images.x)
+        n = self.start.data.n
         said = box(
             before["sharpness"],
             before["non_uniformity"],
@@ -115,63 +135,90 @@ class Switch(Job):
         predicted = "escape" if said.escapes else "stay"
         work.restored()
         work.trace(step=0, predicted=predicted, why=said.why)
+        seen = self.go(work)
+        return {"predicted": predicted, "why": said.why, "before": before, **asdict(seen)}
+
+    def go(self, work: Work) -> Outcome:
+        """Train from the minimum and say what happened."""
+        found = work.result(self.start)
+        if found["outcome"] != "reached":
+            raise ValueError(f"{self.start.id} has not reached a minimum: {found['outcome']}")
+        images = images_for(self.start.data, work)
         model = self.start.model(work.place.device)
         model.load_state_dict(work.tensors(self.start))
-        escaped_at, largest = self._go(model, images, work)
-        after = None
-        if evaluate(model, images) < math.inf:
-            after = {"loss": evaluate(model, images), **self._measure(model, images)}
-        return {
-            "predicted": predicted,
-            "why": said.why,
-            "escaped_at": escaped_at,
-            "largest_loss_ratio": largest,
-            "before": before,
-            "after": after,
-        }
-
-    def _go(self, model: nn.Module, images: Images, work: Work) -> tuple[int | None, float]:
-        """Train; return when it escaped, and the largest loss relative to the first."""
         optimizer = stableopt.SGD(model.parameters(), lr=self.lr)
-        first = evaluate(model, images)
-        escaped_at, largest = None, 1.0
-        batches = reshuffled_batches(
-            images,
-            self.batch_size or len(images.x),
-            torch.Generator().manual_seed(self.seed),
+        with ExitStack() as tracking:
+            if self.measure_every:
+                tracking.enter_context(self._tracked(optimizer, model, images, work, tracking))
+            escaped_at, largest, loss = self._steps(optimizer, model, images, work)
+        after: dict[str, Any] | None = None
+        if loss < math.inf:
+            after = {"loss": loss, "test_accuracy": images.accuracy(model)}
+            if self.measure_after:
+                after.update(measured(model, images, lr=self.lr, batch_size=self.batch_size))
+        return Outcome(escaped_at, largest, after)
+
+    def _tracked(
+        self,
+        optimizer: stableopt.SGD,
+        model: nn.Module,
+        images: Images,
+        work: Work,
+        tracking: ExitStack,
+    ) -> stableopt.StabilityMonitor:
+        board = stableopt.TensorBoardSink(work.folder / "tensorboard")
+        tracking.callback(board.close)
+        return optimizer.track(
+            model,
+            mean_squared_error,
+            (images.x, images.y),
+            every=self.measure_every,
+            batch_size=self.batch_size or len(images.x),
+            quantities=("sharpness", "non_uniformity"),
+            sinks=[_Trace(work), board],
         )
+
+    def _steps(
+        self, optimizer: stableopt.SGD, model: nn.Module, images: Images, work: Work
+    ) -> tuple[int | None, float, float]:
+        """Return when it escaped, the largest loss relative to the first, and the last loss."""
+        first = loss = evaluate(model, images)
+        escaped_at, largest = None, 1.0
         work.trace(step=0, loss=first)
-        for step, (x, y) in zip(range(1, self.steps + 1), batches, strict=False):
+        for step, (x, y) in zip(range(1, self.steps + 1), self._batches(images), strict=False):
             optimizer.zero_grad()
             mean_squared_error(model(x), y).backward()
             optimizer.step()
             if step % self.look_every:
                 continue
             loss = evaluate(model, images)
-            work.progress(step / self.steps, f"η = {self.lr:g}, B = {self.batch_size}, {step:,}")
-            record: dict[str, Any] = {"step": step, "loss": loss}
-            if self.measure_every and step % self.measure_every == 0 and loss < math.inf:
-                record.update(self._measure(model, images))
-            work.trace(**record)
+            work.trace(step=step, loss=loss)
+            work.progress(step / self.steps, f"{self.how}: step {step:,}, loss {loss:.1e}")
             if not loss < ESCAPED * first and escaped_at is None:
                 escaped_at = step
-            largest = max(largest, loss / first) if loss < math.inf else math.inf
             if not loss < math.inf:
-                break
-        return escaped_at, largest
+                return escaped_at, math.inf, math.inf
+            largest = max(largest, loss / first)
+        return escaped_at, largest, loss
 
-    def _measure(self, model: nn.Module, images: Images) -> dict[str, Any]:
-        margins = stableopt.measure(
-            model,
-            mean_squared_error,
-            (images.x, images.y),
-            lr=self.lr,
-            batch_size=self.batch_size or len(images.x),
-            quantities=("sharpness", "non_uniformity"),
-            max_iter=300,
-        )
-        return {
-            "sharpness": margins.sharpness,
-            "non_uniformity": margins.non_uniformity,
-            "test_accuracy": images.accuracy(model),
-        }
+    @property
+    def how(self) -> str:
+        """The optimizer in words."""
+        return "GD" if self.batch_size is None else f"SGD, B = {self.batch_size}"
+
+    def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        size = self.batch_size or len(images.x)
+        kind = independent_batches if self.independent else reshuffled_batches
+        return kind(images, size, generator)
+
+
+class _Trace:
+    """A sink that writes margins to a job's trace."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, step: int, record: Mapping[str, float]) -> None:
+        known = {name: record.get(name) for name in ("sharpness", "non_uniformity")}
+        self.work.trace(step=step, **known)

@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ensemble, solution
+from benchmarks import ensemble
 from benchmarks.data import Dataset, Images
 from benchmarks.perf import timing
 from benchmarks.perf.timing import interleaved, write
 from benchmarks.solution import Solution
+from benchmarks.walk import walk
 
 __all__ = ["Config", "run"]
 
@@ -75,10 +76,10 @@ def _row(config: Config, jobs: Sequence[Solution], images: Images) -> dict[str, 
         weights = []
         for job in jobs:
             model = job.model(config.device)
-            walk = solution.walk(job, model, images)
-            while walk.steps < steps:
-                walk.look()
-                walk.on()
+            going = walk(job, model, images)
+            while going.steps < steps:
+                going.look()
+                going.on()
             weights.append([p.detach() for p in model.parameters()])
         return weights
 

@@ -81,7 +81,8 @@ class Store:
         Raises:
             FileNotFoundError: if it is not done.
         """
-        return read_json(self.folder(job) / "result.json")
+        found: dict[str, Any] = read_json(self.folder(job) / "result.json")
+        return found
 
     def trace(self, job: Job) -> list[dict[str, Any]]:
         """Return what a job that is done reported along the way."""
@@ -89,7 +90,8 @@ class Store:
 
     def about(self, job: Job) -> dict[str, Any]:
         """Return configuration, versions, device and time of a job that is done."""
-        return read_json(self.folder(job) / "job.json")
+        found: dict[str, Any] = read_json(self.folder(job) / "job.json")
+        return found
 
     def tensors(self, job: Job) -> dict[str, Tensor]:
         """Return the tensors that a job saved."""
