@@ -19,7 +19,17 @@ from benchmarks.networks import network
 from benchmarks.runner import Job, Store, Work
 from benchmarks.training import evaluate, mean_squared_error
 
-__all__ = ["Solution", "flops_per_sample", "images_for", "measured", "row"]
+__all__ = [
+    "Solution",
+    "flops_per_sample",
+    "images_for",
+    "measured",
+    "note",
+    "outcome",
+    "row",
+    "walk",
+    "worth_a_line",
+]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -72,15 +82,38 @@ class Solution(Job):
         passes = min(3 / (self.lr * self.target_loss), self.max_steps / epoch_steps)
         return passes * self.data.n * flops_per_sample(self.data.name, self.network)
 
+    @property
+    def together(self) -> tuple[object, ...] | None:
+        """Learning rate, seed and scale may differ; batch norm's averages cannot be stacked."""
+        if self.network == "resnet" or self.sharpness_every is not None:
+            return None
+        return (self.data, self.network, self.batch_size, self.target_loss, self.max_steps)
+
+    @classmethod
+    def run_together(cls, jobs: list[Any], works: list[Work]) -> list[dict[str, Any]]:
+        """Train as one; see :mod:`benchmarks.ensemble`. Measure one after the other."""
+        from benchmarks.ensemble import train
+
+        results = []
+        for job, work, end in zip(jobs, works, train(jobs, works), strict=True):
+            model = job.model(work.place.device)
+            model.load_state_dict(end.weights)
+            results.append(job._found(model, work, end.outcome, end.steps, end.loss))
+        return results
+
     def run(self, work: Work) -> dict[str, Any]:
         """Train, measure, keep the weights."""
-        images = images_for(self.data, work)
         model = self.model(work.place.device)
-        outcome, steps, loss = _train(self, model, images, work)
+        return self._found(model, work, *_train(self, model, images_for(self.data, work), work))
+
+    def _found(
+        self, model: nn.Module, work: Work, outcome: str, steps: int, loss: float
+    ) -> dict[str, Any]:
         work.save(model.state_dict())
         found = {"outcome": outcome, "steps": steps, "loss": loss}
         if outcome == "diverged":
             return found
+        images = images_for(self.data, work)
         at_end = measured(
             model,
             images,
@@ -162,44 +195,68 @@ def row(job: Solution, store: Store) -> dict[str, Any]:
 
 def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
     """Return the outcome, the number of steps, and the training loss after them."""
-    walk = _GD(job, model, images) if job.batch_size is None else _SGD(job, model, images)
+    going = walk(job, model, images)
     state = work.restored()
     if state is not None:
         model.load_state_dict(state["model"])
-        walk.generator.set_state(state["generator"].cpu())
-        walk.steps = state["steps"]
+        going.generator.set_state(state["generator"].cpu())
+        going.steps = state["steps"]
     first = state["first"] if state is not None else evaluate(model.eval(), images)
     saved = time.monotonic()
     while True:
-        loss = walk.look()
-        if _worth_a_line(walk.epochs):
-            work.trace(step=walk.steps, loss=loss)
-        if _due(job.sharpness_every, walk) and loss < math.inf:
+        loss = going.look()
+        if worth_a_line(going.epochs):
+            work.trace(step=going.steps, loss=loss)
+        if _due(job.sharpness_every, going) and loss < math.inf:
             now = measured(model, images, lr=job.lr, non_uniformity=False)
-            work.trace(step=walk.steps, loss=loss, sharpness=now["sharpness"])
-        if not loss < math.inf:
-            return "diverged", walk.steps, loss
-        if loss <= job.target_loss:
-            return "reached", walk.steps, loss
-        if walk.steps >= job.max_steps:
-            return "out of steps", walk.steps, loss
-        # The loss falls about as a power of time, so its logarithm makes an honest bar.
-        work.progress(
-            math.log(first / loss) / math.log(first / job.target_loss),
-            f"η = {job.lr:g}, step {walk.steps:,}, loss {loss:.1e}",
-        )
-        walk.on()
+            work.trace(step=going.steps, loss=loss, sharpness=now["sharpness"])
+        ended = outcome(job, going.steps, loss)
+        if ended is not None:
+            return ended, going.steps, loss
+        note(job, work, going.steps, loss, first)
+        going.on()
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved = time.monotonic()
-            kept = {"model": model.state_dict(), "generator": walk.generator.get_state()}
-            work.checkpoint({**kept, "steps": walk.steps, "first": first})
+            kept = {"model": model.state_dict(), "generator": going.generator.get_state()}
+            work.checkpoint({**kept, "steps": going.steps, "first": first})
 
 
-def _worth_a_line(epochs: int) -> bool:
+def walk(job: Solution, model: nn.Module, images: Images) -> GDWalk | SGDWalk:
+    """Return what takes the steps of ``job``."""
+    return GDWalk(job, model, images) if job.batch_size is None else SGDWalk(job, model, images)
+
+
+def outcome(job: Solution, steps: int, loss: float) -> str | None:
+    """Return how training ends at this loss, or ``None`` if it goes on."""
+    if not loss < math.inf:
+        return "diverged"
+    if loss <= job.target_loss:
+        return "reached"
+    return "out of steps" if steps >= job.max_steps else None
+
+
+def note(job: Solution, work: Work, steps: int, loss: float, first: float) -> None:
+    """Note how far training is: the loss falls about as a power of time, so its logarithm is honest.
+
+    Args:
+        job: what is trained.
+        work: its work.
+        steps: that it took.
+        loss: after them.
+        first: before the first.
+    """
+    work.progress(
+        math.log(first / loss) / math.log(first / job.target_loss),
+        f"η = {job.lr:g}, step {steps:,}, loss {loss:.1e}",
+    )
+
+
+def worth_a_line(epochs: int) -> bool:
+    """Say whether the trace is to have the loss after this epoch: many at first, then each 100th."""
     return epochs & (epochs - 1) == 0 or epochs % 100 == 0
 
 
-def _due(every: int | None, walk: _GD | _SGD) -> bool:
+def _due(every: int | None, walk: GDWalk | SGDWalk) -> bool:
     """Say whether the sharpness is to be measured: steps may come in epochs."""
     if every is None:
         return False
@@ -207,7 +264,7 @@ def _due(every: int | None, walk: _GD | _SGD) -> bool:
     return before // every < walk.steps // every or walk.steps.bit_length() > before.bit_length()
 
 
-class _GD:
+class GDWalk:
     """Steps of gradient descent; an epoch is one."""
 
     steps_in_epoch = 1
@@ -233,7 +290,7 @@ class _GD:
         self.steps += 1
 
 
-class _SGD:
+class SGDWalk:
     """Epochs of SGD, each in a new order, as a shuffling DataLoader does."""
 
     def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
