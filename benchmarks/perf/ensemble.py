@@ -36,7 +36,7 @@ class Config(timing.Config):
 
     repeats: int = 3
     members: int = 8
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 16
 
 

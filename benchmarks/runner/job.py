@@ -79,7 +79,7 @@ class Job(ABC):
 
     @classmethod
     def run_together(cls, jobs: list[Job], works: list[Work]) -> list[dict[str, Any]]:
-        """Compute the results of jobs whose ``together`` is equal."""
+        """Compute the results of jobs whose ``together`` is equal: to rounding, those of ``run``."""
         raise NotImplementedError(f"{cls.__name__} does not run together")
 
     @property

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.runner.job import Job
 
-__all__ = ["Store", "plain", "read_json", "read_lines", "write_json"]
+__all__ = ["Store", "plain", "read_json", "read_lines", "to_disk", "write_json"]
 
 
 class Store:
@@ -72,8 +72,11 @@ class Store:
         return (self.part(job) / "checkpoint.pt").exists()
 
     def finish(self, job: Job) -> None:
-        """Count the job as done."""
+        """Count the job as done: its files are on the disk before the folder has its name."""
+        for path in (*self.part(job).iterdir(), self.part(job)):
+            to_disk(path)
         os.replace(self.part(job), self.folder(job))
+        to_disk(self.jobs)
 
     def result(self, job: Job) -> dict[str, Any]:
         """Return what a job found.
@@ -116,13 +119,26 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
+    """Write a file that is there whole or not at all; after a power cut too, if it is durable."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(
         json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     )
+    if durable:
+        to_disk(partial)
     os.replace(partial, path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is where a power cut leaves it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.runner.job import Job, Place
-from benchmarks.runner.store import Store, plain, write_json
+from benchmarks.runner.store import Store, plain, to_disk, write_json
 
 __all__ = ["Work", "work"]
 
@@ -68,7 +68,8 @@ class Work:
         now = time.monotonic()
         if now - self._noted >= PROGRESS_EVERY:
             self._noted = now
-            write_json(self.folder / "progress.json", {"share": share, "text": text})
+            told = {"share": share, "text": text}
+            write_json(self.folder / "progress.json", told, durable=False)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Keep tensors for the jobs that need this one."""
@@ -79,9 +80,12 @@ class Work:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Keep a state to go on from, should the process be killed: tensors and plain values."""
-        length = self._trace_path.stat().st_size if self._trace_path.exists() else 0
+        self._trace_path.touch()
+        length = self._trace_path.stat().st_size
         partial = self._checkpoint_path.with_suffix(".partial")
         torch.save({"state": state, "trace": length}, partial)
+        to_disk(self._trace_path)
+        to_disk(partial)
         os.replace(partial, self._checkpoint_path)
 
     def restored(self) -> dict[str, Any] | None:

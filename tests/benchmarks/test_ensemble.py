@@ -139,6 +139,7 @@ def test_who_may_be_trained_as_one() -> None:
         assert other.together != one.together
     resnet = Solution(Dataset("cifar10", 60), lr=0.1, network="resnet")
     assert resnet.together is None
+    assert Solution(DIGITS, lr=0.1, sharpness_every=5).together is None
     with pytest.raises(ValueError, match=r"running_mean.*cannot be trained as one"):
         ensemble.Stack([resnet, resnet], Images(*map(torch.zeros, (1, 1, 1, 1))), "cpu")
 

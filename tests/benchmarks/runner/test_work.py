@@ -12,12 +12,9 @@ import torch
 from filelock import Timeout
 from runner_jobs import Failing, Member, Number, Unwritable, Walk
 
-from benchmarks import solution
-from benchmarks.data import Dataset
 from benchmarks.runner import Job, Place, Store, Work
 from benchmarks.runner.store import read_lines
 from benchmarks.runner.work import work
-from benchmarks.solution import Solution
 
 HERE = Place()
 KEPT = ("result.json", "trace.jsonl", "tensors.pt")
@@ -78,25 +75,6 @@ def test_a_walk_that_was_killed_goes_on_to_the_same_end(
     work([job], store.root, HERE)
     assert files(store, job) == files(Store(tmp_path / "whole"), job)
     assert {path.name for path in store.folder(job).iterdir()} == {*KEPT, "job.json"}
-
-
-@pytest.mark.parametrize("batch_size", [None, 16])
-def test_training_that_was_killed_goes_on_to_the_same_minimum(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int | None
-) -> None:
-    """Catches a state of training that a checkpoint lacks: the generator, the step, the weights."""
-    job = Solution(Dataset("digits", 60), lr=0.5, batch_size=batch_size, target_loss=0.05)
-    work([job], tmp_path / "whole", HERE)
-    store = Store(tmp_path / "killed")
-    monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
-    with monkeypatch.context() as patch:
-        kill_at(patch, 12)
-        with pytest.raises(KilledError):
-            work([job], store.root, HERE)
-    assert store.begun(job)
-    work([job], store.root, HERE)
-    assert files(store, job) == files(Store(tmp_path / "whole"), job)
-    assert store.result(job)["steps"] > 12
 
 
 def test_an_error_is_recorded_and_does_not_count_as_done(tmp_path: Path) -> None:
