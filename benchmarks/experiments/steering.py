@@ -1,110 +1,110 @@
 """Steering from a sharp minimum to named regions of the diagram, against baselines; and from scratch.
 
-Gradient descent trains to a sharp minimum. From there the controller is told a region: flatter, more
-uniform, both, or sharper. What it reaches is set beside a fixed learning rate and batch size, a
-grid-searched schedule, a rate by curvature (CDAT) and a batch size by the noise scale. Nothing but
-the regions is tuned.
+Beyond the paper. Gradient descent trains to a sharp minimum. From there the controller is told a
+region: flatter, more uniform, both, or sharper. What it reaches is set beside a fixed learning rate
+and batch size, a grid-searched schedule, a rate by curvature (CDAT) and a batch size by the noise
+scale. Nothing but the regions is tuned.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
 
-from rich.console import Console
-from torch import nn
+from benchmarks.data import Dataset
+from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.experiments import steering_report as report
+from benchmarks.experiments.steering_case import Budget
+from benchmarks.experiments.steering_run import Steered
+from benchmarks.runner import Job, Store
 
-import stableopt
-from benchmarks import steering_methods as methods
-from benchmarks import steering_report as report
-from benchmarks.data import Images, load
-from benchmarks.networks import WIDTHS, fully_connected
-from benchmarks.steering_case import REGIONS, Config, Outcome
-from benchmarks.training import evaluate, gd_until, mean_squared_error
-from stableopt import StabilityMargins
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
 
-__all__ = ["Config", "run"]
+__all__ = ["EXPERIMENT", "Steering"]
 
-
-def run(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Run the experiment; write figures and ``steering.json``; return what that holds."""
-    console = console or Console()
-    images = load(
-        config.data, n=config.n, folder=config.data_dir, random_labels=config.random_labels
-    )
-    config.out.mkdir(parents=True, exist_ok=True)
-    report.announce(config, console)
-    rows: list[dict[str, Any]] = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        with console.status(f"seed {seed}"):
-            rows += _seed(config, images, seed)
-        console.print(f"seed {seed}: done")
-    result = {"config": _settings(config), "summary": report.summary(rows), "runs": rows}
-    (config.out / "steering.json").write_text(json.dumps(result, indent=2) + "\n")
-    report.compare(rows, console)
-    report.point_out(config, console)
-    return result
+IN_THE_PLANE = ("more uniform", "both")
+"""Regions that bound the non-uniformity, the way to which is drawn in the diagram."""
 
 
-def _seed(config: Config, images: Images, seed: int) -> list[dict[str, Any]]:
-    """Return the numbers of one seed: from its file, if an earlier run left one, else by running."""
-    path = config.out / f"seed-{seed}.json"
-    settings = _settings(config)
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["config"] == settings:
-            return list(kept["runs"])
-    outcomes = [*_from_minimum(config, images, seed), *_from_scratch(config, images, seed)]
-    if seed == config.seed:
-        report.draw(config, outcomes)
-    rows = [outcome.numbers() for outcome in outcomes]
-    path.write_text(json.dumps({"config": settings, "runs": rows}, indent=2) + "\n")
-    return rows
+@dataclass(frozen=True)
+class Steering(Experiment, Budget):
+    """Regions and rivals.
+
+    Attributes:
+        n: training images.
+        random_labels: how many of them get a random label.
+
+    The others are those of :class:`~benchmarks.experiments.steering_case.Budget`.
+    """
+
+    name = "steering"
+    shows = "beyond the paper"
+    presets: ClassVar = {
+        ("smoke", ""): {
+            **{"n": 60, "start_loss": 0.06, "steps": 20, "sgd_steps": 20, "batch_size": 16},
+            **{"measure_every": 4, "grid_lrs": (1.5, 2.0), "grid_ramps": (1,)},
+            **{"scratch_steps": 20, "scratch_lrs": (0.1,)},
+        },
+        ("small", "digits"): {
+            **{"seeds": (0, 1), "sgd_steps": 2000, "grid_lrs": (1.5, 2.0, 4.0)},
+            **{"grid_ramps": (1,), "scratch_lrs": (0.1, 0.5)},
+        },
+        ("paper", ""): {"seeds": (0, 1, 2, 3, 4)},
+    }
+
+    n: int = 200
+    random_labels: int = 0
+
+    def _steered(self) -> list[Steered]:
+        data = Dataset(self.data, self.n, self.random_labels)
+        budget = Budget(**{field.name: getattr(self, field.name) for field in fields(Budget)})
+        return [Steered(data, seed, budget) for seed in self.seeds]
+
+    def jobs(self) -> list[Job]:
+        """Return everything from each seed's minimum."""
+        return list(self._steered())
+
+    def tables(self, store: Store) -> dict[str, Rows]:
+        """Return ``summary``, ``runs``, ``paths``, and the paths to regions in the plane."""
+        runs, paths = [], []
+        for job in filter(store.done, self._steered()):
+            found = store.result(job)
+            runs += found["runs"]
+            targets = {row["region"]: row for row in found["runs"] if row["method"] == "steered"}
+            keys = ("least_sharpness", "target_sharpness", "aim")
+            keys += ("least_non_uniformity", "target_non_uniformity")
+            paths += [
+                {"region": region, "seed": job.seed, **row}
+                | {key: targets[region][key] for key in keys}
+                for region, its in found["paths"].items()
+                for row in its
+            ]
+        return {
+            "summary": report.summary(runs),
+            "runs": runs,
+            "paths": paths,
+            **{
+                f"diagram-{name.replace(' ', '-')}": [r for r in paths if r["region"] == name]
+                for name in IN_THE_PLANE
+            },
+        }
+
+    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
+        """Print the summary."""
+        super().show(console, {"where-each-ended": tables["summary"]})
+
+    def draw(self, name: str, rows: Rows) -> Figure | None:
+        """Return the ways of the first seed."""
+        if name == "paths":
+            return report.draw_sharpness(rows)
+        return report.draw_diagram(rows) if name.startswith("diagram") else None
+
+    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+        """Return which regions were reached."""
+        return report.claims(tables.get("runs", []))
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """Return what a seed's numbers depend on, as JSON gives it back."""
-    elsewhere = ("out", "data_dir", "seed", "seeds")
-    values = {name: value for name, value in vars(config).items() if name not in elsewhere}
-    return dict(json.loads(json.dumps(values)))
-
-
-def _from_minimum(config: Config, images: Images, seed: int) -> list[Outcome]:
-    model, minimum, initial_loss = _minimum(config, images, seed)
-    at_start = minimum.end
-    return [
-        minimum,
-        *(methods.steered(model, images, config, region, seed, initial_loss) for region in REGIONS),
-        methods.fixed(model, images, config, seed),
-        *methods.grid_searched(model, images, config, seed, at_start),
-        methods.curvature_aware(model, images, config, seed),
-        methods.noise_scaled(model, images, config, seed),
-    ]
-
-
-def _minimum(config: Config, images: Images, seed: int) -> tuple[nn.Module, Outcome, float]:
-    """Return gradient descent's minimum, what is measured there, and the loss it began with."""
-    model = fully_connected(WIDTHS[config.data], seed)
-    initial_loss = evaluate(model, images)
-    optimizer = stableopt.GD(model.parameters(), lr=config.lr)
-    steps = gd_until(config.start_loss, model, images, optimizer, max_steps=10**6)
-    margins: StabilityMargins = stableopt.measure(
-        model, mean_squared_error, (images.x, images.y), optimizer=optimizer, tol=1e-3
-    )
-    outcome = Outcome(
-        "GD", "the minimum", seed, steps, 0, margins, images.accuracy(model), initial_loss
-    )
-    return model, outcome, initial_loss
-
-
-def _from_scratch(config: Config, images: Images, seed: int) -> list[Outcome]:
-    if not config.scratch_steps:
-        return []
-
-    def fresh() -> nn.Module:
-        return fully_connected(WIDTHS[config.data], seed)
-
-    return [
-        methods.scratch_steered(fresh(), images, config, seed),
-        *(methods.scratch_constant(fresh(), images, config, seed, lr) for lr in config.scratch_lrs),
-    ]
+EXPERIMENT = Steering

@@ -1,19 +1,19 @@
-"""What the steering experiment shows: on the terminal, in its summary, and as figures."""
+"""What the steering experiment shows: its summary, its pictures, and what it claims."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.experiment import Claim, Rows, spread
+from benchmarks.experiments.steering_case import REGIONS
+from stableopt import StabilityMargins, plot
 
-from benchmarks.steering_case import REGIONS, Config, Outcome
-from stableopt import plot
-from stableopt.adapt.decision import marks
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-__all__ = ["announce", "compare", "draw", "point_out", "summary"]
+__all__ = ["claims", "draw_diagram", "draw_sharpness", "summary"]
 
 WITHIN = 0.1
 """Relative distance to the target that counts as there."""
@@ -22,150 +22,159 @@ BACK = 1e-3
 """Training loss that counts as trained."""
 
 
-def announce(config: Config, console: Console) -> None:
-    """Say what is going to happen."""
-    console.print(
-        f"[bold]Steering[/bold]: {config.data}, {config.n:,} training images, {config.seeds} seeds."
-        f"\nGradient descent at η = {config.lr:g} to a loss of {config.start_loss:g}; from there to"
-        f" {len(REGIONS)} regions, with a budget of {config.steps:,} steps"
-        f" ({config.sgd_steps:,} with small batches).\n",
-        highlight=False,
-    )
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: Rows) -> Rows:
     """Return for each method and region what its seeds have in common."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["region"]), []).append(row)
+        groups.setdefault((row["region"], row["method"]), []).append(row)
     return [
-        {"method": method, "region": region, **_common(group)}
-        for (method, region), group in groups.items()
+        {"to": region, "by": method, **_common(group)} for (region, method), group in groups.items()
     ]
 
 
-def _common(group: list[dict[str, Any]]) -> dict[str, Any]:
+def _common(group: Rows) -> dict[str, Any]:
     alive = [row for row in group if not row["failed"]]
-    ratios = [row["sharpness_to_target"] for row in alive]
-    ratios = [ratio for ratio in ratios if ratio is not None]
-    uniform = [
-        row["non_uniformity"] <= row["target_non_uniformity"]
-        for row in alive
-        if row["target_non_uniformity"] is not None
-    ]
-    accuracies = [row["test_accuracy"] for row in group]
+    ratios = _known(alive, "sharpness_to_target")
+    uniform = _uniform(alive)
     return {
         "seeds": len(group),
-        "diverged": len(group) - len(alive),
-        "trained": sum(row["loss"] < BACK for row in alive),
-        "sharpness": _mean([row["sharpness"] for row in alive]),
-        "non_uniformity": _mean([row["non_uniformity"] for row in alive]),
-        "sharpness_to_target": ratios,
-        "within_10_percent": sum(abs(ratio - 1) <= WITHIN for ratio in ratios),
+        "sharpness": _mean(_known(alive, "sharpness")),
+        "least_to_target": min(ratios, default=None),
+        "most_to_target": max(ratios, default=None),
+        "non_uniformity": _mean(_known(alive, "non_uniformity")),
         "uniform_enough": sum(uniform) if uniform else None,
-        "test_accuracy": mean(accuracies),
-        "test_accuracy_deviation": stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "largest_loss": max((row["largest_loss"] or 0.0 for row in alive), default=0.0),
+        "trained": sum(row["loss"] < BACK for row in alive),
+        "diverged": len(group) - len(alive),
+        "test_accuracy": mean(row["test_accuracy"] for row in group),
+        "largest_loss": max(_known(alive, "largest_loss"), default=None),
         "steps": mean(row["steps"] for row in group),
         "products": mean(row["products"] for row in group),
     }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
+def _known(rows: Rows, key: str) -> list[float]:
+    return [row[key] for row in rows if row[key] is not None]
 
 
-def compare(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the summary as a table."""
-    table = Table(title="Where each method ended (means over seeds)")
-    for heading, justify in (
-        ("to", "left"),
-        ("by", "left"),
-        ("a", "right"),
-        ("a / target", "right"),
-        ("s", "right"),
-        ("s in target", "right"),
-        (f"loss < {BACK:g}", "right"),
-        ("diverged", "right"),
-        ("test accuracy", "right"),
-        ("steps", "right"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for row in summary(rows):
-        seeds, ratios = row["seeds"], row["sharpness_to_target"]
-        spread = f"{min(ratios):.3f}–{max(ratios):.3f}" if ratios else "–"
-        uniform = row["uniform_enough"]
-        table.add_row(
-            row["region"],
-            row["method"],
-            _shown(row["sharpness"]),
-            spread,
-            _shown(row["non_uniformity"]),
-            "–" if uniform is None else f"{uniform}/{seeds}",
-            f"{row['trained']}/{seeds}",
-            f"{row['diverged']}/{seeds}",
-            f"{row['test_accuracy']:.2%} ± {row['test_accuracy_deviation']:.2%}",
-            f"{row['steps']:,.0f}",
-        )
-    console.print(table)
+def _uniform(rows: Rows) -> list[bool]:
+    return [
+        row["non_uniformity"] <= row["target_non_uniformity"]
+        for row in rows
+        if row["target_non_uniformity"] is not None and row["non_uniformity"] is not None
+    ]
 
 
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
 
 
-def draw(config: Config, outcomes: Sequence[Outcome]) -> None:
-    """Draw the trajectories of the first seed: ``sharpness.png`` and a diagram for each noisy run."""
+def draw_sharpness(rows: Rows) -> Figure:
+    """Return sharpness, its limit and the loss on the way to each region, of the first seed."""
     from matplotlib.figure import Figure
 
-    first = [
-        each
-        for each in outcomes
-        if each.seed == config.seed and each.method == "steered" and each.history
-    ]
-    names = [each for each in first if each.region in REGIONS]
+    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    names = list(dict.fromkeys(row["region"] for row in first))
     figure = Figure(figsize=(3.2 * len(names), 5.4), layout="constrained")
     panels = figure.subplots(2, len(names), sharex="col", squeeze=False)
-    for (top, bottom), outcome in zip(panels.T, names, strict=True):
-        good = [m for m in outcome.history if m.failure is None]
-        steps = [m.step for m in good]
-        top.plot(steps, [m.sharpness for m in good], color="#0072B2", label="sharpness")
-        limits = [m.sharpness_limit for m in good]
+    for (top, bottom), name in zip(panels.T, names, strict=True):
+        its = [row for row in first if row["region"] == name]
+        steps = [row["step"] for row in its]
+        top.plot(steps, _column(its, "sharpness"), color="#0072B2", label="sharpness")
         style = {"color": "#D55E00", "linestyle": "--", "linewidth": 1}
-        top.plot(steps, limits, label="2/η", **style)
-        aim = None if outcome.target is None else outcome.target.aim
-        if aim is not None:
-            top.axhline(aim, color="#009E73", linestyle=":", label="target")
-        top.set_title(outcome.region)
-        bottom.semilogy(steps, [m.loss for m in good], color="#555555")
+        top.plot(steps, _column(its, "sharpness_limit"), label="2/η", **style)
+        if its[0]["aim"] is not None:
+            top.axhline(its[0]["aim"], color="#009E73", linestyle=":", label="target")
+        top.set_title(name)
+        bottom.semilogy(steps, _column(its, "loss"), color="#555555")
         bottom.set_xlabel("step")
         for axes in (top, bottom):
             axes.grid(alpha=0.25)
     panels[0, 0].legend(frameon=False, fontsize="small")
     panels[0, 0].set_ylabel("sharpness")
     panels[1, 0].set_ylabel("training loss")
-    figure.savefig(config.out / "sharpness.png", dpi=120)
-    for outcome in names:
-        if outcome.target is None or outcome.history[0].non_uniformity is None:
-            continue
-        bounds = (outcome.target.sharpness, outcome.target.non_uniformity)
-        shown = [(step, label) for step, label in marks(d for d in outcome.decisions if d.changes)]
-        diagram = plot.diagram(
-            None,
-            outcome.history,
-            target=bounds,  # type: ignore[arg-type]
-            marks=shown,
-            title=f"steered: {outcome.region}",
+    return figure
+
+
+def _column(rows: Rows, key: str) -> list[float]:
+    return [float("nan") if row[key] is None else row[key] for row in rows]
+
+
+def draw_diagram(rows: Rows) -> Figure:
+    """Return the way to a region in the plane of sharpness and non-uniformity, of the first seed."""
+    its = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    bounds = [
+        (
+            0.0 if its[0][low] is None else its[0][low],
+            float("inf") if its[0][high] is None else its[0][high],
         )
-        diagram.savefig(config.out / f"diagram-{outcome.region.replace(' ', '-')}.png", dpi=120)
+        for low, high in (
+            ("least_sharpness", "target_sharpness"),
+            ("least_non_uniformity", "target_non_uniformity"),
+        )
+    ]
+    path = [
+        StabilityMargins(
+            step=row["step"],
+            sharpness=row["sharpness"],
+            non_uniformity=row["non_uniformity"],
+        )
+        for row in its
+    ]
+    marks = [(row["step"], str(row["mark"])) for row in its if row["mark"] is not None]
+    title = f"steered: {its[0]['region']}"
+    return plot.diagram(None, path, target=(bounds[0], bounds[1]), marks=marks, title=title)
 
 
-def point_out(config: Config, console: Console) -> None:
-    """Say where everything is."""
-    console.print(
-        f"\nNumbers  {config.out / 'steering.json'}\nFigures  {config.out / 'sharpness.png'},"
-        f" {config.out / 'diagram-both.png'}",
-        highlight=False,
-        soft_wrap=True,
+def claims(rows: Rows) -> list[Claim]:
+    """Return whether each region was reached, and whether those who do not know it get there."""
+    found = []
+    for region in REGIONS:
+        its = [row for row in rows if (row["method"], row["region"]) == ("steered", region)]
+        if its:
+            found.append(_reached(region, its))
+    scratch = [row for row in rows if (row["method"], row["region"]) == ("steered", "from scratch")]
+    if scratch:
+        found.append(_reached("from scratch", scratch))
+    fixed = [row for row in rows if row["method"] == "fixed" and row["sharpness"] is not None]
+    start = {row["seed"]: row["sharpness"] for row in rows if row["method"] == "GD"}
+    if fixed:
+        moved = [row["sharpness"] / start[row["seed"]] for row in fixed]
+        found.append(
+            Claim(
+                what="at a fixed learning rate gradient descent stays as sharp as it is",
+                printed="sharpness / that of the minimum 1",
+                ours=spread(moved),
+                tolerance=f"{WITHIN:.0%}, every seed",
+                reproduced=all(abs(ratio - 1) <= WITHIN for ratio in moved),
+            )
+        )
+    return found
+
+
+def _reached(region: str, rows: Rows) -> Claim:
+    alive = [row for row in rows if not row["failed"]]
+    parts, good = [], len(alive) == len(rows)
+    ratios = _known(alive, "sharpness_to_target")
+    bounded = any(row["target_sharpness"] is not None for row in rows)
+    if ratios:
+        parts.append(f"sharpness / target {spread(ratios)}")
+        # A region that also bounds s may be entered anywhere below its sharpest point.
+        only = all(row["target_non_uniformity"] is None for row in rows)
+        off = [abs(r - 1) if only or r > 1 else 0.0 for r in ratios]
+        good = good and max(off) <= WITHIN
+    uniform = _uniform(alive)
+    if uniform:
+        parts.append(f"s within the target in {sum(uniform)} of {len(uniform)}")
+        good = good and all(uniform)
+    trained = sum(row["loss"] < BACK for row in alive)
+    said = next((row["said"] for row in rows if row["said"]), "") if not good else ""
+    lost = len(rows) - len(alive)
+    return Claim(
+        what=f"steered, {region}",
+        printed="reaches the region" if bounded or uniform else "reaches the target",
+        ours="; ".join([*parts, f"loss below {BACK:g} in {trained} of {len(rows)}"]),
+        tolerance=f"{WITHIN:.0%} of the sharpness, every seed",
+        reproduced=good and bool(parts),
+        why=(f"{lost} diverged; " if lost else "")
+        + (f"the controller said: {said}" if said else ""),
     )

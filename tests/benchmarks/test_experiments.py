@@ -15,8 +15,8 @@ from benchmarks.steering_case import REGIONS
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import control_laws, escape, escape_case, gd_sharpness, steering
 from benchmarks import data as datasets
+from benchmarks import escape, escape_case, gd_sharpness
 from benchmarks.networks import WIDTHS, fully_connected
 from stableopt import StabilityMargins
 
@@ -220,59 +220,3 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             cli.main(["run", "escape", "--set", bad])
         assert says in capsys.readouterr().err
-
-
-def test_control_laws_end_to_end(tmp_path: Path) -> None:
-    """Catches a law that the scheduler cannot ask, and a divergence that ends the comparison."""
-    config = control_laws.Config(out=tmp_path, n=60, start_loss=0.06, steps=40, measure_every=5)
-    result = control_laws.run(config, quiet())
-    assert json.loads((tmp_path / "control-laws.json").read_text()) == result
-    assert set(result["laws"]) == set(control_laws.LAWS)
-    assert result["target"] == result["start"] / 4
-    laws = result["laws"]
-    assert laws["cut while too sharp"]["lr"] < 0.5 < laws["gated staircase"]["lr"]
-    assert (tmp_path / "control-laws.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_steering_end_to_end(tmp_path: Path) -> None:
-    """Catches a method that does not fit the loop, a summary of other runs than those of the file,
-    and a figure that is not drawn. Where a few steps lead is no test.
-    """
-    config = steering.Config(
-        out=tmp_path,
-        seeds=1,
-        n=60,
-        start_loss=0.06,
-        steps=12,
-        sgd_steps=12,
-        batch_size=16,
-        measure_every=4,
-        grid_lrs=(1.5, 2.0),
-        grid_ramps=(1,),
-        scratch_steps=12,
-        scratch_lrs=(0.1,),
-    )
-    result = steering.run(config, quiet())
-    written = json.loads((tmp_path / "steering.json").read_text())
-    assert written["runs"] == result["runs"]
-    runs = {(run["method"], run["region"]): run for run in written["runs"]}
-    assert {region for method, region in runs if method == "steered"} == {
-        *REGIONS,
-        "from scratch",
-    }
-    minimum = runs["GD", "the minimum"]
-    assert minimum["loss"] <= 0.06
-    for region, by in (("1.5x flatter", 1.5), ("4x flatter", 4)):
-        # The monitor's tolerance, against the tighter one of the end.
-        for method in ("steered", "grid-searched"):
-            target = runs[method, region]["target_sharpness"]
-            assert target == pytest.approx(minimum["sharpness"] / by, rel=0.05)
-    assert runs["grid-searched", "2x flatter"]["steps"] == 24
-    assert runs["CDAT", "none"]["lr"] != 0.5
-    assert {(row["method"], row["region"]) for row in written["summary"]} == set(runs)
-    for name in ("sharpness", "diagram-both", "diagram-more-uniform"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    # Run again, it takes what is there, unless it was run otherwise.
-    before = (tmp_path / "seed-0.json").stat().st_mtime_ns
-    assert steering.run(config, quiet()) == result
-    assert (tmp_path / "seed-0.json").stat().st_mtime_ns == before
