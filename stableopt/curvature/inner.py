@@ -7,14 +7,14 @@ of P is needed. Without a preconditioner the two are one tensor, which costs not
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature.eigenpair import Preconditioner
 
-__all__ = ["Dual", "check_norm", "dot", "dual", "magnitude_of", "scaled"]
+__all__ = ["Dual", "check_norm", "dot", "dual", "magnitude_of", "on_host", "scaled"]
 
 _BLOCK = 16_384
 """Numbers summed at a time. Among a million in float32 a CPU's own sums were 2e-5 wrong, relative to
@@ -70,6 +70,15 @@ def check_norm(norm: float, preconditioner: Preconditioner | None) -> None:
             f"preconditioner={type(preconditioner).__name__}: r^T P r is {square:.3g} for a covector"
             " r, expected a positive number, as of a symmetric positive definite matrix"
         )
+
+
+def on_host(numbers: Tensor, operator: Any) -> Tensor:
+    """Return the numbers by which a search decides, in double precision: one host transfer.
+
+    Where a product with ``operator`` takes several processes they are the same for all of these.
+    """
+    agreed = getattr(operator, "agreed", None)  # `operator` is anything with `@`
+    return (numbers if agreed is None else agreed(numbers)).cpu().double()
 
 
 def magnitude_of(image: Tensor) -> Tensor:

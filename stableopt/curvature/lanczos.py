@@ -25,7 +25,7 @@ from stableopt.curvature.eigenpair import (
     Preconditioner,
     small_enough,
 )
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of, scaled
+from stableopt.curvature.inner import Dual, check_norm, magnitude_of, on_host, scaled
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.subspace import KEPT, subspace
 
@@ -68,7 +68,7 @@ def lanczos(
         held = basis.held
         # The last two rows hold nearly all that there is to remove; after a restart all do.
         coordinates, rest = basis.split(image / magnitude, 0 if restarted else max(held - 2, 0))
-        column = torch.cat([coordinates, rest.norm[None], magnitude[None]]).cpu().double()
+        column = on_host(torch.cat([coordinates, rest.norm[None], magnitude[None]]), operator)
         if not bool(torch.isfinite(column[:held]).all()):
             raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
         projected[:held, held - 1] = projected[held - 1, :held] = column[:held]

@@ -33,6 +33,7 @@ from stableopt.curvature.diagnose import (
     module_without_second_derivative,
 )
 from stableopt.curvature.quiet import undisturbed
+from stableopt.curvature.ranks import Ranks
 
 __all__ = ["Problem", "Theta"]
 
@@ -49,6 +50,10 @@ rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
 _UNEQUAL = 0.02
 """Relative difference between the loss of a batch and the mean of its samples' that is more than
 rounding, or the noise of a model that draws random numbers."""
+
+_REPLICAS = 1e-3
+"""Difference of a projection of the parameters, relative to their norm, that no rounding brings about
+between replicas; other parameters differ by about 1."""
 
 
 class _Objective(nn.Module):
@@ -80,13 +85,19 @@ class Problem:
             model's device; a ragged last batch weighs what it holds.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
+        process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
+            this rank's shard, and every product one all-reduce. Every rank must make the problem, and
+            use it, alike. By default this process is alone, also with a
+            ``DistributedDataParallel`` model.
 
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
-            a batch), for empty data, or parameters on several devices or of several dtypes.
+            a batch), for empty data, for parameters on several devices or of several dtypes, or that
+            are not the same on all ranks.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
         SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
+        LostRankError: where another rank has ended, or does not answer within the group's timeout.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
@@ -102,6 +113,7 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ) -> None:
         if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
@@ -111,7 +123,8 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        self._set_up(model, batch_loss, data, params, chunk_size, paired=True)
+        ranks = Ranks(process_group)
+        self._set_up(model, batch_loss, data, params, chunk_size, ranks, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -122,6 +135,7 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ) -> Problem:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
 
@@ -137,7 +151,8 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        problem._set_up(model, batch_loss, data, params, chunk_size, paired=False)
+        ranks = Ranks(process_group)
+        problem._set_up(model, batch_loss, data, params, chunk_size, ranks, paired=False)
         return problem
 
     def _set_up(
@@ -147,9 +162,11 @@ class Problem:
         data: Any,
         params: Iterable[Tensor] | None,
         chunk_size: int | None,
+        ranks: Ranks,
         *,
         paired: bool,
     ) -> None:
+        self.ranks = ranks
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = _unwrapped(model)
@@ -158,6 +175,14 @@ class Problem:
         self._all_trainable = params is None
         self.equal_weights = True
         self._take(*_select(self.model, params))
+        # What one rank's data are refused for is an error on all.
+        ranks.agree(lambda: self._read(data, chunk_size, paired=paired))
+        if ranks.several:
+            self._num_samples = sum(ranks.counts(self.own_samples))
+            self.equal_weights = not ranks.sum(not self.equal_weights)
+            _check_replicas(ranks, self.params)
+
+    def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
         with undisturbed(self._objective, self.device, generators_of(data)):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
@@ -214,7 +239,12 @@ class Problem:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples n."""
+        """The number of samples n, those of all ranks."""
+        return self._num_samples if self.ranks.several else self.own_samples
+
+    @property
+    def own_samples(self) -> int:
+        """The number of samples on this rank."""
         with self.evaluation():
             return self.batches.num_samples
 
@@ -290,12 +320,17 @@ class Problem:
         theta = tuple(p.detach() for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
-        with self.evaluation():
-            total, count = torch.zeros((), dtype=torch.float64), 0
-            for batch, size in self.chunks():
-                total += size * self.loss(theta, batch).detach().double().cpu()
-                count += size
-        return float(total / count)
+        total = torch.zeros((), dtype=torch.float64)
+
+        def add() -> int:
+            count = 0
+            with self.evaluation():
+                for batch, size in self.chunks():
+                    total.add_(size * self.loss(theta, batch).detach().double().cpu())
+                    count += size
+            return count
+
+        return float(self.ranks.mean([total], add)[0])
 
     def current(self) -> Problem:
         """Return the problem with the model's trainable parameters as they are by now.
@@ -326,13 +361,18 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
         theta = self.theta()
-        total, count = torch.zeros(self.num_params, dtype=self.dtype, device=self.device), 0
-        with self.evaluation():
-            for batch, size in self.chunks():
-                loss = self.loss(theta, batch)
-                total += size * self.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                count += size
-        return total / count
+        total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+
+        def add() -> int:
+            count = 0
+            with self.evaluation():
+                for batch, size in self.chunks():
+                    slopes = torch.autograd.grad(self.loss(theta, batch), theta, allow_unused=True)
+                    total.add_(self.flatten(slopes), alpha=size)
+                    count += size
+            return count
+
+        return self.ranks.mean([total], add)[0]
 
     def _check(self) -> None:
         theta = self.theta()
@@ -433,6 +473,24 @@ def _place(
                 f" on {first.device}: expected one dtype and one device"
             )
     return first.device, first.dtype
+
+
+def _check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` on every rank unless all have the same parameters, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shown = square = 0.0
+    for p in params:
+        value = p.detach().double().cpu()
+        shown += float((value * torch.randn(p.shape, generator=generator)).sum())
+        square += float(value.square().sum())
+    size = sum(p.numel() for p in params)
+    shown_by_all, size_of_all = ranks.sums([shown, size])
+    differs = abs(shown - shown_by_all / ranks.size) > _REPLICAS * square**0.5
+    if ranks.sum(differs or size_of_all != ranks.size * size):
+        raise ValueError(
+            "model: its parameters are not the same on all ranks of process_group: expected replicas,"
+            " as DistributedDataParallel keeps them"
+        )
 
 
 def _check_batch_norm(model: nn.Module) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import Preconditioner
-from stableopt.curvature.inner import dot, dual, scaled
+from stableopt.curvature.inner import dot, dual, on_host, scaled
 
 __all__ = ["KEPT", "followable", "restored", "subspace"]
 
@@ -49,10 +51,10 @@ def followable(kept: Tensor) -> bool:
     return _FEWEST <= rows <= KEPT and size >= _SMALL
 
 
-def restored(kept: Tensor, preconditioner: Preconditioner | None) -> Basis | None:
+def restored(kept: Tensor, preconditioner: Preconditioner | None, operator: Any) -> Basis | None:
     """Return ``kept`` as an orthonormal basis, or ``None`` if its rows do not span as many."""
     vectors = kept if preconditioner is None else torch.stack([preconditioner @ r for r in kept])
-    gram = torch.stack([dot(vectors, row) for row in kept]).cpu().double()
+    gram = on_host(torch.stack([dot(vectors, row) for row in kept]), operator)
     lower, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
     # What P has changed since, and rounding, is put right; a lost direction is not.
     if int(failed) or not float(lower.diagonal().min()) > 1e-3 * float(lower.diagonal().max()):

@@ -48,6 +48,7 @@ def measure(
     quantities: Iterable[str] | None = None,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
+    process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
@@ -71,6 +72,8 @@ def measure(
             one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        process_group: a ``torch.distributed`` group whose ranks call this together, each with its
+            shard as ``data``; see :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
@@ -100,7 +103,9 @@ def measure(
         rule = UpdateRule.of(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
-    problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    problem = Problem(
+        model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=process_group
+    )
     if optimizer is not None:
         check_params(optimizer, problem, explicit=params is not None)
     if rule is not None:
