@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from oracles import small_data, small_network
 from rank_processes import shard
 from torch import Tensor, nn
 
+import stableopt
+import stableopt.monitor
 from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.dual import largest_block, project
@@ -87,4 +90,112 @@ def _products(problem: Problem) -> dict[str, Any]:
     }
     for method in ("structured", "vmap", "loop", "gauss-newton"):
         found[method] = (NonUniformity(problem, method=method) @ vector).tolist()
+    return found
+
+
+class Steps:
+    """A clock that passes one second at each look, times a speed: no two ranks have the same."""
+
+    def __init__(self, speed: float) -> None:
+        self.now, self.speed = 0.0, speed
+
+    def perf_counter(self) -> float:
+        self.now += self.speed
+        return self.now
+
+
+def trained(steps: int, *, track: bool, **options: Any) -> tuple[nn.Module, Any, list[int]]:
+    """Train replicas, each on batches of its own; return the model, its monitor, what sinks saw."""
+    rank, told = dist.get_rank(), []
+    model = nn.parallel.DistributedDataParallel(small_network())
+    optimizer = stableopt.SGD(model.parameters(), lr=0.2, momentum=0.5)
+    monitor = None
+    if track:
+        options = {"quantities": ["sharpness", "non_uniformity"], "tol": 1e-9, **options}
+        monitor = optimizer.track(
+            model,
+            nn.MSELoss(),
+            own(small_data(SAMPLES)),
+            sinks=[lambda step, record: told.append(step)],
+            **options,
+        )
+    x, y = small_data(40)
+    for step in range(steps):
+        part = slice(step, step + 2 + rank)  # batches are as unequal as the shards
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x[part]), y[part]).backward()
+        optimizer.step()
+    return model, monitor, told
+
+
+def tracking() -> dict[str, Any]:
+    """Track replicas; what is found, and whether training was left alone."""
+    model, monitor, told = trained(6, track=True, every=2)
+    untracked, _, _ = trained(6, track=False)
+    same = zip(model.parameters(), untracked.parameters(), strict=True)
+    return {
+        "weights": [p.tolist() for p in model.parameters()],
+        "untouched": all(torch.equal(a, b) for a, b in same),
+        "steps": [margins.step for margins in monitor.history],
+        "told": told,
+        "failures": [margins.failure for margins in monitor.history],
+        "sharpness": monitor.margins.sharpness,
+        "non_uniformity": monitor.margins.non_uniformity,
+        "limit": monitor.margins.non_uniformity_limit,
+        "batch": monitor.batch_size,
+        "samples": monitor.margins.dataset_size,
+    }
+
+
+def clocks() -> list[int]:
+    """Measure by the clock, where each rank has another; return the steps that were measured."""
+    stableopt.monitor.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]
+    options = {"max_overhead": 0.2, "quantities": ["sharpness"], "tol": 0.1}
+    _, monitor, _ = trained(24, track=True, **options)
+    return [margins.step for margins in monitor.history]
+
+
+def failing() -> dict[str, Any]:
+    """Fail on rank 1 alone, in several ways; return what each rank makes of it."""
+    rank, data = dist.get_rank(), own(small_data(SAMPLES))
+    broken = {"now": False}
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        if broken["now"] and rank == 1:
+            raise KeyError("sample 5")
+        return nn.functional.mse_loss(outputs, targets)
+
+    found: dict[str, Any] = {}
+    model = nn.parallel.DistributedDataParallel(small_network())
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, loss_fn, data, every=1)
+    for name in ("before", "broken", "after"):
+        broken["now"] = name == "broken"
+        optimizer.zero_grad()
+        model(data[0]).sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        found[name] = monitor.margins.failure
+        found[f"{name} warned"] = len(caught)
+    x, y = data[0], data[1].clone()
+    y[0] = float("nan") if rank == 1 else y[0]
+    found["nan"] = measure(small_network(), nn.MSELoss(), (x, y), process_group=group()).failure
+
+    def refused(*args: Any, **options: Any) -> str:
+        try:
+            Problem(*args, process_group=group(), **options)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "accepted"
+
+    empty = (x[:0], y[:0]) if rank == 1 else data
+    found["empty"] = refused(small_network(), nn.MSELoss(), empty)
+    other = small_network()
+    if rank == 1:
+        nn.init.normal_(other[0].weight)
+    found["other weights"] = refused(other, nn.MSELoss(), data)
+    found["ranks still agree"] = Problem(
+        small_network(), nn.MSELoss(), data, process_group=group()
+    ).num_samples
     return found

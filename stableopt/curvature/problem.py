@@ -35,7 +35,7 @@ from stableopt.curvature.diagnose import (
 from stableopt.curvature.quiet import undisturbed
 from stableopt.curvature.ranks import Ranks
 
-__all__ = ["Problem", "Theta"]
+__all__ = ["Problem", "Theta", "group_of"]
 
 Theta = tuple[Tensor, ...]
 """One value of the parameters: a tensor for each, in the problem's order."""
@@ -526,14 +526,29 @@ def _checked_weights(together: float, apart: float) -> bool:
     return equal
 
 
+def group_of(model: Any) -> Any:
+    """Return the process group that trains ``model`` together, or ``None`` if no wrapper tells."""
+    for layer in _wrappers(model):
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            return layer.process_group
+    return None
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
     # other processes in their forward pass; the module inside has the same parameters.
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    *_, inner = _wrappers(model)
+    return inner
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``model``, the module it wraps, and so on to the innermost."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", model)
+        yield model
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
         if inner is model:
-            return model
+            return
         model = inner
 
 
