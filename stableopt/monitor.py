@@ -25,6 +25,7 @@ from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
 from stableopt.curvature.problem import group_of
 from stableopt.curvature.ranks import LostRankError
+from stableopt.curvature.sharded import problem_of
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
@@ -74,9 +75,9 @@ class StabilityMonitor:
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the most samples evaluated at once.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
-            as ``data``; by default that of a ``DistributedDataParallel`` model. Every rank must then
-            make the monitor: to measure on one alone, pass it ``model.module``. Rank 0 decides when
-            to measure, and tells the sinks.
+            as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
+            ``fully_shard``. Every rank must then make the monitor: to measure replicas on one alone,
+            pass it ``model.module``. Rank 0 decides when to measure, and tells the sinks.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: how many measurements follow the eigenvectors of the last before one starts afresh.
@@ -141,7 +142,7 @@ class StabilityMonitor:
         self._explicit = params is not None
         check_params(optimizer, self.problem, explicit=self._explicit)
         rule = self._rule()
-        self.quantities = check_quantities(quantities, rule)
+        self.quantities = check_quantities(quantities, rule, sharded=self.problem.sharded)
         as_seen_by(self.problem, rule, optimizer)  # raises where the groups do not fit
         probe_size = self.problem.num_samples
         self._probe_is_all = dataset_size is None
@@ -444,7 +445,7 @@ def _problem(
         if loss_fn is None or data is None:
             raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
         group = group_of(model) if process_group is None else process_group
-        return Problem(
+        return problem_of(
             model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=group
         )
     if any(value is not None for value in (loss_fn, data, params, chunk_size, process_group)):

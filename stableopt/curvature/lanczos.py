@@ -25,7 +25,15 @@ from stableopt.curvature.eigenpair import (
     Preconditioner,
     small_enough,
 )
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of, on_host, scaled
+from stableopt.curvature.inner import (
+    Dual,
+    check_norm,
+    magnitude_of,
+    normalised,
+    on_host,
+    scaled,
+    whole_size,
+)
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.subspace import KEPT, subspace
 
@@ -55,7 +63,7 @@ def lanczos(
     that ``first`` was drawn as the upper bound has it. With a seed ``keep_for`` the result has its
     subspace.
     """
-    size = operator.shape[0]
+    size = whole_size(operator.shape[0])
     eps = torch.finfo(operator.dtype).eps
     width = min(_BASIS, max_iter, size)
     basis = Basis(first.covector[None], first.vector[None], preconditioner)
@@ -108,7 +116,7 @@ def lanczos(
     vector = basis.vector(top)
     return Eigenpair(
         value * unit,
-        vector / vector.norm(),
+        normalised(vector),
         residual * unit,
         products,
         exhausted or settled,

@@ -7,7 +7,16 @@ import math
 import torch
 
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, dot, dual, magnitude_of, on_host, scaled
+from stableopt.curvature.inner import (
+    Dual,
+    check_norm,
+    dot,
+    dual,
+    magnitude_of,
+    normalised,
+    on_host,
+    scaled,
+)
 from stableopt.curvature.operators import Operator
 
 __all__ = ["power"]
@@ -43,7 +52,7 @@ def power(
         aligned = value > 0 or shift >= norm
         converged = aligned and small_enough(residual, value, scale, tol, eps)
         if converged or products == max_iter:
-            vector = current.vector / current.vector.norm()
+            vector = normalised(current.vector)
             return Eigenpair(value * unit, vector, residual * unit, products, converged)
         covector = image.covector + shift * current.covector
         vector = image.vector + shift * current.vector

@@ -34,6 +34,7 @@ from stableopt.curvature.diagnose import (
 )
 from stableopt.curvature.quiet import undisturbed
 from stableopt.curvature.ranks import Ranks
+from stableopt.curvature.sharding import mesh_of
 
 __all__ = ["Problem", "Theta", "group_of"]
 
@@ -105,6 +106,8 @@ class Problem:
     (2, 4)
     """
 
+    sharded = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -170,6 +173,10 @@ class Problem:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = _unwrapped(model)
+        if not self.sharded and mesh_of(self.model) is not None:
+            raise TypeError(
+                "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
+            )
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         _check_batch_norm(self.model)
         self._all_trainable = params is None
@@ -180,7 +187,7 @@ class Problem:
         if ranks.several:
             self._num_samples = sum(ranks.counts(self.own_samples))
             self.equal_weights = not ranks.sum(not self.equal_weights)
-            _check_replicas(ranks, self.params)
+        self._check_together()
 
     def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
@@ -373,6 +380,10 @@ class Problem:
             return count
 
         return self.ranks.mean([total], add)[0]
+
+    def _check_together(self) -> None:
+        if self.ranks.several:
+            _check_replicas(self.ranks, self.params)
 
     def _check(self) -> None:
         theta = self.theta()

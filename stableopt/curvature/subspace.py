@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import Preconditioner
-from stableopt.curvature.inner import dot, dual, on_host, scaled
+from stableopt.curvature.inner import dot, dual, noise, on_host, scaled, whole_size
 
 __all__ = ["KEPT", "followable", "restored", "subspace"]
 
@@ -34,13 +34,10 @@ def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
 
     ``explorer`` ``(d,)`` has norm 1, or is zero. It is added to ``ritz``.
     """
-    if explorer.shape[0] < _SMALL:
+    if whole_size(len(explorer)) < _SMALL:
         return ritz.covectors
-    generator = torch.Generator(device=explorer.device).manual_seed(seed)
-    noise = torch.randn(
-        explorer.shape, generator=generator, dtype=explorer.dtype, device=explorer.device
-    )
-    mixed = explorer + _FRESH * scaled(dual(noise, ritz.preconditioner)).covector
+    fresh = noise(len(explorer), explorer.dtype, explorer.device, seed)
+    mixed = explorer + _FRESH * scaled(dual(fresh, ritz.preconditioner)).covector
     ritz.append(ritz.orthogonal(mixed))
     return ritz.covectors
 
@@ -48,7 +45,7 @@ def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
 def followable(kept: Tensor) -> bool:
     """Return whether ``kept`` is enough to follow, in a space that is not small."""
     rows, size = kept.shape
-    return _FEWEST <= rows <= KEPT and size >= _SMALL
+    return _FEWEST <= rows <= KEPT and whole_size(size) >= _SMALL
 
 
 def restored(kept: Tensor, preconditioner: Preconditioner | None, operator: Any) -> Basis | None:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of, on_host
+from stableopt.curvature.inner import Dual, check_norm, magnitude_of, normalised, on_host
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.projection import Projection, probe
 from stableopt.curvature.subspace import restored, subspace
@@ -101,7 +101,7 @@ def track(
         following = subspace(basis.combined(ritz, room=1), beside, seed)
     return Eigenpair(
         value * unit,
-        vector / vector.norm(),
+        normalised(vector),
         residual * unit,
         products,
         settled and not projection.overtaken(value),
