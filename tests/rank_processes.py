@@ -17,7 +17,9 @@ import torch.distributed as dist
 # Forked from a server that has torch imported and has never differentiated: a fork of this process,
 # which has, could not, and a fresh interpreter takes seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch._dynamo", "stableopt"])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
+)
 
 TIMEOUT = 60
 """Seconds after which a run counts as hanging."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import warnings
 from typing import Any
 
@@ -14,13 +16,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 import stableopt
 import stableopt.monitor
 from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.dual import largest_block, project
-from stableopt.curvature.sharded import ShardedHessian, ShardedProblem
+from stableopt.curvature.sharded import ShardedProblem
+from stableopt.curvature.sharded_hessian import ShardedHessian
 
 SAMPLES = 13
 
@@ -336,3 +341,102 @@ def refusals() -> dict[str, str]:
     except TypeError as error:
         found["problem"] = str(error)
     return found
+
+
+def losing(how: str) -> dict[str, Any]:
+    """Lose rank 1 in the middle of a measurement; return what the other one is told, and when."""
+    rank, data, calls = dist.get_rank(), own(small_data(SAMPLES)), [0]
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if rank == 1 and calls[0] == lost_at:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(6)
+        return nn.functional.mse_loss(outputs, targets)
+
+    lost_at = -1
+    model = nn.parallel.DistributedDataParallel(small_network())
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, loss_fn, data, every=1, chunk_size=2)
+    lost_at = calls[0] + 2
+    nn.functional.mse_loss(model(data[0]), data[1]).backward()
+    began = time.monotonic()
+    try:
+        optimizer.step()
+    except Exception as error:
+        seconds = time.monotonic() - began
+        return {"error": type(error).__name__, "message": str(error), "seconds": seconds}
+    return {"error": None, "history": len(monitor.history)}
+
+
+def reduced(loss: Tensor) -> Tensor:
+    """Return the mean of the ranks' losses, as DistributedDataParallel takes that of gradients."""
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+def quasi_newton() -> dict[str, Any]:
+    """Train replicas by L-BFGS, whose line search decides by the losses of all ranks."""
+    model = nn.parallel.DistributedDataParallel(small_network())
+    optimizer = stableopt.LBFGS(
+        model.parameters(), line_search_fn="strong_wolfe", max_iter=25, reduce_loss=reduced
+    )
+    monitor = optimizer.track(model, nn.MSELoss(), own(small_data(SAMPLES)), every=1)
+    x, y = own(small_data(SAMPLES))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [float(closure().detach())]
+    for _ in range(2):
+        optimizer.step(closure)
+    losses.append(float(closure().detach()))
+    state = optimizer.state_dict()["state"][0]
+    return {
+        "losses": losses,
+        "weights": [p.tolist() for p in model.parameters()],
+        "calls": state["func_evals"],
+        "failures": [margins.failure for margins in monitor.history],
+    }
+
+
+def steered() -> dict[str, Any]:
+    """Steer rate and batch size of replicas."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1).double())
+    x, _ = small_data(64)
+    data = TensorDataset(x, x.sum(1, keepdim=True).sin())
+    sampler = stableopt.AdaptiveBatchSampler(DistributedSampler(data, seed=1), 4, max=16)
+    loader = DataLoader(data, batch_sampler=sampler)
+    optimizer = stableopt.SGD(model.parameters(), lr=0.3)
+    part = shard(64, dist.get_rank(), dist.get_world_size())
+    monitor = optimizer.track(
+        model,
+        nn.MSELoss(),
+        tuple(t[part] for t in data.tensors),
+        every=1,
+        quantities=["sharpness", "non_uniformity"],
+    )
+    # The sharpness is 2.9, the non-uniformity 6.7: a rate of 1/3, and batches of 4 on both ranks.
+    target = stableopt.TargetRegion(sharpness=(0, 6.0), non_uniformity=(0, 6.0))
+    controller = stableopt.StabilityController(monitor, target, batch=sampler)
+    sizes = []
+    for _ in range(3):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+            controller.step()
+            sizes.append(len(inputs))
+    return {
+        "lr": optimizer.param_groups[0]["lr"],
+        "sizes": sizes,
+        "observed": monitor.batch_size,
+        "weights": [p.tolist() for p in model.parameters()],
+        "changes": [[d.what, d.kind, d.new] for d in controller.decisions if d.changes],
+    }

@@ -1,26 +1,17 @@
-r"""Sharpness of a model under ``fully_shard`` (FSDP2), from the gradients that FSDP itself computes.
+r"""A problem whose model is under ``fully_shard`` (FSDP2): parameters, vectors and data in pieces.
 
 FSDP gathers a layer's parameters, runs it, and drops them again, forward and backward; what it returns
-are gradients, sharded as the parameters are, and they cannot be differentiated again. So a product with
-the Hessian is a central difference of two of them,
-
-.. math:: Hv \approx \frac{\nabla f(\theta + hv) - \nabla f(\theta - hv)}{2h},
-
-and v, like all vectors of a search, is sharded as the parameters are: an inner product is a local one,
-summed over the ranks (:func:`~stableopt.curvature.inner.in_pieces`).
-
-The step balances rounding, about :math:`\epsilon|\nabla f|/h`, with what the difference leaves out, of
-the order :math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, shorter where a second step, of half
-the length, tells that this was too long.
+are gradients, sharded as the parameters are, and they cannot be differentiated again. So all that is
+asked of the model here is its loss and its gradient at a point, through FSDP's own passes.
 
 FSDP sums gradients over the samples, so those of single samples, and with them the non-uniformity and
-the critical learning rate, are not to be had.
+the critical learning rate, are not to be had. The sharpness is:
+:class:`~stableopt.curvature.sharded_hessian.ShardedHessian`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,23 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.inner import Pieces
-from stableopt.curvature.operators import Hessian, Operator
 from stableopt.curvature.problem import Problem, Theta
-from stableopt.curvature.ranks import LostRankError
+from stableopt.curvature.ranks import LostRankError, Ranks
 from stableopt.curvature.sharding import local, mesh_of, reshard
 
-__all__ = ["ShardedHessian", "ShardedProblem", "hessian_of", "problem_of"]
+__all__ = ["STEP", "ShardedProblem", "cube_root", "problem_of"]
 
-_STEP = 1 / 16
+STEP = 1 / 16
 """Where a curvature changes, relative to the norm of all parameters. With 1 a network of sharpness 52
 was 2 % off in float32, with 1/16 its error and that of one of sharpness 2 were below 1e-4."""
-
-_FINE, _HALVINGS = 1e-3, 5
-
-_UNSURE = 0.05
-"""Relative difference of a product between two steps that is worth a warning: smooth networks stay
-below 1e-3, those with kinks, whose Hessian a difference blurs, do not."""
 
 _SCALED = 0.2
 """Relative difference between the gradients and the slope of the loss that is more than truncation."""
@@ -58,11 +41,12 @@ class ShardedProblem(Problem):
     them takes as long as the largest shard.
 
     Args:
-        model: a module under ``fully_shard``, on a mesh of one dimension.
+        model: a module under ``fully_shard``, on a mesh of one dimension, whose group measures.
         loss_fn: ``loss_fn(model(x), y)``, the mean over the samples of a batch.
         data: this rank's shard, in any form that :class:`Problem` takes.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        process_group: no other than that of the mesh.
 
     Attributes:
         total_params: the number d of parameters of all ranks.
@@ -75,22 +59,27 @@ class ShardedProblem(Problem):
 
     sharded = True
 
-    def __init__(
+    def _set_up(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any, Any], Tensor],
+        batch_loss: Callable[[nn.Module, Any], Tensor],
         data: Any,
+        params: Iterable[Tensor] | None,
+        chunk_size: int | None,
+        ranks: Ranks,
         *,
-        params: Iterable[Tensor] | None = None,
-        chunk_size: int | None = None,
+        paired: bool,
     ) -> None:
         mesh = mesh_of(model)
         if mesh is None:
-            raise TypeError("model is not sharded: expected a Problem in place of a ShardedProblem")
-        group = mesh.get_group()
-        super().__init__(
-            model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=group
-        )
+            raise TypeError("model is not under fully_shard: expected a Problem")
+        own = Ranks(mesh.get_group())
+        if ranks.group not in (None, own.group):
+            raise ValueError(
+                "process_group: a model under fully_shard is measured by the group of its mesh; leave"
+                " it out"
+            )
+        super()._set_up(model, batch_loss, data, params, chunk_size, own, paired=paired)
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._take(names, params)
@@ -115,13 +104,13 @@ class ShardedProblem(Problem):
             self._rounds = max(self.ranks.counts(self.batches.num_chunks))
         theta = self.theta()
         _, gradient = self._passes()
-        norm, size = self._norm(gradient), self._norm(torch.cat([t.reshape(-1) for t in theta]))
+        norm, size = self.norm(gradient), self.norm(torch.cat([t.reshape(-1) for t in theta]))
         if not 0 < norm < float("inf"):
             return
-        h = _STEP * _cube_root(self.dtype) * (size or 1.0)
+        h = STEP * cube_root(self.dtype) * (size or 1.0)
         along, slopes = self.unflatten(gradient / norm), []
         for step in (h, h / 4):
-            ahead, behind = (self._at(theta, along, signed)[0] for signed in (step, -step))
+            ahead, behind = (self.at(theta, along, signed)[0] for signed in (step, -step))
             slopes.append((ahead - behind) / (2 * step))
         # Where the two steps do not agree, near a minimum, they say nothing.
         agree = abs(slopes[0] - slopes[1]) < _SCALED * abs(slopes[1]) / 4
@@ -166,15 +155,13 @@ class ShardedProblem(Problem):
 
     def value(self, theta: Theta | None = None) -> float:
         """Return the mean loss over all samples of all ranks, times ``sign``."""
-        return self._at(self.theta() if theta is None else theta, None, 0.0)[0]
+        return self.at(self.theta() if theta is None else theta, None, 0.0)[0]
 
     def gradient(self) -> Tensor:
         """Return this rank's part of the mean gradient, in the problem's coordinates."""
-        return self._at(self.theta(), None, 0.0)[1]
+        return self.at(self.theta(), None, 0.0)[1]
 
-    def _at(
-        self, theta: Theta, along: Sequence[Tensor] | None, step: float
-    ) -> tuple[float, Tensor]:
+    def at(self, theta: Theta, along: Sequence[Tensor] | None, step: float) -> tuple[float, Tensor]:
         """Return loss and gradient at ``theta + step * along``; the parameters stay, bit for bit."""
         present = self.theta()
         parts = [local(p.detach()) for p in self.params]
@@ -231,110 +218,19 @@ class ShardedProblem(Problem):
             for buffer, before in buffers:
                 buffer.copy_(before)
 
-    def _norm(self, vector: Tensor) -> float:
+    def norm(self, vector: Tensor) -> float:
         """Return the norm of a vector of which every rank holds its part."""
         return math.sqrt(self.ranks.sum(float(vector.double().square().sum())))
 
 
-def _cube_root(dtype: torch.dtype) -> float:
+def cube_root(dtype: torch.dtype) -> float:
+    """Return that of the rounding: relative steps of central differences are as long."""
     return float(torch.finfo(dtype).eps ** (1 / 3))
-
-
-class ShardedHessian(Operator):
-    r"""The Hessian of a :class:`ShardedProblem`, by central differences of gradients.
-
-    ``operator @ v`` takes and returns this rank's part of a vector, on every rank. In the coordinates
-    of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
-
-    Args:
-        problem: whose Hessian it is.
-
-    A product takes two gradients, and the first one two more, for the second step: where they differ
-    by more than 1e-3, ever shorter ones are tried, as long as that helps. Where the best still differ
-    by more than 5 %, a ``RuntimeWarning`` says so.
-    """
-
-    def __init__(self, problem: ShardedProblem) -> None:
-        super().__init__(problem.num_params, problem.dtype, problem.device)
-        self.problem, self.theta = problem, problem.theta()
-        self.pieces = Pieces(problem.ranks, problem.total_params)
-        self._size = problem._norm(torch.cat([t.reshape(-1) for t in self.theta])) or 1.0
-        self._tried = False
-
-    def product(self, vector: Tensor) -> Tensor:
-        """Return this rank's part of the matrix times the vector of which ``vector`` is its part."""
-        problem = self.problem
-        tangent = problem.unflatten(vector)
-        length = problem._norm(torch.cat([part.reshape(-1) for part in tangent]))
-        if length == 0:
-            return torch.zeros_like(vector)
-        if not self._tried:
-            self._tried = True
-            self._choose_step(tangent, length)
-        image = self._difference(tangent, self._step / length)
-        if any(problem.weight_decay):
-            decays = zip(problem.weight_decay, tangent, strict=True)
-            image += problem.flatten([decay * part for decay, part in decays])
-        return image
-
-    @property
-    def _step(self) -> float:
-        """How far to go, in parameters."""
-        return float(self.problem.memo.get("step", _STEP)) * _cube_root(self.dtype) * self._size
-
-    def _difference(self, tangent: list[Tensor], h: float) -> Tensor:
-        ahead, behind = (self.problem._at(self.theta, tangent, step)[1] for step in (h, -h))
-        return (ahead - behind) / (2 * h)
-
-    def _choose_step(self, tangent: list[Tensor], length: float) -> None:
-        """Halve the step until two of them agree, or no longer come closer."""
-        problem, h = self.problem, self._step / length
-        factor = float(problem.memo.get("step", _STEP))
-        image, shorter = self._difference(tangent, h), self._difference(tangent, h / 2)
-        difference = problem._norm(image - shorter) / (problem._norm(shorter) or 1.0)
-        for _ in range(_HALVINGS):
-            if not difference > _FINE:
-                break
-            h, image = h / 2, shorter
-            shorter = self._difference(tangent, h / 2)
-            closer = problem._norm(image - shorter) / (problem._norm(shorter) or 1.0)
-            if not closer < difference / 2:
-                break
-            difference, factor = closer, factor / 2
-        problem.memo["step"] = factor
-        if difference > _UNSURE and problem.ranks.rank == 0:
-            warnings.warn(
-                f"the Hessian by differences of FSDP's gradients changes by {difference:.0%} between"
-                " two steps: activations with kinks, or parameters of low precision. The sharpness is"
-                " that uncertain, beyond its residual",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.first(numbers)
-
-    def loss(self) -> float:
-        """Return the problem's mean loss at the point."""
-        return self.problem.value(self.theta)
 
 
 def problem_of(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], data: Any, **options: Any
 ) -> Problem:
     """Return the :class:`Problem` of a model, or the :class:`ShardedProblem` of a sharded one."""
-    if not isinstance(model, nn.Module) or mesh_of(model) is None:
-        return Problem(model, loss_fn, data, **options)
-    group = options.pop("process_group", None)
-    problem = ShardedProblem(model, loss_fn, data, **options)
-    if group is not None and group is not problem.ranks.group:
-        raise ValueError(
-            "process_group: a model under fully_shard is measured by the group of its mesh; leave it out"
-        )
-    return problem
-
-
-def hessian_of(problem: Problem) -> Hessian | ShardedHessian:
-    """Return the Hessian of a problem as it can be had."""
-    return ShardedHessian(problem) if isinstance(problem, ShardedProblem) else Hessian(problem)
+    sharded = isinstance(model, nn.Module) and mesh_of(model) is not None
+    return (ShardedProblem if sharded else Problem)(model, loss_fn, data, **options)

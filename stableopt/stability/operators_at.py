@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
-from stableopt.curvature.sharded import ShardedHessian, hessian_of
+from stableopt.curvature.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
