@@ -13,7 +13,7 @@ from oracles import small_data, small_network
 from rank_processes import shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
@@ -302,6 +302,26 @@ def fsdp_tracked() -> dict[str, Any]:
     }
 
 
+def unsure() -> dict[str, Any]:
+    """Take products whose differences are no derivatives, or whose batches are dictionaries."""
+    x, y = (t.float() for t in own(small_data(SAMPLES)))
+    found: dict[str, Any] = {}
+    half = wide_network(torch.float32)
+    fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for name, model in {"half": half, "single": fully_sharded(wide_network(torch.float32))}.items():
+        problem = ShardedProblem.from_batch_loss(
+            model,
+            lambda model, batch: nn.functional.mse_loss(model(batch["x"]), batch["y"]),
+            {"x": x, "y": y},
+        )
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _ = ShardedHessian(problem) @ torch.randn(problem.num_params, generator=generator)
+        found[name] = [str(warning.message) for warning in caught]
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Ask for what sharded models cannot give."""
     data = own(small_data(SAMPLES))
@@ -317,6 +337,8 @@ def refusals() -> dict[str, str]:
     parallel = parallelize_module(
         wide_network(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}
     )
+    replicated = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    hybrid = fully_shard(wide_network(), mesh=replicated)
     partly = wide_network()
     fully_shard(partly[0], mesh=mesh)
     summed = fully_sharded(wide_network())
@@ -331,6 +353,7 @@ def refusals() -> dict[str, str]:
     }
     found |= {
         "tensor parallel": refused(parallel),
+        "hybrid": refused(hybrid),
         "partly": refused(partly),
         "summed": refused(summed),
         "hooked": refused(hooked),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import small_data
 from rank_processes import run
-from rank_workers import SAMPLES, fsdp_measured, fsdp_tracked, refusals, wide_network
+from rank_workers import SAMPLES, fsdp_measured, fsdp_tracked, refusals, unsure, wide_network
 from torch import nn
 
 from stableopt import Problem, StabilityMonitor, measure
@@ -45,7 +45,8 @@ def test_sharded_models_have_the_sharpness_of_whole_ones(size: int, tmp_path: Pa
         # What a step of 4e-7 of the norm leaves out is 1e-12, and rounding over the step 1e-9.
         product = torch.tensor(found["product"], dtype=torch.float64)
         assert (product - exact).norm() <= 1e-8 * exact.norm()
-        torch.testing.assert_close(torch.tensor(found["gradient"]).double(), gradient)
+        own = torch.tensor(found["gradient"], dtype=torch.float64)
+        torch.testing.assert_close(own, gradient)
 
 
 def test_sharded_models_are_tracked(tmp_path: Path) -> None:
@@ -83,8 +84,32 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
         )
     assert "'0.weight' is a DTensor" in zero["tensor parallel"]
     assert "Tensor-parallel parameters" in zero["tensor parallel"]
+    assert "fully_shard on a mesh of one dimension" in zero["hybrid"]
     assert "is whole on every rank" in zero["partly"]
     assert "FSDP's gradients are 2 times the slope" in zero["summed"]
     assert "hooks behind its gradient" in zero["hooked"]
     assert "process_group" in zero["other group"]
     assert "expected a ShardedProblem" in zero["problem"]
+
+
+def test_differences_that_are_none_are_warned_of(tmp_path: Path) -> None:
+    """Catches a step below the precision in which FSDP runs the model, which gives a number as well;
+    and batches of other forms than pairs.
+    """
+    zero, one = run(unsure, 2, tmp_path)
+    assert len(zero["half"]) == 1
+    assert "by differences of FSDP's gradients changes by" in zero["half"][0]
+    assert one["half"] == []  # rank 0 says it
+    assert zero["single"] == one["single"] == []
+
+
+def test_the_older_wrapper_is_refused() -> None:
+    """Catches a flat parameter that is taken for the model's."""
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(TypeError, match=r"expected torch\.distributed\.fsdp\.fully_shard"):
+        Problem(FullyShardedDataParallel(wide_network()), MSE, small_data(SAMPLES))

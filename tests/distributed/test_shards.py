@@ -30,9 +30,9 @@ def test_ranks_measure_what_one_process_does(
             # Sums in another order, and a search that stops at a residual of 1e-10; 1e-6 is what a
             # reader is promised.
             torch.testing.assert_close(
-                torch.tensor(found[name]).double(),
-                torch.tensor(value).double(),
-                rtol=1e-7,
+                torch.tensor(found[name], dtype=torch.float64),
+                torch.tensor(value, dtype=torch.float64),
+                rtol=1e-9,
                 atol=1e-12,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
