@@ -21,12 +21,12 @@ _CONTEXT.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
 )
 
-TIMEOUT = 60
+TIMEOUT = 150
 """Seconds after which a run counts as hanging."""
 
 
 def run(
-    worker: Callable[..., Any], size: int, folder: Path, *args: Any, answer_in: float = 30.0
+    worker: Callable[..., Any], size: int, folder: Path, *args: Any, answer_in: float = 60.0
 ) -> list[Any]:
     """Return what ``worker(*args)`` returns on each of ``size`` ranks, as JSON; ``None`` if it died.
 

@@ -244,7 +244,7 @@ def fsdp_measured(names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     data = own(small_data(SAMPLES))
     for name in names:
-        dtype = getattr(torch, name)
+        dtype, chunk_size = getattr(torch, name), 6 if name == "float64" else None
         model = fully_sharded(wide_network(dtype))
         batch = tuple(t.to(dtype) for t in data)
         model(batch[0]).sum().backward()
@@ -252,7 +252,7 @@ def fsdp_measured(names: list[str]) -> dict[str, Any]:
         state = torch.get_rng_state()
         with torch.no_grad():
             model(batch[0])  # leaves the root's parameters whole
-        margins = measure(model, nn.MSELoss(), batch, lr=0.1, tol=0.01, chunk_size=6)
+        margins = measure(model, nn.MSELoss(), batch, lr=0.1, tol=0.01, chunk_size=chunk_size)
         after = [(p.to_local(), p.grad.to_local()) for p in model.parameters()]
         found[f"{name} failure"] = margins.failure
         found[f"{name} sharpness"], found[f"{name} loss"] = margins.sharpness, margins.loss
@@ -326,9 +326,9 @@ def refusals() -> dict[str, str]:
     """Ask for what sharded models cannot give."""
     data = own(small_data(SAMPLES))
 
-    def refused(model: nn.Module, **options: Any) -> str:
+    def refused(model: nn.Module, loss_fn: Any = nn.MSELoss(), **options: Any) -> str:  # noqa: B008
         try:
-            measure(model, nn.MSELoss(), data, lr=0.1, batch_size=2, **options)
+            measure(model, loss_fn, data, lr=0.1, batch_size=2, **options)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "accepted"
@@ -357,6 +357,8 @@ def refusals() -> dict[str, str]:
         "partly": refused(partly),
         "summed": refused(summed),
         "hooked": refused(hooked),
+        "a sum": refused(fully_sharded(wide_network()), nn.MSELoss(reduction="sum")),
+        "no scalar": refused(fully_sharded(wide_network()), nn.MSELoss(reduction="none")),
         "other group": refused(fully_sharded(wide_network()), process_group=dist.new_group([0, 1])),
     }
     try:

@@ -36,12 +36,20 @@ from stableopt.curvature.quiet import undisturbed
 from stableopt.curvature.ranks import Ranks
 from stableopt.curvature.sharding import mesh_of
 
-__all__ = ["Problem", "Theta", "group_of"]
+__all__ = [
+    "CHECKED_SAMPLES",
+    "Problem",
+    "Theta",
+    "check_mean",
+    "checked_scalar",
+    "group_of",
+    "twice_over",
+]
 
 Theta = tuple[Tensor, ...]
 """One value of the parameters: a tensor for each, in the problem's order."""
 
-_CHECKED_SAMPLES = 8
+CHECKED_SAMPLES = 8
 """Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
 
 _NOT_A_MEAN = 0.05
@@ -290,7 +298,7 @@ class Problem:
         """
         state = self._state(self._objective, theta, "model.")
         loss = functional_call(self._objective, state, (batch,))
-        return self.sign * _checked_scalar(loss)
+        return self.sign * checked_scalar(loss)
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
@@ -398,10 +406,10 @@ class Problem:
 
         with self.evaluation():
             batch, size = next(self.chunks())
-            size = min(size, _CHECKED_SAMPLES)
+            size = min(size, CHECKED_SAMPLES)
             batch = cut(batch, 0, size)
             once = value(batch)
-            _check_mean(once, value(map_tensors(_twice_over, batch)))
+            check_mean(once, value(map_tensors(twice_over, batch)))
             singles = (value(cut(batch, index, index + 1)) for index in range(size))
             self.equal_weights = _checked_weights(once, sum(singles) / size)
             try:
@@ -433,7 +441,8 @@ def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
     return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
 
 
-def _twice_over(tensor: Tensor) -> Tensor:
+def twice_over(tensor: Tensor) -> Tensor:
+    """Return the samples and the samples again."""
     return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
 
@@ -563,7 +572,8 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
         model = inner
 
 
-def _checked_scalar(loss: Any) -> Tensor:
+def checked_scalar(loss: Any) -> Tensor:
+    """Return ``loss``, or raise unless it is a real scalar."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn returned {type(loss).__name__}: expected a scalar tensor")
     if loss.dim() != 0:
@@ -576,7 +586,8 @@ def _checked_scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _check_mean(once: float, twice: float) -> None:
+def check_mean(once: float, twice: float) -> None:
+    """Raise ``ValueError`` if the losses of a batch, and of it twice over, are not those of a mean."""
     # Near zero both are rounding; a non-finite loss is for the measurement to report.
     if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
         return

@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.batches import cut, map_tensors
+from stableopt.curvature.problem import (
+    CHECKED_SAMPLES,
+    Problem,
+    Theta,
+    check_mean,
+    checked_scalar,
+    twice_over,
+)
 from stableopt.curvature.ranks import LostRankError, Ranks
 from stableopt.curvature.sharding import local, mesh_of, reshard
 
@@ -99,9 +107,16 @@ class ShardedProblem(Problem):
             next(self.chunks())
 
     def _check_together(self) -> None:
-        """Compare the gradients' length with the slope of the loss along them."""
+        """Try whether the loss is a mean, and compare the gradients with the slope of the loss."""
         with self.evaluation():
             self._rounds = max(self.ranks.counts(self.batches.num_chunks))
+            batch, held = next(self.chunks())
+            batch = cut(batch, 0, min(held, CHECKED_SAMPLES))
+        losses = []
+        for tried in (batch, map_tensors(twice_over, batch)):
+            with self.evaluation(), self._without_gradients():
+                losses.append(self._pass(tried, 0.0))
+        self.ranks.agree(lambda: check_mean(*losses))
         theta = self.theta()
         _, gradient = self._passes()
         norm, size = self.norm(gradient), self.norm(torch.cat([t.reshape(-1) for t in theta]))
@@ -179,7 +194,7 @@ class ShardedProblem(Problem):
 
     def _passes(self) -> tuple[float, Tensor]:
         """Return loss and gradient at the parameters as they are, by FSDP's own passes."""
-        ranks, total = self.ranks, 0.0
+        total = 0.0
         with self.evaluation(), self._without_gradients():
             # Each pass is a meeting: a rank that has no more chunks takes one again, of weight zero.
             chunks = iter(self.chunks())
@@ -187,19 +202,30 @@ class ShardedProblem(Problem):
                 batch, size = next(chunks, (None, 0))
                 if number == 0:
                     first = batch
-                weight = size / self.num_samples
-                try:
-                    loss = self.sign * self._objective(first if batch is None else batch)
-                    # FSDP returns the mean over the ranks, whatever they hold.
-                    (loss * (weight * ranks.size)).backward()
-                except Exception as error:
-                    raise LostRankError(
-                        f"a pass through the sharded model failed on rank {ranks.rank}, and the ranks"
-                        f" are no longer in step: {type(error).__name__}: {error}"
-                    ) from error
-                total += weight * float(loss.detach()) if size else 0.0
+                loss = self._pass(first if batch is None else batch, size / self.num_samples)
+                total += size / self.num_samples * loss if size else 0.0
             gradients = [None if p.grad is None else local(p.grad) for p in self.params]
-            return ranks.sum(total), self.flatten(gradients)
+            return self.ranks.sum(total), self.flatten(gradients)
+
+    def _pass(self, batch: Any, weight: float) -> float:
+        """Return the mean loss of ``batch`` on this rank, and add ``weight`` times its gradient."""
+        with self._in_step():
+            loss = self._objective(batch)
+        loss = self.sign * checked_scalar(loss)
+        with self._in_step():
+            # FSDP returns the mean over the ranks, whatever they hold.
+            torch.autograd.backward(loss * (weight * self.ranks.size))
+        return float(loss.detach())
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise LostRankError(
+                f"a pass through the sharded model failed on rank {self.ranks.rank}, and the ranks are"
+                f" no longer in step: {type(error).__name__}: {error}"
+            ) from error
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

@@ -77,6 +77,9 @@ def test_sharded_models_are_tracked(tmp_path: Path) -> None:
 def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
     """Catches a number of something else, or a hang, where there should be a reason."""
     zero, one = run(refusals, 2, tmp_path)
+    for name in ("a sum", "no scalar"):
+        assert zero.pop(name).startswith("ValueError: loss_fn")
+        assert "loss_fn" in one.pop(name)
     assert zero == one
     for name in ("non_uniformity", "critical_lr", "batch_sharpness"):
         assert zero[name].startswith(

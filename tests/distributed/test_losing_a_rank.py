@@ -17,7 +17,7 @@ def test_a_lost_rank_is_an_error_within_the_timeout(how: str, tmp_path: Path) ->
     survivor, lost = run(losing, 2, tmp_path, how, answer_in=ANSWER_IN)
     assert survivor["error"] == "LostRankError"
     assert "rank 0 of 2 got no answer" in survivor["message"]
-    # Beside the timeout itself: starting the measurement, on a busy machine. A hang is 60.
-    assert survivor["seconds"] < ANSWER_IN + 20
+    # Beside the timeout itself: starting the measurement, on a busy machine. A hang is for ever.
+    assert survivor["seconds"] < ANSWER_IN + 30
     if how == "dies":
         assert lost is None
