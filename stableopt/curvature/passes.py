@@ -88,7 +88,7 @@ class KeptPasses(Generic[P]):
                 # A batch is then more than its samples; it stays as the user cut it.
                 self._plan = (None, int(self._problem.one_chunk))
             else:
-                size = min(chunk_size, self._problem.num_samples)
+                size = min(chunk_size, self._problem.own_samples)
                 self._plan = (chunk_size, int(self._memory / (size * each)))
         return self._plan
 

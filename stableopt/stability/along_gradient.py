@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,13 @@ def batch_sharpness(
         )
     theta, terms = problem.theta(), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
+    ranks = problem.ranks
+    before = sum(ranks.counts(problem.own_samples)[: ranks.rank])
     with problem.evaluation():
-        chunks = list(problem.chunks())
+        chunks = ranks.agree(lambda: list(problem.chunks()))
         for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
-            terms.append(_along_gradient(problem, theta, list(_parts(chunks, rows)), batch_size))
+            parts = list(_parts(chunks, rows - before))
+            terms.append(_along_gradient(problem, theta, parts))
     bent, squares = torch.tensor(terms, dtype=torch.float64).T
     if not bool(torch.isfinite(bent + squares).all()):
         raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
@@ -118,17 +121,26 @@ def _take(batch: Any, rows: Tensor) -> Any:
 
 
 def _along_gradient(
-    problem: Problem, theta: Theta, parts: list[tuple[Any, int]], total: int
+    problem: Problem, theta: Theta, parts: list[tuple[Any, int]]
 ) -> tuple[float, float]:
-    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch."""
-    gradient = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-    for batch, size in parts:
-        loss = problem.loss(theta, batch) * (size / total)
-        gradient += problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-    tangent, bent = problem.unflatten(gradient), torch.zeros_like(gradient)
-    for batch, size in parts:
-        loss = problem.loss(theta, batch) * (size / total)
+    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch, of which ``parts`` are this rank's."""
+
+    def sum_of(term: Callable[[Tensor], tuple[Tensor | None, ...]]) -> Tensor:
+        own = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+
+        def add() -> int:
+            for batch, size in parts:
+                own.add_(problem.flatten(term(problem.loss(theta, batch))), alpha=size)
+            return sum(size for _, size in parts)
+
+        return problem.ranks.mean([own], add)[0]
+
+    gradient = sum_of(lambda loss: torch.autograd.grad(loss, theta, allow_unused=True))
+    tangent = problem.unflatten(gradient)
+
+    def along(loss: Tensor) -> tuple[Tensor | None, ...]:
         slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        bent += problem.flatten(pull(slopes, theta, tangent))
-    gradient = gradient.double()
-    return float(gradient @ bent.double()), float(gradient @ gradient)
+        return pull(slopes, theta, tangent)
+
+    bent, gradient = sum_of(along).double(), gradient.double()
+    return float(gradient @ bent), float(gradient @ gradient)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
+from stableopt.curvature.sharded import problem_of
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
@@ -48,6 +49,7 @@ def measure(
     quantities: Iterable[str] | None = None,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
+    process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
@@ -71,6 +73,8 @@ def measure(
             one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        process_group: a ``torch.distributed`` group whose ranks call this together, each with its
+            shard as ``data``; see :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
@@ -100,7 +104,9 @@ def measure(
         rule = UpdateRule.of(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
-    problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    problem = problem_of(
+        model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=process_group
+    )
     if optimizer is not None:
         check_params(optimizer, problem, explicit=params is not None)
     if rule is not None:
@@ -112,13 +118,14 @@ def measure(
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
     if quantities is None:
-        quantities = DEFAULT_QUANTITIES if _diagonal(rule) else ("sharpness",)
+        every = _diagonal(rule) and not problem.sharded
+        quantities = DEFAULT_QUANTITIES if every else ("sharpness",)
     margins, _ = measure_at(
         problem,
         rule,
         batch_size=batch_size,
         dataset_size=dataset_size,
-        quantities=check_quantities(quantities, rule),
+        quantities=check_quantities(quantities, rule, sharded=problem.sharded),
         tol=tol,
         max_iter=max_iter,
         seed=seed,
@@ -146,7 +153,9 @@ def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit
         )
 
 
-def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
+def check_quantities(
+    quantities: Iterable[str], rule: UpdateRule | None, *, sharded: bool = False
+) -> tuple[str, ...]:
     """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
@@ -162,6 +171,11 @@ def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tupl
         raise ValueError(
             f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
             " by, and this one is not diagonal; leave it out"
+        )
+    if sharded and per_sample:
+        raise ValueError(
+            f"quantities: {per_sample[0]} needs the gradients of single samples, and fully_shard sums"
+            " them over samples and ranks; expected sharpness alone. Measure a replica for the others"
         )
     if "preconditioned_sharpness" in wanted and (rule is None or not rule.preconditioned):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
+from stableopt.curvature.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
@@ -47,7 +48,8 @@ class OperatorsAt:
         """Return the mean loss at the point, for nothing where passes are kept."""
         if self._loss is None:
             built = (self._built.get(name) for name in ("sharpness", "preconditioned_sharpness"))
-            hessian = next((each for each in built if isinstance(each, Hessian)), None)
+            kinds = (Hessian, ShardedHessian)
+            hessian = next((each for each in built if isinstance(each, kinds)), None)
             self._loss = self._problem.value() if hessian is None else hessian.loss()
         return self._loss
 
@@ -59,14 +61,14 @@ class OperatorsAt:
         own = known.over(self._problem.params)
         return None if isinstance(own, DiagonalPreconditioner) else own
 
-    def _sharpness(self) -> Hessian:
+    def _sharpness(self) -> Hessian | ShardedHessian:
         if self._rule is None or not self._rule.preconditioned:
-            return Hessian(self._problem)
-        return Hessian(self._problem.transformed(sign=self._problem.sign))
+            return hessian_of(self._problem)
+        return hessian_of(self._problem.transformed(sign=self._problem.sign))
 
-    def _preconditioned_sharpness(self) -> Hessian:
+    def _preconditioned_sharpness(self) -> Hessian | ShardedHessian:
         plain = self._built.get("sharpness")
-        if isinstance(plain, Hessian):
+        if isinstance(plain, (Hessian, ShardedHessian)):
             if self.preconditioner("preconditioned_sharpness") and not any(
                 self._problem.weight_decay
             ):
@@ -74,7 +76,7 @@ class OperatorsAt:
             # One set of passes at a time is kept in memory.
             self._loss = plain.loss()
             del self._built["sharpness"]
-        return Hessian(self._problem)
+        return hessian_of(self._problem)
 
     def _non_uniformity(self) -> NonUniformity:
         return NonUniformity(self._problem)
