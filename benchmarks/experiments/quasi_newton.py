@@ -47,8 +47,8 @@ class QuasiNewton(Experiment):
     shows = "Figure 9"
     presets: ClassVar = {
         ("smoke", ""): {
-            **{"n": 100, "random_labels": 15, "max_steps": 30, "min_steps": 10},
-            **{"target_loss": 0.02, "lbfgs_lrs": (0.3,), "gd_lrs": (0.5, 2.0), "sgd_lrs": (0.3,)},
+            **{"n": 100, "random_labels": 15, "max_steps": 20, "min_steps": 10},
+            **{"target_loss": 0.02, "lbfgs_lrs": (0.3,), "gd_lrs": (0.5,), "sgd_lrs": (0.3,)},
             **{"adam_lrs": (3e-3,), "adahessian_lrs": (0.15,), "apollo_lrs": (0.3,)},
             "shampoo_lrs": (0.1,),
         },
