@@ -55,7 +55,7 @@ class Diagram(Experiment):
     datasets = ("quadratic",)
     presets: ClassVar = {
         ("smoke", ""): {"points": 10, "runs": 1000, "widths": 9},
-        ("paper", ""): {"points": 48, "runs": 50_000, "seeds": (0, 1, 2), "widths": 81},
+        ("paper", ""): {"points": 48, "runs": 20_000, "seeds": (0, 1, 2), "widths": 81},
     }
 
     data: str = "quadratic"

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,7 +89,7 @@ class Job(ABC):
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
-    @property
+    @cached_property  # jobs that need jobs that need jobs take a while to be told
     def id(self) -> str:
         """The kind and 48 bits of a hash of kind, schema and fields.
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import small_run
 from torch import nn
 
 from benchmarks.experiments.counterexample import Counterexample
 from benchmarks.experiments.counterexample_model import Curve, Descent, Model, scales
-from benchmarks.publish import publish
-from benchmarks.runner import Place, Store, run_all
 
 CURVE = Curve(6, 0.9)
 
@@ -64,11 +63,8 @@ def test_a_run_that_diverges_says_so() -> None:
 def test_end_to_end(tmp_path: Path) -> None:
     """Catches a larger rate that does not leave, and a claim that a run beside the point upholds."""
     one = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
-    store = Store(tmp_path)
-    assert not run_all(one.jobs(), store, Place()).failed
-    files = {path.name for path in publish(one, "smoke", store, tmp_path)}
-    assert {"curve.png", "runs.png"} <= files
-    tables = one.tables(store)
+    tables, drawn, _ = small_run(one, tmp_path)
+    assert drawn == {"curve", "runs"}
     claims = one.claims(tables)
     assert len(claims) == 4
     assert all(claim.reproduced for claim in claims)

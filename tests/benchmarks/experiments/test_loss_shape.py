@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import small_run
 from torch import nn
 
 from benchmarks.data import Dataset
 from benchmarks.experiments.loss_shape import LossShape
 from benchmarks.experiments.loss_shape_jobs import Course, along, trusted
-from benchmarks.publish import publish
+from benchmarks.networks import network
 from benchmarks.runner import Place, Store, run_all
 
 
@@ -46,8 +47,6 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
     jobs = [Course(data, loss, 0.5, 0, 3, 2) for loss in ("squared", "cross-entropy")]
     assert not run_all(jobs, store, Place()).failed
     images = data.load()
-    from benchmarks.networks import network
-
     out = network("digits", seed=0)(images.x).detach()
     squared, entropy = (store.result(job)["course"][0]["loss"] for job in jobs)
     assert squared == pytest.approx(float((out - images.y).square().mean()), rel=1e-5)
@@ -58,11 +57,8 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
 def test_end_to_end(tmp_path: Path) -> None:
     """Catches a table that is not drawn, and a claim that nothing could refute."""
     one = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
-    store = Store(tmp_path)
-    assert not run_all(one.jobs(), store, Place()).failed
-    files = {path.name for path in publish(one, "smoke", store, tmp_path)}
-    assert {"line.png", "course.png", "minima.csv"} <= files
-    tables = one.tables(store)
+    tables, drawn, _ = small_run(one, tmp_path)
+    assert drawn == {"line", "course"}
     middle = min(tables["line"], key=lambda row: abs(row["t"]))
     at_zero = pytest.approx(tables["minima"][0]["loss"], rel=1e-12)  # its t is 1e-17 or so
     assert middle["loss"] == at_zero

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import small_run
 
 from benchmarks.data import Dataset
 from benchmarks.experiments.quasi_newton import LBFGS, QuasiNewton
 from benchmarks.experiments.quasi_newton_runs import METHODS, Budget, Search, Training, halves
-from benchmarks.publish import publish
-from benchmarks.runner import Job, Place, Store, run_all
+from benchmarks.runner import Job
 
 SMALL = QuasiNewton(
     seeds=(0, 1),
@@ -73,11 +73,8 @@ def test_end_to_end(tmp_path: Path) -> None:
     """Catches a method that does not fit the loop, a start that is not L-BFGS's of that seed, a
     seed's run at another rate than the search's, and one that is run twice.
     """
-    store = Store(tmp_path)
-    summary = run_all(SMALL.jobs(), store, Place())
-    assert [(job, store.failure(job)) for job in summary.failed] == []
-    assert "solutions.png" in {path.name for path in publish(SMALL, "smoke", store, tmp_path)}
-    tables = SMALL.tables(store)
+    tables, drawn, store = small_run(SMALL, tmp_path)
+    assert drawn == {"solutions"}
     assert len(tables["searched"]) == len(METHODS) + 1
     assert len(tables["solutions"]) == 2 * len(METHODS)
     plan = SMALL._plan()
@@ -101,9 +98,9 @@ def test_claims_follow_the_numbers() -> None:
         return {**found, "preconditioned_sharpness": None, "preconditioned_sharpness_limit": None}
 
     before = [row(LBFGS, 0, 10.0, 0.8), row(LBFGS, 1, 6.0, 0.9)]
-    after = [row("L-BFGS, then GD", 0, 8.0, 0.85), row("L-BFGS, then GD", 1, 5.0, 0.89)]
+    after = [row("L-BFGS, then GD", 0, 8.0, 0.85), row("L-BFGS, then GD", 1, 5.0, 0.94)]
     verdicts = [c.reproduced for c in SMALL.claims({"solutions": before + after})]
     assert verdicts == [True, True]
-    after[1]["sharpness"], after[1]["test"] = 7.0, 0.8
+    after[1]["sharpness"], after[1]["test"] = 7.0, 0.91  # gains of 5 and 1 points: 3 ± 4
     verdicts = [c.reproduced for c in SMALL.claims({"solutions": before + after})]
     assert verdicts == [False, False]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_runs import small_run
 from torch import nn
 
 import stableopt
@@ -22,8 +23,6 @@ from benchmarks.experiments.toy_walk import (
     losses,
     wilson,
 )
-from benchmarks.publish import publish
-from benchmarks.runner import Place, Store, run_all
 
 
 def test_gradients_are_the_losses_derivatives() -> None:
@@ -102,16 +101,14 @@ def test_wilson_covers_as_often_as_it_says() -> None:
     assert covered == pytest.approx(0.95, abs=0.02)  # the binomial is discrete
 
 
-def test_end_to_end(tmp_path: FilePath) -> None:
+def test_end_to_end(tmp_path: Path) -> None:
     """Catches a table without its claim, a picture that is not drawn, and a claim that is said
     whatever was found: the runs with halved derivatives stay.
     """
     toy = Toy(runs=100, steps=300, lrs=(0.5, 0.7))
-    store = Store(tmp_path)
-    assert not run_all(toy.jobs(), store, Place()).failed
-    files = {path.name for path in publish(toy, "smoke", store, tmp_path)}
-    assert {f"{name}.png" for name in ("functions", "escapes", "trajectories")} <= files
-    claims = toy.claims(toy.tables(store))
+    tables, drawn, _ = small_run(toy, tmp_path)
+    assert drawn == {"functions", "escapes", "trajectories"}
+    claims = toy.claims(tables)
     assert [claim.reproduced for claim in claims] == [True, False, True, True, True]
-    shares = {(row["derivatives"], row["lr"]): row["share"] for row in toy.tables(store)["escapes"]}
+    shares = {(row["derivatives"], row["lr"]): row["share"] for row in tables["escapes"]}
     assert shares == {("true", 0.5): 0.0, ("true", 0.7): 1.0, ("halved", 0.7): 0.0}
