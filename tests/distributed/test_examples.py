@@ -28,7 +28,7 @@ def test_examples_run_under_torchrun(name: str) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     # Of one rank alone: a record of each measurement, then the last one.
