@@ -58,7 +58,11 @@ class Correlation(Experiment):
     presets: ClassVar = {
         ("smoke", ""): {"n": 100, "lrs": (1.0, 2.0), "batch_sizes": (4, 25), "target_loss": 0.02},
         ("small", "digits"): {"seeds": (0, 1)},
-        ("small", "fashion-mnist"): {"lrs": (0.5, 1.0), "batch_sizes": (4, 25, 100)},
+        ("small", "fashion-mnist"): {
+            "lrs": (0.5, 1.0),
+            "batch_sizes": (4, 25, 100),
+            "target_loss": 1e-4,
+        },
         ("small", "cifar10-2"): {"lrs": (0.05,), "batch_sizes": (4, 25, 100), "full_batch": False},
         ("paper", "cifar10"): {
             "n": 10_000,
