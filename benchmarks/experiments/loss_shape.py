@@ -3,8 +3,8 @@
 We read that figure as: what the loss looks like around a minimum. At minima of gradient descent with
 the squared loss, the loss along the top eigenvector of the Hessian is set beside its quadratic, which
 is what linear stability speaks of: how much may it rise before the two part by a tenth? And gradient
-descent trains with either loss: with the squared one the sharpness settles near 2/η whatever the
-loss; with cross-entropy it falls to zero together with the loss, so that at its infimum no learning
+descent trains with either loss: with the squared one the sharpness rises towards 2/η while the loss
+falls; with cross-entropy it falls to zero together with the loss, so that at its infimum no learning
 rate is too large, and linear stability selects nothing.
 """
 
@@ -210,8 +210,8 @@ def _on_courses(loss: str, ends: Rows) -> Claim:
     )
     if loss == "squared":
         return Claim(
-            what="with the squared loss the sharpness settles at the edge, whatever the loss",
-            printed=f"just below 2/η = {limit:g}",
+            what="with the squared loss the sharpness does not vanish with the loss",
+            printed=f"rises to 2/η = {limit:g}",
             ours=ours,
             tolerance="half of 2/η to 5 % above it",
             reproduced=all(0.5 <= share <= 1.05 for share in shares),
