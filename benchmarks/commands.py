@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -49,11 +49,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     store = Store(options.out)
     device = options.device or "cpu"
     make_executor = executor(options.executor, options.workers)
-    # Each worker gets its share of the cores; more threads than cores stand in each other's way.
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = max(1, cores // options.workers)
+    # Each worker gets its share of the threads that torch would take: a core's each, or what
+    # OMP_NUM_THREADS says. More threads than cores stand in each other's way.
+    threads = max(1, torch.get_num_threads() // options.workers)
     place = Place(device, options.data_dir, threads if options.executor == "processes" else None)
     failed = 0
     for one in chosen:

@@ -17,7 +17,8 @@ from benchmarks import __main__ as cli
 from benchmarks import commands, experiments, report
 from benchmarks.experiments import gd_sharpness
 from benchmarks.publish import publish, read_rows, write_rows
-from benchmarks.runner import Job, Store, work
+from benchmarks.runner import Job, Place, Store, work
+from benchmarks.runner.schedule import Summary
 from benchmarks.settings import parsed
 
 RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")
@@ -133,6 +134,25 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
     assert "ArithmeticError: no [such] luck" in said
     main(capsys, *arguments, "--retry")
     assert "ArithmeticError" not in main(capsys, "status", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(("told", "workers", "each"), [(8, 1, 8), (8, 3, 2), (1, 2, 1)])
+def test_workers_share_the_threads(
+    told: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches workers with as many threads as there are cores, each, or in spite of what the
+    environment says: they would wait for each other most of the time.
+    """
+    places = []
+
+    def look(jobs: Any, store: Any, place: Place, **options: Any) -> Summary:
+        places.append(place)
+        return Summary()
+
+    monkeypatch.setattr(commands, "run_all", look)
+    monkeypatch.setattr("torch.get_num_threads", lambda: told)
+    assert cli.main([*RUN, "-j", str(workers), "--out", str(tmp_path)]) == 0
+    assert [place.threads for place in places] == [each]
 
 
 def test_figures_are_drawn_from_what_there_is_and_come_out_the_same(
@@ -258,6 +278,7 @@ class Config:
     [
         ("lrs=0.5", (0.5,)),
         ("lrs=1e-3,2", (0.001, 2.0)),
+        ("lrs=", ()),
         ("names=a,b", ("a", "b")),
         ("n=-3", -3),
         ("size=none", None),
@@ -275,7 +296,7 @@ def test_settings_have_the_type_of_their_field(text: str, value: Any) -> None:
     assert type(found[key]) is type(value)
 
 
-@pytest.mark.parametrize("text", ["n=0.5", "n=", "lrs=", "lrs=1,,2", "size=x", "fast=yes", "N=1"])
+@pytest.mark.parametrize("text", ["n=0.5", "n=", "lrs=1,,2", "size=x", "fast=yes", "N=1"])
 def test_settings_that_do_not_fit_are_refused(text: str) -> None:
     """Catches a value that is bent until it fits."""
     with pytest.raises(ValueError, match=re.escape(f"{text}: expected")):
