@@ -108,23 +108,30 @@ class Experiment(ABC):
         """Return a line to print when ``job`` is done, if there is something to say."""
         return None
 
+    def summary(self, tables: Mapping[str, Rows]) -> Mapping[str, Rows]:
+        """Return what is printed: all tables, with the columns of :attr:`columns`."""
+        return {
+            name: [{key: row[key] for key in self.columns.get(name, row)} for row in rows]
+            for name, rows in tables.items()
+            if self.columns.get(name, True)
+        }
+
     def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print the tables."""
+        """Print the summary, and the claims."""
         from rich.table import Table
 
-        for name, rows in tables.items():
-            shown = self.columns.get(name, tuple(rows[0]) if rows else ())
-            if not rows or not shown:
+        for name, rows in self.summary(tables).items():
+            if not rows:
                 continue
             table = Table(title=name.replace("-", " "))
-            for key in shown:
+            for key in rows[0]:
                 table.add_column(key.replace("_", " "), justify="right")
             for row in rows[:MOST_ROWS]:
-                table.add_row(*(cell(row[key]) for key in shown))
+                table.add_row(*map(cell, row.values()))
             console.print(table)
             if len(rows) > MOST_ROWS:
                 console.print(f"and {len(rows) - MOST_ROWS} more rows in the CSV file")
-        console.print(*(verdict(claim) for claim in self.claims(tables)), sep="\n", highlight=False)
+        console.print(*map(verdict, self.claims(tables)), sep="\n", highlight=False)
 
 
 MOST_ROWS = 40

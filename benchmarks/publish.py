@@ -33,6 +33,7 @@ def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> 
     tables = {}
     for name, rows in experiment.tables(store).items():
         if not rows:
+            tables[name] = rows
             continue
         path = target / f"{name}.csv"
         write_rows(path, rows)
@@ -41,7 +42,7 @@ def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> 
         figure = experiment.draw(name, tables[name])
         if figure is not None:
             written += _save(figure, path)
-    claims = experiment.claims(tables) if tables else []
+    claims = experiment.claims(tables) if written else []
     write_json(target / "claims.json", [asdict(claim) for claim in claims])
     write_json(target / "about.json", _about(experiment, preset, store))
     return [*written, target / "claims.json", target / "about.json"]

@@ -18,7 +18,6 @@ from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "ControlLaws"]
 
@@ -93,9 +92,9 @@ class ControlLaws(Experiment):
                 history += [{"law": law, **which, **row} for row in its["history"]]
         return {"ends": ends, "history": history}
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print where each law ends."""
-        super().show(console, {"ends": tables["ends"]})
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return where each law ends."""
+        return {"ends": tables["ends"]}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return sharpness and learning rate over the steps, of the first seed."""

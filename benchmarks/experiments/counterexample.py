@@ -24,7 +24,6 @@ from benchmarks.runner import Job, Store
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "Counterexample"]
 
@@ -109,8 +108,8 @@ class Counterexample(Experiment):
             runs.append(row | {key: found.get(key) for key in keys})
         return {"curve": points, "runs": runs}
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print where each way of training ends."""
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return where each way of training ends."""
         rows = []
         for name, its in _methods(tables["runs"]).items():
             ended = [row for row in its if row["outcome"] == "reached"]
@@ -123,7 +122,7 @@ class Counterexample(Experiment):
                     "test error": spread([r["risk"] for r in ended]) if ended else None,
                 }
             )
-        super().show(console, {"ends": rows})
+        return {"ends": rows}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return test error by sharpness: the curve as measured, or where the runs end."""

@@ -26,7 +26,6 @@ from stableopt.stability import StabilityRegion, UpdateRule
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "Diagram"]
 
@@ -92,9 +91,9 @@ class Diagram(Experiment):
         widths = store.result(family)["cells"] if store.done(family) else []
         return {"plane": plane, "two-dimensions": widths}
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print the family; the plane is a picture."""
-        super().show(console, {"two-dimensions": tables["two-dimensions"]})
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return the family; the plane is a picture."""
+        return {"two-dimensions": tables["two-dimensions"]}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the planes, or the largest learning rates of the family."""

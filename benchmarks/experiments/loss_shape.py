@@ -26,7 +26,6 @@ from benchmarks.solution import Solution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "LossShape"]
 
@@ -117,9 +116,9 @@ class LossShape(Experiment):
         ]
         return {"minima": minima, "line": line, "course": course}
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print the minima, and where the courses end."""
-        super().show(console, {"minima": tables["minima"], "course-ends": _ends(tables["course"])})
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return the minima, and where the courses end."""
+        return {"minima": tables["minima"], "course-ends": _ends(tables["course"])}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the loss beside its quadratic, or sharpness against loss on the way."""

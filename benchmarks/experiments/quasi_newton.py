@@ -22,7 +22,6 @@ from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "QuasiNewton"]
 
@@ -125,8 +124,8 @@ class QuasiNewton(Experiment):
             "solutions": _rows(store, [job for _, runs in plan.values() for job in runs]),
         }
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print where the methods settle."""
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return where the methods settle."""
         rows = []
         for method, its in _by_method(tables["solutions"]).items():
             rows.append(
@@ -140,7 +139,7 @@ class QuasiNewton(Experiment):
                     "test": _spread(its, "test", ".2%"),
                 }
             )
-        super().show(console, {"where-they-settle": rows})
+        return {"where-they-settle": rows}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return accuracy by sharpness, and preconditioned sharpness beside its limit."""

@@ -21,7 +21,6 @@ from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "Steering"]
 
@@ -92,9 +91,9 @@ class Steering(Experiment, Budget):
             },
         }
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print the summary."""
-        super().show(console, {"where-each-ended": tables["summary"]})
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return the summary."""
+        return {"where-each-ended": tables["summary"]}
 
     def draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the ways of the first seed."""

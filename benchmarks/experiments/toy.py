@@ -24,7 +24,6 @@ from benchmarks.runner import Job, Store
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import Console
 
 __all__ = ["EXPERIMENT", "Toy"]
 
@@ -145,9 +144,9 @@ class Toy(Experiment):
         axes.grid(alpha=0.25)
         return figure
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print how many escape."""
-        super().show(console, {"escapes": tables["escapes"]})
+    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+        """Return how many escape."""
+        return {"escapes": tables["escapes"]}
 
     def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return what the paper says of η = 0.7, and whether escapes begin where theory says."""
