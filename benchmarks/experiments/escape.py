@@ -195,14 +195,12 @@ class Escape(Experiment):
                 else f"stayed (loss at most × {largest:.1f})"
             )
             mark = "[green]✓[/green]" if right else "[red]✗ not as predicted:[/red]"
-            how = f"{job.how}, η = {job.lr:g}"
-            return f"{mark} {how:<20} said: {found['why']}\n  {'':<20} did: {done}"
+            return f"{mark} {_how(job)}: {done}\n    predicted from {found['why']}"
         if isinstance(job, Solution) and job in self._starts():
             found = store.result(job)
             return (
-                f"GD minimum, seed {job.seed}: {found['outcome']} loss {found['loss']:.1e} in"
-                f" {found['steps']:,} steps, a = {found['sharpness']:.2f} (2/η = {2 / job.lr:g}),"
-                f" s = {found['non_uniformity']:.2f}"
+                f"GD, η = {job.lr:g}, seed {job.seed}: loss {found['loss']:.1e} in {found['steps']:,} steps\n"
+                f"    a = {found['sharpness']:.2f} (2/η = {2 / job.lr:g}), s = {found['non_uniformity']:.2f}"
             )
         return None
 
