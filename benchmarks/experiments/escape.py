@@ -198,9 +198,11 @@ class Escape(Experiment):
             return f"{mark} {_how(job)}: {done}\n    predicted from {found['why']}"
         if isinstance(job, Solution) and job in self._starts():
             found = store.result(job)
+            a, s, limit = found["sharpness"], found["non_uniformity"], 2 / job.lr
+            reached = f"loss {found['loss']:.1e} in {found['steps']:,} steps"
             return (
-                f"GD, η = {job.lr:g}, seed {job.seed}: loss {found['loss']:.1e} in {found['steps']:,} steps\n"
-                f"    a = {found['sharpness']:.2f} (2/η = {2 / job.lr:g}), s = {found['non_uniformity']:.2f}"
+                f"GD, η = {job.lr:g}, seed {job.seed}: {reached}\n"
+                f"    a = {a:.2f} (2/η = {limit:g}), s = {s:.2f}"
             )
         return None
 
