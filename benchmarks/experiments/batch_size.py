@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows, spread
+from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution, row
 
@@ -105,8 +106,10 @@ class BatchSize(Experiment):
             *zip(*bounds, strict=True), "k--", linewidth=1, label="√B/η, at finite n"
         )
         non_uniformity.set(ylabel="non-uniformity s", yscale="log")
+        plain_log(non_uniformity.yaxis)
         for axes in (sharpness, non_uniformity):
             axes.set(xscale="log", xlabel=f"batch size B (GD at {self.n:,})")
+            plain_log(axes.xaxis)
             axes.legend(frameon=False)
             axes.grid(alpha=0.25)
         figure.suptitle(f"{self.data}, η = {self.lr:g}")

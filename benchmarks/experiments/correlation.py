@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution, row
 
@@ -129,6 +130,7 @@ class Correlation(Experiment):
                 label="GD" if size is None else f"B = {size}",
             )
         axes.set(xscale="log", yscale="log", xlabel="sharpness a", ylabel="non-uniformity s")
+        plain_log(axes.xaxis, axes.yaxis)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25, which="both")
         axes.set_title(self.data)

@@ -55,6 +55,7 @@ class Escape(Experiment):
         scatter_n: their training images with their own labels, few enough for test accuracy to
             differ.
         scatter_random_labels: how many more with random ones.
+        scatter_target_loss: at which their training stops.
     """
 
     name = "escape"
@@ -84,6 +85,7 @@ class Escape(Experiment):
             "scatter_batch_sizes": (10, 25),
             "scatter_n": 100,
             "scatter_random_labels": 0,
+            "scatter_target_loss": 0.01,
         },
         ("small", "digits"): {"seeds": (0, 1)},
         ("small", "fashion-mnist"): {
@@ -108,6 +110,7 @@ class Escape(Experiment):
             "gd_lrs": (0.3, 0.5),
             "scatter_n": 1000,
             "scatter_random_labels": 200,
+            "scatter_target_loss": 1e-4,
             "scatter_lrs": (0.05, 0.1, 0.5, 1.0),
         },
     }
@@ -115,7 +118,7 @@ class Escape(Experiment):
     lr: float = 0.5
     n: int = 1000
     random_labels: tuple[int, ...] = (0,)
-    target_loss: float = 1e-3
+    target_loss: float = 3e-4
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     gd_lrs: tuple[float, ...] = (1.5,)
     steps: int = 1000
@@ -125,6 +128,7 @@ class Escape(Experiment):
     scatter_batch_sizes: tuple[int, ...] = (4, 16, 64)
     scatter_n: int = 100
     scatter_random_labels: int = 20
+    scatter_target_loss: float = 1e-3
 
     def _starts(self) -> list[Solution]:
         return [
@@ -171,7 +175,7 @@ class Escape(Experiment):
                 lr=lr,
                 seed=seed,
                 batch_size=size,
-                target_loss=self.target_loss,
+                target_loss=self.scatter_target_loss,
                 max_steps=100_000,
             )
             for lr in self.scatter_lrs
@@ -217,7 +221,7 @@ class Escape(Experiment):
             for switch in filter(store.done, self._switches(start)):
                 switches.append(_switched(switch, store.result(switch)))
                 if start.seed == self.seeds[0]:
-                    traces += list(_traced(switch, store.trace(switch)))
+                    traces += list(_traced(switch, found, store.trace(switch)))
         scatter = [
             {"from": "SGD from scratch", **_point(store.result(other))}
             for other in filter(store.done, self._others())
@@ -278,6 +282,11 @@ class Escape(Experiment):
                 ours=f"{len(left)} of {len(rows)} escaped{times}",
                 tolerance="each run as predicted",
                 reproduced=right == len(rows),
+                why="; ".join(
+                    f"seed {r['seed']}: the loss rose {r['largest_loss_ratio']:.1f} times"
+                    for r in rows
+                    if not r["right"] and r["largest_loss_ratio"] is not None
+                ),
             )
 
 
@@ -322,8 +331,8 @@ def _switched(switch: Switch, found: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _traced(switch: Switch, trace: Rows) -> Iterator[dict[str, Any]]:
-    for record in trace:
+def _traced(switch: Switch, before: dict[str, Any], trace: Rows) -> Iterator[dict[str, Any]]:
+    for record in [{"step": 0, **before}, *trace]:
         if "why" in record:
             continue
         yield {

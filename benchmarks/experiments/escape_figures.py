@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks.experiment import Rows
+from benchmarks.figures import plain_log
 from stableopt import UpdateRule
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def traces(rows: Rows, lr: float) -> Figure:
             for axes in (non_uniformity, diagram):
                 axes.axhline(limit, color=colour, linestyle="--", linewidth=1)
         _limit(sharpness, 2 / its[0]["lr"], colour)
+    non_uniformity.set(title="non-uniformity s, limits √B/η", yscale="log")
+    plain_log(non_uniformity.yaxis)
     diagram.axvline(2 / lr, color="black", linestyle="--", linewidth=1)
     loss.set(yscale="log", title="training loss")
     sharpness.set(title="sharpness a, limits 2/η", ylim=(0, None))
-    non_uniformity.set(title="non-uniformity s, limits √B/η", yscale="log")
     diagram.set(
         title="where they go", xlabel="sharpness a", ylabel="non-uniformity s", xlim=(0, None)
     )
@@ -78,6 +80,7 @@ def scatter(rows: Rows, data: str) -> Figure:
             label=label,
         )
     axes.set(xscale="log", xlabel="sharpness a", ylabel="test accuracy, %", title=data)
+    plain_log(axes.xaxis)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows, spread
+from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution
 
@@ -129,6 +130,7 @@ class GDSharpness(Experiment):
                 *zip(*printed, strict=True), "x", color="#D55E00", label="the paper's Table 2"
             )
         axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="sharpness a")
+        plain_log(axes.xaxis, axes.yaxis)
         axes.legend(frameon=False)
         axes.grid(alpha=0.25)
         return figure

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution, row
 
@@ -60,6 +61,7 @@ class Selection(Experiment):
         ("paper", "digits"): {"seeds": (0, 1, 2, 3, 4), "target_loss": 1e-4},
         ("paper", "fashion-mnist"): {
             "seeds": (0, 1, 2, 3, 4),
+            "scales": (1.0, 2.0, 3.0),
             "batch_sizes": (4, 9, 25, 64, 100),
             "target_loss": 1e-4,
         },
@@ -74,7 +76,7 @@ class Selection(Experiment):
 
     lr: float = 0.5
     batch_sizes: tuple[int, ...] = (4, 25, 100)
-    scales: tuple[float, ...] = (1.0, 2.0, 3.0)
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0)
     n: int = 1000
     target_loss: float = 1e-3
     max_steps: int = 1_000_000
@@ -120,6 +122,7 @@ class Selection(Experiment):
             if bounds:
                 axes.plot(*zip(*bounds, strict=True), "k--", linewidth=1, label="√B/η, at finite n")
             axes.set(xscale="log", yscale="log", xlabel="batch size B", title=f"v = {scale:g}")
+            plain_log(axes.xaxis, axes.yaxis)
             axes.grid(alpha=0.25)
         figure.axes[0].set_ylabel("non-uniformity s")
         figure.axes[0].legend(frameon=False)
