@@ -26,7 +26,13 @@ from stableopt.curvature import Problem
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.measuring import as_seen_by, check_params, check_quantities, measure_at
+from stableopt.stability.measuring import (
+    as_seen_by,
+    check_params,
+    check_quantities,
+    measure_at,
+    problem_of,
+)
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Sink", "StabilityMonitor"]
@@ -71,6 +77,7 @@ class StabilityMonitor:
             not known, with their preconditioner if they have one.
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the most samples evaluated at once.
+        dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: how many measurements follow the eigenvectors of the last before one starts afresh.
@@ -111,6 +118,7 @@ class StabilityMonitor:
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
         tol: float = 0.03,
         max_iter: int = 50,
         cold_every: int = 20,
@@ -130,7 +138,9 @@ class StabilityMonitor:
         self.sinks = check_sinks(sinks)
         self.optimizer = optimizer
         self._update_rule = update_rule
-        self.problem = _problem(model, loss_fn, data, params, chunk_size)
+        self.problem = problem_of(
+            model, loss_fn, data, params=params, chunk_size=chunk_size, dtype=dtype
+        )
         self._explicit = params is not None
         check_params(optimizer, self.problem, explicit=self._explicit)
         rule = self._rule()
@@ -390,24 +400,6 @@ class StabilityMonitor:
         self._pending = state["pending"]
         self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
         self.history = deque(history, maxlen=_HISTORY)
-
-
-def _problem(
-    model: nn.Module | Problem,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    data: Any,
-    params: Iterable[Tensor] | None,
-    chunk_size: int | None,
-) -> Problem:
-    if not isinstance(model, Problem):
-        if loss_fn is None or data is None:
-            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
-        return Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
-    if any(value is not None for value in (loss_fn, data, params, chunk_size)):
-        raise ValueError(
-            "a Problem has its own loss_fn, data, params and chunk_size: leave them out"
-        )
-    return model
 
 
 def check_sinks(sinks: Any) -> list[Sink]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.differences import CentralDifferences
 from stableopt.curvature.passes import MEMORY, KeptPasses
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
@@ -92,8 +94,8 @@ class MeanOverSamples(Operator):
         """
         problem = self.problem
         tangents = [problem.unflatten(vector) for vector in vectors]
-        totals, count = [torch.zeros_like(vector) for vector in vectors], 0
         with problem.evaluation():
+            totals, count = [torch.zeros_like(vector) for vector in vectors], 0
             for passes, size in self._passes:
                 for total, tangent in zip(totals, tangents, strict=True):
                     total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
@@ -107,22 +109,29 @@ class MeanOverSamples(Operator):
 
 
 class _GradientPasses(NamedTuple):
-    """A chunk's loss, and its gradients with their graph."""
+    """A chunk's loss, and its gradients with their graph, or the batch to take them of anew."""
 
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
+    batch: Any
 
 
 class Hessian(MeanOverSamples):
     r"""The Hessian :math:`H = \nabla^2 f(\theta)` of the mean loss.
 
     A product is the gradient of :math:`\langle\nabla f(\theta), v\rangle`, by double
-    backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994). In the
+    backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994), or where the
+    model has no second derivative by central differences of the gradient
+    (:mod:`~stableopt.curvature.differences`), which take two gradients, four at times. In the
     coordinates of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
 
     Args:
         problem: whose Hessian it is.
         memory: bytes that passes kept from product to product may take.
+
+    Attributes:
+        differences: how central differences are taken, and how far they can be trusted; ``None``
+            for double backpropagation.
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
@@ -134,18 +143,47 @@ class Hessian(MeanOverSamples):
 
     def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
         super().__init__(problem, memory)
+        self.differences = CentralDifferences() if problem.obstacle else None
 
     def linearise(self, batch: Any, size: int) -> _GradientPasses:
         """Return the loss of ``batch`` and its gradients, with their graph."""
         loss = self.problem.loss(self.theta, batch)
+        if self.differences is not None:
+            return _GradientPasses(loss.detach(), (), batch)
         gradients = torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
-        return _GradientPasses(loss.detach(), gradients)
+        return _GradientPasses(loss.detach(), gradients, None)
 
     def chunk_product(
         self, passes: _GradientPasses, tangent: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients' derivative along ``tangent``, per parameter."""
+        if self.differences is not None:
+            return self._differenced(self.differences, passes.batch, tangent)
         return pull(passes.gradients, self.theta, tangent)
+
+    def _differenced(
+        self, differences: CentralDifferences, batch: Any, tangent: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        shapes = [part.shape for part in tangent]
+        norm = float(torch.stack([part.norm() for part in tangent]).norm())
+        if norm == 0:
+            return tuple(torch.zeros_like(part) for part in tangent)
+
+        def gradient(distance: float) -> Tensor:
+            at = tuple(
+                (t.detach() + distance / norm * part).requires_grad_()
+                for t, part in zip(self.theta, tangent, strict=True)
+            )
+            # Some modules write to their inputs.
+            copied = map_tensors(Tensor.clone, batch)
+            loss = self.problem.loss(at, copied)
+            found = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
+            dense = [g.to_dense() if g.is_sparse else g for g in found]
+            return torch.cat([g.reshape(-1) for g in dense])
+
+        size = float(torch.stack([t.detach().norm() for t in self.theta]).norm())
+        slopes = torch.split(norm * differences.along(gradient, size), [s.numel() for s in shapes])
+        return tuple(part.view(shape) for part, shape in zip(slopes, shapes, strict=True))
 
     def loss(self) -> float:
         """Return the problem's mean loss at the point: for nothing where the passes are kept."""
@@ -180,6 +218,7 @@ class GaussNewton(MeanOverSamples):
 
     Raises:
         ValueError: for a problem from a batch loss, in which outputs and loss cannot be told apart.
+        SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
         TypeError: for a model that does not return one tensor.
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
@@ -194,6 +233,7 @@ class GaussNewton(MeanOverSamples):
                 "GaussNewton needs the model's outputs apart from the loss: build the problem as"
                 " Problem(model, loss_fn, data)"
             )
+        problem.check_twice()
         super().__init__(problem, memory)
         self._loss_fn = problem.loss_fn
 

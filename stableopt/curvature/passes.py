@@ -79,28 +79,36 @@ class KeptPasses(Generic[P]):
     def _planned(self) -> tuple[int | None, int]:
         """Return the chunk size, and how many chunks to keep."""
         if self._plan is None:
-            each = self._bytes_each()
+            each = self._bytes_each() if self._problem.equal_weights else None
             at_once = self._memory
             if self._problem.device.type == "cpu":
                 at_once = min(at_once, _CPU_CHUNK)
-            chunk_size = max(1, int(at_once / each))
-            if not self._problem.equal_weights:
-                # A batch is then more than its samples; it stays as the user cut it.
+            if each is None:
+                # A batch that is more than its samples, or that cannot be weighed, stays as the
+                # user cut it.
                 self._plan = (None, int(self._problem.one_chunk))
             else:
+                chunk_size = max(1, int(at_once / each))
                 size = min(chunk_size, self._problem.num_samples)
                 self._plan = (chunk_size, int(self._memory / (size * each)))
         return self._plan
 
-    def _bytes_each(self) -> float:
-        """Return what the passes of one more sample take."""
+    def _bytes_each(self) -> float | None:
+        """Return what the passes of one more sample take; ``None`` where it cannot be told."""
         memo = self._problem.memo
         key = f"bytes of {self._kind}"
         if key not in memo:
             batch, size = next(self._problem.chunks(_TRIED))
-            more = self._bytes(batch, size) - self._bytes(cut(batch, 0, 1), 1)
-            memo[key] = max(more / max(size - 1, 1), 1.0)
-        return float(memo[key])
+            try:
+                more = self._bytes(batch, size) - self._bytes(cut(batch, 0, 1), 1)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                memo[key] = None  # torch.func within the model does not let itself be watched
+            else:
+                memo[key] = max(more / max(size - 1, 1), 1.0)
+        known: float | None = memo[key]
+        return known
 
     def _bytes(self, batch: Any, size: int) -> int:
         with _SavedBytes() as saved:

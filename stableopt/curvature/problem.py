@@ -19,7 +19,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from stableopt.curvature.diagnose import (
     differentiate_twice,
     module_without_second_derivative,
 )
+from stableopt.curvature.first_derivative import check_gradient, check_symmetry
+from stableopt.curvature.plain import NOTES, UNCOMPILED, AttentionSeen, compiled
+from stableopt.curvature.precision import Precision
 from stableopt.curvature.quiet import undisturbed
 
 __all__ = ["Problem", "Theta"]
@@ -49,6 +52,13 @@ rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
 _UNEQUAL = 0.02
 """Relative difference between the loss of a batch and the mean of its samples' that is more than
 rounding, or the noise of a model that draws random numbers."""
+
+
+class _Choices(NamedTuple):
+    """What the user chose of how to evaluate."""
+
+    dtype: torch.dtype | None
+    batch_statistics: bool
 
 
 class _Objective(nn.Module):
@@ -80,13 +90,25 @@ class Problem:
             model's device; a ragged last batch weighs what it holds.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
+        dtype: the precision to evaluate in, that of the parameters by default: ``torch.float32`` or
+            ``torch.float64``, to which parameters, buffers and data are cast, or ``torch.bfloat16``
+            or ``torch.float16`` for a forward pass under autocast.
+        batch_statistics: whether batch norm normalises by the statistics of each batch, as in
+            training, in place of its running ones. Then f is the mean of the batches' losses, the
+            batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of
+            their own.
+
+    Attributes:
+        obstacle: why the model cannot be differentiated twice, or ``None``: its Hessian then goes by
+            central differences.
 
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
-            a batch), for empty data, or parameters on several devices or of several dtypes.
+            a batch), for one of which the gradient is not the derivative, for empty data, or
+            parameters on several devices or of several dtypes.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
-        SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
+        RuntimeError: for a model that cannot be differentiated even once.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
@@ -102,6 +124,8 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
     ) -> None:
         if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
@@ -111,7 +135,8 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        self._set_up(model, batch_loss, data, params, chunk_size, paired=True)
+        choices = _Choices(dtype, batch_statistics)
+        self._set_up(model, batch_loss, data, params, chunk_size, choices, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -122,6 +147,8 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
     ) -> Problem:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
 
@@ -137,7 +164,8 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        problem._set_up(model, batch_loss, data, params, chunk_size, paired=False)
+        choices = _Choices(dtype, batch_statistics)
+        problem._set_up(model, batch_loss, data, params, chunk_size, choices, paired=False)
         return problem
 
     def _set_up(
@@ -147,6 +175,7 @@ class Problem:
         data: Any,
         params: Iterable[Tensor] | None,
         chunk_size: int | None,
+        choices: _Choices,
         *,
         paired: bool,
     ) -> None:
@@ -154,12 +183,16 @@ class Problem:
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = _unwrapped(model)
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
-        _check_batch_norm(self.model)
+        self._choices = choices
+        self.obstacle: SecondDerivativeError | None = None
+        self._notes = {UNCOMPILED} if compiled(model) else set()
+        if not choices.batch_statistics:
+            _check_batch_norm(self.model)
         self._all_trainable = params is None
         self.equal_weights = True
         self._take(*_select(self.model, params))
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
-        with undisturbed(self._objective, self.device, generators_of(data)):
+        with self._undisturbed(data):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
         self._check()
 
@@ -226,13 +259,50 @@ class Problem:
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Return the context in which the model is a fixed function and nothing leaves a trace."""
-        return undisturbed(self._objective, self.device, generators_of(self.batches.source))
+        return self._undisturbed(self.batches.source)
+
+    def _undisturbed(self, source: Any) -> AbstractContextManager[None]:
+        return undisturbed(
+            self._objective,
+            self.device,
+            generators_of(source),
+            note=self._notes.add,
+            autocast=self.precision.autocast,
+            batch_statistics=self._choices.batch_statistics,
+        )
+
+    @property
+    def method(self) -> str:
+        """How products with the Hessian are taken, and what they made the model do without.
+
+        >>> model, data = nn.Linear(2, 1), (torch.ones(4, 2), torch.zeros(4, 1))
+        >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
+        'double backward, in float64, uncompiled'
+        """
+        way = "double backward" if self.obstacle is None else "central differences"
+        statistics = "batch statistics" if self._choices.batch_statistics else None
+        noted = [note for note in NOTES if note in self._notes]
+        return ", ".join(filter(None, [way, self.precision.note, statistics, *noted]))
+
+    def check_samples(self, what: str) -> None:
+        """Raise ``ValueError`` where samples have no curvature of their own, which ``what`` is of."""
+        if self._choices.batch_statistics:
+            raise ValueError(
+                f"{what} is of the samples' own Hessians, and with batch_statistics=True there are"
+                " none: batch norm makes each sample's loss depend on the others in its batch. Measure"
+                " it with running statistics, batch_statistics=False"
+            )
+
+    def check_twice(self) -> None:
+        """Raise ``SecondDerivativeError`` where the model cannot be differentiated twice."""
+        if self.obstacle is not None:
+            raise self.obstacle.with_traceback(None)
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that ask for gradients."""
         # Tensors made in an ambient inference mode could never be differentiated.
         with torch.inference_mode(False):
-            return tuple(p.detach().clone().requires_grad_() for p in self.params)
+            return tuple(p.detach().to(self.dtype, copy=True).requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each,
@@ -244,7 +314,10 @@ class Problem:
         if chunk_size is not None and (own is None or chunk_size < own):
             batches = batches.with_chunk_size(chunk_size)
         for batch, size in batches:
-            yield map_tensors(lambda t: t.detach().to(self.device, copy=True), batch), size
+            yield map_tensors(self._fresh, batch), size
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return self.precision.cast(tensor.detach().to(self.device, copy=True))
 
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
@@ -252,16 +325,21 @@ class Problem:
         To be called inside :meth:`evaluation`.
         """
         state = self._state(self._objective, theta, "model.")
-        loss = functional_call(self._objective, state, (batch,))
-        return self.sign * _checked_scalar(loss)
+        with self.precision.around():
+            loss = functional_call(self._objective, state, (batch,))
+        return self.sign * _checked_scalar(loss).to(self.dtype)
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
-        return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
+        with self.precision.around():
+            return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
 
     def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
         # Buffers as copies: some modules write to them even in eval mode.
-        state = {name: b.clone() for name, b in module.named_buffers()}
+        cast = self.precision.cast
+        state = {name: cast(b.clone()) for name, b in module.named_buffers()}
+        if self.precision.casts:
+            state.update((name, cast(p.detach())) for name, p in module.named_parameters())
         state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
         return state
 
@@ -287,7 +365,7 @@ class Problem:
 
     def value(self, theta: Theta | None = None) -> float:
         """Return the mean loss over all samples, times ``sign``, at the present parameters."""
-        theta = tuple(p.detach() for p in self.params) if theta is None else theta
+        theta = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
         with self.evaluation():
@@ -315,7 +393,8 @@ class Problem:
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         self.names, self.params = names, params
-        self.device, self.dtype = _place(names, params)
+        self.precision = Precision.of(names, params, self._choices.dtype)
+        self.device, self.dtype = self.precision.device, self.precision.dtype
         self.shapes = [p.shape for p in params]
         self.num_params = sum(p.numel() for p in params)
         self.memo: dict[str, Any] = {}
@@ -349,23 +428,33 @@ class Problem:
             batch, size = next(self.chunks())
             size = min(size, _CHECKED_SAMPLES)
             batch = cut(batch, 0, size)
-            once = value(batch)
+            with AttentionSeen(self._notes.add):
+                once = value(batch)
             _check_mean(once, value(map_tensors(_twice_over, batch)))
-            singles = (value(cut(batch, index, index + 1)) for index in range(size))
-            self.equal_weights = _checked_weights(once, sum(singles) / size)
+            if self._choices.batch_statistics:
+                # There is nothing like one sample, and a batch stays as it was cut.
+                self.equal_weights = False
+            else:
+                singles = (value(cut(batch, index, index + 1)) for index in range(size))
+                self.equal_weights = _checked_weights(once, sum(singles) / size)
+
+            def checked_loss(at: Sequence[Tensor]) -> Tensor:
+                return loss_at(at, batch)
+
+            if not check_gradient(checked_loss, theta):
+                raise ValueError(
+                    "loss_fn: the loss does not depend on any of the parameters that count"
+                )
             try:
-                depends = differentiate_twice(lambda at: loss_at(at, batch), theta)
+                differentiate_twice(checked_loss, theta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 culprit = module_without_second_derivative(
                     self.model, lambda: self.loss(theta, batch)
                 )
-                raise SecondDerivativeError(culprit, error) from error
-        if not depends:
-            raise ValueError(
-                "loss_fn: the loss does not depend on any of the parameters that count"
-            )
+                self.obstacle = SecondDerivativeError(culprit, error)
+                check_symmetry(checked_loss, theta)
 
 
 def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
@@ -415,33 +504,14 @@ def _select(
     return list(chosen), list(chosen.values())
 
 
-def _place(
-    names: Sequence[str], params: Sequence[nn.Parameter]
-) -> tuple[torch.device, torch.dtype]:
-    first = params[0]
-    for name, p in zip(names, params, strict=True):
-        if isinstance(p, nn.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} has no shape yet: run the lazy model once before")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64;"
-                " measure a copy of the model in float32, or leave it out by params="
-            )
-        if p.device != first.device or p.dtype != first.dtype:
-            raise ValueError(
-                f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is {first.dtype}"
-                f" on {first.device}: expected one dtype and one device"
-            )
-    return first.device, first.dtype
-
-
 def _check_batch_norm(model: nn.Module) -> None:
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     for name, module in norms:
         if not module.track_running_stats:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) normalises by batch statistics even in"
-                " eval mode, which couples the samples: expected track_running_stats=True"
+                " eval mode, which couples the samples: expected track_running_stats=True, or"
+                " batch_statistics=True for the sharpness of the batches' mean loss"
             )
     if any(module.training for _, module in norms):
         warnings.warn(

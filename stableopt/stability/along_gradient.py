@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
-from stableopt.curvature import NonFiniteError, Problem
+from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.batches import map_tensors
-from stableopt.curvature.problem import Theta
-from stableopt.curvature.pull import pull
 
 __all__ = ["BatchSharpness", "batch_sharpness"]
 
@@ -59,7 +57,8 @@ def batch_sharpness(
     one Hessian product, of the batch's samples alone, for each batch.
 
     Raises:
-        ValueError: for a batch size above the problem's number of samples, or arguments out of range.
+        ValueError: for a batch size above the problem's number of samples, arguments out of range, or
+            a problem with batch statistics.
         NonFiniteError: if a gradient or a product is not finite.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()     # f_i = x_i^2 w^2, H_i = 2 and 8
@@ -74,12 +73,13 @@ def batch_sharpness(
             f"batch_size={batch_size} is above the {n} samples of the problem, of which batches are"
             " drawn"
         )
-    theta, terms = problem.theta(), []
+    problem.check_samples("the batch sharpness")
+    hessian, terms = Hessian(problem), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
     with problem.evaluation():
         chunks = list(problem.chunks())
         for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
-            terms.append(_along_gradient(problem, theta, list(_parts(chunks, rows)), batch_size))
+            terms.append(_along_gradient(hessian, list(_parts(chunks, rows)), batch_size))
     bent, squares = torch.tensor(terms, dtype=torch.float64).T
     if not bool(torch.isfinite(bent + squares).all()):
         raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
@@ -118,17 +118,17 @@ def _take(batch: Any, rows: Tensor) -> Any:
 
 
 def _along_gradient(
-    problem: Problem, theta: Theta, parts: list[tuple[Any, int]], total: int
+    hessian: Hessian, parts: list[tuple[Any, int]], total: int
 ) -> tuple[float, float]:
     r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch."""
+    problem, theta = hessian.problem, hessian.theta
     gradient = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
     for batch, size in parts:
         loss = problem.loss(theta, batch) * (size / total)
         gradient += problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
     tangent, bent = problem.unflatten(gradient), torch.zeros_like(gradient)
     for batch, size in parts:
-        loss = problem.loss(theta, batch) * (size / total)
-        slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        bent += problem.flatten(pull(slopes, theta, tangent))
+        product = hessian.chunk_product(hessian.linearise(batch, size), tangent)
+        bent += (size / total) * problem.flatten(product)
     gradient = gradient.double()
     return float(gradient @ bent.double()), float(gradient @ gradient)

@@ -27,6 +27,7 @@ __all__ = [
     "check_quantities",
     "measure",
     "measure_at",
+    "problem_of",
 ]
 
 QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
@@ -36,9 +37,9 @@ DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
 
 def measure(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    data: Any,
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    data: Any = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float | None = None,
@@ -48,6 +49,7 @@ def measure(
     quantities: Iterable[str] | None = None,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
@@ -55,7 +57,8 @@ def measure(
     """Measure the stability margins of ``model`` once, now; nothing of it changes.
 
     Args:
-        model: the model, at the point to measure.
+        model: the model, at the point to measure; or a ready :class:`~stableopt.curvature.Problem`
+            in place of ``model``, ``loss_fn`` and ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples that the theory speaks of, the training set or a part of it; see
             :class:`~stableopt.curvature.Problem`.
@@ -71,6 +74,7 @@ def measure(
             one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
@@ -100,9 +104,10 @@ def measure(
         rule = UpdateRule.of(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
-    problem = Problem(model, loss_fn, data, params=params, chunk_size=chunk_size)
+    given = isinstance(model, Problem)
+    problem = problem_of(model, loss_fn, data, params=params, chunk_size=chunk_size, dtype=dtype)
     if optimizer is not None:
-        check_params(optimizer, problem, explicit=params is not None)
+        check_params(optimizer, problem, explicit=given or params is not None)
     if rule is not None:
         problem = as_seen_by(problem, rule, optimizer)
     dataset_size = (
@@ -124,6 +129,28 @@ def measure(
         seed=seed,
     )
     return margins
+
+
+def problem_of(
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    **options: Any,
+) -> Problem:
+    """Return the problem of ``model``, or ``model`` itself where it is one already.
+
+    Raises:
+        ValueError: if ``loss_fn`` or ``data`` are missing, or ``options`` are given beside a problem.
+    """
+    if not isinstance(model, Problem):
+        if loss_fn is None or data is None:
+            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
+        return Problem(model, loss_fn, data, **options)
+    if any(value is not None for value in (loss_fn, data, *options.values())):
+        raise ValueError(
+            f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
+        )
+    return model
 
 
 def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
@@ -196,6 +223,7 @@ def measure_at(
         batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
         dataset_size=dataset_size,
         non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
+        method=problem.method,
     )
     if rule is not None and rule.unknown is None:
         prefix = "preconditioned_" if rule.preconditioned else ""
@@ -212,11 +240,13 @@ def measure_at(
             for name in quantities:
                 began = time.perf_counter()
                 if name in DIRECT:
-                    found = DIRECT[name](problem, rule, margins, seed)
-                    if found.measurement is not None:
+                    direct = DIRECT[name](problem, rule, margins, seed)
+                    if direct.measurement is not None:
                         seconds = time.perf_counter() - began
-                        measurements[name] = dataclasses.replace(found.measurement, seconds=seconds)
-                        more.update(found.more)
+                        measurements[name] = dataclasses.replace(
+                            direct.measurement, seconds=seconds
+                        )
+                        more.update(direct.more)
                     continue
                 start = (starts or {}).get(name)
                 pair = top_eigenpair(
@@ -230,7 +260,8 @@ def measure_at(
                 )
                 if pair.subspace is not None:
                     subspaces[name] = pair.subspace
-                measurements[name] = measurement_of(name, pair, time.perf_counter() - began)
+                found = measurement_of(name, pair, time.perf_counter() - began)
+                measurements[name] = found.within(operators.error(name), tol)
         failure = None
     except NonFiniteError as error:
         failure = str(error)

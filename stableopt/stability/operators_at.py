@@ -43,6 +43,12 @@ class OperatorsAt:
             self._built[name] = getattr(self, "_" + name)()
         return self._built[name]
 
+    def error(self, name: str) -> float:
+        """Return how far products for a quantity may be off, relative to the largest of them."""
+        operator = self._built.get(name)
+        differences = operator.differences if isinstance(operator, Hessian) else None
+        return 0.0 if differences is None else differences.error
+
     def loss(self) -> float:
         """Return the mean loss at the point, for nothing where passes are kept."""
         if self._loss is None:
