@@ -133,6 +133,9 @@ class Batches:
             the batches of a loader or an iterable as they are and cuts a pair at 1,024.
         paired: whether each batch must be an ``(x, y)`` pair.
 
+    Attributes:
+        chosen: the ``chunk_size`` that was given.
+
     A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order:
     what counts is which samples it serves. A sampler that chooses (a subset, weights) is honoured.
 
@@ -148,7 +151,7 @@ class Batches:
     def __init__(self, data: Any, *, chunk_size: int | None = None, paired: bool = True) -> None:
         if chunk_size is not None:
             chunk_size = whole("chunk_size", chunk_size)
-        self.paired = paired
+        self.paired, self.chosen = paired, chunk_size
         self._counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
         self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size

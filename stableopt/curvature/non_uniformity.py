@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stableopt.curvature.dense_rows import DenseRows
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
-from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.per_sample import (
     VMAP_MEMORY,
     ChunkProduct,
@@ -128,9 +127,8 @@ class NonUniformity(Operator):
             return None
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
-        memory = MEMORY if self._memory is None else self._memory
         try:
-            return StructuredProduct(self._mean, memory)
+            return StructuredProduct(self._mean, self._memory)
         except UnfitError as error:
             if must:
                 raise ValueError(

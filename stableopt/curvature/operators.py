@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stableopt.curvature.batches import map_tensors
 from stableopt.curvature.differences import CentralDifferences
-from stableopt.curvature.passes import MEMORY, KeptPasses
+from stableopt.curvature.passes import KeptPasses
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
@@ -68,7 +68,7 @@ class Operator(abc.ABC):
 class MeanOverSamples(Operator):
     """A mean over samples, plus the problem's weight decay: the point, and the sum over chunks."""
 
-    def __init__(self, problem: Problem, memory: int) -> None:
+    def __init__(self, problem: Problem, memory: int | None) -> None:
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
         self.theta = problem.theta()
@@ -127,7 +127,8 @@ class Hessian(MeanOverSamples):
 
     Args:
         problem: whose Hessian it is.
-        memory: bytes that passes kept from product to product may take.
+        memory: bytes that passes kept from product to product may take: by default 1 GiB, and no more
+            than a training step where the problem has a ``chunk_size``.
 
     Attributes:
         differences: how central differences are taken, and how far they can be trusted; ``None``
@@ -141,7 +142,7 @@ class Hessian(MeanOverSamples):
             [0., 4.]], dtype=torch.float64)
     """
 
-    def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
+    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         super().__init__(problem, memory)
         self.differences = CentralDifferences() if problem.obstacle else None
 
@@ -189,7 +190,7 @@ class Hessian(MeanOverSamples):
         """Return the problem's mean loss at the point: for nothing where the passes are kept."""
         kept = self._passes.kept
         if sum(size for _, size in kept) < self.problem.num_samples:
-            return self.problem.value(self.theta)
+            return self.problem.value(self.theta, self._passes.chunk_size)
         losses = torch.stack([size * passes.loss.double() for passes, size in kept])
         return float(losses.sum()) / self.problem.num_samples
 
@@ -214,7 +215,8 @@ class GaussNewton(MeanOverSamples):
 
     Args:
         problem: whose matrix it is.
-        memory: bytes that passes kept from product to product may take.
+        memory: bytes that passes kept from product to product may take: by default 1 GiB, and no more
+            than a training step where the problem has a ``chunk_size``.
 
     Raises:
         ValueError: for a problem from a batch loss, in which outputs and loss cannot be told apart.
@@ -227,7 +229,7 @@ class GaussNewton(MeanOverSamples):
     tensor([1., 4.], dtype=torch.float64)
     """
 
-    def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
+    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         if problem.loss_fn is None:
             raise ValueError(
                 "GaussNewton needs the model's outputs apart from the loss: build the problem as"

@@ -63,8 +63,6 @@ class Precision:
                 raise ValueError(
                     f"parameter {name!r} has no shape yet: run the lazy model once before"
                 )
-            if p.device.type == "meta":
-                raise ValueError(f"parameter {name!r} is on the meta device: it has no values")
             if not p.dtype.is_floating_point or (cast is None and p.dtype not in _FULL):
                 hint = (
                     "; pass dtype=torch.float32 to measure it cast to that"
@@ -80,6 +78,8 @@ class Precision:
                     f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is"
                     f" {first.dtype} on {first.device}: expected one dtype and one device"
                 )
+        if first.device.type == "meta":
+            raise ValueError(f"parameter {names[0]!r} is on the meta device: it has no values")
         return cls(
             cast or first.dtype,
             first.device,

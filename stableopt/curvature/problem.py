@@ -363,14 +363,17 @@ class Problem:
             for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
         ]
 
-    def value(self, theta: Theta | None = None) -> float:
-        """Return the mean loss over all samples, times ``sign``, at the present parameters."""
+    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+        """Return the mean loss over all samples, times ``sign``, at the present parameters.
+
+        ``chunk_size`` is the most samples at once, as for :meth:`chunks`.
+        """
         theta = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
         with self.evaluation():
             total, count = torch.zeros((), dtype=torch.float64), 0
-            for batch, size in self.chunks():
+            for batch, size in self.chunks(chunk_size):
                 total += size * self.loss(theta, batch).detach().double().cpu()
                 count += size
         return float(total / count)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
+from stableopt.curvature.passes import MEMORY
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
@@ -32,6 +33,10 @@ __all__ = [
 
 QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
+
+_MOST_VECTORS, _FEWEST_VECTORS = 40, 6
+"""Vectors of the parameters' size that an eigen-solver holds: as many as 1 GiB takes twice, since a
+restart has the old ones beside the new. Where it is not all, none are kept to be followed."""
 
 DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
@@ -231,6 +236,7 @@ def measure_at(
         margins = dataclasses.replace(margins, **limit)
     quantities = _measurable(quantities, rule)
     operators = OperatorsAt(problem, rule, margins)
+    vectors = _vectors_held(problem)
     measurements: dict[str, Measurement] = {}
     subspaces: dict[str, Tensor] = {}
     more: dict[str, float] = {}
@@ -249,17 +255,21 @@ def measure_at(
                         more.update(direct.more)
                     continue
                 start = (starts or {}).get(name)
+                preconditioner = operators.preconditioner(name)
                 pair = top_eigenpair(
                     operators.of(name),
-                    preconditioner=operators.preconditioner(name),
+                    preconditioner=preconditioner,
                     start=start,
-                    keep=starts is not None,
+                    keep=starts is not None and vectors == _MOST_VECTORS,
+                    most_vectors=vectors,
                     tol=DEGREE.get(name, 1) * tol,
                     max_iter=max_iter,
                     seed=seed,
                 )
                 if pair.subspace is not None:
                     subspaces[name] = pair.subspace
+                elif starts is not None and preconditioner is None:
+                    subspaces[name] = pair.vector[None]
                 found = measurement_of(name, pair, time.perf_counter() - began)
                 measurements[name] = found.within(operators.error(name), tol)
         failure = None
@@ -272,6 +282,12 @@ def measure_at(
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
     values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
     return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), subspaces
+
+
+def _vectors_held(problem: Problem) -> int:
+    """Return how many vectors of the parameters' size a search may hold at once."""
+    each = problem.num_params * problem.dtype.itemsize
+    return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
 
 
 def _non_uniformity_limit(
