@@ -30,9 +30,9 @@ _CPU_CHUNK = 96 * 2**20
 _LEAST = 64 * 2**20
 """Bytes of passes that are no matter on any machine, however little a training step takes."""
 
-_LEAN_KEPT, _LEAN_CHUNK = 3, 6
-"""Parts of a training step's memory that passes take where a chunk size was chosen: a third kept, a
-sixth in one chunk. A product's own intermediates, and what the count does not see, take as much
+_LEAN_KEPT, _LEAN_CHUNK = 4, 8
+"""Parts of a training step's memory that passes take where a chunk size was chosen: a quarter kept, an
+eighth in one chunk. A product's own intermediates, and what the count does not see, take as much
 again."""
 
 _TRIED = 3
