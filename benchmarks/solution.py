@@ -14,12 +14,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stableopt
+from benchmarks import ensemble
 from benchmarks.data import Dataset, Images
 from benchmarks.networks import network
-from benchmarks.runner import Job, Work
+from benchmarks.runner import Job, Store, Work
 from benchmarks.training import evaluate, mean_squared_error
+from benchmarks.walk import due, note, outcome, walk, worth_a_line
 
-__all__ = ["Solution", "flops_per_sample", "images_for", "measured"]
+__all__ = ["Solution", "flops_per_sample", "images_for", "measured", "row"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -39,6 +41,8 @@ class Solution(Job):
         network: see :func:`benchmarks.networks.network`.
         scale: of the initialisation; see there.
         non_uniformity: whether to measure it; sharpness always is.
+        sharpness_every: steps between two measurements of the sharpness along the way, which go to
+            the trace, with those at powers of two; ``None`` for none.
 
     The result has ``outcome``, which is ``"reached"``, ``"diverged"`` or ``"out of steps"``;
     ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity`` and their residuals,
@@ -56,6 +60,7 @@ class Solution(Job):
     network: str | None = None
     scale: float | None = None
     non_uniformity: bool = True
+    sharpness_every: int | None = None
 
     def model(self, device: str = "cpu") -> nn.Module:
         """Return the network before its first step."""
@@ -64,21 +69,53 @@ class Solution(Job):
 
     @property
     def flops(self) -> float:
-        """With 1/(lr · target_loss) passes over the data: right within a factor of three or so."""
+        """With 80/(lr √target_loss) passes over the data: right within a factor of four or so."""
         epoch_steps = math.ceil(self.data.n / (self.batch_size or self.data.n))
-        passes = min(1 / (self.lr * self.target_loss), self.max_steps / epoch_steps)
+        passes = min(80 / (self.lr * self.target_loss**0.5), self.max_steps / epoch_steps)
         return passes * self.data.n * flops_per_sample(self.data.name, self.network)
+
+    @property
+    def together(self) -> tuple[object, ...] | None:
+        """Learning rate, seed and scale may differ.
+
+        Batch norm's averages cannot be stacked, and sharpness on the way is for lone runs.
+        """
+        if self.network == "resnet" or self.sharpness_every is not None:
+            return None
+        return (self.data, self.network, self.batch_size, self.target_loss, self.max_steps)
+
+    @classmethod
+    def run_together(cls, jobs: list[Any], works: list[Work]) -> list[dict[str, Any]]:
+        """Train as one; see :mod:`benchmarks.ensemble`. Measure one after the other."""
+        ends = ensemble.train(jobs, works, images_for(jobs[0].data, works[0]))
+        results = []
+        for job, work, end in zip(jobs, works, ends, strict=True):
+            model = job.model(work.place.device)
+            model.load_state_dict(end.weights)
+            results.append(job._found(model, work, end.outcome, end.steps, end.loss))
+        return results
 
     def run(self, work: Work) -> dict[str, Any]:
         """Train, measure, keep the weights."""
-        images = images_for(self.data, work)
         model = self.model(work.place.device)
-        outcome, steps, loss = _train(self, model, images, work)
+        return self._found(model, work, *_train(self, model, images_for(self.data, work), work))
+
+    def _found(
+        self, model: nn.Module, work: Work, outcome: str, steps: int, loss: float
+    ) -> dict[str, Any]:
         work.save(model.state_dict())
         found = {"outcome": outcome, "steps": steps, "loss": loss}
         if outcome == "diverged":
             return found
-        return {**found, **measured(self, model, images)}
+        images = images_for(self.data, work)
+        at_end = measured(
+            model,
+            images,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            non_uniformity=self.non_uniformity,
+        )
+        return {**found, "test_accuracy": images.accuracy(model), **at_end}
 
 
 def images_for(data: Dataset, work: Work) -> Images:
@@ -102,20 +139,27 @@ def flops_per_sample(data: str, kind: str | None) -> float:
     return float(counter.get_total_flops())
 
 
-def measured(job: Solution, model: nn.Module, images: Images) -> dict[str, Any]:
-    """Return sharpness, non-uniformity and test accuracy of a model at ``job``'s minimum."""
+def measured(
+    model: nn.Module,
+    images: Images,
+    *,
+    lr: float,
+    batch_size: int | None = None,
+    non_uniformity: bool = True,
+) -> dict[str, Any]:
+    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD."""
     model.eval()  # for batch norm: see resnet14
     margins = stableopt.measure(
         model,
         mean_squared_error,
         (images.x, images.y),
-        lr=job.lr,
-        batch_size=job.batch_size or len(images.x),
-        quantities=("sharpness", "non_uniformity") if job.non_uniformity else ("sharpness",),
+        lr=lr,
+        batch_size=batch_size or len(images.x),
+        quantities=("sharpness", "non_uniformity") if non_uniformity else ("sharpness",),
         chunk_size=None if images.x.ndim == 2 else 250,
         max_iter=300,
     )
-    found: dict[str, Any] = {"test_accuracy": images.accuracy(model)}
+    found: dict[str, Any] = {}
     for name, measurement in margins.measurements.items():
         value = getattr(margins, name)
         found[name] = value
@@ -124,88 +168,48 @@ def measured(job: Solution, model: nn.Module, images: Images) -> dict[str, Any]:
     return found
 
 
+def row(job: Solution, store: Store) -> dict[str, Any]:
+    """Return a job that is done as a row of a table."""
+    found = store.result(job)
+    return {
+        "lr": job.lr,
+        "batch_size": job.batch_size,
+        "scale": job.scale,
+        "seed": job.seed,
+        "outcome": found["outcome"],
+        "steps": found["steps"],
+        "loss": found["loss"],
+        "sharpness": found.get("sharpness"),
+        "sharpness_limit": 2 / job.lr,
+        "non_uniformity": found.get("non_uniformity"),
+        "non_uniformity_limit": found.get("non_uniformity_limit"),
+        "test_accuracy": found.get("test_accuracy"),
+    }
+
+
 def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
     """Return the outcome, the number of steps, and the training loss after them."""
-    walk = _GD(job, model, images) if job.batch_size is None else _SGD(job, model, images)
+    going = walk(job, model, images)
     state = work.restored()
     if state is not None:
         model.load_state_dict(state["model"])
-        walk.generator.set_state(state["generator"].cpu())
-        walk.steps = state["steps"]
+        going.generator.set_state(state["generator"].cpu())
+        going.steps = state["steps"]
     first = state["first"] if state is not None else evaluate(model.eval(), images)
     saved = time.monotonic()
     while True:
-        loss = walk.look()
-        if _worth_a_line(walk.epochs):
-            work.trace(step=walk.steps, loss=loss)
-        if not loss < math.inf:
-            return "diverged", walk.steps, loss
-        if loss <= job.target_loss:
-            return "reached", walk.steps, loss
-        if walk.steps >= job.max_steps:
-            return "out of steps", walk.steps, loss
-        # The loss falls about as a power of time, so its logarithm makes an honest bar.
-        work.progress(
-            math.log(first / loss) / math.log(first / job.target_loss),
-            f"η = {job.lr:g}, step {walk.steps:,}, loss {loss:.1e}",
-        )
-        walk.on()
+        loss = going.look()
+        if worth_a_line(going.epochs):
+            work.trace(step=going.steps, loss=loss)
+        if due(job.sharpness_every, going) and loss < math.inf:
+            now = measured(model, images, lr=job.lr, non_uniformity=False)
+            work.trace(step=going.steps, loss=loss, sharpness=now["sharpness"])
+        ended = outcome(job, going.steps, loss)
+        if ended is not None:
+            return ended, going.steps, loss
+        note(job, work, going.steps, loss, first)
+        going.on()
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved = time.monotonic()
-            kept = {"model": model.state_dict(), "generator": walk.generator.get_state()}
-            work.checkpoint({**kept, "steps": walk.steps, "first": first})
-
-
-def _worth_a_line(epochs: int) -> bool:
-    return epochs & (epochs - 1) == 0 or epochs % 100 == 0
-
-
-class _GD:
-    """Steps of gradient descent; an epoch is one."""
-
-    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
-        self.model, self.images = model, images
-        self.optimizer = stableopt.GD(model.parameters(), lr=job.lr)
-        self.generator = torch.Generator()
-        self.steps = 0
-        size = len(images.x) if images.x.ndim == 2 else 250  # so that activations stay in the cache
-        self.data = list(zip(images.x.split(size), images.y.split(size), strict=True))
-
-    @property
-    def epochs(self) -> int:
-        return self.steps
-
-    def look(self) -> float:
-        """Return the training loss, and leave its gradient for the step."""
-        return self.optimizer.full_gradient(self.model.train(), mean_squared_error, self.data)
-
-    def on(self) -> None:
-        self.optimizer.step()
-        self.steps += 1
-
-
-class _SGD:
-    """Epochs of SGD, each in a new order, as a shuffling DataLoader does."""
-
-    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
-        assert job.batch_size is not None
-        self.model, self.images, self.batch_size = model, images, job.batch_size
-        self.optimizer = stableopt.SGD(model.parameters(), lr=job.lr)
-        self.generator = torch.Generator().manual_seed(job.seed)
-        self.steps = 0
-
-    @property
-    def epochs(self) -> int:
-        return self.steps // math.ceil(len(self.images.x) / self.batch_size)
-
-    def look(self) -> float:
-        return evaluate(self.model.eval(), self.images)
-
-    def on(self) -> None:
-        self.model.train()
-        order = torch.randperm(len(self.images.x), generator=self.generator)
-        for rows in order.to(self.images.x.device).split(self.batch_size):
-            self.optimizer.zero_grad()
-            mean_squared_error(self.model(self.images.x[rows]), self.images.y[rows]).backward()
-            self.optimizer.step()
-            self.steps += 1
+            kept = {"model": model.state_dict(), "generator": going.generator.get_state()}
+            work.checkpoint({**kept, "steps": going.steps, "first": first})

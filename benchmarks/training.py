@@ -11,7 +11,14 @@ from torch import Tensor, nn
 import stableopt
 from benchmarks.data import Images
 
-__all__ = ["DivergedError", "evaluate", "gd_until", "reshuffled_batches", "sgd_steps"]
+__all__ = [
+    "DivergedError",
+    "evaluate",
+    "gd_until",
+    "independent_batches",
+    "reshuffled_batches",
+    "sgd_steps",
+]
 
 mean_squared_error = nn.MSELoss()
 """The paper's loss: the mean over samples and outputs."""
@@ -39,8 +46,8 @@ def gd_until(
 ) -> int:
     """Train by gradient descent until the training loss is at most ``target_loss``.
 
-    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still above
-    the target after ``max_steps``.
+    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still
+    above the target after ``max_steps``.
     """
     for step in range(max_steps):
         loss = optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))
@@ -60,6 +67,15 @@ def reshuffled_batches(
     while True:
         for rows in torch.randperm(len(images.x), generator=generator).split(batch_size):
             yield images.x[rows], images.y[rows]
+
+
+def independent_batches(
+    images: Images, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches for ever, each drawn without replacement and independently of the others."""
+    while True:
+        rows = torch.randperm(len(images.x), generator=generator)[:batch_size]
+        yield images.x[rows], images.y[rows]
 
 
 def sgd_steps(

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
+from stableopt.curvature.problem import group_of
+from stableopt.curvature.ranks import LostRankError
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
@@ -66,8 +68,8 @@ class StabilityMonitor:
         every: measure after each so many steps.
         max_overhead: or: measure as often as that share of the training time allows. The default,
             at 0.05, where ``every`` is not given.
-        batch_size: samples in a step; by default what the model's forward passes show, accumulated
-            over a step and as the median of the last five steps.
+        batch_size: samples in a step, of all ranks; by default what the model's forward passes show,
+            accumulated over a step and as the median of the last five steps.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
             ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``. Sharpness comes with the
@@ -78,6 +80,10 @@ class StabilityMonitor:
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the most samples evaluated at once.
         dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
+        process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
+            as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
+            ``fully_shard``. Every rank must then make the monitor: to measure replicas on one alone,
+            pass it ``model.module``. Rank 0 decides when to measure, and tells the sinks.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: how many measurements follow the eigenvectors of the last before one starts afresh.
@@ -119,6 +125,7 @@ class StabilityMonitor:
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
         tol: float = 0.03,
         max_iter: int = 50,
         cold_every: int = 20,
@@ -139,12 +146,18 @@ class StabilityMonitor:
         self.optimizer = optimizer
         self._update_rule = update_rule
         self.problem = problem_of(
-            model, loss_fn, data, params=params, chunk_size=chunk_size, dtype=dtype
+            model,
+            loss_fn,
+            data,
+            params=params,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            process_group=group_of(model) if process_group is None else process_group,
         )
         self._explicit = params is not None
         check_params(optimizer, self.problem, explicit=self._explicit)
         rule = self._rule()
-        self.quantities = check_quantities(quantities, rule)
+        self.quantities = check_quantities(quantities, rule, sharded=self.problem.sharded)
         as_seen_by(self.problem, rule, optimizer)  # raises where the groups do not fit
         probe_size = self.problem.num_samples
         self._probe_is_all = dataset_size is None
@@ -160,9 +173,11 @@ class StabilityMonitor:
         self._starts: dict[str, Tensor] = {}
         self._measured = 0
         self._pending = False
-        self._seconds = self._last_seconds = 0.0
+        self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
         self._began = self._last_end = time.perf_counter()
         self._observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
+        self._of_all_ranks: int | None = None
+        self._next_question = 0
         self._warned: set[str] = set()
 
         self._counter = SampleCounter()
@@ -180,9 +195,14 @@ class StabilityMonitor:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in a step, as given or observed; ``None`` before the first step."""
+        """Samples in a step, as given or observed; ``None`` before the first step.
+
+        Where several ranks train, those of all of them, as of the last measurement.
+        """
         if self._batch_size is not None:
             return self._batch_size
+        if self.problem.ranks.several:
+            return self._of_all_ranks
         return median_low(self._observed) if self._observed else None
 
     @property
@@ -206,7 +226,7 @@ class StabilityMonitor:
         return self._seconds / training if training > 0 else math.inf
 
     def measure(self) -> StabilityMargins:
-        """Measure now, whatever the step; record the result and tell the sinks.
+        """Measure now, whatever the step; record the result and tell the sinks. On every rank.
 
         Raises:
             Exception: whatever goes wrong, other than curvature that is not finite.
@@ -223,18 +243,22 @@ class StabilityMonitor:
             return self._tell(measured())
         finally:
             self._last_end = time.perf_counter()
-            self._last_seconds = self._last_end - began
+            self._last_seconds, self._last_step = self._last_end - began, self.step
             self._seconds += self._last_seconds
 
     def _measured_or_failed(self) -> StabilityMargins:
         try:
             return self._measure_now()
+        except LostRankError:  # the training cannot go on either, and would hang
+            raise
         except Exception as error:  # measuring must not end the training
             return StabilityMargins(step=self.step, failure=f"{type(error).__name__}: {error}")
 
     def _measure_now(self) -> StabilityMargins:
         rule = self._rule()
         self._follow()
+        own = median_low(self._observed) if self._observed else 0
+        self._of_all_ranks = int(self.problem.ranks.sum(own)) or None
         # A rule of the full batch may look at it many times a step: what was counted is no batch.
         whole_set = rule.full_batch
         batch_size = None if whole_set else self.batch_size
@@ -274,7 +298,7 @@ class StabilityMonitor:
                 f"in {self._max_iter} products; raise max_iter or tol",
             )
         record = margins.record()
-        for sink in self.sinks:
+        for sink in self.sinks if self.problem.ranks.rank == 0 else ():
             try:
                 sink(margins.step, dict(record))
             except Exception as error:
@@ -311,7 +335,7 @@ class StabilityMonitor:
         return size
 
     def _warn(self, what: str, why: str) -> None:
-        if why not in self._warned:
+        if why not in self._warned and self.problem.ranks.rank == 0:
             self._warned.add(why)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
 
@@ -321,11 +345,33 @@ class StabilityMonitor:
         self.step += 1
         if samples:
             self._observed.append(samples)
+        if self._turn():
+            self._timed(self._measured_or_failed)
+
+    def _turn(self) -> bool:
+        """Whether to measure after this step; where several ranks train, as rank 0 finds."""
+        ranks = self.problem.ranks
+        if ranks.several and self.step < self._next_question:
+            return False
         self._pending = self._pending or self._due()
-        if not self._pending or not self._moved():
-            return
-        self._pending = False
-        self._timed(self._measured_or_failed)
+        turn = self._pending and self._moved()
+        self._pending = self._pending and not turn
+        if ranks.several:
+            found = [turn, self._pending, self.step + self._steps_to_go()]
+            turn, self._pending, self._next_question = ranks.first(torch.tensor(found)).tolist()
+        return bool(turn)
+
+    def _steps_to_go(self) -> int:
+        """Return after how many steps the ranks should ask again: at each would be a broadcast."""
+        if self._pending:
+            return 1
+        if self._every is not None:
+            return self._every - self.step % self._every
+        waited = time.perf_counter() - self._last_end
+        each = waited / max(self.step - self._last_step, 1)
+        left = self._last_seconds / self._max_overhead - waited
+        # Half of what seems to be left, since steps differ: soon the half is none.
+        return max(1, int(left / each / 2))
 
     def _due(self) -> bool:
         if self._every is not None:
@@ -397,7 +443,7 @@ class StabilityMonitor:
         # Nothing is changed before all of it has been read.
         self._starts = starts
         self.step, self._measured = state["step"], state["measured"]
-        self._pending = state["pending"]
+        self._pending, self._next_question = bool(state["pending"]), 0
         self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
         self.history = deque(history, maxlen=_HISTORY)
 

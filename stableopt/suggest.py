@@ -273,16 +273,21 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return mean and variance over samples of the gradient, entry by entry."""
     theta = problem.theta()
     total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-    squares, count = torch.zeros_like(total), 0
-    with problem.evaluation():
-        for batch, size in problem.chunks(_SAMPLES):
-            for index in range(size):
-                loss = problem.loss(theta, cut(batch, index, index + 1))
-                gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                total += gradient
-                squares += gradient**2
-                count += 1
-            if count >= _SAMPLES:
-                break
-    mean = total / count
-    return mean, (squares / count - mean**2).clamp(min=0)
+    squares = torch.zeros_like(total)
+
+    def add() -> int:
+        count = 0
+        with problem.evaluation():
+            for batch, size in problem.chunks(_SAMPLES):
+                for index in range(size):
+                    loss = problem.loss(theta, cut(batch, index, index + 1))
+                    gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
+                    total.add_(gradient)
+                    squares.add_(gradient**2)
+                    count += 1
+                if count >= _SAMPLES:
+                    break
+        return count
+
+    mean, square = problem.ranks.mean([total, squares], add)
+    return mean, (square - mean**2).clamp(min=0)

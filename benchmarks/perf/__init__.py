@@ -9,5 +9,6 @@ PARTS = {
     "growth": "benchmarks.perf.growth",
     "compiled": "benchmarks.perf.compiled",
     "lbfgs": "benchmarks.perf.lbfgs",
+    "ensemble": "benchmarks.perf.ensemble",
 }
 """Modules with a ``run(config)``, by name."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -79,7 +80,7 @@ class Job(ABC):
 
     @classmethod
     def run_together(cls, jobs: list[Job], works: list[Work]) -> list[dict[str, Any]]:
-        """Compute the results of jobs whose ``together`` is equal."""
+        """Compute the results of jobs whose ``together`` is equal: to rounding, those of ``run``."""
         raise NotImplementedError(f"{cls.__name__} does not run together")
 
     @property
@@ -88,7 +89,7 @@ class Job(ABC):
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
-    @property
+    @cached_property  # jobs that need jobs that need jobs take a while to be told
     def id(self) -> str:
         """The kind and 48 bits of a hash of kind, schema and fields.
 

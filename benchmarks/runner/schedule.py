@@ -1,9 +1,9 @@
 """Running jobs on an executor: in the order of their needs, whatever happens to single ones.
 
-Whatever has ``submit(function, *arguments)`` and returns something with ``done()`` and ``result()``
-will do: the executors of ``concurrent.futures``, of Dask (``client.get_executor()``), of mpi4py,
-and submitit's, whose jobs are asked and never waited for. Workers write their own results; nothing
-comes back but how long they took.
+Whatever has ``submit(function, *arguments)`` and returns something with ``done()``, ``result()`` and
+``cancel()`` will do: the executors of ``concurrent.futures``, of Dask (``client.get_executor()``),
+of mpi4py, and submitit's, whose jobs are asked and never waited for. Workers write their own
+results; nothing comes back but how long they took.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ WORKER_DIED = "WorkerDied: the process that ran this job ended without a word; m
 
 
 class Executor(Protocol):
-    """What jobs are given to."""
+    """What jobs are given to; ``shutdown()`` is called if there is one."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
-        """Begin a call; return a handle with ``done()`` and ``result()``."""
+        """Begin a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""
 
 
 class Watch:
@@ -43,6 +43,9 @@ class Watch:
 
     def failed(self, job: Job, error: str) -> None:
         """A job has ended with an error."""
+
+    def blocked(self, job: Job) -> None:
+        """A job will not be run, because one that it needs has failed."""
 
     def tick(self) -> None:
         """Some time has passed."""
@@ -129,6 +132,8 @@ class _Run:
         self.make_executor, self.members = make_executor, members
         self.in_flight = in_flight or 10**9
         self.summary = Summary()
+        self.done: set[str] = set()
+        self.lost: set[str] = set()
         self.running: dict[Any, list[Job]] = {}
         self.suspects: deque[Job] = deque()
 
@@ -137,39 +142,47 @@ class _Run:
         for job in jobs:
             if self.store.done(job):
                 self.summary.found.append(job)
+                self.done.add(job.id)
                 continue
             failure = self.store.failure(job)
             if failure is not None and not retry:
                 self._fail(job, failure["error"])
                 continue
             if failure is not None:
-                self.store.forget(job)
+                self.store.forgive(job)
             waiting[job.id] = job
+        self._block(waiting)
         executor = self.make_executor() if waiting else None
         try:
             while waiting or self.suspects or self.running:
                 assert executor is not None
-                self._block(waiting)
                 broken = self._submit(executor, waiting) or self._collect()
                 if broken:
                     _shut(executor)
                     executor = self.make_executor()
+                self._block(waiting)
                 self.watch.tick()
         finally:
+            # There are some left only if this is ending by an interruption.
+            for handle in self.running:
+                handle.cancel()
             if executor is not None:
                 _shut(executor)
         return self.summary
 
     def _fail(self, job: Job, error: str) -> None:
         self.summary.failed.append(job)
+        self.lost.add(job.id)
         self.watch.failed(job, error)
 
     def _block(self, waiting: dict[str, Job]) -> None:
-        lost = {job.id for job in self.summary.failed + self.summary.blocked}
+        if not self.lost:
+            return
         for job in list(waiting.values()):
-            if any(need.id in lost for need in job.needs):
+            if any(need.id in self.lost for need in job.needs):
                 self.summary.blocked.append(waiting.pop(job.id))
-                lost.add(job.id)
+                self.lost.add(job.id)
+                self.watch.blocked(job)
 
     def _submit(self, executor: Executor, waiting: dict[str, Job]) -> bool:
         """Hand over what is ready; say whether the executor refused, being broken."""
@@ -177,22 +190,31 @@ class _Run:
             if self.running:
                 return False
             return not self._start(executor, [self.suspects[0]])
-        while len(self.running) < self.in_flight:
-            ready = [j for j in waiting.values() if all(map(self.store.done, j.needs))]
-            if not ready:
-                break
-            first = ready[0]
-            group = [first]
-            if self.members > 1 and first.together is not None:
-                alike = (
-                    j for j in ready if type(j) is type(first) and j.together == first.together
-                )
-                group = list(alike)[: self.members]
+        room = self.in_flight - len(self.running)
+        if room <= 0:
+            return False
+        ready = [j for j in waiting.values() if self.done.issuperset(n.id for n in j.needs)]
+        for group in self._grouped(ready)[:room]:
             if not self._start(executor, group):
                 return True
             for job in group:
                 del waiting[job.id]
         return False
+
+    def _grouped(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Return jobs in ensembles, as far as they can be run together, in the order they came."""
+        groups: list[list[Job]] = []
+        unfilled: dict[tuple[object, ...], list[Job]] = {}
+        for job in jobs:
+            alone = self.members < 2 or job.together is None or self.store.begun(job)
+            key = None if alone else (type(job), job.together)
+            if key is not None and len(unfilled.get(key, ())) in range(1, self.members):
+                unfilled[key].append(job)
+                continue
+            groups.append([job])
+            if key is not None:
+                unfilled[key] = groups[-1]
+        return groups
 
     def _start(self, executor: Executor, group: list[Job]) -> bool:
         try:
@@ -220,13 +242,12 @@ class _Run:
                 if not alone:
                     self.suspects.extend(group)
                     continue
-                self.store.fail(self.suspects[0], WORKER_DIED)
+                self._record(group, WORKER_DIED)
                 times = {}
-            except (
-                Exception
-            ) as error:  # the executor's own: Dask's KilledWorker, a job of Slurm lost
-                for job in group:
-                    self.store.fail(job, f"{WORKER_DIED} ({type(error).__name__})", str(error))
+            except Exception as error:
+                # The executor's own: a KilledWorker of Dask, a job lost by Slurm, one not pickled.
+                first = str(error).partition("\n")[0]
+                self._record(group, f"{type(error).__name__}: {first}", str(error))
                 times = {}
             if alone:
                 self.suspects.popleft()
@@ -234,8 +255,14 @@ class _Run:
                 self._take(job, times.get(job.id))
         return broken
 
+    def _record(self, group: list[Job], error: str, details: str = "") -> None:
+        for job in group:
+            if not self.store.done(job):  # the worker may have ended after its work
+                self.store.fail(job, error, details)
+
     def _take(self, job: Job, seconds: float | None) -> None:
         if self.store.done(job):
+            self.done.add(job.id)
             self.summary.done.append(job)
             self.watch.finished(job, seconds)
             return
@@ -246,4 +273,4 @@ class _Run:
 def _shut(executor: Executor) -> None:
     shut = getattr(executor, "shutdown", None)
     if shut is not None:
-        shut(wait=True)
+        shut()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.runner.job import Job
 
-__all__ = ["Store", "plain", "read_json", "read_lines", "write_json"]
+__all__ = ["Store", "plain", "read_json", "read_lines", "to_disk", "write_json"]
 
 
 class Store:
@@ -64,13 +63,20 @@ class Store:
         self.part(job).mkdir(parents=True, exist_ok=True)
         write_json(self.part(job) / "failed.json", {"error": error, "details": details})
 
-    def forget(self, job: Job) -> None:
-        """Remove what an unfinished job has left."""
-        shutil.rmtree(self.part(job), ignore_errors=True)
+    def forgive(self, job: Job) -> None:
+        """Let a job that has failed be run again: from its checkpoint, if its worker died."""
+        (self.part(job) / "failed.json").unlink(missing_ok=True)
+
+    def begun(self, job: Job) -> bool:
+        """Say whether there is a checkpoint to go on from."""
+        return (self.part(job) / "checkpoint.pt").exists()
 
     def finish(self, job: Job) -> None:
-        """Count the job as done."""
+        """Count the job as done: its files are on the disk before the folder has its name."""
+        for path in (*self.part(job).iterdir(), self.part(job)):
+            to_disk(path)
         os.replace(self.part(job), self.folder(job))
+        to_disk(self.jobs)
 
     def result(self, job: Job) -> dict[str, Any]:
         """Return what a job found.
@@ -78,7 +84,8 @@ class Store:
         Raises:
             FileNotFoundError: if it is not done.
         """
-        return read_json(self.folder(job) / "result.json")
+        found: dict[str, Any] = read_json(self.folder(job) / "result.json")
+        return found
 
     def trace(self, job: Job) -> list[dict[str, Any]]:
         """Return what a job that is done reported along the way."""
@@ -86,7 +93,8 @@ class Store:
 
     def about(self, job: Job) -> dict[str, Any]:
         """Return configuration, versions, device and time of a job that is done."""
-        return read_json(self.folder(job) / "job.json")
+        found: dict[str, Any] = read_json(self.folder(job) / "job.json")
+        return found
 
     def tensors(self, job: Job) -> dict[str, Tensor]:
         """Return the tensors that a job saved."""
@@ -111,11 +119,26 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
+    """Write a file that is there whole or not at all; after a power cut too, if it is durable."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    partial.write_text(
+        json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    )
+    if durable:
+        to_disk(partial)
     os.replace(partial, path)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is where a power cut leaves it."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

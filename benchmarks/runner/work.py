@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -20,12 +21,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.runner.job import Job, Place
-from benchmarks.runner.store import Store, plain, write_json
+from benchmarks.runner.store import Store, plain, to_disk, write_json
 
 __all__ = ["Work", "work"]
 
 PROGRESS_EVERY = 1.0
 """Seconds between two notes of how far a job is: for people, who need no more."""
+
+ONE_AT_A_TIME = threading.Lock()
+"""In a process, however many threads an executor has: torch's global generator, which initialisations
+seed, and its number of threads are the process's."""
 
 
 class Work:
@@ -54,7 +59,7 @@ class Work:
 
     def trace(self, **record: Any) -> None:
         """Append a line to ``trace.jsonl``, at once."""
-        line = json.dumps(plain(record), allow_nan=False)
+        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
         with self._trace_path.open("a") as file:
             file.write(line + "\n")
 
@@ -63,7 +68,8 @@ class Work:
         now = time.monotonic()
         if now - self._noted >= PROGRESS_EVERY:
             self._noted = now
-            write_json(self.folder / "progress.json", {"share": share, "text": text})
+            told = {"share": share, "text": text}
+            write_json(self.folder / "progress.json", told, durable=False)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Keep tensors for the jobs that need this one."""
@@ -74,9 +80,12 @@ class Work:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """Keep a state to go on from, should the process be killed: tensors and plain values."""
-        length = self._trace_path.stat().st_size if self._trace_path.exists() else 0
+        self._trace_path.touch()
+        length = self._trace_path.stat().st_size
         partial = self._checkpoint_path.with_suffix(".partial")
         torch.save({"state": state, "trace": length}, partial)
+        to_disk(self._trace_path)
+        to_disk(partial)
         os.replace(partial, self._checkpoint_path)
 
     def restored(self) -> dict[str, Any] | None:
@@ -84,31 +93,40 @@ class Work:
 
         ``None`` if there is none, with an empty trace.
         """
+        self._trace_path.touch()
         if not self._checkpoint_path.exists():
-            self._trace_path.write_text("")
+            os.truncate(self._trace_path, 0)
             return None
         kept = torch.load(self._checkpoint_path, weights_only=True, map_location=self.place.device)
         os.truncate(self._trace_path, kept["trace"])
         state: dict[str, Any] = kept["state"]
         return state
 
+    def begin_anew(self) -> None:
+        """Remove the checkpoint: it may be what led to an error."""
+        self._checkpoint_path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Remove what only the running job needed."""
-        for name in ("checkpoint.pt", "checkpoint.partial", "progress.json", "failed.json"):
+        for name in ("checkpoint.pt", "progress.json", "failed.json"):
             (self.folder / name).unlink(missing_ok=True)
+        for left in self.folder.glob("*.partial"):  # by a process killed while it wrote
+            left.unlink()
 
 
 def work(jobs: Sequence[Job], root: Path, place: Place) -> dict[str, float | None]:
     """Run jobs in this process, as one ensemble if there are several; what a worker calls.
 
     Returns:
-        The seconds each took, by id; ``None`` for one that was done already, or whose error was
-        recorded in its folder.
+        The seconds each took, in an ensemble its share, by id; ``None`` for one that was done
+        already, or whose error was recorded in its folder.
     """
     store = Store(root)
     with ExitStack() as locks:
-        for job in jobs:
+        # In one order everywhere, lest two processes wait for each other.
+        for job in sorted(jobs, key=lambda job: job.id):
             locks.enter_context(store.lock(job))
+        locks.enter_context(ONE_AT_A_TIME)
         # Another process, with the same folder, may have been quicker.
         left = [job for job in jobs if not store.done(job) and store.failure(job) is None]
         times: dict[str, float | None] = dict.fromkeys((job.id for job in jobs), None)
@@ -122,7 +140,7 @@ def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
         torch.set_num_threads(place.threads)
     works, abouts = [], []
     for job in jobs:
-        _prepare(store.part(job))
+        _prepare(store.part(job), go_on=len(jobs) == 1)
         works.append(Work(job, store, place))
         abouts.append(_about(job, place, len(jobs)))
         write_json(works[-1].folder / "job.json", abouts[-1])
@@ -132,22 +150,24 @@ def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
             results = [jobs[0].run(works[0])]
         else:
             results = type(jobs[0]).run_together(list(jobs), works)
-    except Exception as error:
-        for job in jobs:
+        seconds = (time.perf_counter() - began) / len(jobs)
+        for its, about, result in zip(works, abouts, results, strict=True):
+            write_json(its.folder / "result.json", result)
+            write_json(its.folder / "job.json", {**about, "seconds": seconds})
+    except (Exception, SystemExit) as error:
+        for job, its in zip(jobs, works, strict=True):
             store.fail(job, f"{type(error).__name__}: {error}", traceback.format_exc())
+            its.begin_anew()
         return {}
-    seconds = time.perf_counter() - began
-    for job, its, about, result in zip(jobs, works, abouts, results, strict=True):
-        write_json(its.folder / "result.json", result)
-        write_json(its.folder / "job.json", {**about, "seconds": seconds})
+    for job, its in zip(jobs, works, strict=True):
         its.close()
         store.finish(job)
     return {job.id: seconds for job in jobs}
 
 
-def _prepare(folder: Path) -> None:
+def _prepare(folder: Path, go_on: bool) -> None:
     """Empty the folder, but for what a killed process has left to go on from."""
-    if folder.exists() and not (folder / "checkpoint.pt").exists():
+    if folder.exists() and not (go_on and (folder / "checkpoint.pt").exists()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

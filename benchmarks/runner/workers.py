@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from benchmarks.runner.schedule import Executor
 
 __all__ = ["executor"]
+
+MINUTES = 24 * 60
+"""That a job of Slurm may take if nothing is said; submitit's own default is 5."""
 
 
 def executor(name: str, workers: int) -> Callable[[], Executor]:
@@ -21,12 +24,15 @@ def executor(name: str, workers: int) -> Callable[[], Executor]:
     Args:
         name: ``"processes"``; ``"dask:ADDRESS"``, of a scheduler; ``"slurm:FOLDER"``, where
             submitit keeps its files, or ``"local:FOLDER"``, which is submitit's imitation of it on
-            this machine.
+            this machine. The last two take submitit's parameters after the folder, as in
+            ``"slurm:logs,timeout_min=600,slurm_partition=gpu,gpus_per_node=1"``.
         workers: processes.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, less than one worker, or a package that is not installed.
     """
+    if workers < 1:
+        raise ValueError(f"workers={workers}: expected at least 1")
     kind, _, where = name.partition(":")
     if kind == "processes" and not where:
         # Forked processes would share torch's threads, which do not survive a fork.
@@ -35,35 +41,71 @@ def executor(name: str, workers: int) -> Callable[[], Executor]:
             workers, mp_context=context, initializer=_die_with_parent
         )
     if kind == "dask" and where:
-        return lambda: _dask(where)
+        _installed("distributed")
+        return lambda: _Dask(where)
     if kind in ("slurm", "local") and where:
-        return lambda: _submitit(kind, Path(where))
+        _installed("submitit")
+        folder, *texts = where.split(",")
+        parameters = {"timeout_min": MINUTES, **dict(map(_parameter, texts))}
+        return lambda: _submitit(kind, Path(folder), parameters)
     raise ValueError(
         f"executor={name!r}: expected processes, dask:ADDRESS, slurm:FOLDER or local:FOLDER"
     )
 
 
+def _installed(package: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ValueError(f"{package} is not installed: pip install 'stableopt[bench-cluster]'")
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"executor: {text!r}, expected KEY=VALUE, as in timeout_min=600")
+    return key, int(value) if value.isdigit() else value
+
+
 def _die_with_parent() -> None:
     """End this process when its parent does: a pool's processes outlive one that was killed."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _dask(address: str) -> Executor:
-    from distributed import Client
+class _Dask:
+    """Dask's own executor, with a client that is closed in the end."""
 
-    made: Executor = Client(address).get_executor(pure=False)
-    return made
+    def __init__(self, address: str) -> None:
+        from distributed import Client
+
+        try:
+            self.client = Client(address)
+        except OSError as error:
+            raise ValueError(f"executor=dask:{address}: no scheduler answers ({error})") from None
+        self.executor = self.client.get_executor(pure=False)
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
+        return self.executor.submit(function, *arguments)
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()
+        self.client.close()
 
 
-def _submitit(cluster: str, folder: Path) -> Executor:
+def _submitit(cluster: str, folder: Path, parameters: dict[str, Any]) -> Executor:
     import submitit
 
-    made: Executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    return made
+    try:
+        made = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        made.update_parameters(**parameters)
+    except (AssertionError, NameError, RuntimeError) as error:  # no srun here, say
+        raise ValueError(f"executor={cluster}:{folder}: {error}") from None
+    found: Executor = made
+    return found

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stableopt.adapt.decision import Decision, Kind, What
+from stableopt.curvature.ranks import world
 
 __all__ = ["is_first", "shared_decisions", "shared_tensors", "shared_whole", "world_size"]
 
@@ -18,31 +18,25 @@ _KINDS, _WHATS = get_args(Kind), get_args(What)
 
 def is_first() -> bool:
     """Return whether this process decides: rank 0, or one that is alone."""
-    return not _several() or dist.get_rank() == 0
+    return world().rank == 0
 
 
 def world_size() -> int:
     """Return how many processes train together."""
-    return dist.get_world_size() if _several() else 1
+    return world().size
 
 
 def shared_whole(value: int) -> int:
     """Return the value that rank 0 has; every rank must call it. Alone: ``value``."""
-    if not _several():
-        return value
-    carrier = torch.tensor([value], dtype=torch.int64, device=_device())
-    dist.broadcast(carrier, src=0)
-    return int(carrier)
+    return int(world().first(torch.tensor(value, dtype=torch.int64)))
 
 
 def shared_tensors(tensors: Iterable[Tensor]) -> None:
     """Overwrite ``tensors`` by rank 0's, in place; every rank must call it."""
-    if _several():
-        for tensor in tensors:
-            carrier = tensor.detach().to(_device())
-            dist.broadcast(carrier, src=0)
-            with torch.no_grad():
-                tensor.copy_(carrier)
+    ranks = world()
+    with torch.no_grad():
+        for tensor in tensors if ranks.several else ():
+            tensor.copy_(ranks.first(tensor))
 
 
 def shared_decisions(decisions: Sequence[Decision], *, step: int, most: int) -> list[Decision]:
@@ -50,33 +44,22 @@ def shared_decisions(decisions: Sequence[Decision], *, step: int, most: int) -> 
 
     The other ranks are told what changed, and not the words.
     """
-    if not _several():
+    ranks = world()
+    if not ranks.several:
         return list(decisions)
     table = torch.zeros(most, 6, dtype=torch.float64)
     for row, decision in zip(table, decisions, strict=False):
         what, kind = _WHATS.index(decision.what), _KINDS.index(decision.kind)
         numbers = [1, what, kind, decision.old, decision.new, decision.dry_run]
         row.copy_(torch.tensor(numbers, dtype=torch.float64))
-    carrier = table.to(_device())
-    dist.broadcast(carrier, src=0)
-    if dist.get_rank() == 0:
+    told = ranks.first(table)
+    if ranks.rank == 0:
         return list(decisions)
     return [
         Decision(
             _WHATS[int(what)], _KINDS[int(kind)], old, new, "decided on rank 0", step=step,
             dry_run=bool(dry_run),
         )
-        for present, what, kind, old, new, dry_run in carrier.tolist()
+        for present, what, kind, old, new, dry_run in told.tolist()
         if present
     ]  # fmt: skip
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _device() -> torch.device:
-    """Return where the default group's backend wants its tensors."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

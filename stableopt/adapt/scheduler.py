@@ -99,6 +99,11 @@ class StabilityLR(LRScheduler):
         last_epoch: int = -1,
     ) -> None:
         _check(optimizer, monitor, target)
+        if monitor.problem.sharded and (restore or kick):
+            raise ValueError(
+                "restore and kick set the weights of replicas from rank 0, and these are sharded by"
+                " fully_shard: leave them out"
+            )
         present = _fastest(optimizer)
         margin = target.share is not None
         self.monitor = monitor

@@ -7,6 +7,9 @@ from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.non_uniformity import NonUniformity
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.problem import Problem
+from stableopt.curvature.ranks import LostRankError
+from stableopt.curvature.sharded import ShardedProblem
+from stableopt.curvature.sharded_hessian import ShardedHessian
 
 __all__ = [
     "DualCurvature",
@@ -14,11 +17,14 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "InverseHessian",
+    "LostRankError",
     "NonFiniteError",
     "NonUniformity",
     "Operator",
     "Preconditioner",
     "Problem",
     "SecondDerivativeError",
+    "ShardedHessian",
+    "ShardedProblem",
     "top_eigenpair",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigenpair import Preconditioner
-from stableopt.curvature.inner import Dual, dot, dual, scaled
+from stableopt.curvature.inner import Dual, dot, dual, normalised, scaled
 
 __all__ = ["Basis"]
 
@@ -76,7 +76,7 @@ class Basis:
         """Return what is left of a covector outside the basis, of norm 1, however little it is."""
         for _ in range(2):
             covector = covector - dot(self.vectors, covector) @ self.covectors
-            covector = covector / covector.norm()
+            covector = normalised(covector)
         return scaled(dual(covector, self.preconditioner))
 
     def combined(self, weights: Tensor, room: int = 0) -> Basis:

@@ -43,12 +43,16 @@ class DenseRows:
 
     def __init__(self, of: GaussNewton) -> None:
         problem = of.problem
-        with problem.evaluation():
-            parts = [
-                torch.cat(sample_rows(problem, of.theta, batch, size), dim=2)
-                for batch, size in problem.chunks()
-            ]
-        rows = torch.cat(parts)
+
+        def own() -> Tensor:
+            with problem.evaluation():
+                parts = [
+                    torch.cat(sample_rows(problem, of.theta, batch, size), dim=2)
+                    for batch, size in problem.chunks()
+                ]
+            return torch.cat(parts)
+
+        rows = problem.ranks.joined(problem.ranks.agree(own))
         n, outputs, size = rows.shape
         self._rows = rows.reshape(n * outputs, size)
         gram = self._rows @ self._rows.T

@@ -12,8 +12,9 @@ matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F = n\Lam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from stableopt.curvature.eigen import NonFiniteError
 from stableopt.curvature.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.layer_gram import fully_connected, gram_of_layers
 from stableopt.curvature.passes import MEMORY
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem import Problem, Theta
 
 __all__ = ["DualCurvature", "Modes", "count_outputs", "largest_block", "project"]
 
@@ -117,33 +118,16 @@ class DualCurvature:
                 [0., 8.]], dtype=torch.float64)
         """
         check_outputs(problem)
-        theta, outputs = problem.theta(), count_outputs(problem)
+        theta, ranks = problem.theta(), problem.ranks
+        outputs = count_outputs(problem)
         with problem.evaluation():
-            layers = fully_connected(problem, theta)
-            found = None if layers is None else gram_of_layers(problem, theta, layers)
-        if found is not None:
-            return cls(found, problem.num_samples)
-        at_once = _at_once(problem, memory)
-        total = problem.num_samples * outputs
-        gram = torch.zeros(total, total, dtype=torch.float64, device=problem.device)
-        with problem.evaluation():
-            start = 0
-            for batch, size in problem.chunks(at_once):
-                rows = sample_rows(problem, theta, batch, size)
-                here = slice(start, start + rows[0].shape[0] * rows[0].shape[1])
-                _check_rows(rows, outputs)
-                gram[here, here] = _products(rows, rows)
-                before = 0
-                for other_batch, other_size in problem.chunks(at_once):
-                    if before >= start:
-                        break
-                    other = sample_rows(problem, theta, other_batch, other_size)
-                    there = slice(before, before + other_size * outputs)
-                    gram[here, there] = _products(rows, other)
-                    gram[there, here] = gram[here, there].T
-                    before = there.stop
-                start = here.stop
-        return cls(gram, problem.num_samples)
+            layers = ranks.agree(lambda: fully_connected(problem, theta))
+            found = None
+            if not ranks.sum(layers is None) and layers is not None:
+                found = gram_of_layers(problem, theta, layers)
+            if found is None:
+                found = _gram_of_rows(problem, theta, outputs, _at_once(problem, memory))
+        return cls(found, problem.num_samples)
 
     @classmethod
     def of_factors(cls, factors: Tensor) -> DualCurvature:
@@ -199,11 +183,15 @@ def project(problem: Problem, basis: Tensor) -> Modes:
         ValueError, TypeError: as :meth:`DualCurvature.of`.
     """
     theta = problem.theta()
-    with problem.evaluation():
-        parts = [
-            pushed_rows(problem, theta, batch, size, basis) for batch, size in problem.chunks()
-        ]
-    return Modes.of_factors(torch.cat(parts))
+
+    def own() -> Tensor:
+        with problem.evaluation():
+            parts = [
+                pushed_rows(problem, theta, batch, size, basis) for batch, size in problem.chunks()
+            ]
+        return torch.cat(parts)
+
+    return Modes.of_factors(problem.ranks.joined(problem.ranks.agree(own)))
 
 
 def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
@@ -212,13 +200,67 @@ def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
     Raises:
         ValueError, TypeError: as :meth:`DualCurvature.of`.
     """
-    theta, largest = problem.theta(), 0.0
-    with problem.evaluation():
-        for batch, size in problem.chunks(_at_once(problem, memory)):
-            rows = sample_rows(problem, theta, batch, size)
-            blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
-            largest = max(largest, float(torch.linalg.eigvalsh(blocks)[:, -1].max()))
-    return largest
+    theta = problem.theta()
+
+    def own() -> float:
+        largest = 0.0
+        with problem.evaluation():
+            for batch, size in problem.chunks(_at_once(problem, memory)):
+                rows = sample_rows(problem, theta, batch, size)
+                blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
+                largest = max(largest, float(torch.linalg.eigvalsh(blocks)[:, -1].max()))
+        return largest
+
+    mine = torch.tensor([problem.ranks.agree(own)], dtype=torch.float64)
+    return float(problem.ranks.joined(mine).max())
+
+
+def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) -> Tensor:
+    """Return K from the rows of two chunks at a time: of any, and of one of this rank's behind it."""
+    ranks, size = problem.ranks, problem.num_samples * outputs
+    before = outputs * sum(ranks.counts(problem.own_samples)[: ranks.rank])
+    gram = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
+
+    def own_chunks() -> Iterator[tuple[slice, Any, int]]:
+        start = before
+        for batch, count in problem.chunks(at_once):
+            stop = start + count * outputs
+            yield slice(start, stop), batch, count
+            start = stop
+
+    def rows_of(batch: Any, count: int) -> list[Tensor]:
+        rows = sample_rows(problem, theta, batch, count)
+        _check_rows(rows, outputs)
+        return rows
+
+    def add(there: slice, others: list[Tensor]) -> None:
+        for here, batch, count in own_chunks():
+            if here.start >= there.start:
+                same = here == there
+                block = _products(others if same else rows_of(batch, count), others)
+                gram[here, there], gram[there, here] = block, block.T
+
+    for owner in range(ranks.size):
+        chunks = own_chunks()
+
+        def following(chunks: Any = chunks, mine: bool = owner == ranks.rank) -> Any:
+            chunk = next(chunks, None) if mine else None
+            return None if chunk is None else (chunk[0], rows_of(*chunk[1:]))
+
+        while True:
+            chunk = ranks.agree(following)
+            place = [0, 0] if chunk is None else [chunk[0].start, chunk[0].stop]
+            start, stop = ranks.of(owner, torch.tensor(place)).tolist()
+            if start == stop:
+                break
+            if chunk is None:
+                shape = (stop - start) // outputs, outputs
+                rows = [torch.empty(*shape, s.numel()).to(theta[0]) for s in problem.shapes]
+            else:
+                rows = chunk[1]
+            rows = [ranks.of(owner, part) for part in rows]
+            ranks.agree(partial(add, slice(start, stop), rows))
+    return ranks.summed(gram)
 
 
 def _at_once(problem: Problem, memory: int) -> int:
@@ -235,15 +277,19 @@ def count_outputs(problem: Problem) -> int:
         TypeError: for a model that does not return one tensor with a row for each sample.
     """
     check_outputs(problem)
-    with problem.evaluation(), torch.no_grad():
-        batch, size = next(problem.chunks(1))
-        found: Any = problem.outputs(problem.theta(), batch)
-    if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != size:
-        raise TypeError(
-            f"the model returned {type(found).__name__}: the Gauss–Newton matrix needs one output"
-            " tensor with a row for each sample"
-        )
-    return found[0].numel()
+
+    def own() -> int:
+        with problem.evaluation(), torch.no_grad():
+            batch, size = next(problem.chunks(1))
+            found: Any = problem.outputs(problem.theta(), batch)
+        if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != size:
+            raise TypeError(
+                f"the model returned {type(found).__name__}: the Gauss–Newton matrix needs one"
+                " output tensor with a row for each sample"
+            )
+        return found[0].numel()
+
+    return problem.ranks.agree(own)
 
 
 def _check_rows(rows: list[Tensor], outputs: int) -> None:

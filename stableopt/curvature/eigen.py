@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner
-from stableopt.curvature.inner import Dual, check_norm, dot, dual, scaled
+from stableopt.curvature.inner import Dual, check_norm, dot, dual, in_pieces, noise, scaled
 from stableopt.curvature.lanczos import lanczos
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.power import power
@@ -101,16 +101,16 @@ def top_eigenpair(
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     most_vectors = whole("most_vectors", most_vectors, least=4)
-    size = operator.shape[0]
-    if size == 0:
+    size, pieces = operator.shape[0], getattr(operator, "pieces", None)
+    if size == 0 and pieces is None:
         raise ValueError("operator has shape (0, 0): expected at least one dimension")
     if start is not None and (
-        start.dim() not in (1, 2) or start.shape[-1] != size or start.numel() == 0
+        start.dim() not in (1, 2) or start.shape[-1] != size or start.shape[0] == 0
     ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
     search = _Search(operator, preconditioner, method, tol, seed, keep, most_vectors)
     # Under an ambient autocast the projections would be products of half-precision numbers.
-    with torch.autocast(operator.device.type, enabled=False):
+    with torch.autocast(operator.device.type, enabled=False), in_pieces(pieces):
         if start is None:
             return search.random(max_iter)
         start = start.to(operator.device, operator.dtype)
@@ -173,21 +173,18 @@ class _Search:
         # A zero or non-finite start is no start.
         if not 0 < float(near.norm) < float("inf"):
             return self.random(max_iter)
-        noise, near = self._noise(), scaled(near)
-        mixed = near.covector + _FRESH * noise.covector
+        fresh, near = self._noise(), scaled(near)
+        mixed = near.covector + _FRESH * fresh.covector
         vector = mixed
         if self.preconditioner is not None:
-            vector = near.vector + _FRESH * noise.vector
+            vector = near.vector + _FRESH * fresh.vector
         first = scaled(Dual(mixed, vector, dot(mixed, vector).sqrt()))
         return self._iterate(first, max_iter, "near", uniform=False)
 
     def _noise(self) -> Dual:
         operator = self.operator
-        generator = torch.Generator(device=operator.device).manual_seed(self.seed)
-        noise = torch.randn(
-            operator.shape[0], generator=generator, dtype=operator.dtype, device=operator.device
-        )
-        pair = dual(noise, self.preconditioner)
+        fresh = noise(operator.shape[0], operator.dtype, operator.device, self.seed)
+        pair = dual(fresh, self.preconditioner)
         if self.preconditioner is not None:
             check_norm(float(pair.norm), self.preconditioner)
         return scaled(pair)

@@ -7,14 +7,31 @@ of P is needed. Without a preconditioner the two are one tensor, which costs not
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature.eigenpair import Preconditioner
+from stableopt.curvature.ranks import Ranks
 
-__all__ = ["Dual", "check_norm", "dot", "dual", "magnitude_of", "scaled"]
+__all__ = [
+    "Dual",
+    "Pieces",
+    "check_norm",
+    "dot",
+    "dual",
+    "in_pieces",
+    "magnitude_of",
+    "noise",
+    "normalised",
+    "on_host",
+    "scaled",
+    "whole_size",
+]
 
 _BLOCK = 16_384
 """Numbers summed at a time. Among a million in float32 a CPU's own sums were 2e-5 wrong, relative to
@@ -34,8 +51,62 @@ class Dual(NamedTuple):
     norm: Tensor
 
 
+class Pieces(NamedTuple):
+    """Vectors of ``size`` numbers, of which each rank holds a piece."""
+
+    ranks: Ranks
+    size: int
+
+
+_pieces: ContextVar[Pieces | None] = ContextVar("pieces", default=None)
+
+
+@contextmanager
+def in_pieces(pieces: Pieces | None) -> Iterator[None]:
+    """Take vectors for pieces of longer ones: :func:`dot` then is a sum over the ranks.
+
+    All that a search does with its vectors but add them up goes through the functions of this module,
+    so that it need not know.
+    """
+    token = _pieces.set(pieces)
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+def whole_size(own: int) -> int:
+    """Return the size of the vectors of which pieces have the size ``own``.
+
+    >>> whole_size(3)
+    3
+    """
+    pieces = _pieces.get()
+    return own if pieces is None else pieces.size
+
+
+def noise(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Return normal random numbers ``(size,)``, of each piece others."""
+    pieces = _pieces.get()
+    seed = seed if pieces is None else seed + (pieces.ranks.rank << 32)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.randn(size, generator=generator, dtype=dtype, device=device)
+
+
+def normalised(vector: Tensor) -> Tensor:
+    """Return ``vector`` ``(d,)`` over its Euclidean norm."""
+    norm = vector.norm() if _pieces.get() is None else dot(vector, vector).sqrt()
+    return vector / norm
+
+
 def dot(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for ``(d,)`` or ``(k, d)``, accurate in float32 for a large d."""
+    pieces = _pieces.get()
+    own = _own_dot(rows, vector)
+    return own if pieces is None else pieces.ranks.summed(own)
+
+
+def _own_dot(rows: Tensor, vector: Tensor) -> Tensor:
     size = vector.shape[0]
     if size <= _BLOCK or vector.dtype == torch.float64 or vector.device.type != "cpu":
         return rows @ vector
@@ -72,8 +143,20 @@ def check_norm(norm: float, preconditioner: Preconditioner | None) -> None:
         )
 
 
+def on_host(numbers: Tensor, operator: Any) -> Tensor:
+    """Return the numbers by which a search decides, in double precision: one host transfer.
+
+    Where a product with ``operator`` takes several processes they are the same for all of these.
+    """
+    agreed = getattr(operator, "agreed", None)  # `operator` is anything with `@`
+    return (numbers if agreed is None else agreed(numbers)).cpu().double()
+
+
 def magnitude_of(image: Tensor) -> Tensor:
     """Return a power of two near the largest entry: numbers over it can be squared."""
-    largest = torch.linalg.vector_norm(image, float("inf"))
+    pieces, kept = _pieces.get(), image if len(image) else image.new_zeros(1)
+    largest = torch.linalg.vector_norm(kept, float("inf"))
+    if pieces is not None:
+        largest = pieces.ranks.joined(largest[None]).max()
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))

@@ -25,7 +25,15 @@ from stableopt.curvature.eigenpair import (
     Preconditioner,
     small_enough,
 )
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of, scaled
+from stableopt.curvature.inner import (
+    Dual,
+    check_norm,
+    magnitude_of,
+    normalised,
+    on_host,
+    scaled,
+    whole_size,
+)
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.subspace import KEPT, subspace
 
@@ -53,7 +61,7 @@ def lanczos(
     that ``first`` was drawn as the upper bound has it. With a seed ``keep_for`` the result has its
     subspace. A basis of ``most_vectors`` is restarted with its best Ritz vectors.
     """
-    size = operator.shape[0]
+    size = whole_size(operator.shape[0])
     eps = torch.finfo(operator.dtype).eps
     width = min(most_vectors, max_iter, size)
     basis = Basis(first.covector[None], first.vector[None], preconditioner, most=width)
@@ -66,7 +74,7 @@ def lanczos(
         held = basis.held
         # The last two rows hold nearly all that there is to remove; after a restart all do.
         coordinates, rest = basis.split(image / magnitude, 0 if restarted else max(held - 2, 0))
-        column = torch.cat([coordinates, rest.norm[None], magnitude[None]]).cpu().double()
+        column = on_host(torch.cat([coordinates, rest.norm[None], magnitude[None]]), operator)
         if not bool(torch.isfinite(column[:held]).all()):
             raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
         projected[:held, held - 1] = projected[held - 1, :held] = column[:held]
@@ -106,7 +114,7 @@ def lanczos(
     vector = basis.vector(top)
     return Eigenpair(
         value * unit,
-        vector / vector.norm(),
+        normalised(vector),
         residual * unit,
         products,
         exhausted or settled,

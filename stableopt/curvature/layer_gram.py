@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stableopt.curvature.jacobian import curvature_roots, sample_rows
 from stableopt.curvature.layers import Layer, plan
 from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.ranks import Ranks
 
 __all__ = ["fully_connected", "gram_of_layers"]
 
@@ -54,7 +55,7 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
         return None
     rows = torch.cat(sample_rows(problem, theta, batch, size), dim=2).flatten(0, 1).double()
     expected = rows @ rows.T
-    difference = (_gram(problem, layers, [passes]) - expected).norm()
+    difference = (_gram(problem, layers, [passes], Ranks()) - expected).norm()
     return layers if bool(difference <= _AGREES * expected.norm()) else None
 
 
@@ -63,13 +64,16 @@ def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tenso
 
     To be called inside :meth:`Problem.evaluation`.
     """
-    found = []
-    for batch, size in problem.chunks():
-        passes = _passes(problem, theta, layers, batch, size)
-        if passes is None:
-            return None
-        found.append(passes)
-    return _gram(problem, layers, found)
+
+    def own() -> list[_Pass | None]:
+        return [_passes(problem, theta, layers, batch, size) for batch, size in problem.chunks()]
+
+    ranks = problem.ranks
+    found = ranks.agree(own)
+    fit = [passes for passes in found if passes is not None]
+    if ranks.sum(len(fit) < len(found)):
+        return None
+    return _gram(problem, layers, fit, ranks)
 
 
 def _passes(
@@ -108,11 +112,12 @@ def _passes(
     return _Pass([a.detach().double() for a in given], slopes)
 
 
-def _gram(problem: Problem, layers: list[Layer], passes: list[_Pass]) -> Tensor:
+def _gram(problem: Problem, layers: list[Layer], passes: list[_Pass], ranks: Ranks) -> Tensor:
+    """Return the Gram matrix of the samples of ``passes``, on all ``ranks``."""
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     for number, layer in enumerate(layers):
-        inputs = torch.cat([one.inputs[number] for one in passes])
-        slopes = torch.cat([one.slopes[number] for one in passes])
+        inputs = ranks.joined(torch.cat([one.inputs[number] for one in passes]))
+        slopes = ranks.joined(torch.cat([one.slopes[number] for one in passes]))
         n, outputs, _ = slopes.shape
         squares = {name: float(problem.scale[i]) ** 2 for name, i in layer.indices.items()}
         overlaps = squares.get("weight", 0.0) * (inputs @ inputs.T) + squares.get("bias", 0.0)

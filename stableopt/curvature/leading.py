@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stableopt._arguments import whole
 from stableopt.curvature.eigen import NonFiniteError
+from stableopt.curvature.inner import on_host
 from stableopt.curvature.operators import Operator
 
 __all__ = ["LeadingEigenpairs", "leading_eigenpairs"]
@@ -75,7 +76,7 @@ def leading_eigenpairs(operator: Operator, count: int, *, seed: int = 0) -> Lead
             following = image - column @ known
             correction = known @ following
             following = following - correction @ known
-            entries = torch.cat([column + correction, following.norm()[None]]).cpu().double()
+            entries = on_host(torch.cat([column + correction, following.norm()[None]]), operator)
             if not bool(torch.isfinite(entries).all()):
                 raise NonFiniteError(f"a product with {type(operator).__name__} is not finite")
             projected[: held + 1, held] = projected[held, : held + 1] = entries[:-1]

@@ -168,6 +168,10 @@ class NonUniformity(Operator):
                 self._go_by(self._general())
         return [self._by_samples(vector) for vector in vectors]
 
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return ``numbers`` as rank 0 has them."""
+        return self.problem.ranks.first(numbers)
+
     def _by_samples(self, vector: Tensor) -> Tensor:
         mean = self._mean.product(vector)
         if self.method == "vmap":
@@ -185,13 +189,18 @@ class NonUniformity(Operator):
     def _sum(
         self, chunk_product: ChunkProduct, vector: Tensor, mean: Tensor, chunk_size: int | None
     ) -> Tensor:
-        problem = self.problem
-        total, count = torch.zeros_like(vector), 0
-        with problem.evaluation():
-            for batch, size in problem.chunks(chunk_size):
-                total += chunk_product(self._mean, batch, size, vector, mean, self._preconditioned)
-                count += size
-        return total / count
+        problem, of, apply = self.problem, self._mean, self._preconditioned
+        total = torch.zeros_like(vector)
+
+        def add() -> int:
+            count = 0
+            with problem.evaluation():
+                for batch, size in problem.chunks(chunk_size):
+                    total.add_(chunk_product(of, batch, size, vector, mean, apply))
+                    count += size
+            return count
+
+        return problem.ranks.mean([total], add)[0]
 
     def _preconditioned(self, vector: Tensor) -> Tensor:
         if self._preconditioner is None:

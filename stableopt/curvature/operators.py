@@ -48,6 +48,13 @@ class Operator(abc.ABC):
         """
         return [self.product(vector) for vector in vectors]
 
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return the ``numbers`` by which a search with this operator decides.
+
+        They are what this process found, unless a product takes several: then all go by the same.
+        """
+        return numbers
+
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() not in (1, 2) or vectors.shape[0] != self.shape[1]:
             raise ValueError(
@@ -94,18 +101,27 @@ class MeanOverSamples(Operator):
         """
         problem = self.problem
         tangents = [problem.unflatten(vector) for vector in vectors]
-        with problem.evaluation():
-            totals, count = [torch.zeros_like(vector) for vector in vectors], 0
-            for passes, size in self._passes:
-                for total, tangent in zip(totals, tangents, strict=True):
-                    total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
-                count += size
-        for total, tangent in zip(totals, tangents, strict=True):
-            total /= count
-            if any(problem.weight_decay):
+        totals = [torch.zeros_like(vector) for vector in vectors]
+
+        def add() -> int:
+            count = 0
+            with problem.evaluation():
+                for passes, size in self._passes:
+                    for total, tangent in zip(totals, tangents, strict=True):
+                        total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
+                    count += size
+            return count
+
+        means = problem.ranks.mean(totals, add)
+        if any(problem.weight_decay):
+            for mean, tangent in zip(means, tangents, strict=True):
                 decays = zip(problem.weight_decay, tangent, strict=True)
-                total += problem.flatten([decay * part for decay, part in decays])
-        return totals
+                mean += problem.flatten([decay * part for decay, part in decays])
+        return means
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return ``numbers`` as rank 0 has them."""
+        return self.problem.ranks.first(numbers)
 
 
 class _GradientPasses(NamedTuple):
@@ -188,11 +204,12 @@ class Hessian(MeanOverSamples):
 
     def loss(self) -> float:
         """Return the problem's mean loss at the point: for nothing where the passes are kept."""
-        kept = self._passes.kept
-        if sum(size for _, size in kept) < self.problem.num_samples:
-            return self.problem.value(self.theta, self._passes.chunk_size)
+        problem, kept = self.problem, self._passes.kept
+        missing = sum(size for _, size in kept) < problem.own_samples
+        if problem.ranks.sum(missing):
+            return problem.value(self.theta, self._passes.chunk_size)
         losses = torch.stack([size * passes.loss.double() for passes, size in kept])
-        return float(losses.sum()) / self.problem.num_samples
+        return problem.ranks.sum(float(losses.sum())) / problem.num_samples
 
 
 class _OutputPasses(NamedTuple):

@@ -105,7 +105,7 @@ class KeptPasses(Generic[P]):
                 self._plan = (None, int(self._problem.one_chunk))
             else:
                 chunk_size = max(1, int(at_once / each))
-                size = min(chunk_size, self._problem.num_samples)
+                size = min(chunk_size, self._problem.own_samples)
                 self._plan = (chunk_size, int(memory / (size * each)))
         return self._plan
 

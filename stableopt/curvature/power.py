@@ -7,7 +7,16 @@ import math
 import torch
 
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, dot, dual, magnitude_of, scaled
+from stableopt.curvature.inner import (
+    Dual,
+    check_norm,
+    dot,
+    dual,
+    magnitude_of,
+    normalised,
+    on_host,
+    scaled,
+)
 from stableopt.curvature.operators import Operator
 
 __all__ = ["power"]
@@ -32,7 +41,7 @@ def power(
         rest = image.covector - rayleigh * current.covector
         square = dot(rest, image.vector - rayleigh * current.vector)
         column = torch.stack([rayleigh, square.clamp(min=0).sqrt(), image.norm, magnitude])
-        value, residual, norm, unit = column.cpu().double().tolist()
+        value, residual, norm, unit = on_host(column, operator).tolist()
         if not math.isfinite(value):
             raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
         check_norm(norm, preconditioner)
@@ -43,7 +52,7 @@ def power(
         aligned = value > 0 or shift >= norm
         converged = aligned and small_enough(residual, value, scale, tol, eps)
         if converged or products == max_iter:
-            vector = current.vector / current.vector.norm()
+            vector = normalised(current.vector)
             return Eigenpair(value * unit, vector, residual * unit, products, converged)
         covector = image.covector + shift * current.covector
         vector = image.vector + shift * current.vector

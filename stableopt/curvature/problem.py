@@ -36,13 +36,24 @@ from stableopt.curvature.first_derivative import check_gradient, check_symmetry
 from stableopt.curvature.plain import NOTES, UNCOMPILED, AttentionSeen, compiled
 from stableopt.curvature.precision import Precision
 from stableopt.curvature.quiet import undisturbed
+from stableopt.curvature.ranks import Ranks
+from stableopt.curvature.sharding import mesh_of
 
-__all__ = ["Problem", "Theta"]
+__all__ = [
+    "CHECKED_SAMPLES",
+    "Choices",
+    "Problem",
+    "Theta",
+    "check_mean",
+    "checked_scalar",
+    "group_of",
+    "twice_over",
+]
 
 Theta = tuple[Tensor, ...]
 """One value of the parameters: a tensor for each, in the problem's order."""
 
-_CHECKED_SAMPLES = 8
+CHECKED_SAMPLES = 8
 """Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
 
 _NOT_A_MEAN = 0.05
@@ -53,8 +64,12 @@ _UNEQUAL = 0.02
 """Relative difference between the loss of a batch and the mean of its samples' that is more than
 rounding, or the noise of a model that draws random numbers."""
 
+_REPLICAS = 1e-3
+"""Difference of a projection of the parameters, relative to their norm, that no rounding brings about
+between replicas; other parameters differ by about 1."""
 
-class _Choices(NamedTuple):
+
+class Choices(NamedTuple):
     """What the user chose of how to evaluate."""
 
     dtype: torch.dtype | None
@@ -97,24 +112,31 @@ class Problem:
             training, in place of its running ones. Then f is the mean of the batches' losses, the
             batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of
             their own.
+        process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
+            this rank's shard, and every product one all-reduce. Every rank must make the problem, and
+            use it, alike. By default this process is alone, also with a
+            ``DistributedDataParallel`` model.
 
     Attributes:
         obstacle: why the model cannot be differentiated twice, or ``None``: its Hessian then goes by
-            central differences.
+            central differences, on all ranks.
 
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
             a batch), for one of which the gradient is not the derivative, for empty data, or
-            parameters on several devices or of several dtypes.
+            parameters on several devices or of several dtypes, or that are not the same on all ranks.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
         RuntimeError: for a model that cannot be differentiated even once.
+        LostRankError: where another rank has ended, or does not answer within the group's timeout.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
     >>> problem.num_params, problem.num_samples
     (2, 4)
     """
+
+    sharded = False
 
     def __init__(
         self,
@@ -126,6 +148,7 @@ class Problem:
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
+        process_group: Any = None,
     ) -> None:
         if not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
@@ -135,8 +158,8 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        choices = _Choices(dtype, batch_statistics)
-        self._set_up(model, batch_loss, data, params, chunk_size, choices, paired=True)
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        self._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -149,6 +172,7 @@ class Problem:
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
+        process_group: Any = None,
     ) -> Problem:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
 
@@ -164,8 +188,8 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        choices = _Choices(dtype, batch_statistics)
-        problem._set_up(model, batch_loss, data, params, chunk_size, choices, paired=False)
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        problem._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=False)
         return problem
 
     def _set_up(
@@ -175,13 +199,19 @@ class Problem:
         data: Any,
         params: Iterable[Tensor] | None,
         chunk_size: int | None,
-        choices: _Choices,
+        choices: Choices,
+        ranks: Ranks,
         *,
         paired: bool,
     ) -> None:
+        self.ranks = ranks
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = _unwrapped(model)
+        if not self.sharded and mesh_of(self.model) is not None:
+            raise TypeError(
+                "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
+            )
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         self._choices = choices
         self.obstacle: SecondDerivativeError | None = None
@@ -191,6 +221,15 @@ class Problem:
         self._all_trainable = params is None
         self.equal_weights = True
         self._take(*_select(self.model, params))
+        # What one rank's data are refused for is an error on all.
+        ranks.agree(lambda: self._read(data, chunk_size, paired=paired))
+        if ranks.several:
+            self._num_samples = sum(ranks.counts(self.own_samples))
+            self.equal_weights = not ranks.sum(not self.equal_weights)
+            self._share_obstacle()
+        self._check_together()
+
+    def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
         with self._undisturbed(data):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
@@ -247,7 +286,12 @@ class Problem:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples n."""
+        """The number of samples n, those of all ranks."""
+        return self._num_samples if self.ranks.several else self.own_samples
+
+    @property
+    def own_samples(self) -> int:
+        """The number of samples on this rank."""
         with self.evaluation():
             return self.batches.num_samples
 
@@ -279,7 +323,8 @@ class Problem:
         >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
         'double backward, in float64, uncompiled'
         """
-        way = "double backward" if self.obstacle is None else "central differences"
+        twice = self.obstacle is None and not self.sharded
+        way = "double backward" if twice else "central differences"
         statistics = "batch statistics" if self._choices.batch_statistics else None
         noted = [note for note in NOTES if note in self._notes]
         return ", ".join(filter(None, [way, self.precision.note, statistics, *noted]))
@@ -327,7 +372,7 @@ class Problem:
         state = self._state(self._objective, theta, "model.")
         with self.precision.around():
             loss = functional_call(self._objective, state, (batch,))
-        return self.sign * _checked_scalar(loss).to(self.dtype)
+        return self.sign * checked_scalar(loss).to(self.dtype)
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
@@ -371,12 +416,17 @@ class Problem:
         theta = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
-        with self.evaluation():
-            total, count = torch.zeros((), dtype=torch.float64), 0
-            for batch, size in self.chunks(chunk_size):
-                total += size * self.loss(theta, batch).detach().double().cpu()
-                count += size
-        return float(total / count)
+        total = torch.zeros((), dtype=torch.float64)
+
+        def add() -> int:
+            count = 0
+            with self.evaluation():
+                for batch, size in self.chunks(chunk_size):
+                    total.add_(size * self.loss(theta, batch).detach().double().cpu())
+                    count += size
+            return count
+
+        return float(self.ranks.mean([total], add)[0])
 
     def current(self) -> Problem:
         """Return the problem with the model's trainable parameters as they are by now.
@@ -408,13 +458,29 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
         theta = self.theta()
-        total, count = torch.zeros(self.num_params, dtype=self.dtype, device=self.device), 0
-        with self.evaluation():
-            for batch, size in self.chunks():
-                loss = self.loss(theta, batch)
-                total += size * self.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                count += size
-        return total / count
+        total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+
+        def add() -> int:
+            count = 0
+            with self.evaluation():
+                for batch, size in self.chunks():
+                    slopes = torch.autograd.grad(self.loss(theta, batch), theta, allow_unused=True)
+                    total.add_(self.flatten(slopes), alpha=size)
+                    count += size
+            return count
+
+        return self.ranks.mean([total], add)[0]
+
+    def _share_obstacle(self) -> None:
+        """Go by central differences on all ranks where one rank has to."""
+        found = self.ranks.counts(self.obstacle is not None)
+        if any(found) and self.obstacle is None:
+            told = RuntimeError(f"rank {found.index(1)} found it so")
+            self.obstacle = SecondDerivativeError(None, told)
+
+    def _check_together(self) -> None:
+        if self.ranks.several:
+            _check_replicas(self.ranks, self.params)
 
     def _check(self) -> None:
         theta = self.theta()
@@ -429,11 +495,11 @@ class Problem:
 
         with self.evaluation():
             batch, size = next(self.chunks())
-            size = min(size, _CHECKED_SAMPLES)
+            size = min(size, CHECKED_SAMPLES)
             batch = cut(batch, 0, size)
             with AttentionSeen(self._notes.add):
                 once = value(batch)
-            _check_mean(once, value(map_tensors(_twice_over, batch)))
+            check_mean(once, value(map_tensors(twice_over, batch)))
             if self._choices.batch_statistics:
                 # There is nothing like one sample, and a batch stays as it was cut.
                 self.equal_weights = False
@@ -474,7 +540,8 @@ def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
     return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
 
 
-def _twice_over(tensor: Tensor) -> Tensor:
+def twice_over(tensor: Tensor) -> Tensor:
+    """Return the samples and the samples again."""
     return torch.cat([tensor, tensor]) if tensor.dim() else tensor
 
 
@@ -505,6 +572,24 @@ def _select(
         if not chosen:
             raise ValueError("params is empty: expected at least one parameter of model")
     return list(chosen), list(chosen.values())
+
+
+def _check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` on every rank unless all have the same parameters, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    shown = square = 0.0
+    for p in params:
+        value = p.detach().double().cpu()
+        shown += float((value * torch.randn(p.shape, generator=generator)).sum())
+        square += float(value.square().sum())
+    size = sum(p.numel() for p in params)
+    shown_by_all, size_of_all = ranks.sums([shown, size])
+    differs = abs(shown - shown_by_all / ranks.size) > _REPLICAS * square**0.5
+    if ranks.sum(differs or size_of_all != ranks.size * size):
+        raise ValueError(
+            "model: its parameters are not the same on all ranks of process_group: expected replicas,"
+            " as DistributedDataParallel keeps them"
+        )
 
 
 def _check_batch_norm(model: nn.Module) -> None:
@@ -541,18 +626,34 @@ def _checked_weights(together: float, apart: float) -> bool:
     return equal
 
 
+def group_of(model: Any) -> Any:
+    """Return the process group that trains ``model`` together, or ``None`` if no wrapper tells."""
+    for layer in _wrappers(model):
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            return layer.process_group
+    return None
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
     # other processes in their forward pass; the module inside has the same parameters.
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    *_, inner = _wrappers(model)
+    return inner
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``model``, the module it wraps, and so on to the innermost."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", model)
+        yield model
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
         if inner is model:
-            return model
+            return
         model = inner
 
 
-def _checked_scalar(loss: Any) -> Tensor:
+def checked_scalar(loss: Any) -> Tensor:
+    """Return ``loss``, or raise unless it is a real scalar."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn returned {type(loss).__name__}: expected a scalar tensor")
     if loss.dim() != 0:
@@ -565,7 +666,8 @@ def _checked_scalar(loss: Any) -> Tensor:
     return loss
 
 
-def _check_mean(once: float, twice: float) -> None:
+def check_mean(once: float, twice: float) -> None:
+    """Raise ``ValueError`` if the losses of a batch, and of it twice over, are not those of a mean."""
     # Near zero both are rounding; a non-finite loss is for the measurement to report.
     if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
         return

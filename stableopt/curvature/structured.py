@@ -272,7 +272,7 @@ class StructuredProduct:
         found = self._problem.memo.get(kind)
         if found is None:
             try:
-                found = self._tried()
+                found = self._problem.ranks.agree(self._tried)
             except UnfitError as error:
                 found = error
             self._problem.memo[kind] = found
@@ -319,21 +319,30 @@ class StructuredProduct:
         """Return the product with each vector ``(d,)``, in one reading of the data."""
         problem = self._problem
         tangents = [problem.unflatten(vector) for vector in vectors]
-        with problem.evaluation():
-            count, totals = 0, [torch.zeros_like(vector) for vector in vectors]
-            kept: list[list[_Chunk]] = []
+        kept: list[list[_Chunk]] = []
+        totals, results = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
+
+        def add_products() -> int:
+            count = 0
             for number, (passes, size) in enumerate(self._passes):
                 chunks = [_Chunk(passes, tangent) for tangent in tangents]
                 for total, chunk in zip(totals, chunks, strict=True):
-                    total += problem.flatten(_sum_of_products(chunk, problem.shapes))
+                    total.add_(problem.flatten(_sum_of_products(chunk, problem.shapes)))
                 count += size
                 if number < self._passes.keepable:
                     kept.append(chunks)
-            means = [problem.unflatten(total / count) for total in totals]
-            results = [torch.zeros_like(vector) for vector in vectors]
-            for number, (passes, _) in enumerate(self._passes):
+            return count
+
+        def add_results() -> int:
+            count = 0
+            for number, (passes, size) in enumerate(self._passes):
                 known = number < len(kept)
                 chunks = kept[number] if known else [_Chunk(passes, t) for t in tangents]
                 for result, chunk, mean in zip(results, chunks, means, strict=True):
-                    result += problem.flatten(_pulled(chunk, self._squares, mean))
-        return [result / count for result in results]
+                    result.add_(problem.flatten(_pulled(chunk, self._squares, mean)))
+                count += size
+            return count
+
+        with problem.evaluation():
+            means = [problem.unflatten(m) for m in problem.ranks.mean(totals, add_products)]
+            return problem.ranks.mean(results, add_results)

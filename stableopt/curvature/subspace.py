@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import Preconditioner
-from stableopt.curvature.inner import dot, dual, scaled
+from stableopt.curvature.inner import dot, dual, noise, on_host, scaled, whole_size
 
 __all__ = ["KEPT", "followable", "restored", "subspace"]
 
@@ -32,13 +34,10 @@ def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
 
     ``explorer`` ``(d,)`` has norm 1, or is zero. It is added to ``ritz``.
     """
-    if explorer.shape[0] < _SMALL:
+    if whole_size(len(explorer)) < _SMALL:
         return ritz.covectors
-    generator = torch.Generator(device=explorer.device).manual_seed(seed)
-    noise = torch.randn(
-        explorer.shape, generator=generator, dtype=explorer.dtype, device=explorer.device
-    )
-    mixed = explorer + _FRESH * scaled(dual(noise, ritz.preconditioner)).covector
+    fresh = noise(len(explorer), explorer.dtype, explorer.device, seed)
+    mixed = explorer + _FRESH * scaled(dual(fresh, ritz.preconditioner)).covector
     ritz.append(ritz.orthogonal(mixed))
     return ritz.covectors
 
@@ -46,13 +45,13 @@ def subspace(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
 def followable(kept: Tensor) -> bool:
     """Return whether ``kept`` is enough to follow, in a space that is not small."""
     rows, size = kept.shape
-    return _FEWEST <= rows <= KEPT and size >= _SMALL
+    return _FEWEST <= rows <= KEPT and whole_size(size) >= _SMALL
 
 
-def restored(kept: Tensor, preconditioner: Preconditioner | None) -> Basis | None:
+def restored(kept: Tensor, preconditioner: Preconditioner | None, operator: Any) -> Basis | None:
     """Return ``kept`` as an orthonormal basis, or ``None`` if its rows do not span as many."""
     vectors = kept if preconditioner is None else torch.stack([preconditioner @ r for r in kept])
-    gram = torch.stack([dot(vectors, row) for row in kept]).cpu().double()
+    gram = on_host(torch.stack([dot(vectors, row) for row in kept]), operator)
     lower, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
     # What P has changed since, and rounding, is put right; a lost direction is not.
     if int(failed) or not float(lower.diagonal().min()) > 1e-3 * float(lower.diagonal().max()):

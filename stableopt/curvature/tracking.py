@@ -37,7 +37,7 @@ from torch import Tensor
 
 from stableopt.curvature.basis import Basis
 from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of
+from stableopt.curvature.inner import Dual, check_norm, magnitude_of, normalised, on_host
 from stableopt.curvature.operators import Operator
 from stableopt.curvature.projection import Projection, probe
 from stableopt.curvature.subspace import restored, subspace
@@ -65,7 +65,7 @@ def track(
     ``None`` where ``kept`` does not span k directions. Not converged where what is kept no longer
     helps.
     """
-    basis = restored(kept, preconditioner)
+    basis = restored(kept, preconditioner, operator)
     if basis is None:
         return None
     eps = torch.finfo(operator.dtype).eps
@@ -75,9 +75,9 @@ def track(
     image, probed = (operator @ v for v in (basis.vectors[0], basis.vector(weights)))
     magnitude = magnitude_of(image)
     columns = [_absorb(basis, image / magnitude), _absorb(basis, probed / magnitude)]
-    on_host = torch.cat([*columns, magnitude[None]]).cpu().double()
-    unit = float(on_host[-1])
-    first, second = torch.split(on_host[:-1], [len(column) for column in columns])
+    both = on_host(torch.cat([*columns, magnitude[None]]), operator)
+    unit = float(both[-1])
+    first, second = torch.split(both[:-1], [len(column) for column in columns])
     _check(first, 1, operator, preconditioner)
     _check(second, 2, operator, preconditioner)
     projection, products = Projection(weights, first, second, chance), 2
@@ -89,7 +89,7 @@ def track(
         direction = projection.direction(value, settled, products >= _AT_LEAST)
         if direction is None:
             break
-        column = _absorb(basis, operator @ basis.vector(direction) / magnitude).cpu().double()
+        column = on_host(_absorb(basis, operator @ basis.vector(direction) / magnitude), operator)
         products += 1
         _check(column, products, operator, preconditioner)
         projection.learn(direction, column)
@@ -101,7 +101,7 @@ def track(
         following = subspace(basis.combined(ritz, room=1), beside, seed)
     return Eigenpair(
         value * unit,
-        vector / vector.norm(),
+        normalised(vector),
         residual * unit,
         products,
         settled and not projection.overtaken(value),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,13 @@ def batch_sharpness(
     problem.check_samples("the batch sharpness")
     hessian, terms = Hessian(problem), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
+    ranks = problem.ranks
+    before = sum(ranks.counts(problem.own_samples)[: ranks.rank])
     with problem.evaluation():
-        chunks = list(problem.chunks())
+        chunks = ranks.agree(lambda: list(problem.chunks()))
         for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
-            terms.append(_along_gradient(hessian, list(_parts(chunks, rows)), batch_size))
+            parts = list(_parts(chunks, rows - before))
+            terms.append(_along_gradient(hessian, parts))
     bent, squares = torch.tensor(terms, dtype=torch.float64).T
     if not bool(torch.isfinite(bent + squares).all()):
         raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
@@ -117,18 +120,28 @@ def _take(batch: Any, rows: Tensor) -> Any:
     return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() else t, batch)
 
 
-def _along_gradient(
-    hessian: Hessian, parts: list[tuple[Any, int]], total: int
-) -> tuple[float, float]:
-    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch."""
+def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[float, float]:
+    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch, of which ``parts`` are this rank's."""
     problem, theta = hessian.problem, hessian.theta
-    gradient = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-    for batch, size in parts:
-        loss = problem.loss(theta, batch) * (size / total)
-        gradient += problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-    tangent, bent = problem.unflatten(gradient), torch.zeros_like(gradient)
-    for batch, size in parts:
-        product = hessian.chunk_product(hessian.linearise(batch, size), tangent)
-        bent += (size / total) * problem.flatten(product)
-    gradient = gradient.double()
-    return float(gradient @ bent.double()), float(gradient @ gradient)
+
+    def mean_of(term: Callable[[Any, int], tuple[Tensor | None, ...]]) -> Tensor:
+        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+
+        def add() -> int:
+            for batch, size in parts:
+                total.add_(problem.flatten(term(batch, size)), alpha=size)
+            return sum(size for _, size in parts)
+
+        return problem.ranks.mean([total], add)[0]
+
+    def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)
+
+    gradient = mean_of(slopes)
+    tangent = problem.unflatten(gradient)
+
+    def along(batch: Any, size: int) -> tuple[Tensor | None, ...]:
+        return hessian.chunk_product(hessian.linearise(batch, size), tangent)
+
+    bent, gradient = mean_of(along).double(), gradient.double()
+    return float(gradient @ bent), float(gradient @ gradient)

@@ -49,6 +49,10 @@ class SecondMomentExcess(Operator):
         self._hessian, self._non_uniformity = hessian, non_uniformity
         self._lr, self._noise, self._weight_decay = lr, noise, weight_decay
 
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return ``numbers`` as rank 0 has them."""
+        return self._hessian.agreed(numbers)
+
     def _step(self, vector: Tensor) -> Tensor:
         """Return eta (H + lambda I) times ``vector``."""
         return self._lr * (self._hessian @ vector + self._weight_decay * vector)

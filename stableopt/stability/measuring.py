@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
 from stableopt.curvature.passes import MEMORY
+from stableopt.curvature.sharded import sharded_or_whole
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
@@ -55,6 +56,7 @@ def measure(
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
     dtype: torch.dtype | None = None,
+    process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
@@ -80,6 +82,8 @@ def measure(
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
+        process_group: a ``torch.distributed`` group whose ranks call this together, each with its
+            shard as ``data``; see :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
@@ -110,7 +114,15 @@ def measure(
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
     given = isinstance(model, Problem)
-    problem = problem_of(model, loss_fn, data, params=params, chunk_size=chunk_size, dtype=dtype)
+    problem = problem_of(
+        model,
+        loss_fn,
+        data,
+        params=params,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        process_group=process_group,
+    )
     if optimizer is not None:
         check_params(optimizer, problem, explicit=given or params is not None)
     if rule is not None:
@@ -122,13 +134,14 @@ def measure(
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
     if quantities is None:
-        quantities = DEFAULT_QUANTITIES if _diagonal(rule) else ("sharpness",)
+        every = _diagonal(rule) and not problem.sharded
+        quantities = DEFAULT_QUANTITIES if every else ("sharpness",)
     margins, _ = measure_at(
         problem,
         rule,
         batch_size=batch_size,
         dataset_size=dataset_size,
-        quantities=check_quantities(quantities, rule),
+        quantities=check_quantities(quantities, rule, sharded=problem.sharded),
         tol=tol,
         max_iter=max_iter,
         seed=seed,
@@ -150,7 +163,7 @@ def problem_of(
     if not isinstance(model, Problem):
         if loss_fn is None or data is None:
             raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
-        return Problem(model, loss_fn, data, **options)
+        return sharded_or_whole(model, loss_fn, data, **options)
     if any(value is not None for value in (loss_fn, data, *options.values())):
         raise ValueError(
             f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
@@ -178,7 +191,9 @@ def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit
         )
 
 
-def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tuple[str, ...]:
+def check_quantities(
+    quantities: Iterable[str], rule: UpdateRule | None, *, sharded: bool = False
+) -> tuple[str, ...]:
     """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
@@ -194,6 +209,11 @@ def check_quantities(quantities: Iterable[str], rule: UpdateRule | None) -> tupl
         raise ValueError(
             f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
             " by, and this one is not diagonal; leave it out"
+        )
+    if sharded and per_sample:
+        raise ValueError(
+            f"quantities: {per_sample[0]} needs the gradients of single samples, and fully_shard sums"
+            " them over samples and ranks; expected sharpness alone. Measure a replica for the others"
         )
     if "preconditioned_sharpness" in wanted and (rule is None or not rule.preconditioned):
         raise ValueError(
@@ -286,7 +306,8 @@ def measure_at(
 
 def _vectors_held(problem: Problem) -> int:
     """Return how many vectors of the parameters' size a search may hold at once."""
-    each = problem.num_params * problem.dtype.itemsize
+    # Of a sharded problem each rank holds a part, and all must search alike.
+    each = max(problem.ranks.counts(problem.num_params)) * problem.dtype.itemsize
     return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
+from stableopt.curvature.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess
@@ -47,13 +50,18 @@ class OperatorsAt:
         """Return how far products for a quantity may be off, relative to the largest of them."""
         operator = self._built.get(name)
         differences = operator.differences if isinstance(operator, Hessian) else None
-        return 0.0 if differences is None else differences.error
+        if differences is None:
+            return 0.0
+        # Each rank has differenced its own samples, and all must report the same.
+        found = torch.tensor([differences.error], dtype=torch.float64)
+        return float(self._problem.ranks.joined(found).max())
 
     def loss(self) -> float:
         """Return the mean loss at the point, for nothing where passes are kept."""
         if self._loss is None:
             built = (self._built.get(name) for name in ("sharpness", "preconditioned_sharpness"))
-            hessian = next((each for each in built if isinstance(each, Hessian)), None)
+            kinds = (Hessian, ShardedHessian)
+            hessian = next((each for each in built if isinstance(each, kinds)), None)
             self._loss = self._problem.value() if hessian is None else hessian.loss()
         return self._loss
 
@@ -65,14 +73,14 @@ class OperatorsAt:
         own = known.over(self._problem.params)
         return None if isinstance(own, DiagonalPreconditioner) else own
 
-    def _sharpness(self) -> Hessian:
+    def _sharpness(self) -> Hessian | ShardedHessian:
         if self._rule is None or not self._rule.preconditioned:
-            return Hessian(self._problem)
-        return Hessian(self._problem.transformed(sign=self._problem.sign))
+            return hessian_of(self._problem)
+        return hessian_of(self._problem.transformed(sign=self._problem.sign))
 
-    def _preconditioned_sharpness(self) -> Hessian:
+    def _preconditioned_sharpness(self) -> Hessian | ShardedHessian:
         plain = self._built.get("sharpness")
-        if isinstance(plain, Hessian):
+        if isinstance(plain, (Hessian, ShardedHessian)):
             if self.preconditioner("preconditioned_sharpness") and not any(
                 self._problem.weight_decay
             ):
@@ -80,7 +88,7 @@ class OperatorsAt:
             # One set of passes at a time is kept in memory.
             self._loss = plain.loss()
             del self._built["sharpness"]
-        return Hessian(self._problem)
+        return hessian_of(self._problem)
 
     def _non_uniformity(self) -> NonUniformity:
         return NonUniformity(self._problem)

@@ -13,7 +13,7 @@ from torch import nn
 
 import benchmarks.__main__ as cli
 from benchmarks.networks import TransformerBlock, small_vgg
-from benchmarks.perf import eigenvalues, growth, products, timing, tracking
+from benchmarks.perf import eigenvalues, ensemble, growth, products, timing, tracking
 from stableopt.curvature import NonUniformity, Problem
 
 
@@ -80,8 +80,7 @@ def test_command_line_takes_parts(
     arguments = ["--set", "repeats=1", "--device", "cpu"]
     assert cli.main(["perf", "growth", "--out", str(tmp_path), *arguments]) == 0
     assert [path.name for path in tmp_path.glob("*.json")] == ["perf-growth.json"]
-    with pytest.raises(SystemExit):
-        cli.main(["perf", "speed"])
+    assert cli.main(["perf", "speed"]) == 2
     assert "speed: expected some of products" in capsys.readouterr().err
 
 
@@ -97,3 +96,15 @@ def test_the_networks_have_structure(model: nn.Module, shape: tuple, ways: set[s
     outputs = model(torch.zeros(2, *shape)).shape[1]
     problem = Problem(model, nn.MSELoss(), (torch.rand(2, *shape), torch.rand(2, outputs)))
     assert set(NonUniformity(problem, method="structured").ways.values()) == ways
+
+
+def test_ensembles_end_to_end(tmp_path: Path) -> None:
+    """Catches two ways that take other steps than each other: then a time says nothing."""
+    small = ensemble.Config(
+        out=tmp_path, device="cpu", repeats=1, n=40, lr=0.2, members=3, steps=4, batch_size=16
+    )
+    rows = ensemble.run(small, quiet())
+    assert [(row["batch_size"], row["steps"]) for row in rows] == [(40, 4), (16, 6)]
+    # Ten steps of float32, summed in another order.
+    assert all(row["difference"] < 1e-5 for row in rows)
+    assert rows_of(tmp_path / "perf-ensemble.json") == rows

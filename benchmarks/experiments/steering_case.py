@@ -1,16 +1,16 @@
-"""One case of the steering experiment: where to, by what method, and what became of it."""
+"""One case of the steering experiment: where to, by what means, and what became of it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from stableopt import StabilityMargins, TargetRegion
 from stableopt.adapt import Decision
+from stableopt.adapt.decision import marks
 
-__all__ = ["REGIONS", "Config", "Outcome"]
+__all__ = ["REGIONS", "Budget", "Outcome"]
 
 REGIONS = {
     "1.5x flatter": TargetRegion.flatter(by=1.5),
@@ -24,17 +24,10 @@ REGIONS = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is run.
+class Budget:
+    """What the methods may take.
 
     Attributes:
-        data: ``"digits"`` or ``"fashion-mnist"``.
-        data_dir: where the data are; see :func:`benchmarks.data.load`.
-        out: the folder for numbers and figures.
-        seed: the first of the initialisations and of the orders of batches.
-        seeds: how many.
-        n: training images.
-        random_labels: how many of them get a random label.
         lr: learning rate of gradient descent, and of what starts from its minimum.
         start_loss: training loss at which gradient descent stops and steering begins.
         steps: of a run with full batches.
@@ -48,13 +41,6 @@ class Config:
         scratch_lrs: the constant rates that it is compared with.
     """
 
-    data: str = "digits"
-    data_dir: Path | None = None
-    out: Path = Path("runs/steering")
-    seed: int = 0
-    seeds: int = 5
-    n: int = 200
-    random_labels: int = 0
     lr: float = 0.5
     start_loss: float = 5e-4
     steps: int = 1500
@@ -107,7 +93,7 @@ class Outcome:
         return self.end.sharpness / aim
 
     def numbers(self) -> dict[str, Any]:
-        """Return what the JSON file holds."""
+        """Return what a table holds of it."""
         end = self.end.record()
         names = ("lr", "batch_size", "loss", "sharpness", "non_uniformity", "failed")
         target = self.target
@@ -122,10 +108,26 @@ class Outcome:
             "largest_loss": _finite(self.largest_loss),
             "target_sharpness": None if target is None else _finite(target.sharpness[1]),
             "least_sharpness": None if target is None else _finite(target.sharpness[0]),
+            "aim": None if target is None else target.aim,
+            "least_non_uniformity": None if target is None else _finite(target.non_uniformity[0]),
             "target_non_uniformity": None if target is None else _finite(target.non_uniformity[1]),
             "sharpness_to_target": self.to_target,
-            "said": [str(d) for d in self.decisions if d.what == "target"][:3],
+            "said": "; ".join(str(d) for d in self.decisions if d.what == "target"),
         }
+
+    def path(self) -> list[dict[str, Any]]:
+        """Return the way there: a record for each measurement, with what was decided after it."""
+        good = [m for m in self.history if m.failure is None]
+        notes: dict[int, str] = {}
+        for step, label in marks(d for d in self.decisions if d.changes):
+            at = max((m.step for m in good if m.step <= step), default=0)
+            notes.setdefault(at, label)
+        names = ("lr", "batch_size", "loss", "sharpness", "sharpness_limit", "non_uniformity")
+        return [
+            {"step": m.step, **{name: _finite(getattr(m, name)) for name in names}}
+            | {"mark": notes.get(m.step)}
+            for m in good
+        ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,0 +1,208 @@
+r"""SGD on the two parabolas' toy, many runs at a time, and what theory says of its minimum x = 1.
+
+.. math:: f_1(x) = \min\{x^2, 0.1(x-1)^2\}, \quad f_2(x) = \min\{x^2, 1.9(x-1)^2\}
+
+At x = 1 the second derivatives are :math:`h_1 = 0.2` and :math:`h_2 = 3.8`. Each step of SGD takes one
+of the two, so that next to the minimum y = x − 1 is multiplied by 1 − ηh₁ or 1 − ηh₂ with equal
+chances. y is what the simulation keeps, not x, which near 1 would be rounded to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.runner import Job, Work
+
+__all__ = ["COEFFICIENTS", "Path", "Thresholds", "Walks", "gradient", "losses", "wilson"]
+
+COEFFICIENTS = (0.1, 1.9)
+"""Of (x − 1)² in the two losses."""
+
+CAUGHT = 0.24
+"""Within this of x = 0 both losses are x², and a step with η < 1 stays within: nothing leads back.
+The nearer of the borders is at √0.1/(1 + √0.1) = 0.2403."""
+
+Array = NDArray[np.float64]
+
+
+def losses(x: Array) -> tuple[Array, Array]:
+    """Return f1 and f2.
+
+    >>> f1, f2 = losses(np.array([0.0, 0.5, 1.0]))
+    >>> f1.tolist(), f2.tolist()
+    ([0.0, 0.025, 0.0], [0.0, 0.25, 0.0])
+    """
+    first, second = (np.minimum(x**2, c * (x - 1) ** 2) for c in COEFFICIENTS)
+    return first, second
+
+
+def gradient(y: Array, coefficient: Array | float) -> Array:
+    """Return the derivative of min{x², c(x − 1)²} at x = 1 + y, true to the factor 2.
+
+    >>> gradient(np.array([-1.0, -0.875, 0.5]), 0.1).tolist()
+    [0.0, 0.25, 0.1]
+    """
+    x = 1 + y
+    slope: Array = np.where(x**2 < coefficient * y**2, 2 * x, 2 * coefficient * y)
+    return slope
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Learning rates from which x = 1 is unstable, for curvatures h₁ and h₂.
+
+    >>> true = Thresholds(0.2, 3.8)
+    >>> round(true.mean_square, 4), round(true.almost_sure, 4), true.gd
+    (0.5525, 0.5595, 1.0)
+    """
+
+    h1: float
+    h2: float
+
+    @property
+    def sharpness(self) -> float:
+        """Mean curvature a."""
+        return (self.h1 + self.h2) / 2
+
+    @property
+    def non_uniformity(self) -> float:
+        """Standard deviation s of the curvatures."""
+        return abs(self.h1 - self.h2) / 2
+
+    @property
+    def gd(self) -> float:
+        """Of gradient descent: 2/a."""
+        return 2 / self.sharpness
+
+    @property
+    def mean_square(self) -> float:
+        """Where E (1 − ηh)² = 1, for batches of one: 2a/(a² + s²)."""
+        a, s = self.sharpness, self.non_uniformity
+        return 2 * a / (a**2 + s**2)
+
+    @property
+    def almost_sure(self) -> float:
+        """Where E log|1 − ηh| = 0, the smallest such η > 0: the smaller root of
+        (1 − ηh₁)(ηh₂ − 1) = 1.
+        """
+        total, product = self.h1 + self.h2, self.h1 * self.h2
+        return float((total - math.sqrt(total**2 - 8 * product)) / (2 * product))
+
+
+def wilson(successes: int, trials: int, deviations: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval for a probability (1927): honest at 0 and at 1.
+
+    >>> low, high = wilson(0, 100)
+    >>> round(low, 4), round(high, 4)
+    (0.0, 0.037)
+    """
+    z2 = deviations**2
+    share = successes / trials
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = (
+        deviations
+        * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+        / (1 + z2 / trials)
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Walks(Job):
+    """Many runs of SGD with batches of one, from near x = 1.
+
+    Attributes:
+        lr: learning rate.
+        runs: how many.
+        steps: of each.
+        offset: the first x − 1.
+        seed: of the batches.
+        halved: whether the derivatives are half the true ones, as those that the paper's text
+            quotes.
+
+    The result has ``escaped``, the number of runs that came to x = 0, ``median_step`` at which they
+    did, ``None`` if fewer than half did, and ``late``, the number of those that did in the last
+    tenth of the steps.
+    """
+
+    kind = "toy-walks"
+
+    lr: float
+    runs: int
+    steps: int
+    offset: float = 1e-3
+    seed: int = 0
+    halved: bool = False
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Step the runs side by side, and take out those that have escaped."""
+        at = escape_steps(self, work)
+        escaped = at[at > 0]
+        half = math.ceil(self.runs / 2)
+        return {
+            "escaped": len(escaped),
+            "median_step": int(np.sort(escaped)[half - 1]) if len(escaped) >= half else None,
+            "late": int((escaped > 0.9 * self.steps).sum()),
+        }
+
+
+def escape_steps(job: Walks, work: Work | None = None) -> NDArray[np.int64]:
+    """Return for each run the step after which it was caught by x = 0, and 0 for those that stay."""
+    generator = np.random.default_rng(job.seed)
+    y = np.full(job.runs, job.offset)
+    rate = job.lr / 2 if job.halved else job.lr
+    caught = np.zeros(job.runs, dtype=np.int64)
+    left = np.arange(job.runs)
+    for step in range(1, job.steps + 1):
+        drawn = np.where(generator.random(len(y)) < 0.5, *COEFFICIENTS)
+        y = y - rate * gradient(y, drawn)
+        out = np.abs(1 + y) < CAUGHT
+        if out.any():
+            caught[left[out]] = step
+            left, y = left[~out], y[~out]
+            if not len(y):
+                break
+        if work is not None:
+            work.progress(step / job.steps, f"η = {job.lr:g}, {len(y):,} left")
+    return caught
+
+
+@dataclass(frozen=True)
+class Path(Job):
+    """One run, step by step, of SGD or of gradient descent.
+
+    Attributes:
+        lr: learning rate.
+        steps: how many.
+        offset: the first x − 1.
+        seed: of the batches.
+        full_batch: whether it is gradient descent.
+
+    The result has the ``x`` of each step.
+    """
+
+    kind = "toy-path"
+
+    lr: float
+    steps: int
+    offset: float = 1e-3
+    seed: int = 0
+    full_batch: bool = False
+
+    def run(self, work: Work) -> dict[str, Any]:
+        """Step."""
+        generator = np.random.default_rng(self.seed)
+        y = np.array(self.offset)
+        xs = [float(1 + y)]
+        for _ in range(self.steps):
+            drawn = COEFFICIENTS
+            if not self.full_batch:
+                drawn = (COEFFICIENTS[int(generator.random() >= 0.5)],)
+            y = y - self.lr * np.mean([gradient(y, c) for c in drawn], axis=0)
+            xs.append(float(1 + y))
+        return {"x": xs}

@@ -1,0 +1,111 @@
+"""Several trainings as one network with stacked weights, against one after the other.
+
+The members differ in learning rate and seed; see :mod:`benchmarks.ensemble`. Both ways take the same
+steps, of which the first few are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import ensemble
+from benchmarks.data import Dataset, Images
+from benchmarks.perf import timing
+from benchmarks.perf.timing import interleaved, write
+from benchmarks.solution import Solution
+from benchmarks.walk import walk
+
+__all__ = ["Config", "run"]
+
+
+@dataclass(frozen=True)
+class Config(timing.Config):
+    """What is timed.
+
+    Attributes:
+        members: trained as one.
+        steps: of each, under GD and under SGD.
+        batch_size: of SGD.
+    """
+
+    repeats: int = 3
+    members: int = 8
+    steps: int = 200
+    batch_size: int = 16
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time both ways under GD and SGD, print and write the table; return its rows."""
+    console = console or Console()
+    data = Dataset(config.data, config.n)
+    images = data.load(config.data_dir).to(config.device)
+    rows = []
+    for batch_size in (None, config.batch_size):
+        jobs = [
+            Solution(data, lr=config.lr / (k + 1), seed=config.seed + k, batch_size=batch_size)
+            for k in range(config.members)
+        ]
+        with console.status(f"{config.members} members, batches of {batch_size or config.n}"):
+            rows.append(_row(config, jobs, images))
+    table = Table(title=f"{config.members} trainings of {config.data} as one")
+    for heading in ("batch", "steps", "one by one, a step", "as one, a step", "gain", "difference"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        per = 1e3 / row["steps"]
+        table.add_row(
+            str(row["batch_size"]),
+            str(row["steps"]),
+            f"{row['one_by_one'] * per:.2f} ms",
+            f"{row['as_one'] * per:.2f} ms",
+            f"{row['one_by_one'] / row['as_one']:.2f} ×",
+            f"{row['difference']:.0e}",
+        )
+    console.print(table)
+    write(config.out / "perf-ensemble.json", rows, config.device)
+    return rows
+
+
+def _row(config: Config, jobs: Sequence[Solution], images: Images) -> dict[str, Any]:
+    def one_by_one(steps: int) -> list[list[torch.Tensor]]:
+        weights = []
+        for job in jobs:
+            model = job.model(config.device)
+            going = walk(job, model, images)
+            while going.steps < steps:
+                going.look()
+                going.on()
+            weights.append([p.detach() for p in model.parameters()])
+        return weights
+
+    def as_one(steps: int) -> list[list[torch.Tensor]]:
+        stack = ensemble.Stack(jobs, images, config.device)
+        while stack.steps < steps:
+            stack.look()
+            stack.on()
+        return [list(stack.weights(k).values()) for k in range(len(jobs))]
+
+    some = zip(one_by_one(10), as_one(10), strict=True)
+    difference = max(
+        float((p - q).norm() / p.norm()) for member in some for p, q in zip(*member, strict=True)
+    )
+    timings = interleaved(
+        {"one_by_one": lambda: one_by_one(config.steps), "as_one": lambda: as_one(config.steps)},
+        repeats=config.repeats,
+        device=config.device,
+    )
+    size = jobs[0].batch_size or len(images.x)
+    epoch = -(-len(images.x) // size)
+    return {
+        "data": config.data,
+        "members": len(jobs),
+        "batch_size": size,
+        "steps": -(-config.steps // epoch) * epoch,  # SGD ends with an epoch
+        **{way: timing.median for way, timing in timings.items()},
+        "difference": difference,
+    }

@@ -1,0 +1,122 @@
+"""``REPORT.md``: what the paper prints, what came out here, and what was not run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.experiment import PRESETS, Claim
+from benchmarks.experiments import NAMES, experiment
+from benchmarks.publish import claims_in
+from benchmarks.runner.estimate import readable
+
+__all__ = ["report"]
+
+HEAD = """# The paper's tables and figures, printed and reproduced
+
+Written by `python -m benchmarks report` from the results in `{results}`; each number is in a CSV
+file there, beside the picture that was drawn from it. The numbers printed are those of Wu, Ma and
+E, "How SGD Selects the Global Minima in Over-parameterized Learning", NeurIPS 2018. CIFAR-10 stands
+for a subset of it whose images went through JPEG once.
+"""
+
+
+def report(results: Path, shown: str) -> str:
+    """Return the report on what was published in a folder.
+
+    Args:
+        results: the folder.
+        shown: what to call it.
+    """
+    return "\n".join([HEAD.format(results=shown), *_summary(results), *_parts(results)]) + "\n"
+
+
+def _published(results: Path, name: str) -> Iterator[tuple[str, str, Path]]:
+    for preset in PRESETS[1:]:  # that it runs is no result
+        for data in experiment(name).datasets:
+            folder = results / preset / data / name
+            if (folder / "about.json").exists():
+                yield preset, data, folder
+
+
+def _summary(results: Path) -> Iterator[str]:
+    yield "| experiment | shows | preset, data | reproduced |"
+    yield "| --- | --- | --- | --- |"
+    for name in NAMES:
+        runs = list(_published(results, name))
+        for preset, data, folder in runs:
+            claims = claims_in(folder)
+            kept = sum(claim.reproduced for claim in claims)
+            share = f"{kept} of {len(claims)}" if claims else "no claims"
+            link = f"[{name}](#{name})"
+            yield f"| {link} | {experiment(name).shows} | {preset}, {data} | {share} |"
+        run = {(preset, data) for preset, data, _ in runs}
+        left = [
+            f"{preset}, {data}"
+            for preset in PRESETS[1:]
+            for data in experiment(name).datasets
+            if (preset, data) not in run
+        ]
+        if left:
+            yield f"| {name} | {experiment(name).shows} | {'; '.join(left)} | not run |"
+    yield ""
+
+
+def _parts(results: Path) -> Iterator[str]:
+    for name in NAMES:
+        runs = list(_published(results, name))
+        if not runs:
+            continue
+        yield f"## {name}"
+        yield ""
+        yield f"{experiment(name).shows}. {_first_paragraph(name)}"
+        yield ""
+        for preset, data, folder in runs:
+            about = json.loads((folder / "about.json").read_text())
+            yield f"### {preset}, {data}"
+            yield ""
+            yield _told(about)
+            yield ""
+            yield from _table(claims_in(folder))
+            for picture in sorted(folder.glob("*.png")):
+                at = picture.relative_to(results.parent).as_posix()
+                yield f"![{picture.stem}]({at})"
+                yield ""
+
+
+def _first_paragraph(name: str) -> str:
+    import importlib
+
+    text = importlib.import_module(f"benchmarks.experiments.{name.replace('-', '_')}").__doc__ or ""
+    paragraphs = text.strip().split("\n\n")
+    return " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
+
+
+def _told(about: dict[str, Any]) -> str:
+    machine = f"{' and '.join(map(str, about['device']))}, torch {' and '.join(about['torch'])}"
+    left = about["jobs"] - about["done"] - about["failed"]
+    lost = "".join(
+        f"; **{count} {word}**"
+        for count, word in ((about["failed"], "failed"), (left, "not run"))
+        if count
+    )
+    seeds = ", ".join(map(str, about["settings"]["seeds"]))
+    return (
+        f"{about['done']} of {about['jobs']} jobs{lost}; {readable(about['seconds'])} of one worker"
+        f" in all, {machine}. Seeds {seeds}."
+    )
+
+
+def _table(claims: list[Claim] | Any) -> Iterator[str]:
+    if not claims:
+        return
+    yield "| | printed or predicted | here | tolerance | reproduced | |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for claim in claims:
+        said = "yes" if claim.reproduced else "**no**"
+        cells = (claim.what, claim.printed, claim.ours, claim.tolerance, said, claim.why)
+        plain = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+        yield "| " + " | ".join(plain) + " |"
+    yield ""

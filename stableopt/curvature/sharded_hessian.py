@@ -1,0 +1,116 @@
+r"""The Hessian of a sharded model, by central differences of the gradients that FSDP computes.
+
+.. math:: Hv \approx \frac{\nabla f(\theta + hv) - \nabla f(\theta - hv)}{2h}
+
+The vector v, like all vectors of a search, is sharded as the parameters are: an inner product is a local
+one, summed over the ranks (:func:`~stableopt.curvature.inner.in_pieces`).
+
+The step balances rounding, about :math:`\epsilon|\nabla f|/h`, with what the difference leaves out, of
+the order :math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, shorter where a second step, of half
+the length, tells that this was too long.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.inner import Pieces
+from stableopt.curvature.operators import Hessian, Operator
+from stableopt.curvature.problem import Problem
+from stableopt.curvature.sharded import STEP, ShardedProblem, cube_root
+
+__all__ = ["ShardedHessian", "hessian_of"]
+
+_FINE, _HALVINGS = 1e-3, 5
+
+_UNSURE = 0.05
+"""Relative difference of a product between two steps that is worth a warning: smooth networks stay
+below 1e-3, those with kinks, whose Hessian a difference blurs, do not."""
+
+
+class ShardedHessian(Operator):
+    r"""The Hessian of a :class:`ShardedProblem`, by central differences of gradients.
+
+    ``operator @ v`` takes and returns this rank's part of a vector, on every rank. In the coordinates
+    of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
+
+    Args:
+        problem: whose Hessian it is.
+
+    A product takes two gradients, and the first one two more, for the second step: where they differ
+    by more than 1e-3, ever shorter ones are tried, as long as that helps. Where the best still differ
+    by more than 5 %, a ``RuntimeWarning`` says so.
+    """
+
+    def __init__(self, problem: ShardedProblem) -> None:
+        super().__init__(problem.num_params, problem.dtype, problem.device)
+        self.problem, self.theta = problem, problem.theta()
+        self.pieces = Pieces(problem.ranks, problem.total_params)
+        self._size = problem.norm(torch.cat([t.reshape(-1) for t in self.theta])) or 1.0
+        self._tried = False
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return this rank's part of the matrix times the vector of which ``vector`` is its part."""
+        problem = self.problem
+        tangent = problem.unflatten(vector)
+        length = problem.norm(torch.cat([part.reshape(-1) for part in tangent]))
+        if length == 0:
+            return torch.zeros_like(vector)
+        if not self._tried:
+            self._tried = True
+            self._choose_step(tangent, length)
+        image = self._difference(tangent, self._step / length)
+        if any(problem.weight_decay):
+            decays = zip(problem.weight_decay, tangent, strict=True)
+            image += problem.flatten([decay * part for decay, part in decays])
+        return image
+
+    @property
+    def _step(self) -> float:
+        """How far to go, in parameters."""
+        return float(self.problem.memo.get("step", STEP)) * cube_root(self.dtype) * self._size
+
+    def _difference(self, tangent: list[Tensor], h: float) -> Tensor:
+        ahead, behind = (self.problem.at(self.theta, tangent, step)[1] for step in (h, -h))
+        return (ahead - behind) / (2 * h)
+
+    def _choose_step(self, tangent: list[Tensor], length: float) -> None:
+        """Halve the step until two of them agree, or no longer come closer."""
+        problem, h = self.problem, self._step / length
+        factor = float(problem.memo.get("step", STEP))
+        image, shorter = self._difference(tangent, h), self._difference(tangent, h / 2)
+        difference = problem.norm(image - shorter) / (problem.norm(shorter) or 1.0)
+        for _ in range(_HALVINGS):
+            if not difference > _FINE:
+                break
+            h, image = h / 2, shorter
+            shorter = self._difference(tangent, h / 2)
+            closer = problem.norm(image - shorter) / (problem.norm(shorter) or 1.0)
+            if not closer < difference / 2:
+                break
+            difference, factor = closer, factor / 2
+        problem.memo["step"] = factor
+        if difference > _UNSURE and problem.ranks.rank == 0:
+            warnings.warn(
+                f"the Hessian by differences of FSDP's gradients changes by {difference:.0%} between"
+                " two steps: activations with kinks, or parameters of low precision. The sharpness is"
+                " that uncertain, beyond its residual",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def agreed(self, numbers: Tensor) -> Tensor:
+        """Return ``numbers`` as rank 0 has them."""
+        return self.problem.ranks.first(numbers)
+
+    def loss(self) -> float:
+        """Return the problem's mean loss at the point."""
+        return self.problem.value(self.theta)
+
+
+def hessian_of(problem: Problem) -> Hessian | ShardedHessian:
+    """Return the Hessian of a problem as it can be had."""
+    return ShardedHessian(problem) if isinstance(problem, ShardedProblem) else Hessian(problem)

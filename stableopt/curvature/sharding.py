@@ -1,0 +1,86 @@
+"""How a model's parameters lie on the ranks, and which ways of it can be measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["local", "mesh_of", "reshard"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of ``tensor`` that this rank holds: all of an ordinary one.
+
+    >>> import torch
+    >>> local(torch.ones(2))
+    tensor([1., 1.])
+    """
+    sharded: Any = tensor
+    return sharded.to_local() if _is_sharded(tensor) else tensor
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """Return the device mesh on which ``fully_shard`` put the trainable parameters of ``model``.
+
+    ``None`` for ordinary parameters. What a forward pass has gathered is dropped first.
+
+    Raises:
+        TypeError: for parameters that are sharded in any other way, or only in part.
+    """
+    reshard(model)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError(
+            "model is wrapped by FullyShardedDataParallel: expected"
+            " torch.distributed.fsdp.fully_shard, whose parameters keep their names and shapes"
+        )
+    sharded = [(name, p) for name, p in trainable if _is_sharded(p)]
+    if not sharded:
+        return None
+    owned = {id(p) for unit in _units(model) for p in unit.parameters()}
+    first: Any = sharded[0][1]
+    for name, p in trainable:
+        at: Any = p
+        if not _is_sharded(p):
+            raise TypeError(
+                f"parameter {name!r} is whole on every rank, but {sharded[0][0]!r} is sharded: expected"
+                " all trainable parameters under fully_shard; freeze it, or shard the root module too"
+            )
+        if id(p) not in owned or at.device_mesh.ndim != 1 or not at.placements[0].is_shard():
+            raise TypeError(
+                f"parameter {name!r} is a DTensor with placements {tuple(at.placements)} on a mesh of"
+                f" dimensions {at.device_mesh.mesh_dim_names or at.device_mesh.ndim}: expected"
+                " fully_shard on a mesh of one dimension. Tensor-parallel parameters, and shards that"
+                " are replicated, cannot be measured; measure a copy of the model that has neither"
+            )
+        if at.device_mesh != first.device_mesh:
+            raise TypeError(
+                f"parameter {name!r} is on another device mesh than {sharded[0][0]!r}: expected one"
+            )
+    return first.device_mesh
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole parameters that FSDP's root holds after a pass without a backward one.
+
+    They would otherwise be taken for the parameters, and hide what is written to the shards.
+    """
+    for module in _units(model):
+        module.reshard()
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    # Importing it takes a second, and where nobody has there is none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _units(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules under ``fully_shard``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            yield module

@@ -1,0 +1,53 @@
+"""The control laws: each from the same start, and what is said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from small_runs import small_run
+
+from benchmarks.experiments.control_law_run import LAWS
+from benchmarks.experiments.control_laws import STAIRCASE, ControlLaws
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """Catches a law that the scheduler cannot ask, a divergence that ends the comparison, and a law
+    that begins where another has ended.
+    """
+    one = ControlLaws(n=40, start_loss=0.06, steps=15, measure_every=5)
+    tables, drawn, _ = small_run(one, tmp_path)
+    assert drawn == {"history"}
+    ends = {row["law"]: row for row in tables["ends"]}
+    assert set(ends) == set(LAWS)
+    assert ends["jump"]["target"] == ends["jump"]["start"] / 4
+    assert ends["cut while too sharp"]["lr"] < 0.5 < ends[STAIRCASE]["lr"]
+    first = {row["law"]: row["sharpness"] for row in tables["history"] if row["step"] == 0}
+    assert set(first) == set(LAWS)
+    assert len(set(first.values())) == 1
+
+
+def test_claims_follow_the_numbers() -> None:
+    """Catches a verdict that does not look at the end, or at one seed only."""
+    one = ControlLaws(seeds=(0, 1))
+
+    def end(law: str, seed: int, sharpness: float, largest: float = 0.01) -> dict[str, object]:
+        return {
+            **{"law": law, "seed": seed, "start": 4.0, "target": 1.0, "sharpness": sharpness},
+            **{"lr": 2.0, "limit": 1.0, "loss": 1e-3, "largest_loss": largest},
+            "diverged_at": None,
+        }
+
+    def said(*rows: dict[str, object]) -> dict[str, bool]:
+        claims = one.claims({"ends": list(rows), "history": []})
+        return {claim.what.split(":")[0]: claim.reproduced for claim in claims}
+
+    stairs = [end(STAIRCASE, 0, 1.09), end(STAIRCASE, 1, 0.95)]
+    arrives = "the gated staircase reaches the target"
+    assert said(*stairs) == {arrives: True}
+    assert said(stairs[0], end(STAIRCASE, 1, 1.11)) == {arrives: False}
+    assert said(*stairs, end("jump", 0, 1.0, 0.021), end("jump", 1, 1.0, 0.03))["jump"]
+    assert not said(*stairs, end("jump", 0, 1.0, 0.019), end("jump", 1, 1.0, 0.03))["jump"]
+    frozen = end("cut while too sharp", 0, 4.0)
+    assert said(*stairs, frozen)["cut while too sharp"]
+    frozen["sharpness"] = 1.0
+    assert not said(*stairs, frozen)["cut while too sharp"]

@@ -1,0 +1,69 @@
+"""The shape of the loss: a line through a polynomial, and the courses, small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import small_run
+from torch import nn
+
+from benchmarks.data import Dataset
+from benchmarks.experiments.loss_shape import LossShape
+from benchmarks.experiments.loss_shape_jobs import Course, along, trusted
+from benchmarks.networks import network
+from benchmarks.runner import Place, Store, run_all
+
+
+def test_the_line_is_the_loss_and_comes_back() -> None:
+    """Catches weights in another order than the vector's, and weights that are left displaced."""
+    model = nn.Linear(2, 1).double()
+    x, y = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[0.5]]).double()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    direction = torch.tensor([0.6, 0.0, 0.8]).double()  # two weights, then the bias
+    loss_at, slope = along(model, nn.MSELoss(), (x, y), direction)
+    residual = float(before @ torch.tensor([1.0, 2.0, 1.0]).double()) - 0.5
+    assert loss_at(0.3) == pytest.approx((residual + 0.3 * (0.6 + 0.8)) ** 2)
+    assert slope == pytest.approx(2 * residual * 1.4)
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+
+
+def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
+    """Catches a search on one side only, a slope that is left out, and a rise in other units."""
+
+    def loss(t: float) -> float:
+        return 3 + 0.2 * t + 2 * t**2 + (10 * (t + 1) if t < -1 else 0.0)
+
+    # Off at t = −1, where the rise is 2 = 2/3 of the first loss; by a tenth of 5 just after it:
+    # 10 |t + 1| = 0.1 (3 + 2 t²) at t = −1.0522, a rise of 0.738. Steps are 12 % apart.
+    assert 0.738 / 10**0.05 <= trusted(loss, 3.0, 0.2, 4.0) <= 0.738
+
+
+def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> None:
+    """Catches a loss that is not the one named: at the start of both, from one network."""
+    store = Store(tmp_path)
+    data = Dataset("digits", 50)
+    jobs = [Course(data, loss, 0.5, 0, 3, 2) for loss in ("squared", "cross-entropy")]
+    assert not run_all(jobs, store, Place()).failed
+    images = data.load()
+    out = network("digits", seed=0)(images.x).detach()
+    squared, entropy = (store.result(job)["course"][0]["loss"] for job in jobs)
+    assert squared == pytest.approx(float((out - images.y).square().mean()), rel=1e-5)
+    log_p = out.log_softmax(1)
+    assert entropy == pytest.approx(float(-(log_p * images.y).sum(1).mean()), rel=1e-5)
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """Catches a table that is not drawn, and a claim that nothing could refute."""
+    one = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
+    tables, drawn, _ = small_run(one, tmp_path)
+    assert drawn == {"line", "course"}
+    middle = min(tables["line"], key=lambda row: abs(row["t"]))
+    at_zero = pytest.approx(tables["minima"][0]["loss"], rel=1e-12)  # its t is 1e-17 or so
+    assert middle["loss"] == at_zero
+    assert middle["quadratic"] == at_zero
+    claims = {claim.what.split()[0]: claim for claim in one.claims(tables)}
+    tables["minima"][0]["trusted_rise"] = 0.1
+    assert not one.claims(tables)[0].reproduced
+    assert not claims["with"].reproduced  # thirty steps of cross-entropy are not enough

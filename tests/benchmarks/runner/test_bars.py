@@ -1,0 +1,99 @@
+"""What the bars say: by what jobs cost, from when work was seen, and without those that are lost."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from runner_jobs import Failing, Number, Sum
+
+from benchmarks.runner import Place, Store, run_all
+from benchmarks.runner.bars import Bars, Pace
+from benchmarks.runner.store import write_json
+
+
+class Costly(Number):
+    """Costs as much as its number says."""
+
+    kind = "costly"
+
+    @property
+    def flops(self) -> float:
+        return self.x
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def test_the_pace_is_that_of_the_work_seen() -> None:
+    """Catches time in which processes start, or what was done another day, counted as work; and a
+    rest that stands still, or grows, between two reports.
+    """
+    now = 100.0
+    pace = Pace(clock=lambda: now)
+    assert pace.left is None
+    pace.see(0.5)
+    assert pace.left is None
+    now = 110.0
+    pace.see(0.75)
+    assert pace.left == 10.0
+    now = 114.0
+    pace.see(0.75)
+    assert pace.left == 6.0
+    now = 200.0
+    assert pace.left == 0.0
+    pace.see(0.25)  # begun anew
+    assert pace.left is None
+
+
+def test_the_bar_goes_by_cost_and_not_by_number(tmp_path: Path) -> None:
+    """Catches nine tenths done when the last job is nine tenths of the work."""
+    store = Store(tmp_path)
+    small, large = [Costly(float(x)) for x in (1, 2, 3)], Costly(54.0)
+    bars = Bars([*small, large], store, quiet())
+    for job in small:
+        bars.started([job])
+        bars.finished(job, 1.0)
+    shown = bars.progress.tasks[0]
+    # Costs are those numbers times one factor: float rounding only.
+    assert shown.completed == pytest.approx(0.1)
+    assert "3 of 4 jobs" in shown.description
+    bars.started([large])
+    store.part(large).mkdir(parents=True)
+    write_json(store.part(large) / "progress.json", {"share": 0.5, "text": "half [way]"})
+    bars.tick()
+    assert shown.completed == pytest.approx(0.1 + 0.9 * 0.5)
+    with bars.console.capture() as shot:
+        bars.console.print(bars.progress.get_renderable())
+    assert "half [way]" in shot.get()
+    bars.failed(large, "E: [no]")
+    # What is lost is no work any more.
+    assert shown.completed == pytest.approx(1.0)
+    assert f"failed {large.id}: E: [no]" in bars.console.file.getvalue()
+
+
+def test_where_no_job_tells_its_cost_all_count_alike(tmp_path: Path) -> None:
+    """Catches a division by no cost at all."""
+    bars = Bars([Number(1.0), Number(2.0)], Store(tmp_path), quiet())
+    bars.finished(Number(1.0), 1.0)
+    assert bars.progress.tasks[0].completed == 0.5
+    assert Bars([], Store(tmp_path), quiet()).progress.tasks[0].completed == 0.0
+
+
+def test_bars_follow_a_whole_run(tmp_path: Path) -> None:
+    """Catches a bar that is left behind, a line that is not printed, and a job that no one counts."""
+    failing = Failing(str(tmp_path / "cure"))
+    jobs = [Number(1.0), Number(2.0), failing, Sum((failing,))]
+    store, console = Store(tmp_path), quiet()
+    with Bars(jobs, store, console, lambda job: f"done {job.id}") as bars:
+        run_all(jobs, store, Place(), watch=bars)
+    (left,) = bars.progress.tasks
+    assert left.completed == 1.0
+    assert "2 of 4 jobs, 2 failed or blocked" in left.description
+    said = console.file.getvalue()
+    for job in jobs[:2]:
+        assert f"done {job.id}" in said
+    assert "ArithmeticError: no cure" in said

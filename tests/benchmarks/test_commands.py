@@ -1,0 +1,303 @@
+"""The command line: what it runs, says and writes, and what it says to what it cannot do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import commands, experiments, report
+from benchmarks.experiments import gd_sharpness
+from benchmarks.publish import publish, read_rows, write_rows
+from benchmarks.runner import Job, Place, Store, work
+from benchmarks.runner.schedule import Summary
+from benchmarks.settings import parsed
+
+RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")
+SETTINGS = {"n": 60, "target_loss": 0.06, "lrs": (0.5, 500.0)}
+
+
+@pytest.fixture(autouse=True)
+def only_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run jobs in this process, where the tests can see them, and quickly."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    made = commands.executor
+
+    def executor(name: str, workers: int) -> Any:
+        made(name, workers)
+        return lambda: ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(commands, "executor", executor)
+
+
+@pytest.fixture(autouse=True)
+def few_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave one experiment: what each says is for its own tests."""
+    for module in (experiments, commands, report, cli):
+        monkeypatch.setattr(module, "NAMES", ("gd-sharpness",))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a sweep of two rates, of which one diverges."""
+    out = tmp_path_factory.mktemp("ran")
+    assert cli.main([*RUN, "--set", "lrs=0.5,500", "--out", str(out)]) == 0
+    return out
+
+
+def main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command line, expect that it goes well, return what it said."""
+    capsys.readouterr()
+    assert cli.main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def test_run_writes_what_it_found_and_does_nothing_twice(
+    ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches tables that are not those of the jobs, and a second run that trains again."""
+    folder = ran / "smoke" / "digits" / "gd-sharpness"
+    names = {"sharpness.csv", "sharpness.png", "sharpness.svg", "claims.json", "about.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    store, one = Store(ran), gd_sharpness.EXPERIMENT(**SETTINGS)
+    rows = read_rows(folder / "sharpness.csv")
+    assert [row["lr"] for row in rows] == [0.5, 500.0]
+    assert [row["outcome"] for row in rows] == ["reached", "diverged"]
+    for job, row in zip(one.jobs(), rows, strict=True):
+        assert row["sharpness"] == store.result(job).get("sharpness")
+    about = json.loads((folder / "about.json").read_text())
+    assert (about["jobs"], about["done"], about["failed"]) == (2, 2, 0)
+    monkeypatch.setattr(gd_sharpness.Solution, "run", lambda self, work: pytest.fail("trains"))
+    said = main(capsys, *RUN, "--set", "lrs=0.5,500", "--out", ran)
+    assert "2 jobs, 0 to do" in said
+
+
+def test_a_dry_run_says_what_is_left_and_leaves_nothing(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a dry run that writes, that trains, or that names what is done already."""
+    said = main(capsys, *RUN, "--set", "lrs=0.5,0.25", "--dry-run", "--out", ran)
+    assert "2 jobs, 1 to do" in said
+    ids = re.findall(r"solution-[0-9a-f]{12}", said)
+    left = gd_sharpness.EXPERIMENT(**{**SETTINGS, "lrs": (0.25,)}).jobs()
+    assert ids == [job.id for job in left]
+    new = tmp_path / "new"
+    main(capsys, *RUN, "--dry-run", "--out", new)
+    assert not new.exists()
+
+
+def test_shards_share_the_jobs_and_seeds_multiply_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a shard that runs what is another's, and --seeds that are not the experiment's."""
+    found = []
+    for shard in ("1/2", "2/2"):
+        said = main(
+            capsys, *RUN, "--seeds", "0,1,2", "--shard", shard, "--dry-run", "--out", tmp_path
+        )
+        found += re.findall(r"solution-[0-9a-f]{12}", said)
+    one = gd_sharpness.EXPERIMENT.preset("smoke", seeds=(0, 1, 2), n=60, target_loss=0.06)
+    assert sorted(found) == sorted(job.id for job in one.jobs())
+    assert len(found) == 9
+
+
+def test_a_failure_is_said_counted_and_run_again_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an exit code of 0 for a sweep with failures, and a table that counts them as done."""
+
+    def fail(self: Job, work: Any) -> Any:
+        raise ArithmeticError("no [such] luck")
+
+    arguments = [*RUN, "--set", "lrs=0.5", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(gd_sharpness.Solution, "run", fail)
+        assert cli.main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "ArithmeticError: no [such] luck" in said
+    assert "--retry" in said
+    assert cli.main(arguments) == 1
+    capsys.readouterr()
+    said = main(capsys, "status", "--out", tmp_path)
+    cells = [cell.strip() for line in said.splitlines() for cell in re.split("[│|]", line)]
+    at = cells.index("gd-sharpness")
+    assert cells[at : at + 8] == ["gd-sharpness", "smoke", "digits", "1", "0", "0", "1", "0"]
+    assert "ArithmeticError: no [such] luck" in said
+    main(capsys, *arguments, "--retry")
+    assert "ArithmeticError" not in main(capsys, "status", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(("told", "workers", "each"), [(8, 1, 8), (8, 3, 2), (1, 2, 1)])
+def test_workers_share_the_threads(
+    told: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches workers with as many threads as there are cores, each, or in spite of what the
+    environment says: they would wait for each other most of the time.
+    """
+    places = []
+
+    def look(jobs: Any, store: Any, place: Place, **options: Any) -> Summary:
+        places.append(place)
+        return Summary()
+
+    monkeypatch.setattr(commands, "run_all", look)
+    monkeypatch.setattr("torch.get_num_threads", lambda: told)
+    assert cli.main([*RUN, "-j", str(workers), "--out", str(tmp_path)]) == 0
+    assert [place.threads for place in places] == [each]
+
+
+def test_figures_are_drawn_from_what_there_is_and_come_out_the_same(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a figure with a date or a random id in it, and `figures` that trains or measures."""
+    for module, name in ((work, "work"), (gd_sharpness.Solution, "run")):
+        monkeypatch.setattr(module, name, lambda *arguments: pytest.fail("it trains"))
+    monkeypatch.setattr("stableopt.measure", lambda *a, **k: pytest.fail("it measures"))
+    main(capsys, "figures", "--out", ran, "--into", tmp_path / "a")
+    main(capsys, "figures", "gd-sharpness", "--out", ran, "--into", tmp_path / "b")
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_the_report_holds_every_claim(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a claim that is left out, what did not come out shown as if it had, and a preset that
+    was not run and is not said to be missing.
+    """
+    folder = tmp_path / "small" / "digits" / "gd-sharpness"
+    folder.mkdir(parents=True)
+    for path in (ran / "smoke" / "digits" / "gd-sharpness").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    main(capsys, "report", "--results", tmp_path, "--to", tmp_path / "R.md")
+    text = (tmp_path / "R.md").read_text()
+    claims = json.loads((folder / "claims.json").read_text())
+    assert claims
+    for claim in claims:
+        line = next(line for line in text.splitlines() if claim["what"] in line)
+        assert claim["ours"] in line
+        assert ("**no**" in line) == (not claim["reproduced"])
+    assert "paper, fashion-mnist" in next(x for x in text.splitlines() if "not run |" in x)
+
+
+def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a name without a word to what it is."""
+    said = main(capsys, "list")
+    assert re.search(r"gd-sharpness +The sharpness of gradient descent's minima", said)
+    assert re.search(r"perf lbfgs +\w+", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "gd-sharpness", "--set", "speed=3"], "speed=3: expected one of data, seeds"),
+        (["run", "gd-sharpness", "--set", "n=many"], "n=many: expected int"),
+        (["run", "gd-sharpness", "--set", "lrs"], "--set lrs: expected KEY=VALUE"),
+        (["run", "gd-sharpness", "--seeds", "a"], "seeds=a: expected tuple"),
+        (["run", "gd-sharpness", "--data", "mnist"], "--data mnist, expected digits or"),
+        (["run", "gd-sharpness", "--shard", "2"], "--shard 2: expected I/N"),
+        (["run", "gd-sharpness", "--shard", "3/2"], "shard 3/2: expected from 1/2 to 2/2"),
+        (["run", "gd-sharpness", "-j", "0"], "workers=0: expected at least 1"),
+        (["run", "gd-sharpness", "--executor", "threads"], "executor='threads': expected"),
+        (["run", "sharpness"], "invalid choice: 'sharpness'"),
+        (["run", "gd-sharpness", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["run"], "required: NAME"),
+        ([], "required: command"),
+        (["figures"], "nothing was run in"),
+        (["figures", "sharpness"], "nothing was run in"),
+        (["report", "--results", "nowhere"], "nowhere is empty"),
+        (["perf", "speed"], "speed: expected some of products"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback, or an exit code of 0, for what is only a slip of the pen."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:  # by argparse, or by the code returned
+        sys.exit(cli.main(arguments))
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Catches a float that loses digits, a number that comes back as text, a name as a number, and
+    ``None`` as a word; with whatever text may hold.
+    """
+    rows = [
+        {"lr": 0.1 + 0.2, "n": 3, "none": None, "yes": True, "text": 'a, "b"\nη', "tiny": 5e-324},
+        {"lr": 1e300, "n": -7, "none": 1.5, "yes": False, "text": "B = 4", "tiny": 1 / 3},
+    ]
+    write_rows(tmp_path / "a.csv", rows)
+    found = read_rows(tmp_path / "a.csv")
+    assert found == rows
+    assert [list(map(type, row.values())) for row in found] == [
+        list(map(type, row.values())) for row in rows
+    ]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert next(csv.reader(file)) == list(rows[0])
+
+
+def test_an_experiment_of_which_nothing_is_done_publishes_no_table(tmp_path: Path) -> None:
+    """Catches an error, or a table without rows, while the first jobs are still running."""
+    one = gd_sharpness.EXPERIMENT(**SETTINGS)
+    files = publish(one, "smoke", Store(tmp_path), tmp_path)
+    assert {path.name for path in files} == {"claims.json", "about.json"}
+    assert json.loads(files[0].read_text()) == []
+    assert json.loads(files[1].read_text())["done"] == 0
+
+
+@dataclass(frozen=True)
+class Config:
+    lrs: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    n: int = 1
+    size: int | None = None
+    folder: Path | None = None
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("lrs=0.5", (0.5,)),
+        ("lrs=1e-3,2", (0.001, 2.0)),
+        ("lrs=", ()),
+        ("names=a,b", ("a", "b")),
+        ("n=-3", -3),
+        ("size=none", None),
+        ("size=4", 4),
+        ("folder=a=b", Path("a=b")),
+        ("fast=True", True),
+        ("fast=false", False),
+    ],
+)
+def test_settings_have_the_type_of_their_field(text: str, value: Any) -> None:
+    """Catches text where a number belongs, and "false" that is true since it is not empty."""
+    key = text.partition("=")[0]
+    found: Mapping[str, Any] = parsed(Config, [text])
+    assert found == {key: value}
+    assert type(found[key]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["n=0.5", "n=", "lrs=1,,2", "size=x", "fast=yes", "N=1"])
+def test_settings_that_do_not_fit_are_refused(text: str) -> None:
+    """Catches a value that is bent until it fits."""
+    with pytest.raises(ValueError, match=re.escape(f"{text}: expected")):
+        parsed(Config, [text])

@@ -1,0 +1,59 @@
+"""Every experiment, from the command line to its figures, in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks.experiments import NAMES, experiment
+from benchmarks.publish import publish, read_rows
+from benchmarks.runner import Store
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke(name: str, tmp_path: Path) -> None:
+    """Catches a piece that does not fit the next, a table that is empty, a picture that is not drawn,
+    and a picture that is drawn from something else than the file beside it.
+    """
+    assert cli.main(["run", name, "--preset", "smoke", "--out", str(tmp_path)]) == 0
+    kind = experiment(name)
+    folder = tmp_path / "smoke" / kind.datasets[0] / name
+    about = json.loads((folder / "about.json").read_text())
+    assert about["done"] == about["jobs"] > 0
+    tables = {path.stem: read_rows(path) for path in folder.glob("*.csv")}
+    assert tables
+    assert all(tables.values())
+    one = kind.preset("smoke")
+    for table, rows in tables.items():
+        drawn = one.draw(table, rows)
+        for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+            picture = folder / f"{table}{suffix}"
+            assert picture.exists() == (drawn is not None)
+            if drawn is not None:
+                assert picture.read_bytes().startswith(magic)
+    for claim in json.loads((folder / "claims.json").read_text()):
+        assert isinstance(claim["reproduced"], bool)
+        assert claim["what"]
+        assert claim["ours"]
+    # Published again, from the same results, it is the same.
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    publish(one, "smoke", Store(tmp_path), tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_presets_ask_for_jobs(name: str, preset: str) -> None:
+    """Catches a preset with a setting that the experiment does not have, and jobs that differ by
+    nothing.
+    """
+    kind = experiment(name)
+    for data in kind.datasets:
+        jobs = kind.preset(preset, data).jobs()
+        assert jobs
+        assert len({job.id for job in jobs}) == len(jobs)
+    with pytest.raises(ValueError, match="expected"):
+        kind.preset(preset, "mnist")

@@ -1,0 +1,230 @@
+"""Training to a minimum, and going on from there: the jobs of most experiments."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stableopt
+from benchmarks import solution
+from benchmarks.data import Dataset
+from benchmarks.networks import network
+from benchmarks.runner import Job, Place, Store, Work, run_all
+from benchmarks.solution import Solution, flops_per_sample
+from benchmarks.switch import Switch, box
+from benchmarks.threshold import Thresholds
+
+FEW = Dataset("digits", 16)
+QUICK = Solution(FEW, lr=1.0, target_loss=3e-2)
+
+
+def done(job: Job, store: Store) -> dict[str, Any]:
+    """Run a job and return its result."""
+    summary = run_all([job], store, Place())
+    assert not summary.failed, store.failure(summary.failed[0])
+    return store.result(job)
+
+
+def test_gradient_descent_is_the_plain_loop(tmp_path: Path) -> None:
+    """Catches a step too many, a loss of another step, and weights that are not those of the end."""
+    store = Store(tmp_path)
+    found = done(QUICK, store)
+    images, model = FEW.load(), network("digits", seed=0)
+    steps = 0
+    while (loss := nn.functional.mse_loss(model(images.x), images.y)) > 3e-2:
+        for p, g in zip(
+            model.parameters(), torch.autograd.grad(loss, tuple(model.parameters())), strict=True
+        ):
+            p.data.sub_(g)
+        steps += 1
+    assert (found["outcome"], found["steps"]) == ("reached", steps)
+    # The same operations; torch may sum the batch in another order when it is cut into chunks.
+    assert found["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    for name, p in store.tensors(QUICK).items():
+        torch.testing.assert_close(p, model.state_dict()[name])
+    margins = stableopt.measure(model, nn.MSELoss(), (images.x, images.y), lr=1.0)
+    assert found["sharpness"] == pytest.approx(
+        margins.sharpness, rel=1e-3
+    )  # the solver's tolerance
+    assert found["sharpness_limit"] == 2.0
+    assert found["test_accuracy"] == images.accuracy(model)
+
+
+def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
+    """Catches batches in another order than the seed's, and a test of the loss in mid-epoch."""
+    job = replace(QUICK, batch_size=5, seed=3, target_loss=1e-9, max_steps=8)
+    store = Store(tmp_path)
+    found = done(job, store)
+    images, model = FEW.load(), network("digits", seed=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):  # epochs of 4 batches
+        for rows in torch.randperm(16, generator=generator).split(5):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(images.x[rows]), images.y[rows]).backward()
+            optimizer.step()
+    assert (found["outcome"], found["steps"]) == ("out of steps", 8)
+    assert all(torch.equal(p, store.tensors(job)[n]) for n, p in model.state_dict().items())
+
+
+class _KilledError(BaseException):
+    """Stands for a signal: nothing in a job may catch it."""
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_run_that_is_killed_goes_on_where_it_was(
+    batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a state that is not all there is: the order of the batches, the trace, the steps."""
+    job = replace(QUICK, batch_size=batch_size, target_loss=1e-2)
+    undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
+    done(job, undisturbed)
+    monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
+    told = Work.progress
+    looks = 0
+
+    def progress(self: Work, share: float, text: str = "") -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 10:
+            raise _KilledError
+        told(self, share, text)
+
+    monkeypatch.setattr(Work, "progress", progress)
+    with pytest.raises(_KilledError):
+        run_all([job], killed, Place())
+    assert (killed.part(job) / "checkpoint.pt").exists()
+    done(job, killed)
+    assert looks > 10
+    assert killed.result(job) == undisturbed.result(job)
+    assert killed.trace(job) == undisturbed.trace(job)
+    for name, p in undisturbed.tensors(job).items():
+        assert torch.equal(p, killed.tensors(job)[name])
+    assert not (killed.folder(job) / "checkpoint.pt").exists()
+
+
+def test_divergence_is_an_outcome(tmp_path: Path) -> None:
+    """Catches a failure where there is a result, and margins of weights that are not finite."""
+    store = Store(tmp_path)
+    found = done(replace(QUICK, lr=1e6), store)
+    assert found["outcome"] == "diverged"
+    assert "sharpness" not in found
+    assert found["loss"] is None
+
+
+def test_sharpness_along_the_way_changes_nothing(tmp_path: Path) -> None:
+    """Catches a measurement that leaves a trace in the run, and one that is not made."""
+    watched = replace(QUICK, sharpness_every=10)
+    store = Store(tmp_path)
+    assert done(watched, store) == done(QUICK, store)
+    steps = [r["step"] for r in store.trace(watched) if "sharpness" in r]
+    last = store.result(watched)["steps"]
+    expected = {s for s in range(last + 1) if s % 10 == 0 or s & (s - 1) == 0}
+    assert set(steps) == expected
+
+
+def test_flops_of_a_network_in_closed_form() -> None:
+    """Catches a count of another network: 2 products in each layer but the first, 1 more forwards."""
+    weights = [64 * 128, 128 * 128, 128 * 10]
+    assert flops_per_sample("digits", None) == 2 * (3 * sum(weights) - weights[0])
+
+
+@pytest.fixture(scope="module")
+def minimum(tmp_path_factory: pytest.TempPathFactory) -> tuple[Solution, Store]:
+    store = Store(tmp_path_factory.mktemp("runs"))
+    job = Solution(FEW, lr=1.0, target_loss=1e-3)
+    done(job, store)
+    return job, store
+
+
+def test_gd_leaves_beyond_its_limit_and_stays_within(minimum: tuple[Solution, Store]) -> None:
+    """Catches a prediction that is not the box's, an escape that is not seen, and one that is seen
+    where there is none.
+    """
+    start, store = minimum
+    a = store.result(start)["sharpness"]
+    for factor, leaves in ((0.9, False), (2.0, True)):
+        job = Switch(start, lr=factor * 2 / a, batch_size=None, steps=300, look_every=1)
+        found = done(job, store)
+        assert found["predicted"] == ("escape" if leaves else "stay")
+        assert (found["escaped_at"] is not None) == leaves
+        assert found["before"] == store.result(start)
+        first = store.trace(job)[0]
+        assert (first["step"], first["predicted"]) == (0, found["predicted"])
+        if leaves and found["after"] is not None:
+            assert found["largest_loss_ratio"] >= 10
+
+
+def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
+    """Catches tracking that changes SGD's path, and margins that go nowhere."""
+    start, store = minimum
+    plain = Switch(start, lr=0.2, batch_size=4, steps=20, look_every=5)
+    watched = replace(plain, measure_every=10)
+    assert done(watched, store) == done(plain, store)
+    measured = [r["step"] for r in store.trace(watched) if "sharpness" in r]
+    assert measured == [10, 20]
+    assert list((store.folder(watched) / "tensorboard").iterdir())
+
+
+def test_independent_batches_are_not_an_epoch(minimum: tuple[Solution, Store]) -> None:
+    """Catches one way of drawing under two names."""
+    start, _ = minimum
+    images = FEW.load()
+    numbered = replace(images, x=torch.arange(16.0)[:, None])
+    drawn = {}
+    for independent in (False, True):
+        job = Switch(start, lr=0.1, batch_size=4, independent=independent)
+        batches = job._batches(numbered)
+        drawn[independent] = torch.cat([next(batches)[0][:, 0] for _ in range(4)])
+        assert all(len(set(b.tolist())) == 4 for b in drawn[independent].split(4))
+    assert sorted(drawn[False].tolist()) == list(range(16))
+    # That four independent batches of 4 are 16 different rows has probability 1 / 29,000.
+    assert len(set(drawn[True].tolist())) < 16
+
+
+def test_a_switch_needs_a_minimum(tmp_path: Path) -> None:
+    """Catches a run from weights that diverged, taken for an escape."""
+    lost = replace(QUICK, lr=1e6)
+    job = Switch(lost, lr=0.1, batch_size=None, steps=1)
+    store = Store(tmp_path)
+    summary = run_all([job], store, Place())
+    assert summary.failed == [job]
+    failure = store.failure(job)
+    assert failure is not None
+
+
+@pytest.mark.parametrize(
+    ("a", "s", "escapes", "says"),
+    [
+        (3.9, 3.9, False, "stable, will stay"),
+        (4.0, 4.0, False, "stable, will stay"),
+        (4.1, 1.0, True, "a = 4.10 > 2/η = 4.00"),
+        (1.0, 4.1, True, "s = 4.10 > √B/η = 4.00"),
+    ],
+)
+def test_the_box_goes_by_the_measured_numbers(a: float, s: float, escapes: bool, says: str) -> None:
+    """Catches a prediction that is written down instead of computed."""
+    said = box(a, s, lr=0.5, batch_size=4, n=10**9)
+    assert said.escapes is escapes
+    assert says in said.why
+
+
+def test_thresholds_are_the_librarys(minimum: tuple[Solution, Store]) -> None:
+    """Catches thresholds of other weights, and of another batch size."""
+    start, store = minimum
+    found = done(Thresholds(start, (1, 16)), store)
+    model = start.model()
+    model.load_state_dict(store.tensors(start))
+    images = FEW.load()
+    problem = stableopt.Problem(model, nn.MSELoss(), (images.x, images.y))
+    exact = stableopt.critical_lr(problem, batch_size=1)
+    one, all_of_them = found["by_batch_size"]["1"], found["by_batch_size"]["16"]
+    assert one["critical_lr"] == pytest.approx(exact.value, rel=1e-3)  # the solver's tolerance
+    assert one["theorem1"] == pytest.approx(exact.theorem1, rel=1e-3)
+    assert one["theorem1"] <= one["critical_lr"] < all_of_them["critical_lr"]
+    assert all_of_them["critical_lr"] == pytest.approx(found["full_batch"], rel=1e-6)

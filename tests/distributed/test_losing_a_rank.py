@@ -1,0 +1,23 @@
+"""A rank that goes missing in the middle of a measurement is an error for the others, in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rank_processes import run
+from rank_workers import losing
+
+ANSWER_IN = 2.0
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_lost_rank_is_an_error_within_the_timeout(how: str, tmp_path: Path) -> None:
+    """Catches a survivor that waits for ever, or records a failed measurement and trains on."""
+    survivor, lost = run(losing, 2, tmp_path, how, answer_in=ANSWER_IN)
+    assert survivor["error"] == "LostRankError"
+    assert "rank 0 of 2 got no answer" in survivor["message"]
+    # Beside the timeout itself: starting the measurement, on a busy machine. A hang is for ever.
+    assert survivor["seconds"] < ANSWER_IN + 30
+    if how == "dies":
+        assert lost is None

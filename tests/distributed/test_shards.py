@@ -1,0 +1,38 @@
+"""Replicas that hold a shard of the probe set each measure what one process measures of all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_processes import run
+from rank_workers import margins_of_all
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return margins_of_all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_measure_what_one_process_does(
+    size: int, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Catches a mean of means (shards are unequal), a sum of this rank's samples alone, samples of
+    other ranks left out of a Gram matrix or of the batches, and ranks that go different ways.
+    """
+    ranks = run(margins_of_all, size, tmp_path)
+    for found in ranks:
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            # Sums in another order, and a search that stops at a residual of 1e-10; 1e-6 is what a
+            # reader is promised.
+            torch.testing.assert_close(
+                torch.tensor(found[name], dtype=torch.float64),
+                torch.tensor(value, dtype=torch.float64),
+                rtol=1e-9,
+                atol=1e-12,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )

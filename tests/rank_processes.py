@@ -1,0 +1,74 @@
+"""Runs a function on several ranks of a gloo group, each a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Forked from a server that has torch imported and has never differentiated: a fork of this process,
+# which has, could not, and a fresh interpreter takes seconds.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
+)
+
+TIMEOUT = 150
+"""Seconds after which a run counts as hanging."""
+
+
+def run(
+    worker: Callable[..., Any], size: int, folder: Path, *args: Any, answer_in: float = 60.0
+) -> list[Any]:
+    """Return what ``worker(*args)`` returns on each of ``size`` ranks, as JSON; ``None`` if it died.
+
+    ``answer_in`` is the timeout of the group, in seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(worker, rank, size, str(folder), answer_in, args))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + TIMEOUT
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not hanging, f"ranks {hanging} still ran after {TIMEOUT} s"
+    paths = [folder / f"{rank}.json" for rank in range(size)]
+    return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def _rank(
+    worker: Callable[..., Any], rank: int, size: int, folder: str, answer_in: float, args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=answer_in),
+    )
+    found = worker(*args)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def shard(samples: int, rank: int, size: int) -> slice:
+    """Return this rank's samples of so many: unequal shares, the later the larger."""
+    ends = [samples * r * (r + 1) // (size * (size + 1)) for r in range(size + 1)]
+    return slice(max(ends[rank], rank), max(ends[rank + 1], rank + 1))

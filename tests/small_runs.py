@@ -1,0 +1,29 @@
+"""Running an experiment in a test: small, and without rendering, which takes longer than many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.experiment import Experiment, Rows
+from benchmarks.publish import read_rows, write_rows
+from benchmarks.runner import Place, Store, run_all
+
+__all__ = ["small_run"]
+
+
+def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Rows], set[str], Store]:
+    """Run the jobs of an experiment in a folder.
+
+    Returns its tables as their CSV files have them; the names of those that have a picture, drawn
+    from what was read; and the store.
+    """
+    store = Store(folder / "runs")
+    summary = run_all(experiment.jobs(), store, Place())
+    assert [(job, store.failure(job)) for job in summary.failed] == []
+    tables = {}
+    for name, rows in experiment.tables(store).items():
+        write_rows(folder / f"{name}.csv", rows)
+        tables[name] = read_rows(folder / f"{name}.csv")
+    figures = {name: experiment.draw(name, rows) for name, rows in tables.items()}
+    drawn = {name for name, figure in figures.items() if figure is not None and figure.axes}
+    return tables, drawn, store
