@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class KeptPasses(Generic[P]):
 
     Args:
         problem: whose data they are.
-        linearise: ``(batch, size) -> passes``.
+        linearise: ``(batch, size) -> passes``, a method of the object that owns this one.
         memory: bytes that kept passes may take; in all, since what is not kept is made of one chunk.
             ``None`` is 1 GiB, or where the problem has a chunk size what a training step of so many
             samples takes, if that is less.
@@ -55,11 +56,18 @@ class KeptPasses(Generic[P]):
     def __init__(
         self, problem: Problem, linearise: Callable[[Any, int], P], *, memory: int | None, kind: str
     ) -> None:
-        self._problem, self._linearise = problem, linearise
+        # Held, the method would hold its owner, which holds this: a circle, and passes that stay in
+        # memory after both are dropped, until Python looks for circles.
+        self._problem, self._method = problem, WeakMethod(linearise)
         self._memory, self._kind = memory, kind
         self._kept: list[tuple[P, int]] = []
         self._all_kept = False
         self._plan: tuple[int | None, int] | None = None
+
+    def _linearise(self, batch: Any, size: int) -> P:
+        linearise = self._method()
+        assert linearise is not None, "its owner is gone"
+        return linearise(batch, size)
 
     @property
     def kept(self) -> list[tuple[P, int]]:
