@@ -272,8 +272,9 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
 def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return mean and variance over samples of the gradient, entry by entry."""
     theta = problem.theta()
-    total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-    squares = torch.zeros_like(total)
+    with torch.inference_mode(False):
+        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+        squares = torch.zeros_like(total)
 
     def add() -> int:
         count = 0

@@ -48,7 +48,7 @@ class Kept:
             back()
 
     def _note(self, value: Any) -> None:
-        if isinstance(value, _LEAVES) or id(value) in self._known:
+        if type(value) in _PLAIN or id(value) in self._known or _apart(value):
             return
         self._known[id(value)] = value  # held, or its address would be used again
         back = _way_back(value)
@@ -58,8 +58,16 @@ class Kept:
             self._note(inner)
 
 
-_LEAVES = (bool, int, float, str, bytes, type(None), nn.Module, nn.Parameter)
-"""What cannot change in place, is noted by itself, or is swapped for another."""
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
+"""What cannot change in place."""
+
+
+def _apart(value: Any) -> bool:
+    """Return whether ``value`` is noted by itself, or swapped for another."""
+    # Whether something is a Parameter takes long to ask, and most of it is no tensor.
+    return isinstance(value, nn.Module) or (
+        isinstance(value, Tensor) and isinstance(value, nn.Parameter)
+    )
 
 
 def _inside(value: Any) -> Iterable[Any]:

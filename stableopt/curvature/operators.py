@@ -66,10 +66,12 @@ class Operator(abc.ABC):
                 f"{type(self).__name__} is {self.dtype} on {self.device}, but the vector is"
                 f" {vectors.dtype} on {vectors.device}: expected the same"
             )
-        if vectors.dim() == 1:
-            return self.product(vectors)
-        columns = self.products(vectors.unbind(1))
-        return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
+        # Sums begun in an ambient inference mode could not be added to inside an evaluation.
+        with torch.inference_mode(False):
+            if vectors.dim() == 1:
+                return self.product(vectors)
+            columns = self.products(vectors.unbind(1))
+            return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
 
 
 class MeanOverSamples(Operator):

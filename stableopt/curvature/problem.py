@@ -416,7 +416,8 @@ class Problem:
         theta = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
-        total = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode(False):
+            total = torch.zeros((), dtype=torch.float64)
 
         def add() -> int:
             count = 0
@@ -458,7 +459,8 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
         theta = self.theta()
-        total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):
+            total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
 
         def add() -> int:
             count = 0
