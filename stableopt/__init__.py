@@ -30,6 +30,7 @@ from stableopt.stability import (
     critical_lr,
     measure,
 )
+from stableopt.suggest import Suggestion, Suggestions, suggest
 
 __all__ = [
     "GD",
@@ -45,6 +46,8 @@ __all__ = [
     "StabilityMargins",
     "StabilityMonitor",
     "StabilityRegion",
+    "Suggestion",
+    "Suggestions",
     "TargetRegion",
     "TensorBoardSink",
     "UpdateRule",
@@ -58,4 +61,5 @@ __all__ = [
     "plot",
     "sinks",
     "stability",
+    "suggest",
 ]

@@ -25,11 +25,16 @@ from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
 from stableopt.curvature.problem import group_of
 from stableopt.curvature.ranks import LostRankError
-from stableopt.curvature.sharded import problem_of
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.measuring import as_seen_by, check_params, check_quantities, measure_at
+from stableopt.stability.measuring import (
+    as_seen_by,
+    check_params,
+    check_quantities,
+    measure_at,
+    problem_of,
+)
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Sink", "StabilityMonitor"]
@@ -74,6 +79,7 @@ class StabilityMonitor:
             not known, with their preconditioner if they have one.
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the most samples evaluated at once.
+        dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
             ``fully_shard``. Every rank must then make the monitor: to measure replicas on one alone,
@@ -118,6 +124,7 @@ class StabilityMonitor:
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
         process_group: Any = None,
         tol: float = 0.03,
         max_iter: int = 50,
@@ -138,7 +145,15 @@ class StabilityMonitor:
         self.sinks = check_sinks(sinks)
         self.optimizer = optimizer
         self._update_rule = update_rule
-        self.problem = _problem(model, loss_fn, data, params, chunk_size, process_group)
+        self.problem = problem_of(
+            model,
+            loss_fn,
+            data,
+            params=params,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            process_group=group_of(model) if process_group is None else process_group,
+        )
         self._explicit = params is not None
         check_params(optimizer, self.problem, explicit=self._explicit)
         rule = self._rule()
@@ -431,29 +446,6 @@ class StabilityMonitor:
         self._pending, self._next_question = bool(state["pending"]), 0
         self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
         self.history = deque(history, maxlen=_HISTORY)
-
-
-def _problem(
-    model: nn.Module | Problem,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    data: Any,
-    params: Iterable[Tensor] | None,
-    chunk_size: int | None,
-    process_group: Any,
-) -> Problem:
-    if not isinstance(model, Problem):
-        if loss_fn is None or data is None:
-            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
-        group = group_of(model) if process_group is None else process_group
-        return problem_of(
-            model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=group
-        )
-    if any(value is not None for value in (loss_fn, data, params, chunk_size, process_group)):
-        raise ValueError(
-            "a Problem has its own loss_fn, data, params, chunk_size and process_group: leave them"
-            " out"
-        )
-    return model
 
 
 def check_sinks(sinks: Any) -> list[Sink]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import runpy
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -49,6 +52,43 @@ def run(
     assert not hanging, f"ranks {hanging} still ran after {TIMEOUT} s"
     paths = [folder / f"{rank}.json" for rank in range(size)]
     return [json.loads(path.read_text()) if path.exists() else None for path in paths]
+
+
+def run_script(path: Path, size: int, folder: Path) -> list[str]:
+    """Return what each of ``size`` ranks prints that run ``path`` as torchrun would let them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = [
+        _CONTEXT.Process(target=_script, args=(str(path), rank, size, port, str(folder)))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert codes == [0] * size
+    return [(folder / f"{rank}.txt").read_text() for rank in range(size)]
+
+
+def _script(path: str, rank: int, size: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    with Path(folder, f"{rank}.txt").open("w") as out, contextlib.redirect_stdout(out):
+        runpy.run_path(path, run_name="__main__")
 
 
 def _rank(

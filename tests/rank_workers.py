@@ -26,6 +26,7 @@ from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformi
 from stableopt.curvature.dual import largest_block, project
 from stableopt.curvature.sharded import ShardedProblem
 from stableopt.curvature.sharded_hessian import ShardedHessian
+from stableopt.stability.along_gradient import batch_sharpness
 
 SAMPLES = 13
 
@@ -359,6 +360,7 @@ def refusals() -> dict[str, str]:
         "hooked": refused(hooked),
         "a sum": refused(fully_sharded(wide_network()), nn.MSELoss(reduction="sum")),
         "no scalar": refused(fully_sharded(wide_network()), nn.MSELoss(reduction="none")),
+        "precision": refused(fully_sharded(wide_network()), dtype=torch.float32),
         "other group": refused(fully_sharded(wide_network()), process_group=dist.new_group([0, 1])),
     }
     try:
@@ -366,6 +368,49 @@ def refusals() -> dict[str, str]:
     except TypeError as error:
         found["problem"] = str(error)
     return found
+
+
+class SineOnce(torch.autograd.Function):
+    """A sine that can be differentiated only once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Sine(nn.Module):
+    """A sine by a kernel of its own on the last of two ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone = not dist.is_initialized() or dist.get_rank() == 0
+        return x.sin() if alone else SineOnce.apply(x)
+
+
+def sine_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), Sine(), nn.Linear(4, 3)).double()
+
+
+def differenced() -> dict[str, Any]:
+    """Measure a model without a second derivative on one rank."""
+    problem = Problem(sine_network(), nn.MSELoss(), own(small_data(SAMPLES)), process_group=group())
+    margins = measure(problem, quantities=["sharpness", "non_uniformity"])
+    found = margins.measurements["sharpness"]
+    return {
+        "method": margins.method,
+        "obstacle": str(problem.obstacle),
+        "sharpness": margins.sharpness,
+        "non_uniformity": margins.non_uniformity,
+        "batch_sharpness": batch_sharpness(problem, 4, num_batches=8).value,
+        "residual": found.residual,
+        "converged": found.converged,
+    }
 
 
 def losing(how: str) -> dict[str, Any]:

@@ -18,12 +18,17 @@ class Basis:
     """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
 
     Rows are contiguous, so that a projection is one matrix product. Without a preconditioner the two
-    are one tensor.
+    are one tensor. Room is made for ``most`` rows, where that is said, and for more only when needed.
     """
 
     def __init__(
-        self, covectors: Tensor, vectors: Tensor, preconditioner: Preconditioner | None
+        self,
+        covectors: Tensor,
+        vectors: Tensor,
+        preconditioner: Preconditioner | None,
+        most: int | None = None,
     ) -> None:
+        self._most = most
         self.preconditioner = preconditioner
         self._plain = preconditioner is None
         self._covectors, self._vectors = covectors, covectors if self._plain else vectors
@@ -43,6 +48,8 @@ class Basis:
         """Add a row, already orthonormal to the others."""
         if self.held == len(self._covectors):
             rows = max(_FIRST_ROWS, self.held // 2)
+            if self._most is not None:
+                rows = max(min(rows, self._most - self.held), 1)
             room = self._covectors.new_empty(rows, self._covectors.shape[1])
             self._covectors = torch.cat([self._covectors, room])
             self._vectors = self._covectors if self._plain else torch.cat([self._vectors, room])

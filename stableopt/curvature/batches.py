@@ -14,8 +14,10 @@ each time.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ DEFAULT_CHUNK = 1024
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
-    """Return ``batch`` with ``function`` applied to every tensor in its dicts, lists and tuples.
+    """Return ``batch`` with ``function`` applied to every tensor in it.
+
+    Looked into are dictionaries, lists, tuples and dataclasses, which keep their types.
 
     >>> map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "name": "a"})
     {'x': tensor([1., 1.]), 'name': 'a'}
@@ -38,7 +42,15 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
+        mapped = {key: map_tensors(function, value) for key, value in batch.items()}
+        return mapped if type(batch) is dict else _refilled(batch, mapped)
+    if _is_record(batch):
+        clone = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            # Frozen ones too.
+            value = map_tensors(function, getattr(batch, field.name))
+            object.__setattr__(clone, field.name, value)
+        return clone
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, value) for value in batch))
     if isinstance(batch, (tuple, list)):
@@ -46,8 +58,23 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
+def _refilled(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the type of ``batch``, whose entries may be attributes as well."""
+    clone: Any = copy.copy(batch)
+    try:
+        for key, value in mapped.items():
+            clone[key] = value  # what language models return forbids update()
+    except TypeError:
+        return mapped
+    return cast("Mapping[Any, Any]", clone)
+
+
+def _is_record(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors in the dicts, lists and tuples of ``batch``, without rebuilding any.
+    """Yield the tensors that :func:`map_tensors` would change, without rebuilding anything.
 
     >>> [t.shape[0] for t in tensors_in({"x": torch.zeros(2), "more": [torch.zeros(3)]})]
     [2, 3]
@@ -57,6 +84,9 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Mapping):
         for value in batch.values():
             yield from tensors_in(value)
+    elif _is_record(batch):
+        for field in dataclasses.fields(batch):
+            yield from tensors_in(getattr(batch, field.name))
     elif isinstance(batch, (tuple, list)):
         for value in batch:
             yield from tensors_in(value)
@@ -97,10 +127,14 @@ class Batches:
 
     Args:
         data: an ``(x, y)`` pair (one batch), a ``Dataset``, a ``DataLoader`` or any re-iterable of
-            batches. With ``paired=False`` a dict of tensors or a single tensor is one batch too.
+            batches. With ``paired=False`` a dictionary, dataclass or named tuple of tensors, or a
+            single tensor, is one batch too.
         chunk_size: the most samples in what is yielded; larger batches are cut. ``None`` leaves
             the batches of a loader or an iterable as they are and cuts a pair at 1,024.
         paired: whether each batch must be an ``(x, y)`` pair.
+
+    Attributes:
+        chosen: the ``chunk_size`` that was given.
 
     A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order:
     what counts is which samples it serves. A sampler that chooses (a subset, weights) is honoured.
@@ -117,7 +151,7 @@ class Batches:
     def __init__(self, data: Any, *, chunk_size: int | None = None, paired: bool = True) -> None:
         if chunk_size is not None:
             chunk_size = whole("chunk_size", chunk_size)
-        self.paired = paired
+        self.paired, self.chosen = paired, chunk_size
         self._counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
         self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size
@@ -213,11 +247,13 @@ def _refuse_once_only(data: Any) -> None:
 
 
 def _is_batch(data: Any, paired: bool) -> bool:
+    if isinstance(data, tuple) and hasattr(data, "_fields") and not paired:
+        return True
     if isinstance(data, (tuple, list)):
         # Two tensors are (x, y). Two tuples are two batches. A structured input or target beside
         # one tensor is (x, y) as well.
         return len(data) == 2 and any(isinstance(part, Tensor) for part in data)
-    return not paired and isinstance(data, (Tensor, Mapping))
+    return not paired and (isinstance(data, (Tensor, Mapping)) or _is_record(data))
 
 
 def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:

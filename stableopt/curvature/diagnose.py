@@ -10,14 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stableopt.curvature.batches import map_tensors, tensors_in
+from stableopt.curvature.first_derivative import WRONG, dense, flat, trusted_difference
 from stableopt.curvature.pull import pull
 
 __all__ = ["SecondDerivativeError", "differentiate_twice", "module_without_second_derivative"]
-
-
-_SAME, _WRONG = 0.01, 0.02
-"""Two steps agree, and a product is wrong, beyond these relative differences. Smooth networks were
-seen to agree to 1e-3, those with kinks only to 0.2 and worse."""
 
 
 class SecondDerivativeError(RuntimeError):
@@ -107,50 +103,25 @@ def differentiate_twice(
     # particular leaves goes round it: their second derivative would silently lack a part.
     if any(_reaches(g, "torch::autograd::Error") for g in known):
         raise RuntimeError("its backward is marked @once_differentiable")
-    slope = _flat(gradients, leaves)
-    norm, size = slope.norm(), _flat(leaves, leaves).norm()
+    slope = flat(gradients, leaves)
+    norm = slope.norm()
     if not bool(torch.isfinite(norm) & (norm > 0)):
         return True
     direction = [
-        torch.zeros_like(t) if g is None else _dense(g.detach()) / norm
+        torch.zeros_like(t) if g is None else dense(g.detach()) / norm
         for g, t in zip(gradients, leaves, strict=True)
     ]
-    product = _flat(pull(gradients, leaves, direction), leaves)
-
-    def difference(step: Tensor) -> Tensor:
-        sides = []
-        for sign in (1, -1):
-            moved = [
-                (t.detach() + sign * step * d).requires_grad_()
-                for t, d in zip(leaves, direction, strict=True)
-            ]
-            parts = torch.autograd.grad(function(moved), moved, allow_unused=True)
-            sides.append(_flat(parts, leaves))
-        return (sides[0] - sides[1]) / (2 * step)
-
-    # Differences of a network with kinks depend on the step, as do those drowned by rounding: they
-    # tell nothing. Where two steps agree and the product does not, a backward is wrong, as that of
+    product = flat(pull(gradients, leaves, direction), leaves)
+    # Where differences can be trusted and the product differs, a backward is wrong, as that of
     # torch's own weight norm is in torch 2.13.
-    coarse, fine = difference(1e-3 * size), difference(1e-4 * size)
-    if bool((coarse - fine).norm() < _SAME * fine.norm()):
-        error = float((product - fine).norm() / fine.norm())
-        if error > _WRONG:
+    bent = trusted_difference(function, leaves, direction)
+    if bent is not None:
+        error = float((product - bent).norm() / bent.norm())
+        if error > WRONG:
             raise RuntimeError(
                 f"its second derivative is off by {error:.0%} from differences of the first"
             )
     return True
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def _flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    parts = [
-        torch.zeros_like(t) if g is None else _dense(g.detach())
-        for g, t in zip(tensors, like, strict=True)
-    ]
-    return torch.cat([part.reshape(-1).to(like[0].dtype) for part in parts])
 
 
 def _reaches(tensor: Tensor, name: str) -> bool:

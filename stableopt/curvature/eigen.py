@@ -56,6 +56,7 @@ def top_eigenpair(
     tol: float = 1e-3,
     max_iter: int = 100,
     seed: int = 0,
+    most_vectors: int = 40,
 ) -> Eigenpair:
     r"""Return the algebraically largest eigenvalue of a symmetric ``operator`` and its vector.
 
@@ -65,8 +66,8 @@ def top_eigenpair(
             eigenpair is then that of :math:`PH`; each product with H takes one with P, and neither
             an inverse nor a root of P is needed.
         method: ``"lanczos"`` orthogonalises each product against all vectors held and restarts when
-            40 are (Lanczos, 1950; Wu & Simon, 2000); ``"power"`` iterates ``A + c I``, the shift c
-            grown as far as negative eigenvalues demand.
+            ``most_vectors`` are (Lanczos, 1950; Wu & Simon, 2000); ``"power"`` iterates ``A + c I``,
+            the shift c grown as far as negative eigenvalues demand.
         start: the ``subspace`` ``(k, d)`` of an earlier result, whose eigenpair is then followed in
             few products, or a single vector ``(d,)`` near the eigenvector, into which a little noise
             is mixed; with a preconditioner a vector costs one product more. Random if ``None``.
@@ -75,6 +76,7 @@ def top_eigenpair(
         tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products.
         seed: of the random start and the noise; torch's own generators are not touched.
+        most_vectors: how many vectors of length d Lanczos holds, at least 4; fewer take more products.
 
     Everything of length d stays on the operator's device; one small transfer a product, and one more
     at the start from a vector or with a preconditioner.
@@ -98,6 +100,7 @@ def top_eigenpair(
     if method not in ("lanczos", "power"):
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
+    most_vectors = whole("most_vectors", most_vectors, least=4)
     size, pieces = operator.shape[0], getattr(operator, "pieces", None)
     if size == 0 and pieces is None:
         raise ValueError("operator has shape (0, 0): expected at least one dimension")
@@ -105,7 +108,7 @@ def top_eigenpair(
         start.dim() not in (1, 2) or start.shape[-1] != size or start.shape[0] == 0
     ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
-    search = _Search(operator, preconditioner, method, tol, seed, keep)
+    search = _Search(operator, preconditioner, method, tol, seed, keep, most_vectors)
     # Under an ambient autocast the projections would be products of half-precision numbers.
     with torch.autocast(operator.device.type, enabled=False), in_pieces(pieces):
         if start is None:
@@ -126,6 +129,7 @@ class _Search:
     tol: float
     seed: int
     keep: bool
+    most_vectors: int
 
     def random(self, max_iter: int) -> Eigenpair:
         return self._iterate(
@@ -204,4 +208,5 @@ class _Search:
             # Uniform in the plain inner product alone.
             uniform=uniform and self.preconditioner is None,
             keep_for=self.seed if self.keep else None,
+            most_vectors=self.most_vectors,
         )

@@ -26,7 +26,14 @@ _INDEFINITE = 1e-4
 
 
 def check_outputs(problem: Problem) -> None:
-    """Raise ``ValueError`` unless outputs and loss of ``problem`` can be told apart."""
+    """Raise unless each sample of ``problem`` has rows of its own, apart from the loss.
+
+    Raises:
+        ValueError: where outputs and loss cannot be told apart, or samples see each other.
+        SecondDerivativeError: where the loss may have no second derivative.
+    """
+    problem.check_samples("a Gauss–Newton matrix of samples")
+    problem.check_twice()
     if problem.loss_fn is None:
         raise ValueError(
             "problem: the Gauss–Newton matrix needs the model's outputs apart from the loss; build it"

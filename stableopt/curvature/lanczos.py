@@ -39,11 +39,8 @@ from stableopt.curvature.subspace import KEPT, subspace
 
 __all__ = ["lanczos"]
 
-_BASIS = 40
-"""Most vectors held. A full basis is restarted with its best Ritz vectors."""
-
 _RESTARTED = 8
-"""Ritz vectors kept by a restart."""
+"""Ritz vectors kept by a restart, or half of a basis that is smaller than twice that."""
 
 
 def lanczos(
@@ -56,17 +53,18 @@ def lanczos(
     max_iter: int,
     uniform: bool,
     keep_for: int | None,
+    most_vectors: int,
 ) -> Eigenpair:
     """Return the top eigenpair of P H, from the pair ``first`` of norm 1.
 
     ``at_least`` so many products are taken before a small residual is believed. ``uniform`` says
     that ``first`` was drawn as the upper bound has it. With a seed ``keep_for`` the result has its
-    subspace.
+    subspace. A basis of ``most_vectors`` is restarted with its best Ritz vectors.
     """
     size = whole_size(operator.shape[0])
     eps = torch.finfo(operator.dtype).eps
-    width = min(_BASIS, max_iter, size)
-    basis = Basis(first.covector[None], first.vector[None], preconditioner)
+    width = min(most_vectors, max_iter, size)
+    basis = Basis(first.covector[None], first.vector[None], preconditioner, most=width)
     projected = torch.zeros(width, width, dtype=torch.float64)
     products, scale, smallest, restarted, magnitude = 0, 0.0, math.inf, False, None
     while True:
@@ -97,7 +95,7 @@ def lanczos(
             following = basis.orthogonal(following.covector)
         restarted = held == width
         if restarted:
-            best = min(_RESTARTED, width - 1)
+            best = min(_RESTARTED, max(width // 2, 1))
             basis = basis.combined(weights[:, -best:].T, room=width - best)
             projected.zero_()
             projected[:best, :best] = torch.diag(values[-best:])

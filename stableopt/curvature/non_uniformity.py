@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stableopt.curvature.dense_rows import DenseRows
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
-from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.per_sample import (
     VMAP_MEMORY,
     ChunkProduct,
@@ -62,7 +61,9 @@ class NonUniformity(Operator):
 
     Raises:
         ValueError: for arguments out of range, ``"structured"`` where it does not apply or with a
-            preconditioner, and as :class:`GaussNewton` does.
+            preconditioner, a problem with batch statistics, and as :class:`GaussNewton` does.
+        SecondDerivativeError: for a model that cannot be differentiated twice, which only the loop
+            measures.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2, H_i = 2 x_i^2
     >>> x = torch.tensor([[1.0], [2.0]]).double()
@@ -91,6 +92,11 @@ class NonUniformity(Operator):
                 "method='structured' with a preconditioner: expected another method, or a diagonal"
                 " one by Problem.transformed(scale=...)"
             )
+        problem.check_samples("the non-uniformity")
+        if problem.obstacle is not None and method == "auto":
+            method = "loop"  # by differences, one sample at a time
+        if method != "loop":
+            problem.check_twice()
         super().__init__(problem.num_params, problem.dtype, problem.device)
         # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
         self.problem = problem.without_weight_decay()
@@ -121,9 +127,8 @@ class NonUniformity(Operator):
             return None
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
-        memory = MEMORY if self._memory is None else self._memory
         try:
-            return StructuredProduct(self._mean, memory)
+            return StructuredProduct(self._mean, self._memory)
         except UnfitError as error:
             if must:
                 raise ValueError(

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.passes import MEMORY, KeptPasses
+from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.differences import CentralDifferences
+from stableopt.curvature.passes import KeptPasses
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
@@ -64,16 +66,18 @@ class Operator(abc.ABC):
                 f"{type(self).__name__} is {self.dtype} on {self.device}, but the vector is"
                 f" {vectors.dtype} on {vectors.device}: expected the same"
             )
-        if vectors.dim() == 1:
-            return self.product(vectors)
-        columns = self.products(vectors.unbind(1))
-        return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
+        # Sums begun in an ambient inference mode could not be added to inside an evaluation.
+        with torch.inference_mode(False):
+            if vectors.dim() == 1:
+                return self.product(vectors)
+            columns = self.products(vectors.unbind(1))
+            return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
 
 
 class MeanOverSamples(Operator):
     """A mean over samples, plus the problem's weight decay: the point, and the sum over chunks."""
 
-    def __init__(self, problem: Problem, memory: int) -> None:
+    def __init__(self, problem: Problem, memory: int | None) -> None:
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
         self.theta = problem.theta()
@@ -123,22 +127,30 @@ class MeanOverSamples(Operator):
 
 
 class _GradientPasses(NamedTuple):
-    """A chunk's loss, and its gradients with their graph."""
+    """A chunk's loss, and its gradients with their graph, or the batch to take them of anew."""
 
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
+    batch: Any
 
 
 class Hessian(MeanOverSamples):
     r"""The Hessian :math:`H = \nabla^2 f(\theta)` of the mean loss.
 
     A product is the gradient of :math:`\langle\nabla f(\theta), v\rangle`, by double
-    backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994). In the
+    backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994), or where the
+    model has no second derivative by central differences of the gradient
+    (:mod:`~stableopt.curvature.differences`), which take two gradients, four at times. In the
     coordinates of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
 
     Args:
         problem: whose Hessian it is.
-        memory: bytes that passes kept from product to product may take.
+        memory: bytes that passes kept from product to product may take: by default 1 GiB, and no more
+            than a training step where the problem has a ``chunk_size``.
+
+    Attributes:
+        differences: how central differences are taken, and how far they can be trusted; ``None``
+            for double backpropagation.
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
@@ -148,27 +160,56 @@ class Hessian(MeanOverSamples):
             [0., 4.]], dtype=torch.float64)
     """
 
-    def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
+    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         super().__init__(problem, memory)
+        self.differences = CentralDifferences() if problem.obstacle else None
 
     def linearise(self, batch: Any, size: int) -> _GradientPasses:
         """Return the loss of ``batch`` and its gradients, with their graph."""
         loss = self.problem.loss(self.theta, batch)
+        if self.differences is not None:
+            return _GradientPasses(loss.detach(), (), batch)
         gradients = torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
-        return _GradientPasses(loss.detach(), gradients)
+        return _GradientPasses(loss.detach(), gradients, None)
 
     def chunk_product(
         self, passes: _GradientPasses, tangent: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients' derivative along ``tangent``, per parameter."""
+        if self.differences is not None:
+            return self._differenced(self.differences, passes.batch, tangent)
         return pull(passes.gradients, self.theta, tangent)
+
+    def _differenced(
+        self, differences: CentralDifferences, batch: Any, tangent: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        shapes = [part.shape for part in tangent]
+        norm = float(torch.stack([part.norm() for part in tangent]).norm())
+        if norm == 0:
+            return tuple(torch.zeros_like(part) for part in tangent)
+
+        def gradient(distance: float) -> Tensor:
+            at = tuple(
+                (t.detach() + distance / norm * part).requires_grad_()
+                for t, part in zip(self.theta, tangent, strict=True)
+            )
+            # Some modules write to their inputs.
+            copied = map_tensors(Tensor.clone, batch)
+            loss = self.problem.loss(at, copied)
+            found = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
+            dense = [g.to_dense() if g.is_sparse else g for g in found]
+            return torch.cat([g.reshape(-1) for g in dense])
+
+        size = float(torch.stack([t.detach().norm() for t in self.theta]).norm())
+        slopes = torch.split(norm * differences.along(gradient, size), [s.numel() for s in shapes])
+        return tuple(part.view(shape) for part, shape in zip(slopes, shapes, strict=True))
 
     def loss(self) -> float:
         """Return the problem's mean loss at the point: for nothing where the passes are kept."""
         problem, kept = self.problem, self._passes.kept
         missing = sum(size for _, size in kept) < problem.own_samples
         if problem.ranks.sum(missing):
-            return problem.value(self.theta)
+            return problem.value(self.theta, self._passes.chunk_size)
         losses = torch.stack([size * passes.loss.double() for passes, size in kept])
         return problem.ranks.sum(float(losses.sum())) / problem.num_samples
 
@@ -193,10 +234,12 @@ class GaussNewton(MeanOverSamples):
 
     Args:
         problem: whose matrix it is.
-        memory: bytes that passes kept from product to product may take.
+        memory: bytes that passes kept from product to product may take: by default 1 GiB, and no more
+            than a training step where the problem has a ``chunk_size``.
 
     Raises:
         ValueError: for a problem from a batch loss, in which outputs and loss cannot be told apart.
+        SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
         TypeError: for a model that does not return one tensor.
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
@@ -205,12 +248,13 @@ class GaussNewton(MeanOverSamples):
     tensor([1., 4.], dtype=torch.float64)
     """
 
-    def __init__(self, problem: Problem, *, memory: int = MEMORY) -> None:
+    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         if problem.loss_fn is None:
             raise ValueError(
                 "GaussNewton needs the model's outputs apart from the loss: build the problem as"
                 " Problem(model, loss_fn, data)"
             )
+        problem.check_twice()
         super().__init__(problem, memory)
         self._loss_fn = problem.loss_fn
 

@@ -19,7 +19,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,16 @@ from stableopt.curvature.diagnose import (
     differentiate_twice,
     module_without_second_derivative,
 )
+from stableopt.curvature.first_derivative import check_gradient, check_symmetry
+from stableopt.curvature.plain import NOTES, UNCOMPILED, AttentionSeen, compiled
+from stableopt.curvature.precision import Precision
 from stableopt.curvature.quiet import undisturbed
 from stableopt.curvature.ranks import Ranks
 from stableopt.curvature.sharding import mesh_of
 
 __all__ = [
     "CHECKED_SAMPLES",
+    "Choices",
     "Problem",
     "Theta",
     "check_mean",
@@ -63,6 +67,13 @@ rounding, or the noise of a model that draws random numbers."""
 _REPLICAS = 1e-3
 """Difference of a projection of the parameters, relative to their norm, that no rounding brings about
 between replicas; other parameters differ by about 1."""
+
+
+class Choices(NamedTuple):
+    """What the user chose of how to evaluate."""
+
+    dtype: torch.dtype | None
+    batch_statistics: bool
 
 
 class _Objective(nn.Module):
@@ -94,18 +105,29 @@ class Problem:
             model's device; a ragged last batch weighs what it holds.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
+        dtype: the precision to evaluate in, that of the parameters by default: ``torch.float32`` or
+            ``torch.float64``, to which parameters, buffers and data are cast, or ``torch.bfloat16``
+            or ``torch.float16`` for a forward pass under autocast.
+        batch_statistics: whether batch norm normalises by the statistics of each batch, as in
+            training, in place of its running ones. Then f is the mean of the batches' losses, the
+            batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of
+            their own.
         process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
             this rank's shard, and every product one all-reduce. Every rank must make the problem, and
             use it, alike. By default this process is alone, also with a
             ``DistributedDataParallel`` model.
 
+    Attributes:
+        obstacle: why the model cannot be differentiated twice, or ``None``: its Hessian then goes by
+            central differences, on all ranks.
+
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
-            a batch), for empty data, for parameters on several devices or of several dtypes, or that
-            are not the same on all ranks.
+            a batch), for one of which the gradient is not the derivative, for empty data, or
+            parameters on several devices or of several dtypes, or that are not the same on all ranks.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
-        SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
+        RuntimeError: for a model that cannot be differentiated even once.
         LostRankError: where another rank has ended, or does not answer within the group's timeout.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -124,6 +146,8 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
         process_group: Any = None,
     ) -> None:
         if not callable(loss_fn) or isinstance(loss_fn, type):
@@ -134,8 +158,8 @@ class Problem:
             x, y = batch
             return loss_fn(model(x), y)
 
-        ranks = Ranks(process_group)
-        self._set_up(model, batch_loss, data, params, chunk_size, ranks, paired=True)
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        self._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=True)
 
     @classmethod
     def from_batch_loss(
@@ -146,6 +170,8 @@ class Problem:
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
         process_group: Any = None,
     ) -> Problem:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
@@ -162,8 +188,8 @@ class Problem:
         """
         problem = cls.__new__(cls)
         problem.loss_fn = None
-        ranks = Ranks(process_group)
-        problem._set_up(model, batch_loss, data, params, chunk_size, ranks, paired=False)
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        problem._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=False)
         return problem
 
     def _set_up(
@@ -173,6 +199,7 @@ class Problem:
         data: Any,
         params: Iterable[Tensor] | None,
         chunk_size: int | None,
+        choices: Choices,
         ranks: Ranks,
         *,
         paired: bool,
@@ -186,7 +213,11 @@ class Problem:
                 "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
             )
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
-        _check_batch_norm(self.model)
+        self._choices = choices
+        self.obstacle: SecondDerivativeError | None = None
+        self._notes = {UNCOMPILED} if compiled(model) else set()
+        if not choices.batch_statistics:
+            _check_batch_norm(self.model)
         self._all_trainable = params is None
         self.equal_weights = True
         self._take(*_select(self.model, params))
@@ -195,11 +226,12 @@ class Problem:
         if ranks.several:
             self._num_samples = sum(ranks.counts(self.own_samples))
             self.equal_weights = not ranks.sum(not self.equal_weights)
+            self._share_obstacle()
         self._check_together()
 
     def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
         # Even to see whether there are data draws random numbers: a loader's iterator takes a seed.
-        with undisturbed(self._objective, self.device, generators_of(data)):
+        with self._undisturbed(data):
             self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
         self._check()
 
@@ -271,13 +303,51 @@ class Problem:
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Return the context in which the model is a fixed function and nothing leaves a trace."""
-        return undisturbed(self._objective, self.device, generators_of(self.batches.source))
+        return self._undisturbed(self.batches.source)
+
+    def _undisturbed(self, source: Any) -> AbstractContextManager[None]:
+        return undisturbed(
+            self._objective,
+            self.device,
+            generators_of(source),
+            note=self._notes.add,
+            autocast=self.precision.autocast,
+            batch_statistics=self._choices.batch_statistics,
+        )
+
+    @property
+    def method(self) -> str:
+        """How products with the Hessian are taken, and what they made the model do without.
+
+        >>> model, data = nn.Linear(2, 1), (torch.ones(4, 2), torch.zeros(4, 1))
+        >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
+        'double backward, in float64, uncompiled'
+        """
+        twice = self.obstacle is None and not self.sharded
+        way = "double backward" if twice else "central differences"
+        statistics = "batch statistics" if self._choices.batch_statistics else None
+        noted = [note for note in NOTES if note in self._notes]
+        return ", ".join(filter(None, [way, self.precision.note, statistics, *noted]))
+
+    def check_samples(self, what: str) -> None:
+        """Raise ``ValueError`` where samples have no curvature of their own, which ``what`` is of."""
+        if self._choices.batch_statistics:
+            raise ValueError(
+                f"{what} is of the samples' own Hessians, and with batch_statistics=True there are"
+                " none: batch norm makes each sample's loss depend on the others in its batch. Measure"
+                " it with running statistics, batch_statistics=False"
+            )
+
+    def check_twice(self) -> None:
+        """Raise ``SecondDerivativeError`` where the model cannot be differentiated twice."""
+        if self.obstacle is not None:
+            raise self.obstacle.with_traceback(None)
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that ask for gradients."""
         # Tensors made in an ambient inference mode could never be differentiated.
         with torch.inference_mode(False):
-            return tuple(p.detach().clone().requires_grad_() for p in self.params)
+            return tuple(p.detach().to(self.dtype, copy=True).requires_grad_() for p in self.params)
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each,
@@ -289,7 +359,10 @@ class Problem:
         if chunk_size is not None and (own is None or chunk_size < own):
             batches = batches.with_chunk_size(chunk_size)
         for batch, size in batches:
-            yield map_tensors(lambda t: t.detach().to(self.device, copy=True), batch), size
+            yield map_tensors(self._fresh, batch), size
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return self.precision.cast(tensor.detach().to(self.device, copy=True))
 
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
@@ -297,16 +370,21 @@ class Problem:
         To be called inside :meth:`evaluation`.
         """
         state = self._state(self._objective, theta, "model.")
-        loss = functional_call(self._objective, state, (batch,))
-        return self.sign * checked_scalar(loss)
+        with self.precision.around():
+            loss = functional_call(self._objective, state, (batch,))
+        return self.sign * checked_scalar(loss).to(self.dtype)
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
-        return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
+        with self.precision.around():
+            return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
 
     def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
         # Buffers as copies: some modules write to them even in eval mode.
-        state = {name: b.clone() for name, b in module.named_buffers()}
+        cast = self.precision.cast
+        state = {name: cast(b.clone()) for name, b in module.named_buffers()}
+        if self.precision.casts:
+            state.update((name, cast(p.detach())) for name, p in module.named_parameters())
         state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
         return state
 
@@ -330,17 +408,21 @@ class Problem:
             for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
         ]
 
-    def value(self, theta: Theta | None = None) -> float:
-        """Return the mean loss over all samples, times ``sign``, at the present parameters."""
-        theta = tuple(p.detach() for p in self.params) if theta is None else theta
+    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+        """Return the mean loss over all samples, times ``sign``, at the present parameters.
+
+        ``chunk_size`` is the most samples at once, as for :meth:`chunks`.
+        """
+        theta = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
         # With gradients on: without them some modules take another path, and some models, which
         # differentiate in their forward pass, none.
-        total = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode(False):
+            total = torch.zeros((), dtype=torch.float64)
 
         def add() -> int:
             count = 0
             with self.evaluation():
-                for batch, size in self.chunks():
+                for batch, size in self.chunks(chunk_size):
                     total.add_(size * self.loss(theta, batch).detach().double().cpu())
                     count += size
             return count
@@ -365,7 +447,8 @@ class Problem:
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         self.names, self.params = names, params
-        self.device, self.dtype = _place(names, params)
+        self.precision = Precision.of(names, params, self._choices.dtype)
+        self.device, self.dtype = self.precision.device, self.precision.dtype
         self.shapes = [p.shape for p in params]
         self.num_params = sum(p.numel() for p in params)
         self.memo: dict[str, Any] = {}
@@ -376,7 +459,8 @@ class Problem:
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
         theta = self.theta()
-        total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        with torch.inference_mode(False):
+            total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
 
         def add() -> int:
             count = 0
@@ -388,6 +472,13 @@ class Problem:
             return count
 
         return self.ranks.mean([total], add)[0]
+
+    def _share_obstacle(self) -> None:
+        """Go by central differences on all ranks where one rank has to."""
+        found = self.ranks.counts(self.obstacle is not None)
+        if any(found) and self.obstacle is None:
+            told = RuntimeError(f"rank {found.index(1)} found it so")
+            self.obstacle = SecondDerivativeError(None, told)
 
     def _check_together(self) -> None:
         if self.ranks.several:
@@ -408,23 +499,33 @@ class Problem:
             batch, size = next(self.chunks())
             size = min(size, CHECKED_SAMPLES)
             batch = cut(batch, 0, size)
-            once = value(batch)
+            with AttentionSeen(self._notes.add):
+                once = value(batch)
             check_mean(once, value(map_tensors(twice_over, batch)))
-            singles = (value(cut(batch, index, index + 1)) for index in range(size))
-            self.equal_weights = _checked_weights(once, sum(singles) / size)
+            if self._choices.batch_statistics:
+                # There is nothing like one sample, and a batch stays as it was cut.
+                self.equal_weights = False
+            else:
+                singles = (value(cut(batch, index, index + 1)) for index in range(size))
+                self.equal_weights = _checked_weights(once, sum(singles) / size)
+
+            def checked_loss(at: Sequence[Tensor]) -> Tensor:
+                return loss_at(at, batch)
+
+            if not check_gradient(checked_loss, theta):
+                raise ValueError(
+                    "loss_fn: the loss does not depend on any of the parameters that count"
+                )
             try:
-                depends = differentiate_twice(lambda at: loss_at(at, batch), theta)
+                differentiate_twice(checked_loss, theta)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 culprit = module_without_second_derivative(
                     self.model, lambda: self.loss(theta, batch)
                 )
-                raise SecondDerivativeError(culprit, error) from error
-        if not depends:
-            raise ValueError(
-                "loss_fn: the loss does not depend on any of the parameters that count"
-            )
+                self.obstacle = SecondDerivativeError(culprit, error)
+                check_symmetry(checked_loss, theta)
 
 
 def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
@@ -475,26 +576,6 @@ def _select(
     return list(chosen), list(chosen.values())
 
 
-def _place(
-    names: Sequence[str], params: Sequence[nn.Parameter]
-) -> tuple[torch.device, torch.dtype]:
-    first = params[0]
-    for name, p in zip(names, params, strict=True):
-        if isinstance(p, nn.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} has no shape yet: run the lazy model once before")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64;"
-                " measure a copy of the model in float32, or leave it out by params="
-            )
-        if p.device != first.device or p.dtype != first.dtype:
-            raise ValueError(
-                f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is {first.dtype}"
-                f" on {first.device}: expected one dtype and one device"
-            )
-    return first.device, first.dtype
-
-
 def _check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
     """Raise ``ValueError`` on every rank unless all have the same parameters, up to rounding."""
     generator = torch.Generator().manual_seed(0)
@@ -519,7 +600,8 @@ def _check_batch_norm(model: nn.Module) -> None:
         if not module.track_running_stats:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) normalises by batch statistics even in"
-                " eval mode, which couples the samples: expected track_running_stats=True"
+                " eval mode, which couples the samples: expected track_running_stats=True, or"
+                " batch_statistics=True for the sharpness of the batches' mean loss"
             )
     if any(module.training for _, module in norms):
         warnings.warn(

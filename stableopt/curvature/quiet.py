@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stableopt.curvature.kept import Kept
+from stableopt.curvature.plain import plain_operations
 
 __all__ = ["measuring", "undisturbed"]
 
@@ -38,16 +40,31 @@ def measuring() -> bool:
 
 @contextlib.contextmanager
 def undisturbed(
-    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator] = ()
+    model: nn.Module,
+    device: torch.device,
+    generators: Iterable[torch.Generator] = (),
+    *,
+    note: Callable[[str], None] = lambda _: None,
+    autocast: torch.dtype | None = None,
+    batch_statistics: bool = False,
 ) -> Iterator[None]:
     """Evaluate ``model`` as a fixed, twice differentiable function; restore everything afterwards.
 
     Inside: eval mode (dropout off, batch norm by its running statistics: the per-sample Hessians of
-    the theory do not exist where samples are coupled), gradients on, autocast off, attention by its
-    math kernel (the others have no double backward), and every random generator at a fixed seed.
-    Afterwards: each module's ``training`` flag and other attributes, and the state of Python's,
-    NumPy's and torch's generators, on the CPU, on ``device`` and in ``generators``, are what they were.
+    the theory do not exist where samples are coupled), gradients on, plain operations in place of fast
+    ones that have no second derivative (:func:`~stableopt.curvature.plain.plain_operations`), and every
+    random generator at a fixed seed. Afterwards: each module's ``training`` flag and other attributes,
+    what is in its lists, dictionaries and plain tensors, and the state of Python's, NumPy's and torch's
+    generators, on the CPU, on ``device``, in ``generators`` and in the modules, are what they were.
     Several threads take turns: generators and kernel choice belong to the process.
+
+    Args:
+        model: the model; its loss, if that is a module, is a part of it.
+        device: where it runs.
+        generators: further ones to keep.
+        note: told of each fast operation that was replaced.
+        autocast: the dtype of an autocast that is left on.
+        batch_statistics: whether batch norm is in training mode.
 
     >>> layer = nn.Dropout()
     >>> with undisturbed(layer, torch.device("cpu")):
@@ -56,16 +73,24 @@ def undisturbed(
     >>> layer.training
     True
     """
-    with _one_at_a_time, _everything_kept(model, device, generators):
+    with (
+        _one_at_a_time,
+        _state_kept(model, device, generators, batch_statistics),
+        plain_operations(model, device, note=note, inside=measuring, autocast=autocast),
+    ):
         yield
 
 
 @contextlib.contextmanager
-def _everything_kept(
-    model: nn.Module, device: torch.device, generators: Iterable[torch.Generator]
+def _state_kept(
+    model: nn.Module,
+    device: torch.device,
+    generators: Iterable[torch.Generator],
+    batch_statistics: bool,
 ) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    attributes = [(module, dict(module.__dict__)) for module, _ in flags]
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    kept = Kept((module.__dict__ for module in modules), swapped=model.buffers())
     own = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
@@ -74,13 +99,11 @@ def _everything_kept(
         stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         token = _inside.set(True)
         try:
             # Set the flag itself: `train()` may be overridden, and may do more than set it.
-            for module, _ in flags:
-                module.training = False
+            for module in modules:
+                module.training = batch_statistics and isinstance(module, _BatchNorm)
             torch.default_generator.manual_seed(_SEED)
             if devices:
                 getattr(torch, device.type).manual_seed(_SEED)
@@ -93,18 +116,8 @@ def _everything_kept(
             _inside.reset(token)
             for module, training in flags:
                 module.training = training
-            for module, before in attributes:
-                _restore(module.__dict__, before)
+            kept.restore()
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in own:
                 generator.set_state(state)
-
-
-def _restore(attributes: dict[str, Any], before: dict[str, Any]) -> None:
-    """Put back what a forward pass assigned, as a recurrent model its hidden state."""
-    for name in attributes.keys() - before.keys():
-        del attributes[name]
-    for name, value in before.items():
-        if attributes.get(name) is not value:
-            attributes[name] = value

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from stableopt.curvature.batches import cut, map_tensors
 from stableopt.curvature.problem import (
     CHECKED_SAMPLES,
+    Choices,
     Problem,
     Theta,
     check_mean,
@@ -31,7 +32,7 @@ from stableopt.curvature.problem import (
 from stableopt.curvature.ranks import LostRankError, Ranks
 from stableopt.curvature.sharding import local, mesh_of, reshard
 
-__all__ = ["STEP", "ShardedProblem", "cube_root", "problem_of"]
+__all__ = ["STEP", "ShardedProblem", "cube_root", "sharded_or_whole"]
 
 STEP = 1 / 16
 """Where a curvature changes, relative to the norm of all parameters. With 1 a network of sharpness 52
@@ -74,6 +75,7 @@ class ShardedProblem(Problem):
         data: Any,
         params: Iterable[Tensor] | None,
         chunk_size: int | None,
+        choices: Choices,
         ranks: Ranks,
         *,
         paired: bool,
@@ -87,7 +89,12 @@ class ShardedProblem(Problem):
                 "process_group: a model under fully_shard is measured by the group of its mesh; leave"
                 " it out"
             )
-        super()._set_up(model, batch_loss, data, params, chunk_size, own, paired=paired)
+        if choices != Choices(None, batch_statistics=False):
+            raise ValueError(
+                f"dtype={choices.dtype}, batch_statistics={choices.batch_statistics}: a model under"
+                " fully_shard is run as it is, by FSDP's own passes; leave them out"
+            )
+        super()._set_up(model, batch_loss, data, params, chunk_size, choices, own, paired=paired)
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._take(names, params)
@@ -100,6 +107,18 @@ class ShardedProblem(Problem):
                     f"parameter {name!r} has hooks behind its gradient, as of an optimizer that steps"
                     " in the backward pass: a measurement, which is one, would set them off"
                 )
+
+    def check_samples(self, what: str) -> None:
+        """Raise ``ValueError``: the gradients of single samples are not to be had."""
+        raise ValueError(
+            f"{what} needs the gradients of single samples, and fully_shard sums them over samples and"
+            " ranks; measure a replica for it"
+        )
+
+    def _undisturbed(self, source: Any) -> AbstractContextManager[None]:
+        # Whole parameters that a pass has left are no longer there when all is put back.
+        reshard(self.model)
+        return super()._undisturbed(source)
 
     def _check(self) -> None:
         """Only read the data: the model cannot be run before all ranks are there."""
@@ -168,8 +187,8 @@ class ShardedProblem(Problem):
             scale = [local(f) if isinstance(f, Tensor) else f for f in scale]
         return super().transformed(sign=sign, scale=scale, weight_decay=weight_decay)
 
-    def value(self, theta: Theta | None = None) -> float:
-        """Return the mean loss over all samples of all ranks, times ``sign``."""
+    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+        """Return the mean loss over all samples of all ranks, times ``sign``, chunk by chunk."""
         return self.at(self.theta() if theta is None else theta, None, 0.0)[0]
 
     def gradient(self) -> Tensor:
@@ -254,7 +273,7 @@ def cube_root(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** (1 / 3))
 
 
-def problem_of(
+def sharded_or_whole(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], data: Any, **options: Any
 ) -> Problem:
     """Return the :class:`Problem` of a model, or the :class:`ShardedProblem` of a sharded one."""

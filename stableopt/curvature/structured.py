@@ -255,7 +255,7 @@ class StructuredProduct:
             samples differs from the plain one.
     """
 
-    def __init__(self, of: Hessian | GaussNewton, memory: int) -> None:
+    def __init__(self, of: Hessian | GaussNewton, memory: int | None) -> None:
         self._of, self._problem = of, of.problem
         self._squares = [factor**2 for factor in self._problem.scale]
         kind = f"structured {type(of).__name__}"

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
-from stableopt.curvature import NonFiniteError, Problem
+from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.batches import map_tensors
-from stableopt.curvature.problem import Theta
-from stableopt.curvature.pull import pull
 
 __all__ = ["BatchSharpness", "batch_sharpness"]
 
@@ -59,7 +57,8 @@ def batch_sharpness(
     one Hessian product, of the batch's samples alone, for each batch.
 
     Raises:
-        ValueError: for a batch size above the problem's number of samples, or arguments out of range.
+        ValueError: for a batch size above the problem's number of samples, arguments out of range, or
+            a problem with batch statistics.
         NonFiniteError: if a gradient or a product is not finite.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()     # f_i = x_i^2 w^2, H_i = 2 and 8
@@ -74,7 +73,8 @@ def batch_sharpness(
             f"batch_size={batch_size} is above the {n} samples of the problem, of which batches are"
             " drawn"
         )
-    theta, terms = problem.theta(), []
+    problem.check_samples("the batch sharpness")
+    hessian, terms = Hessian(problem), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
     ranks = problem.ranks
     before = sum(ranks.counts(problem.own_samples)[: ranks.rank])
@@ -82,7 +82,7 @@ def batch_sharpness(
         chunks = ranks.agree(lambda: list(problem.chunks()))
         for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
             parts = list(_parts(chunks, rows - before))
-            terms.append(_along_gradient(problem, theta, parts))
+            terms.append(_along_gradient(hessian, parts))
     bent, squares = torch.tensor(terms, dtype=torch.float64).T
     if not bool(torch.isfinite(bent + squares).all()):
         raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
@@ -120,27 +120,28 @@ def _take(batch: Any, rows: Tensor) -> Any:
     return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() else t, batch)
 
 
-def _along_gradient(
-    problem: Problem, theta: Theta, parts: list[tuple[Any, int]]
-) -> tuple[float, float]:
+def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[float, float]:
     r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch, of which ``parts`` are this rank's."""
+    problem, theta = hessian.problem, hessian.theta
 
-    def sum_of(term: Callable[[Tensor], tuple[Tensor | None, ...]]) -> Tensor:
-        own = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+    def mean_of(term: Callable[[Any, int], tuple[Tensor | None, ...]]) -> Tensor:
+        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
 
         def add() -> int:
             for batch, size in parts:
-                own.add_(problem.flatten(term(problem.loss(theta, batch))), alpha=size)
+                total.add_(problem.flatten(term(batch, size)), alpha=size)
             return sum(size for _, size in parts)
 
-        return problem.ranks.mean([own], add)[0]
+        return problem.ranks.mean([total], add)[0]
 
-    gradient = sum_of(lambda loss: torch.autograd.grad(loss, theta, allow_unused=True))
+    def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)
+
+    gradient = mean_of(slopes)
     tangent = problem.unflatten(gradient)
 
-    def along(loss: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True)
-        return pull(slopes, theta, tangent)
+    def along(batch: Any, size: int) -> tuple[Tensor | None, ...]:
+        return hessian.chunk_product(hessian.linearise(batch, size), tangent)
 
-    bent, gradient = sum_of(along).double(), gradient.double()
+    bent, gradient = mean_of(along).double(), gradient.double()
     return float(gradient @ bent), float(gradient @ gradient)

@@ -146,6 +146,28 @@ def critical_lr(
     if with_hessian and isinstance(problem, Problem):
         without_decay = problem.without_weight_decay()
         hessian_sharpness = top_eigenpair(Hessian(without_decay), tol=1e-2, seed=seed).value
+    return threshold(
+        curvature,
+        step,
+        noise,
+        hessian_sharpness=hessian_sharpness,
+        tol=tol,
+        max_iter=max_iter,
+        seed=seed,
+    )
+
+
+def threshold(
+    curvature: SampleCurvature,
+    step: Step,
+    noise: float,
+    *,
+    hessian_sharpness: float | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 200,
+    seed: int = 0,
+) -> CriticalLR:
+    """Return the critical learning rate for curvature that is at hand; ``noise`` is p of (8)."""
     edge = step.edge(curvature.sharpness)
     theorem1 = curvature.theorem1_lr(noise, step) if step.plain and curvature.exact else None
     found = Crossing(edge, edge, 0.0, 0, converged=True)

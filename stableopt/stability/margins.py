@@ -29,6 +29,15 @@ class Measurement:
     seconds: float
     converged: bool
 
+    def within(self, error: float, tol: float) -> Measurement:
+        """Return it for products that are off by ``error`` themselves, as differences are."""
+        if error == 0:
+            return self
+        residual = max(self.residual, error)
+        return dataclasses.replace(
+            self, residual=residual, converged=self.converged and residual <= tol
+        )
+
 
 @dataclass(frozen=True)
 class StabilityMargins:
@@ -65,6 +74,9 @@ class StabilityMargins:
             plain SGD stays.
         measurements: residual, products, seconds and convergence of each measured quantity.
         failure: why the measurement failed, or ``None``.
+        method: how products with the Hessian were taken, and what of the model's way to train they
+            went without: ``"double backward"``, ``"central differences"``, then, separated by
+            commas, such as ``"math attention"`` or ``"without autocast"``.
 
     >>> margins = StabilityMargins(lr=0.1, sharpness=15.0, sharpness_limit=20.0)
     >>> margins.sharpness_ratio, margins.sharpness_margin, margins.stable
@@ -88,6 +100,7 @@ class StabilityMargins:
     batch_sharpness: float | None = None
     measurements: Mapping[str, Measurement] = field(default_factory=dict)
     failure: str | None = None
+    method: str | None = None
 
     @property
     def sharpness_ratio(self) -> float | None:
@@ -165,7 +178,7 @@ class StabilityMargins:
         0.75
         """
         names = [f.name for f in dataclasses.fields(self)]
-        names = [n for n in names if n not in ("step", "measurements", "failure")]
+        names = [n for n in names if n not in _NOT_NUMBERS]
         names += [
             "sharpness_ratio",
             "preconditioned_sharpness_ratio",
@@ -193,6 +206,9 @@ class StabilityMargins:
         """
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
         return cls(**{**state, "measurements": measurements})
+
+
+_NOT_NUMBERS = ("step", "measurements", "failure", "method")
 
 
 def _ratio(value: float | None, limit: float | None) -> float | None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
-from stableopt.curvature.sharded import problem_of
+from stableopt.curvature.passes import MEMORY
+from stableopt.curvature.sharded import sharded_or_whole
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
@@ -28,18 +29,23 @@ __all__ = [
     "check_quantities",
     "measure",
     "measure_at",
+    "problem_of",
 ]
 
 QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
 """What :func:`measure` can measure, in the order in which it does."""
 
+_MOST_VECTORS, _FEWEST_VECTORS = 40, 6
+"""Vectors of the parameters' size that an eigen-solver holds: as many as 1 GiB takes twice, since a
+restart has the old ones beside the new. Where it is not all, none are kept to be followed."""
+
 DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
 
 def measure(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    data: Any,
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    data: Any = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float | None = None,
@@ -49,6 +55,7 @@ def measure(
     quantities: Iterable[str] | None = None,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
     process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
@@ -57,7 +64,8 @@ def measure(
     """Measure the stability margins of ``model`` once, now; nothing of it changes.
 
     Args:
-        model: the model, at the point to measure.
+        model: the model, at the point to measure; or a ready :class:`~stableopt.curvature.Problem`
+            in place of ``model``, ``loss_fn`` and ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples that the theory speaks of, the training set or a part of it; see
             :class:`~stableopt.curvature.Problem`.
@@ -73,6 +81,7 @@ def measure(
             one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
             shard as ``data``; see :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
@@ -104,11 +113,18 @@ def measure(
         rule = UpdateRule.of(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
+    given = isinstance(model, Problem)
     problem = problem_of(
-        model, loss_fn, data, params=params, chunk_size=chunk_size, process_group=process_group
+        model,
+        loss_fn,
+        data,
+        params=params,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        process_group=process_group,
     )
     if optimizer is not None:
-        check_params(optimizer, problem, explicit=params is not None)
+        check_params(optimizer, problem, explicit=given or params is not None)
     if rule is not None:
         problem = as_seen_by(problem, rule, optimizer)
     dataset_size = (
@@ -131,6 +147,28 @@ def measure(
         seed=seed,
     )
     return margins
+
+
+def problem_of(
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    **options: Any,
+) -> Problem:
+    """Return the problem of ``model``, or ``model`` itself where it is one already.
+
+    Raises:
+        ValueError: if ``loss_fn`` or ``data`` are missing, or ``options`` are given beside a problem.
+    """
+    if not isinstance(model, Problem):
+        if loss_fn is None or data is None:
+            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
+        return sharded_or_whole(model, loss_fn, data, **options)
+    if any(value is not None for value in (loss_fn, data, *options.values())):
+        raise ValueError(
+            f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
+        )
+    return model
 
 
 def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
@@ -210,6 +248,7 @@ def measure_at(
         batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
         dataset_size=dataset_size,
         non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
+        method=problem.method,
     )
     if rule is not None and rule.unknown is None:
         prefix = "preconditioned_" if rule.preconditioned else ""
@@ -217,6 +256,7 @@ def measure_at(
         margins = dataclasses.replace(margins, **limit)
     quantities = _measurable(quantities, rule)
     operators = OperatorsAt(problem, rule, margins)
+    vectors = _vectors_held(problem)
     measurements: dict[str, Measurement] = {}
     subspaces: dict[str, Tensor] = {}
     more: dict[str, float] = {}
@@ -226,25 +266,32 @@ def measure_at(
             for name in quantities:
                 began = time.perf_counter()
                 if name in DIRECT:
-                    found = DIRECT[name](problem, rule, margins, seed)
-                    if found.measurement is not None:
+                    direct = DIRECT[name](problem, rule, margins, seed)
+                    if direct.measurement is not None:
                         seconds = time.perf_counter() - began
-                        measurements[name] = dataclasses.replace(found.measurement, seconds=seconds)
-                        more.update(found.more)
+                        measurements[name] = dataclasses.replace(
+                            direct.measurement, seconds=seconds
+                        )
+                        more.update(direct.more)
                     continue
                 start = (starts or {}).get(name)
+                preconditioner = operators.preconditioner(name)
                 pair = top_eigenpair(
                     operators.of(name),
-                    preconditioner=operators.preconditioner(name),
+                    preconditioner=preconditioner,
                     start=start,
-                    keep=starts is not None,
+                    keep=starts is not None and vectors == _MOST_VECTORS,
+                    most_vectors=vectors,
                     tol=DEGREE.get(name, 1) * tol,
                     max_iter=max_iter,
                     seed=seed,
                 )
                 if pair.subspace is not None:
                     subspaces[name] = pair.subspace
-                measurements[name] = measurement_of(name, pair, time.perf_counter() - began)
+                elif starts is not None and preconditioner is None:
+                    subspaces[name] = pair.vector[None]
+                found = measurement_of(name, pair, time.perf_counter() - began)
+                measurements[name] = found.within(operators.error(name), tol)
         failure = None
     except NonFiniteError as error:
         failure = str(error)
@@ -255,6 +302,13 @@ def measure_at(
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
     values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
     return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), subspaces
+
+
+def _vectors_held(problem: Problem) -> int:
+    """Return how many vectors of the parameters' size a search may hold at once."""
+    # Of a sharded problem each rank holds a part, and all must search alike.
+    each = max(problem.ranks.counts(problem.num_params)) * problem.dtype.itemsize
+    return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
 
 
 def _non_uniformity_limit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
 from stableopt.curvature.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
@@ -43,6 +45,16 @@ class OperatorsAt:
         if name not in self._built:
             self._built[name] = getattr(self, "_" + name)()
         return self._built[name]
+
+    def error(self, name: str) -> float:
+        """Return how far products for a quantity may be off, relative to the largest of them."""
+        operator = self._built.get(name)
+        differences = operator.differences if isinstance(operator, Hessian) else None
+        if differences is None:
+            return 0.0
+        # Each rank has differenced its own samples, and all must report the same.
+        found = torch.tensor([differences.error], dtype=torch.float64)
+        return float(self._problem.ranks.joined(found).max())
 
     def loss(self) -> float:
         """Return the mean loss at the point, for nothing where passes are kept."""

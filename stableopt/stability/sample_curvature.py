@@ -8,6 +8,7 @@ import torch
 
 from stableopt.curvature import GaussNewton, NonUniformity, Problem
 from stableopt.curvature.dual import DualCurvature, Modes, count_outputs, largest_block, project
+from stableopt.curvature.jacobian import check_outputs
 from stableopt.curvature.leading import leading_eigenpairs
 from stableopt.stability.crossing import root
 from stableopt.stability.second_moments import Step, gather
@@ -51,6 +52,7 @@ class SampleCurvature:
         samples if ``differences`` ask for them.
         """
         if isinstance(problem, Problem):
+            check_outputs(problem)
             problem = problem.without_weight_decay()
             if problem.num_samples * count_outputs(problem) > max_rows:
                 return cls._leading(problem, directions, differences, seed)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from stableopt.curvature import Hessian, NonUniformity, Problem, top_eigenpair
+from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Problem, top_eigenpair
 
 MIB = 2**20
 
@@ -82,3 +84,18 @@ def test_peak_memory_does_not_grow_with_samples_times_parameters(
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < ceiling < samples * per_sample_mib
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton, NonUniformity])
+def test_passes_end_with_their_operator(kind: type) -> None:
+    """Catches an operator that holds itself, whose passes stay in memory beside those of the next."""
+    problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+    gc.disable()
+    try:
+        operator = kind(problem)
+        _ = operator @ torch.ones(3)
+        left = weakref.ref(operator)
+        del operator
+        assert left() is None
+    finally:
+        gc.enable()

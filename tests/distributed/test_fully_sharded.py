@@ -91,6 +91,7 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
     assert "is whole on every rank" in zero["partly"]
     assert "FSDP's gradients are 2 times the slope" in zero["summed"]
     assert "hooks behind its gradient" in zero["hooked"]
+    assert "leave them out" in zero["precision"]
     assert "process_group" in zero["other group"]
     assert "expected a ShardedProblem" in zero["problem"]
 

@@ -1,0 +1,173 @@
+"""Running a model by plain, twice differentiable operations, whatever it was made to train with.
+
+What makes training fast often has no second derivative, or one that is wrong: fused attention kernels,
+compiled graphs, cuDNN's recurrent kernels, recomputed activations. Half precision has one that is
+drowned by rounding. Each has a plain twin with the same values, and :func:`plain_operations` has the
+model run by that one, inside modules as well, and notes which it had to replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["NOTES", "AttentionSeen", "compiled", "plain_operations"]
+
+ATTENTION = "math attention"
+UNCOMPILED = "uncompiled"
+CHECKPOINTING = "without checkpointing"
+AUTOCAST = "without autocast"
+CUDNN = "without cuDNN"
+
+NOTES = (ATTENTION, UNCOMPILED, CHECKPOINTING, AUTOCAST, CUDNN)
+"""What was replaced, in the order in which it is reported."""
+
+Note = Callable[[str], None]
+
+
+def compiled(model: nn.Module) -> bool:
+    """Return whether ``model`` or a part of it was given to ``torch.compile``.
+
+    >>> compiled(nn.Linear(2, 1))
+    False
+    """
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+class AttentionSeen(TorchFunctionMode):
+    """Notes a call of fused attention, of which nothing is left in a graph."""
+
+    def __init__(self, note: Note) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Pass the call on."""
+        kwargs = kwargs or {}
+        # Within the second a mode does not see the first.
+        if function is nn.functional.scaled_dot_product_attention or (
+            function is nn.functional.multi_head_attention_forward
+            and not kwargs.get("need_weights", True)
+        ):
+            self._note(ATTENTION)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def plain_operations(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    note: Note,
+    inside: Callable[[], bool],
+    autocast: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Let ``model`` run by plain operations; ``note`` is told of those that take a fast one's place.
+
+    Replaced are fused attention, compiled code, recomputed activations, autocast (unless ``autocast``
+    names the dtype that was chosen: models are then left to cast as they do in training), and on a GPU
+    cuDNN for models with recurrent layers.
+
+    Args:
+        model: the model.
+        device: where it runs.
+        note: takes one of :data:`NOTES`.
+        inside: whether the caller's thread is the one that measures: torch's switches belong to the
+            process, and another thread may be training.
+        autocast: the dtype to leave autocast on for.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_checkpointing_off(note, inside))
+        if autocast is None:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(_autocast_off(note, inside))
+        # Nothing can be compiled where the compiler was never loaded, and loading it takes seconds.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            note(CUDNN)
+            stack.enter_context(_cudnn_off())
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _checkpointing_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
+    """Keep activations: recomputing them calls the model again, at its own parameters.
+
+    Users hold ``torch.utils.checkpoint.checkpoint`` by name, so it is what it calls that is replaced.
+    Where a release of torch has it no longer, nothing is, and the gradient's check finds it out.
+    """
+    home = torch.utils.checkpoint
+    reentrant = getattr(home, "CheckpointFunction", None)
+    generator = getattr(home, "_checkpoint_without_reentrant_generator", None)
+
+    class Plain:
+        @staticmethod
+        def apply(function: Any, preserve: bool, *args: Any) -> Any:
+            if not inside():
+                return reentrant.apply(function, preserve, *args)  # type: ignore[union-attr]
+            note(CHECKPOINTING)
+            return function(*args)
+
+    def plain(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if not inside():
+            yield from generator(*args, **kwargs)  # type: ignore[misc]
+        else:
+            note(CHECKPOINTING)
+            yield
+
+    with contextlib.ExitStack() as stack:
+        if reentrant is not None:
+            stack.enter_context(_replaced(home, "CheckpointFunction", Plain))
+        if generator is not None:
+            stack.enter_context(_replaced(home, "_checkpoint_without_reentrant_generator", plain))
+        yield
+
+
+@contextlib.contextmanager
+def _autocast_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
+    """Keep models that enter autocast by themselves in their parameters' precision."""
+    original = torch.set_autocast_enabled
+
+    def refuse(*args: Any) -> None:
+        # Both (device, enabled) and the older (enabled) are in use.
+        if inside() and args[-1]:
+            note(AUTOCAST)
+            args = (*args[:-1], False)
+        original(*args)
+
+    with _replaced(torch, "set_autocast_enabled", refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _cudnn_off() -> Iterator[None]:
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before

@@ -1,0 +1,107 @@
+"""The precision that a problem is evaluated in, and the casts that it takes.
+
+Curvature is a difference of nearly equal slopes: half precision leaves little of it. So a model is
+measured at its parameters' own single or double precision, whatever it trains in, unless a dtype is
+chosen: ``float32`` or ``float64`` casts parameters, buffers and data to it, ``bfloat16`` or ``float16``
+leaves the parameters as they are and runs the forward pass under autocast, as the training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Precision"]
+
+_FULL = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How to evaluate.
+
+    Attributes:
+        dtype: of the parameters in an evaluation, and of all vectors: single or double precision.
+        device: of the parameters.
+        casts: whether floating-point tensors are cast to ``dtype``.
+        autocast: the dtype of an autocast around the forward pass, or ``None`` for none.
+
+    >>> Precision.of(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64)
+    Precision(dtype=torch.float64, device=device(type='cpu'), casts=True, autocast=None)
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    casts: bool = False
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], params: Sequence[nn.Parameter], chosen: torch.dtype | None
+    ) -> Precision:
+        """Return the precision to measure ``params`` in, their own where none was ``chosen``.
+
+        Raises:
+            ValueError: for parameters without values, on several devices or of several dtypes, and
+                a ``chosen`` that is none to choose.
+            TypeError: for parameters that are not real floating-point numbers of a precision that is
+                enough.
+        """
+        if chosen is not None and chosen not in (*_FULL, *_HALF):
+            raise ValueError(
+                f"dtype={chosen}: expected torch.float32 or torch.float64, or torch.bfloat16 or"
+                " torch.float16 to measure under autocast"
+            )
+        cast = chosen if chosen in _FULL else None
+        first = params[0]
+        for name, p in zip(names, params, strict=True):
+            if isinstance(p, nn.UninitializedParameter):
+                raise ValueError(
+                    f"parameter {name!r} has no shape yet: run the lazy model once before"
+                )
+            if not p.dtype.is_floating_point or (cast is None and p.dtype not in _FULL):
+                hint = (
+                    "; pass dtype=torch.float32 to measure it cast to that"
+                    if (p.dtype.is_floating_point)
+                    else ""
+                )
+                raise TypeError(
+                    f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64"
+                    f"{hint}, or leave it out by params="
+                )
+            if p.device != first.device or (cast is None and p.dtype != first.dtype):
+                raise ValueError(
+                    f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is"
+                    f" {first.dtype} on {first.device}: expected one dtype and one device"
+                )
+        if first.device.type == "meta":
+            raise ValueError(f"parameter {names[0]!r} is on the meta device: it has no values")
+        return cls(
+            cast or first.dtype,
+            first.device,
+            casts=cast is not None,
+            autocast=chosen if chosen in _HALF else None,
+        )
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor``, cast where the choice asks for it."""
+        if self.casts and tensor.is_floating_point():
+            return tensor.to(self.dtype)
+        return tensor
+
+    def around(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(
+            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        )
+
+    @property
+    def note(self) -> str | None:
+        """What was chosen, in words."""
+        if self.autocast is not None:
+            return f"under autocast to {str(self.autocast).removeprefix('torch.')}"
+        return f"in {str(self.dtype).removeprefix('torch.')}" if self.casts else None

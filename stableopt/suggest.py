@@ -1,0 +1,294 @@
+r"""The largest learning rates that are linearly stable at a point: an answer in place of a plot.
+
+For each batch size and each of plain SGD, SGD with momentum 0.9, and AdamW::
+
+    print(stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(1, 16, 64)))
+
+Above them training leaves this point; whether it learns best just below, nobody knows. The threshold
+is the exact one in mean square, of the Gauss–Newton matrix, where all its directions are affordable,
+and never more than what the Hessian's sharpness allows without noise. Where there are too many
+directions, or the model's outputs cannot be told apart from its loss, it is an upper bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt._arguments import whole
+from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
+from stableopt.curvature.batches import cut
+from stableopt.stability.coordinates import as_seen_by
+from stableopt.stability.critical import MAX_ROWS, threshold
+from stableopt.stability.limits import noise_factor
+from stableopt.stability.measuring import check_params, problem_of
+from stableopt.stability.sample_curvature import SampleCurvature
+from stableopt.stability.second_moments import Step
+from stableopt.stability.update_rule import UpdateRule
+
+__all__ = ["Suggestion", "Suggestions", "suggest"]
+
+_SGD, _MOMENTUM, _ADAMW = "SGD", "SGD, momentum 0.9", "AdamW"
+
+_BETA, _EPSILON = 0.9, 1e-8
+"""AdamW's defaults, where there is none to read them from."""
+
+_SAMPLES = 64
+"""Samples whose gradients show the second moments that AdamW would divide by."""
+
+_DIRECTIONS = 8
+"""Directions looked at where all are too many."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The answer for one optimizer and one batch size.
+
+    Attributes:
+        optimizer: ``"SGD"``, ``"SGD, momentum 0.9"`` or ``"AdamW"``.
+        batch_size: samples in a step.
+        lr: the largest stable learning rate, or an upper bound of it.
+        lower: a learning rate that is certainly stable; ``None`` where none is known.
+        exact: whether ``lr`` is the threshold itself, and not a bound.
+        seconds: what finding it took, beside what is shared by all.
+    """
+
+    optimizer: str
+    batch_size: int
+    lr: float
+    lower: float | None
+    exact: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """All answers; printed, a table.
+
+    Attributes:
+        rows: one for each optimizer and batch size.
+        sharpness: of the Hessian, at the point.
+        num_samples: how many samples were looked at.
+        seconds: what it took in all.
+        notes: what was assumed.
+        method: how products with the Hessian were taken.
+    """
+
+    rows: tuple[Suggestion, ...]
+    sharpness: float
+    num_samples: int
+    seconds: float
+    notes: tuple[str, ...]
+    method: str
+
+    def of(self, optimizer: str, batch_size: int) -> Suggestion:
+        """Return one of the answers.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for row in self.rows:
+            if (row.optimizer, row.batch_size) == (optimizer, batch_size):
+                return row
+        raise KeyError(f"no answer for {optimizer!r} at batch size {batch_size}")
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(row.optimizer for row in self.rows))
+        sizes = list(dict.fromkeys(row.batch_size for row in self.rows))
+        lines = [["batch size", *names]]
+        lines += [[str(size), *(_shown(self.of(name, size)) for name in names)] for size in sizes]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(names) + 1)]
+        table = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        ]
+        head = f"Largest linearly stable learning rate, by {self.num_samples} samples"
+        found = f"sharpness {self.sharpness:.4g} ({self.method}); found in {self.seconds:.1f} s"
+        return "\n".join([head, *table, found, *self.notes])
+
+
+def _shown(row: Suggestion) -> str:
+    return f"{'' if row.exact else '<= '}{row.lr:.3g}"
+
+
+def suggest(
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    data: Any = None,
+    *,
+    batch_sizes: Iterable[int] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    dataset_size: int | None = None,
+    max_rows: int = MAX_ROWS,
+    seed: int = 0,
+) -> Suggestions:
+    r"""Return the largest learning rate that is linearly stable here, by optimizer and batch size.
+
+    Args:
+        model: the model, at the point to ask about, or a ready ``Problem``.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the samples, as for :func:`~stableopt.measure`.
+        batch_sizes: the batch sizes; by default 1, 4, 16, ... and all samples.
+        optimizer: a running Adam or AdamW, whose second moments and betas AdamW's column is then of.
+            Without one it is as if AdamW had stayed here long enough to know this point's second
+            moments, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, estimated from 64 samples. AdamW's
+            weight decay, which moves the limit by a factor :math:`1-\eta\lambda/2`, is left out.
+        dataset_size: samples in all, where ``data`` is a part of them.
+        max_rows: rows nC up to which all directions count, and the answer is exact.
+        seed: of the eigen-solvers.
+
+    Raises:
+        ValueError: for arguments out of range, and as ``Problem`` does.
+        TypeError: for an ``optimizer`` without a known diagonal preconditioner.
+
+    >>> linear = nn.Linear(1, 1, bias=False).double()    # f_i = x_i^2 w^2: H_i = 2 and 8
+    >>> data = torch.tensor([[1.0], [2.0]]).double(), torch.zeros(2, 1).double()
+    >>> found = suggest(linear, nn.MSELoss(), data, batch_sizes=(1, 2))
+    >>> round(found.of("SGD", 1).lr, 4), round(found.of("SGD", 2).lr, 4)     # 2a / (a^2 + s^2), 2 / a
+    (0.2941, 0.4)
+    """
+    began = time.perf_counter()
+    problem = problem_of(model, loss_fn, data)
+    problem.check_samples("a learning rate for each batch size")
+    n = problem.num_samples
+    size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
+    sizes = _sizes(batch_sizes, size)
+    notes: list[str] = []
+    rows: list[Suggestion] = []
+    search = _Search(problem, size, whole("max_rows", max_rows), seed, notes)
+    plain = search.at(problem)
+    for name, step in ((_SGD, Step()), (_MOMENTUM, Step(momentum=0.9))):
+        rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
+    if optimizer is not None:
+        seen, step = _as_adam_sees(problem, optimizer)
+        notes.append("AdamW: with the second moments of the optimizer's last step")
+        adam = search.at(seen)
+        rows += [search.answer(_ADAMW, adam, step, batch_size) for batch_size in sizes]
+    else:
+        notes.append("AdamW: with the second moments that batches have here, beta1 = 0.9")
+        mean, variance = _gradient_moments(problem)
+        step = Step(momentum=_BETA, dampening=_BETA)
+        for batch_size in sizes:
+            second = mean**2 + noise_factor(batch_size, size) * variance
+            roots = [1 / (part.sqrt() + _EPSILON).sqrt() for part in problem.unflatten(second)]
+            at = search.at(problem.transformed(scale=roots))
+            rows.append(search.answer(_ADAMW, at, step, batch_size))
+    return Suggestions(
+        tuple(rows),
+        plain.sharpness,
+        n,
+        time.perf_counter() - began,
+        tuple(dict.fromkeys(notes)),
+        problem.method,
+    )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What is known of the curvature at the point, in an optimizer's coordinates."""
+
+    sharpness: float
+    samples: SampleCurvature | None
+
+
+@dataclass(frozen=True)
+class _Search:
+    problem: Problem
+    dataset_size: int
+    max_rows: int
+    seed: int
+    notes: list[str]
+
+    def at(self, problem: Problem) -> _Point:
+        """Measure a problem in its coordinates."""
+        sharpness = top_eigenpair(Hessian(problem), tol=1e-2, seed=self.seed).value
+        try:
+            samples = SampleCurvature.of(
+                problem,
+                max_rows=self.max_rows,
+                directions=min(_DIRECTIONS, problem.num_params),
+                differences=True,
+                seed=self.seed,
+            )
+        except (ValueError, TypeError, SecondDerivativeError) as error:
+            self.notes.append(f"bounds by the sharpness alone: {error}")
+            return _Point(sharpness, None)
+        return _Point(sharpness, samples)
+
+    def answer(self, name: str, at: _Point, step: Step, batch_size: int) -> Suggestion:
+        """Return the threshold for one batch size."""
+        began = time.perf_counter()
+        edge = step.edge(at.sharpness)
+        noise = noise_factor(batch_size, self.dataset_size)
+        if at.samples is None:
+            # Without noise the Hessian's edge is the threshold itself.
+            seconds = time.perf_counter() - began
+            whole_set = noise == 0
+            return Suggestion(
+                name, batch_size, edge, edge if whole_set else None, whole_set, seconds
+            )
+        found = threshold(at.samples, step, noise, seed=self.seed)
+        return Suggestion(
+            name,
+            batch_size,
+            min(found.value, edge),
+            min(found.lower, edge),
+            found.exact and found.converged,
+            time.perf_counter() - began,
+        )
+
+
+def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
+    if given is None:
+        powers = [4**k for k in range(4) if 4**k < n]
+        return [*powers, n]
+    if isinstance(given, int):
+        given = [given]
+    sizes = [whole("batch_sizes", size) for size in given]
+    if not sizes or max(sizes) > n:
+        raise ValueError(f"batch_sizes={sizes}: expected some, each at most the {n} samples in all")
+    return list(dict.fromkeys(sizes))
+
+
+def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, Step]:
+    rule = UpdateRule.of(optimizer)
+    check_params(optimizer, problem, explicit=True)
+    known = rule.preconditioner is not None and rule.unknown is None
+    if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
+        raise TypeError(
+            f"optimizer={type(optimizer).__name__}: expected an Adam or AdamW that has made a step, so"
+            " that its second moments are known; leave it out for those of this point"
+        )
+    rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
+    return as_seen_by(problem, rule, optimizer), Step(rule.momentum, rule.dampening)
+
+
+def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return mean and variance over samples of the gradient, entry by entry."""
+    theta = problem.theta()
+    with torch.inference_mode(False):
+        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+        squares = torch.zeros_like(total)
+
+    def add() -> int:
+        count = 0
+        with problem.evaluation():
+            for batch, size in problem.chunks(_SAMPLES):
+                for index in range(size):
+                    loss = problem.loss(theta, cut(batch, index, index + 1))
+                    gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
+                    total.add_(gradient)
+                    squares.add_(gradient**2)
+                    count += 1
+                if count >= _SAMPLES:
+                    break
+        return count
+
+    mean, square = problem.ranks.mean([total, squares], add)
+    return mean, (square - mean**2).clamp(min=0)

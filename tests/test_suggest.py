@@ -1,0 +1,142 @@
+"""Suggested learning rates: closed forms, the thresholds they are made of, and training itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import dense_hessians, small_data, small_network
+from torch import Tensor, nn
+
+import stableopt
+from stableopt.stability import DiagonalPreconditioner, UpdateRule
+
+MSE = nn.MSELoss()
+
+
+def scalars() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Return f_i = x_i^2 w^2: H_i = 2 and 8, a = 5, s = 3."""
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 0.5)
+    return model, (x, torch.zeros(2, 1, dtype=torch.float64))
+
+
+def test_closed_forms_in_one_dimension() -> None:
+    """Catches a column of the wrong rule, and noise of the wrong batch size."""
+    found = stableopt.suggest(*_with_loss(*scalars()), batch_sizes=(1, 2))
+    assert found.of("SGD", 1).lr == pytest.approx(2 * 5 / (25 + 9), rel=1e-4)
+    assert found.of("SGD", 2).lr == pytest.approx(2 / 5, rel=1e-4)
+    assert found.of("SGD, momentum 0.9", 2).lr == pytest.approx(2 * 1.9 / 5, rel=1e-4)
+    # AdamW at the full batch divides by |g| = 5 w: 38 |g| / a.
+    assert found.of("AdamW", 2).lr == pytest.approx(38 * 2.5 / 5, rel=1e-4)
+    # At B = 1 the second moment is the mean of (2 w)^2 = 1 and (8 w)^2 = 16, so P = 8.5^(-1/2).
+    half = 8.5**-0.5
+    rule = UpdateRule(lr=1.0, momentum=0.9, dampening=0.9)
+    # The largest lr at which (P a, P s) is in the region of one dimension, by bisection.
+    low, high = 0.0, 38 / (5 * half)
+    for _ in range(60):
+        middle = (low + high) / 2
+        at = UpdateRule(lr=middle, momentum=rule.momentum, dampening=rule.dampening)
+        inside = at.max_non_uniformity(1, 2, sharpness=5 * half) >= 3 * half
+        low, high = (middle, high) if inside else (low, middle)
+    assert found.of("AdamW", 1).lr == pytest.approx(low, rel=1e-4)
+    assert all(row.exact for row in found.rows)
+
+
+def _with_loss(
+    model: nn.Module, data: tuple[Tensor, Tensor]
+) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
+    return model, MSE, data
+
+
+def test_it_agrees_with_what_it_is_made_of() -> None:
+    """Catches curvature measured once and used for the wrong rule, on a network that fits its data,
+    where Hessian and Gauss–Newton matrix are one.
+    """
+    model, (x, _) = small_network(), small_data()
+    data = (x, model(x).detach())
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(1, 3, 7))
+    problem = stableopt.Problem(model, MSE, data)
+    for name, rule in (
+        ("SGD", UpdateRule(lr=1.0)),
+        ("SGD, momentum 0.9", UpdateRule(lr=1.0, momentum=0.9)),
+    ):
+        for batch_size in (1, 3, 7):
+            known = stableopt.critical_lr(problem, batch_size, update_rule=rule).value
+            # 1e-2: beside the search's tolerance the Hessian's sharpness is measured to a percent.
+            assert found.of(name, batch_size).lr == pytest.approx(known, rel=1e-2)
+    rates = [found.of("SGD", b).lr for b in (1, 3, 7)]
+    assert rates == sorted(rates)
+
+
+def test_a_running_adam_brings_its_second_moments() -> None:
+    """Catches a preconditioner of this point's where the optimizer's own is known."""
+    model, data = small_network(), small_data()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.8, 0.99))
+    for _ in range(5):
+        adam.zero_grad()
+        MSE(model(data[0]), data[1]).backward()
+        adam.step()
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(7,), optimizer=adam)
+    P = UpdateRule.of(adam).preconditioner
+    assert isinstance(P, DiagonalPreconditioner)
+    hessian = dense_hessians(model, MSE, *data).mean(0)
+    product = torch.stack([P @ column for column in hessian.T], dim=1)
+    top = float(torch.linalg.eigvals(product).real.max())
+    gauss_newton = found.of("AdamW", 7).lr
+    # No more than the Hessian's edge, and below it only where Gauss–Newton's is lower.
+    assert gauss_newton <= 2 * 1.8 / (0.2 * top) * 1.01
+    assert gauss_newton > 0.3 * 2 * 1.8 / (0.2 * top)
+    fresh = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="has made a step"):
+        stableopt.suggest(model, MSE, data, optimizer=fresh)
+
+
+def test_bounds_where_the_threshold_is_out_of_reach() -> None:
+    """Catches a bound sold as the threshold: for too many directions, for a loss inside the model."""
+    model, data = small_network(), small_data()
+    exact = stableopt.suggest(model, MSE, data, batch_sizes=(2,))
+    few = stableopt.suggest(model, MSE, data, batch_sizes=(2,), max_rows=1)
+    batch = {"x": data[0], "y": data[1]}
+    whole = stableopt.Problem.from_batch_loss(
+        model, lambda model, batch: MSE(model(batch["x"]), batch["y"]), batch
+    )
+    opaque = stableopt.suggest(whole, batch_sizes=(2, 7))
+    for name in ("SGD", "SGD, momentum 0.9"):
+        value = exact.of(name, 2).lr
+        assert not few.of(name, 2).exact
+        lower = few.of(name, 2).lower
+        assert lower is not None
+        assert lower <= value * 1.01
+        assert few.of(name, 2).lr >= value * 0.99
+        assert not opaque.of(name, 2).exact
+        assert opaque.of(name, 2).lower is None
+        assert opaque.of(name, 7).exact
+    assert any("sharpness alone" in note for note in opaque.notes)
+    assert "<= " in str(opaque)
+
+
+def test_the_table_and_bad_input() -> None:
+    """Catches a table without a column, and sizes that no batch can have."""
+    model, data = scalars()
+    text = str(stableopt.suggest(model, MSE, data))
+    for part in ("batch size", "SGD, momentum 0.9", "AdamW", "found in", "double backward"):
+        assert part in text
+    for sizes in ((0,), (3,), (), (1.5,)):
+        with pytest.raises(ValueError, match="batch_sizes"):
+            stableopt.suggest(model, MSE, data, batch_sizes=sizes)
+    with pytest.raises(KeyError):
+        stableopt.suggest(model, MSE, data, batch_sizes=1).of("SGD", 2)
+
+
+def test_what_it_suggests_is_where_training_turns() -> None:
+    """Catches any wrong threshold at the point of use: at 0.97 of it SGD comes home from a small push,
+    at 1.03 it leaves, in the mean square over runs, on a quadratic whose samples all have their minimum
+    at zero.
+    """
+    model, (x, y) = scalars()
+    found = stableopt.suggest(model, MSE, (x, y), batch_sizes=(1,)).of("SGD", 1).lr
+    curvatures = torch.tensor([2.0, 8.0], dtype=torch.float64)
+    for factor, grows in ((0.97, False), (1.03, True)):
+        growth = float(((1 - factor * found * curvatures) ** 2).mean())
+        assert (growth > 1) == grows
