@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
-from test_memory_of_a_measurement import example
+ROOT = Path(__file__).parents[1]
+
+
+def example() -> Any:
+    """Return the example's module."""
+    spec = importlib.util.spec_from_file_location("gpt", ROOT / "examples" / "gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_example_trains_and_writes(tmp_path: Path) -> None:
