@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from benchmarks.runner import Job, Store, Work
 from benchmarks.training import evaluate, mean_squared_error
 from benchmarks.walk import due, note, outcome, walk, worth_a_line
 
-__all__ = ["Solution", "flops_per_sample", "images_for", "measured", "row"]
+__all__ = ["Solution", "flops_per_sample", "grid", "images_for", "measured", "row"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -116,6 +117,29 @@ class Solution(Job):
             non_uniformity=self.non_uniformity,
         )
         return {**found, "test_accuracy": images.accuracy(model), **at_end}
+
+
+def grid(
+    data: Dataset,
+    *,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    batch_sizes: Sequence[int | None] = (None,),
+    scales: Sequence[float | None] = (None,),
+    **shared: Any,
+) -> list[Solution]:
+    """Return a solution for each combination; ``shared`` are fields that all have.
+
+    >>> [(s.lr, s.seed) for s in grid(Dataset(), lrs=(0.5, 1.0), seeds=(0, 1), target_loss=0.01)]
+    [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+    """
+    return [
+        Solution(data, lr=lr, seed=seed, batch_size=size, scale=scale, **shared)
+        for scale in scales
+        for lr in lrs
+        for size in batch_sizes
+        for seed in seeds
+    ]
 
 
 def images_for(data: Dataset, work: Work) -> Images:

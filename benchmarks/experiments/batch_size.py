@@ -15,7 +15,7 @@ from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution, row
+from benchmarks.solution import Solution, grid, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,18 +66,14 @@ class BatchSize(Experiment):
     max_steps: int = 1_000_000
 
     def _solutions(self) -> list[Solution]:
-        return [
-            Solution(
-                Dataset(self.data, self.n),
-                lr=self.lr,
-                seed=seed,
-                batch_size=size,
-                target_loss=self.target_loss,
-                max_steps=self.max_steps,
-            )
-            for size in (*self.batch_sizes, None)
-            for seed in self.seeds
-        ]
+        return grid(
+            Dataset(self.data, self.n),
+            lrs=(self.lr,),
+            seeds=self.seeds,
+            batch_sizes=(*self.batch_sizes, None),
+            target_loss=self.target_loss,
+            max_steps=self.max_steps,
+        )
 
     def jobs(self) -> list[Job]:
         """Return a minimum for each batch size and seed."""

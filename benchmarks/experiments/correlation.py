@@ -17,7 +17,7 @@ from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows
 from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution, row
+from benchmarks.solution import Solution, grid, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,20 +90,15 @@ class Correlation(Experiment):
     network: str | None = None
 
     def _solutions(self) -> list[Solution]:
-        return [
-            Solution(
-                Dataset(self.data, self.n),
-                lr=lr,
-                seed=seed,
-                batch_size=size,
-                target_loss=self.target_loss,
-                max_steps=self.max_steps,
-                network=self.network,
-            )
-            for lr in self.lrs
-            for size in (*self.batch_sizes, *([None] if self.full_batch else []))
-            for seed in self.seeds
-        ]
+        return grid(
+            Dataset(self.data, self.n),
+            lrs=self.lrs,
+            seeds=self.seeds,
+            batch_sizes=(*self.batch_sizes, *([None] if self.full_batch else [])),
+            target_loss=self.target_loss,
+            max_steps=self.max_steps,
+            network=self.network,
+        )
 
     def jobs(self) -> list[Job]:
         """Return a minimum for each learning rate, batch size and seed."""

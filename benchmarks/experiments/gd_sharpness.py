@@ -14,7 +14,7 @@ from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution
+from benchmarks.solution import Solution, grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,17 +75,13 @@ class GDSharpness(Experiment):
     max_steps: int = 1_000_000
 
     def _solutions(self) -> list[Solution]:
-        return [
-            Solution(
-                Dataset(self.data, self.n),
-                lr=lr,
-                seed=seed,
-                target_loss=self.target_loss,
-                max_steps=self.max_steps,
-            )
-            for lr in self.lrs
-            for seed in self.seeds
-        ]
+        return grid(
+            Dataset(self.data, self.n),
+            lrs=self.lrs,
+            seeds=self.seeds,
+            target_loss=self.target_loss,
+            max_steps=self.max_steps,
+        )
 
     def jobs(self) -> list[Job]:
         """Return a minimum for each rate and seed."""

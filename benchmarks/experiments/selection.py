@@ -14,7 +14,7 @@ from benchmarks.data import Dataset
 from benchmarks.experiment import Claim, Experiment, Rows
 from benchmarks.figures import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution, row
+from benchmarks.solution import Solution, grid, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,20 +82,15 @@ class Selection(Experiment):
     max_steps: int = 1_000_000
 
     def _solutions(self) -> list[Solution]:
-        return [
-            Solution(
-                Dataset(self.data, self.n),
-                lr=self.lr,
-                seed=seed,
-                batch_size=size,
-                scale=scale,
-                target_loss=self.target_loss,
-                max_steps=self.max_steps,
-            )
-            for scale in self.scales
-            for size in self.batch_sizes
-            for seed in self.seeds
-        ]
+        return grid(
+            Dataset(self.data, self.n),
+            lrs=(self.lr,),
+            seeds=self.seeds,
+            batch_sizes=self.batch_sizes,
+            scales=self.scales,
+            target_loss=self.target_loss,
+            max_steps=self.max_steps,
+        )
 
     def jobs(self) -> list[Job]:
         """Return a minimum for each scale, batch size and seed."""
