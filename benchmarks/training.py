@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,7 +16,6 @@ __all__ = [
     "gd_until",
     "independent_batches",
     "reshuffled_batches",
-    "sgd_steps",
 ]
 
 mean_squared_error = nn.MSELoss()
@@ -76,25 +74,3 @@ def independent_batches(
     while True:
         rows = torch.randperm(len(images.x), generator=generator)[:batch_size]
         yield images.x[rows], images.y[rows]
-
-
-def sgd_steps(
-    start: nn.Module, images: Images, *, lr: float, batch_size: int, steps: int, seed: int
-) -> tuple[nn.Module, stableopt.SGD, Iterator[int]]:
-    """Prepare SGD on a copy of ``start``.
-
-    Returns the copy, its optimizer, and an iterator that takes a step each time and yields its
-    number.
-    """
-    model = copy.deepcopy(start)
-    optimizer = stableopt.SGD(model.parameters(), lr=lr)
-    batches = reshuffled_batches(images, batch_size, torch.Generator().manual_seed(seed))
-
-    def run() -> Iterator[int]:
-        for step, (x, y) in zip(range(1, steps + 1), batches, strict=False):
-            optimizer.zero_grad()
-            mean_squared_error(model(x), y).backward()
-            optimizer.step()
-            yield step
-
-    return model, optimizer, run()

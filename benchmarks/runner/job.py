@@ -80,8 +80,11 @@ class Job(ABC):
 
     @classmethod
     def run_together(cls, jobs: list[Job], works: list[Work]) -> list[dict[str, Any]]:
-        """Compute the results of jobs whose ``together`` is equal: to rounding, those of ``run``."""
-        raise NotImplementedError(f"{cls.__name__} does not run together")
+        """Compute the results of jobs whose ``together`` is equal: to rounding, those of ``run``.
+
+        One after the other, unless a class knows better.
+        """
+        return [job.run(work) for job, work in zip(jobs, works, strict=True)]
 
     @property
     def config(self) -> dict[str, Any]:
