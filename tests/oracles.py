@@ -121,3 +121,17 @@ def two_loop(changes: Tensor, steps: Tensor, gamma: float, vector: Tensor) -> Te
     for (y, s), share in zip(pairs, reversed(shares), strict=True):
         result = result + (share - y @ result / (y @ s)) * s
     return result
+
+
+class SineOnce(torch.autograd.Function):
+    """A sine by a kernel that can be differentiated only once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].cos()

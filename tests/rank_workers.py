@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracles import small_data, small_network
+from oracles import SineOnce, small_data, small_network
 from rank_processes import shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -368,20 +368,6 @@ def refusals() -> dict[str, str]:
     except TypeError as error:
         found["problem"] = str(error)
     return found
-
-
-class SineOnce(torch.autograd.Function):
-    """A sine that can be differentiated only once."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0].cos()
 
 
 class Sine(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import covariance, dense_hessians, relative_error, small_data
+from oracles import SineOnce, covariance, dense_hessians, relative_error, small_data
 from torch import Tensor, nn
 
 import stableopt
@@ -85,18 +85,6 @@ def test_later_products_are_looked_at_too() -> None:
         differences.along(exponentials(torch.float64, noise=1.0), size=1.0)
 
 
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0].cos()
-
-
 class Sine(nn.Module):
     """The sine, by a kernel that is differentiable once, or by torch's."""
 
@@ -105,7 +93,7 @@ class Sine(nn.Module):
         self.once = once
 
     def forward(self, x: Tensor) -> Tensor:
-        return OnceOnly.apply(x) if self.once else x.sin()
+        return SineOnce.apply(x) if self.once else x.sin()
 
 
 def twins() -> tuple[nn.Module, nn.Module]:
