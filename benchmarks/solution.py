@@ -22,7 +22,7 @@ from benchmarks.runner import Job, Store, Work
 from benchmarks.training import evaluate, mean_squared_error
 from benchmarks.walk import due, note, outcome, walk, worth_a_line
 
-__all__ = ["Solution", "flops_per_sample", "grid", "images_for", "measured", "row"]
+__all__ = ["Solution", "flops_per_sample", "grid", "images_for", "measured", "passes_to", "row"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -70,9 +70,9 @@ class Solution(Job):
 
     @property
     def flops(self) -> float:
-        """With 80/(lr √target_loss) passes over the data: right within a factor of four or so."""
+        """See :func:`passes_to`."""
         epoch_steps = math.ceil(self.data.n / (self.batch_size or self.data.n))
-        passes = min(80 / (self.lr * self.target_loss**0.5), self.max_steps / epoch_steps)
+        passes = min(passes_to(self.target_loss, self.lr), self.max_steps / epoch_steps)
         return passes * self.data.n * flops_per_sample(self.data.name, self.network)
 
     @property
@@ -150,6 +150,15 @@ def images_for(data: Dataset, work: Work) -> Images:
 @cache
 def _images(data: Dataset, folder: Path | None, device: str) -> Images:
     return data.load(folder).to(device)
+
+
+def passes_to(loss: float, lr: float) -> float:
+    """Return about how many passes over the data it takes: right within a factor of four or so.
+
+    >>> passes_to(0.01, lr=0.5)
+    1600.0
+    """
+    return 80 / (lr * loss**0.5)
 
 
 @cache

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 import stableopt
 from benchmarks.data import Images
 from benchmarks.runner import Job, Work
-from benchmarks.solution import Solution, flops_per_sample, images_for, measured
+from benchmarks.solution import Solution, flops_per_sample, images_for, measured, passes_to
 from benchmarks.training import (
     evaluate,
     independent_batches,
     mean_squared_error,
     reshuffled_batches,
 )
+from benchmarks.walk import worth_a_line
 from stableopt import UpdateRule
 
 __all__ = ["ESCAPED", "Outcome", "Prediction", "Switch", "box"]
@@ -69,11 +71,13 @@ class Outcome:
             ``None``.
         largest_loss_ratio: the largest training loss that was seen, by the first.
         after: loss, test accuracy and margins at the end; ``None`` for a run that diverged.
+        settled_at: the step after which the loss was small again, if that was waited for.
     """
 
     escaped_at: int | None
     largest_loss_ratio: float
     after: dict[str, Any] | None
+    settled_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class Switch(Job):
         look_every: steps between two looks at the training loss.
         measure_every: steps between two measurements of the margins; ``None`` measures at the end
             only.
+        independent: whether batches are drawn independently, not from an order of the samples.
+        measure_after: whether the margins at the end are measured.
+        settle_loss: after an escape, training goes on until the training loss is at most this;
+            ``None`` ends after ``steps``. Only then do minima compare with one another.
+        settle_steps: at which it ends in any case.
 
     The first line of the trace is what :func:`box` says, written before the first step. The result
     has ``predicted`` (``"escape"`` or ``"stay"``) and ``why``, the minimum's own result as
@@ -106,6 +115,8 @@ class Switch(Job):
     measure_every: int | None = None
     independent: bool = False
     measure_after: bool = True
+    settle_loss: float | None = None
+    settle_steps: int = 300_000
 
     @property
     def needs(self) -> tuple[Job, ...]:
@@ -119,6 +130,8 @@ class Switch(Job):
         samples = (
             self.steps * (self.batch_size or data.n) + self.steps / self.look_every * data.n / 3
         )
+        if self.settle_loss is not None:
+            samples += data.n * passes_to(self.settle_loss, self.lr)
         return samples * flops_per_sample(data.name, self.start.network)
 
     def run(self, work: Work) -> dict[str, Any]:
@@ -147,16 +160,20 @@ class Switch(Job):
         model = self.start.model(work.place.device)
         model.load_state_dict(work.tensors(self.start))
         optimizer = stableopt.SGD(model.parameters(), lr=self.lr)
+        steps = self._stepping(optimizer, model, images)
         with ExitStack() as tracking:
             if self.measure_every:
                 tracking.enter_context(self._tracked(optimizer, model, images, work, tracking))
-            escaped_at, largest, loss = self._steps(optimizer, model, images, work)
+            escaped_at, largest, loss = self._watch(steps, model, images, work)
+        settled_at = None
+        if self.settle_loss is not None and escaped_at is not None and loss < math.inf:
+            settled_at, loss = self._settle(steps, model, images, work, loss)
         after: dict[str, Any] | None = None
         if loss < math.inf:
             after = {"loss": loss, "test_accuracy": images.accuracy(model)}
             if self.measure_after:
                 after.update(measured(model, images, lr=self.lr, batch_size=self.batch_size))
-        return Outcome(escaped_at, largest, after)
+        return Outcome(escaped_at, largest, after, settled_at)
 
     def _tracked(
         self,
@@ -178,17 +195,24 @@ class Switch(Job):
             sinks=[_Trace(work), board],
         )
 
-    def _steps(
-        self, optimizer: stableopt.SGD, model: nn.Module, images: Images, work: Work
+    def _stepping(
+        self, optimizer: stableopt.SGD, model: nn.Module, images: Images
+    ) -> Iterator[int]:
+        """Take a step and yield how many there have been, for ever."""
+        for step, (x, y) in enumerate(self._batches(images), 1):
+            optimizer.zero_grad()
+            mean_squared_error(model(x), y).backward()
+            optimizer.step()
+            yield step
+
+    def _watch(
+        self, steps: Iterator[int], model: nn.Module, images: Images, work: Work
     ) -> tuple[int | None, float, float]:
         """Return when it escaped, the largest loss relative to the first, and the last loss."""
         first = loss = evaluate(model, images)
         escaped_at, largest = None, 1.0
         work.trace(step=0, loss=first)
-        for step, (x, y) in zip(range(1, self.steps + 1), self._batches(images), strict=False):
-            optimizer.zero_grad()
-            mean_squared_error(model(x), y).backward()
-            optimizer.step()
+        for step in islice(steps, self.steps):
             if step % self.look_every:
                 continue
             loss = evaluate(model, images)
@@ -200,6 +224,25 @@ class Switch(Job):
                 return escaped_at, math.inf, math.inf
             largest = max(largest, loss / first)
         return escaped_at, largest, loss
+
+    def _settle(
+        self, steps: Iterator[int], model: nn.Module, images: Images, work: Work, loss: float
+    ) -> tuple[int | None, float]:
+        """Return when the loss was small again, and the loss; it is looked at once in an epoch."""
+        assert self.settle_loss is not None
+        epoch = math.ceil(len(images.x) / (self.batch_size or len(images.x)))
+        for step in islice(steps, max(0, self.settle_steps - self.steps)):
+            if step % epoch:
+                continue
+            loss = evaluate(model, images)
+            if worth_a_line(step // epoch):
+                work.trace(step=step, loss=loss)
+            work.progress(step / self.settle_steps, f"{self.how}: step {step:,}, loss {loss:.1e}")
+            if loss <= self.settle_loss:
+                return step, loss
+            if not loss < math.inf:
+                break
+        return None, loss
 
     @property
     def how(self) -> str:

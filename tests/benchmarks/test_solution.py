@@ -171,6 +171,25 @@ def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
     assert list((store.folder(watched) / "tensorboard").iterdir())
 
 
+def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store]) -> None:
+    """Catches a run that ends before its loss is small again, one that settles on another path, and
+    one that goes on though it never left.
+    """
+    start, store = minimum
+    a = store.result(start)["sharpness"]
+    away = Switch(start, lr=2 * 2 / a, batch_size=None, steps=20, look_every=1)
+    settled = done(replace(away, settle_loss=2e-3), store)
+    assert settled["settled_at"] > away.steps
+    assert settled["after"]["loss"] <= 2e-3
+    longer = done(replace(away, steps=settled["settled_at"]), store)
+    assert longer["after"] == settled["after"]
+    cut = done(replace(away, settle_loss=1e-9, settle_steps=30), store)
+    assert cut["settled_at"] is None
+    assert cut["after"]["loss"] > 1e-9
+    stayed = done(Switch(start, lr=0.5 / a, batch_size=None, steps=10, settle_loss=1e-9), store)
+    assert stayed["settled_at"] is None
+
+
 def test_independent_batches_are_not_an_epoch(minimum: tuple[Solution, Store]) -> None:
     """Catches one way of drawing under two names."""
     start, _ = minimum
