@@ -194,6 +194,9 @@ class _Run:
         if room <= 0:
             return False
         ready = [j for j in waiting.values() if self.done.issuperset(n.id for n in j.needs)]
+        # What others wait for goes first: it is the long way to the end that must not stand idle.
+        needed = {need.id for job in waiting.values() for need in job.needs}
+        ready.sort(key=lambda job: job.id not in needed)
         for group in self._grouped(ready)[:room]:
             if not self._start(executor, group):
                 return True

@@ -79,6 +79,16 @@ def test_needs_are_run_before_and_only_what_is_left_is_run(tmp_path: Path) -> No
     assert again.found == [one, two, total]
 
 
+def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
+    """Catches a long way to the end that waits for jobs that nobody needs."""
+    lone, need = Number(1.0), Number(2.0)
+    total = Sum((need,))
+    log = Log()
+    run_all([lone, total], Store(tmp_path), HERE, in_flight=1, watch=log)
+    started = [id for word, id in log.lines if word == "started"]
+    assert started == [need.id, lone.id, total.id]
+
+
 def test_a_failure_costs_what_stands_on_it_and_is_not_run_again_unasked(tmp_path: Path) -> None:
     """Catches a failure that counts as done, ends the sweep, is silently run again or hidden, and a
     job that waits for it for ever; at whatever distance.
