@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import resource
+import os
 import subprocess
 import sys
 import weakref
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import STATUS, peak_mib
 from torch import nn
 
 from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Problem, top_eigenpair
@@ -51,15 +52,15 @@ def grown(way: str, samples: int, memory: int) -> float:
     # Once on a few samples: what torch sets up on first use is not the data's.
     few = Problem(model, nn.MSELoss(), (x[:4], y[:4]))
     for part in (few, problem):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_mib()
         sigma = NonUniformity(part, memory=memory)
         top_eigenpair(sigma, max_iter=2)
         top_eigenpair(Hessian(part, memory=memory), max_iter=2)
     assert sigma.method == way
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # KiB on Linux
+    return peak_mib() - before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in KiB on Linux alone")
+@pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("way", "samples", "memory", "per_sample_mib", "ceiling"),
     [
@@ -80,7 +81,11 @@ def test_peak_memory_does_not_grow_with_samples_times_parameters(
     """
     code = f"from test_memory import grown; print(grown({way!r}, {samples}, {memory}))"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) < ceiling < samples * per_sample_mib
