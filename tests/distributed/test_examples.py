@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from rank_processes import run_script
+from rank_processes import TIMEOUT, run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,3 +26,30 @@ def test_examples_run_on_two_ranks(name: str, tmp_path: Path) -> None:
     assert zero.count("2 ranks") == 1
     assert "sharpness" in zero
     assert "2 ranks" not in one
+
+
+def test_an_example_runs_by_torchrun() -> None:
+    """Catches an environment that is torchrun's in the test above alone."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "examples" / "ddp.py"),
+        ],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks") == 1

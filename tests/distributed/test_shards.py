@@ -16,7 +16,7 @@ def alone() -> dict[str, Any]:
     return margins_of_all()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_measure_what_one_process_does(
     size: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
