@@ -24,7 +24,16 @@ extensions = [
 ]
 root_doc = "README"
 include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "benchmarks/REPORT.md"]
-exclude_patterns = [".*", "build", "dist", "runs", "stableopt", "tests", "docs/gallery", "docs/_templates"]
+exclude_patterns = [
+    ".*",
+    "build",
+    "dist",
+    "runs",
+    "stableopt",
+    "tests",
+    "docs/gallery",
+    "docs/_templates",
+]
 templates_path = [str(Path(__file__).parent / "_templates")]
 
 myst_enable_extensions = ["dollarmath"]

@@ -67,7 +67,9 @@ def four_runs(folder: Path) -> dict[str, stableopt.StabilityMonitor]:
             with torch.no_grad():
                 losses.append(loss_fn(model(x), y).item())
         monitor.close()
-        print(f"{name}: loss {losses[0]:.1e}, at most {max(losses):.1e}, {losses[-1]:.1e} at the end")
+        print(
+            f"{name}: loss {losses[0]:.1e}, at most {max(losses):.1e}, {losses[-1]:.1e} at the end"
+        )
         return monitor
 
     below = run("below", network(), lr=0.3, batch_size=32)

@@ -49,7 +49,7 @@ docs/performance
 docs/theory
 docs/limits
 docs/reproducing
-benchmarks/REPORT
+The report <benchmarks/REPORT>
 ```
 
 ```{toctree}
@@ -74,9 +74,10 @@ def _public(app, env, node, contnode):
     ``stableopt.adapt.laws.keep_margin`` is listed as ``stableopt.adapt.keep_margin``, and
     ``stableopt.stability.UpdateRule`` as ``stableopt.UpdateRule``.
     """
-    if node.get("refdomain") != "py":
-        return None
     parts = node["reftarget"].removeprefix("stableopt.").split(".")
+    package, *rest = node["reftarget"].split(".")
+    if node.get("refdomain") != "py" or (rest and package.islower() and package != "stableopt"):
+        return None
     objects = env.domains.python_domain.objects
     for tail in (parts[-1:], parts[-2:]):
         for end in range(len(parts) - len(tail), -1, -1):

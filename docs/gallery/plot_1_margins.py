@@ -1,5 +1,4 @@
-"""
-The margins of a run
+"""The margins of a run
 ====================
 
 Gradient descent sharpens the minimum it is on its way to until it stands at its limit, the *edge of
@@ -26,9 +25,7 @@ loss_fn = nn.MSELoss()
 # Tracking is one line. Here it measures every 20 steps, and both coordinates of the theory.
 
 opt = stableopt.GD(model.parameters(), lr=0.6)
-monitor = opt.track(
-    model, loss_fn, (x, y), every=20, quantities=("sharpness", "non_uniformity")
-)
+monitor = opt.track(model, loss_fn, (x, y), every=20, quantities=("sharpness", "non_uniformity"))
 
 
 def train(steps):

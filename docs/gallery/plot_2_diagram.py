@@ -1,5 +1,4 @@
-"""
-SGD leaves a minimum that gradient descent stays at
+"""SGD leaves a minimum that gradient descent stays at
 ===================================================
 
 The sharpness / non-uniformity diagram of Wu, Ma & E (2018), with a run in it that escapes and settles.

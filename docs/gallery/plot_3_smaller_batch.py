@@ -1,5 +1,4 @@
-"""
-What would a smaller batch do?
+"""What would a smaller batch do?
 ==============================
 
 :func:`~stableopt.critical_lr` answers before SGD is run: above it the distance to the minimum grows
@@ -87,4 +86,7 @@ axes.legend()
 margins = stableopt.measure(problem, lr=1.0, batch_size=4)
 for size in sizes:
     region = stableopt.StabilityRegion(stableopt.UpdateRule(lr=0.8), size, dataset_size=len(x))
-    print(f"B = {size:2}: can stay at η = 0.8?", region.contains(margins.sharpness, margins.non_uniformity))
+    print(
+        f"B = {size:2}: can stay at η = 0.8?",
+        region.contains(margins.sharpness, margins.non_uniformity),
+    )

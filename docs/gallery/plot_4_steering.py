@@ -1,5 +1,4 @@
-"""
-Steering to a flatter minimum
+"""Steering to a flatter minimum
 =============================
 
 Name the minima that are wanted; the learning rate is chosen so that the others are unstable.
@@ -25,9 +24,7 @@ loss_fn = nn.MSELoss()
 # First gradient descent alone, for 4,000 steps at η = 0.5. It sharpens towards 2/η = 4.
 
 opt = stableopt.GD(model.parameters(), lr=0.5)
-monitor = opt.track(
-    model, loss_fn, (x, y), every=40, quantities=("sharpness", "non_uniformity")
-)
+monitor = opt.track(model, loss_fn, (x, y), every=40, quantities=("sharpness", "non_uniformity"))
 
 
 def train(steps, after=lambda: None):

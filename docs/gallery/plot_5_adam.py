@@ -1,5 +1,4 @@
-"""
-Adam's edge of stability
+"""Adam's edge of stability
 ========================
 
 Adam preconditions the Hessian. What is limited is the *preconditioned* sharpness λmax(PH), and the

@@ -1,5 +1,4 @@
-"""
-Which learning rate?
+"""Which learning rate?
 ====================
 
 :func:`~stableopt.suggest` answers in place of a plot: the largest learning rate that is linearly
