@@ -71,8 +71,10 @@ axes.plot(list(sizes), list(critical.values()), color="#0072B2", label="critical
 runs = [(size, share * lr) for size, lr in critical.items() for share in (0.7, 0.9, 1.1, 1.4)]
 left = [run for run in runs if escapes(*run)]
 stayed = [run for run in runs if run not in left]
-axes.plot(*zip(*left, strict=True), "x", color="#D55E00", label="SGD escaped")
-axes.plot(*zip(*stayed, strict=True), "o", color="#009E73", label="SGD stayed")
+for found, marker, colour in ((left, "x", "#D55E00"), (stayed, "o", "#009E73")):
+    label = f"SGD {'escaped' if marker == 'x' else 'stayed'}"
+    where = [size for size, _ in found], [lr for _, lr in found]
+    axes.plot(*where, marker, color=colour, label=label)
 axes.set_xscale("log", base=2)
 axes.set_xticks(sizes, [str(size) for size in sizes])
 axes.minorticks_off()
