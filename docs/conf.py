@@ -73,4 +73,3 @@ html_theme = "furo"
 html_title = f"stableopt {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
-html_static_path = []

@@ -83,7 +83,8 @@ def install(words: list[str], here: Here) -> None:
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    every = [Requirement(one) for one in [*project["dependencies"], *sum(extras.values(), [])]]
+    every = [Requirement(one) for listed in extras.values() for one in listed]
+    every += map(Requirement, project["dependencies"])
     for word in words[2:]:
         # "stableopt @ ." is a path and not a URL, and so no requirement; pip takes it as one.
         wanted = Requirement(word.removesuffix(" @ ."))
