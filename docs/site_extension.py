@@ -7,6 +7,7 @@
   the build.
 """
 
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -94,9 +95,16 @@ def _no_type(app, what, name, obj, options, lines):
         lines[:0] = ["..", ""]
 
 
+def _factories(app, what, name, obj, options, signature, returns):
+    """Write a dataclass's default factory so that the signature can be read, and linked."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def _math(translator, node):
     block = isinstance(node, nodes.math_block)
-    translator.body.append(tex2mathml(node.astext(), as_block=block))
+    # An accent in braces: an index after it would be set below it.
+    formula = re.sub(r"(\\(?:dot|bar|hat)\s*(?:\\[a-zA-Z]+|\w))", r"{\1}", node.astext())
+    translator.body.append(tex2mathml(formula, as_block=block))
     raise nodes.SkipNode
 
 
@@ -165,6 +173,7 @@ def setup(app):
     app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.connect("source-read", _add_contents)
     app.connect("missing-reference", _public)
+    app.connect("autodoc-process-signature", _factories)
     app.connect("autodoc-process-docstring", _no_type, priority=400)
     app.connect("build-finished", _finish)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
