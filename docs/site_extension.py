@@ -100,11 +100,18 @@ def _factories(app, what, name, obj, options, signature, returns):
     return signature and signature.replace("<factory>", "..."), returns
 
 
+_UNDER_ACCENT = re.compile(
+    r"<munderover>\s*(<mi>\w+</mi>)((?:(?!</?munderover>).)*)"
+    r'(<mo stretchy="false">.</mo>)\s*</munderover>',
+    re.DOTALL,
+)
+
+
 def _math(translator, node):
     block = isinstance(node, nodes.math_block)
-    # An accent in braces: an index after it would be set below it.
-    formula = re.sub(r"(\\(?:dot|bar|hat)\s*(?:\\[a-zA-Z]+|\w))", r"{\1}", node.astext())
-    translator.body.append(tex2mathml(formula, as_block=block))
+    mathml = tex2mathml(node.astext(), as_block=block)
+    # docutils sets the index of an accented letter below it, as if it were a sum's.
+    translator.body.append(_UNDER_ACCENT.sub(r"<msub><mover>\1\3</mover>\2</msub>", mathml))
     raise nodes.SkipNode
 
 
