@@ -9,6 +9,7 @@
 
 import re
 import shutil
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,7 +20,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.nodes import make_refnode
 from sphinx_gallery.scrapers import figure_rst
 
-# A pattern takes up the pages that match and have not been named.
+# A pattern takes up the pages that match and have not been named; a page that nothing names is the last.
 CONTENTS = """
 ```{toctree}
 :hidden:
@@ -60,13 +61,18 @@ The report <benchmarks/REPORT>
 docs/api
 CHANGELOG
 CONTRIBUTING
+{others}
 ```
 """
+_ELSEWHERE = ("docs/generated/*", "docs/auto_gallery/*")
 
 
 def _add_contents(app, docname, source):
     if docname == app.config.root_doc:
-        source[0] += CONTENTS
+        named = [docname, *_ELSEWHERE, *(line.strip("<>") for line in CONTENTS.split())]
+        pages = sorted(app.env.found_docs)
+        others = [page for page in pages if not any(fnmatch(page, name) for name in named)]
+        source[0] += CONTENTS.replace("{others}", "\n".join(others))
 
 
 def _public(app, env, node, contnode):
