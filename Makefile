@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,9 +27,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # The gallery is run: a minute. Everything is made anew, so that a warning of before is there again.
+.PHONY: docs
 docs: $(VENV)/.installed
 	rm -rf build/docs docs/generated docs/auto_gallery
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 
 clean:
-	rm -rf $(VENV) build dist runs docs/generated docs/auto_gallery .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -35,7 +35,7 @@ TOOLS = (
 )
 
 NOT_RUN = {
-    r"python -m build|tar .+|unzip .+": "needs the archives of a release; nox builds and tests the wheel",
+    r"python -m build|tar .+|unzip .+": "needs the archives of a release",
     r"twine .+": "uploads a release",
 }
 """Patterns of commands that are not run here, each with the reason."""
