@@ -158,7 +158,7 @@ def torchrun(words: list[str], here: Here) -> None:
 
 
 CHECKS: dict[str, Callable[[list[str], Here], None]] = {
-    r"make [\w-]+": make,
+    r"make [\w -]+": make,
     r"(python -m )?pip install .+": install,
     r"python -m benchmarks run .+": benchmarks_run,
     r"(python -m benchmarks )?perf .+": benchmarks_perf,
