@@ -33,5 +33,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The gallery is run: a minute. Everything is made anew, so that a warning of before is there again.
+.PHONY: docs
+docs: $(VENV)/.installed
+	rm -rf build/docs docs/generated docs/auto_gallery
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+
 clean:
 	rm -rf $(VENV) .nox build dist runs .pytest_cache .mypy_cache .ruff_cache

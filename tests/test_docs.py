@@ -1,16 +1,25 @@
-"""Every Python block of README and docs runs, as does what the README's diff makes of a loop."""
+"""Every Python block of README and docs runs, as does what the README's diff makes of a loop.
+
+Commands are in ``test_docs_commands.py``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import stableopt
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+GALLERY = sorted((ROOT / "docs" / "gallery").glob("plot_*.py"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -21,11 +30,28 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Catches an example that the code has left behind. Blocks of a page share their names."""
+    """Catches an example that the code has left behind, and a printed number that is not what comes
+    out, where it is in a comment beside its ``print``. Blocks of a page share their names.
+    """
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for block in blocks(page, "python"):
+        printed: dict[int, str] = {}
+
+        def show(*what: object, printed: dict[int, str] = printed, **options: object) -> None:
+            printed[sys._getframe(1).f_lineno] = " ".join(map(str, what))
+
+        namespace["print"] = show
         exec(compile(block, str(page), "exec"), namespace)
+        for number, line in enumerate(block.splitlines(), start=1):
+            said = re.fullmatch(r"print\(.*\)  # ([\d., ]+)", line)
+            if said:
+                shown = re.findall(r"[\d.]+\d", printed[number])
+                expected = re.findall(r"[\d.]+\d", said[1])
+                # As many digits as are written, and one unit of the last.
+                for one, other in zip(expected, shown, strict=True):
+                    unit = 10.0 ** -len(one.partition(".")[2])
+                    assert float(other) == pytest.approx(float(one), abs=unit), line
 
 
 def test_the_swap_is_a_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +97,53 @@ def test_figures_need_no_display() -> None:
         for line in path.read_text().splitlines()
         if line.lstrip().startswith(("import ", "from "))
     )
+
+
+@pytest.mark.parametrize("script", GALLERY, ids=lambda script: script.stem)
+def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches an example of the gallery that the code has left behind, without building the site:
+    with sixty steps for each of its loops.
+    """
+    source, loops = re.subn(r"\b(range\(|train\(|steps=)\d{3,}", r"\g<1>60", script.read_text())
+    assert loops
+    namespace = {"__name__": "gallery"}
+    exec(compile(source, str(script), "exec"), namespace)
+    assert namespace["figure"].axes
+
+
+def test_reference_lists_every_public_name() -> None:
+    """Catches a name that is exported and not in the reference, or in it and exported no more."""
+    listed: dict[str, set[str]] = {}
+    package = ""
+    for block in blocks(ROOT / "docs" / "api.md", "{eval-rst}"):
+        module = re.search(r"currentmodule:: (\S+)", block)
+        package = module[1] if module else package
+        names = re.findall(r"^   (\w+)$", block, re.MULTILINE)
+        listed.setdefault(package, set()).update(names)
+    assert "stableopt.curvature" in listed
+    top = set(stableopt.__all__)
+    for package, names in listed.items():
+        module = importlib.import_module(package)
+        own = {name for name in module.__all__ if not inspect.ismodule(getattr(module, name))}
+        expected = own - {"__version__"} - (top if package != "stableopt" else set())
+        assert names == expected, package
+
+
+def test_a_link_to_nowhere_is_found(tmp_path: Path) -> None:
+    """Catches a check of the built site that sees no broken link, or one in a whole link."""
+    (tmp_path / "other.html").write_text('<p id="there"></p>')
+    (tmp_path / "page.html").write_text(
+        '<a href="other.html#there"></a><a href="other.html#gone"></a><a href="#gone"></a>'
+        '<img src="gone.png"><a href="https://x.org"></a><script src="https://x.org/a.js"></script>'
+    )
+    specification = importlib.util.spec_from_file_location(
+        "site_extension", ROOT / "docs" / "site_extension.py"
+    )
+    site_extension = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(site_extension)
+    assert site_extension.broken_links(tmp_path) == [
+        "page.html: #gone",
+        "page.html: gone.png",
+        "page.html: https://x.org/a.js",
+        "page.html: other.html#gone",
+    ]

@@ -33,7 +33,7 @@ class StabilityController:
     the sharpness leaves by twice the band: what lies between is hysteresis, without which two knobs
     that act on both quantities would chase each other.
 
-    Every decision is a record with its reason, in :attr:`decisions`, in the monitor's sinks, and a mark
+    Every decision is a record with its reason, in ``decisions``, in the monitor's sinks, and a mark
     for the figures. That the target is reached, or cannot be, is one as well.
 
     In a distributed run rank 0 decides, and ``step()`` must be called on every rank.

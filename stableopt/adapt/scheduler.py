@@ -34,7 +34,7 @@ class StabilityLR(LRScheduler):
     monitor and changes nothing in between. Groups keep the ratios of their rates; rates that are
     tensors are changed in place.
 
-    Every decision is kept in :attr:`decisions` and told to the monitor's sinks. A measurement that
+    Every decision is kept in ``decisions`` and told to the monitor's sinks. A measurement that
     failed or did not converge never raises the rate.
 
     In a distributed run rank 0 decides, and ``step()`` must be called on every rank.
@@ -123,7 +123,7 @@ class StabilityLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the rate of each group after what there is to decide; :meth:`step` calls it."""
+        """Return the rate of each group after what there is to decide; ``step`` calls it."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         # torch steps a scheduler once as it makes it.
         decision = self._act() if self._step_count > 1 else None

@@ -15,7 +15,7 @@ __all__ = ["GD", "SGD"]
 
 
 class SGD(Tracking, torch.optim.SGD):
-    """``torch.optim.SGD`` with :meth:`track` and :attr:`margins`; same arguments, same numbers.
+    """``torch.optim.SGD`` with ``track`` and ``margins``; same arguments, same numbers.
 
     ``step`` is torch's own, so hooks, schedulers, scalers and compilation see what they expect. One
     repair: a first fused step that a gradient scaler skips does not leave momentum buffers with

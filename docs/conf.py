@@ -1,0 +1,75 @@
+"""Sphinx: ``make docs`` builds the pages into ``build/docs``.
+
+The sources are the repository's own Markdown files where they lie, so that one relative link works on
+a code host and here. ``docs/site_extension.py`` has what is not a setting.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from stableopt import __version__ as release
+
+project = "stableopt"
+author = copyright = "The stableopt developers"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
+    "site_extension",
+]
+root_doc = "README"
+include_patterns = ["*.md", "docs/**.md", "docs/**.rst", "benchmarks/REPORT.md"]
+exclude_patterns = [
+    ".*",
+    "build",
+    "dist",
+    "runs",
+    "stableopt",
+    "tests",
+    "docs/gallery",
+    "docs/_templates",
+]
+templates_path = [str(Path(__file__).parent / "_templates")]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "docs/gallery",
+    "gallery_dirs": "docs/auto_gallery",
+    "image_scrapers": ("site_extension",),
+    "reset_modules": (),
+    "within_subsection_order": "FileNameSortKey",
+    "capture_repr": (),
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 1e9,
+    "copyfile_regex": r"",
+    "abort_on_example_error": True,
+}
+
+nitpicky = True
+nitpick_ignore_regex = [
+    # Other packages' names: there is no inventory of theirs without a network.
+    ("py:.*", r"(torch|numpy|np|matplotlib|collections|contextlib|abc|os|typing)\..*"),
+    ("py:.*", r"Axes|Figure|NDArray|SummaryWriter|optional"),
+    # Modules within the packages, which are not public.
+    ("py:.*", r"stableopt\.\w+\.[a-z_]+(\..*)?"),
+]
+
+html_theme = "furo"
+html_title = f"stableopt {release}"
+html_math_renderer = "mathml"
+html_copy_source = False

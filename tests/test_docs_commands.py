@@ -1,0 +1,210 @@
+"""Every command that README, CONTRIBUTING and docs show is known here, and run in a cheap form.
+
+A command is what begins with the name of a tool: a line of a block that is no Python, or inline code
+of more than one word. Each goes to the first of ``CHECKS`` that matches it; one that none matches
+fails. What is not run at all is in ``NOT_RUN``, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import benchmarks.__main__ as benchmarks_cli
+from benchmarks import commands
+from stableopt.__main__ import main as stableopt_cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+TOOLS = (
+    r"python3?|make|pip|nox|tensorboard|torchrun|perf|accelerate|sbatch|srun|mpirun|dask|apt-get|git"
+    r"|tar|unzip|twine"
+)
+
+NOT_RUN = {
+    r"python -m build|tar .+|unzip .+": "needs the archives of a release",
+    r"twine .+": "uploads a release",
+}
+"""Patterns of commands that are not run here, each with the reason."""
+
+
+def commands_of(text: str) -> list[str]:
+    """Return the commands that ``text``, a page, shows: without comments, prompts and ``.venv/bin``."""
+    found: list[str] = []
+    fences = re.compile(r"^ *```(\S*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    for language, block in fences.findall(text):
+        if language not in ("python", "diff", "{eval-rst}"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line.strip().removeprefix("$ ") for line in lines]
+    found += [code for code in re.findall(r"`([^`]+)`", fences.sub("", text)) if " " in code]
+    plain = [" ".join(re.sub(r"\s#\s.*", "", one).split()) for one in found]
+    plain = [one.removeprefix(".venv/bin/") for one in plain]
+    return list(dict.fromkeys(one for one in plain if re.match(rf"({TOOLS})\s", one)))
+
+
+COMMANDS = list(dict.fromkeys(one for page in PAGES for one in commands_of(page.read_text())))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which something was run, for the commands that look at what was."""
+    folder = tmp_path_factory.mktemp("ran")
+    arguments = ["run", "toy", "--preset", "smoke", "--out", str(folder / "runs")]
+    assert benchmarks_cli.main(arguments) == 0
+    return folder
+
+
+class Here:
+    """Where a command is tried: a folder of its own, and the fixtures that it may use."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.request = request
+        self.patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
+        self.folder: Path = request.getfixturevalue("tmp_path")
+        self.patch.chdir(self.folder)
+
+
+def make(words: list[str], here: Here) -> None:
+    """The target exists, with all that it depends on."""
+    subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def install(words: list[str], here: Here) -> None:
+    """Requirements can be read, and the extras and packages are those of ``pyproject.toml``.
+
+    Installing needs a network.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    every = [Requirement(one) for listed in extras.values() for one in listed]
+    every += map(Requirement, project["dependencies"])
+    for word in words[2:]:
+        # "stableopt @ ." is a path and not a URL, and so no requirement; pip takes it as one.
+        wanted = Requirement(word.removesuffix(" @ ."))
+        assert wanted.name in {"stableopt", *(one.name for one in every)}
+        assert wanted.extras <= set(extras)
+
+
+def benchmarks_run(words: list[str], here: Here) -> None:
+    """Its jobs can be made and listed."""
+    names = {"NAME": "toy", "…": "toy"}
+    arguments = [names.get(word, word) for word in words[3:]]
+    assert benchmarks_cli.main([*arguments, "--dry-run"]) == 0
+
+
+def benchmarks_perf(words: list[str], here: Here) -> None:
+    """Its parts exist and take the settings; nothing is timed."""
+    configured = []
+    for path in commands.PARTS.values():
+        here.patch.setattr(f"{path}.run", configured.append)
+    arguments = words[1:] if words[0] == "perf" else words[4:]
+    assert benchmarks_cli.main(["perf", *arguments]) == 0
+    assert configured
+
+
+def benchmarks_after(words: list[str], here: Here) -> None:
+    """It is run, on what the smoke preset left."""
+    ran = here.request.getfixturevalue("ran")
+    here.patch.chdir(ran)
+    if words[3] == "report":
+        words = [*words, "--to", str(here.folder / "REPORT.md")]
+    assert benchmarks_cli.main(words[3:]) == 0
+
+
+def doctor(words: list[str], here: Here) -> None:
+    """It is run, on a model under the name that is shown."""
+    for target in words[4:]:
+        module, name = target.split(":")
+        path = here.folder.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True)
+        path.write_text(f"from torch import nn\n\ndef {name}():\n    return nn.Linear(2, 1)\n")
+        here.patch.syspath_prepend(here.folder)
+    assert stableopt_cli(words[3:]) == 0
+
+
+def script(words: list[str], here: Here) -> None:
+    """It is there and says what it takes; what it makes takes minutes, or a browser."""
+    command = [sys.executable, str(ROOT / words[1]), *words[2:], "--help"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def tensorboard(words: list[str], here: Here) -> None:
+    """Its options exist; a server is not started."""
+    from tensorboard import default, program
+
+    program.TensorBoard(default.get_plugins()).configure(words)
+
+
+def torchrun(words: list[str], here: Here) -> None:
+    """Its options exist; the examples are run in ``distributed/test_examples.py``."""
+    from torch.distributed.run import get_args_parser
+
+    scripts = [word for word in words if word.endswith(".py")]
+    assert all((ROOT / one).exists() for one in scripts)
+    get_args_parser().parse_args([*words[1:], *([] if scripts else ["examples/ddp.py"])])
+
+
+CHECKS: dict[str, Callable[[list[str], Here], None]] = {
+    r"make [\w -]+": make,
+    r"(python -m )?pip install .+": install,
+    r"python -m benchmarks run .+": benchmarks_run,
+    r"(python -m benchmarks )?perf .+": benchmarks_perf,
+    r"python -m benchmarks (list|status|figures|report)\b.*": benchmarks_after,
+    r"python -m benchmarks perf": benchmarks_perf,
+    r"python -m stableopt doctor.*": doctor,
+    r"python (docs|examples)/\w+\.py.*": script,
+    r"tensorboard .+": tensorboard,
+    r"torchrun .+": torchrun,
+}
+
+
+def check_of(command: str) -> Callable[[list[str], Here], None] | None:
+    """Return how ``command`` is checked, or ``None``."""
+    return next((do for pattern, do in CHECKS.items() if re.fullmatch(pattern, command)), None)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(
+    command: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture
+) -> None:
+    """Catches a command whose options, target or script the code has left behind, and one that
+    nobody has tried.
+    """
+    for pattern, reason in NOT_RUN.items():
+        if re.fullmatch(pattern, command):
+            pytest.skip(reason)
+    check = check_of(command)
+    assert check, "no check of CHECKS knows this command: add one, or NOT_RUN with the reason"
+    check(shlex.split(command), Here(request))
+
+
+def test_commands_are_found() -> None:
+    """Catches a search that misses a prompt, a comment, a continued line, a fence's language, or
+    inline code that is wrapped; and one that takes output or a bare name for a command.
+    """
+    page = (
+        "Use `make` or `.venv/bin/python -m\nbenchmarks list`.\n\n"
+        "```console\n$ make test   # here\nmade 3\n```\n"
+        "```\npip install a \\\n    b\npython was here\n```\n"
+        '```python\npython = "make it"\n```\n'
+    )
+    assert commands_of(page) == [
+        "make test",
+        "pip install a b",
+        "python was here",
+        "python -m benchmarks list",
+    ]
+    assert check_of("python was here") is None
