@@ -16,7 +16,6 @@ Three examples::
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -24,15 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
+from stableopt.curvature.checks import check_mean, check_replicas, checked_scalar, checked_weights
 from stableopt.curvature.diagnose import (
     SecondDerivativeError,
     differentiate_twice,
     module_without_second_derivative,
 )
 from stableopt.curvature.first_derivative import check_gradient, check_symmetry
+from stableopt.curvature.model import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.plain import NOTES, UNCOMPILED, AttentionSeen, compiled
 from stableopt.curvature.precision import Precision
 from stableopt.curvature.quiet import undisturbed
@@ -44,9 +44,6 @@ __all__ = [
     "Choices",
     "Problem",
     "Theta",
-    "check_mean",
-    "checked_scalar",
-    "group_of",
     "twice_over",
 ]
 
@@ -55,18 +52,6 @@ Theta = tuple[Tensor, ...]
 
 CHECKED_SAMPLES = 8
 """Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
-
-_NOT_A_MEAN = 0.05
-"""Relative change of the loss under doubling of the batch that no mean shows: a sum changes by 1,
-rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
-
-_UNEQUAL = 0.02
-"""Relative difference between the loss of a batch and the mean of its samples' that is more than
-rounding, or the noise of a model that draws random numbers."""
-
-_REPLICAS = 1e-3
-"""Difference of a projection of the parameters, relative to their norm, that no rounding brings about
-between replicas; other parameters differ by about 1."""
 
 
 class Choices(NamedTuple):
@@ -207,7 +192,7 @@ class Problem:
         self.ranks = ranks
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-        self.model = _unwrapped(model)
+        self.model = unwrapped(model)
         if not self.sharded and mesh_of(self.model) is not None:
             raise TypeError(
                 "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
@@ -217,10 +202,10 @@ class Problem:
         self.obstacle: SecondDerivativeError | None = None
         self._notes = {UNCOMPILED} if compiled(model) else set()
         if not choices.batch_statistics:
-            _check_batch_norm(self.model)
+            check_batch_norm(self.model)
         self._all_trainable = params is None
         self.equal_weights = True
-        self._take(*_select(self.model, params))
+        self._take(*select_parameters(self.model, params))
         # What one rank's data are refused for is an error on all.
         ranks.agree(lambda: self._read(data, chunk_size, paired=paired))
         if ranks.several:
@@ -438,7 +423,7 @@ class Problem:
         Raises:
             ValueError: if parameters that were chosen by ``params`` are no longer the model's.
         """
-        names, params = _select(self.model, None if self._all_trainable else self.params)
+        names, params = select_parameters(self.model, None if self._all_trainable else self.params)
         if [id(p) for p in params] == [id(p) for p in self.params]:
             return self
         other = copy.copy(self)
@@ -482,7 +467,7 @@ class Problem:
 
     def _check_together(self) -> None:
         if self.ranks.several:
-            _check_replicas(self.ranks, self.params)
+            check_replicas(self.ranks, self.params)
 
     def _check(self) -> None:
         theta = self.theta()
@@ -507,7 +492,7 @@ class Problem:
                 self.equal_weights = False
             else:
                 singles = (value(cut(batch, index, index + 1)) for index in range(size))
-                self.equal_weights = _checked_weights(once, sum(singles) / size)
+                self.equal_weights = checked_weights(once, sum(singles) / size)
 
             def checked_loss(at: Sequence[Tensor]) -> Tensor:
                 return loss_at(at, batch)
@@ -545,137 +530,3 @@ def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
 def twice_over(tensor: Tensor) -> Tensor:
     """Return the samples and the samples again."""
     return torch.cat([tensor, tensor]) if tensor.dim() else tensor
-
-
-def _select(
-    model: nn.Module, params: Iterable[Tensor] | None
-) -> tuple[list[str], list[nn.Parameter]]:
-    named = dict(model.named_parameters())
-    if params is None:
-        chosen = {name: p for name, p in named.items() if p.requires_grad}
-        if not chosen:
-            raise ValueError("model has no trainable parameters: expected at least one")
-    else:
-        if isinstance(params, Tensor):
-            raise TypeError("params is a single tensor: expected an iterable of parameters")
-        params = list(params)
-        if not all(isinstance(p, Tensor) for p in params):
-            raise TypeError(
-                f"params={params!r}: expected parameters of model, such as model.head.parameters()"
-            )
-        wanted = {id(p): p for p in params}
-        chosen = {name: p for name, p in named.items() if id(p) in wanted}
-        strangers = set(wanted) - {id(p) for p in chosen.values()}
-        if strangers:
-            shapes = [tuple(wanted[key].shape) for key in strangers]
-            raise ValueError(
-                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}"
-            )
-        if not chosen:
-            raise ValueError("params is empty: expected at least one parameter of model")
-    return list(chosen), list(chosen.values())
-
-
-def _check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
-    """Raise ``ValueError`` on every rank unless all have the same parameters, up to rounding."""
-    generator = torch.Generator().manual_seed(0)
-    shown = square = 0.0
-    for p in params:
-        value = p.detach().double().cpu()
-        shown += float((value * torch.randn(p.shape, generator=generator)).sum())
-        square += float(value.square().sum())
-    size = sum(p.numel() for p in params)
-    shown_by_all, size_of_all = ranks.sums([shown, size])
-    differs = abs(shown - shown_by_all / ranks.size) > _REPLICAS * square**0.5
-    if ranks.sum(differs or size_of_all != ranks.size * size):
-        raise ValueError(
-            "model: its parameters are not the same on all ranks of process_group: expected replicas,"
-            " as DistributedDataParallel keeps them"
-        )
-
-
-def _check_batch_norm(model: nn.Module) -> None:
-    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
-    for name, module in norms:
-        if not module.track_running_stats:
-            raise ValueError(
-                f"module {name!r} ({type(module).__name__}) normalises by batch statistics even in"
-                " eval mode, which couples the samples: expected track_running_stats=True, or"
-                " batch_statistics=True for the sharpness of the batches' mean loss"
-            )
-    if any(module.training for _, module in norms):
-        warnings.warn(
-            "the model has batch norm in training mode: curvature is measured in eval mode, with"
-            " running statistics, since batch statistics couple the samples",
-            stacklevel=4,
-        )
-
-
-def _checked_weights(together: float, apart: float) -> bool:
-    """Whether the loss of a batch is the mean of its samples' losses; warn where it is not."""
-    if not 1e-6 < abs(together) < float("inf"):
-        return True
-    # A sample that is ignored altogether has a loss of its own that is not a number.
-    equal = abs(together - apart) <= _UNEQUAL * abs(together)
-    if not equal:
-        warnings.warn(
-            f"loss_fn weighs samples unequally: a batch has loss {together:.6g}, its samples by"
-            f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"
-            " see each other). Sharpness is then that of the mean over chunks, and non-uniformity"
-            " that of samples by themselves",
-            stacklevel=4,
-        )
-    return equal
-
-
-def group_of(model: Any) -> Any:
-    """Return the process group that trains ``model`` together, or ``None`` if no wrapper tells."""
-    for layer in _wrappers(model):
-        if isinstance(layer, nn.parallel.DistributedDataParallel):
-            return layer.process_group
-    return None
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
-    # other processes in their forward pass; the module inside has the same parameters.
-    *_, inner = _wrappers(model)
-    return inner
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield ``model``, the module it wraps, and so on to the innermost."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        yield model
-        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
-        if inner is model:
-            return
-        model = inner
-
-
-def checked_scalar(loss: Any) -> Tensor:
-    """Return ``loss``, or raise unless it is a real scalar."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn returned {type(loss).__name__}: expected a scalar tensor")
-    if loss.dim() != 0:
-        raise ValueError(
-            f"loss_fn returned shape {tuple(loss.shape)}: expected a scalar, the mean over the batch"
-            " (reduction='mean')"
-        )
-    if loss.is_complex():
-        raise TypeError(f"loss_fn returned {loss.dtype}: expected a real scalar")
-    return loss
-
-
-def check_mean(once: float, twice: float) -> None:
-    """Raise ``ValueError`` if the losses of a batch, and of it twice over, are not those of a mean."""
-    # Near zero both are rounding; a non-finite loss is for the measurement to report.
-    if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
-        return
-    if abs(twice - once) > _NOT_A_MEAN * abs(once):
-        hint = " (a sum: use reduction='mean')" if abs(twice - 2 * once) < 0.1 * abs(once) else ""
-        raise ValueError(
-            f"loss_fn is not a mean over samples{hint}: a batch has loss {once:.6g}, the same batch"
-            f" twice over {twice:.6g}; expected the same"
-        )

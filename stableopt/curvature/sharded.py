@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.batches import cut, map_tensors
+from stableopt.curvature.checks import check_mean, checked_scalar
 from stableopt.curvature.problem import (
     CHECKED_SAMPLES,
     Choices,
     Problem,
     Theta,
-    check_mean,
-    checked_scalar,
     twice_over,
 )
 from stableopt.curvature.ranks import LostRankError, Ranks

@@ -1,0 +1,92 @@
+"""The module that is measured: out of its wrappers, and which of its parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["check_batch_norm", "group_of", "select_parameters", "unwrapped"]
+
+
+def group_of(model: Any) -> Any:
+    """Return the process group that trains ``model`` together, or ``None`` if no wrapper tells."""
+    for layer in _wrappers(model):
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            return layer.process_group
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` and parallel training wrap."""
+    # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
+    # other processes in their forward pass; the module inside has the same parameters.
+    *_, inner = _wrappers(model)
+    return inner
+
+
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``model``, the module it wraps, and so on to the innermost."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        yield model
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", model)
+        if inner is model:
+            return
+        model = inner
+
+
+def select_parameters(
+    model: nn.Module, params: Iterable[Tensor] | None
+) -> tuple[list[str], list[nn.Parameter]]:
+    """Return the names and parameters of ``model`` that are in ``params``; all trainable if ``None``.
+
+    Raises:
+        ValueError: for none, or for tensors that are not parameters of ``model``.
+        TypeError: for what is no iterable of tensors.
+    """
+    named = dict(model.named_parameters())
+    if params is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError("model has no trainable parameters: expected at least one")
+    else:
+        if isinstance(params, Tensor):
+            raise TypeError("params is a single tensor: expected an iterable of parameters")
+        params = list(params)
+        if not all(isinstance(p, Tensor) for p in params):
+            raise TypeError(
+                f"params={params!r}: expected parameters of model, such as model.head.parameters()"
+            )
+        wanted = {id(p): p for p in params}
+        chosen = {name: p for name, p in named.items() if id(p) in wanted}
+        strangers = set(wanted) - {id(p) for p in chosen.values()}
+        if strangers:
+            shapes = [tuple(wanted[key].shape) for key in strangers]
+            raise ValueError(
+                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}"
+            )
+        if not chosen:
+            raise ValueError("params is empty: expected at least one parameter of model")
+    return list(chosen), list(chosen.values())
+
+
+def check_batch_norm(model: nn.Module) -> None:
+    """Raise ``ValueError`` for batch norm without running statistics; warn of training mode."""
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    for name, module in norms:
+        if not module.track_running_stats:
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) normalises by batch statistics even in"
+                " eval mode, which couples the samples: expected track_running_stats=True, or"
+                " batch_statistics=True for the sharpness of the batches' mean loss"
+            )
+    if any(module.training for _, module in norms):
+        warnings.warn(
+            "the model has batch norm in training mode: curvature is measured in eval mode, with"
+            " running statistics, since batch statistics couple the samples",
+            stacklevel=4,
+        )
