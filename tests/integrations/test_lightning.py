@@ -83,7 +83,7 @@ class Resumable(Net):
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
 
 
 class ShuffledByEpoch(Sampler[int]):
@@ -137,7 +137,7 @@ def logged(trainer: pl.Trainer, name: str) -> dict[int, str]:
 
 
 def random_state() -> list[Any]:
-    return [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+    return [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
 
 
 def flat(state: Any) -> Iterator[Any]:
