@@ -12,6 +12,7 @@ its user: only through the trainer do margins reach TensorBoard, Weights & Biase
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 import weakref
@@ -30,7 +31,7 @@ from stableopt.monitor import Sink, StabilityMonitor, check_sinks
 from stableopt.stability import StabilityMargins
 
 try:
-    from transformers import TrainerCallback
+    TrainerCallback: Any = importlib.import_module("transformers").TrainerCallback
 except ModuleNotFoundError as error:
     raise ImportError(
         "StabilityCallback needs transformers: pip install stableopt[transformers]"
