@@ -15,7 +15,7 @@ from stableopt import curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
-from stableopt.optim import GD, LBFGS, SGD
+from stableopt.optim import GD, SGD
 from stableopt.sinks import JSONLinesSink, TensorBoardSink, WandbSink
 from stableopt.stability import (
     CriticalLR,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StabilityLR,
         TargetRegion,
     )
+    from stableopt.optim import LBFGS
 
 __all__ = [
     "GD",
@@ -71,20 +72,22 @@ __all__ = [
     "suggest",
 ]
 
-# Steering is imported when it is first asked for: a fifth of the time that the rest takes.
-_STEERING = {
-    "AdaptiveAccumulation",
-    "AdaptiveBatchSampler",
-    "StabilityController",
-    "StabilityLR",
-    "TargetRegion",
+_ON_DEMAND = {
+    "LBFGS": "optim",
+    "AdaptiveAccumulation": "adapt",
+    "AdaptiveBatchSampler": "adapt",
+    "StabilityController": "adapt",
+    "StabilityLR": "adapt",
+    "TargetRegion": "adapt",
 }
+"""What is imported when it is first asked for: a fifth of the modules."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "adapt" or name in _STEERING:
-        adapt = importlib.import_module("stableopt.adapt")
-        return adapt if name == "adapt" else getattr(adapt, name)
+    if name == "adapt":
+        return importlib.import_module("stableopt.adapt")
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(f"stableopt.{_ON_DEMAND[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
