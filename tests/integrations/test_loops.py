@@ -79,6 +79,23 @@ def test_what_accelerate_prepared_is_tracked_as_it_is() -> None:
     assert all(m.failure is None for m in monitor.history)
 
 
+def test_accelerate_saves_a_monitor_that_is_registered(tmp_path: Path) -> None:
+    """Catches a state that Accelerate cannot write, or will not read."""
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD((model := network()).parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), DATA, every=1)
+    accelerator.register_for_checkpointing(monitor)
+    nn.functional.mse_loss(model(DATA[0]), DATA[1]).backward()
+    optimizer.step()
+    former = monitor.margins
+    accelerator.save_state(str(tmp_path))
+    optimizer.step()
+    accelerator.load_state(str(tmp_path))
+    assert monitor.step == 1
+    assert list(monitor.history) == [former]
+
+
 def test_an_optimizer_that_steps_by_itself_is_not_looked_into() -> None:
     """Catches every ``.optimizer`` taken for a wrapper: Lookahead's steps are not its optimizer's."""
 

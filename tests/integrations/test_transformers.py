@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import warnings
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.utils.data import Dataset
 
 import stableopt
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline"}
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import (
@@ -134,18 +132,17 @@ def shown(trainer: Trainer, name: str) -> dict[int, float]:
     return {log["step"]: log[name] for log in trainer.state.log_history if name in log}
 
 
-def test_margins_reach_what_the_trainer_reports_to(tmp_path: Path) -> None:
+def test_margins_reach_what_the_trainer_reports_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches margins that only the callback knows, or that stand at another step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runs = tmp_path / "runs"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(runs)
-    try:
-        callback = StabilityCallback(batch(8), every=4)
-        trainer = trainer_in(tmp_path, [callback], report_to="tensorboard")
-        trainer.train()
-    finally:
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(runs))
+    callback = StabilityCallback(batch(8), every=4)
+    trainer = trainer_in(tmp_path, [callback], report_to="tensorboard")
+    trainer.train()
     expected = {m.step: m.edge_ratio for m in callback.history}
     name = "stability/preconditioned_sharpness_ratio"
     assert list(expected) == [4, 8, 12]
