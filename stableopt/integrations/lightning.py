@@ -130,7 +130,6 @@ class StabilityCallback(_callback_class()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the monitor: optimizers and checkpoint are there by now."""
-        self._close()
         optimizer = self._chosen(trainer.optimizers)
         options = {**self._options, "sinks": [self._to_loggers(trainer), *self._sinks]}
         if len(trainer.optimizers) > 1:
