@@ -31,7 +31,7 @@ from stableopt.monitor import Sink, StabilityMonitor, check_sinks
 from stableopt.stability import StabilityMargins
 
 try:
-    TrainerCallback: Any = importlib.import_module("transformers").TrainerCallback
+    _transformers: Any = importlib.import_module("transformers")
 except ModuleNotFoundError as error:
     raise ImportError(
         "StabilityCallback needs transformers: pip install stableopt[transformers]"
@@ -43,7 +43,7 @@ _PROBE_BATCH = 32
 """Samples of a data set that are collated into one batch: as long as its longest."""
 
 
-class StabilityCallback(TrainerCallback):  # type: ignore[misc]
+class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
     """Measures the stability margins while a ``transformers.Trainer`` trains.
 
     The run is bit for bit the run without it. Every finite number of a record is logged as
@@ -74,8 +74,8 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when training starts.
-        ValueError: when training starts: with label smoothing and no ``batch_loss``, and as
-            ``StabilityMonitor`` does.
+        ValueError: when training starts: without ``batch_loss`` where the trainer has a loss of its own,
+            and as ``StabilityMonitor`` does.
 
     >>> StabilityCallback({"input_ids": torch.zeros(4, 2)}, every=10).margins is None
     True
@@ -224,11 +224,17 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
         if self._batch_loss is not None:
             return self._batch_loss
         trainer = self._trainer()
-        own = getattr(trainer, "compute_loss_func", None) is not None
-        if args.label_smoothing_factor or own:
+        others = {
+            "label_smoothing_factor": args.label_smoothing_factor,
+            "compute_loss_func": getattr(trainer, "compute_loss_func", None),
+            "compute_loss": trainer is not None
+            and type(trainer).compute_loss is not _transformers.Trainer.compute_loss,
+        }
+        found = [name for name, other in others.items() if other]
+        if found:
             raise ValueError(
-                "batch_loss=None, and the trainer does not train the model's own loss"
-                " (compute_loss_func or label_smoothing_factor): expected batch_loss(model, batch)"
+                "batch_loss=None, and the trainer does not train the model's own loss, but has its"
+                f" {found[0]}: expected batch_loss(model, batch)"
             )
         return _models_loss
 

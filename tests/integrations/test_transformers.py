@@ -267,6 +267,19 @@ def test_what_cannot_be_measured_is_an_error_that_helps(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             trainer.train()
         assert callback.monitor is None
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("training went on")
+
+    trainer = trainer_in(tmp_path, [StabilityCallback(batch())])
+    trainer.__class__ = OwnLoss
+    with pytest.raises(ValueError, match="has its compute_loss: expected batch_loss"):
+        trainer.train()
+    trainer = trainer_in(tmp_path, [StabilityCallback(batch())])
+    trainer.compute_loss_func = nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="has its compute_loss_func: expected batch_loss"):
+        trainer.train()
     trainer = trainer_in(tmp_path, [StabilityCallback(batch())], model)
     trainer.optimizer = Unknown(model.parameters())
     with pytest.raises(TypeError, match=r"optimizer is Unknown.*UpdateRule\.register"):
