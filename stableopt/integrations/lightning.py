@@ -14,18 +14,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import math
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature import Problem
 from stableopt.curvature.problem import group_of
-from stableopt.monitor import Sink, StabilityMonitor, check_sinks
+from stableopt.integrations.tracked import Tracked
+from stableopt.monitor import Sink
 from stableopt.stability import StabilityMargins
 
 __all__ = ["StabilityCallback"]
@@ -41,7 +39,7 @@ def _callback_class() -> Any:
     raise ImportError("StabilityCallback needs Lightning: pip install stableopt[lightning]")
 
 
-class StabilityCallback(_callback_class()):  # type: ignore[misc]
+class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     """Measures the stability margins during ``trainer.fit``, and tells the trainer's loggers.
 
     The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
@@ -63,12 +61,10 @@ class StabilityCallback(_callback_class()):  # type: ignore[misc]
         optimizer: which of ``configure_optimizers``' optimizers, where there are several: its index.
             Then the parameters that count are those that it holds.
         prefix: of the names in the loggers; callbacks of one trainer need different ones.
-        every: measure after each so many steps of the optimizer.
-        max_overhead: or: as often as that share of the training time allows; 0.05 by default.
-        quantities: what to measure, as for :class:`~stableopt.StabilityMonitor`.
-        sinks: further callables that take ``(step, record)``.
-        **options: further options of :class:`~stableopt.StabilityMonitor`, such as ``update_rule``,
-            ``dataset_size`` or ``seed``, and ``chunk_size`` and ``dtype``.
+        sinks: callables that take ``(step, record)``, beside the loggers.
+        **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
+            ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
+            ``chunk_size`` and the others.
 
     Attributes:
         monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``fit``, or ``None``.
@@ -89,72 +85,37 @@ class StabilityCallback(_callback_class()):  # type: ignore[misc]
         batch_loss: Callable[[Any, Any], Tensor] | None = None,
         *,
         optimizer: int | None = None,
-        prefix: str = "stability",
-        every: int | None = None,
-        max_overhead: float | None = None,
-        quantities: Iterable[str] = ("sharpness",),
-        sinks: Iterable[Sink] = (),
         **options: Any,
     ) -> None:
-        if data is None:
-            raise TypeError("data=None: expected the probe set, such as a batch or a DataLoader")
-        if batch_loss is not None and not callable(batch_loss):
-            raise TypeError(f"batch_loss={batch_loss!r}: expected a function of module and batch")
-        self._data, self._batch_loss = data, batch_loss
-        self._index, self._prefix = optimizer, prefix
-        self._sinks = check_sinks(sinks)
-        self._options = {
-            **options,
-            "every": every,
-            "max_overhead": max_overhead,
-            "quantities": quantities if isinstance(quantities, str) else tuple(quantities),
-        }
+        super().__init__(data, batch_loss, **options)
+        self._index = optimizer
         self._state: dict[str, Any] = {}
         self._told: StabilityMargins | None = None
-        self.monitor: StabilityMonitor | None = None
 
     @property
     def state_key(self) -> str:
         """What the state is filed under in checkpoints."""
         return str(self._generate_state_key(prefix=self._prefix))
 
-    @property
-    def margins(self) -> StabilityMargins | None:
-        """The latest measurement, or ``None`` before the first."""
-        return None if self.monitor is None else self.monitor.margins
-
-    @property
-    def history(self) -> deque[StabilityMargins]:
-        """The measurements of the run so far, oldest first."""
-        return deque() if self.monitor is None else self.monitor.history
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the monitor: optimizers and checkpoint are there by now."""
         optimizer = self._chosen(trainer.optimizers)
-        options = {**self._options, "sinks": [self._to_loggers(trainer), *self._sinks]}
-        if len(trainer.optimizers) > 1:
-            options.setdefault("params", _held(optimizer, pl_module))
-        problem_options = {
-            name: options.pop(name)
-            for name in ("params", "chunk_size", "dtype", "process_group")
-            if name in options
-        }
-        problem_options.setdefault("process_group", group_of(trainer.strategy.model))
-        problem = Problem.from_batch_loss(
-            pl_module, self._loss_of(pl_module), self._data, **problem_options
-        )
         state = self._state if trainer.global_step else {}
-        monitor = StabilityMonitor(optimizer, problem, **options)
-        try:
-            # Before the state is read, which has a step of its own. Lightning's counts the steps of
-            # all optimizers.
-            monitor.step = trainer.global_step // len(trainer.optimizers)
-            if state:
-                monitor.load_state_dict(state)
-        except BaseException:
-            monitor.close()
-            raise
-        self.monitor, self._told = monitor, monitor.margins
+        defaults = {"process_group": group_of(trainer.strategy.model)}
+        if len(trainer.optimizers) > 1:
+            defaults["params"] = _held(optimizer, pl_module)
+        self._start(
+            optimizer,
+            pl_module,
+            self._loss_of(pl_module),
+            self._data,
+            self._to_loggers(trainer),
+            # Lightning's count is of the steps of all optimizers.
+            trainer.global_step // len(trainer.optimizers),
+            lambda monitor: monitor.load_state_dict(state) if state else None,
+            **defaults,
+        )
+        self._told = self.margins
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -192,8 +153,8 @@ class StabilityCallback(_callback_class()):  # type: ignore[misc]
         self.monitor, self._state = None, dict(state_dict)
 
     def _close(self) -> None:
+        super()._close()
         if self.monitor is not None:
-            self.monitor.close()
             # A second fit of the trainer goes on from here.
             self._state = self.monitor.state_dict()
 
@@ -232,13 +193,6 @@ class StabilityCallback(_callback_class()):  # type: ignore[misc]
                 logger.log_metrics(self._named(record), step=after)
 
         return to_loggers
-
-    def _named(self, record: dict[str, float]) -> dict[str, float]:
-        return {
-            f"{self._prefix}/{name}": value
-            for name, value in record.items()
-            if math.isfinite(value)
-        }
 
 
 def _held(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:

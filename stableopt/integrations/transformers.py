@@ -13,11 +13,9 @@ its user: only through the trainer do margins reach TensorBoard, Weights & Biase
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from stableopt.curvature import Problem
-from stableopt.monitor import Sink, StabilityMonitor, check_sinks
-from stableopt.stability import StabilityMargins
+from stableopt.integrations.tracked import Tracked
+from stableopt.monitor import StabilityMonitor
 
 try:
     _transformers: Any = importlib.import_module("transformers")
@@ -43,7 +40,7 @@ _PROBE_BATCH = 32
 """Samples of a data set that are collated into one batch: as long as its longest."""
 
 
-class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
+class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore[misc]
     """Measures the stability margins while a ``transformers.Trainer`` trains.
 
     The run is bit for bit the run without it. Every finite number of a record is logged as
@@ -62,12 +59,10 @@ class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         prefix: of the logged names, and the name of the file in the checkpoint.
         resume_from_checkpoint: the folder that ``trainer.train`` is given, where it is none of the
             trainer's own ``output_dir``.
-        every: measure after each so many optimizer steps.
-        max_overhead: or: as often as that share of the training time allows; 0.05 by default.
-        quantities: what to measure, as for :class:`~stableopt.StabilityMonitor`.
-        sinks: further callables that take ``(step, record)``.
-        **options: further options of :class:`~stableopt.StabilityMonitor`, such as ``update_rule``,
-            ``dataset_size`` or ``seed``, and ``params``, ``chunk_size`` and ``dtype``.
+        sinks: callables that take ``(step, record)``, beside the trainer's log.
+        **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
+            ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
+            ``chunk_size`` and the others.
 
     Attributes:
         monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``train``, or ``None``.
@@ -86,30 +81,13 @@ class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         data: Any,
         batch_loss: Callable[[Any, Any], Tensor] | None = None,
         *,
-        prefix: str = "stability",
         resume_from_checkpoint: str | Path | None = None,
-        every: int | None = None,
-        max_overhead: float | None = None,
-        quantities: Iterable[str] = ("sharpness",),
-        sinks: Iterable[Sink] = (),
         **options: Any,
     ) -> None:
-        if data is None:
-            raise TypeError("data=None: expected the probe set, such as a batch or a DataLoader")
-        if batch_loss is not None and not callable(batch_loss):
-            raise TypeError(f"batch_loss={batch_loss!r}: expected a function of model and batch")
-        self._data, self._batch_loss = data, batch_loss
-        self._prefix, self._resume_from = prefix, resume_from_checkpoint
-        self._sinks = check_sinks(sinks)
-        self._options = {
-            **options,
-            "every": every,
-            "max_overhead": max_overhead,
-            "quantities": quantities if isinstance(quantities, str) else tuple(quantities),
-        }
+        super().__init__(data, batch_loss, **options)
+        self._resume_from = resume_from_checkpoint
         self._records: list[dict[str, float]] = []
         self._trainer: Callable[[], Any] = lambda: None
-        self.monitor: StabilityMonitor | None = None
 
     def attach(self, trainer: Any) -> StabilityCallback:
         """Join the callbacks of ``trainer``, and log through it; return the callback."""
@@ -120,53 +98,27 @@ class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         self._trainer = weakref.ref(trainer)  # which holds the callback
         return self
 
-    @property
-    def margins(self) -> StabilityMargins | None:
-        """The latest measurement, or ``None`` before the first."""
-        return None if self.monitor is None else self.monitor.margins
-
-    @property
-    def history(self) -> deque[StabilityMargins]:
-        """The measurements of the run so far, oldest first."""
-        return deque() if self.monitor is None else self.monitor.history
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the monitor: optimizer and checkpoint are there by now."""
         self._close()
-        options = {**self._options, "sinks": [self._keep, *self._sinks]}
-        problem_options = {
-            name: options.pop(name)
-            for name in ("params", "chunk_size", "dtype", "process_group")
-            if name in options
-        }
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            problem_options.setdefault("process_group", dist.group.WORLD)
-        problem = Problem.from_batch_loss(
+        self._records = []
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._start(
+            kwargs["optimizer"],
             kwargs["model"],
             self._loss_of(args),
             self._probe(kwargs.get("train_dataloader")),
-            **problem_options,
+            lambda step, record: self._records.append(record),
+            state.global_step,
+            lambda monitor: self._load(monitor, args, state) if state.global_step else None,
+            process_group=dist.group.WORLD if several else None,
         )
-        monitor = StabilityMonitor(kwargs["optimizer"], problem, **options)
-        try:
-            # Before the state is read, which has a step of its own.
-            monitor.step = state.global_step
-            if state.global_step:
-                self._load(monitor, args, state)
-        except BaseException:
-            monitor.close()
-            raise
-        self.monitor, self._records = monitor, []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log what was measured in the step."""
         records, self._records = self._records, []
         for record in records:
-            logs = {
-                f"{self._prefix}/{name}": value
-                for name, value in record.items()
-                if math.isfinite(value)
-            }
+            logs = self._named(record)
             trainer = self._trainer()
             if trainer is None:
                 epoch = {} if state.epoch is None else {"epoch": state.epoch}
@@ -194,13 +146,6 @@ class StabilityCallback(_transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach the monitor, whose history stays."""
         self._close()
-
-    def _close(self) -> None:
-        if self.monitor is not None:
-            self.monitor.close()
-
-    def _keep(self, step: int, record: dict[str, float]) -> None:
-        self._records.append(record)
 
     def _load(self, monitor: StabilityMonitor, args: Any, state: Any) -> None:
         named = [self._resume_from, getattr(args, "resume_from_checkpoint", None)]
