@@ -8,19 +8,15 @@ Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the train
     opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
 """
 
-from stableopt import adapt, curvature, optim, plot, sinks, stability
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stableopt import curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
-from stableopt.adapt import (
-    AdaptiveAccumulation,
-    AdaptiveBatchSampler,
-    StabilityController,
-    StabilityLR,
-    TargetRegion,
-)
 from stableopt.curvature import Problem
 from stableopt.monitor import StabilityMonitor
-from stableopt.optim import GD, LBFGS, SGD
-from stableopt.sinks import JSONLinesSink, TensorBoardSink
+from stableopt.optim import GD, SGD
+from stableopt.sinks import JSONLinesSink, TensorBoardSink, WandbSink
 from stableopt.stability import (
     CriticalLR,
     StabilityMargins,
@@ -31,6 +27,17 @@ from stableopt.stability import (
     measure,
 )
 from stableopt.suggest import Suggestion, Suggestions, suggest
+
+if TYPE_CHECKING:
+    from stableopt import adapt
+    from stableopt.adapt import (
+        AdaptiveAccumulation,
+        AdaptiveBatchSampler,
+        StabilityController,
+        StabilityLR,
+        TargetRegion,
+    )
+    from stableopt.optim import LBFGS
 
 __all__ = [
     "GD",
@@ -51,6 +58,7 @@ __all__ = [
     "TargetRegion",
     "TensorBoardSink",
     "UpdateRule",
+    "WandbSink",
     "__version__",
     "adapt",
     "critical_batch_size",
@@ -63,3 +71,25 @@ __all__ = [
     "stability",
     "suggest",
 ]
+
+_ON_DEMAND = {
+    "LBFGS": "optim",
+    "AdaptiveAccumulation": "adapt",
+    "AdaptiveBatchSampler": "adapt",
+    "StabilityController": "adapt",
+    "StabilityLR": "adapt",
+    "TargetRegion": "adapt",
+}
+"""What is imported when it is first asked for: a fifth of the modules."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "adapt":
+        return importlib.import_module("stableopt.adapt")
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(f"stableopt.{_ON_DEMAND[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

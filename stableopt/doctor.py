@@ -25,6 +25,9 @@ __all__ = ["diagnosis", "machine", "product_method"]
 _OPTIONAL = {
     "tensorboard": "TensorBoardSink; pip install 'stableopt[tensorboard]'",
     "matplotlib": "stableopt.plot, and the diagrams in TensorBoard; pip install 'stableopt[plot]'",
+    "lightning": "its callback; pip install 'stableopt[lightning]'",
+    "transformers": "its callback; pip install 'stableopt[transformers]'",
+    "wandb": "WandbSink; pip install 'stableopt[wandb]'",
     "rich": "the tables of python -m benchmarks; pip install 'stableopt[bench]'",
 }
 

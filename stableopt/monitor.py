@@ -35,7 +35,7 @@ from stableopt.stability.measuring import (
     measure_at,
     problem_of,
 )
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.update_rule import UpdateRule, base_optimizer
 
 __all__ = ["Sink", "StabilityMonitor"]
 
@@ -60,7 +60,7 @@ class StabilityMonitor:
 
     Args:
         optimizer: the optimizer whose steps count; :meth:`UpdateRule.of` must know it, or
-            ``update_rule`` be given.
+            ``update_rule`` be given. Of one that Accelerate prepared, those of the optimizer inside.
         model: the model, or a ready :class:`~stableopt.curvature.Problem` in place of ``model``,
             ``loss_fn`` and ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
@@ -143,7 +143,7 @@ class StabilityMonitor:
         self._tol, self._max_iter = positive("tol", tol), whole("max_iter", max_iter)
         self._seed = whole("seed", seed, least=0)
         self.sinks = check_sinks(sinks)
-        self.optimizer = optimizer
+        self.optimizer = optimizer = base_optimizer(optimizer)
         self._update_rule = update_rule
         self.problem = problem_of(
             model,
@@ -224,6 +224,24 @@ class StabilityMonitor:
         """Time spent measuring, as a share of the time spent training since the monitor began."""
         training = time.perf_counter() - self._began - self._seconds
         return self._seconds / training if training > 0 else math.inf
+
+    def count_samples(self, batch: Any) -> None:
+        """Count the samples of ``batch`` for the step to come, and of forward passes no longer.
+
+        For loops that call parts of the model rather than the model itself.
+
+        >>> model = nn.Sequential(nn.Linear(2, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.ones(4, 2), torch.zeros(4, 1)
+        >>> with StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1) as monitor:
+        ...     monitor.count_samples((x, y))
+        ...     nn.MSELoss()(model[0](x), y).backward()
+        ...     optimizer.step()
+        >>> monitor.batch_size
+        4
+        """
+        self._counter.active = False
+        self._counter.add(batch)
 
     def measure(self) -> StabilityMargins:
         """Measure now, whatever the step; record the result and tell the sinks. On every rank.

@@ -43,8 +43,11 @@ class SampleCounter:
             if packed:
                 self._count += int(packed[0].batch_sizes[0])
             else:
-                sizes = (t.shape[0] for t in tensors_in((args, kwargs)) if t.dim())
-                self._count += next(sizes, 0)
+                self.add((args, kwargs))
+
+    def add(self, batch: Any) -> None:
+        """Count the samples of ``batch``: the leading dimension of its first tensor."""
+        self._count += next((t.shape[0] for t in tensors_in(batch) if t.dim()), 0)
 
     def take(self) -> int:
         """Return the samples since the last call."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from oracles import small_data, small_network
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
+
+# Frameworks are tested as they are, but nothing is fetched, and nobody is told.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 @pytest.fixture

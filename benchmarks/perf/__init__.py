@@ -10,5 +10,6 @@ PARTS = {
     "compiled": "benchmarks.perf.compiled",
     "lbfgs": "benchmarks.perf.lbfgs",
     "ensemble": "benchmarks.perf.ensemble",
+    "imports": "benchmarks.perf.imports",
 }
 """Modules with a ``run(config)``, by name."""

@@ -20,6 +20,7 @@ from stableopt.adapt.laws import Law, Measured, State, gated_staircase, keep_mar
 from stableopt.adapt.target import OPEN, TargetRegion, at_lr
 from stableopt.adapt.weights import LastGood, kick_along
 from stableopt.monitor import StabilityMonitor
+from stableopt.stability.update_rule import base_optimizer
 
 __all__ = ["StabilityLR", "said_before"]
 
@@ -267,7 +268,7 @@ def _check(
         raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor, as track() returns")
     if not isinstance(target, TargetRegion):
         raise TypeError(f"target={target!r}: expected a TargetRegion")
-    if monitor.optimizer is not optimizer:
+    if monitor.optimizer is not base_optimizer(optimizer):
         raise ValueError("monitor: it measures another optimizer than the one given")
     if target.sharpness == OPEN:
         raise ValueError(

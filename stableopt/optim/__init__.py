@@ -1,10 +1,21 @@
 """Drop-in optimizers that can be tracked."""
 
-from stableopt.optim.lbfgs import LBFGS
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from stableopt.optim.sgd import GD, SGD
 from stableopt.stability import UpdateRule
 from stableopt.stability.readers.sgd import read_sgd
 
+if TYPE_CHECKING:
+    from stableopt.optim.lbfgs import LBFGS
+
 __all__ = ["GD", "LBFGS", "SGD"]
 
 UpdateRule.register(GD, lambda optimizer: read_sgd(optimizer, full_batch=True))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LBFGS":  # with its line searches and directions, most of the package
+        return importlib.import_module("stableopt.optim.lbfgs").LBFGS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

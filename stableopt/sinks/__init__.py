@@ -1,8 +1,9 @@
 """Where measurements go. A sink is any callable that takes ``(step, record)``.
 
-Three examples::
+Four examples::
 
     sinks=[TensorBoardSink("runs/demo")]             # live charts, with their limits as bands
+    sinks=[WandbSink(wandb.init(project="demo"))]    # a run of Weights & Biases
     sinks=[JSONLinesSink("runs/demo/margins.jsonl")] # one JSON object a line
     sinks=[lambda step, record: print(step, record["sharpness_ratio"])]
 
@@ -16,5 +17,6 @@ Steering sends its decisions too: records with ``decision`` = 1, what was change
 
 from stableopt.sinks.json_lines import JSONLinesSink
 from stableopt.sinks.tensorboard import TensorBoardSink
+from stableopt.sinks.wandb import WandbSink
 
-__all__ = ["JSONLinesSink", "TensorBoardSink"]
+__all__ = ["JSONLinesSink", "TensorBoardSink", "WandbSink"]

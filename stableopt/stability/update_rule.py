@@ -19,11 +19,33 @@ import torch
 from stableopt.stability import limits
 from stableopt.stability.preconditioner import StepPreconditioner, UnknownPreconditioner
 
-__all__ = ["UpdateRule"]
+__all__ = ["UpdateRule", "base_optimizer"]
 
 Reader = Callable[[Any], "UpdateRule"]
 
 _readers: dict[type | str, Reader] = {}
+
+_WRAPPERS = {
+    "accelerate.optimizer.AcceleratedOptimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer",
+}
+"""Classes that pass ``step`` on to their ``optimizer``. Others that have one, such as Lookahead, take
+steps of their own."""
+
+
+def _names(kind: type) -> list[str]:
+    return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+
+
+def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer whose step is taken: inside Accelerate's and Lightning's wrappers.
+
+    These wrappers have no step hooks of their own.
+    """
+    while not _WRAPPERS.isdisjoint(_names(type(optimizer))):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -162,15 +184,17 @@ class UpdateRule:
     def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
         """Read the rule of ``optimizer`` as it stands now.
 
-        A preconditioner is a copy of what the last step used: it does not follow later ones.
+        A preconditioner is a copy of what the last step used: it does not follow later ones. Of an
+        optimizer that Accelerate or Lightning wrapped, it is the rule of the one inside.
 
         Raises:
             TypeError: for an optimizer that nobody registered, or parameters that are complex.
             ValueError: for groups that differ in more than learning rate, weight decay and what only
                 the preconditioner depends on.
         """
-        for kind in type(optimizer).__mro__:
-            reader = _readers.get(kind) or _readers.get(f"{kind.__module__}.{kind.__qualname__}")
+        optimizer = base_optimizer(optimizer)
+        for kind, own_name in zip(type(optimizer).__mro__, _names(type(optimizer)), strict=True):
+            reader = _readers.get(kind) or _readers.get(own_name)
             if reader is not None:
                 return reader(optimizer)
         name = type(optimizer).__name__

@@ -13,7 +13,7 @@ from torch import nn
 
 import benchmarks.__main__ as cli
 from benchmarks.networks import TransformerBlock, small_vgg
-from benchmarks.perf import eigenvalues, ensemble, growth, products, timing, tracking
+from benchmarks.perf import eigenvalues, ensemble, growth, imports, products, timing, tracking
 from stableopt.curvature import NonUniformity, Problem
 
 
@@ -108,3 +108,12 @@ def test_ensembles_end_to_end(tmp_path: Path) -> None:
     # Ten steps of float32, summed in another order.
     assert all(row["difference"] < 1e-5 for row in rows)
     assert rows_of(tmp_path / "perf-ensemble.json") == rows
+
+
+def test_imports_end_to_end(tmp_path: Path) -> None:
+    """Catches a ratio of the wrong way round, or to something that is not torch's own import."""
+    torch_alone, own = imports.run(config(tmp_path), quiet())
+    assert (torch_alone["module"], torch_alone["of_torch"]) == ("torch", 1.0)
+    assert own["of_torch"] == own["seconds"] / torch_alone["seconds"]
+    assert len(own["of_torch_in_turns"]) == 3
+    assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, own]

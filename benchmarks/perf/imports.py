@@ -1,0 +1,52 @@
+"""What ``import stableopt`` takes, beside the ``import torch`` that every user pays for.
+
+Fresh processes, in turns, so that a machine whose speed drifts slows both alike. The ratio of the
+medians counts; a torch that is imported alone has the same modules on disk and in its caches.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.perf.timing import Config, write
+
+__all__ = ["Config", "run"]
+
+MODULES = ("torch", "stableopt")
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time the imports in fresh processes, print and write their table; return its rows."""
+    console = console or Console()
+    with console.status("imports"):
+        for module in MODULES:  # compiled, and in the disk's cache
+            _seconds(module)
+        turns = [[_seconds(module) for module in MODULES] for _ in range(3 * config.repeats)]
+    of_torch = median(turn[0] for turn in turns)
+    rows = [
+        {"module": module, "seconds": median(times), "of_torch": median(times) / of_torch}
+        for module, times in zip(MODULES, zip(*turns, strict=True), strict=True)
+    ]
+    rows[1]["of_torch_in_turns"] = [own / torch for torch, own in turns]
+    table = Table(title=f"Imports, median of {len(turns)} processes")
+    for heading in ("module", "seconds", "relative to torch"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["module"], f"{row['seconds']:.2f}", f"{row['of_torch']:.2f}")
+    console.print(table)
+    write(config.out / "perf-imports.json", rows, config.device)
+    return rows
+
+
+def _seconds(module: str) -> float:
+    code = f"import time; began = time.perf_counter(); import {module};"
+    code += " print(time.perf_counter() - began)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)

@@ -1,0 +1,15 @@
+"""The monitor at home in the frameworks that people train with.
+
+Three examples::
+
+    from stableopt.integrations.lightning import StabilityCallback
+    Trainer(callbacks=[StabilityCallback(probe_set, every=50)])           # Lightning
+
+    from stableopt.integrations.transformers import StabilityCallback
+    StabilityCallback(probe_set, every=50).attach(trainer)                # transformers.Trainer
+
+    optimizer, model = accelerator.prepare(optimizer, model)              # Accelerate, Ignite: as ever
+    StabilityMonitor(optimizer, model, loss_fn, probe_set, every=50)
+
+Each module imports its framework, and nothing else imports the module.
+"""

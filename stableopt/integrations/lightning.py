@@ -1,0 +1,238 @@
+"""Stability margins of a Lightning run, by a callback.
+
+Three examples::
+
+    Trainer(callbacks=[StabilityCallback((x, y), every=50)])            # the loss of training_step
+    Trainer(callbacks=[StabilityCallback(loader, Net.batch_loss)])      # a method of the module
+    Trainer(callbacks=[StabilityCallback(loader, loss, optimizer=1)])   # of two optimizers, one
+
+Works with ``lightning`` and with ``pytorch_lightning``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature.problem import group_of
+from stableopt.integrations.tracked import Tracked
+from stableopt.monitor import Sink
+from stableopt.stability import StabilityMargins
+
+__all__ = ["StabilityCallback"]
+
+
+def _callback_class() -> Any:
+    """Return ``Callback`` of the package that is in use, or else of the one that is there."""
+    packages = ["lightning.pytorch", "pytorch_lightning"]
+    packages.sort(key=lambda package: package not in sys.modules)
+    for package in packages:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(package).Callback
+    raise ImportError("StabilityCallback needs Lightning: pip install stableopt[lightning]")
+
+
+class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
+    """Measures the stability margins during ``trainer.fit``, and tells the trainer's loggers.
+
+    The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
+    ``<prefix>/<name>``, at the trainer's step, and is in ``trainer.callback_metrics``, so that
+    ``ModelCheckpoint`` and ``EarlyStopping`` can watch it. Checkpoints hold the monitor's state; a
+    run that resumes from one goes on measuring as if it had not stopped. What cannot be measured at
+    all, such as an optimizer of unknown rule, is an error before the first step; a measurement that
+    fails later is recorded, and training goes on.
+
+    Samples of a step are those of the batches that Lightning hands to ``training_step``.
+
+    Args:
+        data: the probe set, on which curvature is measured: a batch as ``training_step`` gets it, a
+            ``Dataset``, a ``DataLoader``, or a re-iterable of batches. Under DDP, this rank's shard.
+        batch_loss: ``batch_loss(pl_module, batch)``, the mean loss of a batch, such as an unbound
+            method of the module. By default what ``training_step`` returns, with ``log`` and
+            ``log_dict`` mute: for automatic optimization, and steps that change nothing else outside
+            of the module.
+        optimizer: which of ``configure_optimizers``' optimizers, where there are several: its index.
+            Then the parameters that count are those that it holds.
+        prefix: of the names in the loggers; callbacks of one trainer need different ones.
+        sinks: callables that take ``(step, record)``, beside the loggers.
+        **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
+            ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
+            ``chunk_size`` and the others.
+
+    Attributes:
+        monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``fit``, or ``None``.
+
+    Raises:
+        TypeError: without a probe set, and as ``StabilityMonitor`` does when ``fit`` starts.
+        ValueError: when ``fit`` starts: for several optimizers of which none was chosen, for manual
+            optimization without ``batch_loss``, and as ``StabilityMonitor`` does.
+
+    >>> callback = StabilityCallback((torch.ones(4, 2), torch.zeros(4, 1)), every=10)
+    >>> callback.state_key
+    "StabilityCallback{'prefix': 'stability'}"
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        optimizer: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, batch_loss, **options)
+        self._index = optimizer
+        self._state: dict[str, Any] = {}
+        self._told: StabilityMargins | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What the state is filed under in checkpoints."""
+        return str(self._generate_state_key(prefix=self._prefix))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the monitor: optimizers and checkpoint are there by now."""
+        optimizer = self._chosen(trainer.optimizers)
+        state = self._state if trainer.global_step else {}
+        defaults = {"process_group": group_of(trainer.strategy.model)}
+        if len(trainer.optimizers) > 1:
+            defaults["params"] = _held(optimizer, pl_module)
+        self._start(
+            optimizer,
+            pl_module,
+            self._loss_of(pl_module),
+            self._data,
+            self._to_loggers(trainer),
+            # Lightning's count is of the steps of all optimizers.
+            trainer.global_step // len(trainer.optimizers),
+            lambda monitor: monitor.load_state_dict(state) if state else None,
+            **defaults,
+        )
+        self._told = self.margins
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the samples of ``batch``; the module's own ``forward`` may never be called."""
+        if self.monitor is not None:
+            self.monitor.count_samples(batch)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show new margins to the callbacks that watch metrics, on every rank."""
+        margins = self.margins
+        if margins is not None and margins is not self._told:
+            self._told = margins
+            trainer.callback_metrics.update(
+                {name: torch.tensor(value) for name, value in self._named(margins.record()).items()}
+            )
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach the monitor, whose history stays."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Detach the monitor, whose history stays."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the monitor's state, as plain numbers, lists, dicts and tensors."""
+        return self._state if self.monitor is None else self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep ``state_dict`` for the monitor, which the start of training makes."""
+        self._close()
+        self.monitor, self._state = None, dict(state_dict)
+
+    def _close(self) -> None:
+        super()._close()
+        if self.monitor is not None:
+            # A second fit of the trainer goes on from here.
+            self._state = self.monitor.state_dict()
+
+    def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        index = self._index
+        if not optimizers:
+            raise ValueError(
+                "configure_optimizers made no optimizer: there are no steps to measure"
+            )
+        if index is None and len(optimizers) > 1:
+            kinds = [type(optimizer).__name__ for optimizer in optimizers]
+            raise ValueError(f"optimizer=None: expected the index of one of {kinds}")
+        try:
+            return optimizers[index or 0]
+        except (IndexError, TypeError):
+            raise ValueError(
+                f"optimizer={index!r}: expected an index into {len(optimizers)} optimizers"
+            ) from None
+
+    def _loss_of(self, pl_module: Any) -> Callable[[Any, Any], Tensor]:
+        if self._batch_loss is not None:
+            return self._batch_loss
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "batch_loss=None with manual optimization, whose training_step takes steps: expected"
+                " batch_loss(pl_module, batch), the mean loss of a batch"
+            )
+        return _training_loss
+
+    def _to_loggers(self, trainer: Any) -> Sink:
+        def to_loggers(step: int, record: dict[str, float]) -> None:
+            # Where Lightning's loggers put what belongs after this step. It counts the steps of
+            # all optimizers in one batch as one.
+            after = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+            for logger in trainer.loggers:
+                logger.log_metrics(self._named(record), step=after)
+
+        return to_loggers
+
+
+def _held(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
+    """Return the parameters of ``module`` that ``optimizer`` holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in module.parameters() if id(p) in held]
+
+
+def _training_loss(pl_module: Any, batch: Any) -> Tensor:
+    """Return what ``training_step`` minimises, and log nothing."""
+    step = pl_module.training_step
+    takes_index = len(inspect.signature(step).parameters) > 1
+    with _mute(pl_module):
+        output = step(batch, 0) if takes_index else step(batch)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"training_step returned {type(output).__name__} for the probe set: expected a loss, or"
+            " a dictionary with one as 'loss'; batch_loss= computes it another way"
+        )
+    return loss
+
+
+@contextlib.contextmanager
+def _mute(pl_module: nn.Module) -> Iterator[None]:
+    """Let modules log nothing: a measurement is no step."""
+    loud = [module for module in pl_module.modules() if hasattr(type(module), "log_dict")]
+    names = ("log", "log_dict")
+    own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in loud]
+    try:
+        for module in loud:
+            for name in names:
+                vars(module)[name] = _ignore
+        yield
+    finally:
+        for module, former in zip(loud, own, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(former)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass

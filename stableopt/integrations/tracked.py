@@ -1,0 +1,83 @@
+"""What callbacks have in common: a probe set and its loss, and the monitor of a run."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature import Problem
+from stableopt.monitor import Sink, StabilityMonitor, check_sinks
+from stableopt.stability import StabilityMargins
+
+__all__ = ["Tracked"]
+
+_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "process_group")
+
+
+class Tracked:
+    """Mixin for callbacks: makes the monitor when a run starts, and keeps it when it ends."""
+
+    def __init__(
+        self,
+        data: Any,
+        batch_loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        prefix: str = "stability",
+        sinks: Any = (),
+        **options: Any,
+    ) -> None:
+        if data is None:
+            raise TypeError("data=None: expected the probe set, such as a batch or a DataLoader")
+        if batch_loss is not None and not callable(batch_loss):
+            raise TypeError(f"batch_loss={batch_loss!r}: expected a function of model and batch")
+        self._data, self._batch_loss, self._prefix = data, batch_loss, prefix
+        self._sinks, self._options = check_sinks(sinks), options
+        self.monitor: StabilityMonitor | None = None
+
+    @property
+    def margins(self) -> StabilityMargins | None:
+        """The latest measurement, or ``None`` before the first."""
+        return None if self.monitor is None else self.monitor.margins
+
+    @property
+    def history(self) -> deque[StabilityMargins]:
+        """The measurements of the run so far, oldest first."""
+        return deque() if self.monitor is None else self.monitor.history
+
+    def _start(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        batch_loss: Callable[[Any, Any], Tensor],
+        data: Any,
+        sink: Sink,
+        step: int,
+        load: Callable[[StabilityMonitor], None],
+        **defaults: Any,
+    ) -> None:
+        """Make the monitor at ``step``, and let ``load`` restore what a run before it knew."""
+        options = {**defaults, **self._options, "sinks": [sink, *self._sinks]}
+        own = {name: options.pop(name) for name in _OF_THE_PROBLEM if name in options}
+        problem = Problem.from_batch_loss(model, batch_loss, data, **own)
+        monitor = StabilityMonitor(optimizer, problem, **options)
+        try:
+            monitor.step = step
+            load(monitor)
+        except BaseException:
+            monitor.close()
+            raise
+        self.monitor = monitor
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _named(self, record: dict[str, float]) -> dict[str, float]:
+        """Return the finite numbers of ``record`` under the names that loggers are given."""
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}
+        return {f"{self._prefix}/{name}": value for name, value in finite.items()}

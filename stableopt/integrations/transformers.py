@@ -1,0 +1,216 @@
+"""Stability margins of a run of ``transformers.Trainer``, by a callback.
+
+Three examples::
+
+    StabilityCallback(probe_set, every=50).attach(trainer)              # margins beside the losses
+    StabilityCallback(probe_set, every=50, sinks=[JSONLinesSink(path)]).attach(trainer)
+    Trainer(callbacks=[StabilityCallback(probe_set, every=50)], ...)    # in state.log_history alone
+
+A callback is never told of its trainer, and what a trainer reports to comes before the callbacks of
+its user: only through the trainer do margins reach TensorBoard, Weights & Biases and the like.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from stableopt.integrations.tracked import Tracked
+from stableopt.monitor import StabilityMonitor
+
+try:
+    _transformers: Any = importlib.import_module("transformers")
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "StabilityCallback needs transformers: pip install stableopt[transformers]"
+    ) from error
+
+__all__ = ["StabilityCallback"]
+
+_PROBE_BATCH = 32
+"""Samples of a data set that are collated into one batch: as long as its longest."""
+
+
+class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore[misc]
+    """Measures the stability margins while a ``transformers.Trainer`` trains.
+
+    The run is bit for bit the run without it. Every finite number of a record is logged as
+    ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's state
+    as ``<prefix>.pt``, and a run that resumes from it goes on measuring as if it had not stopped. (The
+    trainer's own mechanism, ``ExportableState``, makes a callback anew from what JSON can hold, and is
+    off by default.) What cannot be measured at all is an error before the first step; a measurement
+    that fails later is recorded, and training goes on.
+
+    Args:
+        data: the probe set, on which curvature is measured: a batch as the model takes it, a
+            ``DataLoader``, a re-iterable of batches, or a torch ``Dataset``, which is collated as the
+            training set is. Where several processes train, this one's shard.
+        batch_loss: ``batch_loss(model, batch)``, the mean loss of a batch. By default the model's own,
+            as ``Trainer`` takes it.
+        prefix: of the logged names, and the name of the file in the checkpoint.
+        resume_from_checkpoint: the folder that ``trainer.train`` is given, where it is none of the
+            trainer's own ``output_dir``.
+        sinks: callables that take ``(step, record)``, beside the trainer's log.
+        **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
+            ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
+            ``chunk_size`` and the others.
+
+    Attributes:
+        monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``train``, or ``None``.
+
+    Raises:
+        TypeError: without a probe set, and as ``StabilityMonitor`` does when training starts.
+        ValueError: when training starts: without ``batch_loss`` where the trainer has a loss of its own,
+            and as ``StabilityMonitor`` does.
+
+    >>> StabilityCallback({"input_ids": torch.zeros(4, 2)}, every=10).margins is None
+    True
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        resume_from_checkpoint: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, batch_loss, **options)
+        self._resume_from = resume_from_checkpoint
+        self._records: list[dict[str, float]] = []
+        self._trainer: Callable[[], Any] = lambda: None
+
+    def attach(self, trainer: Any) -> StabilityCallback:
+        """Join the callbacks of ``trainer``, and log through it; return the callback."""
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(f"trainer={trainer!r}: expected a transformers.Trainer")
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._trainer = weakref.ref(trainer)  # which holds the callback
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the monitor: optimizer and checkpoint are there by now."""
+        self._close()
+        self._records = []
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._start(
+            kwargs["optimizer"],
+            kwargs["model"],
+            self._loss_of(args),
+            self._probe(kwargs.get("train_dataloader")),
+            lambda step, record: self._records.append(record),
+            state.global_step,
+            lambda monitor: self._load(monitor, args, state) if state.global_step else None,
+            process_group=dist.group.WORLD if several else None,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what was measured in the step."""
+        records, self._records = self._records, []
+        for record in records:
+            logs = self._named(record)
+            trainer = self._trainer()
+            if trainer is None:
+                epoch = {} if state.epoch is None else {"epoch": state.epoch}
+                state.log_history.append({**logs, **epoch, "step": state.global_step})
+                continue
+            # Whoever logs takes the request to log as served: that of the loss must stay.
+            asked = control.should_log
+            try:
+                trainer.log(logs)
+            except Exception as error:  # showing a measurement must not end the training
+                _warn(f"logging margins failed: {type(error).__name__}: {error}")
+            finally:
+                control.should_log = trainer.control.should_log = asked
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the monitor's state into the checkpoint that was just saved."""
+        if self.monitor is None or args.save_only_model or not state.is_world_process_zero:
+            return
+        path = self._own_folder(args, state) / f"{self._prefix}.pt"
+        try:
+            torch.save(self.monitor.state_dict(), path)
+        except (OSError, RuntimeError) as error:
+            _warn(f"the state of the margins was not saved to {path}: {error}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach the monitor, whose history stays."""
+        self._close()
+
+    def _load(self, monitor: StabilityMonitor, args: Any, state: Any) -> None:
+        named = [self._resume_from, getattr(args, "resume_from_checkpoint", None)]
+        folders = [Path(name) for name in named if isinstance(name, (str, Path))]
+        folders.append(self._own_folder(args, state))
+        paths = [folder / f"{self._prefix}.pt" for folder in folders]
+        path = next((path for path in paths if path.exists()), None)
+        if path is None:
+            _warn(
+                f"the run resumes at step {state.global_step} without a state of the margins: there is"
+                f" no {' and no '.join(map(str, paths))}. Their history begins here"
+            )
+        else:
+            monitor.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    @staticmethod
+    def _own_folder(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    def _loss_of(self, args: Any) -> Callable[[Any, Any], Tensor]:
+        if self._batch_loss is not None:
+            return self._batch_loss
+        trainer = self._trainer()
+        others = {
+            "label_smoothing_factor": args.label_smoothing_factor,
+            "compute_loss_func": getattr(trainer, "compute_loss_func", None),
+            "compute_loss": trainer is not None
+            and type(trainer).compute_loss is not _transformers.Trainer.compute_loss,
+        }
+        found = [name for name, other in others.items() if other]
+        if found:
+            raise ValueError(
+                "batch_loss=None, and the trainer does not train the model's own loss, but has its"
+                f" {found[0]}: expected batch_loss(model, batch)"
+            )
+        return _models_loss
+
+    def _probe(self, train_dataloader: Any) -> Any:
+        data = self._data
+        collate = getattr(train_dataloader, "collate_fn", None)
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            return DataLoader(data, batch_size=_PROBE_BATCH, collate_fn=collate)
+        return data
+
+
+def _models_loss(model: Any, batch: Any) -> Tensor:
+    """Return the loss that the model computes from labels in the batch."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"data: a batch is a {type(batch).__name__}, expected a dictionary of what the model"
+            " takes; batch_loss= computes the loss from others"
+        )
+    outputs = model(**batch)
+    if isinstance(outputs, Mapping):
+        loss = outputs.get("loss")
+        found = list(outputs)
+    else:
+        loss, found = outputs[0], [type(output).__name__ for output in outputs]
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the model returned no loss for the probe set, but {found}: its batches have"
+            f" {list(batch)}, expected labels among them, or batch_loss="
+        )
+    return loss
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -1,0 +1,358 @@
+"""The callback in real runs of transformers.Trainer, held against the same runs without it."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import stableopt
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from stableopt.integrations.transformers import StabilityCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # Pinned memory without a GPU.
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+class Texts(Dataset):
+    """Rows of random words, some of them shorter, as a language model's collator has them."""
+
+    def __init__(self, n: int = 16) -> None:
+        self.words = torch.randint(12, (n, 6), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.words[index], "labels": self.words[index]}
+
+
+def batch(n: int = 16) -> dict[str, Tensor]:
+    words = Texts(n).words
+    return {"input_ids": words, "labels": words}
+
+
+def language_model() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=12, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    assert config.resid_pdrop == 0.1  # dropout is on
+    return GPT2LMHeadModel(config)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
+def trainer_in(
+    folder: Path, callbacks: Any = (), model: nn.Module | None = None, **options: Any
+) -> Trainer:
+    seed_all(0)
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "learning_rate": 0.01,
+        "logging_steps": 3,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        **options,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **arguments)
+    model = language_model() if model is None else model
+    trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
+    for callback in callbacks:
+        callback.attach(trainer)
+    return trainer
+
+
+def state_of(trainer: Trainer) -> list[Any]:
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return [
+        *trainer.model.state_dict().values(),
+        *(t for s in trainer.optimizer.state_dict()["state"].values() for t in s.values()),
+        torch.get_rng_state(),
+        torch.tensor(losses, dtype=torch.float64),
+        np.random.get_state()[1],  # noqa: NPY002
+        np.array(random.getstate()[1]),
+    ]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def numbers(history: Any) -> list[dict[str, float]]:
+    """Return records without what the clock says."""
+    return [{k: v for k, v in m.record().items() if k != "seconds"} for m in history]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_run_is_the_run_without_it(tmp_path: Path, accumulate: int) -> None:
+    """Catches a callback that draws a random number, leaves a mode, or swallows a loss."""
+    ends = []
+    callback = StabilityCallback(batch(8), every=3, quantities=("sharpness", "batch_sharpness"))
+    for name, callbacks in (("with", [callback]), ("without", [])):
+        trainer = trainer_in(
+            tmp_path / name, callbacks, gradient_accumulation_steps=accumulate, max_steps=8
+        )
+        trainer.train()
+        ends.append(state_of(trainer))
+        assert len(ends[-1][-3]) == 2  # losses
+    assert same(*ends)
+    assert [m.step for m in callback.history] == [3, 6]
+    assert all(m.failure is None for m in callback.history)
+    assert callback.margins.batch_size == 4 * accumulate
+
+
+def shown(trainer: Trainer, name: str) -> dict[int, float]:
+    return {log["step"]: log[name] for log in trainer.state.log_history if name in log}
+
+
+def test_margins_reach_what_the_trainer_reports_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches margins that only the callback knows, or that stand at another step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(runs))
+    callback = StabilityCallback(batch(8), every=4)
+    trainer = trainer_in(tmp_path, [callback], report_to="tensorboard")
+    trainer.train()
+    expected = {m.step: m.edge_ratio for m in callback.history}
+    name = "stability/preconditioned_sharpness_ratio"
+    assert list(expected) == [4, 8, 12]
+    assert shown(trainer, name) == expected
+    (events,) = runs.rglob("events*")
+    found = EventAccumulator(str(events)).Reload()
+    scalars = {e.step: e.value for e in found.Scalars(f"train/{name}")}
+    assert scalars == pytest.approx(expected, rel=1e-6)  # single precision
+    assert {e.step for e in found.Scalars("train/loss")} == {3, 6, 9, 12}
+
+
+def test_without_being_attached_margins_are_in_the_history(tmp_path: Path) -> None:
+    """Catches a callback that needs the trainer for more than reporting."""
+    callback = StabilityCallback(Texts(8), every=4)
+    trainer = trainer_in(tmp_path)
+    trainer.add_callback(callback)
+    trainer.train()
+    expected = {m.step: m.sharpness for m in callback.history}
+    assert list(expected) == [4, 8, 12]
+    assert shown(trainer, "stability/sharpness") == expected
+    assert list(shown(trainer, "loss")) == [3, 6, 9, 12]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("stop", [4, 6])  # at the end of an epoch, and in the middle of one
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, elsewhere: bool) -> None:
+    """Catches state that a checkpoint lacks, or that is looked for in the wrong place."""
+    # The trainer forgets losses that it has summed but not yet logged.
+    options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
+
+    def callback(**more: Any) -> StabilityCallback:
+        return StabilityCallback(batch(8), every=3, cold_every=3, **more)
+
+    whole = callback()
+    straight = trainer_in(tmp_path / "whole", [whole], **options)
+    straight.train()
+    first = trainer_in(tmp_path / "part", [callback()], **options)
+    first.add_callback(StopAt(stop))
+    first.train()
+    checkpoint = str(tmp_path / "part" / f"checkpoint-{stop}")
+    folder = tmp_path / ("rest" if elsewhere else "part")
+    rest = callback(resume_from_checkpoint=checkpoint) if elsewhere else callback()
+    resumed = trainer_in(folder, [rest], **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert same(state_of(straight), state_of(resumed))
+    assert numbers(rest.history) == numbers(whole.history)
+    name = "stability/sharpness"
+    assert shown(resumed, name) == shown(straight, name)
+
+
+def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
+    """Catches a silent loss of the state, and margins whose steps are not the trainer's."""
+    options = {"save_strategy": "steps", "save_steps": 4}
+    first = trainer_in(tmp_path, **options)
+    first.add_callback(StopAt(4))
+    first.train()
+    callback = StabilityCallback(batch(8), every=3)
+    resumed = trainer_in(tmp_path, [callback], **options)
+    with pytest.warns(RuntimeWarning, match=r"without a state of the margins.*checkpoint-4"):
+        resumed.train(resume_from_checkpoint=True)
+    assert [m.step for m in callback.history] == [6, 9, 12]
+
+
+def test_trained_twice(tmp_path: Path) -> None:
+    """Catches a second training that two monitors measure, or whose steps go on from the first."""
+    callback = StabilityCallback(batch(8), every=4)
+    trainer = trainer_in(tmp_path, [callback], max_steps=4)
+    callback.attach(trainer)  # again, which changes nothing
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+    trainer.train()
+    former = callback.monitor
+    trainer.train()
+    assert former.step == 4
+    assert [m.step for m in callback.history] == [4]
+    assert not callback.monitor._handles
+
+
+class Unknown(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+
+class Bare(nn.Module):
+    """A model that returns no loss, with what Trainer needs to know of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 4), nn.Linear(4, 12)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.head(self.embed(input_ids))}
+
+
+def test_what_cannot_be_measured_is_an_error_that_helps(tmp_path: Path) -> None:
+    """Catches errors in words that are not the callback's, and ones after training has begun."""
+    with pytest.raises(TypeError, match="data=None: expected the probe set"):
+        StabilityCallback(None)
+    with pytest.raises(TypeError, match="batch_loss='mse': expected a function"):
+        StabilityCallback(batch(), "mse")
+    with pytest.raises(TypeError, match=r"expected a transformers\.Trainer"):
+        StabilityCallback(batch()).attach("trainer")
+    model = language_model()
+    for options, callback, error, message in (
+        ({"model": Bare()}, StabilityCallback(batch()), TypeError, "returned no loss.*'logits'"),
+        ({}, StabilityCallback([(torch.ones(2), torch.ones(2))]), TypeError, "a dictionary of"),
+        (
+            {"label_smoothing_factor": 0.1},
+            StabilityCallback(batch()),
+            ValueError,
+            "batch_loss=None",
+        ),
+    ):
+        trainer = trainer_in(tmp_path, [callback], **options)
+        with pytest.raises(error, match=message):
+            trainer.train()
+        assert callback.monitor is None
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("training went on")
+
+    trainer = trainer_in(tmp_path, [StabilityCallback(batch())])
+    trainer.__class__ = OwnLoss
+    with pytest.raises(ValueError, match="has its compute_loss: expected batch_loss"):
+        trainer.train()
+    trainer = trainer_in(tmp_path, [StabilityCallback(batch())])
+    trainer.compute_loss_func = nn.functional.cross_entropy
+    with pytest.raises(ValueError, match="has its compute_loss_func: expected batch_loss"):
+        trainer.train()
+    trainer = trainer_in(tmp_path, [StabilityCallback(batch())], model)
+    trainer.optimizer = Unknown(model.parameters())
+    with pytest.raises(TypeError, match=r"optimizer is Unknown.*UpdateRule\.register"):
+        trainer.train()
+
+
+def test_a_loss_of_the_users_own(tmp_path: Path) -> None:
+    """Catches a loss that is ignored, and options that do not reach the monitor."""
+
+    def own(model: Any, batch: Any) -> Tensor:
+        logits = model(input_ids=batch["input_ids"])["logits"]
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1
+        )
+
+    callback = StabilityCallback(batch(8), own, every=4, chunk_size=4, dtype=torch.float64)
+    trainer = trainer_in(tmp_path, [callback], label_smoothing_factor=0.1, max_steps=4)
+    trainer.train()
+    assert callback.margins.failure is None
+    assert callback.monitor.problem.loss_fn is None
+    assert callback.monitor.problem.dtype == torch.float64
+
+
+def test_nothing_about_measuring_ends_the_training(tmp_path: Path) -> None:
+    """Catches a failing measurement, report or sink that escapes."""
+
+    class Fragile(Trainer):
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            if any(name.startswith("stability/") for name in logs):
+                raise ConnectionError("no route to host")
+            super().log(logs, *args)
+
+    def flaky(model: Any, batch: Any) -> Tensor:
+        if gone:
+            raise RuntimeError("the file is gone")
+        return model(**batch)["loss"]
+
+    gone: list[int] = []
+    callback = StabilityCallback(batch(4), flaky, every=4, sinks=[lambda *_: gone.append(1)])
+    trainer = trainer_in(tmp_path, [callback])
+    trainer.__class__ = Fragile
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = " ".join(str(w.message) for w in caught)
+    assert "no route to host" in told
+    assert "the file is gone" in told
+    assert trainer.state.global_step == 12
+    assert [m.failure is None for m in callback.history] == [True, False, False]
+    assert list(shown(trainer, "loss")) == [3, 6, 9, 12]
+
+
+def test_the_checkpoint_is_readable_without_the_callback(tmp_path: Path) -> None:
+    """Catches a state that the trainer's own files would carry, or that JSON cannot hold."""
+    options = {"save_strategy": "steps", "save_steps": 4}
+    trainer_in(tmp_path, [StabilityCallback(batch(8), every=2)], **options, max_steps=4).train()
+    folder = tmp_path / "checkpoint-4"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert "StabilityCallback" not in state["stateful_callbacks"]
+    own = torch.load(folder / "stability.pt", weights_only=True)
+    assert [margins["step"] for margins in own["history"]] == [2, 4]
+    trainer = trainer_in(tmp_path, **options)
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert trainer.state.global_step == 12
+
+
+def test_any_optimizer_that_the_monitor_takes(tmp_path: Path) -> None:
+    """Catches a rule read from Accelerate's wrapper, and steps that are counted twice."""
+    model = language_model()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    callback = StabilityCallback(batch(8), every=4)
+    trainer = trainer_in(tmp_path, [callback], model, lr_scheduler_type="constant")
+    trainer.optimizer = optimizer
+    trainer.train()
+    assert callback.monitor.optimizer is optimizer
+    assert callback.margins.sharpness_limit == pytest.approx(2 * 1.5 / 0.05)

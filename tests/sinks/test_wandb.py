@@ -1,0 +1,94 @@
+"""Records in a real, offline run of Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stableopt import WandbSink
+
+wandb = pytest.importorskip("wandb")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def parts(path: Path) -> Iterator[bytes]:
+    """Yield the records of a run's file: LevelDB's log format, after a header of seven bytes."""
+    data, record = path.read_bytes(), b""
+    for start in range(0, len(data), 32768):
+        at, end = start or 7, min(start + 32768, len(data))
+        while end - at >= 7:
+            _, length, kind = struct.unpack_from("<IHB", data, at)
+            if kind == 0:  # padding
+                break
+            record += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                yield record
+                record = b""
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that the run in ``folder`` wrote."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.rglob("*.wandb")
+    rows = []
+    for part in parts(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(part)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    settings = wandb.Settings(
+        silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True
+    )
+    run = wandb.init(project="test", mode="offline", dir=tmp_path, settings=settings)
+    yield run
+    run.finish()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, named: bool) -> None:
+    """Catches a record that is merged away, an infinity, and rows of training that are lost."""
+    sink = WandbSink(run) if named else WandbSink()
+    for step in range(1, 5):
+        if step % 2 == 0:
+            sink(step, {"sharpness": 1 / step, "non_uniformity_limit": math.inf})
+        run.log({"loss": 1.0 * step}, step=step)
+    sink.note(4, "lower the rate")
+    run.finish()
+    rows = logged(tmp_path)
+    margins = {
+        r["stability/step"]: r["stability/sharpness"] for r in rows if "stability/sharpness" in r
+    }
+    assert margins == {2: 0.5, 4: 0.25}
+    assert [row["loss"] for row in rows if "loss" in row] == [1.0, 2.0, 3.0, 4.0]
+    assert "non_uniformity" not in str(rows)
+    assert rows[-1]["stability/note"] == "lower the rate"
+
+
+def test_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error that does not say what is missing."""
+    with pytest.raises(RuntimeError, match=r"no run is active; expected wandb\.init\(\)"):
+        WandbSink()(1, {"sharpness": 1.0})
+    with pytest.raises(TypeError, match=r"run='demo': expected what wandb\.init"):
+        WandbSink("demo")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install stableopt\[wandb\]"):
+        WandbSink()(1, {"sharpness": 1.0})
