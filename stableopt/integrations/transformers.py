@@ -139,7 +139,9 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
             return
         path = self._own_folder(args, state) / f"{self._prefix}.pt"
         try:
-            torch.save(self.monitor.state_dict(), path)
+            # In one piece or not at all: half a file would stop the run that resumes from it.
+            torch.save(self.monitor.state_dict(), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
         except (OSError, RuntimeError) as error:
             _warn(f"the state of the margins was not saved to {path}: {error}")
 
