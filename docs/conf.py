@@ -63,7 +63,10 @@ sphinx_gallery_conf = {
 nitpicky = True
 nitpick_ignore_regex = [
     # Other packages' names: there is no inventory of theirs without a network.
-    ("py:.*", r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|typing)\..*"),
+    (
+        "py:.*",
+        r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|typing)\..*",
+    ),
     ("py:.*", r"Axes|Figure|NDArray|SummaryWriter|optional"),
     # Modules within the packages, which are not public.
     ("py:.*", r"stableopt\.\w+\.[a-z_]+(\..*)?"),

@@ -292,12 +292,19 @@ class Escape(Experiment):
                 ours=f"{len(left)} of {len(rows)} escaped{times}",
                 tolerance="each run as predicted",
                 reproduced=right == len(rows),
-                why="; ".join(
-                    f"seed {r['seed']}: the loss rose {r['largest_loss_ratio']:.1f} times"
-                    for r in rows
-                    if not r["right"] and r["largest_loss_ratio"] is not None
-                ),
+                why="; ".join(_miss(r) for r in rows if not r["right"]),
             )
+
+
+def _miss(row: dict[str, Any]) -> str:
+    text = f"seed {row['seed']}, {row['random_labels']} random labels: the loss rose"
+    text += f" {row['largest_loss_ratio']:.1f} times"
+    if row["sharpness_after"] is not None:
+        ratio = row["sharpness_after"] / row["sharpness_before"]
+        text += f", and where it ended the sharpness is {ratio:.2f} of what it was"
+        share = row["sharpness_before"] * row["lr"] / 2
+        text += f" ({share:.1%} of 2/η before)"
+    return text
 
 
 def _minimum(start: Solution, found: dict[str, Any]) -> dict[str, Any]:
@@ -377,6 +384,11 @@ def _ends_flatter(switches: Rows) -> Iterator[Claim]:
         ours=f"sharpness after / before {min(by):.2f} to {max(by):.2f} in {len(by)} escapes",
         tolerance="every one",
         reproduced=max(by) < 1,
+        why="; ".join(
+            f"{r['how']}, {r['random_labels']} random labels: {ratio:.2f}"
+            for r, ratio in zip(left, by, strict=True)
+            if ratio >= 1
+        ),
     )
     gains = [100 * (r["test_accuracy_after"] - r["test_accuracy_before"]) for r in left]
     lost = sum(g < 0 for g in gains)
