@@ -83,12 +83,14 @@ _ON_DEMAND = {
 """What is imported when it is first asked for: a fifth of the modules."""
 
 
-def __getattr__(name: str) -> Any:
-    if name == "adapt":
-        return importlib.import_module("stableopt.adapt")
-    if name in _ON_DEMAND:
-        return getattr(importlib.import_module(f"stableopt.{_ON_DEMAND[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # or every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name == "adapt":
+            return importlib.import_module("stableopt.adapt")
+        if name in _ON_DEMAND:
+            return getattr(importlib.import_module(f"stableopt.{_ON_DEMAND[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         print(diagnosis(chosen.model))
-    except (ValueError, ImportError, AttributeError) as error:
-        parser.error(str(error))
+    except Exception as error:  # of the user's module as well
+        parser.error(f"{chosen.model}: {type(error).__name__}: {error}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -38,16 +38,16 @@ class SampleCounter:
         # Validation runs without gradients and is no part of a step; nor are passes of this or any
         # other measurement.
         if self.active and torch.is_grad_enabled() and not measuring():
-            # A packed sequence holds rows of several samples: its batch sizes start with all.
-            packed = [a for a in args if isinstance(a, PackedSequence)]
-            if packed:
-                self._count += int(packed[0].batch_sizes[0])
-            else:
-                self.add((args, kwargs))
+            self.add((args, kwargs))
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch``: the leading dimension of its first tensor."""
-        self._count += next((t.shape[0] for t in tensors_in(batch) if t.dim()), 0)
+        # A packed sequence holds rows of several samples: its batch sizes start with all.
+        packed = next(_packed_in(batch), None)
+        if packed is not None:
+            self._count += int(packed.batch_sizes[0])
+        else:
+            self._count += next((t.shape[0] for t in tensors_in(batch) if t.dim()), 0)
 
     def take(self) -> int:
         """Return the samples since the last call."""
@@ -59,3 +59,11 @@ class SampleCounter:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (SampleCounter, (False,))
+
+
+def _packed_in(batch: Any) -> Iterator[PackedSequence]:
+    if isinstance(batch, PackedSequence):
+        yield batch
+    elif isinstance(batch, (tuple, list, Mapping)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _packed_in(value)

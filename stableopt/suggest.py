@@ -172,6 +172,8 @@ def suggest(
         rows += [search.answer(_ADAMW, adam, step, batch_size) for batch_size in sizes]
     else:
         notes.append("AdamW: with the second moments that batches have here, beta1 = 0.9")
+        if problem.own_samples > _SAMPLES:
+            notes.append(f"the gradient's variance is that of {_SAMPLES} samples or a few more")
         mean, variance = _gradient_moments(problem)
         step = Step(momentum=_BETA, dampening=_BETA)
         for batch_size in sizes:
@@ -270,25 +272,25 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
 
 
 def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over samples of the gradient, entry by entry."""
-    theta = problem.theta()
+    """Return mean and variance over samples of the gradient, entry by entry.
+
+    The variance is of samples spread over the data, which may be in the order of their classes.
+    """
+    theta, mean = problem.theta(), problem.gradient()
     with torch.inference_mode(False):
-        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-        squares = torch.zeros_like(total)
+        squares = torch.zeros_like(mean)
+    stride = max(1, problem.own_samples // _SAMPLES)
 
     def add() -> int:
-        count = 0
+        seen = count = 0
         with problem.evaluation():
-            for batch, size in problem.chunks(_SAMPLES):
-                for index in range(size):
+            for batch, size in problem.chunks():
+                for index in range(-seen % stride, size, stride):
                     loss = problem.loss(theta, cut(batch, index, index + 1))
                     gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                    total.add_(gradient)
-                    squares.add_(gradient**2)
+                    squares.add_((gradient - mean) ** 2)
                     count += 1
-                if count >= _SAMPLES:
-                    break
+                seen += size
         return count
 
-    mean, square = problem.ranks.mean([total, squares], add)
-    return mean, (square - mean**2).clamp(min=0)
+    return mean, problem.ranks.mean([squares], add)[0]

@@ -92,8 +92,7 @@ def install(words: list[str], here: Here) -> None:
     every = [Requirement(one) for listed in extras.values() for one in listed]
     every += map(Requirement, project["dependencies"])
     for word in words[2:]:
-        # "stableopt @ ." is a path and not a URL, and so no requirement; pip takes it as one.
-        wanted = Requirement(word.removesuffix(" @ ."))
+        wanted = Requirement(re.sub(r"^\.(?=\[|$)", "stableopt", word))  # the clone
         assert wanted.name in {"stableopt", *(one.name for one in every)}
         assert wanted.extras <= set(extras)
 

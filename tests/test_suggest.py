@@ -140,3 +140,19 @@ def test_what_it_suggests_is_where_training_turns() -> None:
     for factor, grows in ((0.97, False), (1.03, True)):
         growth = float(((1 - factor * found * curvatures) ** 2).mean())
         assert (growth > 1) == grows
+
+
+def test_the_order_of_the_samples_does_not_matter_for_adam() -> None:
+    """Catches a mean gradient of the first samples alone: data may be sorted by class."""
+    model, x = nn.Linear(4, 1), torch.randn(200, 4, generator=torch.Generator().manual_seed(2))
+    data = (x, (x.sum(1, keepdim=True) > 0).float())
+    order = data[1].flatten().argsort()
+    orders = (torch.randperm(200, generator=torch.Generator().manual_seed(3)), order)
+    found = [
+        stableopt.suggest(model, MSE, tuple(part[rows] for part in data), batch_sizes=(200,))
+        for rows in orders
+    ]
+    rates = [each.of("AdamW", 200).lr for each in found]
+    assert rates[0] == pytest.approx(
+        rates[1], rel=1e-3
+    )  # sums in another order, and the solver's tol

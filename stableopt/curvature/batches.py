@@ -127,8 +127,8 @@ class Batches:
 
     Args:
         data: an ``(x, y)`` pair (one batch), a ``Dataset``, a ``DataLoader`` or any re-iterable of
-            batches. With ``paired=False`` a dictionary, dataclass or named tuple of tensors, or a
-            single tensor, is one batch too.
+            batches. With ``paired=False`` a dictionary, dataclass or tuple of tensors, or a single
+            tensor, is one batch too. A list is of batches, unless it is an ``(x, y)`` pair.
         chunk_size: the most samples in what is yielded; larger batches are cut. ``None`` leaves
             the batches of a loader or an iterable as they are and cuts a pair at 1,024.
         paired: whether each batch must be an ``(x, y)`` pair.
@@ -247,8 +247,10 @@ def _refuse_once_only(data: Any) -> None:
 
 
 def _is_batch(data: Any, paired: bool) -> bool:
-    if isinstance(data, tuple) and hasattr(data, "_fields") and not paired:
-        return True
+    if isinstance(data, tuple) and not paired:
+        named = hasattr(data, "_fields")
+        if named or (len(data) > 2 and all(isinstance(part, Tensor) for part in data)):
+            return True
     if isinstance(data, (tuple, list)):
         # Two tensors are (x, y). Two tuples are two batches. A structured input or target beside
         # one tensor is (x, y) as well.

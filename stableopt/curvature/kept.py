@@ -88,6 +88,9 @@ def _way_back(value: Any) -> Callable[[], None] | None:
         return _set_back(value)
     if isinstance(value, torch.Generator):
         return _generator_back(value)
+    if isinstance(value, np.ndarray):
+        elements = value.copy()
+        return lambda: np.copyto(value, elements)
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", bits)
@@ -99,10 +102,14 @@ def _way_back(value: Any) -> Callable[[], None] | None:
 
 def _tensor_back(value: Tensor) -> Callable[[], None]:
     version, content = value._version, value.detach().clone()
+    # Writing by ``data`` moves no version: it neither shows, nor spoils a graph that is to be used.
+    own = value.layout == torch.strided and 0 not in value.stride()
 
     def back() -> None:
         if value._version != version:
             value.detach().copy_(content)
+        elif own:
+            value.data.copy_(content)
 
     return back
 

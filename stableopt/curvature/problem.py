@@ -204,6 +204,7 @@ class Problem:
         if not choices.batch_statistics:
             check_batch_norm(self.model)
         self._all_trainable = params is None
+        self._moved: frozenset[str] = frozenset()
         self.equal_weights = True
         self._take(*select_parameters(self.model, params))
         # What one rank's data are refused for is an error on all.
@@ -368,8 +369,11 @@ class Problem:
         # Buffers as copies: some modules write to them even in eval mode.
         cast = self.precision.cast
         state = {name: cast(b.clone()) for name, b in module.named_buffers()}
-        if self.precision.casts:
-            state.update((name, cast(p.detach())) for name, p in module.named_parameters())
+        if self.precision.casts or self._moved:
+            moved = {prefix + name for name in self._moved}
+            for name, p in module.named_parameters():
+                if self.precision.casts or name in moved:
+                    state[name] = cast(p.detach().clone() if name in moved else p.detach())
         state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
         return state
 
@@ -469,7 +473,28 @@ class Problem:
         if self.ranks.several:
             check_replicas(self.ranks, self.params)
 
+    def _note_what_moves(self) -> None:
+        """Note which of the parameters that do not count a pass moves, and put them back.
+
+        A teacher or a key encoder may follow the model in its forward pass: passes get copies of
+        these. Version counters do not tell, since such updates go by ``data``.
+        """
+        chosen = set(self.names)
+        others = {n: p for n, p in self.model.named_parameters() if n not in chosen}
+        if not others:
+            return
+        before = {n: p.detach().clone() for n, p in others.items()}
+        try:
+            with self.evaluation():
+                self.loss(self.theta(), cut(next(self.chunks())[0], 0, CHECKED_SAMPLES))
+        finally:
+            moved = {n for n, p in others.items() if not torch.equal(p.detach(), before[n])}
+            for name in moved:
+                others[name].data.copy_(before[name])
+            self._moved = frozenset(moved)
+
     def _check(self) -> None:
+        self._note_what_moves()
         theta = self.theta()
 
         def loss_at(at: Sequence[Tensor], batch: Any) -> Tensor:

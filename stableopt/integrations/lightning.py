@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,8 +44,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     """Measures the stability margins during ``trainer.fit``, and tells the trainer's loggers.
 
     The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
-    ``<prefix>/<name>``, at the trainer's step, and is in ``trainer.callback_metrics``, so that
-    ``ModelCheckpoint`` and ``EarlyStopping`` can watch it. Checkpoints hold the monitor's state; a
+    ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
+    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state; a
     run that resumes from one goes on measuring as if it had not stopped. What cannot be measured at
     all, such as an optimizer of unknown rule, is an error before the first step; a measurement that
     fails later is recorded, and training goes on.
@@ -91,6 +92,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         self._index = optimizer
         self._state: dict[str, Any] = {}
         self._told: StabilityMargins | None = None
+        self._begun = False
 
     @property
     def state_key(self) -> str:
@@ -98,7 +100,12 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         return str(self._generate_state_key(prefix=self._prefix))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the monitor: optimizers and checkpoint are there by now."""
+        """Forget the monitor of another ``fit``; the first batch makes one."""
+        self._begun = False
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        """Make the monitor: optimizers, checkpoint and what the module's hooks make are there by now."""
+        self._begun = True
         optimizer = self._chosen(trainer.optimizers)
         state = self._state if trainer.global_step else {}
         defaults = {"process_group": group_of(trainer.strategy.model)}
@@ -107,12 +114,12 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         self._start(
             optimizer,
             pl_module,
-            self._loss_of(pl_module),
+            _in_precision(trainer, self._loss_of(pl_module)),
             self._data,
             self._to_loggers(trainer),
             # Lightning's count is of the steps of all optimizers.
             trainer.global_step // len(trainer.optimizers),
-            lambda monitor: monitor.load_state_dict(state) if state else None,
+            lambda monitor: self._restore(monitor, state) if state else None,
             **defaults,
         )
         self._told = self.margins
@@ -121,6 +128,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the samples of ``batch``; the module's own ``forward`` may never be called."""
+        if not self._begun:
+            self._begin(trainer, pl_module)
         if self.monitor is not None:
             self.monitor.count_samples(batch)
 
@@ -131,9 +140,11 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         margins = self.margins
         if margins is not None and margins is not self._told:
             self._told = margins
-            trainer.callback_metrics.update(
-                {name: torch.tensor(value) for name, value in self._named(margins.record()).items()}
-            )
+            shown = self._named(margins.record())
+            old = [name for name in trainer.callback_metrics if name.startswith(f"{self._prefix}/")]
+            # What failed this time is not what it was before.
+            values = {**dict.fromkeys(old, math.nan), **shown}
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach the monitor, whose history stays."""
@@ -148,9 +159,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         return self._state if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep ``state_dict`` for the monitor, which the start of training makes."""
-        self._close()
-        self.monitor, self._state = None, dict(state_dict)
+        """Keep ``state_dict`` for the next monitor, which the start of training makes."""
+        self._state = dict(state_dict)
 
     def _close(self) -> None:
         super()._close()
@@ -198,13 +208,21 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 def _held(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
     """Return the parameters of ``module`` that ``optimizer`` holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [p for p in module.parameters() if id(p) in held]
+    every: list[Tensor] = [p for p in module.parameters() if id(p) in held]
+    return [p for p in every if p.requires_grad] or every  # those of a toggled one are frozen
+
+
+def _in_precision(trainer: Any, batch_loss: Callable[[Any, Any], Tensor]) -> Any:
+    """Return ``batch_loss`` of batches in the trainer's precision, as ``training_step`` gets them."""
+    convert = trainer.precision_plugin.convert_input
+    return lambda pl_module, batch: batch_loss(pl_module, convert(batch))
 
 
 def _training_loss(pl_module: Any, batch: Any) -> Tensor:
     """Return what ``training_step`` minimises, and log nothing."""
     step = pl_module.training_step
-    takes_index = len(inspect.signature(step).parameters) > 1
+    arguments = inspect.signature(step).parameters.values()
+    takes_index = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
     with _mute(pl_module):
         output = step(batch, 0) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, dict) else output

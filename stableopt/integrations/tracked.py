@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,15 @@ class Tracked:
             monitor.close()
             raise
         self.monitor = monitor
+
+    @staticmethod
+    def _restore(monitor: StabilityMonitor, state: dict[str, Any]) -> None:
+        """Load ``state``; that of other parameters, such as fewer layers, but for its eigenvectors."""
+        try:
+            monitor.load_state_dict(state)
+        except ValueError as error:
+            warnings.warn(f"searches begin anew: {error}", RuntimeWarning, stacklevel=2)
+            monitor.load_state_dict({**state, "starts": {}})
 
     def _close(self) -> None:
         if self.monitor is not None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from stableopt.integrations.tracked import Tracked
 from stableopt.monitor import StabilityMonitor
@@ -44,19 +44,21 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
     """Measures the stability margins while a ``transformers.Trainer`` trains.
 
     The run is bit for bit the run without it. Every finite number of a record is logged as
-    ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's state
-    as ``<prefix>.pt``, and a run that resumes from it goes on measuring as if it had not stopped. (The
-    trainer's own mechanism, ``ExportableState``, makes a callback anew from what JSON can hold, and is
-    off by default.) What cannot be measured at all is an error before the first step; a measurement
-    that fails later is recorded, and training goes on.
+    ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's
+    state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), and a run that
+    resumes from it goes on measuring as if it had not stopped. (The trainer's own mechanism,
+    ``ExportableState``, makes a callback anew from what JSON can hold, and is off by default.) What
+    cannot be measured at all is an error before the first step; a measurement that fails later is
+    recorded, and training goes on.
 
     Args:
         data: the probe set, on which curvature is measured: a batch as the model takes it, a
-            ``DataLoader``, a re-iterable of batches, or a torch ``Dataset``, which is collated as the
-            training set is. Where several processes train, this one's shard.
+            ``DataLoader``, a list of batches, or a ``Dataset`` of torch or Hugging Face, or the
+            trainer's own training set, which are collated as that is. Where several processes train,
+            this one's shard.
         batch_loss: ``batch_loss(model, batch)``, the mean loss of a batch. By default the model's own,
             as ``Trainer`` takes it.
-        prefix: of the logged names, and the name of the file in the checkpoint.
+        prefix: of the logged names, and in the name of the file in the checkpoint.
         resume_from_checkpoint: the folder that ``trainer.train`` is given, where it is none of the
             trainer's own ``output_dir``.
         sinks: callables that take ``(step, record)``, beside the trainer's log.
@@ -69,8 +71,9 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when training starts.
-        ValueError: when training starts: without ``batch_loss`` where the trainer has a loss of its own,
-            and as ``StabilityMonitor`` does.
+        ValueError: when training starts: without ``batch_loss`` where the trainer has a loss of its own
+            (``compute_loss`` and ``compute_loss_func`` are seen by an attached callback alone), and as
+            ``StabilityMonitor`` does.
 
     >>> StabilityCallback({"input_ids": torch.zeros(4, 2)}, every=10).margins is None
     True
@@ -93,7 +96,11 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         """Join the callbacks of ``trainer``, and log through it; return the callback."""
         if not hasattr(trainer, "callback_handler"):
             raise TypeError(f"trainer={trainer!r}: expected a transformers.Trainer")
-        if self not in trainer.callback_handler.callbacks:
+        there = trainer.callback_handler.callbacks
+        others = [c for c in there if isinstance(c, StabilityCallback) and c is not self]
+        if any(c._file == self._file for c in others):
+            raise ValueError(f"prefix={self._prefix!r} is that of another callback of the trainer")
+        if self not in there:
             trainer.add_callback(self)
         self._trainer = weakref.ref(trainer)  # which holds the callback
         return self
@@ -137,7 +144,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         """Write the monitor's state into the checkpoint that was just saved."""
         if self.monitor is None or args.save_only_model or not state.is_world_process_zero:
             return
-        path = self._own_folder(args, state) / f"{self._prefix}.pt"
+        path = self._own_folder(args, state) / self._file
         try:
             # In one piece or not at all: half a file would stop the run that resumes from it.
             torch.save(self.monitor.state_dict(), path.with_suffix(".part"))
@@ -153,15 +160,25 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         named = [self._resume_from, getattr(args, "resume_from_checkpoint", None)]
         folders = [Path(name) for name in named if isinstance(name, (str, Path))]
         folders.append(self._own_folder(args, state))
-        paths = [folder / f"{self._prefix}.pt" for folder in folders]
+        paths = [folder / self._file for folder in folders]
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             _warn(
                 f"the run resumes at step {state.global_step} without a state of the margins: there is"
                 f" no {' and no '.join(map(str, paths))}. Their history begins here"
             )
-        else:
-            monitor.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            self._restore(monitor, kept)
+        except Exception as error:  # a file that is broken must not keep training from going on
+            _warn(f"{path} was not read ({type(error).__name__}: {error}): the history begins here")
+
+    @property
+    def _file(self) -> str:
+        # A name of its own, whatever the prefix: the folder has an optimizer.pt.
+        own = "".join(c if c.isalnum() or c in "-_" else "_" for c in self._prefix)
+        return "stability.pt" if own == "stability" else f"stability-{own}.pt"
 
     @staticmethod
     def _own_folder(args: Any, state: Any) -> Path:
@@ -188,7 +205,14 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
     def _probe(self, train_dataloader: Any) -> Any:
         data = self._data
         collate = getattr(train_dataloader, "collate_fn", None)
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        batches = (IterableDataset, DataLoader, Mapping, Tensor, list, tuple)
+        own = (
+            getattr(train_dataloader, "dataset", None),
+            getattr(self._trainer(), "train_dataset", None),
+        )
+        # Hugging Face's is no Dataset of torch's.
+        by_row = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        if any(data is each for each in own) or (by_row and not isinstance(data, batches)):
             return DataLoader(data, batch_size=_PROBE_BATCH, collate_fn=collate)
         return data
 

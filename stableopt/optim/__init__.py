@@ -15,7 +15,9 @@ __all__ = ["GD", "LBFGS", "SGD"]
 UpdateRule.register(GD, lambda optimizer: read_sgd(optimizer, full_batch=True))
 
 
-def __getattr__(name: str) -> Any:
-    if name == "LBFGS":  # with its line searches and directions, most of the package
-        return importlib.import_module("stableopt.optim.lbfgs").LBFGS
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # or every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name == "LBFGS":  # with its line searches and directions, most of the package
+            return importlib.import_module("stableopt.optim.lbfgs").LBFGS
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

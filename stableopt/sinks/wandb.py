@@ -14,8 +14,9 @@ class WandbSink:
     """Logs each record to a run of Weights & Biases, as ``stability/<name>``.
 
     The charts' axis is ``stability/step``, the optimizer step of the measurement, whatever the run
-    counts as its own steps: records are logged without a step, which never makes wandb drop what
-    training logs next with ``step=`` one higher than before. Numbers that are not finite, such as
+    counts as its own steps: records are logged without a step, and one record, with its notes, between
+    two calls of ``run.log`` with ``step=`` makes wandb drop nothing of training's. Of several monitors,
+    give each a run, or log without ``step=``. Numbers that are not finite, such as
     limits that do not exist, are left out.
 
     Args:
@@ -44,16 +45,17 @@ class WandbSink:
 
     def note(self, step: int, text: str) -> None:
         """Log ``text``, what was decided at ``step`` and why, as ``stability/note``."""
-        self._log(step, {"note": text})
+        # Into the row that is written next, or wandb would count another step.
+        self._log(step, {"note": text}, commit=False)
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+    def _log(self, step: int, values: Mapping[str, Any], **how: Any) -> None:
         run = self._run = self._run or _active_run()
         if not self._began:
             run.define_metric("stability/step")
             run.define_metric("stability/*", step_metric="stability/step")
             self._began = True
         named = {f"stability/{name}": value for name, value in values.items()}
-        run.log({"stability/step": int(step), **named})
+        run.log({"stability/step": int(step), **named}, **how)
 
     def __repr__(self) -> str:
         return f"WandbSink({self._run!r})"

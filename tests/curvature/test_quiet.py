@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import stableopt
 from stableopt.curvature.quiet import undisturbed
 
 
@@ -34,3 +36,32 @@ def test_threads_take_turns() -> None:
     assert entered.is_set()
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Teacher(nn.Module):
+    """A model whose forward pass lets a frozen copy follow it, through ``data``, as MoCo's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+        self.seen, self.calls = torch.zeros(2), np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own, other in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+            other.data.mul_(0.999).add_(own.detach(), alpha=0.001)
+        self.seen.data.add_(1)
+        self.calls += 1
+        return self.student(x) - self.teacher(x).detach()
+
+
+def test_what_follows_the_model_stays_where_it_is() -> None:
+    """Catches frozen parameters, tensors and arrays that a measurement moves where no version counter
+    shows it: training would go on from others.
+    """
+    torch.manual_seed(0)
+    model = Teacher()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stableopt.measure(model, nn.MSELoss(), (torch.randn(20, 3), torch.randn(20, 2)), lr=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.seen.any()
+    assert not model.calls.any()

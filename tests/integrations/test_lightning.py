@@ -406,3 +406,46 @@ def test_the_other_package(tmp_path: Path) -> None:
     trainer.fit(Other(), loader())
     assert [m.step for m in callback.history] == [2, 4]
     assert callback.margins.failure is None
+
+
+class MadeInAHook(Net):
+    """A module whose step needs what a hook of training makes, and takes any arguments."""
+
+    def on_train_epoch_start(self) -> None:
+        self.weight = torch.ones(2, dtype=self.net[0].weight.dtype)
+
+    def training_step(self, *arguments: Any) -> Tensor:
+        (x, y), _ = arguments
+        return nn.functional.mse_loss(self.net(x) * self.weight, y)
+
+
+def test_steps_that_need_the_modules_hooks_and_another_precision(tmp_path: Path) -> None:
+    """Catches a probe pass before the module's own hooks, without the index of the batch, or in
+    another precision than the batches of training.
+    """
+    callback = StabilityCallback(probe_set(), every=2)
+    fitted(tmp_path, [callback], MadeInAHook, epochs=1, precision="64-true")
+    assert callback.margins is not None
+    assert callback.margins.failure is None
+
+
+def test_weights_loaded_after_fit_leave_its_history(tmp_path: Path) -> None:
+    """Catches measurements that end with ``trainer.test`` of the best checkpoint."""
+    callback = StabilityCallback(probe_set(), every=2)
+    fitted(tmp_path, [callback], epochs=1)
+    before = list(callback.history)
+    callback.load_state_dict({"step": 0})
+    assert before
+    assert list(callback.history) == before
+
+
+def test_state_of_fewer_layers_does_not_end_the_run(tmp_path: Path) -> None:
+    """Catches a resumed run that stops because layers have thawed since: only searches begin anew."""
+    callback = StabilityCallback(probe_set(), every=2)
+    fitted(tmp_path, [callback], epochs=1)
+    assert callback.monitor is not None
+    state = callback.monitor.state_dict()
+    state["starts"] = {name: start[..., :-1] for name, start in state["starts"].items()}
+    with pytest.warns(RuntimeWarning, match="begin anew"):
+        callback._restore(callback.monitor, state)
+    assert len(callback.history) == len(state["history"])

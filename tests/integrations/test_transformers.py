@@ -356,3 +356,45 @@ def test_any_optimizer_that_the_monitor_takes(tmp_path: Path) -> None:
     trainer.train()
     assert callback.monitor.optimizer is optimizer
     assert callback.margins.sharpness_limit == pytest.approx(2 * 1.5 / 0.05)
+
+
+@pytest.mark.parametrize("rows", [Texts(), [Texts()[k] for k in range(16)]], ids=["own", "list"])
+def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
+    """Catches rows that are taken for batches."""
+    callback = StabilityCallback(rows, every=2)
+    trainer = trainer_in(tmp_path, [callback], max_steps=2)
+    trainer.train_dataset = rows
+    trainer.train()
+    reference = StabilityCallback(batch(16), every=2)
+    trainer_in(tmp_path, [reference], max_steps=2).train()
+    # The same samples, in chunks of another size.
+    assert callback.margins.sharpness == pytest.approx(reference.margins.sharpness, rel=1e-2)
+
+
+def test_files_have_names_of_their_own(tmp_path: Path) -> None:
+    """Catches a prefix that overwrites the optimizer's file, leaves the folder, or is there twice."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    names = ["optimizer", "../mine", "train/stability"]
+    callbacks = [StabilityCallback(batch(8), every=2, prefix=name) for name in names]
+    trainer_in(tmp_path, callbacks, **options).train()
+    found = {path.name for path in (tmp_path / "checkpoint-2").glob("stability*")}
+    assert found == {
+        "stability-optimizer.pt",
+        "stability-___mine.pt",
+        "stability-train_stability.pt",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+    first, second = (StabilityCallback(batch(8), every=each) for each in (1, 2))
+    with pytest.raises(ValueError, match="another callback"):
+        trainer_in(tmp_path, [first, second])
+
+
+def test_a_broken_state_does_not_end_the_run(tmp_path: Path) -> None:
+    """Catches a resumed run that stops because half of the margins' file is missing."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer_in(tmp_path, [StabilityCallback(batch(8), every=2)], max_steps=2, **options).train()
+    (tmp_path / "checkpoint-2" / "stability.pt").write_bytes(b"half")
+    callback = StabilityCallback(batch(8), every=2)
+    with pytest.warns(RuntimeWarning, match="was not read"):
+        trainer_in(tmp_path, [callback], max_steps=4, **options).train(resume_from_checkpoint=True)
+    assert [m.step for m in callback.history] == [4]

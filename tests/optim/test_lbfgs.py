@@ -81,6 +81,8 @@ def test_two_loop_is_torchs(
         "dtype": dtype,
         "max_iter": 15,
     }
+    if isinstance(lr, torch.Tensor) and lr.dim() and torch.__version__ < "2.7":
+        pytest.skip("torch's own takes no rate of one element before 2.7")
     ours, losses, optimizer = train(stableopt.LBFGS, direction="two_loop", **options)
     expected, torchs_losses, reference = train(torch.optim.LBFGS, **options)
     assert losses == torchs_losses
