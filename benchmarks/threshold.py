@@ -44,6 +44,9 @@ class Thresholds(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compute one after the other, from the same Gram matrix."""
+        outcome = work.result(self.start)["outcome"]
+        if outcome == "diverged":
+            raise ValueError(f"{self.start.id} has not reached a minimum: {outcome}")
         images = images_for(self.start.data, work)
         model = self.start.model(work.place.device)
         model.load_state_dict(work.tensors(self.start))
