@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,6 +23,10 @@ import torch.distributed as dist
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
+)
+
+NEEDS_FSDP_ON_CPU = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch before 2.7 has fully_shard on accelerators alone"
 )
 
 TIMEOUT = 150

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from rank_processes import TIMEOUT, run_script
+from rank_processes import NEEDS_FSDP_ON_CPU, TIMEOUT, run_script
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", pytest.param("fsdp", marks=NEEDS_FSDP_ON_CPU)])
 def test_examples_run_on_two_ranks(name: str, tmp_path: Path) -> None:
     """Catches an example that the code has left behind, or whose ranks wait for each other.
 

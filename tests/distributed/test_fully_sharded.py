@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from oracles import small_data
-from rank_processes import run
+from rank_processes import NEEDS_FSDP_ON_CPU, run
 from rank_workers import SAMPLES, fsdp_measured, fsdp_tracked, refusals, unsure, wide_network
 from torch import nn
 
 from stableopt import Problem, StabilityMonitor, measure
 from stableopt.curvature import Hessian
+
+pytestmark = NEEDS_FSDP_ON_CPU
 
 MSE = nn.MSELoss()
 
