@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks run escape --data digits --seeds 0 --set scatter_lrs=
+	$(BIN)/python -m benchmarks run escape --data digits --seeds 0 --set scatter_lrs= --set settle_loss=none
 
 # One thread for each process, so that they do not stand in each other's way.
 test: $(VENV)/.installed

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,33 @@ def parts(path: Path) -> Iterator[bytes]:
                 record = b""
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that the run in ``folder`` wrote."""
+def records(folder: Path) -> list[Any]:
+    """Return what the run in ``folder`` wrote, as far as it is in its file."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.rglob("*.wandb")
-    rows = []
+    found = []
     for part in parts(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(part)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows
+        found.append(record)
+    return found
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that the run in ``folder`` wrote, which is finished."""
+    # Another process writes the file, and may not be done when finish() returns.
+    end = time.monotonic() + 30
+    while True:
+        found = records(folder)
+        if any(r.WhichOneof("record_type") == "exit" for r in found):
+            break
+        assert time.monotonic() < end, "the run's file does not end"
+        time.sleep(0.1)
+    rows = [r.history.item for r in found if r.WhichOneof("record_type") == "history"]
+    return [
+        {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in rows
+    ]
 
 
 @pytest.fixture
