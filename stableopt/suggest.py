@@ -172,8 +172,8 @@ def suggest(
         rows += [search.answer(_ADAMW, adam, step, batch_size) for batch_size in sizes]
     else:
         notes.append("AdamW: with the second moments that batches have here, beta1 = 0.9")
-        if problem.own_samples > _SAMPLES:
-            notes.append(f"the gradient's variance is that of {_SAMPLES} samples or a few more")
+        if _stride(problem) > 1:
+            notes.append(f"the gradient's variance is that of one sample in {_stride(problem)}")
         mean, variance = _gradient_moments(problem)
         step = Step(momentum=_BETA, dampening=_BETA)
         for batch_size in sizes:
@@ -271,6 +271,10 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
     return as_seen_by(problem, rule, optimizer), Step(rule.momentum, rule.dampening)
 
 
+def _stride(problem: Problem) -> int:
+    return max(1, problem.own_samples // _SAMPLES)
+
+
 def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return mean and variance over samples of the gradient, entry by entry.
 
@@ -279,7 +283,7 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
     theta, mean = problem.theta(), problem.gradient()
     with torch.inference_mode(False):
         squares = torch.zeros_like(mean)
-    stride = max(1, problem.own_samples // _SAMPLES)
+    stride = _stride(problem)
 
     def add() -> int:
         seen = count = 0

@@ -88,7 +88,8 @@ def _way_back(value: Any) -> Callable[[], None] | None:
         return _set_back(value)
     if isinstance(value, torch.Generator):
         return _generator_back(value)
-    if isinstance(value, np.ndarray):
+    # Not a file that is mapped, which may be larger than the memory.
+    if type(value) is np.ndarray and value.flags.writeable:
         elements = value.copy()
         return lambda: np.copyto(value, elements)
     if isinstance(value, np.random.Generator):

@@ -45,6 +45,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.student, self.teacher = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
         self.seen, self.calls = torch.zeros(2), np.zeros(1)
+        self.fixed = np.ones(2)
+        self.fixed.flags.writeable = False  # which nothing can write back to
 
     def forward(self, x: Tensor) -> Tensor:
         for own, other in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
