@@ -46,8 +46,8 @@ class Solution(Job):
             the trace, with those at powers of two; ``None`` for none.
 
     The result has ``outcome``, which is ``"reached"``, ``"diverged"`` or ``"out of steps"``;
-    ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity`` and their residuals,
-    relative, and the ``limits``. The weights are kept.
+    ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity``, the relative residual
+    of each, and the limits. The weights are kept.
     """
 
     kind = "solution"
@@ -196,7 +196,7 @@ def measured(
     for name, measurement in margins.measurements.items():
         value = getattr(margins, name)
         found[name] = value
-        found[f"{name}_residual"] = measurement.residual / value if value else None
+        found[f"{name}_relative_residual"] = measurement.residual
         found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
     return found
 

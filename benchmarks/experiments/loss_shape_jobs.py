@@ -156,8 +156,8 @@ class Course(Job):
         steps: how many.
         looks: how many measurements, at equal distances of the logarithm of the step.
 
-    The result has ``course``: at each look ``step``, ``loss``, ``sharpness`` and its residual, and
-    ``accuracy`` on the training set; up to where it diverged, should it.
+    The result has ``course``: at each look ``step``, ``loss``, ``sharpness`` and its
+    ``relative_residual``, and ``accuracy`` on the training set; up to where it diverged, should it.
     """
 
     kind = "loss-course"
@@ -208,7 +208,8 @@ class Course(Job):
             quantities=("sharpness",),
             max_iter=300,
         )
-        a = margins.sharpness
         measured = margins.measurements.get("sharpness")
-        residual = measured.residual / a if measured is not None and a else None
-        return {"sharpness": a, "residual": residual}
+        return {
+            "sharpness": margins.sharpness,
+            "relative_residual": measured.residual if measured is not None else None,
+        }

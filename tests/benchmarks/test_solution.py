@@ -55,6 +55,18 @@ def test_gradient_descent_is_the_plain_loop(tmp_path: Path) -> None:
     assert found["test_accuracy"] == images.accuracy(model)
 
 
+def test_the_recorded_residual_is_relative_to_the_eigenvalue_once() -> None:
+    """Catches a residual divided by the eigenvalue twice, which is far from 1 here."""
+    images, model = FEW.load(), network("digits", seed=0)
+    with torch.no_grad():
+        model[-1].weight.mul_(10)
+    arguments = (model, nn.MSELoss(), (images.x, images.y))
+    margins = stableopt.measure(*arguments, lr=1.0, max_iter=300)
+    found = solution.measured(model, images, lr=1.0, non_uniformity=False)
+    assert found["sharpness"] > 4  # far from 1, where dividing twice would not show
+    assert found["sharpness_relative_residual"] == margins.measurements["sharpness"].residual
+
+
 def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
     """Catches batches in another order than the seed's, and a test of the loss in mid-epoch."""
     job = replace(QUICK, batch_size=5, seed=3, target_loss=1e-9, max_steps=8)

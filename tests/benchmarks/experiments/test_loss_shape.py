@@ -9,6 +9,7 @@ import torch
 from small_runs import small_run
 from torch import nn
 
+import stableopt
 from benchmarks.data import Dataset
 from benchmarks.experiments.loss_shape import LossShape
 from benchmarks.experiments.loss_shape_jobs import Course, along, trusted
@@ -50,6 +51,14 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
     out = network("digits", seed=0)(images.x).detach()
     squared, entropy = (store.result(job)["course"][0]["loss"] for job in jobs)
     assert squared == pytest.approx(float((out - images.y).square().mean()), rel=1e-5)
+    for job, loss_fn in zip(jobs, (nn.MSELoss(), nn.CrossEntropyLoss()), strict=True):
+        margins = stableopt.measure(
+            network("digits", seed=0), loss_fn, (images.x, images.y), lr=0.5, max_iter=300
+        )
+        # Relative to the eigenvalue once, not twice; the two losses are the same up to rounding.
+        assert store.result(job)["course"][0]["relative_residual"] == pytest.approx(
+            margins.measurements["sharpness"].residual, rel=1e-2
+        )
     log_p = out.log_softmax(1)
     assert entropy == pytest.approx(float(-(log_p * images.y).sum(1).mean()), rel=1e-5)
 
