@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
-from stableopt.curvature.eigen import NonFiniteError
+from stableopt.curvature.eigen.top_eigenpair import NonFiniteError
 from stableopt.curvature.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.layer_gram import fully_connected, gram_of_layers
 from stableopt.curvature.passes import MEMORY

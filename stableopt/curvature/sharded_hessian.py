@@ -3,7 +3,7 @@ r"""The Hessian of a sharded model, by central differences of the gradients that
 .. math:: Hv \approx \frac{\nabla f(\theta + hv) - \nabla f(\theta - hv)}{2h}
 
 The vector v, like all vectors of a search, is sharded as the parameters are: an inner product is a local
-one, summed over the ranks (:func:`~stableopt.curvature.inner.in_pieces`).
+one, summed over the ranks (:func:`~stableopt.curvature.eigen.inner_product.in_pieces`).
 
 The step balances rounding, about :math:`\epsilon|\nabla f|/h`, with what the difference leaves out, of
 the order :math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, shorter where a second step, of half
@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from stableopt.curvature.inner import Pieces
+from stableopt.curvature.eigen.inner_product import Pieces
 from stableopt.curvature.operators import Hessian, Operator
 from stableopt.curvature.problem import Problem
 from stableopt.curvature.sharded import STEP, ShardedProblem, cube_root

@@ -8,8 +8,8 @@ import torch
 
 from stableopt.curvature import GaussNewton, NonUniformity, Problem
 from stableopt.curvature.dual import DualCurvature, Modes, count_outputs, largest_block, project
+from stableopt.curvature.eigen.leading import leading_eigenpairs
 from stableopt.curvature.jacobian import check_outputs
-from stableopt.curvature.leading import leading_eigenpairs
 from stableopt.stability.crossing import root
 from stableopt.stability.second_moments import Step, gather
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stableopt.curvature import DualCurvature, GaussNewton, NonFiniteError, Problem
 from stableopt.curvature.dual import Modes, largest_block, project
+from stableopt.curvature.eigen.leading import leading_eigenpairs
 from stableopt.curvature.layer_gram import fully_connected
-from stableopt.curvature.leading import leading_eigenpairs
 from stableopt.curvature.operators import Operator
 
 Data = tuple[Tensor, Tensor]

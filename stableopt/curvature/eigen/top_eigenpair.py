@@ -21,13 +21,21 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner
-from stableopt.curvature.inner import Dual, check_norm, dot, dual, in_pieces, noise, scaled
-from stableopt.curvature.lanczos import lanczos
+from stableopt.curvature.eigen.follow import track
+from stableopt.curvature.eigen.follow_subspace import followable
+from stableopt.curvature.eigen.inner_product import (
+    Dual,
+    check_norm,
+    dot,
+    dual,
+    in_pieces,
+    noise,
+    scaled,
+)
+from stableopt.curvature.eigen.lanczos import lanczos
+from stableopt.curvature.eigen.power import power
+from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner
 from stableopt.curvature.operators import Operator
-from stableopt.curvature.power import power
-from stableopt.curvature.subspace import followable
-from stableopt.curvature.tracking import track
 
 __all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "top_eigenpair"]
 

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import (
+from stableopt.curvature.eigen.inner_product import (
     Dual,
     check_norm,
     dot,
@@ -17,6 +16,7 @@ from stableopt.curvature.inner import (
     on_host,
     scaled,
 )
+from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
 from stableopt.curvature.operators import Operator
 
 __all__ = ["power"]

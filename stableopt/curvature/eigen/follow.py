@@ -35,12 +35,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stableopt.curvature.basis import Basis
-from stableopt.curvature.eigenpair import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.inner import Dual, check_norm, magnitude_of, normalised, on_host
+from stableopt.curvature.eigen.basis import Basis
+from stableopt.curvature.eigen.follow_model import Projection, probe
+from stableopt.curvature.eigen.follow_subspace import restored, subspace
+from stableopt.curvature.eigen.inner_product import (
+    Dual,
+    check_norm,
+    magnitude_of,
+    normalised,
+    on_host,
+)
+from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
 from stableopt.curvature.operators import Operator
-from stableopt.curvature.projection import Projection, probe
-from stableopt.curvature.subspace import restored, subspace
 
 __all__ = ["track"]
 

@@ -17,15 +17,9 @@ import math
 
 import torch
 
-from stableopt.curvature.basis import Basis
-from stableopt.curvature.eigenpair import (
-    UNCERTAINTY,
-    Eigenpair,
-    NonFiniteError,
-    Preconditioner,
-    small_enough,
-)
-from stableopt.curvature.inner import (
+from stableopt.curvature.eigen.basis import Basis
+from stableopt.curvature.eigen.follow_subspace import KEPT, subspace
+from stableopt.curvature.eigen.inner_product import (
     Dual,
     check_norm,
     magnitude_of,
@@ -34,8 +28,14 @@ from stableopt.curvature.inner import (
     scaled,
     whole_size,
 )
+from stableopt.curvature.eigen.result import (
+    UNCERTAINTY,
+    Eigenpair,
+    NonFiniteError,
+    Preconditioner,
+    small_enough,
+)
 from stableopt.curvature.operators import Operator
-from stableopt.curvature.subspace import KEPT, subspace
 
 __all__ = ["lanczos"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigenpair import Preconditioner
+from stableopt.curvature.eigen.result import Preconditioner
 from stableopt.curvature.ranks import Ranks
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigenpair import Preconditioner
-from stableopt.curvature.inner import Dual, dot, dual, normalised, scaled
+from stableopt.curvature.eigen.inner_product import Dual, dot, dual, normalised, scaled
+from stableopt.curvature.eigen.result import Preconditioner
 
 __all__ = ["Basis"]
 

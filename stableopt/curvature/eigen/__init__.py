@@ -1,0 +1,1 @@
+"""Eigenvalues of symmetric operators that are known by their products alone."""
