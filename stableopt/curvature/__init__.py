@@ -1,13 +1,13 @@
 """Curvature matrices that are never formed, and their top eigenpairs."""
 
 from stableopt.curvature.diagnose import SecondDerivativeError
-from stableopt.curvature.dual import DualCurvature
 from stableopt.curvature.eigen.top_eigenpair import (
     Eigenpair,
     NonFiniteError,
     Preconditioner,
     top_eigenpair,
 )
+from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.non_uniformity import NonUniformity
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stableopt.curvature.dense_rows import DenseRows
+from stableopt.curvature.gram.dense import DenseRows
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.per_sample import (
     VMAP_MEMORY,

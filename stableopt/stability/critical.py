@@ -18,7 +18,7 @@ import torch
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Hessian, Problem, top_eigenpair
-from stableopt.curvature.dual import DualCurvature
+from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.stability.crossing import Crossing, Family, first_crossing
 from stableopt.stability.limits import max_sharpness, noise_factor
 from stableopt.stability.sample_curvature import SampleCurvature

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import top_eigenpair
-from stableopt.curvature.dual import Modes
+from stableopt.curvature.gram.gram import Modes
 from stableopt.stability.second_moments import NoiseGain, gather
 
 __all__ = ["Crossing", "Family", "first_crossing", "root"]

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from stableopt.curvature import GaussNewton, NonUniformity, Problem
-from stableopt.curvature.dual import DualCurvature, Modes, count_outputs, largest_block, project
 from stableopt.curvature.eigen.leading import leading_eigenpairs
-from stableopt.curvature.jacobian import check_outputs
+from stableopt.curvature.gram.gram import (
+    DualCurvature,
+    Modes,
+    count_outputs,
+    largest_block,
+    project,
+)
+from stableopt.curvature.gram.jacobian import check_outputs
 from stableopt.stability.crossing import root
 from stableopt.stability.second_moments import Step, gather
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import Operator
-from stableopt.curvature.dual import Modes
+from stableopt.curvature.gram.gram import Modes
 from stableopt.stability.limits import max_sharpness
 
 __all__ = ["NoiseGain", "Step", "gather", "mode_weights"]

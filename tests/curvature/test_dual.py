@@ -10,9 +10,9 @@ from oracles import covariance, dense_hessians, relative_error, small_data, smal
 from torch import Tensor, nn
 
 from stableopt.curvature import DualCurvature, GaussNewton, NonFiniteError, Problem
-from stableopt.curvature.dual import Modes, largest_block, project
 from stableopt.curvature.eigen.leading import leading_eigenpairs
-from stableopt.curvature.layer_gram import fully_connected
+from stableopt.curvature.gram.gram import Modes, largest_block, project
+from stableopt.curvature.gram.layer_gram import fully_connected
 from stableopt.curvature.operators import Operator
 
 Data = tuple[Tensor, Tensor]

@@ -15,7 +15,8 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-from stableopt.curvature import NonUniformity, Problem, dense_rows, top_eigenpair
+from stableopt.curvature import NonUniformity, Problem, top_eigenpair
+from stableopt.curvature.gram import dense as dense_rows
 
 
 class Blocks(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stableopt import UpdateRule, critical_batch_size, critical_lr
 from stableopt.curvature import DualCurvature
-from stableopt.curvature.dual import Modes
+from stableopt.curvature.gram.gram import Modes
 from stableopt.stability import mean_square_radius, noise_factor
 from stableopt.stability.crossing import root
 from stableopt.stability.second_moments import NoiseGain, gather, mode_weights

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from stableopt._arguments import whole
 from stableopt.curvature.eigen.top_eigenpair import NonFiniteError
-from stableopt.curvature.jacobian import check_outputs, pushed_rows, sample_rows
-from stableopt.curvature.layer_gram import fully_connected, gram_of_layers
+from stableopt.curvature.gram.jacobian import check_outputs, pushed_rows, sample_rows
+from stableopt.curvature.gram.layer_gram import fully_connected, gram_of_layers
 from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.problem import Problem, Theta
 

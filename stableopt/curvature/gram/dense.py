@@ -1,6 +1,6 @@
 r"""The covariance of the per-sample Gauss–Newton matrices from all rows, where they are few.
 
-With :math:`\hat J` the rows of all samples (:mod:`~stableopt.curvature.jacobian`), K their Gram matrix
+With :math:`\hat J` the rows of all samples (:mod:`~stableopt.curvature.gram.jacobian`), K their Gram matrix
 and :math:`K_d` its block diagonal,
 
 .. math:: \Sigma v = \tfrac1n \hat J^\top (K_d - K/n)\, \hat J v,
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stableopt.curvature.dual import count_outputs
-from stableopt.curvature.jacobian import sample_rows
+from stableopt.curvature.gram.gram import count_outputs
+from stableopt.curvature.gram.jacobian import sample_rows
 from stableopt.curvature.operators import GaussNewton
 
 __all__ = ["DenseRows"]
