@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from stableopt._version import __version__
-from stableopt.curvature.plain import compiled
+from stableopt.curvature.isolation.plain_kernels import compiled
 
 __all__ = ["diagnosis", "machine", "product_method"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt.curvature.batches import tensors_in
-from stableopt.curvature.quiet import measuring
+from stableopt.curvature.isolation.isolated import measuring
 
 __all__ = ["SampleCounter", "eager"]
 

@@ -32,10 +32,10 @@ from stableopt.curvature.diagnose import (
     module_without_second_derivative,
 )
 from stableopt.curvature.first_derivative import check_gradient, check_symmetry
+from stableopt.curvature.isolation.isolated import undisturbed
+from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, AttentionSeen, compiled
 from stableopt.curvature.model import check_batch_norm, select_parameters, unwrapped
-from stableopt.curvature.plain import NOTES, UNCOMPILED, AttentionSeen, compiled
 from stableopt.curvature.precision import Precision
-from stableopt.curvature.quiet import undisturbed
 from stableopt.curvature.ranks import Ranks
 from stableopt.curvature.sharding import mesh_of
 

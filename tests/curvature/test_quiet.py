@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from stableopt.curvature.quiet import undisturbed
+from stableopt.curvature.isolation.isolated import undisturbed
 
 
 def test_threads_take_turns() -> None:

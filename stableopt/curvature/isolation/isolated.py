@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stableopt.curvature.kept import Kept
-from stableopt.curvature.plain import plain_operations
+from stableopt.curvature.isolation.plain_kernels import plain_operations
+from stableopt.curvature.isolation.snapshot import Kept
 
 __all__ = ["measuring", "undisturbed"]
 
@@ -52,7 +52,7 @@ def undisturbed(
 
     Inside: eval mode (dropout off, batch norm by its running statistics: the per-sample Hessians of
     the theory do not exist where samples are coupled), gradients on, plain operations in place of fast
-    ones that have no second derivative (:func:`~stableopt.curvature.plain.plain_operations`), and every
+    ones that have no second derivative (:func:`~stableopt.curvature.isolation.plain_kernels.plain_operations`), and every
     random generator at a fixed seed. Afterwards: each module's ``training`` flag and other attributes,
     what is in its lists, dictionaries and plain tensors, and the state of Python's, NumPy's and torch's
     generators, on the CPU, on ``device``, in ``generators`` and in the modules, are what they were.
