@@ -8,7 +8,7 @@ two, :math:`\dot\delta_i a_i^\top + \delta_i \dot a_i^\top`. What is wanted,
     = \nabla_\theta \sum_i \langle w_i - \bar w, \nabla f_i(\theta)\rangle,
 
 is one backward pass from all :math:`a_i` and :math:`\delta_i`, with cotangents that follow from
-:math:`a_i, \delta_i, \dot a_i, \dot\delta_i` layer by layer (:mod:`~stableopt.curvature.forms`). So an
+:math:`a_i, \delta_i, \dot a_i, \dot\delta_i` layer by layer (:mod:`~stableopt.curvature.layers.bilinear`). So an
 exact product costs a constant number of batched passes, whatever n is. Whatever lies between the
 layers is autograd's business. It applies where samples do not see each other.
 
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.forms import Form, Uses
-from stableopt.curvature.layers import Plan, UnfitError, plan
+from stableopt.curvature.layers.bilinear import Form, Uses
+from stableopt.curvature.layers.kinds import Plan, UnfitError, plan
+from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.operators import GaussNewton, Hessian
 from stableopt.curvature.passes import KeptPasses
 from stableopt.curvature.per_sample import loop_product
 from stableopt.curvature.pull import pull
-from stableopt.curvature.recorder import Part, Recorder, recorded
 
 __all__ = ["StructuredProduct", "UnfitError"]
 

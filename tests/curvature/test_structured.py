@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stableopt.curvature import Hessian, NonUniformity, Problem
-from stableopt.curvature.layers import plan
+from stableopt.curvature.layers.kinds import plan
 
 
 def on(model: nn.Module, data: tuple[Tensor, Tensor] | None = None, **options) -> NonUniformity:

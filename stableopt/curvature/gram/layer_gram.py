@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.gram.jacobian import curvature_roots, sample_rows
-from stableopt.curvature.layers import Layer, plan
+from stableopt.curvature.layers.kinds import Layer, plan
 from stableopt.curvature.problem import Problem, Theta
 from stableopt.curvature.ranks import Ranks
 

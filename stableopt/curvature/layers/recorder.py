@@ -1,6 +1,6 @@
 r"""Taking down, in one pass of a model, where each parameter's inputs and slopes are.
 
-The recorder inserts offsets of zero behind the layers of a :class:`~stableopt.curvature.layers.Plan`:
+The recorder inserts offsets of zero behind the layers of a :class:`~stableopt.curvature.layers.kinds.Plan`:
 the gradient in an offset is the slope :math:`\delta` at that place, as a differentiable function. A
 module without a known structure is called anew, vectorised over the samples, with copies of its
 parameters; and a parameter that leads with the samples' dimension is copied for each sample.
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stableopt.curvature.batches import map_tensors, tensors_in
-from stableopt.curvature.forms import PLAIN, Form
-from stableopt.curvature.layers import Kind, Layer, Plan, UnfitError
+from stableopt.curvature.layers.bilinear import PLAIN, Form
+from stableopt.curvature.layers.kinds import Kind, Layer, Plan, UnfitError
 from stableopt.curvature.problem import Theta
 
 __all__ = ["Part", "Recorder", "recorded"]

@@ -2,7 +2,7 @@ r"""Which layers have a known structure, and where in them a parameter's inputs 
 
 A :class:`Kind` says, for one family of modules, what the per-sample gradients of its parameters are
 bilinear in (the *head* a, and the gradient in the output), and how these two are laid out as
-:mod:`~stableopt.curvature.forms` want them. A new family is one new subclass, named in ``KINDS``.
+:mod:`~stableopt.curvature.layers.bilinear` want them. A new family is one new subclass, named in ``KINDS``.
 
 :func:`plan` assigns each parameter of a problem: to the kind of the layer that holds it, or, for any
 other module, to a *unit*: the module is called once for each sample, vectorised, with parameters of
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stableopt.curvature.forms import ELEMENTWISE, LOOKUP, MATRIX, Form
+from stableopt.curvature.layers.bilinear import ELEMENTWISE, LOOKUP, MATRIX, Form
 from stableopt.curvature.problem import Problem
 
 __all__ = ["Kind", "Layer", "Plan", "UnfitError", "plan"]

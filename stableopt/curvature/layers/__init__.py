@@ -1,0 +1,1 @@
+"""Layer kinds whose per-sample gradients have a known structure."""
