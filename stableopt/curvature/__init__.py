@@ -9,8 +9,8 @@ from stableopt.curvature.eigen.top_eigenpair import (
 )
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.inverse_hessian import InverseHessian
-from stableopt.curvature.non_uniformity import NonUniformity
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
+from stableopt.curvature.per_sample.non_uniformity import NonUniformity
 from stableopt.curvature.problem import Problem
 from stableopt.curvature.ranks import LostRankError
 from stableopt.curvature.sharded import ShardedProblem

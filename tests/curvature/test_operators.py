@@ -21,7 +21,7 @@ from stableopt.curvature import (
     SecondDerivativeError,
     top_eigenpair,
 )
-from stableopt.curvature.per_sample import samples_at_once
+from stableopt.curvature.per_sample.generic import samples_at_once
 
 LOSSES = [nn.MSELoss(), nn.CrossEntropyLoss(), nn.HuberLoss(delta=0.3)]
 

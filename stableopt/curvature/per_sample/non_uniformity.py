@@ -10,15 +10,15 @@ from torch import Tensor
 
 from stableopt.curvature.gram.dense import DenseRows
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
-from stableopt.curvature.per_sample import (
+from stableopt.curvature.per_sample.generic import (
     VMAP_MEMORY,
     ChunkProduct,
     loop_product,
     samples_at_once,
     vmap_product,
 )
+from stableopt.curvature.per_sample.structured import StructuredProduct, UnfitError
 from stableopt.curvature.problem import Problem
-from stableopt.curvature.structured import StructuredProduct, UnfitError
 
 __all__ = ["NonUniformity"]
 

@@ -7,7 +7,7 @@ module, both exact, and both in memory that does not grow with n:
 - ``"vmap"``: all samples of a chunk at once; ``chunk * d`` numbers, for small models;
 - ``"loop"``: one sample at a time; for large models, and where ``vmap`` cannot follow the module.
 
-A faster way for particular modules is :mod:`~stableopt.curvature.structured`.
+A faster way for particular modules is :mod:`~stableopt.curvature.per_sample.structured`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from stableopt.curvature.layers.kinds import Plan, UnfitError, plan
 from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.operators import GaussNewton, Hessian
 from stableopt.curvature.passes import KeptPasses
-from stableopt.curvature.per_sample import loop_product
+from stableopt.curvature.per_sample.generic import loop_product
 from stableopt.curvature.pull import pull
 
 __all__ = ["StructuredProduct", "UnfitError"]
