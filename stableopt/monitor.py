@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
-from stableopt.curvature.model import group_of
+from stableopt.curvature.problem.parameters import group_of
 from stableopt.curvature.ranks import LostRankError
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stableopt.curvature.batches import tensors_in
 from stableopt.curvature.isolation.isolated import measuring
+from stableopt.curvature.problem.data import tensors_in
 
 __all__ = ["SampleCounter", "eager"]
 

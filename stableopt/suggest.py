@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
-from stableopt.curvature.batches import cut
+from stableopt.curvature.problem.data import cut
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.critical import MAX_ROWS, threshold
 from stableopt.stability.limits import noise_factor

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from stableopt._arguments import whole
 from stableopt.adapt import ranks
-from stableopt.curvature.batches import sample_count
+from stableopt.curvature.problem.data import sample_count
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
 

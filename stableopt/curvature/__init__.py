@@ -11,9 +11,9 @@ from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.inverse_hessian import InverseHessian
 from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem.problem import Problem
+from stableopt.curvature.problem.sharded import ShardedProblem
 from stableopt.curvature.ranks import LostRankError
-from stableopt.curvature.sharded import ShardedProblem
 from stableopt.curvature.sharded_hessian import ShardedHessian
 
 __all__ = [

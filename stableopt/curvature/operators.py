@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.batches import map_tensors
 from stableopt.curvature.differences import CentralDifferences
 from stableopt.curvature.passes import KeptPasses
-from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
 __all__ = ["GaussNewton", "Hessian", "MeanOverSamples", "Operator"]

@@ -15,8 +15,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-from stableopt.curvature.batches import cut
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.problem import Problem
 
 __all__ = ["MEMORY", "KeptPasses"]
 

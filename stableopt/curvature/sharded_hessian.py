@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import Pieces
 from stableopt.curvature.operators import Hessian, Operator
-from stableopt.curvature.problem import Problem
-from stableopt.curvature.sharded import STEP, ShardedProblem, cube_root
+from stableopt.curvature.problem.problem import Problem
+from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
 
 __all__ = ["ShardedHessian", "hessian_of"]
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.model import group_of
+from stableopt.curvature.problem.parameters import group_of
 from stableopt.integrations.tracked import Tracked
 from stableopt.monitor import Sink
 from stableopt.stability import StabilityMargins

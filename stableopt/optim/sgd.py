@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.batches import Batches, map_tensors
+from stableopt.curvature.problem.data import Batches, map_tensors
 from stableopt.optim.tracking import Tracking
 
 __all__ = ["GD", "SGD"]

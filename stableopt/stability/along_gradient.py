@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
-from stableopt.curvature.batches import map_tensors
+from stableopt.curvature.problem.data import map_tensors
 
 __all__ = ["BatchSharpness", "batch_sharpness"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.batches import cut, map_tensors
-from stableopt.curvature.problem import Problem, Theta
+from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.pull import pull
 
 __all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]

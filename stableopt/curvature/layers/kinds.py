@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stableopt.curvature.layers.bilinear import ELEMENTWISE, LOOKUP, MATRIX, Form
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem.problem import Problem
 
 __all__ = ["Kind", "Layer", "Plan", "UnfitError", "plan"]
 

@@ -18,7 +18,7 @@ from stableopt.curvature.per_sample.generic import (
     vmap_product,
 )
 from stableopt.curvature.per_sample.structured import StructuredProduct, UnfitError
-from stableopt.curvature.problem import Problem
+from stableopt.curvature.problem.problem import Problem
 
 __all__ = ["NonUniformity"]
 

@@ -19,17 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.batches import cut, map_tensors
-from stableopt.curvature.checks import check_mean, checked_scalar
-from stableopt.curvature.problem import (
-    CHECKED_SAMPLES,
-    Choices,
-    Problem,
-    Theta,
-    twice_over,
-)
+from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
+from stableopt.curvature.problem.loss_checks import check_mean, checked_scalar
+from stableopt.curvature.problem.problem import CHECKED_SAMPLES, Choices, Problem, Theta, twice_over
 from stableopt.curvature.ranks import LostRankError, Ranks
-from stableopt.curvature.sharding import local, mesh_of, reshard
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "sharded_or_whole"]
 

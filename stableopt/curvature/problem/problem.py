@@ -24,20 +24,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stableopt.curvature.batches import Batches, cut, generators_of, map_tensors
-from stableopt.curvature.checks import check_mean, check_replicas, checked_scalar, checked_weights
 from stableopt.curvature.diagnose import (
     SecondDerivativeError,
     differentiate_twice,
     module_without_second_derivative,
 )
-from stableopt.curvature.first_derivative import check_gradient, check_symmetry
 from stableopt.curvature.isolation.isolated import undisturbed
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, AttentionSeen, compiled
-from stableopt.curvature.model import check_batch_norm, select_parameters, unwrapped
-from stableopt.curvature.precision import Precision
+from stableopt.curvature.problem.data import Batches, cut, generators_of, map_tensors
+from stableopt.curvature.problem.derivative_checks import check_gradient, check_symmetry
+from stableopt.curvature.problem.fsdp import mesh_of
+from stableopt.curvature.problem.loss_checks import (
+    check_mean,
+    check_replicas,
+    checked_scalar,
+    checked_weights,
+)
+from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
+from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.ranks import Ranks
-from stableopt.curvature.sharding import mesh_of
 
 __all__ = [
     "CHECKED_SAMPLES",
@@ -86,7 +91,7 @@ class Problem:
         model: any module. A compiled module is measured as the module it was compiled from.
         loss_fn: ``loss_fn(model(x), y)``, a scalar, the *mean* over the samples of a batch.
         data: an ``(x, y)`` pair, a ``Dataset`` or ``DataLoader`` of such pairs, or any re-iterable
-            of batches (see :class:`~stableopt.curvature.batches.Batches`). Batches are moved to the
+            of batches (see :class:`~stableopt.curvature.problem.data.Batches`). Batches are moved to the
             model's device; a ragged last batch weighs what it holds.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.

@@ -1,0 +1,1 @@
+"""`Problem`: a model, a loss and data, as a differentiable function of the parameters."""
