@@ -25,7 +25,7 @@ from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.gram.gram import largest_block, project
 from stableopt.curvature.problem.sharded import ShardedProblem
-from stableopt.curvature.sharded_hessian import ShardedHessian
+from stableopt.curvature.products.sharded_hessian import ShardedHessian
 from stableopt.stability.along_gradient import batch_sharpness
 
 SAMPLES = 13

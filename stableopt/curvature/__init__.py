@@ -8,13 +8,13 @@ from stableopt.curvature.eigen.top_eigenpair import (
     top_eigenpair,
 )
 from stableopt.curvature.gram.gram import DualCurvature
-from stableopt.curvature.inverse_hessian import InverseHessian
-from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import ShardedProblem
+from stableopt.curvature.products.hessian import GaussNewton, Hessian, Operator
+from stableopt.curvature.products.inverse_hessian import InverseHessian
+from stableopt.curvature.products.sharded_hessian import ShardedHessian
 from stableopt.curvature.ranks import LostRankError
-from stableopt.curvature.sharded_hessian import ShardedHessian
 
 __all__ = [
     "DualCurvature",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.inverse_hessian import InverseHessian
-from stableopt.curvature.rows import Rows, widest
+from stableopt.curvature.products.blocked_rows import Rows, widest
+from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.optim.line_search import Number
 from stableopt.optim.pair_memory import damped_share
 

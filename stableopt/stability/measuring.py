@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
-from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.problem.sharded import sharded_or_whole
+from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor

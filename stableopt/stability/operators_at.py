@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
-from stableopt.curvature.sharded_hessian import ShardedHessian, hessian_of
+from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square import SecondMomentExcess

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.curvature import Hessian, NonUniformity, Problem, SecondDerivativeError
-from stableopt.curvature.differences import CentralDifferences, DifferenceError
 from stableopt.curvature.problem.derivative_checks import check_gradient
+from stableopt.curvature.products.finite_differences import CentralDifferences, DifferenceError
 from stableopt.stability import batch_sharpness
 
 RATES = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)

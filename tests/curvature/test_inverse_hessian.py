@@ -8,7 +8,7 @@ from oracles import bfgs_inverse, quadratic_pairs, two_loop
 from torch import Tensor
 
 from stableopt.curvature import InverseHessian
-from stableopt.curvature.rows import Rows
+from stableopt.curvature.products.blocked_rows import Rows
 
 # Condition numbers of a few tens, and some hundred roundings of 2e-16 in products of length 12.
 ROUNDING = {"rtol": 1e-12, "atol": 1e-12}

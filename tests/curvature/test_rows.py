@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stableopt.curvature.rows import WIDTH, Rows
+from stableopt.curvature.products.blocked_rows import WIDTH, Rows
 
 
 @pytest.mark.parametrize("size", [0, 1, 4 * WIDTH - 1, 4 * WIDTH, 4 * WIDTH + 5, 6 * WIDTH])

@@ -46,7 +46,7 @@ from stableopt.curvature.eigen.inner_product import (
     on_host,
 )
 from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.operators import Operator
+from stableopt.curvature.products.hessian import Operator
 
 __all__ = ["track"]
 

@@ -35,7 +35,7 @@ from stableopt.curvature.eigen.result import (
     Preconditioner,
     small_enough,
 )
-from stableopt.curvature.operators import Operator
+from stableopt.curvature.products.hessian import Operator
 
 __all__ = ["lanczos"]
 

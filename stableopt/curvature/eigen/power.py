@@ -17,7 +17,7 @@ from stableopt.curvature.eigen.inner_product import (
     scaled,
 )
 from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.operators import Operator
+from stableopt.curvature.products.hessian import Operator
 
 __all__ = ["power"]
 

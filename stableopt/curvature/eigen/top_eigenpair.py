@@ -35,7 +35,7 @@ from stableopt.curvature.eigen.inner_product import (
 from stableopt.curvature.eigen.lanczos import lanczos
 from stableopt.curvature.eigen.power import power
 from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner
-from stableopt.curvature.operators import Operator
+from stableopt.curvature.products.hessian import Operator
 
 __all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "top_eigenpair"]
 

@@ -24,8 +24,8 @@ from stableopt._arguments import whole
 from stableopt.curvature.eigen.top_eigenpair import NonFiniteError
 from stableopt.curvature.gram.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.gram.layer_gram import fully_connected, gram_of_layers
-from stableopt.curvature.passes import MEMORY
 from stableopt.curvature.problem.problem import Problem, Theta
+from stableopt.curvature.products.linearization_cache import MEMORY
 
 __all__ = ["DualCurvature", "Modes", "count_outputs", "largest_block", "project"]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.gram.dense import DenseRows
-from stableopt.curvature.operators import GaussNewton, Hessian, Operator
 from stableopt.curvature.per_sample.generic import (
     VMAP_MEMORY,
     ChunkProduct,
@@ -19,6 +18,7 @@ from stableopt.curvature.per_sample.generic import (
 )
 from stableopt.curvature.per_sample.structured import StructuredProduct, UnfitError
 from stableopt.curvature.problem.problem import Problem
+from stableopt.curvature.products.hessian import GaussNewton, Hessian, Operator
 
 __all__ = ["NonUniformity"]
 

@@ -6,7 +6,7 @@ asked of the model here is its loss and its gradient at a point, through FSDP's 
 
 FSDP sums gradients over the samples, so those of single samples, and with them the non-uniformity and
 the critical learning rate, are not to be had. The sharpness is:
-:class:`~stableopt.curvature.sharded_hessian.ShardedHessian`.
+:class:`~stableopt.curvature.products.sharded_hessian.ShardedHessian`.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.differences import CentralDifferences
-from stableopt.curvature.passes import KeptPasses
 from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.problem import Problem, Theta
+from stableopt.curvature.products.finite_differences import CentralDifferences
+from stableopt.curvature.products.linearization_cache import KeptPasses
 from stableopt.curvature.pull import pull
 
 __all__ = ["GaussNewton", "Hessian", "MeanOverSamples", "Operator"]
@@ -140,7 +140,7 @@ class Hessian(MeanOverSamples):
     A product is the gradient of :math:`\langle\nabla f(\theta), v\rangle`, by double
     backpropagation (Pearlmutter, *Fast exact multiplication by the Hessian*, 1994), or where the
     model has no second derivative by central differences of the gradient
-    (:mod:`~stableopt.curvature.differences`), which take two gradients, four at times. In the
+    (:mod:`~stableopt.curvature.products.finite_differences`), which take two gradients, four at times. In the
     coordinates of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
 
     Args:

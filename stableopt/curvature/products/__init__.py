@@ -1,0 +1,1 @@
+"""Products with the Hessian, the Gauss–Newton matrix and the L-BFGS inverse Hessian."""
