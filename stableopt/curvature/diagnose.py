@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stableopt.curvature.autodiff import pull
 from stableopt.curvature.problem.data import map_tensors, tensors_in
 from stableopt.curvature.problem.derivative_checks import WRONG, dense, flat, trusted_difference
-from stableopt.curvature.pull import pull
 
 __all__ = ["SecondDerivativeError", "differentiate_twice", "module_without_second_derivative"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.curvature.autodiff import pull
 from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.problem import Problem, Theta
-from stableopt.curvature.pull import pull
 
 __all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]
 

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.curvature.autodiff import pull
 from stableopt.curvature.layers.bilinear import Form, Uses
 from stableopt.curvature.layers.kinds import Plan, UnfitError, plan
 from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.per_sample.generic import loop_product
 from stableopt.curvature.products.hessian import GaussNewton, Hessian
 from stableopt.curvature.products.linearization_cache import KeptPasses
-from stableopt.curvature.pull import pull
 
 __all__ = ["StructuredProduct", "UnfitError"]
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stableopt.curvature.autodiff import pull
 from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.products.finite_differences import CentralDifferences
 from stableopt.curvature.products.linearization_cache import KeptPasses
-from stableopt.curvature.pull import pull
 
 __all__ = ["GaussNewton", "Hessian", "MeanOverSamples", "Operator"]
 
