@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
 from stableopt.curvature.problem.parameters import group_of
-from stableopt.curvature.ranks import LostRankError
+from stableopt.distributed import LostRankError
 from stableopt.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stableopt.adapt.decision import Decision, Kind, What
-from stableopt.curvature.ranks import world
+from stableopt.distributed import world
 
 __all__ = ["is_first", "shared_decisions", "shared_tensors", "shared_whole", "world_size"]
 

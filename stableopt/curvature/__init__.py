@@ -14,7 +14,7 @@ from stableopt.curvature.problem.sharded import ShardedProblem
 from stableopt.curvature.products.hessian import GaussNewton, Hessian, Operator
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.curvature.products.sharded_hessian import ShardedHessian
-from stableopt.curvature.ranks import LostRankError
+from stableopt.distributed import LostRankError
 
 __all__ = [
     "DualCurvature",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.result import Preconditioner
-from stableopt.curvature.ranks import Ranks
+from stableopt.distributed import Ranks
 
 __all__ = [
     "Dual",

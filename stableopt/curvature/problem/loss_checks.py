@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.ranks import Ranks
+from stableopt.distributed import Ranks
 
 __all__ = ["check_mean", "check_replicas", "checked_scalar", "checked_weights"]
 

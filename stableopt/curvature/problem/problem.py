@@ -42,7 +42,7 @@ from stableopt.curvature.problem.loss_checks import (
 )
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
-from stableopt.curvature.ranks import Ranks
+from stableopt.distributed import Ranks
 
 __all__ = [
     "CHECKED_SAMPLES",

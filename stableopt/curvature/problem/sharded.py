@@ -23,7 +23,7 @@ from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import check_mean, checked_scalar
 from stableopt.curvature.problem.problem import CHECKED_SAMPLES, Choices, Problem, Theta, twice_over
-from stableopt.curvature.ranks import LostRankError, Ranks
+from stableopt.distributed import LostRankError, Ranks
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "sharded_or_whole"]
 
