@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.parameters import group_of
-from stableopt.integrations.tracked import Tracked
+from stableopt.integrations._callback import Tracked
 from stableopt.monitor import Sink
 from stableopt.stability import StabilityMargins
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from stableopt.integrations.tracked import Tracked
+from stableopt.integrations._callback import Tracked
 from stableopt.monitor import StabilityMonitor
 
 try:
