@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stableopt import curvature, optim, plot, sinks, stability
 from stableopt._version import __version__
 from stableopt.curvature import Problem
-from stableopt.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.optim import GD, SGD
 from stableopt.sinks import JSONLinesSink, TensorBoardSink, WandbSink
 from stableopt.stability import (

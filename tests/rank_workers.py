@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import stableopt
-import stableopt.monitor
+import stableopt.monitor.monitor
 from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.gram.gram import largest_block, project
@@ -160,7 +160,7 @@ def tracking() -> dict[str, Any]:
 
 def clocks() -> list[int]:
     """Measure by the clock, where each rank has another; return the steps that were measured."""
-    stableopt.monitor.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]
+    stableopt.monitor.monitor.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]
     options = {"max_overhead": 0.2, "quantities": ["sharpness"], "tol": 0.1}
     _, monitor, _ = trained(24, track=True, **options)
     return [margins.step for margins in monitor.history]

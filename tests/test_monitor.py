@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stableopt
-import stableopt.monitor
+import stableopt.monitor.monitor
 from stableopt import StabilityMonitor, UpdateRule
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -309,7 +309,9 @@ def test_share_of_the_training_time_is_held(monkeypatch: pytest.MonkeyPatch, sha
     Times are multiples of 1/4, so that all sums are exact.
     """
     clock = Clock()
-    monkeypatch.setattr(stableopt.monitor, "time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(
+        stableopt.monitor.monitor, "time", types.SimpleNamespace(perf_counter=clock)
+    )
 
     def slow(output: Tensor, y: Tensor) -> Tensor:
         clock.now += 0.25
@@ -347,7 +349,9 @@ def test_share_of_the_training_time_is_held(monkeypatch: pytest.MonkeyPatch, sha
 def test_default_share_is_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a default that measures every step: 1 s of measuring asks for 20 s of training."""
     clock = Clock()
-    monkeypatch.setattr(stableopt.monitor, "time", types.SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(
+        stableopt.monitor.monitor, "time", types.SimpleNamespace(perf_counter=clock)
+    )
 
     def slow(output: Tensor, y: Tensor) -> Tensor:
         # Once a measurement: all its products share the passes. A trial on a few samples is nothing.
@@ -849,13 +853,13 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
 def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a search that never starts afresh, which could follow an overtaken eigenvector on."""
     given: list[tuple[set[str], int]] = []
-    measure_at = stableopt.monitor.measure_at
+    measure_at = stableopt.monitor.monitor.measure_at
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         given.append((set(kwargs["starts"]), kwargs["seed"]))
         return measure_at(*args, **kwargs)
 
-    monkeypatch.setattr(stableopt.monitor, "measure_at", recorded)
+    monkeypatch.setattr(stableopt.monitor.monitor, "measure_at", recorded)
     model, optimizer, _ = start(cold_every=2, seed=7)
     train(model, optimizer, 7)
     cold, warm = set[str](), {"sharpness"}
@@ -865,7 +869,7 @@ def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a history that grows with the run, or that drops its latest entries."""
-    monkeypatch.setattr(stableopt.monitor, "_HISTORY", 3)
+    monkeypatch.setattr(stableopt.monitor.monitor, "_HISTORY", 3)
     model, optimizer, monitor = start()
     train(model, optimizer, 5)
     assert [m.step for m in monitor.history] == [3, 4, 5]

@@ -17,7 +17,7 @@ from stableopt.adapt.laws import State, new_state
 from stableopt.adapt.scheduler import StabilityLR, said_before
 from stableopt.adapt.target import OPEN, TargetRegion, at_lr
 from stableopt.adapt.verdict import Situation, verdict
-from stableopt.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 
 __all__ = ["StabilityController"]

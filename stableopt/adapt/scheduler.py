@@ -19,7 +19,7 @@ from stableopt.adapt.decision import Decision, tell
 from stableopt.adapt.laws import Law, Measured, State, gated_staircase, keep_margin, new_state
 from stableopt.adapt.target import OPEN, TargetRegion, at_lr
 from stableopt.adapt.weights import LastGood, kick_along
-from stableopt.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.update_rule import base_optimizer
 
 __all__ = ["StabilityLR", "said_before"]

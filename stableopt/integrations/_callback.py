@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
-from stableopt.monitor import Sink, StabilityMonitor, check_sinks
+from stableopt.monitor.monitor import Sink, StabilityMonitor, check_sinks
 from stableopt.stability import StabilityMargins
 
 __all__ = ["Tracked"]

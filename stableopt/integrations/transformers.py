@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stableopt.integrations._callback import Tracked
-from stableopt.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor
 
 try:
     _transformers: Any = importlib.import_module("transformers")

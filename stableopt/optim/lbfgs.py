@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
+from stableopt.monitor.sample_counter import eager
 from stableopt.optim.compact import CompactPairs
 from stableopt.optim.iterations import Ending, Iterations
 from stableopt.optim.objective import Objective, kind_of
 from stableopt.optim.pair_memory import PairMemory
 from stableopt.optim.tracking import Tracking
 from stableopt.optim.two_loop import TwoLoopPairs
-from stableopt.sample_counter import eager
 
 __all__ = ["LBFGS"]
 

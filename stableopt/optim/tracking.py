@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
-from stableopt.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 
 __all__ = ["Tracking"]
@@ -27,7 +27,7 @@ class Tracking:
     ) -> StabilityMonitor:
         """Measure the stability margins while this optimizer trains ``model``.
 
-        Takes what :class:`~stableopt.monitor.StabilityMonitor` takes, and returns one. Tracking
+        Takes what :class:`~stableopt.monitor.monitor.StabilityMonitor` takes, and returns one. Tracking
         again closes the monitor before.
 
         >>> import stableopt

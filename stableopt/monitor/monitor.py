@@ -25,7 +25,7 @@ from stableopt._arguments import positive, whole
 from stableopt.curvature import Problem
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.distributed import LostRankError
-from stableopt.sample_counter import SampleCounter, eager
+from stableopt.monitor.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.measuring import (

@@ -1,0 +1,1 @@
+"""`StabilityMonitor`: measures stability margins during training and sends them to sinks."""
