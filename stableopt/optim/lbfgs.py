@@ -16,7 +16,7 @@ from stableopt.optim.compact import CompactPairs
 from stableopt.optim.iterations import Ending, Iterations
 from stableopt.optim.objective import Objective, kind_of
 from stableopt.optim.pair_memory import PairMemory
-from stableopt.optim.tracking import Tracking
+from stableopt.optim.trackable import Tracking
 from stableopt.optim.two_loop import TwoLoopPairs
 
 __all__ = ["LBFGS"]

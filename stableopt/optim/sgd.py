@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.data import Batches, map_tensors
-from stableopt.optim.tracking import Tracking
+from stableopt.optim.trackable import Tracking
 
 __all__ = ["GD", "SGD"]
 
