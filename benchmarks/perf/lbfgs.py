@@ -28,8 +28,8 @@ from benchmarks.data import Dataset
 from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import write
 from benchmarks.training import mean_squared_error
-from stableopt.optim.compact import CompactPairs
-from stableopt.optim.two_loop import TwoLoopPairs
+from stableopt.optim.lbfgs.compact import CompactPairs
+from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 
 __all__ = ["Config", "host_waits", "run"]
 

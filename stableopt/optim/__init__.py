@@ -8,7 +8,7 @@ from stableopt.stability import UpdateRule
 from stableopt.stability.readers.sgd import read_sgd
 
 if TYPE_CHECKING:
-    from stableopt.optim.lbfgs import LBFGS
+    from stableopt.optim.lbfgs.optimizer import LBFGS
 
 __all__ = ["GD", "LBFGS", "SGD"]
 
@@ -19,5 +19,5 @@ if not TYPE_CHECKING:  # or every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name == "LBFGS":  # with its line searches and directions, most of the package
-            return importlib.import_module("stableopt.optim.lbfgs").LBFGS
+            return importlib.import_module("stableopt.optim.lbfgs.optimizer").LBFGS
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,8 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 
 import stableopt
-from stableopt.optim.compact import CompactPairs
-from stableopt.optim.two_loop import TwoLoopPairs
+from stableopt.optim.lbfgs.compact import CompactPairs
+from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(20, 4, generator=GENERATOR, dtype=torch.float64)

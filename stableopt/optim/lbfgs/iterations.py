@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stableopt.optim.line_search import Number, Trial, quotient, shortened, strong_wolfe
-from stableopt.optim.objective import Objective, largest
-from stableopt.optim.pair_memory import PairMemory
+from stableopt.optim.lbfgs.line_search import Number, Trial, quotient, shortened, strong_wolfe
+from stableopt.optim.lbfgs.memory import PairMemory
+from stableopt.optim.lbfgs.objective import Objective, largest
 
 __all__ = ["Ending", "Iterations"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.optim.line_search import Number
-from stableopt.optim.pair_memory import damped_share
+from stableopt.optim.lbfgs.line_search import Number
+from stableopt.optim.lbfgs.memory import damped_share
 
 __all__ = ["TwoLoopPairs"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stableopt.curvature.products.blocked_rows import Rows, widest
 from stableopt.curvature.products.inverse_hessian import InverseHessian
-from stableopt.optim.line_search import Number
-from stableopt.optim.pair_memory import damped_share
+from stableopt.optim.lbfgs.line_search import Number
+from stableopt.optim.lbfgs.memory import damped_share
 
 __all__ = ["CompactPairs"]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from stableopt._arguments import whole
 from stableopt.monitor.sample_counter import eager
-from stableopt.optim.compact import CompactPairs
-from stableopt.optim.iterations import Ending, Iterations
-from stableopt.optim.objective import Objective, kind_of
-from stableopt.optim.pair_memory import PairMemory
+from stableopt.optim.lbfgs.compact import CompactPairs
+from stableopt.optim.lbfgs.iterations import Ending, Iterations
+from stableopt.optim.lbfgs.memory import PairMemory
+from stableopt.optim.lbfgs.objective import Objective, kind_of
+from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 from stableopt.optim.trackable import Tracking
-from stableopt.optim.two_loop import TwoLoopPairs
 
 __all__ = ["LBFGS"]
 
@@ -72,7 +72,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         line_search_fn: ``"strong_wolfe"``, or ``None`` for steps of fixed length.
         direction: ``"compact"`` or ``"two_loop"``.
         damping: bends pairs of too little curvature towards the initial matrix instead of dropping
-            them (:func:`~stableopt.optim.pair_memory.damped_share`); Powell's value is 0.2, and 0,
+            them (:func:`~stableopt.optim.lbfgs.memory.damped_share`); Powell's value is 0.2, and 0,
             the default, is off.
         weight_decay: coupled: adds :math:`\lambda x` to the gradient, and its integral to the loss
             that a line search compares.

@@ -1,8 +1,8 @@
 r"""What a memory of L-BFGS does, whatever its arithmetic, and Powell's damping.
 
 A memory is told of each step, keeps the pair of step s and gradient change y if it has curvature,
-and returns :math:`-Pg`. :mod:`~stableopt.optim.two_loop` is torch's, to the last bit;
-:mod:`~stableopt.optim.compact` the same matrix in a few large products.
+and returns :math:`-Pg`. :mod:`~stableopt.optim.lbfgs.two_loop` is torch's, to the last bit;
+:mod:`~stableopt.optim.lbfgs.compact` the same matrix in a few large products.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from stableopt.optim.line_search import Number
+from stableopt.optim.lbfgs.line_search import Number
 
 __all__ = ["PairMemory", "damped_share"]
 
@@ -36,7 +36,7 @@ def damped_share(curvature: float, reference: float, damping: float) -> float:
 
 
 class PairMemory(Protocol):
-    """What :class:`~stableopt.optim.lbfgs.LBFGS` asks of a memory."""
+    """What :class:`~stableopt.optim.lbfgs.optimizer.LBFGS` asks of a memory."""
 
     capacity: int
 

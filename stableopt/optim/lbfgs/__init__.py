@@ -1,0 +1,1 @@
+"""L-BFGS with the results and checkpoints of ``torch.optim.LBFGS``, and stability margins."""
