@@ -25,11 +25,11 @@ from stableopt._arguments import whole
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
 from stableopt.stability.coordinates import as_seen_by
-from stableopt.stability.critical import MAX_ROWS, threshold
 from stableopt.stability.limits import noise_factor
+from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
+from stableopt.stability.mean_square.sample_curvature import SampleCurvature
+from stableopt.stability.mean_square.second_moments import Step
 from stableopt.stability.measuring import check_params, problem_of
-from stableopt.stability.sample_curvature import SampleCurvature
-from stableopt.stability.second_moments import Step
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]

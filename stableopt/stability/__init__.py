@@ -2,7 +2,6 @@
 
 from stableopt.stability import readers
 from stableopt.stability.along_gradient import BatchSharpness, batch_sharpness
-from stableopt.stability.critical import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
@@ -11,7 +10,8 @@ from stableopt.stability.limits import (
     noise_factor,
 )
 from stableopt.stability.margins import Measurement, StabilityMargins
-from stableopt.stability.mean_square import SecondMomentExcess
+from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
+from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measuring import measure
 from stableopt.stability.preconditioner import (
     DiagonalPreconditioner,

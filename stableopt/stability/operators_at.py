@@ -8,7 +8,7 @@ from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Pro
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
-from stableopt.stability.mean_square import SecondMomentExcess
+from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.update_rule import UpdateRule
 

@@ -12,8 +12,8 @@ from stableopt import UpdateRule, critical_batch_size, critical_lr
 from stableopt.curvature import DualCurvature
 from stableopt.curvature.gram.gram import Modes
 from stableopt.stability import mean_square_radius, noise_factor
-from stableopt.stability.crossing import root
-from stableopt.stability.second_moments import NoiseGain, gather, mode_weights
+from stableopt.stability.mean_square.crossing import root
+from stableopt.stability.mean_square.second_moments import NoiseGain, gather, mode_weights
 
 PLAIN = UpdateRule(lr=1.0)
 RULES = {

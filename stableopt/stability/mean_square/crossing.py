@@ -1,6 +1,6 @@
 r"""Where a growing noise gain passes 1.
 
-The largest eigenvalue of :class:`~stableopt.stability.second_moments.NoiseGain` grows with the
+The largest eigenvalue of :class:`~stableopt.stability.mean_square.second_moments.NoiseGain` grows with the
 learning rate, and with the noise; a point is stable as long as it is at most 1. For *any* S its
 Rayleigh quotient passes 1 no earlier than the eigenvalue. So eigen-solves alternate with the scalar
 root of the quotient at the eigenvector, which converges quadratically, from above; and any positive
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stableopt.curvature import top_eigenpair
 from stableopt.curvature.gram.gram import Modes
-from stableopt.stability.second_moments import NoiseGain, gather
+from stableopt.stability.mean_square.second_moments import NoiseGain, gather
 
 __all__ = ["Crossing", "Family", "first_crossing", "root"]
 

@@ -16,8 +16,8 @@ from stableopt.curvature.gram.gram import (
     project,
 )
 from stableopt.curvature.gram.jacobian import check_outputs
-from stableopt.stability.crossing import root
-from stableopt.stability.second_moments import Step, gather
+from stableopt.stability.mean_square.crossing import root
+from stableopt.stability.mean_square.second_moments import Step, gather
 
 __all__ = ["SampleCurvature"]
 

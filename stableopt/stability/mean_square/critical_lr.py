@@ -19,10 +19,10 @@ import torch
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
-from stableopt.stability.crossing import Crossing, Family, first_crossing
 from stableopt.stability.limits import max_sharpness, noise_factor
-from stableopt.stability.sample_curvature import SampleCurvature
-from stableopt.stability.second_moments import Step
+from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
+from stableopt.stability.mean_square.sample_curvature import SampleCurvature
+from stableopt.stability.mean_square.second_moments import Step
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
