@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
-from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import Step
-from stableopt.stability.measuring import check_params, problem_of
+from stableopt.stability.measure.coordinates import as_seen_by
+from stableopt.stability.measure.measure import check_params, problem_of
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]

@@ -26,7 +26,7 @@ from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformi
 from stableopt.curvature.gram.gram import largest_block, project
 from stableopt.curvature.problem.sharded import ShardedProblem
 from stableopt.curvature.products.sharded_hessian import ShardedHessian
-from stableopt.stability.along_gradient import batch_sharpness
+from stableopt.stability.measure.batch_sharpness import batch_sharpness
 
 SAMPLES = 13
 

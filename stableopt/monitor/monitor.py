@@ -28,7 +28,7 @@ from stableopt.distributed import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter, eager
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.measuring import (
+from stableopt.stability.measure.measure import (
     as_seen_by,
     check_params,
     check_quantities,

@@ -1,7 +1,6 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
 from stableopt.stability import readers
-from stableopt.stability.along_gradient import BatchSharpness, batch_sharpness
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
@@ -12,7 +11,8 @@ from stableopt.stability.limits import (
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measuring import measure
+from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
+from stableopt.stability.measure.measure import measure
 from stableopt.stability.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,

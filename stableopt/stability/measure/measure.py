@@ -15,11 +15,11 @@ from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
 from stableopt.curvature.problem.sharded import sharded_or_whole
 from stableopt.curvature.products.linearization_cache import MEMORY
-from stableopt.stability.coordinates import as_seen_by
 from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
-from stableopt.stability.operators_at import DEGREE, OperatorsAt, measurement_of
+from stableopt.stability.measure.coordinates import as_seen_by
+from stableopt.stability.measure.quantities import DEGREE, OperatorsAt, measurement_of
 from stableopt.stability.update_rule import UpdateRule
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""`measure`: sharpness, non-uniformity and the other quantities at one point."""
