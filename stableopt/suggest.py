@@ -30,7 +30,7 @@ from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import Step
 from stableopt.stability.measure.coordinates import as_seen_by
 from stableopt.stability.measure.measure import check_params, problem_of
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]
 

@@ -20,7 +20,7 @@ from stableopt.adapt.laws import Law, Measured, State, gated_staircase, keep_mar
 from stableopt.adapt.target import OPEN, TargetRegion, at_lr
 from stableopt.adapt.weights import LastGood, kick_along
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.stability.update_rule import base_optimizer
+from stableopt.stability.rules.update_rule import base_optimizer
 
 __all__ = ["StabilityLR", "said_before"]
 

@@ -35,7 +35,7 @@ from stableopt.stability.measure.measure import (
     measure_at,
     problem_of,
 )
-from stableopt.stability.update_rule import UpdateRule, base_optimizer
+from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
 __all__ = ["Sink", "StabilityMonitor"]
 

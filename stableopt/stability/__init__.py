@@ -13,14 +13,14 @@ from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_bat
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
 from stableopt.stability.measure.measure import measure
-from stableopt.stability.preconditioner import (
+from stableopt.stability.region import StabilityRegion
+from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
 )
-from stableopt.stability.region import StabilityRegion
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
     "BatchSharpness",

@@ -13,7 +13,7 @@ from stableopt.curvature import Problem
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.measure.batch_sharpness import batch_sharpness
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DIRECT", "Found"]
 

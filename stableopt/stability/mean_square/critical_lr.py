@@ -23,7 +23,7 @@ from stableopt.stability.limits import max_sharpness, noise_factor
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import Step
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
 

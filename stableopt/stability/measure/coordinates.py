@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import Problem
-from stableopt.stability.preconditioner import DiagonalPreconditioner
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["as_seen_by"]
 

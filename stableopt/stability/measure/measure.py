@@ -20,7 +20,7 @@ from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.measure.coordinates import as_seen_by
 from stableopt.stability.measure.quantities import DEGREE, OperatorsAt, measurement_of
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
     "QUANTITIES",

@@ -9,8 +9,8 @@ from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import Measurement, StabilityMargins
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.preconditioner import DiagonalPreconditioner, StepPreconditioner
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DEGREE", "OperatorsAt", "measurement_of"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from stableopt.stability.readers import adaptive, lbfgs, pytorch_optimizer, sgd, shampoo
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__: list[str] = []
 

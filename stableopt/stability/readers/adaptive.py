@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stableopt.stability.readers.diagonal import Group, Step, diagonal_rule
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
     "averaged",

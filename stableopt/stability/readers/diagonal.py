@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.stability.preconditioner import (
+from stableopt.stability.readers.groups import NOT_STEPPED, one, params_of, step_counts
+from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
 )
-from stableopt.stability.readers.groups import NOT_STEPPED, one, params_of, step_counts
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Step", "diagonal_rule"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stableopt.stability.readers.adaptive import averaged
 from stableopt.stability.readers.diagonal import Group, Step, diagonal_rule
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]
 

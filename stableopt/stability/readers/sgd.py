@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stableopt.stability.readers.groups import one
-from stableopt.stability.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_sgd"]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stableopt.stability import limits
-from stableopt.stability.preconditioner import StepPreconditioner, UnknownPreconditioner
+from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
 
 __all__ = ["UpdateRule", "base_optimizer"]
 

@@ -1,0 +1,1 @@
+"""Update rules of optimizers: learning rate, momentum, weight decay and preconditioner."""
