@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableopt.optim.sgd import GD, SGD
 from stableopt.stability import UpdateRule
-from stableopt.stability.readers.sgd import read_sgd
+from stableopt.stability.rules.readers.sgd import read_sgd
 
 if TYPE_CHECKING:
     from stableopt.optim.lbfgs.optimizer import LBFGS

@@ -1,6 +1,5 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
-from stableopt.stability import readers
 from stableopt.stability.limits import (
     max_non_uniformity,
     max_sharpness,
@@ -14,6 +13,7 @@ from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
 from stableopt.stability.measure.measure import measure
 from stableopt.stability.region import StabilityRegion
+from stableopt.stability.rules import readers
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.stability.readers.adaptive import averaged
-from stableopt.stability.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.adaptive import averaged
+from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from stableopt.stability.readers import adaptive, lbfgs, pytorch_optimizer, sgd, shampoo
+from stableopt.stability.rules.readers import adaptive, lbfgs, sgd, shampoo
+from stableopt.stability.rules.readers import torch_optimizer as pytorch_optimizer
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__: list[str] = []

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import InverseHessian
-from stableopt.stability.readers.groups import NOT_STEPPED, one, params_of
 from stableopt.stability.rules.preconditioner import (
     MatrixPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
 )
+from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_lbfgs"]

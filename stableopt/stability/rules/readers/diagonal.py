@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.stability.readers.groups import NOT_STEPPED, one, params_of, step_counts
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
 )
+from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, one, params_of, step_counts
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Step", "diagonal_rule"]

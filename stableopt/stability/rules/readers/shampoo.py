@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stableopt.stability.readers.groups import NOT_STEPPED, params_of, step_counts
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
+from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, params_of, step_counts
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["KroneckerPreconditioner", "read_shampoo"]

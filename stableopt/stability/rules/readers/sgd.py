@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stableopt.stability.readers.groups import one
+from stableopt.stability.rules.readers.param_groups import one
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_sgd"]

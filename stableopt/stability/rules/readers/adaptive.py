@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stableopt.stability.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
