@@ -78,7 +78,7 @@ def _add_contents(app, docname, source):
 def _public(app, env, node, contnode):
     """Link a name that is written otherwise than it is listed: without its package, or with a module.
 
-    ``stableopt.adapt.laws.keep_margin`` is listed as ``stableopt.adapt.keep_margin``, and
+    ``stableopt.steering.lr_laws.keep_margin`` is listed as ``stableopt.steering.keep_margin``, and
     ``stableopt.stability.UpdateRule`` as ``stableopt.UpdateRule``.
     """
     parts = node["reftarget"].removeprefix("stableopt.").split(".")

@@ -29,15 +29,15 @@ from stableopt.stability import (
 from stableopt.suggest import Suggestion, Suggestions, suggest
 
 if TYPE_CHECKING:
-    from stableopt import adapt
-    from stableopt.adapt import (
+    from stableopt import steering
+    from stableopt.optim import LBFGS
+    from stableopt.steering import (
         AdaptiveAccumulation,
         AdaptiveBatchSampler,
         StabilityController,
         StabilityLR,
         TargetRegion,
     )
-    from stableopt.optim import LBFGS
 
 __all__ = [
     "GD",
@@ -60,7 +60,6 @@ __all__ = [
     "UpdateRule",
     "WandbSink",
     "__version__",
-    "adapt",
     "critical_batch_size",
     "critical_lr",
     "curvature",
@@ -69,16 +68,17 @@ __all__ = [
     "plot",
     "sinks",
     "stability",
+    "steering",
     "suggest",
 ]
 
 _ON_DEMAND = {
     "LBFGS": "optim",
-    "AdaptiveAccumulation": "adapt",
-    "AdaptiveBatchSampler": "adapt",
-    "StabilityController": "adapt",
-    "StabilityLR": "adapt",
-    "TargetRegion": "adapt",
+    "AdaptiveAccumulation": "steering",
+    "AdaptiveBatchSampler": "steering",
+    "StabilityController": "steering",
+    "StabilityLR": "steering",
+    "TargetRegion": "steering",
 }
 """What is imported when it is first asked for: a fifth of the modules."""
 
@@ -86,8 +86,8 @@ _ON_DEMAND = {
 if not TYPE_CHECKING:  # or every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
-        if name == "adapt":
-            return importlib.import_module("stableopt.adapt")
+        if name in ("steering", "adapt"):  # `adapt` is the former name, and warns
+            return importlib.import_module(f"stableopt.{name}")
         if name in _ON_DEMAND:
             return getattr(importlib.import_module(f"stableopt.{_ON_DEMAND[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

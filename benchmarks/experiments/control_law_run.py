@@ -19,7 +19,7 @@ from benchmarks.runner import Job, Work
 from benchmarks.solution import flops_per_sample, images_for
 from benchmarks.training import evaluate, gd_until, mean_squared_error
 from stableopt import StabilityLR, StabilityMargins, TargetRegion
-from stableopt.adapt import Decision, Law, Measured, State, gated_staircase
+from stableopt.steering import Decision, Law, Measured, State, gated_staircase
 
 __all__ = ["LAWS", "Laws"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stableopt import StabilityMargins, TargetRegion
-from stableopt.adapt import Decision
-from stableopt.adapt.decision import marks
+from stableopt.steering import Decision
+from stableopt.steering.decision import marks
 
 __all__ = ["REGIONS", "Budget", "Outcome"]
 

@@ -35,7 +35,7 @@ def test_the_package_imports_no_framework() -> None:
     """Catches an import at the top of a module that every user pays for."""
     out = run(
         "import sys, stableopt, stableopt.integrations\n"
-        "import stableopt.adapt, stableopt.optim.lbfgs.optimizer, stableopt.sinks.wandb, stableopt.plot\n"
+        "import stableopt.steering, stableopt.optim.lbfgs.optimizer, stableopt.sinks.wandb, stableopt.plot\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     assert out == "[]\n"
@@ -45,8 +45,8 @@ def test_steering_and_lbfgs_are_there_when_they_are_asked_for() -> None:
     """Catches a name on demand that does not come, or comes with the package after all."""
     out = run(
         "import sys, stableopt\n"
-        "print('stableopt.adapt' in sys.modules, 'stableopt.optim.lbfgs.optimizer' in sys.modules)\n"
-        "print(stableopt.adapt.StabilityLR is stableopt.StabilityLR, stableopt.LBFGS.__name__)\n"
+        "print('stableopt.steering' in sys.modules, 'stableopt.optim.lbfgs.optimizer' in sys.modules)\n"
+        "print(stableopt.steering.StabilityLR is stableopt.StabilityLR, stableopt.LBFGS.__name__)\n"
         "names = {}\n"
         "exec('from stableopt import *', names)\n"
         "print(set(stableopt.__all__) <= names.keys() & set(dir(stableopt)))\n"
@@ -69,3 +69,16 @@ def test_an_absent_framework_is_named_with_its_extra(extra: str) -> None:
     )
     assert out.startswith("ImportError ")
     assert f"pip install stableopt[{extra}]" in out
+
+
+def test_the_former_name_of_steering_still_works_and_warns() -> None:
+    """Catches an alias that lacks a name, is another class, or does not say that it is deprecated."""
+    out = run(
+        "import warnings, stableopt, stableopt.steering as steering\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    adapt = stableopt.adapt\n"
+        "print(all(getattr(adapt, name) is getattr(steering, name) for name in steering.__all__))\n"
+        "print(*{(w.category.__name__, 'use stableopt.steering' in str(w.message)) for w in caught})"
+    )
+    assert out == "True\n('DeprecationWarning', True)\n"

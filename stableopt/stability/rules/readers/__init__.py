@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from stableopt.stability.rules.readers import adaptive, lbfgs, sgd, shampoo
-from stableopt.stability.rules.readers import torch_optimizer as pytorch_optimizer
+from stableopt.stability.rules.readers import adaptive, lbfgs, sgd, shampoo, torch_optimizer
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__: list[str] = []
@@ -21,8 +20,8 @@ UpdateRule.register(torch.optim.NAdam, adaptive.read_nadam)
 UpdateRule.register(torch.optim.RMSprop, adaptive.read_rmsprop)
 UpdateRule.register(torch.optim.Adagrad, adaptive.read_adagrad)
 UpdateRule.register(torch.optim.LBFGS, lbfgs.read_lbfgs)
-UpdateRule.register("torch_optimizer.adabelief.AdaBelief", pytorch_optimizer.read_adabelief)
-UpdateRule.register("torch_optimizer.adahessian.Adahessian", pytorch_optimizer.read_adahessian)
-UpdateRule.register("torch_optimizer.apollo.Apollo", pytorch_optimizer.read_apollo)
+UpdateRule.register("torch_optimizer.adabelief.AdaBelief", torch_optimizer.read_adabelief)
+UpdateRule.register("torch_optimizer.adahessian.Adahessian", torch_optimizer.read_adahessian)
+UpdateRule.register("torch_optimizer.apollo.Apollo", torch_optimizer.read_apollo)
 UpdateRule.register("torch_optimizer.shampoo.Shampoo", shampoo.read_shampoo)
-UpdateRule.register("torch_optimizer.yogi.Yogi", pytorch_optimizer.read_yogi)
+UpdateRule.register("torch_optimizer.yogi.Yogi", torch_optimizer.read_yogi)

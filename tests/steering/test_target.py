@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
-from stableopt.adapt.target import at_lr, lr_at_limit
+from stableopt.steering.target import at_lr, lr_at_limit
 
 RULES = [
     UpdateRule(lr=0.3),

@@ -302,8 +302,8 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    from stableopt.adapt import ranks
-    from stableopt.adapt.decision import Decision
+    from stableopt.steering import agreement as ranks
+    from stableopt.steering.decision import Decision
 
     sampler = AdaptiveBatchSampler(DistributedSampler(range(20), seed=3), 2)
     wanted = [3, 4][rank]  # rank 1 has another opinion

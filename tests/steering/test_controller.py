@@ -23,7 +23,7 @@ from stableopt import (
     StabilityLR,
     TargetRegion,
 )
-from stableopt.adapt import batch_staircase
+from stableopt.steering import batch_staircase
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 2, generator=GENERATOR)

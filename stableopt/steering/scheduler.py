@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from stableopt._arguments import positive
-from stableopt.adapt import ranks
-from stableopt.adapt.decision import Decision, tell
-from stableopt.adapt.laws import Law, Measured, State, gated_staircase, keep_margin, new_state
-from stableopt.adapt.target import OPEN, TargetRegion, at_lr
-from stableopt.adapt.weights import LastGood, kick_along
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.update_rule import base_optimizer
+from stableopt.steering import agreement as ranks
+from stableopt.steering.decision import Decision, tell
+from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
+from stableopt.steering.rollback import LastGood, kick_along
+from stableopt.steering.target import OPEN, TargetRegion, at_lr
 
 __all__ = ["StabilityLR", "said_before"]
 
@@ -44,8 +44,8 @@ class StabilityLR(LRScheduler):
         optimizer: the optimizer.
         monitor: what measures it; at least the sharpness.
         target: the region; a relative one is resolved at the first good measurement.
-        law: how to get there, see :mod:`~stableopt.adapt.laws`; by default the gated staircase, and
-            :func:`~stableopt.adapt.laws.keep_margin` for a margin.
+        law: how to get there, see :mod:`~stableopt.steering.lr_laws`; by default the gated staircase, and
+            :func:`~stableopt.steering.lr_laws.keep_margin` for a margin.
         min_lr: the smallest rate, of the fastest group; by default 0, and a tenth of the present rate
             for a margin.
         max_lr: the largest; by default none, and the present rate for a margin.
@@ -61,7 +61,7 @@ class StabilityLR(LRScheduler):
 
     Attributes:
         target: the region, absolute as soon as it can be.
-        decisions: the latest 10,000 :class:`~stableopt.adapt.decision.Decision`.
+        decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
         max_lr: the largest.
         loss_cap: the loss above which training counts as diverging.

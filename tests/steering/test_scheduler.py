@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, 
 
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
-from stableopt.adapt.laws import Measured, State
+from stableopt.steering.lr_laws import Measured, State
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(16, 2, generator=GENERATOR)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from stableopt.adapt.decision import Decision, Kind
-from stableopt.adapt.laws import State
-from stableopt.adapt.target import TargetRegion
 from stableopt.stability import StabilityMargins
+from stableopt.steering.decision import Decision, Kind
+from stableopt.steering.lr_laws import State
+from stableopt.steering.target import TargetRegion
 
 __all__ = ["Situation", "verdict"]
 

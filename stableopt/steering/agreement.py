@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from stableopt.adapt.decision import Decision, Kind, What
 from stableopt.distributed import world
+from stableopt.steering.decision import Decision, Kind, What
 
 __all__ = ["is_first", "shared_decisions", "shared_tensors", "shared_whole", "world_size"]
 

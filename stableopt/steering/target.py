@@ -96,7 +96,7 @@ class TargetRegion:
 
         For stability rather than selection: no minimum is made unstable. The learning rate then
         follows the measurement, which is safe only with a floor; see
-        :func:`~stableopt.adapt.laws.keep_margin`.
+        :func:`~stableopt.steering.lr_laws.keep_margin`.
 
         Raises:
             ValueError: unless ``share`` is between 0 and 1.

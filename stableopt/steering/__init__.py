@@ -7,18 +7,18 @@ Three examples::
     TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.of(optimizer))     # only the number
 """
 
-from stableopt.adapt.batch_laws import (
+from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,
     batch_staircase,
     keep_batch_margin,
 )
-from stableopt.adapt.batches import AdaptiveAccumulation, AdaptiveBatchSampler
-from stableopt.adapt.controller import StabilityController
-from stableopt.adapt.decision import Decision
-from stableopt.adapt.laws import Law, Measured, State, gated_staircase, keep_margin, new_state
-from stableopt.adapt.scheduler import StabilityLR
-from stableopt.adapt.target import TargetRegion
+from stableopt.steering.controller import StabilityController
+from stableopt.steering.decision import Decision
+from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
+from stableopt.steering.samplers import AdaptiveAccumulation, AdaptiveBatchSampler
+from stableopt.steering.scheduler import StabilityLR
+from stableopt.steering.target import TargetRegion
 
 __all__ = [
     "AdaptiveAccumulation",

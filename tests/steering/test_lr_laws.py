@@ -13,16 +13,9 @@ from functools import partial
 import pytest
 
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
-from stableopt.adapt.decision import Decision
-from stableopt.adapt.laws import (
-    Law,
-    Measured,
-    State,
-    gated_staircase,
-    keep_margin,
-    new_state,
-)
 from stableopt.stability import Measurement
+from stableopt.steering.decision import Decision
+from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
 
 SHARP = 25.04  # of u = 5, v = 1/5
 

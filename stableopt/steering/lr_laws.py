@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from stableopt.adapt.decision import Decision, Kind
-from stableopt.adapt.target import TargetRegion, lr_at_limit
 from stableopt.stability import StabilityMargins, UpdateRule
+from stableopt.steering.decision import Decision, Kind
+from stableopt.steering.target import TargetRegion, lr_at_limit
 
 __all__ = ["Law", "Measured", "State", "gated_staircase", "keep_margin", "new_state"]
 

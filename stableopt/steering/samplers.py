@@ -19,8 +19,8 @@ from typing import Any, Protocol, cast
 from torch.utils.data import BatchSampler, Sampler
 
 from stableopt._arguments import whole
-from stableopt.adapt import ranks
 from stableopt.curvature.problem.data import sample_count
+from stableopt.steering import agreement as ranks
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
 

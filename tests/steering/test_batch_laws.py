@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
-from stableopt.adapt.batch_laws import BatchMeasured, batch_staircase, keep_batch_margin
-from stableopt.adapt.decision import Decision, marks
-from stableopt.adapt.laws import State
-from stableopt.adapt.verdict import Situation, verdict
 from stableopt.stability import Measurement
+from stableopt.steering.batch_laws import BatchMeasured, batch_staircase, keep_batch_margin
+from stableopt.steering.decision import Decision, marks
+from stableopt.steering.lr_laws import State
+from stableopt.steering.verdict import Situation, verdict
 
 UNIFORM = TargetRegion(non_uniformity=(2.0, 4.0))  # at 0.5 and n = 1000 the box forbids by B = 3
 

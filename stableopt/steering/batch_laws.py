@@ -1,6 +1,6 @@
 r"""Control laws for the batch size: pure functions of a measurement and a state.
 
-As those of :mod:`~stableopt.adapt.laws`, ``law(measured, state) -> (decision, state)``, once for each
+As those of :mod:`~stableopt.steering.lr_laws`, ``law(measured, state) -> (decision, state)``, once for each
 fresh measurement. A smaller batch lowers the limit on the non-uniformity, for plain SGD
 :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, and so makes the less uniform minima unstable.
 
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from stableopt.adapt.decision import Decision, Kind
-from stableopt.adapt.laws import State
-from stableopt.adapt.target import TargetRegion
 from stableopt.stability import StabilityMargins, UpdateRule
+from stableopt.steering.decision import Decision, Kind
+from stableopt.steering.lr_laws import State
+from stableopt.steering.target import TargetRegion
 
 __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
 

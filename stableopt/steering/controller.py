@@ -9,16 +9,21 @@ from dataclasses import replace
 from typing import Any
 
 from stableopt._arguments import positive, whole
-from stableopt.adapt import ranks
-from stableopt.adapt.batch_laws import BatchLaw, BatchMeasured, batch_staircase, keep_batch_margin
-from stableopt.adapt.batches import Resizable
-from stableopt.adapt.decision import Decision, marks, tell
-from stableopt.adapt.laws import State, new_state
-from stableopt.adapt.scheduler import StabilityLR, said_before
-from stableopt.adapt.target import OPEN, TargetRegion, at_lr
-from stableopt.adapt.verdict import Situation, verdict
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
+from stableopt.steering import agreement as ranks
+from stableopt.steering.batch_laws import (
+    BatchLaw,
+    BatchMeasured,
+    batch_staircase,
+    keep_batch_margin,
+)
+from stableopt.steering.decision import Decision, marks, tell
+from stableopt.steering.lr_laws import State, new_state
+from stableopt.steering.samplers import Resizable
+from stableopt.steering.scheduler import StabilityLR, said_before
+from stableopt.steering.target import OPEN, TargetRegion, at_lr
+from stableopt.steering.verdict import Situation, verdict
 
 __all__ = ["StabilityController"]
 
@@ -29,7 +34,7 @@ class StabilityController:
     ``step()`` after each ``optimizer.step()``. The sharpness comes first, by :class:`StabilityLR`.
     Once the learning rate stays, and the sharpness is within the target but for ``band``, for
     ``settle`` measurements, the batch size follows, by
-    :func:`~stableopt.adapt.batch_laws.batch_staircase`. The learning rate has the word again when
+    :func:`~stableopt.steering.batch_laws.batch_staircase`. The learning rate has the word again when
     the sharpness leaves by twice the band: what lies between is hysteresis, without which two knobs
     that act on both quantities would chase each other.
 
