@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import commands
+from benchmarks import cli as commands
 from benchmarks.experiment import PRESETS
 from benchmarks.experiments import NAMES
 from benchmarks.perf import PARTS

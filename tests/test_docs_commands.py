@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import benchmarks.__main__ as benchmarks_cli
-from benchmarks import commands
+from benchmarks import cli as commands
 from stableopt.__main__ import main as stableopt_cli
 
 if sys.version_info >= (3, 11):

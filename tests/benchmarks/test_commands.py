@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import commands, experiments, report
+from benchmarks import cli as commands
+from benchmarks import experiments, report
 from benchmarks.experiments import gd_sharpness
 from benchmarks.publish import publish, read_rows, write_rows
 from benchmarks.runner import Job, Place, Store, work
