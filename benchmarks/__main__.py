@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import cli as commands
-from benchmarks.experiment import PRESETS
 from benchmarks.experiments import NAMES
+from benchmarks.framework.experiment import PRESETS
 from benchmarks.perf import PARTS
 
 RUNS = Path("runs")

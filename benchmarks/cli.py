@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.experiment import PRESETS, Experiment
 from benchmarks.experiments import NAMES, experiment
+from benchmarks.framework.experiment import PRESETS, Experiment
+from benchmarks.framework.publish import publish
+from benchmarks.framework.settings import parsed, parsed_value
 from benchmarks.perf import PARTS
-from benchmarks.publish import publish
 from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, run_all
 from benchmarks.runner.bars import Bars
@@ -25,7 +26,6 @@ from benchmarks.runner.job import in_order
 from benchmarks.runner.schedule import shard
 from benchmarks.runner.store import read_json, write_json
 from benchmarks.runner.workers import executor
-from benchmarks.settings import parsed, parsed_value
 
 __all__ = ["figures", "list_all", "perf", "report", "run", "status"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment import PRESETS, Claim
 from benchmarks.experiments import NAMES, experiment
-from benchmarks.publish import claims_in
+from benchmarks.framework.experiment import PRESETS, Claim
+from benchmarks.framework.publish import claims_in
 from benchmarks.runner.estimate import readable
 
 __all__ = ["report"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.experiment import Experiment, Rows
-from benchmarks.publish import read_rows, write_rows
+from benchmarks.framework.experiment import Experiment, Rows
+from benchmarks.framework.publish import read_rows, write_rows
 from benchmarks.runner import Place, Store, run_all
 
 __all__ = ["small_run"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from benchmarks.experiment import Experiment
+from benchmarks.framework.experiment import Experiment
 
 __all__ = ["NAMES", "experiment"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.experiments.control_law_run import LAWS, Laws
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:

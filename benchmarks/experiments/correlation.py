@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows
-from benchmarks.figures import plain_log
+from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.plotting import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution, grid, row
 

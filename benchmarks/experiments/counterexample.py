@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.experiments.counterexample_model import Curve, Descent, Measured
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:

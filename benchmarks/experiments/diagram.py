@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiment import Claim, Experiment, Rows
 from benchmarks.experiments.diagram_jobs import Family, Plane
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 from stableopt.stability import StabilityRegion, UpdateRule
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution
 from benchmarks.threshold import Thresholds

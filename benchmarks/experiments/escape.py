@@ -16,8 +16,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.experiments import escape_figures
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution
 from benchmarks.switch import Switch

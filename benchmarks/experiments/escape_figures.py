@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.experiment import Rows
-from benchmarks.figures import plain_log
+from benchmarks.framework.experiment import Rows
+from benchmarks.framework.plotting import plain_log
 from stableopt import UpdateRule
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows, spread
-from benchmarks.figures import plain_log
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.plotting import plain_log
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution, grid
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.experiments.loss_shape_jobs import LOSSES, WITHIN, Course, Line
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.solution import Solution
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store, Work
 from benchmarks.solution import Solution
 from benchmarks.switch import Switch, box

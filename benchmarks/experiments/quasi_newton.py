@@ -16,8 +16,8 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows, spread
 from benchmarks.experiments.quasi_newton_runs import METHODS, Budget, Search, Training
+from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.data import Dataset
-from benchmarks.experiment import Claim, Experiment, Rows
 from benchmarks.experiments import steering_report as report
 from benchmarks.experiments.steering_case import Budget
 from benchmarks.experiments.steering_run import Steered
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:

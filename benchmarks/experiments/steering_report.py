@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiment import Claim, Rows, spread
 from benchmarks.experiments.steering_case import REGIONS
+from benchmarks.framework.experiment import Claim, Rows, spread
 from stableopt import StabilityMargins, plot
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiment import Claim, Experiment, Rows
 from benchmarks.experiments.toy_walk import COEFFICIENTS, Path, Thresholds, Walks, losses, wilson
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:

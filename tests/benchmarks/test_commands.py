@@ -17,10 +17,10 @@ from benchmarks import __main__ as cli
 from benchmarks import cli as commands
 from benchmarks import experiments, report
 from benchmarks.experiments import gd_sharpness
-from benchmarks.publish import publish, read_rows, write_rows
+from benchmarks.framework.publish import publish, read_rows, write_rows
+from benchmarks.framework.settings import parsed
 from benchmarks.runner import Job, Place, Store, work
 from benchmarks.runner.schedule import Summary
-from benchmarks.settings import parsed
 
 RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")
 SETTINGS = {"n": 60, "target_loss": 0.06, "lrs": (0.5, 500.0)}

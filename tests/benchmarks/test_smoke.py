@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks.experiments import NAMES, experiment
-from benchmarks.publish import publish, read_rows
+from benchmarks.framework.publish import publish, read_rows
 from benchmarks.runner import Store
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Store
 from benchmarks.runner.job import in_order
 from benchmarks.runner.store import write_json

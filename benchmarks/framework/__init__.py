@@ -1,0 +1,1 @@
+"""What an experiment is: settings, jobs, tables, claims, figures and published results."""
