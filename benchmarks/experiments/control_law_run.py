@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 import stableopt
-from benchmarks.data import Dataset, Images
-from benchmarks.networks import network
 from benchmarks.runner import Job, Work
-from benchmarks.solution import flops_per_sample, images_for
-from benchmarks.training import evaluate, gd_until, mean_squared_error
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
+from benchmarks.training.minimum import flops_per_sample, images_for
+from benchmarks.training.networks import network
 from stableopt import StabilityLR, StabilityMargins, TargetRegion
 from stableopt.steering import Decision, Law, Measured, State, gated_staircase
 

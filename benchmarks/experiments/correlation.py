@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.framework.plotting import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution, grid, row
+from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import Solution, grid, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ class Correlation(Experiment):
         n: training images.
         target_loss: at which training stops.
         max_steps: at which it stops in any case.
-        network: see :func:`benchmarks.networks.network`.
+        network: see :func:`benchmarks.training.networks.network`.
     """
 
     name = "correlation"

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution
-from benchmarks.threshold import Thresholds
+from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import Solution
+from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.experiments import escape_figures
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution
-from benchmarks.switch import Switch
+from benchmarks.training.data import Dataset
+from benchmarks.training.escape import Switch
+from benchmarks.training.minimum import Solution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

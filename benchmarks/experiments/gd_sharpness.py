@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.framework.plotting import plain_log
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution, grid
+from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import Solution, grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from benchmarks.data import Dataset
 from benchmarks.experiments.loss_shape_jobs import LOSSES, WITHIN, Course, Line
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
-from benchmarks.solution import Solution
+from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import Solution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

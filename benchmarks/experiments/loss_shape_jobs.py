@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import stableopt
-from benchmarks.data import Dataset
-from benchmarks.networks import network
 from benchmarks.runner import Job, Work
-from benchmarks.solution import Solution, flops_per_sample, images_for
-from benchmarks.training import mean_squared_error
+from benchmarks.training.data import Dataset
+from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.minimum import Solution, flops_per_sample, images_for
+from benchmarks.training.networks import network
 from stableopt import Problem
 from stableopt.curvature import Hessian, top_eigenpair
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store, Work
-from benchmarks.solution import Solution
-from benchmarks.switch import Switch, box
-from benchmarks.threshold import Thresholds
+from benchmarks.training.data import Dataset
+from benchmarks.training.escape import Switch, box
+from benchmarks.training.minimum import Solution
+from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from benchmarks.data import Dataset, Images
-from benchmarks.networks import network
 from benchmarks.runner import Job, Work
-from benchmarks.solution import flops_per_sample, images_for
-from benchmarks.training import evaluate, mean_squared_error, reshuffled_batches
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import evaluate, mean_squared_error, reshuffled_batches
+from benchmarks.training.minimum import flops_per_sample, images_for
+from benchmarks.training.networks import network
 
 __all__ = ["METHODS", "Budget", "Method", "Search", "Training", "halves"]
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.data import Dataset
 from benchmarks.experiments import steering_report as report
 from benchmarks.experiments.steering_case import Budget
 from benchmarks.experiments.steering_run import Steered
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
+from benchmarks.training.data import Dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,10 +8,10 @@ import math
 from torch import nn
 
 import stableopt
-from benchmarks.data import Images
 from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
 from benchmarks.experiments.steering_training import ended, sampler_of, train
-from benchmarks.training import evaluate, mean_squared_error
+from benchmarks.training.data import Images
+from benchmarks.training.loops import evaluate, mean_squared_error
 from stableopt import StabilityController, TargetRegion
 
 __all__ = ["scratch_steered", "steered"]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import stableopt
-from benchmarks.data import Images
 from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
 from benchmarks.experiments.steering_training import (
     ended,
@@ -19,7 +18,8 @@ from benchmarks.experiments.steering_training import (
     train,
     with_batch,
 )
-from benchmarks.training import mean_squared_error
+from benchmarks.training.data import Images
+from benchmarks.training.loops import mean_squared_error
 from stableopt import StabilityMargins
 
 __all__ = ["curvature_aware", "fixed", "grid_searched", "noise_scaled", "scratch_constant"]

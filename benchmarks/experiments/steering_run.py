@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 import stableopt
-from benchmarks.data import Dataset, Images
 from benchmarks.experiments import steering_methods as methods
 from benchmarks.experiments import steering_rivals as rivals
 from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
-from benchmarks.networks import network
 from benchmarks.runner import Job, Work
-from benchmarks.solution import flops_per_sample, images_for
-from benchmarks.training import evaluate, gd_until, mean_squared_error
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
+from benchmarks.training.minimum import flops_per_sample, images_for
+from benchmarks.training.networks import network
 
 __all__ = ["Steered"]
 

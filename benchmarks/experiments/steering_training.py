@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import RandomSampler
 
 import stableopt
-from benchmarks.data import Images
 from benchmarks.experiments.steering_case import Outcome
-from benchmarks.training import mean_squared_error
+from benchmarks.training.data import Images
+from benchmarks.training.loops import mean_squared_error
 from stableopt import AdaptiveBatchSampler, StabilityController, StabilityMargins
 
 __all__ = ["ended", "margins_at_end", "sampler_of", "train", "with_batch"]

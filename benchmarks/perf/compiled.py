@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import Config, interleaved, once, write
+from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.curvature import Hessian, Problem
 
 __all__ = ["Config", "run"]

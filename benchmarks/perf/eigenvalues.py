@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import stableopt
-from benchmarks.data import Dataset, Images
-from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.peers import PEERS
 from benchmarks.perf.timing import Config, interleaved, write
-from benchmarks.training import gd_until, mean_squared_error
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import gd_until, mean_squared_error
+from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
 
 __all__ = ["Config", "run", "trained"]

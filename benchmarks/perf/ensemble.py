@@ -1,6 +1,6 @@
 """Several trainings as one network with stacked weights, against one after the other.
 
-The members differ in learning rate and seed; see :mod:`benchmarks.ensemble`. Both ways take the same
+The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take the same
 steps, of which the first few are compared before anything is timed.
 """
 
@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ensemble
-from benchmarks.data import Dataset, Images
 from benchmarks.perf import timing
 from benchmarks.perf.timing import interleaved, write
-from benchmarks.solution import Solution
-from benchmarks.walk import walk
+from benchmarks.training import ensemble
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.minimum import Solution
+from benchmarks.training.stepping import walk
 
 __all__ = ["Config", "run"]
 

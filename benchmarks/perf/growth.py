@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.networks import fully_connected
 from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.training.networks import fully_connected
 from stableopt.curvature import Hessian, NonUniformity, Problem
 
 __all__ = ["Config", "run"]

@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stableopt
-from benchmarks.data import Dataset
-from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import write
-from benchmarks.training import mean_squared_error
+from benchmarks.training.data import Dataset
+from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.optim.lbfgs.compact import CompactPairs
 from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 
@@ -46,7 +46,7 @@ class Config:
 
     Attributes:
         data: ``"digits"`` or ``"fashion-mnist"``, for the time to a loss.
-        data_dir: where the data are; see :func:`benchmarks.data.load`.
+        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
         out: the folder for the numbers.
         seed: of starting points and the network.
         device: where parameters live.

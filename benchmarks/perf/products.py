@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.networks import WIDTHS, TransformerBlock, fully_connected, small_vgg
 from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.training.networks import WIDTHS, TransformerBlock, fully_connected, small_vgg
 from stableopt.curvature import Hessian, NonUniformity, Problem
 
 __all__ = ["Config", "cases", "run"]

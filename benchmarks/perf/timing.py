@@ -24,7 +24,7 @@ class Config:
 
     Attributes:
         data: ``"digits"`` or ``"fashion-mnist"``, of the trained network.
-        data_dir: where the data are; see :func:`benchmarks.data.load`.
+        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
         out: the folder for numbers and figures.
         seed: of initialisations and random vectors.
         device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.

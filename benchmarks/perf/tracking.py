@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 import stableopt
-from benchmarks.data import Dataset, Images
-from benchmarks.networks import WIDTHS, fully_connected
 from benchmarks.perf.timing import Config, once, write
-from benchmarks.training import mean_squared_error
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.networks import WIDTHS, fully_connected
 
 __all__ = ["Config", "run"]
 

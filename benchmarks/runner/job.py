@@ -22,7 +22,7 @@ class Place:
 
     Attributes:
         device: that tensors lie on.
-        data_dir: where the data are; see :func:`benchmarks.data.load`.
+        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
         threads: of torch in each worker; ``None`` leaves it.
     """
 

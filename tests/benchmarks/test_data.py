@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import data as datasets
-from benchmarks.data import Dataset
+from benchmarks.training import data as datasets
+from benchmarks.training.data import Dataset
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ensemble
-from benchmarks.data import Dataset, Images
 from benchmarks.runner import Place, Store, run_all
-from benchmarks.solution import Solution
+from benchmarks.training import ensemble
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.minimum import Solution
 
 DIGITS = Dataset("digits", 60)
 HERE = Place(threads=1)

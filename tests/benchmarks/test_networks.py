@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.networks import WIDTHS, fully_connected, network, resnet14, small_vgg
+from benchmarks.training.networks import WIDTHS, fully_connected, network, resnet14, small_vgg
 
 
 def test_the_network_is_the_papers() -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import nn
 
 import benchmarks.__main__ as cli
-from benchmarks.networks import TransformerBlock, small_vgg
 from benchmarks.perf import eigenvalues, ensemble, growth, imports, products, timing, tracking
+from benchmarks.training.networks import TransformerBlock, small_vgg
 from stableopt.curvature import NonUniformity, Problem
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import stableopt
-from benchmarks import solution
-from benchmarks.data import Dataset
-from benchmarks.networks import network
 from benchmarks.runner import Job, Place, Store, Work, run_all
-from benchmarks.solution import Solution, flops_per_sample
-from benchmarks.switch import Switch, box
-from benchmarks.threshold import Thresholds
+from benchmarks.training import minimum as solution
+from benchmarks.training.data import Dataset
+from benchmarks.training.escape import Switch, box
+from benchmarks.training.minimum import Solution, flops_per_sample
+from benchmarks.training.networks import network
+from benchmarks.training.threshold import Thresholds
 
 FEW = Dataset("digits", 16)
 QUICK = Solution(FEW, lr=1.0, target_loss=3e-2)

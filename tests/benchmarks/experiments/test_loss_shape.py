@@ -10,11 +10,11 @@ from small_runs import small_run
 from torch import nn
 
 import stableopt
-from benchmarks.data import Dataset
 from benchmarks.experiments.loss_shape import LossShape
 from benchmarks.experiments.loss_shape_jobs import Course, along, trusted
-from benchmarks.networks import network
 from benchmarks.runner import Place, Store, run_all
+from benchmarks.training.data import Dataset
+from benchmarks.training.networks import network
 
 
 def test_the_line_is_the_loss_and_comes_back() -> None:

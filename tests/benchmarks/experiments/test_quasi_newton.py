@@ -9,10 +9,10 @@ import pytest
 import torch
 from small_runs import small_run
 
-from benchmarks.data import Dataset
 from benchmarks.experiments.quasi_newton import LBFGS, QuasiNewton
 from benchmarks.experiments.quasi_newton_runs import METHODS, Budget, Search, Training, halves
 from benchmarks.runner import Job
+from benchmarks.training.data import Dataset
 
 SMALL = QuasiNewton(
     seeds=(0, 1),

@@ -8,10 +8,10 @@ from typing import Any
 
 from runner_jobs import Number, Sum
 
-from benchmarks.data import Dataset
 from benchmarks.runner import Job, Work
 from benchmarks.runner.job import in_order
-from benchmarks.solution import Solution
+from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import Solution
 
 
 def test_an_id_is_the_hash_of_what_differs_from_the_defaults() -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import stableopt
-from benchmarks.data import Images
 from benchmarks.runner import Work
-from benchmarks.training import evaluate, mean_squared_error
+from benchmarks.training.data import Images
+from benchmarks.training.loops import evaluate, mean_squared_error
 
 if TYPE_CHECKING:
-    from benchmarks.solution import Solution
+    from benchmarks.training.minimum import Solution
 
 __all__ = ["GDWalk", "SGDWalk", "due", "note", "outcome", "walk", "worth_a_line"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import stableopt
 from benchmarks.runner import Job, Work
-from benchmarks.solution import Solution, images_for
-from benchmarks.training import mean_squared_error
+from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.minimum import Solution, images_for
 from stableopt.curvature import DualCurvature
 
 __all__ = ["Thresholds"]

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import stableopt
-from benchmarks import ensemble
-from benchmarks.data import Dataset, Images
-from benchmarks.networks import network
 from benchmarks.runner import Job, Store, Work
-from benchmarks.training import evaluate, mean_squared_error
-from benchmarks.walk import due, note, outcome, walk, worth_a_line
+from benchmarks.training import ensemble
+from benchmarks.training.data import Dataset, Images
+from benchmarks.training.loops import evaluate, mean_squared_error
+from benchmarks.training.networks import network
+from benchmarks.training.stepping import due, note, outcome, walk, worth_a_line
 
 __all__ = ["Solution", "flops_per_sample", "grid", "images_for", "measured", "passes_to", "row"]
 
@@ -39,7 +39,7 @@ class Solution(Job):
         batch_size: of SGD with random reshuffling, ``None`` for GD.
         target_loss: training loss at which to stop.
         max_steps: at which it stops in any case.
-        network: see :func:`benchmarks.networks.network`.
+        network: see :func:`benchmarks.training.networks.network`.
         scale: of the initialisation; see there.
         non_uniformity: whether to measure it; sharpness always is.
         sharpness_every: steps between two measurements of the sharpness along the way, which go to
@@ -87,7 +87,7 @@ class Solution(Job):
 
     @classmethod
     def run_together(cls, jobs: list[Any], works: list[Work]) -> list[dict[str, Any]]:
-        """Train as one; see :mod:`benchmarks.ensemble`. Measure one after the other."""
+        """Train as one; see :mod:`benchmarks.training.ensemble`. Measure one after the other."""
         ends = ensemble.train(jobs, works, images_for(jobs[0].data, works[0]))
         results = []
         for job, work, end in zip(jobs, works, ends, strict=True):

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
-from benchmarks.data import Images
 from benchmarks.runner import Work
-from benchmarks.walk import note, outcome, worth_a_line
+from benchmarks.training.data import Images
+from benchmarks.training.stepping import note, outcome, worth_a_line
 
 if TYPE_CHECKING:
-    from benchmarks.solution import Solution
+    from benchmarks.training.minimum import Solution
 
 __all__ = ["Ending", "Stack", "train"]
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from benchmarks.data import Images
 from benchmarks.runner import Job, Work
-from benchmarks.solution import Solution, flops_per_sample, images_for, measured, passes_to
-from benchmarks.training import (
+from benchmarks.training.data import Images
+from benchmarks.training.loops import (
     evaluate,
     independent_batches,
     mean_squared_error,
     reshuffled_batches,
 )
-from benchmarks.walk import worth_a_line
+from benchmarks.training.minimum import Solution, flops_per_sample, images_for, measured, passes_to
+from benchmarks.training.stepping import worth_a_line
 from stableopt import UpdateRule
 
 __all__ = ["ESCAPED", "Outcome", "Prediction", "Switch", "box"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from benchmarks.data import Images
+from benchmarks.training.data import Images
 
 __all__ = [
     "DivergedError",

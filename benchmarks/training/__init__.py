@@ -1,0 +1,1 @@
+"""Data, networks, training loops and the jobs that several experiments share."""
