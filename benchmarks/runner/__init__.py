@@ -11,9 +11,9 @@ configuration, and by nothing else:
     store.result(jobs[0])["sharpness"]
 """
 
+from benchmarks.runner.execute import Work
 from benchmarks.runner.job import Job, Place
 from benchmarks.runner.schedule import run_all
 from benchmarks.runner.store import Store
-from benchmarks.runner.work import Work
 
 __all__ = ["Job", "Place", "Store", "Work", "run_all"]

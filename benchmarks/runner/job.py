@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from benchmarks.runner.work import Work
+    from benchmarks.runner.execute import Work
 
 __all__ = ["Job", "Place", "in_order"]
 
@@ -61,7 +61,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
-        """Compute the result; see :class:`~benchmarks.runner.work.Work` for what there is to use."""
+        """Compute the result; see :class:`~benchmarks.runner.execute.Work` for what there is to use."""
 
     @property
     def needs(self) -> tuple[Job, ...]:

@@ -15,9 +15,9 @@ from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from benchmarks.runner.execute import work
 from benchmarks.runner.job import Job, Place, in_order
 from benchmarks.runner.store import Store
-from benchmarks.runner.work import work
 
 __all__ = ["Executor", "Summary", "Watch", "run_all", "shard"]
 

@@ -19,7 +19,8 @@ from benchmarks import experiments, report
 from benchmarks.experiments import gd_sharpness
 from benchmarks.framework.publish import publish, read_rows, write_rows
 from benchmarks.framework.settings import parsed
-from benchmarks.runner import Job, Place, Store, work
+from benchmarks.runner import Job, Place, Store
+from benchmarks.runner import execute as work
 from benchmarks.runner.schedule import Summary
 
 RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")

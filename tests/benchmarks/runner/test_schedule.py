@@ -14,8 +14,8 @@ from runner_jobs import Alone, Dying, Failing, Member, Number, Sum, Unwritable, 
 
 from benchmarks.runner import Job, Place, Store, run_all
 from benchmarks.runner.estimate import estimate
+from benchmarks.runner.execute import work
 from benchmarks.runner.schedule import WORKER_DIED, Watch, shard
-from benchmarks.runner.work import work
 
 HERE = Place()
 

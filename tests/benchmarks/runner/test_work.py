@@ -13,8 +13,8 @@ from filelock import Timeout
 from runner_jobs import Failing, Member, Number, Unwritable, Walk
 
 from benchmarks.runner import Job, Place, Store, Work
+from benchmarks.runner.execute import work
 from benchmarks.runner.store import read_lines
-from benchmarks.runner.work import work
 
 HERE = Place()
 KEPT = ("result.json", "trace.jsonl", "tensors.pt")
