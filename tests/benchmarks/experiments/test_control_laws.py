@@ -6,8 +6,8 @@ from pathlib import Path
 
 from small_runs import small_run
 
-from benchmarks.experiments.control_law_run import LAWS
-from benchmarks.experiments.control_laws import STAIRCASE, ControlLaws
+from benchmarks.experiments.control_laws.experiment import STAIRCASE, ControlLaws
+from benchmarks.experiments.control_laws.jobs import LAWS
 
 
 def test_end_to_end(tmp_path: Path) -> None:

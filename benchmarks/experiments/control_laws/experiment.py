@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.experiments.control_law_run import LAWS, Laws
+from benchmarks.experiments.control_laws.jobs import LAWS, Laws
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset

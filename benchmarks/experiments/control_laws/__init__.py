@@ -1,0 +1,5 @@
+"""Control laws that fail, beside the one that works: why the learning rate follows the target."""
+
+from benchmarks.experiments.control_laws.experiment import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]
