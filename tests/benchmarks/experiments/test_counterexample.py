@@ -9,8 +9,8 @@ import torch
 from small_runs import small_run
 from torch import nn
 
-from benchmarks.experiments.counterexample import Counterexample
-from benchmarks.experiments.counterexample_model import Curve, Descent, Model, scales
+from benchmarks.experiments.counterexample.experiment import Counterexample
+from benchmarks.experiments.counterexample.model import Curve, Descent, Model, scales
 
 CURVE = Curve(6, 0.9)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiments.counterexample_model import Curve, Descent, Measured
+from benchmarks.experiments.counterexample.model import Curve, Descent, Measured
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 
