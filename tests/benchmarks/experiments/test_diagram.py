@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_runs import small_run
 
-from benchmarks.experiments.diagram import Diagram
-from benchmarks.experiments.diagram_jobs import Family, Plane, growth, rows, second_moment_radius
+from benchmarks.experiments.diagram.experiment import Diagram
+from benchmarks.experiments.diagram.jobs import Family, Plane, growth, rows, second_moment_radius
 from benchmarks.runner import Place, Store, run_all
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiments.diagram_jobs import Family, Plane
+from benchmarks.experiments.diagram.jobs import Family, Plane
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 from stableopt.stability import StabilityRegion, UpdateRule
