@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.experiments import escape_figures
+from benchmarks.experiments.escape import figures as escape_figures
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
