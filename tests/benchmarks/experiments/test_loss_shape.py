@@ -10,8 +10,8 @@ from small_runs import small_run
 from torch import nn
 
 import stableopt
-from benchmarks.experiments.loss_shape import LossShape
-from benchmarks.experiments.loss_shape_jobs import Course, along, trusted
+from benchmarks.experiments.loss_shape.experiment import LossShape
+from benchmarks.experiments.loss_shape.jobs import Course, along, trusted
 from benchmarks.runner import Place, Store, run_all
 from benchmarks.training.data import Dataset
 from benchmarks.training.networks import network

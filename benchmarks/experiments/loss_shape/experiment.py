@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from benchmarks.experiments.loss_shape_jobs import LOSSES, WITHIN, Course, Line
+from benchmarks.experiments.loss_shape.jobs import LOSSES, WITHIN, Course, Line
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
