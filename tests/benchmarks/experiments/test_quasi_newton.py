@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_runs import small_run
 
-from benchmarks.experiments.quasi_newton import LBFGS, QuasiNewton
-from benchmarks.experiments.quasi_newton_runs import METHODS, Budget, Search, Training, halves
+from benchmarks.experiments.quasi_newton.experiment import LBFGS, QuasiNewton
+from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training, halves
 from benchmarks.runner import Job
 from benchmarks.training.data import Dataset
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.experiments.quasi_newton_runs import METHODS, Budget, Search, Training
+from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training
 from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
