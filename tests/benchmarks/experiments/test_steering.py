@@ -10,10 +10,10 @@ import torch
 from small_runs import small_run
 from torch import nn
 
-from benchmarks.experiments import steering_report as report
-from benchmarks.experiments.steering import Steering
-from benchmarks.experiments.steering_case import REGIONS
-from benchmarks.experiments.steering_rivals import _noise_scale
+from benchmarks.experiments.steering import report
+from benchmarks.experiments.steering.case import REGIONS
+from benchmarks.experiments.steering.experiment import Steering
+from benchmarks.experiments.steering.rivals import _noise_scale
 from benchmarks.training.data import Images
 
 SMALL = Steering(

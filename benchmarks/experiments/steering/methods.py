@@ -8,8 +8,8 @@ import math
 from torch import nn
 
 import stableopt
-from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
-from benchmarks.experiments.steering_training import ended, sampler_of, train
+from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
+from benchmarks.experiments.steering.loop import ended, sampler_of, train
 from benchmarks.training.data import Images
 from benchmarks.training.loops import evaluate, mean_squared_error
 from stableopt import StabilityController, TargetRegion

@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 import stableopt
-from benchmarks.experiments import steering_methods as methods
-from benchmarks.experiments import steering_rivals as rivals
-from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
+from benchmarks.experiments.steering import methods, rivals
+from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset, Images
 from benchmarks.training.loops import evaluate, gd_until, mean_squared_error

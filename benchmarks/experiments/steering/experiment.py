@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.experiments import steering_report as report
-from benchmarks.experiments.steering_case import Budget
-from benchmarks.experiments.steering_run import Steered
+from benchmarks.experiments.steering import report
+from benchmarks.experiments.steering.case import Budget
+from benchmarks.experiments.steering.job import Steered
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
@@ -36,7 +36,7 @@ class Steering(Experiment, Budget):
         n: training images.
         random_labels: how many of them get a random label.
 
-    The others are those of :class:`~benchmarks.experiments.steering_case.Budget`.
+    The others are those of :class:`~benchmarks.experiments.steering.case.Budget`.
     """
 
     name = "steering"

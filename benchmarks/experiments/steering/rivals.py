@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import stableopt
-from benchmarks.experiments.steering_case import REGIONS, Budget, Outcome
-from benchmarks.experiments.steering_training import (
+from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
+from benchmarks.experiments.steering.loop import (
     ended,
     margins_at_end,
     sampler_of,

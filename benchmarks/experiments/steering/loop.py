@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import RandomSampler
 
 import stableopt
-from benchmarks.experiments.steering_case import Outcome
+from benchmarks.experiments.steering.case import Outcome
 from benchmarks.training.data import Images
 from benchmarks.training.loops import mean_squared_error
 from stableopt import AdaptiveBatchSampler, StabilityController, StabilityMargins

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.experiments.steering_case import REGIONS
+from benchmarks.experiments.steering.case import REGIONS
 from benchmarks.framework.experiment import Claim, Rows, spread
 from stableopt import StabilityMargins, plot
 
