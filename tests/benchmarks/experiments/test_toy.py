@@ -13,8 +13,8 @@ from small_runs import small_run
 from torch import nn
 
 import stableopt
-from benchmarks.experiments.toy import HALVED, TRUE, Toy
-from benchmarks.experiments.toy_walk import (
+from benchmarks.experiments.toy.experiment import HALVED, TRUE, Toy
+from benchmarks.experiments.toy.model import (
     CAUGHT,
     COEFFICIENTS,
     Walks,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from benchmarks.experiments.toy_walk import COEFFICIENTS, Path, Thresholds, Walks, losses, wilson
+from benchmarks.experiments.toy.model import COEFFICIENTS, Path, Thresholds, Walks, losses, wilson
 from benchmarks.framework.experiment import Claim, Experiment, Rows
 from benchmarks.runner import Job, Store
 
