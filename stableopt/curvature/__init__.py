@@ -1,17 +1,19 @@
 """Curvature matrices that are never formed, and their top eigenpairs."""
 
-from stableopt.curvature.diagnose import SecondDerivativeError
 from stableopt.curvature.eigen.top_eigenpair import (
     Eigenpair,
     NonFiniteError,
     Preconditioner,
     top_eigenpair,
 )
+from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.gram.gram import DualCurvature
+from stableopt.curvature.operator import Operator
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import ShardedProblem
-from stableopt.curvature.products.hessian import GaussNewton, Hessian, Operator
+from stableopt.curvature.products.gauss_newton import GaussNewton
+from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.curvature.products.sharded_hessian import ShardedHessian
 from stableopt.distributed import LostRankError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pull"]
+__all__ = ["dense", "flat", "pull"]
 
 
 def pull(
@@ -33,3 +33,17 @@ def pull(
         return (None,) * len(leaves)
     heads, weights = zip(*live, strict=True)
     return torch.autograd.grad(heads, leaves, weights, retain_graph=True, allow_unused=True)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` with its zeros."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """Return the tensors' entries in a row, zeros where there is none."""
+    parts = [
+        torch.zeros_like(t) if g is None else dense(g.detach())
+        for g, t in zip(tensors, like, strict=True)
+    ]
+    return torch.cat([part.reshape(-1).to(like[0].dtype) for part in parts])

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
+from stableopt._torch import eager
 from stableopt.curvature import Problem
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.distributed import LostRankError
-from stableopt.monitor.sample_counter import SampleCounter, eager
+from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.measure.measure import (

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from stableopt._torch import eager
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data import tensors_in
 
-__all__ = ["SampleCounter", "eager"]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def eager(function: _Function) -> _Function:
-    """Keep ``function`` out of compiled graphs, as torch.optim does with its own helpers.
-
-    The public ``torch.compiler.disable`` would import the whole compiler here.
-    """
-    return cast("_Function", torch._disable_dynamo(function))  # type: ignore[attr-defined]
+__all__ = ["SampleCounter"]
 
 
 class SampleCounter:

@@ -13,7 +13,7 @@ from stableopt.curvature import DualCurvature, GaussNewton, NonFiniteError, Prob
 from stableopt.curvature.eigen.leading import leading_eigenpairs
 from stableopt.curvature.gram.gram import Modes, largest_block, project
 from stableopt.curvature.gram.layer_gram import fully_connected
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.operator import Operator
 
 Data = tuple[Tensor, Tensor]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0])

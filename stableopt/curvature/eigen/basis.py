@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import Dual, dot, dual, normalised, scaled
-from stableopt.curvature.eigen.result import Preconditioner
+from stableopt.curvature.operator import Preconditioner
 
 __all__ = ["Basis"]
 

@@ -45,8 +45,9 @@ from stableopt.curvature.eigen.inner_product import (
     normalised,
     on_host,
 )
-from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.eigen.result import Eigenpair, small_enough
+from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["track"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.basis import Basis
 from stableopt.curvature.eigen.inner_product import dot, dual, noise, on_host, scaled, whole_size
-from stableopt.curvature.eigen.result import Preconditioner
+from stableopt.curvature.operator import Preconditioner
 
 __all__ = ["KEPT", "followable", "restored", "subspace"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigen.result import Preconditioner
+from stableopt.curvature.operator import Preconditioner
 from stableopt.distributed import Ranks
 
 __all__ = [

@@ -28,14 +28,9 @@ from stableopt.curvature.eigen.inner_product import (
     scaled,
     whole_size,
 )
-from stableopt.curvature.eigen.result import (
-    UNCERTAINTY,
-    Eigenpair,
-    NonFiniteError,
-    Preconditioner,
-    small_enough,
-)
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.eigen.result import UNCERTAINTY, Eigenpair, small_enough
+from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["lanczos"]
 

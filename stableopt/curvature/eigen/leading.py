@@ -10,7 +10,7 @@ from torch import Tensor
 from stableopt._arguments import whole
 from stableopt.curvature.eigen.inner_product import on_host
 from stableopt.curvature.eigen.top_eigenpair import NonFiniteError
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.operator import Operator
 
 __all__ = ["LeadingEigenpairs", "leading_eigenpairs"]
 

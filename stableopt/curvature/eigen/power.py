@@ -16,8 +16,9 @@ from stableopt.curvature.eigen.inner_product import (
     on_host,
     scaled,
 )
-from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner, small_enough
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.eigen.result import Eigenpair, small_enough
+from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["power"]
 

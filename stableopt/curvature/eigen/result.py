@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["UNCERTAINTY", "Eigenpair", "NonFiniteError", "Preconditioner", "small_enough"]
+__all__ = ["UNCERTAINTY", "Eigenpair", "small_enough"]
 
 UNCERTAINTY = 0.01
 """Probability that a largest eigenvalue lies above its ``upper_bound``."""
-
-
-class NonFiniteError(ArithmeticError):
-    """A product with the operator was not finite."""
-
-
-class Preconditioner(Protocol):
-    """A symmetric positive definite matrix ``(d, d)`` known by its products."""
-
-    def __matmul__(self, vector: Tensor, /) -> Tensor:
-        """Return the matrix times ``vector`` ``(d,)``."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from stableopt.curvature.eigen.inner_product import (
 )
 from stableopt.curvature.eigen.lanczos import lanczos
 from stableopt.curvature.eigen.power import power
-from stableopt.curvature.eigen.result import Eigenpair, NonFiniteError, Preconditioner
-from stableopt.curvature.products.hessian import Operator
+from stableopt.curvature.eigen.result import Eigenpair
+from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "top_eigenpair"]
 

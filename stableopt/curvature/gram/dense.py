@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stableopt.curvature.gram.gram import count_outputs
 from stableopt.curvature.gram.jacobian import sample_rows
-from stableopt.curvature.products.hessian import GaussNewton
+from stableopt.curvature.products.gauss_newton import GaussNewton
 
 __all__ = ["DenseRows"]
 

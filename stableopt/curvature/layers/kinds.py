@@ -21,14 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.bilinear import ELEMENTWISE, LOOKUP, MATRIX, Form
 from stableopt.curvature.problem.problem import Problem
 
-__all__ = ["Kind", "Layer", "Plan", "UnfitError", "plan"]
-
-
-class UnfitError(Exception):
-    """The model turned out not to call its layers as the structure needs."""
+__all__ = ["Kind", "Layer", "Plan", "plan"]
 
 
 class Kind(abc.ABC):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.problem import Problem
-from stableopt.curvature.products.hessian import MeanOverSamples
+from stableopt.curvature.products.mean import MeanOverSamples
 
 __all__ = ["VMAP_MEMORY", "ChunkProduct", "loop_product", "samples_at_once", "vmap_product"]
 

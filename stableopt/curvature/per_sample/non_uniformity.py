@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.gram.dense import DenseRows
+from stableopt.curvature.operator import Operator
 from stableopt.curvature.per_sample.generic import (
     VMAP_MEMORY,
     ChunkProduct,
@@ -18,7 +19,8 @@ from stableopt.curvature.per_sample.generic import (
 )
 from stableopt.curvature.per_sample.structured import StructuredProduct, UnfitError
 from stableopt.curvature.problem.problem import Problem
-from stableopt.curvature.products.hessian import GaussNewton, Hessian, Operator
+from stableopt.curvature.products.gauss_newton import GaussNewton
+from stableopt.curvature.products.hessian import Hessian
 
 __all__ = ["NonUniformity"]
 

@@ -31,11 +31,13 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import pull
+from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.bilinear import Form, Uses
-from stableopt.curvature.layers.kinds import Plan, UnfitError, plan
+from stableopt.curvature.layers.kinds import Plan, plan
 from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.per_sample.generic import loop_product
-from stableopt.curvature.products.hessian import GaussNewton, Hessian
+from stableopt.curvature.products.gauss_newton import GaussNewton
+from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.linearization_cache import KeptPasses
 
 __all__ = ["StructuredProduct", "UnfitError"]

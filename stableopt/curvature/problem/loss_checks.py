@@ -11,7 +11,14 @@ from torch import Tensor
 
 from stableopt.distributed import Ranks
 
-__all__ = ["check_mean", "check_replicas", "checked_scalar", "checked_weights"]
+__all__ = [
+    "CHECKED_SAMPLES",
+    "check_mean",
+    "check_replicas",
+    "checked_scalar",
+    "checked_weights",
+    "twice_over",
+]
 
 _NOT_A_MEAN = 0.05
 """Relative change of the loss under doubling of the batch that no mean shows: a sum changes by 1,
@@ -86,3 +93,12 @@ def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
             "model: its parameters are not the same on all ranks of process_group: expected replicas,"
             " as DistributedDataParallel keeps them"
         )
+
+
+CHECKED_SAMPLES = 8
+"""Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
+
+
+def twice_over(tensor: Tensor) -> Tensor:
+    """Return the samples and the samples again."""
+    return torch.cat([tensor, tensor]) if tensor.dim() else tensor

@@ -24,39 +24,34 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stableopt.curvature.diagnose import (
-    SecondDerivativeError,
+from stableopt.curvature.errors import SecondDerivativeError
+from stableopt.curvature.isolation.isolated import undisturbed
+from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, AttentionSeen, compiled
+from stableopt.curvature.problem.coordinates import _checked_scale, _scaled
+from stableopt.curvature.problem.data import Batches, cut, generators_of, map_tensors
+from stableopt.curvature.problem.derivative_checks import (
+    check_gradient,
+    check_symmetry,
     differentiate_twice,
     module_without_second_derivative,
 )
-from stableopt.curvature.isolation.isolated import undisturbed
-from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, AttentionSeen, compiled
-from stableopt.curvature.problem.data import Batches, cut, generators_of, map_tensors
-from stableopt.curvature.problem.derivative_checks import check_gradient, check_symmetry
 from stableopt.curvature.problem.fsdp import mesh_of
 from stableopt.curvature.problem.loss_checks import (
+    CHECKED_SAMPLES,
     check_mean,
     check_replicas,
     checked_scalar,
     checked_weights,
+    twice_over,
 )
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
 from stableopt.distributed import Ranks
 
-__all__ = [
-    "CHECKED_SAMPLES",
-    "Choices",
-    "Problem",
-    "Theta",
-    "twice_over",
-]
+__all__ = ["Choices", "Problem", "Theta"]
 
 Theta = tuple[Tensor, ...]
 """One value of the parameters: a tensor for each, in the problem's order."""
-
-CHECKED_SAMPLES = 8
-"""Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
 
 
 class Choices(NamedTuple):
@@ -541,22 +536,3 @@ class Problem:
                 )
                 self.obstacle = SecondDerivativeError(culprit, error)
                 check_symmetry(checked_loss, theta)
-
-
-def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
-    if not isinstance(factor, Tensor):
-        return float(factor)
-    if factor.shape != shape:
-        raise ValueError(
-            f"scale of {name!r} has shape {tuple(factor.shape)}: expected {tuple(shape)}, or a number"
-        )
-    return factor.detach()
-
-
-def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:
-    return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
-
-
-def twice_over(tensor: Tensor) -> Tensor:
-    """Return the samples and the samples again."""
-    return torch.cat([tensor, tensor]) if tensor.dim() else tensor

@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
-from stableopt.curvature.problem.loss_checks import check_mean, checked_scalar
-from stableopt.curvature.problem.problem import CHECKED_SAMPLES, Choices, Problem, Theta, twice_over
+from stableopt.curvature.problem.loss_checks import (
+    CHECKED_SAMPLES,
+    check_mean,
+    checked_scalar,
+    twice_over,
+)
+from stableopt.curvature.problem.problem import Choices, Problem, Theta
 from stableopt.distributed import LostRankError, Ranks
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "sharded_or_whole"]

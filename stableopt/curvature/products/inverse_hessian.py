@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stableopt.curvature.operator import Operator
 from stableopt.curvature.products.blocked_rows import Rows
-from stableopt.curvature.products.hessian import Operator
 
 __all__ = ["InverseHessian"]
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import Pieces
+from stableopt.curvature.operator import Operator
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
-from stableopt.curvature.products.hessian import Hessian, Operator
+from stableopt.curvature.products.hessian import Hessian
 
 __all__ = ["ShardedHessian", "hessian_of"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
-from stableopt.monitor.sample_counter import eager
+from stableopt._torch import eager
 from stableopt.optim.lbfgs.compact import CompactPairs
 from stableopt.optim.lbfgs.iterations import Ending, Iterations
 from stableopt.optim.lbfgs.memory import PairMemory
