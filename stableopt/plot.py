@@ -2,7 +2,7 @@
 
 Three examples::
 
-    plot.diagram(StabilityRegion(UpdateRule.of(opt), batch_size=32), monitor.history)
+    plot.diagram(StabilityRegion(UpdateRule.from_optimizer(opt), batch_size=32), monitor.history)
     plot.diagram({"before": region, "after the change": other}, points)
     plot.margins(monitor.history).savefig("margins.png")
 

@@ -259,7 +259,7 @@ def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
 
 
 def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, Step]:
-    rule = UpdateRule.of(optimizer)
+    rule = UpdateRule.from_optimizer(optimizer)
     check_params(optimizer, problem, explicit=True)
     known = rule.preconditioner is not None and rule.unknown is None
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:

@@ -78,7 +78,7 @@ def test_a_running_adam_brings_its_second_moments() -> None:
         MSE(model(data[0]), data[1]).backward()
         adam.step()
     found = stableopt.suggest(model, MSE, data, batch_sizes=(7,), optimizer=adam)
-    P = UpdateRule.of(adam).preconditioner
+    P = UpdateRule.from_optimizer(adam).preconditioner
     assert isinstance(P, DiagonalPreconditioner)
     hessian = dense_hessians(model, MSE, *data).mean(0)
     product = torch.stack([P @ column for column in hessian.T], dim=1)

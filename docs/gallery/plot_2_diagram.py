@@ -52,7 +52,7 @@ for _ in range(1500):
         losses.append(loss_fn(model(x), y).item())
 print(f"the loss went up to {max(losses):.1e} and came back to {losses[-1]:.1e}")
 
-region = StabilityRegion(UpdateRule.of(sgd), batch_size=4, dataset_size=len(x))
+region = StabilityRegion(UpdateRule.from_optimizer(sgd), batch_size=4, dataset_size=len(x))
 figure = plot.diagram(region, monitor.history)
 
 # %%

@@ -60,7 +60,7 @@ class StabilityMonitor:
     goes on.
 
     Args:
-        optimizer: the optimizer whose steps count; :meth:`UpdateRule.of` must know it, or
+        optimizer: the optimizer whose steps count; :meth:`UpdateRule.from_optimizer` must know it, or
             ``update_rule`` be given. Of one that Accelerate prepared, those of the optimizer inside.
         model: the model, or a ready :class:`~stableopt.curvature.Problem` in place of ``model``,
             ``loss_fn`` and ``data``.
@@ -97,7 +97,7 @@ class StabilityMonitor:
     Raises:
         ValueError: for arguments out of range, parameters that the optimizer does not hold, and as
             ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -328,7 +328,7 @@ class StabilityMonitor:
 
     def _rule(self) -> UpdateRule:
         if self._update_rule is None:
-            return UpdateRule.of(self.optimizer)
+            return UpdateRule.from_optimizer(self.optimizer)
         rule = self._update_rule
         if not isinstance(rule, UpdateRule) and callable(rule):
             rule = rule(self.optimizer)

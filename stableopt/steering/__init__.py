@@ -4,7 +4,7 @@ Three examples::
 
     StabilityLR(optimizer, monitor, TargetRegion.flatter(by=2))          # a scheduler
     StabilityController(monitor, TargetRegion(sharpness=(0, 10), non_uniformity=(0, 5)), batch=sampler)
-    TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.of(optimizer))     # only the number
+    TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.from_optimizer(optimizer))     # only the number
 """
 
 from stableopt.steering.batch_laws import (

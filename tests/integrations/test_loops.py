@@ -56,7 +56,7 @@ def accelerated(tracked: bool) -> tuple[Any, ...]:
     if tracked:
         monitor = StabilityMonitor(prepared, model, nn.MSELoss(), DATA, every=2)
         assert monitor.optimizer is optimizer
-        assert UpdateRule.of(prepared).preconditioned
+        assert UpdateRule.from_optimizer(prepared).preconditioned
         target = stableopt.TargetRegion.flatter(by=2)
         stableopt.StabilityLR(prepared, monitor, target)  # takes the pair as it is
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_an_optimizer_that_steps_by_itself_is_not_looked_into() -> None:
 
     inner = torch.optim.SGD(network().parameters(), lr=0.1)
     with pytest.raises(TypeError, match="optimizer is Lookahead, whose update rule is not known"):
-        UpdateRule.of(Lookahead(inner))
+        UpdateRule.from_optimizer(Lookahead(inner))
 
 
 def test_a_trainer_of_ignite_is_tracked_as_it_is() -> None:

@@ -81,7 +81,7 @@ def test_before_its_first_step_nothing_is_known_and_said_to_be(
 ) -> None:
     """Catches 1/eps, or an accumulator's start, taken for the preconditioner of a step not taken."""
     optimizer = KINDS[kind](network.parameters())
-    rule = UpdateRule.of(optimizer)
+    rule = UpdateRule.from_optimizer(optimizer)
     assert isinstance(rule.preconditioner, UnknownPreconditioner)
     assert rule.preconditioned
     with pytest.raises(ValueError, match="has not taken a step"):
@@ -104,12 +104,12 @@ def test_a_rule_is_a_copy_and_survives_checkpoints(
     torch.manual_seed(0)
     optimizer = KINDS[kind](network.parameters())
     take(optimizer, network, data, 3)
-    rule = UpdateRule.of(optimizer)
+    rule = UpdateRule.from_optimizer(optimizer)
     before = dense(rule)
     again = KINDS[kind](network.parameters())
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert torch.equal(dense(UpdateRule.of(again)), before)
-    assert UpdateRule.of(again).max_sharpness == rule.max_sharpness
+    assert torch.equal(dense(UpdateRule.from_optimizer(again)), before)
+    assert UpdateRule.from_optimizer(again).max_sharpness == rule.max_sharpness
     take(optimizer, network, data)
     assert torch.equal(dense(rule), before)
 
@@ -127,7 +127,7 @@ def test_parameters_are_matched_by_identity(kind: str, network: nn.Module, data:
     sizes = [p.numel() for p in backwards]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     index = torch.cat([torch.arange(a, b) for a, b in itertools.pairwise(starts)][::-1])
-    p = dense(UpdateRule.of(optimizer))[index][:, index]
+    p = dense(UpdateRule.from_optimizer(optimizer))[index][:, index]
     found = measure(network, MSE, data, optimizer=optimizer, quantities=("sharpness",), tol=1e-10)
     assert found.preconditioned_sharpness == pytest.approx(top(p @ h), rel=1e-8)
     head = list(network[2].parameters())
@@ -143,7 +143,7 @@ def test_torch_optimizer_is_not_imported_and_its_classes_are_known() -> None:
     code = (
         "import sys, torch, stableopt; assert 'torch_optimizer' not in sys.modules;"
         "import torch_optimizer;"
-        "rule = stableopt.UpdateRule.of(torch_optimizer.Yogi([torch.zeros(1)], lr=0.5));"
+        "rule = stableopt.UpdateRule.from_optimizer(torch_optimizer.Yogi([torch.zeros(1)], lr=0.5));"
         "print(rule.max_sharpness)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -161,13 +161,16 @@ def test_registering_by_class_by_name_and_for_subclasses() -> None:
 
     params = [torch.zeros(1)]
     with pytest.raises(TypeError, match=r"UpdateRule\.register\(Parent, .*update_rule="):
-        UpdateRule.of(Parent(params))
+        UpdateRule.from_optimizer(Parent(params))
     UpdateRule.register(
         f"{Parent.__module__}.{Parent.__qualname__}", lambda optimizer: UpdateRule(lr=0.5)
     )
-    assert UpdateRule.of(Child(params)).lr == 0.5
+    assert UpdateRule.from_optimizer(Child(params)).lr == 0.5
     UpdateRule.register(Child, lambda optimizer: UpdateRule(lr=0.25))
-    assert (UpdateRule.of(Parent(params)).lr, UpdateRule.of(Child(params)).lr) == (0.5, 0.25)
+    assert (
+        UpdateRule.from_optimizer(Parent(params)).lr,
+        UpdateRule.from_optimizer(Child(params)).lr,
+    ) == (0.5, 0.25)
     with pytest.raises(TypeError, match="kind=5"):
         UpdateRule.register(5, lambda optimizer: UpdateRule(lr=1.0))  # type: ignore[arg-type]
 
@@ -181,7 +184,7 @@ def test_parameters_that_came_late_have_their_own_bias_correction(
     network[0].requires_grad_(False)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     take(optimizer, network, data, 5)
-    rule = UpdateRule.of(optimizer)
+    rule = UpdateRule.from_optimizer(optimizer)
     assert isinstance(rule.preconditioner, DiagonalPreconditioner)
     assert [float(torch.as_tensor(e).max()) > 0 for e in rule.preconditioner.entries] == [
         False,
@@ -192,7 +195,7 @@ def test_parameters_that_came_late_have_their_own_bias_correction(
     network[0].requires_grad_(True)
     take(optimizer, network, data)
     late, early = network[0].weight, network[2].weight
-    entries = UpdateRule.of(optimizer).preconditioner.entries  # type: ignore[union-attr]
+    entries = UpdateRule.from_optimizer(optimizer).preconditioner.entries  # type: ignore[union-attr]
     # At step 1 both averages are the gradient: the step is its sign times the rate.
     expected = 1 / (0.1 * (late.grad.abs() + 1e-8))
     assert torch.allclose(entries[0], expected, rtol=1e-6)
@@ -208,7 +211,7 @@ def test_a_fused_step_that_a_scaler_skipped_is_no_step(network: nn.Module) -> No
     optimizer.grad_scale = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     optimizer.step()
-    assert UpdateRule.of(optimizer).unknown is not None
+    assert UpdateRule.from_optimizer(optimizer).unknown is not None
 
 
 def test_non_uniformity_and_theorem_1_are_those_of_preconditioned_samples(
@@ -220,7 +223,7 @@ def test_non_uniformity_and_theorem_1_are_those_of_preconditioned_samples(
     optimizer = torch.optim.RMSprop(network.parameters(), lr=0.003, weight_decay=0.4, eps=0.1)
     take(optimizer, network, data, 4)
     hessians = dense_hessians(network, MSE, *data)
-    root = dense(UpdateRule.of(optimizer)).sqrt()
+    root = dense(UpdateRule.from_optimizer(optimizer)).sqrt()
     own = torch.stack([root @ h @ root for h in hessians])
     h, sigma = own.mean(0) + 0.4 * root @ root, covariance(own)
     found = measure(
@@ -263,7 +266,9 @@ def test_shampoo_whose_momentum_feeds_on_itself_has_no_limit(
     """Catches a limit where the updates grow without any curvature: the real class does so too."""
     optimizer = torch_optimizer.Shampoo(network.parameters(), lr=1e-3, momentum=0.9)
     take(optimizer, network, data, 2)
-    assert "momentum times the largest eigenvalue" in str(UpdateRule.of(optimizer).unknown)
+    assert "momentum times the largest eigenvalue" in str(
+        UpdateRule.from_optimizer(optimizer).unknown
+    )
     # Without a gradient, and too small to change the preconditioner.
     state = optimizer.state[network[2].weight]
     state["momentum_buffer"] *= 1e-12
@@ -282,12 +287,12 @@ def test_lbfgs_takes_the_length_that_its_line_search_chose(network: nn.Module, d
     )
     take(optimizer, network, data, 2)
     length = optimizer.state[network[0].weight]["t"]
-    assert UpdateRule.of(optimizer).lr == float(length)
+    assert UpdateRule.from_optimizer(optimizer).lr == float(length)
     first = torch.optim.LBFGS(network.parameters(), lr=1.0, max_iter=1)
     take(first, network, data)
     # The first step is along the gradient, at a length of torch's own.
-    assert UpdateRule.of(first).lr == float(first.state[network[0].weight]["t"]) != 1.0
-    assert torch.equal(dense(UpdateRule.of(first)), torch.eye(38, dtype=torch.float64))
+    assert UpdateRule.from_optimizer(first).lr == float(first.state[network[0].weight]["t"]) != 1.0
+    assert torch.equal(dense(UpdateRule.from_optimizer(first)), torch.eye(38, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])
@@ -325,7 +330,7 @@ def test_a_monitor_follows_adam(network: nn.Module, data: Data) -> None:
         h = dense_hessians(network, MSE, *data).mean(0)
         found = monitor.margins
         assert found is not None
-        expected = top(dense(UpdateRule.of(optimizer)) @ h)
+        expected = top(dense(UpdateRule.from_optimizer(optimizer)) @ h)
         # The residual of 1e-9 is squared in a Ritz value.
         assert found.preconditioned_sharpness == pytest.approx(expected, rel=1e-8)
         assert found.preconditioned_sharpness_limit == pytest.approx(3800.0)
@@ -351,7 +356,7 @@ def test_steps_on_the_wrong_side_of_the_limit_are_seen_to_be_unstable() -> None:
 
 BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
     "betas": (
-        lambda m: UpdateRule.of(
+        lambda m: UpdateRule.from_optimizer(
             torch.optim.Adam(
                 [{"params": [m[0].weight], "betas": (0.5, 0.9)}, {"params": [m[2].weight]}]
             )
@@ -360,7 +365,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
         r"momentum \(beta, tau, nu\) of \(0\.5, 0\.5, 1\.0\) and \(0\.9",
     ),
     "maximize": (
-        lambda m: UpdateRule.of(
+        lambda m: UpdateRule.from_optimizer(
             torch.optim.Adam(
                 [{"params": [m[0].weight], "maximize": True}, {"params": [m[2].weight]}]
             )
@@ -369,7 +374,9 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
         r"maximize \[True, False\]",
     ),
     "complex": (
-        lambda m: UpdateRule.of(torch.optim.Adam([torch.zeros(2, dtype=torch.complex64)])),
+        lambda m: UpdateRule.from_optimizer(
+            torch.optim.Adam([torch.zeros(2, dtype=torch.complex64)])
+        ),
         TypeError,
         "complex64",
     ),
@@ -438,7 +445,7 @@ def test_nadam_with_parameters_at_different_steps_is_refused(
     network[0].requires_grad_(True)
     take(optimizer, network, data)
     with pytest.raises(ValueError, match="as many steps where the momentum changes"):
-        UpdateRule.of(optimizer)
+        UpdateRule.from_optimizer(optimizer)
 
 
 def test_apollo_warms_up(network: nn.Module, data: Data) -> None:
@@ -447,7 +454,7 @@ def test_apollo_warms_up(network: nn.Module, data: Data) -> None:
     found = []
     for _ in range(6):
         take(optimizer, network, data)
-        found.append(UpdateRule.of(optimizer).lr)
+        found.append(UpdateRule.from_optimizer(optimizer).lr)
     assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
 
 
@@ -461,7 +468,7 @@ def test_rectified_adabelief(t: int, network: nn.Module, data: Data) -> None:
     take(optimizer, network, data, 1)
     after = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
     mean = torch.cat([optimizer.state[p]["exp_avg"].reshape(-1) for p in network.parameters()])
-    rule = UpdateRule.of(optimizer)
+    rule = UpdateRule.from_optimizer(optimizer)
     assert rule.preconditioner is not None
     step = -rule.lr * (rule.preconditioner @ mean)
     assert float((after - before - step).norm() / step.norm()) < 1e-10

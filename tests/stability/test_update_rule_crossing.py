@@ -251,7 +251,7 @@ class Frozen:
 
     def preconditioned(self) -> Tensor:
         """Return P (H + Lambda), dense, as the rule has them."""
-        rule = UpdateRule.of(self.optimizer)
+        rule = UpdateRule.from_optimizer(self.optimizer)
         eye = torch.eye(8, dtype=torch.float64)
         p = (
             torch.stack([rule.preconditioner @ row for row in eye], dim=1)
@@ -267,7 +267,7 @@ class Frozen:
 
     def ratio(self) -> float:
         top = float(torch.linalg.eigvals(self.preconditioned()).real.max())
-        return top / UpdateRule.of(self.optimizer).max_sharpness
+        return top / UpdateRule.from_optimizer(self.optimizer).max_sharpness
 
     def to_the_edge(self) -> None:
         """Scale the learning rates so that the rule says 1: decoupled decay makes it nonlinear."""
@@ -315,7 +315,9 @@ def test_the_real_class_crosses_where_its_rule_says(name: str, t: int) -> None:
     assert float((values + 1).abs().min()) < 1e-6
     assert float(values.abs().max()) < 1 + 1e-6
     if frozen.case.scalar:
-        expected = scalar_roots(UpdateRule.of(frozen.optimizer), frozen.preconditioned())
+        expected = scalar_roots(
+            UpdateRule.from_optimizer(frozen.optimizer), frozen.preconditioned()
+        )
         assert float((values[:, None] - expected).abs().min(dim=1).values.max()) < 1e-5
 
     critical = vectors[:, (values + 1).abs().argmin()].real

@@ -96,7 +96,7 @@ def measure(
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
@@ -110,7 +110,7 @@ def measure(
     if rule is not None and not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     if optimizer is not None:
-        rule = UpdateRule.of(optimizer)
+        rule = UpdateRule.from_optimizer(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
     given = isinstance(model, Problem)

@@ -4,7 +4,7 @@ A step :math:`\theta\leftarrow\theta-\eta P\nabla f` is plain gradient descent i
 :math:`y = P^{-1/2}\theta`, so its limits belong to :math:`\lambda_{\max}(PH)`, the preconditioned
 sharpness. P is held as it was at the optimizer's last step. Three examples::
 
-    UpdateRule.of(adam).preconditioner @ v                    # read from an optimizer
+    UpdateRule.from_optimizer(adam).preconditioner @ v        # read from an optimizer
     DiagonalPreconditioner(model.parameters(), scales)        # entries by parameter
     MatrixPreconditioner(model.parameters(), P)               # anything with @ on (d,)
 """

@@ -3,7 +3,7 @@
 Three examples::
 
     UpdateRule(lr=0.1, momentum=0.9).max_sharpness          # 38.0
-    UpdateRule.of(optimizer)                                # read from any optimizer that is known
+    UpdateRule.from_optimizer(optimizer)                    # read from any known optimizer
     UpdateRule.register(MyOptimizer, lambda opt: UpdateRule(lr=opt.param_groups[0]["lr"]))
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from stableopt._deprecation import warn_renamed
 from stableopt.stability import limits
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
 
@@ -83,9 +84,9 @@ class UpdateRule:
 
     >>> UpdateRule(lr=0.5).max_sharpness
     4.0
-    >>> UpdateRule.of(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)).momentum
+    >>> UpdateRule.from_optimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)).momentum
     0.9
-    >>> UpdateRule.of(torch.optim.Adam([torch.zeros(1)], lr=0.01)).preconditioned
+    >>> UpdateRule.from_optimizer(torch.optim.Adam([torch.zeros(1)], lr=0.01)).preconditioned
     True
     """
 
@@ -181,7 +182,7 @@ class UpdateRule:
         )
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
         """Read the rule of ``optimizer`` as it stands now.
 
         A preconditioner is a copy of what the last step used: it does not follow later ones. Of an
@@ -205,14 +206,20 @@ class UpdateRule:
         )
 
     @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
+        """Former name of :meth:`from_optimizer`."""
+        warn_renamed("UpdateRule.of", "UpdateRule.from_optimizer")
+        return cls.from_optimizer(optimizer)
+
+    @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
-        """Let :meth:`of` read optimizers of class ``kind``, and its subclasses, by ``reader``.
+        """Let :meth:`from_optimizer` read class ``kind`` and its subclasses by ``reader``.
 
         A string names a class by module and qualified name, so that it need not be imported.
 
         >>> class Mine(torch.optim.Adagrad): pass
         >>> UpdateRule.register(Mine, lambda optimizer: UpdateRule(lr=0.25))
-        >>> UpdateRule.of(Mine([torch.zeros(1)])).max_sharpness
+        >>> UpdateRule.from_optimizer(Mine([torch.zeros(1)])).max_sharpness
         8.0
         """
         if not isinstance(kind, (type, str)):

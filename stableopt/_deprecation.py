@@ -1,0 +1,49 @@
+"""Old names of renamed functions and keywords: they work, with a ``DeprecationWarning``."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+__all__ = ["renamed_keywords", "warn_renamed"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Warn that ``old`` is called ``new`` now; by default at the caller of the caller."""
+    warnings.warn(
+        f"{old} is deprecated and will be removed in 1.0: use {new}",
+        DeprecationWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function so that it takes the old keywords too: ``old="new"``.
+
+    >>> @renamed_keywords(max="largest")
+    ... def clip(x, *, largest): return min(x, largest)
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     clip(3, max=2)
+    2
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old, new in names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{new} and its old name {old}: expected one of them")
+                    warn_renamed(f"the keyword {old}", new)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
