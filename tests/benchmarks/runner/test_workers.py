@@ -24,7 +24,7 @@ KEPT = ("result.json", "trace.jsonl", "tensors.pt")
 @pytest.fixture
 def importable(monkeypatch: pytest.MonkeyPatch) -> str:
     """Let processes that are begun in a test import its jobs."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "helpers")))
     monkeypatch.setenv("PYTHONPATH", path)
     return path
 

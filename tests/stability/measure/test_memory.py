@@ -22,7 +22,7 @@ CONTEXT = 64
 
 def example() -> Any:
     """Return the example's module."""
-    spec = importlib.util.spec_from_file_location("gpt", HERE.parent / "examples" / "gpt.py")
+    spec = importlib.util.spec_from_file_location("gpt", HERE.parents[2] / "examples" / "gpt.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -74,7 +74,7 @@ def test_a_measurement_takes_at_most_half_more_than_a_training_step() -> None:
     """
     peaks = {}
     for way in ("training", "measurement"):
-        code = f"from test_memory_of_a_measurement import peak; print(peak({way!r}))"
+        code = f"from test_memory import peak; print(peak({way!r}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=HERE,

@@ -13,7 +13,7 @@ import torch
 from benchmarks.training import data as datasets
 from benchmarks.training.data import Dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def data_folder(name: str) -> Path:
