@@ -1,26 +1,26 @@
-r"""The processes that measure together: sums over all their samples, and one decision for all.
+r"""Collectives over the processes that measure together, by their ``torch.distributed`` names.
 
-Each rank of a ``torch.distributed`` group holds its shard of the data and the same parameters. It sums
-over its own samples, and one all-reduce of one flat vector makes that the mean over all of them,
+Each rank of a process group holds its shard of the data and the same parameters. It sums over its own
+samples, and one all-reduce of one flat vector makes that the mean over all of them,
 
 .. math:: \frac{\sum_r \sum_{i \in r} H_i v}{\sum_r n_r},
 
-so that shards may be unequal. Everything else is done by every rank alike. Three rules keep the ranks
+so that shards may be unequal. Every rank then does the same with the result. Three rules keep the ranks
 together:
 
-- a decision is rank 0's (:meth:`Ranks.first`);
-- an error on one rank is raised on all of them: whoever fails says so in the very all-reduce that the
-  others wait for;
-- a rank that is gone is a :class:`LostRankError` for the others, when the group's timeout is over.
+- rank 0 decides, and broadcasts its decision;
+- an error on one rank is raised on all of them: the rank that fails says so in the same all-reduce that
+  the others wait for;
+- a rank that has ended is a :class:`LostRankError` on the others, after the timeout of the group.
 
-Alone, or without a group, nothing here communicates. This is the one module that does.
+With one process, or without a group, nothing here communicates. No other module calls a collective.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -30,35 +30,32 @@ __all__ = ["LostRankError", "Ranks", "world"]
 
 T = TypeVar("T")
 
-_MESSAGE = 2048
-"""Bytes in which an error is told to the other ranks."""
-
 
 class LostRankError(ConnectionError):
-    """Another rank did not answer within the timeout of the process group, or has ended."""
+    """Another rank has ended, or did not answer within the timeout of the process group."""
 
 
 class Ranks:
-    """The ranks of a process group, or this process alone.
+    """The ranks of a process group, or this process alone, and collectives over them.
 
-    Every method that takes part in a sum or a decision must be called on every rank, in one order.
+    Every rank must call every collective, in the same order.
 
     Args:
         group: a ``torch.distributed`` process group of which this process is a member; ``None`` for
             this process alone.
 
     Attributes:
-        size: how many there are.
-        rank: which of them this is.
+        size: the number of ranks.
+        rank: the rank of this process.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: if ``group`` is neither.
         ValueError: if this process is not a member.
 
     >>> alone, total = Ranks(), torch.tensor([6.0])
-    >>> alone.mean([total], lambda: 3)                 # three samples were summed
+    >>> alone.all_reduce_mean([total], lambda: 3)                 # a sum over three samples
     [tensor([2.])]
-    >>> alone.size, alone.several, alone.agree(lambda: "done")
+    >>> alone.size, alone.several, alone.raise_together(lambda: "done")
     (1, False, 'done')
     """
 
@@ -77,13 +74,26 @@ class Ranks:
 
     @property
     def several(self) -> bool:
-        """Whether there are other ranks."""
+        """Whether the group has more than one rank."""
         return self.size > 1
 
-    def mean(self, totals: list[Tensor], add: Callable[[], int]) -> list[Tensor]:
+    @overload
+    def all_reduce_sum(self, value: Tensor) -> Tensor: ...
+    @overload
+    def all_reduce_sum(self, value: float) -> float: ...
+    def all_reduce_sum(self, value: Tensor | float) -> Tensor | float:
+        """Return the sum over the ranks of a tensor or a number; whole numbers are summed exactly."""
+        if not self.several:
+            return value
+        if isinstance(value, Tensor):
+            return self._all_reduced(value.clone())
+        return float(self._all_reduced(torch.tensor(value, dtype=torch.float64)))
+
+    def all_reduce_mean(self, totals: list[Tensor], add: Callable[[], int]) -> list[Tensor]:
         """Return the means over the samples of all ranks.
 
-        ``add()`` adds those of this rank to ``totals``, in place, and returns their number.
+        ``add()`` adds the samples of this rank to ``totals``, in place, and returns their number. If
+        it raises on one rank, all ranks raise.
         """
         if not self.several:
             count = add()
@@ -98,12 +108,51 @@ class Ranks:
         flat = self._all_reduced(flat)
         sums, (count, failures) = flat[:-2], flat[-2:].tolist()
         if failures:
-            self._raise_together(error)
+            self._raise_first(error)
         parts = torch.split(sums / count, [total.numel() for total in totals])
         return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
 
-    def agree(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns on this rank, or raise if it raised on any."""
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank."""
+        return self.all_reduce_sum(float(flag)) > 0
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Return the rows ``(n_r, ...)`` of all ranks in one tensor; their numbers may differ."""
+        if not self.several:
+            return rows
+        counts = self.all_gather_object(len(rows))
+        every = rows.new_zeros(sum(counts), *rows.shape[1:])
+        start = sum(counts[: self.rank])
+        every[start : start + len(rows)] = rows
+        return self._all_reduced(every)
+
+    def all_gather_object(self, own: T) -> list[T]:
+        """Return the objects of all ranks, rank 0's first. They are pickled."""
+        found: list[Any] = [own] * self.size
+        if self.several:
+            self._answered(lambda: dist.all_gather_object(found, own, group=self.group))
+        return found
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Return the tensor of rank ``source``; the other ranks pass one of its shape and dtype."""
+        if not self.several:
+            return tensor
+        carrier = tensor.detach().to(self._reachable(tensor.device), copy=True)
+        sender = dist.get_global_rank(self.group, source)
+        self._answered(lambda: dist.broadcast(carrier, src=sender, group=self.group))
+        return carrier.to(tensor.device)
+
+    def broadcast_object(self, own: T, source: int = 0) -> T:
+        """Return the object of rank ``source``. It is pickled."""
+        if not self.several:
+            return own
+        found = [own]
+        sender = dist.get_global_rank(self.group, source)
+        self._answered(lambda: dist.broadcast_object_list(found, src=sender, group=self.group))
+        return found[0]
+
+    def raise_together(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns on this rank; if it raises on any rank, all ranks raise."""
         if not self.several:
             return function()
         found, error = None, None
@@ -111,50 +160,9 @@ class Ranks:
             found = function()
         except Exception as own:
             error = own
-        if self.sum(error is not None):
-            self._raise_together(error)
+        if self.any(error is not None):
+            self._raise_first(error)
         return found  # type: ignore[return-value]
-
-    def sum(self, number: float) -> float:
-        """Return the sum of the ranks' numbers, exact for whole ones."""
-        return self.sums([number])[0]
-
-    def sums(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums of the ranks' numbers, one by one."""
-        if not self.several:
-            return list(numbers)
-        return list(self.summed(torch.tensor(numbers, dtype=torch.float64)).tolist())
-
-    def summed(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the ranks' tensors."""
-        return self._all_reduced(tensor.clone()) if self.several else tensor
-
-    def counts(self, own: int) -> list[int]:
-        """Return every rank's number."""
-        return [int(n) for n in self.sums([own if r == self.rank else 0 for r in range(self.size)])]
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """Return the rows ``(n_r, ...)`` of all ranks, one after the other."""
-        if not self.several:
-            return rows
-        counts = self.counts(len(rows))
-        every = rows.new_zeros(sum(counts), *rows.shape[1:])
-        start = sum(counts[: self.rank])
-        every[start : start + len(rows)] = rows
-        return self._all_reduced(every)
-
-    def first(self, tensor: Tensor) -> Tensor:
-        """Return rank 0's tensor; the others give one of its shape and dtype."""
-        return self.of(0, tensor)
-
-    def of(self, rank: int, tensor: Tensor) -> Tensor:
-        """Return the tensor of one rank; the others give one of its shape and dtype."""
-        if not self.several:
-            return tensor
-        carrier = tensor.detach().to(self._reachable(tensor.device), copy=True)
-        source = dist.get_global_rank(self.group, rank)
-        self._answered(lambda: dist.broadcast(carrier, src=source, group=self.group))
-        return carrier.to(tensor.device)
 
     def _all_reduced(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; ``tensor`` may be overwritten."""
@@ -163,7 +171,7 @@ class Ranks:
         return carrier.to(tensor.device)
 
     def _reachable(self, device: torch.device) -> torch.device:
-        """Return where the group's backend can send from, the device itself if it can."""
+        """Return ``device`` if the group's backend can send from it, else one that it can."""
         if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
@@ -177,17 +185,13 @@ class Ranks:
                 f" or is elsewhere in the program ({str(error).splitlines()[0]})"
             ) from error
 
-    def _raise_together(self, own: Exception | None) -> NoReturn:
-        """Raise the error of the first rank that has one, on every rank."""
-        failed = [bool(n) for n in self.counts(own is not None)]
-        culprit = failed.index(True)
-        said = b"" if own is None else _spelt(own)
-        letter = torch.tensor([*said.ljust(_MESSAGE, b"\0")], dtype=torch.uint8)
-        letter = self.of(culprit, letter)
-        if culprit == self.rank and own is not None:
+    def _raise_first(self, own: Exception | None) -> NoReturn:
+        """Raise, on every rank, the error of the first rank that has one."""
+        described = self.all_gather_object(None if own is None else (_class_names(own), str(own)))
+        failed, (names, message) = next((r, d) for r, d in enumerate(described) if d is not None)
+        if failed == self.rank and own is not None:
             raise own
-        kind, message = _read(bytes(letter.tolist()))
-        raise kind(f"on rank {culprit}: {message}") from own
+        raise _error_class(names, message)(f"on rank {failed}: {message}") from own
 
 
 def world() -> Ranks:
@@ -196,23 +200,20 @@ def world() -> Ranks:
     return Ranks(dist.group.WORLD if there else None)
 
 
-def _spelt(error: Exception) -> bytes:
-    """Return the classes of an error, the closest first, and its message."""
-    kinds = [f"{kind.__module__}:{kind.__qualname__}" for kind in type(error).__mro__]
-    return "\n".join([" ".join(kinds), str(error)]).encode()[:_MESSAGE]
+def _class_names(error: Exception) -> list[tuple[str, str]]:
+    """Return module and name of an error's class and of its bases, the closest first."""
+    return [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
 
 
-def _read(letter: bytes) -> tuple[Callable[[str], Exception], str]:
-    """Return the closest class that is made of a message alone, and the message."""
-    kinds, _, message = letter.rstrip(b"\0").decode(errors="ignore").partition("\n")
-    for name in kinds.split():
-        module, _, attribute = name.partition(":")
-        kind = getattr(sys.modules.get(module), attribute, None)
-        if not isinstance(kind, type) or not issubclass(kind, Exception):
-            continue
-        try:
-            kind(message)
-        except TypeError:
-            continue
-        return kind, message
-    return RuntimeError, message
+def _error_class(names: list[tuple[str, str]], message: str) -> Callable[[str], Exception]:
+    """Return the first of the classes that this process knows and can make from a message alone."""
+    # By name, since a class that only one rank can import could not be unpickled here.
+    for module, name in names:
+        kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            try:
+                kind(message)
+            except TypeError:
+                continue
+            return kind
+    return RuntimeError

@@ -297,4 +297,4 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
                 seen += size
         return count
 
-    return mean, problem.ranks.mean([squares], add)[0]
+    return mean, problem.ranks.all_reduce_mean([squares], add)[0]

@@ -277,7 +277,7 @@ class StabilityMonitor:
         rule = self._rule()
         self._follow()
         own = median_low(self._observed) if self._observed else 0
-        self._of_all_ranks = int(self.problem.ranks.sum(own)) or None
+        self._of_all_ranks = int(self.problem.ranks.all_reduce_sum(own)) or None
         # A rule of the full batch may look at it many times a step: what was counted is no batch.
         whole_set = rule.full_batch
         batch_size = None if whole_set else self.batch_size
@@ -376,9 +376,9 @@ class StabilityMonitor:
         turn = self._pending and self._moved()
         self._pending = self._pending and not turn
         if ranks.several:
-            found = [turn, self._pending, self.step + self._steps_to_go()]
-            turn, self._pending, self._next_question = ranks.first(torch.tensor(found)).tolist()
-        return bool(turn)
+            found = turn, self._pending, self.step + self._steps_to_go()
+            turn, self._pending, self._next_question = ranks.broadcast_object(found)
+        return turn
 
     def _steps_to_go(self) -> int:
         """Return after how many steps the ranks should ask again: at each would be a broadcast."""

@@ -1,23 +1,21 @@
-"""Agreement between the ranks of a distributed run: the first one decides, the others follow."""
+"""Agreement between the ranks of a distributed run: rank 0 decides, the others follow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from stableopt.distributed import world
-from stableopt.steering.decision import Decision, Kind, What
+from stableopt.steering.decision import Decision
 
 __all__ = ["is_first", "shared_decisions", "shared_tensors", "shared_whole", "world_size"]
 
-_KINDS, _WHATS = get_args(Kind), get_args(What)
-
 
 def is_first() -> bool:
-    """Return whether this process decides: rank 0, or one that is alone."""
+    """Return whether this process decides: it is rank 0, or alone."""
     return world().rank == 0
 
 
@@ -27,39 +25,25 @@ def world_size() -> int:
 
 
 def shared_whole(value: int) -> int:
-    """Return the value that rank 0 has; every rank must call it. Alone: ``value``."""
-    return int(world().first(torch.tensor(value, dtype=torch.int64)))
+    """Return rank 0's value, or ``value`` if alone; every rank must call it."""
+    return world().broadcast_object(value)
 
 
 def shared_tensors(tensors: Iterable[Tensor]) -> None:
-    """Overwrite ``tensors`` by rank 0's, in place; every rank must call it."""
+    """Overwrite ``tensors`` with rank 0's, in place; every rank must call it."""
     ranks = world()
     with torch.no_grad():
         for tensor in tensors if ranks.several else ():
-            tensor.copy_(ranks.first(tensor))
+            tensor.copy_(ranks.broadcast(tensor))
 
 
-def shared_decisions(decisions: Sequence[Decision], *, step: int, most: int) -> list[Decision]:
-    """Return rank 0's decisions, at most ``most``; every rank must call it. Alone: ``decisions``.
+def shared_decisions(decisions: Sequence[Decision]) -> list[Decision]:
+    """Return rank 0's decisions, or ``decisions`` if alone; every rank must call it.
 
-    The other ranks are told what changed, and not the words.
+    On the other ranks the reason is that rank 0 decided: its own reasons may be about its own shard.
     """
     ranks = world()
-    if not ranks.several:
-        return list(decisions)
-    table = torch.zeros(most, 6, dtype=torch.float64)
-    for row, decision in zip(table, decisions, strict=False):
-        what, kind = _WHATS.index(decision.what), _KINDS.index(decision.kind)
-        numbers = [1, what, kind, decision.old, decision.new, decision.dry_run]
-        row.copy_(torch.tensor(numbers, dtype=torch.float64))
-    told = ranks.first(table)
+    shared = ranks.broadcast_object(list(decisions))
     if ranks.rank == 0:
-        return list(decisions)
-    return [
-        Decision(
-            _WHATS[int(what)], _KINDS[int(kind)], old, new, "decided on rank 0", step=step,
-            dry_run=bool(dry_run),
-        )
-        for present, what, kind, old, new, dry_run in told.tolist()
-        if present
-    ]  # fmt: skip
+        return shared
+    return [replace(decision, why="decided on rank 0") for decision in shared]

@@ -130,7 +130,7 @@ class StabilityController:
         if self.scheduler is not None:
             self.scheduler.step()
         decided = self._decide() if ranks.is_first() else []
-        for decision in ranks.shared_decisions(decided, step=self.monitor.step, most=2):
+        for decision in ranks.shared_decisions(decided):
             if decision.what == "batch_size" and decision.changes and not decision.dry_run:
                 assert self.batch is not None
                 self.batch.resize(self._local(decision.new))

@@ -175,7 +175,7 @@ class StabilityLR(LRScheduler):
     def _act(self) -> Decision | None:
         """Decide, do what concerns the weights, and return what changes the rates, if anything."""
         decided = self._decide() if ranks.is_first() else []
-        decided = ranks.shared_decisions(decided, step=self.monitor.step, most=3)
+        decided = ranks.shared_decisions(decided)
         change = None
         for decision in decided:
             if not decision.changes and said_before(decision, self.decisions):

@@ -312,7 +312,7 @@ def _rank(rank: int, folder: str) -> None:
     sampler.resize(wanted)
     found += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
-    shared = ranks.shared_decisions([decision] if rank == 0 else [], step=7, most=2)
+    shared = ranks.shared_decisions([decision] if rank == 0 else [])
     weight = torch.full((2,), float(rank))
     ranks.shared_tensors([weight])
     result = {

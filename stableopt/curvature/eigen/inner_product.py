@@ -103,7 +103,7 @@ def dot(rows: Tensor, vector: Tensor) -> Tensor:
     """Return ``rows @ vector`` for ``(d,)`` or ``(k, d)``, accurate in float32 for a large d."""
     pieces = _pieces.get()
     own = _own_dot(rows, vector)
-    return own if pieces is None else pieces.ranks.summed(own)
+    return own if pieces is None else pieces.ranks.all_reduce_sum(own)
 
 
 def _own_dot(rows: Tensor, vector: Tensor) -> Tensor:
@@ -157,6 +157,6 @@ def magnitude_of(image: Tensor) -> Tensor:
     pieces, kept = _pieces.get(), image if len(image) else image.new_zeros(1)
     largest = torch.linalg.vector_norm(kept, float("inf"))
     if pieces is not None:
-        largest = pieces.ranks.joined(largest[None]).max()
+        largest = pieces.ranks.all_gather(largest[None]).max()
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))

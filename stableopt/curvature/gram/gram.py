@@ -121,9 +121,9 @@ class DualCurvature:
         theta, ranks = problem.theta(), problem.ranks
         outputs = count_outputs(problem)
         with problem.evaluation():
-            layers = ranks.agree(lambda: fully_connected(problem, theta))
+            layers = ranks.raise_together(lambda: fully_connected(problem, theta))
             found = None
-            if not ranks.sum(layers is None) and layers is not None:
+            if not ranks.any(layers is None) and layers is not None:
                 found = gram_of_layers(problem, theta, layers)
             if found is None:
                 found = _gram_of_rows(problem, theta, outputs, _at_once(problem, memory))
@@ -191,7 +191,7 @@ def project(problem: Problem, basis: Tensor) -> Modes:
             ]
         return torch.cat(parts)
 
-    return Modes.of_factors(problem.ranks.joined(problem.ranks.agree(own)))
+    return Modes.of_factors(problem.ranks.all_gather(problem.ranks.raise_together(own)))
 
 
 def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
@@ -211,14 +211,13 @@ def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
                 largest = max(largest, float(torch.linalg.eigvalsh(blocks)[:, -1].max()))
         return largest
 
-    mine = torch.tensor([problem.ranks.agree(own)], dtype=torch.float64)
-    return float(problem.ranks.joined(mine).max())
+    return max(problem.ranks.all_gather_object(problem.ranks.raise_together(own)))
 
 
 def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) -> Tensor:
     """Return K from the rows of two chunks at a time: of any, and of one of this rank's behind it."""
     ranks, size = problem.ranks, problem.num_samples * outputs
-    before = outputs * sum(ranks.counts(problem.own_samples)[: ranks.rank])
+    before = outputs * sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
     gram = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
 
     def own_chunks() -> Iterator[tuple[slice, Any, int]]:
@@ -248,9 +247,9 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
             return None if chunk is None else (chunk[0], rows_of(*chunk[1:]))
 
         while True:
-            chunk = ranks.agree(following)
+            chunk = ranks.raise_together(following)
             place = [0, 0] if chunk is None else [chunk[0].start, chunk[0].stop]
-            start, stop = ranks.of(owner, torch.tensor(place)).tolist()
+            start, stop = ranks.broadcast_object(place, owner)
             if start == stop:
                 break
             if chunk is None:
@@ -258,9 +257,9 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
                 rows = [torch.empty(*shape, s.numel()).to(theta[0]) for s in problem.shapes]
             else:
                 rows = chunk[1]
-            rows = [ranks.of(owner, part) for part in rows]
-            ranks.agree(partial(add, slice(start, stop), rows))
-    return ranks.summed(gram)
+            rows = [ranks.broadcast(part, owner) for part in rows]
+            ranks.raise_together(partial(add, slice(start, stop), rows))
+    return ranks.all_reduce_sum(gram)
 
 
 def _at_once(problem: Problem, memory: int) -> int:
@@ -289,7 +288,7 @@ def count_outputs(problem: Problem) -> int:
             )
         return found[0].numel()
 
-    return problem.ranks.agree(own)
+    return problem.ranks.raise_together(own)
 
 
 def _check_rows(rows: list[Tensor], outputs: int) -> None:

@@ -69,9 +69,9 @@ def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tenso
         return [_passes(problem, theta, layers, batch, size) for batch, size in problem.chunks()]
 
     ranks = problem.ranks
-    found = ranks.agree(own)
+    found = ranks.raise_together(own)
     fit = [passes for passes in found if passes is not None]
-    if ranks.sum(len(fit) < len(found)):
+    if ranks.any(len(fit) < len(found)):
         return None
     return _gram(problem, layers, fit, ranks)
 
@@ -116,8 +116,8 @@ def _gram(problem: Problem, layers: list[Layer], passes: list[_Pass], ranks: Ran
     """Return the Gram matrix of the samples of ``passes``, on all ``ranks``."""
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     for number, layer in enumerate(layers):
-        inputs = ranks.joined(torch.cat([one.inputs[number] for one in passes]))
-        slopes = ranks.joined(torch.cat([one.slopes[number] for one in passes]))
+        inputs = ranks.all_gather(torch.cat([one.inputs[number] for one in passes]))
+        slopes = ranks.all_gather(torch.cat([one.slopes[number] for one in passes]))
         n, outputs, _ = slopes.shape
         squares = {name: float(problem.scale[i]) ** 2 for name, i in layer.indices.items()}
         overlaps = squares.get("weight", 0.0) * (inputs @ inputs.T) + squares.get("bias", 0.0)

@@ -172,7 +172,7 @@ class NonUniformity(Operator):
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.first(numbers)
+        return self.problem.ranks.broadcast(numbers)
 
     def _by_samples(self, vector: Tensor) -> Tensor:
         mean = self._mean.product(vector)
@@ -202,7 +202,7 @@ class NonUniformity(Operator):
                     count += size
             return count
 
-        return problem.ranks.mean([total], add)[0]
+        return problem.ranks.all_reduce_mean([total], add)[0]
 
     def _preconditioned(self, vector: Tensor) -> Tensor:
         if self._preconditioner is None:

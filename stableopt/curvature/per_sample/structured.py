@@ -274,7 +274,7 @@ class StructuredProduct:
         found = self._problem.memo.get(kind)
         if found is None:
             try:
-                found = self._problem.ranks.agree(self._tried)
+                found = self._problem.ranks.raise_together(self._tried)
             except UnfitError as error:
                 found = error
             self._problem.memo[kind] = found
@@ -346,5 +346,7 @@ class StructuredProduct:
             return count
 
         with problem.evaluation():
-            means = [problem.unflatten(m) for m in problem.ranks.mean(totals, add_products)]
-            return problem.ranks.mean(results, add_results)
+            means = [
+                problem.unflatten(m) for m in problem.ranks.all_reduce_mean(totals, add_products)
+            ]
+            return problem.ranks.all_reduce_mean(results, add_results)

@@ -86,9 +86,9 @@ def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
         shown += float((value * torch.randn(p.shape, generator=generator)).sum())
         square += float(value.square().sum())
     size = sum(p.numel() for p in params)
-    shown_by_all, size_of_all = ranks.sums([shown, size])
-    differs = abs(shown - shown_by_all / ranks.size) > _REPLICAS * square**0.5
-    if ranks.sum(differs or size_of_all != ranks.size * size):
+    shown_by_all, sizes = zip(*ranks.all_gather_object((shown, size)), strict=True)
+    differs = abs(shown - sum(shown_by_all) / ranks.size) > _REPLICAS * square**0.5
+    if ranks.any(differs or set(sizes) != {size}):
         raise ValueError(
             "model: its parameters are not the same on all ranks of process_group: expected replicas,"
             " as DistributedDataParallel keeps them"

@@ -208,10 +208,10 @@ class Problem:
         self.equal_weights = True
         self._take(*select_parameters(self.model, params))
         # What one rank's data are refused for is an error on all.
-        ranks.agree(lambda: self._read(data, chunk_size, paired=paired))
+        ranks.raise_together(lambda: self._read(data, chunk_size, paired=paired))
         if ranks.several:
-            self._num_samples = sum(ranks.counts(self.own_samples))
-            self.equal_weights = not ranks.sum(not self.equal_weights)
+            self._num_samples = sum(ranks.all_gather_object(self.own_samples))
+            self.equal_weights = not ranks.any(not self.equal_weights)
             self._share_obstacle()
         self._check_together()
 
@@ -416,7 +416,7 @@ class Problem:
                     count += size
             return count
 
-        return float(self.ranks.mean([total], add)[0])
+        return float(self.ranks.all_reduce_mean([total], add)[0])
 
     def current(self) -> Problem:
         """Return the problem with the model's trainable parameters as they are by now.
@@ -460,13 +460,13 @@ class Problem:
                     count += size
             return count
 
-        return self.ranks.mean([total], add)[0]
+        return self.ranks.all_reduce_mean([total], add)[0]
 
     def _share_obstacle(self) -> None:
         """Go by central differences on all ranks where one rank has to."""
-        found = self.ranks.counts(self.obstacle is not None)
+        found = self.ranks.all_gather_object(self.obstacle is not None)
         if any(found) and self.obstacle is None:
-            told = RuntimeError(f"rank {found.index(1)} found it so")
+            told = RuntimeError(f"rank {found.index(True)} found it so")
             self.obstacle = SecondDerivativeError(None, told)
 
     def _check_together(self) -> None:

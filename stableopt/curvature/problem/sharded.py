@@ -126,14 +126,14 @@ class ShardedProblem(Problem):
     def _check_together(self) -> None:
         """Try whether the loss is a mean, and compare the gradients with the slope of the loss."""
         with self.evaluation():
-            self._rounds = max(self.ranks.counts(self.batches.num_chunks))
+            self._rounds = max(self.ranks.all_gather_object(self.batches.num_chunks))
             batch, held = next(self.chunks())
             batch = cut(batch, 0, min(held, CHECKED_SAMPLES))
         losses = []
         for tried in (batch, map_tensors(twice_over, batch)):
             with self.evaluation(), self._without_gradients():
                 losses.append(self._pass(tried, 0.0))
-        self.ranks.agree(lambda: check_mean(*losses))
+        self.ranks.raise_together(lambda: check_mean(*losses))
         theta = self.theta()
         _, gradient = self._passes()
         norm, size = self.norm(gradient), self.norm(torch.cat([t.reshape(-1) for t in theta]))
@@ -222,7 +222,7 @@ class ShardedProblem(Problem):
                 loss = self._pass(first if batch is None else batch, size / self.num_samples)
                 total += size / self.num_samples * loss if size else 0.0
             gradients = [None if p.grad is None else local(p.grad) for p in self.params]
-            return self.ranks.sum(total), self.flatten(gradients)
+            return self.ranks.all_reduce_sum(total), self.flatten(gradients)
 
     def _pass(self, batch: Any, weight: float) -> float:
         """Return the mean loss of ``batch`` on this rank, and add ``weight`` times its gradient."""
@@ -263,7 +263,7 @@ class ShardedProblem(Problem):
 
     def norm(self, vector: Tensor) -> float:
         """Return the norm of a vector of which every rank holds its part."""
-        return math.sqrt(self.ranks.sum(float(vector.double().square().sum())))
+        return math.sqrt(self.ranks.all_reduce_sum(float(vector.double().square().sum())))
 
 
 def cube_root(dtype: torch.dtype) -> float:

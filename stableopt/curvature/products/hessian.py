@@ -105,7 +105,7 @@ class Hessian(MeanOverSamples):
         """Return the problem's mean loss at the point: for nothing where the passes are kept."""
         problem, kept = self.problem, self._passes.kept
         missing = sum(size for _, size in kept) < problem.own_samples
-        if problem.ranks.sum(missing):
+        if problem.ranks.any(missing):
             return problem.value(self.theta, self._passes.chunk_size)
         losses = torch.stack([size * passes.loss.double() for passes, size in kept])
-        return problem.ranks.sum(float(losses.sum())) / problem.num_samples
+        return problem.ranks.all_reduce_sum(float(losses.sum())) / problem.num_samples

@@ -56,7 +56,7 @@ class MeanOverSamples(Operator):
                     count += size
             return count
 
-        means = problem.ranks.mean(totals, add)
+        means = problem.ranks.all_reduce_mean(totals, add)
         if any(problem.weight_decay):
             for mean, tangent in zip(means, tangents, strict=True):
                 decays = zip(problem.weight_decay, tangent, strict=True)
@@ -65,4 +65,4 @@ class MeanOverSamples(Operator):
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.first(numbers)
+        return self.problem.ranks.broadcast(numbers)

@@ -105,7 +105,7 @@ class ShardedHessian(Operator):
 
     def agreed(self, numbers: Tensor) -> Tensor:
         """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.first(numbers)
+        return self.problem.ranks.broadcast(numbers)
 
     def loss(self) -> float:
         """Return the problem's mean loss at the point."""

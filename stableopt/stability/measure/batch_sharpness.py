@@ -77,9 +77,9 @@ def batch_sharpness(
     hessian, terms = Hessian(problem), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
     ranks = problem.ranks
-    before = sum(ranks.counts(problem.own_samples)[: ranks.rank])
+    before = sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
     with problem.evaluation():
-        chunks = ranks.agree(lambda: list(problem.chunks()))
+        chunks = ranks.raise_together(lambda: list(problem.chunks()))
         for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
             parts = list(_parts(chunks, rows - before))
             terms.append(_along_gradient(hessian, parts))
@@ -132,7 +132,7 @@ def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[flo
                 total.add_(problem.flatten(term(batch, size)), alpha=size)
             return sum(size for _, size in parts)
 
-        return problem.ranks.mean([total], add)[0]
+        return problem.ranks.all_reduce_mean([total], add)[0]
 
     def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)

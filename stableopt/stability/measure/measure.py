@@ -307,7 +307,7 @@ def measure_at(
 def _vectors_held(problem: Problem) -> int:
     """Return how many vectors of the parameters' size a search may hold at once."""
     # Of a sharded problem each rank holds a part, and all must search alike.
-    each = max(problem.ranks.counts(problem.num_params)) * problem.dtype.itemsize
+    each = max(problem.ranks.all_gather_object(problem.num_params)) * problem.dtype.itemsize
     return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
 
 

@@ -54,7 +54,7 @@ class OperatorsAt:
             return 0.0
         # Each rank has differenced its own samples, and all must report the same.
         found = torch.tensor([differences.error], dtype=torch.float64)
-        return float(self._problem.ranks.joined(found).max())
+        return float(self._problem.ranks.all_gather(found).max())
 
     def loss(self) -> float:
         """Return the mean loss at the point, for nothing where passes are kept."""
