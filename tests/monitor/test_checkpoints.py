@@ -1,0 +1,110 @@
+"""Saving and loading the state of a monitor."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monitored_runs import MSE, X, Y, linear, start, train
+from torch import nn
+
+import stableopt
+from stableopt import StabilityMonitor
+
+
+def through_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def timeless(monitor: StabilityMonitor) -> Iterator[dict[str, Any]]:
+    """Yield each margin as plain values, less the wall times."""
+    for margins in monitor.history:
+        plain = margins.to_dict()
+        for measurement in plain["measurements"].values():
+            del measurement["seconds"]
+        yield plain
+
+
+@pytest.mark.parametrize("break_at", [1, 3, 4])
+def test_resumed_monitor_continues_bit_for_bit(break_at: int) -> None:
+    """Catches anything lost in a checkpoint: warm starts, seeds, the cold cycle, what is pending."""
+    # Step 4 moves nothing, so that a break there leaves a measurement due.
+    lrs = [0.05, 0.05, 0.05, 0.0, 0.05, 0.05, 0.05, 0.05]
+
+    def build() -> tuple[nn.Module, stableopt.SGD, StabilityMonitor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+        optimizer = stableopt.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        quantities = ("sharpness", "non_uniformity")
+        monitor = optimizer.track(model, MSE, (X, Y), every=2, quantities=quantities, cold_every=2)
+        return model, optimizer, monitor
+
+    def go(model: nn.Module, optimizer: stableopt.SGD, steps: range) -> None:
+        for step in steps:
+            optimizer.param_groups[0]["lr"] = lrs[step]
+            train(model, optimizer, rows=slice(0, 3 + step))
+
+    model, optimizer, whole = build()
+    go(model, optimizer, range(8))
+
+    model, optimizer, first = build()
+    go(model, optimizer, range(break_at))
+    state = through_file([model.state_dict(), optimizer.state_dict(), first.state_dict()])
+    model, optimizer, second = build()
+    for part, saved in zip((model, optimizer, second), state, strict=True):
+        part.load_state_dict(saved)
+    go(model, optimizer, range(break_at, 8))
+
+    assert [m.step for m in whole.history] == [2, 5, 6, 8]
+    assert second.step == 8
+    assert list(timeless(second)) == list(timeless(whole))
+
+
+def test_state_of_another_model_is_refused() -> None:
+    """Catches an eigenvector of another size that only the next measurement would trip over."""
+    model, optimizer, monitor = start()
+    train(model, optimizer)
+    state = monitor.state_dict()
+    wider = nn.Linear(3, 1)
+    other = stableopt.SGD(wider.parameters(), lr=0.1).track(
+        wider, MSE, (torch.ones(2, 3), torch.ones(2, 1)), every=1
+    )
+    with pytest.raises(ValueError, match=r"sharpness has shape \(2, 2\).*4 parameters"):
+        other.load_state_dict(state)
+    assert other.step == 0
+
+
+def test_numpy_integers_are_integers() -> None:
+    """Catches a checkpoint that `weights_only` refuses because of a NumPy scalar in it."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    sizes = {"every": np.int64(1), "batch_size": np.int64(2), "dataset_size": np.int64(9)}
+    monitor = optimizer.track(model, MSE, (X, Y), **sizes)
+    train(model, optimizer)
+    buffer = io.BytesIO()
+    torch.save(monitor.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True)["history"][0]["batch_size"] == 2
+
+
+def test_a_bad_checkpoint_changes_nothing() -> None:
+    """Catches a monitor left half loaded."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, MSE, (X, Y), every=1)
+    train(model, optimizer)
+    state = monitor.state_dict()
+    with pytest.raises(ValueError, match="state_dict lacks"):
+        monitor.load_state_dict({"starts": {}})
+    with pytest.raises(KeyError):
+        monitor.load_state_dict({**state, "step": 99, "history": [{}]})
+    assert monitor.step == 1
+    assert len(monitor.history) == 1
+    assert monitor.state_dict()["starts"]

@@ -1,0 +1,142 @@
+"""The batch size and data set size that the limits use: observed or given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from monitored_runs import MSE, X, Y, linear, start, train
+from torch import Tensor, nn
+
+import stableopt
+from stableopt import StabilityMonitor
+
+
+def limit(lr: float, batch: int, n: float) -> Any:
+    """Equation (9): sqrt(B (n-1) / (n-B)) / lr, to the few roundings of either order."""
+    factor = 1.0 if n == math.inf else (n - 1) / (n - batch)
+    return pytest.approx(math.sqrt(batch * factor) / lr, rel=1e-14)
+
+
+def test_batch_size_is_observed() -> None:
+    """Catches limits for another batch size than the one that trains."""
+    model, optimizer, monitor = start()
+    assert monitor.batch_size is None
+    train(model, optimizer, rows=slice(0, 3))
+    assert monitor.batch_size == 3
+    assert monitor.margins is not None
+    assert (monitor.margins.batch_size, monitor.margins.dataset_size) == (3, 12)
+    assert monitor.margins.non_uniformity_limit == limit(0.1, 3, 12)
+
+
+def test_gradient_accumulation_counts_as_one_batch() -> None:
+    """Catches the size of a micro-batch taken for that of the step."""
+    model, optimizer, monitor = start()
+    for _ in range(2):
+        optimizer.zero_grad()
+        for rows in (slice(0, 4), slice(4, 7)):
+            MSE(model(X[rows]), Y[rows]).backward()
+        optimizer.step()
+    assert monitor.batch_size == 7
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_validation_between_steps_is_not_counted(mode: Callable[[], Any]) -> None:
+    """Catches samples of a validation pass added to the next step's."""
+    model, optimizer, monitor = start()
+    for _ in range(3):
+        train(model, optimizer)
+        with mode():
+            model(X)
+    assert monitor.batch_size == 4
+
+
+def test_other_measurements_are_not_counted() -> None:
+    """Catches the passes of a second monitor, or of ``measure``, taken for training batches."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitors = [StabilityMonitor(optimizer, model, MSE, (X, Y), every=1) for _ in range(2)]
+    for _ in range(3):
+        stableopt.measure(model, MSE, (X, Y), optimizer=optimizer)
+        train(model, optimizer)
+    assert [m.batch_size for monitor in monitors for m in monitor.history] == [4] * 6
+
+
+def test_ragged_last_batch_does_not_count() -> None:
+    """Catches limits that jump at the end of each epoch: the median is the epoch's batch size."""
+    model, optimizer, monitor = start()
+    for rows in (slice(0, 5), slice(5, 10), slice(10, 12), slice(0, 5)):
+        train(model, optimizer, rows=rows)
+    assert [m.batch_size for m in monitor.history] == [5] * 4
+
+
+@pytest.mark.parametrize("tracked", ["model", "compiled"])
+def test_batch_size_of_a_compiled_model(tracked: str) -> None:
+    """Catches a hook on one of the two modules that a call of the other passes by."""
+    model = linear()
+    compiled: Any = torch.compile(model, backend="eager")
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model if tracked == "model" else compiled, MSE, (X, Y), every=1)
+    train(compiled, optimizer, 2)
+    torch._dynamo.reset()
+    assert [(m.batch_size, m.failure) for m in monitor.history] == [(4, None)] * 2
+
+
+def test_batch_size_and_dataset_size_as_given() -> None:
+    """Catches given sizes overruled by what the forward passes or the probe set show."""
+    model, optimizer, monitor = start(batch_size=6, dataset_size=100)
+    train(model, optimizer)
+    assert monitor.margins is not None
+    assert (monitor.margins.batch_size, monitor.margins.dataset_size) == (6, 100)
+    assert monitor.margins.non_uniformity_limit == limit(0.1, 6, 100)
+
+
+def test_observed_batch_above_the_probe_set() -> None:
+    """Catches a finite-n limit for a probe set that cannot be the training set, and silence."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, MSE, (X[:3], Y[:3]), every=1)
+    with pytest.warns(RuntimeWarning, match="more samples than the 3 probe samples") as caught:
+        train(model, optimizer, 3)
+    assert len(caught) == 1
+    assert [(m.batch_size, m.dataset_size, m.failure) for m in monitor.history] == [
+        (4, None, None)
+    ] * 3
+    assert monitor.history[0].non_uniformity_limit == limit(0.1, 4, math.inf)
+
+
+def test_observed_batch_above_the_given_dataset_size() -> None:
+    """Catches a contradiction of what the user said that passes without a word."""
+    model, optimizer, monitor = start(dataset_size=2)
+    with pytest.warns(RuntimeWarning, match="dataset_size=2"):
+        train(model, optimizer, 2)
+    assert ["dataset_size=2" in str(m.failure) for m in monitor.history] == [True] * 2
+
+
+def test_a_packed_sequence_is_counted_and_left_alone() -> None:
+    """Catches a hook that rebuilds the user's containers, and rows of time taken for samples."""
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.RNN(2, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Any) -> Tensor:
+            return self.head(self.rnn(x)[1][-1])
+
+    model = Recurrent()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(4, 6, 2), torch.randn(4, 1)
+    problem = stableopt.Problem.from_batch_loss(
+        model, lambda model, batch: MSE(model(batch[0].transpose(0, 1)), batch[1]), [(x, y)]
+    )
+    monitor = optimizer.track(problem, every=1)
+    lengths = torch.tensor([6, 4, 3, 1])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    MSE(model(packed), y).backward()
+    optimizer.step()
+    assert monitor.batch_size == 4
