@@ -25,13 +25,13 @@ class LeadingEigenpairs:
     Attributes:
         values: Ritz values ``(k,)``, in double precision on the CPU.
         vectors: orthonormal Ritz vectors ``(d, k)``.
-        residuals: ``|A v - value v|`` for each, ``(k,)``.
+        absolute_residuals: ``|A v - value v|`` for each, ``(k,)``.
         products: products with the operator.
     """
 
     values: Tensor
     vectors: Tensor
-    residuals: Tensor
+    absolute_residuals: Tensor
     products: int
 
 

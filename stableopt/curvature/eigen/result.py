@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stableopt._deprecation import warn_renamed
+
 __all__ = ["UNCERTAINTY", "Eigenpair", "small_enough"]
 
 UNCERTAINTY = 0.01
@@ -23,10 +25,11 @@ class Eigenpair:
         value: the Ritz value; at most the largest eigenvalue, up to rounding.
         vector: the unit Ritz vector x ``(d,)``, on the operator's device: :math:`PHx = \lambda x`
             in the limit, with :math:`|x| = 1` in the plain Euclidean norm.
-        residual: ``|A v - value v|``: an eigenvalue of A lies within this distance of ``value``.
-            With a preconditioner :math:`A = P^{1/2}HP^{1/2}` and :math:`v = P^{-1/2}x`, scaled to 1.
+        absolute_residual: ``|A v - value v|``: an eigenvalue of A lies within this distance of
+            ``value``. With a preconditioner :math:`A = P^{1/2}HP^{1/2}`, and v is
+            :math:`P^{-1/2}x` scaled to 1.
         products: how many products with the operator it took.
-        converged: whether ``residual <= tol * |value|`` was reached.
+        converged: whether ``absolute_residual <= tol * |value|`` was reached.
         upper_bound: for a Lanczos search from a random start, what the largest eigenvalue exceeds with
             probability at most 0.01 over the starts; ``None`` for other searches, whose start is not
             uniform on the sphere, and for ones too short. For k products and
@@ -39,18 +42,29 @@ class Eigenpair:
             :math:`1.648\sqrt d\,e^{-\sqrt\epsilon(2k-1)}`: theirs is for a positive definite matrix
             and the error relative to :math:`\lambda_1`; a shift, which Lanczos does not see, makes it
             this one for any. Applied to -A too, it bounds the unknown :math:`\lambda_d`. Where the
-            Krylov space is exhausted, the value is exact, and this is ``value + residual``.
+            Krylov space is exhausted, the value is exact, and this is ``value + absolute_residual``.
         subspace: if asked for, what the next search goes on from: covectors ``(k, d)``, orthonormal,
             nine Ritz vectors, best first, and a direction not yet explored. ``None`` otherwise.
     """
 
     value: float
     vector: Tensor
-    residual: float
+    absolute_residual: float
     products: int
     converged: bool
     upper_bound: float | None = None
     subspace: Tensor | None = None
+
+    @property
+    def relative_residual(self) -> float:
+        """The residual over ``|value|``; zero where the value is."""
+        return self.absolute_residual / abs(self.value) if self.value else 0.0
+
+    @property
+    def residual(self) -> float:
+        """Deprecated: the absolute residual, whereas other results call the relative one so."""
+        warn_renamed("Eigenpair.residual", "absolute_residual or relative_residual")
+        return self.absolute_residual
 
 
 def small_enough(residual: float, value: float, scale: float, tol: float, eps: float) -> bool:

@@ -130,7 +130,7 @@ def first_crossing(family: Family, *, tol: float, max_iter: int, seed: int) -> C
             seed=seed + rounds,
         )
         products, rounds = products + pair.products, rounds + 1
-        residual = pair.residual / abs(pair.value) if pair.value else 0.0
+        residual = pair.relative_residual
         vector = _symmetric(pair.vector, n)
         before = value
         value = family.crossing_of(vector, gather(family.modes.factors, vector), before)

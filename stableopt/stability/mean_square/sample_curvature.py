@@ -76,7 +76,7 @@ class SampleCurvature:
             basis = torch.cat([basis, more.vectors], dim=1)
         # Twice: what is left of nearly dependent columns is orthogonal only then.
         basis = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
-        top = float(mean.values[0] + mean.residuals[0])
+        top = float(mean.values[0] + mean.absolute_residuals[0])
         return cls(project(problem, basis), top, False, largest_block(problem))
 
     def theorem1_lr(self, noise: float, step: Step) -> float:

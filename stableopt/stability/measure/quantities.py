@@ -26,7 +26,7 @@ def measurement_of(name: str, pair: Eigenpair, seconds: float) -> Measurement:
         value = max(value, 0.0) ** 0.5
     elif name == "theorem1":
         value += 1.0  # the left side of (8), of which the operator is the excess over 1
-    relative = pair.residual / abs(pair.value) / DEGREE.get(name, 1) if pair.value else 0.0
+    relative = pair.relative_residual / DEGREE.get(name, 1)
     return Measurement(value, relative, pair.products, seconds, pair.converged)
 
 

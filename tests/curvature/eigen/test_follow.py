@@ -159,7 +159,9 @@ def test_residual_and_value_are_of_this_operator_alone() -> None:
     image = shrunk @ found.vector
     assert found.value == pytest.approx(float(found.vector @ image), rel=1e-5)
     true = float((image - found.value * found.vector).norm())
-    assert found.residual == pytest.approx(true, rel=1e-2, abs=1e-5)  # float32 in the vector
+    assert found.absolute_residual == pytest.approx(
+        true, rel=1e-2, abs=1e-5
+    )  # float32 in the vector
 
 
 def test_what_no_longer_helps_is_searched_afresh() -> None:

@@ -239,11 +239,11 @@ def test_leading_directions_span_what_they_say(network: nn.Module, data: Data) -
     expected = torch.linalg.eigvalsh(g).flip(0)
     # Ten products in 38 dimensions: an eigenvalue lies within each residual.
     distances = (pairs.values[:, None] - expected).abs().min(1).values
-    assert bool((distances <= pairs.residuals + 1e-12).all())
+    assert bool((distances <= pairs.absolute_residuals + 1e-12).all())
     # The first two residuals are 2e-3 at most, and values are accurate to their squares.
     assert relative_error(pairs.values[:2], expected[:2]) < 1e-5
     residuals = (g @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
-    assert torch.allclose(residuals, pairs.residuals, atol=1e-10)
+    assert torch.allclose(residuals, pairs.absolute_residuals, atol=1e-10)
 
     basis = pairs.vectors
     rows = dense_factors(network, data[0], (2 / 3 * torch.eye(3).double()).expand(7, 3, 3))
