@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,17 +9,11 @@ import numpy as np
 import pytest
 import torch
 from monitored_runs import MSE, X, Y, linear, start, train
+from saved import through_file
 from torch import nn
 
 import stableopt
 from stableopt import StabilityMonitor
-
-
-def through_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def timeless(monitor: StabilityMonitor) -> Iterator[dict[str, Any]]:
@@ -88,10 +81,7 @@ def test_numpy_integers_are_integers() -> None:
     sizes = {"every": np.int64(1), "batch_size": np.int64(2), "dataset_size": np.int64(9)}
     monitor = optimizer.track(model, MSE, (X, Y), **sizes)
     train(model, optimizer)
-    buffer = io.BytesIO()
-    torch.save(monitor.state_dict(), buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True)["history"][0]["batch_size"] == 2
+    assert through_file(monitor.state_dict())["history"][0]["batch_size"] == 2
 
 
 def test_a_bad_checkpoint_changes_nothing() -> None:

@@ -1,0 +1,58 @@
+"""Which parameters count: chosen, frozen, tied and unused ones."""
+
+from __future__ import annotations
+
+import torch
+from oracles import (
+    PRODUCT,
+    dense_hessians,
+    eye,
+    relative_error,
+)
+from torch import Tensor, nn
+
+from stableopt.curvature import (
+    Hessian,
+    Problem,
+)
+
+
+def test_some_parameters_only(network: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """Catches a block of the Hessian taken from the wrong rows."""
+    full = dense_hessians(network, nn.MSELoss(), *data).mean(0)
+    chosen = [network[2].weight, network[0].bias]  # in another order than the model's
+    hessian = Hessian(Problem(network, nn.MSELoss(), data, params=chosen))
+    rows = list(range(15, 20)) + list(range(20, 35))
+    assert relative_error(hessian @ eye(hessian), full[rows][:, rows]) < PRODUCT
+
+
+def test_frozen_tied_and_unused_parameters(data: tuple[Tensor, Tensor]) -> None:
+    """Catches tied weights counted twice or swapped once, and a crash on a missing gradient."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.unused = nn.Linear(2, 2)
+            self.second.bias.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    x, y = data
+    hessian = Hessian(Problem(model, nn.MSELoss(), data))
+    weight, bias = model.first.weight, model.first.bias
+
+    def loss(flat: Tensor) -> Tensor:
+        w, b = flat[:9].view(3, 3), flat[9:12]
+        out = torch.tanh(x @ w.T + b) @ w.T + model.second.bias.detach()
+        return nn.functional.mse_loss(out, y)
+
+    point = torch.cat([weight.detach().reshape(-1), bias.detach()])
+    expected = torch.zeros(18, 18, dtype=torch.float64)
+    expected[:12, :12] = torch.autograd.functional.hessian(loss, point)
+    assert hessian.shape == (18, 18)
+    assert relative_error(hessian @ eye(hessian), expected) < PRODUCT

@@ -1,0 +1,121 @@
+"""Copies and checkpoints of ``stableopt.LBFGS``, also to and from torch's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from lbfgs_runs import DIRECTIONS, SEARCHES, closure_of, flat, network, train
+from saved import through_file
+from torch import Tensor
+
+import stableopt
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize("history_size", [3, 100])
+def test_resumed_run_is_the_same_run(
+    direction: str, line_search_fn: str | None, history_size: int
+) -> None:
+    """Catches state beside the state dict, and a checkpoint that further training writes into."""
+    options = {
+        "direction": direction,
+        "line_search_fn": line_search_fn,
+        "history_size": history_size,
+        "max_iter": 7,
+        "lr": 0.5,
+    }
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), **options)
+    closure = closure_of(model, optimizer)
+    for _ in range(2):
+        optimizer.step(closure)
+    kept = optimizer.state_dict(), copy.deepcopy(model)
+    saved = through_file(kept[0], weights_only=True)
+    for _ in range(3):
+        optimizer.step(closure)
+    for state in (saved, kept[0]):
+        twin = copy.deepcopy(kept[1])
+        resumed = stableopt.LBFGS(twin.parameters())
+        resumed.load_state_dict(state)
+        for _ in range(3):
+            resumed.step(closure_of(twin, resumed))
+        assert torch.equal(flat(twin), flat(model))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_copies_go_on(way: str, direction: str) -> None:
+    """Catches what torch's own LBFGS loses: ``_params``, and with it every copy."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), direction=direction, max_iter=6, lr=0.5)
+    optimizer.step(closure_of(model, optimizer))
+    pair = (model, optimizer)
+    if way == "deepcopy":
+        twin, copied = copy.deepcopy(pair)
+    elif way == "pickle":
+        twin, copied = pickle.loads(pickle.dumps(pair))
+    else:
+        twin, copied = through_file(pair, weights_only=False)
+    assert type(copied) is stableopt.LBFGS
+    for m, o in (pair, (twin, copied)):
+        for _ in range(2):
+            o.step(closure_of(m, o))
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_checkpoints_interchange_with_torch(direction: str, line_search_fn: str | None) -> None:
+    """Catches a key that one side lacks, and Gram matrices of pairs that torch has replaced."""
+    options = {"line_search_fn": line_search_fn, "max_iter": 4, "lr": 0.5, "history_size": 5}
+
+    def run(kinds: list[Any]) -> Tensor:
+        model, state = network(), None
+        for kind in kinds:
+            own = {"direction": direction} if kind is stableopt.LBFGS else {}
+            optimizer = kind(model.parameters(), **options, **own)
+            if state is not None:
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(state)
+                if own:
+                    assert optimizer.param_groups[0]["weight_decay"] == 0
+                    optimizer.param_groups[0]["direction"] = direction
+                assert groups[0].keys() <= optimizer.param_groups[0].keys()
+            optimizer.step(closure_of(model, optimizer))
+            state = through_file(optimizer.state_dict(), weights_only=True)
+        return flat(model)
+
+    expected = run([torch.optim.LBFGS] * 6)
+    for kinds in (
+        [torch.optim.LBFGS, torch.optim.LBFGS, stableopt.LBFGS, stableopt.LBFGS] * 2,
+        [stableopt.LBFGS, torch.optim.LBFGS] * 3,
+    ):
+        found = run(kinds[:6])
+        if direction == "two_loop":
+            assert torch.equal(found, expected)
+        else:
+            # Twenty-four iterations; see test_compact_is_two_loop_to_rounding.
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_options_may_change_under_way() -> None:
+    """Catches a memory that is lost, or of the wrong kind, after its options are set anew."""
+    options = {"max_iter": 6, "lr": 0.5}
+    expected, _, _ = train(stableopt.LBFGS, steps=2, direction="two_loop", **options)
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), **options)
+    closure = closure_of(model, optimizer)
+    optimizer.step(closure)
+    optimizer.param_groups[0]["direction"] = "two_loop"
+    optimizer.param_groups[0]["history_size"] = 50
+    optimizer.step(closure)
+    torch.testing.assert_close(flat(model), expected, rtol=1e-11, atol=1e-11)  # as above
+    optimizer.param_groups[0]["history_size"] = 3
+    optimizer.step(closure)
+    (state,) = optimizer.state_dict()["state"].values()
+    assert len(state["old_dirs"]) == 3

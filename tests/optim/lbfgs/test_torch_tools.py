@@ -1,0 +1,187 @@
+"""L-BFGS with ranks, hooks, a compiler, casts, schedulers and a monitor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from lbfgs_single_runs import DIRECTIONS, SEARCHES, X, Y, closure_of, flat, network
+from torch import Tensor, nn
+
+import stableopt
+from stableopt.stability import UpdateRule
+
+
+def test_ranks_take_the_same_branches() -> None:
+    """Catches a branch that is taken on the rank's own loss: calls would differ, and hang."""
+
+    def run(own: float) -> tuple[int, Tensor]:
+        model = network()
+        optimizer = stableopt.LBFGS(
+            model.parameters(),
+            line_search_fn="strong_wolfe",
+            # As a mean over ranks would: all see the same number, whatever is theirs alone.
+            reduce_loss=lambda loss: loss - own * len(seen),
+        )
+        plain, seen = closure_of(model, optimizer), []
+
+        def closure() -> Tensor:
+            seen.append(own)
+            return plain() + own * len(seen)
+
+        returned = optimizer.step(closure)
+        assert returned.item() == pytest.approx(0.653 + own, abs=1e-3)
+        return len(seen), flat(model)
+
+    (calls, point), (other_calls, other_point) = run(0.0), run(0.5)
+    assert calls == other_calls
+    # A half a call is added and taken away in single precision.
+    torch.testing.assert_close(point, other_point, rtol=1e-2, atol=1e-2)
+
+
+HOOKS = """
+import itertools, os, sys
+import torch
+import torch._dynamo
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+import stableopt
+
+def check(order):
+    calls = []
+    register_optimizer_step_pre_hook(lambda o, a, k: calls.append("global pre"))
+    register_optimizer_step_post_hook(lambda o, a, k: calls.append("global post"))
+    for kind in order:
+        p = nn.Parameter(torch.ones(1))
+        optimizer = kind([p])
+        optimizer.register_step_pre_hook(lambda o, a, k: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda o, a, k: calls.append("post"))
+        def closure():
+            p.grad = 2 * p.detach()
+            return p.detach().square().sum()
+        calls.clear()
+        optimizer.step(closure)
+        assert calls == ["global pre", "pre", "post", "global post"], (order, calls)
+        assert abs(p.item()) < 1e-3, p
+
+for order in itertools.permutations([torch.optim.LBFGS, stableopt.LBFGS, stableopt.LBFGS]):
+    child = os.fork()
+    if child == 0:
+        try:
+            check(order)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, order
+print("all orders")
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")
+def test_step_hooks_fire_once_whichever_class_comes_first() -> None:
+    """Catches ``step`` wrapped once for the class and once for its base."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOOKS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "all orders"
+
+
+def test_compiled_step() -> None:
+    """Catches a step that the compiler traces into: its control flow depends on data."""
+    model, other = network(), network()
+    optimizer, reference = (stableopt.LBFGS(m.parameters(), lr=0.5) for m in (model, other))
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        step(lambda: closure_of(model, optimizer)().detach())
+        reference.step(closure_of(other, reference))
+    torch._dynamo.reset()
+    assert torch.equal(flat(model), flat(other))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_model_cast_under_way(direction: str) -> None:
+    """Catches pairs of the old dtype in products with gradients of the new one."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3, direction=direction)
+    optimizer.step(closure_of(model, optimizer))
+    model.double()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X.double()), Y.double())
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    for _ in range(3):
+        optimizer.step(closure)
+    assert closure() < first
+    assert optimizer.inverse_hessian_matvec(torch.ones(20).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(direction: str, dtype: torch.dtype) -> None:
+    """Catches kernels that half precision lacks, as triangular systems do."""
+    model = network().to(dtype)
+    optimizer = stableopt.LBFGS(
+        model.parameters(), max_iter=5, direction=direction, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(X.to(dtype)), Y.to(dtype))
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    optimizer.step(closure)
+    assert closure() < first
+
+
+def test_scheduler_sets_the_rate() -> None:
+    """Catches a rate that is read once: at rate zero nothing moves."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=1.0, max_iter=2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else 0)
+    closure, points = closure_of(model, optimizer), []
+    for _ in range(4):
+        optimizer.step(closure)
+        scheduler.step()
+        points.append(flat(model))
+    assert not torch.equal(points[0], points[1])
+    assert torch.equal(points[2], points[3])
+
+
+def full_batch(optimizer: Any) -> UpdateRule:
+    return UpdateRule(lr=float(optimizer.param_groups[0]["lr"]), full_batch=True)
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_tracking_leaves_training_alone_and_counts_steps(line_search_fn: str | None) -> None:
+    """Catches a measurement within a step, or samples of all its calls taken for the batch."""
+    ends = []
+    for tracked in (False, True):
+        model = network()
+        optimizer = stableopt.LBFGS(
+            model.parameters(), lr=0.5, max_iter=5, line_search_fn=line_search_fn
+        )
+        if tracked:
+            optimizer.track(model, nn.MSELoss(), (X, Y), every=1, update_rule=full_batch)
+        for _ in range(3):
+            optimizer.step(closure_of(model, optimizer))
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+    history = list(optimizer.monitor.history)
+    assert [m.step for m in history] == [1, 2, 3]
+    assert [m.failure for m in history] == [None] * 3
+    # Every call of the closure sees all 12 samples; a step has 12, however often it looks.
+    assert [m.batch_size for m in history] == [12] * 3
+    assert [m.dataset_size for m in history] == [12] * 3
