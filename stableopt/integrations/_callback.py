@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
-from stableopt.monitor.monitor import Sink, StabilityMonitor, check_sinks
+from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.sinks.delivery import Sink, check_sinks
 from stableopt.stability import StabilityMargins
 
 __all__ = ["Tracked"]

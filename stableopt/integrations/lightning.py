@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.integrations._callback import Tracked
-from stableopt.monitor.monitor import Sink
+from stableopt.sinks.delivery import Sink
 from stableopt.stability import StabilityMargins
 
 __all__ = ["StabilityCallback"]

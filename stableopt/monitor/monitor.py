@@ -1,53 +1,37 @@
-"""When to measure, at what cost, and whom to tell.
+"""`StabilityMonitor`: measures stability margins during training and sends them to sinks.
 
 Three examples::
 
     StabilityMonitor(optimizer, model, loss_fn, (x, y), every=50)          # any torch optimizer
     StabilityMonitor(optimizer, model, loss_fn, (x, y), max_overhead=0.05) # 5 % of training time
     with StabilityMonitor(optimizer, Problem.from_batch_loss(model, loss, data), every=10): ...
+
+A monitor is a step hook, a schedule, a measurer and sinks.
 """
 
 from __future__ import annotations
 
-import math
-import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from statistics import median_low
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt._arguments import positive, whole
 from stableopt._torch import eager
 from stableopt.curvature import Problem
 from stableopt.curvature.problem.parameters import group_of
-from stableopt.distributed import LostRankError
+from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
-from stableopt.stability.limits import noise_factor
+from stableopt.monitor.schedule import Schedule, moved
+from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
+from stableopt.sinks.events import Event, Measured
 from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.measure.measure import (
-    as_seen_by,
-    check_params,
-    check_quantities,
-    measure_at,
-    problem_of,
-)
+from stableopt.stability.measure.measure import problem_of
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
-__all__ = ["Sink", "StabilityMonitor"]
-
-Sink = Callable[[int, dict[str, float]], Any]
-"""Anything that takes ``(step, record)``; a ``flush()`` is called when a monitor closes."""
-
-DEFAULT_OVERHEAD = 0.05
-
-_OBSERVED_STEPS = 5
-"""Steps whose median is the observed batch size: one ragged batch, or one skipped step whose
-samples are counted with the next, does not change it."""
+__all__ = ["StabilityMonitor"]
 
 _HISTORY = 10_000
 
@@ -134,19 +118,10 @@ class StabilityMonitor:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
-        if every is not None and max_overhead is not None:
-            raise ValueError("every and max_overhead: expected at most one of them")
-        self._every = None if every is None else whole("every", every)
-        self._max_overhead = positive(
-            "max_overhead", DEFAULT_OVERHEAD if max_overhead is None else max_overhead
-        )
-        self._cold_every = whole("cold_every", cold_every, least=0)
-        self._tol, self._max_iter = positive("tol", tol), whole("max_iter", max_iter)
-        self._seed = whole("seed", seed, least=0)
+        self._schedule = Schedule(every, max_overhead)
         self.sinks = check_sinks(sinks)
         self.optimizer = optimizer = base_optimizer(optimizer)
-        self._update_rule = update_rule
-        self.problem = problem_of(
+        problem = problem_of(
             model,
             loss_fn,
             data,
@@ -155,36 +130,31 @@ class StabilityMonitor:
             dtype=dtype,
             process_group=group_of(model) if process_group is None else process_group,
         )
-        self._explicit = params is not None
-        check_params(optimizer, self.problem, explicit=self._explicit)
-        rule = self._rule()
-        self.quantities = check_quantities(quantities, rule, sharded=self.problem.sharded)
-        as_seen_by(self.problem, rule, optimizer)  # raises where the groups do not fit
-        probe_size = self.problem.num_samples
-        self._probe_is_all = dataset_size is None
-        self._dataset_size = (
-            probe_size if dataset_size is None else whole("dataset_size", dataset_size)
+        self._counter = SampleCounter()
+        self._warn = WarnOnce(active=problem.ranks.rank == 0)
+        self._measurer = Measurer(
+            optimizer,
+            problem,
+            self._counter,
+            self._warn,
+            explicit=params is not None,
+            update_rule=update_rule,
+            quantities=quantities,
+            batch_size=batch_size,
+            dataset_size=dataset_size,
+            tol=tol,
+            max_iter=max_iter,
+            cold_every=cold_every,
+            seed=seed,
         )
-        self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
-        if self._batch_size is not None:
-            noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
-
+        self.quantities = self._measurer.quantities
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
-        self._starts: dict[str, Tensor] = {}
-        self._measured = 0
-        self._pending = False
-        self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
-        self._began = self._last_end = time.perf_counter()
-        self._observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
-        self._of_all_ranks: int | None = None
-        self._next_question = 0
-        self._warned: set[str] = set()
+        self._schedule.start()  # what it took to build the problem is not training time
 
-        self._counter = SampleCounter()
-        observed = model if isinstance(model, nn.Module) else self.problem.model
+        observed = model if isinstance(model, nn.Module) else problem.model
         self._handles = [
-            # This one first: modules of torch.jit refuse it, and nothing must be left behind.
+            # This one first: torch.jit modules refuse it, and then no hook must be left behind.
             observed.register_forward_pre_hook(self._counter, with_kwargs=True),
             optimizer.register_step_post_hook(self._after_step),
         ]
@@ -195,36 +165,36 @@ class StabilityMonitor:
         return self.history[-1] if self.history else None
 
     @property
+    def problem(self) -> Problem:
+        """The problem that is measured; another one once the model's parameters change."""
+        return self._measurer.problem
+
+    @property
     def batch_size(self) -> int | None:
         """Samples in a step, as given or observed; ``None`` before the first step.
 
         Where several ranks train, those of all of them, as of the last measurement.
         """
-        if self._batch_size is not None:
-            return self._batch_size
-        if self.problem.ranks.several:
-            return self._of_all_ranks
-        return median_low(self._observed) if self._observed else None
+        return self._measurer.batch_size
 
     @property
     def update_rule(self) -> UpdateRule:
         """The update rule, read from the optimizer as it stands now."""
-        return self._rule()
+        return self._measurer.rule()
 
     @property
     def eigenvectors(self) -> dict[str, Tensor]:
-        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, if it found any.
+        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, as far as found.
 
-        In the coordinates of the update rule; where its preconditioner is not a part of these, as
-        L-BFGS's, the covector, of which the eigenvector is the preconditioner's image.
+        They are in the coordinates of the update rule. Where its preconditioner is not part of these,
+        as with L-BFGS, it is the covector: the eigenvector is the preconditioner's image of it.
         """
-        return {name: subspace[0] for name, subspace in self._starts.items()}
+        return {name: subspace[0] for name, subspace in self._measurer.starts.items()}
 
     @property
     def overhead(self) -> float:
         """Time spent measuring, as a share of the time spent training since the monitor began."""
-        training = time.perf_counter() - self._began - self._seconds
-        return self._seconds / training if training > 0 else math.inf
+        return self._schedule.overhead
 
     def count_samples(self, batch: Any) -> None:
         """Count the samples of ``batch`` for the step to come, and of forward passes no longer.
@@ -245,178 +215,52 @@ class StabilityMonitor:
         self._counter.add(batch)
 
     def measure(self) -> StabilityMargins:
-        """Measure now, whatever the step; record the result and tell the sinks. On every rank.
+        """Measure now, at any step; record the result and send it to the sinks. On every rank.
 
         Raises:
-            Exception: whatever goes wrong, other than curvature that is not finite.
+            Exception: any error, other than curvature that is not finite.
         """
-        return self._timed(self._measure_now)
+        return self._record(self._measurer.measure)
 
-    def _timed(self, measured: Callable[[], StabilityMargins]) -> StabilityMargins:
-        device = self.problem.device
-        if device.type == "cuda":
-            # Work that training has queued is not the measurement's.
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        try:
-            return self._tell(measured())
-        finally:
-            self._last_end = time.perf_counter()
-            self._last_seconds, self._last_step = self._last_end - began, self.step
-            self._seconds += self._last_seconds
+    def deliver(self, event: Event) -> None:
+        """Send ``event`` to the sinks; a sink that fails is warned of once for each reason."""
+        deliver(event, self.sinks, self._warn)
 
-    def _measured_or_failed(self) -> StabilityMargins:
-        try:
-            return self._measure_now()
-        except LostRankError:  # the training cannot go on either, and would hang
-            raise
-        except Exception as error:  # measuring must not end the training
-            return StabilityMargins(step=self.step, failure=f"{type(error).__name__}: {error}")
+    def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
+        problem = self.problem
+        if problem.device.type == "cuda":
+            # The time of work that training has queued is not the measurement's.
+            torch.cuda.synchronize(problem.device)
+        with self._schedule.timed(self.step):
+            event = measure(self.step)
+            self.history.append(event.margins)
+            self._warn_of(event.margins)
+            if problem.ranks.rank == 0:
+                self.deliver(event)
+        return event.margins
 
-    def _measure_now(self) -> StabilityMargins:
-        rule = self._rule()
-        self._follow()
-        own = median_low(self._observed) if self._observed else 0
-        self._of_all_ranks = int(self.problem.ranks.all_reduce_sum(own)) or None
-        # A rule of the full batch may look at it many times a step: what was counted is no batch.
-        whole_set = rule.full_batch
-        batch_size = None if whole_set else self.batch_size
-        dataset_size = self._dataset_size if whole_set else self._known_dataset_size()
-        cold = self._measured % (self._cold_every + 1) == 0
-        margins, subspaces = measure_at(
-            as_seen_by(self.problem, rule, self.optimizer),
-            rule,
-            batch_size=batch_size,
-            dataset_size=dataset_size,
-            quantities=self.quantities,
-            tol=self._tol,
-            max_iter=self._max_iter,
-            # A new seed each time: noise that is always the same would never see what it missed.
-            seed=self._seed + self._measured,
-            starts={} if cold else self._starts,
-            step=self.step,
-        )
-        self._measured += 1
-        self._starts = subspaces
-        return margins
-
-    def _follow(self) -> None:
-        """Go on with the model's parameters where they have changed, as when layers thaw."""
-        problem = self.problem.current()
-        if problem is not self.problem:
-            check_params(self.optimizer, problem, explicit=self._explicit)
-            self.problem, self._starts = problem, {}
-
-    def _tell(self, margins: StabilityMargins) -> StabilityMargins:
-        self.history.append(margins)
+    def _warn_of(self, margins: StabilityMargins) -> None:
         if margins.failure is not None:
             self._warn(f"the measurement at step {margins.step} failed", margins.failure)
         elif not margins.converged:
             self._warn(
                 f"the measurement at step {margins.step} did not converge",
-                f"in {self._max_iter} products; raise max_iter or tol",
+                f"in {self._measurer.max_iter} products; raise max_iter or tol",
             )
-        record = margins.record()
-        for sink in self.sinks if self.problem.ranks.rank == 0 else ():
-            try:
-                sink(margins.step, dict(record))
-            except Exception as error:
-                self._warn(
-                    f"the sink {type(sink).__name__} failed", f"{type(error).__name__}: {error}"
-                )
-        return margins
-
-    def _rule(self) -> UpdateRule:
-        if self._update_rule is None:
-            return UpdateRule.from_optimizer(self.optimizer)
-        rule = self._update_rule
-        if not isinstance(rule, UpdateRule) and callable(rule):
-            rule = rule(self.optimizer)
-        if not isinstance(rule, UpdateRule):
-            raise TypeError(
-                f"update_rule={self._update_rule!r}: expected an UpdateRule, or a function of the"
-                " optimizer that returns one"
-            )
-        return rule
-
-    def _known_dataset_size(self) -> int | None:
-        batch_size, size = self.batch_size, self._dataset_size
-        if self._batch_size is None and batch_size is not None and batch_size > size:
-            if not self._probe_is_all:
-                raise ValueError(
-                    f"steps of {batch_size} samples were observed, above dataset_size={size}"
-                )
-            self._warn(
-                f"steps have more samples than the {size} probe samples",
-                "limits are for an infinite data set; pass dataset_size= or batch_size=",
-            )
-            return None
-        return size
-
-    def _warn(self, what: str, why: str) -> None:
-        if why not in self._warned and self.problem.ranks.rank == 0:
-            self._warned.add(why)
-            warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        samples = self._counter.take()
+        self._counter.end_step()
         self.step += 1
-        if samples:
-            self._observed.append(samples)
-        if self._turn():
-            self._timed(self._measured_or_failed)
-
-    def _turn(self) -> bool:
-        """Whether to measure after this step; where several ranks train, as rank 0 finds."""
-        ranks = self.problem.ranks
-        if ranks.several and self.step < self._next_question:
-            return False
-        self._pending = self._pending or self._due()
-        turn = self._pending and self._moved()
-        self._pending = self._pending and not turn
-        if ranks.several:
-            found = turn, self._pending, self.step + self._steps_to_go()
-            turn, self._pending, self._next_question = ranks.broadcast_object(found)
-        return turn
-
-    def _steps_to_go(self) -> int:
-        """Return after how many steps the ranks should ask again: at each would be a broadcast."""
-        if self._pending:
-            return 1
-        if self._every is not None:
-            return self._every - self.step % self._every
-        waited = time.perf_counter() - self._last_end
-        each = waited / max(self.step - self._last_step, 1)
-        left = self._last_seconds / self._max_overhead - waited
-        # Half of what seems to be left, since steps differ: soon the half is none.
-        return max(1, int(left / each / 2))
-
-    def _due(self) -> bool:
-        if self._every is not None:
-            return self.step % self._every == 0
-        # The training time since the last measurement has paid for one like it.
-        waited = time.perf_counter() - self._last_end
-        return waited >= self._last_seconds / self._max_overhead
-
-    def _moved(self) -> bool:
-        """Whether the step changed anything: not at rate zero, nor skipped by a gradient scaler."""
-        if all(float(group.get("lr", 1.0)) == 0 for group in self.optimizer.param_groups):
-            return False
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        return found_inf is None or not bool(torch.as_tensor(found_inf).any())
+        if self._schedule.turn(self.step, lambda: moved(self.optimizer), self.problem.ranks):
+            self._record(self._measurer.measure_or_fail)
 
     def close(self) -> None:
         """Detach from optimizer and model, and flush the sinks; ``history`` stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for sink in self.sinks:
-            if callable(flush := getattr(sink, "flush", None)):
-                try:
-                    flush()
-                except Exception as error:  # it must not hide the error that ends a `with`
-                    self._warn(f"the sink {type(sink).__name__} failed to flush", repr(error))
+        flush(self.sinks, self._warn)
 
     def __enter__(self) -> StabilityMonitor:
         return self
@@ -433,10 +277,10 @@ class StabilityMonitor:
         """Return steps, history and subspaces as plain numbers, lists, dicts and tensors."""
         return {
             "step": self.step,
-            "measured": self._measured,
-            "pending": self._pending,
-            "observed": list(self._observed),
-            "starts": dict(self._starts),
+            "measured": self._measurer.measured,
+            "pending": self._schedule.pending,
+            "observed": list(self._counter.observed),
+            "starts": dict(self._measurer.starts),
             "history": [margins.to_dict() for margins in self.history],
         }
 
@@ -444,37 +288,17 @@ class StabilityMonitor:
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: if its subspaces are not of this model's size.
+            ValueError: if something is missing, or its subspaces are not of this model's size.
         """
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"state_dict lacks {sorted(missing)}")
-        size = self.problem.num_params
-        for name, subspace in state["starts"].items():
-            if subspace.shape[-1:] != (size,):
-                raise ValueError(
-                    f"state_dict: the subspace of {name} has shape {tuple(subspace.shape)},"
-                    f" and the model has {size} parameters"
-                )
-        device, dtype = self.problem.device, self.problem.dtype
-        starts = {name: kept.to(device, dtype) for name, kept in state["starts"].items()}
+        # Nothing changes before all of it has been read.
+        starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
-        # Nothing is changed before all of it has been read.
-        self._starts = starts
-        self.step, self._measured = state["step"], state["measured"]
-        self._pending, self._next_question = bool(state["pending"]), 0
-        self._observed = deque(state["observed"], maxlen=_OBSERVED_STEPS)
-        self.history = deque(history, maxlen=_HISTORY)
-
-
-def check_sinks(sinks: Any) -> list[Sink]:
-    """Return ``sinks`` as a list; a single one may stand for a list of it."""
-    if callable(sinks):
-        sinks = [sinks]
-    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-        raise TypeError(f"sinks={sinks!r}: expected a list of callables (step, record)")
-    listed = list(sinks)
-    for sink in listed:
-        if not callable(sink) or isinstance(sink, type):
-            raise TypeError(f"sinks: {sink!r} is not a callable (step, record)")
-    return listed
+        step, measured = state["step"], state["measured"]
+        pending, observed = bool(state["pending"]), list(state["observed"])
+        self.step, self.history = step, deque(history, maxlen=_HISTORY)
+        self._measurer.restore(measured=measured, starts=starts)
+        self._schedule.restore(pending=pending)
+        self._counter.restore(observed)

@@ -1,8 +1,10 @@
-"""Counting the samples of a step from the model's forward passes."""
+"""`SampleCounter`: observes the batch size of training from the model's forward passes."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -15,35 +17,55 @@ from stableopt.curvature.problem.data import tensors_in
 
 __all__ = ["SampleCounter"]
 
+_OBSERVED_STEPS = 5
+"""Steps whose median is the batch size. One ragged batch does not change it, nor does one skipped
+step, whose samples are counted with the next."""
+
 
 class SampleCounter:
-    """A forward pre-hook that counts samples; a copy made with its module counts nothing."""
+    """A forward pre-hook that counts samples; a copy made with its module counts nothing.
+
+    Attributes:
+        active: whether forward passes are counted.
+        observed: samples of each of the latest five steps, oldest first.
+    """
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
+        self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
         self._count = 0
+
+    @property
+    def batch_size(self) -> int | None:
+        """The median of :attr:`observed`; ``None`` before the first step with samples."""
+        return median_low(self.observed) if self.observed else None
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Count the samples of a forward pass that training makes."""
-        # Validation runs without gradients and is no part of a step; nor are passes of this or any
-        # other measurement.
+        """Count the samples of a training forward pass."""
+        # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
         if self.active and torch.is_grad_enabled() and not measuring():
             self.add((args, kwargs))
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch``: the leading dimension of its first tensor."""
-        # A packed sequence holds rows of several samples: its batch sizes start with all.
+        # A packed sequence holds rows of several samples: its first batch size is that of all.
         packed = next(_packed_in(batch), None)
         if packed is not None:
             self._count += int(packed.batch_sizes[0])
         else:
             self._count += next((t.shape[0] for t in tensors_in(batch) if t.dim()), 0)
 
-    def take(self) -> int:
-        """Return the samples since the last call."""
-        count, self._count = self._count, 0
-        return count
+    def end_step(self) -> None:
+        """Take the samples since the last call, if any, as those of one step."""
+        if self._count:
+            self.observed.append(self._count)
+        self._count = 0
+
+    def restore(self, observed: list[int]) -> None:
+        """Continue with the ``observed`` of an earlier run."""
+        self.observed.clear()
+        self.observed.extend(observed)
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
         return SampleCounter(active=False)

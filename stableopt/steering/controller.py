@@ -10,6 +10,7 @@ from typing import Any
 
 from stableopt._arguments import positive, whole
 from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.sinks.events import Decided
 from stableopt.stability import StabilityMargins
 from stableopt.steering import agreement as ranks
 from stableopt.steering.batch_laws import (
@@ -18,7 +19,7 @@ from stableopt.steering.batch_laws import (
     batch_staircase,
     keep_batch_margin,
 )
-from stableopt.steering.decision import Decision, marks, tell
+from stableopt.steering.decision import Decision, marks
 from stableopt.steering.lr_laws import State, new_state
 from stableopt.steering.samplers import Resizable
 from stableopt.steering.scheduler import StabilityLR, said_before
@@ -137,7 +138,7 @@ class StabilityController:
             if decision.changes or not said_before(decision, self.decisions):
                 self.decisions.append(decision)
                 if ranks.is_first():
-                    tell(decision, self.monitor.sinks)
+                    self.monitor.deliver(Decided(decision.step, decision))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but monitor and optimizer as plain numbers, lists and dicts.

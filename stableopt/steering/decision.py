@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Decision", "Kind", "What", "marks", "tell"]
+__all__ = ["Decision", "Kind", "What", "marks"]
 
 What = Literal["lr", "batch_size", "weights", "target"]
 Kind = Literal[
@@ -96,21 +95,3 @@ def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:
             latest[decision.what] = decision.kind
             found.append((decision.step, f"{decision.kind} {decision.what.replace('_', ' ')}"))
     return found
-
-
-def tell(decision: Decision, sinks: Iterable[Any]) -> None:
-    """Give the decision's record to each sink, and to its ``note(step, text)``, if it has one.
-
-    A sink that fails is warned of: it must not end the training.
-    """
-    for sink in sinks:
-        try:
-            sink(decision.step, decision.record())
-            if callable(note := getattr(sink, "note", None)):
-                note(decision.step, str(decision))
-        except Exception as error:
-            warnings.warn(
-                f"the sink {type(sink).__name__} failed: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )

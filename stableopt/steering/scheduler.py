@@ -15,9 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stableopt._arguments import positive
 from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.sinks.events import Decided
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering import agreement as ranks
-from stableopt.steering.decision import Decision, tell
+from stableopt.steering.decision import Decision
 from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
 from stableopt.steering.rollback import LastGood, kick_along
 from stableopt.steering.target import OPEN, TargetRegion, at_lr
@@ -182,7 +183,7 @@ class StabilityLR(LRScheduler):
                 continue  # a decision to change nothing is said once
             self.decisions.append(decision)
             if ranks.is_first():
-                tell(decision, self.monitor.sinks)
+                self.monitor.deliver(Decided(decision.step, decision))
             if decision.dry_run:
                 continue
             if decision.kind in ("restore", "kick"):

@@ -162,7 +162,7 @@ def tracking() -> dict[str, Any]:
 
 def clocks() -> list[int]:
     """Measure by the clock, where each rank has another; return the steps that were measured."""
-    stableopt.monitor.monitor.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]
+    stableopt.monitor.schedule.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]
     options = {"max_overhead": 0.2, "quantities": ["sharpness"], "tol": 0.1}
     _, monitor, _ = trained(24, track=True, **options)
     return [margins.step for margins in monitor.history]

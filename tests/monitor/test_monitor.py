@@ -79,13 +79,13 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
 def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a search that never starts afresh, which could follow an overtaken eigenvector on."""
     given: list[tuple[set[str], int]] = []
-    measure_at = stableopt.monitor.monitor.measure_at
+    measure_at = stableopt.monitor.measurer.measure_at
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         given.append((set(kwargs["starts"]), kwargs["seed"]))
         return measure_at(*args, **kwargs)
 
-    monkeypatch.setattr(stableopt.monitor.monitor, "measure_at", recorded)
+    monkeypatch.setattr(stableopt.monitor.measurer, "measure_at", recorded)
     model, optimizer, _ = start(cold_every=2, seed=7)
     train(model, optimizer, 7)
     cold, warm = set[str](), {"sharpness"}

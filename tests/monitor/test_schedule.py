@@ -61,7 +61,7 @@ def test_share_of_the_training_time_is_held(monkeypatch: pytest.MonkeyPatch, sha
     """
     clock = Clock()
     monkeypatch.setattr(
-        stableopt.monitor.monitor, "time", types.SimpleNamespace(perf_counter=clock)
+        stableopt.monitor.schedule, "time", types.SimpleNamespace(perf_counter=clock)
     )
 
     def slow(output: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_default_share_is_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a default that measures every step: 1 s of measuring asks for 20 s of training."""
     clock = Clock()
     monkeypatch.setattr(
-        stableopt.monitor.monitor, "time", types.SimpleNamespace(perf_counter=clock)
+        stableopt.monitor.schedule, "time", types.SimpleNamespace(perf_counter=clock)
     )
 
     def slow(output: Tensor, y: Tensor) -> Tensor:

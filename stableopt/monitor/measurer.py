@@ -1,0 +1,182 @@
+"""`Measurer`: measures the margins of one training run again and again, with warm starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt._arguments import positive, whole
+from stableopt.curvature import Problem
+from stableopt.distributed import LostRankError
+from stableopt.monitor.sample_counter import SampleCounter
+from stableopt.sinks.delivery import WarnOnce
+from stableopt.sinks.events import Measured
+from stableopt.stability.limits import noise_factor
+from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.measure import (
+    as_seen_by,
+    check_params,
+    check_quantities,
+    measure_at,
+)
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["Measurer"]
+
+
+class Measurer:
+    """Measures an optimizer's problem as it stands, from the eigenvectors of the time before.
+
+    Arguments are those of :class:`~stableopt.StabilityMonitor`, and ``explicit``: whether the user
+    chose the parameters that count.
+
+    Attributes:
+        problem: the problem; another one once the model's trainable parameters change.
+        quantities: what is measured, in the order in which it is.
+        starts: the eigenvectors to start from ``(k, d)`` by quantity, the top one first.
+        measured: how many measurements there were.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        problem: Problem,
+        counter: SampleCounter,
+        warn: WarnOnce,
+        *,
+        explicit: bool,
+        update_rule: UpdateRule | Callable[[Any], UpdateRule] | None,
+        quantities: Iterable[str],
+        batch_size: int | None,
+        dataset_size: int | None,
+        tol: float,
+        max_iter: int,
+        cold_every: int,
+        seed: int,
+    ) -> None:
+        self._optimizer, self.problem, self._explicit = optimizer, problem, explicit
+        self._counter, self._warn = counter, warn
+        self._update_rule = update_rule
+        self.tol, self.max_iter = positive("tol", tol), whole("max_iter", max_iter)
+        self._cold_every = whole("cold_every", cold_every, least=0)
+        self._seed = whole("seed", seed, least=0)
+        check_params(optimizer, problem, explicit=explicit)
+        rule = self.rule()
+        self.quantities = check_quantities(quantities, rule, sharded=problem.sharded)
+        as_seen_by(problem, rule, optimizer)  # raises where the groups do not fit
+        self._probe_is_all = dataset_size is None
+        size = problem.num_samples if dataset_size is None else dataset_size
+        self._dataset_size = whole("dataset_size", size)
+        self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
+        if self._batch_size is not None:
+            noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
+        self.starts: dict[str, Tensor] = {}
+        self.measured = 0
+        self._of_all_ranks: int | None = None
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a step, as given or observed; of all ranks, as of the last measurement."""
+        if self._batch_size is not None:
+            return self._batch_size
+        return self._of_all_ranks if self.problem.ranks.several else self._counter.batch_size
+
+    def rule(self) -> UpdateRule:
+        """Return the update rule as it stands now.
+
+        Raises:
+            TypeError: for an ``update_rule`` that is none, and as ``UpdateRule.from_optimizer`` does.
+        """
+        if self._update_rule is None:
+            return UpdateRule.from_optimizer(self._optimizer)
+        rule = self._update_rule
+        if not isinstance(rule, UpdateRule) and callable(rule):
+            rule = rule(self._optimizer)
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(
+                f"update_rule={self._update_rule!r}: expected an UpdateRule, or a function of the"
+                " optimizer that returns one"
+            )
+        return rule
+
+    def measure_or_fail(self, step: int) -> Measured:
+        """Measure after ``step``; an error becomes the ``failure`` of the margins."""
+        try:
+            return self.measure(step)
+        except LostRankError:  # training cannot continue either, and would hang
+            raise
+        except Exception as error:  # measuring must not end the training
+            failure = f"{type(error).__name__}: {error}"
+            return Measured(step, StabilityMargins(step=step, failure=failure))
+
+    def measure(self, step: int) -> Measured:
+        """Measure after ``step``; errors are raised, other than curvature that is not finite."""
+        rule = self.rule()
+        self._follow()
+        self._of_all_ranks = (
+            int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
+        )
+        # A rule of the full batch may evaluate it many times a step: the count is not a batch size.
+        batch_size = None if rule.full_batch else self.batch_size
+        dataset_size = self._dataset_size if rule.full_batch else self._known_dataset_size()
+        cold = self.measured % (self._cold_every + 1) == 0
+        margins, subspaces = measure_at(
+            as_seen_by(self.problem, rule, self._optimizer),
+            rule,
+            batch_size=batch_size,
+            dataset_size=dataset_size,
+            quantities=self.quantities,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            # A new seed each time: the same noise would always miss the same direction.
+            seed=self._seed + self.measured,
+            starts={} if cold else self.starts,
+            step=step,
+        )
+        self.measured += 1
+        self.starts = subspaces
+        return Measured(step, margins, rule)
+
+    def restore(self, *, measured: int, starts: dict[str, Tensor]) -> None:
+        """Continue from an earlier run; ``starts`` as :meth:`checked` returned them."""
+        self.measured, self.starts = measured, starts
+
+    def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return saved ``starts`` on the device of the problem, in its precision.
+
+        Raises:
+            ValueError: if they are not of its size.
+        """
+        size = self.problem.num_params
+        for name, subspace in starts.items():
+            if subspace.shape[-1:] != (size,):
+                raise ValueError(
+                    f"state_dict: the subspace of {name} has shape {tuple(subspace.shape)},"
+                    f" and the model has {size} parameters"
+                )
+        device, dtype = self.problem.device, self.problem.dtype
+        return {name: subspace.to(device, dtype) for name, subspace in starts.items()}
+
+    def _follow(self) -> None:
+        """Continue with the model's parameters where they have changed, as when layers thaw."""
+        problem = self.problem.current()
+        if problem is not self.problem:
+            check_params(self._optimizer, problem, explicit=self._explicit)
+            self.problem, self.starts = problem, {}
+
+    def _known_dataset_size(self) -> int | None:
+        batch_size, size = self.batch_size, self._dataset_size
+        if self._batch_size is None and batch_size is not None and batch_size > size:
+            if not self._probe_is_all:
+                raise ValueError(
+                    f"steps of {batch_size} samples were observed, above dataset_size={size}"
+                )
+            self._warn(
+                f"steps have more samples than the {size} probe samples",
+                "limits are for an infinite data set; pass dataset_size= or batch_size=",
+            )
+            return None
+        return size

@@ -1,0 +1,114 @@
+"""`Schedule`: decides after which steps to measure, and accounts for the time that it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from stableopt._arguments import positive, whole
+from stableopt.distributed import Ranks
+
+__all__ = ["Schedule", "moved"]
+
+DEFAULT_OVERHEAD = 0.05
+
+
+class Schedule:
+    """Measures every so many steps, or as often as a share of the training time allows.
+
+    Args:
+        every: measure after each so many steps.
+        max_overhead: or: the largest share of the training time spent measuring; 0.05 by default.
+
+    Attributes:
+        pending: whether a measurement is due that waits for a step that moves something.
+
+    Raises:
+        ValueError: for numbers out of range, or both.
+
+    >>> schedule = Schedule(every=2)
+    >>> [schedule.turn(step, lambda: step != 2, Ranks()) for step in range(1, 6)]
+    [False, False, True, True, False]
+    """
+
+    def __init__(self, every: int | None = None, max_overhead: float | None = None) -> None:
+        if every is not None and max_overhead is not None:
+            raise ValueError("every and max_overhead: expected at most one of them")
+        self._every = None if every is None else whole("every", every)
+        share = DEFAULT_OVERHEAD if max_overhead is None else max_overhead
+        self._max_overhead = positive("max_overhead", share)
+        self._last_step = 0
+        self._seconds = self._last_seconds = 0.0
+        self.restore(pending=False)
+        self.start()
+
+    def start(self) -> None:
+        """Count training time from now on."""
+        self._began = self._last_end = time.perf_counter()
+
+    def restore(self, *, pending: bool) -> None:
+        """Continue from an earlier run, which left a measurement pending or not."""
+        self.pending, self._next_question = pending, 0
+
+    @property
+    def overhead(self) -> float:
+        """Time spent measuring, as a share of the time spent training."""
+        training = time.perf_counter() - self._began - self._seconds
+        return self._seconds / training if training > 0 else math.inf
+
+    @contextmanager
+    def timed(self, step: int) -> Iterator[None]:
+        """Take the time of the block as that of a measurement after ``step``, failed ones too."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last_end = time.perf_counter()
+            self._last_seconds, self._last_step = self._last_end - began, step
+            self._seconds += self._last_seconds
+
+    def turn(self, step: int, moved: Callable[[], bool], ranks: Ranks) -> bool:
+        """Whether to measure after ``step``, which ``moved`` something; rank 0 decides for all.
+
+        What is due after a step that moved nothing waits for the next that does.
+        """
+        if ranks.several and step < self._next_question:
+            return False
+        self.pending = self.pending or self._due(step)
+        turn = self.pending and moved()
+        self.pending = self.pending and not turn
+        if ranks.several:
+            found = turn, self.pending, step + self._steps_to_go(step)
+            turn, self.pending, self._next_question = ranks.broadcast_object(found)
+        return turn
+
+    def _due(self, step: int) -> bool:
+        if self._every is not None:
+            return step % self._every == 0
+        # The training time since the last measurement has paid for one like it.
+        waited = time.perf_counter() - self._last_end
+        return waited >= self._last_seconds / self._max_overhead
+
+    def _steps_to_go(self, step: int) -> int:
+        """Return after how many steps to ask rank 0 again: to ask at each costs a broadcast a step."""
+        if self.pending:
+            return 1
+        if self._every is not None:
+            return self._every - step % self._every
+        waited = time.perf_counter() - self._last_end
+        each = waited / max(step - self._last_step, 1)
+        left = self._last_seconds / self._max_overhead - waited
+        # Half of what seems to be left, since steps differ: after a few questions, none is.
+        return max(1, int(left / each / 2))
+
+
+def moved(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the last step moved anything: not at rate zero, nor skipped by a grad scaler."""
+    if all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups):
+        return False
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is None or not bool(torch.as_tensor(found_inf).any())

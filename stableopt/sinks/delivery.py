@@ -1,0 +1,86 @@
+"""`deliver`: sends an event to every sink, whatever a sink does with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from stableopt.sinks.events import Decided, Event
+
+__all__ = ["EventSink", "Sink", "WarnOnce", "check_sinks", "deliver", "flush"]
+
+
+@runtime_checkable
+class EventSink(Protocol):
+    """A sink that takes events rather than records."""
+
+    def receive(self, event: Event) -> Any:
+        """Take ``event``."""
+
+
+Sink: TypeAlias = Callable[[int, dict[str, float]], Any] | EventSink
+"""A callable that takes ``(step, record)``, or an :class:`EventSink`; either may have a ``flush()``,
+which the monitor calls when it closes."""
+
+
+class WarnOnce:
+    """Issues a ``RuntimeWarning`` once for each reason; ``active=False`` issues none."""
+
+    def __init__(self, active: bool = True) -> None:
+        self._active = active
+        self._given: set[str] = set()
+
+    def __call__(self, what: str, why: str) -> None:
+        """Warn that ``what`` happened, unless ``why`` was the reason of a warning before."""
+        if self._active and why not in self._given:
+            self._given.add(why)
+            warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=3)
+
+
+def check_sinks(sinks: Any) -> list[Sink]:
+    """Return ``sinks`` as a list; a single sink may stand for a list of one.
+
+    Raises:
+        TypeError: for anything that is not a sink.
+    """
+    if callable(sinks) or isinstance(sinks, EventSink):
+        sinks = [sinks]
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(f"sinks={sinks!r}: expected a list of callables (step, record)")
+    listed = list(sinks)
+    for sink in listed:
+        if isinstance(sink, type) or not (callable(sink) or isinstance(sink, EventSink)):
+            raise TypeError(f"sinks: {sink!r} is not a callable (step, record)")
+    return listed
+
+
+def deliver(event: Event, sinks: Iterable[Sink], warn: WarnOnce) -> None:
+    """Send ``event`` to each sink; a sink that fails is warned of, and training goes on.
+
+    A sink with ``receive`` gets the event. Any other is called with the step and a record of its own,
+    and its ``note(step, text)``, if it has one, with the reason of a decision.
+    """
+    for sink in sinks:
+        try:
+            if isinstance(sink, EventSink):
+                sink.receive(event)
+                continue
+            sink(event.step, event.record())
+            if isinstance(event, Decided) and callable(note := getattr(sink, "note", None)):
+                note(event.step, str(event.decision))
+        except Exception as error:
+            warn(f"the sink {type(sink).__name__} failed", f"{type(error).__name__}: {error}")
+
+
+def flush(sinks: Iterable[Sink], warn: WarnOnce) -> None:
+    """Call ``flush()`` of each sink that has one; a failure is warned of.
+
+    It must not hide an error that ends a ``with`` block.
+    """
+    for sink in sinks:
+        if callable(flush := getattr(sink, "flush", None)):
+            try:
+                flush()
+            except Exception as error:
+                warn(f"the sink {type(sink).__name__} failed to flush", repr(error))
