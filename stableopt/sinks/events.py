@@ -48,8 +48,8 @@ class Measured:
         itself is left out, so that a sink that keeps the region keeps no tensors.
 
         >>> margins = StabilityMargins(batch_size=4)
-        >>> Measured(1, margins, UpdateRule(lr=0.1, momentum=0.9)).region.max_sharpness
-        38.0
+        >>> Measured(1, margins, UpdateRule(lr=0.5, momentum=0.5)).region.max_sharpness
+        6.0
         """
         rule = self.rule
         if rule is None or rule.unknown is not None:

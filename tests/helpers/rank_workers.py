@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import stableopt
-import stableopt.monitor.monitor
+import stableopt.monitor.schedule
 from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.gram.gram import largest_block, project

@@ -11,6 +11,7 @@ from monitored_runs import MSE, X, Y, linear, start, train
 from torch import Tensor, nn
 
 import stableopt
+import stableopt.monitor.measurer
 import stableopt.monitor.monitor
 
 

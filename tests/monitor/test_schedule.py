@@ -6,11 +6,14 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from monitored_runs import MSE, X, Y, linear, start, train
 from torch import Tensor, nn
 
 import stableopt
-import stableopt.monitor.monitor
+import stableopt.monitor.schedule
+from stableopt.distributed import Ranks
+from stableopt.monitor.schedule import Schedule, moved
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
@@ -116,3 +119,83 @@ def test_default_share_is_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
         clock.now += 1.0
         train(model, optimizer)
     assert [m.step for m in monitor.history] == [1, 21, 41]
+
+
+class TwoRanks(Ranks):
+    """Rank 0 of two, which counts the questions that the ranks ask each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.asked = 2, 0
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        self.asked += 1
+        return value
+
+
+def test_a_measurement_that_is_due_waits_for_a_step_that_moves() -> None:
+    """Catches one that is forgotten, and one that is made up for twice."""
+    schedule = Schedule(every=3)
+    moves = [step not in (3, 4) for step in range(10)]
+    turns = [step for step in range(1, 10) if schedule.turn(step, lambda s=step: moves[s], Ranks())]
+    assert turns == [5, 6, 9]
+
+
+def test_what_is_pending_survives_a_checkpoint() -> None:
+    """Catches a resumed run that skips the measurement it owed."""
+    first, second = Schedule(every=3), Schedule(every=3)
+    assert not first.turn(3, lambda: False, Ranks())
+    second.restore(pending=first.pending)
+    assert second.turn(4, lambda: True, Ranks())
+
+
+def test_moving_is_looked_at_only_when_due() -> None:
+    """Catches a host transfer in each step: `found_inf` of a gradient scaler is on the device."""
+    looked = []
+    schedule = Schedule(every=4)
+    for step in range(1, 9):
+        schedule.turn(step, lambda s=step: bool(looked.append(s)) or True, Ranks())
+    assert looked == [4, 8]
+
+
+def test_ranks_ask_rank_0_only_when_it_may_be_time() -> None:
+    """Catches a broadcast in each step."""
+    schedule, ranks = Schedule(every=4), TwoRanks()
+    turns = [step for step in range(1, 14) if schedule.turn(step, lambda: True, ranks)]
+    assert turns == [4, 8, 12]
+    assert ranks.asked == 4  # at the first step, to learn when to ask again, and each time
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Catches a measurement that fails at once in each step, at full cost, because it is not timed."""
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
+    schedule = Schedule(max_overhead=0.25)
+    assert schedule.turn(1, lambda: True, Ranks())
+    try:
+        with schedule.timed(1):
+            clock.now += 2.0
+            if fails:
+                raise OSError
+    except OSError:
+        pass
+    turns = []
+    for step in range(2, 12):
+        clock.now += 1.0
+        turns.append(schedule.turn(step, lambda: True, Ranks()))
+    assert turns.index(True) == 7  # the eighth second pays for two at a quarter
+    assert schedule.overhead == 0.2
+
+
+def test_a_step_moves_unless_its_rates_are_zero_or_a_scaler_skipped_it() -> None:
+    """Catches curvature measured after a step that did nothing."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    assert moved(optimizer)
+    optimizer.found_inf = torch.tensor(1.0)
+    assert not moved(optimizer)
+    optimizer.found_inf = torch.tensor(0.0)
+    assert moved(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert not moved(optimizer)

@@ -403,7 +403,9 @@ def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, da
     optimizer = stableopt.GD(network.parameters(), lr=0.3)
     h = dense_hessians(network, nn.MSELoss(), *data).mean(0)
     monitor = optimizer.track(network, nn.MSELoss(), data, quantities=("theorem1",), tol=1e-8)
-    monitor._counter.observed.append(100)  # steps of more samples than the probe has: warnings are errors
+    monitor._counter.observed.append(
+        100
+    )  # steps of more samples than the probe has: warnings are errors
     found = monitor.measure()
     contraction = torch.eye(38, dtype=torch.float64) - 0.3 * h
     assert found.theorem1 == pytest.approx(largest(contraction @ contraction), rel=1e-6)
