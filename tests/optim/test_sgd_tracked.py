@@ -110,7 +110,7 @@ def test_copies_of_a_tracked_pair_train_on_untracked(way: str) -> None:
     assert same(fit(model, optimizer, range(2, 5)), final)
     assert monitor.step == 5
     # Batches of 3 each; those of the twin, counted here too, would make one of 12.
-    assert list(monitor._observed) == [3] * 5
+    assert list(monitor._counter.observed) == [3] * 5
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -122,7 +122,7 @@ def test_copies_of_a_tracked_model_have_nothing_to_do_with_the_monitor(way: str)
     twin = copied(model, way)
     backward(twin, 0)
     fit(model, optimizer, range(1))
-    assert list(monitor._observed) == [3]
+    assert list(monitor._counter.observed) == [3]
     assert same(weights(twin), weights(network()))
 
 
