@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hostile_models.blocks import MSE, sequences
-from hostile_models.setting import Setting, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hostile_models.blocks import MSE, sequences
+from hostile_models.setting import Setting, measured
 
 
 class Attention(nn.Module):

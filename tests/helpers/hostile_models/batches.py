@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from hostile_models.blocks import MSE, mlp, next_token_loss, pair, tokens
-from hostile_models.parameters import TiedLanguageModel
-from hostile_models.setting import Setting, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from hostile_models.blocks import MSE, mlp, next_token_loss, pair, tokens
+from hostile_models.parameters import TiedLanguageModel
+from hostile_models.setting import Setting, measured
 
 
 class Reads(nn.Module):

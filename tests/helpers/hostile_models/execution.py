@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hostile_models.blocks import MSE, mlp, pair
-from hostile_models.setting import Setting, measured
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hostile_models.blocks import MSE, mlp, pair
+from hostile_models.setting import Setting, measured
 
 
 @measured("compiled", "double backward, uncompiled")

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hostile_models.blocks import MSE, mlp, pair, tokens
-from hostile_models.setting import Setting, measured
 from oracles import SineOnce
 from torch import Tensor, nn
+
+from hostile_models.blocks import MSE, mlp, pair, tokens
+from hostile_models.setting import Setting, measured
 
 
 class Noise(nn.Module):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from hostile_models.blocks import MSE, mlp, pair
 from hostile_models.setting import Setting, measured
-from torch import nn
 
 
 @measured("batch norm in eval mode")

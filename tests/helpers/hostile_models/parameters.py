@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from hostile_models.blocks import MSE, mlp, next_token_loss, pair, tokens
-from hostile_models.setting import Setting, measured
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+
+from hostile_models.blocks import MSE, mlp, next_token_loss, pair, tokens
+from hostile_models.setting import Setting, measured
 
 
 class TiedLanguageModel(nn.Module):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from hostile_models.batches import named_rows
 from hostile_models.blocks import MSE, mlp, pair
 from hostile_models.setting import Setting, refused
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @refused("batch norm without running statistics", "normalises by batch statistics even in eval")

@@ -6,11 +6,12 @@ from collections import deque
 from typing import Any
 
 import torch
-from hostile_models.blocks import MSE, pair, sequences
-from hostile_models.setting import Setting, measured
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
+
+from hostile_models.blocks import MSE, pair, sequences
+from hostile_models.setting import Setting, measured
 
 
 class Recurrent(nn.Module):
