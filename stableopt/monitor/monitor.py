@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from stableopt._torch import eager
 from stableopt.curvature import Problem
-from stableopt.curvature.problem.parameters import group_of
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
@@ -29,6 +28,7 @@ from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.measure.measure import problem_of
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
 __all__ = ["StabilityMonitor"]
@@ -104,7 +104,7 @@ class StabilityMonitor:
         max_overhead: float | None = None,
         batch_size: int | None = None,
         dataset_size: int | None = None,
-        quantities: Iterable[str] = ("sharpness",),
+        quantities: Iterable[str] = DEFAULT_QUANTITIES,
         sinks: Iterable[Sink] = (),
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
         params: Iterable[Tensor] | None = None,
@@ -128,7 +128,7 @@ class StabilityMonitor:
             params=params,
             chunk_size=chunk_size,
             dtype=dtype,
-            process_group=group_of(model) if process_group is None else process_group,
+            process_group=process_group,
         )
         self._counter = SampleCounter()
         self._warn = WarnOnce(active=problem.ranks.rank == 0)

@@ -7,11 +7,13 @@ from stableopt.stability.limits import (
     min_sharpness,
     noise_factor,
 )
-from stableopt.stability.margins import Measurement, StabilityMargins
+from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
 from stableopt.stability.measure.measure import measure
+from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
+from stableopt.stability.measurement import Measurement, QuantityResult
 from stableopt.stability.region import StabilityRegion
 from stableopt.stability.rules import readers
 from stableopt.stability.rules.preconditioner import (
@@ -23,11 +25,15 @@ from stableopt.stability.rules.preconditioner import (
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
+    "QUANTITIES",
     "BatchSharpness",
+    "Chart",
     "CriticalLR",
     "DiagonalPreconditioner",
     "MatrixPreconditioner",
     "Measurement",
+    "Quantity",
+    "QuantityResult",
     "SecondMomentExcess",
     "StabilityMargins",
     "StabilityRegion",
@@ -44,4 +50,5 @@ __all__ = [
     "min_sharpness",
     "noise_factor",
     "readers",
+    "register",
 ]

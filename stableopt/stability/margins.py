@@ -1,49 +1,42 @@
-"""What a measurement found, beside the largest values that the step allows."""
+"""`StabilityMargins`: the quantities of one measurement beside their limits."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
-__all__ = ["Measurement", "StabilityMargins"]
+from stableopt.stability.measure.quantities import QUANTITIES, split
+from stableopt.stability.measurement import Measurement, QuantityResult
+
+__all__ = ["StabilityMargins"]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One measured value and what is known of its accuracy and cost.
+class _Part:
+    """A number of one quantity under a name of its own, such as ``margins.sharpness_limit``."""
 
-    Attributes:
-        value: the value itself.
-        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x, and half
-            of that for a value that is its root; of an average, its relative standard error.
-        products: products with the operator that it took.
-        seconds: wall time.
-        converged: whether the residual fell below the tolerance.
-    """
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._quantity, self._part = split(name)
 
-    value: float
-    residual: float
-    products: int
-    seconds: float
-    converged: bool
-
-    def within(self, error: float, tol: float) -> Measurement:
-        """Return it for products that are off by ``error`` themselves, as differences are."""
-        if error == 0:
+    @overload
+    def __get__(self, margins: None, owner: type) -> _Part: ...
+    @overload
+    def __get__(self, margins: StabilityMargins, owner: type) -> float | None: ...
+    def __get__(self, margins: StabilityMargins | None, owner: type) -> _Part | float | None:
+        if margins is None:
             return self
-        residual = max(self.residual, error)
-        return dataclasses.replace(
-            self, residual=residual, converged=self.converged and residual <= tol
-        )
+        number: float | None = getattr(margins[self._quantity], self._part)
+        return number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class StabilityMargins:
     r"""Sharpness and non-uniformity at one step, and the largest values that the step allows.
 
-    ``None`` means "not measured" or "not known"; infinity means "no limit", as for the
+    ``margins["sharpness"]`` has ``value``, ``limit``, ``ratio``, ``margin`` and ``measurement``, and
+    so has each quantity of :data:`~stableopt.stability.QUANTITIES`; the attributes below are
+    shorthands. ``None`` means "not measured" or "not known"; infinity means "no limit", as for the
     non-uniformity of full-batch gradient descent.
 
     Attributes:
@@ -70,9 +63,14 @@ class StabilityMargins:
             are too many directions, an upper bound:
             :func:`~stableopt.stability.critical_lr`. It is of the Gauss–Newton matrix.
         critical_lr_lower: a learning rate up to which all is certainly stable.
+        critical_lr_ratio: learning rate over the critical one, 1 at the edge.
         batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
             plain SGD stays.
-        measurements: residual, products, seconds and convergence of each measured quantity.
+        sharpness_ratio, preconditioned_sharpness_ratio, non_uniformity_ratio: value over limit, 1
+            at the edge of stability, 0 where there is no limit.
+        sharpness_margin, preconditioned_sharpness_margin, non_uniformity_margin: limit minus value.
+        results: the :class:`~stableopt.stability.QuantityResult` of each quantity, measured or
+            limited, by name.
         failure: why the measurement failed, or ``None``.
         method: how products with the Hessian were taken, and what of the model's way to train they
             went without: ``"double backward"``, ``"central differences"``, then, separated by
@@ -83,59 +81,87 @@ class StabilityMargins:
     (0.75, 5.0, True)
     """
 
-    step: int = 0
-    lr: float | None = None
-    batch_size: int | None = None
-    dataset_size: int | None = None
-    loss: float | None = None
-    sharpness: float | None = None
-    sharpness_limit: float | None = None
-    preconditioned_sharpness: float | None = None
-    preconditioned_sharpness_limit: float | None = None
-    non_uniformity: float | None = None
-    non_uniformity_limit: float | None = None
-    theorem1: float | None = None
-    critical_lr: float | None = None
-    critical_lr_lower: float | None = None
-    batch_sharpness: float | None = None
-    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    step: int
+    lr: float | None
+    batch_size: int | None
+    dataset_size: int | None
+    loss: float | None
+    results: Mapping[str, QuantityResult] = field(default_factory=dict)
     failure: str | None = None
     method: str | None = None
 
-    @property
-    def sharpness_ratio(self) -> float | None:
-        """Sharpness over its limit: the edge of stability is at 1."""
-        return _ratio(self.sharpness, self.sharpness_limit)
+    sharpness = _Part()
+    sharpness_limit = _Part()
+    sharpness_ratio = _Part()
+    sharpness_margin = _Part()
+    preconditioned_sharpness = _Part()
+    preconditioned_sharpness_limit = _Part()
+    preconditioned_sharpness_ratio = _Part()
+    preconditioned_sharpness_margin = _Part()
+    non_uniformity = _Part()
+    non_uniformity_limit = _Part()
+    non_uniformity_ratio = _Part()
+    non_uniformity_margin = _Part()
+    theorem1 = _Part()
+    critical_lr = _Part()
+    critical_lr_lower = _Part()
+    critical_lr_ratio = _Part()
+    batch_sharpness = _Part()
+
+    def __init__(
+        self,
+        step: int = 0,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        dataset_size: int | None = None,
+        loss: float | None = None,
+        *,
+        results: Mapping[str, QuantityResult] | None = None,
+        measurements: Mapping[str, Measurement] | None = None,
+        failure: str | None = None,
+        method: str | None = None,
+        **numbers: float | None,
+    ) -> None:
+        for key in numbers:
+            name, part = split(key)
+            if name not in QUANTITIES or part not in _STORED:
+                raise TypeError(
+                    f"{key}={numbers[key]!r}: expected some of {', '.join(QUANTITIES)}, and"
+                    " <quantity>_limit"
+                )
+        found = _with(results or {}, numbers, measurements or {})
+        known = {
+            "step": step,
+            "lr": lr,
+            "batch_size": batch_size,
+            "dataset_size": dataset_size,
+            "loss": loss,
+            "results": {name: _compared(name, result, lr) for name, result in found.items()},
+            "failure": failure,
+            "method": method,
+        }
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+
+    def __getitem__(self, name: str) -> QuantityResult:
+        """Return the result of one quantity; all of it is ``None`` where it was not measured.
+
+        Raises:
+            KeyError: for a name that is not registered, of which there is no result either.
+
+        >>> margins = StabilityMargins(sharpness=15.0, sharpness_limit=20.0)
+        >>> margins["sharpness"].ratio, margins["non_uniformity"].value
+        (0.75, None)
+        """
+        if name not in self.results and name not in QUANTITIES:
+            raise KeyError(f"{name!r}: expected one of {', '.join({**QUANTITIES, **self.results})}")
+        return self.results.get(name, QuantityResult())
 
     @property
-    def preconditioned_sharpness_ratio(self) -> float | None:
-        """Preconditioned sharpness over its limit: the edge of stability is at 1."""
-        return _ratio(self.preconditioned_sharpness, self.preconditioned_sharpness_limit)
-
-    @property
-    def non_uniformity_ratio(self) -> float | None:
-        """Non-uniformity over its limit; 0 where there is no limit."""
-        return _ratio(self.non_uniformity, self.non_uniformity_limit)
-
-    @property
-    def critical_lr_ratio(self) -> float | None:
-        """Learning rate over the critical one: the edge of mean-square stability is at 1."""
-        return _ratio(self.lr, self.critical_lr)
-
-    @property
-    def sharpness_margin(self) -> float | None:
-        """What is left of the limit: limit minus sharpness."""
-        return _margin(self.sharpness, self.sharpness_limit)
-
-    @property
-    def preconditioned_sharpness_margin(self) -> float | None:
-        """What is left of the limit: limit minus preconditioned sharpness."""
-        return _margin(self.preconditioned_sharpness, self.preconditioned_sharpness_limit)
-
-    @property
-    def non_uniformity_margin(self) -> float | None:
-        """What is left of the limit: limit minus non-uniformity."""
-        return _margin(self.non_uniformity, self.non_uniformity_limit)
+    def measurements(self) -> dict[str, Measurement]:
+        """Residual, products, seconds and convergence of each measured quantity."""
+        found = ((name, result.measurement) for name, result in self.results.items())
+        return {name: measurement for name, measurement in found if measurement is not None}
 
     @property
     def limited_sharpness(self) -> float | None:
@@ -170,22 +196,15 @@ class StabilityMargins:
         return sum(m.seconds for m in self.measurements.values())
 
     def record(self) -> dict[str, float]:
-        """Return what a sink is given: every known number by name, ratios included.
+        """Return what a sink receives: every known number by name, ratios included.
 
-        Infinite limits stay; a failed measurement has no values, and ``failed`` is 1.
+        Infinite limits are included. A failed measurement has no values, and ``failed`` is 1.
 
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).record()["sharpness_ratio"]
         0.75
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        names = [n for n in names if n not in _NOT_NUMBERS]
-        names += [
-            "sharpness_ratio",
-            "preconditioned_sharpness_ratio",
-            "non_uniformity_ratio",
-            "critical_lr_ratio",
-        ]
-        known = {name: getattr(self, name) for name in names}
+        common = {name: getattr(self, name) for name in _COMMON if name != "step"}
+        known = common | self._numbers(*_STORED) | self._numbers("ratio")
         record = {name: float(value) for name, value in known.items() if value is not None}
         record["seconds"] = self.seconds
         record["failed"] = float(self.failure is not None)
@@ -194,7 +213,14 @@ class StabilityMargins:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and dicts, for checkpoints; :meth:`from_dict` reads them."""
-        return dataclasses.asdict(self)
+        measurements = {name: dataclasses.asdict(m) for name, m in self.measurements.items()}
+        return {
+            **{name: getattr(self, name) for name in _COMMON},
+            **self._numbers(*_STORED),
+            "measurements": measurements,
+            "failure": self.failure,
+            "method": self.method,
+        }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> StabilityMargins:
@@ -204,19 +230,48 @@ class StabilityMargins:
         >>> StabilityMargins.from_dict(margins.to_dict()) == margins
         True
         """
+        common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
+        # Quantities of a checkpoint are kept where they are not registered here.
+        numbers = {name: state[name] for name in state if name not in (*common, "measurements")}
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
-        return cls(**{**state, "measurements": measurements})
+        return cls(**common, results=_with({}, numbers, measurements))
+
+    def _numbers(self, *parts: str) -> dict[str, float | None]:
+        return {
+            name if part == "value" else f"{name}_{part}": getattr(result, part)
+            for name, result in self.results.items()
+            for part in parts
+            if getattr(result, part) is not None
+        }
 
 
-_NOT_NUMBERS = ("step", "measurements", "failure", "method")
+_COMMON = ("step", "lr", "batch_size", "dataset_size", "loss")
+
+_STORED = ("value", "limit", "lower")
+"""Parts of a result that are not derived from others."""
 
 
-def _ratio(value: float | None, limit: float | None) -> float | None:
-    if value is None or limit is None:
-        return None
-    # A limit of zero or less admits nothing: any step is over the edge.
-    return value / limit if limit > 0 else float("inf")
+def _with(
+    results: Mapping[str, QuantityResult],
+    numbers: Mapping[str, float | None],
+    measurements: Mapping[str, Measurement],
+) -> dict[str, QuantityResult]:
+    """Return ``results`` with the numbers, named as in a record, and measurements; none empty."""
+    changes: dict[str, dict[str, Any]] = {name: {} for name in results}
+    for key, number in numbers.items():
+        name, part = split(key)
+        changes.setdefault(name, {})[part] = number
+    for name, measurement in measurements.items():
+        changes.setdefault(name, {})["measurement"] = measurement
+    found = {
+        name: dataclasses.replace(results.get(name, QuantityResult()), **parts)
+        for name, parts in changes.items()
+    }
+    return {name: result for name, result in found.items() if result != QuantityResult()}
 
 
-def _margin(value: float | None, limit: float | None) -> float | None:
-    return None if value is None or limit is None else limit - value
+def _compared(name: str, result: QuantityResult, lr: float | None) -> QuantityResult:
+    quantity = QUANTITIES.get(name)
+    if quantity is not None and quantity.limits_lr:
+        return result.compared_with(lr)
+    return result.compared()

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature import NonFiniteError, Problem, top_eigenpair
+from stableopt.curvature import NonFiniteError, Problem
+from stableopt.curvature.problem.parameters import group_of
 from stableopt.curvature.problem.sharded import sharded_or_whole
-from stableopt.curvature.products.linearization_cache import MEMORY
-from stableopt.stability.direct import DIRECT
 from stableopt.stability.limits import noise_factor
-from stableopt.stability.margins import Measurement, StabilityMargins
+from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.measure.coordinates import as_seen_by
-from stableopt.stability.measure.quantities import DEGREE, OperatorsAt, measurement_of
+from stableopt.stability.measure.evaluation import Evaluation
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measurement import QuantityResult
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
-    "QUANTITIES",
     "as_seen_by",
     "check_params",
     "check_quantities",
@@ -31,15 +31,6 @@ __all__ = [
     "measure_at",
     "problem_of",
 ]
-
-QUANTITIES = ("sharpness", "preconditioned_sharpness", "non_uniformity", "theorem1", *DIRECT)
-"""What :func:`measure` can measure, in the order in which it does."""
-
-_MOST_VECTORS, _FEWEST_VECTORS = 40, 6
-"""Vectors of the parameters' size that an eigen-solver holds: as many as 1 GiB takes twice, since a
-restart has the old ones beside the new. Where it is not all, none are kept to be followed."""
-
-DEFAULT_QUANTITIES = ("sharpness", "non_uniformity")
 
 
 def measure(
@@ -52,7 +43,7 @@ def measure(
     update_rule: UpdateRule | None = None,
     batch_size: int | None = None,
     dataset_size: int | None = None,
-    quantities: Iterable[str] | None = None,
+    quantities: Iterable[str] = DEFAULT_QUANTITIES,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
     dtype: torch.dtype | None = None,
@@ -76,14 +67,15 @@ def measure(
             optimizer is :class:`stableopt.GD`.
         dataset_size: samples in all, where ``data`` is only a part of them.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``; by default sharpness and, unless
-            the preconditioner is not diagonal, non-uniformity. Sharpness comes with the preconditioned
-            one where there is a preconditioner.
+            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, and those that were registered;
+            by default sharpness alone, the cheapest, as in the monitor. Sharpness comes with the
+            preconditioned one where there is a preconditioner.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
-            shard as ``data``; see :class:`~stableopt.curvature.Problem`.
+            shard as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
+            ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: of the eigen-solver's random start.
@@ -133,9 +125,6 @@ def measure(
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
-    if quantities is None:
-        every = _diagonal(rule) and not problem.sharded
-        quantities = DEFAULT_QUANTITIES if every else ("sharpness",)
     margins, _ = measure_at(
         problem,
         rule,
@@ -153,17 +142,23 @@ def problem_of(
     model: nn.Module | Problem,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     data: Any,
+    *,
+    process_group: Any = None,
     **options: Any,
 ) -> Problem:
-    """Return the problem of ``model``, or ``model`` itself where it is one already.
+    """Return the problem of ``model``, or ``model`` itself if it is one already.
+
+    The process group is by default the one that trains the model.
 
     Raises:
-        ValueError: if ``loss_fn`` or ``data`` are missing, or ``options`` are given beside a problem.
+        ValueError: if ``loss_fn`` or ``data`` are missing, or anything is given beyond a problem.
     """
     if not isinstance(model, Problem):
         if loss_fn is None or data is None:
-            raise ValueError("loss_fn and data: expected both, or a Problem in place of model")
-        return sharded_or_whole(model, loss_fn, data, **options)
+            raise ValueError("loss_fn and data: expected both, or a Problem as model")
+        group = group_of(model) if process_group is None else process_group
+        return sharded_or_whole(model, loss_fn, data, process_group=group, **options)
+    options["process_group"] = process_group
     if any(value is not None for value in (loss_fn, data, *options.values())):
         raise ValueError(
             f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
@@ -198,29 +193,13 @@ def check_quantities(
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
     if not wanted or any(name not in QUANTITIES for name in wanted):
-        raise ValueError(f"quantities={quantities!r}: expected a sequence of some of {QUANTITIES}")
-    if "theorem1" in wanted and rule is not None and not rule.plain:
         raise ValueError(
-            f"quantities: theorem1 is a condition on SGD without momentum, and momentum is"
-            f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
+            f"quantities={quantities!r}: expected a sequence of some of {tuple(QUANTITIES)}"
         )
-    per_sample = [name for name in ("non_uniformity", "theorem1", *DIRECT) if name in wanted]
-    if per_sample and not _diagonal(rule):
-        raise ValueError(
-            f"quantities: {per_sample[0]} needs a preconditioner with a root that can be multiplied"
-            " by, and this one is not diagonal; leave it out"
-        )
-    if sharded and per_sample:
-        raise ValueError(
-            f"quantities: {per_sample[0]} needs the gradients of single samples, and fully_shard sums"
-            " them over samples and ranks; expected sharpness alone. Measure a replica for the others"
-        )
-    if "preconditioned_sharpness" in wanted and (rule is None or not rule.preconditioned):
-        raise ValueError(
-            "quantities: preconditioned_sharpness needs an optimizer with a preconditioner; for"
-            " others the limit is on the sharpness"
-        )
-    return tuple(name for name in QUANTITIES if name in wanted)
+    known = [quantity for name, quantity in QUANTITIES.items() if name in wanted]
+    for quantity in known:
+        quantity.check(rule, sharded=sharded)
+    return tuple(quantity.name for quantity in known)
 
 
 def measure_at(
@@ -242,102 +221,61 @@ def measure_at(
     returned either. With a preconditioned rule the sharpness is measured together with the
     preconditioned one.
     """
+    samples = dataset_size if rule is not None and rule.full_batch else batch_size
+    names = _measurable(quantities, rule)
+    results = {
+        name: QuantityResult(limit=quantity.limit_of(rule, batch_size, dataset_size))
+        for name, quantity in QUANTITIES.items()
+        if quantity.in_box or name in names
+    }
+    evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
-        batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
+        batch_size=samples,
         dataset_size=dataset_size,
-        non_uniformity_limit=_non_uniformity_limit(rule, batch_size, dataset_size),
+        results=results,
         method=problem.method,
     )
-    if rule is not None and rule.unknown is None:
-        prefix = "preconditioned_" if rule.preconditioned else ""
-        limit: dict[str, Any] = {f"{prefix}sharpness_limit": rule.max_sharpness}
-        margins = dataclasses.replace(margins, **limit)
-    quantities = _measurable(quantities, rule)
-    operators = OperatorsAt(problem, rule, margins)
-    vectors = _vectors_held(problem)
-    measurements: dict[str, Measurement] = {}
-    subspaces: dict[str, Tensor] = {}
-    more: dict[str, float] = {}
+    failure = None
     try:
         # Vectors made in an ambient inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
-            for name in quantities:
-                began = time.perf_counter()
-                if name in DIRECT:
-                    direct = DIRECT[name](problem, rule, margins, seed)
-                    if direct.measurement is not None:
-                        seconds = time.perf_counter() - began
-                        measurements[name] = dataclasses.replace(
-                            direct.measurement, seconds=seconds
-                        )
-                        more.update(direct.more)
-                    continue
-                start = (starts or {}).get(name)
-                preconditioner = operators.preconditioner(name)
-                pair = top_eigenpair(
-                    operators.of(name),
-                    preconditioner=preconditioner,
-                    start=start,
-                    keep=starts is not None and vectors == _MOST_VECTORS,
-                    most_vectors=vectors,
-                    tol=DEGREE.get(name, 1) * tol,
-                    max_iter=max_iter,
-                    seed=seed,
-                )
-                if pair.subspace is not None:
-                    subspaces[name] = pair.subspace
-                elif starts is not None and preconditioner is None:
-                    subspaces[name] = pair.vector[None]
-                found = measurement_of(name, pair, time.perf_counter() - began)
-                measurements[name] = found.within(operators.error(name), tol)
-        failure = None
+            for name in names:
+                QUANTITIES[name].check_known(rule, samples)
+                results[name] = _timed(name, evaluation, results[name].limit)
     except NonFiniteError as error:
         failure = str(error)
-    loss = problem.sign * operators.loss()
+    loss = evaluation.loss()
     if not abs(loss) < float("inf"):
         failure = f"the loss is {loss}"
     if failure is not None:
         return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
-    values: dict[str, Any] = {name: m.value for name, m in measurements.items()} | more
-    return dataclasses.replace(margins, loss=loss, measurements=measurements, **values), subspaces
+    return dataclasses.replace(margins, loss=loss, results=results), evaluation.subspaces
 
 
-def _vectors_held(problem: Problem) -> int:
-    """Return how many vectors of the parameters' size a search may hold at once."""
-    # Of a sharded problem each rank holds a part, and all must search alike.
-    each = max(problem.ranks.all_gather_object(problem.num_params)) * problem.dtype.itemsize
-    return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
-
-
-def _non_uniformity_limit(
-    rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
-) -> float | None:
-    if rule is None or rule.unknown or (batch_size is None and not rule.full_batch):
-        return None
-    if not rule.full_batch and not _diagonal(rule):
-        return None
-    return rule.max_non_uniformity(batch_size, dataset_size)
-
-
-def _diagonal(rule: UpdateRule | None) -> bool:
-    """Whether a step is one learning rate for all once each coordinate is scaled."""
-    return rule is None or rule.preconditioner is None or rule.preconditioner.diagonal
+def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityResult:
+    began = time.perf_counter()
+    found = QUANTITIES[name].measured(evaluation)
+    seconds, measurement = time.perf_counter() - began, found.measurement
+    if measurement is not None:
+        measurement = dataclasses.replace(measurement, seconds=seconds)
+    return dataclasses.replace(found, limit=limit, measurement=measurement)
 
 
 def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
-    """Return what of ``quantities`` has a meaning for ``rule`` as it is now, and its companions."""
+    """Return the quantities that are defined for ``rule`` as it is now, and their companions."""
     wanted = set(quantities)
-    preconditioned = rule is not None and rule.preconditioned
-    if preconditioned and "sharpness" in wanted:
+    if rule is not None and rule.preconditioned and "sharpness" in wanted:
         wanted.add("preconditioned_sharpness")
-    if not preconditioned:
-        wanted.discard("preconditioned_sharpness")
-    reason = None if rule is None else rule.unknown
-    if reason is not None and wanted != {"sharpness"}:
-        wanted &= {"sharpness"}
+    if rule is None or not rule.preconditioned:
+        wanted = {name for name in wanted if "preconditioner" not in QUANTITIES[name].needs}
+    unknown = {name for name in wanted if "step" in QUANTITIES[name].needs}
+    if rule is not None and rule.unknown is not None and unknown:
+        wanted -= unknown
         warnings.warn(
-            f"the preconditioned margins are not known: {reason}", RuntimeWarning, stacklevel=3
+            f"the preconditioned margins are not known: {rule.unknown}",
+            RuntimeWarning,
+            stacklevel=3,
         )
     return [name for name in QUANTITIES if name in wanted]

@@ -1,117 +1,342 @@
-"""The operators whose top eigenvalues a measurement is of, and what of an eigenvalue is reported."""
+r"""The registry of quantities: what each needs, how it is measured, its limit and its chart.
+
+:func:`~stableopt.measure`, the monitor, :class:`~stableopt.StabilityMargins`, sinks and plots take
+quantities from here, so that a new one is one entry::
+
+    def trace(at):                                  # at: an Evaluation, with at.problem, at.rule, ...
+        return QuantityResult(value=float(...))
+
+    register(Quantity("trace", trace))
+    measure(model, loss_fn, data, quantities=("sharpness", "trace"))["trace"].value
+"""
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-from stableopt.curvature import Eigenpair, Hessian, NonUniformity, Operator, Problem
-from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
+from stableopt.curvature import Hessian
 from stableopt.stability.limits import noise_factor
-from stableopt.stability.margins import Measurement, StabilityMargins
+from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
+from stableopt.stability.measure.batch_sharpness import batch_sharpness
+from stableopt.stability.measure.evaluation import Evaluation
+from stableopt.stability.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["DEGREE", "OperatorsAt", "measurement_of"]
+__all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]
 
-DEGREE = {"non_uniformity": 2}
-"""Powers of a quantity that are the eigenvalue: the relative error of a root is half of that."""
+Need = Literal["rule", "batch_size", "per_sample", "no_momentum", "preconditioner", "step"]
 
+DEFAULT_QUANTITIES = ("sharpness",)
+"""What :func:`~stableopt.measure` and the monitor measure unless asked for more: it costs a few
+gradients, needs no batch size, and is defined for every optimizer, precision and sharding."""
 
-def measurement_of(name: str, pair: Eigenpair, seconds: float) -> Measurement:
-    """Return the value of a quantity, of whose eigenvalue ``pair`` is."""
-    value = pair.value
-    if name == "non_uniformity":
-        # The square root of an eigenvalue that rounding may leave below zero.
-        value = max(value, 0.0) ** 0.5
-    elif name == "theorem1":
-        value += 1.0  # the left side of (8), of which the operator is the excess over 1
-    relative = pair.relative_residual / DEGREE.get(name, 1)
-    return Measurement(value, relative, pair.products, seconds, pair.converged)
+_PARTS = ("limit", "lower", "ratio", "margin")
+
+_LONGEST_TAG, _LONGEST_SHORT_TAG = 9, 5
 
 
-class OperatorsAt:
-    """The operators of one measurement, each built when it is asked for and then shared."""
+@dataclass(frozen=True)
+class Chart:
+    r"""How plots and TensorBoard show a quantity beside its limit.
 
-    def __init__(
-        self, problem: Problem, rule: UpdateRule | None, margins: StabilityMargins
-    ) -> None:
-        self._problem, self._rule, self._margins = problem, rule, margins
-        self._built: dict[str, Operator] = {}
-        self._loss: float | None = None
+    Attributes:
+        title: the quantity in words.
+        symbol: in LaTeX, for axis labels.
+        tag: its tag in TensorBoard, at most 9 characters, since legends have room for 25:
+            ``stability/<tag>_value``.
+        short_tag: at most 5 characters, by default the first of ``tag``:
+            ``stability/<short_tag>_ratio_low``.
+        band: half the width of the band around the limit, as a share of it.
 
-    def of(self, name: str) -> Operator:
-        """Return the operator of a quantity."""
-        if name not in self._built:
-            self._built[name] = getattr(self, "_" + name)()
-        return self._built[name]
+    Raises:
+        ValueError: for a tag that is too long.
+    """
 
-    def error(self, name: str) -> float:
-        """Return how far products for a quantity may be off, relative to the largest of them."""
-        operator = self._built.get(name)
-        differences = operator.differences if isinstance(operator, Hessian) else None
-        if differences is None:
-            return 0.0
-        # Each rank has differenced its own samples, and all must report the same.
-        found = torch.tensor([differences.error], dtype=torch.float64)
-        return float(self._problem.ranks.all_gather(found).max())
+    title: str
+    symbol: str
+    tag: str
+    short_tag: str = ""
+    band: float = 0.01
 
-    def loss(self) -> float:
-        """Return the mean loss at the point, for nothing where passes are kept."""
-        if self._loss is None:
-            built = (self._built.get(name) for name in ("sharpness", "preconditioned_sharpness"))
-            kinds = (Hessian, ShardedHessian)
-            hessian = next((each for each in built if isinstance(each, kinds)), None)
-            self._loss = self._problem.value() if hessian is None else hessian.loss()
-        return self._loss
+    def __post_init__(self) -> None:
+        if not self.short_tag:
+            object.__setattr__(self, "short_tag", self.tag[:_LONGEST_SHORT_TAG])
+        for name, most in (("tag", _LONGEST_TAG), ("short_tag", _LONGEST_SHORT_TAG)):
+            if not 0 < len(getattr(self, name)) <= most:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected 1 to {most} characters")
 
-    def preconditioner(self, name: str) -> StepPreconditioner | None:
-        """Return the P of ``P @ operator`` where it is no part of the problem's coordinates."""
-        known = None if self._rule is None else self._rule.preconditioner
-        if name != "preconditioned_sharpness" or known is None:
-            return None
-        own = known.over(self._problem.params)
-        return None if isinstance(own, DiagonalPreconditioner) else own
+    @property
+    def label(self) -> str:
+        """The label of an axis."""
+        return f"{self.title} {self.symbol}"
 
-    def _sharpness(self) -> Hessian | ShardedHessian:
-        if self._rule is None or not self._rule.preconditioned:
-            return hessian_of(self._problem)
-        return hessian_of(self._problem.transformed(sign=self._problem.sign))
 
-    def _preconditioned_sharpness(self) -> Hessian | ShardedHessian:
-        plain = self._built.get("sharpness")
-        if isinstance(plain, (Hessian, ShardedHessian)):
-            if self.preconditioner("preconditioned_sharpness") and not any(
-                self._problem.weight_decay
-            ):
-                return plain
-            # One set of passes at a time is kept in memory.
-            self._loss = plain.loss()
-            del self._built["sharpness"]
-        return hessian_of(self._problem)
+@dataclass(frozen=True)
+class Quantity:
+    """One quantity that can be measured.
 
-    def _non_uniformity(self) -> NonUniformity:
-        return NonUniformity(self._problem)
+    Attributes:
+        name: by which ``quantities=`` and ``margins[...]`` know it. In records the value has the same
+            name, and the limit, the bound from below and the ratio are ``<name>_limit``,
+            ``<name>_lower`` and ``<name>_ratio``.
+        measured: takes an :class:`~stableopt.stability.measure.evaluation.Evaluation` and returns the
+            result without limit and seconds.
+        needs: what must be known. ``"rule"``: an update rule. ``"batch_size"``: that of a step.
+            ``"per_sample"``: derivatives of single samples, which ``fully_shard`` does not have, in
+            coordinates that need the root of the preconditioner, so a diagonal one.
+            ``"no_momentum"``: a rule without momentum. ``"preconditioner"``: a preconditioned rule.
+            ``"step"``: the preconditioner of an adaptive optimizer, known after its first step.
+        limit: ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or to
+            ``None`` where that is not known. A batch size of ``None`` is not known.
+        limits_lr: whether the value is itself a limit on the learning rate.
+        in_box: whether it is a side of the box (9) of Wu, Ma & E: its limit is known with every
+            measurement, whether it is measured or not.
+        chart: its chart; ``None`` for none.
 
-    def _theorem1(self) -> SecondMomentExcess:
-        rule, margins = self._rule, self._margins
-        if rule is None or (margins.batch_size is None and not rule.full_batch):
+    Raises:
+        ValueError: for a name that is no identifier, or ends like a part of another quantity.
+    """
+
+    name: str
+    measured: Callable[[Evaluation], QuantityResult]
+    needs: frozenset[Need] = frozenset()
+    limit: Callable[[UpdateRule, int | None, int | None], float | None] | None = None
+    limits_lr: bool = False
+    in_box: bool = False
+    chart: Chart | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or split(self.name)[1] != "value":
             raise ValueError(
-                "quantities: theorem1 needs a learning rate and a batch size; pass optimizer= or"
-                " lr=, and batch_size="
+                f"name={self.name!r}: expected an identifier that does not end in"
+                f" {', '.join('_' + part for part in _PARTS)}"
             )
-        noise = 0.0
-        if not rule.full_batch and margins.batch_size is not None:
-            noise = noise_factor(margins.batch_size, margins.dataset_size)
-        in_limit = not rule.preconditioned
-        hessian = self.of("sharpness" if in_limit else "preconditioned_sharpness")
-        non_uniformity = self.of("non_uniformity")
-        assert isinstance(hessian, Hessian)
-        assert isinstance(non_uniformity, NonUniformity)
-        return SecondMomentExcess(
-            hessian,
-            non_uniformity,
-            lr=rule.lr,
-            noise=noise,
-            weight_decay=rule.weight_decay if in_limit else 0.0,
+
+    def limit_of(
+        self, rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
+    ) -> float | None:
+        """Return the limit, or ``None`` where it is not known."""
+        if rule is None or rule.unknown is not None or self.limit is None:
+            return None
+        return self.limit(rule, batch_size, dataset_size)
+
+    def check(self, rule: UpdateRule | None, *, sharded: bool) -> None:
+        """Raise ``ValueError`` if the quantity has no meaning for a rule or a sharded problem."""
+        if "no_momentum" in self.needs and rule is not None and not rule.plain:
+            raise ValueError(
+                f"quantities: {self.name} is a condition on SGD without momentum, and momentum is"
+                f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
+            )
+        if "per_sample" in self.needs and not (rule is None or rule.diagonal):
+            raise ValueError(
+                f"quantities: {self.name} needs a preconditioner with a root that can be multiplied"
+                " by, and this one is not diagonal; leave it out"
+            )
+        if "per_sample" in self.needs and sharded:
+            raise ValueError(
+                f"quantities: {self.name} needs the gradients of single samples, and fully_shard sums"
+                " them over samples and ranks; expected sharpness alone. Measure a replica for the"
+                " others"
+            )
+        if "preconditioner" in self.needs and (rule is None or not rule.preconditioned):
+            raise ValueError(
+                f"quantities: {self.name} needs an optimizer with a preconditioner; for others the"
+                " limit is on the sharpness"
+            )
+
+    def check_known(self, rule: UpdateRule | None, batch_size: int | None) -> None:
+        """Raise ``ValueError`` if the rule or the batch size that it needs are not known."""
+        needed = {"a learning rate": ("rule", rule), "a batch size": ("batch_size", batch_size)}
+        names = [name for name, (need, _) in needed.items() if need in self.needs]
+        if any(need in self.needs and known is None for need, known in needed.values()):
+            raise ValueError(
+                f"quantities: {self.name} needs {' and '.join(names)}; pass optimizer= or lr=, and"
+                " batch_size="
+            )
+
+
+QUANTITIES: dict[str, Quantity] = {}
+"""All quantities by name, in the order in which they are measured."""
+
+
+def register(quantity: Quantity) -> Quantity:
+    """Add ``quantity`` to :data:`QUANTITIES`, and return it.
+
+    Raises:
+        ValueError: if the name is taken.
+
+    >>> register(Quantity("parameters", lambda at: QuantityResult(at.problem.num_params))).name
+    'parameters'
+    >>> QUANTITIES.pop("parameters").limit is None
+    True
+    """
+    if quantity.name in QUANTITIES:
+        raise ValueError(f"name={quantity.name!r}: a quantity of that name is registered already")
+    QUANTITIES[quantity.name] = quantity
+    return quantity
+
+
+def split(key: str) -> tuple[str, str]:
+    """Return the quantity's name and the part of its result that ``key`` of a record stands for.
+
+    >>> split("sharpness"), split("sharpness_limit")
+    (('sharpness', 'value'), ('sharpness', 'limit'))
+    """
+    for part in _PARTS:
+        if key.endswith(f"_{part}"):
+            return key.removesuffix(f"_{part}"), part
+    return key, "value"
+
+
+def _result(measurement: Measurement) -> QuantityResult:
+    return QuantityResult(value=measurement.value, measurement=measurement)
+
+
+# -- the top eigenvalue of an operator -------------------------------------------------------------
+
+
+def _sharpness(at: Evaluation) -> QuantityResult:
+    return _result(at.top_eigenvalue("sharpness", at.plain_hessian()))
+
+
+def _preconditioned_sharpness(at: Evaluation) -> QuantityResult:
+    return _result(
+        at.top_eigenvalue(
+            "preconditioned_sharpness", at.hessian(), preconditioner=at.preconditioner
         )
+    )
+
+
+def _non_uniformity(at: Evaluation) -> QuantityResult:
+    return _result(
+        at.top_eigenvalue(
+            "non_uniformity",
+            at.non_uniformity(),
+            # Rounding may leave the eigenvalue below zero.
+            value=lambda eigenvalue: math.sqrt(max(eigenvalue, 0.0)),
+            degree=2,
+        )
+    )
+
+
+def _non_uniformity_limit(
+    rule: UpdateRule, batch_size: int | None, dataset_size: int | None
+) -> float | None:
+    known = rule.full_batch or (batch_size is not None and rule.diagonal)
+    return rule.max_non_uniformity(batch_size, dataset_size) if known else None
+
+
+def _theorem1(at: Evaluation) -> QuantityResult:
+    rule, hessian = at.rule, at.hessian()
+    assert rule is not None
+    assert isinstance(hessian, Hessian)
+    noise = 0.0
+    if not rule.full_batch and at.batch_size is not None:
+        noise = noise_factor(at.batch_size, at.dataset_size)
+    excess = SecondMomentExcess(
+        hessian,
+        at.non_uniformity(),
+        lr=rule.lr,
+        noise=noise,
+        weight_decay=0.0 if rule.preconditioned else rule.weight_decay,
+    )
+    # The operator is the excess of the left side of (8) over 1.
+    return _result(at.top_eigenvalue("theorem1", excess, value=lambda excess: excess + 1.0))
+
+
+# -- other searches and averages -------------------------------------------------------------------
+
+_MANY = 10**12
+"""Batches in a data set that stands for an infinite one, with p = 1/B."""
+
+
+def _critical_lr(at: Evaluation) -> QuantityResult:
+    size = at.dataset_size
+    if size is None and at.batch_size is not None:
+        size = _MANY * at.batch_size
+    found = critical_lr(
+        at.problem,
+        at.batch_size,
+        update_rule=at.rule,
+        dataset_size=size,
+        with_hessian=False,
+        seed=at.seed,
+    )
+    measurement = Measurement(found.value, found.residual, found.products, 0.0, found.converged)
+    return QuantityResult(found.value, lower=found.lower, measurement=measurement)
+
+
+def _batch_sharpness(at: Evaluation) -> QuantityResult:
+    assert at.batch_size is not None
+    found = batch_sharpness(at.problem, at.batch_size, seed=at.seed)
+    if found.value is None:
+        return QuantityResult()
+    relative = found.standard_error / abs(found.value) if found.value else 0.0
+    # An average has no tolerance to reach; its error is the standard error.
+    return _result(Measurement(found.value, relative, found.batches, 0.0, True))
+
+
+# -- the registry ----------------------------------------------------------------------------------
+
+register(
+    Quantity(
+        "sharpness",
+        _sharpness,
+        limit=lambda rule, _, __: None if rule.preconditioned else rule.max_sharpness,
+        in_box=True,
+        chart=Chart("sharpness", r"$\lambda_{\max}(H)$", tag="sharpness"),
+    )
+)
+register(
+    Quantity(
+        "preconditioned_sharpness",
+        _preconditioned_sharpness,
+        needs=frozenset({"preconditioner", "step"}),
+        limit=lambda rule, _, __: rule.max_sharpness if rule.preconditioned else None,
+        in_box=True,
+        chart=Chart(
+            "preconditioned sharpness", r"$\lambda_{\max}(PH)$", tag="pre_sharp", short_tag="pre"
+        ),
+    )
+)
+register(
+    Quantity(
+        "non_uniformity",
+        _non_uniformity,
+        needs=frozenset({"per_sample", "step"}),
+        limit=_non_uniformity_limit,
+        in_box=True,
+        chart=Chart(
+            "non-uniformity",
+            r"$\lambda_{\max}(\Sigma)^{1/2}$",
+            tag="non_unif",
+            short_tag="nonuf",
+        ),
+    )
+)
+register(
+    Quantity(
+        "theorem1",
+        _theorem1,
+        needs=frozenset({"rule", "batch_size", "per_sample", "no_momentum", "step"}),
+    )
+)
+register(
+    Quantity(
+        "critical_lr",
+        _critical_lr,
+        needs=frozenset({"rule", "batch_size", "per_sample", "step"}),
+        limits_lr=True,
+    )
+)
+register(
+    Quantity(
+        "batch_sharpness",
+        _batch_sharpness,
+        needs=frozenset({"batch_size", "per_sample", "step"}),
+    )
+)

@@ -140,6 +140,11 @@ class UpdateRule:
         return self.preconditioner is not None or bool(has_own)
 
     @property
+    def diagonal(self) -> bool:
+        """Whether a step is one learning rate for all once each coordinate is scaled."""
+        return self.preconditioner is None or self.preconditioner.diagonal
+
+    @property
     def unknown(self) -> str | None:
         """Why the preconditioner is not known, as before the first step; else ``None``."""
         p = self.preconditioner

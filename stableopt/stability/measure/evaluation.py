@@ -1,0 +1,152 @@
+"""`Evaluation`: one measurement in progress, with the operators that its quantities share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
+from stableopt.curvature.products.linearization_cache import MEMORY
+from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
+from stableopt.stability.measurement import Measurement
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["Evaluation"]
+
+_MOST_VECTORS, _FEWEST_VECTORS = 40, 6
+"""Vectors of the parameters' size that an eigen-solver holds: as many as fit twice into 1 GiB, since
+a restart has the old ones beside the new. Where it is not all, none are kept as a warm start."""
+
+
+@dataclass
+class Evaluation:
+    """A problem in the coordinates of an update rule, and how its quantities are measured.
+
+    Attributes:
+        problem: the problem, in the rule's coordinates.
+        rule: the update rule, or ``None``.
+        batch_size: samples in a step, where known; for a full batch those of the data set.
+        dataset_size: samples in all; ``None`` for infinitely many.
+        tol: the largest relative residual.
+        max_iter: the largest number of products for each quantity.
+        seed: of the random starts.
+        starts: the subspaces of an earlier measurement by quantity, as warm starts; ``None`` for
+            none, and then none are kept.
+        subspaces: the subspaces of this measurement by quantity.
+    """
+
+    problem: Problem
+    rule: UpdateRule | None
+    batch_size: int | None
+    dataset_size: int | None
+    tol: float
+    max_iter: int
+    seed: int
+    starts: Mapping[str, Tensor] | None = None
+    subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
+    _own: Hessian | ShardedHessian | None = field(default=None, init=False)
+    _non_uniformity: NonUniformity | None = field(default=None, init=False)
+    _loss: float | None = field(default=None, init=False)
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the rule's limit is on the preconditioned sharpness."""
+        return self.rule is not None and self.rule.preconditioned
+
+    @property
+    def preconditioner(self) -> StepPreconditioner | None:
+        """The P of ``P @ hessian`` where the problem's coordinates do not contain it."""
+        known = None if self.rule is None else self.rule.preconditioner
+        own = None if known is None else known.over(self.problem.params)
+        return None if isinstance(own, DiagonalPreconditioner) else own
+
+    def plain_hessian(self) -> Hessian | ShardedHessian:
+        """Return the Hessian of the loss, without preconditioner and weight decay of groups."""
+        if not self.preconditioned:
+            return self.hessian()
+        if self._plain is None:
+            self._plain = hessian_of(self.problem.transformed(sign=self.problem.sign))
+        return self._plain
+
+    def hessian(self) -> Hessian | ShardedHessian:
+        """Return the Hessian in the rule's coordinates."""
+        if self._own is None and self._plain is not None:
+            if self.preconditioner and not any(self.problem.weight_decay):
+                self._own = self._plain
+            else:
+                # One set of linearized passes at a time is kept in memory.
+                self._loss, self._plain = self._plain.loss(), None
+        if self._own is None:
+            self._own = hessian_of(self.problem)
+        return self._own
+
+    def non_uniformity(self) -> NonUniformity:
+        """Return the covariance of the per-sample Hessians, in the rule's coordinates."""
+        if self._non_uniformity is None:
+            self._non_uniformity = NonUniformity(self.problem)
+        return self._non_uniformity
+
+    def loss(self) -> float:
+        """Return the mean loss, without another pass where a Hessian has one cached."""
+        if self._loss is None:
+            hessian = self._own if self._plain is None else self._plain
+            self._loss = self.problem.value() if hessian is None else hessian.loss()
+        return self.problem.sign * self._loss
+
+    def top_eigenvalue(
+        self,
+        name: str,
+        operator: Operator,
+        *,
+        preconditioner: StepPreconditioner | None = None,
+        value: Callable[[float], float] = float,
+        degree: int = 1,
+    ) -> Measurement:
+        """Measure the quantity ``name``, a function of the operator's largest eigenvalue.
+
+        Args:
+            name: the quantity, by which warm starts are found.
+            operator: its operator.
+            preconditioner: P, for the eigenvalue of P times the operator.
+            value: the quantity as a function of the eigenvalue.
+            degree: powers of the quantity in the eigenvalue: a root has half its relative error.
+        """
+        vectors = self._vectors_held()
+        pair = top_eigenpair(
+            operator,
+            preconditioner=preconditioner,
+            start=(self.starts or {}).get(name),
+            keep=self.starts is not None and vectors == _MOST_VECTORS,
+            most_vectors=vectors,
+            tol=degree * self.tol,
+            max_iter=self.max_iter,
+            seed=self.seed,
+        )
+        if pair.subspace is not None:
+            self.subspaces[name] = pair.subspace
+        elif self.starts is not None and preconditioner is None:
+            self.subspaces[name] = pair.vector[None]
+        residual = pair.relative_residual / degree
+        found = Measurement(value(pair.value), residual, pair.products, 0.0, pair.converged)
+        return found.within(self._error(operator), self.tol)
+
+    def _error(self, operator: Operator) -> float:
+        """Return the largest relative error of products by finite differences; else 0."""
+        differences = operator.differences if isinstance(operator, Hessian) else None
+        if differences is None:
+            return 0.0
+        # Each rank has differenced its own samples, and all must report the same.
+        found = torch.tensor([differences.error], dtype=torch.float64)
+        return float(self.problem.ranks.all_gather(found).max())
+
+    def _vectors_held(self) -> int:
+        """Return how many vectors of the parameters' size a search may hold at once."""
+        # Of a sharded problem each rank holds a part, and all must search alike.
+        ranks = self.problem.ranks
+        each = max(ranks.all_gather_object(self.problem.num_params)) * self.problem.dtype.itemsize
+        return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
