@@ -160,7 +160,8 @@ def test_momentum_and_gd_limits(network: nn.Module, data: Data) -> None:
     found = measure(network, nn.MSELoss(), data, optimizer=momentum, batch_size=3)
     assert found.sharpness_limit == pytest.approx(37.8)
     descent = stableopt.GD(network.parameters(), lr=0.1)
-    found = measure(network, nn.MSELoss(), data, optimizer=descent)
+    both = ("sharpness", "non_uniformity")
+    found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=both)
     assert found.non_uniformity_limit == math.inf
     assert found.non_uniformity_ratio == 0
     assert found.batch_size == 7
