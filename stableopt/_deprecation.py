@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["renamed_keywords", "warn_renamed"]
+__all__ = ["renamed_keywords", "renamed_names", "warn_renamed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,3 +48,15 @@ def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]
         return wrapped
 
     return decorate
+
+
+def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for ``module`` that resolves its old names: ``Old="New"``."""
+
+    def __getattr__(name: str) -> Any:  # noqa: N807
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
+        return getattr(importlib.import_module(module), names[name])
+
+    return __getattr__

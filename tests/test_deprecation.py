@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from stableopt import UpdateRule
+from stableopt import AdaptiveAccumulation, AdaptiveBatchSampler, TargetRegion, UpdateRule
 from stableopt._deprecation import renamed_keywords
 
 
@@ -30,3 +32,30 @@ def test_renamed_keywords_warn_at_the_caller() -> None:
     assert clip(3, largest=2) == 2
     with pytest.raises(TypeError, match="largest and its old name max"):
         clip(3, max=2, largest=2)
+
+
+@pytest.mark.parametrize("module", ["stableopt.steering", "stableopt.steering.lr_laws"])
+def test_measured_of_the_laws_is_lr_measured(module: str) -> None:
+    """Catches an alias that only one of the two places has, or that hides a misspelt name."""
+    steering = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=rf"use {module}\.LRMeasured") as caught:
+        assert steering.Measured is steering.LRMeasured
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'Mesured'"):
+        steering.Mesured  # noqa: B018
+
+
+def test_a_margin_is_a_region_within_limits() -> None:
+    """Catches an old constructor that makes another region."""
+    with pytest.warns(DeprecationWarning, match=r"use TargetRegion\.within_limits"):
+        assert TargetRegion.margin(0.8) == TargetRegion.within_limits(0.8)
+
+
+def test_bounds_of_batch_sizes_have_old_keywords() -> None:
+    """Catches bounds that are dropped, or exchanged."""
+    with pytest.warns(DeprecationWarning, match="use m.._batch_size"):
+        sampler = AdaptiveBatchSampler(range(99), 8, min=4, max=16)
+    assert [sampler.nearest(size) for size in (1, 99)] == [4, 16]
+    with pytest.warns(DeprecationWarning, match="use max_batch_size"):
+        accumulation = AdaptiveAccumulation([], 4, max=12)
+    assert accumulation.nearest(99) == 12

@@ -1,4 +1,4 @@
-"""Steering: the learning rate and the batch size towards the minima that are wanted.
+"""Steering of the learning rate and the batch size towards wanted minima.
 
 Three examples::
 
@@ -7,6 +7,7 @@ Three examples::
     TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.from_optimizer(optimizer))     # only the number
 """
 
+from stableopt._deprecation import renamed_names
 from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,
@@ -15,7 +16,14 @@ from stableopt.steering.batch_laws import (
 )
 from stableopt.steering.controller import StabilityController
 from stableopt.steering.decision import Decision
-from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
+from stableopt.steering.lr_laws import (
+    Law,
+    LRMeasured,
+    State,
+    gated_staircase,
+    keep_margin,
+    new_state,
+)
 from stableopt.steering.samplers import AdaptiveAccumulation, AdaptiveBatchSampler
 from stableopt.steering.scheduler import StabilityLR
 from stableopt.steering.target import TargetRegion
@@ -26,8 +34,8 @@ __all__ = [
     "BatchLaw",
     "BatchMeasured",
     "Decision",
+    "LRMeasured",
     "Law",
-    "Measured",
     "StabilityController",
     "StabilityLR",
     "State",
@@ -38,3 +46,5 @@ __all__ = [
     "keep_margin",
     "new_state",
 ]
+
+__getattr__ = renamed_names(__name__, Measured="LRMeasured")

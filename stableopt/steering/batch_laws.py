@@ -1,12 +1,12 @@
 r"""Control laws for the batch size: pure functions of a measurement and a state.
 
-As those of :mod:`~stableopt.steering.lr_laws`, ``law(measured, state) -> (decision, state)``, once for each
-fresh measurement. A smaller batch lowers the limit on the non-uniformity, for plain SGD
+A law is ``law(measured, state) -> (decision, state)``, as in :mod:`~stableopt.steering.lr_laws`. A
+smaller batch lowers the limit on the non-uniformity, for plain SGD
 :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, and so makes the less uniform minima unstable.
 
-The limit is the side of the box (9), which in several dimensions is neither necessary nor sufficient.
-It is therefore where the staircase goes first, and not where it must end: what counts is the
-non-uniformity that is measured.
+The limit is a side of the box (9), which in several dimensions is neither necessary nor sufficient.
+So the staircase goes to this limit first and then on, until the measured non-uniformity is within
+the target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from stableopt.stability import StabilityMargins, UpdateRule
 from stableopt.steering.decision import Decision, Kind
-from stableopt.steering.lr_laws import State
+from stableopt.steering.lr_laws import UNCONVERGED, State, why_diverging, why_unusable
 from stableopt.steering.target import TargetRegion
 
 __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
@@ -26,16 +26,16 @@ __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
 
 @dataclass(frozen=True)
 class BatchMeasured:
-    """What a law for the batch size is told.
+    """The input of a law for the batch size.
 
     Attributes:
         margins: the fresh measurement.
-        rule: the update rule as it stands.
-        target: the region, resolved.
-        batch_size: samples in a step now, of all ranks together.
-        dataset_size: samples n in all.
-        smallest: the smallest batch size that is allowed.
-        largest: the largest.
+        rule: the present update rule.
+        target: the region, absolute or a share of the limits.
+        batch_size: the present number of samples in a step, of all ranks together.
+        dataset_size: the number of samples n in the data set.
+        smallest: the smallest allowed batch size.
+        largest: the largest allowed batch size.
         loss_cap: the loss above which training counts as diverging, or infinity.
     """
 
@@ -54,7 +54,7 @@ class BatchMeasured:
         return self.rule.max_non_uniformity(size, self.dataset_size)
 
     def decide(self, kind: Kind, batch_size: float, why: str) -> Decision:
-        """Return a decision for ``batch_size``, within what is allowed if it is a new one."""
+        """Return a decision for ``batch_size``; a new size is clipped to the allowed ones."""
         now, margins = self.batch_size, self.margins
         size = int(batch_size)
         if size != now:
@@ -78,17 +78,19 @@ def batch_staircase(
     dwell: int = 100,
     patience: int = 300,
 ) -> tuple[Decision, State]:
-    r"""Go to the batch size whose limit is the target, and on for as long as s is not within it.
+    r"""Move to the batch size whose limit is the target, and on until s is within the target.
 
-    - s above the target's upper bound: multiply B by ``factor``, down to
-      :meth:`~TargetRegion.batch_size_for`; from there on by sqrt(``factor``) as long as s stays; but
-      never to where s is more than ``gate`` times its limit: so much noise would scatter the weights
-      and not only lead them away. Where that gate has held for ``patience`` steps, and the next
-      size would still be within ``last_gate``, take that: below ten samples sizes lie far apart;
-    - s below the lower bound by more than ``band``, so that the two do not meet: divide B by
-      ``factor``;
-    - in between: keep. After a change, wait ``dwell`` steps for its effect;
-    - a loss that is not finite, or above the cap: divide B by ``factor``.
+    The law
+
+    - multiplies B by ``factor`` if s is above the target's upper bound, down to
+      :meth:`~TargetRegion.batch_size_for`, and from there by sqrt(``factor``) while s stays above.
+      It stops where s would be more than ``gate`` times its limit, since more noise would scatter
+      the weights. If this gate holds for ``patience`` steps, and s would be within ``last_gate``
+      times its limit at a smaller size, it takes that size: below ten samples sizes are far apart;
+    - divides B by ``factor`` if s is below the lower bound by more than ``band``;
+    - keeps B in between;
+    - waits ``dwell`` steps after a change for its effect;
+    - divides B by ``factor`` if the loss is not finite or above the cap.
 
     >>> margins = StabilityMargins(step=10, non_uniformity=6.0)
     >>> target = TargetRegion(non_uniformity=(0, 4.0))
@@ -100,55 +102,54 @@ def batch_staircase(
     step, s = margins.step, margins.non_uniformity
     waiting = step < state.get("until", -math.inf)
     settled: State = {k: v for k, v in state.items() if k != "held"} | {"until": step + dwell}
-    lost = _lost(measured)
-    if lost is not None and not waiting:
-        return measured.decide("raise", math.ceil(now / factor), lost), settled
-    wait = lost or _unusable(margins)
+    diverging = why_diverging(margins, measured.loss_cap)
+    if diverging is not None and not waiting:
+        return measured.decide("raise", math.ceil(now / factor), diverging), settled
+    wait = diverging or _unusable(margins)
     if wait is not None:
         return measured.decide("hold", now, wait), state
     assert s is not None
-    low, high = measured.target.non_uniformity
-    assert low is not None
-    assert high is not None
-    if s > high:
-        why = f"the non-uniformity {s:.3g} is above the target's {high:.3g}"
-        if waiting:
-            return measured.decide("hold", now, f"{why}; the last change is still at work"), state
-        if now <= measured.smallest:
-            return measured.decide("hold", now, f"{why}; there is no smaller batch"), state
-        seed = measured.target.batch_size_for(measured.rule, measured.dataset_size)
-        # Below the seed the box already forbids s: smaller steps, since it may just be slow.
-        smaller = max(now * factor, seed) if now > seed else now * factor**0.5
-        least = _least(measured, s / gate)
-        if now <= least:
-            since = state.get("held", step)
-            if step - since < patience or now <= (least := _least(measured, s / last_gate)):
-                ratio = s / measured.limit(now)
-                why = f"{why}; it is {ratio:.2f} of its limit, at the gate: escaping"
-                return measured.decide("hold", now, why), {**state, "held": since}
-        smaller = max(math.floor(smaller), measured.smallest, least)
-        return measured.decide("lower", smaller, why), settled
-    if s < low * (1 - band):
-        why = f"the non-uniformity {s:.3g} is below the target's {low:.3g}"
-        if waiting:
-            return measured.decide("hold", now, f"{why}; the last change is still at work"), state
+    low, high = measured.target.bounds("non_uniformity")
+    if not (s > high or s < low * (1 - band)):
+        return measured.decide("keep", now, "the non-uniformity is within the target"), state
+    side, bound = ("above", high) if s > high else ("below", low)
+    why = f"the non-uniformity {s:.3g} is {side} the target's {bound:.3g}"
+    if waiting:
+        return measured.decide("hold", now, f"{why}; the last change still takes effect"), state
+    if side == "below":
         return measured.decide("raise", math.ceil(now / factor), why), settled
-    return measured.decide("keep", now, "the non-uniformity is within the target"), state
+    if now <= measured.smallest:
+        return measured.decide("hold", now, f"{why}; no smaller batch is allowed"), state
+    seed = measured.target.batch_size_for(measured.rule, measured.dataset_size)
+    # Below the seed the box already forbids s, which may just be slow: smaller steps.
+    smaller = max(now * factor, seed) if now > seed else now * factor**0.5
+    least = _least(measured, s / gate)
+    if now <= least:
+        since = state.get("held", step)
+        if step - since < patience or now <= (least := _least(measured, s / last_gate)):
+            ratio = s / measured.limit(now)
+            why = f"{why}; it is {ratio:.2f} of its limit, at the gate: escaping"
+            return measured.decide("hold", now, why), {**state, "held": since}
+    smaller = max(math.floor(smaller), measured.smallest, least)
+    return measured.decide("lower", smaller, why), settled
 
 
 def keep_batch_margin(
     measured: BatchMeasured, state: State, *, dwell: int = 100
 ) -> tuple[Decision, State]:
-    """Raise the batch size where the non-uniformity is above a share of its limit; never lower it.
+    """Raise the batch size if the non-uniformity is above a share of its limit; never lower it.
 
     >>> margins = StabilityMargins(step=1, non_uniformity=4.0)
-    >>> at = BatchMeasured(margins, UpdateRule(lr=0.5), TargetRegion.margin(0.5), 4, 1000)
+    >>> target = TargetRegion.within_limits(0.5)
+    >>> at = BatchMeasured(margins, UpdateRule(lr=0.5), target, batch_size=4, dataset_size=1000)
     >>> keep_batch_margin(at, {})[0].new        # the limit at 16 is 8.06
     16
     """
     margins, now, share = measured.margins, measured.batch_size, measured.target.share
     if share is None:
-        raise ValueError(f"target {measured.target}: keep_batch_margin needs a margin")
+        raise ValueError(
+            f"target {measured.target}: keep_batch_margin needs TargetRegion.within_limits(share)"
+        )
     wait = _unusable(margins)
     if wait is not None:
         return measured.decide("hold", now, wait), state
@@ -169,18 +170,6 @@ def _least(measured: BatchMeasured, limit: float) -> int:
     return allowed.batch_size_for(measured.rule, measured.dataset_size)
 
 
-def _lost(measured: BatchMeasured) -> str | None:
-    failure, loss = measured.margins.failure, measured.margins.loss
-    if failure is not None and failure.startswith("not finite"):
-        return failure
-    if loss is not None and not loss <= measured.loss_cap:
-        return f"the loss {loss:.3g} is above its cap {measured.loss_cap:.3g}"
-    return None
-
-
 def _unusable(margins: StabilityMargins) -> str | None:
-    if margins.failure is not None:
-        return f"the measurement failed: {margins.failure}"
-    if margins.non_uniformity is None:
-        return "the non-uniformity was not measured"
-    return None if margins.converged else "the measurement did not converge"
+    why = why_unusable(margins, "non-uniformity", margins.non_uniformity)
+    return why if why or margins.converged else UNCONVERGED

@@ -1,28 +1,27 @@
-"""Both knobs together: first the sharpness by the learning rate, then the non-uniformity by B."""
+"""`StabilityController`: steers the sharpness by the learning rate, then the non-uniformity by B."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from stableopt._arguments import positive, whole
+from stableopt.distributed import world
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.sinks.events import Decided
 from stableopt.stability import StabilityMargins
-from stableopt.steering import agreement as ranks
+from stableopt.steering.agreement import decide_together
 from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,
     batch_staircase,
     keep_batch_margin,
 )
-from stableopt.steering.decision import Decision, marks
+from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, marks
 from stableopt.steering.lr_laws import State, new_state
 from stableopt.steering.samplers import Resizable
-from stableopt.steering.scheduler import StabilityLR, said_before
+from stableopt.steering.scheduler import StabilityLR
 from stableopt.steering.target import OPEN, TargetRegion, at_lr
 from stableopt.steering.verdict import Situation, verdict
 
@@ -30,33 +29,34 @@ __all__ = ["StabilityController"]
 
 
 class StabilityController:
-    r"""Steers learning rate and batch size towards a region of the diagram, and says what it does.
+    r"""Steers learning rate and batch size towards a region of the diagram, and records why.
 
-    ``step()`` after each ``optimizer.step()``. The sharpness comes first, by :class:`StabilityLR`.
-    Once the learning rate stays, and the sharpness is within the target but for ``band``, for
-    ``settle`` measurements, the batch size follows, by
-    :func:`~stableopt.steering.batch_laws.batch_staircase`. The learning rate has the word again when
-    the sharpness leaves by twice the band: what lies between is hysteresis, without which two knobs
-    that act on both quantities would chase each other.
+    Call ``step()`` after each ``optimizer.step()``. First :class:`StabilityLR` steers the sharpness.
+    Once the learning rate is constant and the sharpness within the target, up to ``band``, for
+    ``settle`` measurements, :func:`~stableopt.steering.batch_laws.batch_staircase` changes the batch
+    size. It stops when the sharpness leaves the target by more than twice the band. Without this
+    hysteresis the two knobs would chase each other, since both act on both quantities.
 
-    Every decision is a record with its reason, in ``decisions``, in the monitor's sinks, and a mark
-    for the figures. That the target is reached, or cannot be, is one as well.
+    Every decision has a reason. It is appended to ``decisions``, sent to the monitor's sinks, and a
+    mark for the figures. So is the verdict that the target is reached, or unreachable.
 
-    In a distributed run rank 0 decides, and ``step()`` must be called on every rank.
+    In a distributed run rank 0 decides, and every rank must call ``step()``.
 
     Args:
         monitor: the monitor; it measures what the target bounds.
         target: the region.
-        lr: ``True`` for a :class:`StabilityLR` of the defaults, a mapping of options for it, one that
-            is ready, or ``False`` to leave the learning rate alone. Without a bound on the
-            sharpness ``True`` leaves it alone too.
-        batch: what changes the batch size: :class:`AdaptiveBatchSampler`,
+        lr: ``True`` for a :class:`StabilityLR` with its defaults, a mapping of options for one, a
+            :class:`StabilityLR`, or ``False`` to leave the learning rate alone, as ``True`` does if
+            the target does not bound the sharpness.
+        batch: the holder of the batch size: :class:`AdaptiveBatchSampler`,
             :class:`AdaptiveAccumulation`, or ``None``.
-        batch_law: how; by default the staircase, and ``keep_batch_margin`` for a margin.
-        settle: measurements.
+        batch_law: the control law of the batch size; by default the staircase, or for a share of
+            the limits ``keep_batch_margin``.
+        settle: number of measurements before the batch size changes.
         band: relative tolerance of the target's bounds.
-        patience: measurements without much of an approach after which the target is called unreachable.
-        dry_run: decide, record and change nothing.
+        patience: number of measurements without progress after which the target counts as
+            unreachable.
+        dry_run: decide and record, but change nothing.
 
     Attributes:
         scheduler: the learning-rate scheduler, or ``None``.
@@ -64,7 +64,7 @@ class StabilityController:
 
     Raises:
         TypeError: for arguments of a wrong kind.
-        ValueError: if the target bounds what no knob changes or what is not measured.
+        ValueError: if the target bounds a quantity that no knob changes, or that is not measured.
 
     >>> import stableopt, torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -108,8 +108,8 @@ class StabilityController:
         _check_knobs(monitor, target, self.scheduler, batch)
         margin = target.share is not None
         self._batch_law: BatchLaw = batch_law or (keep_batch_margin if margin else batch_staircase)
-        self.decisions: deque[Decision] = (
-            deque(maxlen=10_000) if self.scheduler is None else self.scheduler.decisions
+        self.decisions = (
+            DecisionLog(maxlen=REMEMBERED) if self.scheduler is None else self.scheduler.decisions
         )
         self._batch_state: State = new_state()
         self._verdict_state: State = new_state()
@@ -118,7 +118,7 @@ class StabilityController:
 
     @property
     def target(self) -> TargetRegion:
-        """The region, absolute as soon as it can be."""
+        """The region, absolute once it is resolved."""
         return self._target
 
     @property
@@ -127,23 +127,18 @@ class StabilityController:
         return marks(self.decisions)
 
     def step(self) -> None:
-        """Decide what there is to decide; after each ``optimizer.step()``."""
+        """Decide, if there is a fresh measurement; call it after each ``optimizer.step()``."""
         if self.scheduler is not None:
             self.scheduler.step()
-        decided = self._decide() if ranks.is_first() else []
-        for decision in ranks.shared_decisions(decided):
+        for decision in decide_together(self._decide, self.decisions, self.monitor.deliver):
             if decision.what == "batch_size" and decision.changes and not decision.dry_run:
                 assert self.batch is not None
                 self.batch.resize(self._local(decision.new))
-            if decision.changes or not said_before(decision, self.decisions):
-                self.decisions.append(decision)
-                if ranks.is_first():
-                    self.monitor.deliver(Decided(decision.step, decision))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but monitor and optimizer as plain numbers, lists and dicts.
 
-        The place within the epoch is the sampler's own ``state_dict``.
+        The position within the epoch is in the sampler's own ``state_dict``.
         """
         return {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -157,14 +152,14 @@ class StabilityController:
             "verdict": dict(self._verdict_state),
             "settled": self._settled,
             "seen": self._seen,
-            "decisions": [decision.to_dict() for decision in self.decisions],
+            "decisions": self.decisions.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`, with the same knobs; load the monitor's as well.
 
         Raises:
-            ValueError: if something is missing, or the knobs are others.
+            ValueError: for a missing entry, or other knobs.
         """
         missing = self.state_dict().keys() - state_dict.keys()
         if missing:
@@ -176,14 +171,11 @@ class StabilityController:
             self.scheduler.load_state_dict(state_dict["scheduler"])
         if self.batch is not None:
             self.batch.batch_size = state_dict["batch_size"]
-        sharpness, non_uniformity, unit = state_dict["target"]
-        self._target = TargetRegion(tuple(sharpness), tuple(non_uniformity), unit)
+        self._target = TargetRegion(*state_dict["target"])
         self._batch_state = dict(state_dict["batch_law"])
         self._verdict_state = dict(state_dict["verdict"])
         self._settled, self._seen = state_dict["settled"], state_dict["seen"]
-        decisions = [Decision.from_dict(each) for each in state_dict["decisions"]]
-        self.decisions.clear()
-        self.decisions.extend(decisions)
+        self.decisions.load(state_dict["decisions"])
 
     def _decide(self) -> list[Decision]:
         margins = self.monitor.margins
@@ -202,9 +194,9 @@ class StabilityController:
         if self.batch is not None and self._target.non_uniformity != OPEN and self._turn(margins):
             measured = self._batch_measured(margins)
             decision, self._batch_state = self._batch_law(measured, self._batch_state)
-            # What the sampler makes of it, as multiples: a record must not say what is not done.
+            # The size that the sampler will take, a multiple of its unit.
             local = self._local(decision.new) if decision.changes else self.batch.batch_size
-            decided.append(replace(decision, new=local * ranks.world_size(), dry_run=self.dry_run))
+            decided.append(replace(decision, new=local * world().size, dry_run=self.dry_run))
         if self._target.unit == "absolute":
             said, self._verdict_state = verdict(
                 self._situation(margins),
@@ -220,17 +212,16 @@ class StabilityController:
             self._target = self._target.resolve(margins)
 
     def _turn(self, margins: StabilityMargins) -> bool:
-        """Whether it is the batch size's turn: the sharpness has settled, or is not steered."""
+        """Return whether the batch size may change: the sharpness has settled, or is not steered."""
         if self.scheduler is None or self._target.unit == "limit":
             return True
-        a, high = margins.limited_sharpness, self._target.sharpness[1]
-        assert high is not None
+        a, (_, high) = margins.limited_sharpness, self._target.bounds("sharpness")
         if a is None or not margins.converged:
             return self._settled >= self._settle
         if self._moved(margins.step):
             self._settled = 0
             return False
-        # A lower bound is no reason to wait: more noise will not sharpen, nor will less.
+        # A lower bound is not waited for: no change of the noise raises the sharpness.
         if self._settled >= self._settle:
             if a > high * (1 + 2 * self._band):
                 self._settled = 0
@@ -239,22 +230,22 @@ class StabilityController:
         return self._settled >= self._settle
 
     def _moved(self, step: int) -> bool:
-        """Whether the learning rate was changed at ``step``."""
-        last = next((each for each in reversed(self.decisions) if each.what == "lr"), None)
+        """Return whether the learning rate changed at ``step``."""
+        last = self.decisions.latest("lr")
         return last is not None and last.step == step and last.changes
 
     def _batch_measured(self, margins: StabilityMargins) -> BatchMeasured:
         assert self.batch is not None
-        world = ranks.world_size()
+        ranks = world().size
         size = margins.dataset_size
-        largest = self.batch.nearest(size or math.inf) * world if size else None
+        largest = self.batch.nearest(size or math.inf) * ranks if size else None
         return BatchMeasured(
             margins,
             self.monitor.update_rule,
             self._target,
-            batch_size=self.batch.batch_size * world,
+            batch_size=self.batch.batch_size * ranks,
             dataset_size=size or 10**12,
-            smallest=self.batch.nearest(1) * world,
+            smallest=self.batch.nearest(1) * ranks,
             largest=largest,
             loss_cap=math.inf if self.scheduler is None else self.scheduler.loss_cap,
         )
@@ -274,7 +265,7 @@ class StabilityController:
         )
 
     def _cuts(self) -> int:
-        """Return how often the rate was cut since the target was last reached."""
+        """Return the number of cuts of the rate since the target was last reached."""
         cuts = 0
         for decision in self.decisions:
             cuts = 0 if decision.kind == "reached" else cuts + (decision.kind == "cut")
@@ -282,7 +273,7 @@ class StabilityController:
 
     def _local(self, batch_size: float) -> int:
         assert self.batch is not None
-        return self.batch.nearest(batch_size / ranks.world_size())
+        return self.batch.nearest(batch_size / world().size)
 
 
 def _scheduler(

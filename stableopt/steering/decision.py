@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Decision", "Kind", "What", "marks"]
+__all__ = ["REMEMBERED", "Decision", "DecisionLog", "Kind", "What", "marks"]
+
+REMEMBERED = 10_000
+"""The number of decisions that a log holds."""
 
 What = Literal["lr", "batch_size", "weights", "target"]
 Kind = Literal[
@@ -79,6 +84,33 @@ class Decision:
     def from_dict(cls, state: Mapping[str, Any]) -> Decision:
         """Return the decision that :meth:`to_dict` wrote."""
         return cls(**state)
+
+
+class DecisionLog(deque[Decision]):
+    """The latest decisions, ``maxlen`` of them at most, the oldest first."""
+
+    def latest(self, what: str) -> Decision | None:
+        """Return the latest decision about ``what``."""
+        return next((decision for decision in reversed(self) if decision.what == what), None)
+
+    def repeats(self, decision: Decision) -> bool:
+        """Return whether ``decision`` says the same as the latest about its subject, up to numbers."""
+        last = self.latest(decision.what)
+        return last is not None and _words(last) == _words(decision)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return plain values, for checkpoints; :meth:`load` reads them."""
+        return [decision.to_dict() for decision in self]
+
+    def load(self, state: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the decisions by those of a :meth:`state`."""
+        decisions = [Decision.from_dict(each) for each in state]
+        self.clear()
+        self.extend(decisions)
+
+
+def _words(decision: Decision) -> tuple[str, str]:
+    return decision.kind, re.sub(r"[-+.\d]+(e[-+]?\d+)?", "", decision.why)
 
 
 def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:

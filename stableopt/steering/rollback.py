@@ -1,4 +1,4 @@
-"""What steering may do to weights, if it is asked to: put back good ones, or kick."""
+"""Changes of the weights by steering: a rollback to good ones, or a kick along a direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LastGood", "kick_along"]
 
 
 class LastGood:
-    """A copy of parameters, buffers and optimizer state, to go back to.
+    """A copy of parameters, buffers and optimizer state, to restore.
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -32,16 +32,16 @@ class LastGood:
         self.step: int | None = None
 
     def keep(self, step: int) -> None:
-        """Remember the present as the state after ``step`` steps."""
+        """Copy the present state, after ``step`` steps."""
         held = [p for group in self._optimizer.param_groups for p in group["params"]]
-        # Parameters of the optimizer that are not the model's count as well, each once.
+        # Includes parameters of the optimizer outside the model; each tensor once.
         tensors = {id(t): t for t in [*held, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
         self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in held]
         self.step = step
 
     def put_back(self) -> None:
-        """Write what was remembered into the model and the optimizer."""
+        """Restore the copied state of the model and the optimizer."""
         with torch.no_grad():
             for tensor, saved in self._saved:
                 tensor.copy_(saved)

@@ -1,9 +1,10 @@
-"""Batch sizes that may change while training: of a sampler, or by accumulation.
+"""`AdaptiveBatchSampler` and `AdaptiveAccumulation`: batch sizes that may change during training.
 
 Three examples::
 
-    loader = DataLoader(data, batch_sampler=AdaptiveBatchSampler(RandomSampler(data), 32, max=512))
-    loader.batch_sampler.batch_size = 64              # from the next batch that is asked for
+    sampler = AdaptiveBatchSampler(RandomSampler(data), 32, max_batch_size=512)
+    loader = DataLoader(data, batch_sampler=sampler)
+    sampler.batch_size = 64                           # from the next batch that is requested
     for group in AdaptiveAccumulation(loader, 4):     # for loaders whose batches cannot change
         for share, (x, y) in group:
             (share * loss_fn(model(x), y)).backward()
@@ -19,8 +20,9 @@ from typing import Any, Protocol, cast
 from torch.utils.data import BatchSampler, Sampler
 
 from stableopt._arguments import whole
+from stableopt._deprecation import renamed_keywords
 from stableopt.curvature.problem.data import sample_count
-from stableopt.steering import agreement as ranks
+from stableopt.distributed import world
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
 
@@ -32,63 +34,79 @@ class Resizable(Protocol):
     """Samples in a step of this process."""
 
     def nearest(self, batch_size: float) -> int:
-        """Return the allowed size that is nearest."""
+        """Return the nearest allowed size."""
 
     def resize(self, batch_size: int) -> int:
-        """Set the size on every rank, to what rank 0 says; return it."""
+        """Set the size on every rank to rank 0's; return it."""
 
 
-class _Sizes:
-    """The sizes that are allowed, and the one that holds: what both classes share."""
+class _BatchSize:
+    """Mixin: a batch size that can be set, within bounds, to multiples of a unit."""
 
-    def __init__(self, batch_size: int, least: int, most: int | None, multiple_of: int) -> None:
-        self._multiple_of = whole("multiple_of", multiple_of)
-        least, unit = whole("min", least), self._multiple_of
-        self._least = -(-least // unit) * unit
-        self._most = None if most is None else whole("max", most) // unit * unit
-        if self._most is not None and self._most < self._least:
-            raise ValueError(
-                f"min={least}, max={most}, multiple_of={unit}: no batch size is allowed"
-            )
-        self.set(batch_size)
+    def _allow(self, batch_size: int, smallest: int, largest: int | None, multiple_of: int) -> None:
+        """Set the bounds and the first size."""
+        unit = self._unit = whole("multiple_of", multiple_of)
+        smallest = whole("min_batch_size", smallest)
+        self._smallest = -(-smallest // unit) * unit
+        self._largest = largest
+        if largest is not None:
+            self._largest = whole("max_batch_size", largest) // unit * unit
+            if self._largest < self._smallest:
+                raise ValueError(
+                    f"min_batch_size={smallest}, max_batch_size={largest}, multiple_of={unit}:"
+                    " no batch size is allowed"
+                )
+        self.batch_size = batch_size
 
-    def nearest(self, batch_size: float) -> int:
-        if not batch_size > 0:
-            raise ValueError(f"batch_size={batch_size}: expected a positive number")
-        top = batch_size if self._most is None else min(batch_size, self._most)
-        return max(round(top / self._multiple_of) * self._multiple_of, self._least)
+    @property
+    def batch_size(self) -> int:
+        """Samples in the next batch or step."""
+        return self._batch_size
 
-    def set(self, batch_size: int) -> None:
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
         size = whole("batch_size", batch_size)
         if self.nearest(size) != size:
-            most = "" if self._most is None else f" to {self._most}"
+            end = "" if self._largest is None else f" to {self._largest}"
             raise ValueError(
-                f"batch_size={size}: expected a multiple of {self._multiple_of} from {self._least}"
-                f"{most}; nearest() gives one"
+                f"batch_size={size}: expected a multiple of {self._unit} from {self._smallest}"
+                f"{end}; nearest() gives one"
             )
-        self.now = size
+        self._batch_size = size
+
+    def nearest(self, batch_size: float) -> int:
+        """Return the allowed size nearest to ``batch_size``."""
+        if not batch_size > 0:
+            raise ValueError(f"batch_size={batch_size}: expected a positive number")
+        capped = batch_size if self._largest is None else min(batch_size, self._largest)
+        return max(round(capped / self._unit) * self._unit, self._smallest)
+
+    def resize(self, batch_size: int) -> int:
+        """Set the size to rank 0's ``batch_size`` and return it; call it on every rank."""
+        self.batch_size = world().broadcast_object(batch_size)
+        return self.batch_size
 
 
-class AdaptiveBatchSampler(BatchSampler):
+class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     r"""A ``BatchSampler`` whose batch size may change at any time, also within an epoch.
 
-    The size is read when a batch is asked for. A loader with workers asks ahead, by
-    ``prefetch_factor * num_workers`` batches: a change shows that many steps later. The monitor goes
-    by the batches that it observes.
+    The size is read when a batch is requested. A loader with workers prefetches
+    ``prefetch_factor * num_workers`` batches, so a change takes effect that many steps later. The
+    monitor uses the size of the batches that it observes.
 
-    Whatever the sizes, an epoch's batches, one after the other, are the sampler's indices in its
-    order, each exactly once. With ``drop_last`` a last batch that is short of the size *at that
-    time* is left out, so that each index is there at most once, and fewer than a batch are missing.
+    The batches of an epoch contain the sampler's indices in its order, each exactly once, for any
+    sequence of sizes. ``drop_last`` leaves out a last batch that is shorter than the size *at that
+    time*: then each index occurs at most once, and fewer than a batch are missing.
 
-    In a distributed run take a ``DistributedSampler``, and change the size by :meth:`resize` on
-    every rank; sizes are those of one rank.
+    In a distributed run use a ``DistributedSampler``, and change the size by :meth:`resize` on
+    every rank. Sizes count the samples of one rank.
 
     Args:
         sampler: any sampler or iterable of indices.
-        batch_size: samples in a batch to begin with.
-        min: the smallest size allowed, rounded up to a multiple.
-        max: the largest, rounded down; ``None`` for none.
-        multiple_of: sizes are multiples of it.
+        batch_size: samples in a batch at the start.
+        min_batch_size: the smallest allowed size, rounded up to a multiple.
+        max_batch_size: the largest allowed size, rounded down; ``None`` for no bound.
+        multiple_of: every size is a multiple of this number.
         drop_last: leave out a last batch that is too short.
 
     Raises:
@@ -103,39 +121,22 @@ class AdaptiveBatchSampler(BatchSampler):
     [[2, 3, 4, 5, 6], [7, 8, 9]]
     """
 
+    @renamed_keywords(min="min_batch_size", max="max_batch_size")
     def __init__(
         self,
         sampler: Sampler[int] | Iterable[int],
         batch_size: int,
         *,
-        min: int = 1,
-        max: int | None = None,
+        min_batch_size: int = 1,
+        max_batch_size: int | None = None,
         multiple_of: int = 1,
         drop_last: bool = False,
     ) -> None:
-        self._sizes = _Sizes(batch_size, min, max, multiple_of)
-        super().__init__(sampler, self._sizes.now, drop_last)
+        self._allow(batch_size, min_batch_size, max_batch_size, multiple_of)
+        super().__init__(sampler, self.batch_size, drop_last)
         self._indices: Iterator[int] = iter(())
         self._given: list[list[int]] = []
         self._resumed: list[int] | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in the next batch that is asked for."""
-        return self._sizes.now
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        self._sizes.set(batch_size)
-
-    def nearest(self, batch_size: float) -> int:
-        """Return the allowed size nearest to ``batch_size``."""
-        return self._sizes.nearest(batch_size)
-
-    def resize(self, batch_size: int) -> int:
-        """Set the size to rank 0's ``batch_size`` and return it; call it on every rank."""
-        self.batch_size = ranks.shared_whole(batch_size)
-        return self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Forward to the sampler, as ``DistributedSampler`` needs before every epoch."""
@@ -143,13 +144,13 @@ class AdaptiveBatchSampler(BatchSampler):
             forward(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # All of it only with the first batch: a loader with workers makes two iterators, and
-        # discards one.
+        # Nothing runs before the first batch is requested: a loader with workers makes two
+        # iterators and discards one.
         rest, self._resumed = self._resumed, None
         indices = self._indices = iter(self.sampler if rest is None else rest)
         given = self._given = []
         while True:
-            # Unless another iterator has taken over: state_dict puts back what it reads ahead.
+            # state_dict replaces the iterator that it has read; a newer epoch has its own.
             indices = self._indices if given is self._given else indices
             size = self.batch_size
             batch = list(islice(indices, size))
@@ -159,32 +160,32 @@ class AdaptiveBatchSampler(BatchSampler):
             yield batch
 
     def __len__(self) -> int:
-        """Return how many batches an epoch has at the present size: an estimate, if that changes.
+        """Return the number of batches in an epoch at the present size: an estimate if it changes.
 
-        A loader's own length is this one. After :meth:`load_state_dict`, and until iteration
-        begins, it is that of what is left.
+        The length of a ``DataLoader`` is this number. Between :meth:`load_state_dict` and the next
+        iteration it counts the rest of the epoch.
         """
         samples = len(cast(Sized, self.sampler if self._resumed is None else self._resumed))
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Return the size and the indices that are left of this epoch: plain integers.
+        """Return the size and the remaining indices of this epoch: plain integers.
 
         Args:
-            batches: how many batches of this iteration training has taken. A loader with workers
-                has asked for more, which must be given again; by default all that were asked for.
+            batches: how many batches of this epoch training has used. A loader with workers has
+                requested more, which must come again. By default all requested batches.
 
         Raises:
-            ValueError: if fewer were asked for.
-            TypeError: for a sampler without length, which may have no end.
+            ValueError: if fewer batches were requested.
+            TypeError: for a sampler without a length, which may be endless.
         """
         if not isinstance(self.sampler, Sized):
-            raise TypeError(f"sampler={self.sampler!r}: without a length, it may have no end")
-        if self._resumed is not None:  # loaded, and not gone on with since
+            raise TypeError(f"sampler={self.sampler!r}: without a length it may be endless")
+        if self._resumed is not None:  # loaded, and not iterated since
             return {"batch_size": self.batch_size, "rest": list(self._resumed)}
         taken = len(self._given) if batches is None else whole("batches", batches, least=0)
         if taken > len(self._given):
-            raise ValueError(f"batches={batches}: only {len(self._given)} were asked for")
+            raise ValueError(f"batches={batches}: only {len(self._given)} were requested")
         ahead = list(self._indices)
         self._indices = iter(ahead)
         return {
@@ -193,12 +194,12 @@ class AdaptiveBatchSampler(BatchSampler):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue within the epoch: the next iteration gives what was left of it.
+        """Continue within the epoch: the next iteration yields the rest of it.
 
-        If nothing was, the next iteration is a new epoch.
+        If the epoch was complete, the next iteration is a new epoch.
 
         Raises:
-            ValueError: if something is missing, or the size is not allowed.
+            ValueError: for a missing entry, or a size that is not allowed.
         """
         missing = {"batch_size", "rest"} - state_dict.keys()
         if missing:
@@ -207,20 +208,19 @@ class AdaptiveBatchSampler(BatchSampler):
         self._resumed = list(state_dict["rest"]) or None
 
 
-class AdaptiveAccumulation:
-    r"""Groups the batches of a loader into steps of several, for loaders that cannot change.
+class AdaptiveAccumulation(_BatchSize):
+    r"""Gradient accumulation: groups the batches of a loader of fixed batch size into steps.
 
-    Yields for each step a list of ``(share, batch)``, the shares being the batches' parts of the
-    step's samples, so that the gradients of ``share * loss`` add up to that of the mean loss, ragged
-    batches included. The number is read before each step. A loader that ends within a step makes a
-    shorter one.
+    Yields for each step a list of ``(share, batch)``. A share is the batch's fraction of the step's
+    samples, so that the gradients of ``share * loss`` add up to that of the mean loss, also with
+    ragged batches. The size is read before each step. The last step of an epoch may be shorter.
 
     Args:
         loader: a loader, or any re-iterable of batches.
         micro_batch_size: samples in one of its batches.
-        batch_size: samples in a step to begin with, a multiple of ``micro_batch_size``; by default
+        batch_size: samples in a step at the start, a multiple of ``micro_batch_size``; by default
             one batch.
-        max: the largest size allowed; ``None`` for none.
+        max_batch_size: the largest allowed size; ``None`` for no bound.
 
     Raises:
         ValueError: for sizes out of range.
@@ -232,36 +232,18 @@ class AdaptiveAccumulation:
     [[0.333, 0.333, 0.333], [1.0]]
     """
 
+    @renamed_keywords(max="max_batch_size")
     def __init__(
         self,
         loader: Iterable[Any],
         micro_batch_size: int,
         batch_size: int | None = None,
         *,
-        max: int | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         self.loader = loader
         unit = whole("micro_batch_size", micro_batch_size)
-        self._unit = unit
-        self._sizes = _Sizes(unit if batch_size is None else batch_size, unit, max, unit)
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in the next step."""
-        return self._sizes.now
-
-    @batch_size.setter
-    def batch_size(self, batch_size: int) -> None:
-        self._sizes.set(batch_size)
-
-    def nearest(self, batch_size: float) -> int:
-        """Return the allowed size nearest to ``batch_size``."""
-        return self._sizes.nearest(batch_size)
-
-    def resize(self, batch_size: int) -> int:
-        """Set the size to rank 0's ``batch_size`` and return it; call it on every rank."""
-        self.batch_size = ranks.shared_whole(batch_size)
-        return self.batch_size
+        self._allow(unit if batch_size is None else batch_size, unit, max_batch_size, unit)
 
     def __iter__(self) -> Iterator[list[tuple[float, Any]]]:
         batches = iter(self.loader)
@@ -271,11 +253,11 @@ class AdaptiveAccumulation:
             yield [(size / total, batch) for size, batch in zip(sizes, group, strict=True)]
 
     def __len__(self) -> int:
-        """Return how many steps an epoch has at the present size: an estimate, if that changes."""
+        """Return the number of steps in an epoch at the present size: an estimate if it changes."""
         return -(-len(cast(Sized, self.loader)) // (self.batch_size // self._unit))
 
     def state_dict(self) -> dict[str, int]:
-        """Return the size; the place within the epoch is the loader's."""
+        """Return the size. The position within the epoch belongs to the loader's state."""
         return {"batch_size": self.batch_size}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:

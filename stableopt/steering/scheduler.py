@@ -1,10 +1,8 @@
-"""The learning-rate scheduler that steers."""
+"""`StabilityLR`: a learning-rate scheduler that makes unwanted minima unstable."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,61 +12,67 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from stableopt._arguments import positive
+from stableopt.distributed import world
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.sinks.events import Decided
 from stableopt.stability.rules.update_rule import base_optimizer
-from stableopt.steering import agreement as ranks
-from stableopt.steering.decision import Decision
-from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
+from stableopt.steering.agreement import broadcast_tensors, decide_together
+from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
+from stableopt.steering.lr_laws import (
+    Law,
+    LRMeasured,
+    State,
+    gated_staircase,
+    keep_margin,
+    new_state,
+)
 from stableopt.steering.rollback import LastGood, kick_along
 from stableopt.steering.target import OPEN, TargetRegion, at_lr
 
-__all__ = ["StabilityLR", "said_before"]
-
-_REMEMBERED = 10_000
+__all__ = ["StabilityLR"]
 
 
 class StabilityLR(LRScheduler):
     r"""Sets the learning rate so that minima outside of ``target`` are unstable.
 
-    A scheduler like those of torch: ``step()`` after each ``optimizer.step()``, in
-    ``SequentialLR`` or ``ChainedScheduler`` too. It acts once for each *fresh* measurement of the
+    It is used like torch's schedulers: call ``step()`` after each ``optimizer.step()``, also within
+    ``SequentialLR`` or ``ChainedScheduler``. It acts once for each *fresh* measurement of the
     monitor and changes nothing in between. Groups keep the ratios of their rates; rates that are
-    tensors are changed in place.
+    tensors change in place.
 
-    Every decision is kept in ``decisions`` and told to the monitor's sinks. A measurement that
+    Every decision is appended to ``decisions`` and sent to the monitor's sinks. A measurement that
     failed or did not converge never raises the rate.
 
-    In a distributed run rank 0 decides, and ``step()`` must be called on every rank.
+    In a distributed run rank 0 decides, and every rank must call ``step()``.
 
     Args:
         optimizer: the optimizer.
-        monitor: what measures it; at least the sharpness.
+        monitor: the monitor of this optimizer; it measures at least the sharpness.
         target: the region; a relative one is resolved at the first good measurement.
-        law: how to get there, see :mod:`~stableopt.steering.lr_laws`; by default the gated staircase, and
-            :func:`~stableopt.steering.lr_laws.keep_margin` for a margin.
-        min_lr: the smallest rate, of the fastest group; by default 0, and a tenth of the present rate
-            for a margin.
-        max_lr: the largest; by default none, and the present rate for a margin.
+        law: the control law (:mod:`~stableopt.steering.lr_laws`); by default
+            :func:`~stableopt.steering.lr_laws.gated_staircase`, or for a share of the limits
+            :func:`~stableopt.steering.lr_laws.keep_margin`.
+        min_lr: the smallest rate, of the fastest group; by default 0, or for a share of the limits
+            a tenth of the present rate.
+        max_lr: the largest rate; by default unbounded, or for a share of the limits the present one.
         loss_cap: the probe loss above which training counts as diverging; by default only a loss
-            that is not finite does. The loss at initialisation is a good one: escapes stay below.
-        restore: after such a loss, put back the weights, buffers and optimizer state of the last
-            good measurement. Costs a copy of them at each.
-        kick: when the present point has become unstable, move the weights once along the top
-            eigenvector, by so many times their norm; 0 for none. A converged point has no gradient
-            to leave it by, and takes long to find rounding errors to grow; 1e-3 is a good kick.
-        dry_run: decide, record and change nothing.
+            that is not finite does. The loss at initialisation is a good cap: escapes stay below.
+        restore: after a diverging loss, restore weights, buffers and optimizer state of the last
+            good measurement. Costs a copy of them at each measurement.
+        kick: once the present point becomes unstable, move the weights along the top eigenvector by
+            this fraction of their norm; 0 for no kick. A converged point has no gradient, and
+            rounding errors take long to grow; 1e-3 is a good value.
+        dry_run: decide and record, but change nothing.
         last_epoch: as in torch.
 
     Attributes:
-        target: the region, absolute as soon as it can be.
+        target: the region, absolute once it is resolved.
         decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
-        max_lr: the largest.
+        max_lr: the largest rate.
         loss_cap: the loss above which training counts as diverging.
 
     Raises:
-        TypeError: for an optimizer, monitor or target that is none.
+        TypeError: for an optimizer, monitor or target of another type.
         ValueError: for numbers out of range, a monitor of another optimizer or without the
             sharpness, or a target that does not bound the sharpness.
 
@@ -103,8 +107,8 @@ class StabilityLR(LRScheduler):
         _check(optimizer, monitor, target)
         if monitor.problem.sharded and (restore or kick):
             raise ValueError(
-                "restore and kick set the weights of replicas from rank 0, and these are sharded by"
-                " fully_shard: leave them out"
+                "restore and kick copy rank 0's weights to all ranks, which is impossible for weights"
+                " sharded by fully_shard: leave them out"
             )
         present = _fastest(optimizer)
         margin = target.share is not None
@@ -112,7 +116,7 @@ class StabilityLR(LRScheduler):
         self.target = target
         self.law: Law = law or (keep_margin if margin else gated_staircase)
         self.dry_run = dry_run
-        self.decisions: deque[Decision] = deque(maxlen=_REMEMBERED)
+        self.decisions = DecisionLog(maxlen=REMEMBERED)
         self.min_lr = _bound("min_lr", min_lr, present / 10 if margin else 0.0)
         self.max_lr = _bound("max_lr", max_lr, present if margin else math.inf)
         if not self.min_lr <= self.max_lr:
@@ -125,13 +129,13 @@ class StabilityLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the rate of each group after what there is to decide; ``step`` calls it."""
+        """Decide if there is a fresh measurement; return the rate of each group. For ``step``."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        # torch steps a scheduler once as it makes it.
+        # torch calls step once in the constructor.
         decision = self._act() if self._step_count > 1 else None
         if decision is None:
             return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        # In this order the fastest group has the very rate that was decided.
+        # In this order of operations the fastest group gets exactly the decided rate.
         return [decision.new * (float(rate) / decision.old) for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,25 +152,20 @@ class StabilityLR(LRScheduler):
                 "non_uniformity": list(self.target.non_uniformity),
                 "unit": self.target.unit,
             },
-            "decisions": [decision.to_dict() for decision in self.decisions],
+            "decisions": self.decisions.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; load that of optimizer and monitor as well.
+        """Continue from a :meth:`state_dict`; load those of optimizer and monitor as well.
 
         Raises:
-            ValueError: if something is missing in it.
+            ValueError: for a missing entry.
         """
         missing = self.state_dict().keys() - state_dict.keys()
         if missing:
             raise ValueError(f"state_dict lacks {sorted(missing)}")
-        target = state_dict["target"]
-        self.target = TargetRegion(
-            tuple(target["sharpness"]), tuple(target["non_uniformity"]), target["unit"]
-        )
-        decisions = [Decision.from_dict(each) for each in state_dict["decisions"]]
-        self.decisions.clear()
-        self.decisions.extend(decisions)
+        self.target = TargetRegion(**state_dict["target"])
+        self.decisions.load(state_dict["decisions"])
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])
         self._last_lr = list(state_dict["last_lr"])
@@ -174,16 +173,9 @@ class StabilityLR(LRScheduler):
         self._seen, self._state = state_dict["seen"], dict(state_dict["law"])
 
     def _act(self) -> Decision | None:
-        """Decide, do what concerns the weights, and return what changes the rates, if anything."""
-        decided = self._decide() if ranks.is_first() else []
-        decided = ranks.shared_decisions(decided)
+        """Decide, change the weights if so decided, and return the change of the rates, if any."""
         change = None
-        for decision in decided:
-            if not decision.changes and said_before(decision, self.decisions):
-                continue  # a decision to change nothing is said once
-            self.decisions.append(decision)
-            if ranks.is_first():
-                self.monitor.deliver(Decided(decision.step, decision))
+        for decision in decide_together(self._decide, self.decisions, self.monitor.deliver):
             if decision.dry_run:
                 continue
             if decision.kind in ("restore", "kick"):
@@ -204,12 +196,12 @@ class StabilityLR(LRScheduler):
             why = "the target is relative to a measurement, and there is no good one yet"
             return [Decision("lr", "hold", lr, lr, why, step=margins.step, dry_run=self.dry_run)]
         rule = at_lr(self.monitor.update_rule, lr)
-        measured = Measured(margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap)
+        measured = LRMeasured(margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap)
         decision, self._state = self.law(measured, self._state)
         decided = [decision, *self._about_weights(measured, decision)]
         return [replace(each, dry_run=self.dry_run) for each in decided]
 
-    def _about_weights(self, measured: Measured, decision: Decision) -> list[Decision]:
+    def _about_weights(self, measured: LRMeasured, decision: Decision) -> list[Decision]:
         margins = measured.margins
         if decision.kind == "cut":
             if self._last_good is not None and self._last_good.step is not None:
@@ -234,22 +226,12 @@ class StabilityLR(LRScheduler):
 
     def _change_weights(self, decision: Decision) -> None:
         problem = self.monitor.problem
-        if ranks.is_first():
+        if world().rank == 0:
             if decision.kind == "restore" and self._last_good is not None:
                 self._last_good.put_back()
             elif decision.kind == "kick":
                 kick_along(problem, self.monitor.eigenvectors["sharpness"], decision.new)
-        ranks.shared_tensors([*problem.params, *problem.model.buffers()])
-
-
-def said_before(decision: Decision, decisions: deque[Decision]) -> bool:
-    """Return whether the last decision about the same thing said the same, numbers aside."""
-    last = next((each for each in reversed(decisions) if each.what == decision.what), None)
-    return last is not None and _words(last) == _words(decision)
-
-
-def _words(decision: Decision) -> tuple[str, str]:
-    return decision.kind, re.sub(r"[-+.\d]+(e[-+]?\d+)?", "", decision.why)
+        broadcast_tensors([*problem.params, *problem.model.buffers()])
 
 
 def _fastest(optimizer: torch.optim.Optimizer) -> float:
@@ -266,15 +248,15 @@ def _check(
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
     if not isinstance(monitor, StabilityMonitor):
-        raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor, as track() returns")
+        raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor; track() returns one")
     if not isinstance(target, TargetRegion):
         raise TypeError(f"target={target!r}: expected a TargetRegion")
     if monitor.optimizer is not base_optimizer(optimizer):
-        raise ValueError("monitor: it measures another optimizer than the one given")
+        raise ValueError("monitor: it measures another optimizer than this one")
     if target.sharpness == OPEN:
         raise ValueError(
-            f"target {target} does not bound the sharpness, which the learning rate selects; the"
-            " batch size selects the non-uniformity, see StabilityController"
+            f"target {target} does not bound the sharpness, which the learning rate selects; for the"
+            " non-uniformity, which the batch size selects, use StabilityController"
         )
     if "sharpness" not in monitor.quantities:
         raise ValueError(

@@ -1,14 +1,14 @@
-r"""The minima that are wanted: a region of the sharpness / non-uniformity diagram.
+r"""`TargetRegion`: the wanted minima, a region of the sharpness / non-uniformity diagram.
 
 Three examples::
 
     TargetRegion(sharpness=(0, 10), non_uniformity=(0, 5))  # absolute, either end may be None
-    TargetRegion.flatter(by=2)                              # relative to the present
-    TargetRegion.margin(0.8)                                # at most 80 % of the limits
+    TargetRegion.flatter(by=2)                              # relative to the present point
+    TargetRegion.within_limits(0.8)                         # at most 80 % of the limits
 
-Linear stability says which learning rate and batch size make the *other* minima unstable: those
-sharper than :math:`a` when the limit on the sharpness is :math:`a`, those less uniform than
-:math:`s` when the limit on the non-uniformity is :math:`s`.
+By linear stability, learning rate and batch size make all *other* minima unstable: those sharper
+than :math:`a` if the limit on the sharpness is :math:`a`, and those less uniform than :math:`s` if
+the limit on the non-uniformity is :math:`s`.
 """
 
 from __future__ import annotations
@@ -20,39 +20,40 @@ from typing import TYPE_CHECKING, Literal
 
 from stableopt import plot
 from stableopt._arguments import positive, whole
+from stableopt._deprecation import warn_renamed
 from stableopt.stability import StabilityMargins, UpdateRule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Bounds", "TargetRegion", "at_lr", "lr_at_limit"]
+__all__ = ["OPEN", "Bounds", "TargetRegion", "at_lr", "bounded_values", "lr_at_limit"]
 
 Bounds = tuple[float, float]
-"""The lower and the upper end of what is wanted; 0 and infinity are open ends."""
+"""The lower and the upper bound; 0 and infinity are open ends."""
 
 OPEN: Bounds = (0.0, math.inf)
 
 _ROUNDED = 1 + 1e-9
-"""A batch size that is whole but for rounding is that whole number."""
+"""Relative rounding error within which a batch size counts as a whole number."""
 
 
 @dataclass(frozen=True)
 class TargetRegion:
     r"""A box of wanted sharpness and non-uniformity.
 
-    The sharpness is the one that the optimizer's limit is on: of the loss, or, with a preconditioner
-    (Adam, groups with rates of their own), the preconditioned one.
+    The sharpness is the one that the optimizer's limit applies to: that of the loss or, with a
+    preconditioner (Adam, groups with their own rates), the preconditioned one.
 
     Args:
         sharpness: ``(low, high)``, in units of the curvature; ``None`` for an open end.
         non_uniformity: ``(low, high)``, likewise.
-        unit: what the bounds count in: ``"absolute"`` values, multiples of what is measured when
-            steering begins (``"present"``), or shares of the limits (``"limit"``).
+        unit: the unit of the bounds: ``"absolute"`` values, multiples of the values measured at the
+            start of steering (``"present"``), or shares of the limits (``"limit"``).
 
     Raises:
-        ValueError: for bounds that are negative or in the wrong order, a box without any bound, or
-            an unknown unit.
+        ValueError: for bounds that are negative or in the wrong order, a box without a bound, or an
+            unknown unit.
 
     >>> target = TargetRegion(sharpness=(None, 4.0))
     >>> target.lr_for(UpdateRule(lr=0.1)), target.contains(3.0, 50.0), target.contains(5.0, 1.0)
@@ -73,7 +74,7 @@ class TargetRegion:
 
     @classmethod
     def flatter(cls, by: float) -> TargetRegion:
-        """Return the minima that are ``by`` times flatter than the present point.
+        """Return the region of minima at least ``by`` times flatter than the present point.
 
         >>> TargetRegion.flatter(by=2).resolve(StabilityMargins(sharpness=8.0)).sharpness
         (0.0, 4.0)
@@ -82,19 +83,19 @@ class TargetRegion:
 
     @classmethod
     def sharper(cls, by: float) -> TargetRegion:
-        """Return the minima that are at least ``by`` times sharper than the present point."""
+        """Return the region of minima at least ``by`` times sharper than the present point."""
         return cls(sharpness=(_above_one("by", by), math.inf), unit="present")
 
     @classmethod
     def more_uniform(cls, by: float) -> TargetRegion:
-        """Return the minima whose non-uniformity is at most a ``by``-th of the present one."""
+        """Return the region of minima with at most a ``by``-th of the present non-uniformity."""
         return cls(non_uniformity=(0.0, 1 / _above_one("by", by)), unit="present")
 
     @classmethod
-    def margin(cls, share: float) -> TargetRegion:
-        """Return the points at up to ``share`` of each limit, whatever their sharpness.
+    def within_limits(cls, share: float) -> TargetRegion:
+        """Return the region of points at up to ``share`` of each limit, at any sharpness.
 
-        For stability rather than selection: no minimum is made unstable. The learning rate then
+        For stability rather than selection: no minimum becomes unstable. The learning rate then
         follows the measurement, which is safe only with a floor; see
         :func:`~stableopt.steering.lr_laws.keep_margin`.
 
@@ -105,28 +106,39 @@ class TargetRegion:
             raise ValueError(f"share={share!r}: expected a number between 0 and 1")
         return cls((0.0, float(share)), (0.0, float(share)), unit="limit")
 
+    @classmethod
+    def margin(cls, share: float) -> TargetRegion:
+        """Return :meth:`within_limits`: the old name."""
+        warn_renamed("TargetRegion.margin", "TargetRegion.within_limits")
+        return cls.within_limits(share)
+
     @property
     def share(self) -> float | None:
-        """The largest share of the limits, where that is what is asked for."""
-        return _number(self.sharpness[1]) if self.unit == "limit" else None
+        """The largest share of the limits; ``None`` for a region in other units."""
+        return self.bounds("sharpness")[1] if self.unit == "limit" else None
+
+    def bounds(self, name: str) -> Bounds:
+        """Return the bounds of ``"sharpness"`` or ``"non_uniformity"``, open ends as 0 and infinity.
+
+        >>> TargetRegion(sharpness=(None, 4)).bounds("sharpness")
+        (0.0, 4.0)
+        """
+        low, high = getattr(self, name)
+        return low, high
 
     def resolve(self, margins: StabilityMargins) -> TargetRegion:
-        """Return the region in absolute numbers, if it is relative to what ``margins`` measured.
+        """Return the region in absolute numbers, if it is relative to the values in ``margins``.
 
-        A region of :meth:`margin` stays as it is.
+        A region of :meth:`within_limits` stays as it is.
 
         Raises:
-            ValueError: if a quantity it is relative to was not measured.
+            ValueError: if a quantity that it is relative to was not measured.
         """
         if self.unit != "present":
             return self
-        bounds: dict[str, Bounds] = {"sharpness": OPEN, "non_uniformity": OPEN}
-        present = {
-            "sharpness": margins.limited_sharpness,
-            "non_uniformity": margins.non_uniformity,
-        }
-        for name, value in present.items():
-            low, high = _bounds(getattr(self, name))
+        bounds: dict[str, Bounds] = {}
+        for name, value in bounded_values(margins).items():
+            low, high = bounds[name] = self.bounds(name)
             if (low, high) == OPEN:
                 continue
             if value is None or not value > 0:
@@ -139,29 +151,28 @@ class TargetRegion:
 
     @property
     def aim(self) -> float | None:
-        """The sharpness to settle at: the upper bound, else the lower one, else ``None``.
+        """The sharpness limit to set: the upper bound, else the lower one, else ``None``.
 
-        Training ends at or just below the limit that the learning rate sets, so the limit belongs
-        at the upper bound; where only a lower one is named, at that.
+        Training ends at or just below the limit that the learning rate sets.
         """
-        low, high = _bounds(self.sharpness)
+        low, high = self.bounds("sharpness")
         return high if high < math.inf else low or None
 
     def lr_for(self, update_rule: UpdateRule) -> float:
         r"""Return the learning rate at which every sharper minimum is unstable.
 
-        The rate whose limit is :attr:`aim`: for plain SGD :math:`\eta = 2/a`. It follows from the
-        target alone, never from a measurement.
+        At this rate the limit is :attr:`aim`: for plain SGD :math:`\eta = 2/a`. It depends on the
+        target alone, never on a measurement.
 
         Args:
-            update_rule: the rule, whose momentum, decay and ratios between groups are kept.
+            update_rule: the rule; its momentum, decay and ratios between groups are kept.
 
         Returns:
-            The rate, of the fastest group where groups differ; the rule's own where the region has
-            no bound on the sharpness.
+            The rate, of the fastest group if groups differ; the rule's own if the region does not
+            bound the sharpness.
 
         Raises:
-            ValueError: for a region in other units than absolute ones.
+            ValueError: for a region that is not absolute.
 
         >>> round(TargetRegion(sharpness=(0, 38.0)).lr_for(UpdateRule(lr=1.0, momentum=0.9)), 6)
         0.1
@@ -174,11 +185,11 @@ class TargetRegion:
     ) -> int:
         r"""Return the batch size at which every less uniform minimum is unstable.
 
-        The limit on the non-uniformity is s, the upper bound, where the noise factor is
+        The limit on the non-uniformity is the upper bound s if the noise factor is
         :math:`p = v/s^2`, with v the square of the limit at p = 1: for plain SGD
         :math:`1/\eta^2` (the box (9)), or :math:`(2/(\eta a) - 1)a^2` at sharpness a. Then
-        :math:`B = n/(1 + p(n-1))`, rounded down, so that what is above s is unstable. Where only a
-        lower bound is named, B is rounded up, so that what is above *it* is stable.
+        :math:`B = n/(1 + p(n-1))`. It is rounded down, so that minima above s are unstable; if the
+        region has only a lower bound, it is rounded up, so that minima above that are stable.
 
         Args:
             lr: the learning rate of plain SGD, or a rule.
@@ -187,17 +198,17 @@ class TargetRegion:
                 over all sharpnesses.
 
         Returns:
-            From 1 to n; n where the region has no bound on the non-uniformity.
+            A size from 1 to n; n if the region does not bound the non-uniformity.
 
         Raises:
-            ValueError: for a region in other units than absolute ones, or arguments out of range.
+            ValueError: for a region that is not absolute, or arguments out of range.
 
         >>> TargetRegion(non_uniformity=(0, 4.0)).batch_size_for(0.5, 1000)
         3
         """
         self._require_absolute("batch_size_for")
         n = whole("n", n)
-        low, high = _bounds(self.non_uniformity)
+        low, high = self.bounds("non_uniformity")
         if (low, high) == OPEN:
             return n
         rule = lr if isinstance(lr, UpdateRule) else UpdateRule(lr=positive("lr", lr))
@@ -210,12 +221,12 @@ class TargetRegion:
         return min(max(size, 1), n)
 
     def contains(self, sharpness: float | None, non_uniformity: float | None = None) -> bool:
-        """Return whether both values are within their bounds, in the region's units.
+        """Return whether both values are within their bounds, in the region's unit.
 
-        A bounded quantity that is ``None``, not measured, is not.
+        ``None``, a value that was not measured, is within open bounds only.
         """
-        for value, bounds in ((sharpness, self.sharpness), (non_uniformity, self.non_uniformity)):
-            low, high = _bounds(bounds)
+        for value, name in ((sharpness, "sharpness"), (non_uniformity, "non_uniformity")):
+            low, high = self.bounds(name)
             if (low, high) != OPEN and (value is None or not low <= value <= high):
                 return False
         return True
@@ -231,28 +242,30 @@ class TargetRegion:
 
         Raises:
             ImportError: without matplotlib.
-            ValueError: for a region in other units than absolute ones.
+            ValueError: for a region that is not absolute.
         """
         self._require_absolute("plot")
-        target = (_bounds(self.sharpness), _bounds(self.non_uniformity))
+        target = (self.bounds("sharpness"), self.bounds("non_uniformity"))
         return plot.diagram(region, points, target=target, ax=ax)
 
     def __str__(self) -> str:
-        names = {"sharpness": self.sharpness, "non-uniformity": self.non_uniformity}
         unit = {"absolute": "", "present": " of the present", "limit": " of the limit"}[self.unit]
         return ", ".join(
-            f"{name} {_interval(_bounds(bounds))}{unit}"
-            for name, bounds in names.items()
-            if bounds != OPEN
+            f"{name.replace('_', '-')} {_interval(self.bounds(name))}{unit}"
+            for name in ("sharpness", "non_uniformity")
+            if self.bounds(name) != OPEN
         )
 
     def _require_absolute(self, what: str) -> None:
         if self.unit == "present":
             raise ValueError(f"{what} of a region relative to the present: resolve(margins) first")
         if self.unit == "limit":
-            raise ValueError(
-                f"{what} of a margin: it asks for a share of the limit, not for a sharpness"
-            )
+            raise ValueError(f"{what} of a share of the limits: expected an absolute region")
+
+
+def bounded_values(margins: StabilityMargins) -> dict[str, float | None]:
+    """Return the measured values that a region bounds, by name; ``None`` for one not measured."""
+    return {"sharpness": margins.limited_sharpness, "non_uniformity": margins.non_uniformity}
 
 
 def at_lr(rule: UpdateRule, lr: float) -> UpdateRule:
@@ -268,7 +281,7 @@ def at_lr(rule: UpdateRule, lr: float) -> UpdateRule:
 def lr_at_limit(rule: UpdateRule, sharpness: float) -> float:
     r"""Return the learning rate at which ``rule``'s limit is ``sharpness``.
 
-    Every rule's limit has the form :math:`A/\eta - D`, as 2/η minus the weight decay; A and D
+    Every rule's limit has the form :math:`A/\eta - D`, such as 2/η minus the weight decay. A and D
     follow from the limits at two rates.
 
     >>> lr_at_limit(UpdateRule(lr=1.0, weight_decay=0.5), 3.5)
@@ -291,16 +304,6 @@ def _checked(name: str, bounds: object) -> Bounds:
     if not 0 <= low <= high or high == 0 or low == math.inf:
         raise ValueError(f"{name}={bounds!r}: expected numbers with 0 ≤ low ≤ high, and 0 < high")
     return low, high
-
-
-def _bounds(bounds: tuple[float | None, float | None]) -> Bounds:
-    """Return the ends as the constructor left them: numbers."""
-    return _number(bounds[0]), _number(bounds[1])
-
-
-def _number(value: float | None) -> float:
-    assert value is not None
-    return value
 
 
 def _above_one(name: str, value: float) -> float:

@@ -1,4 +1,4 @@
-"""Whether the target is reached, can be, or cannot: a pure function of measurements."""
+"""`verdict`: whether the target is reached, missed or unreachable, from measurements alone."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.lr_laws import State
-from stableopt.steering.target import TargetRegion
+from stableopt.steering.target import TargetRegion, bounded_values
 
 __all__ = ["Situation", "verdict"]
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a verdict is taken from.
+    """The input of a verdict.
 
     Attributes:
         margins: the fresh measurement.
-        target: the region, resolved.
+        target: the region, absolute.
         lr: the learning rate.
-        target_lr: the one that the target asks for, or ``None``.
-        max_lr: the largest allowed.
+        target_lr: the learning rate that the target asks for, or ``None``.
+        max_lr: the largest allowed learning rate.
         batch_size: the batch size, or ``None`` if nothing changes it.
-        smallest: the smallest allowed.
-        cuts: how often the learning rate was cut since the target was last reached.
+        smallest: the smallest allowed batch size.
+        cuts: the number of cuts of the learning rate since the target was last reached.
     """
 
     margins: StabilityMargins
@@ -46,11 +46,11 @@ _FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
 def verdict(
     situation: Situation, state: State, *, band: float = 0.1, patience: int = 20
 ) -> tuple[Decision | None, State]:
-    """Say that the target was reached or missed again, or cannot be reached; else ``None``.
+    """Return that the target is newly reached, missed again or unreachable; else ``None``.
 
-    Cannot, that is: the rate that it asks for is not allowed, or had to be cut three times; or all
-    knobs are where the target asks for them, and in ``patience`` measurements less than a tenth of
-    the distance, in logarithms, was covered.
+    It is unreachable if the rate that it asks for is not allowed, or was cut three times; or if all
+    knobs have the values that it asks for, and the logarithmic distance did not fall by a tenth
+    within ``patience`` measurements.
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
@@ -60,7 +60,7 @@ def verdict(
     margins, target = situation.margins, situation.target
     if margins.failure is not None or not margins.converged:
         return None, state
-    # Once reached, it is missed only at twice the band: training hovers about the edge.
+    # Training hovers about the edge, so a reached target is missed only at twice the band.
     misses = _misses(margins, target, 2 * band if state.get("reached") else band)
     if not misses:
         state = {**state, "since": 0.0, "best": math.inf}
@@ -88,11 +88,10 @@ def verdict(
 def _misses(
     margins: StabilityMargins, target: TargetRegion, band: float
 ) -> list[tuple[float, str]]:
-    """Return for each bound that is missed by more than ``band`` by how much, in logarithms."""
+    """Return distance, logarithmic, and text for each bound missed by more than ``band``."""
     found = []
-    present = {"sharpness": margins.limited_sharpness, "non_uniformity": margins.non_uniformity}
-    for name, value in present.items():
-        low, high = getattr(target, name)
+    for name, value in bounded_values(margins).items():
+        low, high = target.bounds(name)
         if value is None or not value > 0:
             continue
         shown = name.replace("_", "-")
@@ -104,12 +103,12 @@ def _misses(
 
 
 def _at_work(situation: Situation) -> bool:
-    """Whether the rate still is on its way: below the target's, or above it where that sharpens."""
+    """Return whether the rate still moves: up to the target's, or down to it, which sharpens."""
     wanted, lr = situation.target_lr, situation.lr
     if wanted is None or math.isclose(lr, wanted, rel_tol=1e-6):
         return False
     return lr < min(wanted, situation.max_lr) or (
-        lr > wanted and situation.target.sharpness[0] != 0
+        lr > wanted and situation.target.bounds("sharpness")[0] != 0
     )
 
 
@@ -119,13 +118,13 @@ def _forbidden(situation: Situation, what: str) -> str | None:
         return f"{what}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
     if what.startswith("sharpness") and wanted is not None and wanted > situation.max_lr:
         if situation.lr < situation.max_lr:
-            return None  # on its way; what it finds may do
+            return None  # the rate still rises, and may reach the target before
         return f"{what}, which takes a rate of {wanted:.3g}, above max_lr={situation.max_lr:.3g}"
     return None
 
 
 def _stuck(situation: Situation, what: str) -> str:
-    low, loss = situation.target.sharpness[0], situation.margins.loss
+    low, loss = situation.target.bounds("sharpness")[0], situation.margins.loss
     if what.startswith("sharpness") and "below" in what:
         left = "" if loss is None else f" {loss:.2g}"
         return (

@@ -469,7 +469,7 @@ def steered() -> dict[str, Any]:
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1).double())
     x, _ = small_data(64)
     data = TensorDataset(x, x.sum(1, keepdim=True).sin())
-    sampler = stableopt.AdaptiveBatchSampler(DistributedSampler(data, seed=1), 4, max=16)
+    sampler = stableopt.AdaptiveBatchSampler(DistributedSampler(data, seed=1), 4, max_batch_size=16)
     loader = DataLoader(data, batch_sampler=sampler)
     optimizer = stableopt.SGD(model.parameters(), lr=0.3)
     part = shard(64, dist.get_rank(), dist.get_world_size())

@@ -113,7 +113,7 @@ def test_what_was_not_measured_changes_nothing() -> None:
     ):
         for law, target in (
             (batch_staircase, UNIFORM),
-            (keep_batch_margin, TargetRegion.margin(0.5)),
+            (keep_batch_margin, TargetRegion.within_limits(0.5)),
         ):
             decision, state = law(BatchMeasured(margins, UpdateRule(lr=0.5), target, 16, 1000), {})
             assert (decision.kind, decision.new, state) == ("hold", 16, {})
@@ -130,14 +130,14 @@ def test_sizes_stay_within_what_is_allowed() -> None:
 
 def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
     """Catches a share of the wrong limit; the oracle is the limit itself."""
-    target = TargetRegion.margin(0.5)
+    target = TargetRegion.within_limits(0.5)
     decision, state = keep_batch_margin(at(4.0, 4, target=target), {}, dwell=10)
     size, rule = int(decision.new), UpdateRule(lr=0.5)
     assert 0.5 * rule.max_non_uniformity(size, 1000) >= 4.0
     assert 0.5 * rule.max_non_uniformity(size - 1, 1000) < 4.0
     assert keep_batch_margin(at(4.5, size, target=target, step=19), state)[0].kind == "hold"
     assert keep_batch_margin(at(1.0, size, target=target), {})[0].kind == "keep"
-    with pytest.raises(ValueError, match="needs a margin"):
+    with pytest.raises(ValueError, match="needs TargetRegion"):
         keep_batch_margin(at(4.0, 4), {})
 
 

@@ -51,7 +51,7 @@ class Run:
         self.optimizer = stableopt.SGD(self.model.parameters(), lr=lr)
         generator = torch.Generator().manual_seed(1)
         self.sampler = AdaptiveBatchSampler(
-            RandomSampler(range(24), generator=generator), batch_size, max=24
+            RandomSampler(range(24), generator=generator), batch_size, max_batch_size=24
         )
         self.loader = DataLoader(TensorDataset(X, Y), batch_sampler=self.sampler)
         options = {"every": 5, "quantities": BOTH, "tol": 0.03, "max_iter": 100, **options}
@@ -260,9 +260,11 @@ def test_accumulation_is_a_knob_as_well() -> None:
 def test_a_margin_needs_no_batch_and_uses_one() -> None:
     """Catches a margin that is refused for want of a knob, and one that makes noise louder."""
     run = Run()
-    StabilityController(run.monitor, TargetRegion.margin(0.8))
+    StabilityController(run.monitor, TargetRegion.within_limits(0.8))
     noisy = Run(lr=0.4, batch_size=1)
-    controller = StabilityController(noisy.monitor, TargetRegion.margin(0.3), batch=noisy.sampler)
+    controller = StabilityController(
+        noisy.monitor, TargetRegion.within_limits(0.3), batch=noisy.sampler
+    )
     noisy.go(30, controller)
     assert noisy.sampler.batch_size > 1
     assert not any(d.what == "batch_size" and d.kind == "lower" for d in controller.decisions)

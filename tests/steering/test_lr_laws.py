@@ -15,7 +15,14 @@ import pytest
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
 from stableopt.stability import Measurement
 from stableopt.steering.decision import Decision
-from stableopt.steering.lr_laws import Law, Measured, State, gated_staircase, keep_margin, new_state
+from stableopt.steering.lr_laws import (
+    Law,
+    LRMeasured,
+    State,
+    gated_staircase,
+    keep_margin,
+    new_state,
+)
 
 SHARP = 25.04  # of u = 5, v = 1/5
 
@@ -41,9 +48,9 @@ def descend(
                 margins = StabilityMargins(step=step, loss=loss, sharpness=sharpness(u, v))
             else:
                 margins = StabilityMargins(step=step, failure="not finite: the loss is inf")
-                decisions.append(law(Measured(margins, UpdateRule(lr=lr), target), state)[0])
+                decisions.append(law(LRMeasured(margins, UpdateRule(lr=lr), target), state)[0])
                 break
-            decision, state = law(Measured(margins, UpdateRule(lr=lr), target, **bounds), state)
+            decision, state = law(LRMeasured(margins, UpdateRule(lr=lr), target, **bounds), state)
             decisions.append(decision)
             lr = decision.new
     return sharpness(u, v), (u * v - 1) ** 2 / 2, lr, decisions
@@ -61,16 +68,16 @@ def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
     assert 0.6 * goal < a < 1.001 * goal
 
 
-def jump(measured: Measured, state: State) -> tuple[Decision, State]:
+def jump(measured: LRMeasured, state: State) -> tuple[Decision, State]:
     return measured.decide("raise", measured.target.lr_for(measured.rule), "at once"), state
 
 
-def follow(measured: Measured, state: State, *, share: float) -> tuple[Decision, State]:
+def follow(measured: LRMeasured, state: State, *, share: float) -> tuple[Decision, State]:
     assert measured.margins.sharpness is not None
     return measured.decide("lower", 2 * share / measured.margins.sharpness, "measured"), state
 
 
-def cut_while_sharp(measured: Measured, state: State) -> tuple[Decision, State]:
+def cut_while_sharp(measured: LRMeasured, state: State) -> tuple[Decision, State]:
     high = measured.target.sharpness[1]
     assert measured.margins.sharpness is not None
     assert high is not None
@@ -114,13 +121,13 @@ def at(
     step: int = 10,
     target: TargetRegion = TARGET,
     **more: float,
-) -> Measured:
+) -> LRMeasured:
     margins = StabilityMargins(step=step, sharpness=a, loss=0.01)
-    return Measured(margins, UpdateRule(lr=lr), target, **more)
+    return LRMeasured(margins, UpdateRule(lr=lr), target, **more)
 
 
-def failed(lr: float, why: str, *, step: int = 10) -> Measured:
-    return Measured(StabilityMargins(step=step, failure=why), UpdateRule(lr=lr), TARGET)
+def failed(lr: float, why: str, *, step: int = 10) -> LRMeasured:
+    return LRMeasured(StabilityMargins(step=step, failure=why), UpdateRule(lr=lr), TARGET)
 
 
 def test_it_rises_a_percent_a_step_also_between_rare_measurements() -> None:
@@ -193,7 +200,7 @@ def test_a_lost_loss_is_cut_once_and_held() -> None:
 
 def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
     """Catches a cap that is relative to anything, and a cut that is undone at once."""
-    high = Measured(
+    high = LRMeasured(
         StabilityMargins(step=10, sharpness=1.0, loss=0.3), UpdateRule(lr=0.1), TARGET, loss_cap=0.2
     )
     decision, state = gated_staircase(high, new_state(), hold=10)
@@ -202,7 +209,7 @@ def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
     # Back below the cap, but within the hold.
     assert gated_staircase(at(0.07, 9.0, step=19), state)[0].kind == "hold"
     assert gated_staircase(at(0.07, 9.0, step=20), state)[0].kind == "raise"
-    later = Measured(
+    later = LRMeasured(
         StabilityMargins(step=20, sharpness=1.0, loss=0.3),
         UpdateRule(lr=0.07),
         TARGET,
@@ -215,7 +222,9 @@ def test_a_rise_of_the_loss_below_the_cap_is_no_reason_to_cut() -> None:
     """Catches a cut on a relative rise, which would cancel the escape that is wanted."""
     _, state = gated_staircase(at(0.1), new_state())
     margins = StabilityMargins(step=11, sharpness=19.0, loss=10.0)
-    assert gated_staircase(Measured(margins, UpdateRule(lr=0.1), TARGET), state)[0].kind == "raise"
+    assert (
+        gated_staircase(LRMeasured(margins, UpdateRule(lr=0.1), TARGET), state)[0].kind == "raise"
+    )
 
 
 def test_what_was_not_measured_raises_nothing() -> None:
@@ -224,8 +233,8 @@ def test_what_was_not_measured_raises_nothing() -> None:
     """
     poor = Measurement(15.0, 0.5, 50, 0.1, converged=False)
     margins = StabilityMargins(step=5, sharpness=15.0, measurements={"sharpness": poor})
-    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.margin(0.9))):
-        measured = Measured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
+    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.within_limits(0.9))):
+        measured = LRMeasured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
         decision, _ = law(measured, new_state())
         assert (decision.kind, decision.new) == ("hold", 0.1)
         assert "did not converge" in decision.why
@@ -238,12 +247,12 @@ def test_laws_are_pure() -> None:
     """Catches a state that is changed in place, so that a dry run would not be one."""
     state: State = {"step": 3.0, "held_until": 0.0, "other": 7.0}
     before = dict(state)
-    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.margin(0.5))):
+    for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.within_limits(0.5))):
         for margins in (
             StabilityMargins(step=5, sharpness=15.0),
             StabilityMargins(step=5, failure="not finite: x"),
         ):
-            measured = Measured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
+            measured = LRMeasured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
             first, after = law(measured, state)
             assert state == before
             assert law(measured, state) == (first, after)
@@ -259,16 +268,16 @@ def test_a_first_call_and_a_counter_that_went_back_count_one_step() -> None:
 
 # -- the margin ------------------------------------------------------------------------------------
 
-HALF = TargetRegion.margin(0.5)
+HALF = TargetRegion.within_limits(0.5)
 
 
-def sharpening(law: Callable[[Measured], Decision], steps: int) -> tuple[float, float]:
+def sharpening(law: Callable[[LRMeasured], Decision], steps: int) -> tuple[float, float]:
     """Return sharpness and rate where a rises by 2 % a step until it is at 2/lr."""
     a, lr = 5.0, 0.1
     for step in range(1, steps + 1):
         a = min(1.02 * a, 2 / lr)
         margins = StabilityMargins(step=step, sharpness=a)
-        lr = law(Measured(margins, UpdateRule(lr=lr), HALF, min_lr=0.02, max_lr=0.1)).new
+        lr = law(LRMeasured(margins, UpdateRule(lr=lr), HALF, min_lr=0.02, max_lr=0.1)).new
     return a, lr
 
 
@@ -279,7 +288,7 @@ def test_a_shrinking_rate_stops_at_its_floor() -> None:
     assert lr == 0.02
     state: dict[str, float] = {}
 
-    def law(measured: Measured) -> Decision:
+    def law(measured: LRMeasured) -> Decision:
         nonlocal state
         decision, after = keep_margin(measured, state)
         state = dict(after)
@@ -292,7 +301,7 @@ def test_a_shrinking_rate_stops_at_its_floor() -> None:
     assert "at its floor" in floor.why
     with pytest.raises(ValueError, match=r"min_lr=0\.0: expected a positive floor"):
         keep_margin(at(0.1, target=HALF), {})
-    with pytest.raises(ValueError, match=r"needs TargetRegion\.margin"):
+    with pytest.raises(ValueError, match=r"needs TargetRegion\.within_limits"):
         keep_margin(at(0.1, min_lr=0.01), {})
 
 

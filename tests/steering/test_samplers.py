@@ -243,11 +243,11 @@ def test_set_epoch_reaches_a_distributed_sampler() -> None:
     [
         ({}, 7.4, 7),
         ({}, 0.01, 1),
-        ({"min": 4}, 1, 4),
-        ({"max": 16}, 1e9, 16),
+        ({"min_batch_size": 4}, 1, 4),
+        ({"max_batch_size": 16}, 1e9, 16),
         ({"multiple_of": 8}, 13, 16),
-        ({"multiple_of": 8, "min": 3, "max": 30}, 29, 24),
-        ({"multiple_of": 8, "min": 3, "max": 30}, 1, 8),
+        ({"multiple_of": 8, "min_batch_size": 3, "max_batch_size": 30}, 29, 24),
+        ({"multiple_of": 8, "min_batch_size": 3, "max_batch_size": 30}, 1, 8),
     ],
 )
 def test_sizes_are_kept_within_what_is_allowed(
@@ -266,9 +266,12 @@ def test_sizes_are_kept_within_what_is_allowed(
         ((0, {}), "batch_size=0"),
         ((2.0, {}), "batch_size=2.0"),
         ((True, {}), "batch_size=True"),
-        ((9, {"max": 8}), "batch_size=9: expected a multiple of 1 from 1 to 8"),
+        ((9, {"max_batch_size": 8}), "batch_size=9: expected a multiple of 1 from 1 to 8"),
         ((9, {"multiple_of": 8}), "batch_size=9: expected a multiple of 8"),
-        ((8, {"min": 9, "max": 15, "multiple_of": 8}), "no batch size is allowed"),
+        (
+            (8, {"min_batch_size": 9, "max_batch_size": 15, "multiple_of": 8}),
+            "no batch size is allowed",
+        ),
         ((8, {"multiple_of": 0}), "multiple_of=0"),
     ],
 )
@@ -277,7 +280,7 @@ def test_bad_sizes_are_refused(arguments: Any, says: str) -> None:
     size, options = arguments
     with pytest.raises(ValueError, match=says):
         AdaptiveBatchSampler(range(9), size, **options)
-    good = AdaptiveBatchSampler(range(9), 3, max=8)
+    good = AdaptiveBatchSampler(range(9), 3, max_batch_size=8)
     with pytest.raises(ValueError, match="batch_size=9"):
         good.batch_size = 9
     assert good.batch_size == 3
@@ -288,7 +291,7 @@ def test_bad_states_are_refused() -> None:
     sampler = AdaptiveBatchSampler(range(9), 3)
     with pytest.raises(ValueError, match="lacks"):
         sampler.load_state_dict({"batch_size": 3})
-    with pytest.raises(ValueError, match="batches=1: only 0 were asked for"):
+    with pytest.raises(ValueError, match="batches=1: only 0 were requested"):
         sampler.state_dict(batches=1)
     with pytest.raises(TypeError, match="without a length"):
         AdaptiveBatchSampler((i for i in range(9)), 3).state_dict()
@@ -302,8 +305,9 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    from stableopt.steering import agreement as ranks
-    from stableopt.steering.decision import Decision
+    from stableopt.distributed import world
+    from stableopt.steering.agreement import broadcast_tensors, decide_together
+    from stableopt.steering.decision import Decision, DecisionLog
 
     sampler = AdaptiveBatchSampler(DistributedSampler(range(20), seed=3), 2)
     wanted = [3, 4][rank]  # rank 1 has another opinion
@@ -312,16 +316,18 @@ def _rank(rank: int, folder: str) -> None:
     sampler.resize(wanted)
     found += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
-    shared = ranks.shared_decisions([decision] if rank == 0 else [])
+    log, sunk = DecisionLog(maxlen=9), []
+    shared = list(decide_together(lambda: [decision], log, sunk.append))
     weight = torch.full((2,), float(rank))
-    ranks.shared_tensors([weight])
+    broadcast_tensors([weight])
     result = {
         "batches": found,
         "size": sampler.batch_size,
         "decisions": [each.to_dict() for each in shared],
         "weight": weight.tolist(),
-        "first": ranks.is_first(),
-        "world": ranks.world_size(),
+        "log": log.state(),
+        "sunk": len(sunk),
+        "world": world().size,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
@@ -337,11 +343,12 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert [len(b) for b in zero["batches"]] == [len(b) for b in one["batches"]] == [2, 3, 3, 2]
     flat = sum(zero["batches"] + one["batches"], [])  # noqa: RUF017
     assert sorted(flat) == list(range(20))
-    assert [zero["first"], one["first"], zero["world"]] == [True, False, 2]
+    assert [zero["sunk"], one["sunk"], zero["world"]] == [1, 0, 2]
     assert one["weight"] == [0.0, 0.0]
     (said,), (heard,) = zero["decisions"], one["decisions"]
-    assert heard["why"] == "decided on rank 0"
-    assert {**said, "why": ""} == {**heard, "why": ""}
+    assert said == heard
+    assert (heard["new"], heard["why"]) == (0.2, "rank 0")
+    assert zero["log"] == one["log"] == [said]
 
 
 # -- accumulation ----------------------------------------------------------------------------------
@@ -378,7 +385,7 @@ def test_accumulation_is_the_mean_over_the_step(n: int, micro: int, counts: list
 def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
     """Catches a size between two multiples that would silently be another."""
     batches = [torch.zeros(4)] * 3
-    accumulation = AdaptiveAccumulation(batches, 4, max=12)
+    accumulation = AdaptiveAccumulation(batches, 4, max_batch_size=12)
     assert accumulation.batch_size == 4
     assert accumulation.nearest(7) == 8
     assert accumulation.nearest(100) == 12

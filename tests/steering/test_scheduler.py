@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, 
 
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
-from stableopt.steering.lr_laws import Measured, State
+from stableopt.steering.lr_laws import LRMeasured, State
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(16, 2, generator=GENERATOR)
@@ -327,7 +327,7 @@ def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstabl
 def test_a_law_of_ones_own() -> None:
     """Catches a scheduler that knows its laws."""
 
-    def halve(measured: Measured, state: State) -> tuple[Any, State]:
+    def halve(measured: LRMeasured, state: State) -> tuple[Any, State]:
         count = state.get("count", 0) + 1
         return measured.decide("lower", measured.lr / 2, f"call {count:.0f}"), {"count": count}
 
@@ -341,7 +341,7 @@ def test_a_law_of_ones_own() -> None:
 def test_a_margin_keeps_away_from_its_limit_and_above_its_floor() -> None:
     """Catches a margin whose rate rises above the user's, or falls without end."""
     run = Run(lr=1.5, tol=0.03)
-    scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.margin(0.5))
+    scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.within_limits(0.5))
     assert (scheduler.min_lr, scheduler.max_lr) == (0.15, 1.5)
     run.go(scheduler, 60)
     assert run.monitor.margins.sharpness_ratio < 0.55  # the share, and a step's lag

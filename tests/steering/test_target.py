@@ -96,13 +96,13 @@ def test_relative_regions_are_resolved_by_what_is_measured() -> None:
 
 def test_a_margin_is_a_share_of_the_limit() -> None:
     """Catches a margin that is taken for a sharpness."""
-    target = TargetRegion.margin(0.8)
+    target = TargetRegion.within_limits(0.8)
     assert target.share == 0.8
     assert target.resolve(StabilityMargins(sharpness=8.0)) is target
     assert target.contains(0.7, 0.8)
     assert not target.contains(0.7, 0.81)
     assert TargetRegion(sharpness=(0, 1)).share is None
-    with pytest.raises(ValueError, match="share of the limit, not for a sharpness"):
+    with pytest.raises(ValueError, match="lr_for of a share of the limits: expected"):
         target.lr_for(UpdateRule(lr=0.1))
 
 
@@ -149,7 +149,7 @@ def test_factors_are_above_one(by: Any) -> None:
 def test_margins_are_between_zero_and_one(share: float) -> None:
     """Catches 80 for 80 %."""
     with pytest.raises(ValueError, match="share="):
-        TargetRegion.margin(share)
+        TargetRegion.within_limits(share)
 
 
 def test_it_is_said_in_words() -> None:
@@ -176,5 +176,5 @@ def test_it_is_drawn_with_its_bounds() -> None:
     assert sorted(set(x)) == [2, 10]
     assert max(y) > axes.get_ylim()[1]
     assert min(y) < axes.get_ylim()[0]
-    with pytest.raises(ValueError, match="plot of a margin"):
-        TargetRegion.margin(0.5).plot()
+    with pytest.raises(ValueError, match="plot of a share of the limits"):
+        TargetRegion.within_limits(0.5).plot()

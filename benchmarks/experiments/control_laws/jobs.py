@@ -19,12 +19,12 @@ from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
 from benchmarks.training.minimum import flops_per_sample, images_for
 from benchmarks.training.networks import network
 from stableopt import StabilityLR, StabilityMargins, TargetRegion
-from stableopt.steering import Decision, Law, Measured, State, gated_staircase
+from stableopt.steering import Decision, Law, LRMeasured, State, gated_staircase
 
 __all__ = ["LAWS", "Laws"]
 
 
-def follow(measured: Measured, state: State, *, share: float) -> tuple[Decision, State]:
+def follow(measured: LRMeasured, state: State, *, share: float) -> tuple[Decision, State]:
     """Set the rate at which the measured sharpness is ``share`` of its limit."""
     if measured.margins.sharpness is None:
         return measured.decide("hold", measured.lr, "not measured"), state
@@ -32,7 +32,7 @@ def follow(measured: Measured, state: State, *, share: float) -> tuple[Decision,
     return measured.decide("raise" if lr > measured.lr else "lower", lr, "measured"), state
 
 
-def cut_while_sharp(measured: Measured, state: State) -> tuple[Decision, State]:
+def cut_while_sharp(measured: LRMeasured, state: State) -> tuple[Decision, State]:
     """Lower the rate by 10 % as long as the sharpness is above the target."""
     a, high = measured.margins.sharpness, measured.target.sharpness[1]
     if a is None or high is None or a <= high:
@@ -40,7 +40,7 @@ def cut_while_sharp(measured: Measured, state: State) -> tuple[Decision, State]:
     return measured.decide("lower", 0.9 * measured.lr, "too sharp"), state
 
 
-def cut_on_a_rise(measured: Measured, state: State) -> tuple[Decision, State]:
+def cut_on_a_rise(measured: LRMeasured, state: State) -> tuple[Decision, State]:
     """Climb as the staircase does, and go back to the first rate whenever the loss has doubled."""
     loss = measured.margins.loss
     best = min(state.get("best", math.inf), math.inf if loss is None else loss)
@@ -51,7 +51,7 @@ def cut_on_a_rise(measured: Measured, state: State) -> tuple[Decision, State]:
     return decision, {**after, "best": best, "first": first}
 
 
-def jump(measured: Measured, state: State) -> tuple[Decision, State]:
+def jump(measured: LRMeasured, state: State) -> tuple[Decision, State]:
     """Take the target's rate at once."""
     return measured.decide("raise", measured.target.lr_for(measured.rule), "at once"), state
 

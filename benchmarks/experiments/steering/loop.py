@@ -23,7 +23,7 @@ def sampler_of(images: Images, batch_size: int, seed: int) -> AdaptiveBatchSampl
     """Return batches of a size that can be changed, in an order that ``seed`` draws."""
     n = len(images.x)
     order = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
-    return AdaptiveBatchSampler(order, min(batch_size, n), max=n)
+    return AdaptiveBatchSampler(order, min(batch_size, n), max_batch_size=n)
 
 
 def train(
