@@ -1,7 +1,7 @@
-"""Sphinx: ``make docs`` builds the pages into ``build/docs``.
+"""Settings of Sphinx: ``make docs`` builds the pages into ``build/docs``.
 
-The sources are the repository's own Markdown files where they lie, so that one relative link works on
-a code host and here. ``docs/site_extension.py`` has what is not a setting.
+The sources are the repository's Markdown files in their places, so that a relative link works on a code
+host and here. ``docs/site_extension.py`` contains the code.
 """
 
 import sys
@@ -62,13 +62,13 @@ sphinx_gallery_conf = {
 
 nitpicky = True
 nitpick_ignore_regex = [
-    # Other packages' names: there is no inventory of theirs without a network.
+    # Names of other packages: their inventories need a network.
     (
         "py:.*",
         r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|typing)\..*",
     ),
     ("py:.*", r"Axes|Figure|NDArray|SummaryWriter|optional"),
-    # Modules within the packages, which are not public.
+    # Modules inside the packages are not public.
     ("py:.*", r"stableopt\.\w+\.[a-z_]+(\..*)?"),
 ]
 

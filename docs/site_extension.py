@@ -1,10 +1,9 @@
-"""What the site needs beside settings: a table of contents, formulas, pictures, whole links.
+"""Sphinx extension of the site: table of contents, formulas as MathML, pictures, and checked links.
 
 - README is the first page. Its table of contents is added here, so that a code host does not show it.
-- Formulas become MathML, by docutils: browsers draw it themselves, without a script from elsewhere.
-- Pictures of the gallery are the figures that an example calls ``figure``; there is no pyplot.
-- A page that refers to a file or a place that is not there, or loads anything from elsewhere, fails
-  the build.
+- docutils turns formulas into MathML, which browsers draw without an external script.
+- The pictures of the gallery are the figures that an example names ``figure``; pyplot is not used.
+- A page that links to a missing file or anchor, or loads anything from another site, fails the build.
 """
 
 import re
@@ -20,7 +19,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.nodes import make_refnode
 from sphinx_gallery.scrapers import figure_rst
 
-# A pattern takes up the pages that match and have not been named; a page that nothing names is the last.
+# A pattern lists the matching pages that are not named elsewhere; pages without any match come last.
 CONTENTS = """
 ```{toctree}
 :hidden:
@@ -76,7 +75,7 @@ def _add_contents(app, docname, source):
 
 
 def _public(app, env, node, contnode):
-    """Link a name that is written otherwise than it is listed: without its package, or with a module.
+    """Link a name whose spelling differs from the reference: without its package, or with a module.
 
     ``stableopt.steering.lr_laws.keep_margin`` is listed as ``stableopt.steering.keep_margin``, and
     ``stableopt.stability.UpdateRule`` as ``stableopt.UpdateRule``.
@@ -96,13 +95,13 @@ def _public(app, env, node, contnode):
 
 
 def _no_type(app, what, name, obj, options, lines):
-    """Keep napoleon from taking what stands before a colon for an attribute's type."""
+    """Keep napoleon from reading text before a colon as an attribute's type."""
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]
 
 
 def _factories(app, what, name, obj, options, signature, returns):
-    """Write a dataclass's default factory so that the signature can be read, and linked."""
+    """Write the default factory of a dataclass as ``...``, so that the signature can be parsed and linked."""
     return signature and signature.replace("<factory>", "..."), returns
 
 
@@ -116,7 +115,7 @@ _UNDER_ACCENT = re.compile(
 def _math(translator, node):
     block = isinstance(node, nodes.math_block)
     mathml = tex2mathml(node.astext(), as_block=block)
-    # docutils sets the index of an accented letter below it, as if it were a sum's.
+    # docutils sets the index of an accented letter below it, like the index of a sum.
     translator.body.append(_UNDER_ACCENT.sub(r"<msub><mover>\1\3</mover>\2</msub>", mathml))
     raise nodes.SkipNode
 
@@ -135,7 +134,7 @@ def _figures(block, block_vars, gallery_conf):
 
 
 class _Page(HTMLParser):
-    """What a page defines and refers to."""
+    """The anchors and links of a page, and the files that it loads."""
 
     def __init__(self, path):
         super().__init__()
@@ -154,7 +153,7 @@ class _Page(HTMLParser):
 
 
 def broken_links(folder):
-    """Return what the pages of ``folder`` refer to and is not there, as 'page: link'."""
+    """Return the broken links of the pages in ``folder``, as 'page: link'."""
     pages = {path: _Page(path) for path in folder.rglob("*.html")}
     broken = []
     for path, page in pages.items():
@@ -178,11 +177,11 @@ def _finish(app, exception):
     folder = Path(app.outdir)
     shutil.copy(folder / f"{app.config.root_doc}.html", folder / "index.html")
     if broken := broken_links(folder):
-        raise ExtensionError("links to nowhere, or loaded from elsewhere:\n" + "\n".join(broken))
+        raise ExtensionError("broken links, or files loaded from other sites:\n" + "\n".join(broken))
 
 
 def setup(app):
-    """Register all of it with Sphinx."""
+    """Register the extension with Sphinx."""
     app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.connect("source-read", _add_contents)
     app.connect("missing-reference", _public)

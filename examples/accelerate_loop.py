@@ -1,4 +1,4 @@
-"""Track a loop of Accelerate: what `prepare` returns is what the monitor takes.
+"""Track a loop of Accelerate: the monitor takes what `prepare` returns.
 
 python examples/accelerate_loop.py                    # or: accelerate launch examples/accelerate_loop.py
 """

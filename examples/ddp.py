@@ -1,4 +1,4 @@
-"""Track replicas that train together: each rank measures on its shard, and rank 0 keeps the record.
+"""Track replicas under DDP: each rank measures on its shard, and rank 0 writes the records.
 
 torchrun --nproc-per-node 2 examples/ddp.py
 """

@@ -4,8 +4,8 @@
     tensorboard --logdir runs/gpt        # then open its Custom Scalars page
 
 AdamW is stable where the *preconditioned* sharpness is below (2 + 2 beta) / ((1 - beta) lr), which is
-38/lr at beta = 0.9. Beside it stand the plain sharpness, which has no limit under AdamW, and the batch
-sharpness, the curvature that each batch sees along its own gradient.
+38/lr at beta = 0.9. The script also shows the plain sharpness, which has no limit under AdamW, and the
+batch sharpness, the curvature of each batch along its own gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``(batch, time, width)`` for the same."""
+        """Map ``(batch, time, width)`` to the same shape."""
         q, k, v = self.qkv(self.norm_attention(x)).chunk(3, dim=-1)
         split = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v)]
         mixed = F.scaled_dot_product_attention(*split, is_causal=True)

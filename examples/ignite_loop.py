@@ -1,4 +1,4 @@
-"""Track a trainer of Ignite, and attach its own metrics and loggers to the margins.
+"""Track a trainer of Ignite, and pass the margins to its metrics and loggers.
 
 python examples/ignite_loop.py
 """
@@ -23,7 +23,7 @@ trainer = create_supervised_trainer(model, optimizer, loss_fn)
 
 @trainer.on(Events.ITERATION_COMPLETED(every=10))
 def show(engine: Engine) -> None:
-    """Put the latest margins where Ignite's loggers find metrics."""
+    """Write the latest margins into Ignite's metrics, where its loggers read them."""
     margins = monitor.margins
     if margins is not None:
         engine.state.metrics |= {f"stability/{k}": v for k, v in margins.record().items()}
@@ -33,7 +33,7 @@ def show(engine: Engine) -> None:
 
 @trainer.on(Events.COMPLETED | Events.EXCEPTION_RAISED)
 def detach(engine: Engine, error: Exception | None = None) -> None:
-    """Detach the monitor, and let no error pass unseen."""
+    """Detach the monitor, and raise the error if there was one."""
     monitor.close()
     if error is not None:
         raise error

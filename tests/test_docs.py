@@ -1,6 +1,6 @@
-"""Every Python block of README and docs runs, as does what the README's diff makes of a loop.
+"""Every Python block of README and docs runs, and so do both sides of the README's diff.
 
-Commands are in ``test_docs_commands.py``.
+``test_docs_commands.py`` tests the commands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import stableopt
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("plot_*.py"))
-# What frameworks find deprecated in each other, and their advice.
+# Frameworks warn about each other's deprecations, and give advice.
 FRAMEWORKS = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
     for kind in ("DeprecationWarning", "FutureWarning", "UserWarning")
@@ -41,8 +41,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Catches an example that the code has left behind, and a printed number that is not what comes
-    out, where it is in a comment beside its ``print``. Blocks of a page share their names.
+    """Catches an outdated example, and a number in the comment after a ``print`` that differs from the
+    printed one. The blocks of a page share one namespace.
     """
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -59,14 +59,14 @@ def test_blocks_run_in_order(
             if said:
                 shown = re.findall(r"[\d.]+\d", printed[number])
                 expected = re.findall(r"[\d.]+\d", said[1])
-                # As many digits as are written, and one unit of the last.
+                # To the digits that the page shows, with one unit of the last.
                 for one, other in zip(expected, shown, strict=True):
                     unit = 10.0 ** -len(one.partition(".")[2])
                     assert float(other) == pytest.approx(float(one), abs=unit), line
 
 
 def test_the_swap_is_a_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a diff in the README that does not run on either side, or is longer than it says."""
+    """Catches a diff in the README of which one side does not run, or that is no longer short."""
     (diff,) = blocks(ROOT / "README.md", "diff")
     lines = diff.splitlines()
     assert len(lines) <= 12
@@ -101,7 +101,7 @@ def test_pages_link_to_files_that_exist() -> None:
 
 
 def test_figures_need_no_display() -> None:
-    """Catches pyplot: a library that chooses a backend for its user."""
+    """Catches pyplot, which would choose a backend for the user."""
     assert not any(
         "pyplot" in line
         for path in (ROOT / "stableopt").rglob("*.py")
@@ -112,9 +112,7 @@ def test_figures_need_no_display() -> None:
 
 @pytest.mark.parametrize("script", GALLERY, ids=lambda script: script.stem)
 def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
-    """Catches an example of the gallery that the code has left behind, without building the site:
-    with sixty steps for each of its loops.
-    """
+    """Catches an outdated example of the gallery without building the site: each loop runs sixty steps."""
     source, loops = re.subn(r"\b(range\(|train\(|steps=)\d{3,}", r"\g<1>60", script.read_text())
     assert loops
     namespace = {"__name__": "gallery"}
@@ -123,7 +121,7 @@ def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_reference_lists_every_public_name() -> None:
-    """Catches a name that is exported and not in the reference, or in it and exported no more."""
+    """Catches an exported name that is missing in the reference, and a listed name that is not exported."""
     listed: dict[str, set[str]] = {}
     package = ""
     for block in blocks(ROOT / "docs" / "api.md", "{eval-rst}"):
@@ -141,7 +139,7 @@ def test_reference_lists_every_public_name() -> None:
 
 
 def test_a_link_to_nowhere_is_found(tmp_path: Path) -> None:
-    """Catches a check of the built site that sees no broken link, or one in a whole link."""
+    """Catches a link check that misses a broken link, or reports a good one."""
     (tmp_path / "other.html").write_text('<p id="there"></p>')
     (tmp_path / "page.html").write_text(
         '<a href="other.html#there"></a><a href="other.html#gone"></a><a href="#gone"></a>'

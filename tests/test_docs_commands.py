@@ -1,8 +1,8 @@
-"""Every command that README, CONTRIBUTING and docs show is known here, and run in a cheap form.
+"""Every command that README, CONTRIBUTING and docs show is tested in a cheap form.
 
-A command is what begins with the name of a tool: a line of a block that is no Python, or inline code
-of more than one word. Each goes to the first of ``CHECKS`` that matches it; one that none matches
-fails. What is not run at all is in ``NOT_RUN``, with the reason.
+A command begins with the name of a tool: a line of a non-Python block, or inline code of more than one
+word. The first entry of ``CHECKS`` that matches tests it; a command without a match fails.
+``NOT_RUN`` lists the commands that are not run, with the reason.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOT_RUN = {
 
 
 def commands_of(text: str) -> list[str]:
-    """Return the commands that ``text``, a page, shows: without comments, prompts and ``.venv/bin``."""
+    """Return the commands in ``text``, a page, without comments, prompts and ``.venv/bin``."""
     found: list[str] = []
     fences = re.compile(r"^ *```(\S*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
     for language, block in fences.findall(text):
@@ -60,7 +60,7 @@ COMMANDS = list(dict.fromkeys(one for page in PAGES for one in commands_of(page.
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which something was run, for the commands that look at what was."""
+    """A folder with results, for the commands that read them."""
     folder = tmp_path_factory.mktemp("ran")
     arguments = ["run", "toy", "--preset", "smoke", "--out", str(folder / "runs")]
     assert benchmarks_cli.main(arguments) == 0
@@ -68,7 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Here:
-    """Where a command is tried: a folder of its own, and the fixtures that it may use."""
+    """The place where a command is tested: an empty folder, and the fixtures that it may use."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self.request = request
@@ -78,14 +78,14 @@ class Here:
 
 
 def make(words: list[str], here: Here) -> None:
-    """The target exists, with all that it depends on."""
+    """Check that the target and its dependencies exist."""
     subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
 def install(words: list[str], here: Here) -> None:
-    """Requirements can be read, and the extras and packages are those of ``pyproject.toml``.
+    """Check that the requirements parse, and that ``pyproject.toml`` has their extras and packages.
 
-    Installing needs a network.
+    Installing would need a network.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -98,14 +98,14 @@ def install(words: list[str], here: Here) -> None:
 
 
 def benchmarks_run(words: list[str], here: Here) -> None:
-    """Its jobs can be made and listed."""
+    """Check that its jobs can be created and listed."""
     names = {"NAME": "toy", "…": "toy"}
     arguments = [names.get(word, word) for word in words[3:]]
     assert benchmarks_cli.main([*arguments, "--dry-run"]) == 0
 
 
 def benchmarks_perf(words: list[str], here: Here) -> None:
-    """Its parts exist and take the settings; nothing is timed."""
+    """Check that its parts exist and accept the settings, without timing anything."""
     configured = []
     for path in commands.PARTS.values():
         here.patch.setattr(f"{path}.run", configured.append)
@@ -115,7 +115,7 @@ def benchmarks_perf(words: list[str], here: Here) -> None:
 
 
 def benchmarks_after(words: list[str], here: Here) -> None:
-    """It is run, on what the smoke preset left."""
+    """Run it on the results of the smoke preset."""
     ran = here.request.getfixturevalue("ran")
     here.patch.chdir(ran)
     if words[3] == "report":
@@ -124,7 +124,7 @@ def benchmarks_after(words: list[str], here: Here) -> None:
 
 
 def doctor(words: list[str], here: Here) -> None:
-    """It is run, on a model under the name that is shown."""
+    """Run it on a model with the shown name."""
     for target in words[4:]:
         module, name = target.split(":")
         path = here.folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -135,20 +135,20 @@ def doctor(words: list[str], here: Here) -> None:
 
 
 def script(words: list[str], here: Here) -> None:
-    """It is there and says what it takes; what it makes takes minutes, or a browser."""
+    """Check that it exists and prints its help; running it takes minutes, or a browser."""
     command = [sys.executable, str(ROOT / words[1]), *words[2:], "--help"]
     subprocess.run(command, check=True, capture_output=True)
 
 
 def tensorboard(words: list[str], here: Here) -> None:
-    """Its options exist; a server is not started."""
+    """Check that its options exist, without starting a server."""
     from tensorboard import default, program
 
     program.TensorBoard(default.get_plugins()).configure(words)
 
 
 def torchrun(words: list[str], here: Here) -> None:
-    """Its options exist; the examples are run in ``distributed/test_examples.py``."""
+    """Check that its options exist; ``distributed/test_examples.py`` runs the examples."""
     from torch.distributed.run import get_args_parser
 
     scripts = [word for word in words if word.endswith(".py")]
@@ -171,7 +171,7 @@ CHECKS: dict[str, Callable[[list[str], Here], None]] = {
 
 
 def check_of(command: str) -> Callable[[list[str], Here], None] | None:
-    """Return how ``command`` is checked, or ``None``."""
+    """Return the check for ``command``, or ``None``."""
     return next((do for pattern, do in CHECKS.items() if re.fullmatch(pattern, command)), None)
 
 
@@ -179,20 +179,18 @@ def check_of(command: str) -> Callable[[list[str], Here], None] | None:
 def test_command_runs(
     command: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture
 ) -> None:
-    """Catches a command whose options, target or script the code has left behind, and one that
-    nobody has tried.
-    """
+    """Catches a command with outdated options, target or script, and one without a check."""
     for pattern, reason in NOT_RUN.items():
         if re.fullmatch(pattern, command):
             pytest.skip(reason)
     check = check_of(command)
-    assert check, "no check of CHECKS knows this command: add one, or NOT_RUN with the reason"
+    assert check, "CHECKS has no entry for this command: add one, or add it to NOT_RUN with the reason"
     check(shlex.split(command), Here(request))
 
 
 def test_commands_are_found() -> None:
     """Catches a search that misses a prompt, a comment, a continued line, a fence's language, or
-    inline code that is wrapped; and one that takes output or a bare name for a command.
+    wrapped inline code; and one that mistakes output or a bare name for a command.
     """
     page = (
         "Use `make` or `.venv/bin/python -m\nbenchmarks list`.\n\n"

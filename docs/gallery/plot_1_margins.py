@@ -1,8 +1,8 @@
 """The margins of a run
 ====================
 
-Gradient descent sharpens the minimum it is on its way to until it stands at its limit, the *edge of
-stability*, and goes on learning there.
+During gradient descent the sharpness rises until it reaches its limit, the *edge of stability*. Training
+continues there.
 """
 
 import torch
@@ -22,7 +22,7 @@ model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 loss_fn = nn.MSELoss()
 
 # %%
-# Tracking is one line. Here it measures every 20 steps, and both coordinates of the theory.
+# Tracking is one line. Here it measures sharpness and non-uniformity every 20 steps.
 
 opt = stableopt.GD(model.parameters(), lr=0.6)
 monitor = opt.track(model, loss_fn, (x, y), every=20, quantities=("sharpness", "non_uniformity"))
@@ -41,8 +41,8 @@ def train(steps):
 print(f"loss {train(2000):.4f}, {opt.margins.sharpness_ratio:.0%} of 2/η")
 
 # %%
-# Then the learning rate is raised by half. The run finds itself above its new limit, and leaves for
-# a flatter place.
+# Then the learning rate is raised by half. The sharpness is now above its new limit, and the run leaves
+# for a flatter place.
 
 opt.param_groups[0]["lr"] = 0.9
 print(f"loss {train(2000):.4f}, {opt.margins.sharpness_ratio:.0%} of 2/η")
@@ -50,5 +50,5 @@ print(f"loss {train(2000):.4f}, {opt.margins.sharpness_ratio:.0%} of 2/η")
 figure = plot.margins(monitor.history, marks=[(2000, "η × 1.5")])
 
 # %%
-# The upper panel is read against its dashed line, 2/η. Full-batch gradient descent has no limit on
-# the non-uniformity, so the lower panel has no line.
+# In the upper panel the dashed line is the limit, 2/η. Full-batch gradient descent has no limit on the
+# non-uniformity, so the lower panel has no dashed line.

@@ -1,7 +1,7 @@
-"""SGD leaves a minimum that gradient descent stays at
-===================================================
+"""SGD leaves a minimum where gradient descent stays
+=================================================
 
-The sharpness / non-uniformity diagram of Wu, Ma & E (2018), with a run in it that escapes and settles.
+The sharpness / non-uniformity diagram of Wu, Ma & E (2018), with a run that escapes and settles.
 """
 
 import torch
@@ -21,7 +21,7 @@ model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 loss_fn = nn.MSELoss()
 
 # %%
-# Gradient descent trains at η = 1 and comes to rest just at 2/η.
+# Gradient descent trains at η = 1 and settles at 2/η.
 
 gd = stableopt.GD(model.parameters(), lr=1.0)
 for _ in range(8000):
@@ -56,5 +56,5 @@ region = StabilityRegion(UpdateRule.from_optimizer(sgd), batch_size=4, dataset_s
 figure = plot.diagram(region, monitor.history)
 
 # %%
-# It ends inside the dashed box, flatter and more uniform than where it began. The loss rose on the
-# way: an escape is seen in it, and soon over.
+# The run ends inside the dashed box, at a flatter and more uniform point than its start. The loss rose
+# during the escape, and fell again soon after.

@@ -1,8 +1,8 @@
 """What would a smaller batch do?
 ==============================
 
-:func:`~stableopt.critical_lr` answers before SGD is run: above it the distance to the minimum grows
-in mean square. Here it is checked by running SGD.
+:func:`~stableopt.critical_lr` answers before SGD runs: above it the distance to the minimum grows in
+mean square. Running SGD checks it here.
 """
 
 import copy
@@ -42,7 +42,7 @@ for size, lr in critical.items():
 print("at η = 0.8:", stableopt.critical_batch_size(problem, lr=0.8))
 
 # %%
-# Now SGD from there, at rates below and above. A run has escaped if the loss rises tenfold.
+# SGD now starts from there, at rates below and above. A run has escaped if the loss rises tenfold.
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def loss_of(net):
 
 
 def escapes(size, lr, steps=500):
-    """Say whether SGD leaves."""
+    """Return whether SGD leaves."""
     net = copy.deepcopy(model)
     opt = torch.optim.SGD(net.parameters(), lr=lr)
     for step in range(steps):
@@ -83,7 +83,7 @@ axes.set_ylabel("learning rate η")
 axes.legend()
 
 # %%
-# The box, s ≤ √B/η, is cheaper, and often enough: it needs one measurement for all batch sizes.
+# The box, s ≤ √B/η, is cheaper and often sufficient: it needs one measurement for all batch sizes.
 
 margins = stableopt.measure(problem, lr=1.0, batch_size=4)
 for size in sizes:

@@ -1,7 +1,7 @@
 """Steering to a flatter minimum
 =============================
 
-Name the minima that are wanted; the learning rate is chosen so that the others are unstable.
+Name the minima that you want; the learning rate makes the others unstable.
 """
 
 import torch
@@ -42,8 +42,8 @@ first = train(1)
 print(f"loss {train(3999):.1e}, a = {opt.margins.sharpness:.2f}")
 
 # %%
-# Then one three times flatter is asked for. A loss above ``loss_cap``, that at initialisation, would
-# count as diverging.
+# The target is a minimum three times flatter. A loss above ``loss_cap``, here the loss at
+# initialisation, would count as divergence.
 
 controller = StabilityController(monitor, TargetRegion.flatter(by=3), lr={"loss_cap": first})
 print(f"loss {train(4000, controller.step):.1e}, a = {opt.margins.sharpness:.2f}")
@@ -54,5 +54,5 @@ for decision in list(controller.decisions)[:3]:
 figure = plot.margins(monitor.history, marks=[(4000, "steering begins")])
 
 # %%
-# The limit comes down a percent a step, and waits while the sharpness is far above it. The
-# non-uniformity came down too, unasked: see the page on steering.
+# The limit falls by 1 % per step, and waits while the sharpness is far above it. The non-uniformity fell
+# as well, without being a target: see the page on steering.

@@ -1,8 +1,8 @@
 """Adam's edge of stability
 ========================
 
-Adam preconditions the Hessian. What is limited is the *preconditioned* sharpness λmax(PH), and the
-limit is 38/η at β₁ = 0.9; the sharpness itself is free.
+Adam preconditions the Hessian. Its limit, 38/η at β₁ = 0.9, applies to the *preconditioned* sharpness
+λmax(PH). The sharpness itself has no limit.
 """
 
 import torch
@@ -22,7 +22,7 @@ model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 loss_fn = nn.MSELoss()
 
 # %%
-# A monitor goes with any optimizer whose update rule is known.
+# A monitor works with any optimizer whose update rule is known.
 
 Q = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 adam = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -41,4 +41,4 @@ print(f"preconditioned sharpness {margins.preconditioned_sharpness:.0f}, 38/η =
 figure = plot.margins(monitor.history)
 
 # %%
-# The limit is lower in the first steps, as Adam's bias corrections have it.
+# In the first steps the limit is lower, because of Adam's bias corrections.

@@ -1,8 +1,8 @@
 """Which learning rate?
 ====================
 
-:func:`~stableopt.suggest` answers in place of a plot: the largest learning rate that is linearly
-stable at a point, for several batch sizes and optimizers.
+:func:`~stableopt.suggest` returns the largest learning rate that is linearly stable at a point, for
+several batch sizes and optimizers.
 """
 
 import copy
@@ -32,8 +32,8 @@ found = stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(2, 8, 50))
 print(found)
 
 # %%
-# SGD with batches of 8 from this point, below and above what was said. ``<=`` would have marked a
-# bound; where there is none the number is the threshold itself.
+# SGD starts from this point with batches of 8, below and above the suggested rate. ``<=`` would mark an
+# upper bound; without it the number is the threshold itself.
 
 largest = found.of("SGD", 8).lr
 figure = Figure(figsize=(7.0, 4.0), layout="constrained")
@@ -57,4 +57,4 @@ axes.set_ylabel("loss over all samples")
 axes.legend()
 
 # %%
-# It is the largest rate at which training *stays*, and not the rate at which it learns best.
+# It is the largest rate at which training *stays*, not the rate at which it learns best.
