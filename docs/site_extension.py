@@ -39,8 +39,10 @@ docs/auto_gallery/index
 docs/steering
 docs/optimizers
 docs/models
-docs/[df]*
+docs/distributed
+docs/frameworks
 docs/performance
+docs/defaults
 ```
 
 ```{toctree}
@@ -101,7 +103,7 @@ def _no_type(app, what, name, obj, options, lines):
 
 
 def _factories(app, what, name, obj, options, signature, returns):
-    """Write the default factory of a dataclass as ``...``, so that the signature can be parsed and linked."""
+    """Write a dataclass default factory as ``...``, so that the signature can be parsed and linked."""
     return signature and signature.replace("<factory>", "..."), returns
 
 
@@ -177,7 +179,7 @@ def _finish(app, exception):
     folder = Path(app.outdir)
     shutil.copy(folder / f"{app.config.root_doc}.html", folder / "index.html")
     if broken := broken_links(folder):
-        raise ExtensionError("broken links, or files loaded from other sites:\n" + "\n".join(broken))
+        raise ExtensionError("broken or external links:\n" + "\n".join(broken))
 
 
 def setup(app):

@@ -112,7 +112,7 @@ def test_figures_need_no_display() -> None:
 
 @pytest.mark.parametrize("script", GALLERY, ids=lambda script: script.stem)
 def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
-    """Catches an outdated example of the gallery without building the site: each loop runs sixty steps."""
+    """Catches an outdated example of the gallery without building the site: sixty steps a loop."""
     source, loops = re.subn(r"\b(range\(|train\(|steps=)\d{3,}", r"\g<1>60", script.read_text())
     assert loops
     namespace = {"__name__": "gallery"}
@@ -121,7 +121,7 @@ def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_reference_lists_every_public_name() -> None:
-    """Catches an exported name that is missing in the reference, and a listed name that is not exported."""
+    """Catches an exported name missing in the reference, and a listed name that is not exported."""
     listed: dict[str, set[str]] = {}
     package = ""
     for block in blocks(ROOT / "docs" / "api.md", "{eval-rst}"):

@@ -148,7 +148,7 @@ def tensorboard(words: list[str], here: Here) -> None:
 
 
 def torchrun(words: list[str], here: Here) -> None:
-    """Check that its options exist; ``distributed/test_examples.py`` runs the examples."""
+    """Check that its options exist; ``examples/test_two_ranks.py`` runs the examples."""
     from torch.distributed.run import get_args_parser
 
     scripts = [word for word in words if word.endswith(".py")]
@@ -184,7 +184,9 @@ def test_command_runs(
         if re.fullmatch(pattern, command):
             pytest.skip(reason)
     check = check_of(command)
-    assert check, "CHECKS has no entry for this command: add one, or add it to NOT_RUN with the reason"
+    assert check, (
+        "no check in CHECKS matches: add one, or add the command to NOT_RUN with the reason"
+    )
     check(shlex.split(command), Here(request))
 
 
