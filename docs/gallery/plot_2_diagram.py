@@ -30,7 +30,8 @@ for _ in range(8000):
     loss.backward()
     gd.step()
 
-margins = stableopt.measure(model, loss_fn, (x, y), lr=1.0, batch_size=4)
+Q = ("sharpness", "non_uniformity")
+margins = stableopt.measure(model, loss_fn, (x, y), lr=1.0, batch_size=4, quantities=Q)
 print(f"loss {loss.item():.1e}, a = {margins.sharpness:.2f}, s = {margins.non_uniformity:.2f}")
 print(f"SGD with batches of 4 can stay up to s = {margins.non_uniformity_limit:.2f}")
 
@@ -38,9 +39,7 @@ print(f"SGD with batches of 4 can stay up to s = {margins.non_uniformity_limit:.
 # SGD at the *same* learning rate, with batches of 4, starts there. Nothing else changes.
 
 sgd = stableopt.SGD(model.parameters(), lr=1.0)
-monitor = sgd.track(
-    model, loss_fn, (x, y), every=25, quantities=("sharpness", "non_uniformity"), batch_size=4
-)
+monitor = sgd.track(model, loss_fn, (x, y), every=25, quantities=Q, batch_size=4)
 monitor.measure()
 losses = []
 for _ in range(1500):

@@ -85,7 +85,8 @@ axes.legend()
 # %%
 # The box, s ≤ √B/η, is cheaper and often sufficient: it needs one measurement for all batch sizes.
 
-margins = stableopt.measure(problem, lr=1.0, batch_size=4)
+Q = ("sharpness", "non_uniformity")
+margins = stableopt.measure(problem, lr=1.0, batch_size=4, quantities=Q)
 for size in sizes:
     region = stableopt.StabilityRegion(stableopt.UpdateRule(lr=0.8), size, dataset_size=len(x))
     print(
