@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature import Problem
 
-# Frameworks are tested as they are, but nothing is fetched, and nobody is told.
+# Frameworks run as installed, but offline and without telemetry.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

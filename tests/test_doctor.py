@@ -33,7 +33,7 @@ def test_what_models_would_get() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
-    """Catches a command that names a model and looks at none, and a trace in place of a reason."""
+    """Catches a command that names a model and looks at none, and a trace instead of a reason."""
     assert main(["doctor", "torch.nn:Identity"]) == 0
     assert "Hessian: double backward" in capsys.readouterr().out
     for target in ("torch.nn", "no_such_module:model", "torch.nn:NoSuch", "builtins:dict"):

@@ -25,7 +25,7 @@ def labelled(axes: Any, label: str) -> Any:
 
 
 def test_the_box_and_the_half_ellipse_are_where_the_theory_has_them() -> None:
-    """Would catch exchanged axes, and a half-ellipse that is drawn for the box."""
+    """Catches exchanged axes, and a half-ellipse that is drawn for the box."""
     axes = plot.diagram(REGION).axes[0]
     box = labelled(axes, "limits")
     assert box.get_xydata().tolist() == [[20, 0], [20, 20], [0, 20]]
@@ -39,7 +39,7 @@ def test_the_box_and_the_half_ellipse_are_where_the_theory_has_them() -> None:
 
 
 def test_full_batch_is_a_vertical_line() -> None:
-    """Would catch infinity on an axis, and a top side where there is none."""
+    """Catches infinity on an axis, and a top side where there is none."""
     figure = plot.diagram(FULL_BATCH, PATH)
     axes = figure.axes[0]
     assert set(labelled(axes, "limits").get_xdata()) == {20.0}
@@ -48,14 +48,14 @@ def test_full_batch_is_a_vertical_line() -> None:
 
 
 def test_no_limit_at_all_is_no_line() -> None:
-    """Would catch a learning rate of zero, without any limit, that breaks the axes."""
+    """Catches a learning rate of zero, without any limit, that breaks the axes."""
     axes = plot.diagram((math.inf, math.inf), PATH).axes[0]
     assert "limits" not in axes.get_legend_handles_labels()[1]
     assert axes.get_xlim() == pytest.approx((0, 20.9))
 
 
 def test_only_the_box_of_a_pair_is_drawn() -> None:
-    """Would catch an exact region invented for a rule of which only the limits are known."""
+    """Catches an exact region invented for a rule whose limits alone are known."""
     axes = plot.diagram((38.0, 9.0)).axes[0]
     assert axes.get_legend_handles_labels()[1] == ["limits"]
     sides = labelled(plot.diagram((math.inf, 9.0)).axes[0], "limits").get_ydata()
@@ -63,14 +63,14 @@ def test_only_the_box_of_a_pair_is_drawn() -> None:
 
 
 def test_several_regions_have_labels_and_colours_of_their_own() -> None:
-    """Would catch regions that cannot be told apart."""
+    """Catches regions that look alike."""
     axes = plot.diagram({"before": REGION, "after": FULL_BATCH}).axes[0]
     before, after = labelled(axes, "before: limits"), labelled(axes, "after: limits")
     assert before.get_color() != after.get_color()
 
 
 def test_every_point_is_inside_the_axes_in_its_order() -> None:
-    """Would catch a trajectory cut off at the limits, exchanged ends, and times out of order."""
+    """Catches a trajectory cut off at the limits, exchanged ends, and times out of order."""
     history = [
         StabilityMargins(step=10 * k, sharpness=a, non_uniformity=s)
         for k, (a, s) in enumerate(PATH)
@@ -87,14 +87,14 @@ def test_every_point_is_inside_the_axes_in_its_order() -> None:
 
 
 def test_one_point_is_an_end() -> None:
-    """Would catch a colour scale without extent, at the first measurement of every run."""
+    """Catches a colour scale without extent, at the first measurement of every run."""
     figure = plot.diagram(REGION, [(5.0, 5.0)])
     assert "start" not in figure.axes[0].get_legend_handles_labels()[1]
     assert plot.to_rgb(figure).std() > 0
 
 
 def test_axes_are_named_and_may_be_given() -> None:
-    """Would catch a figure that ignores ``ax`` and leaves a grid of panels empty."""
+    """Catches a figure that ignores ``ax`` and leaves a grid of panels empty."""
     figure = plot.diagram(REGION)
     assert figure.axes[0].get_xlabel().startswith("sharpness")
     assert figure.axes[0].get_ylabel().startswith("non-uniformity")
@@ -105,13 +105,13 @@ def test_axes_are_named_and_may_be_given() -> None:
 
 @pytest.mark.parametrize("region", [(1.0,), (-1.0, 2.0), (math.nan, 1.0), "box"])
 def test_what_is_no_region_is_refused(region: Any) -> None:
-    """Would catch a wrong argument that is drawn as something."""
+    """Catches a wrong argument that is drawn as something."""
     with pytest.raises(ValueError, match="region"):
         plot.diagram(region)
 
 
 def test_what_is_no_point_is_refused() -> None:
-    """Would catch (step, sharpness, non-uniformity) taken for a pair."""
+    """Catches (step, sharpness, non-uniformity) taken for a pair."""
     with pytest.raises(ValueError, match="points"):
         plot.diagram(REGION, [(1.0, 2.0, 3.0)])
 
@@ -131,7 +131,7 @@ def history() -> list[StabilityMargins]:
 
 
 def test_margins_show_values_limits_and_failures() -> None:
-    """Would catch exchanged panels, an infinite limit on the axis, and failures left out."""
+    """Catches exchanged panels, an infinite limit on the axis, and failures left out."""
     sharpness, non_uniformity = plot.margins(history(), title="run").axes
     assert labelled(sharpness, "sharpness").get_ydata()[:2].tolist() == [0.1, 0.2]
     assert labelled(sharpness, "failed").get_xdata().tolist() == [8]
@@ -143,7 +143,7 @@ def test_margins_show_values_limits_and_failures() -> None:
 
 
 def test_a_preconditioned_sharpness_is_drawn_with_its_limit() -> None:
-    """Would catch Adam's plain sharpness drawn beside a limit that is not its own."""
+    """Catches Adam's plain sharpness drawn next to a limit that is not its own."""
     run = [
         StabilityMargins(
             step=step,
@@ -164,7 +164,7 @@ def test_a_preconditioned_sharpness_is_drawn_with_its_limit() -> None:
 
 
 def test_margins_of_records_are_those_of_the_history(tmp_path: Path) -> None:
-    """Would catch a file of JSON lines that cannot be drawn, ``null`` limits included."""
+    """Catches a file of JSON lines that cannot be drawn, ``null`` limits included."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     for each in history():
         sink(each.step, each.record())
@@ -183,12 +183,12 @@ def test_margins_of_records_are_those_of_the_history(tmp_path: Path) -> None:
     ],
 )
 def test_margins_of_next_to_nothing_can_be_drawn(run: list[StabilityMargins]) -> None:
-    """Would catch empty panels, negative values and zeros that raise or warn."""
+    """Catches empty panels, negative values and zeros that raise or warn."""
     assert plot.to_rgb(plot.margins(run)).shape == (560, 700, 3)
 
 
 def test_nothing_touches_pyplot() -> None:
-    """Would catch figures that pyplot keeps for ever, and a backend chosen behind one's back."""
+    """Catches figures that pyplot keeps alive, and a backend chosen for the user."""
     code = """
 import sys
 from stableopt import plot

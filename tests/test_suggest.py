@@ -63,7 +63,7 @@ def test_it_agrees_with_what_it_is_made_of() -> None:
     ):
         for batch_size in (1, 3, 7):
             known = stableopt.critical_lr(problem, batch_size, update_rule=rule).value
-            # 1e-2: beside the search's tolerance the Hessian's sharpness is measured to a percent.
+            # 1e-2: the search's tolerance, and the Hessian's sharpness, measured to a percent.
             assert found.of(name, batch_size).lr == pytest.approx(known, rel=1e-2)
     rates = [found.of("SGD", b).lr for b in (1, 3, 7)]
     assert rates == sorted(rates)

@@ -50,7 +50,7 @@ def few_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a sweep of two rates, of which one diverges."""
+    """Return the folder of a sweep of two rates; one diverges."""
     out = tmp_path_factory.mktemp("ran")
     assert cli.main([*RUN, "--set", "lrs=0.5,500", "--out", str(out)]) == 0
     return out
@@ -138,9 +138,9 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
     assert "ArithmeticError" not in main(capsys, "status", "--out", tmp_path)
 
 
-@pytest.mark.parametrize(("told", "workers", "each"), [(8, 1, 8), (8, 3, 2), (1, 2, 1)])
+@pytest.mark.parametrize(("threads", "workers", "each"), [(8, 1, 8), (8, 3, 2), (1, 2, 1)])
 def test_workers_share_the_threads(
-    told: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches workers with as many threads as there are cores, each, or in spite of what the
     environment says: they would wait for each other most of the time.
@@ -152,7 +152,7 @@ def test_workers_share_the_threads(
         return Summary()
 
     monkeypatch.setattr(commands, "run_all", look)
-    monkeypatch.setattr("torch.get_num_threads", lambda: told)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     assert cli.main([*RUN, "-j", str(workers), "--out", str(tmp_path)]) == 0
     assert [place.threads for place in places] == [each]
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
 
 def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
     """Catches a float that loses digits, a number that comes back as text, a name as a number, and
-    ``None`` as a word; with whatever text may hold.
+    ``None`` as a word; with commas, quotes and line breaks in the text.
     """
     rows = [
         {"lr": 0.1 + 0.2, "n": 3, "none": None, "yes": True, "text": 'a, "b"\nη', "tiny": 5e-324},

@@ -40,7 +40,7 @@ def test_replicas_are_tracked(tmp_path: Path) -> None:
 
 
 def test_rank_0_says_when(tmp_path: Path) -> None:
-    """Catches ranks that each go by their own clock: the first to measure would wait for ever."""
+    """Catches ranks that each go by their own clock: the first to measure would wait forever."""
     zero, one = run(clocks, 2, tmp_path)
     assert zero == one
     assert 2 <= len(zero) < 24

@@ -52,7 +52,7 @@ class Sum(Job):
 
 @dataclass(frozen=True)
 class Failing(Job):
-    """Fails for as long as there is no file at ``cure``."""
+    """Fails until there is a file at ``cure``."""
 
     kind = "failing"
 

@@ -232,7 +232,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, every_steps: int
 
 
 def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
-    """Catches margins whose steps are not the trainer's where there is no state to load."""
+    """Catches steps that differ from the trainer's after a checkpoint without the callback's state."""
     trainer, _ = fitted(tmp_path / "a", [], epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = StabilityCallback(probe_set(), every=2)
@@ -278,7 +278,7 @@ class TwoOptimizers(Net):
 
 
 def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
-    """Catches parameters of the other optimizer, its steps, and batches that nobody counts."""
+    """Catches parameters of the other optimizer, its steps, and batches that are not counted."""
     first = StabilityCallback(probe_set(), TwoOptimizers.batch_loss, optimizer=0, every=1)
     second = StabilityCallback(
         probe_set(), TwoOptimizers.batch_loss, optimizer=1, every=1, prefix="head"

@@ -73,7 +73,7 @@ def test_what_accelerate_prepared_is_tracked_as_it_is() -> None:
     (plain, state, _), (model, own_state, monitor) = accelerated(False), accelerated(True)
     assert same(plain, model)
     assert torch.equal(state, own_state)
-    # 5 batches an epoch, the last of which steps without a partner.
+    # 5 batches an epoch; the last steps without a partner.
     assert [m.step for m in monitor.history] == [2, 4, 6]
     assert monitor.batch_size == 16
     assert all(m.failure is None for m in monitor.history)

@@ -324,9 +324,9 @@ def test_nothing_about_measuring_ends_the_training(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    told = " ".join(str(w.message) for w in caught)
-    assert "no route to host" in told
-    assert "the file is gone" in told
+    messages = " ".join(str(w.message) for w in caught)
+    assert "no route to host" in messages
+    assert "the file is gone" in messages
     assert trainer.state.global_step == 12
     assert [m.failure is None for m in callback.history] == [True, False, False]
     assert list(shown(trainer, "loss")) == [3, 6, 9, 12]

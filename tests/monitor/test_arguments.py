@@ -54,7 +54,7 @@ def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
 
 
 def test_problem_with_arguments_that_are_its_own() -> None:
-    """Catches a loss or data given beside a Problem, and ignored."""
+    """Catches a loss or data given along with a Problem, and ignored."""
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     problem = stableopt.Problem(model, MSE, (X, Y))

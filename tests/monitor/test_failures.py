@@ -91,12 +91,12 @@ def test_failing_sink() -> None:
 
 
 def test_a_sink_that_fails_in_every_way_ends_nothing() -> None:
-    """Catches a failing `repr` or `flush`, a record told twice, and sinks left unflushed."""
-    flushed, told = [], []
+    """Catches a failing `repr` or `flush`, a record sent twice, and sinks left unflushed."""
+    flushed, received = [], []
 
     class Good:
         def __call__(self, step: int, record: dict[str, float]) -> None:
-            told.append(step)
+            received.append(step)
 
         def flush(self) -> None:
             flushed.append(True)
@@ -107,5 +107,5 @@ def test_a_sink_that_fails_in_every_way_ends_nothing() -> None:
     with pytest.warns(RuntimeWarning, match="the sink Grumpy failed"), monitor:
         train(model, optimizer)
     assert flushed == [True]
-    assert told == [1]
+    assert received == [1]
     assert len(monitor.history) == 1

@@ -68,7 +68,7 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
     assert found is not None
     assert limit == pytest.approx(2 / max(lrs) - shared, rel=1e-12)
     assert found + shared == pytest.approx(top / max(lrs), rel=1e-12)
-    # Plain sharpness is H's whatever the groups, and has a limit only where the step is plain.
+    # Plain sharpness is H's for any groups, and has a limit only where the step is plain.
     plain = float(torch.linalg.eigvalsh(hessian)[-1])
     assert margins.sharpness == pytest.approx(plain, rel=1e-12)
     assert (margins.sharpness_limit is None) == (not same)

@@ -103,7 +103,7 @@ def restless_run(
 def test_monitor_leaves_no_trace(around: Callable[[], Any]) -> None:
     """Catches anything a measurement moves: weights, gradients, statistics, modes, random numbers.
 
-    Dropout, batch norm and the loader make later steps depend on whatever was moved before.
+    Dropout, batch norm and the loader make later steps depend on anything moved before.
     """
 
     def watch(optimizer: torch.optim.Optimizer, model: nn.Module, loader: Any) -> Any:

@@ -47,7 +47,7 @@ def test_one_group_at_rate_zero_is_measured() -> None:
 
 
 class Clock:
-    """Stands still unless told otherwise."""
+    """A clock that moves only when it is set."""
 
     def __init__(self) -> None:
         self.now = 1000.0

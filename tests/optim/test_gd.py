@@ -1,4 +1,4 @@
-"""``stableopt.GD``: the gradient of all samples, whatever form they come in."""
+"""``stableopt.GD``: the gradient of all samples, for every form of data."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_loss_that_is_not_a_scalar() -> None:
 
 
 def test_full_batch_has_no_non_uniformity_limit() -> None:
-    """Catches GD read as SGD: full-batch noise is zero in whatever chunks the batch is fed."""
+    """Catches GD read as SGD: full-batch noise is zero, however the batch is chunked."""
     limits = {}
     for kind in (stableopt.SGD, stableopt.GD):
         model = linear()

@@ -114,7 +114,7 @@ def test_flush_is_called_where_there_is_one() -> None:
 
 @pytest.mark.parametrize("sinks", ["runs", 5, [None], [Receiving], Noting])
 def test_what_is_no_sink_is_refused(sinks: Any) -> None:
-    """Catches a class passed in place of its instance, and a path in place of a sink."""
+    """Catches a class passed instead of its instance, and a path instead of a sink."""
     with pytest.raises(TypeError, match="sinks"):
         check_sinks(sinks)
 

@@ -24,7 +24,7 @@ def lines(path: Path) -> list[Any]:
 
 
 def test_numbers_come_back_exactly_in_order(tmp_path: Path) -> None:
-    """Would catch rounding, a lost or reordered record, and a missing parent folder."""
+    """Catches rounding, a lost or reordered record, and a missing parent folder."""
     sink = JSONLinesSink(tmp_path / "a" / "b" / "run.jsonl")
     records = [{"sharpness": 1 / 3, "loss": 1e-300 * k} for k in range(5)]
     for step, record in enumerate(records):
@@ -33,21 +33,21 @@ def test_numbers_come_back_exactly_in_order(tmp_path: Path) -> None:
 
 
 def test_infinity_and_nan_are_null(tmp_path: Path) -> None:
-    """Would catch ``Infinity`` in the file, which only Python's parser reads."""
+    """Catches ``Infinity`` in the file, which only Python's parser reads."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     sink(1, {"a": math.inf, "b": -math.inf, "c": math.nan, "d": 2.0})
     assert lines(sink.path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 2.0}]
 
 
 def test_a_run_that_continues_appends(tmp_path: Path) -> None:
-    """Would catch a second sink that truncates what the first has written."""
+    """Catches a second sink that truncates what the first has written."""
     for step in (1, 2):
         JSONLinesSink(tmp_path / "run.jsonl")(step, {"loss": 0.5})
     assert [line["step"] for line in lines(tmp_path / "run.jsonl")] == [1, 2]
 
 
 def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
-    """Would catch a record glued to the stump that a crash left behind."""
+    """Catches a record glued to the stump that a crash left behind."""
     path = tmp_path / "run.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     JSONLinesSink(path)(3, {"loss": 0.5})
@@ -57,7 +57,7 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
-    """Would catch buffering, by which a crash loses the records that explain it."""
+    """Catches buffering, by which a crash loses the records that explain it."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     for step in range(3):
         sink(step, StabilityMargins(sharpness=1.0).record())
@@ -65,7 +65,7 @@ def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_a_failed_measurement_is_a_line_without_values(tmp_path: Path) -> None:
-    """Would catch failures that vanish from the file, or that have invented values."""
+    """Catches failures that vanish from the file, or that have invented values."""
     sink = JSONLinesSink(str(tmp_path / "run.jsonl"))
     sink(7, StabilityMargins(step=7, lr=0.1, failure="the loss is nan").record())
     (line,) = lines(sink.path)

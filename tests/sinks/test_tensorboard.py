@@ -104,7 +104,7 @@ TWO_PHASES = [
 
 
 def test_value_lower_and_upper_have_the_same_steps(tmp_path: Path) -> None:
-    """Would catch a band that is missing at one step: TensorBoard shows an error in its place."""
+    """Catches a band that is missing at one step: TensorBoard shows an error in its place."""
     events = write(tmp_path, [*TWO_PHASES, *map(adam_alone, (20, 21))], max_diagrams=0)
     charts = series_of(events)
     assert len(charts) == 6
@@ -120,7 +120,7 @@ def test_value_lower_and_upper_have_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_every_number_is_finite_and_every_band_positive(tmp_path: Path) -> None:
-    """Would catch numbers that float32 or the dashboard turns into infinity, NaN or zero."""
+    """Catches numbers that float32 or the dashboard turns into infinity, NaN or zero."""
     run = [
         *TWO_PHASES,
         sgd(13, sharpness=math.nan, non_uniformity=math.inf),
@@ -144,7 +144,7 @@ def test_every_number_is_finite_and_every_band_positive(tmp_path: Path) -> None:
 
 
 def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> None:
-    """Would catch a band around the value in place of the limit, and tags that are swapped."""
+    """Catches a band around the value instead of the limit, and tags that are swapped."""
     run = [sgd(5, sharpness_limit=40.0), adam(6)]
     events = write(tmp_path, run, max_diagrams=0)
     shown = {
@@ -162,7 +162,7 @@ def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> 
 
 
 def test_gradient_descent_has_non_uniformity_without_band(tmp_path: Path) -> None:
-    """Would catch an infinite band, a ratio of zero, and values lost because there is no limit."""
+    """Catches an infinite band, a ratio of zero, and values lost for want of a limit."""
     events = write(tmp_path, [gd(1), gd(2)], max_diagrams=0)
     tags = [tag for tag in events.Tags()["scalars"] if "non" in tag]
     assert tags == ["stability/non_uniformity"]
@@ -170,7 +170,7 @@ def test_gradient_descent_has_non_uniformity_without_band(tmp_path: Path) -> Non
 
 
 def test_tags_are_short_and_each_has_its_own(tmp_path: Path) -> None:
-    """Would catch a tag too long for the legend, and two numbers drawn as one curve."""
+    """Catches a tag too long for the legend, and two numbers drawn as one curve."""
     run = [sgd(1, theorem1=1.2), failed(2), adam(3)]
     events = write(tmp_path, run, max_diagrams=0)
     tags = events.Tags()["scalars"]
@@ -182,7 +182,7 @@ def test_tags_are_short_and_each_has_its_own(tmp_path: Path) -> None:
 
 
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
-    """Would catch two quantities that silently share a tag once they are shortened."""
+    """Catches two quantities that silently share a tag once they are shortened."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     with pytest.raises(ValueError, match="same tag"):
         sink(1, {"preconditioning1": 1.0, "preconditioning2": 2.0})
@@ -190,7 +190,7 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_layout_is_constant_and_in_reverse(tmp_path: Path) -> None:
-    """Would catch a layout that differs from run to run, which TensorBoard shows twice."""
+    """Catches a layout that differs from run to run, which TensorBoard shows twice."""
     a = layout_of(write(tmp_path / "a", [gd(1), gd(2)], max_diagrams=0))
     b = layout_of(write(tmp_path / "b", TWO_PHASES, max_diagrams=0))
     assert a == b
@@ -202,7 +202,7 @@ def test_the_layout_is_constant_and_in_reverse(tmp_path: Path) -> None:
 
 
 def test_a_failed_measurement_shows(tmp_path: Path) -> None:
-    """Would catch failures that leave no trace, or a trace in the charts of the values."""
+    """Catches failures that leave no trace, or a trace in the charts of the values."""
     events = write(tmp_path, [sgd(1), failed(2)])
     assert [event.value for event in events.Scalars("stability/failed")] == [0.0, 1.0]
     assert steps_of(events, "stability/sharpness") == [1]
@@ -211,7 +211,7 @@ def test_a_failed_measurement_shows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("most", [0, 1, 2, 5])
 @pytest.mark.parametrize("count", [1, 3, 60])
 def test_no_more_diagrams_than_asked_for(tmp_path: Path, most: int, count: int) -> None:
-    """Would catch one diagram too many, and a run whose end has none."""
+    """Catches one diagram too many, and a run whose end has none."""
     events = write(tmp_path, map(sgd, range(1, count + 1)), max_diagrams=most)
     if most == 0:
         assert events.Tags()["images"] == []
@@ -222,7 +222,7 @@ def test_no_more_diagrams_than_asked_for(tmp_path: Path, most: int, count: int) 
 
 
 def test_diagrams_get_rarer(tmp_path: Path) -> None:
-    """Would catch ten diagrams of the first ten measurements, and none of the rest."""
+    """Catches ten diagrams of the first ten measurements, and none of the rest."""
     sink = TensorBoardSink(tmp_path)
     for step in range(1, 961):
         # Only measured pairs count.
@@ -236,13 +236,13 @@ def test_diagrams_get_rarer(tmp_path: Path) -> None:
 
 
 def test_diagrams_are_pictures(tmp_path: Path) -> None:
-    """Would catch pixels in the wrong order of axes, which tensorboard stores all the same."""
+    """Catches pixels in the wrong order of axes, which tensorboard stores all the same."""
     (image,) = write(tmp_path, [sgd(3)]).Images("stability/diagram")
     assert (image.step, image.width, image.height) == (3, 540, 420)
 
 
 def test_plain_sgd_is_recognised_by_its_limits() -> None:
-    """Would catch the half-ellipse of plain SGD drawn for a rule with momentum."""
+    """Catches the half-ellipse of plain SGD drawn for a rule with momentum."""
     from stableopt.sinks.tensorboard import _region
 
     region = _region(sgd(1).record())
@@ -256,7 +256,7 @@ def test_plain_sgd_is_recognised_by_its_limits() -> None:
 
 
 def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
-    """Would catch a sink that closes, or writes beside, the writer of the training script."""
+    """Catches a sink that closes the training script's writer, or opens a second one."""
     writer = SummaryWriter(str(tmp_path))
     sink = TensorBoardSink(writer, max_diagrams=0)
     sink(1, sgd(1).record())
@@ -268,7 +268,7 @@ def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
 
 
 def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
-    """Would catch charts that stay two minutes behind, the writer's own pace."""
+    """Catches charts that stay two minutes behind, the writer's own pace."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     for step in (1, 2, 3):
         sink(step, sgd(step).record())
@@ -277,7 +277,7 @@ def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_more_points_than_are_shown_are_advised_of_once(tmp_path: Path) -> None:
-    """Would catch a long run whose missing points nobody explains, and a warning a step."""
+    """Catches a long run whose missing points are unexplained, and a warning at each step."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -291,7 +291,7 @@ def test_more_points_than_are_shown_are_advised_of_once(tmp_path: Path) -> None:
 
 
 def test_it_prints_only_when_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Would catch a library that prints, and an announcement at every record."""
+    """Catches a library that prints, and an announcement at every record."""
     write(tmp_path / "quiet", [sgd(1)], max_diagrams=0)
     assert capsys.readouterr().out == ""
     write(tmp_path / "a run", [sgd(1), sgd(2)], max_diagrams=0, announce=True)
@@ -306,7 +306,7 @@ def legacy_numpy_state() -> list[int]:
 
 
 def test_random_state_is_left_alone(tmp_path: Path) -> None:
-    """Would catch a draw from any global generator, which would change the training it watches."""
+    """Catches a draw from any global generator, which would change the training it watches."""
     before, torch_before = (random.getstate(), legacy_numpy_state()), torch.get_rng_state()
     write(tmp_path, map(sgd, range(1, 8)))
     assert before == (random.getstate(), legacy_numpy_state())
@@ -314,7 +314,7 @@ def test_random_state_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_drives_it(tmp_path: Path) -> None:
-    """Would catch a sink that the monitor cannot call or flush: it only warns, and warnings raise."""
+    """Catches a sink that the monitor cannot call or flush: it only warns, and warnings raise."""
     model, (x, y) = nn.Linear(2, 1), (torch.randn(8, 2), torch.randn(8, 1))
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     sink = TensorBoardSink(tmp_path)
@@ -353,7 +353,7 @@ def test_decisions_are_scalars_words_and_marks(tmp_path: Path) -> None:
 
 
 def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:
-    """Would catch a wrong argument that is taken for zero."""
+    """Catches a wrong argument that is taken for zero."""
     with pytest.raises(ValueError, match=r"max_diagrams=-1"):
         TensorBoardSink(tmp_path, max_diagrams=-1)
 
@@ -367,7 +367,7 @@ def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, module: str, call: str, extra: str) -> None:
-    """Would catch an eager import of an optional package, and an error that helps nobody."""
+    """Catches an eager import of an optional package, and an error that does not help."""
     code = f"""
 import sys
 import stableopt

@@ -63,7 +63,7 @@ def simulated_moments(rule: dict, curvatures: list[float], steps: int) -> float:
         for x, buffer in ((1.0, 0.0), (0.0, 1.0)):
             p = torch.tensor([x], dtype=torch.float64, requires_grad=True)
             optimizer = torch.optim.SGD([p], lr=0.3, **rule)
-            # Without momentum there is no buffer: the state is x alone.
+            # Without momentum the state is x alone.
             if rule.get("momentum"):
                 optimizer.state[p]["momentum_buffer"] = torch.tensor([buffer]).double()
             p.grad = h * p.detach()
@@ -97,7 +97,7 @@ def test_the_recursion_is_torch_optim_sgd(rule: str) -> None:
 def test_max_sharpness_is_where_the_recursion_reaches_one(rule: str, lr: float) -> None:
     """Catches a wrong constant in the closed form for any of the rules."""
     limit = max_sharpness(lr, **ALL_RULES[rule])
-    # A millionth of the curvature on either side of the edge, of which decoupled decay is a part.
+    # A millionth of the curvature, decoupled decay included, on either side of the edge.
     total = limit - min_sharpness(lr, **ALL_RULES[rule])
     assert mean_square_radius(limit - 1e-6 * total, 0.0, lr, **ALL_RULES[rule]) < 1
     assert mean_square_radius(limit + 1e-6 * total, 0.0, lr, **ALL_RULES[rule]) > 1

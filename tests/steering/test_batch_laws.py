@@ -57,7 +57,7 @@ def test_the_gate_keeps_the_noise_from_scattering_the_weights() -> None:
 
 
 def test_a_gate_that_holds_too_long_lets_the_next_size_pass() -> None:
-    """Catches a batch of three that stays for ever because two are 22 % further, and one that
+    """Catches a batch of three that stays forever because two are 22 % further, and one that
     patience leads beyond the last gate.
     """
     state: State = {"until": 0.0}
@@ -67,11 +67,11 @@ def test_a_gate_that_holds_too_long_lets_the_next_size_pass() -> None:
     assert batch_staircase(at(4.25, 3, step=400), state)[0].kind == "hold"
     passed, after = batch_staircase(at(4.25, 3, step=400), state, last_gate=1.6)
     assert (passed.kind, passed.new) == ("lower", 2)
-    assert "held" not in after  # patience begins anew
+    assert "held" not in after  # patience restarts
 
 
 def test_it_waits_for_the_effect_of_a_change() -> None:
-    """Catches a batch that falls at every measurement, whatever the time between."""
+    """Catches a batch that falls at every measurement, regardless of the time between."""
     _, state = batch_staircase(at(6.0, 64, step=10), {}, dwell=100)
     waiting, after = batch_staircase(at(6.0, 32, step=109), state, dwell=100)
     assert (waiting.kind, waiting.new) == ("hold", 32)
@@ -145,7 +145,7 @@ def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
 
 
 def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decision]:
-    """Return what is said of a run of sharpnesses, at the target's rate unless told otherwise."""
+    """Return what is said of a run of sharpnesses, at the target's rate unless given another."""
     state: State = {}
     said = []
     more = {"lr": 0.5, "target_lr": 0.5, **more}
@@ -187,7 +187,7 @@ def test_a_rate_that_is_not_allowed_is_named() -> None:
 
 
 def test_a_rate_that_had_to_be_cut_again_and_again_is_given_up() -> None:
-    """Catches a target flatter than the network can be, towards which it diverges for ever."""
+    """Catches a target flatter than the network can be, towards which it diverges forever."""
     target = TargetRegion(sharpness=(0, 4.0))
     assert judge([6.0] * 3, target, lr=0.3, cuts=2) == []
     (said, *_) = judge([6.0] * 3, target, lr=0.3, cuts=3)
@@ -196,7 +196,7 @@ def test_a_rate_that_had_to_be_cut_again_and_again_is_given_up() -> None:
 
 
 def test_the_smallest_batch_is_named() -> None:
-    """Catches patience without end where there is no smaller batch."""
+    """Catches patience without end at the smallest batch."""
     said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=2, smallest=2)
     assert "above 4, and there is no smaller batch than 2" in said[0].why
     said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)

@@ -134,8 +134,8 @@ def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> Non
     run = Run(sinks=[lambda step, record: seen.append((step, record)), lines])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler)
     run.go(30, controller)
-    told = [(step, record) for step, record in seen if "decision" in record]
-    assert told == [(d.step, d.record()) for d in controller.decisions]
+    sent = [(step, record) for step, record in seen if "decision" in record]
+    assert sent == [(d.step, d.record()) for d in controller.decisions]
     written = [json.loads(line) for line in lines.path.read_text().splitlines()]
     notes = [line["note"] for line in written if "note" in line]
     assert notes == [str(decision) for decision in controller.decisions]
@@ -178,7 +178,7 @@ def test_reached_and_unreachable_are_said() -> None:
 
 
 def stay(measured: Any, state: Any) -> Any:
-    return measured.decide("keep", measured.lr, "told to"), state
+    return measured.decide("keep", measured.lr, "as asked"), state
 
 
 def test_losses_that_are_lost_end_nothing() -> None:
@@ -195,7 +195,7 @@ def test_losses_that_are_lost_end_nothing() -> None:
 
 
 def test_a_run_resumes_where_it_was() -> None:
-    """Catches a law that begins anew, a batch size that is forgotten, decisions that are lost."""
+    """Catches a law that restarts, a batch size that is forgotten, decisions that are lost."""
     target = TargetRegion(sharpness=(0, 1 / 2), non_uniformity=(0, 1 / 3), unit="present")
     whole = Run()
     controller = StabilityController(whole.monitor, target, batch=whole.sampler, settle=1)
@@ -236,7 +236,7 @@ def test_a_run_resumes_where_it_was() -> None:
 
 
 def test_accumulation_is_a_knob_as_well() -> None:
-    """Catches sizes that are no multiples of the loader's batches, in the record or in fact."""
+    """Catches sizes that are not multiples of the loader's batches, in the record or in fact."""
     run = Run(batch_size=4)
     accumulation = AdaptiveAccumulation(run.loader, 4, 24)
     law = partial(batch_staircase, dwell=5)
@@ -271,7 +271,7 @@ def test_a_margin_needs_no_batch_and_uses_one() -> None:
 
 
 def test_what_cannot_be_steered_is_refused() -> None:
-    """Catches a target that no knob serves, which nobody would notice."""
+    """Catches a target that no knob serves, which would go unnoticed."""
     run = Run()
     flat = TargetRegion(sharpness=(0, 1.0))
     plain = Run(quantities=("sharpness",))

@@ -59,7 +59,7 @@ def descend(
 @pytest.mark.parametrize("goal", [20.0, 8.0, 4.0])
 @pytest.mark.parametrize("every", [1, 50])
 def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
-    """Catches a law that diverges, stays, or ends sharper than it was told to."""
+    """Catches a law that diverges, stays, or ends sharper than asked."""
     target = TargetRegion(sharpness=(0, goal))
     a, loss, lr, _ = descend(gated_staircase, target, 1500, lr=0.06, every=every)
     assert lr == pytest.approx(2 / goal, rel=1e-12)
@@ -102,7 +102,7 @@ def test_cutting_while_it_is_too_sharp_freezes_the_sharp_minimum() -> None:
 
 
 def test_following_the_measurement_leads_nowhere() -> None:
-    """Catches a rate taken from the measured sharpness: it keeps whatever there is."""
+    """Catches a rate taken from the measured sharpness: it keeps any sharpness."""
     target = TargetRegion(sharpness=(0, 10.0))
     a, _, lr, _ = descend(partial(follow, share=0.8), target, 1500, lr=0.06)
     assert a == pytest.approx(SHARP, rel=0.01)
@@ -131,7 +131,7 @@ def failed(lr: float, why: str, *, step: int = 10) -> LRMeasured:
 
 
 def test_it_rises_a_percent_a_step_also_between_rare_measurements() -> None:
-    """Catches a rate limit that counts measurements in place of steps."""
+    """Catches a rate limit that counts measurements instead of steps."""
     first, state = gated_staircase(at(0.1), new_state())
     assert (first.kind, first.new) == ("raise", pytest.approx(0.101, rel=1e-12))
     second, _ = gated_staircase(at(0.1, step=15), state)
@@ -256,11 +256,11 @@ def test_laws_are_pure() -> None:
             first, after = law(measured, state)
             assert state == before
             assert law(measured, state) == (first, after)
-            assert after["other"] == 7.0  # what a scheduler keeps beside it
+            assert after["other"] == 7.0  # kept there by a scheduler
 
 
 def test_a_first_call_and_a_counter_that_went_back_count_one_step() -> None:
-    """Catches a leap after a resumed run whose monitor began anew."""
+    """Catches a leap after a resumed run whose monitor started from zero."""
     for state in (new_state(), {"step": 5000.0}):
         decision, _ = gated_staircase(at(0.1, step=10), state)
         assert decision.new == pytest.approx(0.101, rel=1e-12)
@@ -282,7 +282,7 @@ def sharpening(law: Callable[[LRMeasured], Decision], steps: int) -> tuple[float
 
 
 def test_a_shrinking_rate_stops_at_its_floor() -> None:
-    """Catches a margin that is kept by lowering the rate for ever: sharpness follows it up."""
+    """Catches a margin that is kept by lowering the rate forever: sharpness follows it up."""
     a, lr = sharpening(lambda measured: follow(measured, {}, share=0.5)[0], 300)
     # `decide` keeps the bounds; without them the rate would be 2 * 0.5 / a, and a without end.
     assert lr == 0.02

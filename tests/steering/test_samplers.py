@@ -287,7 +287,7 @@ def test_bad_sizes_are_refused(arguments: Any, says: str) -> None:
 
 
 def test_bad_states_are_refused() -> None:
-    """Catches a resume that begins anew without a word."""
+    """Catches a resume that silently starts from the beginning."""
     sampler = AdaptiveBatchSampler(range(9), 3)
     with pytest.raises(ValueError, match="lacks"):
         sampler.load_state_dict({"batch_size": 3})
@@ -336,7 +336,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_ranks_agree(tmp_path: Path) -> None:
     """Catches ranks that decide for themselves: batches of different sizes, rates or weights."""
-    # Forked, since importing torch anew takes seconds; nothing here differentiates.
+    # Forked, since importing torch again takes seconds; nothing here differentiates.
     multiprocessing.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert zero["size"] == one["size"] == 3

@@ -233,7 +233,7 @@ def test_a_dry_run_is_the_run_without(options: dict[str, Any]) -> None:
 
 
 def test_a_relative_target_waits_for_a_good_measurement() -> None:
-    """Catches a region that is taken from a failed measurement, and waiting that nobody is told."""
+    """Catches a region that is taken from a failed measurement, and waiting without a message."""
     run = Run(max_iter=1)  # one product: it cannot converge
     scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.flatter(by=2))
     with pytest.warns(RuntimeWarning, match="did not converge"):
@@ -252,7 +252,7 @@ def test_a_relative_target_waits_for_a_good_measurement() -> None:
 
 
 def test_a_lost_loss_is_survived_and_said() -> None:
-    """Catches a crash, or a rate that goes on rising, when weights are no longer finite."""
+    """Catches a crash, or a rate that goes on rising, when weights are not finite any more."""
     seen: list[tuple[int, dict[str, float]]] = []
     run = Run(sinks=[lambda step, record: seen.append((step, record))])
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)

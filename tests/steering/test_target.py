@@ -70,7 +70,7 @@ def test_the_batch_size_at_a_sharpness_is_that_of_the_half_ellipse() -> None:
     expected = math.floor(n / (1 + p * (n - 1)))
     target = TargetRegion(non_uniformity=(0, s))
     assert target.batch_size_for(lr, n, sharpness=a) == expected == 8
-    # Beyond 2/lr nothing is stable, whatever the noise; no bound asks for nothing.
+    # Beyond 2/lr nothing is stable at any noise; without a bound any batch size will do.
     assert target.batch_size_for(lr, n, sharpness=4.1) == n
     assert TargetRegion(sharpness=(0, 1.0)).batch_size_for(lr, n) == n
 

@@ -61,7 +61,7 @@ def test_a_run_that_diverges_says_so() -> None:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a larger rate that does not leave, and a claim that a run beside the point upholds."""
+    """Catches a larger rate that does not leave, and a claim that an unrelated run upholds."""
     one = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
     tables, drawn, _ = small_run(one, tmp_path)
     assert drawn == {"curve", "runs"}

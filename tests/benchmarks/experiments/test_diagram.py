@@ -22,7 +22,7 @@ def cells(job, folder: Path):  # type: ignore[no-untyped-def]
 
 
 def test_growth_in_the_plane_is_that_of_all_batches(tmp_path: Path) -> None:
-    """Catches a noise factor of drawing with replacement, and s that is no standard deviation."""
+    """Catches a noise factor of drawing with replacement, and an s that is not a standard deviation."""
     job = Plane(lr=0.5, batch_size=3, n=6, points=4, runs=10, steps=2)
     for cell in cells(job, tmp_path):
         h = np.array([cell["a"] + cell["s"]] * 3 + [cell["a"] - cell["s"]] * 3)

@@ -15,8 +15,8 @@ from benchmarks.runner import Store
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path) -> None:
-    """Catches a piece that does not fit the next, a table that is empty, a picture that is not drawn,
-    and a picture that is drawn from something else than the file beside it.
+    """Catches a piece that does not fit the next, a table that is empty, and a
+    picture that is not drawn from its own table.
     """
     assert cli.main(["run", name, "--preset", "smoke", "--out", str(tmp_path)]) == 0
     kind = experiment(name)

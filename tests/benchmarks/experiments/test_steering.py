@@ -32,7 +32,7 @@ SMALL = Steering(
 
 def test_end_to_end(tmp_path: Path) -> None:
     """Catches a method that does not fit the loop, a summary of other runs than those of the table,
-    and a figure that is not drawn. Where a few steps lead is no test.
+    and a figure that is not drawn. Where a few steps lead is not tested.
     """
     tables, drawn, _ = small_run(SMALL, tmp_path)
     assert drawn == {"paths", "diagram-both", "diagram-more-uniform"}

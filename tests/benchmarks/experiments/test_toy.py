@@ -26,7 +26,7 @@ from benchmarks.experiments.toy.model import (
 
 
 def test_gradients_are_the_losses_derivatives() -> None:
-    """Catches a slope of the wrong branch, or a factor 2 lost: beside differences of the losses."""
+    """Catches a slope of the wrong branch, or a lost factor 2, by differences of the losses."""
     x = np.array([-2.0, -0.5, -0.4, 0.0, 0.2, 0.3, 0.5, 0.6, 1.0, 1.7, 3.0, 4.0])
     h = 1e-6
     for index, coefficient in enumerate(COEFFICIENTS):
@@ -102,8 +102,8 @@ def test_wilson_covers_as_often_as_it_says() -> None:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a table without its claim, a picture that is not drawn, and a claim that is said
-    whatever was found: the runs with halved derivatives stay.
+    """Catches a table without its claim, a picture that is not drawn, and a claim that holds
+    for any numbers: the runs with halved derivatives stay.
     """
     toy = Toy(runs=100, steps=300, lrs=(0.5, 0.7))
     tables, drawn, _ = small_run(toy, tmp_path)

@@ -1,4 +1,4 @@
-"""The speed comparisons run, and what they write is of the right things; how fast is no test."""
+"""The speed comparisons run and write the right columns; their times are not tested."""
 
 from __future__ import annotations
 

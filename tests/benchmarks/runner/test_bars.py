@@ -45,7 +45,7 @@ def test_the_pace_is_that_of_the_work_seen() -> None:
     assert pace.left == 6.0
     now = 200.0
     assert pace.left == 0.0
-    pace.see(0.25)  # begun anew
+    pace.see(0.25)  # started again
     assert pace.left is None
 
 
@@ -70,7 +70,7 @@ def test_the_bar_goes_by_cost_and_not_by_number(tmp_path: Path) -> None:
         bars.console.print(bars.progress.get_renderable())
     assert "half [way]" in shot.get()
     bars.failed(large, "E: [no]")
-    # What is lost is no work any more.
+    # Lost jobs no longer count as work.
     assert shown.completed == pytest.approx(1.0)
     assert f"failed {large.id}: E: [no]" in bars.console.file.getvalue()
 

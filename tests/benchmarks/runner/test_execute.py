@@ -1,4 +1,4 @@
-"""A job can end at any moment: by itself, by an error, by a signal, or beside another."""
+"""A job can end at any moment: by itself, by an error, by a signal, or while another runs."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_job_that_another_process_has_done_is_not_done_again(tmp_path: Path) -
 
 def test_ensembles_share_the_time_and_lock_in_one_order(tmp_path: Path) -> None:
     """Catches time that is counted for each member in full, a member done already that is done
-    again, and two processes that wait for each other for ever.
+    again, and two processes that deadlock.
     """
     members = [Member(x) for x in range(4)]
     work([members[0]], tmp_path, HERE)

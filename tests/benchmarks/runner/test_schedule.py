@@ -21,7 +21,7 @@ HERE = Place()
 
 
 class Log(Watch):
-    """Writes down what it is told."""
+    """Records what it is notified of."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
@@ -80,7 +80,7 @@ def test_needs_are_run_before_and_only_what_is_left_is_run(tmp_path: Path) -> No
 
 
 def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
-    """Catches a long way to the end that waits for jobs that nobody needs."""
+    """Catches a critical path that waits for jobs that no other job needs."""
     lone, need = Number(1.0), Number(2.0)
     total = Sum((need,))
     log = Log()
@@ -91,7 +91,7 @@ def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
 
 def test_a_failure_costs_what_stands_on_it_and_is_not_run_again_unasked(tmp_path: Path) -> None:
     """Catches a failure that counts as done, ends the sweep, is silently run again or hidden, and a
-    job that waits for it for ever; at whatever distance.
+    job that waits for it forever, at any distance.
     """
     store, cure = Store(tmp_path), tmp_path / "cure"
     failing, fine = Failing(str(cure)), Number(1.0)
@@ -125,7 +125,7 @@ def test_a_failure_costs_what_stands_on_it_and_is_not_run_again_unasked(tmp_path
 
 
 def test_an_exit_in_a_job_is_no_exit_of_the_sweep(tmp_path: Path) -> None:
-    """Catches SystemExit, which is no Exception, on its way through a future to the parent."""
+    """Catches SystemExit, which is not an Exception, on its way through a future to the parent."""
     store = Store(tmp_path)
     summary = run_all([Dying("sys.exit"), Number(1.0)], store, HERE)
     assert (summary.failed, summary.done) == ([Dying("sys.exit")], [Number(1.0)])
@@ -160,8 +160,8 @@ def test_an_executors_own_error_is_the_jobs(tmp_path: Path) -> None:
 
 
 def test_who_breaks_an_executor_is_found_by_running_suspects_alone(tmp_path: Path) -> None:
-    """Catches an innocent job that is blamed, a guilty one that is tried for ever, and an executor
-    that is not made anew, or refuses, after it has broken.
+    """Catches an innocent job that is blamed, a guilty one that is retried forever, and an
+    executor that is not recreated, or refuses work, after it has broken.
     """
     made: list[Inline] = []
 

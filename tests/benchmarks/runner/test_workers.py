@@ -39,10 +39,10 @@ def until(true: Callable[[], object], seconds: float = 60) -> None:
 
 def alive(group: int) -> list[int]:
     """Return the processes of a group that run."""
-    told = subprocess.run(
+    listed = subprocess.run(
         ["ps", "-axo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
     )
-    rows = [line.split() for line in told.stdout.splitlines()]
+    rows = [line.split() for line in listed.stdout.splitlines()]
     return [int(pid) for pid, its, state in rows if int(its) == group and state[0] != "Z"]
 
 
@@ -82,22 +82,22 @@ def begin(tmp_path: Path, importable: str) -> Iterator[Callable[[int], subproces
         process.wait()
 
 
-@pytest.mark.parametrize(("whom", "workers"), [("the parent", 2), ("the group", 1)])
+@pytest.mark.parametrize(("target", "workers"), [("the parent", 2), ("the group", 1)])
 def test_a_sweep_that_was_killed_is_finished_as_if_it_had_not_been(
     tmp_path: Path,
     begin: Callable[[int], subprocess.Popen[bytes]],
     undisturbed: dict[str, bytes],
-    whom: str,
+    target: str,
     workers: int,
 ) -> None:
     """Catches a rerun that counts half a job as done, that goes on from another state than the
-    trace's, or that waits for a lock for ever; and workers that outlive their parent.
+    trace's, or that waits for a lock forever; and workers that outlive their parent.
     """
     store = Store(tmp_path)
     process = begin(workers)
     until(lambda: process.poll() is not None or sum(map(store.begun, WALKS)) == workers)
     assert len(alive(process.pid)) > workers
-    if whom == "the group":
+    if target == "the group":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
@@ -115,9 +115,9 @@ def test_a_sweep_that_was_killed_is_finished_as_if_it_had_not_been(
 def test_workers_that_are_still_starting_end_with_their_parent(
     tmp_path: Path, begin: Callable[[int], subprocess.Popen[bytes]]
 ) -> None:
-    """Catches orphans that look for their parent when it has gone already, and wait for ever."""
+    """Catches orphans that look for their parent after it has gone, and wait forever."""
     process = begin(1)
-    # The worker and Python's tracker of resources, beside the parent.
+    # The parent, the worker, and Python's resource tracker.
     until(lambda: len(alive(process.pid)) >= 3)
     assert not list((tmp_path / "jobs").glob("*.part"))
     process.kill()
@@ -126,7 +126,7 @@ def test_workers_that_are_still_starting_end_with_their_parent(
 
 
 def test_a_worker_that_dies_costs_its_job_only(tmp_path: Path, importable: str) -> None:
-    """Catches a sweep that ends with its pool, jobs lost beside the one that is to blame, and a
+    """Catches a sweep that ends with its pool, other jobs lost with the one to blame, and a
     death that is not recorded.
     """
     store = Store(tmp_path)

@@ -108,7 +108,7 @@ def test_real_fashion_mnist() -> None:
 
 
 def write_cifar10(path: Path, labels: list[int]) -> np.ndarray:
-    """Write images of which each has one value everywhere: its number."""
+    """Write images that each have one value everywhere: their number."""
     rows = [bytes([label]) + bytes([number]) * 3072 for number, label in enumerate(labels)]
     path.write_bytes(b"".join(rows))
     return np.array(labels)

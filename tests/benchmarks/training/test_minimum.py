@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(
     undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
     done(job, undisturbed)
     monkeypatch.setattr(solution, "CHECKPOINT_SECONDS", 0.0)
-    told = Work.progress
+    original = Work.progress
     looks = 0
 
     def progress(self: Work, share: float, text: str = "") -> None:
@@ -105,7 +105,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(
         looks += 1
         if looks == 10:
             raise _KilledError
-        told(self, share, text)
+        original(self, share, text)
 
     monkeypatch.setattr(Work, "progress", progress)
     with pytest.raises(_KilledError):

@@ -120,7 +120,7 @@ def test_single_precision_among_a_million() -> None:
 class Transfers(TorchDispatchMode):
     """Counts what would wait for a device: numbers read from, and copies of, marked tensors.
 
-    On a CPU a device's tensors cannot be told from the host's by their device, so by their dtype:
+    On a CPU the dtype distinguishes the device's tensors from the host's:
     the host works in float64, the operator in float32.
     """
 
@@ -142,7 +142,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["lanczos", "power"])
 def test_one_transfer_a_product(method: str) -> None:
-    """Catches a number read from the device to decide something, each of which makes the host wait."""
+    """Catches a number read from the device for a decision: every read makes the host wait."""
     operator = Diagonal(torch.linspace(0, 1, 500))
     with Transfers() as transfers:
         found = top_eigenpair(operator, method=method, tol=1e-2)

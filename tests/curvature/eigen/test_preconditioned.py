@@ -30,7 +30,7 @@ def preconditioners(size: int) -> dict[str, Tensor]:
 
 
 class Diagonal:
-    """A preconditioner that is no operator and no tensor: all it has is ``@``."""
+    """A preconditioner that is neither an operator nor a tensor: it only has ``@``."""
 
     def __init__(self, entries: Tensor) -> None:
         self.entries = entries

@@ -204,8 +204,8 @@ def test_one_host_transfer_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_value_below_the_rounding_of_the_rest_is_not_called_converged() -> None:
-    """Catches a residual of the size of rounding taken for a small one: in float32, beside -1e5, a
-    largest eigenvalue of 1 may be missed, and then it must be said.
+    """Catches a residual of rounding size taken for convergence: in float32, next to -1e5, a
+    largest eigenvalue of 1 may be missed, and the result must say so.
     """
     values = torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 0.5
     values[0], values[1] = 1.0, -1e5

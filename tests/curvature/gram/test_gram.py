@@ -40,7 +40,7 @@ def dense_factors(model: nn.Module, x: Tensor, second: Tensor) -> Tensor:
             )
         )
     values, vectors = torch.linalg.eigh(second)
-    # The softmax's L has a zero eigenvalue, of which rounding leaves 1e-17: its root would be 3e-9.
+    # The softmax's L has a zero eigenvalue; rounding makes it 1e-17, whose root would be 3e-9.
     values = torch.where(values > 1e-14, values, 0.0)
     roots = (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
     return roots @ torch.stack(rows)
@@ -69,7 +69,7 @@ def test_gram_of_squared_loss_and_cross_entropy(network: nn.Module, data: Data) 
 
 
 def test_both_coordinates_are_those_of_the_hessians_at_interpolation(network: nn.Module) -> None:
-    """Catches a Sigma with K in place of its diagonal blocks, and a missing square root or 1/n: where
+    """Catches a Sigma with K instead of its diagonal blocks, and a missing square root or 1/n: where
     residuals vanish, dense Hessians say what is right.
     """
     x, _ = small_data()
@@ -158,7 +158,7 @@ def test_layers_give_the_same_matrix_as_rows(network: nn.Module, data: Data) -> 
         theta = problem.theta()
         with problem.evaluation():
             assert (fully_connected(problem, theta) is not None) == (model is network)
-    # Frozen biases, and layers of which only one counts.
+    # Frozen biases, and one chosen layer.
     params = [network[0].weight, network[2].weight, network[2].bias]
     problem = Problem(network, nn.MSELoss(), data, params=params)
     g = GaussNewton(problem) @ torch.eye(33, dtype=torch.float64)

@@ -125,7 +125,7 @@ def test_gauss_newton_in_scaled_coordinates(few: bool, monkeypatch: pytest.Monke
 
 
 def test_gauss_newton_needs_the_outputs() -> None:
-    """Catches a batch loss, of which the outputs are not known, taken for a mean of outputs."""
+    """Catches a batch loss, whose outputs are unknown, taken for a mean over outputs."""
     network = small_network()
     problem = Problem.from_batch_loss(
         network, lambda model, batch: model(batch).square().mean(), small_data()[0]

@@ -43,9 +43,10 @@ def exponentials(dtype: torch.dtype, noise: float = 0.0) -> Any:
     ],
 )
 def test_the_step_suits_the_noise(dtype: torch.dtype, noise: float) -> None:
-    """Catches a step for noise that is not there, or that takes all there is for rounding: at the best
-    one the error is of the order of noise^(2/3), and 30 is room for its constants, of which a step that
-    is ten times off would take a hundred.
+    """Catches a step chosen for absent noise, and one that takes all noise for rounding.
+
+    At the best step the error is of the order of noise^(2/3); a factor of 30 leaves room for the
+    constants, and a step ten times off would cost a factor of a hundred.
     """
     differences = CentralDifferences()
     slope = differences.along(exponentials(dtype, noise), size=1.0)

@@ -1,4 +1,4 @@
-"""How much memory products take: a ceiling that holds whatever n is."""
+"""The memory that products take stays below a ceiling for every n."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_peak_memory_does_not_grow_with_samples_times_parameters(
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton, NonUniformity])
 def test_passes_end_with_their_operator(kind: type) -> None:
-    """Catches an operator that holds itself, whose passes stay in memory beside those of the next."""
+    """Catches an operator in a reference cycle, whose cached passes outlive it."""
     problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
     gc.disable()
     try:

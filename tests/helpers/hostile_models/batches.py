@@ -19,7 +19,7 @@ from hostile_models.setting import Setting, measured
 
 
 class Reads(nn.Module):
-    """Takes its inputs by name, and returns what it is told to."""
+    """Takes its inputs by name, and wraps its output."""
 
     def __init__(self, wrap: Callable[[Tensor], Any] = lambda z: z) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def _stream() -> Setting:
 
 
 class Augmented(Dataset):
-    """Draws anew at every look, so that no two readings agree by themselves."""
+    """Draws random numbers at every access, so that a reading must restore the generators."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y

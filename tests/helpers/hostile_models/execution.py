@@ -61,7 +61,7 @@ def _reentrant() -> Setting:
 
 
 class Autocast(nn.Module):
-    """Casts for itself, so that it stands in half precision whatever is around it."""
+    """Casts for itself, so that it computes in half precision in any context."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def _chosen() -> Setting:
 
 
 class LowRank(nn.Module):
-    """A frozen layer with an adapter beside it."""
+    """A frozen layer with a trainable adapter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def _complex() -> Setting:
     return Setting(Waves(), MSE, pair())
 
 
-@refused("half precision that nobody chose for", "bfloat16.*pass dtype=torch.float32")
+@refused("half precision that was not asked for", "bfloat16.*pass dtype=torch.float32")
 def _half() -> Setting:
     x, y = pair()
     return Setting(mlp().bfloat16(), MSE, (x.bfloat16(), y.bfloat16()))
@@ -61,7 +61,7 @@ def _meta() -> Setting:
     return Setting(model, MSE, pair())
 
 
-@refused("a sum in place of a mean", "not a mean over samples.*a sum")
+@refused("a sum instead of a mean", "not a mean over samples.*a sum")
 def _sum() -> Setting:
     return Setting(mlp(), nn.MSELoss(reduction="sum"), pair())
 
@@ -187,6 +187,6 @@ def _raises() -> Setting:
     return Setting(Raises(), MSE, pair())
 
 
-@refused("a model that is no module", "expected a torch.nn.Module")
+@refused("a model that is not a module", "expected a torch.nn.Module")
 def _function() -> Setting:
     return Setting(torch.sin, MSE, pair())  # type: ignore[arg-type]

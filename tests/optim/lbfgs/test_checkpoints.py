@@ -21,7 +21,7 @@ import stableopt
 def test_resumed_run_is_the_same_run(
     direction: str, line_search_fn: str | None, history_size: int
 ) -> None:
-    """Catches state beside the state dict, and a checkpoint that further training writes into."""
+    """Catches state outside the state dict, and a checkpoint that further training writes into."""
     options = {
         "direction": direction,
         "line_search_fn": line_search_fn,
@@ -104,7 +104,7 @@ def test_checkpoints_interchange_with_torch(direction: str, line_search_fn: str 
 
 
 def test_options_may_change_under_way() -> None:
-    """Catches a memory that is lost, or of the wrong kind, after its options are set anew."""
+    """Catches a memory that is lost, or of the wrong kind, after its options are changed."""
     options = {"max_iter": 6, "lr": 0.5}
     expected, _, _ = train(stableopt.LBFGS, steps=2, direction="two_loop", **options)
     model = network()

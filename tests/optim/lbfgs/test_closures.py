@@ -89,7 +89,7 @@ def test_losses_of_other_types(kind: Callable[[float], Any]) -> None:
 
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_gradient_scaler(unscaled: bool) -> None:
-    """Catches scaled gradients in pairs, and a message about inf checks in place of the reason."""
+    """Catches scaled gradients in pairs, and a message about inf checks instead of the reason."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

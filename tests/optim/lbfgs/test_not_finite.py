@@ -29,7 +29,7 @@ BAD: dict[str, tuple[float | None, float]] = {
     "nan_gradient": (None, math.nan),
     "huge_gradient": (None, 3e37),
 }
-"""The loss in place of the true one, and a factor of one entry of the gradient."""
+"""The loss instead of the true one, and a factor of one entry of the gradient."""
 
 
 class Valley:

@@ -126,7 +126,7 @@ def test_complex_sparse_missing_and_mixed_gradients_are_torchs(direction: str) -
         if direction == "two_loop":
             assert torch.equal(a, b)
         else:
-            # Eight iterations on a dozen parameters of which some are single precision.
+            # Eight iterations on a dozen parameters, some in single precision.
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert float(ours[0].detach()[1].sum()) == pytest.approx(float(expected[0].detach()[1].sum()))
 

@@ -23,7 +23,7 @@ def test_ranks_take_the_same_branches() -> None:
         optimizer = stableopt.LBFGS(
             model.parameters(),
             line_search_fn="strong_wolfe",
-            # As a mean over ranks would: all see the same number, whatever is theirs alone.
+            # As a mean over ranks would: all ranks see the same number.
             reduce_loss=lambda loss: loss - own * len(seen),
         )
         plain, seen = closure_of(model, optimizer), []

@@ -142,7 +142,7 @@ def test_weight_decay_of_the_problem_or_the_rule(problem: Problem) -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_leading_directions_bracket_the_exact_rate(problem: Problem, momentum: float) -> None:
-    """Catches a restriction that is no bound: with few directions the value lies above the exact one,
+    """Catches a restriction that is not a bound: with few directions the value lies above the exact one,
     and what is said to be stable, below; with all of them they agree.
     """
     rule = UpdateRule(1.0, momentum=momentum)
@@ -152,7 +152,7 @@ def test_leading_directions_bracket_the_exact_rate(problem: Problem, momentum: f
         assert exact.exact
         assert not few.exact
         assert few.theorem1 is None
-        # Eigenvectors that have not converged are no bound with momentum, by about their residual.
+        # Eigenvectors that have not converged are not a bound with momentum, by about their residual.
         assert few.lower < exact.value < few.value * (1.0 + 0.02 * (momentum > 0))
         assert few.value < 1.5 * exact.value
         full = critical_lr(

@@ -112,7 +112,7 @@ def test_diagonal_samples_in_closed_form(batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_orthogonal_samples_in_closed_form(batch_size: int) -> None:
-    """eta* = 2B/k_max, a = k_max/n, s = k_max sqrt(n-1)/n. Catches p for n in place of n - 1."""
+    """eta* = 2B/k_max, a = k_max/n, s = k_max sqrt(n-1)/n. Catches p for n instead of n - 1."""
     sizes = torch.tensor([1.0, 5.0, 2.0, 0.5, 3.0]).double()
     found = critical_lr(dual(torch.diag(sizes.sqrt()).unsqueeze(1)), batch_size, tol=1e-7)
     assert found.value == pytest.approx(2 * batch_size / 5, rel=1e-6)

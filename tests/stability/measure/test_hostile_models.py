@@ -249,7 +249,7 @@ def sharpness(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> 
 
 
 def test_autocast_is_a_choice() -> None:
-    """Catches bfloat16 in a measurement that nobody asked for, and a dtype= that is not heard.
+    """Catches bfloat16 in a measurement by default, and a ``dtype=`` that is ignored.
 
     bfloat16 rounds to 4e-3, so the two differ by more than single precision does, and by less than a
     tenth.

@@ -84,7 +84,7 @@ def groups(network: nn.Module) -> list[dict]:
 
 
 def test_groups_with_their_own_rates_are_a_preconditioner(network: nn.Module, data: Data) -> None:
-    """Catches the plain sharpness beside the largest rate's limit: gradient descent with these
+    """Catches the plain sharpness next to the largest rate's limit: gradient descent with these
     groups has the step matrix I - diag(eta_g)(H + Lambda), whose edge must be at ratio 1.
     """
     optimizer = torch.optim.SGD(groups(network), lr=1.0)
@@ -144,7 +144,7 @@ def test_the_edge_it_reports_is_where_gradient_descent_turns() -> None:
 
 
 def test_without_a_rule_there_are_values_and_no_limits(network: nn.Module, data: Data) -> None:
-    """Catches a default learning rate that nobody chose."""
+    """Catches a default learning rate that the user did not choose."""
     found = measure(network, nn.MSELoss(), data)
     assert found.sharpness > 0
     assert found.sharpness_limit is None
@@ -169,7 +169,7 @@ def test_momentum_and_gd_limits(network: nn.Module, data: Data) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_measurement(network: nn.Module, data: Data) -> None:
-    """Catches a NaN given out as a sharpness, and an exception in place of a record."""
+    """Catches a NaN given out as a sharpness, and an exception instead of a record."""
     x, y = data
     for bad in (float("nan"), float("inf")):
         targets = y.clone()

@@ -1,4 +1,4 @@
-"""The peak memory of a measurement, beside that of a training step at the same micro-batch."""
+"""The peak memory of a measurement against that of a training step at the same micro-batch."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ class Halving(torch.optim.SGD):
 
 
 def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None:
-    """Catches a list of known optimizers beside the readers."""
+    """Catches a second list of known optimizers besides the readers."""
     from stableopt.stability.rules.update_rule import _readers
 
     UpdateRule.register(Halving, lambda opt: UpdateRule(lr=opt.param_groups[0]["lr"] / 2))

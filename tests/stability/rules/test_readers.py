@@ -310,7 +310,7 @@ def test_the_real_class_crosses_where_its_rule_says(name: str, t: int) -> None:
     frozen = Frozen(name, t)
     frozen.to_the_edge()
     values, vectors = torch.linalg.eig(frozen.matrix())
-    # Columns have the rounding of steps of the order of 1e-9 beside preconditioners of up to 1e3;
+    # Columns have the rounding of steps of the order of 1e-9 next to preconditioners of up to 1e3;
     # of roots that almost coincide, the root of the rounding is what is left of their digits.
     assert float((values + 1).abs().min()) < 1e-6
     assert float(values.abs().max()) < 1 + 1e-6

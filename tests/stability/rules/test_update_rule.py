@@ -217,7 +217,7 @@ def test_a_fused_step_that_a_scaler_skipped_is_no_step(network: nn.Module) -> No
 def test_non_uniformity_and_theorem_1_are_those_of_preconditioned_samples(
     network: nn.Module, data: Data
 ) -> None:
-    """Catches the plain non-uniformity beside a limit of the preconditioned one, and a decay in
+    """Catches the plain non-uniformity next to a limit of the preconditioned one, and a decay in
     condition (8) twice: RMSprop without momentum is plain SGD in other coordinates.
     """
     optimizer = torch.optim.RMSprop(network.parameters(), lr=0.003, weight_decay=0.4, eps=0.1)
@@ -299,7 +299,7 @@ def test_lbfgs_takes_the_length_that_its_line_search_chose(network: nn.Module, d
 def test_a_rule_that_the_user_gives_may_have_a_preconditioner(
     with_optimizer: bool, network: nn.Module, data: Data
 ) -> None:
-    """Catches a given P that is dropped, or put beside the limit of the plain sharpness."""
+    """Catches a given P that is dropped, or put next to the limit of the plain sharpness."""
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(38, 38, generator=generator, dtype=torch.float64)
     matrix = root @ root.T / 38 + torch.eye(38, dtype=torch.float64)
