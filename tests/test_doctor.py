@@ -1,4 +1,4 @@
-"""The doctor: what it says of the machine and of models, and how it is called."""
+"""The doctor's report on the machine and on models, and its command line."""
 
 from __future__ import annotations
 

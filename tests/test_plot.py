@@ -1,4 +1,4 @@
-"""Figures: what they show, in numbers that can be read off them."""
+"""Figures, by the numbers that can be read off them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a release says of itself in more than one place."""
+"""A release states the same version everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it runs, says and writes, and what it says to what it cannot do."""
+"""The command line: what it runs, prints and writes, and its errors."""
 
 from __future__ import annotations
 

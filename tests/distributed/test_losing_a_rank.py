@@ -1,4 +1,4 @@
-"""A rank that goes missing in the middle of a measurement is an error for the others, in time."""
+"""A rank lost in the middle of a measurement is an error on the others, within the timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replicas that hold a shard of the probe set each measure what one process measures of all of it."""
+"""Ranks with a shard of the probe set each measure what one process measures on all of it."""
 
 from __future__ import annotations
 

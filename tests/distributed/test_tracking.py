@@ -1,4 +1,4 @@
-"""A monitor of replicas: one decision for all ranks, and training that is left alone."""
+"""A monitor of replicas takes one decision for all ranks and leaves training unchanged."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ STATUS = Path("/proc/self/status")
 def peak_mib() -> float:
     """Return the largest resident memory so far, in MiB, on Linux.
 
-    Not ``getrusage``'s: that is kept through ``exec``, so that a child's begins at what its parent
-    had, whose memory it shared for a moment.
+    Not ``getrusage``'s, which survives ``exec``: a child's value starts at its parent's.
     """
     for line in STATUS.read_text().splitlines():
         if line.startswith("VmHWM:"):

@@ -1,4 +1,4 @@
-"""Runs a function on several ranks of a gloo group, each a process of its own."""
+"""Runs of a function on several ranks of a gloo group, each in its own process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Forked from a server that has torch imported and has never differentiated: a fork of this process,
-# which has, could not, and a fresh interpreter takes seconds.
+# Forked from a server that has imported torch but never used autograd: a fork of a process that has
+# used it cannot differentiate, and a fresh interpreter takes seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
@@ -60,7 +60,7 @@ def run(
 
 
 def run_script(path: Path, size: int, folder: Path) -> list[str]:
-    """Return what each of ``size`` ranks prints that run ``path`` as torchrun would let them."""
+    """Return what each of ``size`` ranks prints that run ``path`` in torchrun's environment."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -114,6 +114,6 @@ def _rank(
 
 
 def shard(samples: int, rank: int, size: int) -> slice:
-    """Return this rank's samples of so many: unequal shares, the later the larger."""
+    """Return this rank's share of the samples; later ranks have larger shares."""
     ends = [samples * r * (r + 1) // (size * (size + 1)) for r in range(size + 1)]
     return slice(max(ends[rank], rank), max(ends[rank + 1], rank + 1))

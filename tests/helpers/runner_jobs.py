@@ -1,4 +1,4 @@
-"""Jobs for the tests of the runner, in a module of their own, so that workers can import them."""
+"""Jobs for the tests of the runner, in a module that workers can import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Number(Job):
 
 @dataclass(frozen=True)
 class Sum(Job):
-    """The sum of what others found, read once as results and once as tensors."""
+    """The sum of other jobs' numbers, read once as results and once as tensors."""
 
     kind = "sum"
 
@@ -67,7 +67,7 @@ class Failing(Job):
 
 @dataclass(frozen=True)
 class Dying(Job):
-    """Takes its process with it."""
+    """Ends its process."""
 
     kind = "dying"
 
@@ -81,7 +81,7 @@ class Dying(Job):
 
 @dataclass(frozen=True)
 class Unwritable(Job):
-    """Returns what JSON does not know."""
+    """Returns a value that JSON cannot hold."""
 
     kind = "unwritable"
 
@@ -91,7 +91,7 @@ class Unwritable(Job):
 
 @dataclass(frozen=True)
 class Member(Job):
-    """Can be run with others of its group; records with how many it was."""
+    """Can be run with others of its group; records how many ran together."""
 
     kind = "member"
 

@@ -1,4 +1,4 @@
-"""Running an experiment in a test: small, and without rendering, which takes longer than many."""
+"""Runs of an experiment in a test: small, and without rendering, which takes longest."""
 
 from __future__ import annotations
 

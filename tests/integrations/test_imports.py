@@ -1,4 +1,4 @@
-"""What is imported when, and what is said where a framework is not there."""
+"""When frameworks are imported, and the error where one is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callback in real Lightning runs, held against the same runs without it."""
+"""The callback in real Lightning runs, compared with the same runs without it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def numbers(history: Any) -> list[dict[str, float]]:
-    """Return records without what the clock says."""
+    """Return records without the times."""
     return [{k: v for k, v in m.record().items() if k != "seconds"} for m in history]
 
 
@@ -297,7 +297,7 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured_is_an_error_that_helps(tmp_path: Path) -> None:
-    """Catches errors in words that are not the callback's, and ones after training has begun."""
+    """Catches errors that do not speak of the callback, and errors after training has begun."""
 
     class Unknown(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
@@ -342,7 +342,7 @@ def test_a_rule_makes_an_unknown_optimizer_known(tmp_path: Path) -> None:
 
 
 def test_without_a_logger_and_with_a_failing_sink(tmp_path: Path) -> None:
-    """Catches a measurement, or what becomes of it, that ends the training."""
+    """Catches a measurement, or a sink, that ends the training."""
 
     def full_disk(step: int, record: Any) -> None:
         raise OSError("no space left")

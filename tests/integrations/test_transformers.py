@@ -1,4 +1,4 @@
-"""The callback in real runs of transformers.Trainer, held against the same runs without it."""
+"""The callback in real runs of transformers.Trainer, compared with the same runs without it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 def numbers(history: Any) -> list[dict[str, float]]:
-    """Return records without what the clock says."""
+    """Return records without the times."""
     return [{k: v for k, v in m.record().items() if k != "seconds"} for m in history]
 
 
@@ -245,7 +245,7 @@ class Bare(nn.Module):
 
 
 def test_what_cannot_be_measured_is_an_error_that_helps(tmp_path: Path) -> None:
-    """Catches errors in words that are not the callback's, and ones after training has begun."""
+    """Catches errors that do not speak of the callback, and errors after training has begun."""
     with pytest.raises(TypeError, match="data=None: expected the probe set"):
         StabilityCallback(None)
     with pytest.raises(TypeError, match="batch_loss='mse': expected a function"):

@@ -32,7 +32,7 @@ def test_loss_that_is_not_finite() -> None:
 
 
 def test_model_that_fails_on_the_probe_set() -> None:
-    """Catches an exception of a measurement that ends training; ``measure`` itself does raise."""
+    """Catches an exception in a measurement that ends training; a call of ``measure`` does raise."""
 
     class Moody(nn.Linear):
         fail = False
@@ -60,7 +60,7 @@ def test_model_that_fails_on_the_probe_set() -> None:
 
 
 def test_measurement_that_does_not_converge() -> None:
-    """Catches a value short of its tolerance that is passed off as one that reached it."""
+    """Catches a value that missed its tolerance but claims to have converged."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)

@@ -78,7 +78,7 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
 
 
 def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a search that never starts afresh, which could follow an overtaken eigenvector on."""
+    """Catches a search that never restarts cold, which could keep following an overtaken eigenvector."""
     given: list[tuple[set[str], int]] = []
     measure_at = stableopt.monitor.measurer.measure_at
 

@@ -101,7 +101,7 @@ def restless_run(
     ids=["no_grad", "enable_grad", "inference_mode", "autocast"],
 )
 def test_monitor_leaves_no_trace(around: Callable[[], Any]) -> None:
-    """Catches anything a measurement moves: weights, gradients, statistics, modes, random numbers.
+    """Catches anything a measurement changes: weights, gradients, statistics, modes, random states.
 
     Dropout, batch norm and the loader make later steps depend on anything moved before.
     """
@@ -160,7 +160,7 @@ def test_autocast_does_not_reach_the_measurement() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_of_the_training_loader_are_not_disturbed() -> None:
-    """Catches a probe that iterates the very loader which training iterates, and so restarts it."""
+    """Catches a probe that iterates the training loader itself, and so restarts its workers."""
 
     def run(watched: bool) -> tuple[list[Tensor], int]:
         torch.manual_seed(5)

@@ -84,7 +84,7 @@ def test_share_of_the_training_time_is_held(monkeypatch: pytest.MonkeyPatch, sha
         before = clock.now
         optimizer.step()
         took = clock.now - before
-        # A plain account of the same: a measurement may come when the last has been paid for.
+        # The same by plain accounting: a measurement may come once the last is paid for.
         if waited >= cost / share:
             due.append(step)
             assert took > 0

@@ -104,7 +104,7 @@ def test_step_that_a_scaler_skips_never_was(
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_step_that_a_scaler_skips_is_not_measured(fused: bool) -> None:
-    """Catches a measurement of a step that did not happen: fused calls the hooks all the same."""
+    """Catches a measurement of a skipped step: fused steps call the hooks nevertheless."""
     run, monitor = scaled_run(stableopt.SGD, fused=fused, overflow_at={0, 2}, tracked=True)
     untracked, _ = scaled_run(stableopt.SGD, fused=fused, overflow_at={0, 2})
     assert same(run, untracked)

@@ -1,4 +1,4 @@
-"""What TensorBoard would read back."""
+"""The TensorBoard sink, by what TensorBoard reads back."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def test_noise_factor_by_enumeration() -> None:
     ],
 )
 def test_bad_arguments_are_named(call, named: str) -> None:
-    """Catches an error that leaves the user to guess."""
+    """Catches an error that does not name the argument."""
     with pytest.raises(ValueError, match=named):
         call()
 

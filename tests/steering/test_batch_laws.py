@@ -145,7 +145,7 @@ def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
 
 
 def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decision]:
-    """Return what is said of a run of sharpnesses, at the target's rate unless given another."""
+    """Return the verdicts on a run of sharpnesses, at the target's rate unless given another."""
     state: State = {}
     said = []
     more = {"lr": 0.5, "target_lr": 0.5, **more}
@@ -160,7 +160,7 @@ def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decisi
 
 
 def test_a_target_is_reached_once_and_missed_only_at_twice_the_band() -> None:
-    """Catches a verdict at each measurement about the edge, about which training hovers."""
+    """Catches a verdict at each measurement near the edge, where training hovers."""
     target = TargetRegion(sharpness=(0, 4.0))
     said = judge([6.0, 4.21, 4.19, 4.3, 3.9, 4.35, 4.39, 4.41, 4.3, 4.1], target)
     assert [(d.step, d.kind) for d in said] == [(2, "reached"), (7, "missed"), (9, "reached")]

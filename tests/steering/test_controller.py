@@ -1,4 +1,4 @@
-"""Both knobs together, on a network small enough to be steered in a second."""
+"""Steering the learning rate and the batch size together, on a network that takes a second."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def network(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
-# Targets that the network can meet, so that noise dies down at a minimum.
+# Targets that the network can fit, so that noise vanishes at a minimum.
 Y = network(7)(X).detach()
 BOTH = ("sharpness", "non_uniformity")
 
@@ -161,7 +161,7 @@ def test_decisions_are_marks_in_the_figures(tmp_path: Path) -> None:
 
 
 def test_reached_and_unreachable_are_said() -> None:
-    """Catches a controller that leaves its user to find out."""
+    """Catches a controller that does not report the outcome."""
     run = Run(lr=0.2, every=2)
     controller = StabilityController(
         run.monitor, TargetRegion(sharpness=(500.0, None)), patience=5, lr={"law": stay}
@@ -258,7 +258,7 @@ def test_accumulation_is_a_knob_as_well() -> None:
 
 
 def test_a_margin_needs_no_batch_and_uses_one() -> None:
-    """Catches a margin that is refused for want of a knob, and one that makes noise louder."""
+    """Catches a margin that is refused without a batch to change, and one that adds noise."""
     run = Run()
     StabilityController(run.monitor, TargetRegion.within_limits(0.8))
     noisy = Run(lr=0.4, batch_size=1)

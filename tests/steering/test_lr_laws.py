@@ -1,4 +1,4 @@
-"""The laws, without a network: on the smallest loss that has minima of every sharpness.
+"""The laws of the learning rate, on the smallest loss that has minima of every sharpness.
 
 f = (1 - u v)^2 / 2 is minimal wherever u v = 1, with sharpness u^2 + v^2, from 2 to infinity. Gradient
 descent at a rate above 2/(u^2 + v^2) leaves for a flatter one, or diverges if it is too far above.
@@ -40,7 +40,7 @@ def descend(
     u, v, state, decisions = 5.0, 0.2 + 1e-4, new_state(), []
     for step in range(1, steps + 1):
         error = u * v - 1
-        # In float64 this loss becomes zero, which nothing can escape from; networks do not.
+        # In float64 this loss reaches zero, where gradient descent stays; networks do not.
         u, v = u - lr * error * v, v - lr * error * u + 1e-9 * (-1) ** step
         loss = (u * v - 1) ** 2 / 2
         if step % every == 0:

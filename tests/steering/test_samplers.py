@@ -1,4 +1,4 @@
-"""Batches whose size changes: nothing is lost, nothing comes twice, and a run can go on anywhere."""
+"""Batches of changing size serve every sample exactly once, and resume at any batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler: like torch's own, once a measurement, and never silent."""
+"""`StabilityLR` acts once per measurement, composes with torch's schedulers, and reports decisions."""
 
 from __future__ import annotations
 

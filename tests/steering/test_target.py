@@ -1,4 +1,4 @@
-"""The region that is wanted, and what the theory asks for to get there."""
+"""Target regions, and the learning rate and batch size that theory gives for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control laws: each from the same start, and what is said of them."""
+"""The comparison of control laws from the same start, and its claims."""
 
 from __future__ import annotations
 

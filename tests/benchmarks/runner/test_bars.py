@@ -1,4 +1,4 @@
-"""What the bars say: by what jobs cost, from when work was seen, and without those that are lost."""
+"""Progress bars go by the jobs' cost, from the first work seen, without lost jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job's id says what it computes, and nothing else; the order of jobs is that of their needs."""
+"""A job's id depends on its computation alone, and jobs are ordered by their needs."""
 
 from __future__ import annotations
 

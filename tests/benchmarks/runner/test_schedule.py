@@ -1,4 +1,4 @@
-"""What is run, in which order, and what a failure costs: on threads, where nothing is hidden."""
+"""Which jobs run, in which order, and the consequences of failures; on threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiments' images: what files hold is what is trained on."""
+"""The experiments' images are those of the data sets' files."""
 
 from __future__ import annotations
 

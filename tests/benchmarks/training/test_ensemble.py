@@ -1,4 +1,4 @@
-"""An ensemble's members take the steps that they take alone; each ends by itself."""
+"""Members of an ensemble take the same steps as alone, and each ends by itself."""
 
 from __future__ import annotations
 

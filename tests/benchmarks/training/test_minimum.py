@@ -1,4 +1,4 @@
-"""Training to a minimum, and going on from there: the jobs of most experiments."""
+"""Training to a minimum and continuing from it: the jobs of most experiments."""
 
 from __future__ import annotations
 

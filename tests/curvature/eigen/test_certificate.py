@@ -1,4 +1,4 @@
-"""What a result claims of its accuracy, how it holds at the ends of the range, and its transfers."""
+"""The certificate of a result: upper bound, extreme magnitudes, and host transfers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("products", [20, 45])
 def test_the_upper_bound_holds(spectrum: str, products: int) -> None:
-    """Catches a wrong exponent, a shift left out, and a count that goes on past the restart.
+    """Catches a wrong exponent, a missing shift, and a count that continues past the restart.
 
     The bound may fail for 1 % of starts; of 60 seeds more than 4 do so with probability 4e-4.
     Gaussian starts are invariant under rotation, so a diagonal matrix stands for any.
@@ -75,7 +75,7 @@ def test_no_bound_where_none_is_known() -> None:
 
 
 def test_an_exhausted_space_is_exact() -> None:
-    """Catches a probabilistic bound where there is certainty."""
+    """Catches a probabilistic bound where the value is exact."""
     found = top_eigenpair(Diagonal(torch.tensor([3.0, -7.0, 1.0]).double()), tol=1e-15)
     assert found.converged
     assert found.upper_bound == pytest.approx(3.0, rel=1e-12)
@@ -118,7 +118,7 @@ def test_single_precision_among_a_million() -> None:
 
 
 class Transfers(TorchDispatchMode):
-    """Counts what would wait for a device: numbers read from, and copies of, marked tensors.
+    """Counts the operations that wait for a device: reads and copies of marked tensors.
 
     On a CPU the dtype distinguishes the device's tensors from the host's:
     the host works in float64, the operator in float32.
@@ -150,7 +150,7 @@ def test_one_transfer_a_product(method: str) -> None:
 
 
 def test_following_transfers_no_more_than_a_product_each() -> None:
-    """Catches the first two products waiting for each other: one transfer is for what is kept."""
+    """Catches a transfer each for the first two products; one more is for the kept subspace."""
     operator = Diagonal(torch.cat([torch.linspace(0, 0.5, 500), torch.tensor([1.0, 2.0])]))
     kept = top_eigenpair(operator, tol=1e-2, keep=True).subspace
     with Transfers() as transfers:

@@ -1,4 +1,4 @@
-"""Following the top eigenpair along slowly and suddenly changing operators of known spectrum."""
+"""Following the top eigenpair along operators of known spectrum that change slowly or suddenly."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_top_is_followed(change: Values, worst: float, late: int, rotation: 
 
 @pytest.mark.parametrize("change", [second_overtakes, new_one_from_the_bulk])
 def test_the_top_is_followed_among_many(change: Values) -> None:
-    """Catches what works by luck of few dimensions: a random start holds 1/300 of any direction."""
+    """Catches what only works in few dimensions: a random start holds 1/300 of any direction."""
     products, losses = follow(family(change, 100_000, 0, rotation=0.0, count=40))
     assert statistics.median(products) <= 3
     assert max(losses) <= 0.13
@@ -139,7 +139,7 @@ def with_kept(operator: Operator, **arguments: object) -> tuple[Eigenpair, Tenso
 
 
 def test_what_is_kept_is_orthonormal_and_starts_with_the_vector() -> None:
-    """Catches rows in the wrong order, and ones that the next search would throw away."""
+    """Catches rows in the wrong order, and rows that the next search would discard."""
     operator, _ = next(family(sharpening, 2000, 0, rotation=0.0))
     found, kept = with_kept(operator)
     for pair, rows in ((found, kept), with_kept(operator, start=kept, seed=1)):
@@ -150,7 +150,7 @@ def test_what_is_kept_is_orthonormal_and_starts_with_the_vector() -> None:
 
 
 def test_residual_and_value_are_of_this_operator_alone() -> None:
-    """Catches remembered curvature in what is reported: the operator has shrunk to a third since."""
+    """Catches old curvature in the report: the operator has shrunk to a third since."""
     operator, _ = next(family(sharpening, 2000, 0, rotation=0.0))
     _, kept = with_kept(operator)
     shrunk = Spiked(operator.bulk, operator.rows, operator.values / 3)
@@ -165,7 +165,7 @@ def test_residual_and_value_are_of_this_operator_alone() -> None:
 
 
 def test_what_no_longer_helps_is_searched_afresh() -> None:
-    """Catches a subspace that is believed although nothing of it is left."""
+    """Catches trust in a subspace that is not valid any more."""
     first, _ = next(family(sharpening, 2000, 0, rotation=0.0))
     other, largest = next(family(sharpening, 2000, 1, rotation=0.0))
     _, kept = with_kept(first)
@@ -188,7 +188,7 @@ def test_what_no_longer_helps_is_searched_afresh() -> None:
     ids=["nan", "zero", "one direction", "one row", "too many", "scaled"],
 )
 def test_a_spoilt_subspace_still_finds_the_top(spoil: Callable[[Tensor], Tensor]) -> None:
-    """Catches a checkpoint's broken tensor that breaks the run."""
+    """Catches a broken tensor in a checkpoint that stops the run."""
     operator, largest = next(family(sharpening, 2000, 0, rotation=0.0))
     _, kept = with_kept(operator)
     found = top_eigenpair(operator, start=spoil(kept), tol=TOL, max_iter=50)
@@ -231,7 +231,7 @@ def test_tight_tolerances_are_met_from_a_subspace() -> None:
 
 
 def test_a_preconditioned_one_is_followed() -> None:
-    """Catches a subspace that is orthonormal in the inner product of the P that was."""
+    """Catches a subspace that is orthonormal in the previous P's inner product."""
     size = 400
     generator = torch.Generator().manual_seed(0)
     rows = torch.linalg.qr(torch.randn(size, 10, generator=generator).double())[0].T

@@ -16,7 +16,7 @@ def test_the_relative_residual_is_the_absolute_one_over_the_value() -> None:
 
 
 def test_the_old_name_is_the_absolute_residual() -> None:
-    """Catches code of old that silently gets the relative one."""
+    """Catches existing code that silently gets the relative one."""
     pair = Eigenpair(4.0, torch.ones(1), 0.5, 3, True)
     with pytest.warns(DeprecationWarning, match="use absolute_residual or relative_residual"):
         assert pair.residual == 0.5

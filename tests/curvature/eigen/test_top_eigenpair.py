@@ -34,8 +34,8 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("method", ["lanczos", "power"])
 def test_the_algebraically_largest_is_found(spectrum: str, method: str) -> None:
-    """Catches the largest in magnitude given out as the largest. The residual bounds the error in
-    the value, quadratically where there is a gap: 1e-6 of a residual of 1e-5 is ample.
+    """Catches the largest in magnitude reported as the largest. The residual bounds the error in
+    the value, quadratically where there is a gap: 1e-6 is ample for a residual of 1e-5.
     """
     matrix = with_spectrum(SPECTRA[spectrum])
     found = top_eigenpair(Dense(matrix), method=method, tol=1e-5, max_iter=2000)
@@ -76,7 +76,7 @@ def test_a_ritz_value_never_exceeds_the_largest_eigenvalue() -> None:
 
 
 def test_running_out_of_products_is_said() -> None:
-    """Catches a value passed off as converged."""
+    """Catches an unconverged value that claims convergence."""
     found = top_eigenpair(Dense(with_spectrum(torch.linspace(0, 1, 300))), tol=1e-8, max_iter=5)
     assert not found.converged
     assert found.products == 5
@@ -132,7 +132,7 @@ def test_a_start_in_single_precision_is_taken() -> None:
 
 
 def test_seeds_decide_and_global_generators_are_left_alone() -> None:
-    """Catches draws from torch's own generator, which would change the run that is watched."""
+    """Catches draws from torch's own generator, which would change the monitored run."""
     operator = Dense(with_spectrum(torch.linspace(0, 1, 100)))
     before = torch.get_rng_state()
     runs = [top_eigenpair(operator, tol=1e-3, seed=seed) for seed in (5, 5, 6)]
@@ -176,7 +176,7 @@ def test_a_product_that_is_not_finite_is_reported(method: str) -> None:
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, named: str) -> None:
-    """Catches an error that leaves the user to guess."""
+    """Catches an error that does not name the argument."""
     with pytest.raises(ValueError, match=named):
         top_eigenpair(Dense(torch.eye(2)), **arguments)
 

@@ -52,8 +52,8 @@ def softmax_curvature(outputs: Tensor) -> Tensor:
 
 
 def test_gram_of_squared_loss_and_cross_entropy(network: nn.Module, data: Data) -> None:
-    """Catches a factor 2/C or an L that is left out, not rooted, or of another sample: both losses
-    have their L in closed form.
+    """Catches a missing factor 2/C, and an L that is missing, not rooted, or of another sample; both
+    losses have a closed-form L.
     """
     x, y = data
     squared = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
@@ -202,7 +202,7 @@ class StubbornSquare(nn.Module):
 
 
 def test_modules_that_vmap_cannot_follow_go_one_by_one() -> None:
-    """Catches a fallback that differs from the vectorised way, in model or loss."""
+    """Catches a fallback that differs from the vectorised computation, in model or loss."""
     layer = nn.Linear(3, 2).double()
     x, _ = small_data()
     y = torch.zeros(7, 2, dtype=torch.float64)

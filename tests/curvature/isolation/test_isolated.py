@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind when several threads make one."""
+"""Isolated evaluations: several threads at once, and tensors outside of the parameters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from stableopt.curvature.isolation.isolated import undisturbed
 
 
 def test_threads_take_turns() -> None:
-    """Catches a state that is noted while another thread has it changed: the eval mode and the fixed
-    seed of that one's evaluation would then be put back for good.
+    """Catches a snapshot taken during another thread's evaluation: its eval mode and fixed seed
+    would be restored for good.
     """
     model, cpu = nn.Dropout(), torch.device("cpu")
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The covariance of other curvatures than the Hessians: Gauss–Newton's, and preconditioned ones."""
+"""The covariance of per-sample Gauss–Newton matrices and of preconditioned Hessians."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The structured product: where it applies it is the plain one, and elsewhere it is refused."""
+"""The structured product equals the general one where it applies, and is refused elsewhere."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ STRUCTURES = {
 
 
 def jittered(network: nn.Module) -> nn.Module:
-    """Return it in double precision, away from gains of one and biases of zero."""
+    """Return the network in double precision, with gains away from 1 and biases away from 0."""
     network.double()
     with torch.no_grad():
         for p in network.parameters():
@@ -297,7 +297,7 @@ def test_a_diagonal_preconditioner_of_numbers_and_of_tensors(model: str) -> None
 
 
 class ByHand(Two):
-    """Uses a weight outside of its layer as well: nothing in the modules tells."""
+    """Uses a weight outside of its layer as well, which the modules do not show."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x @ self.first.weight.T @ self.second.weight.T
@@ -348,7 +348,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("model", UNFIT)
 def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
-    """Catches a product that is quick and wrong; the general one is right for all of these."""
+    """Catches a fast, wrong product; the general one is right for all of these."""
     torch.manual_seed(0)
     network, data = UNFIT[model]().double(), small_data()
     operator = on(network, data)
@@ -388,8 +388,8 @@ class Gain(nn.Module):
 
 @pytest.mark.parametrize("rows", [3, 7, 5])
 def test_a_mask_is_not_taken_for_samples(rows: int) -> None:
-    """Catches a tensor that by chance has as many rows as there are samples, in the few that the
-    structure is tried on (3) or in all (7), cut up among them.
+    """Catches a tensor that is split among the samples because it happens to have as many rows: as
+    the few that the structure is tried on (3), or as all (7).
     """
     network, data = Masked(rows), small_data(7)
     operator = on(network, data)

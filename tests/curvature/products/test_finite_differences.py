@@ -1,4 +1,4 @@
-"""Central differences: their step, what they say of their error, and the products made of them."""
+"""Central differences: their step, their error estimate, and products by them."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_the_step_suits_the_noise(dtype: torch.dtype, noise: float) -> None:
     error = relative_error(slope.double(), RATES)
     level = max(noise, torch.finfo(dtype).eps)
     assert error < 30 * level ** (2 / 3)
-    # What is reported is of the size of what is: not hopeful by more than a few times.
+    # The reported error is of the size of the true one, within a small factor.
     assert error < 5 * differences.error
     assert differences.error < 30 * level ** (2 / 3)
 
 
 def test_a_straight_gradient_does_not_stretch_the_step() -> None:
-    """Catches a step that grows along a direction without a cubic term, until others suffer."""
+    """Catches a step that grows along a direction without a cubic term, at the cost of others."""
     differences = CentralDifferences()
     differences.along(lambda h: RATES * h, size=1.0)
     assert differences.step is not None
@@ -69,7 +69,7 @@ def test_a_straight_gradient_does_not_stretch_the_step() -> None:
 
 
 def test_a_gradient_that_jumps_is_refused() -> None:
-    """Catches a number made of a jump, which grows as the step shrinks."""
+    """Catches a value made from a jump, which grows as the step shrinks."""
     with pytest.raises(DifferenceError, match="two steps disagree"):
         CentralDifferences().along(
             lambda h: torch.tensor([h, float(h > 0)], dtype=torch.float64), size=1.0
@@ -77,7 +77,7 @@ def test_a_gradient_that_jumps_is_refused() -> None:
 
 
 def test_later_products_are_looked_at_too() -> None:
-    """Catches a self-check that is over once the step is chosen."""
+    """Catches a self-check that ends once the step is chosen."""
     differences = CentralDifferences()
     differences.along(exponentials(torch.float64), size=1.0)
     before = differences.error
@@ -108,7 +108,7 @@ def twins() -> tuple[nn.Module, nn.Module]:
 
 
 def test_everything_that_the_hessian_can_do() -> None:
-    """Catches products, non-uniformity or batch sharpness that take another way than the Hessian does.
+    """Catches products, non-uniformity or batch sharpness that differ from the Hessian's method.
 
     1e-7: differences in double precision are good to some 1e-10 of the largest curvature.
     """

@@ -17,7 +17,7 @@ ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
 @pytest.mark.parametrize("gamma", [None, 1.0, 0.03])
 def test_ladder(k: int, gamma: float | None) -> None:
-    """Catches an order of pairs, a triangle or a sign that is wrong: dense, two loops, compact."""
+    """Catches a wrong order of pairs, triangle or sign: dense, two-loop and compact forms agree."""
     y, s = quadratic_pairs(k)
     scale = float(y[-1] @ s[-1] / (y[-1] @ y[-1])) if gamma is None else gamma
     dense = bfgs_inverse(y, s, scale)
@@ -32,7 +32,7 @@ def test_ladder(k: int, gamma: float | None) -> None:
 
 
 def test_any_row_may_be_the_oldest() -> None:
-    """Catches a ring that is read from its first row on, whichever that holds."""
+    """Catches a ring buffer that is read from its first row on, even if that is not the oldest."""
     y, s = quadratic_pairs(4)
     expected = InverseHessian.from_pairs(y, s, 0.5)
     v = torch.ones(12, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_any_row_may_be_the_oldest() -> None:
 
 
 def test_last_pair_is_satisfied_and_the_matrix_is_symmetric_positive() -> None:
-    """Catches what no comparison of two formulas can: the secant equation is their definition."""
+    """Catches an error that all formulas share: the secant equation is their definition."""
     y, s = quadratic_pairs(5)
     P = InverseHessian.from_pairs(y, s)
     torch.testing.assert_close(P @ y[-1], s[-1], **ROUNDING)
@@ -58,7 +58,7 @@ def test_last_pair_is_satisfied_and_the_matrix_is_symmetric_positive() -> None:
 
 
 def test_float32_pairs() -> None:
-    """Catches small systems solved in single precision: what is left is rounding of the pairs."""
+    """Catches small systems solved in single precision; only the pairs' rounding may remain."""
     y, s = quadratic_pairs(8)
     v = torch.ones(12, dtype=torch.float64)
     P = InverseHessian.from_pairs(y.float(), s.float(), 0.5)

@@ -42,7 +42,7 @@ def test_hessian_is_the_mean_of_the_dense_per_sample_hessians(
 def test_gauss_newton_is_the_jacobian_sandwich(
     network: nn.Module, data: tuple[Tensor, Tensor], loss_fn: nn.Module
 ) -> None:
-    """Catches the Hessian given out as Gauss-Newton: here the residuals are far from zero."""
+    """Catches the Hessian reported as Gauss–Newton: here the residuals are far from zero."""
     x, y = data
     y = y.softmax(1) if isinstance(loss_fn, nn.CrossEntropyLoss) else y
     operator = GaussNewton(Problem(network, loss_fn, (x, y)))
@@ -72,7 +72,7 @@ def test_chunks_do_not_change_the_matrix(
     whole = kind(Problem(network, nn.MSELoss(), data))
     chunked = kind(Problem(network, nn.MSELoss(), data, chunk_size=chunk_size))
     expected = whole @ eye(whole)
-    for _ in range(2):  # the second product goes by what the first one kept
+    for _ in range(2):  # the second product uses the cache of the first
         assert relative_error(chunked @ eye(whole), expected) < PRODUCT
 
 

@@ -55,7 +55,7 @@ def test_end_that_nobody_evaluated_is_not_judged() -> None:
 
 
 def test_without_a_closure() -> None:
-    """Catches torch's message, which names an argument and not what to do."""
+    """Catches torch's message, which names an argument but no remedy."""
     optimizer = stableopt.LBFGS(network().parameters())
     for step in (optimizer.step, lambda: optimizer.step(None), lambda: optimizer.step(3.0)):
         with pytest.raises(TypeError, match=r"closure=.*calls it several times"):
@@ -108,7 +108,7 @@ def test_gradient_scaler(unscaled: bool) -> None:
 
 
 def test_nothing_to_train() -> None:
-    """Catches an index error where every group is empty, which SGD takes for no work."""
+    """Catches an index error where every group is empty; SGD then does nothing."""
     optimizer = stableopt.LBFGS([{"params": []}])
     assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
     assert optimizer.inverse_hessian_matvec(torch.ones(0)).shape == (0,)

@@ -17,7 +17,7 @@ import stableopt
 
 @pytest.fixture
 def unheard() -> Iterator[None]:
-    """Let warnings pass: what they say is another test's."""
+    """Ignore warnings; other tests read them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -75,7 +75,7 @@ def test_parameters_stay_finite_whenever_it_strikes(
         for _ in range(3 if lasting else 25 // max_iter):
             optimizer.step(valley.closure)
             assert bool(torch.isfinite(valley.x).all()), (first, lasting)
-        # From 49: what has passed is overcome, and what lasts ruins nothing that was reached.
+        # From 49: a single strike is overcome, and a lasting one does not lose the progress before it.
         assert valley.value() < (60 if lasting else 1), (first, lasting)
 
 
@@ -129,7 +129,7 @@ def test_search_across_the_edge(direction: str) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_straight_line_is_followed_not_lost(direction: str) -> None:
-    """Catches the cubic through a line, divided by zero: floats raise where tensors know infinity."""
+    """Catches a division by zero in the cubic through a line: floats raise where tensors give inf."""
     x = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = stableopt.LBFGS(
         [x], line_search_fn="strong_wolfe", max_iter=2, direction="two_loop"

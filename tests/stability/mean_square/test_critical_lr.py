@@ -1,4 +1,4 @@
-"""Critical learning rates of models: closed forms, dense matrices, real steps, and clumsy use."""
+"""Critical learning rates of models: closed forms, dense matrices, real steps, and bad input."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_the_monitor_measures_them(network: nn.Module, data: Data) -> None:
 
 
 def test_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
-    """Catches noise for an optimizer without."""
+    """Catches noise for an optimizer that has none."""
     descent = stableopt.GD(network.parameters(), lr=0.1)
     found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=("critical_lr",))
     dual = DualCurvature.of(Problem(network, nn.MSELoss(), data))
@@ -304,7 +304,7 @@ def test_real_steps_stay_below_and_leave_above() -> None:
 
 
 def test_bad_input_is_named(network: nn.Module, data: Data, problem: Problem) -> None:
-    """Catches errors that leave the user to guess."""
+    """Catches errors that do not name the argument."""
     dual = DualCurvature(torch.eye(4), 4)
     with pytest.raises(ValueError, match="batch_size=5 is above dataset_size=4"):
         critical_lr(dual, 5)
@@ -352,9 +352,7 @@ def test_curvature_that_is_not_there_or_not_finite(data: Data) -> None:
 
 
 def test_a_search_that_was_cut_short_says_so() -> None:
-    """Catches a value given out as exact after two products: it is still from above, and the lower
-    end still holds.
-    """
+    """Catches a value reported as exact after two products; it and the lower end are still bounds."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, 2, 9, generator=generator, dtype=torch.float64)
     dual = DualCurvature.of_factors(rows)

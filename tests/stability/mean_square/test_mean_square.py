@@ -79,8 +79,8 @@ def test_all_subsets_grow_above_and_not_below(name: str, batch_size: int) -> Non
 
 
 def test_directions_without_curvature_do_not_matter() -> None:
-    """Catches modes made of rounding: more parameters than rows, and rows that are dependent, with the
-    known answer from the definition at the directions that are left.
+    """Catches modes made of rounding, with more parameters than rows or with dependent rows; the
+    definition gives the answer in the remaining directions.
     """
     rows = factors(n=4, outputs=2, d=3)
     rotation = torch.linalg.qr(factors(n=1, outputs=30, d=30, seed=1)[0]).Q[:3]
@@ -232,8 +232,8 @@ def test_nesterov_at_vanishing_curvature() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_weights_fall_with_the_rate_and_are_a_positive_kernel(nesterov: bool, decay: float) -> None:
-    """The search rests on it: catches a rule for which the first crossing is not the only one, or the
-    lower bound no bound.
+    """Catches a rule with more than one crossing, or whose lower bound is not one: the search
+    relies on both.
     """
     h = torch.logspace(-5, 0, 30, dtype=torch.float64)
     for beta in (0.05, 0.5, 0.9, 0.99):

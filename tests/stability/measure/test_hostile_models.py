@@ -1,4 +1,4 @@
-"""Models and batches of all kinds: measured rightly or refused with the reason, without a trace."""
+"""Models and batches of all kinds are measured correctly or refused with the reason, without a trace."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def problem_of(setting: Setting) -> Problem:
 
 @contextlib.contextmanager
 def surroundings(setting: Setting) -> Iterator[None]:
-    """Be where the user is, and keep quiet: what is warned of has tests of its own."""
+    """Enter the user's context and ignore warnings, which have tests of their own."""
     with warnings.catch_warnings(), setting.around():
         warnings.simplefilter("ignore")
         yield
@@ -205,7 +205,7 @@ def data_of(setting: Setting) -> Any:
 
 def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
-        # A weight that is not a number is the same as before too.
+        # NaN counts as equal to NaN.
         return torch.equal(left.nan_to_num(), right.nan_to_num()) and left.shape == right.shape
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
@@ -281,8 +281,8 @@ def test_a_dtype_that_is_none_is_refused() -> None:
 
 
 def test_another_thread_trains_as_before() -> None:
-    """Catches switches of the whole process that reach a thread which is training meanwhile: its
-    activations would no longer be recomputed, or its autocast would be off.
+    """Catches process-wide switches that reach another thread while it trains: its activations
+    would not be recomputed, or its autocast would be off.
     """
     model, calls, seen = Checkpointed(reentrant=False), [], []
     model.inner.register_forward_hook(lambda *_: calls.append(1))

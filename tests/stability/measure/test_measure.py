@@ -1,4 +1,4 @@
-"""`measure` against dense matrices, and what it does with bad input."""
+"""`measure` against dense matrices, and its errors for bad input."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_momentum_and_gd_limits(network: nn.Module, data: Data) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_measurement(network: nn.Module, data: Data) -> None:
-    """Catches a NaN given out as a sharpness, and an exception instead of a record."""
+    """Catches a NaN reported as a sharpness, and an exception instead of a record."""
     x, y = data
     for bad in (float("nan"), float("inf")):
         targets = y.clone()
@@ -400,7 +400,7 @@ def test_a_small_excess_is_not_hidden_by_the_flat_directions() -> None:
 
 
 def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
-    """Catches a noise asked for where there is none: the full batch of a set larger than the probe."""
+    """Catches a request for a batch size where the full batch has no noise, on a partial probe set."""
     optimizer = stableopt.GD(network.parameters(), lr=0.3)
     h = dense_hessians(network, nn.MSELoss(), *data).mean(0)
     monitor = optimizer.track(network, nn.MSELoss(), data, quantities=("theorem1",), tol=1e-8)

@@ -1,4 +1,4 @@
-"""Every registered optimizer against the limit that is read off it: the real class crosses it there.
+"""Every registered optimizer, by its real class, becomes unstable exactly at the limit of its rule.
 
 A quadratic whose minimum is at zero, and an optimizer that has taken some steps far from it, so that its
 preconditioner is not trivial. Linear stability asks what the *next* steps do if the preconditioner stays
@@ -151,7 +151,7 @@ HESSIAN = dense_hessians(nn.Linear(3, 2).double(), nn.MSELoss(), *DATA).mean(0)
 
 
 class Frozen:
-    """An optimizer that takes its step t, and then can only take that one again."""
+    """An optimizer that takes its step t, and can then repeat that step only."""
 
     def __init__(self, name: str, t: int) -> None:
         torch.manual_seed(0)
@@ -311,7 +311,7 @@ def test_the_real_class_crosses_where_its_rule_says(name: str, t: int) -> None:
     frozen.to_the_edge()
     values, vectors = torch.linalg.eig(frozen.matrix())
     # Columns have the rounding of steps of the order of 1e-9 next to preconditioners of up to 1e3;
-    # of roots that almost coincide, the root of the rounding is what is left of their digits.
+    # roots that almost coincide are accurate to the root of the rounding only.
     assert float((values + 1).abs().min()) < 1e-6
     assert float(values.abs().max()) < 1 + 1e-6
     if frozen.case.scalar:

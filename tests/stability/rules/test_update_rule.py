@@ -1,4 +1,4 @@
-"""Reading rules: the registry, states that are not there yet, groups, and what is refused."""
+"""Reading update rules from optimizers: the registry, empty states, groups, and refusals."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_shampoo_whose_momentum_feeds_on_itself_has_no_limit(
 
 
 def test_lbfgs_takes_the_length_that_its_line_search_chose(network: nn.Module, data: Data) -> None:
-    """Catches the learning rate taken for the length of a step that it is not."""
+    """Catches the learning rate taken for the length that the line search chose."""
     optimizer = torch.optim.LBFGS(
         network.parameters(), lr=1.0, max_iter=3, line_search_fn="strong_wolfe"
     )
