@@ -1,14 +1,10 @@
 """Curvature matrices that are never formed, and their top eigenpairs."""
 
-from stableopt.curvature.eigen.top_eigenpair import (
-    Eigenpair,
-    NonFiniteError,
-    Preconditioner,
-    top_eigenpair,
-)
-from stableopt.curvature.errors import SecondDerivativeError
+from stableopt.curvature.eigen.result import Eigenpair
+from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
+from stableopt.curvature.errors import NonFiniteError, SecondDerivativeError
 from stableopt.curvature.gram.gram import DualCurvature
-from stableopt.curvature.operator import Operator
+from stableopt.curvature.operator import Operator, Preconditioner
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import ShardedProblem

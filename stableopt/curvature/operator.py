@@ -1,4 +1,4 @@
-"""`Operator` and `Preconditioner`: symmetric matrices that are known by their products alone."""
+"""`Operator` and `Preconditioner`: symmetric matrices known only by their products."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ __all__ = ["Operator", "Preconditioner"]
 
 
 class Operator(abc.ABC):
-    """A real symmetric matrix of shape ``(d, d)`` known by its products alone.
+    """A real symmetric matrix of shape ``(d, d)`` known only by its products.
 
     ``operator @ v`` takes ``(d,)`` or ``(d, k)`` of the operator's dtype and device, and raises
-    ``ValueError`` for anything else. A subclass defines :meth:`product`.
+    ``ValueError`` for anything else. A subclass defines :meth:`product`. Where several processes
+    compute a product, or hold shards of the vectors, its attribute ``inner_product``
+    (:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`) says so to eigen-solvers.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,18 +31,11 @@ class Operator(abc.ABC):
         """Return the matrix times ``vector`` ``(d,)``, without a graph."""
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrix times each vector: what ``@`` does with the columns of a block.
+        """Return the matrix times each vector; ``@`` calls it with the columns of a block.
 
-        A subclass overrides it where several products cost less than one after the other.
+        A subclass overrides it where several products together cost less.
         """
         return [self.product(vector) for vector in vectors]
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return the ``numbers`` by which a search with this operator decides.
-
-        They are what this process found, unless a product takes several: then all go by the same.
-        """
-        return numbers
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() not in (1, 2) or vectors.shape[0] != self.shape[1]:
@@ -62,7 +57,7 @@ class Operator(abc.ABC):
 
 
 class Preconditioner(Protocol):
-    """A symmetric positive definite matrix ``(d, d)`` known by its products."""
+    """A symmetric positive definite matrix ``(d, d)`` known only by its products."""
 
     def __matmul__(self, vector: Tensor, /) -> Tensor:
         """Return the matrix times ``vector`` ``(d,)``."""

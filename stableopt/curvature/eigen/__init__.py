@@ -1,1 +1,14 @@
-"""Eigenvalues of symmetric operators that are known by their products alone."""
+"""Largest eigenvalues of symmetric operators known only by their products."""
+
+from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.curvature.eigen.leading import LeadingEigenpairs, leading_eigenpairs
+from stableopt.curvature.eigen.result import Eigenpair
+from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
+
+__all__ = [
+    "Eigenpair",
+    "InnerProduct",
+    "LeadingEigenpairs",
+    "leading_eigenpairs",
+    "top_eigenpair",
+]

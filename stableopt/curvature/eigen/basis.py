@@ -1,36 +1,31 @@
-"""An orthonormal basis that grows: the vectors of length d that a search holds, on the device."""
+"""`Basis`: an orthonormal basis that grows by one row at a time, on the operator's device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigen.inner_product import Dual, dot, dual, normalised, scaled
-from stableopt.curvature.operator import Preconditioner
+from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 
 __all__ = ["Basis"]
 
 _FIRST_ROWS = 8
-"""Vectors that room is made for at first: a search may end after a few."""
+"""Rows allocated at first: a search may end after a few."""
 
 
 class Basis:
     """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
 
     Rows are contiguous, so that a projection is one matrix product. Without a preconditioner the two
-    are one tensor. Room is made for ``most`` rows, where that is said, and for more only when needed.
+    are one tensor. Rows are allocated in blocks, up to ``most`` if given, and beyond it one by one.
     """
 
     def __init__(
-        self,
-        covectors: Tensor,
-        vectors: Tensor,
-        preconditioner: Preconditioner | None,
-        most: int | None = None,
+        self, covectors: Tensor, vectors: Tensor, inner: InnerProduct, most: int | None = None
     ) -> None:
         self._most = most
-        self.preconditioner = preconditioner
-        self._plain = preconditioner is None
+        self.inner = inner
+        self._plain = inner.preconditioner is None
         self._covectors, self._vectors = covectors, covectors if self._plain else vectors
         self.held = len(covectors)
 
@@ -45,7 +40,7 @@ class Basis:
         return self._vectors[: self.held]
 
     def append(self, row: Dual) -> None:
-        """Add a row, already orthonormal to the others."""
+        """Add a row that is orthonormal to the others already."""
         if self.held == len(self._covectors):
             rows = max(_FIRST_ROWS, self.held // 2)
             if self._most is not None:
@@ -59,28 +54,28 @@ class Basis:
         self.held += 1
 
     def split(self, image: Tensor, since: int = 0) -> tuple[Tensor, Dual]:
-        """Return the coordinates of a covector, and what the basis does not hold of it.
+        """Return the coordinates of a covector in the basis, and the rest outside it.
 
-        Two passes: the second removes what rounding left of the first (twice is enough: Parlett).
-        The first takes the rows ``since`` one on alone, for an image that has next to nothing of
-        the rows before.
+        There are two passes: the second removes what rounding left of the first (twice is enough:
+        Parlett). The first takes only the rows from ``since`` on, for an image that has almost
+        nothing of the rows before.
         """
-        coordinates = dot(self.vectors[since:], image)
+        coordinates = self.inner.dot(self.vectors[since:], image)
         image = torch.addmv(image, self.covectors[since:].T, coordinates, alpha=-1)
-        correction = dot(self.vectors, image)
+        correction = self.inner.dot(self.vectors, image)
         image.addmv_(self.covectors.T, correction, alpha=-1)
         correction[since:] += coordinates
-        return correction, dual(image, self.preconditioner)
+        return correction, self.inner.dual(image)
 
     def orthogonal(self, covector: Tensor) -> Dual:
-        """Return what is left of a covector outside the basis, of norm 1, however little it is."""
+        """Return the part of a covector outside the basis, however small, scaled to norm 1."""
         for _ in range(2):
-            covector = covector - dot(self.vectors, covector) @ self.covectors
-            covector = normalised(covector)
-        return scaled(dual(covector, self.preconditioner))
+            covector = covector - self.inner.dot(self.vectors, covector) @ self.covectors
+            covector = covector / self.inner.norm(covector)
+        return self.inner.dual(covector).normalised()
 
     def combined(self, weights: Tensor, room: int = 0) -> Basis:
-        """Return the basis of the combinations ``weights`` ``(k, held)``, with room for more."""
+        """Return the basis of the combinations ``weights`` ``(k, held)``, with room for more rows."""
         weights = weights.to(self._covectors)
 
         def of(rows: Tensor) -> Tensor:
@@ -90,10 +85,15 @@ class Basis:
 
         covectors = of(self.covectors)
         vectors = covectors if self._plain else of(self.vectors)
-        basis = Basis(covectors, vectors, self.preconditioner)
+        basis = Basis(covectors, vectors, self.inner)
         basis.held = len(weights)
         return basis
 
     def vector(self, weights: Tensor) -> Tensor:
         """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""
         return weights.to(self._vectors) @ self.vectors
+
+    def unit_vector(self, weights: Tensor) -> Tensor:
+        """Return that combination divided by its Euclidean norm."""
+        vector = self.vector(weights)
+        return vector / self.inner.norm(vector)

@@ -1,109 +1,161 @@
-r"""The P inner product, in which :math:`PH` is symmetric, from products with P alone.
+r"""`InnerProduct`: the inner product of a search, and the operations on vectors that depend on it.
 
-Beside each vector q stands the covector r with :math:`q = Pr`. H takes vectors to covectors, P
-covectors to vectors, and :math:`q^\top r' = r^\top P r'` is the inner product. No inverse and no root
-of P is needed. Without a preconditioner the two are one tensor, which costs nothing.
+With a symmetric positive definite P, :math:`PH` is symmetric in the P inner product. Each vector q is
+stored with the covector r for which :math:`q = Pr`: H maps vectors to covectors, P maps covectors to
+vectors, and the inner product is :math:`q^\top r' = r^\top P r'`. Neither an inverse nor a root of P is
+needed. Without a preconditioner the two are one tensor. Three examples::
+
+    InnerProduct()                                   # Euclidean
+    InnerProduct(preconditioner=P)                   # r^T P r'
+    InnerProduct(ranks=ranks, sharded_size=10**9)    # each rank holds a shard of every vector
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.operator import Preconditioner
+from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.operator import Operator, Preconditioner
 from stableopt.distributed import Ranks
 
-__all__ = [
-    "Dual",
-    "Pieces",
-    "check_norm",
-    "dot",
-    "dual",
-    "in_pieces",
-    "magnitude_of",
-    "noise",
-    "normalised",
-    "on_host",
-    "scaled",
-    "whole_size",
-]
+__all__ = ["Dual", "InnerProduct"]
 
 _BLOCK = 16_384
-"""Numbers summed at a time. Among a million in float32 a CPU's own sums were 2e-5 wrong, relative to
-the lengths of the vectors; sums of sums of so many 1e-7 for a norm and 4e-6 for a product, at the
+"""Numbers summed at a time. Among a million in float32 a CPU's own sums were wrong by 2e-5, relative to
+the lengths of the vectors; sums of sums of so many by 1e-7 for a norm and 4e-6 for a product, at the
 same speed. A GPU sums in blocks by itself."""
 
 
 class Dual(NamedTuple):
-    r"""A covector r and its vector q = P r, or rows of them.
+    r"""A covector r and its vector q = P r.
 
-    ``norm`` is :math:`\sqrt{q^\top r}` on the device; below zero, minus the root of minus the square,
-    where P is not positive definite.
+    ``norm`` is :math:`\sqrt{q^\top r}` on the device. Where P is not positive definite and the square
+    is negative, it is minus the root of the square's absolute value.
     """
 
     covector: Tensor
     vector: Tensor
     norm: Tensor
 
-
-class Pieces(NamedTuple):
-    """Vectors of ``size`` numbers, of which each rank holds a piece."""
-
-    ranks: Ranks
-    size: int
-
-
-_pieces: ContextVar[Pieces | None] = ContextVar("pieces", default=None)
+    def normalised(self) -> Dual:
+        """Return covector and vector divided by the norm."""
+        covector = self.covector / self.norm
+        vector = covector if self.vector is self.covector else self.vector / self.norm
+        return Dual(covector, vector, self.norm)
 
 
-@contextmanager
-def in_pieces(pieces: Pieces | None) -> Iterator[None]:
-    """Take vectors for pieces of longer ones: :func:`dot` then is a sum over the ranks.
+@dataclass(frozen=True)
+class InnerProduct:
+    """The inner product of vectors ``(d,)``; Euclidean by default.
 
-    All that a search does with its vectors but add them up goes through the functions of this module,
-    so that it need not know.
+    Args:
+        preconditioner: the matrix P of the inner product :math:`r^T P r'` of covectors.
+        ranks: the ranks that compute each product together. All go by the numbers of rank 0.
+        sharded_size: the size of a whole vector, where each rank holds a shard of every vector; ``None``
+            where each rank holds whole vectors.
+
+    >>> P = torch.diag(torch.tensor([1.0, 4.0]))
+    >>> InnerProduct(preconditioner=P).dual(torch.tensor([0.0, 3.0])).norm
+    tensor(6.)
     """
-    token = _pieces.set(pieces)
-    try:
-        yield
-    finally:
-        _pieces.reset(token)
 
+    preconditioner: Preconditioner | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    sharded_size: int | None = None
 
-def whole_size(own: int) -> int:
-    """Return the size of the vectors of which pieces have the size ``own``.
+    @classmethod
+    def for_operator(
+        cls, operator: Any, preconditioner: Preconditioner | None = None
+    ) -> InnerProduct:
+        """Return the ``inner_product`` of an operator, Euclidean if it has none, with P."""
+        inner = getattr(operator, "inner_product", None)  # `operator` is anything with `@`
+        return replace(inner or cls(), preconditioner=preconditioner)
 
-    >>> whole_size(3)
-    3
-    """
-    pieces = _pieces.get()
-    return own if pieces is None else pieces.size
+    def whole_size(self, own: int) -> int:
+        """Return the size of the vectors of which this rank holds ``own`` numbers."""
+        return own if self.sharded_size is None else self.sharded_size
 
+    def dot(self, rows: Tensor, vector: Tensor) -> Tensor:
+        """Return ``rows @ vector`` for ``(d,)`` or ``(k, d)``, accurate in float32 for a large d."""
+        own = _own_dot(rows, vector)
+        return own if self.sharded_size is None else self.ranks.all_reduce_sum(own)
 
-def noise(size: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """Return normal random numbers ``(size,)``, of each piece others."""
-    pieces = _pieces.get()
-    seed = seed if pieces is None else seed + (pieces.ranks.rank << 32)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=dtype, device=device)
+    def norm(self, vector: Tensor) -> Tensor:
+        """Return the Euclidean norm of ``vector`` ``(d,)``, whatever P is."""
+        return vector.norm() if self.sharded_size is None else self.dot(vector, vector).sqrt()
 
+    def dual(self, covector: Tensor) -> Dual:
+        """Return ``covector`` ``(d,)`` with its vector and norm."""
+        if self.preconditioner is None:
+            return Dual(covector, covector, self.dot(covector, covector).sqrt())
+        vector = self.preconditioner @ covector
+        square = self.dot(covector, vector)
+        # Where rounding is all that is left of a covector, it decides the sign of the square too.
+        rounding = 10 * torch.finfo(covector.dtype).eps * covector.norm() * vector.norm()
+        norm = square.abs().sqrt() * torch.where(square >= -rounding, 1.0, -1.0)
+        return Dual(covector, vector, norm)
 
-def normalised(vector: Tensor) -> Tensor:
-    """Return ``vector`` ``(d,)`` over its Euclidean norm."""
-    norm = vector.norm() if _pieces.get() is None else dot(vector, vector).sqrt()
-    return vector / norm
+    def add(self, one: Dual, weight: float, other: Dual) -> Dual:
+        """Return ``one + weight * other``, without a product with P."""
+        covector = one.covector + weight * other.covector
+        vector = covector
+        if self.preconditioner is not None:
+            vector = one.vector + weight * other.vector
+        return Dual(covector, vector, self.dot(covector, vector).sqrt())
 
+    def noise(self, like: Operator | Tensor, seed: int) -> Dual:
+        """Return a random direction of norm 1: its covector is normal, of size and dtype as ``like``.
 
-def dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """Return ``rows @ vector`` for ``(d,)`` or ``(k, d)``, accurate in float32 for a large d."""
-    pieces = _pieces.get()
-    own = _own_dot(rows, vector)
-    return own if pieces is None else pieces.ranks.all_reduce_sum(own)
+        Of a sharded vector each rank draws its own part.
+        """
+        if self.sharded_size is not None:
+            seed += self.ranks.rank << 32
+        generator = torch.Generator(device=like.device).manual_seed(seed)
+        drawn = torch.randn(
+            like.shape[0], generator=generator, dtype=like.dtype, device=like.device
+        )
+        return self.dual(drawn).normalised()
+
+    def magnitude(self, image: Tensor) -> Tensor:
+        """Return a power of two near the largest entry: numbers divided by it can be squared."""
+        largest = torch.linalg.vector_norm(
+            image if len(image) else image.new_zeros(1), float("inf")
+        )
+        if self.sharded_size is not None:
+            largest = self.ranks.all_gather(largest[None]).max()
+        power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+        return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))
+
+    def on_host(self, numbers: Tensor) -> Tensor:
+        """Return the numbers that a search decides by, in float64: one host transfer.
+
+        They are rank 0's on every rank, since rounding may differ and decisions must not.
+        """
+        return self.ranks.broadcast(numbers).cpu().double()
+
+    def check_product(self, numbers: Tensor, norm: float, product: int, operator: Any) -> None:
+        """Raise unless the coordinates of a product are finite, and ``norm``, of its rest, is one.
+
+        Raises:
+            NonFiniteError: if a coordinate is not finite.
+            ValueError: as :meth:`check_norm`.
+        """
+        if not bool(torch.isfinite(numbers).all()):
+            raise NonFiniteError(f"product {product} with {type(operator).__name__} is not finite")
+        self.check_norm(norm)
+
+    def check_norm(self, norm: float) -> None:
+        """Raise ``ValueError`` for a norm that no positive definite P gives a finite covector."""
+        if self.preconditioner is not None and not 0 <= norm < float("inf"):
+            square = norm * abs(norm)
+            raise ValueError(
+                f"preconditioner={type(self.preconditioner).__name__}: r^T P r is {square:.3g} for a"
+                " covector r, expected a positive number, as of a symmetric positive definite matrix"
+            )
 
 
 def _own_dot(rows: Tensor, vector: Tensor) -> Tensor:
@@ -112,51 +164,3 @@ def _own_dot(rows: Tensor, vector: Tensor) -> Tensor:
         return rows @ vector
     pairs = zip(torch.split(rows, _BLOCK, dim=-1), torch.split(vector, _BLOCK), strict=True)
     return torch.stack([part @ block for part, block in pairs]).sum(0)
-
-
-def dual(covector: Tensor, preconditioner: Preconditioner | None) -> Dual:
-    """Return ``covector`` ``(d,)`` with its vector and norm."""
-    if preconditioner is None:
-        return Dual(covector, covector, dot(covector, covector).sqrt())
-    vector = preconditioner @ covector
-    square = dot(covector, vector)
-    # Where rounding is all that is left of a covector, it decides the sign of the square too.
-    rounding = 10 * torch.finfo(covector.dtype).eps * covector.norm() * vector.norm()
-    norm = square.abs().sqrt() * torch.where(square >= -rounding, 1.0, -1.0)
-    return Dual(covector, vector, norm)
-
-
-def scaled(pair: Dual) -> Dual:
-    """Return the pair divided by its norm."""
-    covector = pair.covector / pair.norm
-    vector = covector if pair.vector is pair.covector else pair.vector / pair.norm
-    return Dual(covector, vector, pair.norm)
-
-
-def check_norm(norm: float, preconditioner: Preconditioner | None) -> None:
-    """Raise ``ValueError`` for the norm of a finite covector that no positive definite P gives it."""
-    if preconditioner is not None and not 0 <= norm < float("inf"):
-        square = norm * abs(norm)
-        raise ValueError(
-            f"preconditioner={type(preconditioner).__name__}: r^T P r is {square:.3g} for a covector"
-            " r, expected a positive number, as of a symmetric positive definite matrix"
-        )
-
-
-def on_host(numbers: Tensor, operator: Any) -> Tensor:
-    """Return the numbers by which a search decides, in double precision: one host transfer.
-
-    Where a product with ``operator`` takes several processes they are the same for all of these.
-    """
-    agreed = getattr(operator, "agreed", None)  # `operator` is anything with `@`
-    return (numbers if agreed is None else agreed(numbers)).cpu().double()
-
-
-def magnitude_of(image: Tensor) -> Tensor:
-    """Return a power of two near the largest entry: numbers over it can be squared."""
-    pieces, kept = _pieces.get(), image if len(image) else image.new_zeros(1)
-    largest = torch.linalg.vector_norm(kept, float("inf"))
-    if pieces is not None:
-        largest = pieces.ranks.all_gather(largest[None]).max()
-    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-    return torch.where((largest > 0) & torch.isfinite(largest), power, torch.ones_like(largest))

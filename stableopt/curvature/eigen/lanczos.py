@@ -8,7 +8,7 @@ With covectors r and vectors q = P r, orthonormal in that :math:`q_i^\top r_j = 
     \quad r_{j+1} = w/\beta_j, \quad q_{j+1} = z/\beta_j
 
 (Lanczos, 1950; Wu & Simon, *Thick-restart Lanczos method for large symmetric eigenvalue problems*,
-2000). It is Lanczos on :math:`P^{1/2}HP^{1/2}`, whose residual :math:`\beta_j|s_j|` is.
+2000). It is Lanczos on :math:`P^{1/2}HP^{1/2}`, and the residual :math:`\beta_j|s_j|` is that matrix's.
 """
 
 from __future__ import annotations
@@ -16,33 +16,109 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from stableopt.curvature.eigen.basis import Basis
-from stableopt.curvature.eigen.follow_subspace import KEPT, subspace
-from stableopt.curvature.eigen.inner_product import (
-    Dual,
-    check_norm,
-    magnitude_of,
-    normalised,
-    on_host,
-    scaled,
-    whole_size,
-)
+from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
+from stableopt.curvature.eigen.kept_subspace import KEPT, subspace_to_keep
 from stableopt.curvature.eigen.result import UNCERTAINTY, Eigenpair, small_enough
-from stableopt.curvature.errors import NonFiniteError
-from stableopt.curvature.operator import Operator, Preconditioner
+from stableopt.curvature.operator import Operator
 
-__all__ = ["lanczos"]
+__all__ = ["LanczosIteration", "lanczos"]
 
 _RESTARTED = 8
 """Ritz vectors kept by a restart, or half of a basis that is smaller than twice that."""
 
 
+class LanczosIteration:
+    """The iteration that every Lanczos search reads: one product a :meth:`step`.
+
+    After a step, numbers are those of H divided by ``unit``, a power of two.
+
+    Args:
+        operator: H.
+        inner: the inner product, with its preconditioner P.
+        first: the start, of norm 1.
+        width: the largest number of rows in the basis.
+
+    Attributes:
+        basis: the orthonormal rows.
+        products: products so far.
+        values: Ritz values in the basis, smallest first, in float64 on the host.
+        weights: their Ritz vectors in coordinates of the basis, as columns.
+        rest: the part of the last image outside the basis.
+        beta: its norm.
+        scale: the largest size of a Ritz value or a rest so far, for comparisons with rounding.
+    """
+
+    def __init__(self, operator: Operator, inner: InnerProduct, first: Dual, width: int) -> None:
+        self.basis = Basis(first.covector[None], first.vector[None], inner, most=width)
+        self.size = inner.whole_size(operator.shape[0])
+        self.products, self.scale, self.unit = 0, 0.0, 1.0
+        self._operator, self._inner, self._width = operator, inner, width
+        self._projected = torch.zeros(width, width, dtype=torch.float64)
+        self._magnitude: Tensor | None = None
+        self._restarted = False
+
+    def step(self) -> None:
+        """Multiply the last row by H, and update the Ritz values.
+
+        Raises:
+            NonFiniteError: if the product holds an infinity or a NaN.
+            ValueError: if P is found not to be positive definite.
+        """
+        inner, basis, held = self._inner, self.basis, self.basis.held
+        image = self._operator @ basis.vectors[-1]
+        self.products += 1
+        if self._magnitude is None:
+            self._magnitude = inner.magnitude(image)
+        # The last two rows hold nearly all that has to be removed; after a restart all do.
+        since = 0 if self._restarted else max(held - 2, 0)
+        coordinates, self.rest = basis.split(image / self._magnitude, since)
+        column = inner.on_host(
+            torch.cat([coordinates, self.rest.norm[None], self._magnitude[None]])
+        )
+        self.beta, self.unit = column[held:].tolist()
+        inner.check_product(column[:held], self.beta, self.products, self._operator)
+        self._projected[:held, held - 1] = self._projected[held - 1, :held] = column[:held]
+        self.values, self.weights = torch.linalg.eigh(self._projected[:held, :held])
+        self.scale = max(self.scale, float(self.values.abs().max()), self.beta)
+
+    @property
+    def residuals(self) -> Tensor:
+        """The absolute residual of each Ritz pair."""
+        residuals: Tensor = self.beta * self.weights[-1].abs()
+        return residuals
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis holds the whole Krylov space, so that Ritz values are eigenvalues."""
+        return self.basis.held == self.size or self.beta == 0.0
+
+    def extend(self) -> None:
+        """Append the next row; a full basis is first replaced by its best Ritz vectors."""
+        eps = torch.finfo(self._operator.dtype).eps
+        following = self.rest.normalised()
+        if self.beta <= 100 * eps * self.scale:
+            # Only rounding is left, or nothing: any direction will do once it is orthogonal.
+            if self.beta == 0.0:
+                following = self._inner.noise(self._operator, self.products)
+            following = self.basis.orthogonal(following.covector)
+        self._restarted = self.basis.held == self._width
+        if self._restarted:
+            best = min(_RESTARTED, max(self._width // 2, 1))
+            kept = self.weights[:, -best:].T
+            self.basis = self.basis.combined(kept, room=self._width - best)
+            self._projected.zero_()
+            self._projected[:best, :best] = torch.diag(self.values[-best:])
+        self.basis.append(following)
+
+
 def lanczos(
     operator: Operator,
+    inner: InnerProduct,
     first: Dual,
     *,
-    preconditioner: Preconditioner | None,
     tol: float,
     at_least: int,
     max_iter: int,
@@ -50,76 +126,48 @@ def lanczos(
     keep_for: int | None,
     most_vectors: int,
 ) -> Eigenpair:
-    """Return the top eigenpair of P H, from the pair ``first`` of norm 1.
+    """Return the top eigenpair of P H, from ``first``, of norm 1.
 
-    ``at_least`` so many products are taken before a small residual is believed. ``uniform`` says
-    that ``first`` was drawn as the upper bound has it. With a seed ``keep_for`` the result has its
-    subspace. A basis of ``most_vectors`` is restarted with its best Ritz vectors.
+    A small residual counts only after ``at_least`` products. ``uniform`` says that ``first`` was drawn
+    as the upper bound requires. With a seed ``keep_for`` the result has its subspace. A basis of
+    ``most_vectors`` is restarted with its best Ritz vectors.
     """
-    size = whole_size(operator.shape[0])
     eps = torch.finfo(operator.dtype).eps
+    size = inner.whole_size(operator.shape[0])
     width = min(most_vectors, max_iter, size)
-    basis = Basis(first.covector[None], first.vector[None], preconditioner, most=width)
-    projected = torch.zeros(width, width, dtype=torch.float64)
-    products, scale, smallest, restarted, magnitude = 0, 0.0, math.inf, False, None
+    iteration, smallest = LanczosIteration(operator, inner, first, width), math.inf
     while True:
-        image = operator @ basis.vectors[-1]
-        products += 1
-        magnitude = magnitude_of(image) if magnitude is None else magnitude
-        held = basis.held
-        # The last two rows hold nearly all that there is to remove; after a restart all do.
-        coordinates, rest = basis.split(image / magnitude, 0 if restarted else max(held - 2, 0))
-        column = on_host(torch.cat([coordinates, rest.norm[None], magnitude[None]]), operator)
-        if not bool(torch.isfinite(column[:held]).all()):
-            raise NonFiniteError(f"product {products} with {type(operator).__name__} is not finite")
-        projected[:held, held - 1] = projected[held - 1, :held] = column[:held]
-        beta, unit = column[held:].tolist()
-        check_norm(beta, preconditioner)
-        values, weights = torch.linalg.eigh(projected[:held, :held])
-        value, top = float(values[-1]), weights[:, -1]
-        scale = max(scale, float(values.abs().max()), beta)
-        smallest = min(smallest, float(values[0]))
-        residual = beta * abs(float(top[-1]))
-        exhausted = held == size or beta == 0.0
-        settled = products >= at_least and small_enough(residual, value, scale, tol, eps)
-        if exhausted or settled or products == max_iter:
+        iteration.step()
+        products = iteration.products
+        value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
+        smallest = min(smallest, float(iteration.values[0]))
+        small = small_enough(residual, value, iteration.scale, tol, eps)
+        converged = iteration.exhausted or (products >= at_least and small)
+        if converged or products == max_iter:
             break
-        following = scaled(rest)
-        if beta <= 100 * eps * scale:
-            # Rounding is all that is left: a fresh direction, once it is orthogonal.
-            following = basis.orthogonal(following.covector)
-        restarted = held == width
-        if restarted:
-            best = min(_RESTARTED, max(width // 2, 1))
-            basis = basis.combined(weights[:, -best:].T, room=width - best)
-            projected.zero_()
-            projected[:best, :best] = torch.diag(values[-best:])
-        basis.append(following)
-
-    bound = None
-    if exhausted:
+        iteration.extend()
+    bound, kept, unit = None, None, iteration.unit
+    if iteration.exhausted:
         bound = value + residual
     elif uniform:
         bound = _upper_bound(value, smallest, min(products, width), size)
-    kept = None
     if keep_for is not None:
-        ritz = basis.combined(weights[:, 1 - KEPT :].T.flip(0), room=1)
-        beyond = rest.covector / rest.norm if beta > 0 else torch.zeros_like(rest.covector)
-        kept = subspace(ritz, beyond, keep_for)
-    vector = basis.vector(top)
+        rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
+        beyond = rest.normalised() if iteration.beta > 0 else rest
+        kept = subspace_to_keep(iteration.basis.combined(best, room=1), beyond.covector, keep_for)
     return Eigenpair(
         value * unit,
-        normalised(vector),
+        iteration.basis.unit_vector(iteration.weights[:, -1]),
         residual * unit,
         products,
-        exhausted or settled,
+        converged,
         None if bound is None else bound * unit,
         kept,
     )
 
 
 def _upper_bound(largest: float, smallest: float, products: int, size: int) -> float | None:
-    """Return the bound of :class:`Eigenpair` for Ritz values of so many products, if there is one."""
+    """Return the bound of :class:`Eigenpair`, or ``None`` for too few products."""
     needed = math.log(2 * 1.648 * math.sqrt(size) / UNCERTAINTY) / (2 * products - 1)
     epsilon = needed**2
     if epsilon >= 0.5:

@@ -1,4 +1,4 @@
-"""What a search for the top eigenpair returns, and how it may fail."""
+"""`Eigenpair`: a largest eigenvalue, its vector, and how accurate they are."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ UNCERTAINTY = 0.01
 
 @dataclass(frozen=True)
 class Eigenpair:
-    r"""The largest eigenvalue of a symmetric operator, and what is known of its accuracy.
+    r"""The largest eigenvalue of a symmetric operator, its vector, and how accurate they are.
 
     With a preconditioner P it is that of :math:`PH`, which is that of the symmetric
-    :math:`P^{1/2}HP^{1/2}`; read the residual as that of the latter.
+    :math:`A = P^{1/2}HP^{1/2}`; without one A is H.
 
     Attributes:
         value: the Ritz value; at most the largest eigenvalue, up to rounding.
-        vector: the unit Ritz vector x ``(d,)``, on the operator's device: :math:`PHx = \lambda x`
-            in the limit, with :math:`|x| = 1` in the plain Euclidean norm.
-        absolute_residual: ``|A v - value v|``: an eigenvalue of A lies within this distance of
-            ``value``. With a preconditioner :math:`A = P^{1/2}HP^{1/2}`, and v is
-            :math:`P^{-1/2}x` scaled to 1.
-        products: how many products with the operator it took.
-        converged: whether ``absolute_residual <= tol * |value|`` was reached.
-        upper_bound: for a Lanczos search from a random start, what the largest eigenvalue exceeds with
-            probability at most 0.01 over the starts; ``None`` for other searches, whose start is not
-            uniform on the sphere, and for ones too short. For k products and
+        vector: the Ritz vector x ``(d,)``, on the operator's device: :math:`PHx = \lambda x`
+            in the limit, and :math:`|x| = 1` in the Euclidean norm.
+        absolute_residual: :math:`|Av - \mathtt{value}\,v|` for the unit vector v along
+            :math:`P^{-1/2}x`: an eigenvalue of A lies within this distance of ``value``.
+        products: the number of products with the operator.
+        converged: whether ``relative_residual`` is at most ``tol``.
+        upper_bound: an upper bound of the largest eigenvalue, wrong with probability at most 0.01 over
+            the random starts; ``None`` for searches that are too short, or do not start uniformly on
+            the sphere. For k products and
             :math:`\epsilon = (\ln(2\cdot1.648\sqrt d/0.01)/(2k-1))^2 < 1/2` it is
             :math:`\theta + \epsilon(\theta-\theta_{\min})/(1-2\epsilon)`, where :math:`\theta_{\min}`
             is the smallest Ritz value seen and k counts up to the first restart. By Kuczyński &
             Woźniakowski (*Estimating the largest eigenvalue by the power and Lanczos algorithms with
             a random start*, 1992, Theorem 4.2), :math:`\lambda_1 - \theta \le
             \epsilon(\lambda_1-\lambda_d)` fails with probability at most
-            :math:`1.648\sqrt d\,e^{-\sqrt\epsilon(2k-1)}`: theirs is for a positive definite matrix
-            and the error relative to :math:`\lambda_1`; a shift, which Lanczos does not see, makes it
-            this one for any. Applied to -A too, it bounds the unknown :math:`\lambda_d`. Where the
+            :math:`1.648\sqrt d\,e^{-\sqrt\epsilon(2k-1)}`. Theirs is for a positive definite matrix
+            and an error relative to :math:`\lambda_1`; a shift, which Lanczos does not see, extends it
+            to any matrix. Applied to -A too, it bounds the unknown :math:`\lambda_d`. Where the
             Krylov space is exhausted, the value is exact, and this is ``value + absolute_residual``.
-        subspace: if asked for, what the next search goes on from: covectors ``(k, d)``, orthonormal,
-            nine Ritz vectors, best first, and a direction not yet explored. ``None`` otherwise.
+        subspace: with ``keep=True``, what the next search starts from: covectors ``(k, d)``,
+            orthonormal: nine Ritz vectors, best first, and a direction to explore. Else ``None``.
     """
 
     value: float

@@ -1,13 +1,13 @@
-r"""The algebraically largest eigenvalue of an operator, with a certificate.
+r"""`top_eigenpair`: the algebraically largest eigenvalue of an operator, with a certificate.
 
 For a unit vector v with Ritz value :math:`\theta = v^\top A v`, the residual :math:`\|Av-\theta v\|`
 bounds the distance from :math:`\theta` to an eigenvalue of A; and :math:`\theta` never exceeds the
-largest. A search stops when the residual is small *relative to the value*: that the value has
-stopped changing certifies nothing. Five examples::
+largest. A search stops when the residual is small *relative to the value*; a value that has stopped
+changing certifies nothing. Five examples::
 
     top_eigenpair(Hessian(problem))                       # from a random start
-    last = top_eigenpair(Hessian(problem), keep=True)     # to be followed, as training moves on:
-    top_eigenpair(Hessian(problem), keep=True, start=last.subspace)  # three products, mostly
+    last = top_eigenpair(Hessian(problem), keep=True)     # keep a subspace, and as training moves on
+    top_eigenpair(Hessian(problem), keep=True, start=last.subspace)  # follow it: mostly 3 products
     top_eigenpair(operator, method="power", tol=1e-2)     # two vectors of memory, more products
     top_eigenpair(Hessian(problem), preconditioner=P)     # of P H, from products with P
 """
@@ -21,33 +21,24 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature.eigen.follow import track
-from stableopt.curvature.eigen.follow_subspace import followable
-from stableopt.curvature.eigen.inner_product import (
-    Dual,
-    check_norm,
-    dot,
-    dual,
-    in_pieces,
-    noise,
-    scaled,
-)
+from stableopt.curvature.eigen.follow import follow
+from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
+from stableopt.curvature.eigen.kept_subspace import followable
 from stableopt.curvature.eigen.lanczos import lanczos
 from stableopt.curvature.eigen.power import power
 from stableopt.curvature.eigen.result import Eigenpair
-from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.operator import Operator, Preconditioner
 
-__all__ = ["Eigenpair", "NonFiniteError", "Preconditioner", "top_eigenpair"]
+__all__ = ["top_eigenpair"]
 
 _FRESH = 0.05
-"""Norm of the noise mixed into a unit start, in which an eigenvector that has overtaken the old one
-can be found."""
+"""Norm of the noise mixed into a unit start, which lets an eigenvector be found that has overtaken the
+old one."""
 
 _AT_LEAST = {"near": 5, "random": 12, "followed": 16}
-"""Products before Lanczos believes a small residual, since beside any other eigenvector it is small
-too: from a start near one; from a random start, where eight with tol=0.03 were seen to stop at the
-second eigenvalue, 5 % low; and from one whose result will be followed, with whatever it has missed."""
+"""Products before Lanczos believes a small residual, since at any other eigenvector it is small too:
+from a start near one; from a random start, where eight with tol=0.03 were seen to stop at the second
+eigenvalue, 5 % low; and from one whose result will be followed, with whichever it has missed."""
 
 _TIGHT = 5e-3
 """Tolerance up to which a random start needs no more products than one near: for the second eigenvector
@@ -70,7 +61,8 @@ def top_eigenpair(
     r"""Return the algebraically largest eigenvalue of a symmetric ``operator`` and its vector.
 
     Args:
-        operator: anything with ``shape``, ``dtype``, ``device`` and ``@`` that is symmetric.
+        operator: anything with ``shape``, ``dtype``, ``device`` and ``@`` that is symmetric. If it has
+            an ``inner_product``, its vectors are taken in that.
         preconditioner: a symmetric positive definite P ``(d, d)`` with ``@`` on ``(d,)``. The
             eigenpair is then that of :math:`PH`; each product with H takes one with P, and neither
             an inverse nor a root of P is needed.
@@ -80,18 +72,17 @@ def top_eigenpair(
         start: the ``subspace`` ``(k, d)`` of an earlier result, whose eigenpair is then followed in
             few products, or a single vector ``(d,)`` near the eigenvector, into which a little noise
             is mixed; with a preconditioner a vector costs one product more. Random if ``None``.
-        keep: whether the result shall have a ``subspace`` for the next search to start from. It is
-            ten vectors.
-        tol: the largest residual, relative to the eigenvalue.
+        keep: whether the result has a ``subspace``, of ten vectors, for the next search to start from.
+        tol: the largest relative residual.
         max_iter: the largest number of products.
         seed: of the random start and the noise; torch's own generators are not touched.
         most_vectors: how many vectors of length d Lanczos holds, at least 4; fewer take more products.
 
-    Everything of length d stays on the operator's device; one small transfer a product, and one more
-    at the start from a vector or with a preconditioner.
+    Everything of length d stays on the operator's device. There is one small host transfer a product,
+    and one more at the start from a vector or with a preconditioner.
 
     Raises:
-        ValueError: for arguments out of range, and a preconditioner that is found not to be
+        ValueError: for arguments out of range, and for a preconditioner that turns out not to be
             positive definite.
         NonFiniteError: if a product holds an infinity or a NaN.
 
@@ -110,16 +101,16 @@ def top_eigenpair(
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     most_vectors = whole("most_vectors", most_vectors, least=4)
-    size, pieces = operator.shape[0], getattr(operator, "pieces", None)
-    if size == 0 and pieces is None:
+    size, inner = operator.shape[0], InnerProduct.for_operator(operator, preconditioner)
+    if inner.whole_size(size) == 0:
         raise ValueError("operator has shape (0, 0): expected at least one dimension")
     if start is not None and (
         start.dim() not in (1, 2) or start.shape[-1] != size or start.shape[0] == 0
     ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
-    search = _Search(operator, preconditioner, method, tol, seed, keep, most_vectors)
+    search = _Search(operator, inner, method, tol, seed, keep, most_vectors)
     # Under an ambient autocast the projections would be products of half-precision numbers.
-    with torch.autocast(operator.device.type, enabled=False), in_pieces(pieces):
+    with torch.autocast(operator.device.type, enabled=False):
         if start is None:
             return search.random(max_iter)
         start = start.to(operator.device, operator.dtype)
@@ -133,7 +124,7 @@ class _Search:
     """The search from each kind of start."""
 
     operator: Operator
-    preconditioner: Preconditioner | None
+    inner: InnerProduct
     method: str
     tol: float
     seed: int
@@ -141,12 +132,13 @@ class _Search:
     most_vectors: int
 
     def random(self, max_iter: int) -> Eigenpair:
-        return self._iterate(
-            self._noise(), max_iter, "followed" if self.keep else "random", uniform=True
-        )
+        start = "followed" if self.keep else "near" if self.tol <= _TIGHT else "random"
+        # Uniform on the sphere in the Euclidean inner product alone.
+        uniform = self.inner.preconditioner is None
+        return self._iterate(self._noise(), max_iter, _AT_LEAST[start], uniform=uniform)
 
     def near(self, vector: Tensor, max_iter: int) -> Eigenpair:
-        if self.preconditioner is None:
+        if self.inner.preconditioner is None:
             return self._near_covector(vector, max_iter)
         if max_iter == 1:
             return self.random(max_iter)
@@ -155,12 +147,12 @@ class _Search:
         return replace(found, products=found.products + 1)
 
     def follow(self, kept: Tensor, max_iter: int) -> Eigenpair:
-        if self.method == "power" or max_iter < 3 or not followable(kept):
+        if self.method == "power" or max_iter < 3 or not followable(kept, self.inner):
             return self._near_covector(kept[0], max_iter)
-        followed = track(
+        followed = follow(
             self.operator,
+            self.inner,
             kept,
-            preconditioner=self.preconditioner,
             tol=self.tol,
             max_iter=max_iter,
             seed=self.seed,
@@ -171,51 +163,37 @@ class _Search:
         if followed.converged or followed.products == max_iter:
             return followed
         fresh = self.random(max_iter - followed.products)
-        products = followed.products + fresh.products
-        if followed.value > fresh.value:
-            # The search from nothing ended at another eigenvector.
-            return replace(followed, products=products)
-        return replace(fresh, products=products)
+        # Of two eigenpairs the larger: the search from scratch may end at another eigenvector.
+        best = followed if followed.value > fresh.value else fresh
+        return replace(best, products=followed.products + fresh.products)
 
     def _near_covector(self, covector: Tensor, max_iter: int) -> Eigenpair:
-        near = dual(covector, self.preconditioner)
-        # A zero or non-finite start is no start.
+        near = self.inner.dual(covector)
+        # A zero or non-finite start is none.
         if not 0 < float(near.norm) < float("inf"):
             return self.random(max_iter)
-        fresh, near = self._noise(), scaled(near)
-        mixed = near.covector + _FRESH * fresh.covector
-        vector = mixed
-        if self.preconditioner is not None:
-            vector = near.vector + _FRESH * fresh.vector
-        first = scaled(Dual(mixed, vector, dot(mixed, vector).sqrt()))
-        return self._iterate(first, max_iter, "near", uniform=False)
+        fresh = self._noise()
+        first = self.inner.add(near.normalised(), _FRESH, fresh).normalised()
+        return self._iterate(first, max_iter, _AT_LEAST["near"], uniform=False)
 
     def _noise(self) -> Dual:
-        operator = self.operator
-        fresh = noise(operator.shape[0], operator.dtype, operator.device, self.seed)
-        pair = dual(fresh, self.preconditioner)
-        if self.preconditioner is not None:
-            check_norm(float(pair.norm), self.preconditioner)
-        return scaled(pair)
+        fresh = self.inner.noise(self.operator, self.seed)
+        if self.inner.preconditioner is not None:
+            self.inner.check_norm(float(fresh.norm))
+        return fresh
 
-    def _iterate(self, first: Dual, max_iter: int, start: str, *, uniform: bool) -> Eigenpair:
+    def _iterate(self, first: Dual, max_iter: int, at_least: int, *, uniform: bool) -> Eigenpair:
+        operator, inner, tol = self.operator, self.inner, self.tol
         if self.method == "power":
-            return power(
-                self.operator,
-                first,
-                preconditioner=self.preconditioner,
-                tol=self.tol,
-                max_iter=max_iter,
-            )
+            return power(operator, inner, first, tol=tol, max_iter=max_iter)
         return lanczos(
-            self.operator,
+            operator,
+            inner,
             first,
-            preconditioner=self.preconditioner,
-            tol=self.tol,
-            at_least=_AT_LEAST["near" if start == "random" and self.tol <= _TIGHT else start],
+            tol=tol,
+            at_least=at_least,
             max_iter=max_iter,
-            # Uniform in the plain inner product alone.
-            uniform=uniform and self.preconditioner is None,
+            uniform=uniform,
             keep_for=self.seed if self.keep else None,
             most_vectors=self.most_vectors,
         )

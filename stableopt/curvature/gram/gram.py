@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
-from stableopt.curvature.eigen.top_eigenpair import NonFiniteError
+from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.gram.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.gram.layer_gram import fully_connected, gram_of_layers
 from stableopt.curvature.problem.problem import Problem, Theta

@@ -106,6 +106,7 @@ class NonUniformity(Operator):
         self._preconditioner = preconditioner
         kind = GaussNewton if method == "gauss-newton" else Hessian
         self._mean: Hessian | GaussNewton = kind(self.problem)
+        self.inner_product = self._mean.inner_product
         self._structured: StructuredProduct | DenseRows | None = None
         self._may_fall_back = method in ("auto", "gauss-newton")
         if method in ("auto", "structured", "gauss-newton") and preconditioner is None:
@@ -169,10 +170,6 @@ class NonUniformity(Operator):
                 self._structured = None
                 self._go_by(self._general())
         return [self._by_samples(vector) for vector in vectors]
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.broadcast(numbers)
 
     def _by_samples(self, vector: Tensor) -> Tensor:
         mean = self._mean.product(vector)

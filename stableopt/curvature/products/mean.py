@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.linearization_cache import KeptPasses
@@ -22,6 +23,7 @@ class MeanOverSamples(Operator):
     def __init__(self, problem: Problem, memory: int | None) -> None:
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
+        self.inner_product = InnerProduct(ranks=problem.ranks)
         self.theta = problem.theta()
         self._passes = KeptPasses(problem, self.linearise, memory=memory, kind=type(self).__name__)
 
@@ -62,7 +64,3 @@ class MeanOverSamples(Operator):
                 decays = zip(problem.weight_decay, tangent, strict=True)
                 mean += problem.flatten([decay * part for decay, part in decays])
         return means
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.broadcast(numbers)

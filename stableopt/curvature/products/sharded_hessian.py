@@ -3,7 +3,7 @@ r"""The Hessian of a sharded model, by central differences of the gradients that
 .. math:: Hv \approx \frac{\nabla f(\theta + hv) - \nabla f(\theta - hv)}{2h}
 
 The vector v, like all vectors of a search, is sharded as the parameters are: an inner product is a local
-one, summed over the ranks (:func:`~stableopt.curvature.eigen.inner_product.in_pieces`).
+one, summed over the ranks (:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`).
 
 The step balances rounding, about :math:`\epsilon|\nabla f|/h`, with what the difference leaves out, of
 the order :math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, shorter where a second step, of half
@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigen.inner_product import Pieces
+from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
@@ -49,7 +49,7 @@ class ShardedHessian(Operator):
     def __init__(self, problem: ShardedProblem) -> None:
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem, self.theta = problem, problem.theta()
-        self.pieces = Pieces(problem.ranks, problem.total_params)
+        self.inner_product = InnerProduct(ranks=problem.ranks, sharded_size=problem.total_params)
         self._size = problem.norm(torch.cat([t.reshape(-1) for t in self.theta])) or 1.0
         self._tried = False
 
@@ -102,10 +102,6 @@ class ShardedHessian(Operator):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return ``numbers`` as rank 0 has them."""
-        return self.problem.ranks.broadcast(numbers)
 
     def loss(self) -> float:
         """Return the problem's mean loss at the point."""

@@ -46,12 +46,9 @@ class SecondMomentExcess(Operator):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
+        self.inner_product = hessian.inner_product
         self._hessian, self._non_uniformity = hessian, non_uniformity
         self._lr, self._noise, self._weight_decay = lr, noise, weight_decay
-
-    def agreed(self, numbers: Tensor) -> Tensor:
-        """Return ``numbers`` as rank 0 has them."""
-        return self._hessian.agreed(numbers)
 
     def _step(self, vector: Tensor) -> Tensor:
         """Return eta (H + lambda I) times ``vector``."""

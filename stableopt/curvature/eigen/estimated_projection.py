@@ -1,4 +1,7 @@
-"""What a search that follows an eigenpair thinks of its operator: small matrices on the host."""
+"""`EstimatedProjection`: what a search that follows an eigenpair knows and estimates of its operator.
+
+All of it is small matrices in float64 on the host.
+"""
 
 from __future__ import annotations
 
@@ -6,51 +9,55 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Projection", "probe"]
+__all__ = ["EstimatedProjection", "probe"]
 
 _OVERTAKEN = 0.01
-"""An expected value above the tested one by this part asks for a product."""
+"""An estimated value that exceeds the tested one by this part of it asks for a product."""
 
 _DOUBT = (0.5, 0.03)
-"""So does one within half the probe's residual of 1.03 times the tested."""
+"""So does one that would exceed 1.03 times the tested value with half the probe's residual added."""
 
 _EXPLORER = 0.3
 """Weight of the explorer in the probe, relative to all others together."""
 
 _CURIOUS = (0.3, 0.1)
-"""How often two more products explore, at rest and while the top is moving. Without, eigenvalues that
-rose among nine fixed eigenvectors were at times lost for five measurements."""
+"""Probability that two more products explore, at rest and while the top is moving. Without them,
+eigenvalues that rose among nine fixed eigenvectors were at times lost for five searches."""
 
 _EXPLORER_FIRST = 0.6
-"""How often the explorer comes before a kept direction."""
+"""Probability that the explorer comes before a kept direction."""
 
 _UNTESTED = 0.5
 """Norm of the part outside the tested directions that makes a direction untested."""
 
-_NOTHING = 1e-6
+_ROUNDING = 1e-6
 """Relative norm of what is rounding in single precision."""
 
 
-def probe(count: int, chance: torch.Generator) -> Tensor:
-    """Return the probe's coordinates ``(k,)``: random signs, so that errors do not add up."""
+def probe(count: int, generator: torch.Generator) -> Tensor:
+    """Return the probe's coordinates ``(k,)``, with random signs, so that errors do not add up."""
     weights = torch.arange(count, dtype=torch.float64).clamp(min=1) ** -0.5
     weights[0] = 0.0
     weights[-1] = _EXPLORER * weights[:-1].norm()
-    weights[torch.rand(count, generator=chance, dtype=torch.float64) < 0.5] *= -1
+    weights[torch.rand(count, generator=generator, dtype=torch.float64) < 0.5] *= -1
     unit: Tensor = weights / weights.norm()
     return unit
 
 
-class Projection:
-    """The operator on a basis: exactly in the tested directions, as it is thought elsewhere.
+class EstimatedProjection:
+    """The operator's projection on a basis: exact in the tested directions, estimated in the others.
 
-    ``first`` and ``second`` are the images of the first kept direction and of the probe with these
-    ``weights`` ``(k,)``, in coordinates of the basis: the k kept directions, and what the images have
-    beside. All in float64.
+    The basis holds the k kept directions first, then what the images have outside these.
+
+    Args:
+        weights: coordinates ``(k,)`` of the probe.
+        first: image of the first kept direction, in coordinates of the basis.
+        second: image of the probe.
+        generator: of the random choices.
     """
 
     def __init__(
-        self, weights: Tensor, first: Tensor, second: Tensor, chance: torch.Generator
+        self, weights: Tensor, first: Tensor, second: Tensor, generator: torch.Generator
     ) -> None:
         self._kept = kept = len(weights)
         start = torch.zeros(kept, dtype=torch.float64)
@@ -59,26 +66,26 @@ class Projection:
         self._images = torch.stack([pad(first, (0, len(second) - len(first))), second])
         estimates = second[1:kept] / weights[1:]
         self._diagonal = torch.cat([first[:1], estimates])
-        # Of a direction beside the kept no more is known than that it was none of them.
+        # Of a direction outside the kept ones it is only known that it was none of them.
         self._guess = float(self._diagonal.min())
         self._noise = float(second[kept:].norm())
         self._explored = 1
-        self._keen, order, row = torch.rand(3, generator=chance, dtype=torch.float64).tolist()
+        self._keen, order, row = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         # Squared: the better ones more often.
         wishes = [kept - 1, 1 + int(row**2 * (kept - 2))]
         self._wishes = wishes if order < _EXPLORER_FIRST else wishes[::-1]
         self._calm = True
 
     def learn(self, direction: Tensor, image: Tensor) -> None:
-        """Take in the image of a direction of norm 1, orthogonal to the tested ones."""
+        """Add the image of a direction of norm 1 that is orthogonal to the tested ones."""
         more = len(image) - self._images.shape[1]
         direction = pad(direction, (0, len(image) - len(direction)))
         self._tested = torch.cat([pad(self._tested, (0, more)), direction[None]])
         self._images = torch.cat([pad(self._images, (0, more)), image[None]])
 
-    def top(self) -> tuple[float, Tensor, float, float]:
-        """Return the top Ritz value of the tested directions, its coordinates and residual, and the
-        largest norm of an image.
+    def tested_top(self) -> tuple[float, Tensor, float, float]:
+        """Return the top Ritz value of the tested directions, its vector's coordinates, its residual,
+        and the largest norm of an image.
         """
         projected = self._tested @ self._images.T
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
@@ -87,31 +94,33 @@ class Projection:
         residual = float((weights @ self._images - value * best).norm())
         return value, best, residual, float(self._images.norm(dim=1).max())
 
-    def expected(self) -> tuple[Tensor, Tensor]:
-        """Return Ritz values and vectors, as rows, best first, of the projection as it is thought.
+    def estimated_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return Ritz values and vectors, as rows, largest first, of the estimated projection.
 
-        The estimates on the diagonal, and the least change by which all images agree.
+        It has the estimates on its diagonal, and the least change that agrees with all images.
         """
         size, tested = self._images.shape[1], self._tested
         diagonal = pad(self._diagonal, (0, size - self._kept), value=self._guess)
         wrong = self._images - tested * diagonal
         projected = torch.diag(diagonal) + wrong.T @ tested + tested.T @ wrong
         projected -= tested.T @ (wrong @ tested.T) @ tested
-        # A row of zeros, where an image had nothing beside, comes last.
+        # A row of zeros, from an image with no part outside the basis, comes last.
         empty = (self._images.abs().amax(0) == 0) & (tested.abs().amax(0) == 0)
         projected.diagonal()[empty] = -10 * (1 + self._images.abs().max())
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         return values.flip(0), vectors.T.flip(0)
 
     def overtaken(self, value: float) -> bool:
-        """Return whether a direction is expected to be above the tested ``value``."""
-        return _above(float(self.expected()[0][0]), value)
+        """Return whether a direction is estimated to lie above the tested ``value``."""
+        return _above(float(self.estimated_pairs()[0][0]), value)
 
-    def direction(self, value: float, settled: bool, enough: bool) -> Tensor | None:
-        """Return the direction to test next, of norm 1 and orthogonal to the tested; ``None`` if
-        there is none, or ``enough`` have been and nothing speaks for another.
+    def next_direction(self, value: float, settled: bool, enough: bool) -> Tensor | None:
+        """Return the direction to test next, of norm 1 and orthogonal to the tested ones.
+
+        ``None`` if all have been tested, or if ``enough`` have been and no estimate asks for another.
+        ``settled`` says that the residual of the tested ``value`` is small.
         """
-        values, vectors = self.expected()
+        values, vectors = self.estimated_pairs()
         self._calm = self._calm and settled
         outside = self._outside(vectors)
         norms: list[float] = outside.norm(dim=1).tolist()
@@ -135,24 +144,26 @@ class Projection:
                     self._explored = len(self._images)
                 return wish / norm
         largest = max(range(len(norms)), key=norms.__getitem__)
-        if enough or norms[largest] <= _NOTHING:
+        if enough or norms[largest] <= _ROUNDING:
             return None
         return units[largest]
 
     def _outside(self, directions: Tensor) -> Tensor:
+        """Return the parts of directions outside the tested ones."""
         for _ in range(2):
             directions = directions - (directions @ self._tested.T) @ self._tested
         return directions
 
     def explorer(self, kept: Tensor) -> Tensor:
-        """Return what the rows ``kept`` do not hold of the explorer's image, or the probe's, if the
-        explorer's was not taken: of norm 1 or zero.
+        """Return the direction to explore later, of norm 1 or zero, orthogonal to the rows ``kept``.
+
+        It is the rest of the explorer's image, or of the probe's if the explorer was not tested.
         """
         image = self._images[self._explored]
-        beside: Tensor = image - (kept @ image) @ kept
-        norm = float(beside.norm())
-        return beside / norm if norm > _NOTHING * float(image.norm()) else torch.zeros_like(beside)
+        rest: Tensor = image - (kept @ image) @ kept
+        norm = float(rest.norm())
+        return rest / norm if norm > _ROUNDING * float(image.norm()) else torch.zeros_like(rest)
 
 
-def _above(expected: float, value: float) -> bool:
-    return expected > value + _OVERTAKEN * abs(value)
+def _above(estimated: float, value: float) -> bool:
+    return estimated > value + _OVERTAKEN * abs(value)

@@ -1,0 +1,58 @@
+"""The subspace that one search keeps for the next: Ritz vectors, and a direction to explore."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.eigen.basis import Basis
+from stableopt.curvature.eigen.inner_product import InnerProduct
+
+__all__ = ["KEPT", "basis_of_kept", "followable", "subspace_to_keep"]
+
+KEPT = 10
+"""Directions kept, including the one to explore. With eight, eigenvalues that rose from below the tenth
+were lost three times as often."""
+
+_FEWEST = 3
+
+_ROOM = 5
+"""Images that rows are allocated for at first: as many as are mostly taken."""
+
+_SMALL = 3 * KEPT
+"""Size below which a search from scratch costs no more than following."""
+
+_FRESH = 0.1
+"""Norm of the noise mixed into the explorer, in which a direction never seen before begins."""
+
+
+def subspace_to_keep(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
+    """Return what to keep ``(k, d)``: covectors of the Ritz vectors, and of the explorer with noise.
+
+    ``explorer`` ``(d,)`` has norm 1, or is zero. It is added to ``ritz``.
+    """
+    if ritz.inner.whole_size(len(explorer)) < _SMALL:
+        return ritz.covectors
+    mixed = explorer + _FRESH * ritz.inner.noise(explorer, seed).covector
+    ritz.append(ritz.orthogonal(mixed))
+    return ritz.covectors
+
+
+def followable(kept: Tensor, inner: InnerProduct) -> bool:
+    """Return whether ``kept`` has enough rows to follow, in a space that is not small."""
+    rows, size = kept.shape
+    return _FEWEST <= rows <= KEPT and inner.whole_size(size) >= _SMALL
+
+
+def basis_of_kept(kept: Tensor, inner: InnerProduct) -> Basis | None:
+    """Return an orthonormal basis of the rows of ``kept``; ``None`` if they are linearly dependent."""
+    P = inner.preconditioner
+    vectors = kept if P is None else torch.stack([P @ row for row in kept])
+    gram = inner.on_host(torch.stack([inner.dot(vectors, row) for row in kept]))
+    lower, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
+    # This corrects rounding, and changes of P since. A direction that was lost stays lost.
+    if int(failed) or not float(lower.diagonal().min()) > 1e-3 * float(lower.diagonal().max()):
+        return None
+    identity = torch.eye(len(kept), dtype=torch.float64)
+    weights = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return Basis(kept, vectors, inner).combined(weights, room=_ROOM)

@@ -1,0 +1,72 @@
+"""The inner product of a search: with a preconditioner, and over shards of vectors."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from oracles import Dense
+from torch import Tensor
+
+from stableopt.curvature import top_eigenpair
+from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.distributed import Ranks
+
+
+class Halves:
+    """Stands for two ranks that hold the same shard: sums double, the largest entry stays."""
+
+    rank, size = 1, 2
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows])
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+SHARDED = InnerProduct(ranks=cast(Ranks, Halves()), sharded_size=6)
+
+
+def test_a_preconditioner_makes_its_own_norm() -> None:
+    """Catches a Euclidean norm where P's is meant, and the other way round. By hand: 1 + 4 * 9."""
+    inner = InnerProduct(preconditioner=torch.diag(torch.tensor([1.0, 4.0]).double()))
+    pair = inner.dual(torch.tensor([1.0, 3.0]).double())
+    assert float(pair.norm) ** 2 == pytest.approx(37.0)
+    unit = pair.normalised()
+    assert float(unit.covector @ unit.vector) == pytest.approx(1.0)
+    assert float(inner.norm(torch.tensor([3.0, 4.0]))) == 5.0
+
+
+def test_shards_are_summed_over_ranks() -> None:
+    """Catches an operation that takes a shard for the whole vector."""
+    shard = torch.tensor([1.0, 2.0, 2.0])
+    assert SHARDED.whole_size(3) == 6
+    assert float(SHARDED.dot(shard, shard)) == 18.0
+    assert float(SHARDED.norm(shard)) == pytest.approx(18.0**0.5)
+    assert float(SHARDED.dual(shard).norm) == pytest.approx(18.0**0.5)
+    doubled = SHARDED.add(SHARDED.dual(shard), 1.0, SHARDED.dual(shard))
+    assert float(doubled.norm) == pytest.approx(72.0**0.5)
+    assert float(SHARDED.magnitude(8 * shard)) == 16.0
+
+
+def test_each_rank_draws_its_own_shard_of_the_noise() -> None:
+    """Catches a start whose shards repeat one another, which is orthogonal to most directions."""
+    mine, alone = (inner.noise(torch.ones(5), 7) for inner in (SHARDED, InnerProduct()))
+    assert not torch.allclose(mine.covector / mine.covector.norm(), alone.covector)
+    assert float(alone.covector.norm()) == pytest.approx(1.0)
+
+
+def test_the_operator_says_which_inner_product_its_vectors_have() -> None:
+    """Catches an operator's inner product that is ignored: two equal shards of an eigenvector have a
+    norm of 1 together.
+    """
+    operator: Any = Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0]).double()))
+    operator.inner_product = SHARDED
+    found = top_eigenpair(operator, tol=1e-9)
+    assert found.value == pytest.approx(3.0)
+    assert float(found.vector.norm()) == pytest.approx(0.5**0.5)
