@@ -110,7 +110,7 @@ class InnerProduct:
     def noise(self, like: Operator | Tensor, seed: int) -> Dual:
         """Return a random direction of norm 1: its covector is normal, of size and dtype as ``like``.
 
-        Of a sharded vector each rank draws its own part.
+        Of a sharded vector each rank draws its shard, with its rank in the high bits of the seed.
         """
         if self.sharded_size is not None:
             seed += self.ranks.rank << 32

@@ -54,19 +54,24 @@ def test_shards_are_summed_over_ranks() -> None:
     assert float(SHARDED.magnitude(8 * shard)) == 16.0
 
 
-def test_each_rank_draws_its_own_shard_of_the_noise() -> None:
-    """Catches a start whose shards repeat one another, which is orthogonal to most directions."""
+def test_noise_has_norm_one_in_the_inner_product() -> None:
+    """Catches a shard of norm 1, whose whole vector is longer, and draws that a seed does not decide."""
     mine, alone = (inner.noise(torch.ones(5), 7) for inner in (SHARDED, InnerProduct()))
-    assert not torch.allclose(mine.covector / mine.covector.norm(), alone.covector)
+    assert float(mine.covector.norm()) == pytest.approx(0.5**0.5)
     assert float(alone.covector.norm()) == pytest.approx(1.0)
+    assert torch.equal(alone.covector, InnerProduct().noise(torch.ones(5), 7).covector)
+    assert not torch.equal(alone.covector, InnerProduct().noise(torch.ones(5), 8).covector)
 
 
 def test_the_operator_says_which_inner_product_its_vectors_have() -> None:
     """Catches an operator's inner product that is ignored: two equal shards of an eigenvector have a
     norm of 1 together.
     """
-    operator: Any = Dense(torch.diag(torch.tensor([3.0, 1.0, 2.0]).double()))
-    operator.inner_product = SHARDED
-    found = top_eigenpair(operator, tol=1e-9)
+    values = torch.linspace(0, 1, 100, dtype=torch.float64)
+    values[3] = 3.0
+    operator: Any = Dense(torch.diag(values))
+    operator.inner_product = InnerProduct(ranks=cast(Ranks, Halves()), sharded_size=200)
+    found = top_eigenpair(operator, tol=1e-5)
+    assert found.converged
     assert found.value == pytest.approx(3.0)
     assert float(found.vector.norm()) == pytest.approx(0.5**0.5)
