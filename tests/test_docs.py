@@ -127,7 +127,7 @@ def test_reference_lists_every_public_name() -> None:
     for block in blocks(ROOT / "docs" / "api.md", "{eval-rst}"):
         module = re.search(r"currentmodule:: (\S+)", block)
         package = module[1] if module else package
-        names = re.findall(r"^   (\w+)$", block, re.MULTILINE)
+        names = re.findall(r"^(?:   |\.\. data:: )(\w+)$", block, re.MULTILINE)
         listed.setdefault(package, set()).update(names)
     assert "stableopt.curvature" in listed
     top = set(stableopt.__all__)
