@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import run
-from rank_workers import collectives
+from rank_workers.collectives import collectives
 
 from stableopt.distributed import Ranks
 

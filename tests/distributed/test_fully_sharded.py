@@ -9,7 +9,8 @@ import pytest
 import torch
 from oracles import small_data
 from rank_processes import NEEDS_FSDP_ON_CPU, run
-from rank_workers import SAMPLES, fsdp_measured, fsdp_tracked, refusals, unsure, wide_network
+from rank_workers.fully_sharded import fsdp_measured, fsdp_tracked, refusals, unsure, wide_network
+from rank_workers.shares import SAMPLES
 from torch import nn
 
 from stableopt import Problem, StabilityMonitor, measure

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rank_processes import run
-from rank_workers import losing
+from rank_workers.monitoring import losing
 
 ANSWER_IN = 2.0
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rank_processes import run
-from rank_workers import differenced, margins_of_all
+from rank_workers.measuring import differenced, margins_of_all
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from oracles import small_data, small_network
 from rank_processes import run, shard
-from rank_workers import SAMPLES, clocks, failing, tracking
+from rank_workers.monitoring import clocks, failing, tracking
+from rank_workers.shares import SAMPLES
 from torch import nn
 
 from stableopt import measure
@@ -23,15 +24,22 @@ def test_replicas_are_tracked(tmp_path: Path) -> None:
     assert one["untouched"]
     assert zero["failures"] == one["failures"] == [None] * 3
     assert zero["steps"] == one["steps"] == [2, 4, 6]
-    assert zero["told"] == [2, 4, 6]
-    assert one["told"] == []
+    assert zero["received"] == [2, 4, 6]
+    assert one["received"] == []
     assert zero["batch"] == one["batch"] == 5
     assert zero["samples"] == one["samples"] == SAMPLES
     model = small_network()
     for p, weights in zip(model.parameters(), zero["weights"], strict=True):
         p.data.copy_(torch.tensor(weights, dtype=torch.float64))
     alone = measure(
-        model, nn.MSELoss(), small_data(SAMPLES), lr=0.2, batch_size=5, tol=1e-9, max_iter=300
+        model,
+        nn.MSELoss(),
+        small_data(SAMPLES),
+        lr=0.2,
+        batch_size=5,
+        quantities=["sharpness", "non_uniformity"],
+        tol=1e-9,
+        max_iter=300,
     )
     for found in (zero, one):
         # The error of a Ritz value is the square of a residual of 1e-9, from any start.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rank_processes import run
-from rank_workers import quasi_newton, steered
+from rank_workers.training import quasi_newton, steered
 
 
 def test_quasi_newton_steps_are_those_of_one_function(tmp_path: Path) -> None:

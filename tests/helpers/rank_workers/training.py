@@ -1,0 +1,89 @@
+"""Optimizers, schedulers and samplers of replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from oracles import small_data, small_network
+from rank_processes import shard
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+import stableopt
+import stableopt.monitor.schedule
+from rank_workers.shares import SAMPLES, own
+
+
+def reduced(loss: Tensor) -> Tensor:
+    """Return the mean of the ranks' losses, as DistributedDataParallel takes that of gradients."""
+    loss = loss.clone()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
+def quasi_newton() -> dict[str, Any]:
+    """Train replicas by L-BFGS, whose line search decides by the losses of all ranks."""
+    model = nn.parallel.DistributedDataParallel(small_network())
+    optimizer = stableopt.LBFGS(
+        model.parameters(), line_search_fn="strong_wolfe", max_iter=25, reduce_loss=reduced
+    )
+    monitor = optimizer.track(model, nn.MSELoss(), own(small_data(SAMPLES)), every=1)
+    x, y = own(small_data(SAMPLES))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [float(closure().detach())]
+    for _ in range(2):
+        optimizer.step(closure)
+    losses.append(float(closure().detach()))
+    state = optimizer.state_dict()["state"][0]
+    return {
+        "losses": losses,
+        "weights": [p.tolist() for p in model.parameters()],
+        "calls": state["func_evals"],
+        "failures": [margins.failure for margins in monitor.history],
+    }
+
+
+def steered() -> dict[str, Any]:
+    """Steer rate and batch size of replicas."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1).double())
+    x, _ = small_data(64)
+    data = TensorDataset(x, x.sum(1, keepdim=True).sin())
+    sampler = stableopt.AdaptiveBatchSampler(DistributedSampler(data, seed=1), 4, max_batch_size=16)
+    loader = DataLoader(data, batch_sampler=sampler)
+    optimizer = stableopt.SGD(model.parameters(), lr=0.3)
+    part = shard(64, dist.get_rank(), dist.get_world_size())
+    monitor = optimizer.track(
+        model,
+        nn.MSELoss(),
+        tuple(t[part] for t in data.tensors),
+        every=1,
+        quantities=["sharpness", "non_uniformity"],
+    )
+    # The sharpness is 2.9, the non-uniformity 6.7: a rate of 1/3, and batches of 4 on both ranks.
+    target = stableopt.TargetRegion(sharpness=(0, 6.0), non_uniformity=(0, 6.0))
+    controller = stableopt.StabilityController(monitor, target, batch=sampler)
+    sizes = []
+    for _ in range(3):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+            controller.step()
+            sizes.append(len(inputs))
+    return {
+        "lr": optimizer.param_groups[0]["lr"],
+        "sizes": sizes,
+        "observed": monitor.batch_size,
+        "weights": [p.tolist() for p in model.parameters()],
+        "changes": [[d.what, d.kind, d.new] for d in controller.decisions if d.changes],
+    }
