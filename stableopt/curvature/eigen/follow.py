@@ -10,18 +10,17 @@ next search takes
    have overtaken; else with the runner-up, if that may have overtaken, with f, or with one of the
    :math:`u_j` chosen at random.
 
-More follow while the residual is too large or an overtaking is likely; at times, chosen at random, two
-more explore, with f and one of the :math:`u_j`. The *estimate* is a projection of A on all known
-directions: the estimated Rayleigh quotients on its diagonal, and the least symmetric change that agrees
-with every product (Powell's update, 1970, as in quasi-Newton methods). The *result* comes from the
-products of this search alone: the Rayleigh–Ritz value in the span of the tested directions, and its
-residual.
+More follow while the residual is too large or an overtaking is likely, and at random two more explore.
+The *estimate* is a projection of A on all known directions: the estimated Rayleigh quotients on its
+diagonal, and the least symmetric change that agrees with every product (Powell's update, 1970, as in
+quasi-Newton methods). The *result* comes from the products of this search alone: the Rayleigh–Ritz value
+in the span of the tested directions, and its residual.
 
 Certain, up to rounding: the value is at most the largest eigenvalue, and an eigenvalue lies within the
 residual of it. Only probable: that this is the largest. A kept direction that overtakes is missed where
 the estimates err. A direction never seen before grows in f as in a power iteration with the others
-deflated, by a step or less in each search, so that a sudden one takes several searches or one from
-scratch. Three products in ten thousand dimensions cannot do better.
+deflated, so that a sudden one takes several searches or one from scratch. Three products in ten thousand
+dimensions cannot do better.
 
 Over 50 searches of each of twenty families on which none of the constants was chosen (d = 2,000, the
 first search from scratch, eigenvectors at rest or turning by 0.05 between searches) the median was 3
@@ -38,10 +37,9 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.basis import Basis
 from stableopt.curvature.eigen.estimated_projection import EstimatedProjection, probe
-from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
+from stableopt.curvature.eigen.inner_product import Dual
 from stableopt.curvature.eigen.kept_subspace import basis_of_kept, subspace_to_keep
-from stableopt.curvature.eigen.result import Eigenpair, small_enough
-from stableopt.curvature.operator import Operator
+from stableopt.curvature.eigen.result import Eigenpair, Search
 
 __all__ = ["follow"]
 
@@ -51,26 +49,16 @@ _PATIENCE = 9
 """Products after which the kept subspace no longer helps, and a search from scratch does."""
 
 
-def follow(
-    operator: Operator,
-    inner: InnerProduct,
-    kept: Tensor,
-    *,
-    tol: float,
-    max_iter: int,
-    seed: int,
-    keep: bool,
-) -> Eigenpair | None:
+def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
     """Return the top eigenpair from an earlier ``subspace`` ``(k, d)``; ``max_iter`` is at least 2.
 
     It is ``None`` if the rows of ``kept`` are linearly dependent, and not converged if ``kept`` no
     longer helps.
     """
-    basis = basis_of_kept(kept, inner)
+    operator, inner, basis = search.operator, search.inner, basis_of_kept(kept, search.inner)
     if basis is None:
         return None
-    eps = torch.finfo(operator.dtype).eps
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(search.seed)
     weights = probe(len(kept), generator)
     # Neither of the first two products waits for the other.
     image, probed = (operator @ v for v in (basis.vectors[0], basis.vector(weights)))
@@ -84,7 +72,7 @@ def follow(
     projection, products = EstimatedProjection(weights, first, second, generator), 2
     while True:
         value, best, residual, scale = projection.tested_top()
-        settled = small_enough(residual, value, scale, tol, eps)
+        settled = search.small_enough(residual, value, scale)
         if products >= min(max_iter, _PATIENCE):
             break
         direction = projection.next_direction(value, settled, products >= _AT_LEAST)
@@ -96,10 +84,10 @@ def follow(
         inner.check_product(column[:-1], float(column[-1]), products, operator)
         projection.learn(direction, column)
     vector, following = basis.unit_vector(best), None
-    if keep:
+    if search.keep:
         ritz = projection.estimated_pairs()[1][: len(kept) - 1]
         explorer = projection.explorer(ritz).to(kept) @ basis.covectors
-        following = subspace_to_keep(basis.combined(ritz, room=1), explorer, seed)
+        following = subspace_to_keep(basis.combined(ritz, room=1), explorer, search.seed)
     return Eigenpair(
         value * unit,
         vector,

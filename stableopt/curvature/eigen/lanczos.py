@@ -21,7 +21,7 @@ from torch import Tensor
 from stableopt.curvature.eigen.basis import Basis
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import KEPT, subspace_to_keep
-from stableopt.curvature.eigen.result import UNCERTAINTY, Eigenpair, small_enough
+from stableopt.curvature.eigen.result import UNCERTAINTY, Eigenpair, Search
 from stableopt.curvature.operator import Operator
 
 __all__ = ["LanczosIteration", "lanczos"]
@@ -115,33 +115,23 @@ class LanczosIteration:
 
 
 def lanczos(
-    operator: Operator,
-    inner: InnerProduct,
-    first: Dual,
-    *,
-    tol: float,
-    at_least: int,
-    max_iter: int,
-    uniform: bool,
-    keep_for: int | None,
-    most_vectors: int,
+    search: Search, first: Dual, max_iter: int, *, at_least: int, uniform: bool
 ) -> Eigenpair:
     """Return the top eigenpair of P H, from ``first``, of norm 1.
 
     A small residual counts only after ``at_least`` products. ``uniform`` says that ``first`` was drawn
-    as the upper bound requires. With a seed ``keep_for`` the result has its subspace. A basis of
-    ``most_vectors`` is restarted with its best Ritz vectors.
+    as the upper bound requires. A basis of ``most_vectors`` is restarted with its best Ritz vectors.
     """
-    eps = torch.finfo(operator.dtype).eps
-    size = inner.whole_size(operator.shape[0])
-    width = min(most_vectors, max_iter, size)
-    iteration, smallest = LanczosIteration(operator, inner, first, width), math.inf
+    size = search.inner.whole_size(search.operator.shape[0])
+    width = min(search.most_vectors, max_iter, size)
+    iteration = LanczosIteration(search.operator, search.inner, first, width)
+    smallest = math.inf
     while True:
         iteration.step()
         products = iteration.products
         value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
         smallest = min(smallest, float(iteration.values[0]))
-        small = small_enough(residual, value, iteration.scale, tol, eps)
+        small = search.small_enough(residual, value, iteration.scale)
         converged = iteration.exhausted or (products >= at_least and small)
         if converged or products == max_iter:
             break
@@ -151,10 +141,11 @@ def lanczos(
         bound = value + residual
     elif uniform:
         bound = _upper_bound(value, smallest, min(products, width), size)
-    if keep_for is not None:
+    if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
         beyond = rest.normalised() if iteration.beta > 0 else rest
-        kept = subspace_to_keep(iteration.basis.combined(best, room=1), beyond.covector, keep_for)
+        ritz = iteration.basis.combined(best, room=1)
+        kept = subspace_to_keep(ritz, beyond.covector, search.seed)
     return Eigenpair(
         value * unit,
         iteration.basis.unit_vector(iteration.weights[:, -1]),

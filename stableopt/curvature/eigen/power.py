@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
-from stableopt.curvature.eigen.result import Eigenpair, small_enough
-from stableopt.curvature.operator import Operator
+from stableopt.curvature.eigen.inner_product import Dual
+from stableopt.curvature.eigen.result import Eigenpair, Search
 
 __all__ = ["power"]
 
 
-def power(
-    operator: Operator, inner: InnerProduct, first: Dual, *, tol: float, max_iter: int
-) -> Eigenpair:
+def power(search: Search, first: Dual, max_iter: int) -> Eigenpair:
     """Return the top eigenpair of P H, by iterating P H + c from ``first``, of norm 1."""
-    eps = torch.finfo(operator.dtype).eps
+    operator, inner = search.operator, search.inner
     current, shift, scale, magnitude = first, 0.0, 0.0, None
     for products in range(1, max_iter + 1):
         product = operator @ current.vector
@@ -33,7 +30,7 @@ def power(
         # a negative: enough to put the largest eigenvalue first whatever lies below.
         shift = max(shift, norm - value)
         aligned = value > 0 or shift >= norm
-        converged = aligned and small_enough(residual, value, scale, tol, eps)
+        converged = aligned and search.small_enough(residual, value, scale)
         if converged or products == max_iter:
             vector = current.vector / inner.norm(current.vector)
             return Eigenpair(value * unit, vector, residual * unit, products, converged)

@@ -1,17 +1,38 @@
-"""`Eigenpair`: a largest eigenvalue, its vector, and how accurate they are."""
+"""`Search` and `Eigenpair`: what a search for the largest eigenvalue is given, and what it returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from stableopt._deprecation import warn_renamed
+from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.curvature.operator import Operator
 
-__all__ = ["UNCERTAINTY", "Eigenpair", "small_enough"]
+__all__ = ["UNCERTAINTY", "Eigenpair", "Search"]
 
 UNCERTAINTY = 0.01
 """Probability that a largest eigenvalue lies above its ``upper_bound``."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every method of search is given; the arguments of ``top_eigenpair`` explain the fields."""
+
+    operator: Operator
+    inner: InnerProduct
+    tol: float
+    seed: int
+    keep: bool
+    most_vectors: int
+
+    def small_enough(self, residual: float, value: float, scale: float) -> bool:
+        """Return whether the residual is within ``tol`` of the value, or both are rounding of zero."""
+        # A value that is itself below the rounding of the products cannot be told from zero.
+        floor = 10 * torch.finfo(self.operator.dtype).eps * scale
+        return residual <= self.tol * abs(value) or max(residual, abs(value)) <= floor
 
 
 @dataclass(frozen=True)
@@ -64,10 +85,3 @@ class Eigenpair:
         """Deprecated: the absolute residual, whereas other results call the relative one so."""
         warn_renamed("Eigenpair.residual", "absolute_residual or relative_residual")
         return self.absolute_residual
-
-
-def small_enough(residual: float, value: float, scale: float, tol: float, eps: float) -> bool:
-    """Return whether the residual is within ``tol`` of the value, or both within rounding of zero."""
-    # A value that is itself below the rounding of the products is zero, as far as can be told.
-    floor = 10 * eps * scale
-    return residual <= tol * abs(value) or max(residual, abs(value)) <= floor

@@ -26,7 +26,7 @@ from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import followable
 from stableopt.curvature.eigen.lanczos import lanczos
 from stableopt.curvature.eigen.power import power
-from stableopt.curvature.eigen.result import Eigenpair
+from stableopt.curvature.eigen.result import Eigenpair, Search
 from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["top_eigenpair"]
@@ -108,7 +108,7 @@ def top_eigenpair(
         start.dim() not in (1, 2) or start.shape[-1] != size or start.shape[0] == 0
     ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
-    search = _Search(operator, inner, method, tol, seed, keep, most_vectors)
+    search = _Start(operator, inner, tol, seed, keep, most_vectors, method)
     # Under an ambient autocast the projections would be products of half-precision numbers.
     with torch.autocast(operator.device.type, enabled=False):
         if start is None:
@@ -120,16 +120,10 @@ def top_eigenpair(
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The search from each kind of start."""
+class _Start(Search):
+    """A search from each kind of start."""
 
-    operator: Operator
-    inner: InnerProduct
     method: str
-    tol: float
-    seed: int
-    keep: bool
-    most_vectors: int
 
     def random(self, max_iter: int) -> Eigenpair:
         start = "followed" if self.keep else "near" if self.tol <= _TIGHT else "random"
@@ -149,15 +143,7 @@ class _Search:
     def follow(self, kept: Tensor, max_iter: int) -> Eigenpair:
         if self.method == "power" or max_iter < 3 or not followable(kept, self.inner):
             return self._near_covector(kept[0], max_iter)
-        followed = follow(
-            self.operator,
-            self.inner,
-            kept,
-            tol=self.tol,
-            max_iter=max_iter,
-            seed=self.seed,
-            keep=self.keep,
-        )
+        followed = follow(self, kept, max_iter)
         if followed is None:
             return self.random(max_iter)
         if followed.converged or followed.products == max_iter:
@@ -183,17 +169,6 @@ class _Search:
         return fresh
 
     def _iterate(self, first: Dual, max_iter: int, at_least: int, *, uniform: bool) -> Eigenpair:
-        operator, inner, tol = self.operator, self.inner, self.tol
         if self.method == "power":
-            return power(operator, inner, first, tol=tol, max_iter=max_iter)
-        return lanczos(
-            operator,
-            inner,
-            first,
-            tol=tol,
-            at_least=at_least,
-            max_iter=max_iter,
-            uniform=uniform,
-            keep_for=self.seed if self.keep else None,
-            most_vectors=self.most_vectors,
-        )
+            return power(self, first, max_iter)
+        return lanczos(self, first, max_iter, at_least=at_least, uniform=uniform)
