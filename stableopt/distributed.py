@@ -41,8 +41,8 @@ class Ranks:
     Every rank must call every collective, in the same order.
 
     Args:
-        group: a ``torch.distributed`` process group of which this process is a member; ``None`` for
-            this process alone.
+        group: a ``torch.distributed`` process group that includes this process; ``None`` for this
+            process alone.
 
     Attributes:
         size: the number of ranks.
@@ -195,7 +195,7 @@ class Ranks:
 
 
 def world() -> Ranks:
-    """Return the ranks of the default process group, or this process alone if there is none."""
+    """Return the ranks of the default process group, or this process alone without one."""
     there = dist.is_available() and dist.is_initialized()
     return Ranks(dist.group.WORLD if there else None)
 

@@ -10,7 +10,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class UnfitError(Exception):
-    """The model turned out not to call its layers as the structure needs."""
+    """The model does not call its layers as their known structure requires."""
 
 
 class SecondDerivativeError(RuntimeError):

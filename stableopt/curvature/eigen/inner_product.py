@@ -76,7 +76,7 @@ class InnerProduct:
         return replace(inner or cls(), preconditioner=preconditioner)
 
     def whole_size(self, own: int) -> int:
-        """Return the size of the vectors of which this rank holds ``own`` numbers."""
+        """Return the size of a whole vector if this rank holds ``own`` numbers."""
         return own if self.sharded_size is None else self.sharded_size
 
     def dot(self, rows: Tensor, vector: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class InnerProduct:
         return own if self.sharded_size is None else self.ranks.all_reduce_sum(own)
 
     def norm(self, vector: Tensor) -> Tensor:
-        """Return the Euclidean norm of ``vector`` ``(d,)``, whatever P is."""
+        """Return the Euclidean norm of ``vector`` ``(d,)``; it does not depend on P."""
         return vector.norm() if self.sharded_size is None else self.dot(vector, vector).sqrt()
 
     def dual(self, covector: Tensor) -> Dual:

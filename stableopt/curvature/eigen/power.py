@@ -27,7 +27,7 @@ def power(search: Search, first: Dual, max_iter: int) -> Eigenpair:
         inner.check_product(numbers[:1], norm, products, operator)
         scale = max(scale, norm)
         # norm - value vanishes on an eigenvector of a positive eigenvalue and is 2|value| on one of
-        # a negative: enough to put the largest eigenvalue first whatever lies below.
+        # a negative: enough to put the largest eigenvalue first, with any others below.
         shift = max(shift, norm - value)
         aligned = value > 0 or shift >= norm
         converged = aligned and search.small_enough(residual, value, scale)
