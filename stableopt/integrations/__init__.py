@@ -1,4 +1,4 @@
-"""The monitor at home in the frameworks that people train with.
+"""Integrations: stability margins in Lightning, transformers, Accelerate and Ignite.
 
 Three examples::
 
@@ -8,8 +8,8 @@ Three examples::
     from stableopt.integrations.transformers import StabilityCallback
     StabilityCallback(probe_set, every=50).attach(trainer)                # transformers.Trainer
 
-    optimizer, model = accelerator.prepare(optimizer, model)              # Accelerate, Ignite: as ever
+    optimizer, model = accelerator.prepare(optimizer, model)              # Accelerate, Ignite
     StabilityMonitor(optimizer, model, loss_fn, probe_set, every=50)
 
-Each module imports its framework, and nothing else imports the module.
+Each module imports its framework, and no other module of the library imports it.
 """

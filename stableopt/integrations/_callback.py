@@ -1,4 +1,4 @@
-"""What callbacks have in common: a probe set and its loss, and the monitor of a run."""
+"""`Tracked`: what the callbacks share, a probe set, its loss, and the monitor of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "process_group")
 
 
 class Tracked:
-    """Mixin for callbacks: makes the monitor when a run starts, and keeps it when it ends."""
+    """Mixin for callbacks: makes the monitor when a run starts, and keeps it after the end."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Tracked:
         load: Callable[[StabilityMonitor], None],
         **defaults: Any,
     ) -> None:
-        """Make the monitor at ``step``, and let ``load`` restore what a run before it knew."""
+        """Make the monitor at ``step``, and let ``load`` restore the state of an earlier run."""
         options = {**defaults, **self._options, "sinks": [sink, *self._sinks]}
         own = {name: options.pop(name) for name in _OF_THE_PROBLEM if name in options}
         problem = Problem.from_batch_loss(model, batch_loss, data, **own)
@@ -77,11 +77,11 @@ class Tracked:
 
     @staticmethod
     def _restore(monitor: StabilityMonitor, state: dict[str, Any]) -> None:
-        """Load ``state``; that of other parameters, such as fewer layers, but for its eigenvectors."""
+        """Load ``state``, without its eigenvectors where they are of other parameters."""
         try:
             monitor.load_state_dict(state)
         except ValueError as error:
-            warnings.warn(f"searches begin anew: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"searches start at random: {error}", RuntimeWarning, stacklevel=2)
             monitor.load_state_dict({**state, "starts": {}})
 
     def _close(self) -> None:
@@ -89,6 +89,6 @@ class Tracked:
             self.monitor.close()
 
     def _named(self, record: dict[str, float]) -> dict[str, float]:
-        """Return the finite numbers of ``record`` under the names that loggers are given."""
+        """Return the finite numbers of ``record`` under the names for loggers."""
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
         return {f"{self._prefix}/{name}": value for name, value in finite.items()}

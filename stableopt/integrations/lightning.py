@@ -1,4 +1,4 @@
-"""Stability margins of a Lightning run, by a callback.
+"""`StabilityCallback` for Lightning: stability margins in the trainer's loggers.
 
 Three examples::
 
@@ -31,7 +31,7 @@ __all__ = ["StabilityCallback"]
 
 
 def _callback_class() -> Any:
-    """Return ``Callback`` of the package that is in use, or else of the one that is there."""
+    """Return ``Callback`` of the package in use, or else of the installed one."""
     packages = ["lightning.pytorch", "pytorch_lightning"]
     packages.sort(key=lambda package: package not in sys.modules)
     for package in packages:
@@ -41,28 +41,28 @@ def _callback_class() -> Any:
 
 
 class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
-    """Measures the stability margins during ``trainer.fit``, and tells the trainer's loggers.
+    """Measures the stability margins during ``trainer.fit`` and sends them to the loggers.
 
     The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
     ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
-    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state; a
-    run that resumes from one goes on measuring as if it had not stopped. What cannot be measured at
-    all, such as an optimizer of unknown rule, is an error before the first step; a measurement that
-    fails later is recorded, and training goes on.
+    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state, and
+    a resumed run measures as if it had not stopped. If nothing can be measured, as for an optimizer of
+    unknown rule, there is an error before the first step; a measurement that fails later is recorded,
+    and training continues.
 
-    Samples of a step are those of the batches that Lightning hands to ``training_step``.
+    Samples of a step are those of the batches that Lightning passes to ``training_step``.
 
     Args:
         data: the probe set, on which curvature is measured: a batch as ``training_step`` gets it, a
             ``Dataset``, a ``DataLoader``, or a re-iterable of batches. Under DDP, this rank's shard.
         batch_loss: ``batch_loss(pl_module, batch)``, the mean loss of a batch, such as an unbound
             method of the module. By default what ``training_step`` returns, with ``log`` and
-            ``log_dict`` mute: for automatic optimization, and steps that change nothing else outside
-            of the module.
-        optimizer: which of ``configure_optimizers``' optimizers, where there are several: its index.
-            Then the parameters that count are those that it holds.
-        prefix: of the names in the loggers; callbacks of one trainer need different ones.
-        sinks: callables that take ``(step, record)``, beside the loggers.
+            ``log_dict`` muted; this needs automatic optimization, and a step that changes nothing
+            outside of the module.
+        optimizer: index of the optimizer, where ``configure_optimizers`` returns several. Then the
+            parameters that count are those that it holds.
+        prefix: prefix of the names in the loggers; callbacks of one trainer need different ones.
+        sinks: callables that take ``(step, record)``, in addition to the loggers.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
             ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
             ``chunk_size`` and the others.
@@ -72,7 +72,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when ``fit`` starts.
-        ValueError: when ``fit`` starts: for several optimizers of which none was chosen, for manual
+        ValueError: when ``fit`` starts: for several optimizers without a choice, for manual
             optimization without ``batch_loss``, and as ``StabilityMonitor`` does.
 
     >>> callback = StabilityCallback((torch.ones(4, 2), torch.zeros(4, 1)), every=10)
@@ -91,20 +91,20 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         super().__init__(data, batch_loss, **options)
         self._index = optimizer
         self._state: dict[str, Any] = {}
-        self._told: StabilityMargins | None = None
+        self._shown: StabilityMargins | None = None
         self._begun = False
 
     @property
     def state_key(self) -> str:
-        """What the state is filed under in checkpoints."""
+        """The key of the state in checkpoints."""
         return str(self._generate_state_key(prefix=self._prefix))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the monitor of another ``fit``; the first batch makes one."""
+        """Forget the monitor of an earlier ``fit``; the first batch makes a new one."""
         self._begun = False
 
     def _begin(self, trainer: Any, pl_module: Any) -> None:
-        """Make the monitor: optimizers, checkpoint and what the module's hooks make are there by now."""
+        """Make the monitor, now that optimizers, checkpoint and the module's own hooks are ready."""
         self._begun = True
         optimizer = self._chosen(trainer.optimizers)
         state = self._state if trainer.global_step else {}
@@ -117,17 +117,17 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             _in_precision(trainer, self._loss_of(pl_module)),
             self._data,
             self._to_loggers(trainer),
-            # Lightning's count is of the steps of all optimizers.
+            # Lightning counts the steps of all optimizers together.
             trainer.global_step // len(trainer.optimizers),
             lambda monitor: self._restore(monitor, state) if state else None,
             **defaults,
         )
-        self._told = self.margins
+        self._shown = self.margins
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples of ``batch``; the module's own ``forward`` may never be called."""
+        """Count the samples of ``batch``, since the module's ``forward`` may never be called."""
         if not self._begun:
             self._begin(trainer, pl_module)
         if self.monitor is not None:
@@ -136,22 +136,22 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show new margins to the callbacks that watch metrics, on every rank."""
+        """Show new margins to callbacks that watch metrics, on every rank."""
         margins = self.margins
-        if margins is not None and margins is not self._told:
-            self._told = margins
+        if margins is not None and margins is not self._shown:
+            self._shown = margins
             shown = self._named(margins.record())
             old = [name for name in trainer.callback_metrics if name.startswith(f"{self._prefix}/")]
-            # What failed this time is not what it was before.
+            # A value that failed this time must not show its former value.
             values = {**dict.fromkeys(old, math.nan), **shown}
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach the monitor, whose history stays."""
+        """Detach the monitor; its history remains."""
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach the monitor, whose history stays."""
+        """Detach the monitor; its history remains."""
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,20 +159,20 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         return self._state if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep ``state_dict`` for the next monitor, which the start of training makes."""
+        """Keep ``state_dict`` for the monitor that the start of training makes."""
         self._state = dict(state_dict)
 
     def _close(self) -> None:
         super()._close()
         if self.monitor is not None:
-            # A second fit of the trainer goes on from here.
+            # A second fit of the trainer continues from here.
             self._state = self.monitor.state_dict()
 
     def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
         index = self._index
         if not optimizers:
             raise ValueError(
-                "configure_optimizers made no optimizer: there are no steps to measure"
+                "configure_optimizers made no optimizer, so it takes no steps to measure"
             )
         if index is None and len(optimizers) > 1:
             kinds = [type(optimizer).__name__ for optimizer in optimizers]
@@ -196,8 +196,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 
     def _to_loggers(self, trainer: Any) -> Sink:
         def to_loggers(step: int, record: dict[str, float]) -> None:
-            # Where Lightning's loggers put what belongs after this step. It counts the steps of
-            # all optimizers in one batch as one.
+            # The step of Lightning's loggers: the steps of all optimizers in a batch count as one.
             after = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
             for logger in trainer.loggers:
                 logger.log_metrics(self._named(record), step=after)
@@ -209,7 +208,7 @@ def _held(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
     """Return the parameters of ``module`` that ``optimizer`` holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     every: list[Tensor] = [p for p in module.parameters() if id(p) in held]
-    return [p for p in every if p.requires_grad] or every  # those of a toggled one are frozen
+    return [p for p in every if p.requires_grad] or every  # a toggled optimizer's are frozen
 
 
 def _in_precision(trainer: Any, batch_loss: Callable[[Any, Any], Tensor]) -> Any:
@@ -219,7 +218,7 @@ def _in_precision(trainer: Any, batch_loss: Callable[[Any, Any], Tensor]) -> Any
 
 
 def _training_loss(pl_module: Any, batch: Any) -> Tensor:
-    """Return what ``training_step`` minimises, and log nothing."""
+    """Return the loss of ``training_step``, and log nothing."""
     step = pl_module.training_step
     arguments = inspect.signature(step).parameters.values()
     takes_index = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
@@ -236,7 +235,7 @@ def _training_loss(pl_module: Any, batch: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _mute(pl_module: nn.Module) -> Iterator[None]:
-    """Let modules log nothing: a measurement is no step."""
+    """Mute the logging of all modules, since a measurement is not a step."""
     loud = [module for module in pl_module.modules() if hasattr(type(module), "log_dict")]
     names = ("log", "log_dict")
     own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in loud]

@@ -1,13 +1,13 @@
-"""Stability margins of a run of ``transformers.Trainer``, by a callback.
+"""`StabilityCallback` for ``transformers.Trainer``: stability margins in its log.
 
 Three examples::
 
-    StabilityCallback(probe_set, every=50).attach(trainer)              # margins beside the losses
+    StabilityCallback(probe_set, every=50).attach(trainer)              # margins next to the losses
     StabilityCallback(probe_set, every=50, sinks=[JSONLinesSink(path)]).attach(trainer)
     Trainer(callbacks=[StabilityCallback(probe_set, every=50)], ...)    # in state.log_history alone
 
-A callback is never told of its trainer, and what a trainer reports to comes before the callbacks of
-its user: only through the trainer do margins reach TensorBoard, Weights & Biases and the like.
+A callback does not know its trainer, and the trainer's reporters run before it. Margins reach
+TensorBoard, Weights & Biases and other reporters only through :meth:`StabilityCallback.attach`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
 __all__ = ["StabilityCallback"]
 
 _PROBE_BATCH = 32
-"""Samples of a data set that are collated into one batch: as long as its longest."""
+"""Samples of a data set collated into one batch, each padded to the longest."""
 
 
 class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore[misc]
@@ -45,23 +45,21 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
 
     The run is bit for bit the run without it. Every finite number of a record is logged as
     ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's
-    state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), and a run that
-    resumes from it goes on measuring as if it had not stopped. (The trainer's own mechanism,
-    ``ExportableState``, makes a callback anew from what JSON can hold, and is off by default.) What
-    cannot be measured at all is an error before the first step; a measurement that fails later is
-    recorded, and training goes on.
+    state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), and a resumed run
+    measures as if it had not stopped. (The trainer's own mechanism, ``ExportableState``, rebuilds a
+    callback from what JSON can hold, and is off by default.) If nothing can be measured, there is an
+    error before the first step; a measurement that fails later is recorded, and training continues.
 
     Args:
         data: the probe set, on which curvature is measured: a batch as the model takes it, a
-            ``DataLoader``, a list of batches, or a ``Dataset`` of torch or Hugging Face, or the
-            trainer's own training set, which are collated as that is. Where several processes train,
-            this one's shard.
+            ``DataLoader``, a list of batches; or a ``Dataset`` of torch or Hugging Face, such as the
+            trainer's training set, collated as that is. Where several processes train, this one's shard.
         batch_loss: ``batch_loss(model, batch)``, the mean loss of a batch. By default the model's own,
             as ``Trainer`` takes it.
-        prefix: of the logged names, and in the name of the file in the checkpoint.
-        resume_from_checkpoint: the folder that ``trainer.train`` is given, where it is none of the
+        prefix: prefix of the logged names, and part of the file name in the checkpoint.
+        resume_from_checkpoint: the folder passed to ``trainer.train``, where it is not in the
             trainer's own ``output_dir``.
-        sinks: callables that take ``(step, record)``, beside the trainer's log.
+        sinks: callables that take ``(step, record)``, in addition to the trainer's log.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
             ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
             ``chunk_size`` and the others.
@@ -72,7 +70,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when training starts.
         ValueError: when training starts: without ``batch_loss`` where the trainer has a loss of its own
-            (``compute_loss`` and ``compute_loss_func`` are seen by an attached callback alone), and as
+            (only an attached callback sees ``compute_loss`` and ``compute_loss_func``), and as
             ``StabilityMonitor`` does.
 
     >>> StabilityCallback({"input_ids": torch.zeros(4, 2)}, every=10).margins is None
@@ -106,7 +104,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the monitor: optimizer and checkpoint are there by now."""
+        """Make the monitor, now that optimizer and checkpoint are ready."""
         self._close()
         self._records = []
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -131,7 +129,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
                 epoch = {} if state.epoch is None else {"epoch": state.epoch}
                 state.log_history.append({**logs, **epoch, "step": state.global_step})
                 continue
-            # Whoever logs takes the request to log as served: that of the loss must stay.
+            # Logging resets the request to log, and the loss still needs it.
             asked = control.should_log
             try:
                 trainer.log(logs)
@@ -141,19 +139,19 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
                 control.should_log = trainer.control.should_log = asked
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the monitor's state into the checkpoint that was just saved."""
+        """Write the monitor's state into the checkpoint just saved."""
         if self.monitor is None or args.save_only_model or not state.is_world_process_zero:
             return
         path = self._own_folder(args, state) / self._file
         try:
-            # In one piece or not at all: half a file would stop the run that resumes from it.
+            # Atomically: a resumed run could not read half a file.
             torch.save(self.monitor.state_dict(), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         except (OSError, RuntimeError) as error:
             _warn(f"the state of the margins was not saved to {path}: {error}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Detach the monitor, whose history stays."""
+        """Detach the monitor; its history remains."""
         self._close()
 
     def _load(self, monitor: StabilityMonitor, args: Any, state: Any) -> None:
@@ -164,19 +162,19 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         path = next((path for path in paths if path.exists()), None)
         if path is None:
             _warn(
-                f"the run resumes at step {state.global_step} without a state of the margins: there is"
-                f" no {' and no '.join(map(str, paths))}. Their history begins here"
+                f"the run resumes at step {state.global_step} without a state of the margins: found"
+                f" none of {', '.join(map(str, paths))}. Their history begins here"
             )
             return
         try:
             kept = torch.load(path, map_location="cpu", weights_only=True)
             self._restore(monitor, kept)
-        except Exception as error:  # a file that is broken must not keep training from going on
+        except Exception as error:  # a broken file must not stop training
             _warn(f"{path} was not read ({type(error).__name__}: {error}): the history begins here")
 
     @property
     def _file(self) -> str:
-        # A name of its own, whatever the prefix: the folder has an optimizer.pt.
+        # With any prefix another name than the trainer's own files, such as optimizer.pt.
         own = "".join(c if c.isalnum() or c in "-_" else "_" for c in self._prefix)
         return "stability.pt" if own == "stability" else f"stability-{own}.pt"
 
@@ -210,7 +208,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
             getattr(train_dataloader, "dataset", None),
             getattr(self._trainer(), "train_dataset", None),
         )
-        # Hugging Face's is no Dataset of torch's.
+        # A data set of Hugging Face is not a torch Dataset.
         by_row = hasattr(data, "__getitem__") and hasattr(data, "__len__")
         if any(data is each for each in own) or (by_row and not isinstance(data, batches)):
             return DataLoader(data, batch_size=_PROBE_BATCH, collate_fn=collate)
@@ -218,7 +216,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
 
 
 def _models_loss(model: Any, batch: Any) -> Tensor:
-    """Return the loss that the model computes from labels in the batch."""
+    """Return the loss that the model computes from the labels in the batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"data: a batch is a {type(batch).__name__}, expected a dictionary of what the model"

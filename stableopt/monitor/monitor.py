@@ -39,44 +39,46 @@ _HISTORY = 10_000
 class StabilityMonitor:
     r"""Measures the stability margins of a run from the hooks of any ``torch.optim.Optimizer``.
 
-    Training with a monitor is bit for bit the training without it. A measurement that fails, by a
-    loss that is not finite or by an error, is recorded with its reason and warned of once; training
-    goes on.
+    Training with a monitor is bit for bit the training without it. A measurement that fails, because
+    the loss is not finite or by an error, is recorded with its reason and warned of once; training
+    continues.
 
     Args:
         optimizer: the optimizer whose steps count; :meth:`UpdateRule.from_optimizer` must know it, or
-            ``update_rule`` be given. Of one that Accelerate prepared, those of the optimizer inside.
-        model: the model, or a ready :class:`~stableopt.curvature.Problem` in place of ``model``,
-            ``loss_fn`` and ``data``.
+            ``update_rule`` be given. One that Accelerate prepared stands for the optimizer inside.
+        model: the model; or a ready :class:`~stableopt.curvature.Problem`, without ``loss_fn`` and
+            ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the probe set, on which curvature is measured: the training set, or a part of it.
         every: measure after each so many steps.
-        max_overhead: or: measure as often as that share of the training time allows. The default,
-            at 0.05, where ``every`` is not given.
-        batch_size: samples in a step, of all ranks; by default what the model's forward passes show,
-            accumulated over a step and as the median of the last five steps.
+        max_overhead: or: measure as often as this share of the training time allows; 0.05 where
+            neither is given.
+        batch_size: samples in a step, of all ranks; by default counted in the model's forward passes,
+            as the median of the last five steps.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
             ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``. Sharpness comes with the
-            preconditioned one where the optimizer has a preconditioner, which is what its limit is on.
-        sinks: callables that take ``(step, record)`` after each measurement.
+            preconditioned one where the optimizer has a preconditioner, since its limit is on that.
+        sinks: where measurements go, see :mod:`stableopt.sinks`: callables that take ``(step, record)``.
         update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
             not known, with their preconditioner if they have one.
         params: the parameters that count; all trainable ones of the model by default.
-        chunk_size: the most samples evaluated at once.
+        chunk_size: the largest number of samples evaluated at once.
         dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
-            ``fully_shard``. Every rank must then make the monitor: to measure replicas on one alone,
-            pass it ``model.module``. Rank 0 decides when to measure, and tells the sinks.
+            ``fully_shard``. Every rank must then make the monitor: to measure replicas on one rank
+            alone, pass ``model.module`` there. Rank 0 decides when to measure, and sends to the sinks.
         tol: the largest residual relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
-        cold_every: how many measurements follow the eigenvectors of the last before one starts afresh.
-        seed: of the eigen-solver.
+        cold_every: how many measurements warm-start from the last eigenvectors between two that start
+            at random.
+        seed: of the eigen-solver's random starts.
 
     Attributes:
         step: steps of the optimizer seen so far.
         history: the latest 10,000 :class:`StabilityMargins`, oldest first.
+        sinks: the sinks, as a list.
 
     Raises:
         ValueError: for arguments out of range, parameters that the optimizer does not hold, and as
@@ -197,9 +199,9 @@ class StabilityMonitor:
         return self._schedule.overhead
 
     def count_samples(self, batch: Any) -> None:
-        """Count the samples of ``batch`` for the step to come, and of forward passes no longer.
+        """Count the samples of ``batch`` for the next step, and from now on none of forward passes.
 
-        For loops that call parts of the model rather than the model itself.
+        This is for loops that call parts of the model rather than the model itself.
 
         >>> model = nn.Sequential(nn.Linear(2, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -256,7 +258,7 @@ class StabilityMonitor:
             self._record(self._measurer.measure_or_fail)
 
     def close(self) -> None:
-        """Detach from optimizer and model, and flush the sinks; ``history`` stays."""
+        """Detach from optimizer and model, and flush the sinks; ``history`` remains."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,4 +1,4 @@
-"""`deliver`: sends an event to every sink, whatever a sink does with it."""
+"""`deliver`: sends an event to every sink, and keeps the failures of sinks from training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records as lines of JSON, for whatever reads the run afterwards."""
+"""`JSONLinesSink`: appends each record to a file, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["JSONLinesSink"]
 
 
 class JSONLinesSink:
-    """Appends each record to a file, as one JSON object on a line of its own.
+    """Appends each record to a file, as one JSON object a line.
 
     A line is ``{"step": …, "sharpness": …, …}``. The file is open only while a record is written, so
-    that whatever was recorded survives a crash, and processes that fork share no handle. Every line
-    is strict JSON, which knows neither infinity nor NaN: both are written as ``null``. A limit that
-    is ``null`` is thus none at all, and one that is absent was not known.
+    that all records survive a crash, and processes that fork share no handle. Every line is strict
+    JSON, which has neither infinity nor NaN: both are written as ``null``. So a limit of ``null`` means
+    "no limit", and a limit that is absent was not known.
 
-    A file that exists is appended to, as a run that continues does; a last line that a crash cut
-    short is left as it is, and what follows begins on a new one.
+    An existing file is appended to, so that a resumed run continues it. A last line that a crash cut
+    short stays as it is, and the next record begins on a new line.
 
     Args:
         path: the file; its folder is created with the first record.
@@ -47,7 +47,7 @@ class JSONLinesSink:
         )
 
     def note(self, step: int, text: str) -> None:
-        """Append ``text``, what was decided at ``step`` and why, as ``{"step": …, "note": …}``."""
+        """Append ``text``, a decision at ``step`` and its reason, as ``{"step": …, "note": …}``."""
         self._append({"step": int(step), "note": text})
 
     def _append(self, line: dict[str, Any]) -> None:

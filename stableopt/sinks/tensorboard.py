@@ -1,4 +1,4 @@
-"""Live charts in TensorBoard: margins against their limits, and the diagram now and then."""
+"""`TensorBoardSink`: live charts of the margins with their limits, and the stability diagram."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stableopt import plot
-from stableopt.stability import StabilityMargins, StabilityRegion, UpdateRule
+from stableopt.sinks.diagrams import Diagrams
+from stableopt.sinks.events import Event, Measured
+from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.quantities import QUANTITIES, Chart, split
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["LAYOUT", "TensorBoardSink"]
+__all__ = ["TensorBoardSink", "layout"]
 
 _LONGEST_TAG = 25  # the legends of the Custom Scalars dashboard have no room for more
-_POINTS_SHOWN = 1000  # what TensorBoard keeps of a tag unless told otherwise
+_POINTS_SHOWN = 1000  # what TensorBoard keeps of a tag by default
+_OF_THE_DIAGRAM = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of the float32 numbers that event files hold
 
 
 class _Band(NamedTuple):
-    """A chart of a value between two others: the tags, and the title."""
+    """A chart of a value between two others: its title and three tags."""
 
     title: str
     value: str
@@ -31,87 +35,53 @@ class _Band(NamedTuple):
     upper: str
 
 
-# A Margin chart is an error card unless its three tags have the very same steps. They are therefore
-# written together or not at all, and where there is no limit the value is only in its plain tag,
-# such as stability/non_uniformity, which has every measurement.
-_CHARTS = {
-    "sharpness": (
-        _Band(
-            "sharpness / limit",
-            "stability/sharpness_ratio",
-            "stability/sharp_ratio_low",
-            "stability/sharp_ratio_up",
-        ),
-        _Band(
-            "sharpness and its limit",
-            "stability/sharpness_value",
-            "stability/sharpness_lower",
-            "stability/sharpness_upper",
-        ),
-    ),
-    "preconditioned_sharpness": (
-        _Band(
-            "preconditioned sharpness / limit",
-            "stability/pre_sharp_ratio",
-            "stability/pre_ratio_low",
-            "stability/pre_ratio_up",
-        ),
-        _Band(
-            "preconditioned sharpness and its limit",
-            "stability/pre_sharp_value",
-            "stability/pre_sharp_lower",
-            "stability/pre_sharp_upper",
-        ),
-    ),
-    "non_uniformity": (
-        _Band(
-            "non-uniformity / limit",
-            "stability/non_unif_ratio",
-            "stability/nonuf_ratio_low",
-            "stability/nonuf_ratio_up",
-        ),
-        _Band(
-            "non-uniformity and its limit",
-            "stability/non_unif_value",
-            "stability/non_unif_lower",
-            "stability/non_unif_upper",
-        ),
-    ),
-}
+def _charts() -> dict[str, Chart]:
+    return {name: quantity.chart for name, quantity in QUANTITIES.items() if quantity.chart}
 
-LAYOUT: dict[str, dict[str, list[Any]]] = {
-    "edge of stability": {
-        # TensorBoard shows the charts of a category from the last to the first.
-        band.title: ["Margin", [band.value, band.lower, band.upper]]
-        for bands in reversed(_CHARTS.values())
-        for band in reversed(bands)
-    }
-}
-"""The Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it: the same for every
-run, since TensorBoard merges the layouts of all runs and would show each chart that differs."""
+
+def _bands_of(chart: Chart) -> tuple[_Band, _Band]:
+    """Return the charts of the ratio and of the value."""
+    tag, short = f"stability/{chart.tag}", f"stability/{chart.short_tag}"
+    return (
+        _Band(f"{chart.title} / limit", f"{tag}_ratio", f"{short}_ratio_low", f"{short}_ratio_up"),
+        _Band(f"{chart.title} and its limit", f"{tag}_value", f"{tag}_lower", f"{tag}_upper"),
+    )
+
+
+def layout() -> dict[str, dict[str, list[Any]]]:
+    """Return the Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it.
+
+    It is the same for every run: TensorBoard merges the layouts of all runs, and shows each chart that
+    differs.
+    """
+    bands = [band for chart in _charts().values() for band in _bands_of(chart)]
+    # TensorBoard shows the charts of a category from the last to the first.
+    charts = {b.title: ["Margin", [b.value, b.lower, b.upper]] for b in reversed(bands)}
+    return {"edge of stability": charts}
 
 
 class TensorBoardSink:
     r"""Writes measurements to TensorBoard.
 
     - *Custom Scalars*: sharpness, preconditioned sharpness and non-uniformity relative to their
-      limits, with a band from 0.99 to 1.01, and as they are, with a band of ±1 % around the limit.
-      Where there is no limit, as for the non-uniformity of full-batch gradient descent or the plain
-      sharpness of an optimizer with a preconditioner, there is no band, and the value is only among
-      the scalars.
+      limits, with a band from 0.99 to 1.01, and in their own units, with a band of ±1 % around the
+      limit; other registered quantities as their :class:`~stableopt.stability.measure.quantities.Chart`
+      says. Without a limit, as for the non-uniformity of full-batch gradient descent or the plain
+      sharpness of a preconditioned optimizer, the value is only among the scalars.
     - *Scalars*: every finite number of a record, as ``stability/<name>`` of at most 25 characters
       (``non_uniformity_ratio`` is ``stability/non_unif_ratio``), and the bands.
-    - *Images*: the sharpness / non-uniformity diagram, if both are measured, after the first
+    - *Images*: the sharpness / non-uniformity diagram, if both are measured, with the region of the
+      optimizer's own update rule and the decisions of steering as marks. It is drawn after the first
       measurement and then ever less often, and at the first :meth:`flush` or :meth:`close` that finds
-      something new. What steering decided is marked in it.
+      something new.
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
-    A writer that the sink made is flushed after every record; one that was given is left to its own
-    pace. TensorBoard keeps one layout a run, so a given writer must have no Custom Scalars of its own.
+    A writer that the sink made is flushed after every record; a given one keeps its own pace.
+    TensorBoard keeps one layout a run, so a given writer must have no Custom Scalars of its own.
 
     Args:
         writer_or_dir: the run's directory, or a ``torch.utils.tensorboard.SummaryWriter``.
-        max_diagrams: the most diagrams that are drawn; 0 for none, which does without matplotlib.
+        max_diagrams: the largest number of diagrams; 0 for none, which needs no matplotlib.
             TensorBoard keeps ten images a tag.
         announce: print :attr:`command` and :attr:`link` with the first record.
 
@@ -152,46 +122,44 @@ class TensorBoardSink:
         self._announce = announce
         self._records = 0
         self._names: dict[str, str] = {}
-        self._diagrams = _Diagrams(max_diagrams)
+        self._diagrams = Diagrams(max_diagrams)
 
     @property
     def command(self) -> str:
         """The command that shows this run."""
         return f"tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"
 
+    def receive(self, event: Event) -> None:
+        """Write a measurement, or a decision and its reason."""
+        record = event.record()
+        if isinstance(event, Measured):
+            self._write(event.step, record, event.margins, event.region)
+        else:
+            self._write(event.step, record)
+            self.note(event.step, str(event.decision))
+
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
-        """Write ``record``, measured at ``step``.
+        """Write a record alone: its diagram shows the limits as a box, since the rule is not known.
 
         Raises:
             ValueError: if two names of the record have the same tag.
         """
-        if self._records == 0:
-            self.writer.add_custom_scalars(LAYOUT)
-            if self._announce:
-                print(f"{self.command}\n{self.link}")
-        self._records += 1
-        for tag, value in self._scalars(record).items():
-            self.writer.add_scalar(tag, value, int(step))
-        self._diagrams.add(int(step), record)
-        if self._diagrams.due:
-            self._diagrams.draw(self.writer)
-        if self._owned:
-            self.writer.flush()
-        if self._records == _POINTS_SHOWN + 1:
-            warnings.warn(
-                f"the run has more than {_POINTS_SHOWN:,} measurements, of which TensorBoard shows a"
-                f" random {_POINTS_SHOWN:,}; to see all: {self.command} --samples_per_plugin"
-                " scalars=0",
-                UserWarning,
-                stacklevel=2,
-            )
+        step = int(step)
+        known = {name: record[name] for name in _OF_THE_DIAGRAM if name in record}
+        sharpness = record.get("sharpness_limit", math.inf)
+        box = (
+            record.get("preconditioned_sharpness_limit", sharpness),
+            record.get("non_uniformity_limit", math.inf),
+        )
+        region = box if all(limit > 0 for limit in box) else None
+        self._write(step, record, StabilityMargins(step=step, **known), region)
 
     def note(self, step: int, text: str) -> None:
-        """Write ``text``, what was decided at ``step`` and why."""
+        """Write ``text``, a decision at ``step`` and its reason."""
         self.writer.add_text("stability/decisions", text, int(step))
 
     def flush(self) -> None:
-        """Write everything to disk; the first time with a diagram of what is newest."""
+        """Write everything to disk; the first time with a diagram of the newest point."""
         self._diagrams.finish(self.writer)
         self.writer.flush()
 
@@ -204,18 +172,48 @@ class TensorBoardSink:
     def __repr__(self) -> str:
         return f"TensorBoardSink({str(self.writer.log_dir)!r})"
 
+    def _write(
+        self,
+        step: int,
+        record: Mapping[str, float],
+        margins: StabilityMargins | None = None,
+        region: plot.Region | None = None,
+    ) -> None:
+        if self._records == 0:
+            self.writer.add_custom_scalars(layout())
+            if self._announce:
+                print(f"{self.command}\n{self.link}")
+        self._records += 1
+        for tag, value in self._scalars(record).items():
+            self.writer.add_scalar(tag, value, step)
+        self._diagrams.mark(step, record)
+        if margins is not None:
+            self._diagrams.add(margins, region)
+        if self._diagrams.due:
+            self._diagrams.draw(self.writer)
+        if self._owned:
+            self.writer.flush()
+        if self._records == _POINTS_SHOWN + 1:
+            warnings.warn(
+                f"the run has more than {_POINTS_SHOWN:,} measurements, and TensorBoard shows a random"
+                f" {_POINTS_SHOWN:,} of them; to see all: {self.command} --samples_per_plugin"
+                " scalars=0",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _scalars(self, record: Mapping[str, float]) -> dict[str, float]:
         """Return the scalars of ``record`` by tag, all of them finite."""
         scalars: dict[str, float] = {}
-        for name, value in record.items():
-            # Ratios with a chart come with their bands.
-            if name.removesuffix("_ratio") in _CHARTS and name.endswith("_ratio"):
-                continue
-            if abs(value) <= _LARGEST:
-                scalars[self._tag(name)] = value
-        for name, charts in _CHARTS.items():
+        charts = _charts()
+        for key, value in record.items():
+            name, part = split(key)
+            # A ratio that has a chart comes with its band, or not at all.
+            if abs(value) <= _LARGEST and not (part == "ratio" and name in charts):
+                scalars[self._tag(key)] = value
+        for name, chart in charts.items():
             limit = record.get(f"{name}_limit", math.inf)
-            scalars.update(_bands(record.get(name, math.nan), limit, *charts))
+            scalars.update(_bands(chart, record.get(name, math.nan), limit))
         return scalars
 
     def _tag(self, name: str) -> str:
@@ -236,7 +234,7 @@ def _new_writer(directory: Any) -> Any:
 
 
 def _short(name: str) -> str:
-    """Return the tag of ``name``: as it is if it fits, else with its words cut to one length.
+    """Return the tag of ``name``, its words cut to one length where it is too long.
 
     >>> _short("sharpness"), _short("non_uniformity_limit"), _short("preconditioned_sharpness")
     ('stability/sharpness', 'stability/non_unif_limit', 'stability/pre_sharpness')
@@ -253,106 +251,23 @@ def _short(name: str) -> str:
     return f"stability/{name[:room]}"
 
 
-def _bands(value: float, limit: float, ratio: _Band, raw: _Band) -> dict[str, float]:
-    """Return both charts' scalars; none where a number would not be one, or a band not positive."""
+def _bands(chart: Chart, value: float, limit: float) -> dict[str, float]:
+    """Return the scalars of both charts, or none where a number or band cannot be shown.
+
+    A Margin chart is an error card unless its three tags have the very same steps. They are therefore
+    written together or not at all. The plain tag, such as stability/non_uniformity, has every
+    measurement, without a limit too.
+    """
     if not (math.isfinite(value) and 0 < limit < math.inf):
         return {}
+    ratio, raw = _bands_of(chart)
     scalars = {
         ratio.value: value / limit,
-        ratio.lower: 0.99,
-        ratio.upper: 1.01,
+        ratio.lower: 1 - chart.band,
+        ratio.upper: 1 + chart.band,
         raw.value: value,
-        raw.lower: 0.99 * limit,
-        raw.upper: 1.01 * limit,
+        raw.lower: (1 - chart.band) * limit,
+        raw.upper: (1 + chart.band) * limit,
     }
     fits = all(abs(number) <= _LARGEST for number in scalars.values())
     return scalars if fits and scalars[raw.lower] >= _SMALLEST else {}
-
-
-class _Diagrams:
-    """The trajectory, thinned as it grows, and when to draw it: at most so many times."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-        # Log-spaced in measurements, up to as many as TensorBoard shows; the last one is kept for
-        # the end, wherever that is.
-        scheduled = max(most - 1, 0)
-        steps = max(scheduled - 1, 1)
-        self._schedule = {round(_POINTS_SHOWN ** (k / steps)) for k in range(scheduled)}
-        self._count = self._drawn = 0
-        self._stride = 1
-        self._points: list[StabilityMargins] = []
-        self._newest = StabilityMargins()
-        self._marks: list[tuple[float, str]] = []
-        self._region: plot.Region | None = None
-
-    def add(self, step: int, record: Mapping[str, float]) -> None:
-        """Take one record, if it has both quantities (with a preconditioner those that it is in), or
-        is a decision.
-        """
-        if self._left and "decision" in record:
-            self._mark(step, record)
-        sharpness = record.get("preconditioned_sharpness", record.get("sharpness"))
-        non_uniformity = record.get("non_uniformity")
-        if not self._left or sharpness is None or non_uniformity is None:
-            return
-        if not (math.isfinite(sharpness) and math.isfinite(non_uniformity)):
-            return
-        self._newest = StabilityMargins(
-            step=step, sharpness=sharpness, non_uniformity=non_uniformity
-        )
-        self._region = _region(record)
-        if self._count % self._stride == 0:
-            self._points.append(self._newest)
-        self._count += 1
-        if len(self._points) > _POINTS_SHOWN:
-            self._points, self._stride = self._points[::2], 2 * self._stride
-
-    def _mark(self, step: int, record: Mapping[str, float]) -> None:
-        for name, new in record.items():
-            old = record.get(name.removesuffix("_to") + "_from")
-            if not name.endswith("_to") or old is None or old == new:
-                continue
-            label = f"{name.removesuffix('_to').replace('_', ' ')} {'up' if new > old else 'down'}"
-            # A staircase is marked where it begins: its steps would hide the trajectory.
-            if not self._marks or self._marks[-1][1] != label:
-                self._marks.append((step, label))
-
-    @property
-    def due(self) -> bool:
-        """Whether the diagram should be drawn now."""
-        return self._left > 1 and self._count > self._drawn and self._count in self._schedule
-
-    def finish(self, writer: Any) -> None:
-        """Draw the last one, if it is left and would show something new."""
-        if self._left and self._count > self._drawn:
-            self._left = 1
-            self.draw(writer)
-
-    def draw(self, writer: Any) -> None:
-        self._left -= 1
-        self._drawn = self._count
-        points = self._points if self._points[-1] is self._newest else [*self._points, self._newest]
-        figure = plot.diagram(self._region, points, marks=self._marks)
-        step = self._newest.step
-        writer.add_image("stability/diagram", plot.to_rgb(figure), step, dataformats="HWC")
-
-
-def _region(record: Mapping[str, float]) -> plot.Region | None:
-    """Return the region that ``record`` speaks of: exact for plain SGD, else the box, or none.
-
-    >>> _region({"sharpness_limit": 38.0, "non_uniformity_limit": 9.0, "lr": 0.1, "batch_size": 4})
-    (38.0, 9.0)
-    """
-    a = record.get("preconditioned_sharpness_limit", record.get("sharpness_limit", math.inf))
-    s = record.get("non_uniformity_limit", math.inf)
-    if not (a > 0 and s > 0):
-        return None
-    lr, batch_size, size = (record.get(name) for name in ("lr", "batch_size", "dataset_size"))
-    if lr is not None and batch_size is not None and (size is None or batch_size <= size):
-        rule = UpdateRule(lr=lr)
-        region = StabilityRegion(rule, int(batch_size), None if size is None else int(size))
-        # A record does not name the rule; its limits do, if they are those of plain SGD.
-        if math.isclose(region.max_sharpness, a) and math.isclose(region.max_non_uniformity, s):
-            return region
-    return (a, s)

@@ -1,4 +1,4 @@
-"""Records in a run of Weights & Biases, beside what training logs there."""
+"""`WandbSink`: logs each record to a run of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["WandbSink"]
 class WandbSink:
     """Logs each record to a run of Weights & Biases, as ``stability/<name>``.
 
-    The charts' axis is ``stability/step``, the optimizer step of the measurement, whatever the run
-    counts as its own steps: records are logged without a step, and one record, with its notes, between
-    two calls of ``run.log`` with ``step=`` makes wandb drop nothing of training's. Of several monitors,
-    give each a run, or log without ``step=``. Numbers that are not finite, such as
-    limits that do not exist, are left out.
+    The charts' axis is ``stability/step``, the optimizer step of the measurement, independent of the
+    run's own steps. Records are logged without a step: wandb then drops no row that training logs with
+    ``step=``, as long as there is one record, with its notes, between two such calls. With several
+    monitors, give each a run of its own, or log without ``step=``. Numbers that are not finite, such
+    as limits that do not exist, are left out.
 
     Args:
         run: what ``wandb.init`` returned; by default the run that is active at the first record.
 
     Raises:
-        TypeError: for a run that is none.
+        TypeError: for anything else.
         ImportError: at the first record, without a run and without wandb.
         RuntimeError: at the first record, without a run and where none is active.
 
@@ -44,8 +44,8 @@ class WandbSink:
         self._log(step, {name: value for name, value in record.items() if math.isfinite(value)})
 
     def note(self, step: int, text: str) -> None:
-        """Log ``text``, what was decided at ``step`` and why, as ``stability/note``."""
-        # Into the row that is written next, or wandb would count another step.
+        """Log ``text``, a decision at ``step`` and its reason, as ``stability/note``."""
+        # Part of the next row: otherwise wandb would count another step.
         self._log(step, {"note": text}, commit=False)
 
     def _log(self, step: int, values: Mapping[str, Any], **how: Any) -> None:

@@ -440,12 +440,12 @@ def test_weights_loaded_after_fit_leave_its_history(tmp_path: Path) -> None:
 
 
 def test_state_of_fewer_layers_does_not_end_the_run(tmp_path: Path) -> None:
-    """Catches a resumed run that stops because layers have thawed since: only searches begin anew."""
+    """Catches a resumed run that stops because layers have thawed since: only searches start at random."""
     callback = StabilityCallback(probe_set(), every=2)
     fitted(tmp_path, [callback], epochs=1)
     assert callback.monitor is not None
     state = callback.monitor.state_dict()
     state["starts"] = {name: start[..., :-1] for name, start in state["starts"].items()}
-    with pytest.warns(RuntimeWarning, match="begin anew"):
+    with pytest.warns(RuntimeWarning, match="start at random"):
         callback._restore(callback.monitor, state)
     assert len(callback.history) == len(state["history"])
