@@ -88,7 +88,8 @@ def diagram(
     [0.0, 27.5]
     """
     regions = _by_label(region)
-    steps, path, unit = _path(points)
+    items = list(points)
+    steps, path, unit = _path(items)
     axes: Any = _new_axes() if ax is None else ax
     figure: Figure = axes.get_figure()
 
@@ -108,7 +109,8 @@ def diagram(
     if len(path):
         _draw_path(axes, steps, path, unit)
         _draw_marks(axes, steps, path, marks)
-    axes.set_xlabel(SHARPNESS)
+    own = any(isinstance(p, StabilityMargins) and p.preconditioned_sharpness for p in items)
+    axes.set_xlabel(PRECONDITIONED if own else SHARPNESS)
     axes.set_ylabel(NON_UNIFORMITY)
     if title is not None:
         axes.set_title(title)

@@ -144,15 +144,15 @@ class TensorBoardSink:
         Raises:
             ValueError: if two names of the record have the same tag.
         """
-        step = int(step)
         known = {name: record[name] for name in _OF_THE_DIAGRAM if name in record}
+        margins = StabilityMargins.from_dict({"step": int(step), **known, "measurements": {}})
         sharpness = record.get("sharpness_limit", math.inf)
         box = (
             record.get("preconditioned_sharpness_limit", sharpness),
             record.get("non_uniformity_limit", math.inf),
         )
         region = box if all(limit > 0 for limit in box) else None
-        self._write(step, record, StabilityMargins(step=step, **known), region)
+        self._write(margins.step, record, margins, region)
 
     def note(self, step: int, text: str) -> None:
         """Write ``text``, a decision at ``step`` and its reason."""

@@ -440,7 +440,7 @@ def test_weights_loaded_after_fit_leave_its_history(tmp_path: Path) -> None:
 
 
 def test_state_of_fewer_layers_does_not_end_the_run(tmp_path: Path) -> None:
-    """Catches a resumed run that stops because layers have thawed since: only searches start at random."""
+    """Catches a resumed run that stops because layers thawed: only searches start at random."""
     callback = StabilityCallback(probe_set(), every=2)
     fitted(tmp_path, [callback], epochs=1)
     assert callback.monitor is not None

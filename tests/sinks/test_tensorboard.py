@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import stableopt
-from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink
+from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink, UpdateRule, plot
+from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
+from stableopt.stability.measurement import QuantityResult
 
 LAYOUT_TAG = "custom_scalars__config__"
 
@@ -241,18 +244,89 @@ def test_diagrams_are_pictures(tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (3, 540, 420)
 
 
-def test_plain_sgd_is_recognised_by_its_limits() -> None:
-    """Catches the half-ellipse of plain SGD drawn for a rule with momentum."""
-    from stableopt.sinks.tensorboard import _region
+@pytest.mark.parametrize(
+    ("margins", "box"),
+    [
+        (sgd(1), (20.0, 20.0)),
+        (sgd(1, sharpness_limit=38.0), (38.0, 20.0)),
+        (gd(1), (20.0, math.inf)),
+        (adam(1), (380.0, 20.0)),
+        (sgd(1, sharpness_limit=-1.0), None),
+    ],
+    ids=["sgd", "momentum", "gd", "adam", "without"],
+)
+def test_a_record_alone_shows_its_limits(tmp_path: Path, margins: Any, box: Any) -> None:
+    """Catches an update rule guessed from numbers: a record has limits, and nothing more is known."""
+    sink = TensorBoardSink(tmp_path)
+    sink(margins.step, margins.record())
+    assert sink._diagrams._region == box
+    sink.close()
 
-    region = _region(sgd(1).record())
-    assert isinstance(region, StabilityRegion)
-    assert (region.max_sharpness, region.max_non_uniformity) == (20.0, 20.0)
-    assert _region(sgd(1, sharpness_limit=38.0).record()) == (38.0, 20.0)
-    assert isinstance(_region(gd(1).record()), StabilityRegion)
-    assert _region({"sharpness_limit": 20.0}) == (20.0, math.inf)
-    assert _region({"sharpness_limit": -1.0}) is None
-    assert _region(adam(1).record()) == (380.0, 20.0)
+
+OPTIMIZERS: dict[str, Any] = {
+    "plain SGD": partial(torch.optim.SGD, lr=0.1),
+    "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Nesterov": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "AdamW": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.2),
+    "GD": partial(stableopt.GD, lr=0.1),
+    "strong decay": partial(torch.optim.SGD, lr=0.1, weight_decay=30.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_boundary_is_that_of_the_optimizers_own_rule(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the half-ellipse of plain SGD, or a bare box, drawn for another rule.
+
+    What matplotlib is given to draw is compared with :class:`StabilityRegion` of the rule.
+    """
+    figures: list[Any] = []
+    to_rgb = plot.to_rgb
+    monkeypatch.setattr(plot, "to_rgb", lambda figure: to_rgb(figures.append(figure) or figure))
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(2, 1), (torch.randn(8, 2), torch.randn(8, 1))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    sink = TensorBoardSink(tmp_path)
+    monitor = stableopt.StabilityMonitor(
+        optimizer,
+        model,
+        nn.MSELoss(),
+        (x, y),
+        every=1,
+        batch_size=4,
+        quantities=("sharpness", "non_uniformity"),
+        sinks=[sink],
+    )
+    nn.MSELoss()(model(x), y).backward()
+    optimizer.step()
+    sink.close()
+
+    rule, margins = UpdateRule.from_optimizer(optimizer), monitor.margins
+    full_batch = name == "GD"
+    assert margins is not None
+    region = StabilityRegion(rule, 8 if full_batch else 4, 8)
+    (axes,) = (ax for figure in figures for ax in figure.axes if ax.get_xlabel())
+    (filled,) = axes.collections[:1]
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    own = "preconditioned " if name == "AdamW" else ""
+    assert axes.get_xlabel().startswith(f"{own}sharpness")
+    right, top = region.max_sharpness, region.max_non_uniformity
+    limits = [margins.preconditioned_sharpness_limit, margins.sharpness_limit]
+    assert next(limit for limit in limits if limit is not None) == right
+    assert margins.non_uniformity_limit == top
+    if full_batch:
+        assert lines["limits"].tolist() == [[right, 0], [right, axes.get_ylim()[1]]]
+        return
+    assert lines["limits"].tolist() == [[right, 0], [right, top], [region.min_sharpness, top]]
+    outline = filled.get_paths()[0].vertices
+    boundary = region.boundary(kind="exact")
+    # The polygon goes along the boundary, and back along the axis.
+    drawn = outline[(outline[:, 1] > 0) & (outline[:, 0] > boundary[0, 0])]
+    inner = boundary[(boundary[:, 1] > 0) & (boundary[:, 0] > boundary[0, 0])]
+    assert {*map(tuple, drawn)} == {*map(tuple, inner)}
+    ellipse = StabilityRegion(UpdateRule(lr=rule.lr), 4, 8).boundary(kind="exact")
+    assert (name == "plain SGD") == (boundary.tolist() == ellipse.tolist())
 
 
 def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
@@ -384,3 +458,21 @@ else:
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_registered_chart_is_in_the_layout(tmp_path: Path) -> None:
+    """Catches a list of charts written down in the sink: a quantity is one entry in the registry."""
+    chart = Chart("trace", "tr H", tag="trace", band=0.1)
+    register(Quantity("trace_of_hessian", lambda at: QuantityResult(), chart=chart))
+    try:
+        margins = StabilityMargins(step=1, trace_of_hessian=3.0, trace_of_hessian_limit=4.0)
+        events = write(tmp_path, [margins], max_diagrams=0)
+    finally:
+        del QUANTITIES["trace_of_hessian"]
+    tags = series_of(events)
+    assert [*tags][:2] == ["trace and its limit", "trace / limit"]  # shown last
+    shown = {title: [events.Scalars(tag)[0].value for tag in tags[title]] for title in [*tags][:2]}
+    # float32 has seven digits.
+    assert shown["trace / limit"] == pytest.approx([0.75, 0.9, 1.1], rel=1e-6)
+    assert shown["trace and its limit"] == pytest.approx([3.0, 3.6, 4.4], rel=1e-6)
+    assert all(len(tag) <= 25 for tag in events.Tags()["scalars"])
