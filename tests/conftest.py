@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 from oracles import small_data, small_network
 from torch import Tensor, nn
 
@@ -33,3 +35,10 @@ def data() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def problem(network: nn.Module, data: tuple[Tensor, Tensor]) -> Problem:
     return Problem(network, nn.MSELoss(), data)
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

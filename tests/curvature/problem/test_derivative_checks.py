@@ -1,17 +1,16 @@
-"""A missing or wrong second derivative is found, and the module that lacks it is named."""
+"""Checks of derivatives: the module whose second derivative is missing or wrong is named."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 import torch
 from oracles import small_data
 from torch import Tensor, nn
 
-from stableopt.curvature import (
-    GaussNewton,
-    Problem,
-    SecondDerivativeError,
-)
+from stableopt.curvature import GaussNewton, Problem, SecondDerivativeError
+from stableopt.curvature.problem.derivative_checks import check_gradient
 
 
 class OnceOnly(torch.autograd.Function):
@@ -67,3 +66,16 @@ def test_a_backward_with_a_wrong_derivative_is_found_out(dtype: torch.dtype) -> 
     problem = Problem(model.to(dtype), nn.MSELoss(), (x, y))
     with pytest.raises(SecondDerivativeError, match=r"module '1\.1' \(Silent\).* is off by"):
         problem.check_twice()
+
+
+def test_kinks_that_two_steps_agree_on_are_no_wrong_gradient() -> None:
+    """Catches a refusal, as of a ReLU network at the edge of stability, because two differences agree
+    by chance: here the slope is 1 at the point, and 0.95 on the average over either of them.
+    """
+
+    def kinked(point: Sequence[Tensor]) -> Tensor:
+        away = point[0].sum() - 1
+        near, far = away.clamp(-5e-5, 5e-5), away.clamp(-1e-4, 1e-4)
+        return 1 + near + 0.9 * (far - near) + 0.95 * (away - far)
+
+    assert check_gradient(kinked, [torch.ones(1, dtype=torch.float64)])

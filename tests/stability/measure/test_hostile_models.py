@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile_models import MEASURED, MSE, REFUSED, Autocast, Checkpointed, Setting, mlp, pair
+from hostile_models import MEASURED, MSE, REFUSED, Checkpointed, Setting, mlp, pair
 from torch import Tensor, nn
 
 import stableopt
@@ -24,11 +24,7 @@ STEP = 1e-5
 """Of the reference's central differences, off by some STEP^2 and 1e-16 / STEP in double precision."""
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_by_default")
 
 
 def built(name: str) -> Setting:
@@ -237,44 +233,6 @@ def test_nothing_is_left_behind(name: str) -> None:
         strict=True,
     ):
         assert same(left, right), what
-
-
-# -- precision -----------------------------------------------------------------------------------
-
-
-def sharpness(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> float:
-    margins = stableopt.measure(model, MSE, data, quantities=("sharpness",), tol=1e-5, **options)
-    assert margins.sharpness is not None
-    return margins.sharpness
-
-
-def test_autocast_is_a_choice() -> None:
-    """Catches bfloat16 in a measurement by default, and a ``dtype=`` that is ignored.
-
-    bfloat16 rounds to 4e-3, so the two differ by more than single precision does, and by less than a
-    tenth.
-    """
-    torch.manual_seed(0)
-    model = Autocast().float()
-    data = tuple(t.float() for t in pair(20))
-    plain = sharpness(model.inner, data)
-    assert sharpness(model, data) == pytest.approx(plain, rel=1e-6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert sharpness(model, data) == pytest.approx(plain, rel=1e-6)
-    chosen = sharpness(model.inner, data, dtype=torch.bfloat16)
-    assert 1e-4 < abs(chosen / plain - 1) < 0.1
-    assert sharpness(model, data, dtype=torch.bfloat16) == pytest.approx(chosen, rel=1e-6)
-    problem = Problem(model, MSE, data, dtype=torch.bfloat16)
-    assert problem.method == "double backward, under autocast to bfloat16"
-
-
-def test_a_dtype_that_is_none_is_refused() -> None:
-    """Catches whole numbers, and half precision that parameters are not to be cast to."""
-    model, data = mlp(), pair()
-    with pytest.raises(ValueError, match=r"dtype=torch.int64: expected torch.float32"):
-        Problem(model, MSE, data, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"'0.weight' has dtype torch.bfloat16"):
-        Problem(model.bfloat16(), MSE, data, dtype=torch.bfloat16)
 
 
 # -- threads -------------------------------------------------------------------------------------
