@@ -1,113 +1,167 @@
-"""What the subcommands do."""
+"""`main`: the subcommands ``list``, ``run``, ``status``, ``figures``, ``report`` and ``perf``."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tyro.conf import Positional, UseAppendAction, arg
 
 from benchmarks.experiments import NAMES, experiment
 from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
-from benchmarks.framework.settings import parsed, parsed_value
+from benchmarks.framework.settings import configured
+from benchmarks.framework.terminal import show
 from benchmarks.perf import PARTS
 from benchmarks.report import report as written_report
-from benchmarks.runner import Job, Place, Store, run_all
+from benchmarks.runner import Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
 from benchmarks.runner.estimate import estimate, readable
-from benchmarks.runner.job import in_order
-from benchmarks.runner.schedule import shard
-from benchmarks.runner.store import read_json, write_json
-from benchmarks.runner.workers import executor
+from benchmarks.runner.files import read_json, write_json
+from benchmarks.runner.schedule import shard as jobs_of_shard
+from benchmarks.runner.workers import executor as made_executor
 
-__all__ = ["figures", "list_all", "perf", "report", "run", "status"]
+__all__ = ["main"]
 
+RUNS = Path("runs")
+RESULTS = Path(__file__).parent / "results"
 ENSEMBLE_ON_CUDA = 16
 
+app = tyro.extras.SubcommandApp()
 
-def list_all(options: argparse.Namespace, console: Console) -> int:
-    """Name experiments and timings."""
+Names = Annotated[Positional[tuple[str, ...]], arg(metavar="NAME")]
+Set = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="KEY=VALUE,…")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    try:
+        code: int = app.cli(
+            prog="python -m benchmarks", description=__doc__, args=arguments, config=()
+        )
+    except ValueError as error:
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+@app.command(name="list")
+def list_all() -> int:
+    """List the experiments and the timings."""
     for name in NAMES:
-        module = importlib.import_module(f"benchmarks.experiments.{name.replace('-', '_')}")
-        print(f"{name:<16}{(module.__doc__ or '').splitlines()[0]}")
+        print(f"{name:<16}{experiment(name).about()[0]}")
     for name, path in PARTS.items():
         print(f"perf {name:<11}{(importlib.import_module(path).__doc__ or '').splitlines()[0]}")
     return 0
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
-    """Run experiments; what is done already is not done again."""
-    names = NAMES if "all" in options.names else options.names
-    chosen = [_configured(name, options) for name in names]
-    store = Store(options.out)
-    device = options.device or "cpu"
-    make_executor = executor(options.executor, options.workers)
-    # Each worker gets its share of the threads that torch would take: a core's each, or what
-    # OMP_NUM_THREADS says. More threads than cores stand in each other's way.
-    threads = max(1, torch.get_num_threads() // options.workers)
-    place = Place(device, options.data_dir, threads if options.executor == "processes" else None)
+@app.command
+def run(
+    names: Names,
+    preset: Literal[PRESETS] = "small",  # type: ignore[valid-type]
+    seeds: str | None = None,
+    data: str | None = None,
+    set: Set = (),
+    workers: Annotated[int, arg(aliases=["-j"])] = 1,
+    executor: str = "processes",
+    shard: str | None = None,
+    ensemble: int = 0,
+    retry: bool = False,
+    dry_run: bool = False,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    out: Path = RUNS,
+) -> int:
+    """Run experiments, or continue them: jobs that are done are kept.
+
+    Args:
+        names: of experiments, or ``all``.
+        preset: smoke takes seconds, small minutes; paper has the paper's sizes.
+        seeds: as in 0,1,2: instead of the preset's.
+        data: digits, which are embedded; fashion-mnist, cifar10-2 or cifar10.
+        set: any other setting, several values with commas; may be repeated.
+        workers: jobs at a time.
+        executor: or dask:ADDRESS, slurm:FOLDER.
+        shard: as in 1/4: the first of four parts of the jobs.
+        ensemble: how many runs of the same shapes to train as one.
+        retry: run failed jobs again.
+        dry_run: list the jobs and start nothing.
+        device: cpu or cuda.
+        data_dir: where the data are, or are downloaded to.
+        out: folder for everything.
+    """
+    if not names:
+        raise ValueError(f"run: expected NAME, one or more of {', '.join(NAMES)}, or all")
+    console, store = Console(), Store(out)
+    several = "all" in names
+    settings = [*set, *([f"seeds={seeds}"] if seeds else [])]
+    chosen = [
+        _configured(name, preset, data, settings, any_data=several)
+        for name in (NAMES if several else names)
+    ]
+    make_executor = made_executor(executor, workers)
+    local = executor == "processes"
+    place = Place(device, data_dir, max(1, torch.get_num_threads() // workers) if local else None)
     failed = 0
     for one in chosen:
-        jobs = one.jobs()
-        if options.shard:
-            jobs = shard(jobs, *_shard(options.shard))
+        jobs = jobs_of_shard(one.jobs(), *_shard(shard)) if shard else one.jobs()
         everything = in_order(jobs)
         left = [job for job in everything if not store.done(job)]
-        time_left = readable(estimate(everything, store, options.workers, device))
+        time_left = readable(estimate(everything, store, workers, device))
         console.print(
-            f"[bold]{one.name}[/bold] ({one.shows}), {options.preset} preset, {one.data}:"
-            f" {len(everything)} jobs, {len(left)} to do: {time_left} or so",
+            f"[bold]{one.name}[/bold] ({one.shows}), {preset} preset, {one.data}:"
+            f" {len(everything)} jobs, {len(left)} to do ({time_left})",
             highlight=False,
         )
-        if options.dry_run:
+        if dry_run:
             for job in left:
                 console.print(f"  {job.id}  {job.config}", highlight=False, soft_wrap=True)
             continue
-        _remember(one, options.preset, store)
-        members = options.ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1)
-        foretell = partial(one.foretell, store=store)
-        with Bars(everything, store, console, foretell, device) as bars:
+        _remember(one, preset, store)
+        with Bars(everything, store, console, partial(one.headline, store=store), device) as bars:
             summary = run_all(
                 jobs,
                 store,
                 place,
                 make_executor=make_executor,
-                in_flight=options.workers if options.executor == "processes" else None,
-                members=members,
-                retry=options.retry,
+                in_flight=workers if local else None,
+                members=ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1),
+                retry=retry,
                 watch=bars,
             )
         failed += len(summary.failed) + len(summary.blocked)
-        one.show(console, one.tables(store))
+        show(console, one, one.tables(store))
         if summary.failed:
             console.print(
                 f"[red]{len(summary.failed)} failed[/red], {len(summary.blocked)} wait for these;"
                 f" --retry runs them again. The errors are in {store.jobs}/ID.part/failed.json",
                 highlight=False,
             )
-        files = publish(one, options.preset, store, options.out)
+        files = publish(one, preset, store, out)
         console.print(
             f"Tables and figures in {files[-1].parent}\n", highlight=False, soft_wrap=True
         )
     return 1 if failed else 0
 
 
-def _configured(name: str, options: argparse.Namespace) -> Experiment:
+def _configured(
+    name: str, preset: str, data: str | None, settings: list[str], *, any_data: bool
+) -> Experiment:
     kind = experiment(name)
-    settings = parsed(kind, options.set)
-    if options.seeds:
-        settings["seeds"] = parsed_value(kind, "seeds", options.seeds)
-    data = options.data if options.data in (None, *kind.datasets) else None
-    if options.data != data and "all" not in options.names:
-        raise ValueError(f"{name}: --data {options.data}, expected {' or '.join(kind.datasets)}")
-    return kind.preset(options.preset, data, **settings)
+    if data not in (None, *kind.datasets):
+        if not any_data:
+            raise ValueError(f"{name}: --data {data}, expected {' or '.join(kind.datasets)}")
+        data = None
+    return configured(kind.preset(preset, data), settings)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -127,25 +181,27 @@ def _remember(one: Experiment, preset: str, store: Store) -> None:
 def _remembered(root: Path) -> Iterator[tuple[str, Experiment]]:
     sweeps = [read_json(path) for path in (root / "sweeps").glob("*.json")]
     for sweep in sorted(sweeps, key=lambda s: (NAMES.index(s["experiment"]), s["preset"])):
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in sweep["settings"].items()}
-        yield sweep["preset"], experiment(sweep["experiment"])(**settings)
+        yield sweep["preset"], experiment(sweep["experiment"]).from_json(sweep["settings"])
 
 
-def status(options: argparse.Namespace, console: Console) -> int:
-    """Say of each sweep what is done."""
-    store = Store(options.out)
-    table = Table(title=f"Sweeps in {options.out}")
+@app.command
+def status(out: Path = RUNS) -> int:
+    """Print for each sweep what is done, runs and has failed.
+
+    Args:
+        out: folder of the runs.
+    """
+    console, store = Console(), Store(out)
+    table = Table(title=f"Sweeps in {out}")
     for heading in ("experiment", "preset", "data", "jobs", "done", "running", "failed", "left"):
-        table.add_column(heading)
+        table.add_column(heading, min_width=len(heading))
     errors = []
-    for preset, one in _remembered(options.out):
+    for preset, one in _remembered(out):
         jobs = in_order(one.jobs())
-        done = [job for job in jobs if store.done(job)]
-        failures = {job.id: store.failure(job) for job in jobs if not store.done(job)}
-        failed = {name: failure for name, failure in failures.items() if failure}
-        running = [job for job in jobs if job.id in failures and _runs(job, store)]
-        left = len(jobs) - len(done) - len(failed)
-        counts = (len(jobs), len(done), len(running), len(failed), left)
+        left = [job for job in jobs if not store.done(job)]
+        failed = {job.id: failure for job in left if (failure := store.failure(job))}
+        running = sum(map(store.running, left))
+        counts = (len(jobs), len(jobs) - len(left), running, len(failed), len(left) - len(failed))
         table.add_row(one.name, preset, one.data, *map(str, counts))
         errors += [f"{name}: {escape(failure['error'])}" for name, failure in failed.items()]
     console.print(table)
@@ -154,49 +210,68 @@ def status(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _runs(job: Job, store: Store) -> bool:
-    if not store.part(job).exists():
-        return False
-    lock = store.lock(job)
-    try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
-        return True
-    lock.release()
-    return False
+@app.command
+def figures(names: Names = (), into: Path | None = None, out: Path = RUNS) -> int:
+    """Write the tables and pictures of what is done; trains nothing.
 
-
-def figures(options: argparse.Namespace, console: Console) -> int:
-    """Write tables and pictures of what there is."""
-    known = list(_remembered(options.out))
-    chosen = [(p, one) for p, one in known if not options.names or one.name in options.names]
+    Args:
+        names: of experiments; all by default.
+        into: folder to write to; by default that of the runs.
+        out: folder of the runs.
+    """
+    chosen = [(p, one) for p, one in _remembered(out) if not names or one.name in names]
     if not chosen:
-        raise ValueError(f"figures: nothing was run in {options.out}")
+        raise ValueError(f"figures: nothing was run in {out}")
     for preset, one in chosen:
-        files = publish(one, preset, Store(options.out), options.into or options.out)
-        console.print(f"{one.name}: {len(files)} files in {files[-1].parent}", soft_wrap=True)
+        files = publish(one, preset, Store(out), into or out)
+        Console().print(f"{one.name}: {len(files)} files in {files[-1].parent}", soft_wrap=True)
     return 0
 
 
-def report(options: argparse.Namespace, console: Console) -> int:
-    """Write the report."""
-    if not any((options.results / preset).is_dir() for preset in PRESETS):
-        raise ValueError(f"report: {options.results} is empty: 'figures --into' fills it")
-    path = options.to or options.results.parent / "REPORT.md"
-    path.write_text(written_report(options.results, options.results.name))
-    console.print(f"Written: {path}", soft_wrap=True)
+@app.command
+def report(results: Path = RESULTS, to: Path | None = None) -> int:
+    """Write the report: what is printed, and what came out.
+
+    Args:
+        results: what ``figures`` wrote.
+        to: file; by default REPORT.md beside the results.
+    """
+    if not any((results / preset).is_dir() for preset in PRESETS):
+        raise ValueError(f"report: {results} is empty: 'figures --into' fills it")
+    path = to or results.parent / "REPORT.md"
+    path.write_text(written_report(results, results.name))
+    Console().print(f"Written: {path}", soft_wrap=True)
     return 0
 
 
-def perf(options: argparse.Namespace, console: Console) -> int:
-    """Time things side by side."""
-    unknown = set(options.parts) - set(PARTS)
+@app.command
+def perf(
+    parts: Annotated[Positional[tuple[str, ...]], arg(metavar="PART")] = (),
+    data: str | None = None,
+    data_dir: Path | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    set: Set = (),
+    out: Path | None = None,
+) -> int:
+    """Time this library and others, side by side.
+
+    Args:
+        parts: of the timings; all by default.
+        data: digits, fashion-mnist, cifar10-2 or cifar10.
+        data_dir: where the data are, or are downloaded to.
+        device: cpu or cuda.
+        seed: of networks and data.
+        set: any other setting, several values with commas; may be repeated.
+        out: folder for numbers and figures.
+    """
+    unknown = {*parts} - {*PARTS}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
-    modules = [importlib.import_module(PARTS[name]) for name in options.parts or PARTS]
-    named = {key: getattr(options, key) for key in ("data", "data_dir", "out", "seed", "device")}
-    given = {key: value for key, value in named.items() if value is not None}
-    configs = [module.Config(**given, **parsed(module.Config, options.set)) for module in modules]
+    named = {"data": data, "data_dir": data_dir, "device": device, "seed": seed, "out": out}
+    given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    modules = [importlib.import_module(PARTS[name]) for name in parts or PARTS]
+    configs = [configured(module.Config(**given), set) for module in modules]
     for module, config in zip(modules, configs, strict=True):
         module.run(config)
     return 0

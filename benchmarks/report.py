@@ -1,4 +1,4 @@
-"""``REPORT.md``: what the paper prints, what came out here, and what was not run."""
+"""`report`: REPORT.md, with what the paper prints, what came out here, and what was not run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments import NAMES, experiment
-from benchmarks.framework.experiment import PRESETS, Claim
+from benchmarks.framework.claims import Claim
+from benchmarks.framework.experiment import PRESETS
 from benchmarks.framework.publish import claims_in
 from benchmarks.runner.estimate import readable
 
@@ -34,7 +35,7 @@ def report(results: Path, shown: str) -> str:
 
 
 def _published(results: Path, name: str) -> Iterator[tuple[str, str, Path]]:
-    for preset in PRESETS[1:]:  # that it runs is no result
+    for preset in PRESETS[1:]:  # a smoke run is no result
         for data in experiment(name).datasets:
             folder = results / preset / data / name
             if (folder / "about.json").exists():
@@ -71,13 +72,13 @@ def _parts(results: Path) -> Iterator[str]:
             continue
         yield f"## {name}"
         yield ""
-        yield f"{experiment(name).shows}. {_first_paragraph(name)}"
+        yield f"{experiment(name).shows}. {experiment(name).about()[1]}"
         yield ""
         for preset, data, folder in runs:
             about = json.loads((folder / "about.json").read_text())
             yield f"### {preset}, {data}"
             yield ""
-            yield _told(about)
+            yield _run(about)
             yield ""
             yield from _table(claims_in(folder))
             for picture in sorted(folder.glob("*.png")):
@@ -86,15 +87,7 @@ def _parts(results: Path) -> Iterator[str]:
                 yield ""
 
 
-def _first_paragraph(name: str) -> str:
-    import importlib
-
-    text = importlib.import_module(f"benchmarks.experiments.{name.replace('-', '_')}").__doc__ or ""
-    paragraphs = text.strip().split("\n\n")
-    return " ".join(paragraphs[min(1, len(paragraphs) - 1)].split())
-
-
-def _told(about: dict[str, Any]) -> str:
+def _run(about: dict[str, Any]) -> str:
     machine = f"{' and '.join(map(str, about['device']))}, torch {' and '.join(about['torch'])}"
     left = about["jobs"] - about["done"] - about["failed"]
     lost = "".join(
@@ -112,11 +105,12 @@ def _told(about: dict[str, Any]) -> str:
 def _table(claims: list[Claim] | Any) -> Iterator[str]:
     if not claims:
         return
-    yield "| | printed or predicted | here | tolerance | reproduced | |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| | printed | theory | here | tolerance | reproduced | |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for claim in claims:
         said = "yes" if claim.reproduced else "**no**"
-        cells = (claim.what, claim.printed, claim.ours, claim.tolerance, said, claim.why)
+        texts = (claim.what, claim.printed, claim.theory, claim.ours, claim.tolerance)
+        cells = (*texts, said, claim.why)
         plain = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
         yield "| " + " | ".join(plain) + " |"
     yield ""

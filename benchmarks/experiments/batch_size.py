@@ -6,18 +6,18 @@ below the bound √B/η on the non-uniformity; gradient descent is held by 2/η 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import mean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
-from benchmarks.framework.plotting import plain_log
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, at_most, increasing
+from benchmarks.framework.experiment import Case, Experiment, Tables
+from benchmarks.framework.plotting import finish, limit, panels, points
+from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
-from benchmarks.training.minimum import Solution, grid, row
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "BatchSize"]
@@ -29,7 +29,7 @@ class BatchSize(Experiment):
 
     Attributes:
         lr: learning rate of SGD and GD.
-        batch_sizes: of SGD; GD is always run beside them.
+        batch_sizes: of SGD; GD always runs too.
         n: training images.
         target_loss: at which training stops.
         max_steps: at which it stops in any case.
@@ -40,13 +40,8 @@ class BatchSize(Experiment):
     datasets = ("digits", "fashion-mnist", "cifar10-2")
     columns: ClassVar = {
         "batch-size": (
-            "lr",
-            "batch_size",
-            "seed",
-            "steps",
-            "sharpness",
-            "non_uniformity",
-            "non_uniformity_limit",
+            *("lr", "batch_size", "seed", "steps"),
+            *("sharpness", "non_uniformity", "non_uniformity_limit"),
         )
     }
     presets: ClassVar = {
@@ -65,89 +60,48 @@ class BatchSize(Experiment):
     target_loss: float = 1e-3
     max_steps: int = 1_000_000
 
-    def _solutions(self) -> list[Solution]:
-        return grid(
-            Dataset(self.data, self.n),
-            lrs=(self.lr,),
-            seeds=self.seeds,
-            batch_sizes=(*self.batch_sizes, None),
-            target_loss=self.target_loss,
-            max_steps=self.max_steps,
-        )
-
-    def jobs(self) -> list[Job]:
+    def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each batch size and seed."""
-        return list(self._solutions())
+        sizes = (*self.batch_sizes, None)
+        data = Dataset(self.data, self.n)
+        return {"batch-size": minima(self, data, lrs=(self.lr,), batch_sizes=sizes)}
 
-    def tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``batch-size``."""
-        return {"batch-size": [row(job, store) for job in filter(store.done, self._solutions())]}
-
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
         """Return sharpness and non-uniformity against batch size, with their bounds."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        sharpness, non_uniformity = figure.subplots(1, 2)
-        known = [r for r in rows if r["sharpness"] is not None]
-        sizes = [r["batch_size"] or self.n for r in known]
-        sharpness.plot(sizes, [r["sharpness"] for r in known], "o")
-        sharpness.axhline(2 / self.lr, color="black", linestyle="--", linewidth=1, label="2/η")
-        sharpness.set(ylabel="sharpness a", ylim=(0, None))
-        non_uniformity.plot(sizes, [r["non_uniformity"] for r in known], "o")
-        bounds = sorted(
-            {(r["batch_size"], r["non_uniformity_limit"]) for r in rows if r["batch_size"]}
-        )
-        non_uniformity.plot(
-            *zip(*bounds, strict=True), "k--", linewidth=1, label="√B/η, at finite n"
-        )
-        non_uniformity.set(ylabel="non-uniformity s", yscale="log")
-        plain_log(non_uniformity.yaxis)
-        for axes in (sharpness, non_uniformity):
-            axes.set(xscale="log", xlabel=f"batch size B (GD at {self.n:,})")
-            plain_log(axes.xaxis)
-            axes.legend(frameon=False)
-            axes.grid(alpha=0.25)
-        figure.suptitle(f"{self.data}, η = {self.lr:g}")
+        figure, axes = panels(2, width=4.5, height=3.6, title=f"{self.data}, η = {self.lr:g}")
+        sizes = its.batch_size.fillna(self.n)
+        points(axes[0], sizes, its.sharpness)
+        limit(axes[0], y=2 / self.lr, label="2/η")
+        points(axes[1], sizes, its.non_uniformity)
+        bounds: Any = its.dropna(subset=["batch_size", "non_uniformity_limit"])
+        bounds = bounds.drop_duplicates("batch_size").sort_values("batch_size")
+        limit(axes[1], bounds.batch_size, bounds.non_uniformity_limit, "√B/η, at finite n")
+        x = f"batch size B (GD at {self.n:,})"
+        finish(axes[0], x, "sharpness a", log="x", ylim=(0, None))
+        finish(axes[1], x, "non-uniformity s", log="xy")
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return that both fall with B, and that s keeps its bound."""
-        rows = [r for r in tables["batch-size"] if r["sharpness"] is not None]
-        by_size = {
-            size: [r for r in rows if r["batch_size"] == size] for size in (*self.batch_sizes, None)
-        }
-        if not all(by_size.values()):
-            return []
-        claims = []
+        its = tables["batch-size"].dropna(subset="sharpness")
+        by_size: dict[str, Any] = {f"B = {b}": its[its.batch_size == b] for b in self.batch_sizes}
+        by_size["GD"] = its[its.batch_size.isna()]
+        if not all(map(len, by_size.values())):
+            return
         for what, key in (("a, sharpness", "sharpness"), ("b, non-uniformity", "non_uniformity")):
-            means = {size: mean(r[key] for r in of) for size, of in by_size.items()}
-            ordered = list(means.values())
-            claims.append(
-                Claim(
-                    what=f"Figure 5{what} against batch size",
-                    printed="falls as B falls",
-                    ours=", ".join(
-                        f"{'GD' if size is None else f'B = {size}'}: {spread([r[key] for r in of])}"
-                        for size, of in by_size.items()
-                    ),
-                    tolerance="in order, by means of seeds",
-                    reproduced=ordered == sorted(ordered),
-                )
+            yield increasing(
+                f"Figure 5{what} against batch size",
+                {name: list(rows[key]) for name, rows in by_size.items()},
+                printed="falls as B falls",
             )
-        smallest = by_size[min(self.batch_sizes)]
-        bound = smallest[0]["non_uniformity_limit"]
-        values = [r["non_uniformity"] for r in smallest]
-        claims.append(
-            Claim(
-                what=f"Figure 5b, non-uniformity at B = {min(self.batch_sizes)} below √B/η",
-                printed=f"at most {bound:.4g}",
-                ours=spread(values),
-                tolerance="none",
-                reproduced=max(values) <= bound,
-            )
+        smallest = by_size[f"B = {min(self.batch_sizes)}"]
+        yield at_most(
+            f"Figure 5b, non-uniformity at B = {min(self.batch_sizes)}",
+            smallest.non_uniformity,
+            smallest.non_uniformity_limit.iloc[0],
+            "√B/η",
+            form=".3g",
         )
-        return claims
 
 
 EXPERIMENT = BatchSize

@@ -8,16 +8,18 @@ running statistics, where each sample has a Hessian of its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows
-from benchmarks.framework.plotting import plain_log
-from benchmarks.runner import Job, Store
+import numpy as np
+import pandas as pd
+
+from benchmarks.framework.claims import Claim, at_least
+from benchmarks.framework.experiment import Case, Experiment, Tables
+from benchmarks.framework.plotting import coloured, finish, panels, points
+from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
-from benchmarks.training.minimum import Solution, grid, row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,13 +49,8 @@ class Correlation(Experiment):
     datasets = ("digits", "fashion-mnist", "cifar10-2", "cifar10")
     columns: ClassVar = {
         "correlation": (
-            "lr",
-            "batch_size",
-            "seed",
-            "steps",
-            "sharpness",
-            "non_uniformity",
-            "non_uniformity_limit",
+            *("lr", "batch_size", "seed", "steps"),
+            *("sharpness", "non_uniformity", "non_uniformity_limit"),
         )
     }
     presets: ClassVar = {
@@ -89,71 +86,49 @@ class Correlation(Experiment):
     max_steps: int = 1_000_000
     network: str | None = None
 
-    def _solutions(self) -> list[Solution]:
-        return grid(
-            Dataset(self.data, self.n),
-            lrs=self.lrs,
-            seeds=self.seeds,
-            batch_sizes=(*self.batch_sizes, *([None] if self.full_batch else [])),
-            target_loss=self.target_loss,
-            max_steps=self.max_steps,
-            network=self.network,
-        )
-
-    def jobs(self) -> list[Job]:
+    def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each learning rate, batch size and seed."""
-        return list(self._solutions())
+        sizes = (*self.batch_sizes, *([None] if self.full_batch else []))
+        data = Dataset(self.data, self.n)
+        grid = {"lrs": self.lrs, "batch_sizes": sizes}
+        return {"correlation": minima(self, data, **grid, network=self.network)}
 
-    def tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``correlation``."""
-        return {"correlation": [row(job, store) for job in filter(store.done, self._solutions())]}
-
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
         """Return non-uniformity against sharpness, a colour for each batch size."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5, 4), layout="constrained")
-        axes = figure.subplots()
-        known = [r for r in rows if r["non_uniformity"] is not None]
-        sizes = {r["batch_size"] for r in known}
-        for size in sorted(sizes, key=lambda size: size or math.inf):
-            its = [r for r in known if r["batch_size"] == size]
-            axes.plot(
-                [r["sharpness"] for r in its],
-                [r["non_uniformity"] for r in its],
-                "o",
-                label="GD" if size is None else f"B = {size}",
+        figure, (axes,) = panels()
+        names = its.batch_size.map(lambda b: "GD" if pd.isna(b) else f"B = {b}")
+        for label, colour in coloured(names):
+            points(
+                axes,
+                its.sharpness[names == label],
+                its.non_uniformity[names == label],
+                label,
+                colour,
             )
-        axes.set(xscale="log", yscale="log", xlabel="sharpness a", ylabel="non-uniformity s")
-        plain_log(axes.xaxis, axes.yaxis)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.25, which="both")
-        axes.set_title(self.data)
+        finish(axes, "sharpness a", "non-uniformity s", log="xy", title=self.data)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return the correlation of the logarithms with its confidence interval, and the slope."""
         from scipy.stats import linregress, pearsonr
 
-        known = [r for r in tables["correlation"] if r["non_uniformity"] is not None]
+        known = tables["correlation"].dropna(subset="non_uniformity")
         if len(known) < 4:
-            return []
-        a = [math.log(r["sharpness"]) for r in known]
-        s = [math.log(r["non_uniformity"]) for r in known]
+            return
+        a, s = np.log(known.sharpness), np.log(known.non_uniformity)
         found = pearsonr(a, s)
         low, high = found.confidence_interval()
-        slope = linregress(a, s).slope
-        return [
-            Claim(
-                what="Figure 7, non-uniformity against sharpness",
-                printed="roughly proportional",
-                ours=f"correlation of the logarithms {found.statistic:.3f} (95 %: {low:.3f} to"
-                f" {high:.3f}), slope {slope:.2f}, {len(known)} minima",
-                tolerance=f"correlation at least {PROPORTIONAL}",
-                reproduced=bool(found.statistic >= PROPORTIONAL),
-                why="proportional is slope 1",
-            )
-        ]
+        yield at_least(
+            "Figure 7, non-uniformity against sharpness",
+            [float(found.statistic)],
+            PROPORTIONAL,
+            printed="roughly proportional",
+            theory="",
+            ours=f"correlation of the logarithms {found.statistic:.3f} (95 %: {low:.3f} to"
+            f" {high:.3f}), slope {linregress(a, s).slope:.2f}, {len(known)} minima",
+            tolerance=f"correlation at least {PROPORTIONAL}",
+            why="proportional is slope 1",
+        )
 
 
 EXPERIMENT = Correlation

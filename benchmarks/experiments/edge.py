@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Solution
@@ -31,7 +31,7 @@ that of iid batches in the Gauss-Newton form, and training ends at a small loss,
 
 
 @dataclass(frozen=True)
-class Edge(Experiment):
+class Edge(RowExperiment):
     """Sharpness along the way, and where SGD settles.
 
     Attributes:
@@ -133,7 +133,7 @@ class Edge(Experiment):
         """Return gradient descents, and the thresholds where SGD ends."""
         return [*self._descents(), *self._settled()]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``sharpness`` along the way, and ``settled``."""
         along = [
             {
@@ -150,26 +150,26 @@ class Edge(Experiment):
         settled = []
         for job in filter(store.done, self._settled()):
             start, size = job.start, job.batch_sizes[0]
-            threshold = store.result(job)["by_batch_size"][str(size)]
+            threshold = store.result(job).at(size)
             found = store.result(start)
             settled.append(
                 {
                     "lr": start.lr,
                     "batch_size": size,
                     "seed": start.seed,
-                    "outcome": found["outcome"],
-                    "loss": found["loss"],
-                    "sharpness": found["sharpness"],
-                    "non_uniformity": found["non_uniformity"],
-                    "critical_lr": threshold["critical_lr"],
-                    "theorem1": threshold["theorem1"],
-                    "ratio": start.lr / threshold["critical_lr"],
-                    "sharpness_ratio": found["sharpness"] * start.lr / 2,
+                    "outcome": found.outcome,
+                    "loss": found.loss,
+                    "sharpness": found.sharpness,
+                    "non_uniformity": found.non_uniformity,
+                    "critical_lr": threshold.critical_lr,
+                    "theorem1": threshold.theorem1,
+                    "ratio": start.lr / threshold.critical_lr,
+                    "sharpness_ratio": found.sharpness * start.lr / 2,
                 }
             )
         return {"sharpness": along, "settled": settled}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return sharpness against η times steps, and the ratios to the thresholds."""
         from matplotlib.figure import Figure
 
@@ -212,7 +212,7 @@ class Edge(Experiment):
         axes.grid(alpha=0.25)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return that sharpness gets to 2/η, and that SGD settles within its threshold."""
         return [*_rises(tables["sharpness"]), *_settles(tables.get("settled", []))]
 

@@ -5,31 +5,34 @@ Gradient descent trains to a small loss at several learning rates; its minima li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
-from benchmarks.framework.plotting import plain_log
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, at_most, close_to
+from benchmarks.framework.experiment import Case, Experiment, Tables
+from benchmarks.framework.plotting import VERMILION, finish, limit, panels, points
+from benchmarks.framework.tables import Row
+from benchmarks.runner import Store
+from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
-from benchmarks.training.minimum import Solution, grid
+from benchmarks.training.minimum import Minimum
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "GDSharpness"]
 
-PRINTED = {
-    "fashion-mnist": {0.01: 53.5, 0.05: 39.3, 0.1: 19.6, 0.5: 3.9, 1.0: 1.9, 5.0: 0.4},
-    "cifar10-2": {0.01: 198.9, 0.05: 39.8, 0.1: 19.8, 0.5: 3.6},
+PRINTED: Mapping[str, Mapping[float, tuple[float, float | None]]] = {
+    "fashion-mnist": {
+        **{0.01: (53.5, 4.3), 0.05: (39.3, 0.5), 0.1: (19.6, 0.15)},
+        **{0.5: (3.9, None), 1.0: (1.9, None), 5.0: (0.4, None)},
+    },
+    "cifar10-2": {0.01: (198.9, 0.6), 0.05: (39.8, 0.2), 0.1: (19.8, 0.1), 0.5: (3.6, 0.4)},
 }
-SPREADS = {
-    "fashion-mnist": {0.01: 4.3, 0.05: 0.5, 0.1: 0.15},
-    "cifar10-2": {0.01: 0.6, 0.05: 0.2, 0.1: 0.1, 0.5: 0.4},
-}
-"""Behind the ± in Table 2, where there is one."""
+"""Table 2: sharpness by learning rate, and the number behind its ±, if it has one."""
 
 TOLERANCE = 0.05
 
@@ -49,16 +52,7 @@ class GDSharpness(Experiment):
     shows = "Table 2"
     datasets = ("digits", "fashion-mnist", "cifar10-2")
     columns: ClassVar = {
-        "sharpness": (
-            "lr",
-            "seed",
-            "outcome",
-            "steps",
-            "sharpness",
-            "limit",
-            "printed",
-            "test_accuracy",
-        )
+        "sharpness": ("lr", "seed", "outcome", "steps", "sharpness", "limit", "printed")
     }
     presets: ClassVar = {
         ("smoke", ""): {"n": 100, "lrs": (1.0, 4.0, 500.0), "target_loss": 0.02},
@@ -74,94 +68,50 @@ class GDSharpness(Experiment):
     target_loss: float = 1e-4
     max_steps: int = 1_000_000
 
-    def _solutions(self) -> list[Solution]:
-        return grid(
-            Dataset(self.data, self.n),
-            lrs=self.lrs,
-            seeds=self.seeds,
-            target_loss=self.target_loss,
-            max_steps=self.max_steps,
-        )
-
-    def jobs(self) -> list[Job]:
+    def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each rate and seed."""
-        return list(self._solutions())
+        return {"sharpness": minima(self, Dataset(self.data, self.n), lrs=self.lrs)}
 
-    def tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``sharpness``."""
-        rows = []
-        for job in filter(store.done, self._solutions()):
-            found = store.result(job)
-            rows.append(
-                {
-                    "lr": job.lr,
-                    "seed": job.seed,
-                    "outcome": found["outcome"],
-                    "steps": found["steps"],
-                    "loss": found["loss"],
-                    "sharpness": found.get("sharpness"),
-                    "limit": 2 / job.lr,
-                    "printed": PRINTED.get(self.data, {}).get(job.lr),
-                    "non_uniformity": found.get("non_uniformity"),
-                    "test_accuracy": found.get("test_accuracy"),
-                }
-            )
-        return {"sharpness": rows}
+    def rows(self, name: str, one: Case, found: Minimum, store: Store) -> Iterable[Row]:
+        """Return a row with 2/η and the printed sharpness."""
+        lr = one.job.lr
+        yield {
+            **{"lr": lr, "seed": one.job.seed, "outcome": found.outcome, "steps": found.steps},
+            **{"loss": found.loss, "sharpness": found.sharpness, "limit": 2 / lr},
+            "printed": self._printed(lr)[0],
+            "non_uniformity": found.non_uniformity,
+            "test_accuracy": found.test_accuracy,
+        }
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def _printed(self, lr: float) -> tuple[float | None, float | None]:
+        return PRINTED.get(self.data, {}).get(lr, (None, None))
+
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
         """Return sharpness against learning rate, with 2/η and the paper's values."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5, 4), layout="constrained")
-        axes = figure.subplots()
-        known = [row for row in rows if row["sharpness"] is not None]
-        lrs = sorted({row["lr"] for row in rows})
-        axes.plot(lrs, [2 / lr for lr in lrs], "k--", linewidth=1, label="2/η")
-        axes.plot(
-            [row["lr"] for row in known], [row["sharpness"] for row in known], "o", label="here"
-        )
-        printed = sorted({(row["lr"], row["printed"]) for row in rows if row["printed"]})
-        if printed:
-            axes.plot(
-                *zip(*printed, strict=True), "x", color="#D55E00", label="the paper's Table 2"
-            )
-        axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="sharpness a")
-        plain_log(axes.xaxis, axes.yaxis)
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.25)
+        figure, (axes,) = panels()
+        by_lr: Any = its.drop_duplicates("lr").sort_values("lr")
+        limit(axes, by_lr.lr, by_lr.limit, "2/η")
+        points(axes, its.lr, its.sharpness, "here")
+        known = by_lr[by_lr.printed.notna()]
+        if len(known):
+            points(axes, known.lr, known.printed, "the paper's Table 2", VERMILION, marker="x")
+        finish(axes, "learning rate η", "sharpness a", log="xy")
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
-        """Return Table 2 line by line; on digits, which it has not, the limit itself."""
-        claims = []
-        for lr in self.lrs:
-            rows = [r for r in tables["sharpness"] if r["lr"] == lr and r["sharpness"] is not None]
-            if not rows:
-                continue
-            values = [row["sharpness"] for row in rows]
-            printed = PRINTED.get(self.data, {}).get(lr)
-            away = mean(values) / (printed or 2 / lr) - 1
-            unreached = sum(row["outcome"] != "reached" for row in rows)
-            same = abs(away) <= TOLERANCE if printed else away <= TOLERANCE
-            behind = SPREADS.get(self.data, {}).get(lr)
-            claims.append(
-                Claim(
-                    what=f"Table 2, sharpness of GD's minimum at η = {lr:g}",
-                    printed=_plus_minus(printed, behind)
-                    if printed
-                    else f"at most 2/η = {2 / lr:g}",
-                    ours=spread(values, ".4g"),
-                    tolerance=f"{TOLERANCE:.0%}",
-                    reproduced=same,
-                    why=f"{away:+.1%}"
-                    + (f"; {unreached} stopped above the target loss" if unreached else ""),
-                )
-            )
-        return claims
-
-
-def _plus_minus(value: float, behind: float | None) -> str:
-    return f"{value:g}" if behind is None else f"{value:g} ± {behind:g}"
+    def claims(self, tables: Tables) -> Iterator[Claim]:
+        """Return Table 2 line by line; on digits, which it does not have, the limit itself."""
+        for lr, its in tables["sharpness"].dropna(subset="sharpness").groupby("lr"):
+            values = list(its.sharpness)
+            unreached = int((its.outcome != "reached").sum())
+            why = f"{unreached} stopped above the target loss" if unreached else ""
+            what = f"Table 2, sharpness of GD's minimum at η = {lr:g}"
+            printed, behind = self._printed(lr)
+            if printed is None:
+                away = f"{mean(values) * lr / 2 - 1:+.1%}"
+                why = "; ".join(filter(None, [away, why]))
+                yield at_most(what, values, 2 / lr, "2/η", rel=TOLERANCE, of_mean=True, why=why)
+            else:
+                yield close_to(what, values, printed, rel=TOLERANCE, printed_spread=behind, why=why)
 
 
 EXPERIMENT = GDSharpness

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows
 from benchmarks.runner import Job, Store, Work
 from benchmarks.training.data import Dataset
 from benchmarks.training.escape import Switch, box
-from benchmarks.training.minimum import Solution
+from benchmarks.training.minimum import Solution, from_minimum
 from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ LEAST_CASES = 200
 
 
 @dataclass(frozen=True)
-class Prediction(Experiment):
+class Prediction(RowExperiment):
     """Confusion matrices.
 
     Attributes:
@@ -107,7 +107,7 @@ class Prediction(Experiment):
         """Return every case; each needs its minimum and that minimum's thresholds."""
         return [case for start in self._minima() for case in self._cases(start)]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``cases``, and one ``confusion`` for all rules and samplings."""
         cases: Rows = []
         for start in self._minima():
@@ -138,7 +138,7 @@ class Prediction(Experiment):
             ]
         return tables
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return, for the cases, η/η* against batch size, marked by what SGD did."""
         from matplotlib.figure import Figure
 
@@ -172,7 +172,7 @@ class Prediction(Experiment):
         panels[0].legend(frameon=False)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return how often each rule was right, with the exact threshold beside the others."""
         rows = tables.get("confusion", [])
         claims = []
@@ -227,20 +227,20 @@ class Trial(Job):
         """Foretell by every rule, then run SGD."""
         start = self.thresholds.start
         allowed = work.result(self.thresholds)
-        mine = allowed["by_batch_size"][str(self.batch_size)]
-        before = work.result(start)
-        lr = self.fraction * allowed["full_batch"]
+        mine = allowed.at(self.batch_size)
+        begun = from_minimum(start, work)
+        lr = self.fraction * allowed.full_batch
         said = {
-            "sharpness alone": lr > allowed["full_batch"],
+            "sharpness alone": lr > allowed.full_batch,
             "box (9)": box(
-                before["sharpness"],
-                before["non_uniformity"],
+                begun.found.sharpness,
+                begun.found.non_uniformity,
                 lr=lr,
                 batch_size=self.batch_size,
                 n=start.data.n,
             ).escapes,
-            "condition (8)": lr > mine["theorem1"],
-            "exact threshold": lr > mine["critical_lr"],
+            "condition (8)": lr > mine.theorem1,
+            "exact threshold": lr > mine.critical_lr,
         }
         work.restored()
         work.trace(lr=lr, said=said)
@@ -252,13 +252,13 @@ class Trial(Job):
             independent=self.independent,
             measure_after=False,
         )
-        done = switch.go(work)
+        done = switch.go(begun, work)
         return {
             "lr": lr,
             "said": said,
-            "full_batch": allowed["full_batch"],
-            "theorem1": mine["theorem1"],
-            "critical_lr": mine["critical_lr"],
+            "full_batch": allowed.full_batch,
+            "theorem1": mine.theorem1,
+            "critical_lr": mine.critical_lr,
             "escaped_at": done.escaped_at,
             "largest_loss_ratio": done.largest_loss_ratio,
         }

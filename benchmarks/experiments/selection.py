@@ -1,22 +1,23 @@
-"""Whatever the initialisation, the non-uniformity ends below its bound: Figure 6 of the paper.
+"""From every initialisation the non-uniformity ends below its bound: Figure 6 of the paper.
 
 SGD at one learning rate, from initialisations U[-v/√n_in, v/√n_in] of several scales v; each
-minimum's non-uniformity beside the bound √B/η of its batch size.
+minimum's non-uniformity is compared with the bound √B/η of its batch size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows
-from benchmarks.framework.plotting import plain_log
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, all_of
+from benchmarks.framework.experiment import Case, Experiment, Tables
+from benchmarks.framework.plotting import finish, limit, panels, points
+from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
-from benchmarks.training.minimum import Solution, grid, row
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "Selection"]
@@ -40,12 +41,8 @@ class Selection(Experiment):
     datasets = ("digits", "fashion-mnist", "cifar10-2")
     columns: ClassVar = {
         "selection": (
-            "scale",
-            "batch_size",
-            "seed",
-            "steps",
-            "non_uniformity",
-            "non_uniformity_limit",
+            *("scale", "batch_size", "seed", "steps"),
+            *("non_uniformity", "non_uniformity_limit"),
         )
     }
     presets: ClassVar = {
@@ -81,75 +78,49 @@ class Selection(Experiment):
     target_loss: float = 1e-3
     max_steps: int = 1_000_000
 
-    def _solutions(self) -> list[Solution]:
-        return grid(
-            Dataset(self.data, self.n),
-            lrs=(self.lr,),
-            seeds=self.seeds,
-            batch_sizes=self.batch_sizes,
-            scales=self.scales,
-            target_loss=self.target_loss,
-            max_steps=self.max_steps,
-        )
-
-    def jobs(self) -> list[Job]:
+    def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each scale, batch size and seed."""
-        return list(self._solutions())
+        grid = {"batch_sizes": self.batch_sizes, "scales": self.scales}
+        data = Dataset(self.data, self.n)
+        return {"selection": minima(self, data, lrs=(self.lr,), **grid)}
 
-    def tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``selection``."""
-        return {"selection": [row(job, store) for job in filter(store.done, self._solutions())]}
-
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
         """Return the non-uniformity against batch size for each scale, below the bound."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(3.4 * len(self.scales), 3.4), layout="constrained")
-        for axes, scale in zip(
-            figure.subplots(1, len(self.scales), sharey=True, squeeze=False)[0],
-            self.scales,
-            strict=True,
-        ):
-            its = [r for r in rows if r["scale"] == scale]
-            known = [r for r in its if r["non_uniformity"] is not None]
-            axes.plot([r["batch_size"] for r in known], [r["non_uniformity"] for r in known], "o")
-            bounds = sorted({(r["batch_size"], r["non_uniformity_limit"]) for r in known})
-            if bounds:
-                axes.plot(*zip(*bounds, strict=True), "k--", linewidth=1, label="√B/η, at finite n")
-            axes.set(xscale="log", yscale="log", xlabel="batch size B", title=f"v = {scale:g}")
-            plain_log(axes.xaxis, axes.yaxis)
-            axes.grid(alpha=0.25)
-        figure.axes[0].set_ylabel("non-uniformity s")
-        figure.axes[0].legend(frameon=False)
-        figure.suptitle(f"{self.data}, η = {self.lr:g}")
+        title = f"{self.data}, η = {self.lr:g}"
+        figure, axes = panels(len(self.scales), width=3.4, height=3.4, title=title, sharey=True)
+        for number, (panel, scale) in enumerate(zip(axes, self.scales, strict=True)):
+            known: Any = its[its.scale == scale].dropna(subset="non_uniformity")
+            points(panel, known.batch_size, known.non_uniformity)
+            bounds = known.drop_duplicates("batch_size").sort_values("batch_size")
+            limit(panel, bounds.batch_size, bounds.non_uniformity_limit, "√B/η, at finite n")
+            y = "" if number else "non-uniformity s"
+            finish(panel, "batch size B", y, log="xy", title=f"v = {scale:g}", legend=not number)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return that every point is below its line, with those that are not."""
-        rows = tables["selection"]
-        known = [r for r in rows if r["non_uniformity"] is not None]
-        if not known:
-            return []
-        above = [r for r in known if r["non_uniformity"] > r["non_uniformity_limit"]]
-        lost = [r for r in rows if r["outcome"] == "diverged"]
-        worst = max(r["non_uniformity"] / r["non_uniformity_limit"] for r in known)
+        its = tables["selection"]
+        known: Any = its.dropna(subset="non_uniformity")
+        if not len(known):
+            return
+        shares = known.non_uniformity / known.non_uniformity_limit
         told = [
-            f"v = {r['scale']:g}, B = {r['batch_size']}, seed {r['seed']}:"
-            f" {r['non_uniformity'] / r['non_uniformity_limit']:.2f} of the bound"
-            for r in above
+            f"v = {row.scale:g}, B = {row.batch_size}, seed {row.seed}: {share:.2f} of the bound"
+            for row, share in zip(known.itertuples(), shares, strict=True)
+            if share > 1
         ]
+        lost = int((its.outcome == "diverged").sum())
         if lost:
-            told.append(f"{len(lost)} diverged and have no point")
-        return [
-            Claim(
-                what="Figure 6, non-uniformity of SGD's minima",
-                printed="every point below its dashed line √B/η",
-                ours=f"{len(known) - len(above)} of {len(known)} below; largest s / bound {worst:.2f}",
-                tolerance="none",
-                reproduced=not above,
-                why="; ".join(told),
-            )
-        ]
+            told.append(f"{lost} diverged and have no point")
+        yield all_of(
+            "Figure 6, non-uniformity of SGD's minima",
+            shares <= 1,
+            printed="every point below its dashed line √B/η",
+            ours=f"{(shares <= 1).sum()} of {len(known)} below; largest s / bound"
+            f" {shares.max():.2f}",
+            tolerance="none",
+            why="; ".join(told),
+        )
 
 
 EXPERIMENT = Selection

@@ -1,58 +1,63 @@
-"""What an experiment is: settings, the jobs that they ask for, and what is made of their results."""
+"""`Experiment`: settings, the jobs that they ask for, and the tables, figures and claims they give."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import pandas as pd
+
+from benchmarks.framework.claims import Claim, spread
+from benchmarks.framework.tables import Row, records, table
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import Console
 
-__all__ = ["PRESETS", "Claim", "Experiment", "Rows", "spread"]
+__all__ = ["PRESETS", "Case", "Claim", "Experiment", "Rows", "Tables", "case", "spread"]
 
 PRESETS = ("smoke", "small", "paper")
 """Smoke: that it runs. Small: minutes to an hour of two cores. Paper: the paper's sizes, for a GPU."""
 
 Rows = list[dict[str, Any]]
-"""A table: a dictionary of numbers and strings for each row, all with the same keys."""
+Tables = Mapping[str, pd.DataFrame]
+"""Tables by name, without those that have no rows yet."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """Something that the paper prints, or that the theory says, beside what came out here.
+class Case(NamedTuple):
+    """A job, and the columns that tell it from the others in its table."""
 
-    Attributes:
-        what: it is about, with its place in the paper.
-        printed: the value or statement there.
-        ours: the value here with its spread, or what was seen.
-        tolerance: within which it counts as the same.
-        reproduced: whether it is the same.
-        why: a word to it; where it is not reproduced, the reason.
+    job: Any
+    keys: dict[str, Any]
+
+
+def case(job: Job, *fields: str, **keys: Any) -> Case:
+    """Return a case whose keys are fields of the job, and others.
+
+    >>> from benchmarks.training.data import Dataset
+    >>> from benchmarks.training.minimum import Solution
+    >>> case(Solution(Dataset(), lr=0.5), "lr", "seed", start="random").keys
+    {'lr': 0.5, 'seed': 0, 'start': 'random'}
     """
-
-    what: str
-    printed: str
-    ours: str
-    tolerance: str
-    reproduced: bool
-    why: str = ""
+    return Case(job, {name: getattr(job, name) for name in fields} | keys)
 
 
 @dataclass(frozen=True)
 class Experiment(ABC):
     """An experiment with its settings, which are its fields.
 
+    A subclass has :meth:`cases`; jobs and tables follow from these. What the report says about it is
+    the second paragraph of its module's docstring.
+
     Class attributes:
         name: on the command line.
         shows: which table or figure of the paper, or that it goes beyond the paper.
         datasets: the names of the data sets that it can be run on, the default first.
-        columns: which columns of a table to print, by the table's name; all by default, and none of a
-            table with an empty tuple. The CSV files always have all.
+        columns: the columns of a table that the terminal shows, by the table's name: all by default,
+            and none of a table with an empty tuple. The CSV files always have all.
         presets: what differs from the defaults, by ``(preset, data)``; ``(preset, "")`` is for data
             sets without an entry of their own.
 
@@ -83,89 +88,104 @@ class Experiment(ABC):
         chosen = cls.presets.get((preset, data), cls.presets.get((preset, ""), {}))
         return cls(**{**chosen, **settings, "data": data})
 
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> Experiment:
+        """Return the experiment whose :attr:`settings` were written to a file."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+    @classmethod
+    def about(cls) -> list[str]:
+        """Return the paragraphs of the module's docstring: a headline, and what the report says."""
+        text = sys.modules[cls.__module__].__doc__ or ""
+        return [" ".join(part.split()) for part in text.strip().split("\n\n")]
+
     @property
     def settings(self) -> dict[str, Any]:
         """The fields."""
         return asdict(self)
 
     @abstractmethod
+    def cases(self) -> Mapping[str, Sequence[Case]]:
+        """Return the cases of each table. The jobs that theirs need come by themselves."""
+
     def jobs(self) -> list[Job]:
-        """Return what is to be computed. What these need comes by itself."""
+        """Return the jobs of all cases."""
+        return [one.job for its in self.cases().values() for one in its]
 
-    @abstractmethod
-    def tables(self, store: Store) -> dict[str, Rows]:
-        """Return tables of what has been computed, by name; of a part, while not all is done."""
+    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
+        """Return what a case adds to a table: by default one row, of its keys and its result.
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+        Args:
+            name: the table's.
+            one: the case, whose job is done.
+            found: its job's result.
+            store: for the job's trace, and the results of jobs that it needs.
+        """
+        return [{**one.keys, **(vars(found) if is_dataclass(found) else found)}]
+
+    def tables(self, store: Store) -> Tables:
+        """Return the tables of the cases that are done, and those derived from them."""
+        found = {
+            name: table(
+                row
+                for one in its
+                if store.done(one.job)
+                for row in self.rows(name, one, store.result(one.job), store)
+            )
+            for name, its in self.cases().items()
+        }
+        known = {name: content for name, content in found.items() if len(content)}
+        return {**known, **self.derived(known)}
+
+    def derived(self, tables: Tables) -> Tables:
+        """Return tables that are computed from those of the cases, of which some may be missing."""
+        return {}
+
+    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
         """Return the picture of a table, from that alone; ``None`` for a table that has none."""
         return None
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
-        """Return the tables beside what the paper prints."""
+    def claims(self, tables: Tables) -> Iterable[Claim]:
+        """Return the tables beside what the paper prints and the theory predicts."""
         return []
 
-    def foretell(self, job: Job, store: Store) -> str | None:
-        """Return a line to print when ``job`` is done, if there is something to say."""
+    def headline(self, job: Job, store: Store) -> str | None:
+        """Return what to print when ``job`` is done, if it is worth a line."""
         return None
 
-    def summary(self, tables: Mapping[str, Rows]) -> Mapping[str, Rows]:
-        """Return what is printed: all tables, with the columns of :attr:`columns`."""
+    def summary(self, tables: Tables) -> Tables:
+        """Return what the terminal shows: all tables, with the columns of :attr:`columns`."""
         return {
-            name: [{key: row[key] for key in self.columns.get(name, row)} for row in rows]
-            for name, rows in tables.items()
+            name: content[list(self.columns.get(name, content.columns))]
+            for name, content in tables.items()
             if self.columns.get(name, True)
         }
 
-    def show(self, console: Console, tables: Mapping[str, Rows]) -> None:
-        """Print the summary, and the claims."""
-        from rich.table import Table
 
-        for name, rows in self.summary(tables).items():
-            if not rows:
-                continue
-            table = Table(title=name.replace("-", " "))
-            for key in rows[0]:
-                table.add_column(key.replace("_", " "), justify="right")
-            for row in rows[:MOST_ROWS]:
-                table.add_row(*map(cell, row.values()))
-            console.print(table)
-            if len(rows) > MOST_ROWS:
-                console.print(f"and {len(rows) - MOST_ROWS} more rows in the CSV file")
-        console.print(*map(verdict, self.claims(tables)), sep="\n", highlight=False)
+class RowExperiment(Experiment):
+    """An experiment whose tables are lists of dictionaries."""
 
+    def cases(self) -> Mapping[str, Sequence[Case]]:
+        raise NotImplementedError
 
-MOST_ROWS = 40
-"""That a terminal is troubled with."""
+    def tables(self, store: Store) -> Tables:
+        found = {name: table(rows) for name, rows in self.row_tables(store).items()}
+        return {name: content for name, content in found.items() if len(content)}
 
+    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
+        return self.row_draw(name, its if isinstance(its, list) else records(its))
 
-def verdict(claim: Claim) -> str:
-    """Return a claim as a line of a terminal."""
-    mark = "[green]✓[/green]" if claim.reproduced else "[red]✗[/red]"
-    why = f" ({claim.why})" if claim.why else ""
-    return f"{mark} {claim.what}: printed {claim.printed}; here {claim.ours}{why}"
+    def _rows(self, tables: Any) -> Any:
+        class Known(dict[str, Any]):
+            def __missing__(self, key: str) -> list[Any]:
+                return []
 
+        return Known({n: t if isinstance(t, list) else records(t) for n, t in tables.items()})
 
-def cell(value: Any) -> str:
-    """Return ``value`` as a table shows it.
+    def claims(self, tables: Tables) -> list[Claim]:
+        return self.row_claims(self._rows(tables))
 
-    >>> cell(0.123456), cell(None), cell(12), cell("B = 4")
-    ('0.1235', '–', '12', 'B = 4')
-    """
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def spread(values: Sequence[float], form: str = ".3g") -> str:
-    """Return mean and standard deviation of what several seeds gave.
-
-    >>> spread([1.0, 2.0, 3.0])
-    '2 ± 1 (3 seeds)'
-    >>> spread([2.0])
-    '2 (1 seed)'
-    """
-    from statistics import mean, stdev
-
-    if len(values) == 1:
-        return f"{values[0]:{form}} (1 seed)"
-    return f"{mean(values):{form}} ± {stdev(values):{form}} ({len(values)} seeds)"
+    def summary(self, tables: Tables) -> Tables:
+        if not hasattr(self, "row_summary"):
+            return super().summary(tables)
+        return {n: table(rows) for n, rows in self.row_summary(self._rows(tables)).items()}

@@ -1,26 +1,26 @@
-"""Figures, tables and the report, from results that are there: nothing here trains."""
+"""`publish`: writes tables, figures and claims of results that are there; nothing here trains."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.framework.experiment import Claim, Experiment, Rows
-from benchmarks.runner import Store
-from benchmarks.runner.job import in_order
-from benchmarks.runner.store import write_json
+from benchmarks.framework.claims import Claim
+from benchmarks.framework.experiment import Experiment
+from benchmarks.framework.tables import read_table, write_table
+from benchmarks.runner import Store, in_order
+from benchmarks.runner.files import write_json
 
-__all__ = ["publish", "read_rows", "write_rows"]
+__all__ = ["claims_in", "publish"]
 
 
 def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> list[Path]:
     """Write the tables of an experiment, their pictures, and how they compare with the paper.
 
-    Into ``folder/PRESET/DATA/NAME``: ``TABLE.csv``, and, drawn from what that file holds,
+    Into ``folder/PRESET/DATA/NAME``: ``TABLE.csv``, and, drawn from that file's content,
     ``TABLE.png`` and ``TABLE.svg``; ``claims.json``; and ``about.json`` with settings, machine,
     versions and time.
 
@@ -29,23 +29,25 @@ def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> 
     """
     target = folder / preset / experiment.data / experiment.name
     target.mkdir(parents=True, exist_ok=True)
-    written = []
-    tables = {}
-    for name, rows in experiment.tables(store).items():
-        if not rows:
-            tables[name] = rows
-            continue
+    written, tables = [], {}
+    for name, content in experiment.tables(store).items():
         path = target / f"{name}.csv"
-        write_rows(path, rows)
-        tables[name] = read_rows(path)
+        write_table(path, content)
+        tables[name] = read_table(path)
         written.append(path)
         figure = experiment.draw(name, tables[name])
         if figure is not None:
             written += _save(figure, path)
-    claims = experiment.claims(tables) if written else []
+    claims = list(experiment.claims(tables)) if tables else []
     write_json(target / "claims.json", [asdict(claim) for claim in claims])
     write_json(target / "about.json", _about(experiment, preset, store))
     return [*written, target / "claims.json", target / "about.json"]
+
+
+def claims_in(folder: Path) -> Sequence[Claim]:
+    """Return the claims that were published in a folder."""
+    path = folder / "claims.json"
+    return [Claim(**claim) for claim in json.loads(path.read_text())] if path.exists() else []
 
 
 def _save(figure: Any, path: Path) -> list[Path]:
@@ -76,36 +78,3 @@ def _about(experiment: Experiment, preset: str, store: Store) -> dict[str, Any]:
         "seconds": sum(about["seconds"] for about in done),
         **{key: all_of(key) for key in ("device", "threads", "torch", "revision")},
     }
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write a table as CSV; ``None`` as an empty field."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
-
-
-def read_rows(path: Path) -> Rows:
-    """Return the table of a CSV file: numbers as numbers, empty fields as ``None``."""
-    with path.open(newline="") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(text: str) -> Any:
-    if text in ("", "True", "False"):
-        return {"": None, "True": True, "False": False}[text]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def claims_in(folder: Path) -> Sequence[Claim]:
-    """Return the claims that were published in a folder."""
-    path = folder / "claims.json"
-    return [Claim(**claim) for claim in json.loads(path.read_text())] if path.exists() else []

@@ -56,19 +56,8 @@ def trained(config: Config, console: Console) -> tuple[nn.Module, nn.Module, Ima
     images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
     model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
     optimizer = stableopt.GD(model.parameters(), lr=config.lr)
-    with console.status("training") as status:
-        gd_until(
-            config.target_loss,
-            model,
-            images,
-            optimizer,
-            max_steps=200_000,
-            progress=lambda step, loss: (
-                status.update(f"training: step {step}, loss {loss:.2e}")
-                if step % 100 == 0
-                else None
-            ),
-        )
+    with console.status("training"):
+        gd_until(config.target_loss, model, images, optimizer, max_steps=200_000)
     before = copy.deepcopy(model)
     for _ in range(_STEPS_BETWEEN):
         optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))

@@ -1,7 +1,7 @@
 """Several trainings as one network with stacked weights, against one after the other.
 
-The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take the same
-steps, of which the first few are compared before anything is timed.
+The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take
+the same steps, of which the first few are compared before anything is timed.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from rich.table import Column
 from rich.text import Text
 
 from benchmarks.runner.estimate import costs, time_left
+from benchmarks.runner.files import read_json
 from benchmarks.runner.job import Job
 from benchmarks.runner.schedule import Watch
-from benchmarks.runner.store import Store, read_json
+from benchmarks.runner.store import Store
 
 __all__ = ["Bars"]
 

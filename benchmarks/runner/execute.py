@@ -1,9 +1,7 @@
-"""What a running job has to work with, and the function that a worker calls."""
+"""`work`: runs jobs in this process and records what came of them; the call that workers make."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
 import subprocess
@@ -18,100 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmarks.runner.job import Job, Place
-from benchmarks.runner.store import Store, plain, to_disk, write_json
+from benchmarks.runner.context import Work
+from benchmarks.runner.files import write_json
+from benchmarks.runner.job import Job
+from benchmarks.runner.place import Place
+from benchmarks.runner.store import Store
 
-__all__ = ["Work", "work"]
-
-PROGRESS_EVERY = 1.0
-"""Seconds between two notes of how far a job is: for people, who need no more."""
+__all__ = ["work"]
 
 ONE_AT_A_TIME = threading.Lock()
-"""In a process, however many threads an executor has: torch's global generator, which initialisations
-seed, and its number of threads are the process's."""
-
-
-class Work:
-    """What a running job has: its place, its needs' results, and a folder to report to.
-
-    Attributes:
-        place: where it runs.
-        folder: its own, for anything else that is to be kept.
-    """
-
-    def __init__(self, job: Job, store: Store, place: Place) -> None:
-        self.place = place
-        self.folder = store.part(job)
-        self._store = store
-        self._noted = 0.0
-        self._trace_path = self.folder / "trace.jsonl"
-        self._checkpoint_path = self.folder / "checkpoint.pt"
-
-    def result(self, need: Job) -> dict[str, Any]:
-        """Return what a job that this one needs found."""
-        return self._store.result(need)
-
-    def tensors(self, need: Job) -> dict[str, Tensor]:
-        """Return the tensors that a job that this one needs saved."""
-        return self._store.tensors(need)
-
-    def trace(self, **record: Any) -> None:
-        """Append a line to ``trace.jsonl``, at once."""
-        line = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
-        with self._trace_path.open("a") as file:
-            file.write(line + "\n")
-
-    def progress(self, share: float, text: str = "") -> None:
-        """Note that ``share`` of the work, from 0 to 1, is done. Cheap: call it at every step."""
-        now = time.monotonic()
-        if now - self._noted >= PROGRESS_EVERY:
-            self._noted = now
-            told = {"share": share, "text": text}
-            write_json(self.folder / "progress.json", told, durable=False)
-
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors for the jobs that need this one."""
-        torch.save(
-            {name: tensor.detach().cpu() for name, tensor in tensors.items()},
-            self.folder / "tensors.pt",
-        )
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        """Keep a state to go on from, should the process be killed: tensors and plain values."""
-        self._trace_path.touch()
-        length = self._trace_path.stat().st_size
-        partial = self._checkpoint_path.with_suffix(".partial")
-        torch.save({"state": state, "trace": length}, partial)
-        to_disk(self._trace_path)
-        to_disk(partial)
-        os.replace(partial, self._checkpoint_path)
-
-    def restored(self) -> dict[str, Any] | None:
-        """Return the state that was kept last, with the trace cut back to what it was then.
-
-        ``None`` if there is none, with an empty trace.
-        """
-        self._trace_path.touch()
-        if not self._checkpoint_path.exists():
-            os.truncate(self._trace_path, 0)
-            return None
-        kept = torch.load(self._checkpoint_path, weights_only=True, map_location=self.place.device)
-        os.truncate(self._trace_path, kept["trace"])
-        state: dict[str, Any] = kept["state"]
-        return state
-
-    def begin_anew(self) -> None:
-        """Remove the checkpoint: it may be what led to an error."""
-        self._checkpoint_path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Remove what only the running job needed."""
-        for name in ("checkpoint.pt", "progress.json", "failed.json"):
-            (self.folder / name).unlink(missing_ok=True)
-        for left in self.folder.glob("*.partial"):  # by a process killed while it wrote
-            left.unlink()
+"""One job runs at a time in a process: threads share torch's global generator and thread count."""
 
 
 def work(jobs: Sequence[Job], root: Path, place: Place) -> dict[str, float | None]:
@@ -123,11 +38,11 @@ def work(jobs: Sequence[Job], root: Path, place: Place) -> dict[str, float | Non
     """
     store = Store(root)
     with ExitStack() as locks:
-        # In one order everywhere, lest two processes wait for each other.
+        # In one order everywhere, so that two processes cannot deadlock.
         for job in sorted(jobs, key=lambda job: job.id):
             locks.enter_context(store.lock(job))
         locks.enter_context(ONE_AT_A_TIME)
-        # Another process, with the same folder, may have been quicker.
+        # Another process that shares the folder may have been quicker.
         left = [job for job in jobs if not store.done(job) and store.failure(job) is None]
         times: dict[str, float | None] = dict.fromkeys((job.id for job in jobs), None)
         if left:
@@ -157,7 +72,7 @@ def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
     except (Exception, SystemExit) as error:
         for job, its in zip(jobs, works, strict=True):
             store.fail(job, f"{type(error).__name__}: {error}", traceback.format_exc())
-            its.begin_anew()
+            its.drop_checkpoint()
         return {}
     for job, its in zip(jobs, works, strict=True):
         its.close()
@@ -166,7 +81,7 @@ def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
 
 
 def _prepare(folder: Path, go_on: bool) -> None:
-    """Empty the folder, but for what a killed process has left to go on from."""
+    """Empty the folder, unless it holds the checkpoint of a killed process."""
     if folder.exists() and not (go_on and (folder / "checkpoint.pt").exists()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

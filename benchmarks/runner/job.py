@@ -1,4 +1,4 @@
-"""A job: what is to be computed, and nothing of where."""
+"""`Job`: a frozen configuration of something to compute, with an id that is a hash of it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from benchmarks.runner.execute import Work
+    from benchmarks.runner.context import Work
 
-__all__ = ["Job", "Place", "in_order"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job is run; no part of what it is.
-
-    Attributes:
-        device: that tensors lie on.
-        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
-        threads: of torch in each worker; ``None`` leaves it.
-    """
-
-    device: str = "cpu"
-    data_dir: Path | None = None
-    threads: int | None = None
+__all__ = ["Job", "in_order"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +24,10 @@ class Job(ABC):
 
     Class attributes:
         kind: the first part of the id.
-        schema: a number to raise when the same fields come to mean something else, so that old
-            results are not taken for new ones.
+        schema: raise it when the same fields come to mean something else, so that old results are
+            not reused.
+        Result: a dataclass for what ``run`` returns; without one, results stay dictionaries. A
+            field may have a default for results in which it is absent.
 
     >>> @dataclass(frozen=True)
     ... class Square(Job):
@@ -58,53 +44,62 @@ class Job(ABC):
 
     kind: ClassVar[str]
     schema: ClassVar[int] = 1
+    Result: ClassVar[type | None] = None
 
     @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
-        """Compute the result; see :class:`~benchmarks.runner.execute.Work` for what there is to use."""
+        """Compute the result; :class:`~benchmarks.runner.context.Work` has what it needs."""
 
     @property
     def needs(self) -> tuple[Job, ...]:
-        """Jobs that are to be done before, whose results and tensors ``run`` may read."""
+        """Jobs that are done before this one, whose results and tensors ``run`` may read."""
         return ()
 
     @property
     def flops(self) -> float:
-        """About how many floating-point operations it takes, for the estimate; 0 for next to none."""
+        """Rough number of floating-point operations, for the time estimate; 0 for hardly any."""
         return 0.0
 
     @property
     def together(self) -> tuple[object, ...] | None:
-        """Jobs of a class for which this is equal, and not ``None``, can be run as one ensemble."""
+        """Jobs of one class with equal values here can run as one ensemble; ``None`` runs alone."""
         return None
 
     @classmethod
     def run_together(cls, jobs: list[Job], works: list[Work]) -> list[dict[str, Any]]:
-        """Compute the results of jobs whose ``together`` is equal: to rounding, those of ``run``.
+        """Compute the results of jobs whose ``together`` is equal, to rounding those of ``run``.
 
-        One after the other, unless a class knows better.
+        By default one after the other.
         """
         return [job.run(work) for job, work in zip(jobs, works, strict=True)]
 
+    @classmethod
+    def typed(cls, found: dict[str, Any]) -> Any:
+        """Return what ``run`` returned, as read from a file, as a ``Result`` if the job has one."""
+        if cls.Result is None:
+            return found
+        known = {field.name for field in fields(cls.Result)}
+        return cls.Result(**{key: value for key, value in found.items() if key in known})
+
     @property
     def config(self) -> dict[str, Any]:
-        """The fields as JSON knows them."""
+        """The fields in JSON's types."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
-    @cached_property  # jobs that need jobs that need jobs take a while to be told
+    @cached_property  # hashing jobs that need jobs that need jobs takes a while
     def id(self) -> str:
         """The kind and 48 bits of a hash of kind, schema and fields.
 
-        Fields at their default are left out, so that results stay valid when a field is added. A
-        default that changes wants a new ``schema``.
+        Fields at their default are left out, so that results stay valid when a field is added.
+        Raise ``schema`` when a default changes.
         """
         content = json.dumps(_told(self), sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def _told(value: Any) -> Any:
-    """Return what tells a value from others of its kind."""
+    """Return what identifies a value."""
     if isinstance(value, tuple):
         return [_told(part) for part in value]
     if not is_dataclass(value):
@@ -118,7 +113,7 @@ def _told(value: Any) -> Any:
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
-    """Return ``jobs`` and all they need, each once, after what it needs."""
+    """Return ``jobs`` and all that they need, each once and after its own needs."""
     found: dict[str, Job] = {}
 
     def visit(job: Job) -> None:

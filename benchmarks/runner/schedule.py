@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.runner.execute import work
-from benchmarks.runner.job import Job, Place, in_order
+from benchmarks.runner.job import Job, in_order
+from benchmarks.runner.place import Place
 from benchmarks.runner.store import Store
 
 __all__ = ["Executor", "Summary", "Watch", "run_all", "shard"]

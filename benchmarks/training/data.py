@@ -1,4 +1,4 @@
-"""The images that the experiments train on: few, scaled to [0, 1], with one-hot targets."""
+"""`Dataset` and `Images`: the images of the experiments, scaled to [0, 1], with one-hot targets."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DATASETS", "Dataset", "Images"]
+from benchmarks.runner import Work
+
+__all__ = ["DATASETS", "Dataset", "Images", "images_for"]
 
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_MD5 = {
@@ -46,7 +49,7 @@ class Images:
     test_labels: Tensor
 
     def accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
-        """Return the share of test images that ``model`` classifies rightly."""
+        """Return the share of test images that ``model`` classifies correctly."""
         with torch.no_grad():
             parts = [model(x).argmax(1) for x in self.test_x.split(1000)]
         return float((torch.cat(parts) == self.test_labels).double().mean())
@@ -103,6 +106,16 @@ class Dataset:
         drawn = torch.randint(classes, (self.random_labels,), generator=generator)
         y[: self.random_labels] = nn.functional.one_hot(drawn, classes).float()
         return replace(images, y=y)
+
+
+def images_for(data: Dataset, work: Work) -> Images:
+    """Return the images on the job's device, loaded once in a process."""
+    return _images(data, work.place.data_dir, work.place.device)
+
+
+@cache
+def _images(data: Dataset, folder: Path | None, device: str) -> Images:
+    return data.load(folder).to(device)
 
 
 def _digits(n: int, folder: Path | None) -> Images:

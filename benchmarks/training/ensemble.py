@@ -1,19 +1,17 @@
-"""Several solutions trained as one network with stacked weights: for devices that one leaves idle.
+"""`train`: several solutions trained as one network with stacked weights, to keep a GPU busy.
 
-A small network's step keeps a GPU busy for microseconds, and the host for longer. Members that share
-data, network and batch size take their steps together instead: their weights are stacked along a
-first dimension and :func:`torch.vmap` makes each layer a batched product. Each member has its own
-learning rate and, under SGD, its own batches, drawn from its own generator in the same order as
-when it is trained alone; so it takes the same steps, to rounding.
+A step of a small network takes a GPU microseconds and the host longer. Members that share data,
+network and batch size therefore take their steps together: their weights are stacked along a first
+dimension and :func:`torch.vmap` makes each layer a batched product. Each member has its own learning
+rate and, under SGD, its own batches, drawn from its own generator in the same order as alone. It
+takes the same steps, to rounding.
 
-A member that has reached the target, or has diverged, is copied out and computed along without
-effect until half of those in the stack have ended; then the stack is cut down to the others. What
-diverges does not touch its neighbours: nothing is summed over members but their losses, whose
-gradients are each member's own.
+A member that has ended is copied out and stays in the stack without effect until half of the stack
+has ended; then the stack is cut down to the others. A member that diverges does not affect the
+others: only losses are summed over members, and the gradient of each is its own.
 
-There are no checkpoints: an ensemble that is killed begins anew. The step runs eagerly: the host
-issues a number of kernels that does not grow with the members, which is the gain; nothing is
-captured or compiled.
+There are no checkpoints: an ensemble that is killed starts again. The step runs eagerly, with a
+number of kernels that does not grow with the members.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,20 +26,17 @@ from torch.func import functional_call, stack_module_state
 
 from benchmarks.runner import Work
 from benchmarks.training.data import Images
-from benchmarks.training.stepping import note, outcome, worth_a_line
-
-if TYPE_CHECKING:
-    from benchmarks.training.minimum import Solution
+from benchmarks.training.spec import Spec, outcome, report, worth_a_line
 
 __all__ = ["Ending", "Stack", "train"]
 
 COLOUR_CHUNK = 250
-"""Colour images at once, as in a lone run: activations are many times as large as the images."""
+"""Colour images per chunk, as in a lone run: activations are many times as large as the images."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What became of a member.
+    """How a member ended.
 
     Attributes:
         outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``.
@@ -57,12 +51,12 @@ class Ending:
     weights: dict[str, Tensor]
 
 
-def train(jobs: Sequence[Solution], works: Sequence[Work], images: Images) -> list[Ending]:
+def train(jobs: Sequence[Spec], works: Sequence[Work], images: Images) -> list[Ending]:
     """Train solutions whose ``together`` is equal, until the last of them ends; return all ends.
 
     Args:
         jobs: at least one.
-        works: theirs, where each one's trace and progress go.
+        works: theirs, for traces and progress.
         images: theirs, on the device.
     """
     for work in works:
@@ -83,20 +77,20 @@ def train(jobs: Sequence[Solution], works: Sequence[Work], images: Images) -> li
             if ended is not None:
                 endings[member] = Ending(ended, stack.steps, loss, stack.weights(k))
             else:
-                note(job, work, stack.steps, loss, first[member])
+                report(job, work, stack.steps, loss, first[member])
         stack.on()
     return [endings[member] for member in range(len(jobs))]
 
 
 class Stack:
-    """The weights of the members that are still trained, and their steps.
+    """The stacked weights of the members in training, and their steps.
 
     Attributes:
         members: their places among the jobs.
         steps: that they have taken.
     """
 
-    def __init__(self, jobs: Sequence[Solution], images: Images, device: str) -> None:
+    def __init__(self, jobs: Sequence[Spec], images: Images, device: str) -> None:
         models = [job.model(device) for job in jobs]
         self.images, self.batch_size = images, jobs[0].batch_size
         self.model = models[0]
@@ -114,7 +108,7 @@ class Stack:
 
     @property
     def epochs(self) -> int:
-        """The epochs that they have taken; one of GD is a step."""
+        """The epochs taken; with GD, an epoch is a step."""
         return self.steps // math.ceil(len(self.images.x) / (self.batch_size or len(self.images.x)))
 
     def active(self, endings: dict[int, Ending]) -> int:
@@ -126,7 +120,7 @@ class Stack:
         return {name: p[k].detach().clone() for name, p in self.params.items()}
 
     def keep(self, kept: list[int]) -> None:
-        """Leave the others out."""
+        """Drop the other members."""
         self.params = {
             name: p.detach()[kept].requires_grad_(True) for name, p in self.params.items()
         }
@@ -135,7 +129,7 @@ class Stack:
         self.members = [self.members[k] for k in kept]
 
     def look(self) -> list[float]:
-        """Return each one's training loss; under GD, leave its gradient for the step."""
+        """Return each member's training loss; under GD, keep its gradient for the step."""
         if self.batch_size is not None:
             return self.losses()
         losses = torch.zeros(len(self.members), device=self.lrs.device)
@@ -149,7 +143,7 @@ class Stack:
         return losses.tolist()
 
     def losses(self) -> list[float]:
-        """Return each one's training loss."""
+        """Return each member's training loss."""
         losses = torch.zeros(len(self.members), device=self.lrs.device)
         with torch.no_grad():
             for x, y in self.chunks:
@@ -168,7 +162,7 @@ class Stack:
             self._step(self._gradients(loss))
 
     def _loss(self, x: Tensor, y: Tensor, *, shared: bool) -> Tensor:
-        """Return each one's mean squared error on the same samples, or on its own."""
+        """Return each member's mean squared error, on shared samples or on its own."""
         out = torch.vmap(
             lambda params, x: functional_call(self.model, params, (x,)),
             in_dims=(0, None if shared else 0),

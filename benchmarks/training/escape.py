@@ -1,16 +1,15 @@
-"""Going on from a minimum by another optimizer: the job behind every escape."""
+"""`Switch`: the job that continues from a minimum by SGD or GD and sees whether it escapes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import stableopt
 from benchmarks.runner import Job, Work
@@ -20,21 +19,24 @@ from benchmarks.training.loops import (
     independent_batches,
     mean_squared_error,
     reshuffled_batches,
+    train,
 )
-from benchmarks.training.minimum import Solution, flops_per_sample, images_for, measured, passes_to
-from benchmarks.training.stepping import worth_a_line
+from benchmarks.training.measured import measured
+from benchmarks.training.minimum import Minimum, Solution, Start, from_minimum, passes_to
+from benchmarks.training.networks import flops_per_sample
+from benchmarks.training.spec import worth_a_line
 from stableopt import UpdateRule
 
-__all__ = ["ESCAPED", "Outcome", "Prediction", "Switch", "box"]
+__all__ = ["ESCAPED", "Escape", "Prediction", "Switch", "box"]
 
 ESCAPED = 10.0
-"""SGD has left when the training loss has risen by this factor: noise around a stable minimum makes
-it rise two- to fourfold, an escape thirtyfold and more."""
+"""SGD has escaped when the training loss has risen by this factor: noise around a stable minimum
+raises it two- to fourfold, an escape at least thirtyfold."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a rule says of one learning rate and batch size, from what was measured at the minimum."""
+    """What a rule says about one learning rate and batch size, from measurements at the minimum."""
 
     escapes: bool
     why: str
@@ -43,7 +45,7 @@ class Prediction:
 def box(
     sharpness: float, non_uniformity: float, *, lr: float, batch_size: int, n: int
 ) -> Prediction:
-    """Say whether SGD will leave a minimum, by the paper's necessary conditions (9).
+    """Predict whether SGD will leave a minimum, by the paper's necessary conditions (9).
 
     >>> box(3.5, 5.6, lr=0.5, batch_size=4, n=1000).why
     's = 5.60 > √B/η = 4.01: unstable, will escape'
@@ -63,21 +65,37 @@ def box(
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What SGD did.
+class Escape:
+    """What was predicted, and what SGD did.
 
     Attributes:
         escaped_at: the first step looked at by which the training loss had risen tenfold, or
             ``None``.
-        largest_loss_ratio: the largest training loss that was seen, by the first.
-        after: loss, test accuracy and margins at the end; ``None`` for a run that diverged.
-        settled_at: the step after which the loss was small again, if that was waited for.
+        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
+        after: training loss, test accuracy and margins at the end; ``None`` for a run that diverged.
+        settled_at: the step after which the loss was small again, if the run waited for that.
+        predicted: ``"escape"`` or ``"stay"``.
+        why: the measured numbers beside their limits.
+        before: the minimum.
     """
 
     escaped_at: int | None
-    largest_loss_ratio: float
+    largest_loss_ratio: float | None
     after: dict[str, Any] | None
     settled_at: int | None = None
+    predicted: str = ""
+    why: str = ""
+    before: Minimum | None = None
+
+    def __post_init__(self) -> None:
+        """Read ``before`` from JSON."""
+        if isinstance(self.before, dict):
+            object.__setattr__(self, "before", Solution.typed(self.before))
+
+    @property
+    def as_predicted(self) -> bool:
+        """Whether the run escaped if that was predicted, and stayed if not."""
+        return (self.predicted == "escape") == (self.escaped_at is not None)
 
 
 @dataclass(frozen=True)
@@ -90,21 +108,21 @@ class Switch(Job):
         batch_size: of SGD with random reshuffling, ``None`` for GD.
         steps: how many.
         seed: of the batches' order.
-        look_every: steps between two looks at the training loss.
+        look_every: steps between two evaluations of the training loss.
         measure_every: steps between two measurements of the margins; ``None`` measures at the end
             only.
         independent: whether batches are drawn independently, not from an order of the samples.
         measure_after: whether the margins at the end are measured.
-        settle_loss: after an escape, training goes on until the training loss is at most this;
+        settle_loss: after an escape, training continues until the training loss is at most this;
             ``None`` ends after ``steps``. Only then do minima compare with one another.
         settle_steps: at which it ends in any case.
 
-    The first line of the trace is what :func:`box` says, written before the first step. The result
-    has ``predicted`` (``"escape"`` or ``"stay"``) and ``why``, the minimum's own result as
-    ``before``, and the fields of :class:`Outcome`.
+    The first line of the trace is the prediction of :func:`box`, written before the first step. The
+    result is an :class:`Escape`.
     """
 
     kind = "switch"
+    Result: ClassVar = Escape
 
     start: Solution
     lr: float
@@ -125,7 +143,7 @@ class Switch(Job):
 
     @property
     def flops(self) -> float:
-        """Of the steps, and of the looks at the loss, which is a third of a gradient."""
+        """Of the steps, and of the evaluations of the loss, which cost a third of a gradient."""
         data = self.start.data
         samples = (
             self.steps * (self.batch_size or data.n) + self.steps / self.look_every * data.n / 3
@@ -134,13 +152,20 @@ class Switch(Job):
             samples += data.n * passes_to(self.settle_loss, self.lr)
         return samples * flops_per_sample(data.name, self.start.network)
 
+    @property
+    def how(self) -> str:
+        """The optimizer in words."""
+        return "GD" if self.batch_size is None else f"SGD, B = {self.batch_size}"
+
     def run(self, work: Work) -> dict[str, Any]:
-        """Foretell, train, measure."""
-        before = work.result(self.start)
-        n = self.start.data.n
+        """Predict, train, measure."""
+        start = from_minimum(self.start, work)
+        n, before = self.start.data.n, start.found
+        assert before.sharpness is not None
+        assert before.non_uniformity is not None
         said = box(
-            before["sharpness"],
-            before["non_uniformity"],
+            before.sharpness,
+            before.non_uniformity,
             lr=self.lr,
             batch_size=self.batch_size or n,
             n=n,
@@ -148,106 +173,36 @@ class Switch(Job):
         predicted = "escape" if said.escapes else "stay"
         work.restored()
         work.trace(step=0, predicted=predicted, why=said.why)
-        seen = self.go(work)
-        return {"predicted": predicted, "why": said.why, "before": before, **asdict(seen)}
+        seen = self.go(start, work)
+        return asdict(replace(seen, predicted=predicted, why=said.why, before=before))
 
-    def go(self, work: Work) -> Outcome:
+    def go(self, start: Start, work: Work) -> Escape:
         """Train from the minimum and say what happened."""
-        found = work.result(self.start)
-        if found["outcome"] != "reached":
-            raise ValueError(f"{self.start.id} has not reached a minimum: {found['outcome']}")
-        images = images_for(self.start.data, work)
-        model = self.start.model(work.place.device)
-        model.load_state_dict(work.tensors(self.start))
-        optimizer = stableopt.SGD(model.parameters(), lr=self.lr)
-        steps = self._stepping(optimizer, model, images)
+        _, model, images = start
+        run = _Run(self, start, work)
         with ExitStack() as tracking:
             if self.measure_every:
-                tracking.enter_context(self._tracked(optimizer, model, images, work, tracking))
-            escaped_at, largest, loss = self._watch(steps, model, images, work)
-        settled_at = None
-        if self.settle_loss is not None and escaped_at is not None and loss < math.inf:
-            settled_at, loss = self._settle(steps, model, images, work, loss)
+                board = stableopt.TensorBoardSink(work.folder / "tensorboard")
+                tracking.callback(board.close)
+                monitor = run.optimizer.track(
+                    model,
+                    mean_squared_error,
+                    (images.x, images.y),
+                    every=self.measure_every,
+                    batch_size=self.batch_size or len(images.x),
+                    quantities=("sharpness", "non_uniformity"),
+                    sinks=[run.record, board],
+                )
+                tracking.enter_context(monitor)
+            run.advance(self.steps, run.watch)
+        if self.settle_loss is not None and run.escaped_at is not None and run.loss < math.inf:
+            run.advance(max(0, self.settle_steps - self.steps), run.settle)
         after: dict[str, Any] | None = None
-        if loss < math.inf:
-            after = {"loss": loss, "test_accuracy": images.accuracy(model)}
+        if run.loss < math.inf:
+            after = {"loss": run.loss, "test_accuracy": images.accuracy(model)}
             if self.measure_after:
                 after.update(measured(model, images, lr=self.lr, batch_size=self.batch_size))
-        return Outcome(escaped_at, largest, after, settled_at)
-
-    def _tracked(
-        self,
-        optimizer: stableopt.SGD,
-        model: nn.Module,
-        images: Images,
-        work: Work,
-        tracking: ExitStack,
-    ) -> stableopt.StabilityMonitor:
-        board = stableopt.TensorBoardSink(work.folder / "tensorboard")
-        tracking.callback(board.close)
-        return optimizer.track(
-            model,
-            mean_squared_error,
-            (images.x, images.y),
-            every=self.measure_every,
-            batch_size=self.batch_size or len(images.x),
-            quantities=("sharpness", "non_uniformity"),
-            sinks=[_Trace(work), board],
-        )
-
-    def _stepping(
-        self, optimizer: stableopt.SGD, model: nn.Module, images: Images
-    ) -> Iterator[int]:
-        """Take a step and yield how many there have been, for ever."""
-        for step, (x, y) in enumerate(self._batches(images), 1):
-            optimizer.zero_grad()
-            mean_squared_error(model(x), y).backward()
-            optimizer.step()
-            yield step
-
-    def _watch(
-        self, steps: Iterator[int], model: nn.Module, images: Images, work: Work
-    ) -> tuple[int | None, float, float]:
-        """Return when it escaped, the largest loss relative to the first, and the last loss."""
-        first = loss = evaluate(model, images)
-        escaped_at, largest = None, 1.0
-        work.trace(step=0, loss=first)
-        for step in islice(steps, self.steps):
-            if step % self.look_every:
-                continue
-            loss = evaluate(model, images)
-            work.trace(step=step, loss=loss)
-            work.progress(step / self.steps, f"{self.how}: step {step:,}, loss {loss:.1e}")
-            if not loss < ESCAPED * first and escaped_at is None:
-                escaped_at = step
-            if not loss < math.inf:
-                return escaped_at, math.inf, math.inf
-            largest = max(largest, loss / first)
-        return escaped_at, largest, loss
-
-    def _settle(
-        self, steps: Iterator[int], model: nn.Module, images: Images, work: Work, loss: float
-    ) -> tuple[int | None, float]:
-        """Return when the loss was small again, and the loss; it is looked at once in an epoch."""
-        assert self.settle_loss is not None
-        epoch = math.ceil(len(images.x) / (self.batch_size or len(images.x)))
-        for step in islice(steps, max(0, self.settle_steps - self.steps)):
-            if step % epoch:
-                continue
-            loss = evaluate(model, images)
-            if worth_a_line(step // epoch):
-                work.trace(step=step, loss=loss)
-            work.progress(step / self.settle_steps, f"{self.how}: step {step:,}, loss {loss:.1e}")
-            if loss <= self.settle_loss:
-                return step, loss
-            if not loss < math.inf:
-                break
-        return None, loss
-
-    @property
-    def how(self) -> str:
-        """The optimizer in words."""
-        return "GD" if self.batch_size is None else f"SGD, B = {self.batch_size}"
+        return Escape(run.escaped_at, run.largest, after, run.settled_at)
 
     def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -256,12 +211,63 @@ class Switch(Job):
         return kind(images, size, generator)
 
 
-class _Trace:
-    """A sink that writes margins to a job's trace."""
+class _Run:
+    """The training of a switch: its state, and the hooks that look at the loss."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, job: Switch, start: Start, work: Work) -> None:
+        self.job, self.work = job, work
+        _, self.model, self.images = start
+        self.optimizer = stableopt.SGD(self.model.parameters(), lr=job.lr)
+        self.batches = job._batches(self.images)
+        self.epoch = math.ceil(len(self.images.x) / (job.batch_size or len(self.images.x)))
+        self.first = self.loss = evaluate(self.model, self.images)
+        self.escaped_at: int | None = None
+        self.settled_at: int | None = None
+        self.largest, self.taken = 1.0, 0
+        work.trace(step=0, loss=self.first)
 
-    def __call__(self, step: int, record: Mapping[str, float]) -> None:
+    def advance(self, steps: int, hook: Any) -> None:
+        """Take steps until the hook ends the training."""
+
+        def after_step(step: int, loss: float) -> bool:
+            self.taken += 1
+            ended: bool = hook()
+            return ended
+
+        train(self.model, self.optimizer, self.batches, steps=steps, after_step=after_step)
+
+    def watch(self) -> bool:
+        """Look for an escape; end at a loss that is not finite."""
+        if self.taken % self.job.look_every:
+            return False
+        self._look(self.job.steps)
+        self.work.trace(step=self.taken, loss=self.loss)
+        if not self.loss < ESCAPED * self.first and self.escaped_at is None:
+            self.escaped_at = self.taken
+        if not self.loss < math.inf:
+            self.loss = self.largest = math.inf
+            return True
+        self.largest = max(self.largest, self.loss / self.first)
+        return False
+
+    def settle(self) -> bool:
+        """Look once in an epoch; end when the loss is small again, or not finite."""
+        if self.taken % self.epoch:
+            return False
+        self._look(self.job.settle_steps)
+        if worth_a_line(self.taken // self.epoch):
+            self.work.trace(step=self.taken, loss=self.loss)
+        assert self.job.settle_loss is not None
+        if self.loss <= self.job.settle_loss:
+            self.settled_at = self.taken
+        return self.settled_at is not None or not self.loss < math.inf
+
+    def record(self, step: int, record: Any) -> None:
+        """Write margins to the trace, as a sink."""
         known = {name: record.get(name) for name in ("sharpness", "non_uniformity")}
         self.work.trace(step=step, **known)
+
+    def _look(self, steps: int) -> None:
+        self.loss = evaluate(self.model, self.images)
+        text = f"{self.job.how}: step {self.taken:,}, loss {self.loss:.1e}"
+        self.work.progress(self.taken / steps, text)

@@ -1,36 +1,62 @@
-"""Training from scratch to a minimum: the job that most experiments stand on."""
+"""`Solution`: the job that trains from scratch to a minimum and measures it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import stableopt
-from benchmarks.runner import Job, Store, Work
+from benchmarks.runner import Job, Work
 from benchmarks.training import ensemble
-from benchmarks.training.data import Dataset, Images
-from benchmarks.training.loops import evaluate, mean_squared_error
-from benchmarks.training.networks import network
-from benchmarks.training.stepping import due, note, outcome, walk, worth_a_line
+from benchmarks.training.data import Dataset, Images, images_for
+from benchmarks.training.loops import evaluate
+from benchmarks.training.measured import measured
+from benchmarks.training.networks import flops_per_sample, network
+from benchmarks.training.spec import outcome, report, worth_a_line
+from benchmarks.training.stepping import due, walk
 
-__all__ = ["Solution", "flops_per_sample", "grid", "images_for", "measured", "passes_to", "row"]
+__all__ = ["Minimum", "Solution", "Start", "from_minimum", "passes_to"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
 
 
 @dataclass(frozen=True)
+class Minimum:
+    """Where training ended.
+
+    Attributes:
+        outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``.
+        steps: that were taken.
+        loss: training loss at the end; ``None`` if it is not finite.
+        test_accuracy: share of the test images that are classified correctly.
+        sharpness: λmax of the Hessian.
+        sharpness_limit: 2/η.
+        non_uniformity: of the samples' Hessians, if it was measured.
+        non_uniformity_limit: its bound for the batch size, √B/η for many samples.
+
+    What was not measured is ``None``: all but the first three of a run that diverged.
+    """
+
+    outcome: str
+    steps: int
+    loss: float | None
+    test_accuracy: float | None = None
+    sharpness: float | None = None
+    sharpness_limit: float | None = None
+    non_uniformity: float | None = None
+    non_uniformity_limit: float | None = None
+    sharpness_relative_residual: float | None = None
+    non_uniformity_relative_residual: float | None = None
+
+
+@dataclass(frozen=True)
 class Solution(Job):
-    """GD or SGD from a random start until the training loss is small, and what the minimum is like.
+    """GD or SGD from a random start until the training loss is small, and measurements there.
 
     Attributes:
         data: the images.
@@ -42,15 +68,14 @@ class Solution(Job):
         network: see :func:`benchmarks.training.networks.network`.
         scale: of the initialisation; see there.
         non_uniformity: whether to measure it; sharpness always is.
-        sharpness_every: steps between two measurements of the sharpness along the way, which go to
-            the trace, with those at powers of two; ``None`` for none.
+        sharpness_every: steps between measurements of the sharpness for the trace, which are also
+            made at powers of two; ``None`` for none.
 
-    The result has ``outcome``, which is ``"reached"``, ``"diverged"`` or ``"out of steps"``;
-    ``steps``, ``loss``, ``test_accuracy``, ``sharpness``, ``non_uniformity``, the relative residual
-    of each, and the limits. The weights are kept.
+    The result is a :class:`Minimum`; the weights are kept.
     """
 
     kind = "solution"
+    Result: ClassVar = Minimum
 
     data: Dataset
     lr: float
@@ -87,7 +112,7 @@ class Solution(Job):
 
     @classmethod
     def run_together(cls, jobs: list[Any], works: list[Work]) -> list[dict[str, Any]]:
-        """Train as one; see :mod:`benchmarks.training.ensemble`. Measure one after the other."""
+        """Train as one; see :mod:`benchmarks.training.ensemble`. Measurements follow one by one."""
         ends = ensemble.train(jobs, works, images_for(jobs[0].data, works[0]))
         results = []
         for job, work, end in zip(jobs, works, ends, strict=True):
@@ -119,105 +144,35 @@ class Solution(Job):
         return {**found, "test_accuracy": images.accuracy(model), **at_end}
 
 
-def grid(
-    data: Dataset,
-    *,
-    lrs: Sequence[float],
-    seeds: Sequence[int],
-    batch_sizes: Sequence[int | None] = (None,),
-    scales: Sequence[float | None] = (None,),
-    **shared: Any,
-) -> list[Solution]:
-    """Return a solution for each combination; ``shared`` are fields that all have.
+class Start(NamedTuple):
+    """A minimum to continue from: its network with the weights of the end, on the job's device."""
 
-    >>> [(s.lr, s.seed) for s in grid(Dataset(), lrs=(0.5, 1.0), seeds=(0, 1), target_loss=0.01)]
-    [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+    found: Minimum
+    model: nn.Module
+    images: Images
+
+
+def from_minimum(start: Solution, work: Work, *, allow_unfinished: bool = False) -> Start:
+    """Return the network, the weights and the images of a solution that a job needs.
+
+    Raises:
+        ValueError: if training diverged or, unless ``allow_unfinished``, ran out of steps.
     """
-    return [
-        Solution(data, lr=lr, seed=seed, batch_size=size, scale=scale, **shared)
-        for scale in scales
-        for lr in lrs
-        for size in batch_sizes
-        for seed in seeds
-    ]
-
-
-def images_for(data: Dataset, work: Work) -> Images:
-    """Return the images on the job's device. They are loaded once in a process."""
-    return _images(data, work.place.data_dir, work.place.device)
-
-
-@cache
-def _images(data: Dataset, folder: Path | None, device: str) -> Images:
-    return data.load(folder).to(device)
+    found = work.result(start)
+    if found.outcome != "reached" and not (allow_unfinished and found.outcome == "out of steps"):
+        raise ValueError(f"{start.id} has not reached a minimum: {found.outcome}")
+    model = start.model(work.place.device)
+    model.load_state_dict(work.tensors(start))
+    return Start(found, model, images_for(start.data, work))
 
 
 def passes_to(loss: float, lr: float) -> float:
-    """Return about how many passes over the data it takes: right within a factor of four or so.
+    """Return roughly how many passes over the data training takes, within a factor of four or so.
 
     >>> passes_to(0.01, lr=0.5)
     1600.0
     """
     return 80 / (lr * loss**0.5)
-
-
-@cache
-def flops_per_sample(data: str, kind: str | None) -> float:
-    """Return the floating-point operations of one sample's gradient."""
-    model = network(data, seed=0, kind=kind).eval()
-    first = next(model.parameters())
-    x = torch.zeros(1, first.shape[1]) if first.ndim == 2 else torch.zeros(1, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        model(x).sum().backward()
-    return float(counter.get_total_flops())
-
-
-def measured(
-    model: nn.Module,
-    images: Images,
-    *,
-    lr: float,
-    batch_size: int | None = None,
-    non_uniformity: bool = True,
-) -> dict[str, Any]:
-    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD."""
-    model.eval()  # for batch norm: see resnet14
-    margins = stableopt.measure(
-        model,
-        mean_squared_error,
-        (images.x, images.y),
-        lr=lr,
-        batch_size=batch_size or len(images.x),
-        quantities=("sharpness", "non_uniformity") if non_uniformity else ("sharpness",),
-        chunk_size=None if images.x.ndim == 2 else 250,
-        max_iter=300,
-    )
-    found: dict[str, Any] = {}
-    for name, measurement in margins.measurements.items():
-        value = getattr(margins, name)
-        found[name] = value
-        found[f"{name}_relative_residual"] = measurement.residual
-        found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
-    return found
-
-
-def row(job: Solution, store: Store) -> dict[str, Any]:
-    """Return a job that is done as a row of a table."""
-    found = store.result(job)
-    return {
-        "lr": job.lr,
-        "batch_size": job.batch_size,
-        "scale": job.scale,
-        "seed": job.seed,
-        "outcome": found["outcome"],
-        "steps": found["steps"],
-        "loss": found["loss"],
-        "sharpness": found.get("sharpness"),
-        "sharpness_limit": 2 / job.lr,
-        "non_uniformity": found.get("non_uniformity"),
-        "non_uniformity_limit": found.get("non_uniformity_limit"),
-        "test_accuracy": found.get("test_accuracy"),
-    }
 
 
 def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
@@ -240,7 +195,7 @@ def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple
         ended = outcome(job, going.steps, loss)
         if ended is not None:
             return ended, going.steps, loss
-        note(job, work, going.steps, loss, first)
+        report(job, work, going.steps, loss, first)
         going.on()
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved = time.monotonic()

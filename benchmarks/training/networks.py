@@ -1,13 +1,23 @@
-"""The networks of the experiments."""
+"""`network`: the networks of the experiments, and what a gradient of them costs."""
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["WIDTHS", "TransformerBlock", "fully_connected", "network", "resnet14", "small_vgg"]
+__all__ = [
+    "WIDTHS",
+    "TransformerBlock",
+    "flops_per_sample",
+    "fully_connected",
+    "network",
+    "resnet14",
+    "small_vgg",
+]
 
 WIDTHS = {
     "digits": (64, 128, 128, 10),
@@ -46,6 +56,17 @@ def network(
     if scale is not None:
         _draw(model, scale, seed)
     return model
+
+
+@cache
+def flops_per_sample(data: str, kind: str | None) -> float:
+    """Return the floating-point operations of one sample's gradient."""
+    model = network(data, seed=0, kind=kind).eval()
+    first = next(model.parameters())
+    x = torch.zeros(1, first.shape[1]) if first.ndim == 2 else torch.zeros(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return float(counter.get_total_flops())
 
 
 def _draw(model: nn.Module, scale: float, seed: int) -> None:

@@ -1,61 +1,27 @@
-"""The steps of one training, from a random start to where it ends."""
+"""`walk`: the steps of one training run, which can stop and continue at any epoch."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import stableopt
-from benchmarks.runner import Work
 from benchmarks.training.data import Images
 from benchmarks.training.loops import evaluate, mean_squared_error
+from benchmarks.training.spec import Spec
 
-if TYPE_CHECKING:
-    from benchmarks.training.minimum import Solution
-
-__all__ = ["GDWalk", "SGDWalk", "due", "note", "outcome", "walk", "worth_a_line"]
+__all__ = ["GDWalk", "SGDWalk", "due", "walk"]
 
 
-def walk(job: Solution, model: nn.Module, images: Images) -> GDWalk | SGDWalk:
-    """Return what takes the steps of ``job``."""
-    return GDWalk(job, model, images) if job.batch_size is None else SGDWalk(job, model, images)
-
-
-def outcome(job: Solution, steps: int, loss: float) -> str | None:
-    """Return how training ends at this loss, or ``None`` if it goes on."""
-    if not loss < math.inf:
-        return "diverged"
-    if loss <= job.target_loss:
-        return "reached"
-    return "out of steps" if steps >= job.max_steps else None
-
-
-def note(job: Solution, work: Work, steps: int, loss: float, first: float) -> None:
-    """Note how far training is: the loss falls about as a power of time, so its logarithm is honest.
-
-    Args:
-        job: what is trained.
-        work: its work.
-        steps: that it took.
-        loss: after them.
-        first: before the first.
-    """
-    work.progress(
-        math.log(first / loss) / math.log(first / job.target_loss),
-        f"η = {job.lr:g}, step {steps:,}, loss {loss:.1e}",
-    )
-
-
-def worth_a_line(epochs: int) -> bool:
-    """Say whether the trace is to have the loss after this epoch: many at first, then each 100th."""
-    return epochs & (epochs - 1) == 0 or epochs % 100 == 0
+def walk(spec: Spec, model: nn.Module, images: Images) -> GDWalk | SGDWalk:
+    """Return the steps that ``spec`` asks for."""
+    return GDWalk(spec, model, images) if spec.batch_size is None else SGDWalk(spec, model, images)
 
 
 def due(every: int | None, going: GDWalk | SGDWalk) -> bool:
-    """Say whether the sharpness is to be measured: steps may come in epochs."""
+    """Say whether to measure the sharpness: each ``every`` steps and at powers of two."""
     if every is None:
         return False
     before = going.steps - going.steps_in_epoch
@@ -67,9 +33,9 @@ class GDWalk:
 
     steps_in_epoch = 1
 
-    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
+    def __init__(self, spec: Spec, model: nn.Module, images: Images) -> None:
         self.model, self.images = model, images
-        self.optimizer = stableopt.GD(model.parameters(), lr=job.lr)
+        self.optimizer = stableopt.GD(model.parameters(), lr=spec.lr)
         self.generator = torch.Generator()
         self.steps = 0
         size = len(images.x) if images.x.ndim == 2 else 250  # so that activations stay in the cache
@@ -77,15 +43,15 @@ class GDWalk:
 
     @property
     def epochs(self) -> int:
-        """How many it has taken."""
+        """The number taken."""
         return self.steps
 
     def look(self) -> float:
-        """Return the training loss, and leave its gradient for the step."""
+        """Return the training loss, and keep its gradient for the step."""
         return self.optimizer.full_gradient(self.model.train(), mean_squared_error, self.data)
 
     def on(self) -> None:
-        """Take a step, by the gradient of the last look."""
+        """Take a step along the gradient of the last look."""
         self.optimizer.step()
         self.steps += 1
 
@@ -93,17 +59,17 @@ class GDWalk:
 class SGDWalk:
     """Epochs of SGD, each in a new order, as a shuffling DataLoader does."""
 
-    def __init__(self, job: Solution, model: nn.Module, images: Images) -> None:
-        assert job.batch_size is not None
-        self.model, self.images, self.batch_size = model, images, job.batch_size
-        self.optimizer = stableopt.SGD(model.parameters(), lr=job.lr)
-        self.generator = torch.Generator().manual_seed(job.seed)
+    def __init__(self, spec: Spec, model: nn.Module, images: Images) -> None:
+        assert spec.batch_size is not None
+        self.model, self.images, self.batch_size = model, images, spec.batch_size
+        self.optimizer = stableopt.SGD(model.parameters(), lr=spec.lr)
+        self.generator = torch.Generator().manual_seed(spec.seed)
         self.steps = 0
-        self.steps_in_epoch = math.ceil(len(images.x) / job.batch_size)
+        self.steps_in_epoch = math.ceil(len(images.x) / spec.batch_size)
 
     @property
     def epochs(self) -> int:
-        """How many it has taken."""
+        """The number taken."""
         return self.steps // self.steps_in_epoch
 
     def look(self) -> float:

@@ -1,33 +1,61 @@
-"""The critical learning rates of a minimum for several batch sizes."""
+"""`Thresholds`: the job that computes a minimum's critical learning rates by batch size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.loops import mean_squared_error
-from benchmarks.training.minimum import Solution, images_for
+from benchmarks.training.minimum import Solution, from_minimum
 from stableopt.curvature import DualCurvature
 
-__all__ = ["Thresholds"]
+__all__ = ["Allowed", "Threshold", "Thresholds"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Largest learning rates for a batch size.
+
+    Attributes:
+        theorem1: that condition (8) allows.
+        critical_lr: the exact mean-square threshold.
+        critical_lr_lower: the lower end of its interval.
+        exact: whether the interval is a point.
+    """
+
+    theorem1: float
+    critical_lr: float
+    critical_lr_lower: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size."""
+
+    full_batch: float
+    by_batch_size: dict[str, dict[str, Any]]
+
+    def at(self, batch_size: int) -> Threshold:
+        """Return the thresholds for a batch size."""
+        return Threshold(**self.by_batch_size[str(batch_size)])
 
 
 @dataclass(frozen=True)
 class Thresholds(Job):
-    """What the theory allows SGD at a minimum.
+    """The learning rates that the theory allows SGD at a minimum.
 
     Attributes:
         start: the minimum.
         batch_sizes: one threshold for each.
 
-    The result has ``full_batch``, which is 2/a, and by batch size ``theorem1``, the largest
-    learning rate that condition (8) allows, and ``critical_lr``, the exact mean-square threshold,
-    with its lower end ``critical_lr_lower`` and whether it is ``exact``.
+    The result is an :class:`Allowed`.
     """
 
     kind = "thresholds"
+    Result: ClassVar = Allowed
 
     start: Solution
     batch_sizes: tuple[int, ...]
@@ -39,17 +67,12 @@ class Thresholds(Job):
 
     @property
     def flops(self) -> float:
-        """Of about 15 products with the second moments, 4 (nC)^3 each."""
+        """About 15 products with the second moments, 4 (nC)^3 each."""
         return 15 * 4 * len(self.batch_sizes) * (10.0 * self.start.data.n) ** 3
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Compute one after the other, from the same Gram matrix."""
-        outcome = work.result(self.start)["outcome"]
-        if outcome == "diverged":
-            raise ValueError(f"{self.start.id} has not reached a minimum: {outcome}")
-        images = images_for(self.start.data, work)
-        model = self.start.model(work.place.device)
-        model.load_state_dict(work.tensors(self.start))
+        """Compute all from the same Gram matrix."""
+        _, model, images = from_minimum(self.start, work, allow_unfinished=True)
         problem = stableopt.Problem(model, mean_squared_error, (images.x, images.y))
         dual = DualCurvature.of(problem)
         found: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.experiments.control_laws.jobs import LAWS, Laws
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 
@@ -36,7 +36,7 @@ FAILURES = {
 
 
 @dataclass(frozen=True)
-class ControlLaws(Experiment):
+class ControlLaws(RowExperiment):
     """Six laws and one target.
 
     Attributes:
@@ -80,7 +80,7 @@ class ControlLaws(Experiment):
         """Return all the laws from each seed's start."""
         return list(self._laws())
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``ends`` and ``history``."""
         ends, history = [], []
         for job in filter(store.done, self._laws()):
@@ -92,11 +92,11 @@ class ControlLaws(Experiment):
                 history += [{"law": law, **which, **row} for row in its["history"]]
         return {"ends": ends, "history": history}
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return where each law ends."""
         return {"ends": tables["ends"]}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return sharpness and learning rate over the steps, of the first seed."""
         from matplotlib.figure import Figure
 
@@ -123,7 +123,7 @@ class ControlLaws(Experiment):
             axes.grid(alpha=0.25)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return that the staircase arrives, and how each of the others fails, if it does."""
         claims = []
         for law in LAWS:

@@ -14,10 +14,9 @@ from torch import nn
 
 import stableopt
 from benchmarks.runner import Job, Work
-from benchmarks.training.data import Dataset, Images
+from benchmarks.training.data import Dataset, Images, images_for
 from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
-from benchmarks.training.minimum import flops_per_sample, images_for
-from benchmarks.training.networks import network
+from benchmarks.training.networks import flops_per_sample, network
 from stableopt import StabilityLR, StabilityMargins, TargetRegion
 from stableopt.steering import Decision, Law, LRMeasured, State, gated_staircase
 

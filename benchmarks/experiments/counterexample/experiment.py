@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from benchmarks.experiments.counterexample.model import Curve, Descent, Measured
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#555555")
 
 
 @dataclass(frozen=True)
-class Counterexample(Experiment):
+class Counterexample(RowExperiment):
     """Appendix B.
 
     Attributes:
@@ -81,7 +81,7 @@ class Counterexample(Experiment):
         """Return the measurements along the curve, and the runs."""
         return [self._measured(), *self._descents()]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``curve`` and ``runs``."""
         curve, measured, points = self.curve, self._measured(), []
         for found in store.result(measured)["points"] if store.done(measured) else []:
@@ -108,7 +108,7 @@ class Counterexample(Experiment):
             runs.append(row | {key: found.get(key) for key in keys})
         return {"curve": points, "runs": runs}
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return where each way of training ends."""
         rows = []
         for name, its in _methods(tables["runs"]).items():
@@ -124,7 +124,7 @@ class Counterexample(Experiment):
             )
         return {"ends": rows}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return test error by sharpness: the curve as measured, or where the runs end."""
         from matplotlib.figure import Figure
 
@@ -148,7 +148,7 @@ class Counterexample(Experiment):
         axes.grid(alpha=0.25)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return the anticorrelation, and what stability selects."""
         claims = []
         if len(tables.get("curve", [])) > 1:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from benchmarks.experiments.diagram.jobs import Family, Plane
-from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows
 from benchmarks.runner import Job, Store
 from stableopt.stability import StabilityRegion, UpdateRule
 
@@ -36,7 +36,7 @@ VERMILION, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#555555"
 
 
 @dataclass(frozen=True)
-class Diagram(Experiment):
+class Diagram(RowExperiment):
     """Figure 3.
 
     Attributes:
@@ -80,7 +80,7 @@ class Diagram(Experiment):
         """Return a plane for each batch size and seed, and the family."""
         return [*self._planes(), self._family()]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``plane`` and ``two-dimensions``."""
         plane = [
             {"batch_size": job.batch_size, "n": job.n, "lr": job.lr, "seed": job.seed, **cell}
@@ -91,11 +91,11 @@ class Diagram(Experiment):
         widths = store.result(family)["cells"] if store.done(family) else []
         return {"plane": plane, "two-dimensions": widths}
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return the family; the plane is a picture."""
         return {"two-dimensions": tables["two-dimensions"]}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the planes, or the largest learning rates of the family."""
         from matplotlib.figure import Figure
 
@@ -113,7 +113,7 @@ class Diagram(Experiment):
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return what (9) says in one dimension, and what becomes of it in two."""
         claims = []
         if tables.get("plane"):

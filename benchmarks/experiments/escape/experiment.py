@@ -16,7 +16,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.experiments.escape import figures as escape_figures
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.escape import Switch
@@ -35,9 +35,11 @@ PRINTED = {
 
 TOLERANCE = 0.1
 
+POINT = ("loss", "sharpness", "non_uniformity", "test_accuracy")
+
 
 @dataclass(frozen=True)
-class Escape(Experiment):
+class Escape(RowExperiment):
     """Figures 1 and 8, Table 3.
 
     Attributes:
@@ -197,30 +199,31 @@ class Escape(Experiment):
         """Return the runs from the minima, and the further minima."""
         return [s for start in self._starts() for s in self._switches(start)] + list(self._others())
 
-    def foretell(self, job: Job, store: Store) -> str | None:
+    def headline(self, job: Job, store: Store) -> str | None:
         """Return what was predicted of a run, and whether it came true; what a minimum is like."""
         if isinstance(job, Switch):
             found = store.result(job)
-            right = _right(found)
-            at, largest = found["escaped_at"], found["largest_loss_ratio"]
+            right = found.as_predicted
+            at, largest = found.escaped_at, found.largest_loss_ratio
             done = (
-                f"escaped by step {at}"
+                f"escaped at step {at}"
                 if at is not None
-                else f"stayed (loss at most × {largest:.1f})"
+                else f"stayed, the loss at most × {largest:.1f}"
             )
-            mark = "[green]✓[/green]" if right else "[red]✗ not as predicted:[/red]"
-            return f"{mark} {_how(job)}: {done}\n    predicted from {found['why']}"
+            mark = "[green]✓[/green]" if right else "[red]✗[/red]"
+            told = f"predicted: {found.predicted} · observed: {done}"
+            return f"{mark} {_how(job)}, seed {job.seed}\n  {told}\n  {found.why}"
         if isinstance(job, Solution) and job in self._starts():
             found = store.result(job)
-            a, s, limit = found["sharpness"], found["non_uniformity"], 2 / job.lr
-            reached = f"loss {found['loss']:.1e} in {found['steps']:,} steps"
+            a, s, limit = found.sharpness, found.non_uniformity, 2 / job.lr
+            reached = f"loss {found.loss:.1e} in {found.steps:,} steps"
             return (
                 f"GD, η = {job.lr:g}, seed {job.seed}: {reached}\n"
                 f"    a = {a:.2f} (2/η = {limit:g}), s = {s:.2f}"
             )
         return None
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``minima``, ``switches``, ``traces`` of the first seed, and ``scatter``."""
         minima: Rows = []
         switches: Rows = []
@@ -235,14 +238,14 @@ class Escape(Experiment):
         scatter = [
             {"from": "SGD from scratch", **_point(store.result(other))}
             for other in filter(store.done, self._others())
-            if store.result(other)["outcome"] == "reached"
+            if store.result(other).outcome == "reached"
         ]
         # A scatter is of models trained on the same images: only there do accuracies compare.
         if self.scatter_n == self.n and self.scatter_random_labels in self.random_labels:
             scatter += list(_ends(minima, switches, self.scatter_random_labels))
         return {"minima": minima, "switches": switches, "traces": traces, "scatter": scatter}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return loss and margins along the way, and the scatter."""
         if name == "traces":
             return escape_figures.traces(rows, self.lr)
@@ -250,7 +253,7 @@ class Escape(Experiment):
             return escape_figures.scatter(rows, self.data)
         return None
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return Table 3, who left and who stayed, and what the ends are like."""
         return [
             *self._table_3(tables["minima"]),
@@ -307,50 +310,47 @@ def _miss(row: dict[str, Any]) -> str:
     return text
 
 
-def _minimum(start: Solution, found: dict[str, Any]) -> dict[str, Any]:
+def _minimum(start: Solution, found: Any) -> dict[str, Any]:
     return {
         "random_labels": start.data.random_labels,
         "seed": start.seed,
         "lr": start.lr,
-        "steps": found["steps"],
+        "steps": found.steps,
         **_point(found),
     }
 
 
-def _point(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: found[key] for key in ("loss", "sharpness", "non_uniformity", "test_accuracy")}
-
-
-def _right(found: dict[str, Any]) -> bool:
-    return (found["predicted"] == "escape") == (found["escaped_at"] is not None)
+def _point(found: Any) -> dict[str, Any]:
+    return {key: getattr(found, key) for key in POINT}
 
 
 def _how(switch: Switch) -> str:
     return f"{switch.how}, η = {switch.lr:g}"
 
 
-def _switched(switch: Switch, found: dict[str, Any]) -> dict[str, Any]:
+def _switched(switch: Switch, found: Any) -> dict[str, Any]:
     row = {
         "random_labels": switch.start.data.random_labels,
         "seed": switch.start.seed,
         "how": _how(switch),
         "lr": switch.lr,
         "batch_size": switch.batch_size,
-        "predicted": found["predicted"],
-        "why": found["why"],
-        "escaped_at": found["escaped_at"],
-        "settled_at": found["settled_at"],
-        "largest_loss_ratio": found["largest_loss_ratio"],
-        "right": _right(found),
+        "predicted": found.predicted,
+        "why": found.why,
+        "escaped_at": found.escaped_at,
+        "settled_at": found.settled_at,
+        "largest_loss_ratio": found.largest_loss_ratio,
+        "right": found.as_predicted,
     }
+    ends = {"before": vars(found.before), "after": found.after or {}}
     for when in ("before", "after"):
         for key in ("loss", "sharpness", "non_uniformity", "test_accuracy"):
-            row[f"{key}_{when}"] = (found[when] or {}).get(key)
+            row[f"{key}_{when}"] = ends[when].get(key)
     return row
 
 
-def _traced(switch: Switch, before: dict[str, Any], trace: Rows) -> Iterator[dict[str, Any]]:
-    for record in [{"step": 0, **before}, *trace]:
+def _traced(switch: Switch, before: Any, trace: Rows) -> Iterator[dict[str, Any]]:
+    for record in [{**vars(before), "step": 0}, *trace]:
         if "why" in record or record["step"] > switch.steps:
             continue
         yield {
@@ -366,7 +366,7 @@ def _traced(switch: Switch, before: dict[str, Any], trace: Rows) -> Iterator[dic
 def _ends(minima: Rows, switches: Rows, count: int) -> Iterator[dict[str, Any]]:
     for row in minima:
         if row["random_labels"] == count:
-            yield {"from": "GD from scratch", **_point(row)}
+            yield {"from": "GD from scratch", **{key: row[key] for key in POINT}}
     for row in switches:
         if row["random_labels"] == count and row["sharpness_after"] is not None:
             after = {key: row[f"{key}_after"] for key in ("loss", "sharpness", "non_uniformity")}

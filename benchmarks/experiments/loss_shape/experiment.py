@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from benchmarks.experiments.loss_shape.jobs import LOSSES, WITHIN, Course, Line
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Solution
@@ -34,7 +34,7 @@ COLOURS = {"squared": BLUE, "cross-entropy": VERMILION}
 
 
 @dataclass(frozen=True)
-class LossShape(Experiment):
+class LossShape(RowExperiment):
     """Figure 4, as we read it.
 
     Attributes:
@@ -99,7 +99,7 @@ class LossShape(Experiment):
         """Return a line through each minimum, and the courses."""
         return [*self._lines(), *self._courses()]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``minima``, ``line`` through them, and ``course``."""
         minima, line = [], []
         for job in filter(store.done, self._lines()):
@@ -116,11 +116,11 @@ class LossShape(Experiment):
         ]
         return {"minima": minima, "line": line, "course": course}
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return the minima, and where the courses end."""
         return {"minima": tables["minima"], "course-ends": _ends(tables["course"])}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the loss beside its quadratic, or sharpness against loss on the way."""
         from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ class LossShape(Experiment):
         figure.axes[0].legend(frameon=False)
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return how far the quadratic holds, and where sharpness goes by either loss."""
         claims = []
         if tables.get("minima"):

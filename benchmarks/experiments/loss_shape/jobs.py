@@ -14,10 +14,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import stableopt
 from benchmarks.runner import Job, Work
-from benchmarks.training.data import Dataset
+from benchmarks.training.data import Dataset, images_for
 from benchmarks.training.loops import mean_squared_error
-from benchmarks.training.minimum import Solution, flops_per_sample, images_for
-from benchmarks.training.networks import network
+from benchmarks.training.minimum import Solution, from_minimum
+from benchmarks.training.networks import flops_per_sample, network
 from stableopt import Problem
 from stableopt.curvature import Hessian, top_eigenpair
 
@@ -70,12 +70,7 @@ class Line(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Find the eigenvector, and walk along it."""
-        before = work.result(self.start)
-        if before["outcome"] == "diverged":
-            raise ValueError(f"{self.start.id} has diverged: there is no minimum")
-        images = images_for(self.start.data, work)
-        model = self.start.model(work.place.device)
-        model.load_state_dict(work.tensors(self.start))
+        _, model, images = from_minimum(self.start, work, allow_unfinished=True)
         model = model.double().eval()
         data = (images.x.double(), images.y.double())
         problem = Problem(model, mean_squared_error, data)

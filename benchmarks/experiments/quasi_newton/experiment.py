@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training
-from benchmarks.framework.experiment import Claim, Experiment, Rows, spread
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 
@@ -29,7 +29,7 @@ LBFGS = "L-BFGS"
 
 
 @dataclass(frozen=True)
-class QuasiNewton(Experiment):
+class QuasiNewton(RowExperiment):
     """Figure 9.
 
     Attributes:
@@ -116,7 +116,7 @@ class QuasiNewton(Experiment):
         """Return a run of each method for each seed; searches come with these."""
         return [run for _, runs in self._plan().values() for run in runs]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``searched`` and ``solutions``."""
         plan = self._plan()
         return {
@@ -124,7 +124,7 @@ class QuasiNewton(Experiment):
             "solutions": _rows(store, [job for _, runs in plan.values() for job in runs]),
         }
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return where the methods settle."""
         rows = []
         for method, its in _by_method(tables["solutions"]).items():
@@ -141,7 +141,7 @@ class QuasiNewton(Experiment):
             )
         return {"where-they-settle": rows}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return accuracy by sharpness, and preconditioned sharpness beside its limit."""
         from matplotlib.figure import Figure
 
@@ -169,7 +169,7 @@ class QuasiNewton(Experiment):
         figure.suptitle("Where they settle")
         return figure
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return whether GD and SGD leave L-BFGS's minimum for one that is flatter and tests better."""
         methods = _by_method(tables.get("solutions", []))
         before = {row["seed"]: row for row in methods.get(LBFGS, [])}

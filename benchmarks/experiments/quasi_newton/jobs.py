@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import stableopt
 from benchmarks.runner import Job, Work
-from benchmarks.training.data import Dataset, Images
+from benchmarks.training.data import Dataset, Images, images_for
 from benchmarks.training.loops import evaluate, mean_squared_error, reshuffled_batches
-from benchmarks.training.minimum import flops_per_sample, images_for
-from benchmarks.training.networks import network
+from benchmarks.training.networks import flops_per_sample, network
 
 __all__ = ["METHODS", "Budget", "Method", "Search", "Training", "halves"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from benchmarks.experiments.steering import report
 from benchmarks.experiments.steering.case import Budget
 from benchmarks.experiments.steering.job import Steered
-from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows
 from benchmarks.runner import Job, Store
 from benchmarks.training.data import Dataset
 
@@ -29,7 +29,7 @@ IN_THE_PLANE = ("more uniform", "both")
 
 
 @dataclass(frozen=True)
-class Steering(Experiment, Budget):
+class Steering(RowExperiment, Budget):
     """Regions and rivals.
 
     Attributes:
@@ -66,7 +66,7 @@ class Steering(Experiment, Budget):
         """Return everything from each seed's minimum."""
         return list(self._steered())
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``summary``, ``runs``, ``paths``, and the paths to regions in the plane."""
         runs, paths = [], []
         for job in filter(store.done, self._steered()):
@@ -91,17 +91,17 @@ class Steering(Experiment, Budget):
             },
         }
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return the summary."""
         return {"where-each-ended": tables["summary"]}
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the ways of the first seed."""
         if name == "paths":
             return report.draw_sharpness(rows)
         return report.draw_diagram(rows) if name.startswith("diagram") else None
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return which regions were reached."""
         return report.claims(tables.get("runs", []))
 

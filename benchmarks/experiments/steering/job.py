@@ -12,10 +12,9 @@ import stableopt
 from benchmarks.experiments.steering import methods, rivals
 from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
 from benchmarks.runner import Job, Work
-from benchmarks.training.data import Dataset, Images
+from benchmarks.training.data import Dataset, Images, images_for
 from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
-from benchmarks.training.minimum import flops_per_sample, images_for
-from benchmarks.training.networks import network
+from benchmarks.training.networks import flops_per_sample, network
 
 __all__ = ["Steered"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from benchmarks.experiments.toy.model import COEFFICIENTS, Path, Thresholds, Walks, losses, wilson
-from benchmarks.framework.experiment import Claim, Experiment, Rows
+from benchmarks.framework.experiment import Claim, RowExperiment, Rows
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ VERMILION, BLUE, GREEN, GREY = "#D55E00", "#0072B2", "#009E73", "#555555"
 
 
 @dataclass(frozen=True)
-class Toy(Experiment):
+class Toy(RowExperiment):
     """Figure 2.
 
     Attributes:
@@ -84,7 +84,7 @@ class Toy(Experiment):
         """Return the runs at each rate, and a few trajectories."""
         return [*self._walks(), *self._paths()]
 
-    def tables(self, store: Store) -> dict[str, Rows]:
+    def row_tables(self, store: Store) -> dict[str, Rows]:
         """Return ``functions``, ``escapes`` and ``trajectories``."""
         x = np.linspace(-0.6, 1.6, 221)
         first, second = losses(x)
@@ -123,7 +123,7 @@ class Toy(Experiment):
             )
         return rows
 
-    def draw(self, name: str, rows: Rows) -> Figure | None:
+    def row_draw(self, name: str, rows: Rows) -> Figure | None:
         """Return the losses, the share of runs that escape by learning rate, or trajectories."""
         from matplotlib.figure import Figure
 
@@ -144,11 +144,11 @@ class Toy(Experiment):
         axes.grid(alpha=0.25)
         return figure
 
-    def summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
         """Return how many escape."""
         return {"escapes": tables["escapes"]}
 
-    def claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
         """Return what the paper says of η = 0.7, and whether escapes begin where theory says."""
         true = [row for row in tables["escapes"] if row["derivatives"] == "true"]
         claims = [_at_paper_lr(true, "SGD escapes at η = 0.7, Figure 2")]

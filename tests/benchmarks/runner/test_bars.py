@@ -11,7 +11,7 @@ from runner_jobs import Failing, Number, Sum
 
 from benchmarks.runner import Place, Store, run_all
 from benchmarks.runner.bars import Bars, Pace
-from benchmarks.runner.store import write_json
+from benchmarks.runner.files import write_json
 
 
 class Costly(Number):

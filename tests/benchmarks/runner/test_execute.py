@@ -14,7 +14,7 @@ from runner_jobs import Failing, Member, Number, Unwritable, Walk
 
 from benchmarks.runner import Job, Place, Store, Work
 from benchmarks.runner.execute import work
-from benchmarks.runner.store import read_lines
+from benchmarks.runner.files import read_lines
 
 HERE = Place()
 KEPT = ("result.json", "trace.jsonl", "tensors.pt")

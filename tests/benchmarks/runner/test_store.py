@@ -14,7 +14,7 @@ from runner_jobs import Number, Walk
 
 from benchmarks.runner import Place, Store
 from benchmarks.runner.execute import work
-from benchmarks.runner.store import plain, read_json, read_lines, write_json
+from benchmarks.runner.files import plain, read_json, read_lines, write_json
 
 
 def test_a_job_is_done_with_the_rename_and_not_before(tmp_path: Path) -> None:

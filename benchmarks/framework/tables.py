@@ -1,0 +1,67 @@
+"""Tables of results as DataFrames, and the CSV files that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["Row", "cell", "read_table", "records", "table", "write_table"]
+
+Row = Mapping[str, Any]
+"""Numbers and strings by column; ``None`` where there is no value."""
+
+
+def table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Return rows as a DataFrame, with the types that it would have if read from its CSV file.
+
+    >>> found = table([{"B": 4, "a": 0.5}, {"B": None, "a": None}])
+    >>> found.dtypes.astype(str).to_dict()
+    {'B': 'Int64', 'a': 'float64'}
+    """
+    rows = list(rows)
+    text = pd.DataFrame(rows, dtype=object).to_csv(index=False) if rows else ""
+    return _read(StringIO(text)) if rows else pd.DataFrame()
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return the table of a CSV file: integers stay integers where values are missing."""
+    return _read(path)
+
+
+def write_table(path: Path, content: pd.DataFrame) -> None:
+    """Write a table as CSV, complete or not at all; missing values as empty fields."""
+    partial = path.with_suffix(".partial")
+    content.astype(object).to_csv(partial, index=False, lineterminator="\n")
+    partial.replace(path)
+
+
+def _read(source: Any) -> pd.DataFrame:
+    found = pd.read_csv(
+        source,
+        keep_default_na=False,
+        na_values=[""],
+        dtype_backend="numpy_nullable",
+    )
+    # Floats need no mask: NaN says that a value is missing, and matplotlib understands it.
+    return found.astype(dict.fromkeys(found.select_dtypes("Float64"), "float64"))
+
+
+def records(content: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as dictionaries of Python's own types, ``None`` where there is no value."""
+    plain = content.astype(object)
+    return plain.where(content.notna(), None).to_dict("records")
+
+
+def cell(value: Any) -> str:
+    """Return ``value`` as the terminal shows it.
+
+    >>> cell(0.123456), cell(None), cell(12), cell("B = 4")
+    ('0.1235', '–', '12', 'B = 4')
+    """
+    if pd.isna(value):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

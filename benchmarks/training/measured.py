@@ -1,0 +1,41 @@
+"""`measured`: sharpness and non-uniformity of a trained network, with residuals and limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import stableopt
+from benchmarks.training.data import Images
+from benchmarks.training.loops import mean_squared_error
+
+__all__ = ["measured"]
+
+
+def measured(
+    model: nn.Module,
+    images: Images,
+    *,
+    lr: float,
+    batch_size: int | None = None,
+    non_uniformity: bool = True,
+) -> dict[str, Any]:
+    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD."""
+    model.eval()  # for batch norm: see resnet14
+    margins = stableopt.measure(
+        model,
+        mean_squared_error,
+        (images.x, images.y),
+        lr=lr,
+        batch_size=batch_size or len(images.x),
+        quantities=("sharpness", "non_uniformity") if non_uniformity else ("sharpness",),
+        chunk_size=None if images.x.ndim == 2 else 250,
+        max_iter=300,
+    )
+    found: dict[str, Any] = {}
+    for name, measurement in margins.measurements.items():
+        found[name] = getattr(margins, name)
+        found[f"{name}_relative_residual"] = measurement.residual
+        found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
+    return found

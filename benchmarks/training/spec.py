@@ -1,0 +1,47 @@
+"""`Spec`: what to train and when to stop, and the bookkeeping that all ways of training share."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from torch import nn
+
+from benchmarks.runner import Work
+
+__all__ = ["Spec", "outcome", "report", "worth_a_line"]
+
+
+class Spec(Protocol):
+    """A training run from a random start to a target loss, as far as its steps need to know it."""
+
+    lr: float
+    seed: int
+    batch_size: int | None
+    target_loss: float
+    max_steps: int
+
+    def model(self, device: str = "cpu") -> nn.Module:
+        """Return the network before its first step."""
+
+
+def outcome(spec: Spec, steps: int, loss: float) -> str | None:
+    """Return how training ends at this loss, or ``None`` if it continues."""
+    if not loss < math.inf:
+        return "diverged"
+    if loss <= spec.target_loss:
+        return "reached"
+    return "out of steps" if steps >= spec.max_steps else None
+
+
+def report(spec: Spec, work: Work, steps: int, loss: float, first: float) -> None:
+    """Report progress by the logarithm of the loss, which falls about as a power of time."""
+    work.progress(
+        math.log(first / loss) / math.log(first / spec.target_loss),
+        f"η = {spec.lr:g}, step {steps:,}, loss {loss:.1e}",
+    )
+
+
+def worth_a_line(epochs: int) -> bool:
+    """Say whether the trace records this epoch: powers of two and multiples of 100."""
+    return epochs & (epochs - 1) == 0 or epochs % 100 == 0
