@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import benchmarks.__main__ as benchmarks_cli
-from benchmarks import cli as commands
+from benchmarks import cli as benchmarks_cli
 from stableopt.__main__ import main as stableopt_cli
 
 if sys.version_info >= (3, 11):
@@ -107,7 +106,7 @@ def benchmarks_run(words: list[str], here: Here) -> None:
 def benchmarks_perf(words: list[str], here: Here) -> None:
     """Check that its parts exist and accept the settings, without timing anything."""
     configured = []
-    for path in commands.PARTS.values():
+    for path in benchmarks_cli.PARTS.values():
         here.patch.setattr(f"{path}.run", configured.append)
     arguments = words[1:] if words[0] == "perf" else words[4:]
     assert benchmarks_cli.main(["perf", *arguments]) == 0

@@ -15,6 +15,11 @@ Row = Mapping[str, Any]
 """Numbers and strings by column; ``None`` where there is no value."""
 
 
+OLD = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
+EXACT = {"float_precision": "round_trip"} if OLD else {}
+"""Read back the number that was written: what pandas does from 3.1 on."""
+
+
 def table(rows: Iterable[Row]) -> pd.DataFrame:
     """Return rows as a DataFrame, with the types that it would have if read from its CSV file.
 
@@ -45,6 +50,7 @@ def _read(source: Any) -> pd.DataFrame:
         keep_default_na=False,
         na_values=[""],
         dtype_backend="numpy_nullable",
+        **EXACT,
     )
     # Floats need no mask: NaN says that a value is missing, and matplotlib understands it.
     return found.astype(dict.fromkeys(found.select_dtypes("Float64"), "float64"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from benchmarks.framework.experiment import Experiment, Rows
-from benchmarks.framework.publish import read_rows, write_rows
+from benchmarks.framework.experiment import Experiment, RowExperiment
+from benchmarks.framework.tables import read_table, records, write_table
 from benchmarks.runner import Place, Store, run_all
 
 __all__ = ["small_run"]
 
 
-def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Rows], set[str], Store]:
+def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Any], set[str], Store]:
     """Run the jobs of an experiment in a folder.
 
     Returns its tables as their CSV files have them; the names of those that have a picture, drawn
@@ -22,8 +23,10 @@ def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Rows], se
     assert [(job, store.failure(job)) for job in summary.failed] == []
     tables = {}
     for name, rows in experiment.tables(store).items():
-        write_rows(folder / f"{name}.csv", rows)
-        tables[name] = read_rows(folder / f"{name}.csv")
+        write_table(folder / f"{name}.csv", rows)
+        tables[name] = read_table(folder / f"{name}.csv")
+        if isinstance(experiment, RowExperiment):
+            tables[name] = records(tables[name])
     figures = {name: experiment.draw(name, rows) for name, rows in tables.items()}
     drawn = {name for name, figure in figures.items() if figure is not None and figure.axes}
     return tables, drawn, store

@@ -23,7 +23,7 @@ FEW = Dataset("digits", 16)
 QUICK = Solution(FEW, lr=1.0, target_loss=3e-2)
 
 
-def done(job: Job, store: Store) -> dict[str, Any]:
+def done(job: Job, store: Store) -> Any:
     """Run a job and return its result."""
     summary = run_all([job], store, Place())
     assert not summary.failed, store.failure(summary.failed[0])
@@ -42,17 +42,15 @@ def test_gradient_descent_is_the_plain_loop(tmp_path: Path) -> None:
         ):
             p.data.sub_(g)
         steps += 1
-    assert (found["outcome"], found["steps"]) == ("reached", steps)
+    assert (found.outcome, found.steps) == ("reached", steps)
     # The same operations; torch may sum the batch in another order when it is cut into chunks.
-    assert found["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, p in store.tensors(QUICK).items():
         torch.testing.assert_close(p, model.state_dict()[name])
     margins = stableopt.measure(model, nn.MSELoss(), (images.x, images.y), lr=1.0)
-    assert found["sharpness"] == pytest.approx(
-        margins.sharpness, rel=1e-3
-    )  # the solver's tolerance
-    assert found["sharpness_limit"] == 2.0
-    assert found["test_accuracy"] == images.accuracy(model)
+    assert found.sharpness == pytest.approx(margins.sharpness, rel=1e-3)  # the solver's tolerance
+    assert found.sharpness_limit == 2.0
+    assert found.test_accuracy == images.accuracy(model)
 
 
 def test_the_recorded_residual_is_relative_to_the_eigenvalue_once() -> None:
@@ -80,7 +78,7 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
             optimizer.zero_grad()
             nn.functional.mse_loss(model(images.x[rows]), images.y[rows]).backward()
             optimizer.step()
-    assert (found["outcome"], found["steps"]) == ("out of steps", 8)
+    assert (found.outcome, found.steps) == ("out of steps", 8)
     assert all(torch.equal(p, store.tensors(job)[n]) for n, p in model.state_dict().items())
 
 
@@ -124,9 +122,9 @@ def test_divergence_is_an_outcome(tmp_path: Path) -> None:
     """Catches a failure where there is a result, and margins of weights that are not finite."""
     store = Store(tmp_path)
     found = done(replace(QUICK, lr=1e6), store)
-    assert found["outcome"] == "diverged"
-    assert "sharpness" not in found
-    assert found["loss"] is None
+    assert found.outcome == "diverged"
+    assert found.sharpness is None
+    assert found.loss is None
 
 
 def test_sharpness_along_the_way_changes_nothing(tmp_path: Path) -> None:
@@ -135,7 +133,7 @@ def test_sharpness_along_the_way_changes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert done(watched, store) == done(QUICK, store)
     steps = [r["step"] for r in store.trace(watched) if "sharpness" in r]
-    last = store.result(watched)["steps"]
+    last = store.result(watched).steps
     expected = {s for s in range(last + 1) if s % 10 == 0 or s & (s - 1) == 0}
     assert set(steps) == expected
 
@@ -159,17 +157,17 @@ def test_gd_leaves_beyond_its_limit_and_stays_within(minimum: tuple[Solution, St
     where there is none.
     """
     start, store = minimum
-    a = store.result(start)["sharpness"]
+    a = store.result(start).sharpness
     for factor, leaves in ((0.9, False), (2.0, True)):
         job = Switch(start, lr=factor * 2 / a, batch_size=None, steps=300, look_every=1)
         found = done(job, store)
-        assert found["predicted"] == ("escape" if leaves else "stay")
-        assert (found["escaped_at"] is not None) == leaves
-        assert found["before"] == store.result(start)
+        assert found.predicted == ("escape" if leaves else "stay")
+        assert (found.escaped_at is not None) == leaves
+        assert found.before == store.result(start)
         first = store.trace(job)[0]
-        assert (first["step"], first["predicted"]) == (0, found["predicted"])
-        if leaves and found["after"] is not None:
-            assert found["largest_loss_ratio"] >= 10
+        assert (first["step"], first["predicted"]) == (0, found.predicted)
+        if leaves and found.after is not None:
+            assert found.largest_loss_ratio >= 10
 
 
 def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
@@ -188,18 +186,18 @@ def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store
     one that goes on though it never left.
     """
     start, store = minimum
-    a = store.result(start)["sharpness"]
+    a = store.result(start).sharpness
     away = Switch(start, lr=2 * 2 / a, batch_size=None, steps=20, look_every=1)
     settled = done(replace(away, settle_loss=2e-3), store)
-    assert settled["settled_at"] > away.steps
-    assert settled["after"]["loss"] <= 2e-3
-    longer = done(replace(away, steps=settled["settled_at"]), store)
-    assert longer["after"] == settled["after"]
+    assert settled.settled_at > away.steps
+    assert settled.after["loss"] <= 2e-3
+    longer = done(replace(away, steps=settled.settled_at), store)
+    assert longer.after == settled.after
     cut = done(replace(away, settle_loss=1e-9, settle_steps=30), store)
-    assert cut["settled_at"] is None
-    assert cut["after"]["loss"] > 1e-9
+    assert cut.settled_at is None
+    assert cut.after["loss"] > 1e-9
     stayed = done(Switch(start, lr=0.5 / a, batch_size=None, steps=10, settle_loss=1e-9), store)
-    assert stayed["settled_at"] is None
+    assert stayed.settled_at is None
 
 
 def test_independent_batches_are_not_an_epoch(minimum: tuple[Solution, Store]) -> None:
@@ -254,8 +252,8 @@ def test_thresholds_are_the_librarys(minimum: tuple[Solution, Store]) -> None:
     images = FEW.load()
     problem = stableopt.Problem(model, nn.MSELoss(), (images.x, images.y))
     exact = stableopt.critical_lr(problem, batch_size=1)
-    one, all_of_them = found["by_batch_size"]["1"], found["by_batch_size"]["16"]
-    assert one["critical_lr"] == pytest.approx(exact.value, rel=1e-3)  # the solver's tolerance
-    assert one["theorem1"] == pytest.approx(exact.theorem1, rel=1e-3)
-    assert one["theorem1"] <= one["critical_lr"] < all_of_them["critical_lr"]
-    assert all_of_them["critical_lr"] == pytest.approx(found["full_batch"], rel=1e-6)
+    one, all_of_them = found.at(1), found.at(16)
+    assert one.critical_lr == pytest.approx(exact.value, rel=1e-3)  # the solver's tolerance
+    assert one.theorem1 == pytest.approx(exact.theorem1, rel=1e-3)
+    assert one.theorem1 <= one.critical_lr < all_of_them.critical_lr
+    assert all_of_them.critical_lr == pytest.approx(found.full_batch, rel=1e-6)

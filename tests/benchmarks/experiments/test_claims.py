@@ -1,0 +1,164 @@
+"""The claims of every experiment: hand-made tables that must be reproduced, and that must not.
+
+An entry of ``CASES`` is an experiment, tables that uphold its claims, and for claims by a part of
+their text the change of a table that must refute them. A test also recomputes the claims of every
+published result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import benchmarks
+from benchmarks.experiments import experiment
+from benchmarks.experiments.batch_size import BatchSize
+from benchmarks.experiments.correlation import Correlation
+from benchmarks.experiments.gd_sharpness import GDSharpness
+from benchmarks.experiments.selection import Selection
+from benchmarks.framework.claims import Claim
+from benchmarks.framework.experiment import Experiment
+from benchmarks.framework.tables import read_table, table
+
+RESULTS = Path(benchmarks.__file__).parent / "results"
+
+Rows = list[dict[str, Any]]
+Change = Callable[[dict[str, Rows]], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attributes:
+    one: the experiment.
+    tables: that uphold all its claims, rows by name.
+    refuted: for a part of a claim's text, the change of the tables that must refute it.
+    """
+
+    one: Experiment
+    tables: Callable[[], dict[str, Rows]]
+    refuted: Mapping[str, Change] = field(default_factory=dict)
+
+    def claims(self, change: Change = lambda tables: None) -> list[Claim]:
+        """Return the claims on the tables after a change."""
+        rows = self.tables()
+        change(rows)
+        return list(self.one.claims({name: table(its) for name, its in rows.items()}))
+
+
+def put(name: str, key: str, value: Any, row: int = 0) -> Change:
+    """Return the change of one number of a table."""
+    return lambda tables: tables[name][row].update({key: value})
+
+
+def minima(name: str, *cells: tuple[float, int | None, float, float, float]) -> Callable[[], Any]:
+    """Return a table of minima: η, B, a, s and the limit of s."""
+
+    def rows() -> dict[str, Rows]:
+        return {
+            name: [
+                {"lr": lr, "batch_size": size, "scale": 1.0, "seed": 0, "outcome": "reached"}
+                | {"sharpness": a, "non_uniformity": s, "non_uniformity_limit": bound}
+                for lr, size, a, s, bound in cells
+            ]
+        }
+
+    return rows
+
+
+def sharpness(*cells: tuple[float, float]) -> Callable[[], Any]:
+    """Return a table of gradient descent's sharpness by learning rate."""
+    return lambda: {
+        "sharpness": [
+            {"lr": lr, "seed": seed, "outcome": "reached", "sharpness": a}
+            for lr, a in cells
+            for seed in (0, 1)
+        ]
+    }
+
+
+CASES = {
+    "gd-sharpness, digits": Case(
+        GDSharpness(),
+        sharpness((0.5, 4.1), (1.0, 1.9)),
+        {
+            "η = 0.5": put("sharpness", "sharpness", 4.4),  # the mean is 4.25, 6 % above 2/η
+            "η = 1": put("sharpness", "sharpness", 2.4, row=2),  # 2.15, 8 % above
+        },
+    ),
+    "gd-sharpness, printed": Case(
+        GDSharpness(data="fashion-mnist"),
+        sharpness((0.1, 19.0), (1.0, 1.9)),
+        {
+            "η = 0.1": put("sharpness", "sharpness", 17.0),  # the mean 18 is 8 % below 19.6
+            "η = 1": put("sharpness", "sharpness", 2.2, row=2),
+        },
+    ),
+    "batch-size": Case(
+        BatchSize(batch_sizes=(4, 16)),
+        minima(
+            "batch-size",
+            (0.5, 4, 1.0, 3.0, 4.0),
+            (0.5, 16, 2.0, 5.0, 8.0),
+            (0.5, None, 3.0, 6.0, 1e9),
+        ),
+        {
+            "5a": put("batch-size", "sharpness", 2.5),
+            "5b, non-uniformity against": put("batch-size", "non_uniformity", 7.0, row=1),
+            "non-uniformity at B = 4": put("batch-size", "non_uniformity", 4.1),
+        },
+    ),
+    "selection": Case(
+        Selection(),
+        minima("selection", (0.5, 4, 1.0, 3.9, 4.0), (0.5, 25, 2.0, 9.0, 10.0)),
+        {"Figure 6": put("selection", "non_uniformity", 10.1, row=1)},
+    ),
+    "correlation": Case(
+        Correlation(),
+        minima("correlation", *((1.0, 4, a, 2.1 * a, 99.0) for a in (0.5, 1.0, 2.0, 4.0))),
+        {"Figure 7": put("correlation", "non_uniformity", 0.1, row=3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_claims_hold_on_tables_made_to_hold(name: str) -> None:
+    """Catches a claim that nothing can uphold, and one without a table that refutes it."""
+    claims = CASES[name].claims()
+    assert claims
+    for claim in claims:
+        assert claim.reproduced, claim
+        assert claim.printed or claim.theory
+        assert any(part in claim.what for part in CASES[name].refuted), claim.what
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [(n, p) for n, case in CASES.items() for p in case.refuted]
+)
+def test_claims_fail_on_tables_made_to_fail(name: str, part: str) -> None:
+    """Catches a claim that nothing can refute, and a verdict that looks at other numbers."""
+    claims = CASES[name].claims(CASES[name].refuted[part])
+    (claim,) = (claim for claim in claims if part in claim.what)
+    assert not claim.reproduced, claim
+
+
+PUBLISHED = sorted(RESULTS.glob("*/*/*/about.json"))
+
+
+@pytest.mark.parametrize(
+    "about", PUBLISHED, ids=[str(p.parent.relative_to(RESULTS)) for p in PUBLISHED]
+)
+def test_published_claims_follow_from_their_tables(about: Path) -> None:
+    """Catches a claim that changed its verdict, or disappeared, since the results were published."""
+    told = json.loads(about.read_text())
+    one = experiment(told["experiment"]).from_json(told["settings"])
+    tables = {path.stem: read_table(path) for path in about.parent.glob("*.csv")}
+    published = json.loads((about.parent / "claims.json").read_text())
+    verdicts = [claim.reproduced for claim in one.claims(tables)]
+    assert verdicts == [claim["reproduced"] for claim in published]
+    assert all(isinstance(content, pd.DataFrame) for content in tables.values())
