@@ -10,7 +10,9 @@ import stableopt
 from benchmarks.training.data import Images
 from benchmarks.training.loops import mean_squared_error
 
-__all__ = ["measured"]
+__all__ = ["BOTH", "measured"]
+
+BOTH = ("sharpness", "non_uniformity")
 
 
 def measured(
@@ -29,7 +31,7 @@ def measured(
         (images.x, images.y),
         lr=lr,
         batch_size=batch_size or len(images.x),
-        quantities=("sharpness", "non_uniformity") if non_uniformity else ("sharpness",),
+        quantities=BOTH if non_uniformity else ("sharpness",),
         chunk_size=None if images.x.ndim == 2 else 250,
         max_iter=300,
     )

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 import stableopt
 from benchmarks.runner import Job, Work
+from benchmarks.training.measured import BOTH
 from stableopt.stability import noise_factor
 
 __all__ = ["Curve", "Descent", "Measured", "Model", "scales"]
@@ -116,7 +117,13 @@ def at(curve: Curve, model: Model, lr: float, batch_size: int | None) -> dict[st
     """Return loss, test error, and what the library measures."""
     x, y = curve.data()
     margins = stableopt.measure(
-        model, nn.MSELoss(), (x, y), lr=lr, batch_size=batch_size or curve.n, tol=1e-10
+        model,
+        nn.MSELoss(),
+        (x, y),
+        lr=lr,
+        batch_size=batch_size or curve.n,
+        quantities=BOTH,
+        tol=1e-10,
     )
     p, q = float(model.p.detach()), float(model.q.detach())
     return {

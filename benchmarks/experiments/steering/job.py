@@ -14,6 +14,7 @@ from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset, Images, images_for
 from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
+from benchmarks.training.measured import BOTH
 from benchmarks.training.networks import flops_per_sample, network
 
 __all__ = ["Steered"]
@@ -92,7 +93,12 @@ class Steered(Job):
         optimizer = stableopt.GD(model.parameters(), lr=self.budget.lr)
         steps = gd_until(self.budget.start_loss, model, images, optimizer, max_steps=10**6)
         margins = stableopt.measure(
-            model, mean_squared_error, (images.x, images.y), optimizer=optimizer, tol=1e-3
+            model,
+            mean_squared_error,
+            (images.x, images.y),
+            optimizer=optimizer,
+            quantities=BOTH,
+            tol=1e-3,
         )
         accuracy = images.accuracy(model)
         return model, Outcome(

@@ -14,6 +14,7 @@ import stableopt
 from benchmarks.experiments.steering.case import Outcome
 from benchmarks.training.data import Images
 from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.measured import BOTH
 from stableopt import AdaptiveBatchSampler, StabilityController, StabilityMargins
 
 __all__ = ["ended", "margins_at_end", "sampler_of", "train", "with_batch"]
@@ -95,7 +96,12 @@ def margins_at_end(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return stableopt.measure(
-            model, mean_squared_error, (images.x, images.y), optimizer=optimizer, tol=1e-3
+            model,
+            mean_squared_error,
+            (images.x, images.y),
+            optimizer=optimizer,
+            quantities=BOTH,
+            tol=1e-3,
         )
 
 
