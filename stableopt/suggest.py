@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
-from stableopt.stability.limits import noise_factor
+from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
-from stableopt.stability.mean_square.second_moments import Step
 from stableopt.stability.measure.coordinates import as_seen_by
 from stableopt.stability.measure.measure import check_params, problem_of
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -163,7 +162,7 @@ def suggest(
     rows: list[Suggestion] = []
     search = _Search(problem, size, whole("max_rows", max_rows), seed, notes)
     plain = search.at(problem)
-    for name, step in ((_SGD, Step()), (_MOMENTUM, Step(momentum=0.9))):
+    for name, step in ((_SGD, LinearStep(1.0)), (_MOMENTUM, LinearStep(1.0, momentum=0.9))):
         rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
     if optimizer is not None:
         seen, step = _as_adam_sees(problem, optimizer)
@@ -175,7 +174,7 @@ def suggest(
         if _stride(problem) > 1:
             notes.append(f"the gradient's variance is that of one sample in {_stride(problem)}")
         mean, variance = _gradient_moments(problem)
-        step = Step(momentum=_BETA, dampening=_BETA)
+        step = LinearStep(1.0, momentum=_BETA, dampening=_BETA)
         for batch_size in sizes:
             second = mean**2 + noise_factor(batch_size, size) * variance
             roots = [1 / (part.sqrt() + _EPSILON).sqrt() for part in problem.unflatten(second)]
@@ -223,10 +222,10 @@ class _Search:
             return _Point(sharpness, None)
         return _Point(sharpness, samples)
 
-    def answer(self, name: str, at: _Point, step: Step, batch_size: int) -> Suggestion:
+    def answer(self, name: str, at: _Point, step: LinearStep, batch_size: int) -> Suggestion:
         """Return the threshold for one batch size."""
         began = time.perf_counter()
-        edge = step.edge(at.sharpness)
+        edge = step.max_lr(at.sharpness)
         noise = noise_factor(batch_size, self.dataset_size)
         if at.samples is None:
             # Without noise the Hessian's edge is the threshold itself.
@@ -258,7 +257,7 @@ def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, Step]:
+def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, LinearStep]:
     rule = UpdateRule.from_optimizer(optimizer)
     check_params(optimizer, problem, explicit=True)
     known = rule.preconditioner is not None and rule.unknown is None
@@ -268,7 +267,7 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
             " that its second moments are known; leave it out for those of this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
-    return as_seen_by(problem, rule, optimizer), Step(rule.momentum, rule.dampening)
+    return as_seen_by(problem, rule, optimizer), LinearStep(1.0, rule.momentum, rule.dampening)
 
 
 def _stride(problem: Problem) -> int:

@@ -1,6 +1,7 @@
 """The theory: update rules, their limits, and the margins that are left."""
 
 from stableopt.stability.limits import (
+    LinearStep,
     max_non_uniformity,
     max_sharpness,
     mean_square_radius,
@@ -30,6 +31,7 @@ __all__ = [
     "Chart",
     "CriticalLR",
     "DiagonalPreconditioner",
+    "LinearStep",
     "MatrixPreconditioner",
     "Measurement",
     "Quantity",

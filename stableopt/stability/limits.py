@@ -1,33 +1,204 @@
-r"""How sharp and how non-uniform a minimum may be for a given update rule: functions of numbers.
+r"""The largest sharpness and non-uniformity at which an update rule is stable: functions of numbers.
 
-The setting is one linear mode of stochastic gradient descent near a minimum that every sample shares:
-curvature a, standard deviation s of the per-sample curvatures, and batches of B out of n drawn without
-replacement, so that the curvature seen in one step has mean a and variance :math:`p s^2`,
+The setting is one linear mode of stochastic gradient descent near a minimum that all samples share:
+curvature a, standard deviation s of the per-sample curvatures, and batches of B out of n samples drawn
+without replacement, so that the curvature of one step has mean a and variance :math:`p s^2`,
 
 .. math:: p = \frac{n-B}{B(n-1)}.
 
-The step, with its coefficients A, B, c, :math:`\beta`, :math:`\tau`, u and w, is in
-:mod:`~stableopt.stability.linear_mode`. For plain SGD the limits are Theorem 1 and equation (9) of Wu,
-Ma & E (NeurIPS 2018). :func:`mean_square_radius` is the recursion of second moments itself, and the
-oracle of the others.
+The step is that of ``torch.optim.SGD``, and of the adaptive optimizers whose preconditioner is held
+fixed (:class:`LinearStep`): with learning rate :math:`\eta`, momentum :math:`\beta`, dampening
+:math:`\tau`, coupled weight decay :math:`\lambda` and decoupled :math:`\lambda'`,
+
+.. math::
+    g = (h+\lambda)x, \quad m' = \beta m + (1-\tau) g, \quad
+    x' = (1-\eta\lambda')\,x - \eta\,(A g + B m'),
+
+where A, B are 0, 1 for heavy-ball momentum, 1, :math:`\beta` for Nesterov's, and :math:`1-\nu, \nu`
+for a share :math:`\nu` of the momentum (quasi-hyperbolic momentum, Ma & Yarats, ICLR 2019). With
+:math:`c = 1-\eta\lambda'`, :math:`u = A + B(1-\tau)`, :math:`w = \beta A` and the curvature in units of
+the rate, :math:`k = \eta(h+\lambda)`,
+
+.. math:: x_{t+1} = (c + \beta - u k_t)\,x_t - (\beta c - w k_{t-1})\,x_{t-1}.
+
+For a fixed k its roots are within the unit disc if :math:`|T| < 1+\Delta` and :math:`\Delta < 1`, T and
+:math:`\Delta` their sum and product (Jury): the first root to leave does so at -1 as k grows, at 1 as k
+falls.
+
+For plain SGD the limits are Theorem 1 and equation (9) of Wu, Ma & E (NeurIPS 2018).
+:func:`mean_square_radius` is the recursion of second moments itself, and the reference for the others.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from numpy.polynomial import Polynomial
 
 from stableopt._arguments import whole
-from stableopt.stability.linear_mode import linear_mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
+    "LinearStep",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",
     "min_sharpness",
     "noise_factor",
 ]
+
+
+class StepOptions(TypedDict, total=False):
+    """Keywords of :class:`LinearStep` other than the learning rate."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+    weight_decay: float
+    decoupled_weight_decay: float
+    momentum_share: float
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    r"""The coefficients of an update rule on one linear mode.
+
+    Attributes:
+        lr: learning rate; 0 gives infinite limits.
+        momentum: beta of ``torch.optim.SGD``, below 1.
+        dampening: tau, below 1; without effect when momentum is 0, as in torch.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: coupled weight decay lambda, a part of the gradient.
+        decoupled_weight_decay: lambda', by which parameters shrink in addition to the step.
+        momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
+
+    Raises:
+        ValueError: for values out of range.
+
+    >>> round(LinearStep(0.1, momentum=0.9).max_sharpness, 6)
+    38.0
+    """
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    decoupled_weight_decay: float = 0.0
+    momentum_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr >= 0:
+            raise ValueError(f"lr={self.lr}: expected at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: expected at least 0 and below 1")
+        if not self.dampening < 1:
+            raise ValueError(f"dampening={self.dampening}: expected below 1")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                f"nesterov with momentum={self.momentum}, dampening={self.dampening}: expected"
+                " momentum above 0 and no dampening"
+            )
+        if not 0 <= self.momentum_share <= 1 or (self.nesterov and self.momentum_share != 1):
+            raise ValueError(
+                f"momentum_share={self.momentum_share}: expected at least 0 and at most 1, and 1"
+                " with nesterov"
+            )
+        if not self.decoupled_weight_decay >= 0:
+            raise ValueError(
+                f"decoupled_weight_decay={self.decoupled_weight_decay}: expected at least 0"
+            )
+
+    @property
+    def gain(self) -> float:
+        """The weight 1 - tau of the gradient in the momentum; 1 without momentum."""
+        return 1 - self.dampening if self.momentum else 1.0
+
+    @property
+    def _kept(self) -> float:
+        """What decoupled weight decay leaves of the parameter: c."""
+        return 1 - self.lr * self.decoupled_weight_decay
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """The weights of the gradient and of the momentum in the step: A and B."""
+        if self.nesterov:
+            return 1.0, self.momentum
+        return 1 - self.momentum_share, self.momentum_share
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        """The smallest and the largest k that are stable without noise."""
+        beta, (now, weight) = self.momentum, self._weights
+        averaged = weight * self.gain
+        # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
+        low = -(1 - self._kept) * (1 - beta) / (now * (1 - beta) + averaged)
+        return low, (1 + beta) * (1 + self._kept) / (now * (1 + beta) + averaged)
+
+    @property
+    def max_sharpness(self) -> float:
+        """The limit of :func:`max_sharpness`."""
+        return math.inf if self.lr == 0 else self._range[1] / self.lr - self.weight_decay
+
+    @property
+    def min_sharpness(self) -> float:
+        """The limit of :func:`min_sharpness`."""
+        now, weight = self._weights
+        pull = now + weight * self.gain / (1 - self.momentum)
+        return -self.weight_decay - self.decoupled_weight_decay / pull
+
+    def max_lr(self, sharpness: float) -> float:
+        """Return the largest learning rate that is stable at ``sharpness``, whatever ``lr`` is.
+
+        >>> round(LinearStep(1.0, momentum=0.9).max_lr(38.0), 6)
+        0.1
+        """
+        beta, (now, weight) = self.momentum, self._weights
+        pull = now * (1 + beta) + weight * self.gain
+        curvature = sharpness + self.weight_decay + self.decoupled_weight_decay * (1 + beta) / pull
+        return 2 * (1 + beta) / pull / curvature if curvature > 0 else math.inf
+
+    def max_non_uniformity(self, noise: float, sharpness: float | None = None) -> float:
+        """Return the limit of :func:`max_non_uniformity`; ``noise`` is p."""
+        low, high = self._range
+        k = None if sharpness is None else self.lr * (sharpness + self.weight_decay)
+        if k is not None and not low <= k <= high:
+            return 0.0
+        if self.lr == 0 or noise == 0:
+            return math.inf
+        above, below = self._largest_variance()
+        if k is not None:
+            means = [k]
+        else:
+            # Stationary where N' D = N D': a cubic.
+            roots = (above.deriv() * below - above * below.deriv()).roots()
+            real = roots.real[np.abs(roots.imag) < 1e-9 * (1 + np.abs(roots.real))]
+            means = [x for x in real if low < x < high]
+        largest = max((float(above(x) / below(x)) for x in means), default=0.0)
+        return math.sqrt(max(largest, 0.0) / noise) / self.lr
+
+    def _largest_variance(self) -> tuple[Polynomial, Polynomial]:
+        """Return numerator and denominator of the largest variance of k, as a function of its mean."""
+        now, weight = self._weights
+        u, w = now + weight * self.gain, self.momentum * now
+        trace = Polynomial([self._kept + self.momentum, -u])
+        det = Polynomial([self.momentum * self._kept, -w])
+        above = (1 - det) * (1 + det - trace) * (1 + det + trace)
+        return above, (u * u + w * w) * (1 + det) - 2 * u * w * trace
+
+    def mean_square_radius(self, sharpness: float, noise: float) -> float:
+        """Return :func:`mean_square_radius`."""
+        now, weight = self._weights
+        constant = np.array([[self._kept, -self.lr * weight * self.momentum], [0.0, self.momentum]])
+        slope = np.array([[-self.lr * (now + weight * self.gain), 0.0], [self.gain, 0.0]])
+        mean = constant + (sharpness + self.weight_decay) * slope
+        moments = np.kron(mean, mean) + noise * np.kron(slope, slope)
+        return float(np.abs(np.linalg.eigvals(moments)).max())
 
 
 def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
@@ -54,16 +225,7 @@ def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
     return (dataset_size - batch_size) / (batch_size * (dataset_size - 1))
 
 
-def max_sharpness(
-    lr: float,
-    *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: float = 0.0,
-    momentum_share: float = 1.0,
-) -> float:
+def max_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
     r"""Return the largest sharpness at which gradient descent is linearly stable.
 
     :math:`\frac{(1+\beta)(1+c)}{\eta\,[A(1+\beta)+B(1-\tau)]}-\lambda`:
@@ -75,12 +237,8 @@ def max_sharpness(
 
     Args:
         lr: learning rate; 0 gives infinity.
-        momentum: beta of ``torch.optim.SGD``, below 1.
-        dampening: tau, below 1; without effect when momentum is 0, as in torch.
-        nesterov: Nesterov's form of the momentum.
-        weight_decay: coupled weight decay lambda, a part of the gradient.
-        decoupled_weight_decay: lambda', by which parameters shrink beside the step.
-        momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
+        step: ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay``
+            and ``momentum_share``, as in :class:`LinearStep`.
 
     Raises:
         ValueError: for values out of range.
@@ -88,24 +246,11 @@ def max_sharpness(
     >>> max_sharpness(0.1), round(max_sharpness(0.1, momentum=0.9), 6)
     (20.0, 38.0)
     """
-    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
-    if lr == 0:
-        return math.inf
-    reach = (1 + mode.beta) * (1 + mode.kept) / (mode.now * (1 + mode.beta) + mode.averaged)
-    return reach / lr - weight_decay
+    return LinearStep(lr, **step).max_sharpness
 
 
-def min_sharpness(
-    lr: float,
-    *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: float = 0.0,
-    momentum_share: float = 1.0,
-) -> float:
-    r"""Return the sharpness below which there is no minimum that the step could settle at.
+def min_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
+    r"""Return the smallest sharpness of a minimum at which the step can settle.
 
     :math:`-\lambda - \frac{\lambda'(1-\beta)}{A(1-\beta)+B(1-\tau)}`; arguments and errors are those of
     :func:`max_sharpness`.
@@ -113,10 +258,7 @@ def min_sharpness(
     >>> min_sharpness(0.1, weight_decay=0.5)
     -0.5
     """
-    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
-    # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
-    pull = mode.now + mode.averaged / (1 - mode.beta)
-    return -weight_decay - decoupled_weight_decay / pull
+    return LinearStep(lr, **step).min_sharpness
 
 
 def max_non_uniformity(
@@ -125,12 +267,7 @@ def max_non_uniformity(
     dataset_size: int | None = None,
     *,
     sharpness: float | None = None,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: float = 0.0,
-    momentum_share: float = 1.0,
+    **step: Unpack[StepOptions],
 ) -> float:
     r"""Return the largest non-uniformity at which SGD is mean-square stable in one dimension.
 
@@ -153,12 +290,7 @@ def max_non_uniformity(
         batch_size: samples B in a step.
         dataset_size: samples n in all; ``None`` for infinitely many. B = n gives infinity.
         sharpness: the sharpness a to look at, or ``None`` for the largest over all.
-        momentum: beta of ``torch.optim.SGD``.
-        dampening: tau.
-        nesterov: Nesterov's form of the momentum.
-        weight_decay: coupled weight decay lambda.
-        decoupled_weight_decay: lambda', as in :func:`max_sharpness`.
-        momentum_share: nu, as in :func:`max_sharpness`.
+        step: as in :func:`max_sharpness`.
 
     Returns:
         The limit; 0 where the rule is unstable at ``sharpness`` even without noise.
@@ -171,29 +303,12 @@ def max_non_uniformity(
     >>> round(max_non_uniformity(0.1, 100, 1200), 1)
     104.4
     """
-    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
-    p = noise_factor(batch_size, dataset_size)
-    low, high = mode.range
-    x = None if sharpness is None else lr * (sharpness + weight_decay)
-    if x is not None and not low <= x <= high:
-        return 0.0
-    if lr == 0 or p == 0:
-        return math.inf
-    variance = mode.peak() if x is None else mode.variance(x)
-    return math.sqrt(max(variance, 0.0) / p) / lr
+    checked = LinearStep(lr, **step)
+    return checked.max_non_uniformity(noise_factor(batch_size, dataset_size), sharpness)
 
 
 def mean_square_radius(
-    sharpness: float,
-    noise: float,
-    lr: float,
-    *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decoupled_weight_decay: float = 0.0,
-    momentum_share: float = 1.0,
+    sharpness: float, noise: float, lr: float, **step: Unpack[StepOptions]
 ) -> float:
     r"""Return the growth per step of the second moments of one linear mode: stable up to 1.
 
@@ -205,19 +320,9 @@ def mean_square_radius(
         sharpness: the mean curvature a.
         noise: the variance of the curvature from step to step, :math:`p s^2`.
         lr: learning rate.
-        momentum: beta of ``torch.optim.SGD``.
-        dampening: tau.
-        nesterov: Nesterov's form of the momentum.
-        weight_decay: coupled weight decay lambda.
-        decoupled_weight_decay: lambda', as in :func:`max_sharpness`.
-        momentum_share: nu, as in :func:`max_sharpness`.
+        step: as in :func:`max_sharpness`.
 
     >>> round(mean_square_radius(sharpness=5.0, noise=16.0, lr=0.1), 6)   # (1 - .5)^2 + .01 * 16
     0.41
     """
-    mode = linear_mode(lr, momentum, dampening, nesterov, decoupled_weight_decay, momentum_share)
-    constant = np.array([[mode.kept, -lr * mode.weight * mode.beta], [0.0, mode.beta]])
-    slope = np.array([[-lr * (mode.now + mode.averaged), 0.0], [mode.gain, 0.0]])
-    mean = constant + (sharpness + weight_decay) * slope
-    moments = np.kron(mean, mean) + noise * np.kron(slope, slope)
-    return float(np.abs(np.linalg.eigvals(moments)).max())
+    return LinearStep(lr, **step).mean_square_radius(sharpness, noise)

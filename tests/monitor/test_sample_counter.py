@@ -60,7 +60,8 @@ def test_other_measurements_are_not_counted() -> None:
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     monitors = [StabilityMonitor(optimizer, model, MSE, (X, Y), every=1) for _ in range(2)]
     for _ in range(3):
-        stableopt.measure(model, MSE, (X, Y), optimizer=optimizer)
+        both = ("sharpness", "non_uniformity")
+        stableopt.measure(model, MSE, (X, Y), optimizer=optimizer, quantities=both)
         train(model, optimizer)
     assert [m.batch_size for monitor in monitors for m in monitor.history] == [4] * 6
 

@@ -12,17 +12,17 @@ analysis for SGD*, COLT 2024), here for every form of ``torch.optim.SGD``. Three
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
-from stableopt.stability.limits import max_sharpness, noise_factor
+from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
-from stableopt.stability.mean_square.second_moments import Step
+from stableopt.stability.mean_square.second_moments import mode_weights
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
@@ -139,7 +139,7 @@ def critical_lr(
         problem,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
-        differences=step.plain,
+        differences=step.momentum == 0,
         seed=seed,
     )
     hessian_sharpness = None
@@ -159,7 +159,7 @@ def critical_lr(
 
 def threshold(
     curvature: SampleCurvature,
-    step: Step,
+    step: LinearStep,
     noise: float,
     *,
     hessian_sharpness: float | None = None,
@@ -168,13 +168,15 @@ def threshold(
     seed: int = 0,
 ) -> CriticalLR:
     """Return the critical learning rate for curvature that is at hand; ``noise`` is p of (8)."""
-    edge = step.edge(curvature.sharpness)
-    theorem1 = curvature.theorem1_lr(noise, step) if step.plain and curvature.exact else None
+    edge = step.max_lr(curvature.sharpness)
+    theorem1 = (
+        curvature.theorem1_lr(noise, step) if step.momentum == 0 and curvature.exact else None
+    )
     found = Crossing(edge, edge, 0.0, 0, converged=True)
     if noise > 0 and curvature.sharpness > 0:
         family = Family(
             curvature.modes,
-            lambda lr, h, other: step.weights(h, other, lr) + noise * h * other,
+            lambda lr, h, other: mode_weights(h, other, replace(step, lr=lr)) + noise * h * other,
             lambda lr: noise,
             edge,
         )
@@ -242,10 +244,10 @@ def critical_batch_size(
         problem,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
-        differences=step.plain,
+        differences=step.momentum == 0,
         seed=seed,
     )
-    edge = step.edge(curvature.sharpness)
+    edge = step.max_lr(curvature.sharpness)
     if lr > edge * (1 + _ON_THE_EDGE):
         return None
     if lr >= edge * (1 - _ON_THE_EDGE):
@@ -254,7 +256,7 @@ def critical_batch_size(
         return 1
     family = Family(
         curvature.modes,
-        lambda noise, h, other: step.weights(h, other, lr) + noise * h * other,
+        lambda noise, h, other: mode_weights(h, other, replace(step, lr=lr)) + noise * h * other,
         lambda noise: noise,
         1.0,
     )
@@ -277,24 +279,18 @@ def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) ->
     return size
 
 
-def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Step:
+def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> LinearStep:
     """Return the rule's coefficients, with weight decay that the problem's coordinates carry."""
     rule = UpdateRule(lr=1.0) if rule is None else rule
     if not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     # A preconditioned rule's decay is in the problem's coordinates already.
     decay = 0.0 if rule.preconditioned else rule.weight_decay
-    step = Step(rule.momentum, rule.dampening, rule.nesterov, decay)
-    expected = max_sharpness(
-        1.0, momentum=step.momentum, dampening=step.dampening, nesterov=step.nesterov
-    )
-    if rule.lr > 0:
-        found = (rule.max_sharpness + decay) * rule.lr
-        if not math.isclose(found, expected, rel_tol=1e-6):
-            raise ValueError(
-                f"update_rule={rule}: expected the step of torch.optim.SGD, whose second moments are"
-                " known"
-            )
+    step = LinearStep(1.0, rule.momentum, rule.dampening, rule.nesterov, decay)
+    if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):
+        raise ValueError(
+            f"update_rule={rule}: expected the step of torch.optim.SGD, whose second moments are known"
+        )
     if not isinstance(problem, Problem):
         return step
     if rule.maximize != (problem.sign < 0):
@@ -315,7 +311,7 @@ def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Step:
             "update_rule has several groups: expected problem.transformed(scale=, weight_decay=), in"
             " whose coordinates it is one learning rate for all"
         )
-    return step.with_decay(_shared_decay(problem))
+    return replace(step, weight_decay=decay + _shared_decay(problem))
 
 
 def _shared_decay(problem: Problem) -> float:

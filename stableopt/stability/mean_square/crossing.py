@@ -1,9 +1,10 @@
 r"""Where a growing noise gain passes 1.
 
 The largest eigenvalue of a noise gain
-(:class:`~stableopt.stability.mean_square.second_moments.NoiseGain`) grows with the learning rate, and
-with the noise; a point is stable as long as it is at most 1. For *any* S its Rayleigh quotient passes 1 no earlier than the eigenvalue. So eigen-solves alternate with the scalar
-root of the quotient at the eigenvector, which converges quadratically, from above; and any positive
+(:class:`~stableopt.stability.mean_square.second_moments.NoiseGain`) grows with the learning rate and
+with the noise; a point is stable as long as it is at most 1. The Rayleigh quotient of *any* S passes 1
+no earlier than the eigenvalue. So eigen-solves alternate with the scalar root of the quotient at the
+eigenvector, which converges quadratically, from above; and any positive
 definite S gives a bound from below, so that the answer comes with a bracket.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,8 +16,9 @@ from stableopt.curvature.gram.gram import (
     project,
 )
 from stableopt.curvature.gram.jacobian import check_outputs
+from stableopt.stability.limits import LinearStep
 from stableopt.stability.mean_square.crossing import root
-from stableopt.stability.mean_square.second_moments import Step, gather
+from stableopt.stability.mean_square.second_moments import gather, mode_weights
 
 __all__ = ["SampleCurvature"]
 
@@ -79,7 +80,7 @@ class SampleCurvature:
         top = float(mean.values[0] + mean.absolute_residuals[0])
         return cls(project(problem, basis), top, False, largest_block(problem))
 
-    def theorem1_lr(self, noise: float, step: Step) -> float:
+    def theorem1_lr(self, noise: float, step: LinearStep) -> float:
         r"""Return the largest learning rate that condition (8) allows.
 
         :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, with weight decay
@@ -87,7 +88,7 @@ class SampleCurvature:
         """
         h, factors = self.modes.eigenvalues, self.modes.factors
         if not len(h):
-            return step.edge(0.0)
+            return step.max_lr(0.0)
         n = factors.shape[0]
         second = gather(factors, (factors @ factors.mT).flatten()) / n
         decayed = h + step.weight_decay
@@ -97,21 +98,21 @@ class SampleCurvature:
         # Directions in which no sample curves are bounded by the decay, which is less.
         return 2 / top
 
-    def stable_lr(self, noise: float, step: Step) -> float:
+    def stable_lr(self, noise: float, step: LinearStep) -> float:
         r"""Return a learning rate that is certainly stable, from the largest curvatures alone.
 
         The noise gain of S = I is at most :math:`p\,\max_i\lambda_{\max}(H_i)\,\max_h h/V(h,h)`, for h
         from 0 to the sharpness.
         """
         if self.sharpness <= 0:
-            return step.edge(0.0)
-        edge = step.edge(self.sharpness)
+            return step.max_lr(0.0)
+        edge = step.max_lr(self.sharpness)
         if noise == 0:
             return edge
         h = torch.linspace(0, self.sharpness, _GRID + 1, dtype=torch.float64)[1:]
 
         def bound(lr: float) -> float:
-            gains = h / (step.weights(h, h, lr) + noise * h**2)
+            gains = h / (mode_weights(h, h, replace(step, lr=lr)) + noise * h**2)
             return noise * self.largest_sample * float(gains.max())
 
         return root(bound, edge)

@@ -17,32 +17,21 @@ smaller one of :class:`NoiseGain`, on one C x C matrix a sample, has no eigenval
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
 from stableopt.curvature import Operator
 from stableopt.curvature.gram.gram import Modes
-from stableopt.stability.limits import max_sharpness
+from stableopt.stability.limits import LinearStep
 
-__all__ = ["NoiseGain", "Step", "gather", "mode_weights"]
+__all__ = ["NoiseGain", "gather", "mode_weights"]
 
 
-def mode_weights(
-    eigenvalues: Tensor,
-    others: Tensor,
-    lr: float,
-    *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-) -> Tensor:
+def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tensor:
     r"""Return :math:`w_{ab}`: gradient noise of covariance Z keeps up :math:`Z_{ab}/w_{ab}` in x.
 
-    With :math:`u = \eta h_a`, :math:`v = \eta h_b` for the two modes, and :math:`e = \eta(1-\tau)` in
-    place of :math:`\eta` under dampening:
+    With :math:`u = \eta h_a`, :math:`v = \eta h_b` for the two modes, weight decay included, and
+    :math:`\eta(1-\tau)` for :math:`\eta` under dampening:
 
     - heavy ball, and plain SGD with :math:`\beta = 0`:
       :math:`\eta^2 w = (1-\beta)\bigl(u + v - \frac{uv}{1+\beta}\bigr)
@@ -56,15 +45,14 @@ def mode_weights(
     Within the modes' own limits it is positive and falls as :math:`\eta` grows.
 
     >>> h = torch.tensor([1.0, 2.0])
-    >>> mode_weights(h[:, None], h, lr=0.5)                     # (h_a + h_b) / lr - h_a h_b
+    >>> mode_weights(h[:, None], h, LinearStep(0.5))            # (h_a + h_b) / lr - h_a h_b
     tensor([[3., 4.],
             [4., 4.]])
     """
-    beta = momentum
-    scale = lr if nesterov else lr * (1 - dampening if momentum else 1.0)
-    u, v = scale * eigenvalues, scale * others
+    beta, scale = step.momentum, step.lr * step.gain
+    u, v = scale * (eigenvalues + step.weight_decay), scale * (others + step.weight_decay)
     total, product = u + v, u * v
-    if not nesterov:
+    if not step.nesterov:
         along = (1 - beta) * (total - product / (1 + beta))
         return (along + beta * (u - v) ** 2 / (1 - beta**2)) / scale**2
     m = total - product  # 1 - q_a q_b
@@ -74,55 +62,6 @@ def mode_weights(
     below = 1 - beta**2 + ((1 + beta) ** 2 + beta**2) * beta**2 * m
     below += beta * (1 + beta) ** 2 * (total - 2 * beta * m)
     return above / below / scale**2
-
-
-@dataclass(frozen=True)
-class Step:
-    """The coefficients of ``torch.optim.SGD``'s step, the learning rate left open.
-
-    Attributes:
-        momentum: beta.
-        dampening: tau.
-        nesterov: whether the momentum is Nesterov's.
-        weight_decay: coupled weight decay lambda, which every curvature is raised by.
-    """
-
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is SGD without momentum."""
-        return self.momentum == 0
-
-    def with_decay(self, more: float) -> Step:
-        """Return the step with more weight decay."""
-        return replace(self, weight_decay=self.weight_decay + more)
-
-    def edge(self, sharpness: float) -> float:
-        """Return the largest learning rate that is stable without noise.
-
-        >>> round(Step(momentum=0.9).edge(38.0), 6)
-        0.1
-        """
-        reach = max_sharpness(
-            1.0, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov
-        )
-        curvature = sharpness + self.weight_decay
-        return reach / curvature if curvature > 0 else math.inf
-
-    def weights(self, h: Tensor, other: Tensor, lr: float) -> Tensor:
-        """Return :func:`mode_weights`, weight decay included."""
-        return mode_weights(
-            h + self.weight_decay,
-            other + self.weight_decay,
-            lr,
-            momentum=self.momentum,
-            dampening=self.dampening,
-            nesterov=self.nesterov,
-        )
 
 
 class NoiseGain(Operator):
@@ -143,8 +82,8 @@ class NoiseGain(Operator):
     A product takes :math:`4nCr^2` operations and memory for three matrices of that of V.
 
     >>> modes = Modes.of_factors(torch.tensor([[[1.0]], [[2.0]]]))   # h_i = 1 and 4, H = 5/2
-    >>> h, p, lr = modes.eigenvalues, 1.0, 0.5
-    >>> gain = NoiseGain(modes, mode_weights(h[:, None], h, lr) + p * h[:, None] * h, p)
+    >>> h, p, step = modes.eigenvalues, 1.0, LinearStep(0.5)
+    >>> gain = NoiseGain(modes, mode_weights(h[:, None], h, step) + p * h[:, None] * h, p)
     >>> gain @ torch.ones(2).double()             # (1/n) f_i^2 (f_1^2 + f_2^2) / 10
     tensor([0.2500, 1.0000], dtype=torch.float64)
     """

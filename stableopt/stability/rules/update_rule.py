@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stableopt._deprecation import warn_renamed
-from stableopt.stability import limits
+from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
 
 __all__ = ["UpdateRule", "base_optimizer"]
@@ -114,19 +114,20 @@ class UpdateRule:
             )
         if self.preconditioner is not None and self.group_lrs:
             raise ValueError("group_lrs with a preconditioner: expected the rates to be in it")
-        limits.max_sharpness(**self._coefficients)  # raises for values out of range
+        _ = self.linear_step  # raises for values out of range
 
     @property
-    def _coefficients(self) -> dict[str, Any]:
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "dampening": self.dampening,
-            "nesterov": self.nesterov,
-            "weight_decay": 0.0 if self.preconditioned else self.weight_decay,
-            "decoupled_weight_decay": self.decoupled_weight_decay,
-            "momentum_share": self.momentum_share,
-        }
+    def linear_step(self) -> LinearStep:
+        """Its coefficients on one mode, in the coordinates of the preconditioner."""
+        return LinearStep(
+            lr=self.lr,
+            momentum=self.momentum,
+            dampening=self.dampening,
+            nesterov=self.nesterov,
+            weight_decay=0.0 if self.preconditioned else self.weight_decay,
+            decoupled_weight_decay=self.decoupled_weight_decay,
+            momentum_share=self.momentum_share,
+        )
 
     @property
     def plain(self) -> bool:
@@ -156,12 +157,12 @@ class UpdateRule:
 
         Of the preconditioned sharpness where the rule is :attr:`preconditioned`.
         """
-        return limits.max_sharpness(**self._coefficients)
+        return self.linear_step.max_sharpness
 
     @property
     def min_sharpness(self) -> float:
         """The smallest stable sharpness: :func:`~stableopt.stability.limits.min_sharpness`."""
-        return limits.min_sharpness(**self._coefficients)
+        return self.linear_step.min_sharpness
 
     def max_non_uniformity(
         self,
@@ -175,16 +176,11 @@ class UpdateRule:
         See :func:`~stableopt.stability.limits.max_non_uniformity`. ``batch_size=None`` is the full
         batch. Where the rule is :attr:`preconditioned`, it is that of the preconditioned Hessians.
         """
-        if batch_size is not None:
-            limits.noise_factor(batch_size, dataset_size)  # raises for a batch above n
+        # Raises for a batch above n, of a full-batch rule too.
+        noise = 0.0 if batch_size is None else noise_factor(batch_size, dataset_size)
         if batch_size is None or self.full_batch:
             return math.inf
-        return limits.max_non_uniformity(
-            batch_size=batch_size,
-            dataset_size=dataset_size,
-            sharpness=sharpness,
-            **self._coefficients,
-        )
+        return self.linear_step.max_non_uniformity(noise, sharpness)
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:

@@ -63,7 +63,13 @@ def test_what_follows_the_model_stays_where_it_is() -> None:
     torch.manual_seed(0)
     model = Teacher()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    stableopt.measure(model, nn.MSELoss(), (torch.randn(20, 3), torch.randn(20, 2)), lr=0.1)
+    stableopt.measure(
+        model,
+        nn.MSELoss(),
+        (torch.randn(20, 3), torch.randn(20, 2)),
+        lr=0.1,
+        quantities=("sharpness", "non_uniformity"),
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.seen.any()
     assert not model.calls.any()

@@ -11,7 +11,7 @@ from torch import Tensor
 from stableopt import UpdateRule, critical_batch_size, critical_lr
 from stableopt.curvature import DualCurvature
 from stableopt.curvature.gram.gram import Modes
-from stableopt.stability import mean_square_radius, noise_factor
+from stableopt.stability import LinearStep, mean_square_radius, noise_factor
 from stableopt.stability.mean_square.crossing import root
 from stableopt.stability.mean_square.second_moments import NoiseGain, gather, mode_weights
 
@@ -198,14 +198,8 @@ def test_weights_against_the_pair_recursion(name: str) -> None:
     rule, lr = RULES[name], 0.7
     edge = UpdateRule(lr, rule.momentum, rule.dampening, rule.nesterov).max_sharpness
     h = edge * torch.tensor([1e-3, 0.1, 0.4, 0.8, 0.99], dtype=torch.float64)
-    found = mode_weights(
-        h[:, None],
-        h,
-        lr,
-        momentum=rule.momentum,
-        dampening=rule.dampening,
-        nesterov=rule.nesterov,
-    )
+    step = LinearStep(lr, rule.momentum, rule.dampening, rule.nesterov)
+    found = mode_weights(h[:, None], h, step)
     bare = UpdateRule(lr, rule.momentum, rule.dampening, rule.nesterov)
     zero = step_matrices(torch.zeros(1, 1).double(), bare, lr)
     noise = (step_matrices(torch.ones(1, 1).double(), bare, lr) - zero)[:, 0]
@@ -224,7 +218,7 @@ def test_nesterov_at_vanishing_curvature() -> None:
     """Catches the cancellation: at h of 1e-14, w -> (1 - beta)(h_a + h_b)/eta, and never below 0."""
     h = torch.tensor([1e-14, 3e-9, 2e-16], dtype=torch.float64)
     for beta in (0.1, 0.9, 0.99):
-        found = mode_weights(h[:, None], h, 0.5, momentum=beta, nesterov=True)
+        found = mode_weights(h[:, None], h, LinearStep(0.5, beta, nesterov=True))
         # To first order in h: the next is 1e-9 / (1 - beta)^2.
         assert torch.allclose(found, (1 - beta) * (h[:, None] + h) / 0.5, rtol=1e-4, atol=0)
 
@@ -242,7 +236,7 @@ def test_weights_fall_with_the_rate_and_are_a_positive_kernel(nesterov: bool, de
         before = None
         for share in torch.linspace(0.01, 0.999, 60).tolist():
             w = mode_weights(
-                raised[:, None], raised, share * edge, momentum=beta, nesterov=nesterov
+                raised[:, None], raised, LinearStep(share * edge, beta, nesterov=nesterov)
             )
             assert bool((w > 0).all())
             assert before is None or bool((w < before).all())
@@ -281,7 +275,7 @@ def test_noise_gain_is_its_definition() -> None:
     rows = factors(n=3, outputs=2, d=4)
     modes = Modes.of_factors(rows)
     h, p = modes.eigenvalues, 0.4
-    weights = mode_weights(h[:, None], h, 0.1) + p * h[:, None] * h
+    weights = mode_weights(h[:, None], h, LinearStep(0.1)) + p * h[:, None] * h
     gain = NoiseGain(modes, weights, p)
     s = factors(n=3, outputs=2, d=2, seed=3)
     gathered = sum(f.T @ each @ f for f, each in zip(modes.factors, s, strict=True))

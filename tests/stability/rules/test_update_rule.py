@@ -87,7 +87,15 @@ def test_before_its_first_step_nothing_is_known_and_said_to_be(
     with pytest.raises(ValueError, match="has not taken a step"):
         rule.preconditioner @ torch.ones(38)
     with pytest.warns(RuntimeWarning, match="not known: .* has not taken a step"):
-        found = measure(network, MSE, data, optimizer=optimizer, batch_size=2, tol=1e-6)
+        found = measure(
+            network,
+            MSE,
+            data,
+            optimizer=optimizer,
+            batch_size=2,
+            quantities=("sharpness", "non_uniformity"),
+            tol=1e-6,
+        )
     h = dense_hessians(network, MSE, *data).mean(0)
     assert found.sharpness == pytest.approx(top(h), rel=1e-6)
     assert found.failure is None

@@ -11,7 +11,7 @@ the diagonal C of all :math:`c_i`, the step's eigenvalues z make
 singular, in which every matrix is symmetric: the Rayleigh quotients of its null vector make a scalar
 mode, to which Jury's conditions apply. So the step is stable exactly if
 :math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which is a limit on the top eigenvalue of
-:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.linear_mode`). The non-uniformity's limit,
+:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.limits`). The non-uniformity's limit,
 which is exact in one dimension only, is then that of c = 1.
 """
 
