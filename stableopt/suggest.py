@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._arguments import whole
+from stableopt._deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
+from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
-from stableopt.stability.measure.coordinates import as_seen_by
-from stableopt.stability.measure.measure import check_params, problem_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]
@@ -86,8 +86,8 @@ class Suggestions:
     notes: tuple[str, ...]
     method: str
 
-    def of(self, optimizer: str, batch_size: int) -> Suggestion:
-        """Return one of the answers.
+    def answer(self, optimizer: str, batch_size: int) -> Suggestion:
+        """Return the answer for one optimizer and one batch size.
 
         Raises:
             KeyError: if there is none.
@@ -97,11 +97,18 @@ class Suggestions:
                 return row
         raise KeyError(f"no answer for {optimizer!r} at batch size {batch_size}")
 
+    def of(self, optimizer: str, batch_size: int) -> Suggestion:
+        """Former name of :meth:`answer`."""
+        warn_renamed("Suggestions.of", "Suggestions.answer")
+        return self.answer(optimizer, batch_size)
+
     def __str__(self) -> str:
         names = list(dict.fromkeys(row.optimizer for row in self.rows))
         sizes = list(dict.fromkeys(row.batch_size for row in self.rows))
         lines = [["batch size", *names]]
-        lines += [[str(size), *(_shown(self.of(name, size)) for name in names)] for size in sizes]
+        lines += [
+            [str(size), *(_shown(self.answer(name, size)) for name in names)] for size in sizes
+        ]
         widths = [max(len(line[k]) for line in lines) for k in range(len(names) + 1)]
         table = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -149,7 +156,7 @@ def suggest(
     >>> linear = nn.Linear(1, 1, bias=False).double()    # f_i = x_i^2 w^2: H_i = 2 and 8
     >>> data = torch.tensor([[1.0], [2.0]]).double(), torch.zeros(2, 1).double()
     >>> found = suggest(linear, nn.MSELoss(), data, batch_sizes=(1, 2))
-    >>> round(found.of("SGD", 1).lr, 4), round(found.of("SGD", 2).lr, 4)     # 2a / (a^2 + s^2), 2 / a
+    >>> round(found.answer("SGD", 1).lr, 4), round(found.answer("SGD", 2).lr, 4)     # 2a / (a^2 + s^2), 2 / a
     (0.2941, 0.4)
     """
     began = time.perf_counter()
@@ -210,7 +217,7 @@ class _Search:
         """Measure a problem in its coordinates."""
         sharpness = top_eigenpair(Hessian(problem), tol=1e-2, seed=self.seed).value
         try:
-            samples = SampleCurvature.of(
+            samples = SampleCurvature.from_problem(
                 problem,
                 max_rows=self.max_rows,
                 directions=min(_DIRECTIONS, problem.num_params),

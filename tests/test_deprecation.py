@@ -7,8 +7,17 @@ import importlib
 import pytest
 import torch
 
-from stableopt import AdaptiveAccumulation, AdaptiveBatchSampler, TargetRegion, UpdateRule
+from stableopt import (
+    AdaptiveAccumulation,
+    AdaptiveBatchSampler,
+    TargetRegion,
+    UpdateRule,
+    critical_batch_size,
+    critical_lr,
+)
 from stableopt._deprecation import renamed_keywords
+from stableopt.curvature import DualCurvature
+from stableopt.suggest import Suggestion, Suggestions
 
 
 def test_update_rule_of_is_from_optimizer() -> None:
@@ -17,6 +26,24 @@ def test_update_rule_of_is_from_optimizer() -> None:
     with pytest.warns(DeprecationWarning, match=r"use UpdateRule\.from_optimizer"):
         rule = UpdateRule.of(optimizer)
     assert rule == UpdateRule.from_optimizer(optimizer)
+
+
+def test_suggestions_of_is_answer() -> None:
+    """Catches an alias of another answer."""
+    row = Suggestion("SGD", 4, 0.1, 0.1, exact=True, seconds=0.0)
+    suggestions = Suggestions((row,), 20.0, 8, 0.0, (), "double backward")
+    with pytest.warns(DeprecationWarning, match=r"use Suggestions\.answer"):
+        assert suggestions.of("SGD", 4) is row
+
+
+def test_critical_values_take_the_keyword_problem() -> None:
+    """Catches a former keyword that no longer works."""
+    rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    dual = DualCurvature(rows @ rows.T, 3)
+    with pytest.warns(DeprecationWarning, match="use model"):
+        assert critical_lr(problem=dual, batch_size=1) == critical_lr(dual, 1)
+    with pytest.warns(DeprecationWarning, match="use model"):
+        assert critical_batch_size(problem=dual, lr=1.2) == 2
 
 
 def test_renamed_keywords_warn_at_the_caller() -> None:

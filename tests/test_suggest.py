@@ -24,11 +24,11 @@ def scalars() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 def test_closed_forms_in_one_dimension() -> None:
     """Catches a column of the wrong rule, and noise of the wrong batch size."""
     found = stableopt.suggest(*_with_loss(*scalars()), batch_sizes=(1, 2))
-    assert found.of("SGD", 1).lr == pytest.approx(2 * 5 / (25 + 9), rel=1e-4)
-    assert found.of("SGD", 2).lr == pytest.approx(2 / 5, rel=1e-4)
-    assert found.of("SGD, momentum 0.9", 2).lr == pytest.approx(2 * 1.9 / 5, rel=1e-4)
+    assert found.answer("SGD", 1).lr == pytest.approx(2 * 5 / (25 + 9), rel=1e-4)
+    assert found.answer("SGD", 2).lr == pytest.approx(2 / 5, rel=1e-4)
+    assert found.answer("SGD, momentum 0.9", 2).lr == pytest.approx(2 * 1.9 / 5, rel=1e-4)
     # AdamW at the full batch divides by |g| = 5 w: 38 |g| / a.
-    assert found.of("AdamW", 2).lr == pytest.approx(38 * 2.5 / 5, rel=1e-4)
+    assert found.answer("AdamW", 2).lr == pytest.approx(38 * 2.5 / 5, rel=1e-4)
     # At B = 1 the second moment is the mean of (2 w)^2 = 1 and (8 w)^2 = 16, so P = 8.5^(-1/2).
     half = 8.5**-0.5
     rule = UpdateRule(lr=1.0, momentum=0.9, dampening=0.9)
@@ -39,7 +39,7 @@ def test_closed_forms_in_one_dimension() -> None:
         at = UpdateRule(lr=middle, momentum=rule.momentum, dampening=rule.dampening)
         inside = at.max_non_uniformity(1, 2, sharpness=5 * half) >= 3 * half
         low, high = (middle, high) if inside else (low, middle)
-    assert found.of("AdamW", 1).lr == pytest.approx(low, rel=1e-4)
+    assert found.answer("AdamW", 1).lr == pytest.approx(low, rel=1e-4)
     assert all(row.exact for row in found.rows)
 
 
@@ -64,8 +64,8 @@ def test_it_agrees_with_what_it_is_made_of() -> None:
         for batch_size in (1, 3, 7):
             known = stableopt.critical_lr(problem, batch_size, update_rule=rule).value
             # 1e-2: the search's tolerance, and the Hessian's sharpness, measured to a percent.
-            assert found.of(name, batch_size).lr == pytest.approx(known, rel=1e-2)
-    rates = [found.of("SGD", b).lr for b in (1, 3, 7)]
+            assert found.answer(name, batch_size).lr == pytest.approx(known, rel=1e-2)
+    rates = [found.answer("SGD", b).lr for b in (1, 3, 7)]
     assert rates == sorted(rates)
 
 
@@ -83,7 +83,7 @@ def test_a_running_adam_brings_its_second_moments() -> None:
     hessian = dense_hessians(model, MSE, *data).mean(0)
     product = torch.stack([P @ column for column in hessian.T], dim=1)
     top = float(torch.linalg.eigvals(product).real.max())
-    gauss_newton = found.of("AdamW", 7).lr
+    gauss_newton = found.answer("AdamW", 7).lr
     # No more than the Hessian's edge, and below it only where Gauss–Newton's is lower.
     assert gauss_newton <= 2 * 1.8 / (0.2 * top) * 1.01
     assert gauss_newton > 0.3 * 2 * 1.8 / (0.2 * top)
@@ -103,15 +103,15 @@ def test_bounds_where_the_threshold_is_out_of_reach() -> None:
     )
     opaque = stableopt.suggest(whole, batch_sizes=(2, 7))
     for name in ("SGD", "SGD, momentum 0.9"):
-        value = exact.of(name, 2).lr
-        assert not few.of(name, 2).exact
-        lower = few.of(name, 2).lower
+        value = exact.answer(name, 2).lr
+        assert not few.answer(name, 2).exact
+        lower = few.answer(name, 2).lower
         assert lower is not None
         assert lower <= value * 1.01
-        assert few.of(name, 2).lr >= value * 0.99
-        assert not opaque.of(name, 2).exact
-        assert opaque.of(name, 2).lower is None
-        assert opaque.of(name, 7).exact
+        assert few.answer(name, 2).lr >= value * 0.99
+        assert not opaque.answer(name, 2).exact
+        assert opaque.answer(name, 2).lower is None
+        assert opaque.answer(name, 7).exact
     assert any("sharpness alone" in note for note in opaque.notes)
     assert "<= " in str(opaque)
 
@@ -126,7 +126,7 @@ def test_the_table_and_bad_input() -> None:
         with pytest.raises(ValueError, match="batch_sizes"):
             stableopt.suggest(model, MSE, data, batch_sizes=sizes)
     with pytest.raises(KeyError):
-        stableopt.suggest(model, MSE, data, batch_sizes=1).of("SGD", 2)
+        stableopt.suggest(model, MSE, data, batch_sizes=1).answer("SGD", 2)
 
 
 def test_what_it_suggests_is_where_training_turns() -> None:
@@ -135,7 +135,7 @@ def test_what_it_suggests_is_where_training_turns() -> None:
     at zero.
     """
     model, (x, y) = scalars()
-    found = stableopt.suggest(model, MSE, (x, y), batch_sizes=(1,)).of("SGD", 1).lr
+    found = stableopt.suggest(model, MSE, (x, y), batch_sizes=(1,)).answer("SGD", 1).lr
     curvatures = torch.tensor([2.0, 8.0], dtype=torch.float64)
     for factor, grows in ((0.97, False), (1.03, True)):
         growth = float(((1 - factor * found * curvatures) ** 2).mean())
@@ -152,7 +152,7 @@ def test_the_order_of_the_samples_does_not_matter_for_adam() -> None:
         stableopt.suggest(model, MSE, tuple(part[rows] for part in data), batch_sizes=(200,))
         for rows in orders
     ]
-    rates = [each.of("AdamW", 200).lr for each in found]
+    rates = [each.answer("AdamW", 200).lr for each in found]
     assert rates[0] == pytest.approx(
         rates[1], rel=1e-3
     )  # sums in another order, and the solver's tol

@@ -35,7 +35,7 @@ print(found)
 # SGD starts from this point with batches of 8, below and above the suggested rate. ``<=`` would mark an
 # upper bound; without it the number is the threshold itself.
 
-largest = found.of("SGD", 8).lr
+largest = found.answer("SGD", 8).lr
 figure = Figure(figsize=(7.0, 4.0), layout="constrained")
 axes = figure.subplots()
 for share, colour in ((0.5, "#009E73"), (0.9, "#0072B2"), (1.2, "#CC79A7"), (1.5, "#D55E00")):

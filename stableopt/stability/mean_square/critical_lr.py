@@ -4,7 +4,7 @@ Exact linear stability in mean square, in any number of dimensions, where Theore
 (2018) is sufficient only: the criterion of Mulayoff & Michaeli (*Exact mean square linear stability
 analysis for SGD*, COLT 2024), here for every form of ``torch.optim.SGD``. Three examples::
 
-    critical_lr(problem, batch_size=4).value
+    critical_lr(model, loss_fn, data, batch_size=4).value
     critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
     critical_batch_size(problem, lr=0.1)
 """
@@ -12,13 +12,18 @@ analysis for SGD*, COLT 2024), here for every form of ``torch.optim.SGD``. Three
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
+from stableopt._deprecation import renamed_keywords
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
+from stableopt.stability.coordinates import as_seen_by, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
@@ -26,6 +31,8 @@ from stableopt.stability.mean_square.second_moments import mode_weights
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
+
+T = TypeVar("T", int, float)
 
 MAX_ROWS = 2048
 """Rows nC up to which all directions count: some twenty products of 4 (nC)^3 operations."""
@@ -76,9 +83,12 @@ class CriticalLR:
         return self.lower, self.value
 
 
+@renamed_keywords(problem="model")
 def critical_lr(
-    problem: Problem | DualCurvature,
-    batch_size: int | None,
+    model: nn.Module | Problem | DualCurvature,
+    loss_fn: Callable[[Any, Any], Tensor] | int | None = None,
+    data: Any = None,
+    batch_size: int | None = None,
     *,
     update_rule: UpdateRule | None = None,
     dataset_size: int | None = None,
@@ -102,9 +112,13 @@ def critical_lr(
     weight decay adds :math:`\lambda` to every curvature.
 
     Args:
-        problem: of ``(model, loss_fn, data)``, in the rule's coordinates; or its
+        model: the model, at the point to ask about; or, for ``model``, ``loss_fn`` and ``data``, a
+            :class:`~stableopt.curvature.Problem` in the rule's coordinates or its
             :class:`~stableopt.curvature.DualCurvature`.
-        batch_size: samples B in a step, drawn without replacement; ``None`` for the full batch.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the samples, as for :func:`~stableopt.measure`.
+        batch_size: samples B in a step, drawn without replacement; ``None`` for the full batch. It is
+            the second argument after a problem: ``critical_lr(problem, 4)``.
         update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is not looked
             at. Plain SGD by default.
         dataset_size: samples to draw from, where the problem's are only a part of them.
@@ -126,16 +140,17 @@ def critical_lr(
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()    # H_i = 2 and 8: 2 a / (a^2 + s^2)
     >>> x = torch.tensor([[1.0], [2.0]]).double()
-    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
-    >>> round(critical_lr(problem, batch_size=1).value, 6)
+    >>> data = x, torch.zeros(2, 1).double()
+    >>> round(critical_lr(model, torch.nn.MSELoss(), data, batch_size=1).value, 6)
     0.294118
     """
+    problem, batch_size = _problem_and(batch_size, model, loss_fn, data, update_rule)
     step = _step(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     full_batch = batch_size is None or (update_rule is not None and update_rule.full_batch)
     size = _dataset_size(problem, dataset_size)
     noise = 0.0 if full_batch or batch_size is None else noise_factor(batch_size, size)
-    curvature = SampleCurvature.of(
+    curvature = SampleCurvature.from_problem(
         problem,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
@@ -196,9 +211,12 @@ def threshold(
     )
 
 
+@renamed_keywords(problem="model")
 def critical_batch_size(
-    problem: Problem | DualCurvature,
-    lr: float,
+    model: nn.Module | Problem | DualCurvature,
+    loss_fn: Callable[[Any, Any], Tensor] | float | None = None,
+    data: Any = None,
+    lr: float | None = None,
     *,
     update_rule: UpdateRule | None = None,
     dataset_size: int | None = None,
@@ -215,8 +233,11 @@ def critical_batch_size(
     :math:`B = \lceil n/(1+p(n-1))\rceil`.
 
     Args:
-        problem: as for :func:`critical_lr`, and so are all that follow after ``lr``.
-        lr: the learning rate; that of ``update_rule`` is not looked at.
+        model: as for :func:`critical_lr`, and so are all that follow after ``lr``.
+        loss_fn: the loss.
+        data: the samples.
+        lr: the learning rate; that of ``update_rule`` is not looked at. It is the second argument
+            after a problem: ``critical_batch_size(problem, 0.1)``.
         update_rule: the rule.
         dataset_size: samples n to draw from.
         max_rows: rows nC up to which all directions count.
@@ -237,10 +258,11 @@ def critical_batch_size(
     >>> [critical_batch_size(dual, lr) for lr in (1.1, 1.2, 1.9, 2.1)]
     [1, 2, 3, None]
     """
+    problem, lr = _problem_and(lr, model, loss_fn, data, update_rule)
     lr, step = positive("lr", lr), _step(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     size = _dataset_size(problem, dataset_size)
-    curvature = SampleCurvature.of(
+    curvature = SampleCurvature.from_problem(
         problem,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
@@ -263,6 +285,25 @@ def critical_batch_size(
     largest = first_crossing(family, tol=tol, max_iter=max_iter, seed=seed).value
     smallest = size / (1 + largest * (size - 1))
     return min(max(math.ceil(smallest * (1 - _ON_THE_EDGE)), 1), size)
+
+
+def _problem_and(
+    number: T | None,
+    model: nn.Module | Problem | DualCurvature,
+    loss_fn: Any,
+    data: Any,
+    rule: UpdateRule | None,
+) -> tuple[Problem | DualCurvature, T | None]:
+    """Return the problem, and ``number``, which is the second argument after a problem."""
+    given = isinstance(model, (Problem, DualCurvature))
+    if given and number is None and not callable(loss_fn):
+        loss_fn, number = None, loss_fn
+    if isinstance(model, DualCurvature):
+        if loss_fn is not None or data is not None:
+            raise ValueError("a DualCurvature has its own loss_fn, data: leave them out")
+        return model, number
+    problem = problem_of(model, loss_fn, data)
+    return (problem if given or rule is None else as_seen_by(problem, rule, None)), number
 
 
 def _seed(seed: int) -> int:

@@ -44,7 +44,7 @@ class SampleCurvature:
     largest_sample: float
 
     @classmethod
-    def of(
+    def from_problem(
         cls,
         problem: Problem | DualCurvature,
         *,

@@ -13,24 +13,15 @@ from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError, Problem
-from stableopt.curvature.problem.parameters import group_of
-from stableopt.curvature.problem.sharded import sharded_or_whole
+from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.measure.coordinates import as_seen_by
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measurement import QuantityResult
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = [
-    "as_seen_by",
-    "check_params",
-    "check_quantities",
-    "measure",
-    "measure_at",
-    "problem_of",
-]
+__all__ = ["check_quantities", "measure", "measure_at"]
 
 
 def measure(
@@ -136,54 +127,6 @@ def measure(
         seed=seed,
     )
     return margins
-
-
-def problem_of(
-    model: nn.Module | Problem,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
-    data: Any,
-    *,
-    process_group: Any = None,
-    **options: Any,
-) -> Problem:
-    """Return the problem of ``model``, or ``model`` itself if it is one already.
-
-    The process group is by default the one that trains the model.
-
-    Raises:
-        ValueError: if ``loss_fn`` or ``data`` are missing, or anything is given beyond a problem.
-    """
-    if not isinstance(model, Problem):
-        if loss_fn is None or data is None:
-            raise ValueError("loss_fn and data: expected both, or a Problem as model")
-        group = group_of(model) if process_group is None else process_group
-        return sharded_or_whole(model, loss_fn, data, process_group=group, **options)
-    options["process_group"] = process_group
-    if any(value is not None for value in (loss_fn, data, *options.values())):
-        raise ValueError(
-            f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
-        )
-    return model
-
-
-def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
-    """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
-
-    ``explicit`` says that the user chose the parameters, so that it may step others too.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, p in zip(problem.names, problem.params, strict=True):
-        if id(p) not in held:
-            raise ValueError(
-                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
-                " requires_grad_(False), or name the parameters that count by params="
-            )
-    strangers = len(held - {id(p) for p in problem.model.parameters()})
-    if strangers and not explicit:
-        raise ValueError(
-            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
-            " curvature is not all that its steps see; name those that count by params="
-        )
 
 
 def check_quantities(

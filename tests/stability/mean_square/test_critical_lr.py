@@ -14,6 +14,7 @@ import stableopt
 from stableopt import StabilityMargins, UpdateRule, critical_batch_size, critical_lr, measure
 from stableopt.curvature import DualCurvature, NonFiniteError, Problem
 from stableopt.stability import batch_sharpness, noise_factor
+from stableopt.stability.coordinates import as_seen_by
 
 Data = tuple[Tensor, Tensor]
 
@@ -361,3 +362,32 @@ def test_a_search_that_was_cut_short_says_so() -> None:
     assert not short.converged
     assert short.lower <= exact.value <= short.value
     assert short.products == 2
+
+
+def test_a_model_stands_for_its_problem(network: nn.Module, data: Data) -> None:
+    """Catches arguments in another order than `measure` has, and a rule's coordinates left out."""
+    loss_fn = nn.MSELoss()
+    problem = Problem(network, loss_fn, data)
+    expected = critical_lr(problem, 2)
+    assert critical_lr(network, loss_fn, data, 2) == expected
+    assert critical_lr(network, loss_fn, data, batch_size=2) == expected
+    assert critical_lr(problem, batch_size=2) == expected
+    assert critical_lr(network, loss_fn, data).value == pytest.approx(expected.full_batch)
+    lr = 0.9 * expected.full_batch
+    assert critical_batch_size(network, loss_fn, data, lr) == critical_batch_size(problem, lr)
+    with pytest.raises(ValueError, match="lr=None"):
+        critical_batch_size(network, loss_fn, data)
+    with pytest.raises(ValueError, match="loss_fn and data: expected both"):
+        critical_lr(network, loss_fn, batch_size=2)
+    with pytest.raises(ValueError, match="leave them out"):
+        critical_lr(problem, loss_fn, data, 2)
+    with pytest.raises(ValueError, match="leave them out"):
+        critical_lr(DualCurvature.of(problem), loss_fn, data, 2)
+
+    adam = torch.optim.Adam(network.parameters(), lr=0.01)
+    loss_fn(network(data[0]), data[1]).backward()
+    adam.step()
+    rule = UpdateRule.from_optimizer(adam)
+    seen = as_seen_by(Problem(network, loss_fn, data), rule, adam)
+    found = critical_lr(network, loss_fn, data, 2, update_rule=rule)
+    assert found == critical_lr(seen, 2, update_rule=rule)

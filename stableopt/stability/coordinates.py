@@ -1,0 +1,108 @@
+"""The problem of a model, in the coordinates in which an optimizer's step is gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature import Problem
+from stableopt.curvature.problem.parameters import group_of
+from stableopt.curvature.problem.sharded import sharded_or_whole
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["as_seen_by", "check_params", "problem_of"]
+
+
+def problem_of(
+    model: nn.Module | Problem,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    process_group: Any = None,
+    **options: Any,
+) -> Problem:
+    """Return the problem of ``model``, or ``model`` itself if it is one already.
+
+    The process group is by default the one that trains the model.
+
+    Raises:
+        ValueError: if ``loss_fn`` or ``data`` are missing, or anything is given beyond a problem.
+    """
+    if not isinstance(model, Problem):
+        if loss_fn is None or data is None:
+            raise ValueError("loss_fn and data: expected both, or a Problem as model")
+        group = group_of(model) if process_group is None else process_group
+        return sharded_or_whole(model, loss_fn, data, process_group=group, **options)
+    options["process_group"] = process_group
+    if any(value is not None for value in (loss_fn, data, *options.values())):
+        raise ValueError(
+            f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
+        )
+    return model
+
+
+def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
+    """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
+
+    ``explicit`` says that the user chose the parameters, so that it may step others too.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in held:
+            raise ValueError(
+                f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
+                " requires_grad_(False), or name the parameters that count by params="
+            )
+    strangers = len(held - {id(p) for p in problem.model.parameters()})
+    if strangers and not explicit:
+        raise ValueError(
+            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
+            " curvature is not all that its steps see; name those that count by params="
+        )
+
+
+def as_seen_by(
+    problem: Problem, rule: UpdateRule, optimizer: torch.optim.Optimizer | None
+) -> Problem:
+    """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
+
+    A diagonal preconditioner goes into the coordinates; of another only the weight decay does, and of
+    one that is not known nothing.
+
+    Raises:
+        ValueError: if the rule has groups and there is no optimizer to say which parameter is in
+            which, or if a parameter is in none of them.
+    """
+    sign = -1.0 if rule.maximize else 1.0
+    if not rule.preconditioned or rule.unknown is not None:
+        return problem.transformed(sign=sign)
+    scale: list[Tensor | float] | None = None
+    decays = [rule.weight_decay] * len(problem.params)
+    if rule.group_lrs or rule.group_weight_decays:
+        of = _groups_of(problem, optimizer)
+        if rule.group_weight_decays:
+            decays = [rule.group_weight_decays[index] for index in of]
+        if rule.group_lrs:
+            scale = [(rule.group_lrs[i] / rule.lr) ** 0.5 if rule.lr else 1.0 for i in of]
+    if rule.preconditioner is not None:
+        own = rule.preconditioner.over(problem.params)
+        if isinstance(own, DiagonalPreconditioner):
+            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in own.roots()]
+    return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
+
+
+def _groups_of(problem: Problem, optimizer: torch.optim.Optimizer | None) -> list[int]:
+    """Return the index of each parameter's group."""
+    if optimizer is None:
+        raise ValueError(
+            "update_rule has several groups: only an optimizer tells which parameter is in which"
+        )
+    groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    for name, p in zip(problem.names, problem.params, strict=True):
+        if id(p) not in groups:
+            raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")
+    return [groups[id(p)] for p in problem.params]
