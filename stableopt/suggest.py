@@ -156,8 +156,8 @@ def suggest(
     >>> linear = nn.Linear(1, 1, bias=False).double()    # f_i = x_i^2 w^2: H_i = 2 and 8
     >>> data = torch.tensor([[1.0], [2.0]]).double(), torch.zeros(2, 1).double()
     >>> found = suggest(linear, nn.MSELoss(), data, batch_sizes=(1, 2))
-    >>> round(found.answer("SGD", 1).lr, 4), round(found.answer("SGD", 2).lr, 4)     # 2a / (a^2 + s^2), 2 / a
-    (0.2941, 0.4)
+    >>> [round(found.answer("SGD", size).lr, 4) for size in (1, 2)]     # 2a / (a^2 + s^2), 2 / a
+    [0.2941, 0.4]
     """
     began = time.perf_counter()
     problem = problem_of(model, loss_fn, data)
