@@ -11,7 +11,7 @@ from stableopt.doctor import diagnosis, machine, product_method
 
 
 def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a missing package that is said to be there."""
+    """Catches a missing package that is reported as installed."""
     assert any(torch.__version__ in line for line in machine())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert any(line.startswith("tensorboard: missing") for line in machine())

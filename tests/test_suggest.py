@@ -130,7 +130,7 @@ def test_the_table_and_bad_input() -> None:
 
 
 def test_what_it_suggests_is_where_training_turns() -> None:
-    """Catches any wrong threshold at the point of use: at 0.97 of it SGD comes home from a small push,
+    """Catches any wrong threshold at the point of use: at 0.97 of it SGD returns from a small push,
     at 1.03 it leaves, in the mean square over runs, on a quadratic whose samples all have their minimum
     at zero.
     """

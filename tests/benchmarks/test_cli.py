@@ -39,7 +39,7 @@ def only_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def few_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave one experiment: what each says is for its own tests."""
+    """Leave one experiment; each has its own tests."""
     for module in (experiments, cli, report):
         monkeypatch.setattr(module, "NAMES", ("gd-sharpness",))
 
@@ -138,8 +138,8 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
 def test_workers_share_the_threads(
     threads: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches workers with as many threads as there are cores, each, or in spite of what the
-    environment says: they would wait for each other most of the time.
+    """Catches workers with as many threads as there are cores, each, or against the
+    environment's setting: they would wait for each other most of the time.
     """
     places = []
 

@@ -76,7 +76,7 @@ def test_ragged_last_batch_does_not_count() -> None:
 
 @pytest.mark.parametrize("tracked", ["model", "compiled"])
 def test_batch_size_of_a_compiled_model(tracked: str) -> None:
-    """Catches a hook on one of the two modules that a call of the other passes by."""
+    """Catches a hook on one of the two modules that a call of the other bypasses."""
     model = linear()
     compiled: Any = torch.compile(model, backend="eager")
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)

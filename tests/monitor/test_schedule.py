@@ -31,7 +31,7 @@ def test_steps_at_rate_zero_are_not_measured() -> None:
     for lr in (0.1, 0.0, 0.0, 0.1, 0.1, 0.1):
         optimizer.param_groups[0]["lr"] = lr
         train(model, optimizer)
-    # Due at 2, 4 and 6; step 2 moved nothing, nor did 3, so that one is made up for at 4.
+    # Due at 2, 4 and 6; steps 2 and 3 moved nothing, so that the first is made up for at 4.
     assert [m.step for m in monitor.history] == [4, 6]
 
 

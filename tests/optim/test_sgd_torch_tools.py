@@ -91,7 +91,7 @@ def test_step_that_a_scaler_skips_never_was(
 
     The scale halves with each overflow, which is exact in binary: the rest must be bit for bit.
     """
-    # What uninitialised memory holds is up to the allocator: leave something in it that would tell.
+    # Uninitialised memory holds what the allocator left there: make it NaN, so that its use shows.
     spoiled = [torch.full(p.shape, float("nan")) for p in network().parameters()]
     del spoiled
     run = scaled_run(stableopt.SGD, fused=fused, explicit=explicit, overflow_at=overflow_at)

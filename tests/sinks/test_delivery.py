@@ -1,4 +1,4 @@
-"""What each kind of sink is sent, and that a failing one harms neither training nor other sinks."""
+"""Delivery to each kind of sink; a failing sink stops neither training nor other sinks."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_failed_measurement_is_a_line_without_values(tmp_path: Path) -> None:
 
 
 def test_notes_are_lines_of_their_own(tmp_path: Path) -> None:
-    """Catches a reason in words that breaks the file for whoever reads numbers."""
+    """Catches a reason in words that breaks the file for readers of numbers."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     sink(1, {"decision": 1.0, "lr_to": math.inf})
     sink.note(1, 'raise lr: "why"\nand on')

@@ -193,7 +193,7 @@ def test_a_lost_loss_is_cut_once_and_held() -> None:
     for step in (11, 20, 500):
         again, state = gated_staircase(failed(0.07, lost, step=step), state, hold=10)
         assert (again.kind, again.new) == ("hold", 0.07)
-    # Put back, it may go on, and be lost again.
+    # With restored weights it may rise again, and be lost again.
     _, state = gated_staircase(at(0.07, step=510), state)
     assert gated_staircase(failed(0.07, lost, step=520), state)[0].kind == "cut"
 

@@ -204,7 +204,7 @@ def test_a_finished_epoch_resumes_as_a_new_one() -> None:
 
 
 def test_two_iterators_do_not_mix() -> None:
-    """Catches a second loop over the loader, for validation say, that eats from the first."""
+    """Catches a second loop over the loader, as for validation, that takes batches from the first."""
     sampler = AdaptiveBatchSampler(range(6), 2)
     first = iter(sampler)
     assert next(first) == [0, 1]

@@ -55,13 +55,13 @@ class Answers:
 def test_the_search_takes_what_got_there_and_validates_best(
     found: dict[float, tuple[float | None, float]], best: float
 ) -> None:
-    """Catches a rate chosen by the half that is reported on, or by a run that did not train."""
+    """Catches a rate chosen on the reported half, or by a run that did not train."""
     trials = tuple(Training(Dataset(), "GD", 0, Budget(), lr=lr) for lr in found)
     assert Search(trials).run(Answers(found)) == {"lr": best}  # type: ignore[arg-type]
 
 
 def test_halves_are_disjoint_and_all() -> None:
-    """Catches a half that is chosen on and reported on."""
+    """Catches seeds that are used both for the choice and for the report."""
     images = Dataset("digits", 1000).load()
     first, second = halves(images)
     assert len(first.test_x) + len(second.test_x) == len(images.test_x)
@@ -85,7 +85,7 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert store.result(first) == store.result(trial)
         if METHODS[name].from_minimum:
             assert (first.start, second.start) == tuple(plan[LBFGS][1])
-    # GD goes on from where L-BFGS ended: below the loss that it began with, after four steps.
+    # GD continues from L-BFGS's end: after four steps it is below the loss that L-BFGS began with.
     start, gone_on = plan[LBFGS][1][1], plan["L-BFGS, then GD"][1][1]
     assert store.result(gone_on)["loss"] < 1.5 * store.result(start)["loss"]
 

@@ -25,7 +25,7 @@ class KilledError(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """End the process, as it were, at the n-th note of progress."""
+    """Raise, as the end of the process would, at the n-th note of progress."""
     count = iter(range(1, 10**6))
 
     def progress(self: Work, share: float, text: str = "") -> None:
@@ -158,7 +158,7 @@ def test_two_processes_do_not_run_the_same_job(tmp_path: Path) -> None:
 
 
 def test_a_job_that_another_process_has_done_is_not_done_again(tmp_path: Path) -> None:
-    """Catches work that is thrown away, or that fails since its folder is there already."""
+    """Catches repeated work, and a failure because the folder exists already."""
     store, job = Store(tmp_path), Number(1.0)
     work([job], tmp_path, HERE)
     before = store.about(job)

@@ -160,7 +160,7 @@ def test_an_executors_own_error_is_the_jobs(tmp_path: Path) -> None:
 
 
 def test_who_breaks_an_executor_is_found_by_running_suspects_alone(tmp_path: Path) -> None:
-    """Catches an innocent job that is blamed, a guilty one that is retried forever, and an
+    """Catches a job blamed for another's crash, a crashing one that is retried forever, and an
     executor that is not recreated, or refuses work, after it has broken.
     """
     made: list[Inline] = []
@@ -190,7 +190,7 @@ def test_who_breaks_an_executor_is_found_by_running_suspects_alone(tmp_path: Pat
     assert summary.failed == [Number(3.0)]
     assert set(summary.done) == set(jobs) - {Number(3.0)}
     assert store.failure(Number(3.0)) == {"error": WORKER_DIED, "details": ""}
-    # The first, one after it broke, and one after the guilty one broke it alone, or two if another
+    # The first, one after it broke, and one after the crashing job broke it alone, or two if another
     # was in flight when the first broke.
     assert 3 <= len(made) <= 5
 

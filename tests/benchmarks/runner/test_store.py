@@ -1,4 +1,4 @@
-"""A folder without a suffix is complete; failures lie in the others, and JSON is strict."""
+"""The store of results: complete folders have no suffix, the others hold failures; JSON is strict."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def test_a_job_is_done_with_the_rename_and_not_before(tmp_path: Path) -> None:
 
 
 def test_a_failure_can_be_recorded_before_there_is_a_folder(tmp_path: Path) -> None:
-    """Catches a worker that dies before its first file, and is not recorded for that."""
+    """Catches a worker's death before its first file that is not recorded."""
     store = Store(tmp_path)
     store.fail(Number(1.0), "gone")
     assert store.failure(Number(1.0)) == {"error": "gone", "details": ""}
-    store.forgive(Number(2.0))  # nothing there to forgive
+    store.forgive(Number(2.0))  # nothing to forgive
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a file that is written in place: whoever reads it then sees half of it."""
+    """Catches a file that is written in place: a reader would see half of it."""
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     seen = []

@@ -1,4 +1,4 @@
-"""Real processes: pools, Dask, submitit, and what ``kill -9`` leaves of a sweep."""
+"""Sweeps on real processes: pools, Dask, submitit, and after ``kill -9``."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_what_no_executor_is(name: str, workers: int, says: str) -> None:
 
 
 def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback from deep inside another package, or from one that is not there."""
+    """Catches a traceback from inside another package, or from a missing one."""
     pytest.importorskip("submitit", reason="submitit is not installed")
     with pytest.raises(ValueError, match=r"executor=local:.*'speed'"):
         executor(f"local:{tmp_path},local_speed=3", 1)()

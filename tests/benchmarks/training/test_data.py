@@ -26,7 +26,7 @@ def data_folder(name: str) -> Path:
 
 
 def test_digits_are_split_and_scaled() -> None:
-    """Catches images that are in both sets, and a scale that is not [0, 1]."""
+    """Catches images that are in both sets, and a range that is not [0, 1]."""
     images = Dataset("digits").load()
     assert images.x.shape == (1000, 64)
     assert images.test_x.shape == (797, 64)
@@ -71,7 +71,7 @@ def test_idx_files_are_read_back(tmp_path: Path) -> None:
 def test_a_folder_that_is_named_is_used_and_downloads_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a download where files are at hand, and a download without its checksum."""
+    """Catches a download where the files are given, and a download without its checksum."""
     import pooch
 
     asked = []

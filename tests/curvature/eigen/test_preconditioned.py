@@ -152,7 +152,7 @@ def test_a_preconditioner_that_is_not_positive_definite_is_named(
     """Catches the root of a negative number, which would be an eigenvalue of NaN."""
     operator = Dense(torch.diag(torch.tensor([1.0, 2.0, 3.0])))
     precondition = Diagonal(torch.tensor(entries))
-    # Only a direction along which it is not can tell: this seed's search comes upon one.
+    # Only a direction of negative curvature of P shows it: this seed's search meets one.
     with pytest.raises(ValueError, match=r"preconditioner=Diagonal: r\^T P r is (-|nan)"):
         top_eigenpair(operator, preconditioner=precondition, method=method, tol=1e-6, seed=1)
 

@@ -144,7 +144,7 @@ def test_weight_decay_of_the_problem_or_the_rule(problem: Problem) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_leading_directions_bracket_the_exact_rate(problem: Problem, momentum: float) -> None:
     """Catches a restriction that is not a bound: with few directions the value lies above the exact one,
-    and what is said to be stable, below; with all of them they agree.
+    and the stable rate below it; with all directions they agree.
     """
     rule = UpdateRule(1.0, momentum=momentum)
     for batch_size in (1, 3):

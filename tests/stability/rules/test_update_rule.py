@@ -160,7 +160,7 @@ def test_torch_optimizer_is_not_imported_and_its_classes_are_known() -> None:
 
 
 def test_registering_by_class_by_name_and_for_subclasses() -> None:
-    """Catches a subclass that is read by its parent's reader in spite of its own."""
+    """Catches a subclass that is read by its parent's reader although it has its own."""
 
     class Parent(torch.optim.Rprop):
         pass
