@@ -1,7 +1,7 @@
 """Tests of the wheel that would be published, in environments made for them.
 
 Nothing here imports the working tree: the sdist is built, the wheel from the sdist, and the tests of
-the sdist run against the installed wheel. What either lacks, they miss.
+the sdist run against the installed wheel. A file that either lacks makes them fail.
 
     nox -s installed                       one environment, with the versions of constraints.txt
     nox -s tests                           every Python and torch that is promised
@@ -19,7 +19,7 @@ import nox
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6.0", "newest")
-"""The oldest that pyproject.toml admits, and whatever the index has."""
+"""The oldest that pyproject.toml admits, and the newest in the index."""
 
 nox.options.sessions = ["installed"]
 nox.options.error_on_missing_interpreters = False

@@ -155,8 +155,8 @@ PUBLISHED = sorted(RESULTS.glob("*/*/*/about.json"))
 )
 def test_published_claims_follow_from_their_tables(about: Path) -> None:
     """Catches a claim that changed its verdict, or disappeared, since the results were published."""
-    told = json.loads(about.read_text())
-    one = experiment(told["experiment"]).from_json(told["settings"])
+    saved = json.loads(about.read_text())
+    one = experiment(saved["experiment"]).from_json(saved["settings"])
     tables = {path.stem: read_table(path) for path in about.parent.glob("*.csv")}
     published = json.loads((about.parent / "claims.json").read_text())
     verdicts = [claim.reproduced for claim in one.claims(tables)]

@@ -1,4 +1,4 @@
-"""Data of which each rank has an unequal share."""
+"""Data shared unequally among the ranks."""
 
 from __future__ import annotations
 
