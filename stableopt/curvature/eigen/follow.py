@@ -37,7 +37,6 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.basis import Basis
 from stableopt.curvature.eigen.estimated_projection import EstimatedProjection, probe
-from stableopt.curvature.eigen.inner_product import Dual
 from stableopt.curvature.eigen.kept_subspace import basis_of_kept, subspace_to_keep
 from stableopt.curvature.eigen.result import Eigenpair, Search
 
@@ -101,14 +100,9 @@ def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
 def _absorb(basis: Basis, image: Tensor) -> Tensor:
     """Append the rest of an image outside the basis; return all its coordinates, on the device."""
     coordinates, rest = basis.split(image)
-    # A rest that is rounding alone would not be orthogonal: it becomes a row of zeros. One with a
-    # norm below zero or NaN is left for the check.
+    # A rest that is rounding alone would not be orthogonal: over infinity it is a row of zeros. One
+    # with a norm below zero or NaN is left for the check.
     rounding = 100 * torch.finfo(image.dtype).eps * coordinates.norm()
-    nothing = (rest.norm >= 0) & (rest.norm <= rounding)
-    norm = torch.where(nothing, 0.0, rest.norm)
-    covector = torch.where(nothing, 0.0, rest.covector / rest.norm)
-    vector = covector
-    if basis.inner.preconditioner is not None:
-        vector = torch.where(nothing, 0.0, rest.vector / rest.norm)
-    basis.append(Dual(covector, vector, norm))
-    return torch.cat([coordinates, norm[None]])
+    negligible = (rest.norm >= 0) & (rest.norm <= rounding)
+    basis.append(rest._replace(norm=torch.where(negligible, torch.inf, rest.norm)).normalised())
+    return torch.cat([coordinates, torch.where(negligible, 0.0, rest.norm)[None]])

@@ -48,13 +48,14 @@ class LanczosIteration:
         weights: their Ritz vectors in coordinates of the basis, as columns.
         rest: the part of the last image outside the basis.
         beta: its norm.
+        smallest: the smallest Ritz value so far.
         scale: the largest size of a Ritz value or a rest so far, for comparisons with rounding.
     """
 
     def __init__(self, operator: Operator, inner: InnerProduct, first: Dual, width: int) -> None:
         self.basis = Basis(first.covector[None], first.vector[None], inner, most=width)
         self.size = inner.whole_size(operator.shape[0])
-        self.products, self.scale, self.unit = 0, 0.0, 1.0
+        self.products, self.smallest, self.scale, self.unit = 0, math.inf, 0.0, 1.0
         self._operator, self._inner, self._width = operator, inner, width
         self._projected = torch.zeros(width, width, dtype=torch.float64)
         self._magnitude: Tensor | None = None
@@ -82,6 +83,7 @@ class LanczosIteration:
         inner.check_product(column[:held], self.beta, self.products, self._operator)
         self._projected[:held, held - 1] = self._projected[held - 1, :held] = column[:held]
         self.values, self.weights = torch.linalg.eigh(self._projected[:held, :held])
+        self.smallest = min(self.smallest, float(self.values[0]))
         self.scale = max(self.scale, float(self.values.abs().max()), self.beta)
 
     @property
@@ -125,12 +127,10 @@ def lanczos(
     size = search.inner.whole_size(search.operator.shape[0])
     width = min(search.most_vectors, max_iter, size)
     iteration = LanczosIteration(search.operator, search.inner, first, width)
-    smallest = math.inf
     while True:
         iteration.step()
         products = iteration.products
         value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
-        smallest = min(smallest, float(iteration.values[0]))
         small = search.small_enough(residual, value, iteration.scale)
         converged = iteration.exhausted or (products >= at_least and small)
         if converged or products == max_iter:
@@ -140,7 +140,7 @@ def lanczos(
     if iteration.exhausted:
         bound = value + residual
     elif uniform:
-        bound = _upper_bound(value, smallest, min(products, width), size)
+        bound = _upper_bound(value, iteration.smallest, min(products, width), size)
     if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
         beyond = rest.normalised() if iteration.beta > 0 else rest
