@@ -1,4 +1,4 @@
-r"""SGD on the two parabolas' toy, many runs at a time, and what theory says of its minimum x = 1.
+r"""Jobs of the toy: many runs of SGD on two parabolas, and the thresholds of its minimum x = 1.
 
 .. math:: f_1(x) = \min\{x^2, 0.1(x-1)^2\}, \quad f_2(x) = \min\{x^2, 1.9(x-1)^2\}
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.runner import Job, Work
 
-__all__ = ["COEFFICIENTS", "Path", "Thresholds", "Walks", "gradient", "losses", "wilson"]
+__all__ = ["COEFFICIENTS", "Path", "Thresholds", "Walks", "gradient", "losses"]
 
 COEFFICIENTS = (0.1, 1.9)
 """Of (x − 1)² in the two losses."""
@@ -92,24 +92,6 @@ class Thresholds:
         """
         total, product = self.h1 + self.h2, self.h1 * self.h2
         return float((total - math.sqrt(total**2 - 8 * product)) / (2 * product))
-
-
-def wilson(successes: int, trials: int, deviations: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval for a probability (1927): honest at 0 and at 1.
-
-    >>> low, high = wilson(0, 100)
-    >>> round(low, 4), round(high, 4)
-    (0.0, 0.037)
-    """
-    z2 = deviations**2
-    share = successes / trials
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = (
-        deviations
-        * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-        / (1 + z2 / trials)
-    )
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from benchmarks.experiments.batch_size import BatchSize
 from benchmarks.experiments.correlation import Correlation
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.selection import Selection
+from benchmarks.experiments.toy.experiment import Toy
 from benchmarks.framework.claims import Claim
 from benchmarks.framework.experiment import Experiment
 from benchmarks.framework.tables import read_table, table
@@ -82,7 +83,30 @@ def sharpness(*cells: tuple[float, float]) -> Callable[[], Any]:
     }
 
 
+def toy() -> dict[str, Rows]:
+    """Return escapes at three rates, also with halved derivatives, and a trajectory of GD."""
+    cells = (("true", 0.5, 0), ("true", 0.6, 100), ("true", 0.7, 100), ("halved", 0.7, 1))
+    escapes = [
+        {"derivatives": which, "lr": lr, "seed": 0, "runs": 100, "steps": 9, "escaped": escaped}
+        | {"share": escaped / 100, "low": escaped / 100, "high": escaped / 100, "median_step": 3}
+        for which, lr, escaped in cells
+    ]
+    path = [{"optimizer": "GD", "lr": 0.7, "run": 0, "step": k, "x": 1 + 0.1**k} for k in (1, 2)]
+    return {"escapes": escapes, "trajectories": path}
+
+
 CASES = {
+    "toy": Case(
+        Toy(),
+        toy,
+        {
+            "SGD escapes at η = 0.7": put("escapes", "escaped", 99, row=2),
+            "derivatives that the text quotes": put("escapes", "escaped", 0, row=3),
+            "gradient descent at η = 0.7": put("trajectories", "x", 1.2, row=1),
+            "stable in mean square": put("escapes", "share", 0.02),
+            "unstable almost surely": put("escapes", "share", 0.98, row=1),
+        },
+    ),
     "gd-sharpness, digits": Case(
         GDSharpness(),
         sharpness((0.5, 4.1), (1.0, 1.9)),
