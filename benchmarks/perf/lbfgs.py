@@ -29,6 +29,7 @@ from benchmarks.training.data import Dataset
 from benchmarks.training.loops import mean_squared_error
 from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.optim.lbfgs.compact import CompactPairs
+from stableopt.optim.lbfgs.memory import Move
 from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 
 __all__ = ["Config", "host_waits", "run"]
@@ -207,9 +208,9 @@ def _directions(config: Config, size: int, history: int) -> dict[str, float]:
         gradient = previous + scales * step
         for name, memory in memories.items():
             began = _now(step.device)
-            pair = (gradient, previous, step)
-            products = memory.numbers(*memory.products(*pair))
-            memory.update(*pair, 1.0, products, 0.0)
+            last = Move(step, 1.0, previous, loss=0.0)
+            products = memory.numbers(*memory.products(last, gradient))
+            memory.update(last, gradient, products, 0.0)
             memory.descent(gradient)
             if turn > history:
                 times[name].append(_now(step.device) - began)

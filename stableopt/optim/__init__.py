@@ -1,4 +1,4 @@
-"""Drop-in optimizers that can be tracked."""
+"""`SGD`, `GD` and `LBFGS`: drop-in optimizers of torch that measure their stability margins."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ __all__ = ["GD", "LBFGS", "SGD"]
 UpdateRule.register(GD, lambda optimizer: read_sgd(optimizer, full_batch=True))
 
 
-if not TYPE_CHECKING:  # or every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
-        if name == "LBFGS":  # with its line searches and directions, most of the package
+        if name == "LBFGS":  # on demand: it is most of the package
             return importlib.import_module("stableopt.optim.lbfgs.optimizer").LBFGS
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

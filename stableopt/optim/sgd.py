@@ -1,4 +1,4 @@
-"""Stochastic and full-batch gradient descent, bit for bit ``torch.optim.SGD``, that can be tracked."""
+"""`SGD` and `GD`: stochastic and full-batch gradient descent, bit for bit ``torch.optim.SGD``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["GD", "SGD"]
 class SGD(Tracking, torch.optim.SGD):
     """``torch.optim.SGD`` with ``track`` and ``margins``; same arguments, same numbers.
 
-    ``step`` is torch's own, so hooks, schedulers, scalers and compilation see what they expect. One
-    repair: a first fused step that a gradient scaler skips does not leave momentum buffers with
-    whatever the memory held, as torch 2.13 does.
+    ``step`` is torch's own, so hooks, schedulers, scalers and compilation work as usual. One
+    difference: if a gradient scaler skips the first fused step, momentum buffers stay unset; torch
+    2.13 leaves uninitialised memory in them.
 
     >>> import stableopt
     >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -42,8 +42,8 @@ class SGD(Tracking, torch.optim.SGD):
         )
         found_inf = getattr(self, "found_inf", None)
         unset = any(buffer is None for buffer in momentum_buffer_list)
-        # The kernel would leave new buffers unwritten where the scaler found an infinity. Asking
-        # costs one host transfer, and only until there are buffers.
+        # The kernel leaves new buffers unwritten if the scaler found an infinity. The check costs
+        # one host transfer, and only until the buffers exist.
         if group["fused"] and unset and found_inf is not None and bool(found_inf):
             for empty in (params, grads, momentum_buffer_list):
                 empty.clear()
@@ -51,10 +51,10 @@ class SGD(Tracking, torch.optim.SGD):
 
 
 class GD(SGD):
-    r"""Gradient descent: SGD whose every step takes the gradient of the *whole* training set.
+    r"""Gradient descent: SGD with the gradient of the *whole* training set in every step.
 
-    :meth:`full_gradient` computes it in chunks, so the data need not fit one batch. Its
-    non-uniformity has no limit, and margins say infinity.
+    :meth:`full_gradient` computes the gradient in chunks, so the data need not fit one batch. The
+    limit on the non-uniformity is infinite.
 
     >>> import stableopt
     >>> model = nn.Linear(2, 1)
@@ -79,15 +79,15 @@ class GD(SGD):
 
         .. math:: \nabla f = \sum_b \frac{m_b}{n} \nabla f_b
 
-        over chunks b of :math:`m_b` samples. Earlier gradients are dropped, as by ``zero_grad``; the
-        model stays in its mode, so batch norm and dropout act chunk by chunk as in training.
+        over chunks b of :math:`m_b` samples. Earlier gradients are zeroed by ``zero_grad``. The model
+        stays in its mode, so batch norm and dropout act on each chunk as in training.
 
         Args:
             model: the model.
             loss_fn: ``loss_fn(model(x), y)``, the mean over a chunk.
             data: an ``(x, y)`` pair, a ``Dataset``, a ``DataLoader`` or a re-iterable of batches.
-            chunk_size: the most samples at once; by default loader batches as they are, and pairs
-                cut at 1,024.
+            chunk_size: the largest number of samples at once; by default the batches of a loader,
+                and 1,024 for pairs.
 
         Raises:
             TypeError: for data that can be read only once.
@@ -108,7 +108,7 @@ class GD(SGD):
                 if not total:
                     self.zero_grad()
                     first = size
-                # n is known when all is read; until then the first chunk is the unit.
+                # n is unknown until all data are read; until then the first chunk is the unit.
                 part = loss * (size / first)
                 torch.autograd.backward(part)
                 losses.append(part.detach())

@@ -1,4 +1,4 @@
-"""What the optimizers of this package add to those of torch: ``track`` and ``margins``."""
+"""`Tracking`: the methods ``track`` and ``margins`` of the optimizers in this package."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Tracking:
     ) -> StabilityMonitor:
         """Measure the stability margins while this optimizer trains ``model``.
 
-        Takes what :class:`~stableopt.monitor.monitor.StabilityMonitor` takes, and returns one. Tracking
-        again closes the monitor before.
+        The arguments are those of :class:`~stableopt.monitor.monitor.StabilityMonitor`. A second call
+        closes the first monitor.
 
         >>> import stableopt
         >>> model = nn.Linear(2, 1)
@@ -42,8 +42,8 @@ class Tracking:
         optimizer = cast(torch.optim.Optimizer, self)
         monitor = StabilityMonitor(optimizer, model, loss_fn, data, **options)
         former = self.monitor
-        # Not in `state`: checkpoints must stay those of torch.optim, and Optimizer's own
-        # __getstate__ leaves the attribute out of copies and pickles.
+        # Not in `state`, since checkpoints must stay torch.optim's. Optimizer.__getstate__ leaves
+        # the attribute out of copies and pickles.
         self._stability_monitor = monitor
         if former is not None:
             former.close()
@@ -51,7 +51,7 @@ class Tracking:
 
     @property
     def monitor(self) -> StabilityMonitor | None:
-        """The monitor that :meth:`track` made last, or ``None``."""
+        """The monitor of the latest :meth:`track`, or ``None``."""
         return getattr(self, "_stability_monitor", None)
 
     @property

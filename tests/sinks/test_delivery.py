@@ -92,10 +92,13 @@ def test_a_failing_sink_is_warned_of_once_and_the_next_is_served() -> None:
 
 
 def test_other_ranks_do_not_warn() -> None:
-    """Catches one warning a rank."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        deliver(MEASURED, [Broken()], WarnOnce(active=False))
+    """Catches one warning a rank, and a silence that the next sink shares."""
+    good = Noting()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        deliver(MEASURED, [Broken(), good], WarnOnce(active=False))
+    assert caught == []
+    assert good.seen == [(3, MARGINS.record())]
 
 
 def test_flush_is_called_where_there_is_one() -> None:

@@ -1,4 +1,4 @@
-"""L-BFGS directions in compact form, from ring buffers."""
+"""`CompactPairs`: L-BFGS directions in compact form, from ring buffers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from stableopt.curvature.products.blocked_rows import Rows, widest
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.optim.lbfgs.line_search import Number
-from stableopt.optim.lbfgs.memory import damped_share
+from stableopt.optim.lbfgs.memory import Move, damped_share
 
 __all__ = ["CompactPairs"]
 
 
 class CompactPairs:
-    """Ring buffers, and their inner products kept as pairs come and go.
+    """A memory of ring buffers, with the inner products of the pairs in them.
 
-    An iteration reads them twice: for the products with the new gradient change and the gradient,
-    and to add them up. Nothing of length d is allocated but the direction.
+    An iteration reads the buffers twice: for the products with the new gradient change and the
+    gradient, and for the direction. Only the direction is a new vector of length d.
     """
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
-        # A gradient change, and the gradient beside it: the rows are read once for both.
-        self._beside: Tensor | None = None
+        # Row 0 is the latest gradient change, row 1 the gradient: one reading of the pairs serves both.
+        self._latest: Tensor | None = None
         self.clear()
         if state.get("old_dirs"):
             self._load(state)
@@ -38,7 +38,7 @@ class CompactPairs:
         self._pending = False
 
     def _allocate(self, like: Tensor) -> None:
-        """Make room, once."""
+        """Allocate the buffers, once."""
         if not hasattr(self, "_rows"):
             dtype = widest(like.device)
             self._rows = Rows(2 * self.capacity, like)
@@ -50,14 +50,14 @@ class CompactPairs:
         changes = state["old_dirs"][-self.capacity :]
         steps = state["old_stps"][-self.capacity :]
         self._allocate(changes[0])
-        self._beside = changes[0].new_empty(2, len(changes[0]))
+        self._latest = changes[0].new_empty(2, len(changes[0]))
         kept = state.get("compact") or {}
         if (
             kept.get("func_evals") == state.get("func_evals")
             and kept.get("count") == len(changes)
             and (kept["oldest"] == 0 or len(changes) == self.capacity)
         ):
-            # This class wrote it last: the very numbers, so that a resumed run is the same run.
+            # This class wrote the state last. Its own numbers make a resumed run bit for bit the same.
             self._oldest, self._count = kept["oldest"], len(changes)
             for i, (y, s) in enumerate(zip(changes, steps, strict=True)):
                 self._write(self._slot(i), y, s, 1.0)
@@ -67,7 +67,7 @@ class CompactPairs:
             self._gamma = kept["gamma"]
             return
         for y, s in zip(changes, steps, strict=True):
-            self._beside[0] = y
+            self._latest[0] = y
             self._append(y, s, 1.0)
             self._settle()
         self._gamma = float(state.get("H_diag", 1.0))
@@ -77,33 +77,26 @@ class CompactPairs:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             return [float(value) for value in values]
-        # A loss may lie elsewhere, or have other digits; what comes last is made of gradients.
+        # A loss may have another device or dtype; the last tensor is computed from gradients.
         last = tensors[-1]
         if any(value.dtype != last.dtype or value.device != last.device for value in tensors):
             tensors = [value.to(last.device, widest(last.device)) for value in tensors]
         found = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
         return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
 
-    def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
-        """Return what decides whether :meth:`update` keeps the pair."""
-        if self._beside is None or self._beside.shape[1] != len(gradient):
-            self._beside = gradient.new_empty(2, len(gradient))
-        y = torch.sub(gradient, previous, out=self._beside[0])
+    def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
+        """Return the products that decide whether :meth:`update` keeps the pair."""
+        if self._latest is None or self._latest.shape[1] != len(gradient):
+            self._latest = gradient.new_empty(2, len(gradient))
+        y, direction = torch.sub(gradient, move.gradient, out=self._latest[0]), move.direction
         return [y.dot(direction), y.dot(y), direction.dot(direction)]
 
-    def update(
-        self,
-        gradient: Tensor,
-        previous: Tensor,
-        direction: Tensor,
-        t: Number,
-        products: list[Number],
-        damping: float,
-    ) -> None:
-        """Keep the pair of a step ``t * direction`` if it has curvature."""
+    def update(self, move: Move, gradient: Tensor, products: list[Number], damping: float) -> None:
+        """Keep the pair of a move that ended at ``gradient``, if it has curvature."""
+        direction, t = move.direction, move.t
         curvature, change, step = products[0] * t, products[1], products[2] * t * t
-        assert self._beside is not None  # where `products` left the change
-        y = self._beside[0]
+        assert self._latest is not None  # `products` wrote the change
+        y = self._latest[0]
         if damping and self._count:
             share = damped_share(curvature, step / self._gamma, damping)
             if share < 1:
@@ -135,15 +128,15 @@ class CompactPairs:
         self._pending = True
 
     def _settle(self, vector: Tensor | None = None) -> Tensor:
-        """Take in the products of a pair that came last; return those of ``vector``, if any."""
+        """Store the products of a pair just appended; return those of ``vector``, if given."""
         pending, self._pending = self._pending, False
-        if self._beside is not None and vector is not None:
-            self._beside[1] = vector
+        if self._latest is not None and vector is not None:
+            self._latest[1] = vector
         wanted = slice(0 if pending else 1, 1 if vector is None else 2)
         if wanted.start == wanted.stop:
             return self._triangle.new_zeros(0)
-        assert self._beside is not None
-        inner = self._rows.inner(self._beside[wanted], 2 * self._count)
+        assert self._latest is not None
+        inner = self._rows.inner(self._latest[wanted], 2 * self._count)
         if pending:
             last, part = self._count - 1, slice(0, self._count)
             small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
@@ -153,7 +146,7 @@ class CompactPairs:
         return inner[-1]
 
     def inverse_hessian(self) -> InverseHessian:
-        """Return the matrix, which lives until the next :meth:`update`."""
+        """Return the matrix, which is valid until the next :meth:`update`."""
         part = slice(0, self._count)
         return InverseHessian(
             self._rows,
@@ -164,7 +157,7 @@ class CompactPairs:
         )
 
     def descent(self, gradient: Tensor) -> Tensor:
-        """Return -P times ``gradient``, which is left alone."""
+        """Return -P times ``gradient``, which does not change."""
         if not self._count:
             return gradient.mul(-self._gamma)
         inner = self._settle(gradient)
@@ -178,7 +171,7 @@ class CompactPairs:
         return self.inverse_hessian() @ vectors
 
     def export(self) -> dict[str, Any]:
-        """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
+        """Return the pairs in the form of the state of ``torch.optim.LBFGS``."""
         if not self._count:
             return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
         self._settle()

@@ -1,4 +1,4 @@
-"""The iterations of one step of L-BFGS: direction, length, and when to stop."""
+"""`Iterations`: one call of L-BFGS's ``step``, with its directions, step lengths and stopping rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from stableopt.optim.lbfgs.line_search import Number, Trial, quotient, shortened, strong_wolfe
-from stableopt.optim.lbfgs.memory import PairMemory
+from stableopt.optim.lbfgs.memory import Move, PairMemory
 from stableopt.optim.lbfgs.objective import Objective, largest
 
 __all__ = ["Ending", "Iterations"]
@@ -18,31 +18,31 @@ Ending = tuple[float | None, list[tuple[int, int]]]
 """The loss where a step ended, ``None`` if unknown, and the versions of the parameters there."""
 
 SAME_LOSS = 1e-4
-"""Relative difference of two losses at one point that parallel sums do not explain."""
+"""Relative difference of two losses at one point that the order of parallel sums cannot cause."""
 
 NON_FINITE = (
     "the closure's loss or gradient is not finite",
-    "the parameters stay where they were finite, and the memory starts afresh; a smaller lr or"
+    "the parameters stay at a finite point, and the memory is emptied; a smaller lr or"
     " line_search_fn='strong_wolfe' may help",
 )
 NOISE = (
     "the closure returned different losses at the same point",
-    "L-BFGS compares losses and gradients of different calls, line_search_fn='strong_wolfe' most of"
-    " all: give it the same data each time, and no dropout",
+    "L-BFGS compares losses and gradients of different calls, above all with"
+    " line_search_fn='strong_wolfe': use the same data in each call, and no dropout",
 )
 
 
 class Iterations:
-    """One call of ``step``, with what its iterations share.
+    """The iterations of one call of ``step``.
 
     Args:
         objective: the loss as a function of the parameters.
-        options: those of the first group of parameters.
+        options: the options of the first group of parameters.
         rates: the learning rate of each parameter.
-        state: the optimizer's, which :meth:`run` reads and updates.
+        state: the optimizer's state, which :meth:`run` reads and updates.
         memory: the pairs.
-        ending: where the last step ended.
-        warn: takes what happened and why it matters.
+        ending: the ending of the last step.
+        warn: called with an event and its consequence.
     """
 
     def __init__(
@@ -61,28 +61,24 @@ class Iterations:
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
-        # The last move: `previous` is the gradient where it began.
-        self.direction: Tensor | None = state.get("d")
-        self.t: Number = state.get("t", 0.0)
-        self.previous: Tensor | None = state.get("prev_flat_grad")
-        self.previous_loss: Number = state.get("prev_loss")
+        direction, gradient = state.get("d"), state.get("prev_flat_grad")
+        self.last: Move | None = None
+        if direction is not None and gradient is not None:
+            self.last = Move(direction, state.get("t", 0.0), gradient, state.get("prev_loss"))
 
     def run(self) -> Ending | None:
-        """Iterate; leave the state as the next call wants it, and return where it ended."""
+        """Iterate, store the last move in the state, and return the ending."""
         try:
             loss = self._run()
         finally:
-            moved = {
-                "d": self.direction,
-                "t": self.t,
-                "prev_flat_grad": self.previous,
-                "prev_loss": self.previous_loss,
-            }
-            self.state.update(moved if self.direction is not None else {})
+            if (last := self.last) is not None:
+                self.state.update(
+                    d=last.direction, t=last.t, prev_flat_grad=last.gradient, prev_loss=last.loss
+                )
         return None if loss is None else (loss[0], self.objective.versions())
 
     def _run(self) -> tuple[float | None] | None:
-        """Return the loss of the last point, in brackets, or ``None`` where there is no such point."""
+        """Return the loss at the last point, as a tuple, or ``None`` without a finite point."""
         options, state = self.options, self.state
         trial = self._first()
         if trial is None:
@@ -92,33 +88,28 @@ class Iterations:
         for iteration in range(1, options["max_iter"] + 1):
             state["n_iter"] += 1
             direction, slope, size, t = self._direction(trial)
-            self.direction, self.previous, self.previous_loss = (
-                direction,
-                trial.gradient,
-                trial.loss,
-            )
+            # Of length 0 until it is made: the closure may raise.
+            last = self.last = Move(direction, 0.0, trial.gradient, trial.loss)
             if slope > -options["tolerance_change"]:
-                # Torch notes a move that was not made, which noise could turn into a pair.
-                self.t = t if options["direction"] == "two_loop" else 0.0
+                # Torch stores a move that was not made, which noise could turn into a pair.
+                last.t = t if options["direction"] == "two_loop" else 0.0
                 break
-            # If the closure raises, no move was made.
-            self.t = 0.0
             start = Trial(0, trial.loss, slope, trial.gradient, trial.largest)
             if options["line_search_fn"] is None and iteration == options["max_iter"]:
                 if not self.objective.can_move(float(t * size)):
                     return self._start_afresh(trial)
                 self.objective.move(direction, t)
-                self.t = t
+                last.t = t
                 return (None,)
             found = self._move(start, t, size)
             if found is None:
                 return self._start_afresh(trial)
-            trial, self.t = found, found.t
+            trial, last.t = found, found.t
             if (
                 self.objective.evaluations >= options["max_eval"]
                 or trial.largest <= options["tolerance_grad"]
                 or size * trial.t <= options["tolerance_change"]
-                or abs(trial.loss - self.previous_loss) < options["tolerance_change"]
+                or abs(trial.loss - last.loss) < options["tolerance_change"]
             ):
                 break
         return (float(trial.loss),)
@@ -130,20 +121,21 @@ class Iterations:
         return (float(trial.loss),)
 
     def _first(self) -> Trial | None:
-        """Evaluate where the parameters are; go back, if the last move led to no finite loss."""
-        trial = self._evaluate(self.t, pair=True)
+        """Evaluate at the parameters; shorten the last move if its loss is not finite."""
+        last = self.last
+        trial = self._evaluate(0.0 if last is None else last.t, pair=True)
         known = None if self.ending is None else self.ending[0]
         if trial.finite:
             scale = SAME_LOSS * max(abs(float(trial.loss)), abs(known or 0.0))
             if known is not None and abs(float(trial.loss) - known) > scale:
                 self.warn(*NOISE)
             return trial
-        if self.ending is None or known is not None or self.direction is None:
+        if self.ending is None or known is not None or last is None:
             self.warn(*NON_FINITE)
             return None
         # The last step of fixed length was never evaluated: it was too long.
-        self.objective.move(self.direction, -self.t)
-        line = _Line(self.objective, self.direction, 0.0)
+        self.objective.move(last.direction, -last.t)
+        line = _Line(self.objective, last.direction, 0.0)
 
         def evaluate(t: Number) -> Trial:
             line.set(t)
@@ -153,22 +145,18 @@ class Iterations:
         with line:
             found = shortened(evaluate, trial, budget=budget)
             line.set(0.0 if found is None else found.t)
+        last.t = 0.0 if found is None else found.t
         if found is None:
-            self.t = 0.0
-            self.warn(*NON_FINITE)
-            self.memory.clear()
-            self.state["n_iter"] = 0
-        else:
-            self.t = found.t
+            self._start_afresh(trial)
         return found
 
     def _direction(self, trial: Trial) -> tuple[Tensor, Number, Number, Number]:
         """Return the direction, its slope, its largest entry and the first step length."""
         gradient, memory = trial.gradient, self.memory
-        if self.state["n_iter"] > 1 and self.direction is not None and self.previous is not None:
-            pair = (gradient, self.previous, self.direction)
-            products = list(trial.extra) or memory.numbers(*memory.products(*pair))
-            memory.update(*pair, self.t, products, self.options["damping"])
+        if self.state["n_iter"] > 1 and self.last is not None:
+            products = list(trial.extra)
+            products = products or memory.numbers(*memory.products(self.last, gradient))
+            memory.update(self.last, gradient, products, self.options["damping"])
             direction = self._scaled(memory.descent(self._scaled(gradient, copy=True)))
             slope, size = memory.numbers(gradient.dot(direction), largest(direction))
             if math.isfinite(slope) and math.isfinite(size) and not slope > 0:
@@ -190,12 +178,13 @@ class Iterations:
         return vector
 
     def _evaluate(self, t: Number, *, slope: bool = False, pair: bool = False) -> Trial:
-        """Call the closure where the parameters are, ``t`` along the direction."""
+        """Call the closure at the parameters, which are ``t`` along the direction."""
         loss, gradient = self.objective.evaluate()
-        asked = [gradient.dot(self.direction)] if slope and self.direction is not None else []
-        if pair and self.direction is not None and self.previous is not None:
-            asked += self.memory.products(gradient, self.previous, self.direction)
-        numbers = self.memory.numbers(loss, largest(gradient), *asked)
+        last = self.last
+        products = [gradient.dot(last.direction)] if slope and last is not None else []
+        if pair and last is not None:
+            products += self.memory.products(last, gradient)
+        numbers = self.memory.numbers(loss, largest(gradient), *products)
         loss, height, found = float(numbers[0]), numbers[1], numbers[2:]
         along = found.pop(0) if slope else math.nan
         if math.isfinite(loss) and math.isfinite(height) and (not slope or math.isfinite(along)):
@@ -203,11 +192,11 @@ class Iterations:
         return Trial(t, math.inf, math.nan, gradient, height)
 
     def _move(self, start: Trial, t: Number, size: Number) -> Trial | None:
-        """Move along the direction, to a point that is returned; ``None``, and stay, if none will do."""
-        objective, direction = self.objective, self.direction
-        assert direction is not None
+        """Move along the direction and return the point; return ``None``, and stay, without one."""
+        objective = self.objective
+        assert self.last is not None
         fixed = self.options["line_search_fn"] is None
-        line = _Line(objective, direction, float(size))
+        line = _Line(objective, self.last.direction, float(size))
 
         def evaluate(t: Number) -> Trial:
             if not line.set(t):
@@ -230,13 +219,13 @@ class Iterations:
 
 
 class _Line:
-    """The parameters on a line, set from where they were; an error puts them back there.
+    """Parameters on a line through their present position, which an error restores.
 
     Args:
-        objective: whose parameters move.
-        direction: where to.
-        size: its largest entry, 0 where the way is known to be safe. Beyond some step parameters would
-            overflow, which a loss that saturates may not tell.
+        objective: the owner of the parameters.
+        direction: the direction of the line.
+        size: the largest entry of the direction, which bounds the steps before parameters overflow;
+            0 if all steps are known to be safe. A loss that saturates would hide an overflow.
     """
 
     def __init__(self, objective: Objective, direction: Tensor, size: float) -> None:
@@ -245,7 +234,7 @@ class _Line:
         self._at: Number = 0.0
 
     def set(self, t: Number) -> bool:
-        """Move to ``t``; return whether that is possible."""
+        """Move to ``t`` if the parameters stay finite; return whether they do."""
         if not self._objective.can_move(float(t) * self._size, self._position):
             return False
         if t is not self._at:

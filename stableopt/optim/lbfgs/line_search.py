@@ -1,16 +1,16 @@
-r"""Step lengths along a direction: the strong Wolfe conditions, and plain shortening.
+r"""`strong_wolfe` and `shortened`: searches for a step length along a direction.
 
-A step t is taken where the loss has fallen enough and the slope is flat enough,
+The strong Wolfe conditions accept a step t if the loss falls enough and the slope is flat enough,
 
 .. math::
     f(t) \le f(0) + c_1 t f'(0), \qquad |f'(t)| \le c_2 |f'(0)|
 
-(Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6), by cubic
-interpolation within the same safeguards as ``torch.optim.LBFGS``: on finite numbers both evaluate
-the same points. A point whose loss or gradient is not finite counts as infinitely high, and the next
-is sought near the end that is finite.
+(Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6). Cubic interpolation
+and its safeguards are those of ``torch.optim.LBFGS``: on finite numbers both evaluate the same
+points. A point whose loss or gradient is not finite counts as infinitely high, and the next point is
+close to the finite end of the bracket.
 
-Numbers are floats, or 0-dimensional tensors where torch has those: then every operation is torch's.
+Numbers are floats, or 0-dimensional tensors if torch has those: then every operation is torch's.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ Number: TypeAlias = Any
 SUFFICIENT = 1e-4
 CURVATURE = 0.9
 NARROWEST = 1e-9
-"""Largest change of a parameter across a bracket that is not worth another evaluation."""
+"""Largest change of a parameter within a bracket that ends the search."""
 
 SHORTENING = 0.1
-"""A finite point may be many powers of ten away, and evaluations are few: they go in tenths."""
+"""Factor of a step length that led to no finite point, which may be many powers of ten away."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A point on the line, evaluated.
+    """An evaluated point on the line.
 
     Attributes:
         t: the step length.
-        loss: infinity where the loss, the gradient or the slope is not finite.
-        slope: derivative of the loss in t.
+        loss: infinity if the loss, the gradient or the slope is not finite.
+        slope: the derivative of the loss in t.
         gradient: the flat gradient ``(d,)``.
-        largest: its largest absolute entry.
-        extra: other numbers that came to the host with these.
+        largest: the largest absolute entry of the gradient.
+        extra: other numbers from the same host transfer.
     """
 
     t: Number
@@ -70,17 +70,17 @@ def strong_wolfe(
     *,
     budget: int,
 ) -> tuple[Trial, bool]:
-    """Search for a step that fulfils the strong Wolfe conditions; at worst, return the lowest known.
+    """Search for a step that meets the strong Wolfe conditions; else return the lowest known point.
 
     Args:
         evaluate: returns the point at a step length.
         start: the point at zero, with a negative slope.
         t: the first step length to try.
         largest: the largest absolute entry of the direction.
-        budget: evaluations after the first.
+        budget: the number of evaluations after the first.
 
     Returns:
-        The point, which is ``start`` where none was lower, and whether all points were finite.
+        The point, which is ``start`` if none was lower, and whether all points were finite.
 
     >>> def parabola(t):
     ...     return Trial(t, (t - 3) ** 2, 2 * (t - 3), None, 0.0)
@@ -135,7 +135,7 @@ def strong_wolfe(
 
 
 def shortened(evaluate: Callable[[Number], Trial], trial: Trial, *, budget: int) -> Trial | None:
-    """Return the first finite point on the way back from ``trial``, or ``None`` if none is found.
+    """Return the first finite point at tenths of the step of ``trial``; ``None`` without one.
 
     >>> barrier = lambda t: Trial(t, -t if t < 0.05 else math.inf, -1.0, None, 0.0)
     >>> round(shortened(barrier, barrier(1.0), budget=5).t, 3)
@@ -154,7 +154,7 @@ def _lower(one: Trial, other: Trial) -> Trial:
 
 
 def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
-    """Return the next step within the bracket, and whether it lies near one of its ends."""
+    """Return the next step within the bracket, and whether it is near one of the ends."""
     if not (ends[0].finite and ends[1].finite):
         return ends[low].t + SHORTENING * (ends[1 - low].t - ends[low].t), False
     left, right = min(ends[0].t, ends[1].t), max(ends[0].t, ends[1].t)
@@ -164,14 +164,14 @@ def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
         return t, False
     if not (stuck or t >= right or t <= left):
         return t, True
-    # Twice in a row, or on the very end: a tenth of the bracket away from it.
+    # The second time in a row, or at the end itself: a tenth of the bracket away from it.
     return (right - margin if abs(t - right) < abs(t - left) else left + margin), False
 
 
 def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) -> Number:
     """Return the minimum of the cubic through two points with their slopes, within bounds.
 
-    Nocedal & Wright, equation 3.59; the middle where the cubic has none.
+    Nocedal & Wright, equation 3.59; the middle if the cubic has no minimum.
     """
     if one.t != other.t:
         bend = one.slope + other.slope - 3 * (one.loss - other.loss) / (one.t - other.t)
@@ -181,14 +181,14 @@ def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) 
             left, right = (one, other) if one.t <= other.t else (other, one)
             share = quotient(right.slope + root - bend, right.slope - left.slope + 2 * root)
             t = right.t - (right.t - left.t) * share
-            # Zero by zero, where slopes vanish or overflow: torch would step to NaN.
+            # NaN is zero divided by zero, if slopes vanish or overflow; torch would step to NaN.
             if not math.isnan(t):
                 return min(max(t, nearest), farthest)
     return (nearest + farthest) / 2.0
 
 
 def quotient(dividend: Number, divisor: Number) -> Number:
-    """Divide as tensors do, which know infinity.
+    """Divide as tensors do: by zero to infinity.
 
     >>> quotient(-1.0, 0.0)
     -inf

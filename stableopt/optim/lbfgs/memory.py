@@ -1,31 +1,42 @@
-r"""What a memory of L-BFGS does, whatever its arithmetic, and Powell's damping.
+r"""`PairMemory`: the interface of the memories of L-BFGS; `Move`, their input; Powell's damping.
 
-A memory is told of each step, keeps the pair of step s and gradient change y if it has curvature,
-and returns :math:`-Pg`. :mod:`~stableopt.optim.lbfgs.two_loop` is torch's, to the last bit;
-:mod:`~stableopt.optim.lbfgs.compact` the same matrix in a few large products.
+A memory receives each move, keeps the pair of its step s and gradient change y if it has curvature,
+and returns :math:`-Pg`. :mod:`~stableopt.optim.lbfgs.two_loop` has torch's arithmetic, bit for bit;
+:mod:`~stableopt.optim.lbfgs.compact` applies the same matrix in a few large products.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from stableopt.optim.lbfgs.line_search import Number
 
-__all__ = ["PairMemory", "damped_share"]
+__all__ = ["Move", "PairMemory", "damped_share"]
+
+
+@dataclass
+class Move:
+    """A step ``t * direction``, and gradient and loss at the point where it began."""
+
+    direction: Tensor
+    t: Number
+    gradient: Tensor
+    loss: Number
 
 
 def damped_share(curvature: float, reference: float, damping: float) -> float:
-    r"""Return the share of y that is left in a damped pair; the rest is :math:`s/\gamma`.
+    r"""Return the share of y in a damped pair; the rest is :math:`s/\gamma`.
 
     .. math::
         \bar y = \theta y + (1-\theta) s/\gamma, \qquad \theta = \begin{cases}
         1 & y^\top s \ge c\,\sigma \\ (1-c)\,\sigma/(\sigma - y^\top s) & \text{else}\end{cases},
         \qquad \sigma = s^\top s/\gamma,
 
-    so that :math:`\bar y^\top s \ge c\,\sigma` (Powell, 1978, with the initial matrix of the limited
-    memory in place of the full one, as in Wang, Ma, Goldfarb & Liu, SIAM J. Optim. 2017).
+    so that :math:`\bar y^\top s \ge c\,\sigma` (Powell, 1978; with the initial matrix of the limited
+    memory instead of the full one: Wang, Ma, Goldfarb & Liu, SIAM J. Optim. 2017).
 
     >>> damped_share(1.0, 1.0, 0.2), damped_share(-1.0, 1.0, 0.2)
     (1.0, 0.4)
@@ -36,35 +47,27 @@ def damped_share(curvature: float, reference: float, damping: float) -> float:
 
 
 class PairMemory(Protocol):
-    """What :class:`~stableopt.optim.lbfgs.optimizer.LBFGS` asks of a memory."""
+    """The memory of :class:`~stableopt.optim.lbfgs.optimizer.LBFGS`."""
 
     capacity: int
 
     def numbers(self, *values: Any) -> list[Number]:
-        """Return what scalars are decided by: floats, in one transfer, or torch's tensors."""
+        """Return the numbers that decide: floats, in one host transfer, or torch's tensors."""
 
     def clear(self) -> None:
         """Forget all pairs."""
 
-    def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
-        """Return the inner products that :meth:`update` wants to know as numbers."""
+    def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
+        """Return the inner products that :meth:`update` takes as numbers."""
 
-    def update(
-        self,
-        gradient: Tensor,
-        previous: Tensor,
-        direction: Tensor,
-        t: Number,
-        products: list[Number],
-        damping: float,
-    ) -> None:
-        """Remember the pair of a step ``t * direction`` between two gradients, if it is one."""
+    def update(self, move: Move, gradient: Tensor, products: list[Number], damping: float) -> None:
+        """Keep the pair of a move that ended at ``gradient``, if it has curvature."""
 
     def descent(self, gradient: Tensor) -> Tensor:
-        """Return -P times ``gradient``, which is left alone."""
+        """Return -P times ``gradient``, which does not change."""
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return P times ``(d,)`` or ``(d, k)``."""
 
     def export(self) -> dict[str, Any]:
-        """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
+        """Return the pairs in the form of the state of ``torch.optim.LBFGS``."""

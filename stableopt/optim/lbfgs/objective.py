@@ -1,4 +1,4 @@
-"""A closure as a function of one flat vector: what a line search evaluates."""
+"""`Objective`: a closure as a function of one flat vector, which a line search evaluates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Objective", "kind_of", "largest"]
 
 
 def largest(vector: Tensor) -> Tensor:
-    """Return the largest absolute entry, NaN if there is one; in a single pass.
+    """Return the largest absolute entry, or NaN if an entry is NaN; in a single pass.
 
     >>> largest(torch.tensor([1.0, -3.0]))
     tensor(3.)
@@ -42,17 +42,17 @@ def kind_of(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] |
 
 
 class Objective:
-    r"""The loss that a closure returns, as groups of parameters see it.
+    r"""The loss of a closure f, with sign and weight decay of the parameter groups:
 
-    .. math:: \pm f(x) + \sum_g \tfrac{\lambda_g}{2} \|x_g\|^2
+    .. math:: \pm f(x) + \sum_g \tfrac{\lambda_g}{2} \|x_g\|^2,
 
-    with minus where the group says ``maximize``. Complex parameters count as pairs of real ones, and
-    a gradient that is missing as zero.
+    with minus for ``maximize``. Complex parameters count as pairs of real ones, and a missing
+    gradient as zero.
 
     Args:
-        closure: computes gradients and returns the loss.
+        closure: computes the gradients and returns the loss.
         groups: the optimizer's groups of parameters.
-        reduce_loss: maps the detached loss to the one that decides, such as its mean over ranks.
+        reduce_loss: maps the detached loss to the number that decides, such as its mean over ranks.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Objective:
         return torch.cat(parts)
 
     def _penalty(self, gradient: Tensor) -> Tensor:
-        """Add that of the weight decay to ``gradient``; return its value."""
+        """Add the gradient of the weight decay to ``gradient``; return the value of the decay."""
         total = gradient.new_zeros(())
         for part, view, decay in zip(self.split(gradient), self._views, self._decays, strict=True):
             if decay:
@@ -113,7 +113,7 @@ class Objective:
         return total
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Return the part of a flat vector that belongs to each parameter, in its shape."""
+        """Return a flat vector's part for each parameter, in the parameter's shape."""
         parts = torch.split(vector, [view.numel() for view in self._views])
         return [part.view(view.shape) for part, view in zip(parts, self._views, strict=True)]
 
@@ -132,8 +132,8 @@ class Objective:
     def can_move(self, length: float, position: list[Tensor] | None = None) -> bool:
         """Return whether parameters at ``position`` stay finite if none moves by more than ``length``.
 
-        Lengths that are lost in the rounding of the largest number, all ordinary ones, cost no look
-        at the parameters.
+        Ordinary lengths are below the rounding of the largest finite number, and need no pass over
+        the parameters.
         """
         for at in position or self._views:
             limits = torch.finfo(at.dtype)
@@ -143,5 +143,5 @@ class Objective:
         return True
 
     def versions(self) -> list[tuple[int, int]]:
-        """Return what changes when something else writes to the parameters."""
+        """Return memory addresses and version counters, which change with writes from elsewhere."""
         return [(p.data_ptr(), p._version) for p in self.params]

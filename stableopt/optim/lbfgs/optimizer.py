@@ -1,4 +1,4 @@
-"""Limited-memory BFGS with torch's interface, without its traps, that can be tracked."""
+"""`LBFGS`: limited-memory BFGS with torch's interface and results, safe at non-finite losses."""
 
 from __future__ import annotations
 
@@ -30,60 +30,60 @@ MEMORY = ("old_dirs", "old_stps", "ro", "H_diag", "al", "compact")
 
 
 class LBFGS(Tracking, torch.optim.LBFGS):
-    r"""``torch.optim.LBFGS``: same arguments, defaults and results, without its traps.
+    r"""``torch.optim.LBFGS`` with ``track`` and ``margins``: same arguments, defaults and results.
 
-    A step takes up to ``max_iter`` iterations :math:`x \leftarrow x - tPg`, P the inverse Hessian of
-    the last ``history_size`` pairs (Liu & Nocedal, 1989).
+    A step takes up to ``max_iter`` iterations :math:`x \leftarrow x - tPg`, with P the inverse Hessian
+    of the last ``history_size`` pairs (Liu & Nocedal, 1989).
 
-    ``direction="two_loop"`` is torch's arithmetic, bit for bit wherever losses and gradients are
-    finite. ``"compact"`` is the same matrix applied in a few large products
-    (:class:`~stableopt.curvature.InverseHessian`), equal to rounding. It waits for the device twice
-    an iteration, and once for each trial of a line search, where torch waits some twenty times for
-    ten pairs and two hundred for a hundred; the more parameters and pairs, the faster it is. State
-    dicts are torch's, both ways and for both.
+    ``direction="two_loop"`` has torch's arithmetic, bit for bit if losses and gradients are finite.
+    ``"compact"`` applies the same matrix in a few large products
+    (:class:`~stableopt.curvature.InverseHessian`), equal to rounding. It has two host transfers an
+    iteration, and one for each trial of a line search; torch has about twenty with ten pairs and two
+    hundred with a hundred. More parameters and pairs make it faster by comparison. Both exchange
+    state dicts with torch, both ways.
 
-    What differs, for the better:
+    It improves on torch:
 
-    - A loss or a gradient that is not finite shortens the step, where torch's grows. If no finite
-      point is found in ``max_eval`` calls, the parameters go back to where the step began and the
-      memory is emptied; they are never left non-finite. A fixed step that nothing evaluated, the
-      last of a call, is shortened at the next call.
-    - ``"compact"`` keeps a pair if :math:`y^\top s > \epsilon\|y\|\|s\|`, whatever the scale of the
-      loss; ``"two_loop"`` if :math:`y^\top s > 10^{-10}`, as torch.
-    - A direction that does not descend empties the memory: torch never moves again.
+    - A loss or a gradient that is not finite shortens the step; torch lengthens it. Without a finite
+      point in ``max_eval`` calls, the parameters return to the start of the step and the memory is
+      emptied; they never stay non-finite. The last fixed step of a call, which is not evaluated, is
+      shortened in the next call.
+    - ``"compact"`` keeps a pair if :math:`y^\top s > \epsilon\|y\|\|s\|`, at any scale of the loss;
+      ``"two_loop"`` if :math:`y^\top s > 10^{-10}`, like torch.
+    - A direction that does not descend empties the memory; torch would never move again.
     - Groups may have their own ``lr`` and ``weight_decay``. With the rates
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is
-      :math:`-\Lambda^{1/2}P\Lambda^{1/2}g`, which descends whatever the rates.
+      :math:`-\Lambda^{1/2}P\Lambda^{1/2}g`, which descends for all rates.
     - Copies and pickles work.
 
-    Memory: ``2 history_size + 8`` vectors of the parameters' size, next to parameters and gradients,
-    most of it at the first pair if compact: pairs, direction, two gradients, a gradient change and
-    the gradient beside it, the point where a move began, up to two more gradients in a line search.
-    ``"two_loop"`` takes some four more for temporaries, torch some nine more.
+    Memory: ``2 history_size + 8`` vectors of the parameters' size in addition to parameters and
+    gradients, most of them allocated at the first pair if compact: the pairs, the direction, two
+    gradients, a gradient change with a copy of the gradient, the start of a move, and up to two more
+    gradients in a line search. ``"two_loop"`` needs about four more for temporaries, torch nine more.
 
     Args:
         params: parameters, or groups of them, all on one device.
-        lr: step length, without a line search; the first one to try with it.
-        max_iter: the most iterations in a step.
-        max_eval: the most calls of the closure in a step, by default 5/4 ``max_iter``.
-        tolerance_grad: a step ends where no entry of the gradient is larger.
-        tolerance_change: or where loss or parameters change less.
-        history_size: pairs that are remembered.
+        lr: the step length without a line search; with one, the first length to try.
+        max_iter: the largest number of iterations in a step.
+        max_eval: the largest number of closure calls in a step, by default 5/4 ``max_iter``.
+        tolerance_grad: a step ends if no entry of the gradient is larger.
+        tolerance_change: a step ends if loss or parameters change less.
+        history_size: the number of pairs in the memory.
         line_search_fn: ``"strong_wolfe"``, or ``None`` for steps of fixed length.
         direction: ``"compact"`` or ``"two_loop"``.
         damping: bends pairs of too little curvature towards the initial matrix instead of dropping
-            them (:func:`~stableopt.optim.lbfgs.memory.damped_share`); Powell's value is 0.2, and 0,
-            the default, is off.
+            them (:func:`~stableopt.optim.lbfgs.memory.damped_share`). Powell's value is 0.2; the
+            default, 0, is off.
         weight_decay: coupled: adds :math:`\lambda x` to the gradient, and its integral to the loss
             that a line search compares.
         maximize: ascend.
-        reduce_loss: maps the detached loss to the number that decides. Where gradients are averaged
-            over ranks but losses are not, ranks would part ways: give it their mean.
+        reduce_loss: maps the detached loss to the number that decides, such as the mean over the
+            ranks. Needed if ranks average gradients but not losses, and would decide differently.
 
-    The closure should be deterministic: a step compares losses and gradients of its calls. Where the
-    first call of a step, at the point where the last step ended, returns another loss than the last
-    call there, a warning says so, once. That costs no call; without ``line_search_fn`` the end of a
-    step of ``max_iter`` iterations is not evaluated, and nothing is known of it.
+    The closure should be deterministic, since a step compares losses and gradients of its calls. A
+    warning, once, says that the first call of a step returned another loss than the last call of the
+    step before, at the same point. This costs no call. Without ``line_search_fn`` a step of
+    ``max_iter`` iterations does not evaluate its end, so there is nothing to compare.
 
     Raises:
         ValueError: for values out of range, and groups that differ in other options.
@@ -101,7 +101,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     tensor([1., 1.])
     """
 
-    # A gradient scaler then shows itself, and the error can say what it is.
+    # Makes a gradient scaler set attributes, by which `step` recognises it.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -142,7 +142,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         torch.optim.Optimizer.__init__(self, params, defaults)
 
     def _forget(self) -> None:
-        """Drop what is known beside the state: it can be made from that, or is done without."""
+        """Drop everything outside the state: it is rebuilt from the state, or dispensable."""
         self._memory: PairMemory | None = None
         self._ending: Ending | None = None
         self._warned: set[str] = set()
@@ -154,7 +154,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``lr`` and ``weight_decay``.
 
-        Later than at the start it empties the memory: pairs have no entries for new parameters.
+        It empties the memory, whose pairs have no entries for the new parameters.
         """
         super().add_param_group(param_group)
         try:
@@ -173,12 +173,12 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         self._forget()
         self.__dict__.setdefault("reduce_loss", None)
         for group in self.param_groups:
-            # Checkpoints of torch.optim.LBFGS lack them.
+            # Checkpoints of torch.optim.LBFGS lack this class's own options.
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, in torch's form; nothing in it changes as training goes on."""
+        """Return the state in torch's form, as copies that further training does not change."""
         live, self.state = self.state, self._exported()
         try:
             return super().state_dict()
@@ -186,7 +186,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
             self.state = live
 
     def _exported(self) -> Any:
-        """Return a copy of the state that has the memory in it."""
+        """Return a copy of the state that includes the memory."""
         exported = self.state.copy()
         for p, state in self.state.items():
             state = dict(state)
@@ -199,14 +199,14 @@ class LBFGS(Tracking, torch.optim.LBFGS):
 
     @torch.no_grad()
     def inverse_hessian_matvec(self, vectors: Tensor) -> Tensor:
-        r"""Return P times ``vectors``: the inverse Hessian as the last direction used it.
+        r"""Return P times ``vectors``, with the inverse Hessian P of the last direction.
 
-        Learning rates are not in it: a step is :math:`-t\Lambda^{1/2}P\Lambda^{1/2}g`. Before there
-        are pairs P is the identity.
+        P excludes learning rates: a step is :math:`-t\Lambda^{1/2}P\Lambda^{1/2}g`. Without pairs it
+        is the identity.
 
         Args:
-            vectors: ``(d,)`` or ``(d, k)``, d in the order of the flattened parameters, all groups
-                one after the other; complex parameters as pairs of real numbers.
+            vectors: ``(d,)`` or ``(d, k)``, d in the order of the flattened parameters of all groups;
+                complex parameters as pairs of real numbers.
 
         Raises:
             ValueError: for another shape.
@@ -225,14 +225,14 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     def _pairs(
         self, state: dict[str, Any], kind: tuple[int, torch.dtype, torch.device]
     ) -> PairMemory:
-        """Return the memory: made from the state, if a checkpoint brought that."""
+        """Return the memory, rebuilt from the state after a checkpoint or a change of options."""
         options = self.param_groups[0]
         wanted: type[CompactPairs | TwoLoopPairs]
         wanted = CompactPairs if options["direction"] == "compact" else TwoLoopPairs
         memory, capacity = self._memory, options["history_size"]
         former = state.get("prev_flat_grad")
         if former is not None and (len(former), former.dtype, former.device) != kind:
-            # There are other parameters now, or they were cast or moved.
+            # Parameters were added, cast or moved.
             for name in ("d", "t", "prev_flat_grad", "prev_loss", *MEMORY):
                 state.pop(name, None)
             state["n_iter"], memory = 0, None
@@ -254,19 +254,19 @@ class LBFGS(Tracking, torch.optim.LBFGS):
             closure: zeroes the gradients, computes the loss and its gradients, and returns the loss.
 
         Returns:
-            What the closure returned first.
+            The first return value of the closure.
 
         Raises:
             TypeError: without a closure.
             RuntimeError: under a gradient scaler.
         """
         if hasattr(self, "grad_scale"):
-            # The scaler would have taken them away after the step.
+            # The scaler would remove them after the step.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise RuntimeError(
-                "LBFGS cannot step under a GradScaler: its closure is called several times, and the"
-                " scale is that of one gradient. Call step(closure) without the scaler; bfloat16"
+                "LBFGS cannot step under a GradScaler: it calls its closure several times, and the"
+                " scale belongs to one gradient. Call step(closure) without the scaler; bfloat16"
                 " autocast needs none"
             )
         if not callable(closure):

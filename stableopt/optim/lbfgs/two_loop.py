@@ -1,4 +1,4 @@
-"""L-BFGS directions by the two-loop recursion, operation for operation those of torch."""
+"""`TwoLoopPairs`: L-BFGS directions by the two-loop recursion, torch's operation for operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopt.optim.lbfgs.line_search import Number
-from stableopt.optim.lbfgs.memory import damped_share
+from stableopt.optim.lbfgs.memory import Move, damped_share
 
 __all__ = ["TwoLoopPairs"]
 
@@ -18,7 +18,7 @@ TORCHS_CURVATURE = 1e-10
 
 
 class TwoLoopPairs:
-    """Lists of pairs, and the two-loop recursion (Nocedal, 1980)."""
+    """A memory of lists of pairs, with the two-loop recursion (Nocedal, 1980)."""
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
@@ -32,24 +32,16 @@ class TwoLoopPairs:
         self._changes, self._steps, self._inverses, self._gamma = [], [], [], 1
 
     def numbers(self, *values: Any) -> list[Number]:
-        """Return the tensors themselves: torch compares those."""
+        """Return the tensors themselves, which torch compares."""
         return list(values)
 
-    def products(self, gradient: Tensor, previous: Tensor, direction: Tensor) -> list[Tensor]:
-        """Return nothing: :meth:`update` makes its own, which it keeps."""
+    def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
+        """Return no products: :meth:`update` makes its own."""
         return []
 
-    def update(
-        self,
-        gradient: Tensor,
-        previous: Tensor,
-        direction: Tensor,
-        t: Number,
-        products: list[Number],
-        damping: float,
-    ) -> None:
-        """Keep the pair of a step ``t * direction`` if it has curvature."""
-        y, s = gradient.sub(previous), direction.mul(t)
+    def update(self, move: Move, gradient: Tensor, products: list[Number], damping: float) -> None:
+        """Keep the pair of a move that ended at ``gradient``, if it has curvature."""
+        y, s = gradient.sub(move.gradient), move.direction.mul(move.t)
         if damping and self._changes:
             reference = float(s.dot(s)) / float(self._gamma)
             share = damped_share(float(y.dot(s)), reference, damping)
@@ -66,11 +58,11 @@ class TwoLoopPairs:
             self._gamma = curvature / change
 
     def descent(self, gradient: Tensor) -> Tensor:
-        """Return -P times ``gradient``, which is left alone."""
+        """Return -P times ``gradient``, which does not change."""
         return self._recursion(gradient.neg())
 
     def _recursion(self, vector: Tensor) -> Tensor:
-        """Return P times ``vector``, which is used up."""
+        """Return P times ``vector``, which is overwritten."""
         pairs = list(zip(self._changes, self._steps, self._inverses, strict=True))
         shares: deque[Tensor] = deque()
         for y, s, inverse in reversed(pairs):
@@ -89,7 +81,7 @@ class TwoLoopPairs:
         return torch.stack(columns, dim=1) if columns else torch.zeros_like(vectors)
 
     def export(self) -> dict[str, Any]:
-        """Return the pairs as the state of ``torch.optim.LBFGS`` has them."""
+        """Return the pairs in the form of the state of ``torch.optim.LBFGS``."""
         return {
             "old_dirs": self._changes,
             "old_stps": self._steps,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from lbfgs_single_runs import X, Y, closure_of, flat, network, repeat
 from torch import Tensor, nn
 
 import stableopt
+from stableopt.optim.lbfgs.iterations import SAME_LOSS
 
 
 def test_noise_is_told_once_and_only_of_the_same_point() -> None:
@@ -38,10 +41,14 @@ def test_noise_is_told_once_and_only_of_the_same_point() -> None:
     assert calls == next(iter(optimizer.state.values()))["func_evals"]
 
 
-def test_end_that_nobody_evaluated_is_not_judged() -> None:
-    """Catches a comparison with the loss of another point: a fixed step of one iteration."""
+def test_an_end_that_was_not_evaluated_gives_no_warning_of_noise() -> None:
+    """Catches a comparison with the loss of another point: a fixed step of one iteration.
+
+    Each step has other data, so that any comparison with a loss of the step before would warn.
+    """
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), max_iter=1, lr=0.1)
+    losses = []
     for index in range(6):
         rows = slice(2 * index, 2 * index + 2)
 
@@ -51,7 +58,13 @@ def test_end_that_nobody_evaluated_is_not_judged() -> None:
             loss.backward()
             return loss
 
-        optimizer.step(closure)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            losses.append(float(optimizer.step(closure).detach()))
+        assert caught == []
+    # The precondition: the losses differ by more than parallel sums explain.
+    assert all(abs(a / b - 1) > SAME_LOSS for a, b in pairwise(losses))
+    assert next(iter(optimizer.state.values()))["func_evals"] == 6
 
 
 def test_without_a_closure() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.optim.lbfgs.compact import CompactPairs
+from stableopt.optim.lbfgs.memory import Move
 from stableopt.optim.lbfgs.two_loop import TwoLoopPairs
 
 
@@ -45,8 +46,9 @@ def test_damping_bends_pairs_of_negative_curvature(kind: Any, damping: float) ->
     zero = torch.zeros(3, dtype=torch.float64)
 
     def move(y: list[float], direction: list[float], t: float) -> None:
-        pair = (torch.tensor(y).double(), zero, torch.tensor(direction).double())
-        memory.update(*pair, t, memory.numbers(*memory.products(*pair)), damping)
+        last = Move(torch.tensor(direction).double(), t, gradient=zero, loss=0.0)
+        gradient = torch.tensor(y).double()
+        memory.update(last, gradient, memory.numbers(*memory.products(last, gradient)), damping)
 
     # Nothing is known of the scale yet: even a damped memory can only drop it.
     move([-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], 1.0)
