@@ -136,10 +136,6 @@ class Measurer:
         self.starts = subspaces
         return Measured(step, margins, rule)
 
-    def restore(self, *, measured: int, starts: dict[str, Tensor]) -> None:
-        """Continue from an earlier run; ``starts`` as :meth:`checked` returned them."""
-        self.measured, self.starts = measured, starts
-
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return saved ``starts`` on the device of the problem, in its precision.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -120,7 +119,6 @@ class StabilityMonitor:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
-        self._schedule = Schedule(every, max_overhead)
         self.sinks = check_sinks(sinks)
         self.optimizer = optimizer = base_optimizer(optimizer)
         problem = problem_of(
@@ -152,7 +150,7 @@ class StabilityMonitor:
         self.quantities = self._measurer.quantities
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
-        self._schedule.start()  # what it took to build the problem is not training time
+        self._schedule = Schedule(every, max_overhead)  # whose clock starts now
 
         observed = model if isinstance(model, nn.Module) else problem.model
         self._handles = [
@@ -267,12 +265,7 @@ class StabilityMonitor:
     def __enter__(self) -> StabilityMonitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,9 +291,8 @@ class StabilityMonitor:
         # Nothing changes before all of it has been read.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
-        step, measured = state["step"], state["measured"]
-        pending, observed = bool(state["pending"]), list(state["observed"])
-        self.step, self.history = step, deque(history, maxlen=_HISTORY)
-        self._measurer.restore(measured=measured, starts=starts)
-        self._schedule.restore(pending=pending)
-        self._counter.restore(observed)
+        self.step, self.history = state["step"], deque(history, maxlen=_HISTORY)
+        self._measurer.measured, self._measurer.starts = state["measured"], starts
+        self._schedule.restore(pending=bool(state["pending"]))
+        self._counter.observed.clear()
+        self._counter.observed.extend(state["observed"])

@@ -62,11 +62,6 @@ class SampleCounter:
             self.observed.append(self._count)
         self._count = 0
 
-    def restore(self, observed: list[int]) -> None:
-        """Continue with the ``observed`` of an earlier run."""
-        self.observed.clear()
-        self.observed.extend(observed)
-
     def __deepcopy__(self, memo: Any) -> SampleCounter:
         return SampleCounter(active=False)
 

@@ -41,13 +41,8 @@ class Schedule:
         self._every = None if every is None else whole("every", every)
         share = DEFAULT_OVERHEAD if max_overhead is None else max_overhead
         self._max_overhead = positive("max_overhead", share)
-        self._last_step = 0
-        self._seconds = self._last_seconds = 0.0
         self.restore(pending=False)
-        self.start()
-
-    def start(self) -> None:
-        """Count training time from now on."""
+        self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
         self._began = self._last_end = time.perf_counter()
 
     def restore(self, *, pending: bool) -> None:

@@ -7,7 +7,8 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from stableopt import plot
 from stableopt.sinks.diagrams import Diagrams
@@ -26,26 +27,17 @@ _OF_THE_DIAGRAM = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of the float32 numbers that event files hold
 
 
-class _Band(NamedTuple):
-    """A chart of a value between two others: its title and three tags."""
-
-    title: str
-    value: str
-    lower: str
-    upper: str
-
-
 def _charts() -> dict[str, Chart]:
     return {name: quantity.chart for name, quantity in QUANTITIES.items() if quantity.chart}
 
 
-def _bands_of(chart: Chart) -> tuple[_Band, _Band]:
-    """Return the charts of the ratio and of the value."""
+def _tags(chart: Chart) -> dict[str, list[str]]:
+    """Return the tags of value, lower and upper end by the title of a Margin chart."""
     tag, short = f"stability/{chart.tag}", f"stability/{chart.short_tag}"
-    return (
-        _Band(f"{chart.title} / limit", f"{tag}_ratio", f"{short}_ratio_low", f"{short}_ratio_up"),
-        _Band(f"{chart.title} and its limit", f"{tag}_value", f"{tag}_lower", f"{tag}_upper"),
-    )
+    return {
+        f"{chart.title} / limit": [f"{tag}_ratio", f"{short}_ratio_low", f"{short}_ratio_up"],
+        f"{chart.title} and its limit": [f"{tag}_value", f"{tag}_lower", f"{tag}_upper"],
+    }
 
 
 def layout() -> dict[str, dict[str, list[Any]]]:
@@ -54,10 +46,9 @@ def layout() -> dict[str, dict[str, list[Any]]]:
     It is the same for every run: TensorBoard merges the layouts of all runs, and shows each chart that
     differs.
     """
-    bands = [band for chart in _charts().values() for band in _bands_of(chart)]
+    charts = [item for chart in _charts().values() for item in _tags(chart).items()]
     # TensorBoard shows the charts of a category from the last to the first.
-    charts = {b.title: ["Margin", [b.value, b.lower, b.upper]] for b in reversed(bands)}
-    return {"edge of stability": charts}
+    return {"edge of stability": {title: ["Margin", tags] for title, tags in reversed(charts)}}
 
 
 class TensorBoardSink:
@@ -260,14 +251,8 @@ def _bands(chart: Chart, value: float, limit: float) -> dict[str, float]:
     """
     if not (math.isfinite(value) and 0 < limit < math.inf):
         return {}
-    ratio, raw = _bands_of(chart)
-    scalars = {
-        ratio.value: value / limit,
-        ratio.lower: 1 - chart.band,
-        ratio.upper: 1 + chart.band,
-        raw.value: value,
-        raw.lower: (1 - chart.band) * limit,
-        raw.upper: (1 + chart.band) * limit,
-    }
-    fits = all(abs(number) <= _LARGEST for number in scalars.values())
-    return scalars if fits and scalars[raw.lower] >= _SMALLEST else {}
+    low, high = 1 - chart.band, 1 + chart.band
+    numbers = [value / limit, low, high, value, low * limit, high * limit]
+    if max(map(abs, numbers)) > _LARGEST or low * limit < _SMALLEST:
+        return {}
+    return dict(zip(chain.from_iterable(_tags(chart).values()), numbers, strict=True))
