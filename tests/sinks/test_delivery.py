@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from stableopt import StabilityMargins, StabilityRegion, UpdateRule
-from stableopt.sinks import Decided, Event, Measured
+from stableopt.sinks import Decided, Measured
 from stableopt.sinks.delivery import WarnOnce, check_sinks, deliver, flush
+from stableopt.sinks.events import Event
 from stableopt.steering import Decision
 
 MARGINS = StabilityMargins(step=3, lr=0.1, batch_size=4, sharpness=15.0, sharpness_limit=20.0)
