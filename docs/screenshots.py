@@ -1,8 +1,8 @@
 """Makes the pictures of README and ``reading-margins.md``.
 
-``python docs/screenshots.py`` writes them into ``docs/images``: four short runs, plotted and in
-TensorBoard. It takes a minute and needs Chromium (``apt-get install chromium``); ``--folder`` keeps the
-event files, ``--without-browser`` leaves TensorBoard out.
+``python docs/screenshots.py`` writes them into ``docs/images``: five short runs, plotted and in
+TensorBoard. It takes two minutes and needs Chromium (``apt-get install chromium``). ``--folder`` keeps
+the event files, ``--without-browser`` leaves TensorBoard out.
 """
 
 import argparse
@@ -48,48 +48,78 @@ def digits(n: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     return x, nn.functional.one_hot(torch.tensor(labels)[rows], 10).float()
 
 
+def network() -> nn.Sequential:
+    """Return the network of all runs, at its initialisation."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def train(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: tuple[torch.Tensor, torch.Tensor],
+    batch_size: int,
+    quantities: tuple[str, ...] = ("sharpness", "non_uniformity"),
+    steps: int = 1500,
+) -> Run:
+    """Train with a monitor that writes to TensorBoard."""
+    (x, y), loss_fn = data, nn.MSELoss()
+    monitor = stableopt.StabilityMonitor(
+        optimizer,
+        model,
+        loss_fn,
+        data,
+        every=20,
+        batch_size=batch_size,
+        quantities=quantities,
+        sinks=[stableopt.TensorBoardSink(folder)],
+    )
+    if isinstance(optimizer, torch.optim.SGD):  # Adam has no preconditioner before its first step
+        monitor.measure()
+    losses = []
+    for _ in range(steps):
+        rows = torch.randperm(len(x))[:batch_size]
+        optimizer.zero_grad()
+        loss_fn(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(loss_fn(model(x), y).item())
+    monitor.close()
+    print(
+        f"{folder.name}: first loss {losses[0]:.1e}, highest {max(losses):.1e}, last {losses[-1]:.1e}"
+    )
+    return Run(monitor, losses)
+
+
 def four_runs(folder: Path) -> dict[str, Run]:
     """Train below the edge, at it, above it, and with a batch that is too small."""
     torch.manual_seed(0)
-    x, y = digits()
-    loss_fn = nn.MSELoss()
+    data = digits()
 
-    def network() -> nn.Sequential:
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-
-    def run(name: str, model: nn.Module, lr: float, batch_size: int, steps: int = 1500) -> Run:
-        opt = stableopt.SGD(model.parameters(), lr=lr)
-        monitor = opt.track(
-            model,
-            loss_fn,
-            (x, y),
-            every=20,
-            batch_size=batch_size,
-            quantities=("sharpness", "non_uniformity"),
-            sinks=[stableopt.TensorBoardSink(folder / name)],
-        )
-        monitor.measure()
-        losses = []
-        for _ in range(steps):
-            rows = torch.randperm(len(x))[:batch_size]
-            opt.zero_grad()
-            loss_fn(model(x[rows]), y[rows]).backward()
-            opt.step()
-            with torch.no_grad():
-                losses.append(loss_fn(model(x), y).item())
-        monitor.close()
-        print(f"{name}: loss {losses[0]:.1e}, highest {max(losses):.1e}, final {losses[-1]:.1e}")
-        return Run(monitor, losses)
+    def run(name: str, model: nn.Module, lr: float, batch_size: int = 100) -> Run:
+        optimizer = stableopt.SGD(model.parameters(), lr=lr)
+        return train(folder / name, model, optimizer, data, batch_size)
 
     below = run("below", network(), lr=0.3, batch_size=32)
     model = network()
-    edge = run("edge", model, lr=0.8, batch_size=len(x))
+    edge = run("edge", model, lr=0.8)
     settled = {name: value.clone() for name, value in model.state_dict().items()}
-    escape = run("escape", model, lr=1.1, batch_size=len(x))
+    escape = run("escape", model, lr=1.1)
     model.load_state_dict(settled)
     small = run("small-batch", model, lr=0.8, batch_size=2)
     return {"below": below, "edge": edge, "escape": escape, "small-batch": small}
+
+
+def three_optimizers(folder: Path, four: Path) -> None:
+    """Put gradient descent and SGD of the four runs into one folder with a run of Adam."""
+    shutil.copytree(four / "edge", folder / "gd")
+    shutil.copytree(four / "small-batch", folder / "sgd-B2")
+    torch.manual_seed(0)
+    data, model = digits(), network()
+    quantities = ("sharpness", "preconditioned_sharpness", "non_uniformity")
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    train(folder / "adam", model, adam, data, len(data[0]), quantities)
 
 
 def draw(runs: dict[str, Run]) -> None:
@@ -160,8 +190,8 @@ def draw_first_picture(runs: dict[str, Run]) -> None:
     figure.savefig(IMAGES / "first.png", dpi=110)
 
 
-def photograph(logdir: Path, page: str, target: Path) -> None:
-    """Open a page of TensorBoard in Chromium and save what it shows."""
+def photograph(logdir: Path, target: Path) -> None:
+    """Save what Chromium shows of TensorBoard's Custom Scalars page for the runs in ``logdir``."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("docs/screenshots.py: no Chromium; --without-browser makes the other pictures")
@@ -176,7 +206,7 @@ def photograph(logdir: Path, page: str, target: Path) -> None:
     )
     try:
         address = f"http://127.0.0.1:{port}/"
-        _wait_for_runs(f"{address}data/runs", at_least=4)
+        _wait_for_runs(f"{address}data/runs", at_least=len(list(logdir.iterdir())))
         flags = ["headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"]
         flags += ["hide-scrollbars", f"window-size={WIDTH},{HEIGHT}", "virtual-time-budget=20000"]
         subprocess.run(
@@ -184,7 +214,7 @@ def photograph(logdir: Path, page: str, target: Path) -> None:
                 browser,
                 *(f"--{flag}" for flag in flags),
                 f"--screenshot={target}",
-                f"{address}#{page}&_smoothingWeight=0",
+                f"{address}#custom_scalars&_smoothingWeight=0",
             ],
             check=True,
             capture_output=True,
@@ -219,7 +249,10 @@ def main() -> None:
         draw(runs)
         draw_first_picture(runs)
         if not options.without_browser:
-            photograph(folder, "custom_scalars", IMAGES / "margins-tensorboard.png")
+            photograph(folder, IMAGES / "margins-tensorboard.png")
+            optimizers = Path(temporary) / "optimizers"
+            three_optimizers(optimizers, folder)
+            photograph(optimizers, IMAGES / "tensorboard.png")
 
 
 if __name__ == "__main__":
