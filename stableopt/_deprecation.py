@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["renamed_keywords", "renamed_names", "warn_renamed"]
+__all__ = ["positional_keywords", "renamed_keywords", "renamed_names", "warn_renamed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,3 +60,31 @@ def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
         return getattr(importlib.import_module(module), names[name])
 
     return __getattr__
+
+
+def positional_keywords(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a class method whose arguments are keywords now: the old positions still work.
+
+    >>> class Interval:
+    ...     @classmethod
+    ...     @positional_keywords("high", "low")
+    ...     def between(cls, *, low, high): return high - low
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     Interval.between(3, 2)
+    1
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            owner, *values = args
+            if values:
+                title = f"{function.__qualname__} with positional arguments"
+                warn_renamed(title, "keywords: " + ", ".join(names[: len(values)]))
+                kwargs.update(zip(names, values, strict=False))
+            return function(owner, **kwargs)  # type: ignore[arg-type]
+
+        return wrapped
+
+    return decorate

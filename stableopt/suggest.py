@@ -25,6 +25,7 @@ from stableopt._arguments import whole
 from stableopt._deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
@@ -160,8 +161,9 @@ def suggest(
     [0.2941, 0.4]
     """
     began = time.perf_counter()
-    problem = problem_of(model, loss_fn, data)
-    problem.check_samples("a learning rate for each batch size")
+    problem = require_samples(
+        problem_of(model, loss_fn, data), "a learning rate for each batch size"
+    )
     n = problem.num_samples
     size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
     sizes = _sizes(batch_sizes, size)

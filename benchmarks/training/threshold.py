@@ -74,7 +74,7 @@ class Thresholds(Job):
         """Compute all from the same Gram matrix."""
         _, model, images = from_minimum(self.start, work, allow_unfinished=True)
         problem = stableopt.Problem(model, mean_squared_error, (images.x, images.y))
-        dual = DualCurvature.of(problem)
+        dual = DualCurvature.from_problem(problem)
         found: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}
         for number, size in enumerate(self.batch_sizes):
             work.progress(number / len(self.batch_sizes), f"thresholds, B = {size}")

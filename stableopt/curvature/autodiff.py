@@ -1,29 +1,53 @@
-"""One step of reverse mode on a graph that is kept for the next product."""
+"""Derivatives of functions of tensors: `vjp`, `DoubleVjp` and `central_difference`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["dense", "flat", "pull"]
+__all__ = [
+    "DoubleVjp",
+    "central_difference",
+    "dense",
+    "displaced",
+    "flat",
+    "gradient_along",
+    "vjp",
+]
+
+V = TypeVar("V", float, Tensor)
+
+Function = Callable[[Sequence[Tensor]], Tensor]
+"""A scalar function of several tensors."""
 
 
-def pull(
+def vjp(
     outputs: Sequence[Tensor | None],
     leaves: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     r"""Return the gradient of :math:`\sum_j\langle o_j, c_j\rangle` in each leaf, keeping the graph.
 
-    ``None`` among outputs or cotangents, and outputs without a graph, are constants; a leaf that
-    nothing depends on gets ``None``.
+    Outputs or cotangents that are ``None``, and outputs without a graph, count as constants. A leaf
+    that no output depends on gets ``None``.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-    >>> pull([x**2, None], [x], [torch.ones(2), torch.ones(3)])
+    >>> vjp([x**2, None], [x], [torch.ones(2), torch.ones(3)])
     (tensor([2., 4.]),)
     """
+    return _vjp(outputs, leaves, cotangents, create_graph=False)
+
+
+def _vjp(
+    outputs: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *,
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
     live = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
@@ -32,16 +56,86 @@ def pull(
     if not live:
         return (None,) * len(leaves)
     heads, weights = zip(*live, strict=True)
-    return torch.autograd.grad(heads, leaves, weights, retain_graph=True, allow_unused=True)
+    return torch.autograd.grad(
+        heads, leaves, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+
+
+class DoubleVjp:
+    r"""Jacobian-vector products by reverse mode alone, which every module supports.
+
+    :math:`J^\top u` is linear in u, so its derivative in u, pulled back along v, is :math:`Jv`.
+
+    Args:
+        outputs: the outputs, with their graphs; those without one count as constants.
+        leaves: the tensors to differentiate in.
+        dummies: u, zeros that require gradients, in the outputs' shapes; made here if ``None``.
+
+    Attributes:
+        dummies: u.
+        transposed: :math:`J^\top u` for each leaf, with its graph.
+
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> DoubleVjp([x**2], [x]).jvp([torch.tensor([1.0, 10.0])])
+    (tensor([ 2., 40.]),)
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        leaves: Sequence[Tensor],
+        dummies: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.dummies = (
+            [torch.zeros_like(output, requires_grad=True) for output in outputs]
+            if dummies is None
+            else dummies
+        )
+        self.transposed = _vjp(outputs, leaves, self.dummies, create_graph=True)
+
+    def jvp(self, tangent: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Return the outputs' derivatives along ``tangent``; ``None`` where they vanish."""
+        return vjp(self.transposed, self.dummies, tangent)
+
+
+def central_difference(function: Callable[[float], V], step: float) -> V:
+    r"""Return :math:`(g(h) - g(-h))/2h`.
+
+    >>> central_difference(lambda h: (1 + h) ** 2, 0.5)
+    2.0
+    """
+    return (function(step) - function(-step)) / (2 * step)
+
+
+def displaced(point: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> list[Tensor]:
+    """Return ``point + step * direction`` as leaves that require gradients."""
+    return [(t.detach() + step * d).requires_grad_() for t, d in zip(point, direction, strict=True)]
+
+
+def gradient_along(
+    function: Function, point: Sequence[Tensor], direction: Sequence[Tensor]
+) -> Callable[[float], Tensor]:
+    """Return the flat gradient ``(d,)`` of ``function`` as a function of the distance from ``point``.
+
+    >>> slope = gradient_along(lambda at: at[0].square().sum(), [torch.zeros(2)], [torch.ones(2)])
+    >>> slope(0.5)
+    tensor([1., 1.])
+    """
+
+    def gradient(distance: float) -> Tensor:
+        at = displaced(point, direction, distance)
+        return flat(torch.autograd.grad(function(at), at, allow_unused=True), at)
+
+    return gradient
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` with its zeros."""
+    """Return ``tensor`` in dense layout."""
     return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """Return the tensors' entries in a row, zeros where there is none."""
+    """Return the concatenation of ``tensors``, with zeros shaped as in ``like`` for ``None``."""
     parts = [
         torch.zeros_like(t) if g is None else dense(g.detach())
         for g, t in zip(tensors, like, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature import Problem
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.distributed import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
@@ -39,7 +39,7 @@ class Measurer:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        problem: Problem,
+        problem: MeanLoss,
         counter: SampleCounter,
         warn: WarnOnce,
         *,

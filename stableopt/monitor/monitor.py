@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._torch import eager
-from stableopt.curvature import Problem
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
@@ -97,7 +97,7 @@ class StabilityMonitor:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        model: nn.Module | Problem,
+        model: nn.Module | MeanLoss,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         data: Any = None,
         *,
@@ -165,7 +165,7 @@ class StabilityMonitor:
         return self.history[-1] if self.history else None
 
     @property
-    def problem(self) -> Problem:
+    def problem(self) -> MeanLoss:
         """The problem that is measured; another one once the model's parameters change."""
         return self._measurer.problem
 

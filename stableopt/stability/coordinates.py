@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature import Problem
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.parameters import group_of
-from stableopt.curvature.problem.sharded import sharded_or_whole
+from stableopt.curvature.problem.sharded import problem_for
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["as_seen_by", "check_params", "problem_of"]
 
+P = TypeVar("P", bound=MeanLoss)
+
 
 def problem_of(
-    model: nn.Module | Problem,
+    model: nn.Module | MeanLoss,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     data: Any,
     *,
     process_group: Any = None,
     **options: Any,
-) -> Problem:
+) -> MeanLoss:
     """Return the problem of ``model``, or ``model`` itself if it is one already.
 
     The process group is by default the one that trains the model.
@@ -32,11 +34,11 @@ def problem_of(
     Raises:
         ValueError: if ``loss_fn`` or ``data`` are missing, or anything is given beyond a problem.
     """
-    if not isinstance(model, Problem):
+    if not isinstance(model, MeanLoss):
         if loss_fn is None or data is None:
             raise ValueError("loss_fn and data: expected both, or a Problem as model")
         group = group_of(model) if process_group is None else process_group
-        return sharded_or_whole(model, loss_fn, data, process_group=group, **options)
+        return problem_for(model, loss_fn, data, process_group=group, **options)
     options["process_group"] = process_group
     if any(value is not None for value in (loss_fn, data, *options.values())):
         raise ValueError(
@@ -45,7 +47,7 @@ def problem_of(
     return model
 
 
-def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit: bool) -> None:
+def check_params(optimizer: torch.optim.Optimizer, problem: MeanLoss, *, explicit: bool) -> None:
     """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
 
     ``explicit`` says that the user chose the parameters, so that it may step others too.
@@ -65,9 +67,7 @@ def check_params(optimizer: torch.optim.Optimizer, problem: Problem, *, explicit
         )
 
 
-def as_seen_by(
-    problem: Problem, rule: UpdateRule, optimizer: torch.optim.Optimizer | None
-) -> Problem:
+def as_seen_by(problem: P, rule: UpdateRule, optimizer: torch.optim.Optimizer | None) -> P:
     """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
 
     A diagonal preconditioner goes into the coordinates; of another only the weight decay does, and of
@@ -95,7 +95,7 @@ def as_seen_by(
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
 
 
-def _groups_of(problem: Problem, optimizer: torch.optim.Optimizer | None) -> list[int]:
+def _groups_of(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> list[int]:
     """Return the index of each parameter's group."""
     if optimizer is None:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature import Problem
+from stableopt.curvature.problem.mean_loss import MeanLoss
 
 __all__ = ["LastGood", "kick_along"]
 
@@ -52,7 +52,7 @@ class LastGood:
                 self._optimizer.state.pop(p, None)
 
 
-def kick_along(problem: Problem, direction: Tensor, size: float) -> None:
+def kick_along(problem: MeanLoss, direction: Tensor, size: float) -> None:
     """Move the parameters along ``direction`` ``(d,)``, by ``size`` times their norm, in place."""
     tangents = problem.unflatten(direction)
     norm = torch.sqrt(sum((p.detach().square().sum() for p in problem.params), torch.tensor(0.0)))

@@ -1,13 +1,13 @@
-r"""The Gauss–Newton curvature of all samples, seen from the side of the outputs.
+r"""`DualCurvature`: the Gauss–Newton curvature of all samples from one Gram matrix of outputs.
 
 n samples with C outputs each have curvature in at most nC directions, however many parameters there
 are. With :math:`\hat J` the rows :math:`L_i^{1/2}J_i` of all samples (:mod:`.jacobian`), everything
-that linear stability asks is in the Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``: the mean
+that linear stability needs is in the Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``: the mean
 :math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its eigenbasis sample i's
 matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F = n\Lambda`. Two examples::
 
-    DualCurvature.of(problem).sharpness
-    DualCurvature.of(problem).modes           # eigenvalues, and every sample's factor F_i
+    DualCurvature.from_problem(problem).sharpness
+    DualCurvature.from_problem(problem).modes           # eigenvalues, and every sample's factor F_i
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from stableopt._arguments import whole
+from stableopt._deprecation import warn_renamed
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.gram.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.gram.layer_gram import fully_connected, gram_of_layers
+from stableopt.curvature.problem.over_chunks import gather_over_chunks
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.products.linearization_cache import MEMORY
 
@@ -40,7 +42,7 @@ class Modes:
     :math:`\frac1n\sum_i F_i^\top F_i = \mathrm{diag}(\text{eigenvalues})`, all in double precision.
 
     Attributes:
-        eigenvalues: of the mean, positive and ascending, ``(r,)``.
+        eigenvalues: those of the mean, positive and ascending, ``(r,)``.
         factors: :math:`F_i`, ``(n, C, r)``; sample i's matrix is :math:`F_i^\top F_i`.
     """
 
@@ -48,15 +50,15 @@ class Modes:
     factors: Tensor
 
     @classmethod
-    def of_factors(cls, factors: Tensor) -> Modes:
+    def from_factors(cls, factors: Tensor) -> Modes:
         r"""Return the modes of samples with the matrices :math:`A_i^\top A_i`, for A ``(n, C, d)``.
 
-        >>> Modes.of_factors(torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])).eigenvalues.round()
+        >>> Modes.from_factors(torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]])).eigenvalues.round()
         tensor([1., 1.], dtype=torch.float64)
         """
         n, outputs, d = factors.shape
         if d > n * outputs:
-            return DualCurvature.of_factors(factors).modes
+            return DualCurvature.from_factors(factors).modes
         rows = factors.double().flatten(0, 1)
         values, vectors = _positive_part(rows.T @ rows / n)
         return cls(values, (rows @ vectors).view(n, outputs, -1))
@@ -66,9 +68,9 @@ class Modes:
 class DualCurvature:
     r"""The Gram matrix :math:`K = \hat J\hat J^\top` of all samples' Gauss–Newton rows.
 
-    Off interpolation the Gauss–Newton matrix is not the Hessian: sharpness differs by at most the
+    Away from interpolation the Gauss–Newton matrix differs from the Hessian: sharpness by at most the
     mean, non-uniformity by at most the root mean square, of :math:`\|H_i - G_i\|`, which the residuals
-    bound. See :class:`~stableopt.curvature.GaussNewton` for the products without K.
+    bound. See :class:`~stableopt.curvature.GaussNewton` for products without K.
 
     Attributes:
         gram: K ``(nC, nC)`` in double precision; C consecutive rows a sample.
@@ -97,23 +99,24 @@ class DualCurvature:
         object.__setattr__(self, "gram", (gram + gram.T) / 2)
 
     @classmethod
-    def of(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
+    def from_problem(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
         """Compute K at the problem's present parameters, in its coordinates.
 
-        Weight decay, which adds the same matrix to every sample's, is left to the update rule.
+        Weight decay, which adds the same matrix to every sample's, belongs to the update rule.
 
         Args:
             problem: made of ``(model, loss_fn, data)``.
-            memory: bytes that rows may take beside K. What does not fit is cut into chunks of
-                samples, and each pair of chunks computed anew. Fully connected networks need none.
+            memory: bytes that rows may take in addition to K. If they do not fit, each pair of
+                chunks of samples is computed by itself. Fully connected networks need no rows.
 
         Raises:
-            ValueError: for a problem from a batch loss, a loss that is not convex in the outputs.
+            ValueError: for a problem from a batch loss, or a loss that is not convex in the outputs.
             TypeError: for a model that does not return one tensor with a row for each sample.
 
         >>> model = torch.nn.Linear(2, 1, bias=False).double()
         >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
-        >>> DualCurvature.of(Problem(model, torch.nn.MSELoss(), (x, y))).gram.round()    # L_i = 2
+        >>> problem = Problem(model, torch.nn.MSELoss(), (x, y))    # L_i = 2
+        >>> DualCurvature.from_problem(problem).gram.round()
         tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)
         """
@@ -130,10 +133,22 @@ class DualCurvature:
         return cls(found, problem.num_samples)
 
     @classmethod
-    def of_factors(cls, factors: Tensor) -> DualCurvature:
+    def of(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
+        """Deprecated name of :meth:`from_problem`."""
+        warn_renamed("DualCurvature.of", "DualCurvature.from_problem")
+        return cls.from_problem(problem, memory=memory)
+
+    @classmethod
+    def from_factors(cls, factors: Tensor) -> DualCurvature:
         r"""Return K of samples with the matrices :math:`A_i^\top A_i`, for A ``(n, C, d)``."""
         rows = factors.double().flatten(0, 1)
         return cls(rows @ rows.T, factors.shape[0])
+
+    @classmethod
+    def of_factors(cls, factors: Tensor) -> DualCurvature:
+        """Deprecated name of :meth:`from_factors`."""
+        warn_renamed("DualCurvature.of_factors", "DualCurvature.from_factors")
+        return cls.from_factors(factors)
 
     @property
     def num_outputs(self) -> int:
@@ -180,42 +195,36 @@ def project(problem: Problem, basis: Tensor) -> Modes:
     """Return the modes of the curvature restricted to the orthonormal columns of ``basis`` ``(d, k)``.
 
     Raises:
-        ValueError, TypeError: as :meth:`DualCurvature.of`.
+        ValueError, TypeError: as :meth:`DualCurvature.from_problem`.
     """
     theta = problem.theta()
 
-    def own() -> Tensor:
-        with problem.evaluation():
-            parts = [
-                pushed_rows(problem, theta, batch, size, basis) for batch, size in problem.chunks()
-            ]
-        return torch.cat(parts)
+    def rows(batch: Any, size: int) -> Tensor:
+        return pushed_rows(problem, theta, batch, size, basis)
 
-    return Modes.of_factors(problem.ranks.all_gather(problem.ranks.raise_together(own)))
+    return Modes.from_factors(gather_over_chunks(problem, rows))
 
 
 def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
     """Return the largest eigenvalue of any one sample's Gauss–Newton matrix.
 
     Raises:
-        ValueError, TypeError: as :meth:`DualCurvature.of`.
+        ValueError, TypeError: as :meth:`DualCurvature.from_problem`.
     """
     theta = problem.theta()
 
-    def own() -> float:
-        largest = 0.0
-        with problem.evaluation():
-            for batch, size in problem.chunks(_at_once(problem, memory)):
-                rows = sample_rows(problem, theta, batch, size)
-                blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
-                largest = max(largest, float(torch.linalg.eigvalsh(blocks)[:, -1].max()))
-        return largest
+    def largest(batch: Any, size: int) -> Tensor:
+        rows = sample_rows(problem, theta, batch, size)
+        blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
+        top: Tensor = torch.linalg.eigvalsh(blocks)[:, -1]
+        return top
 
-    return max(problem.ranks.all_gather_object(problem.ranks.raise_together(own)))
+    at_once = _at_once(problem, memory)
+    return max(0.0, float(gather_over_chunks(problem, largest, at_once).max()))
 
 
 def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) -> Tensor:
-    """Return K from the rows of two chunks at a time: of any, and of one of this rank's behind it."""
+    """Return K from the rows of two chunks at a time: any one, and a later one of this rank."""
     ranks, size = problem.ranks, problem.num_samples * outputs
     before = outputs * sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
     gram = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
@@ -263,7 +272,7 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
 
 
 def _at_once(problem: Problem, memory: int) -> int:
-    """Return how many samples' rows fit twice, since two chunks of them are there at once."""
+    """Return how many samples' rows fit twice, since two chunks are alive at once."""
     each = _COPIES * count_outputs(problem) * problem.num_params * problem.dtype.itemsize
     return max(1, int(memory / (2 * each)))
 
@@ -309,7 +318,7 @@ def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _positive_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenpairs of a positive semi-definite matrix that are not rounding."""
+    """Return the eigenpairs of a positive semi-definite matrix that exceed rounding."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
     kept = values > floor.clamp(min=0)

@@ -1,9 +1,9 @@
-r"""Rows whose outer products are the per-sample Gauss–Newton matrices.
+r"""`sample_rows`: rows whose outer products are the per-sample Gauss–Newton matrices.
 
 With :math:`J_i` the Jacobian ``(C, d)`` of the outputs for sample i and :math:`L_i` the second
 derivative of its loss in them, :math:`G_i = J_i^\top L_i J_i = \hat J_i^\top \hat J_i` for
 :math:`\hat J_i = L_i^{1/2} J_i`: C rows a sample. For squared loss :math:`L_i` is a number, for
-cross-entropy :math:`\mathrm{diag}(\pi) - \pi\pi^\top`; here it is whatever autograd finds.
+cross-entropy :math:`\mathrm{diag}(\pi) - \pi\pi^\top`; here autograd computes it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import pull
+from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.problem import Problem, Theta
 
 __all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]
 
 _INDEFINITE = 1e-4
-"""Relative size of a negative eigenvalue of the loss's second derivative that is not rounding."""
+"""Relative size of a negative eigenvalue of the loss's second derivative that exceeds rounding."""
 
 
 def check_outputs(problem: Problem) -> None:
     """Raise unless each sample of ``problem`` has rows of its own, apart from the loss.
 
     Raises:
-        ValueError: where outputs and loss cannot be told apart, or samples see each other.
-        SecondDerivativeError: where the loss may have no second derivative.
+        ValueError: if outputs and loss are not separate, or samples see each other.
+        SecondDerivativeError: if the loss may have no second derivative.
     """
     problem.check_samples("a Gauss–Newton matrix of samples")
     problem.check_twice()
@@ -46,7 +46,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
 
     Raises:
         ValueError: if the loss is not convex in the outputs.
-        TypeError: for a model that does not return one tensor, or a sample without its row of it.
+        TypeError: for a model that does not return one tensor with a row for each sample.
     """
     check_outputs(problem)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
         (slope,) = torch.autograd.grad(
             loss(at, cut(batch, index, index + 1)), at, create_graph=True
         )
-        rows = [pull([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
+        rows = [vjp([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
         return torch.stack([torch.zeros_like(at) if row is None else row for row in rows])
 
     second = _over_samples(one, one_alone, size, outputs.flatten(1)).double()
@@ -78,7 +78,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
             f" {float(values.min()):.3g}; expected a loss that is convex in them and is minimised,"
             " since the mean-square recursion is taken in the Gauss–Newton form"
         )
-    # The root of a rounding error would be large beside it.
+    # The root of a rounding error would be much larger than the error.
     floor = values.shape[1] * torch.finfo(outputs.dtype).eps * values[:, -1:]
     kept = torch.where(values > floor, values, 0.0)
     roots: Tensor = (vectors * kept.sqrt().unsqueeze(1)) @ vectors.mT
@@ -89,7 +89,7 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
     r"""Return :math:`\hat J_i` of a chunk, in the problem's coordinates: for each parameter
     ``(size, C, numel)``.
 
-    To be called inside :meth:`Problem.evaluation`. Memory is that of ``size * C`` gradients.
+    Call it inside :meth:`Problem.evaluation`. Memory is that of ``size * C`` gradients.
 
     Raises:
         ValueError, TypeError: as :func:`curvature_roots`.
@@ -102,7 +102,7 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
 
     def one(index: Tensor, root: Tensor) -> list[Tensor]:
         sample = _row(batch, index)
-        # Not taken apart at once: vjp's type allows for an auxiliary output as well.
+        # Indexed, since the type of vjp allows for an auxiliary output as well.
         passes = torch.func.vjp(lambda at: outputs(at, sample), theta)
         (gradients,) = torch.vmap(passes[1])(root.to(passes[0]))
         return list(gradients)
@@ -125,23 +125,17 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
 def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Tensor) -> Tensor:
     r"""Return :math:`\hat J_i Q` ``(size, C, k)`` in double precision, for ``basis`` Q ``(d, k)``.
 
-    By one derivative along each column: memory does not grow with d beyond the basis itself.
+    Takes one derivative along each column, so that only the basis itself grows with d.
 
     Raises:
         ValueError, TypeError: as :func:`curvature_roots`.
     """
     roots = curvature_roots(problem, theta, batch, size)
     outputs = _checked(problem.outputs(theta, batch), size)
-    # J^T u is linear in u: its gradient along a tangent v is J v, by reverse mode alone.
-    dummy = torch.zeros_like(outputs, requires_grad=True)
-    pulled = torch.autograd.grad(
-        outputs, theta, dummy, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    columns = []
+    forward, columns = DoubleVjp([outputs], theta), []
     for vector in basis.unbind(1):
-        (pushed,) = torch.autograd.grad(
-            pulled, dummy, problem.unflatten(vector), retain_graph=True, materialize_grads=True
-        )
+        (pushed,) = forward.jvp(problem.unflatten(vector))
+        pushed = torch.zeros_like(outputs) if pushed is None else pushed
         columns.append(pushed.flatten(1).double())
     return roots @ torch.stack(columns, dim=2)
 
@@ -157,10 +151,10 @@ def _over_samples(
     size: int,
     given: Tensor,
 ) -> Any:
-    """Return ``one`` of every sample, stacked: at once, or one by one where vmap cannot follow."""
+    """Return ``one`` of every sample, stacked: at once, or one by one if vmap fails."""
     rows = torch.arange(size, device=given.device)
     with warnings.catch_warnings():
-        # Advice to file an issue with torch is nothing that the user of a measurement can follow.
+        # torch advises to file an issue, which users of a measurement cannot act on.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         try:
             return torch.vmap(one, randomness="same")(rows, given)
@@ -181,7 +175,6 @@ def _checked(outputs: Any, size: int) -> Tensor:
         )
     if outputs.dim() == 0 or outputs.shape[0] != size:
         raise TypeError(
-            f"the model returned shape {tuple(outputs.shape)} for {size} samples: expected their"
-            " number in the first dimension"
+            f"the model returned shape {tuple(outputs.shape)} for {size} samples: expected {size} rows"
         )
     return outputs

@@ -1,9 +1,9 @@
-r"""The Gram matrix of the outputs' Jacobians of a fully connected network, without the Jacobians.
+r"""`gram_of_layers`: the Gram matrix of output Jacobians of a fully connected network.
 
 In a layer z = W a + b, output c's gradient for sample i is :math:`\delta_{ic} a_i^\top`, with
 :math:`\delta_{ic}` its gradient in z. So the layer's part of the Gram matrix is the product, entry by
 entry, of two small ones, :math:`(a_i^\top a_j + 1)\,(\delta_{ic}^\top\delta_{jc'})`. It takes C
-backward passes over all samples at once, and no array of the size of the parameters.
+backward passes over all samples at once, and no Jacobian.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["fully_connected", "gram_of_layers"]
 _TRIED = 3
 
 _AGREES = 1e-3
-"""Relative difference up to which two ways of one Gram matrix agree: rounding in single precision is
-below it, and a structure that does not hold, by the size of the part it leaves out, above."""
+"""Relative difference up to which two computations of a Gram matrix agree: rounding in single precision
+is below it, the part that a wrong structure leaves out is above it."""
 
 
 class _Pass(NamedTuple):
@@ -37,10 +37,9 @@ class _Pass(NamedTuple):
 
 
 def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
-    """Return the layers that hold all of the problem's parameters, or ``None`` if it is otherwise.
+    """Return the linear layers that hold all parameters, or ``None`` for other models.
 
-    Tried on three samples against the rows themselves. To be called inside
-    :meth:`Problem.evaluation`.
+    Checked against the rows themselves on three samples. Call it inside :meth:`Problem.evaluation`.
     """
     found = plan(problem)
     plain = all(isinstance(factor, float) for factor in problem.scale)
@@ -60,9 +59,9 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
 
 
 def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tensor | None:
-    """Return the Gram matrix ``(nC, nC)``, or ``None`` where a layer was called in another way.
+    """Return the Gram matrix ``(nC, nC)``, or ``None`` if a layer was not called once with a batch.
 
-    To be called inside :meth:`Problem.evaluation`.
+    Call it inside :meth:`Problem.evaluation`.
     """
 
     def own() -> list[_Pass | None]:

@@ -1,4 +1,4 @@
-"""Evaluating a model during training without leaving a trace."""
+"""`isolated`: evaluate a model during training without leaving a trace."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stableopt.curvature.isolation.plain_kernels import plain_operations
-from stableopt.curvature.isolation.snapshot import Kept
+from stableopt.curvature.isolation.snapshot import Snapshot
 
-__all__ = ["measuring", "undisturbed"]
+__all__ = ["isolated", "measuring"]
 
 _SEED = 0
-"""Any constant: random numbers drawn in a measurement must be the same in each of its products."""
+"""Any constant: every product of a measurement must draw the same random numbers."""
 
 _one_at_a_time = threading.RLock()
 
@@ -27,9 +27,9 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 def measuring() -> bool:
-    """Return whether the caller runs inside :func:`undisturbed`, by whomever it was entered.
+    """Return whether the caller runs inside :func:`isolated`.
 
-    >>> with undisturbed(nn.Identity(), torch.device("cpu")):
+    >>> with isolated(nn.Identity(), torch.device("cpu")):
     ...     measuring()
     True
     >>> measuring()
@@ -39,7 +39,7 @@ def measuring() -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed(
+def isolated(
     model: nn.Module,
     device: torch.device,
     generators: Iterable[torch.Generator] = (),
@@ -50,24 +50,24 @@ def undisturbed(
 ) -> Iterator[None]:
     """Evaluate ``model`` as a fixed, twice differentiable function; restore everything afterwards.
 
-    Inside: eval mode (dropout off, batch norm by its running statistics: the per-sample Hessians of
-    the theory do not exist where samples are coupled), gradients on, plain operations in place of fast
-    ones that have no second derivative (:func:`~stableopt.curvature.isolation.plain_kernels.plain_operations`), and every
-    random generator at a fixed seed. Afterwards: each module's ``training`` flag and other attributes,
-    what is in its lists, dictionaries and plain tensors, and the state of Python's, NumPy's and torch's
-    generators, on the CPU, on ``device``, in ``generators`` and in the modules, are what they were.
-    Several threads take turns: generators and kernel choice belong to the process.
+    Inside, modules are in eval mode (without dropout, and with batch norm's running statistics, since
+    coupled samples have no Hessians of their own), gradients are on, every random generator starts
+    from a fixed seed, and plain operations replace fast ones without a second derivative
+    (:func:`~stableopt.curvature.isolation.plain_kernels.plain_operations`). Afterwards the modules'
+    ``training`` flags and other attributes, their lists, dictionaries and plain tensors, and the states
+    of Python's, NumPy's and torch's generators, on the CPU, on ``device``, in ``generators`` and in the
+    modules, are what they were. Threads take turns: generators and kernel choice belong to the process.
 
     Args:
-        model: the model; its loss, if that is a module, is a part of it.
+        model: the model, with its loss if that is a module.
         device: where it runs.
-        generators: further ones to keep.
-        note: told of each fast operation that was replaced.
+        generators: further ones to restore.
+        note: called with each fast operation that was replaced.
         autocast: the dtype of an autocast that is left on.
         batch_statistics: whether batch norm is in training mode.
 
     >>> layer = nn.Dropout()
-    >>> with undisturbed(layer, torch.device("cpu")):
+    >>> with isolated(layer, torch.device("cpu")):
     ...     layer.training
     False
     >>> layer.training
@@ -75,14 +75,14 @@ def undisturbed(
     """
     with (
         _one_at_a_time,
-        _state_kept(model, device, generators, batch_statistics),
+        _state_restored(model, device, generators, batch_statistics),
         plain_operations(model, device, note=note, inside=measuring, autocast=autocast),
     ):
         yield
 
 
 @contextlib.contextmanager
-def _state_kept(
+def _state_restored(
     model: nn.Module,
     device: torch.device,
     generators: Iterable[torch.Generator],
@@ -90,7 +90,7 @@ def _state_kept(
 ) -> Iterator[None]:
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
-    kept = Kept((module.__dict__ for module in modules), swapped=model.buffers())
+    snapshot = Snapshot((module.__dict__ for module in modules), swapped=model.buffers())
     own = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
@@ -116,7 +116,7 @@ def _state_kept(
             _inside.reset(token)
             for module, training in flags:
                 module.training = training
-            kept.restore()
+            snapshot.restore()
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for generator, state in own:

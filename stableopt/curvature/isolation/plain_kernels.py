@@ -1,9 +1,9 @@
-"""Running a model by plain, twice differentiable operations, whatever it was made to train with.
+"""`plain_operations`: run a model by plain operations, which can be differentiated twice.
 
-What makes training fast often has no second derivative, or one that is wrong: fused attention kernels,
-compiled graphs, cuDNN's recurrent kernels, recomputed activations. Half precision has one that is
-drowned by rounding. Each has a plain twin with the same values, and :func:`plain_operations` has the
-model run by that one, inside modules as well, and notes which it had to replace.
+Operations that make training fast often have no second derivative, or a wrong one: fused attention
+kernels, compiled graphs, cuDNN's recurrent kernels, recomputed activations. That of half precision
+drowns in rounding. Each has a plain twin with the same values. :func:`plain_operations` makes the model
+use the twin, inside modules as well, and reports which operations it replaced.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ AUTOCAST = "without autocast"
 CUDNN = "without cuDNN"
 
 NOTES = (ATTENTION, UNCOMPILED, CHECKPOINTING, AUTOCAST, CUDNN)
-"""What was replaced, in the order in which it is reported."""
+"""Names of the replacements, in the order of reports."""
 
 Note = Callable[[str], None]
 
 
 def compiled(model: nn.Module) -> bool:
-    """Return whether ``model`` or a part of it was given to ``torch.compile``.
+    """Return whether ``model`` or a part of it was compiled by ``torch.compile``.
 
     >>> compiled(nn.Linear(2, 1))
     False
@@ -46,7 +46,7 @@ def compiled(model: nn.Module) -> bool:
 
 
 class AttentionSeen(TorchFunctionMode):
-    """Notes a call of fused attention, of which nothing is left in a graph."""
+    """Reports calls of fused attention, which leave no trace in a graph."""
 
     def __init__(self, note: Note) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class AttentionSeen(TorchFunctionMode):
     ) -> Any:
         """Pass the call on."""
         kwargs = kwargs or {}
-        # Within the second a mode does not see the first.
+        # multi_head_attention_forward hides the inner call from the mode.
         if function is nn.functional.scaled_dot_product_attention or (
             function is nn.functional.multi_head_attention_forward
             and not kwargs.get("need_weights", True)
@@ -75,18 +75,18 @@ def plain_operations(
     inside: Callable[[], bool],
     autocast: torch.dtype | None = None,
 ) -> Iterator[None]:
-    """Let ``model`` run by plain operations; ``note`` is told of those that take a fast one's place.
+    """Run ``model`` by plain operations, and report each replacement of a fast one to ``note``.
 
     Replaced are fused attention, compiled code, recomputed activations, autocast (unless ``autocast``
-    names the dtype that was chosen: models are then left to cast as they do in training), and on a GPU
-    cuDNN for models with recurrent layers.
+    names the chosen dtype: models then cast as they do in training), and on a GPU cuDNN for models with
+    recurrent layers.
 
     Args:
         model: the model.
         device: where it runs.
-        note: takes one of :data:`NOTES`.
-        inside: whether the caller's thread is the one that measures: torch's switches belong to the
-            process, and another thread may be training.
+        note: called with one of :data:`NOTES`.
+        inside: whether the calling thread measures: torch's switches belong to the process, and
+            another thread may be training.
         autocast: the dtype to leave autocast on for.
     """
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def plain_operations(
         if autocast is None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(_autocast_off(note, inside))
-        # Nothing can be compiled where the compiler was never loaded, and loading it takes seconds.
+        # Without a loaded compiler nothing is compiled, and loading it takes seconds.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -118,8 +118,9 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 def _checkpointing_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
     """Keep activations: recomputing them calls the model again, at its own parameters.
 
-    Users hold ``torch.utils.checkpoint.checkpoint`` by name, so it is what it calls that is replaced.
-    Where a release of torch has it no longer, nothing is, and the gradient's check finds it out.
+    Users hold ``torch.utils.checkpoint.checkpoint`` by name, so the functions that it calls are
+    replaced. A release of torch without them keeps checkpointing, which the check of the gradient
+    detects.
     """
     home = torch.utils.checkpoint
     reentrant = getattr(home, "CheckpointFunction", None)
@@ -150,11 +151,11 @@ def _checkpointing_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]
 
 @contextlib.contextmanager
 def _autocast_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
-    """Keep models that enter autocast by themselves in their parameters' precision."""
+    """Keep models that enter autocast by themselves in the precision of their parameters."""
     original = torch.set_autocast_enabled
 
     def refuse(*args: Any) -> None:
-        # Both (device, enabled) and the older (enabled) are in use.
+        # torch calls it as (device, enabled), and in older releases as (enabled).
         if inside() and args[-1]:
             note(AUTOCAST)
             args = (*args[:-1], False)

@@ -1,9 +1,8 @@
-"""What modules hold beside parameters and buffers, put back after a forward pass has changed it.
+"""`Snapshot`: snapshot and restore of module state other than parameters and buffers.
 
-A forward pass may assign attributes, append to lists, count in dictionaries, write to tensors that are
-no buffers, register buffers, or draw from a generator of its own. :class:`Kept` notes all of that, as
-deep as lists, tuples and dictionaries go, and puts it back in place. What other objects hold is not
-looked at.
+A forward pass may assign attributes, append to lists, count in dictionaries, write to plain tensors,
+register buffers, or draw from a generator of its own. A :class:`Snapshot` records all of that in nested
+lists, tuples and dictionaries, and restores it in place. It does not look into other objects.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Kept"]
+__all__ = ["Snapshot"]
 
 
-class Kept:
-    """A note of what is in ``attributes``, dictionaries of names and values, and below.
+class Snapshot:
+    """The contents of ``attributes``, dictionaries of names and values, and of what they contain.
 
-    ``swapped`` are tensors to leave alone, since others stand in their place in a forward pass.
+    ``swapped`` are tensors to leave alone: a forward pass uses others instead of them.
 
     >>> attributes = {"seen": [1], "count": torch.zeros(())}
-    >>> kept = Kept([attributes])
+    >>> snapshot = Snapshot([attributes])
     >>> attributes["seen"].append(2), attributes["count"].add_(1), attributes.update(more=3)
     (None, tensor(1.), None)
-    >>> kept.restore()
+    >>> snapshot.restore()
     >>> attributes
     {'seen': [1], 'count': tensor(0.)}
     """
@@ -37,34 +36,34 @@ class Kept:
     def __init__(
         self, attributes: Iterable[dict[str, Any]], swapped: Iterable[Tensor] = ()
     ) -> None:
-        self._backs: list[Callable[[], None]] = []
+        self._restorers: list[Callable[[], None]] = []
         self._known: dict[int, Any] = {id(tensor): tensor for tensor in swapped}
         for each in attributes:
-            self._note(each)
+            self._record(each)
 
     def restore(self) -> None:
-        """Put everything back."""
-        for back in self._backs:
-            back()
+        """Restore everything in place."""
+        for restore in self._restorers:
+            restore()
 
-    def _note(self, value: Any) -> None:
-        if type(value) in _PLAIN or id(value) in self._known or _apart(value):
+    def _record(self, value: Any) -> None:
+        if type(value) in _PLAIN or id(value) in self._known or _recorded_apart(value):
             return
         self._known[id(value)] = value  # held, or its address would be used again
-        back = _way_back(value)
-        if back is not None:
-            self._backs.append(back)
+        restorer = _restorer(value)
+        if restorer is not None:
+            self._restorers.append(restorer)
         for inner in _inside(value):
-            self._note(inner)
+            self._record(inner)
 
 
 _PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
-"""What cannot change in place."""
+"""Types that cannot change in place."""
 
 
-def _apart(value: Any) -> bool:
-    """Return whether ``value`` is noted by itself, or swapped for another."""
-    # Whether something is a Parameter takes long to ask, and most of it is no tensor.
+def _recorded_apart(value: Any) -> bool:
+    """Return whether ``value`` is recorded by itself, or swapped for another."""
+    # The test for a Parameter is slow, and most values are not tensors.
     return isinstance(value, nn.Module) or (
         isinstance(value, Tensor) and isinstance(value, nn.Parameter)
     )
@@ -76,19 +75,19 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple, deque)) else ()
 
 
-def _way_back(value: Any) -> Callable[[], None] | None:
-    """Return what puts ``value`` back to what it holds now."""
+def _restorer(value: Any) -> Callable[[], None] | None:
+    """Return the function that restores the present contents of ``value``."""
     if isinstance(value, Tensor):
-        return None if value.is_inference() else _tensor_back(value)
+        return None if value.is_inference() else _tensor_restorer(value)
     if isinstance(value, MutableMapping):
-        return _mapping_back(value)
+        return _mapping_restorer(value)
     if isinstance(value, (list, deque)):
-        return _sequence_back(value)
+        return _sequence_restorer(value)
     if isinstance(value, set):
-        return _set_back(value)
+        return _set_restorer(value)
     if isinstance(value, torch.Generator):
-        return _generator_back(value)
-    # Not a file that is mapped, which may be larger than the memory.
+        return _generator_restorer(value)
+    # Memory-mapped files are left out: they may be larger than the memory.
     if type(value) is np.ndarray and value.flags.writeable:
         elements = value.copy()
         return lambda: np.copyto(value, elements)
@@ -101,57 +100,57 @@ def _way_back(value: Any) -> Callable[[], None] | None:
     return None
 
 
-def _tensor_back(value: Tensor) -> Callable[[], None]:
+def _tensor_restorer(value: Tensor) -> Callable[[], None]:
     version, content = value._version, value.detach().clone()
-    # Writing by ``data`` moves no version: it neither shows, nor spoils a graph that is to be used.
+    # Writing by ``data`` leaves the version counter alone, so it invalidates no graph.
     own = value.layout == torch.strided and 0 not in value.stride()
 
-    def back() -> None:
+    def restore() -> None:
         if value._version != version:
             value.detach().copy_(content)
         elif own:
             value.data.copy_(content)
 
-    return back
+    return restore
 
 
-def _mapping_back(value: MutableMapping[Any, Any]) -> Callable[[], None]:
+def _mapping_restorer(value: MutableMapping[Any, Any]) -> Callable[[], None]:
     items = dict(value)
 
-    def back() -> None:
-        # In their order too: that of a module's children is what it does.
+    def restore() -> None:
+        # The order matters too: a container runs its children in order.
         if list(value) != list(items) or any(value[k] is not v for k, v in items.items()):
             value.clear()
             value.update(items)
 
-    return back
+    return restore
 
 
-def _set_back(value: set[Any]) -> Callable[[], None]:
+def _set_restorer(value: set[Any]) -> Callable[[], None]:
     members = set(value)
 
-    def back() -> None:
+    def restore() -> None:
         value.clear()
         value.update(members)
 
-    return back
+    return restore
 
 
-def _generator_back(value: torch.Generator) -> Callable[[], None]:
+def _generator_restorer(value: torch.Generator) -> Callable[[], None]:
     state = value.get_state()
 
-    def back() -> None:
+    def restore() -> None:
         value.set_state(state)
 
-    return back
+    return restore
 
 
-def _sequence_back(value: list[Any] | deque[Any]) -> Callable[[], None]:
+def _sequence_restorer(value: list[Any] | deque[Any]) -> Callable[[], None]:
     items = list(value)
 
-    def back() -> None:
+    def restore() -> None:
         if len(value) != len(items) or any(a is not b for a, b in zip(value, items, strict=True)):
             value.clear()
             value.extend(items)
 
-    return back
+    return restore

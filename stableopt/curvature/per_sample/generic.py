@@ -1,13 +1,13 @@
-r"""Sums over samples of products with per-sample curvatures, :math:`\sum_i H_i P(H_i v - \bar w)`.
+r"""`vmap_product`, `loop_product`: per-sample curvature products for any module.
 
-This is what :class:`~stableopt.curvature.NonUniformity` needs of a chunk of samples; the subtraction
-of :math:`\bar w = Hv` inside the sum keeps it free of cancellation. There are two ways for any
-module, both exact, and both in memory that does not grow with n:
+:class:`~stableopt.curvature.NonUniformity` sums :math:`\sum_i H_i P(H_i v - \bar w)` over a chunk of
+samples; subtracting :math:`\bar w = Hv` inside the sum avoids cancellation. Both functions are exact, in
+memory that does not grow with n:
 
-- ``"vmap"``: all samples of a chunk at once; ``chunk * d`` numbers, for small models;
-- ``"loop"``: one sample at a time; for large models, and where ``vmap`` cannot follow the module.
+- ``vmap_product``: all samples of a chunk at once; ``chunk * d`` numbers, for small models;
+- ``loop_product``: one sample at a time, for large models and for modules that ``vmap`` fails on.
 
-A faster way for particular modules is :mod:`~stableopt.curvature.per_sample.structured`.
+:mod:`~stableopt.curvature.per_sample.structured` is faster for models of known layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COPIES = 8
 """Tensors of the parameters' size that one sample needs at the peak of a vmapped product."""
 
 VMAP_MEMORY = 128 * 2**20
-"""Bytes that a vmapped chunk may take where nobody chose; on CPUs more was slower, for want of cache."""
+"""Default bytes of a vmapped chunk; on CPUs more was slower, as it exceeded the cache."""
 
 
 def samples_at_once(problem: Problem, memory: int) -> int:
@@ -88,6 +88,6 @@ def vmap_product(
 
     rows = torch.arange(size, device=vector.device)
     with warnings.catch_warnings():
-        # Advice to file an issue with torch is nothing that the user of a measurement can follow.
+        # torch advises to file an issue, which users of a measurement cannot act on.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(one, randomness="same")(rows).sum(0).detach()

@@ -1,4 +1,4 @@
-"""The covariance of the per-sample Hessians as an operator."""
+"""`NonUniformity`: the covariance of the per-sample Hessians as an operator."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.gram.dense import DenseRows
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.per_sample.generic import (
@@ -17,7 +18,8 @@ from stableopt.curvature.per_sample.generic import (
     samples_at_once,
     vmap_product,
 )
-from stableopt.curvature.per_sample.structured import StructuredProduct, UnfitError
+from stableopt.curvature.per_sample.structured import StructuredProduct
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
@@ -40,32 +42,32 @@ class NonUniformity(Operator):
     to rounding, and in memory that does not grow with n.
 
     Args:
-        problem: what it is the non-uniformity of.
-        method: ``"structured"`` takes a few gradients whatever n is, where parameters are in layers
-            of a known kind (linear, convolution, normalisation, embedding) or in modules that can
-            be called for one sample at a time; ``"vmap"`` takes many samples at once, ``"loop"``
-            one at a time, for any module. ``"auto"`` picks the first that applies, by the size of
-            the model between the last two, and has checked the structured one against the loop on
-            three samples. ``"gauss-newton"`` puts Gauss–Newton's :math:`G_i = J_i^\top L_i J_i` for
-            :math:`H_i`, by all their rows where these are few, else by the structure or the loop: the
+        problem: the mean loss.
+        method: ``"structured"`` takes a few gradients for any n, if parameters are in layers of a
+            known kind (linear, convolution, normalisation, embedding) or in modules that can be
+            called for one sample at a time. ``"vmap"`` takes many samples at once, ``"loop"`` one at
+            a time, for any module. ``"auto"`` picks the first that applies, by the size of the model
+            between the last two, after checking the structured one against the loop on three
+            samples. ``"gauss-newton"`` replaces :math:`H_i` by :math:`G_i = J_i^\top L_i J_i`: from
+            all their rows if these are few, else by the structure or the loop. The result is the
             same at interpolation, and within :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
         preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
             is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:
-            ``top_eigenpair(NonUniformity(problem, preconditioner=P), preconditioner=P)``. It takes
-            the samples by themselves; diagonal ones are cheaper by :meth:`Problem.transformed`.
-        memory: bytes that products may take beside the model: by default 1 GiB for passes that are
-            kept, 128 MiB for samples taken at once by ``"vmap"``.
+            ``top_eigenpair(NonUniformity(problem, preconditioner=P), preconditioner=P)``. Products
+            then go sample by sample; a diagonal P is cheaper by :meth:`Problem.transformed`.
+        memory: bytes that products may take in addition to the model: by default 1 GiB for cached
+            passes, 128 MiB for the samples that ``"vmap"`` takes at once.
 
     Attributes:
-        method: the way that products go.
-        ways: the way of each parameter by name.
+        method: the method that products use.
+        ways: how each parameter is treated, by name.
 
     Raises:
-        ValueError: for arguments out of range, ``"structured"`` where it does not apply or with a
+        ValueError: for arguments out of range, ``"structured"`` if it does not apply or with a
             preconditioner, a problem with batch statistics, and as :class:`GaussNewton` does.
-        SecondDerivativeError: for a model that cannot be differentiated twice, which only the loop
-            measures.
+        SecondDerivativeError: for a model that cannot be differentiated twice, unless ``method`` is
+            ``"loop"`` or ``"auto"``.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2, H_i = 2 x_i^2
     >>> x = torch.tensor([[1.0], [2.0]]).double()
@@ -100,7 +102,7 @@ class NonUniformity(Operator):
         if method != "loop":
             problem.check_twice()
         super().__init__(problem.num_params, problem.dtype, problem.device)
-        # Weight decay adds the same matrix to every H_i, so it is no part of their covariance.
+        # Weight decay adds the same matrix to every H_i, which cancels in their covariance.
         self.problem = problem.without_weight_decay()
         self._memory = memory
         self._preconditioner = preconditioner
@@ -117,16 +119,16 @@ class NonUniformity(Operator):
         elif self._structured is not None:
             self.method, self.ways = method, dict.fromkeys(self.problem.names, "dense")
         elif method == "auto":
-            self._go_by(self._general())
+            self._use(self._general())
         else:
-            self._go_by(method)
+            self._use(method)
 
     def _dense(self) -> DenseRows | None:
-        if not isinstance(self._mean, GaussNewton) or not DenseRows.quicker(self._mean):
+        if not isinstance(self._mean, GaussNewton) or not DenseRows.faster(self._mean):
             return None
         try:
             return DenseRows(self._mean)
-        except ValueError:  # of a loss that is not convex in the outputs there are no rows
+        except ValueError:  # rows exist only if the loss is convex in the outputs
             return None
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
@@ -149,7 +151,7 @@ class NonUniformity(Operator):
     def _vmap_memory(self) -> int:
         return VMAP_MEMORY if self._memory is None else self._memory
 
-    def _go_by(self, method: str) -> None:
+    def _use(self, method: str) -> None:
         self.method = method
         way = "loop" if method == "gauss-newton" else method
         self.ways = dict.fromkeys(self.problem.names, way)
@@ -159,16 +161,16 @@ class NonUniformity(Operator):
         return self.products([vector])[0]
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``Sigma`` times each vector, where the structure is known in one reading."""
+        """Return ``Sigma`` times each vector; with a known structure, in one reading of the data."""
         if self._structured is not None:
             try:
                 return self._structured(vectors)
             except UnfitError:
-                # It held for the few samples on which it was tried, and not for these.
+                # The structure held for the samples on which it was tried, but not for these.
                 if not self._may_fall_back:
                     raise
                 self._structured = None
-                self._go_by(self._general())
+                self._use(self._general())
         return [self._by_samples(vector) for vector in vectors]
 
     def _by_samples(self, vector: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ class NonUniformity(Operator):
             except RuntimeError:
                 if not self._may_fall_back:
                     raise
-                self._go_by("loop")
+                self._use("loop")
         return self._sum(loop_product, vector, mean, None)
 
     def _sum(
@@ -191,15 +193,10 @@ class NonUniformity(Operator):
         problem, of, apply = self.problem, self._mean, self._preconditioned
         total = torch.zeros_like(vector)
 
-        def add() -> int:
-            count = 0
-            with problem.evaluation():
-                for batch, size in problem.chunks(chunk_size):
-                    total.add_(chunk_product(of, batch, size, vector, mean, apply))
-                    count += size
-            return count
+        def add(batch: Any, size: int) -> None:
+            total.add_(chunk_product(of, batch, size, vector, mean, apply))
 
-        return problem.ranks.all_reduce_mean([total], add)[0]
+        return mean_over_chunks(problem, [total], add, problem.chunks(chunk_size))[0]
 
     def _preconditioned(self, vector: Tensor) -> Tensor:
         if self._preconditioner is None:

@@ -1,23 +1,24 @@
-r"""Per-sample curvature products at the price of a few batched passes, from the structure of layers.
+r"""`StructuredProduct`: per-sample curvature products for the price of a few batched passes.
 
 In a layer z = W a + b the gradient of sample i's loss is the outer product :math:`\delta_i a_i^\top`,
 :math:`\delta_i` its gradient in z. Its derivative along v, that block of :math:`w_i = H_i v`, has rank
-two, :math:`\dot\delta_i a_i^\top + \delta_i \dot a_i^\top`. What is wanted,
+two, :math:`\dot\delta_i a_i^\top + \delta_i \dot a_i^\top`. The product
 
 .. math:: \sum_i H_i (w_i - \bar w)
     = \nabla_\theta \sum_i \langle w_i - \bar w, \nabla f_i(\theta)\rangle,
 
 is one backward pass from all :math:`a_i` and :math:`\delta_i`, with cotangents that follow from
-:math:`a_i, \delta_i, \dot a_i, \dot\delta_i` layer by layer (:mod:`~stableopt.curvature.layers.bilinear`). So an
-exact product costs a constant number of batched passes, whatever n is. Whatever lies between the
-layers is autograd's business. It applies where samples do not see each other.
+:math:`a_i, \delta_i, \dot a_i, \dot\delta_i` layer by layer
+(:mod:`~stableopt.curvature.layers.bilinear`). So an exact product costs a constant number of batched
+passes for every n. Autograd differentiates everything between the layers. The samples must not see each
+other.
 
-With Gauss–Newton's :math:`G_i = J_i^\top L_i J_i` it is simpler: :math:`w_i = J_i^\top q_i` with
+For Gauss–Newton, :math:`G_i = J_i^\top L_i J_i`, it is simpler: :math:`w_i = J_i^\top q_i` with
 :math:`q_i = L_i J_i v` has rank one in each layer, :math:`\delta_i(q_i)\, a_i^\top`, and
 :math:`J_i(w_i - \bar w)` is a forward derivative along offsets behind the layers.
 
-Both the mean :math:`\bar w` over all samples and the product need the passes at theta: they are kept
-from product to product for as many chunks as the memory allows.
+Both the mean :math:`\bar w` over all samples and the product need the passes at theta. They are cached
+between products for as many chunks as the memory allows.
 """
 
 from __future__ import annotations
@@ -30,24 +31,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import pull
+from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.bilinear import Form, Uses
 from stableopt.curvature.layers.kinds import Plan, plan
 from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.per_sample.generic import loop_product
+from stableopt.curvature.problem.mean_loss import Memo
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
-from stableopt.curvature.products.linearization_cache import KeptPasses
+from stableopt.curvature.products.linearization_cache import LinearizationCache
 
-__all__ = ["StructuredProduct", "UnfitError"]
-
+__all__ = ["StructuredProduct"]
 
 _CHECKED_SAMPLES = 3
 
 _AGREES = 0.02
-"""Relative difference up to which two ways of one product agree: a ReLU that rounding flips
-moves a product in single precision by some 1e-3, and a structure that does not hold by all of it."""
+"""Relative difference up to which two computations of a product agree: a ReLU that rounding flips
+changes a product in single precision by about 1e-3, a wrong structure changes all of it."""
+
+_PLANS: Memo[Plan | UnfitError] = Memo()
+"""The plan for a problem, or why it has none."""
 
 Tangents = list[Tensor | None]
 
@@ -55,7 +60,7 @@ Tangents = list[Tensor | None]
 class _Passes(abc.ABC):
     """A chunk's passes at theta, ready for the two halves of a product.
 
-    ``heads`` and ``slopes`` are the a and the delta of every layer.
+    ``heads`` and ``slopes`` are a and delta of every layer.
     """
 
     def __init__(self, recorder: Recorder, slopes: Sequence[Tensor]) -> None:
@@ -64,7 +69,7 @@ class _Passes(abc.ABC):
 
     @abc.abstractmethod
     def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        """Return what the :math:`w_i` are made of: the tangents of heads and slopes along v."""
+        """Return the tangents of heads and slopes along v, which make up the :math:`w_i`."""
 
     @abc.abstractmethod
     def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
@@ -72,12 +77,7 @@ class _Passes(abc.ABC):
 
 
 class _HessianPasses(_Passes):
-    """The passes for :math:`H_i`.
-
-    ``_transposed`` are the gradients in theta of the sum of all <a, u> + <delta, w>. They are linear
-    in the dummies u and w, so their derivative in the dummies along a tangent is the tangent of a
-    and delta, without forward mode.
-    """
+    """The passes for :math:`H_i`."""
 
     def __init__(self, recorder: Recorder, of: Hessian, batch: Any) -> None:
         loss, theta = recorder.size * of.problem.loss(recorder.theta, batch), of.theta
@@ -87,18 +87,12 @@ class _HessianPasses(_Passes):
         super().__init__(recorder, slopes)
         self._theta = theta
         found = [*self.heads, *slopes]
-        # Row numbers of a table have no tangent, but keep their place.
-        self._dummies = [torch.zeros_like(t, dtype=loss.dtype).requires_grad_() for t in found]
-        live = [(t, u) for t, u in zip(found, self._dummies, strict=True) if t.requires_grad]
-        self._transposed: tuple[Tensor | None, ...] = (None,) * len(theta)
-        if live:
-            outputs, cotangents = zip(*live, strict=True)
-            self._transposed = torch.autograd.grad(
-                outputs, theta, cotangents, create_graph=True, allow_unused=True
-            )
+        # Row numbers of a table have no tangent, but keep their place, with a dummy of another dtype.
+        dummies = [torch.zeros_like(t, dtype=loss.dtype).requires_grad_() for t in found]
+        self._forward = DoubleVjp(found, theta, dummies)
 
     def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        found = pull(self._transposed, self._dummies, tangent)
+        found = self._forward.jvp(tangent)
         count = len(self.heads)
         # A head that depends on theta has a cotangent even where its tangent vanishes.
         along_heads = [
@@ -108,7 +102,7 @@ class _HessianPasses(_Passes):
         return along_heads, list(found[count:])
 
     def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        return pull([*self.heads, *self.slopes], self._theta, [*along_heads, *along_slopes])
+        return vjp([*self.heads, *self.slopes], self._theta, [*along_heads, *along_slopes])
 
 
 class _GaussNewtonPasses(_Passes):
@@ -116,29 +110,27 @@ class _GaussNewtonPasses(_Passes):
 
     def __init__(self, recorder: Recorder, of: GaussNewton, batch: Any) -> None:
         self._passes = of.linearise(batch, recorder.size, at=recorder.theta)
-        slopes = torch.autograd.grad(
-            self._passes.outputs,
-            recorder.offsets,
-            self._passes.dummy,
-            create_graph=True,
-            materialize_grads=True,
+        offsets = recorder.offsets
+        self._along_offsets = DoubleVjp(
+            [self._passes.outputs], offsets, self._passes.forward.dummies
         )
+        found = zip(self._along_offsets.transposed, offsets, strict=True)
+        slopes = [torch.zeros_like(offset) if slope is None else slope for slope, offset in found]
         super().__init__(recorder, slopes)
         self._theta, self._offsets = of.theta, recorder.offsets
 
     def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        passes = self._passes
-        pushed = pull(passes.pulled, (passes.dummy,), tangent)
-        bent = self._bent(pushed)
-        return [None] * len(self.heads), list(pull((passes.outputs,), self._offsets, bent))
+        bent = self._bent(self._passes.forward.jvp(tangent))
+        along_slopes = vjp((self._passes.outputs,), self._offsets, bent)
+        return [None] * len(self.heads), list(along_slopes)
 
     def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        pushed = pull(self.slopes, (self._passes.dummy,), along_slopes)
-        return pull((self._passes.outputs,), self._theta, self._bent(pushed))
+        bent = self._bent(self._along_offsets.jvp(along_slopes))
+        return vjp((self._passes.outputs,), self._theta, bent)
 
     def _bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return L_i times each sample's part, where the loss is the chunk's mean."""
-        (bent,) = pull((self._passes.slope,), (self._passes.slope_at,), pushed)
+        """Return L_i times each sample's part; the passes have those of the chunk's mean loss."""
+        (bent,) = self._passes.bent(pushed)
         return (None if bent is None else self.size * bent,)
 
 
@@ -185,7 +177,7 @@ def _joined(uses: Sequence[Uses]) -> Uses:
     dots = [use.input_tangents for use in uses]
     inputs = [use.inputs for use in uses]
     if any(dot is not None for dot in dots):
-        # One of them looked at the data, the other at what depends on theta.
+        # The inputs of one use may be data, while those of another depend on theta.
         dots = [
             torch.zeros_like(a) if dot is None and a is not None else dot
             for a, dot in zip(inputs, dots, strict=True)
@@ -246,15 +238,15 @@ def _add(to: Tangents, where: int, term: Tensor) -> None:
 
 
 class StructuredProduct:
-    """Products with the covariance of the per-sample curvatures, where layers allow it.
+    """Products with the covariance of the per-sample curvatures, for models of known layers.
 
     Args:
         of: the mean curvature, at the point; its problem without weight decay.
         memory: bytes that the passes at the point may take.
 
     Raises:
-        UnfitError: where it does not apply: some parameter has no layer, or a product of three
-            samples differs from the plain one.
+        UnfitError: for a parameter without a layer, or if a product of three samples differs from
+            the loop's.
     """
 
     def __init__(self, of: Hessian | GaussNewton, memory: int | None) -> None:
@@ -262,29 +254,28 @@ class StructuredProduct:
         self._squares = [factor**2 for factor in self._problem.scale]
         kind = f"structured {type(of).__name__}"
         self._plan = self._found_fit(kind)
-        self._passes = KeptPasses(self._problem, self._linearised, memory=memory, kind=kind)
+        self._passes = LinearizationCache(self._problem, self._linearised, memory=memory, kind=kind)
 
     @property
     def ways(self) -> dict[str, str]:
-        """How each parameter goes, by name."""
+        """How each parameter is treated, by name."""
         return self._plan.ways
 
     def _found_fit(self, kind: str) -> Plan:
-        """Return the plan; find out, once for a problem, whether it holds."""
-        found = self._problem.memo.get(kind)
-        if found is None:
+        """Return the plan, after trying it once for a problem."""
+        known = _PLANS.on(self._problem)
+        if kind not in known:
             try:
-                found = self._problem.ranks.raise_together(self._tried)
+                known[kind] = self._problem.ranks.raise_together(self._tried)
             except UnfitError as error:
-                found = error
-            self._problem.memo[kind] = found
+                known[kind] = error
+        found = known[kind]
         if isinstance(found, UnfitError):
             raise UnfitError(str(found))
-        assert isinstance(found, Plan)
         return found
 
     def _tried(self) -> Plan:
-        """Compare with the plain product on a few samples."""
+        """Compare with the loop's product on a few samples."""
         problem = self._problem
         way = plan(problem)
         if way is None:
@@ -319,34 +310,24 @@ class StructuredProduct:
 
     def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product with each vector ``(d,)``, in one reading of the data."""
-        problem = self._problem
+        problem, passes_over = self._problem, self._passes
         tangents = [problem.unflatten(vector) for vector in vectors]
-        kept: list[list[_Chunk]] = []
+        first: list[list[_Chunk]] = []
         totals, results = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
 
-        def add_products() -> int:
-            count = 0
-            for number, (passes, size) in enumerate(self._passes):
-                chunks = [_Chunk(passes, tangent) for tangent in tangents]
-                for total, chunk in zip(totals, chunks, strict=True):
-                    total.add_(problem.flatten(_sum_of_products(chunk, problem.shapes)))
-                count += size
-                if number < self._passes.keepable:
-                    kept.append(chunks)
-            return count
+        def add_products(passes: _Passes, size: int) -> None:
+            chunks = [_Chunk(passes, tangent) for tangent in tangents]
+            for total, chunk in zip(totals, chunks, strict=True):
+                total.add_(problem.flatten(_sum_of_products(chunk, problem.shapes)))
+            if len(first) < passes_over.capacity:
+                first.append(chunks)
 
-        def add_results() -> int:
-            count = 0
-            for number, (passes, size) in enumerate(self._passes):
-                known = number < len(kept)
-                chunks = kept[number] if known else [_Chunk(passes, t) for t in tangents]
-                for result, chunk, mean in zip(results, chunks, means, strict=True):
-                    result.add_(problem.flatten(_pulled(chunk, self._squares, mean)))
-                count += size
-            return count
+        def add_results(passes: _Passes, size: int) -> None:
+            chunks = next(known, None) or [_Chunk(passes, tangent) for tangent in tangents]
+            for result, chunk, mean in zip(results, chunks, means, strict=True):
+                result.add_(problem.flatten(_pulled(chunk, self._squares, mean)))
 
         with problem.evaluation():
-            means = [
-                problem.unflatten(m) for m in problem.ranks.all_reduce_mean(totals, add_products)
-            ]
-            return problem.ranks.all_reduce_mean(results, add_results)
+            found = mean_over_chunks(problem, totals, add_products, passes_over, evaluating=True)
+            means, known = [problem.unflatten(mean) for mean in found], iter(first)
+            return mean_over_chunks(problem, results, add_results, passes_over, evaluating=True)

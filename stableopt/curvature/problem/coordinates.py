@@ -1,14 +1,113 @@
-"""Scaled coordinates of a problem: checks and products of the factors."""
+"""`Coordinates`: flat vectors as parameters and back, with scales, a sign and weight decay."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from stableopt.curvature.autodiff import dense
+from stableopt.curvature.problem.fsdp import local
+
+__all__ = ["Coordinates"]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    r"""The coordinates y of :math:`\pm f(\theta_0 + Dy) + \tfrac12\|\Lambda^{1/2}Dy\|^2`.
+
+    Attributes:
+        names: the parameters' names.
+        shapes: their shapes, on this rank.
+        dtype: of all vectors.
+        device: of all vectors.
+        sign: 1, or -1 to look at -f.
+        scale: the diagonal of D: for each parameter a number, or a tensor of its shape.
+        weight_decay: the diagonal of Lambda: a coefficient for each parameter.
+
+    >>> shapes = [torch.Size([1, 2]), torch.Size([1])]
+    >>> plain = Coordinates(["weight", "bias"], shapes, torch.float32, torch.device("cpu"))
+    >>> scaled = plain.transformed(scale=[2.0, 1.0])
+    >>> scaled.flatten([torch.ones(1, 2), None])
+    tensor([2., 2., 0.])
+    >>> scaled.unflatten(torch.ones(3))
+    [tensor([[2., 2.]]), tensor([1.])]
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[torch.Size]
+    dtype: torch.dtype
+    device: torch.device
+    sign: float = 1.0
+    scale: tuple[Tensor | float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = len(self.shapes)
+        object.__setattr__(self, "scale", self.scale or (1.0,) * count)
+        object.__setattr__(self, "weight_decay", self.weight_decay or (0.0,) * count)
+
+    def transformed(
+        self,
+        *,
+        sign: float = 1.0,
+        scale: Sequence[Tensor | float] | None = None,
+        weight_decay: Sequence[float] | None = None,
+    ) -> Coordinates:
+        """Return other coordinates of the same parameters, of which unnamed parts are the identity.
+
+        Raises:
+            ValueError: for numbers of values, or shapes, that differ from the parameters'.
+        """
+        for name, values in (("scale", scale), ("weight_decay", weight_decay)):
+            if values is not None and len(values) != len(self.shapes):
+                raise ValueError(
+                    f"{name} has {len(values)} values: expected one for each of the"
+                    f" {len(self.shapes)} parameters"
+                )
+        factors = (1.0,) * len(self.shapes) if scale is None else scale
+        checked = (
+            _checked_scale(name, factor, shape)
+            for name, factor, shape in zip(self.names, factors, self.shapes, strict=True)
+        )
+        decays = () if weight_decay is None else weight_decay
+        return dataclasses.replace(
+            self, sign=sign, scale=tuple(checked), weight_decay=tuple(decays)
+        )
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
+        # An embedding may give sparse gradients, which have no flat view.
+        parts = [
+            torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
+            if t is None
+            else _scaled(dense(t), factor).reshape(-1)
+            for t, shape, factor in zip(tensors, self.shapes, self.scale, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes])
+        return [
+            _scaled(part.view(shape), factor)
+            for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
+        ]
+
+    def add_decay(self, product: Tensor, tangent: Sequence[Tensor]) -> None:
+        r"""Add :math:`D\Lambda` times ``tangent`` to ``product``, in place."""
+        if any(self.weight_decay):
+            decays = zip(self.weight_decay, tangent, strict=True)
+            product += self.flatten([decay * part for decay, part in decays])
 
 
 def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
     if not isinstance(factor, Tensor):
         return float(factor)
+    factor = local(factor)
     if factor.shape != shape:
         raise ValueError(
             f"scale of {name!r} has shape {tuple(factor.shape)}: expected {tuple(shape)}, or a number"

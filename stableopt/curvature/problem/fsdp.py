@@ -1,4 +1,4 @@
-"""How a model's parameters lie on the ranks, and which ways of it can be measured."""
+"""Placement of a model's parameters under ``fully_shard``: its mesh, local parts, resharding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["local", "mesh_of", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of ``tensor`` that this rank holds: all of an ordinary one.
+    """Return the part of ``tensor`` that this rank holds: an ordinary tensor itself.
 
     >>> import torch
     >>> local(torch.ones(2))
@@ -25,10 +25,10 @@ def local(tensor: Tensor) -> Tensor:
 def mesh_of(model: nn.Module) -> Any:
     """Return the device mesh on which ``fully_shard`` put the trainable parameters of ``model``.
 
-    ``None`` for ordinary parameters. What a forward pass has gathered is dropped first.
+    ``None`` for ordinary parameters. Drops parameters that a forward pass has gathered.
 
     Raises:
-        TypeError: for parameters that are sharded in any other way, or only in part.
+        TypeError: for parameters that are sharded differently, or only in part.
     """
     reshard(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -64,16 +64,16 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole parameters that FSDP's root holds after a pass without a backward one.
+    """Drop the whole parameters that FSDP's root holds after a forward pass without a backward one.
 
-    They would otherwise be taken for the parameters, and hide what is written to the shards.
+    They would otherwise hide what is written to the shards.
     """
     for module in _units(model):
         module.reshard()
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    # Importing it takes a second, and where nobody has there is none.
+    # The import takes a second, and without it no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

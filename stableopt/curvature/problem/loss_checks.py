@@ -1,14 +1,15 @@
-"""What a loss must be to be measured: a real scalar, a mean over samples, the same on all ranks."""
+"""Checks that a loss is a real scalar, a mean over samples, and the same function on all ranks."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.distributed import Ranks
 
 __all__ = [
@@ -16,21 +17,25 @@ __all__ = [
     "check_mean",
     "check_replicas",
     "checked_scalar",
-    "checked_weights",
+    "moved_by",
+    "samples_weigh_equally",
     "twice_over",
 ]
 
+CHECKED_SAMPLES = 8
+"""Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
+
 _NOT_A_MEAN = 0.05
-"""Relative change of the loss under doubling of the batch that no mean shows: a sum changes by 1,
-rounding by 1e-3 at the worst (a loss of 1e-6 in float32)."""
+"""Relative change of the loss, when the batch is doubled, that excludes a mean: a sum changes by 1,
+rounding by at most 1e-3 (a loss of 1e-6 in float32)."""
 
 _UNEQUAL = 0.02
-"""Relative difference between the loss of a batch and the mean of its samples' that is more than
-rounding, or the noise of a model that draws random numbers."""
+"""Relative difference between the loss of a batch and the mean of its samples' losses that exceeds
+rounding, and the noise of a model that draws random numbers."""
 
 _REPLICAS = 1e-3
-"""Difference of a projection of the parameters, relative to their norm, that no rounding brings about
-between replicas; other parameters differ by about 1."""
+"""Difference of a projection of the parameters, relative to their norm, that exceeds rounding between
+replicas; other parameters differ by about 1."""
 
 
 def checked_scalar(loss: Any) -> Tensor:
@@ -48,7 +53,7 @@ def checked_scalar(loss: Any) -> Tensor:
 
 
 def check_mean(once: float, twice: float) -> None:
-    """Raise ``ValueError`` if the losses of a batch, and of it twice over, are not those of a mean."""
+    """Raise ``ValueError`` if the losses of a batch, and of it twice over, exclude a mean."""
     # Near zero both are rounding; a non-finite loss is for the measurement to report.
     if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
         return
@@ -60,21 +65,58 @@ def check_mean(once: float, twice: float) -> None:
         )
 
 
-def checked_weights(together: float, apart: float) -> bool:
-    """Whether the loss of a batch is the mean of its samples' losses; warn where it is not."""
-    if not 1e-6 < abs(together) < float("inf"):
+def samples_weigh_equally(
+    value: Callable[[Any], float], batch: Any, size: int, once: float
+) -> bool:
+    """Return whether the loss of a batch is the mean of its samples' losses; warn if it is not.
+
+    Args:
+        value: the loss of a batch.
+        batch: a batch of ``size`` samples.
+        size: the number of samples.
+        once: the loss of ``batch``.
+    """
+    apart = sum(value(cut(batch, index, index + 1)) for index in range(size)) / size
+    if not 1e-6 < abs(once) < float("inf"):
         return True
-    # A sample that is ignored altogether has a loss of its own that is not a number.
-    equal = abs(together - apart) <= _UNEQUAL * abs(together)
+    # A sample that the loss ignores has a loss of its own that is NaN.
+    equal = abs(once - apart) <= _UNEQUAL * abs(once)
     if not equal:
         warnings.warn(
-            f"loss_fn weighs samples unequally: a batch has loss {together:.6g}, its samples by"
+            f"loss_fn weighs samples unequally: a batch has loss {once:.6g}, its samples by"
             f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"
             " see each other). Sharpness is then that of the mean over chunks, and non-uniformity"
             " that of samples by themselves",
             stacklevel=4,
         )
     return equal
+
+
+def twice_over(batch: Any) -> Any:
+    """Return ``batch`` with its samples repeated once.
+
+    >>> twice_over((torch.tensor([1.0, 2.0]), torch.tensor(3.0)))
+    (tensor([1., 2., 1., 2.]), tensor(3.))
+    """
+    return map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
+
+
+def moved_by(evaluate: Callable[[], Any], params: dict[str, nn.Parameter]) -> frozenset[str]:
+    """Return which of ``params`` a forward pass changes, after restoring them.
+
+    A teacher or a key encoder may follow the model in its forward pass. Values are compared, since
+    updates by ``data`` leave version counters alone.
+    """
+    before = {name: p.detach().clone() for name, p in params.items()}
+    moved: set[str] = set()
+    try:
+        if params:
+            evaluate()
+    finally:
+        moved = {name for name, p in params.items() if not torch.equal(p.detach(), before[name])}
+        for name in moved:
+            params[name].data.copy_(before[name])
+    return frozenset(moved)
 
 
 def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
@@ -93,12 +135,3 @@ def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
             "model: its parameters are not the same on all ranks of process_group: expected replicas,"
             " as DistributedDataParallel keeps them"
         )
-
-
-CHECKED_SAMPLES = 8
-"""Samples that the constructor tries the loss on: enough to tell a mean from a sum."""
-
-
-def twice_over(tensor: Tensor) -> Tensor:
-    """Return the samples and the samples again."""
-    return torch.cat([tensor, tensor]) if tensor.dim() else tensor

@@ -1,4 +1,4 @@
-"""The module that is measured: out of its wrappers, and which of its parameters."""
+"""The module to measure, out of its wrappers, and the parameters that count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_batch_norm", "group_of", "select_parameters", "unwrapped"]
 
 
 def group_of(model: Any) -> Any:
-    """Return the process group that trains ``model`` together, or ``None`` if no wrapper tells."""
+    """Return the process group that trains ``model`` together, or ``None`` without a wrapper."""
     for layer in _wrappers(model):
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             return layer.process_group
@@ -22,8 +22,8 @@ def group_of(model: Any) -> Any:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` and parallel training wrap."""
-    # torch.compile's module cannot be differentiated twice, and those for parallel training talk to
-    # other processes in their forward pass; the module inside has the same parameters.
+    # torch.compile's module cannot be differentiated twice, and those for parallel training
+    # communicate in their forward pass. The module inside has the same parameters.
     *_, inner = _wrappers(model)
     return inner
 
@@ -42,11 +42,11 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 def select_parameters(
     model: nn.Module, params: Iterable[Tensor] | None
 ) -> tuple[list[str], list[nn.Parameter]]:
-    """Return the names and parameters of ``model`` that are in ``params``; all trainable if ``None``.
+    """Return names and parameters of ``model``: those in ``params``, or all trainable ones.
 
     Raises:
-        ValueError: for none, or for tensors that are not parameters of ``model``.
-        TypeError: for what is no iterable of tensors.
+        ValueError: for an empty selection, or tensors that are not parameters of ``model``.
+        TypeError: if ``params`` is not an iterable of tensors.
     """
     named = dict(model.named_parameters())
     if params is None:

@@ -1,9 +1,9 @@
-"""The precision that a problem is evaluated in, and the casts that it takes.
+"""`Precision`: the precision that a problem is evaluated in, and the casts that it needs.
 
-Curvature is a difference of nearly equal slopes: half precision leaves little of it. So a model is
-measured at its parameters' own single or double precision, whatever it trains in, unless a dtype is
-chosen: ``float32`` or ``float64`` casts parameters, buffers and data to it, ``bfloat16`` or ``float16``
-leaves the parameters as they are and runs the forward pass under autocast, as the training does.
+Curvature is a difference of nearly equal slopes, most of which half precision loses. So a model is
+measured at its parameters' own single or double precision, also if it trains under autocast. A chosen
+dtype of ``float32`` or ``float64`` casts parameters, buffers and data; ``bfloat16`` or ``float16``
+leaves the parameters as they are and runs the forward pass under autocast, as training does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Precision:
-    """How to evaluate.
+    """Dtype, device and casts of an evaluation.
 
     Attributes:
         dtype: of the parameters in an evaluation, and of all vectors: single or double precision.
@@ -30,7 +30,7 @@ class Precision:
         casts: whether floating-point tensors are cast to ``dtype``.
         autocast: the dtype of an autocast around the forward pass, or ``None`` for none.
 
-    >>> Precision.of(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64)
+    >>> Precision.of_parameters(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64)
     Precision(dtype=torch.float64, device=device(type='cpu'), casts=True, autocast=None)
     """
 
@@ -40,16 +40,16 @@ class Precision:
     autocast: torch.dtype | None = None
 
     @classmethod
-    def of(
+    def of_parameters(
         cls, names: Sequence[str], params: Sequence[nn.Parameter], chosen: torch.dtype | None
     ) -> Precision:
-        """Return the precision to measure ``params`` in, their own where none was ``chosen``.
+        """Return the precision to measure ``params`` in: ``chosen``, or their own.
 
         Raises:
             ValueError: for parameters without values, on several devices or of several dtypes, and
-                a ``chosen`` that is none to choose.
-            TypeError: for parameters that are not real floating-point numbers of a precision that is
-                enough.
+                for an unsupported ``chosen``.
+            TypeError: for parameters that are not real floating-point numbers of single or double
+                precision.
         """
         if chosen is not None and chosen not in (*_FULL, *_HALF):
             raise ValueError(
@@ -64,11 +64,8 @@ class Precision:
                     f"parameter {name!r} has no shape yet: run the lazy model once before"
                 )
             if not p.dtype.is_floating_point or (cast is None and p.dtype not in _FULL):
-                hint = (
-                    "; pass dtype=torch.float32 to measure it cast to that"
-                    if (p.dtype.is_floating_point)
-                    else ""
-                )
+                castable = "; pass dtype=torch.float32 to measure it cast to that"
+                hint = castable if p.dtype.is_floating_point else ""
                 raise TypeError(
                     f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64"
                     f"{hint}, or leave it out by params="
@@ -88,7 +85,7 @@ class Precision:
         )
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor``, cast where the choice asks for it."""
+        """Return ``tensor``, cast if a full precision was chosen."""
         if self.casts and tensor.is_floating_point():
             return tensor.to(self.dtype)
         return tensor
@@ -101,7 +98,7 @@ class Precision:
 
     @property
     def note(self) -> str | None:
-        """What was chosen, in words."""
+        """The chosen precision in words, ``None`` for the parameters' own."""
         if self.autocast is not None:
             return f"under autocast to {str(self.autocast).removeprefix('torch.')}"
         return f"in {str(self.dtype).removeprefix('torch.')}" if self.casts else None

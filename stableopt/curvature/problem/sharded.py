@@ -1,25 +1,26 @@
-r"""A problem whose model is under ``fully_shard`` (FSDP2): parameters, vectors and data in pieces.
+r"""`ShardedProblem`: the mean loss of a model under ``fully_shard`` (FSDP2).
 
-FSDP gathers a layer's parameters, runs it, and drops them again, forward and backward; what it returns
-are gradients, sharded as the parameters are, and they cannot be differentiated again. So all that is
-asked of the model here is its loss and its gradient at a point, through FSDP's own passes.
+FSDP gathers a layer's parameters, runs it, and drops them again, forward and backward. It returns
+gradients, sharded as the parameters are, which cannot be differentiated again. So this module only
+evaluates the model's loss and its gradient at a point, through FSDP's own passes.
 
-FSDP sums gradients over the samples, so those of single samples, and with them the non-uniformity and
-the critical learning rate, are not to be had. The sharpness is:
+FSDP sums gradients over samples, so per-sample quantities such as the non-uniformity and the critical
+learning rate are unavailable. Sharpness is available through
 :class:`~stableopt.curvature.products.sharded_hessian.ShardedHessian`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.autodiff import central_difference
+from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
@@ -27,25 +28,27 @@ from stableopt.curvature.problem.loss_checks import (
     checked_scalar,
     twice_over,
 )
-from stableopt.curvature.problem.problem import Choices, Problem, Theta
+from stableopt.curvature.problem.mean_loss import Choices, MeanLoss, Theta
+from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed import LostRankError, Ranks
 
-__all__ = ["STEP", "ShardedProblem", "cube_root", "sharded_or_whole"]
+__all__ = ["STEP", "ShardedProblem", "cube_root", "problem_for"]
 
 STEP = 1 / 16
-"""Where a curvature changes, relative to the norm of all parameters. With 1 a network of sharpness 52
-was 2 % off in float32, with 1/16 its error and that of one of sharpness 2 were below 1e-4."""
+"""Length over which curvature changes, relative to the norm of all parameters. With 1, the sharpness
+of 52 of a network was 2 % off in float32; with 1/16 its error, and that of a sharpness of 2, were below
+1e-4."""
 
 _SCALED = 0.2
-"""Relative difference between the gradients and the slope of the loss that is more than truncation."""
+"""Relative difference between the gradients and the slope of the loss that exceeds truncation."""
 
 
-class ShardedProblem(Problem):
+class ShardedProblem(MeanLoss):
     """The mean loss of a model under ``fully_shard``, each rank holding a shard of the data as well.
 
-    Flat vectors, and ``num_params``, are of the parameters that *this rank* holds; every method is to
-    be called on every rank. The model is run as FSDP runs it, with its own communication, so each of
-    them takes as long as the largest shard.
+    Flat vectors, and ``num_params``, cover the parameters that *this rank* holds. Call every method on
+    every rank. The model runs as FSDP runs it, with its own communication, so a method takes as long as
+    the largest shard.
 
     Args:
         model: a module under ``fully_shard``, on a mesh of one dimension, whose group measures.
@@ -53,32 +56,22 @@ class ShardedProblem(Problem):
         data: this rank's shard, in any form that :class:`Problem` takes.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
-        process_group: no other than that of the mesh.
+        dtype: unsupported, as ``batch_statistics`` is: the model runs as it is.
+        process_group: that of the mesh, or ``None``.
 
     Attributes:
         total_params: the number d of parameters of all ranks.
 
     Raises:
-        ValueError, TypeError: as :class:`Problem` does, and for a model that is not sharded so; for
-            parameters with hooks behind their gradients, which a measurement would set off.
-        LostRankError: where a pass fails: FSDP's state, and the ranks, are then no longer in step.
+        ValueError, TypeError: as :class:`Problem` does; for a model that is sharded differently; for
+            parameters with hooks behind their gradients, which a measurement would trigger.
+        LostRankError: if a pass fails: FSDP's state, and the ranks, are then out of step.
     """
 
     sharded = True
 
-    def _set_up(
-        self,
-        model: nn.Module,
-        batch_loss: Callable[[nn.Module, Any], Tensor],
-        data: Any,
-        params: Iterable[Tensor] | None,
-        chunk_size: int | None,
-        choices: Choices,
-        ranks: Ranks,
-        *,
-        paired: bool,
-    ) -> None:
-        mesh = mesh_of(model)
+    def _checked_placement(self, ranks: Ranks) -> Ranks:
+        mesh = mesh_of(self.model)
         if mesh is None:
             raise TypeError("model is not under fully_shard: expected a Problem")
         own = Ranks(mesh.get_group())
@@ -87,17 +80,20 @@ class ShardedProblem(Problem):
                 "process_group: a model under fully_shard is measured by the group of its mesh; leave"
                 " it out"
             )
+        choices = self._choices
         if choices != Choices(None, batch_statistics=False):
             raise ValueError(
                 f"dtype={choices.dtype}, batch_statistics={choices.batch_statistics}: a model under"
                 " fully_shard is run as it is, by FSDP's own passes; leave them out"
             )
-        super()._set_up(model, batch_loss, data, params, chunk_size, choices, own, paired=paired)
+        return own
+
+    @staticmethod
+    def _own(tensor: Tensor) -> Tensor:
+        return local(tensor)
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._take(names, params)
-        self.shapes = [local(p).shape for p in params]
-        self.num_params = sum(shape.numel() for shape in self.shapes)
         self.total_params = sum(p.numel() for p in params)
         for name, p in zip(names, params, strict=True):
             if getattr(p, "_post_accumulate_grad_hooks", None):
@@ -106,31 +102,35 @@ class ShardedProblem(Problem):
                     " in the backward pass: a measurement, which is one, would set them off"
                 )
 
+    @property
+    def _product_method(self) -> str:
+        return "central differences"
+
     def check_samples(self, what: str) -> None:
-        """Raise ``ValueError``: the gradients of single samples are not to be had."""
+        """Raise ``ValueError``: gradients of single samples are unavailable."""
         raise ValueError(
             f"{what} needs the gradients of single samples, and fully_shard sums them over samples and"
             " ranks; measure a replica for it"
         )
 
-    def _undisturbed(self, source: Any) -> AbstractContextManager[None]:
-        # Whole parameters that a pass has left are no longer there when all is put back.
+    def _isolated(self, source: Any) -> AbstractContextManager[None]:
+        # Whole parameters that an earlier pass left would be gone when the state is restored.
         reshard(self.model)
-        return super()._undisturbed(source)
+        return super()._isolated(source)
 
     def _check(self) -> None:
-        """Only read the data: the model cannot be run before all ranks are there."""
+        """Read a chunk only: the model runs on all ranks at once."""
         with self.evaluation():
             next(self.chunks())
 
     def _check_together(self) -> None:
-        """Try whether the loss is a mean, and compare the gradients with the slope of the loss."""
+        """Check that the loss is a mean, and compare the gradients with the slope of the loss."""
         with self.evaluation():
             self._rounds = max(self.ranks.all_gather_object(self.batches.num_chunks))
             batch, held = next(self.chunks())
             batch = cut(batch, 0, min(held, CHECKED_SAMPLES))
         losses = []
-        for tried in (batch, map_tensors(twice_over, batch)):
+        for tried in (batch, twice_over(batch)):
             with self.evaluation(), self._without_gradients():
                 losses.append(self._pass(tried, 0.0))
         self.ranks.raise_together(lambda: check_mean(*losses))
@@ -139,20 +139,21 @@ class ShardedProblem(Problem):
         norm, size = self.norm(gradient), self.norm(torch.cat([t.reshape(-1) for t in theta]))
         if not 0 < norm < float("inf"):
             return
-        h = STEP * cube_root(self.dtype) * (size or 1.0)
-        along, slopes = self.unflatten(gradient / norm), []
-        for step in (h, h / 4):
-            ahead, behind = (self.at(theta, along, signed)[0] for signed in (step, -step))
-            slopes.append((ahead - behind) / (2 * step))
-        # Where the two steps do not agree, near a minimum, they say nothing.
-        agree = abs(slopes[0] - slopes[1]) < _SCALED * abs(slopes[1]) / 4
-        if agree and abs(slopes[1] - norm) > _SCALED * norm:
+        h, along = STEP * cube_root(self.dtype) * (size or 1.0), self.unflatten(gradient / norm)
+
+        def value_at(step: float) -> float:
+            return self.at(theta, along, step)[0]
+
+        coarse, fine = (central_difference(value_at, step) for step in (h, h / 4))
+        # Near a minimum the two steps disagree, and are evidence of nothing.
+        agree = abs(coarse - fine) < _SCALED * abs(fine) / 4
+        if agree and abs(fine - norm) > _SCALED * norm:
             raise ValueError(
-                f"model: FSDP's gradients are {norm / slopes[1]:.3g} times the slope of the mean loss:"
+                f"model: FSDP's gradients are {norm / fine:.3g} times the slope of the mean loss:"
                 " expected the mean over ranks, without set_gradient_divide_factor"
             )
 
-    def current(self) -> Problem:
+    def current(self) -> ShardedProblem:
         """Return the problem with the trainable parameters as they are by now."""
         reshard(self.model)
         return super().current()
@@ -161,29 +162,6 @@ class ShardedProblem(Problem):
         """Return copies of the parts of the parameters that this rank holds."""
         with torch.inference_mode(False), torch.no_grad():
             return tuple(local(p.detach()).clone() for p in self.params)
-
-    def loss(self, theta: Theta, batch: Any) -> Tensor:
-        """Raise ``TypeError``: FSDP runs the model at its own parameters alone."""
-        raise TypeError(
-            "a model under fully_shard cannot be run at other parameters: expected ShardedHessian,"
-            " which measures by differences of gradients, in place of the other operators"
-        )
-
-    def outputs(self, theta: Theta, batch: Any) -> Any:
-        """Raise ``TypeError``, as :meth:`loss` does."""
-        return self.loss(theta, batch)
-
-    def transformed(
-        self,
-        *,
-        sign: float = 1.0,
-        scale: Sequence[Tensor | float] | None = None,
-        weight_decay: Sequence[float] | None = None,
-    ) -> Problem:
-        """Return the problem in other coordinates; of a ``scale`` this rank's part counts."""
-        if scale is not None:
-            scale = [local(f) if isinstance(f, Tensor) else f for f in scale]
-        return super().transformed(sign=sign, scale=scale, weight_decay=weight_decay)
 
     def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
         """Return the mean loss over all samples of all ranks, times ``sign``, chunk by chunk."""
@@ -194,7 +172,7 @@ class ShardedProblem(Problem):
         return self.at(self.theta(), None, 0.0)[1]
 
     def at(self, theta: Theta, along: Sequence[Tensor] | None, step: float) -> tuple[float, Tensor]:
-        """Return loss and gradient at ``theta + step * along``; the parameters stay, bit for bit."""
+        """Return loss and gradient at ``theta + step * along``; the parameters are restored exactly."""
         present = self.theta()
         parts = [local(p.detach()) for p in self.params]
         try:
@@ -210,10 +188,11 @@ class ShardedProblem(Problem):
                     part.copy_(before)
 
     def _passes(self) -> tuple[float, Tensor]:
-        """Return loss and gradient at the parameters as they are, by FSDP's own passes."""
+        """Return loss and gradient at the present parameters, by FSDP's own passes."""
         total = 0.0
         with self.evaluation(), self._without_gradients():
-            # Each pass is a meeting: a rank that has no more chunks takes one again, of weight zero.
+            # All ranks take part in each pass: one without further chunks repeats its first, with
+            # weight zero.
             chunks = iter(self.chunks())
             for number in range(self._rounds):
                 batch, size = next(chunks, (None, 0))
@@ -230,7 +209,7 @@ class ShardedProblem(Problem):
             loss = self._objective(batch)
         loss = self.sign * checked_scalar(loss)
         with self._in_step():
-            # FSDP returns the mean over the ranks, whatever they hold.
+            # FSDP returns the mean over the ranks, each with the same weight.
             torch.autograd.backward(loss * (weight * self.ranks.size))
         return float(loss.detach())
 
@@ -241,12 +220,12 @@ class ShardedProblem(Problem):
         except Exception as error:
             raise LostRankError(
                 f"a pass through the sharded model failed on rank {self.ranks.rank}, and the ranks are"
-                f" no longer in step: {type(error).__name__}: {error}"
+                f" out of step: {type(error).__name__}: {error}"
             ) from error
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:
-        """Set aside what training has left: gradients, buffers, parameters that are whole."""
+        """Set aside what training has left: gradients, buffers, gathered parameters."""
         reshard(self.model)
         gradients = [(p, p.grad) for p in self.model.parameters()]
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -262,18 +241,18 @@ class ShardedProblem(Problem):
                 buffer.copy_(before)
 
     def norm(self, vector: Tensor) -> float:
-        """Return the norm of a vector of which every rank holds its part."""
+        """Return the norm of a vector whose parts the ranks hold."""
         return math.sqrt(self.ranks.all_reduce_sum(float(vector.double().square().sum())))
 
 
 def cube_root(dtype: torch.dtype) -> float:
-    """Return that of the rounding: relative steps of central differences are as long."""
+    """Return the cube root of the rounding error, which relative steps of differences scale with."""
     return float(torch.finfo(dtype).eps ** (1 / 3))
 
 
-def sharded_or_whole(
+def problem_for(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], data: Any, **options: Any
-) -> Problem:
+) -> Problem | ShardedProblem:
     """Return the :class:`Problem` of a model, or the :class:`ShardedProblem` of a sharded one."""
     sharded = isinstance(model, nn.Module) and mesh_of(model) is not None
     return (ShardedProblem if sharded else Problem)(model, loss_fn, data, **options)

@@ -1,4 +1,4 @@
-"""Long rows that are read once for several products: columns in blocks that fit the cache."""
+"""`Rows`: few long rows in blocks of columns that fit the cache, read once for several products."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 __all__ = ["Rows", "widest"]
 
 WIDTH = 8192
-"""Columns of a block. Products with two vectors then take the time of reading the rows once, on a
-CPU; a plain matrix product with two columns takes that of reading them twice, and more."""
+"""Columns of a block. On a CPU, products with two vectors then take the time of reading the rows once;
+a plain matrix product with two columns takes more than that of reading them twice."""
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -24,12 +24,11 @@ def widest(device: torch.device) -> torch.dtype:
 class Rows:
     """A matrix ``(capacity, d)`` with few rows, some of them in use.
 
-    Three views of one idea: block b holds columns ``b WIDTH`` to ``(b + 1) WIDTH`` of every row, side
-    by side in memory; the rest of the columns lies apart; and where there are no caches to fit, as on
-    a GPU, all columns are the rest.
+    Block b holds columns ``b WIDTH`` to ``(b + 1) WIDTH`` of every row, side by side in memory. The
+    remaining columns are stored separately; on a GPU these are all columns.
 
     Args:
-        capacity: number of rows; they hold anything until they are written.
+        capacity: number of rows; their contents are undefined until they are written.
         like: a vector ``(d,)`` of the dtype and device.
 
     >>> rows = Rows(3, torch.zeros(2))
@@ -62,7 +61,7 @@ class Rows:
     def inner(self, vectors: Tensor, count: int) -> Tensor:
         """Return the products ``(c, count)`` of vectors ``(c, d)`` with the first rows.
 
-        In double precision where there is one; the sums within a block are those of the dtype.
+        In double precision where the device has it; sums within a block use the dtype of the rows.
         """
         exact = widest(self.device)
         products = (vectors[:, self._split :] @ self._rest[:count].T).to(exact)

@@ -1,12 +1,12 @@
-r"""Derivatives of a gradient by central differences, for models without a second derivative.
+r"""`CentralDifferences`: derivatives of a gradient for models without a second derivative.
 
 .. math:: D_h = \frac{g(h) - g(-h)}{2h} = g'(0) + \frac{h^2}6 g'''(0) + \dots
 
-The step h weighs rounding, :math:`\sigma/(\sqrt2 h)`, against the cubic term. :math:`\sigma` is seen in
-third differences of g over points so near that all else vanishes in them (Moré & Wild, *Estimating
-computational noise*, 2011); from a first guess h is then moved, fourfold at a time, to where two
-neighbouring steps agree best. How far they disagree is the error that is reported, and beyond a tenth
-nothing is.
+The step h balances rounding, :math:`\sigma/(\sqrt2 h)`, against the cubic term. :math:`\sigma` is
+estimated from third differences of g over points so close that everything else vanishes in them (Moré &
+Wild, *Estimating computational noise*, 2011). From a first guess, h then moves by factors of four to
+where two neighbouring steps agree best. Their disagreement is the reported error; above a tenth the
+difference is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from stableopt.curvature.autodiff import central_difference
 
 __all__ = ["CentralDifferences", "DifferenceError"]
 
@@ -29,10 +31,10 @@ _FACTOR = 4.0
 """Between neighbouring steps."""
 
 _RUNGS = 6
-"""Steps looked at, at most, beyond the first two."""
+"""The most steps tried beyond the first two."""
 
 _TOLERATED = 0.1
-"""Relative disagreement of two steps beyond which a difference says nothing."""
+"""Relative disagreement of two steps above which a difference is refused."""
 
 
 class DifferenceError(RuntimeError):
@@ -43,9 +45,9 @@ class CentralDifferences:
     """Derivatives along directions, with one step for all of them.
 
     Attributes:
-        step: h; ``None`` before the first derivative, along which it is chosen.
-        error: the largest disagreement with a second step that was seen, relative to the largest
-            derivative. It is looked for at the first derivative, the second, the fourth, and so on.
+        step: h; ``None`` before the first derivative, which chooses it.
+        error: the largest disagreement seen with a second step, relative to the largest derivative.
+            The first derivative, the second, the fourth, and so on are checked.
 
     >>> differences = CentralDifferences()
     >>> at = torch.ones(1, dtype=torch.float64)
@@ -65,20 +67,20 @@ class CentralDifferences:
 
         Args:
             gradient: the gradient along a direction of norm 1.
-            size: the norm of the parameters, against which a step is small.
+            size: the norm of the parameters; steps are small relative to it.
 
         Raises:
-            DifferenceError: if a second step disagrees by a tenth.
+            DifferenceError: if a second step disagrees by more than a tenth.
         """
         self._count += 1
         if self.step is None:
             self.step, slope, second = _chosen(gradient, size or 1.0)
         else:
-            slope = _difference(gradient, self.step)
-            # At every product it would double the price.
+            slope = central_difference(gradient, self.step)
+            # Checking every product would double its cost.
             checked = self._count & (self._count - 1) == 0
-            second = _difference(gradient, 2 * self.step) if checked else slope
-        # A vector that the matrix takes to nearly nothing leaves nothing but rounding.
+            second = central_difference(gradient, 2 * self.step) if checked else slope
+        # The product of a vector that the matrix nearly annihilates is all rounding.
         self._largest = max(self._largest, float(slope.norm()))
         disagreement = float((slope - second).norm())
         if disagreement > 0:
@@ -93,14 +95,10 @@ class CentralDifferences:
         return slope
 
 
-def _difference(gradient: Along, step: float) -> Tensor:
-    return (gradient(step) - gradient(-step)) / (2 * step)
-
-
 def _noise(gradient: Along, size: float) -> float:
     r"""Return the norm of the rounding errors in one gradient.
 
-    The k-th difference of independent errors of variance :math:`\sigma^2` has
+    The k-th difference of independent errors of variance :math:`\sigma^2` has variance
     :math:`\binom{2k}k\sigma^2`: 20 for k = 3.
     """
     spacing = _ROUNDINGS * size * torch.finfo(gradient(0.0).dtype).eps
@@ -111,23 +109,27 @@ def _noise(gradient: Along, size: float) -> float:
 
 
 def _chosen(gradient: Along, size: float) -> tuple[float, Tensor, Tensor]:
-    """Return a step, the difference over it, and that over a neighbouring one."""
+    """Return a step, the difference over it, and the difference over a neighbouring step."""
     noise, eps = _noise(gradient, size), torch.finfo(gradient(0.0).dtype).eps
+
+    def difference(step: float) -> Tensor:
+        return central_difference(gradient, step)
+
     step = size * eps ** (1 / 3)
-    low, high = _difference(gradient, step), _difference(gradient, _FACTOR * step)
+    low, high = difference(step), difference(_FACTOR * step)
     best = (float((high - low).norm()), step, low, high)
-    # What disagrees by more than noise does so by the cubic term: a smaller step.
+    # Disagreement beyond the noise comes from the cubic term and asks for a smaller step.
     downwards = best[0] > 2 * noise / step
     for _ in range(_RUNGS):
-        # Along a direction without a cubic term it would grow for ever.
+        # Along a direction without a cubic term the step would grow without bound.
         if not downwards and noise / step < eps ** (2 / 3) * float(low.norm()):
             break
         if downwards:
             step /= _FACTOR
-            low, high = _difference(gradient, step), low
+            low, high = difference(step), low
         else:
             step *= _FACTOR
-            low, high = high, _difference(gradient, _FACTOR * step)
+            low, high = high, difference(_FACTOR * step)
         found = (float((high - low).norm()), step, low, high)
         if not found[0] < best[0]:
             break

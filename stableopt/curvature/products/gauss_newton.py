@@ -7,21 +7,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import pull
+from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.products.mean import MeanOverSamples
 
-__all__ = ["GaussNewton"]
+__all__ = ["GaussNewton", "OutputPasses"]
 
 
-class _OutputPasses(NamedTuple):
-    """A chunk's passes for Gauss–Newton: outputs z, J^T u for a dummy u, and the loss's slope."""
+class OutputPasses(NamedTuple):
+    """A chunk's graphs for Gauss–Newton.
+
+    Attributes:
+        outputs: the model's outputs z.
+        forward: the Jacobian of z in the parameters.
+        slope: the gradient of the chunk's mean loss in z.
+        slope_at: the copy of z in which ``slope`` is a differentiable function.
+    """
 
     outputs: Tensor
-    dummy: Tensor
-    pulled: tuple[Tensor | None, ...]
+    forward: DoubleVjp
     slope: Tensor
     slope_at: Tensor
+
+    def bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return the loss's second derivative in z times ``pushed``."""
+        return vjp((self.slope,), (self.slope_at,), pushed)
 
 
 class GaussNewton(MeanOverSamples):
@@ -33,12 +43,12 @@ class GaussNewton(MeanOverSamples):
     the Hessian where the model is linear or the residuals vanish.
 
     Args:
-        problem: whose matrix it is.
-        memory: bytes that passes kept from product to product may take: by default 1 GiB, and no more
-            than a training step where the problem has a ``chunk_size``.
+        problem: the mean loss.
+        memory: bytes that cached passes may take: by default 1 GiB, and at most what a training step
+            takes where the problem has a ``chunk_size``.
 
     Raises:
-        ValueError: for a problem from a batch loss, in which outputs and loss cannot be told apart.
+        ValueError: for a problem from a batch loss, which does not separate outputs and loss.
         SecondDerivativeError: for a model that cannot be differentiated twice; it names the module.
         TypeError: for a model that does not return one tensor.
 
@@ -49,36 +59,30 @@ class GaussNewton(MeanOverSamples):
     """
 
     def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
+        super().__init__(problem, memory)
         if problem.loss_fn is None:
             raise ValueError(
                 "GaussNewton needs the model's outputs apart from the loss: build the problem as"
                 " Problem(model, loss_fn, data)"
             )
         problem.check_twice()
-        super().__init__(problem, memory)
         self._loss_fn = problem.loss_fn
 
-    def linearise(self, batch: Any, size: int, at: Theta | None = None) -> _OutputPasses:
-        """Return the passes over ``batch``; the model is called with ``at``, functions of theta."""
+    def linearise(self, batch: Any, size: int, at: Theta | None = None) -> OutputPasses:
+        """Return the graphs over ``batch``; the model runs at ``at``, functions of theta."""
         outputs = self.problem.outputs(self.theta if at is None else at, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"
             )
-        # J^T u is linear in u: its gradient along a tangent v is J v, by reverse mode alone.
-        dummy = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(
-            outputs, self.theta, dummy, create_graph=True, allow_unused=True
-        )
+        forward = DoubleVjp([outputs], self.theta)
         slope_at = outputs.detach().requires_grad_()
         loss = self.problem.sign * self._loss_fn(slope_at, batch[1])
         (slope,) = torch.autograd.grad(loss, slope_at, create_graph=True)
-        return _OutputPasses(outputs, dummy, pulled, slope, slope_at)
+        return OutputPasses(outputs, forward, slope, slope_at)
 
     def chunk_product(
-        self, passes: _OutputPasses, tangent: list[Tensor]
+        self, passes: OutputPasses, tangent: list[Tensor]
     ) -> tuple[Tensor | None, ...]:
         """Return the product of one chunk's mean with ``tangent``, per parameter."""
-        pushed = pull(passes.pulled, (passes.dummy,), tangent)
-        bent = pull((passes.slope,), (passes.slope_at,), pushed)
-        return pull((passes.outputs,), self.theta, bent)
+        return vjp((passes.outputs,), self.theta, passes.bent(passes.forward.jvp(tangent)))

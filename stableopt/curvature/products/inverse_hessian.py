@@ -1,4 +1,4 @@
-r"""The inverse Hessian that L-BFGS keeps: known by its pairs, applied in its compact form.
+r"""`InverseHessian`: the inverse Hessian of L-BFGS, from pairs (s, y), in its compact form.
 
 With the steps S and the gradient changes Y as rows, :math:`(k, d)`, oldest first, and the initial
 matrix :math:`\gamma I`,
@@ -9,9 +9,9 @@ matrix :math:`\gamma I`,
 
 where R is the upper triangle of :math:`SY^\top` and D its diagonal (Byrd, Nocedal & Schnabel,
 Representations of quasi-Newton matrices, 1994, equation 3.1). It reads S and Y twice, each time in
-one matrix product, where the two-loop recursion makes 4k products and sums that wait for each other.
+one matrix product; the two-loop recursion makes 4k products and sums, one after the other. Example::
 
-    InverseHessian.from_pairs(ys, ss, gamma) @ v      # (d,) or (d, k)
+    InverseHessian.from_pairs(s=steps, y=changes, gamma=0.1) @ v      # (d,) or (d, k)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stableopt._deprecation import positional_keywords, renamed_keywords
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.products.blocked_rows import Rows
 
@@ -30,17 +31,17 @@ __all__ = ["InverseHessian"]
 class InverseHessian(Operator):
     r"""The symmetric positive definite ``(d, d)`` matrix that pairs with :math:`y^\top s > 0` define.
 
-    Every pair but the last constrains it in part, the last in full: ``P @ y == s``.
+    It satisfies the secant equation ``P @ y == s`` of the last pair, and those of earlier pairs
+    approximately.
 
     Args:
-        rows: steps and gradient changes by turns, two rows a pair, in cyclic order.
-        oldest: the pair of ``rows`` that is oldest.
+        rows: steps and gradient changes in turn, two rows a pair, in cyclic order.
+        oldest: the index of the oldest pair in ``rows``.
         triangle: R, the upper triangle of :math:`SY^\top`, ``(k, k)``, oldest first.
         squares: :math:`YY^\top`, ``(k, k)``, oldest first.
         gamma: scale of the initial matrix.
 
-    ``rows`` is not copied: the matrix lives as long as they stay what they are.
-    :meth:`from_pairs` copies.
+    ``rows`` is not copied: the matrix is valid until they change. :meth:`from_pairs` copies.
     """
 
     def __init__(
@@ -54,40 +55,43 @@ class InverseHessian(Operator):
         self._middle = torch.diag(triangle.diagonal()) + gamma * squares
 
     @classmethod
+    @renamed_keywords(pairs_s="s", pairs_y="y")
+    @positional_keywords("y", "s", "gamma")
     def from_pairs(
         cls,
-        pairs_y: Sequence[Tensor] | Tensor,
-        pairs_s: Sequence[Tensor] | Tensor,
+        *,
+        s: Sequence[Tensor] | Tensor,
+        y: Sequence[Tensor] | Tensor,
         gamma: float | Tensor | None = None,
     ) -> InverseHessian:
-        r"""Build the matrix from gradient changes and steps, oldest first.
+        r"""Build the matrix from steps and gradient changes, oldest first.
 
-        The state of ``torch.optim.LBFGS`` holds them as ``old_dirs``, ``old_stps`` and ``H_diag``.
+        The state of ``torch.optim.LBFGS`` holds them as ``old_stps``, ``old_dirs`` and ``H_diag``.
 
         Args:
-            pairs_y: k gradient changes ``(d,)``, or their rows ``(k, d)``.
-            pairs_s: the k steps that go with them.
+            s: k steps ``(d,)``, or their rows ``(k, d)``.
+            y: the k gradient changes over these steps.
             gamma: scale of the initial matrix; :math:`y^\top s / y^\top y` of the last pair if
                 ``None``.
 
         Raises:
             ValueError: for no pairs, unequal numbers, or a pair without :math:`y^\top s > 0`.
 
-        >>> P = InverseHessian.from_pairs([torch.tensor([4.0, 0.0])], [torch.tensor([2.0, 0.0])])
+        >>> s, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> P = InverseHessian.from_pairs(s=s, y=y)
         >>> P @ torch.tensor([4.0, 1.0])
         tensor([2.0000, 0.5000])
         """
-        if len(pairs_y) != len(pairs_s) or not len(pairs_y):
+        if len(s) != len(y) or not len(s):
             raise ValueError(
-                f"{len(pairs_y)} gradient changes and {len(pairs_s)} steps: expected as many of"
-                " each, at least one"
+                f"{len(y)} gradient changes and {len(s)} steps: expected as many of each, at least one"
             )
-        steps, changes = (torch.stack(list(p)).detach() for p in (pairs_s, pairs_y))
+        steps, changes = (torch.stack(list(p)).detach() for p in (s, y))
         rows = Rows(2 * len(steps), steps[0])
         for i, (step, change) in enumerate(zip(steps, changes, strict=True)):
             rows.write(2 * i, step)
             rows.write(2 * i + 1, change)
-        # Of y with every row: column i of them is s_j y_i and y_j y_i by turns.
+        # Products of y with every row: column i alternates between s_j y_i and y_j y_i.
         inner = rows.inner(changes, 2 * len(steps))
         triangle, squares = inner[:, 0::2].T.triu(), inner[:, 1::2]
         curvatures = triangle.diagonal()

@@ -1,9 +1,8 @@
-"""The passes over the data at one point, kept from product to product as far as memory allows.
+"""`LinearizationCache`: differentiable passes over the data, cached between products.
 
-The first part of every product, from the parameters to the gradients with their graph, is the same
-for all products at a point. :class:`KeptPasses` does it once for as many chunks of the data as fit
-into a number of bytes, and each time anew for the others; and it cuts chunks that are small enough
-for a CPU's cache, where they are quicker.
+Every product at a point starts with the same passes, from the parameters to the gradients with their
+graph. The cache keeps them for as many chunks of the data as fit into a number of bytes, and repeats
+them for the others. It also cuts chunks that fit a CPU's cache, where they are faster.
 """
 
 from __future__ import annotations
@@ -16,52 +15,55 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.problem import Problem
 
-__all__ = ["MEMORY", "KeptPasses"]
+__all__ = ["MEMORY", "LinearizationCache"]
 
 P = TypeVar("P")
 
 MEMORY = 2**30
-"""Bytes of kept passes where nobody chose: a thousand samples of a small convolutional network."""
+"""Default cache size in bytes: a thousand samples of a small convolutional network."""
 
 _CPU_CHUNK = 96 * 2**20
-"""Bytes of passes in one chunk on a CPU: more fell out of its cache, fewer were all overhead."""
+"""Bytes of passes in one chunk on a CPU: more exceeded its cache, fewer were mostly overhead."""
 
 _LEAST = 64 * 2**20
-"""Bytes of passes that are no matter on any machine, however little a training step takes."""
+"""Minimum cache size, 64 MiB: below it, memory is never the bottleneck."""
 
-_LEAN_KEPT, _LEAN_CHUNK = 4, 8
-"""Parts of a training step's memory that passes take where a chunk size was chosen: a quarter kept, an
-eighth in one chunk. A product's own intermediates, and what the count does not see, take as much
-again."""
+_CACHED_PART, _CHUNK_PART = 4, 8
+"""With a chunk size, the cache is limited to a quarter of a training step's memory, and one chunk to an
+eighth. A product's own intermediates, and what the count misses, take as much again."""
 
 _TRIED = 3
 
+_BYTES: Memo[float | None] = Memo()
+"""Bytes that one more sample takes in passes of a kind; ``None`` if they cannot be counted."""
 
-class KeptPasses(Generic[P]):
+
+class LinearizationCache(Generic[P]):
     """A re-iterable of ``(passes, size)`` over the chunks of a problem's data.
 
-    Args:
-        problem: whose data they are.
-        linearise: ``(batch, size) -> passes``, a method of the object that owns this one.
-        memory: bytes that kept passes may take; in all, since what is not kept is made of one chunk.
-            ``None`` is 1 GiB, or where the problem has a chunk size what a training step of so many
-            samples takes, if that is less.
-        kind: names the passes, so that what they take is found out once for each kind.
+    Iterate inside :meth:`Problem.evaluation`.
 
-    To be iterated inside :meth:`Problem.evaluation`.
+    Args:
+        problem: has the data.
+        linearise: ``(batch, size) -> passes``, a method of the object that owns this cache.
+        memory: bytes that cached passes may take; together with one chunk of passes that are not
+            cached, this is the peak. ``None`` is 1 GiB, or, if that is less and the problem has a
+            chunk size, what a training step of that many samples takes.
+        kind: the name under which the passes' size is remembered for the problem.
     """
 
     def __init__(
         self, problem: Problem, linearise: Callable[[Any, int], P], *, memory: int | None, kind: str
     ) -> None:
-        # Held, the method would hold its owner, which holds this: a circle, and passes that stay in
-        # memory after both are dropped, until Python looks for circles.
+        # A strong reference to the method would make a cycle with its owner, and keep passes in
+        # memory after both are dropped, until the garbage collector runs.
         self._problem, self._method = problem, WeakMethod(linearise)
         self._memory, self._kind = memory, kind
-        self._kept: list[tuple[P, int]] = []
-        self._all_kept = False
+        self._cached: list[tuple[P, int]] = []
+        self._all_cached = False
         self._plan: tuple[int | None, int] | None = None
 
     def _linearise(self, batch: Any, size: int) -> P:
@@ -70,9 +72,9 @@ class KeptPasses(Generic[P]):
         return linearise(batch, size)
 
     @property
-    def kept(self) -> list[tuple[P, int]]:
-        """The passes that are there."""
-        return self._kept
+    def cached(self) -> list[tuple[P, int]]:
+        """The passes that are cached by now."""
+        return self._cached
 
     @property
     def chunk_size(self) -> int | None:
@@ -81,35 +83,35 @@ class KeptPasses(Generic[P]):
             return self._planned()[0]
 
     @property
-    def keepable(self) -> int:
-        """How many chunks, the first ones, are kept."""
+    def capacity(self) -> int:
+        """How many chunks, the first ones, are cached."""
         return self._planned()[1]
 
     def __iter__(self) -> Iterator[tuple[P, int]]:
-        yield from self._kept
-        if self._all_kept:
+        yield from self._cached
+        if self._all_cached:
             return
-        chunk_size, keepable = self._planned()
+        chunk_size, capacity = self._planned()
         number = 0
         for number, (batch, size) in enumerate(self._problem.chunks(chunk_size), start=1):
-            if number <= len(self._kept):
+            if number <= len(self._cached):
                 continue
             passes = self._linearise(batch, size)
-            if number <= keepable:
-                self._kept.append((passes, size))
+            if number <= capacity:
+                self._cached.append((passes, size))
             yield passes, size
-        self._all_kept = number == len(self._kept)
+        self._all_cached = number == len(self._cached)
 
     def _planned(self) -> tuple[int | None, int]:
-        """Return the chunk size, and how many chunks to keep."""
+        """Return the chunk size, and how many chunks to cache."""
         if self._plan is None:
             each = self._bytes_each() if self._problem.equal_weights else None
             memory, at_once = self._budget()
             if self._problem.device.type == "cpu":
                 at_once = min(at_once, _CPU_CHUNK)
             if each is None:
-                # A batch that is more than its samples, or that cannot be weighed, stays as the
-                # user cut it.
+                # Batches stay as the user cut them if samples depend on their batch, or if their
+                # bytes cannot be counted.
                 self._plan = (None, int(self._problem.one_chunk))
             else:
                 chunk_size = max(1, int(at_once / each))
@@ -118,17 +120,17 @@ class KeptPasses(Generic[P]):
         return self._plan
 
     def _budget(self) -> tuple[int, int]:
-        """Return the bytes of passes that may be kept, and of those in one chunk."""
+        """Return the bytes of passes that may be cached, and of those in one chunk."""
         if self._memory is not None:
             return self._memory, self._memory
         step = self._step_bytes()
-        if step is None or step >= _LEAN_KEPT * MEMORY:
+        if step is None or step >= _CACHED_PART * MEMORY:
             return MEMORY, MEMORY
         least = max(step, _LEAST)
-        return int(least / _LEAN_KEPT), int(least / _LEAN_CHUNK)
+        return int(least / _CACHED_PART), int(least / _CHUNK_PART)
 
     def _step_bytes(self) -> float | None:
-        """Return what a training step keeps for its backward pass, at the chunk size chosen."""
+        """Return what a training step keeps for its backward pass, at the user's chunk size."""
         chosen = self._problem.batches.chosen
         if chosen is None or not self._problem.equal_weights:
             return None
@@ -137,24 +139,22 @@ class KeptPasses(Generic[P]):
         return None if each is None else chosen * each
 
     def _bytes_each(self) -> float | None:
-        """Return what the passes of one more sample take; ``None`` where it cannot be told."""
+        """Return what the passes of one more sample take; ``None`` if they cannot be counted."""
         return self._bytes_of(self._kind, self._linearise)
 
     def _bytes_of(self, kind: str, made: Callable[[Any, int], Any]) -> float | None:
-        memo = self._problem.memo
-        key = f"bytes of {kind}"
-        if key not in memo:
+        known = _BYTES.on(self._problem)
+        if kind not in known:
             batch, size = next(self._problem.chunks(_TRIED))
             try:
                 more = _bytes(made, batch, size) - _bytes(made, cut(batch, 0, 1), 1)
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise
-                memo[key] = None  # torch.func within the model does not let itself be watched
+                known[kind] = None  # torch.func within the model excludes saved tensor hooks
             else:
-                memo[key] = max(more / max(size - 1, 1), 1.0)
-        known: float | None = memo[key]
-        return known
+                known[kind] = max(more / max(size - 1, 1), 1.0)
+        return known[kind]
 
 
 def _bytes(made: Callable[[Any, int], Any], batch: Any, size: int) -> int:
@@ -164,7 +164,7 @@ def _bytes(made: Callable[[Any, int], Any], batch: Any, size: int) -> int:
 
 
 class _SavedBytes:
-    """Counts the bytes that autograd saves for the backward pass of what is done inside."""
+    """Counts the bytes that autograd saves for the backward pass of what runs inside."""
 
     def __init__(self) -> None:
         self.count = 0

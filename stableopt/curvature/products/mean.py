@@ -1,4 +1,4 @@
-"""`MeanOverSamples`: the loop over chunks and ranks that products with a mean over samples share."""
+"""`MeanOverSamples`: matrices that are a mean over samples, multiplied chunk by chunk on all ranks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,36 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
+from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
-from stableopt.curvature.products.linearization_cache import KeptPasses
+from stableopt.curvature.products.linearization_cache import LinearizationCache
 
 __all__ = ["MeanOverSamples"]
 
 
 class MeanOverSamples(Operator):
-    """A mean over samples, plus the problem's weight decay: the point, and the sum over chunks."""
+    """A mean over samples at one point, plus the problem's weight decay.
 
-    def __init__(self, problem: Problem, memory: int | None) -> None:
+    The parameters are copied, so the matrix stays the same while training moves them.
+
+    Raises:
+        TypeError: for a model under ``fully_shard``.
+    """
+
+    def __init__(self, problem: MeanLoss, memory: int | None) -> None:
+        if not isinstance(problem, Problem):
+            raise TypeError(
+                "a model under fully_shard cannot be run at other parameters: expected ShardedHessian,"
+                f" which measures by differences of gradients, instead of {type(self).__name__}"
+            )
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
         self.inner_product = InnerProduct(ranks=problem.ranks)
         self.theta = problem.theta()
-        self._passes = KeptPasses(problem, self.linearise, memory=memory, kind=type(self).__name__)
+        self._passes = LinearizationCache(
+            problem, self.linearise, memory=memory, kind=type(self).__name__
+        )
 
     @abc.abstractmethod
     def linearise(self, batch: Any, size: int) -> Any:
@@ -42,25 +57,18 @@ class MeanOverSamples(Operator):
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the matrix times each vector, in one reading of the data.
 
-        Column by column within a chunk: taken as one vectorised pass, four of them were slower on a
-        CPU, by a tenth for fully connected networks and twofold for convolutions.
+        Columns are multiplied one by one within a chunk: one vectorised pass over four of them was
+        slower on a CPU, by a tenth for fully connected networks and twofold for convolutions.
         """
         problem = self.problem
         tangents = [problem.unflatten(vector) for vector in vectors]
         totals = [torch.zeros_like(vector) for vector in vectors]
 
-        def add() -> int:
-            count = 0
-            with problem.evaluation():
-                for passes, size in self._passes:
-                    for total, tangent in zip(totals, tangents, strict=True):
-                        total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
-                    count += size
-            return count
+        def add(passes: Any, size: int) -> None:
+            for total, tangent in zip(totals, tangents, strict=True):
+                total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
 
-        means = problem.ranks.all_reduce_mean(totals, add)
-        if any(problem.weight_decay):
-            for mean, tangent in zip(means, tangents, strict=True):
-                decays = zip(problem.weight_decay, tangent, strict=True)
-                mean += problem.flatten([decay * part for decay, part in decays])
+        means = mean_over_chunks(problem, totals, add, self._passes)
+        for mean, tangent in zip(means, tangents, strict=True):
+            problem.coordinates.add_decay(mean, tangent)
         return means

@@ -1,13 +1,14 @@
-r"""The Hessian of a sharded model, by central differences of the gradients that FSDP computes.
+r"""`ShardedHessian`: products with the Hessian of a model under ``fully_shard``.
 
 .. math:: Hv \approx \frac{\nabla f(\theta + hv) - \nabla f(\theta - hv)}{2h}
 
-The vector v, like all vectors of a search, is sharded as the parameters are: an inner product is a local
-one, summed over the ranks (:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`).
+FSDP computes the gradients. The vector v, like all vectors of a search, is sharded as the parameters
+are: an inner product is local, then summed over the ranks
+(:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`).
 
-The step balances rounding, about :math:`\epsilon|\nabla f|/h`, with what the difference leaves out, of
-the order :math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, shorter where a second step, of half
-the length, tells that this was too long.
+The step balances rounding, about :math:`\epsilon|\nabla f|/h`, against truncation, of order
+:math:`h^2`: :math:`h = \epsilon^{1/3}|\theta|/(16|v|)`, and shorter where a second step, of half the
+length, shows that this was too long.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from stableopt.curvature.autodiff import central_difference
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
+from stableopt.curvature.problem.mean_loss import MeanLoss, Memo
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
 from stableopt.curvature.products.hessian import Hessian
@@ -31,6 +34,9 @@ _UNSURE = 0.05
 """Relative difference of a product between two steps that is worth a warning: smooth networks stay
 below 1e-3, those with kinks, whose Hessian a difference blurs, do not."""
 
+_STEP: Memo[float] = Memo()
+"""The step found for a problem, relative to the norm of all parameters."""
+
 
 class ShardedHessian(Operator):
     r"""The Hessian of a :class:`ShardedProblem`, by central differences of gradients.
@@ -39,11 +45,11 @@ class ShardedHessian(Operator):
     of :meth:`Problem.transformed` the matrix is :math:`D(\pm H + \Lambda)D`.
 
     Args:
-        problem: whose Hessian it is.
+        problem: the mean loss.
 
-    A product takes two gradients, and the first one two more, for the second step: where they differ
-    by more than 1e-3, ever shorter ones are tried, as long as that helps. Where the best still differ
-    by more than 5 %, a ``RuntimeWarning`` says so.
+    A product takes two gradients. The first takes two more, for a second step; if they differ by more
+    than 1e-3, shorter steps follow as long as the difference falls. If the best ones still differ by
+    more than 5 %, a ``RuntimeWarning`` says so.
     """
 
     def __init__(self, problem: ShardedProblem) -> None:
@@ -54,7 +60,7 @@ class ShardedHessian(Operator):
         self._tried = False
 
     def product(self, vector: Tensor) -> Tensor:
-        """Return this rank's part of the matrix times the vector of which ``vector`` is its part."""
+        """Return this rank's part of the product with the vector that all ranks' parts make up."""
         problem = self.problem
         tangent = problem.unflatten(vector)
         length = problem.norm(torch.cat([part.reshape(-1) for part in tangent]))
@@ -64,24 +70,24 @@ class ShardedHessian(Operator):
             self._tried = True
             self._choose_step(tangent, length)
         image = self._difference(tangent, self._step / length)
-        if any(problem.weight_decay):
-            decays = zip(problem.weight_decay, tangent, strict=True)
-            image += problem.flatten([decay * part for decay, part in decays])
+        problem.coordinates.add_decay(image, tangent)
         return image
+
+    @property
+    def _factor(self) -> float:
+        return _STEP.on(self.problem).get("step", STEP)
 
     @property
     def _step(self) -> float:
         """How far to go, in parameters."""
-        return float(self.problem.memo.get("step", STEP)) * cube_root(self.dtype) * self._size
+        return self._factor * cube_root(self.dtype) * self._size
 
     def _difference(self, tangent: list[Tensor], h: float) -> Tensor:
-        ahead, behind = (self.problem.at(self.theta, tangent, step)[1] for step in (h, -h))
-        return (ahead - behind) / (2 * h)
+        return central_difference(lambda step: self.problem.at(self.theta, tangent, step)[1], h)
 
     def _choose_step(self, tangent: list[Tensor], length: float) -> None:
-        """Halve the step until two of them agree, or no longer come closer."""
-        problem, h = self.problem, self._step / length
-        factor = float(problem.memo.get("step", STEP))
+        """Halve the step until two of them agree, or come no closer."""
+        problem, factor, h = self.problem, self._factor, self._step / length
         image, shorter = self._difference(tangent, h), self._difference(tangent, h / 2)
         difference = problem.norm(image - shorter) / (problem.norm(shorter) or 1.0)
         for _ in range(_HALVINGS):
@@ -93,7 +99,7 @@ class ShardedHessian(Operator):
             if not closer < difference / 2:
                 break
             difference, factor = closer, factor / 2
-        problem.memo["step"] = factor
+        _STEP.on(problem)["step"] = factor
         if difference > _UNSURE and problem.ranks.rank == 0:
             warnings.warn(
                 f"the Hessian by differences of FSDP's gradients changes by {difference:.0%} between"
@@ -108,6 +114,9 @@ class ShardedHessian(Operator):
         return self.problem.value(self.theta)
 
 
-def hessian_of(problem: Problem) -> Hessian | ShardedHessian:
-    """Return the Hessian of a problem as it can be had."""
-    return ShardedHessian(problem) if isinstance(problem, ShardedProblem) else Hessian(problem)
+def hessian_of(problem: MeanLoss) -> Hessian | ShardedHessian:
+    """Return the Hessian of a problem, sharded if the problem is."""
+    if isinstance(problem, ShardedProblem):
+        return ShardedHessian(problem)
+    assert isinstance(problem, Problem)
+    return Hessian(problem)

@@ -23,6 +23,8 @@ from stableopt._arguments import positive, whole
 from stableopt._deprecation import renamed_keywords
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
+from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.coordinates import as_seen_by, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
@@ -295,14 +297,14 @@ def _problem_and(
     rule: UpdateRule | None,
 ) -> tuple[Problem | DualCurvature, T | None]:
     """Return the problem, and ``number``, which is the second argument after a problem."""
-    given = isinstance(model, (Problem, DualCurvature))
+    given = isinstance(model, (MeanLoss, DualCurvature))
     if given and number is None and not callable(loss_fn):
         loss_fn, number = None, loss_fn
     if isinstance(model, DualCurvature):
         if loss_fn is not None or data is not None:
             raise ValueError("a DualCurvature has its own loss_fn, data: leave them out")
         return model, number
-    problem = problem_of(model, loss_fn, data)
+    problem = require_samples(problem_of(model, loss_fn, data), "a Gauss–Newton matrix of samples")
     return (problem if given or rule is None else as_seen_by(problem, rule, None)), number
 
 

@@ -58,12 +58,12 @@ class SampleCurvature:
         Those are ``directions`` eigenvectors of the mean, and as many of the differences between the
         samples if ``differences`` ask for them.
         """
-        if isinstance(problem, Problem):
+        if not isinstance(problem, DualCurvature):
             check_outputs(problem)
             problem = problem.without_weight_decay()
             if problem.num_samples * count_outputs(problem) > max_rows:
                 return cls._leading(problem, directions, differences, seed)
-            problem = DualCurvature.of(problem)
+            problem = DualCurvature.from_problem(problem)
         return cls(problem.modes, problem.sharpness, True, float("nan"))
 
     @classmethod

@@ -81,7 +81,7 @@ class NoiseGain(Operator):
 
     A product takes :math:`4nCr^2` operations and memory for three matrices of that of V.
 
-    >>> modes = Modes.of_factors(torch.tensor([[[1.0]], [[2.0]]]))   # h_i = 1 and 4, H = 5/2
+    >>> modes = Modes.from_factors(torch.tensor([[[1.0]], [[2.0]]]))   # h_i = 1 and 4, H = 5/2
     >>> h, p, step = modes.eigenvalues, 1.0, LinearStep(0.5)
     >>> gain = NoiseGain(modes, mode_weights(h[:, None], h, step) + p * h[:, None] * h, p)
     >>> gain @ torch.ones(2).double()             # (1/n) f_i^2 (f_1^2 + f_2^2) / 10

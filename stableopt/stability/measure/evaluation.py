@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
+from stableopt.curvature import Hessian, NonUniformity, Operator, top_eigenpair
+from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.problem import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.measurement import Measurement
@@ -39,7 +41,7 @@ class Evaluation:
         subspaces: the subspaces of this measurement by quantity.
     """
 
-    problem: Problem
+    problem: MeanLoss
     rule: UpdateRule | None
     batch_size: int | None
     dataset_size: int | None
@@ -88,7 +90,9 @@ class Evaluation:
     def non_uniformity(self) -> NonUniformity:
         """Return the covariance of the per-sample Hessians, in the rule's coordinates."""
         if self._non_uniformity is None:
-            self._non_uniformity = NonUniformity(self.problem)
+            self._non_uniformity = NonUniformity(
+                require_samples(self.problem, "the non-uniformity")
+            )
         return self._non_uniformity
 
     def loss(self) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stableopt._arguments import positive, whole
-from stableopt.curvature import NonFiniteError, Problem
+from stableopt.curvature import NonFiniteError
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.margins import StabilityMargins
@@ -25,7 +26,7 @@ __all__ = ["check_quantities", "measure", "measure_at"]
 
 
 def measure(
-    model: nn.Module | Problem,
+    model: nn.Module | MeanLoss,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     data: Any = None,
     *,
@@ -96,7 +97,7 @@ def measure(
         rule = UpdateRule.from_optimizer(optimizer)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
-    given = isinstance(model, Problem)
+    given = isinstance(model, MeanLoss)
     problem = problem_of(
         model,
         loss_fn,
@@ -146,7 +147,7 @@ def check_quantities(
 
 
 def measure_at(
-    problem: Problem,
+    problem: MeanLoss,
     rule: UpdateRule | None,
     *,
     batch_size: int | None,

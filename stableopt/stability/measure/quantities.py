@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stableopt.curvature import Hessian
+from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.limits import noise_factor
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
@@ -259,7 +260,7 @@ def _critical_lr(at: Evaluation) -> QuantityResult:
     if size is None and at.batch_size is not None:
         size = _MANY * at.batch_size
     found = critical_lr(
-        at.problem,
+        require_samples(at.problem, "critical_lr"),
         at.batch_size,
         update_rule=at.rule,
         dataset_size=size,
@@ -272,7 +273,8 @@ def _critical_lr(at: Evaluation) -> QuantityResult:
 
 def _batch_sharpness(at: Evaluation) -> QuantityResult:
     assert at.batch_size is not None
-    found = batch_sharpness(at.problem, at.batch_size, seed=at.seed)
+    problem = require_samples(at.problem, "batch_sharpness")
+    found = batch_sharpness(problem, at.batch_size, seed=at.seed)
     if found.value is None:
         return QuantityResult()
     relative = found.standard_error / abs(found.value) if found.value else 0.0

@@ -58,12 +58,12 @@ def test_gram_of_squared_loss_and_cross_entropy(network: nn.Module, data: Data) 
     x, y = data
     squared = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
     rows = dense_factors(network, x, squared).flatten(0, 1)
-    found = DualCurvature.of(Problem(network, nn.MSELoss(), (x, y)))
+    found = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
     assert relative_error(found.gram, rows @ rows.T) < 1e-13  # rounding of sums of 38 terms
     assert found.num_outputs == 3
 
     rows = dense_factors(network, x, softmax_curvature(network(x))).flatten(0, 1)
-    found = DualCurvature.of(Problem(network, nn.CrossEntropyLoss(), (x, LABELS)))
+    found = DualCurvature.from_problem(Problem(network, nn.CrossEntropyLoss(), (x, LABELS)))
     # Only up to rotations within a sample is the root unique; both take the symmetric one.
     assert relative_error(found.gram, rows @ rows.T) < 1e-12
 
@@ -75,7 +75,7 @@ def test_both_coordinates_are_those_of_the_hessians_at_interpolation(network: nn
     x, _ = small_data()
     y = network(x).detach()
     hessians = dense_hessians(network, nn.MSELoss(), x, y)
-    found = DualCurvature.of(Problem(network, nn.MSELoss(), (x, y)))
+    found = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
     top = float(torch.linalg.eigvalsh(hessians.mean(0))[-1])
     spread = float(torch.linalg.eigvalsh(covariance(hessians))[-1])
     assert found.sharpness == pytest.approx(top, rel=1e-12)
@@ -86,7 +86,7 @@ def test_modes_are_the_samples_in_the_eigenbasis_of_the_mean(problem: Problem) -
     """Catches factors scaled wrongly: their own mean must be the diagonal of the eigenvalues, and
     their Gram matrix K, block for block.
     """
-    dual = DualCurvature.of(problem)
+    dual = DualCurvature.from_problem(problem)
     modes = dual.modes
     rows = modes.factors.flatten(0, 1)
     assert relative_error(rows @ rows.T, dual.gram) < 1e-12
@@ -119,7 +119,7 @@ def test_chunks_change_nothing(network: nn.Module, data: Data, memory: int) -> N
     rows = dense_factors(model, x, second).flatten(0, 1)
     for chunk_size in (None, 3):
         problem = Problem(model, nn.MSELoss(), (x, y), chunk_size=chunk_size)
-        found = DualCurvature.of(problem, memory=memory)
+        found = DualCurvature.from_problem(problem, memory=memory)
         assert relative_error(found.gram, rows @ rows.T) < 1e-13
 
 
@@ -154,7 +154,7 @@ def test_layers_give_the_same_matrix_as_rows(network: nn.Module, data: Data) -> 
         for chunk_size in (None, 3):
             problem = Problem(model, nn.MSELoss(), (x, y), chunk_size=chunk_size)
             expected = rows @ rows.T
-            assert relative_error(DualCurvature.of(problem).gram, expected) < 1e-13
+            assert relative_error(DualCurvature.from_problem(problem).gram, expected) < 1e-13
         theta = problem.theta()
         with problem.evaluation():
             assert (fully_connected(problem, theta) is not None) == (model is network)
@@ -163,7 +163,7 @@ def test_layers_give_the_same_matrix_as_rows(network: nn.Module, data: Data) -> 
     problem = Problem(network, nn.MSELoss(), data, params=params)
     g = GaussNewton(problem) @ torch.eye(33, dtype=torch.float64)
     expected = torch.linalg.eigvalsh(g)[-21:]
-    assert relative_error(DualCurvature.of(problem).modes.eigenvalues, expected) < 1e-12
+    assert relative_error(DualCurvature.from_problem(problem).modes.eigenvalues, expected) < 1e-12
 
 
 def test_coordinates_of_the_problem(network: nn.Module, data: Data) -> None:
@@ -174,7 +174,9 @@ def test_coordinates_of_the_problem(network: nn.Module, data: Data) -> None:
     expected = torch.linalg.eigvalsh(d[:, None] * g * d)[-21:]
     for third in (3.0, torch.full((3, 5), 3.0, dtype=torch.float64)):
         problem = plain.transformed(scale=[0.5, 2.0, third, 1.0], weight_decay=[1.0] * 4)
-        assert relative_error(DualCurvature.of(problem).modes.eigenvalues, expected) < 1e-12
+        assert (
+            relative_error(DualCurvature.from_problem(problem).modes.eigenvalues, expected) < 1e-12
+        )
 
 
 class _Stubborn(torch.autograd.Function):
@@ -213,9 +215,9 @@ def test_modules_that_vmap_cannot_follow_go_one_by_one() -> None:
     def loss(z: Tensor, y: Tensor) -> Tensor:
         return ((z - y) ** 2 * torch.tensor([1.0, 3.0])).mean()
 
-    expected = DualCurvature.of(Problem(nn.Sequential(layer, Square()), loss, (x, y)))
+    expected = DualCurvature.from_problem(Problem(nn.Sequential(layer, Square()), loss, (x, y)))
     model = nn.Sequential(layer, StubbornSquare())
-    found = DualCurvature.of(Problem(model, stubborn_loss, (x, y)))
+    found = DualCurvature.from_problem(Problem(model, stubborn_loss, (x, y)))
     assert relative_error(found.gram, expected.gram) < 1e-13
 
 
@@ -224,8 +226,8 @@ def test_single_precision_is_summed_in_double(data: Data) -> None:
     double = small_network()
     single = small_network().float()
     x, y = data
-    expected = DualCurvature.of(Problem(double, nn.MSELoss(), (x, y)))
-    found = DualCurvature.of(Problem(single, nn.MSELoss(), (x.float(), y.float())))
+    expected = DualCurvature.from_problem(Problem(double, nn.MSELoss(), (x, y)))
+    found = DualCurvature.from_problem(Problem(single, nn.MSELoss(), (x.float(), y.float())))
     assert found.gram.dtype == torch.float64
     # Rows have the rounding of single precision, 6e-8, a few operations deep.
     assert found.sharpness == pytest.approx(expected.sharpness, rel=2e-6)
@@ -276,10 +278,10 @@ def test_a_loss_without_curvature_has_none() -> None:
     model = nn.Linear(3, 2).double()
     x, _ = small_data()
     y = torch.zeros(7, 2, dtype=torch.float64)
-    found = DualCurvature.of(Problem(model, nn.L1Loss(), (x, y)))
+    found = DualCurvature.from_problem(Problem(model, nn.L1Loss(), (x, y)))
     assert found.sharpness == 0.0
     assert found.non_uniformity == 0.0
-    assert Modes.of_factors(torch.zeros(2, 1, 3)).eigenvalues.numel() == 0
+    assert Modes.from_factors(torch.zeros(2, 1, 3)).eigenvalues.numel() == 0
 
 
 def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
@@ -293,9 +295,9 @@ def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
         return nn.functional.mse_loss(model(batch[0]), batch[1])
 
     with pytest.raises(ValueError, match="convex in them"):
-        DualCurvature.of(Problem(network, concave, data))
+        DualCurvature.from_problem(Problem(network, concave, data))
     with pytest.raises(ValueError, match=r"Problem\(model, loss_fn, data\)"):
-        DualCurvature.of(Problem.from_batch_loss(network, batch_loss, data))
+        DualCurvature.from_problem(Problem.from_batch_loss(network, batch_loss, data))
     with pytest.raises(ValueError, match=r"gram has shape \(3, 2\)"):
         DualCurvature(torch.ones(3, 2), 3)
     with pytest.raises(ValueError, match="with n = 2 samples"):
@@ -315,4 +317,4 @@ def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
         return nn.functional.mse_loss(z[0], y)
 
     with pytest.raises(TypeError, match="returned tuple"):
-        DualCurvature.of(Problem(Tuple(), first, (x, y)))
+        DualCurvature.from_problem(Problem(Tuple(), first, (x, y)))

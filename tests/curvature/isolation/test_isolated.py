@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from stableopt.curvature.isolation.isolated import undisturbed
+from stableopt.curvature.isolation.isolated import isolated
 
 
 def test_threads_take_turns() -> None:
@@ -23,11 +23,11 @@ def test_threads_take_turns() -> None:
 
     def other() -> None:
         waiting.set()
-        with undisturbed(model, cpu):
+        with isolated(model, cpu):
             entered.set()
 
     thread = threading.Thread(target=other)
-    with undisturbed(model, cpu):
+    with isolated(model, cpu):
         torch.rand(5)
         thread.start()
         waiting.wait(timeout=10)

@@ -21,7 +21,7 @@ def test_ladder(k: int, gamma: float | None) -> None:
     y, s = quadratic_pairs(k)
     scale = float(y[-1] @ s[-1] / (y[-1] @ y[-1])) if gamma is None else gamma
     dense = bfgs_inverse(y, s, scale)
-    P = InverseHessian.from_pairs(y, s, gamma)
+    P = InverseHessian.from_pairs(s=s, y=y, gamma=gamma)
     assert P.gamma == pytest.approx(scale, rel=1e-15 * 20)  # sums of 12 products in another order
     v = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     block = torch.randn(12, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -34,7 +34,7 @@ def test_ladder(k: int, gamma: float | None) -> None:
 def test_any_row_may_be_the_oldest() -> None:
     """Catches a ring buffer that is read from its first row on, even if that is not the oldest."""
     y, s = quadratic_pairs(4)
-    expected = InverseHessian.from_pairs(y, s, 0.5)
+    expected = InverseHessian.from_pairs(s=s, y=y, gamma=0.5)
     v = torch.ones(12, dtype=torch.float64)
     triangle, squares = (s @ y.T).triu(), y @ y.T
     for oldest in range(4):
@@ -50,7 +50,7 @@ def test_any_row_may_be_the_oldest() -> None:
 def test_last_pair_is_satisfied_and_the_matrix_is_symmetric_positive() -> None:
     """Catches an error that all formulas share: the secant equation is their definition."""
     y, s = quadratic_pairs(5)
-    P = InverseHessian.from_pairs(y, s)
+    P = InverseHessian.from_pairs(s=s, y=y)
     torch.testing.assert_close(P @ y[-1], s[-1], **ROUNDING)
     matrix = P @ torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(matrix, matrix.T, **ROUNDING)
@@ -61,7 +61,7 @@ def test_float32_pairs() -> None:
     """Catches small systems solved in single precision; only the pairs' rounding may remain."""
     y, s = quadratic_pairs(8)
     v = torch.ones(12, dtype=torch.float64)
-    P = InverseHessian.from_pairs(y.float(), s.float(), 0.5)
+    P = InverseHessian.from_pairs(s=s.float(), y=y.float(), gamma=0.5)
     # Those pairs, rounded, define another matrix: the oracle takes them as they are.
     expected = bfgs_inverse(y.float().double(), s.float().double(), 0.5) @ v
     found = P @ v.float()
@@ -86,7 +86,7 @@ def test_reads_the_state_of_torchs_lbfgs() -> None:
 
     optimizer.step(closure)
     state = optimizer.state[x]
-    P = InverseHessian.from_pairs(state["old_dirs"], state["old_stps"], state["H_diag"])
+    P = InverseHessian.from_pairs(s=state["old_stps"], y=state["old_dirs"], gamma=state["H_diag"])
     torch.testing.assert_close(P @ -state["prev_flat_grad"], state["d"], **ROUNDING)
 
 
@@ -103,12 +103,12 @@ def test_reads_the_state_of_torchs_lbfgs() -> None:
 def test_pairs_that_define_no_inverse(y: Tensor, s: Tensor, says: str) -> None:
     """Catches a matrix that is not positive definite, and would send Lanczos after NaN."""
     with pytest.raises(ValueError, match=says):
-        InverseHessian.from_pairs(y, s)
+        InverseHessian.from_pairs(s=s, y=y)
 
 
 def test_vectors_that_do_not_fit() -> None:
     """Catches products that broadcast, or cast, what has another length or dtype."""
-    P = InverseHessian.from_pairs(torch.ones(1, 3), torch.ones(1, 3))
+    P = InverseHessian.from_pairs(s=torch.ones(1, 3), y=torch.ones(1, 3))
     for wrong in (torch.ones(4), torch.ones(3, 1, 1), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(ValueError, match="InverseHessian"):
             P @ wrong

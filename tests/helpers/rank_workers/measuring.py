@@ -68,7 +68,7 @@ def _products(problem: Problem) -> dict[str, Any]:
         "gradient": problem.gradient().tolist(),
         "hessian": (Hessian(problem) @ vector).tolist(),
         "gauss-newton": (GaussNewton(problem) @ vector).tolist(),
-        "gram": DualCurvature.of(problem, memory=30_000).sharpness,
+        "gram": DualCurvature.from_problem(problem, memory=30_000).sharpness,
         "project": project(problem, basis).eigenvalues.tolist(),
         "largest block": largest_block(problem),
     }

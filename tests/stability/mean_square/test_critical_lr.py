@@ -58,7 +58,7 @@ def test_a_chain_of_scalars() -> None:
     problem = Problem(Chain(), half_square, (x, 1.5 * x))
     g = sum((1.5 / w) ** 2 for w in (0.5, 2.0, 1.5))
     m2, m4 = g * float((x**2).mean()), g**2 * float((x**4).mean())
-    dual = DualCurvature.of(problem)
+    dual = DualCurvature.from_problem(problem)
     assert dual.sharpness == pytest.approx(m2, rel=1e-12)
     assert dual.non_uniformity == pytest.approx(math.sqrt(m4 - m2**2), rel=1e-12)
     for batch_size in (1, 3, 4):
@@ -113,7 +113,7 @@ def test_groups_are_a_preconditioner(network: nn.Module, data: Data) -> None:
         ]
     )
     d = torch.cat([torch.full((k,), f) for k, f in zip((15, 5, 15, 3), scale, strict=True)])
-    expected = critical_lr(DualCurvature.of_factors((2 / 3) ** 0.5 * jacobian * d), 2)
+    expected = critical_lr(DualCurvature.from_factors((2 / 3) ** 0.5 * jacobian * d), 2)
     found = critical_lr(problem.transformed(scale=scale), 2)
     assert found.value == pytest.approx(expected.value, rel=1e-8)
     optimizer = torch.optim.SGD(
@@ -205,7 +205,7 @@ def test_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) ->
     """Catches noise for an optimizer that has none."""
     descent = stableopt.GD(network.parameters(), lr=0.1)
     found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=("critical_lr",))
-    dual = DualCurvature.of(Problem(network, nn.MSELoss(), data))
+    dual = DualCurvature.from_problem(Problem(network, nn.MSELoss(), data))
     assert found.critical_lr == pytest.approx(2 / dual.sharpness, rel=1e-12)
 
 
@@ -356,7 +356,7 @@ def test_a_search_that_was_cut_short_says_so() -> None:
     """Catches a value reported as exact after two products; it and the lower end are still bounds."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(8, 2, 9, generator=generator, dtype=torch.float64)
-    dual = DualCurvature.of_factors(rows)
+    dual = DualCurvature.from_factors(rows)
     exact = critical_lr(dual, 1, tol=1e-7)
     short = critical_lr(dual, 1, max_iter=2)
     assert not short.converged

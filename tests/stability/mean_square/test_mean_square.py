@@ -32,7 +32,7 @@ def factors(n: int = 6, outputs: int = 2, d: int = 5, seed: int = 0) -> Tensor:
 
 
 def dual(rows: Tensor) -> DualCurvature:
-    return DualCurvature.of_factors(rows)
+    return DualCurvature.from_factors(rows)
 
 
 def step_matrices(h: Tensor, rule: UpdateRule, lr: float) -> Tensor:
@@ -273,7 +273,7 @@ def test_one_mode_is_the_scalar_recursion(name: str) -> None:
 def test_noise_gain_is_its_definition() -> None:
     """Catches a sum over the wrong index: sample by sample, with loops, and symmetric as a matrix."""
     rows = factors(n=3, outputs=2, d=4)
-    modes = Modes.of_factors(rows)
+    modes = Modes.from_factors(rows)
     h, p = modes.eigenvalues, 0.4
     weights = mode_weights(h[:, None], h, LinearStep(0.1)) + p * h[:, None] * h
     gain = NoiseGain(modes, weights, p)

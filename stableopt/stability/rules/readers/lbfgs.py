@@ -53,7 +53,9 @@ def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
     else:
         pairs, gamma = state["old_dirs"], float(state["H_diag"])
-        inverse = InverseHessian.from_pairs(pairs, state["old_stps"], gamma) if pairs else None
+        inverse = None
+        if pairs:
+            inverse = InverseHessian.from_pairs(s=state["old_stps"], y=pairs, gamma=gamma)
         shares = [rate / lr if lr else 1.0 for rate in rates]
         roots = [
             torch.full((p.numel(),), share**0.5, dtype=p.dtype, device=p.device)

@@ -1,0 +1,357 @@
+"""`MeanLoss`: a model, a loss and data as one function of one flat parameter vector."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature.isolation.isolated import isolated
+from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
+from stableopt.curvature.problem.coordinates import Coordinates
+from stableopt.curvature.problem.data import Batches, generators_of, map_tensors
+from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
+from stableopt.curvature.problem.precision import Precision
+from stableopt.distributed import Ranks
+
+__all__ = ["Choices", "MeanLoss", "Memo", "Theta"]
+
+Theta = tuple[Tensor, ...]
+"""One value of the parameters: a tensor for each, in the problem's order."""
+
+P = TypeVar("P", bound="MeanLoss")
+T = TypeVar("T")
+
+
+class Choices(NamedTuple):
+    """The user's choices of how to evaluate."""
+
+    dtype: torch.dtype | None
+    batch_statistics: bool
+
+
+class _Objective(nn.Module):
+    """A model and its loss as one module, so that one functional call swaps all parameters."""
+
+    def __init__(
+        self, model: nn.Module, batch_loss: Callable[[nn.Module, Any], Tensor], loss_fn: Any
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_loss = batch_loss
+        if isinstance(loss_fn, nn.Module):
+            # Its mode and buffers are then restored like the model's. A loss that is bound to the
+            # model, or a part of it, is included already.
+            self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.batch_loss(self.model, batch)
+
+
+class MeanLoss(abc.ABC):
+    """The protocol of a mean loss over data, and what its implementations share.
+
+    :class:`~stableopt.curvature.Problem` implements it for models whose parameters are whole,
+    :class:`~stableopt.curvature.ShardedProblem` for models under ``fully_shard``. Monitors,
+    optimizers and steering use this protocol alone; see :class:`~stableopt.curvature.Problem` for the
+    arguments.
+    """
+
+    sharded: ClassVar[bool]
+    """Whether each rank holds a shard of every vector."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        data: Any,
+        *,
+        params: Iterable[Tensor] | None = None,
+        chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        if not callable(loss_fn) or isinstance(loss_fn, type):
+            raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
+        self.loss_fn: Callable[[Any, Any], Tensor] | None = loss_fn
+
+        def batch_loss(model: nn.Module, batch: Any) -> Tensor:
+            x, y = batch
+            return loss_fn(model(x), y)
+
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        self._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=True)
+
+    @classmethod
+    def from_batch_loss(
+        cls: type[P],
+        model: nn.Module,
+        batch_loss: Callable[[nn.Module, Any], Tensor],
+        data: Any,
+        *,
+        params: Iterable[Tensor] | None = None,
+        chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        batch_statistics: bool = False,
+        process_group: Any = None,
+    ) -> P:
+        """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
+
+        For batches that are dictionaries, and models that compute their own loss. ``data`` is one
+        batch, or a re-iterable of batches; the first dimension of every tensor in a batch counts its
+        samples. The other arguments, and the errors, are those of the class.
+
+        >>> from stableopt.curvature import Problem
+        >>> model = nn.Linear(2, 1)
+        >>> batch = {"x": torch.ones(4, 2)}
+        >>> loss = lambda model, batch: model(batch["x"]).square().mean()
+        >>> Problem.from_batch_loss(model, loss, batch).num_samples
+        4
+        """
+        problem = cls.__new__(cls)
+        problem.loss_fn = None
+        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
+        problem._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=False)
+        return problem
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        batch_loss: Callable[[nn.Module, Any], Tensor],
+        data: Any,
+        params: Iterable[Tensor] | None,
+        chunk_size: int | None,
+        choices: Choices,
+        ranks: Ranks,
+        *,
+        paired: bool,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+        self.model = unwrapped(model)
+        self._choices = choices
+        self.ranks = self._checked_placement(ranks)
+        self._objective = _Objective(self.model, batch_loss, self.loss_fn)
+        self._notes = {UNCOMPILED} if compiled(model) else set()
+        if not choices.batch_statistics:
+            check_batch_norm(self.model)
+        self._all_trainable = params is None
+        self._take(*select_parameters(self.model, params))
+        # An error in one rank's data is raised on all of them.
+        self.ranks.raise_together(lambda: self._read(data, chunk_size, paired=paired))
+        if self.ranks.several:
+            self._num_samples = sum(self.ranks.all_gather_object(self.own_samples))
+        self._check_together()
+
+    def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
+        # Creating a loader's iterator draws a seed, so even a test for emptiness needs isolation.
+        with self._isolated(data):
+            self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
+        self._check()
+
+    def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
+        """Use these parameters, in their own coordinates."""
+        self.names, self.params = names, params
+        self.precision = Precision.of_parameters(names, params, self._choices.dtype)
+        self.device, self.dtype = self.precision.device, self.precision.dtype
+        self.shapes = [self._own(p).shape for p in params]
+        self.num_params = sum(shape.numel() for shape in self.shapes)
+        self.coordinates = Coordinates(names, self.shapes, self.dtype, self.device)
+        self.memos: dict[object, dict[str, Any]] = {}
+
+    @abc.abstractmethod
+    def _checked_placement(self, ranks: Ranks) -> Ranks:
+        """Return the ranks that measure; raise where the parameters are placed otherwise."""
+
+    @abc.abstractmethod
+    def _check(self) -> None:
+        """Check the loss on this rank's data, without communication."""
+
+    @abc.abstractmethod
+    def _check_together(self) -> None:
+        """Check what concerns all ranks."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def _own(tensor: Tensor) -> Tensor:
+        """Return the part of a parameter that vectors of this rank cover."""
+
+    @property
+    @abc.abstractmethod
+    def _product_method(self) -> str:
+        """How products with the Hessian are taken."""
+
+    @abc.abstractmethod
+    def theta(self) -> Theta:
+        """Return a copy of this rank's part of the parameters as they are now."""
+
+    @abc.abstractmethod
+    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+        """Return the mean loss over all samples, times ``sign``, at ``theta`` or the parameters."""
+
+    @abc.abstractmethod
+    def gradient(self) -> Tensor:
+        """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
+
+    @abc.abstractmethod
+    def check_samples(self, what: str) -> None:
+        """Raise ``ValueError`` if samples have no curvature of their own; ``what`` needs it."""
+
+    def transformed(
+        self: P,
+        *,
+        sign: float = 1.0,
+        scale: Sequence[Tensor | float] | None = None,
+        weight_decay: Sequence[float] | None = None,
+    ) -> P:
+        r"""Return the problem in other coordinates, as an optimizer with several groups sees it.
+
+        .. math:: g(y) = \pm f(\theta_0 + D y) + \tfrac12 \|\Lambda^{1/2} D y\|^2
+
+        The Hessian becomes :math:`D(\pm H + \Lambda)D`: with :math:`D^2 = P` a diagonal
+        preconditioner (per-group learning rates), :math:`\Lambda` coupled weight decay that differs
+        between groups, and a minus sign for ``maximize``.
+
+        Args:
+            sign: 1, or -1 to look at -f.
+            scale: for each parameter a factor, or a tensor of its shape: the diagonal of D.
+            weight_decay: a coefficient for each parameter, the diagonal of Lambda.
+
+        >>> from stableopt.curvature import Problem
+        >>> model = nn.Linear(2, 1)
+        >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+        >>> problem.transformed(scale=[2.0, 1.0]).flatten([torch.ones(1, 2), torch.ones(1)])
+        tensor([2., 2., 1.])
+        """
+        other = copy.copy(self)
+        other.coordinates = self.coordinates.transformed(
+            sign=sign, scale=scale, weight_decay=weight_decay
+        )
+        return other
+
+    def without_weight_decay(self: P) -> P:
+        """Return the problem in the same coordinates without weight decay."""
+        return self.transformed(sign=self.sign, scale=self.scale)
+
+    @property
+    def sign(self) -> float:
+        """1, or -1 in coordinates that look at -f."""
+        return self.coordinates.sign
+
+    @property
+    def scale(self) -> tuple[Tensor | float, ...]:
+        """The diagonal of D, for each parameter."""
+        return self.coordinates.scale
+
+    @property
+    def weight_decay(self) -> tuple[float, ...]:
+        """The diagonal of Lambda, for each parameter."""
+        return self.coordinates.weight_decay
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
+        return self.coordinates.flatten(tensors)
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
+        return self.coordinates.unflatten(vector)
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples n on all ranks."""
+        return self._num_samples if self.ranks.several else self.own_samples
+
+    @property
+    def own_samples(self) -> int:
+        """The number of samples on this rank."""
+        with self.evaluation():
+            return self.batches.num_samples
+
+    @property
+    def one_chunk(self) -> bool:
+        """Whether all samples are evaluated at once."""
+        with self.evaluation():
+            return self.batches.num_chunks == 1
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
+        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each,
+        and at most what the problem's own chunks hold.
+
+        Tensors are copies, since a model may work on its inputs in place.
+        """
+        batches, own = self.batches, self.batches.chunk_size
+        if chunk_size is not None and (own is None or chunk_size < own):
+            batches = batches.with_chunk_size(chunk_size)
+        for batch, size in batches:
+            yield map_tensors(self._fresh, batch), size
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        return self.precision.cast(tensor.detach().to(self.device, copy=True))
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return the context in which the model is a fixed function and evaluation leaves no trace."""
+        return self._isolated(self.batches.source)
+
+    def _isolated(self, source: Any) -> AbstractContextManager[None]:
+        return isolated(
+            self._objective,
+            self.device,
+            generators_of(source),
+            note=self._notes.add,
+            autocast=self.precision.autocast,
+            batch_statistics=self._choices.batch_statistics,
+        )
+
+    @property
+    def method(self) -> str:
+        """How products with the Hessian are taken, and which fast operations were replaced.
+
+        >>> from stableopt.curvature import Problem
+        >>> model, data = nn.Linear(2, 1), (torch.ones(4, 2), torch.zeros(4, 1))
+        >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
+        'double backward, in float64, uncompiled'
+        """
+        statistics = "batch statistics" if self._choices.batch_statistics else None
+        noted = [note for note in NOTES if note in self._notes]
+        parts = [self._product_method, self.precision.note, statistics, *noted]
+        return ", ".join(filter(None, parts))
+
+    def current(self: P) -> P:
+        """Return the problem with the model's trainable parameters as they are by now.
+
+        Returns itself if they are the same: layers may have been thawed or replaced. Coordinates of
+        :meth:`transformed` are dropped.
+
+        Raises:
+            ValueError: if parameters chosen by ``params`` no longer belong to the model.
+        """
+        names, params = select_parameters(self.model, None if self._all_trainable else self.params)
+        if [id(p) for p in params] == [id(p) for p in self.params]:
+            return self
+        other = copy.copy(self)
+        other._take(names, params)
+        return other
+
+
+class Memo(Generic[T]):
+    """Facts about the parameters of a problem, found once and shared by all its coordinates.
+
+    Each module that finds out such facts has a memo of its own; the values live on the problem.
+
+    >>> from stableopt.curvature import Problem
+    >>> problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+    >>> widths = Memo[int]()
+    >>> widths.on(problem)["layer"] = 2
+    >>> widths.on(problem.transformed(sign=-1.0)), Memo[int]().on(problem)
+    ({'layer': 2}, {})
+    """
+
+    def on(self, problem: MeanLoss) -> dict[str, T]:
+        """Return the facts about ``problem``, by name."""
+        return problem.memos.setdefault(self, {})
