@@ -37,17 +37,21 @@ def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-            for old, new in names.items():
-                if old in kwargs:
-                    if new in kwargs:
-                        raise TypeError(f"{new} and its old name {old}: expected one of them")
-                    warn_renamed(f"the keyword {old}", new)
-                    kwargs[new] = kwargs.pop(old)
+            _rename(kwargs, names)
             return function(*args, **kwargs)
 
         return wrapped
 
     return decorate
+
+
+def _rename(kwargs: dict[str, Any], names: dict[str, str]) -> None:
+    for old, new in names.items():
+        if old in kwargs:
+            if new in kwargs:
+                raise TypeError(f"{new} and its old name {old}: expected one of them")
+            warn_renamed(f"the keyword {old}", new, stacklevel=4)
+            kwargs[new] = kwargs.pop(old)
 
 
 def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
@@ -62,8 +66,8 @@ def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
     return __getattr__
 
 
-def positional_keywords(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a class method whose arguments are keywords now: the old positions still work.
+def positional_keywords(*names: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a class method of keywords: old positions and old keywords, ``old="new"``, still work.
 
     >>> class Interval:
     ...     @classmethod
@@ -79,6 +83,12 @@ def positional_keywords(*names: str) -> Callable[[Callable[P, T]], Callable[P, T
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
             owner, *values = args
+            _rename(kwargs, renamed)
+            if len(values) > len(names):
+                raise TypeError(f"expected at most {len(names)} positional arguments: {names}")
+            for name in names[: len(values)]:
+                if name in kwargs:
+                    raise TypeError(f"{name} and its position: expected one of them")
             if values:
                 title = f"{function.__qualname__} with positional arguments"
                 warn_renamed(title, "keywords: " + ", ".join(names[: len(values)]))

@@ -10,13 +10,14 @@ import torch
 from stableopt import (
     AdaptiveAccumulation,
     AdaptiveBatchSampler,
+    Problem,
     TargetRegion,
     UpdateRule,
     critical_batch_size,
     critical_lr,
 )
 from stableopt._deprecation import renamed_keywords
-from stableopt.curvature import DualCurvature
+from stableopt.curvature import DualCurvature, InverseHessian
 from stableopt.suggest import Suggestion, Suggestions
 
 
@@ -86,3 +87,32 @@ def test_bounds_of_batch_sizes_have_old_keywords() -> None:
     with pytest.warns(DeprecationWarning, match="use max_batch_size"):
         accumulation = AdaptiveAccumulation([], 4, max=12)
     assert accumulation.nearest(99) == 12
+
+
+def test_pairs_in_the_old_order_make_the_same_inverse_hessian() -> None:
+    """Catches steps and gradient changes that are exchanged, and a scale that is dropped."""
+    s, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 1.0]])
+    expected = InverseHessian.from_pairs(s=s, y=y, gamma=0.5) @ torch.ones(2)
+    with pytest.warns(DeprecationWarning, match="use keywords: y, s, gamma") as caught:
+        by_position = InverseHessian.from_pairs(y, s, 0.5)
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="the keyword pairs_. is deprecated"):
+        by_keyword = InverseHessian.from_pairs(pairs_y=y, pairs_s=s, gamma=0.5)
+    assert torch.equal(by_position @ torch.ones(2), expected)
+    assert torch.equal(by_keyword @ torch.ones(2), expected)
+    with pytest.raises(TypeError, match="y and its position"):
+        InverseHessian.from_pairs(y, y=y, s=s)
+    with pytest.raises(TypeError, match="at most 3 positional"):
+        InverseHessian.from_pairs(y, s, 0.5, 1.0)
+
+
+def test_dual_curvature_has_its_old_constructors() -> None:
+    """Catches an alias that is silent, or drops the memory."""
+    problem = Problem(torch.nn.Linear(2, 1), torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)))
+    with pytest.warns(DeprecationWarning, match=r"use DualCurvature\.from_problem"):
+        found = DualCurvature.of(problem, memory=1000)
+    assert torch.equal(found.gram, DualCurvature.from_problem(problem, memory=1000).gram)
+    factors = torch.ones(2, 1, 3)
+    with pytest.warns(DeprecationWarning, match=r"use DualCurvature\.from_factors"):
+        found = DualCurvature.of_factors(factors)
+    assert torch.equal(found.gram, DualCurvature.from_factors(factors).gram)

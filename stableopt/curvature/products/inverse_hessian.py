@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stableopt._deprecation import positional_keywords, renamed_keywords
+from stableopt._deprecation import positional_keywords
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.products.blocked_rows import Rows
 
@@ -55,8 +55,7 @@ class InverseHessian(Operator):
         self._middle = torch.diag(triangle.diagonal()) + gamma * squares
 
     @classmethod
-    @renamed_keywords(pairs_s="s", pairs_y="y")
-    @positional_keywords("y", "s", "gamma")
+    @positional_keywords("y", "s", "gamma", pairs_s="s", pairs_y="y")
     def from_pairs(
         cls,
         *,
