@@ -1,21 +1,21 @@
 """Whether ``torch.compile`` pays for a product with the Hessian.
 
 What torch compiles cannot be differentiated twice afterwards, so a compiled product is one compiled
-function of the vector, forward-over-reverse from the parameters on, in place of passes that are kept
-from product to product. How long compiling took is shown as well: a measurement takes a few products.
+function of the vector, forward-over-reverse from the parameters on, instead of passes that are kept
+from product to product. The time to compile is shown too: a measurement takes only a few products.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.perf.timing import Config, interleaved, once, write
+from benchmarks.perf.timing import Config, interleaved, once, random_data, report
 from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.curvature import Hessian, Problem
 
@@ -30,33 +30,21 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         model, shape, outputs = fully_connected(widths, config.seed), (widths[0],), widths[-1]
         with console.status(f"compiling for {name}"):
             rows.append({"network": name, **_row(config, model, shape, outputs)})
-    table = Table(title="One product with the Hessian, in gradients")
-    for heading in (
-        "network",
-        "kept passes (ours)",
-        "torch.func",
-        "compiled",
-        "seconds to compile",
-    ):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    for row in rows:
-        costs = (row[way] / row["gradient"] for way in ("kept", "eager", "compiled"))
-        table.add_row(
-            row["network"], *(f"{cost:.2f}" for cost in costs), f"{row['compile_seconds']:.1f}"
-        )
-    console.print(table)
-    write(config.out / "perf-compiled.json", rows, config.device)
-    return rows
+
+    t = pd.DataFrame(rows)
+    names = {"kept passes (ours)": "kept", "torch.func": "eager", "compiled": "compiled"}
+    costs = {name: t[way] / t.gradient for name, way in names.items()}
+    columns = {"network": t.network, **costs, "seconds to compile": t.compile_seconds}
+    title = "One product with the Hessian, in gradients"
+    return report(config, console, "compiled", title, columns, rows)
 
 
 def _row(config: Config, model: nn.Module, shape: tuple[int, ...], outputs: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(config.seed)
     model.to(config.device)
-    x = torch.rand((config.n, *shape), generator=generator).to(config.device)
-    y = torch.rand((config.n, outputs), generator=generator).to(config.device)
+    x, y = random_data(config, config.n, shape, outputs)
     problem = Problem(model, nn.functional.mse_loss, (x, y))
     hessian = Hessian(problem)
-    vector = torch.randn(problem.num_params, generator=generator).to(config.device)
+    vector = torch.randn(problem.num_params, device=config.device)
     theta = {name: p.detach() for name, p in model.named_parameters()}
     tangent = dict(zip(problem.names, problem.unflatten(vector), strict=True))
 

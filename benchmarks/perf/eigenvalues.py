@@ -1,28 +1,28 @@
 """The largest eigenvalue of the Hessian at a trained network: ours and other packages', and s.
 
-All look at the same parameters and data, and are asked for the same residual, ``tol`` relative to the
-eigenvalue, as far as they can be asked; for Sigma twice that, since s is the root of its eigenvalue.
-What each returned is held against the truth (Lanczos until float32 gives no more), and its residual is
-computed afterwards with our operator.
+All use the same parameters and data and, where they take one, the same tolerance: a residual of ``tol``
+relative to the eigenvalue; for Σ twice that, since s is the root of its eigenvalue. The truth is
+Lanczos at the precision of float32; residuals are computed afterwards with our operator.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import stableopt
+from benchmarks.framework.plotting import BLUE, panels
 from benchmarks.perf.peers import PEERS
-from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.perf.timing import Config, interleaved, report
 from benchmarks.training.data import Dataset, Images
-from benchmarks.training.loops import gd_until, mean_squared_error
+from benchmarks.training.loops import all_samples, gd_until, mean_squared_error, train
 from benchmarks.training.networks import WIDTHS, fully_connected
 from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
 
@@ -34,7 +34,7 @@ _STEPS_BETWEEN = 50
 
 @dataclass(frozen=True)
 class _Row:
-    """What one way found, and what it took."""
+    """The result of one way, and its cost."""
 
     matrix: str
     way: str
@@ -52,16 +52,13 @@ class _Row:
 
 def trained(config: Config, console: Console) -> tuple[nn.Module, nn.Module, Images]:
     """Train by gradient descent; return the network, itself some steps before, and the data."""
-    images = Dataset(config.data, config.n).load(config.data_dir)
-    images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
+    images = Dataset(config.data, config.n).load(config.data_dir).to(config.device)
     model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
     optimizer = stableopt.GD(model.parameters(), lr=config.lr)
     with console.status("training"):
         gd_until(config.target_loss, model, images, optimizer, max_steps=200_000)
     before = copy.deepcopy(model)
-    for _ in range(_STEPS_BETWEEN):
-        optimizer.full_gradient(model, mean_squared_error, (images.x, images.y))
-        optimizer.step()
+    train(model, optimizer, all_samples(images), steps=_STEPS_BETWEEN)
     return before, model, images
 
 
@@ -73,25 +70,15 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     problem, former = (Problem(m, mean_squared_error, data) for m in (model, before))
     with console.status("comparing"):
         rows = _compared(config, problem, former, console)
-    table = Table(
-        title=f"Largest eigenvalue to a residual of {config.tol:g}: {config.data},"
+    found = [{**asdict(row), "error": row.error} for row in rows]
+    t = pd.DataFrame(found)
+    columns = {key: t[key] for key in ("matrix", "way", "seconds", "products")}
+    columns |= {"returned": t.value, "error": t.error, "residual": t.residual}
+    title = (
+        f"Largest eigenvalue to a residual of {config.tol:g}: {config.data},"
         f" d = {problem.num_params:,}, n = {config.n:,}"
     )
-    for heading in ("matrix", "way", "seconds", "products", "returned", "error", "residual"):
-        table.add_column(heading, justify="left" if heading in ("matrix", "way") else "right")
-    for row in rows:
-        table.add_row(
-            row.matrix,
-            row.way,
-            f"{row.seconds:.3f}",
-            "?" if row.products is None else str(row.products),
-            f"{row.value:.6g}",
-            f"{row.error:+.1e}",
-            f"{row.residual:.1e}",
-        )
-    console.print(table)
-    found = [{**asdict(row), "error": row.error} for row in rows]
-    write(config.out / "perf-eigenvalues.json", found, config.device)
+    report(config, console, "eigenvalues", title, columns, found)
     _draw(rows, config, config.out / "perf-eigenvalues.png")
     return found
 
@@ -136,16 +123,13 @@ def _ours(
 
 
 def _draw(rows: list[_Row], config: Config, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     chosen = [row for row in rows if row.matrix == "H"]
-    figure = Figure(figsize=(7, 0.6 + 0.4 * len(chosen)), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(width=7, height=0.6 + 0.4 * len(chosen))
     reached = [row.residual <= 1.05 * config.tol for row in chosen]
     axes.barh(
         [row.way for row in chosen],
         [row.seconds for row in chosen],
-        color=["C0" if ok else "0.75" for ok in reached],
+        color=[BLUE if ok else "0.75" for ok in reached],
     )
     for place, (row, ok) in enumerate(zip(chosen, reached, strict=True)):
         note = f" error {abs(row.error):.1%}" + ("" if ok else f", residual {row.residual:.1%}")

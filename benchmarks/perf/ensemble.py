@@ -1,4 +1,4 @@
-"""Several trainings as one network with stacked weights, against one after the other.
+"""The gain from training several runs as one network with stacked weights.
 
 The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take
 the same steps, of which the first few are compared before anything is timed.
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.perf import timing
-from benchmarks.perf.timing import interleaved, write
+from benchmarks.perf.timing import interleaved, report
 from benchmarks.training import ensemble
 from benchmarks.training.data import Dataset, Images
 from benchmarks.training.minimum import Solution
@@ -53,22 +53,16 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         ]
         with console.status(f"{config.members} members, batches of {batch_size or config.n}"):
             rows.append(_row(config, jobs, images))
-    table = Table(title=f"{config.members} trainings of {config.data} as one")
-    for heading in ("batch", "steps", "one by one, a step", "as one, a step", "gain", "difference"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        per = 1e3 / row["steps"]
-        table.add_row(
-            str(row["batch_size"]),
-            str(row["steps"]),
-            f"{row['one_by_one'] * per:.2f} ms",
-            f"{row['as_one'] * per:.2f} ms",
-            f"{row['one_by_one'] / row['as_one']:.2f} ×",
-            f"{row['difference']:.0e}",
-        )
-    console.print(table)
-    write(config.out / "perf-ensemble.json", rows, config.device)
-    return rows
+
+    t = pd.DataFrame(rows)
+    columns = {
+        **{"batch": t.batch_size, "steps": t.steps},
+        "one by one, ms a step": 1e3 * t.one_by_one / t.steps,
+        "as one, ms a step": 1e3 * t.as_one / t.steps,
+        **{"gain": t.one_by_one / t.as_one, "difference": t.difference},
+    }
+    title = f"{config.members} training runs of {config.data} as one"
+    return report(config, console, "ensemble", title, columns, rows)
 
 
 def _row(config: Config, jobs: Sequence[Solution], images: Images) -> dict[str, Any]:

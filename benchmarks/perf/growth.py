@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.framework.plotting import coloured, finish, panels, trace
+from benchmarks.perf.timing import Config, interleaved, random_data, report
 from benchmarks.training.networks import fully_connected
 from stableopt.curvature import Hessian, NonUniformity, Problem
 
@@ -31,31 +32,24 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     for series, points in SERIES.items():
         with console.status(f"growth with {series}"):
             rows += [{"series": series, **_row(config, *point)} for point in points]
-    table = Table(title="Growth: milliseconds for one product, and for one training step")
-    for heading in ("series", "n", "d", "batch", "Hv", "Σv", "step", "Hv / step", "Σv / step"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row["series"],
-            *(f"{row[key]:,}" for key in ("n", "d", "batch")),
-            *(f"{1e3 * row[key]:.2f}" for key in ("hessian", "non_uniformity", "step")),
-            *(f"{row[key] / row['step']:.1f}" for key in ("hessian", "non_uniformity")),
-        )
-    console.print(table)
-    write(config.out / "perf-growth.json", rows, config.device)
-    _draw(rows, config.out / "perf-growth.png")
-    return rows
+    t = pd.DataFrame(rows)
+    columns = {
+        **{key: t[key] for key in ("series", "n", "d", "batch")},
+        **{"Hv": 1e3 * t.hessian, "Σv": 1e3 * t.non_uniformity, "step": 1e3 * t.step},
+        **{"Hv / step": t.hessian / t.step, "Σv / step": t.non_uniformity / t.step},
+    }
+    _draw(t, config.out)
+    title = "Growth: milliseconds for one product, and for one training step"
+    return report(config, console, "growth", title, columns, rows)
 
 
 def _row(config: Config, n: int, width: int, batch: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(config.seed)
-    x = torch.rand((n, 64), generator=generator).to(config.device)
-    y = torch.rand((n, 10), generator=generator).to(config.device)
+    x, y = random_data(config, n, (64,), 10)
     model = fully_connected((64, width, width, 10), config.seed).to(config.device)
     loss_fn = nn.MSELoss()
     problem = Problem(model, loss_fn, (x, y))
     hessian, sigma = Hessian(problem), NonUniformity(problem)
-    vector = torch.randn(problem.num_params, generator=generator).to(config.device)
+    vector = torch.randn(problem.num_params, device=config.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:
@@ -76,24 +70,14 @@ def _row(config: Config, n: int, width: int, batch: int) -> dict[str, Any]:
     return {"n": n, "d": problem.num_params, "batch": batch, **medians}
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
-    figure = Figure(figsize=(9, 3), layout="constrained")
+def _draw(table: pd.DataFrame, folder: Path) -> None:
+    figure, axes = panels(len(SERIES), width=3, height=3)
     labels = {"hessian": "one Hv", "non_uniformity": "one Σv", "step": "one training step"}
-    for axes, series in zip(figure.subplots(1, len(SERIES), squeeze=False)[0], SERIES, strict=True):
-        chosen = [row for row in rows if row["series"] == series]
-        for key, label in labels.items():
-            axes.loglog(
-                [row[series] for row in chosen],
-                [1e3 * row[key] for row in chosen],
-                "o-",
-                label=label,
-            )
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel={"n": "samples n", "d": "parameters d"}.get(series, "batch of a step"))
-    figure.axes[0].set_ylabel("milliseconds")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    for number, (panel, series) in enumerate(zip(axes, SERIES, strict=True)):
+        chosen = table[table.series == series]
+        for (key, label), (_, colour) in zip(labels.items(), coloured(labels), strict=True):
+            trace(panel, chosen[series], 1e3 * chosen[key], label, colour, marker="o")
+        x = {"n": "samples n", "d": "parameters d"}.get(series, "batch of a step")
+        finish(panel, x, "" if number else "milliseconds", log="xy", legend=not number)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "perf-growth.png", dpi=150)

@@ -1,4 +1,4 @@
-"""What ``import stableopt`` takes, beside the ``import torch`` that every user pays for.
+"""How long ``import stableopt`` takes, relative to ``import torch``, which every user pays for.
 
 Fresh processes, in turns, so that a machine whose speed drifts slows both alike. The ratio of the
 medians counts; a torch that is imported alone has the same modules on disk and in its caches.
@@ -11,10 +11,10 @@ import sys
 from statistics import median
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.perf.timing import Config, write
+from benchmarks.perf.timing import Config, report
 
 __all__ = ["Config", "run"]
 
@@ -34,14 +34,10 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         for module, times in zip(MODULES, zip(*turns, strict=True), strict=True)
     ]
     rows[1]["of_torch_in_turns"] = [own / torch for torch, own in turns]
-    table = Table(title=f"Imports, median of {len(turns)} processes")
-    for heading in ("module", "seconds", "relative to torch"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(row["module"], f"{row['seconds']:.2f}", f"{row['of_torch']:.2f}")
-    console.print(table)
-    write(config.out / "perf-imports.json", rows, config.device)
-    return rows
+    t = pd.DataFrame(rows)
+    columns = {"module": t.module, "seconds": t.seconds, "relative to torch": t.of_torch}
+    title = f"Imports, median of {len(turns)} processes"
+    return report(config, console, "imports", title, columns, rows)
 
 
 def _seconds(module: str) -> float:

@@ -1,4 +1,4 @@
-"""What an iteration of L-BFGS costs: compact and two-loop directions against torch.optim.LBFGS.
+"""The cost of an L-BFGS iteration: compact and two-loop directions against torch.optim.LBFGS.
 
 Three clocks, on a quadratic whose own cost is taken off: a whole iteration without line search, the
 direction alone (pair taken in, and -Pg), and how often the host waits for a number. The methods take
@@ -16,15 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stableopt
-from benchmarks.perf.timing import write
+from benchmarks.perf.timing import show, write
 from benchmarks.training.data import Dataset
 from benchmarks.training.loops import mean_squared_error
 from benchmarks.training.networks import WIDTHS, fully_connected
@@ -99,29 +99,22 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def _print(config: Config, results: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"L-BFGS iterations without the closure, float32, {config.device}")
-    for heading in ("parameters", "pairs", "method", "ms", "direction ms", "faster", "host waits"):
-        table.add_column(heading, justify="right")
-    for row in results["iterations"]:
-        for name, found in row["methods"].items():
-            direction = found["direction_ms"]
-            table.add_row(
-                f"{row['size']:,}",
-                str(row["history"]),
-                name,
-                f"{found['iteration_ms']:.3f}",
-                "" if direction is None else f"{direction:.3f}",
-                f"{row['methods']['torch']['iteration_ms'] / found['iteration_ms']:.2f}x",
-                f"{found['host_waits']:g}",
-            )
-    console.print(table)
-    table = Table(title=f"Time to loss {config.target_loss:g}: {config.data}, n = {config.n:,}")
-    for heading in ("method", "seconds", "calls of the closure", "loss"):
-        table.add_column(heading, justify="right")
-    for row in results["time_to_loss"]:
-        seconds = f"{row['seconds']:.2f}" if row["reached"] else "not reached"
-        table.add_row(row["method"], seconds, str(row["calls"]), f"{row['loss']:.2e}")
-    console.print(table)
+    t = pd.DataFrame(
+        {**row, **found, "method": name, "faster": row["methods"]["torch"]["iteration_ms"]}
+        for row in results["iterations"]
+        for name, found in row["methods"].items()
+    )
+    columns = {
+        **{"parameters": t["size"], "pairs": t.history, "method": t.method, "ms": t.iteration_ms},
+        **{"direction, ms": t.direction_ms, "faster": t.faster / t.iteration_ms},
+        "host waits": t.host_waits,
+    }
+    show(console, f"L-BFGS iterations without the closure, float32, {config.device}", columns)
+    t = pd.DataFrame(results["time_to_loss"])
+    columns = {"method": t.method, "seconds": t.seconds.where(t.reached)}
+    columns |= {"calls of the closure": t.calls, "loss": t.loss}
+    title = f"Time to loss {config.target_loss:g}: {config.data}, n = {config.n:,}"
+    show(console, title, columns)
 
 
 class _Quadratic:
@@ -145,7 +138,7 @@ class _Quadratic:
     def _closure(self) -> Tensor:
         began = _now(self.x.device)
         x = self.x.detach()
-        # A little noise, else the memory would be done with the quadratic before it is full.
+        # A little noise, or the quadratic would be solved before the memory is full.
         x.add_(torch.rand_like(x), alpha=1e-2)
         self.x.grad = self._scales * x
         loss = 0.5 * x.dot(self.x.grad)

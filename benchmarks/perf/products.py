@@ -1,4 +1,4 @@
-"""Products with the covariance of per-sample Hessians: the structured way beside the others.
+"""Products with the covariance of per-sample Hessians: the structured way against the others.
 
 The unit is one gradient over the same samples, timed in the same turns. Ways that take samples by
 themselves cost the same for each sample, so they are timed on the first few and scaled; the table
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.perf.timing import Config, interleaved, write
+from benchmarks.framework.plotting import coloured, finish, panels, trace
+from benchmarks.perf.timing import Config, interleaved, random_data, report
 from benchmarks.training.networks import WIDTHS, TransformerBlock, fully_connected, small_vgg
 from stableopt.curvature import Hessian, NonUniformity, Problem
 
@@ -44,36 +45,27 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         for n in config.sizes:
             with console.status(f"{name}, n = {n:,}"):
                 rows.append({"network": name, "n": n, **_row(config, model, shape, outputs, n)})
-    table = Table(title="One product with the covariance of per-sample Hessians, in gradients")
-    headings = ("network", "d", "n", "gradient", "Hv", "structured", "vmap", "loop", "loop / ours")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    for row in rows:
-        unit = row["gradient"]
-        table.add_row(
-            row["network"],
-            f"{row['d']:,}",
-            f"{row['n']:,}",
-            f"{1e3 * unit:.1f} ms",
-            *(f"{row[way] / unit:.1f}" for way in ("hessian", "structured", "vmap", "loop")),
-            f"{row['loop'] / row['structured']:.0f}",
-        )
-    console.print(table)
-    write(config.out / "perf-products.json", rows, config.device)
-    _draw(rows, config.out / "perf-products.png")
-    return rows
+
+    t = pd.DataFrame(rows)
+    ways = {"Hv": "hessian", "structured": "structured", "vmap": "vmap", "loop": "loop"}
+    columns = {
+        **{"network": t.network, "d": t.d, "n": t.n, "gradient, ms": 1e3 * t.gradient},
+        **{name: t[way] / t.gradient for name, way in ways.items()},
+        "loop / ours": t.loop / t.structured,
+    }
+    _draw(t, config.out)
+    title = "One product with the covariance of per-sample Hessians, in gradients"
+    return report(config, console, "products", title, columns, rows)
 
 
 def _row(
     config: Config, model: nn.Module, shape: tuple[int, ...], outputs: int, n: int
 ) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(config.seed)
-    x = torch.rand((n, *shape), generator=generator).to(config.device)
-    y = torch.rand((n, outputs), generator=generator).to(config.device)
+    x, y = random_data(config, n, shape, outputs)
     loss_fn, few = nn.MSELoss(), min(_FEW, n)
     problem = Problem(model, loss_fn, (x, y))
     part = Problem(model, loss_fn, (x[:few], y[:few]))
-    vector = torch.randn(problem.num_params, generator=generator).to(config.device)
+    vector = torch.randn(problem.num_params, device=config.device)
     structured, hessian = NonUniformity(problem, method="structured"), Hessian(problem)
     ways = {
         way: NonUniformity(part, method=way)  # type: ignore[arg-type]
@@ -109,18 +101,21 @@ def _row(
     return {"d": problem.num_params, "few": few, **medians, "difference": difference}
 
 
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(names), 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        chosen = [row for row in rows if row["network"] == name]
-        for way in ("loop", "vmap", "structured", "hessian"):
-            costs = [row[way] / row["gradient"] for row in chosen]
-            label = {"hessian": "one Hv", "structured": "structured (ours)"}.get(way, way)
-            axes.loglog([row["n"] for row in chosen], costs, "o-", label=label)
-        axes.set(title=f"{name}, d = {chosen[0]['d']:,}", xlabel="samples n")
-    figure.axes[0].set_ylabel("cost of a product, in gradients")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def _draw(table: pd.DataFrame, folder: Path) -> None:
+    names = list(dict.fromkeys(table.network))
+    figure, axes = panels(len(names), width=3.2, height=3)
+    labels = {
+        "loop": "loop",
+        "vmap": "vmap",
+        "structured": "structured (ours)",
+        "hessian": "one Hv",
+    }
+    for number, (panel, name) in enumerate(zip(axes, names, strict=True)):
+        its = table[table.network == name]
+        for (way, label), (_, colour) in zip(labels.items(), coloured(labels), strict=True):
+            trace(panel, its.n, its[way] / its.gradient, label, colour, marker="o")
+        title, y = f"{name}, d = {its.d.iloc[0]:,}", "cost of a product, in gradients"
+        y = "" if number else y
+        finish(panel, "samples n", y, log="xy", title=title, legend=not number)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "perf-products.png", dpi=150)

@@ -1,4 +1,4 @@
-"""Timing several ways of one thing fairly, and saying on what machine."""
+"""Fair timing of several ways to do one thing, and the tables and files of what was timed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +14,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
-__all__ = ["Config", "Timing", "interleaved", "machine", "once", "write"]
+from benchmarks.framework.tables import cell
+
+__all__ = ["Config", "Timing", "interleaved", "once", "random_data", "report", "show", "write"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Timing:
 
 
 def once(function: Callable[[], Any], device: str) -> Timing:
-    """Time one call, with what the device has left to do."""
+    """Time one call, until the device has finished."""
     _wait(device)
     began = time.perf_counter()
     result = function()
@@ -86,7 +91,7 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time each function ``repeats`` times, in turns, so that a drifting machine slows all alike.
 
-    Each is called once before, untimed: what is set up on first use does not count.
+    Each is called once before, untimed, so that what is set up on first use does not count.
 
     >>> found = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3, device="cpu")
     >>> found["b"].result, len(found["a"].seconds)
@@ -110,7 +115,7 @@ def _wait(device: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what a figure depends on: device, threads and versions."""
+    """Return what a timing depends on: device, threads and versions."""
     peers = ("curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings", "scipy")
     versions = {name: found for name in peers if (found := _version(name)) is not None}
     on_gpu = device.startswith("cuda")
@@ -132,8 +137,41 @@ def _version(package: str) -> str | None:
 
 
 def write(path: Path, rows: Any, device: str) -> None:
-    """Write ``rows`` beside the machine's description, as JSON, at once or not at all."""
+    """Write ``rows`` and the machine's description as JSON, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def random_data(
+    config: Config, n: int, shape: tuple[int, ...], outputs: int
+) -> tuple[Tensor, Tensor]:
+    """Return uniform inputs and targets on the device, drawn from the seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    x = torch.rand((n, *shape), generator=generator)
+    y = torch.rand((n, outputs), generator=generator)
+    return x.to(config.device), y.to(config.device)
+
+
+Columns = Mapping[str, Iterable[Any]]
+"""The values of a table by heading: numbers are shown with four digits."""
+
+
+def show(console: Console, title: str, columns: Columns) -> None:
+    """Print columns as a table."""
+    lines = Table(title=title)
+    for heading in columns:
+        lines.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    for values in zip(*columns.values(), strict=True):
+        lines.add_row(*map(cell, values))
+    console.print(lines)
+
+
+def report(
+    config: Any, console: Console, name: str, title: str, columns: Columns, rows: list[Any]
+) -> list[Any]:
+    """Print a table, write the rows to ``perf-NAME.json``, and return them."""
+    show(console, title, columns)
+    write(config.out / f"perf-{name}.json", rows, config.device)
+    return rows

@@ -6,15 +6,14 @@ machine whose speed drifts slows both alike; the ratio of the medians is what co
 
 from __future__ import annotations
 
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 import stableopt
-from benchmarks.perf.timing import Config, once, write
+from benchmarks.perf.timing import Config, once, report
 from benchmarks.training.data import Dataset, Images
 from benchmarks.training.loops import mean_squared_error
 from benchmarks.training.networks import WIDTHS, fully_connected
@@ -25,8 +24,7 @@ __all__ = ["Config", "run"]
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Run both comparisons, print and write their table; return its rows."""
     console = console or Console()
-    images = Dataset(config.data, config.n).load(config.data_dir)
-    images = replace(images, x=images.x.to(config.device), y=images.y.to(config.device))
+    images = Dataset(config.data, config.n).load(config.data_dir).to(config.device)
     rows = []
     for name, compare in (
         (f"every={config.every}", _every),
@@ -34,25 +32,18 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     ):
         with console.status(f"tracking with {name}"):
             rows.append(compare(config, images))
-    table = Table(title=f"Cost of tracking sharpness by GD: {config.data}, n = {config.n:,}")
-    for heading in ("tracking", "ms a step", "with tracking", "overhead", "measured", "products"):
-        table.add_column(heading, justify="right", no_wrap=heading == "tracking")
-    for row in rows:
-        table.add_row(
-            row["tracking"],
-            f"{row['plain_ms']:.2f}",
-            f"{row['tracked_ms']:.2f}",
-            f"{row['overhead']:+.1%}",
-            f"{row['measurements']} times",
-            f"{row['median_products']:g} each",
-        )
-    console.print(table)
-    write(config.out / "perf-tracking.json", rows, config.device)
-    return rows
+    t = pd.DataFrame(rows)
+    columns = {
+        **{"tracking": t.tracking, "ms a step": t.plain_ms, "ms with tracking": t.tracked_ms},
+        **{"overhead, %": 100 * t.overhead, "measurements": t.measurements},
+        "products each": t.median_products,
+    }
+    title = f"Cost of tracking sharpness by GD: {config.data}, n = {config.n:,}"
+    return report(config, console, "tracking", title, columns, rows)
 
 
 class _Run:
-    """One run of GD that can go on step by step."""
+    """A run of GD that continues step by step."""
 
     def __init__(self, config: Config, images: Images) -> None:
         self.images, self.device = images, config.device

@@ -1,4 +1,4 @@
-"""About how long jobs will take, before they are begun."""
+"""`costs` and `estimate`: roughly how long jobs will take."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ import torch
 from benchmarks.runner.job import Job
 from benchmarks.runner.store import Store
 
-__all__ = ["costs", "estimate", "readable", "time_left"]
+__all__ = ["costs", "estimate", "readable"]
 
 OVERHEAD = 2.0
-"""How much slower training is than a product of two large matrices, roughly: to begin with."""
+"""Roughly how much slower training is than a product of two large matrices."""
 
 
 def estimate(jobs: Sequence[Job], store: Store, workers: int, device: str = "cpu") -> float:
-    """Return about how many seconds ``jobs`` will take: an order of magnitude."""
-    told = costs(jobs, store, device)
-    return sum(told[job.id] for job in jobs if not store.done(job)) / workers
+    """Return roughly how many seconds ``jobs`` will take: an order of magnitude."""
+    known = costs(jobs, store, device)
+    return sum(known[job.id] for job in jobs if not store.done(job)) / workers
 
 
 def costs(jobs: Sequence[Job], store: Store, device: str = "cpu") -> dict[str, float]:
-    """Return about how many seconds each job takes one worker, by id.
+    """Return roughly how many seconds each job takes one worker, by id.
 
-    From what jobs of the same kind took before, for the operations that they state; where there are
-    none, from the speed of a product of two matrices. A job that states none takes no time; what a
-    job that is done took is known.
+    Known for jobs that are done; for others, from their operations and the speed of done jobs of the
+    same kind, or else of a product of two matrices. A job that states no operations takes no time.
     """
     seconds: dict[str, float] = {}
     rates: dict[str, list[float]] = {}
@@ -44,20 +43,6 @@ def costs(jobs: Sequence[Job], store: Store, device: str = "cpu") -> dict[str, f
     return seconds
 
 
-def time_left(seconds: float, first: float, share: float) -> float | None:
-    """Return the seconds that are left, if work goes on as it did; ``None`` if none was seen.
-
-    Args:
-        seconds: for which it has been going on.
-        first: share that was done when it began.
-        share: that is done now.
-
-    >>> time_left(30, first=0.5, share=0.75)
-    30.0
-    """
-    return seconds * (1 - share) / (share - first) if share > first else None
-
-
 def _seconds_per_flop(device: str) -> float:
     a = torch.ones(512, 512, device=device)
     times = []
@@ -69,7 +54,7 @@ def _seconds_per_flop(device: str) -> float:
 
 
 def readable(seconds: float) -> str:
-    """Return a time as people say it.
+    """Return a time in words.
 
     >>> readable(20), readable(400), readable(9000)
     ('under a minute', '7 minutes', '2.5 hours')

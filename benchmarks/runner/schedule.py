@@ -1,9 +1,8 @@
-"""Running jobs on an executor: in the order of their needs, whatever happens to single ones.
+"""`run_all`: runs jobs on an executor in the order of their needs, even if some of them fail.
 
-Whatever has ``submit(function, *arguments)`` and returns something with ``done()``, ``result()`` and
-``cancel()`` will do: the executors of ``concurrent.futures``, of Dask (``client.get_executor()``),
-of mpi4py, and submitit's, whose jobs are asked and never waited for. Workers write their own
-results; nothing comes back but how long they took.
+An executor has ``submit(function, *arguments)``, which returns a handle with ``done()``, ``result()``
+and ``cancel()``: those of ``concurrent.futures``, Dask (``client.get_executor()``), mpi4py and submitit.
+Handles are polled, never waited for. Workers write their own results and return only times.
 """
 
 from __future__ import annotations
@@ -23,18 +22,20 @@ from benchmarks.runner.store import Store
 __all__ = ["Executor", "Summary", "Watch", "run_all", "shard"]
 
 POLL_SECONDS = 0.02
-WORKER_DIED = "WorkerDied: the process that ran this job ended without a word; memory, or a signal?"
+WORKER_DIED = (
+    "WorkerDied: the process that ran this job ended without an error; memory, or a signal?"
+)
 
 
 class Executor(Protocol):
-    """What jobs are given to; ``shutdown()`` is called if there is one."""
+    """Runs jobs; ``shutdown()`` is called if it has one."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
         """Begin a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""
 
 
 class Watch:
-    """Who wants to know; does nothing itself."""
+    """Receives what happens to jobs; the base class ignores it."""
 
     def started(self, jobs: Sequence[Job]) -> None:
         """Jobs were handed to a worker."""
@@ -54,7 +55,7 @@ class Watch:
 
 @dataclass
 class Summary:
-    """What became of the jobs.
+    """The jobs by how they ended.
 
     Attributes:
         found: were done before.
@@ -72,7 +73,7 @@ class Summary:
 def shard(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
     """Return the ``index``-th (from 0) of ``count`` parts of ``jobs``.
 
-    Jobs that stand on the same first need are kept together, so that no two machines compute it.
+    Jobs with the same first need stay together, so that only one machine computes it.
 
     Raises:
         ValueError: unless 0 <= index < count.
@@ -97,7 +98,7 @@ def run_all(
     retry: bool = False,
     watch: Watch | None = None,
 ) -> Summary:
-    """Run jobs and what they need, but for those that are done.
+    """Run jobs and what they need, except those that are done.
 
     Args:
         jobs: in any order.
@@ -105,14 +106,14 @@ def run_all(
         place: where they run.
         make_executor: makes what runs them; called again if it breaks, as a process pool does when
             one of its processes dies. The jobs that it was running are then run one at a time, so
-            that the one that is to blame costs only itself.
+            that only the job at fault is lost.
         in_flight: the most that are handed to the executor at a time; all by default.
         members: the most that may be run as one ensemble.
         retry: run those that failed again.
-        watch: is told what happens.
+        watch: receives what happens.
 
     Returns:
-        What became of each. Failures are recorded in the folders, and raise nothing here.
+        The jobs by how they ended. Failures are recorded in their folders, not raised.
     """
     return _Run(store, place, make_executor, in_flight, members, watch or Watch()).of(
         in_order(list(jobs)), retry
@@ -164,7 +165,7 @@ class _Run:
                 self._block(waiting)
                 self.watch.tick()
         finally:
-            # There are some left only if this is ending by an interruption.
+            # Some are left only after an interruption.
             for handle in self.running:
                 handle.cancel()
             if executor is not None:
@@ -186,7 +187,7 @@ class _Run:
                 self.watch.blocked(job)
 
     def _submit(self, executor: Executor, waiting: dict[str, Job]) -> bool:
-        """Hand over what is ready; say whether the executor refused, being broken."""
+        """Submit what is ready; say whether the executor is broken."""
         if self.suspects:
             if self.running:
                 return False
@@ -195,7 +196,7 @@ class _Run:
         if room <= 0:
             return False
         ready = [j for j in waiting.values() if self.done.issuperset(n.id for n in j.needs)]
-        # What others wait for goes first: it is the long way to the end that must not stand idle.
+        # Jobs that others wait for go first, since the longest chain decides when all is done.
         needed = {need.id for job in waiting.values() for need in job.needs}
         ready.sort(key=lambda job: job.id not in needed)
         for group in self._grouped(ready)[:room]:
@@ -206,7 +207,7 @@ class _Run:
         return False
 
     def _grouped(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Return jobs in ensembles, as far as they can be run together, in the order they came."""
+        """Return jobs in their order, in ensembles where they can run together."""
         groups: list[list[Job]] = []
         unfilled: dict[tuple[object, ...], list[Job]] = {}
         for job in jobs:
@@ -230,7 +231,7 @@ class _Run:
         return True
 
     def _collect(self) -> bool:
-        """Take what has ended; say whether the executor has broken."""
+        """Collect what has ended; say whether the executor is broken."""
         ended = [handle for handle in self.running if handle.done()]
         if not ended:
             time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Executors by name: processes of this machine, Dask's workers, Slurm's jobs."""
+"""`executor`: processes of this machine, Dask's workers or Slurm's jobs, by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.runner.schedule import Executor
 __all__ = ["executor"]
 
 MINUTES = 24 * 60
-"""That a job of Slurm may take if nothing is said; submitit's own default is 5."""
+"""Time limit of a Slurm job by default; submitit's own default is 5."""
 
 
 def executor(name: str, workers: int) -> Callable[[], Executor]:
-    """Return what makes an executor.
+    """Return a function that makes an executor.
 
     Args:
         name: ``"processes"``; ``"dask:ADDRESS"``, of a scheduler; ``"slurm:FOLDER"``, where
@@ -80,7 +80,7 @@ def _die_with_parent() -> None:
 
 
 class _Dask:
-    """Dask's own executor, with a client that is closed in the end."""
+    """Dask's own executor, whose client is closed with it."""
 
     def __init__(self, address: str) -> None:
         from distributed import Client

@@ -10,7 +10,7 @@ from rich.console import Console
 from runner_jobs import Failing, Number, Sum
 
 from benchmarks.runner import Place, Store, run_all
-from benchmarks.runner.bars import Bars, Pace
+from benchmarks.runner.bars import Bars
 from benchmarks.runner.files import write_json
 
 
@@ -28,25 +28,37 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=100)
 
 
-def test_the_pace_is_that_of_the_work_seen() -> None:
+def test_the_time_left_is_that_of_the_work_seen(tmp_path: Path) -> None:
     """Catches time in which processes start, or what was done another day, counted as work; and a
-    rest that stands still, or grows, between two reports.
+    rest that grows while nothing is reported.
     """
     now = 100.0
-    pace = Pace(clock=lambda: now)
-    assert pace.left is None
-    pace.see(0.5)
-    assert pace.left is None
-    now = 110.0
-    pace.see(0.75)
-    assert pace.left == 10.0
-    now = 114.0
-    pace.see(0.75)
-    assert pace.left == 6.0
-    now = 200.0
-    assert pace.left == 0.0
-    pace.see(0.25)  # started again
-    assert pace.left is None
+    store, before, job = Store(tmp_path), Costly(1.0), Costly(2.0)
+    run_all([before], store, Place())
+    bars = Bars([before, job], store, quiet(), clock=lambda: now)
+    everything = bars.progress.tasks[0]
+    assert everything.time_remaining is None
+    bars.started([job])
+    store.part(job).mkdir(parents=True)
+
+    def report(share: float) -> None:
+        write_json(store.part(job) / "progress.json", {"share": share, "text": ""})
+        bars.looked = 0.0
+        bars.tick()
+
+    now = 160.0
+    report(0.25)
+    now = 170.0
+    report(0.5)
+    bar = bars.progress.tasks[1]
+    # A quarter in the ten seconds between two reports, whatever came before: twenty for a half.
+    assert bar.time_remaining == 20
+    assert everything.time_remaining == pytest.approx(20, abs=1)  # whole seconds, rounded up
+    now = 174.0
+    report(0.5)
+    assert bar.time_remaining == 20
+    report(0.25)  # started again
+    assert bar.time_remaining is None
 
 
 def test_the_bar_goes_by_cost_and_not_by_number(tmp_path: Path) -> None:
