@@ -18,9 +18,9 @@ A sink with a method ``receive(event)`` gets :class:`Measured` or :class:`Decide
 with the update rule, or the decision itself. Each has a ``step`` and a ``record()``.
 """
 
-from stableopt.sinks.events import Decided, Measured
+from stableopt.sinks.events import Decided, Event, Measured
 from stableopt.sinks.json_lines import JSONLinesSink
 from stableopt.sinks.tensorboard import TensorBoardSink
 from stableopt.sinks.wandb import WandbSink
 
-__all__ = ["Decided", "JSONLinesSink", "Measured", "TensorBoardSink", "WandbSink"]
+__all__ = ["Decided", "Event", "JSONLinesSink", "Measured", "TensorBoardSink", "WandbSink"]
