@@ -1,38 +1,50 @@
 """A flatter minimum that tests worse, with proof: the claim of the paper's Appendix B.
 
 The construction is ours: f(x) = p x₁ + q² x₂, trained on inputs along (1, 1) where the truth is x₂. On
-the curve of its global minima sharpness is 2(1 + 4q²) and the test error 2(1 − q²)²: the sharper of
-any two tests better (the algebra is in ``counterexample_model.py``). GD and SGD start near the truth,
+the curve of its global minima the sharpness is 2(1 + 4q²) and the test error 2(1 − q²)²: the sharper of
+any two tests better (the algebra is in ``counterexample/model.py``). GD and SGD start near the truth,
 which is the sharpest. At small rates they stay; at larger ones, or with smaller batches, linear
 stability makes them leave, for flatter minima that test worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import mean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from benchmarks.experiments.counterexample.model import Curve, Descent, Measured
-from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, all_of, at_most
+from benchmarks.framework.experiment import Case, Experiment, Tables, case, spread
+from benchmarks.framework.plotting import (
+    BLACK,
+    GREY,
+    coloured,
+    finish,
+    limit,
+    panels,
+    points,
+    trace,
+)
+from benchmarks.framework.tables import Row, table
+from benchmarks.runner import Store
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "Counterexample"]
 
 SEEDS = tuple(range(10))
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#555555")
+MOST = 10.0
+"""Sharpness of the truth, the largest on the curve."""
 
 
 @dataclass(frozen=True)
-class Counterexample(RowExperiment):
+class Counterexample(Experiment):
     """Appendix B.
 
     Attributes:
@@ -47,6 +59,7 @@ class Counterexample(RowExperiment):
     name = "counterexample"
     shows = "Appendix B"
     datasets = ("two-coordinates",)
+    columns: ClassVar = {"curve": (), "runs": ()}
     presets: ClassVar = {
         ("smoke", ""): {"seeds": (0, 1), "lrs": (0.15, 0.25), "batch_sizes": (1,)},
         ("small", ""): {"seeds": SEEDS},
@@ -66,176 +79,131 @@ class Counterexample(RowExperiment):
         """The closed forms."""
         return Curve(self.n, self.contrast)
 
-    def _descents(self) -> list[Descent]:
-        cases = [(lr, None) for lr in self.lrs] + [(self.sgd_lr, b) for b in self.batch_sizes]
-        return [
-            Descent(lr, size, seed, self.n, self.contrast, steps=self.steps)
-            for lr, size in cases
+    def cases(self) -> dict[str, list[Case]]:
+        """Return the measurements along the curve, and the runs."""
+        ways = [(lr, None) for lr in self.lrs] + [(self.sgd_lr, b) for b in self.batch_sizes]
+        runs = [
+            case(
+                Descent(lr, size, seed, self.n, self.contrast, steps=self.steps),
+                optimizer="GD" if size is None else "SGD",
+                lr=lr,
+                batch_size="all" if size is None else size,
+                seed=seed,
+                limit=self.curve.limit(lr, size),
+            )
+            for lr, size in ways
             for seed in self.seeds
         ]
+        return {"curve": [case(Measured(self.n, self.contrast))], "runs": runs}
 
-    def _measured(self) -> Measured:
-        return Measured(self.n, self.contrast)
-
-    def jobs(self) -> list[Job]:
-        """Return the measurements along the curve, and the runs."""
-        return [self._measured(), *self._descents()]
-
-    def row_tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``curve`` and ``runs``."""
-        curve, measured, points = self.curve, self._measured(), []
-        for found in store.result(measured)["points"] if store.done(measured) else []:
-            a = curve.sharpness(found["q"])
-            points.append(
-                {
-                    "q": found["q"],
-                    "sharpness": a,
-                    "measured_sharpness": found["sharpness"],
-                    "non_uniformity": self.contrast * a,
-                    "measured_non_uniformity": found["non_uniformity"],
-                    "risk": curve.risk(found["q"]),
-                    "risk_from_weights": found["risk"],
-                }
-            )
-        runs = []
-        for job in filter(store.done, self._descents()):
-            found = store.result(job)
-            batch = "all" if job.batch_size is None else job.batch_size
-            row = {"optimizer": "GD" if job.batch_size is None else "SGD", "lr": job.lr}
-            row |= {"batch_size": batch, "seed": job.seed}
-            row |= {"limit": curve.limit(job.lr, job.batch_size)}
+    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
+        """Return each point of the curve with its closed forms, or where a run ended."""
+        if name == "runs":
             keys = ("outcome", "steps", "p", "q", "loss", "sharpness", "risk")
-            runs.append(row | {key: found.get(key) for key in keys})
-        return {"curve": points, "runs": runs}
+            yield one.keys | {key: found.get(key) for key in keys}
+            return
+        for at in found["points"]:
+            a = self.curve.sharpness(at["q"])
+            yield {
+                **{"q": at["q"], "sharpness": a, "measured_sharpness": at["sharpness"]},
+                "non_uniformity": self.contrast * a,
+                "measured_non_uniformity": at["non_uniformity"],
+                **{"risk": self.curve.risk(at["q"]), "risk_from_weights": at["risk"]},
+            }
 
-    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def summary(self, tables: Tables) -> Tables:
         """Return where each way of training ends."""
+        if "runs" not in tables:
+            return {}
         rows = []
-        for name, its in _methods(tables["runs"]).items():
-            ended = [row for row in its if row["outcome"] == "reached"]
+        for name, its in _methods(tables["runs"]):
+            ended = its[its.outcome == "reached"]
             rows.append(
                 {
                     "method": name,
-                    "limit on a": its[0]["limit"],
+                    "limit on a": its.limit.iloc[0],
                     "minima": f"{len(ended)} of {len(its)}",
-                    "sharpness": spread([r["sharpness"] for r in ended]) if ended else None,
-                    "test error": spread([r["risk"] for r in ended]) if ended else None,
+                    "sharpness": spread(ended.sharpness) if len(ended) else None,
+                    "test error": spread(ended.risk) if len(ended) else None,
                 }
             )
-        return {"ends": rows}
+        return {"ends": table(rows)}
 
-    def row_draw(self, name: str, rows: Rows) -> Figure | None:
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
         """Return test error by sharpness: the curve as measured, or where the runs end."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.subplots()
-        a = np.linspace(2, 10, 100)
-        risk = [self.curve.risk_at(each) for each in a.tolist()]
-        axes.plot(a, risk, color="black", linewidth=1, label="closed form")
+        figure, (axes,) = panels(width=5.5)
+        a = np.linspace(2, MOST, 100)
+        trace(axes, a, self.curve.risk_at(a), "closed form", BLACK, linewidth=1)
         if name == "curve":
-            axes.plot(
-                [row["measured_sharpness"] for row in rows],
-                [row["risk_from_weights"] for row in rows],
-                "o",
-                markersize=4,
-                label="measured",
-            )
+            points(axes, its.measured_sharpness, its.risk_from_weights, "measured", markersize=4)
         else:
-            _draw_runs(axes, rows)
-        axes.set(xlabel="sharpness a", ylabel="test error")
-        axes.legend(fontsize="small", loc="upper right")
-        axes.grid(alpha=0.25)
+            methods = dict(_methods(its))
+            for method, colour in coloured(methods):
+                each = methods[method]
+                ended = each[each.outcome == "reached"]
+                points(axes, ended.sharpness, ended.risk, method, colour, markersize=5, alpha=0.7)
+                if each.limit.iloc[0] < MOST:
+                    limit(axes, each.limit.iloc[0], colour=colour)
+            limit(axes, [], [], "largest stable a", GREY)
+        finish(axes, "sharpness a", "test error")
         return figure
 
-    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return the anticorrelation, and what stability selects."""
-        claims = []
-        if len(tables.get("curve", [])) > 1:
-            claims += _on_the_curve(tables["curve"])
-        methods = _methods(tables.get("runs", []))
-        reached = {
-            name: [row for row in rows if row["outcome"] == "reached"]
-            for name, rows in methods.items()
-        }
-        known = [name for name, rows in reached.items() if rows]
-        if not known:
-            return claims
-        calm = known[0]
-        for name in known[1:]:
-            if reached[name][0]["limit"] < 10:
-                claims.append(_selected(calm, reached[calm], name, reached[name], methods[name]))
-        return claims
+        if "curve" in tables and len(tables["curve"]) > 1:
+            yield from _on_the_curve(tables["curve"])
+        ways = [] if "runs" not in tables else list(_methods(tables["runs"]))
+        ended = [(name, its[its.outcome == "reached"], len(its)) for name, its in ways]
+        known = [each for each in ended if len(each[1])]
+        for name, its, tried in known[1:]:
+            if its.limit.iloc[0] < MOST:
+                calm, stayed, _ = known[0]
+                yield self._selected(calm, stayed, name, its, tried - len(its))
 
-
-def _methods(rows: Rows) -> dict[str, Rows]:
-    methods: dict[str, Rows] = {}
-    for row in rows:
-        batch = "" if row["optimizer"] == "GD" else f", B = {row['batch_size']}"
-        methods.setdefault(f"{row['optimizer']}{batch}, η = {row['lr']:g}", []).append(row)
-    return methods
-
-
-def _on_the_curve(rows: Rows) -> list[Claim]:
-    ordered = sorted(rows, key=lambda row: row["measured_sharpness"])
-    risks = [row["risk_from_weights"] for row in ordered]
-    falls = all(later < earlier for earlier, later in pairwise(risks))
-    pairs = (("sharpness", "measured_sharpness"), ("non_uniformity", "measured_non_uniformity"))
-    off = max(abs(row[b] / row[a] - 1) for row in rows for a, b in pairs)
-    return [
-        Claim(
-            what="of two global minima the flatter one tests worse, Appendix B",
-            printed="there are such minima",
-            ours=f"test error falls from {risks[0]:.3g} at a ="
-            f" {ordered[0]['measured_sharpness']:.3g} to {risks[-1]:.3g} at a ="
-            f" {ordered[-1]['measured_sharpness']:.3g}, at each of {len(rows)} minima in between",
-            tolerance="strictly",
-            reproduced=falls,
-            why="the construction is ours",
-        ),
-        Claim(
-            what="sharpness and non-uniformity of these minima",
-            printed="2(1 + 4q²) and s/a constant, in closed form",
-            ours=f"measured to {off:.0e}",
-            tolerance="1e-6",
-            reproduced=off < 1e-6,
-        ),
-    ]
-
-
-def _selected(calm: str, stayed: Rows, name: str, ended: Rows, tried: Rows) -> Claim:
-    limit = ended[0]["limit"]
-    sharpest = max(row["sharpness"] for row in ended)
-    worse = min(row["risk"] for row in ended) > max(row["risk"] for row in stayed)
-    lost = len(tried) - len(ended)
-    return Claim(
-        what=f"{name} leaves the minimum where {calm} stays, for a flatter one that tests worse",
-        printed=f"a up to {limit:.3g}, where the truth has 10; test error above"
-        f" {2 * ((10 - limit) / 8) ** 2:.2g}",
-        ours=f"a = {spread([r['sharpness'] for r in ended])}, at most {sharpest:.3g}; test error"
-        f" {spread([row['risk'] for row in ended])}, against"
-        f" {mean(row['risk'] for row in stayed):.2g}",
-        tolerance="2 % above the limit; every run worse than every one that stays",
-        reproduced=sharpest <= 1.02 * limit and worse,
-        why=f"{lost} of {len(tried)} runs diverged or did not settle" if lost else "",
-    )
-
-
-def _draw_runs(axes: Axes, rows: Rows) -> None:
-    for colour, (name, its) in zip(COLOURS, _methods(rows).items(), strict=False):
-        ended = [row for row in its if row["outcome"] == "reached"]
-        axes.plot(
-            [row["sharpness"] for row in ended],
-            [row["risk"] for row in ended],
-            "o",
-            color=colour,
-            markersize=5,
-            alpha=0.7,
-            label=name,
+    def _selected(self, calm: str, stayed: Any, name: str, ended: Any, lost: int) -> Claim:
+        bound = float(ended.limit.iloc[0])
+        sharpest = ended.sharpness.max()
+        worse = ended.risk.min() > stayed.risk.max()
+        return all_of(
+            f"{name} leaves the minimum where {calm} stays, for a flatter one that tests worse",
+            [sharpest <= 1.02 * bound, worse],
+            theory=f"a up to {bound:.3g}, where the truth has {MOST:g}; test error above"
+            f" {self.curve.risk_at(bound):.2g}",
+            ours=f"a = {spread(ended.sharpness)}, at most {sharpest:.3g}; test error"
+            f" {spread(ended.risk)}, against {mean(stayed.risk):.2g}",
+            tolerance="2 % above the limit; every run worse than every one that stays",
+            why=f"{lost} of {lost + len(ended)} runs diverged or did not settle" if lost else "",
         )
-        if its[0]["limit"] < 10:
-            axes.axvline(its[0]["limit"], color=colour, linestyle="--", linewidth=1)
-    axes.plot([], [], "--", color="#555555", linewidth=1, label="largest stable a")
+
+
+def _methods(its: Any) -> Iterator[tuple[str, Any]]:
+    for (optimizer, lr, size), each in its.groupby(["optimizer", "lr", "batch_size"], sort=False):
+        batch = "" if optimizer == "GD" else f", B = {size}"
+        yield f"{optimizer}{batch}, η = {lr:g}", each
+
+
+def _on_the_curve(its: Any) -> Iterator[Claim]:
+    ordered = its.sort_values("measured_sharpness")
+    a, risk = ordered.measured_sharpness, ordered.risk_from_weights
+    yield all_of(
+        "of two global minima the flatter one tests worse, Appendix B",
+        risk.diff().dropna() < 0,
+        printed="such minima exist",
+        ours=f"test error falls from {risk.iloc[0]:.3g} at a = {a.iloc[0]:.3g} to"
+        f" {risk.iloc[-1]:.3g} at a = {a.iloc[-1]:.3g}, at each of {len(its)} minima in between",
+        tolerance="strictly",
+        why="the construction is ours",
+    )
+    pairs = (("sharpness", "measured_sharpness"), ("non_uniformity", "measured_non_uniformity"))
+    off = max((its[b] / its[a] - 1).abs().max() for a, b in pairs)
+    yield at_most(
+        "sharpness and non-uniformity of these minima",
+        [off],
+        1e-6,
+        theory="2(1 + 4q²) and s/a constant, in closed form",
+        ours=f"measured to {off:.0e}",
+        tolerance="1e-6",
+    )
 
 
 EXPERIMENT = Counterexample

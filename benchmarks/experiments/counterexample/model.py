@@ -98,8 +98,8 @@ class Curve:
         """Expected squared error on test inputs, at the minimum with this q."""
         return 2 * (1 - q**2) ** 2
 
-    def risk_at(self, sharpness: float) -> float:
-        """The same, by sharpness."""
+    def risk_at(self, sharpness: Any) -> Any:
+        """Expected squared error at the minimum of this sharpness, a number or an array."""
         return 2 * ((10 - sharpness) / 8) ** 2
 
     def limit(self, lr: float, batch_size: int | None) -> float:
@@ -138,7 +138,7 @@ def at(curve: Curve, model: Model, lr: float, batch_size: int | None) -> dict[st
 
 @dataclass(frozen=True)
 class Measured(Job):
-    """What the library measures along the curve of minima, to be set beside the closed forms.
+    """What the library measures along the curve of minima, for comparison with the closed forms.
 
     Attributes:
         n: training samples.

@@ -1,4 +1,4 @@
-"""SGD on samples whose losses are quadratic, where linear stability is all there is."""
+"""Jobs of the diagram: SGD on samples whose losses are quadratic."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Plane(Job):
     r"""One-dimensional problems on a grid of sharpness a and non-uniformity s.
 
     Half of the n samples have curvature a + s, half a − s, which are the mean and the standard
-    deviation of these; what of the curvatures decides stability in mean square is these two alone.
+    deviation of these; only these two numbers decide stability in mean square.
     Batches are drawn without replacement, a new one at each step, independently. The first factor of
     the grid's extent is of 2/η, the second of the box's limit on s, and points lie in the middle of
     their cells, so that none is on a border.

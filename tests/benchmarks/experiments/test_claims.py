@@ -20,6 +20,8 @@ import benchmarks
 from benchmarks.experiments import experiment
 from benchmarks.experiments.batch_size import BatchSize
 from benchmarks.experiments.correlation import Correlation
+from benchmarks.experiments.counterexample.experiment import Counterexample
+from benchmarks.experiments.diagram.experiment import Diagram
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.selection import Selection
 from benchmarks.experiments.toy.experiment import Toy
@@ -95,7 +97,61 @@ def toy() -> dict[str, Rows]:
     return {"escapes": escapes, "trajectories": path}
 
 
+def diagram() -> dict[str, Rows]:
+    """Return a plane of 1,000 points, 21.5 % of the box unstable, and two widths."""
+    grown = [1.5] * 215 + [0.5] * 785 + [2.0] * 10
+    plane = [
+        {"batch_size": 1, "n": 2, "lr": 0.1, "seed": 0, "in_box": k < 1000}
+        | {"growth": growth, "simulated": growth}
+        for k, growth in enumerate(grown)
+    ]
+    widths = [
+        {"w": 0.5, "theorem1": 0.9, "box": 1.2, "exact": 1.0, "radius_at_box": 1.1},
+        {"w": 1.0, "theorem1": 1.0, "box": 1.06, "exact": 1.1, "radius_at_box": 0.9},
+    ]
+    return {"plane": plane, "two-dimensions": widths}
+
+
+def counterexample() -> dict[str, Rows]:
+    """Return two points of the curve, runs that stay, and runs that leave."""
+    curve = [
+        {"sharpness": a, "measured_sharpness": a, "non_uniformity": s}
+        | {"measured_non_uniformity": s, "risk_from_weights": risk}
+        for a, s, risk in ((2.0, 1.8, 2.0), (10.0, 9.0, 0.0))
+    ]
+    runs = [
+        {"optimizer": "GD", "lr": lr, "batch_size": "all", "seed": seed, "limit": bound}
+        | {"outcome": "reached", "sharpness": a, "risk": risk}
+        for lr, bound, a, risk in ((0.15, 13.3, 9.9, 0.01), (0.25, 8.0, 7.9, 0.15))
+        for seed in (0, 1)
+    ]
+    return {"curve": curve, "runs": runs}
+
+
 CASES = {
+    "counterexample": Case(
+        Counterexample(),
+        counterexample,
+        {
+            "the flatter one tests worse, Appendix B": put(
+                "curve", "risk_from_weights", 2.1, row=1
+            ),
+            "sharpness and non-uniformity": put("curve", "measured_sharpness", 2.001),
+            "GD, η = 0.25 leaves": put("runs", "sharpness", 8.2, row=3),
+        },
+    ),
+    "diagram": Case(
+        Diagram(),
+        diagram,
+        {
+            "no point outside the box": put("plane", "growth", 0.9, row=1005),
+            "part of the box": lambda tables: [r.update(growth=1.5) for r in tables["plane"][:400]],
+            "the half-ellipse": put("plane", "simulated", 0.5),
+            "is not sufficient": put("two-dimensions", "radius_at_box", 0.99),
+            "is it necessary": put("two-dimensions", "radius_at_box", 1.01, row=1),
+            "condition (8)": put("two-dimensions", "theorem1", 1.01),
+        },
+    ),
     "toy": Case(
         Toy(),
         toy,
