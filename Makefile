@@ -1,4 +1,4 @@
-# `make demo` and `make test` work from a fresh clone: they make their own environment in .venv.
+# `make demo` and `make test` work in a fresh clone: they create an environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,11 +13,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks run escape --data digits --seeds 0 --set scatter_lrs= --set settle_loss=none
 
-# One thread for each process, so that they do not stand in each other's way.
+# One thread per process, so that parallel tests do not compete for cores.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-# The wheel in an environment of its own; then every Python and torch that is promised, where they are found.
+# Tests the wheel in a separate environment; then every supported Python and torch that is installed.
 test-installed: $(VENV)/.installed
 	$(BIN)/nox -s installed
 
@@ -33,7 +33,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The gallery is run: a minute. Everything is made anew, so that a warning of before is there again.
+# Builds from scratch, so that earlier warnings appear again. The gallery takes a minute.
 .PHONY: docs
 docs: $(VENV)/.installed
 	rm -rf build/docs docs/generated docs/auto_gallery
