@@ -1,4 +1,4 @@
-"""Checks that several modules make of their arguments."""
+"""`whole` and `positive`: checks of numbers given as arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["positive", "whole"]
 def whole(name: str, value: Any, *, least: int = 1) -> int:
     """Return ``value`` as an ``int`` if it is a whole number of at least ``least``.
 
-    NumPy's integers are; ``True``, 2.0 and "2" are not.
+    NumPy integers are accepted; ``True``, 2.0 and "2" are not.
 
     >>> whole("every", 50)
     50

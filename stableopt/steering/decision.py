@@ -1,4 +1,4 @@
-"""What was decided, and why: the record that every change of a run leaves behind."""
+"""`Decision` and `DecisionLog`: decisions of steering with their reasons, and the latest of them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Decision:
         what: what it is about: the learning rate ``"lr"``, ``"batch_size"``, the ``"weights"``, or
             the ``"target"``.
         kind: ``"raise"``, ``"lower"``; ``"cut"`` after a failure; ``"hold"`` while something must
-            settle; ``"keep"`` where there is nothing to do; ``"restore"`` or ``"kick"`` of weights;
+            settle; ``"keep"`` where nothing needs to change; ``"restore"`` or ``"kick"`` of weights;
             ``"reached"``, ``"unreachable"``, or ``"missed"`` after having been reached.
         old: the value before.
         new: the value after; the same where nothing changes.
         why: the reason, as a sentence.
-        measured: the quantity that it was taken from, or ``None`` if that is not known.
-        limit: what that was compared with.
+        measured: the measured value that it is based on; ``None`` if not known.
+        limit: the number that ``measured`` was compared with.
         step: optimizer steps done.
-        dry_run: whether it was only written down.
+        dry_run: whether it was recorded only, and not carried out.
 
     >>> Decision("lr", "raise", 0.1, 0.101, "the ratio is below the gate").changes
     True
@@ -62,7 +62,7 @@ class Decision:
         return f"step {self.step}: {self.kind} {self.what} {change}{would}: {self.why}"
 
     def record(self) -> dict[str, float]:
-        """Return the numbers for a sink, by name; ``decision`` tells it from a measurement.
+        """Return the numbers for a sink by name; ``decision`` distinguishes it from a measurement.
 
         >>> Decision("lr", "cut", 0.1, 0.07, "the loss is nan").record()
         {'decision': 1.0, 'lr_from': 0.1, 'lr_to': 0.07}
@@ -114,7 +114,7 @@ def _words(decision: Decision) -> tuple[str, str]:
 
 
 def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:
-    """Return ``(step, label)`` of the decisions for :mod:`stableopt.plot`, each run of a kind once.
+    """Return ``(step, label)`` of the decisions for :mod:`stableopt.plot`, repeated kinds once.
 
     >>> up = [Decision("lr", "raise", 0.1, 0.2, "", step=t) for t in (1, 2, 3)]
     >>> marks([*up, Decision("lr", "hold", 0.2, 0.2, "", step=4)])

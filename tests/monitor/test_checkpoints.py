@@ -98,3 +98,53 @@ def test_a_bad_checkpoint_changes_nothing() -> None:
     assert monitor.step == 1
     assert len(monitor.history) == 1
     assert monitor.state_dict()["starts"]
+
+
+def test_a_state_of_an_earlier_version_is_read() -> None:
+    """Catches a format that older checkpoints do not have: they name every quantity, known or not."""
+    measurement = {
+        "value": 6.0,
+        "residual": 0.01,
+        "products": 2,
+        "seconds": 0.5,
+        "converged": True,
+    }
+    margins = {
+        "step": 4,
+        "lr": 0.1,
+        "batch_size": 4,
+        "dataset_size": 12,
+        "loss": 0.25,
+        "sharpness": 6.0,
+        "sharpness_limit": 20.0,
+        "preconditioned_sharpness": None,
+        "preconditioned_sharpness_limit": None,
+        "non_uniformity": None,
+        "non_uniformity_limit": 24.4,
+        "theorem1": None,
+        "critical_lr": None,
+        "critical_lr_lower": None,
+        "batch_sharpness": None,
+        "measurements": {"sharpness": measurement},
+        "failure": None,
+        "method": "double backward",
+    }
+    state = {
+        "step": 5,
+        "measured": 2,
+        "pending": True,
+        "observed": [4, 4, 3],
+        "starts": {"sharpness": torch.eye(2)},
+        "history": [margins],
+    }
+    model, optimizer, monitor = start(every=4)
+    monitor.load_state_dict(state)
+    written = monitor.state_dict()
+    (again,) = written.pop("history")
+    assert again.items() <= margins.items()
+    assert {name for name, value in margins.items() if value is not None} <= {*again}
+    assert {**written, "starts": 0} == {**{k: state[k] for k in written}, "starts": 0}
+    assert torch.equal(written["starts"]["sharpness"], torch.eye(2))
+    assert (monitor.margins.sharpness_ratio, monitor.batch_size) == (0.3, 4)
+    train(model, optimizer)
+    assert [m.step for m in monitor.history] == [4, 6]  # what was pending is not forgotten
