@@ -1,22 +1,34 @@
-"""Control laws that fail, beside the one that works: why the learning rate follows the target.
+"""Control laws that fail, and the one that works: why the learning rate follows the target.
 
 Beyond the paper. From one point of gradient descent, on its way to a minimum, each law is given the
-same target for the same number of steps. What fails does so in its own way: the sharpness runs away,
+same target for the same number of steps. Each failure is of its own kind: the sharpness runs away,
 the rate vanishes, the escape is cancelled, or the loss leaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.experiments.control_laws.jobs import LAWS, Laws
-from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, all_of
+from benchmarks.framework.experiment import Case, Experiment, Tables, case, spread
+from benchmarks.framework.plotting import (
+    BLACK,
+    coloured,
+    finish,
+    limit,
+    panels,
+    points,
+    trace,
+)
+from benchmarks.framework.tables import Row
+from benchmarks.runner import Store
 from benchmarks.training.data import Dataset
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "ControlLaws"]
@@ -26,17 +38,17 @@ WITHIN = 0.1
 """Relative distance to the target that counts as there."""
 
 FAILURES = {
-    "0.8 of the measured limit": "the sharpness rises as the rate falls, for ever",
+    "0.8 of the measured limit": "the sharpness rises as the rate falls",
     "1.05 of the measured limit": "diverges within some steps",
     "cut while too sharp": "freezes the sharp minimum: the rate vanishes",
     "cut when the loss rises": "cancels the escape that is wanted",
     "jump": "and may diverge",
 }
-"""What is expected of those that are no good."""
+"""How each law that does not work is expected to fail."""
 
 
 @dataclass(frozen=True)
-class ControlLaws(RowExperiment):
+class ControlLaws(Experiment):
     """Six laws and one target.
 
     Attributes:
@@ -50,6 +62,10 @@ class ControlLaws(RowExperiment):
 
     name = "control-laws"
     shows = "beyond the paper"
+    columns: ClassVar = {
+        "ends": ("law", "seed", "target", "sharpness", "lr", "largest_loss", "diverged_at"),
+        "history": (),
+    }
     presets: ClassVar = {
         ("smoke", ""): {"n": 60, "start_loss": 0.06, "steps": 40, "measure_every": 5},
         ("paper", ""): {"seeds": (0, 1, 2, 3, 4)},
@@ -62,8 +78,9 @@ class ControlLaws(RowExperiment):
     steps: int = 1500
     measure_every: int = 10
 
-    def _laws(self) -> list[Laws]:
-        return [
+    def cases(self) -> dict[str, list[Case]]:
+        """Return all the laws from each seed's start, in both tables."""
+        jobs = [
             Laws(
                 Dataset(self.data, self.n),
                 seed=seed,
@@ -75,119 +92,92 @@ class ControlLaws(RowExperiment):
             )
             for seed in self.seeds
         ]
+        return {name: [case(job, "seed") for job in jobs] for name in ("ends", "history")}
 
-    def jobs(self) -> list[Job]:
-        """Return all the laws from each seed's start."""
-        return list(self._laws())
+    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
+        """Return where each law ends, or each of its measurements."""
+        start = found["start"]
+        for law, its in found["laws"].items():
+            keys = {"law": law, **one.keys, "start": start, "target": start / self.flatter}
+            for row in [its["end"]] if name == "ends" else its["history"]:
+                yield {**keys, **row}
 
-    def row_tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``ends`` and ``history``."""
-        ends, history = [], []
-        for job in filter(store.done, self._laws()):
-            found = store.result(job)
-            start = found["start"]
-            which = {"seed": job.seed, "start": start, "target": start / job.flatter}
-            for law, its in found["laws"].items():
-                ends.append({"law": law, **which, **its["end"]})
-                history += [{"law": law, **which, **row} for row in its["history"]]
-        return {"ends": ends, "history": history}
-
-    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
-        """Return where each law ends."""
-        return {"ends": tables["ends"]}
-
-    def row_draw(self, name: str, rows: Rows) -> Figure | None:
+    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
         """Return sharpness and learning rate over the steps, of the first seed."""
-        from matplotlib.figure import Figure
-
         if name != "history":
             return None
-        figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-        sharpness, rate = figure.subplots(1, 2)
-        first = [row for row in rows if row["seed"] == rows[0]["seed"]]
-        for law in dict.fromkeys(row["law"] for row in first):
-            its = [row for row in first if row["law"] == law]
-            # What diverges soon leaves the panels, and its loss all measure.
-            good = [r for r in its if not r["failed"] and (r["loss"] or 0.0) < 1.0]
-            steps = [row["step"] for row in good]
+        figure, (sharpness, rate) = panels(2, width=4.75, height=3.6)
+        first = its[its.seed == its.seed.iloc[0]]
+        for law, colour in coloured(first.law):
+            each = first[first.law == law]
+            # After a divergence nothing is drawn: its loss is out of scale.
+            good = each[~each.failed.astype(bool) & (each.loss.fillna(0.0) < 1.0)]
             width = 2.4 if law == STAIRCASE else 1.2
-            sharpness.plot(steps, [r["sharpness"] for r in good], label=law, linewidth=width)
-            rate.plot(steps, [row["lr"] for row in good], label=law, linewidth=width)
-            if len(good) < len(its) and good:
-                sharpness.plot(steps[-1], good[-1]["sharpness"], "kx")
-        sharpness.axhline(first[0]["target"], color="black", linestyle=":", label="target")
-        sharpness.set(yscale="log", ylabel="sharpness", xlabel="step")
-        rate.set(yscale="log", ylabel="learning rate", xlabel="step")
-        rate.legend(fontsize="small")
-        for axes in (sharpness, rate):
-            axes.grid(alpha=0.25)
+            trace(sharpness, good.step, good.sharpness, law, colour, linewidth=width)
+            trace(rate, good.step, good.lr, law, colour, linewidth=width)
+            if len(good) < len(each):
+                end = good.tail(1)
+                points(sharpness, end.step, end.sharpness, colour=BLACK, marker="x")
+        limit(sharpness, y=first.target.iloc[0], label="target")
+        finish(sharpness, "step", "sharpness", log="y", legend=False)
+        finish(rate, "step", "learning rate", log="y")
         return figure
 
-    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return that the staircase arrives, and how each of the others fails, if it does."""
-        claims = []
+        ends = tables["ends"]
         for law in LAWS:
-            rows = [row for row in tables.get("ends", []) if row["law"] == law]
-            if rows:
-                claims.append(_arrives(rows) if law == STAIRCASE else _fails(law, rows, tables))
-        return claims
+            its = ends[ends.law == law]
+            if not len(its):
+                continue
+            if law == STAIRCASE:
+                yield all_of(
+                    "the gated staircase reaches the target",
+                    _close(its),
+                    theory="sharpness / target 1",
+                    ours=_summary(its),
+                    tolerance=f"{WITHIN:.0%}, every seed",
+                )
+            else:
+                yield _fails(law, its, ends[ends.law == STAIRCASE])
 
 
-def _ratios(rows: Rows) -> list[float]:
-    return [
-        row["sharpness"] / row["target"]
-        for row in rows
-        if row["diverged_at"] is None and row["sharpness"] is not None
-    ]
-
-
-def _told(rows: Rows) -> str:
-    ratios = _ratios(rows)
-    lost = len(rows) - len(ratios)
-    parts = [f"sharpness / target {spread(ratios)}"] if ratios else []
-    parts += [f"{lost} of {len(rows)} diverged"] if lost else []
-    rates = [row["lr"] for row in rows]
-    losses = [row["largest_loss"] for row in rows if row["largest_loss"] is not None]
-    parts += [f"rate at the end {spread(rates)}"]
-    parts += [f"largest loss {max(losses):.2g}"] if losses else []
-    return "; ".join(parts)
-
-
-def _arrives(rows: Rows) -> Claim:
-    ratios = _ratios(rows)
-    return Claim(
-        what="the gated staircase reaches the target",
-        printed="sharpness / target 1",
-        ours=_told(rows),
-        tolerance=f"{WITHIN:.0%}, every seed",
-        reproduced=len(ratios) == len(rows) and all(abs(r - 1) <= WITHIN for r in ratios),
+def _close(its: Any) -> Any:
+    """Return for each seed whether its law ended at the target."""
+    return (its.diverged_at.isna() & ((its.sharpness / its.target - 1).abs() <= WITHIN)).fillna(
+        False
     )
 
 
-def _fails(law: str, rows: Rows, tables: Mapping[str, Rows]) -> Claim:
-    ratios = _ratios(rows)
-    diverged = len(rows) - len(ratios)
-    missed = diverged > 0 or any(abs(ratio - 1) > WITHIN for ratio in ratios)
+def _summary(its: Any) -> str:
+    ended = its[its.diverged_at.isna() & its.sharpness.notna()]
+    lost = len(its) - len(ended)
+    losses = its.largest_loss.dropna()
+    parts = [f"sharpness / target {spread(ended.sharpness / ended.target)}"] if len(ended) else []
+    parts += [f"{lost} of {len(its)} diverged"] if lost else []
+    parts += [f"rate at the end {spread(its.lr)}"]
+    parts += [f"largest loss {losses.max():.2g}"] if len(losses) else []
+    return "; ".join(parts)
+
+
+def _fails(law: str, its: Any, stairs: Any) -> Claim:
+    diverged = bool((its.diverged_at.notna() | its.sharpness.isna()).any())
+    missed = not _close(its).all()
+    tolerance = f"diverged, or {WITHIN:.0%} off the target, any seed"
     if law == "jump":
-        stairs = {r["seed"]: r["largest_loss"] for r in tables["ends"] if r["law"] == STAIRCASE}
-        leaps = [row["largest_loss"] for row in rows if row["largest_loss"] is not None]
-        higher = [
-            row["largest_loss"] > 2 * stairs[row["seed"]]
-            for row in rows
-            if row["largest_loss"] is not None and stairs.get(row["seed"])
-        ]
-        missed = diverged > 0 or (bool(leaps) and all(higher))
-    why = "" if missed else "here it gets there"
+        pairs = its.merge(stairs, on="seed", suffixes=("", "_stairs")).dropna(subset="largest_loss")
+        leaps = pairs.largest_loss > 2 * pairs.largest_loss_stairs
+        missed = diverged or (len(its) > 0 and bool(leaps.all()))
+        tolerance = "twice the staircase's largest loss"
+    why = "" if missed else "here it reaches the target"
     if law.startswith("1.05") and not diverged:
-        why = "it has not diverged here" + ("" if not why else ", and gets there")
-    return Claim(
-        what="jump: the loss leaps" if law == "jump" else f"{law}: fails",
-        printed=FAILURES[law],
-        ours=_told(rows),
-        tolerance="twice the staircase's largest loss"
-        if law == "jump"
-        else f"diverged, or {WITHIN:.0%} off the target, any seed",
-        reproduced=missed,
+        why = "it has not diverged here" + (", and reaches the target" if why else "")
+    return all_of(
+        "jump: the loss leaps" if law == "jump" else f"{law}: fails",
+        [missed],
+        theory=FAILURES[law],
+        ours=_summary(its),
+        tolerance=tolerance,
         why=why,
     )
 

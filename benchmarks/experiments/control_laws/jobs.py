@@ -1,4 +1,4 @@
-"""The laws that are compared, and the job that gives each the same start."""
+"""`LAWS`: the control laws that are compared, and the job that gives each the same start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset, Images, images_for
-from benchmarks.training.loops import evaluate, gd_until, mean_squared_error
+from benchmarks.training.loops import all_samples, evaluate, gd_until, mean_squared_error, train
 from benchmarks.training.networks import flops_per_sample, network
 from stableopt import StabilityLR, StabilityMargins, TargetRegion
 from stableopt.steering import Decision, Law, LRMeasured, State, gated_staircase
@@ -109,7 +109,7 @@ class Laws(Job):
         laws = {}
         for index, (name, law) in enumerate(LAWS.items()):
             work.progress(index / len(LAWS), name)
-            laws[name] = _told(self._under(law, model, images, initial_loss))
+            laws[name] = _summary(self._under(law, model, images, initial_loss))
         return {"start": laws["gated staircase"]["history"][0]["sharpness"], "laws": laws}
 
     def _under(
@@ -132,17 +132,17 @@ class Laws(Job):
                 law=law,
                 loss_cap=loss_cap,
             )
-            for _ in range(self.steps):
-                optimizer.zero_grad()
-                mean_squared_error(model(images.x), images.y).backward()
-                optimizer.step()
+
+            def steer(step: int, loss: float) -> bool:
                 scheduler.step()
-                if monitor.margins is not None and monitor.margins.failure is not None:
-                    break
+                return monitor.margins is not None and monitor.margins.failure is not None
+
+            batches = all_samples(images)
+            train(model, optimizer, batches, steps=self.steps, after_step=steer)
         return list(monitor.history)
 
 
-def _told(history: list[StabilityMargins]) -> dict[str, Any]:
+def _summary(history: list[StabilityMargins]) -> dict[str, Any]:
     """Return a law's history and its end, as the result holds them."""
     good = [m for m in history if m.failure is None]
     end = good[-1]

@@ -19,6 +19,8 @@ import pytest
 import benchmarks
 from benchmarks.experiments import experiment
 from benchmarks.experiments.batch_size import BatchSize
+from benchmarks.experiments.control_laws.experiment import ControlLaws
+from benchmarks.experiments.control_laws.jobs import LAWS
 from benchmarks.experiments.correlation import Correlation
 from benchmarks.experiments.counterexample.experiment import Counterexample
 from benchmarks.experiments.diagram.experiment import Diagram
@@ -128,7 +130,36 @@ def counterexample() -> dict[str, Rows]:
     return {"curve": curve, "runs": runs}
 
 
+def control_laws() -> dict[str, Rows]:
+    """Return two seeds of each law: the staircase ends at the target, the others off it."""
+    return {
+        "ends": [
+            {"law": law, "seed": seed, "target": 1.0, "diverged_at": None, "lr": 1.0}
+            | {"sharpness": 1.05 if law == "gated staircase" else 2.0}
+            | {"largest_loss": 0.03 if law == "jump" else 0.01}
+            for law in LAWS
+            for seed in (0, 1)
+        ]
+    }
+
+
+def arrive(number: int) -> Change:
+    """Return the change that lets both seeds of the law of this number end at the target."""
+    return lambda tables: [
+        row.update(sharpness=1.0, largest_loss=0.01)
+        for row in tables["ends"][2 * number : 2 * number + 2]
+    ]
+
+
 CASES = {
+    "control-laws": Case(
+        ControlLaws(),
+        control_laws,
+        {
+            "the gated staircase": put("ends", "sharpness", 1.11, row=10),
+            **{law: arrive(number) for number, law in enumerate(LAWS) if "stair" not in law},
+        },
+    ),
     "counterexample": Case(
         Counterexample(),
         counterexample,

@@ -8,6 +8,7 @@ from small_runs import small_run
 
 from benchmarks.experiments.control_laws.experiment import STAIRCASE, ControlLaws
 from benchmarks.experiments.control_laws.jobs import LAWS
+from benchmarks.framework.tables import table
 
 
 def test_end_to_end(tmp_path: Path) -> None:
@@ -17,13 +18,13 @@ def test_end_to_end(tmp_path: Path) -> None:
     one = ControlLaws(n=40, start_loss=0.06, steps=15, measure_every=5)
     tables, drawn, _ = small_run(one, tmp_path)
     assert drawn == {"history"}
-    ends = {row["law"]: row for row in tables["ends"]}
+    ends = tables["ends"].set_index("law").to_dict("index")
     assert set(ends) == set(LAWS)
     assert ends["jump"]["target"] == ends["jump"]["start"] / 4
     assert ends["cut while too sharp"]["lr"] < 0.5 < ends[STAIRCASE]["lr"]
-    first = {row["law"]: row["sharpness"] for row in tables["history"] if row["step"] == 0}
-    assert set(first) == set(LAWS)
-    assert len(set(first.values())) == 1
+    first = tables["history"].query("step == 0")
+    assert set(first.law) == set(LAWS)
+    assert first.sharpness.nunique() == 1
 
 
 def test_claims_follow_the_numbers() -> None:
@@ -38,7 +39,7 @@ def test_claims_follow_the_numbers() -> None:
         }
 
     def said(*rows: dict[str, object]) -> dict[str, bool]:
-        claims = one.claims({"ends": list(rows), "history": []})
+        claims = one.claims({"ends": table(rows)})
         return {claim.what.split(":")[0]: claim.reproduced for claim in claims}
 
     stairs = [end(STAIRCASE, 0, 1.09), end(STAIRCASE, 1, 0.95)]
