@@ -1,4 +1,4 @@
-"""The loss along its sharpest direction, and sharpness on the way of two losses to zero."""
+"""Jobs of the loss's shape: the loss along its sharpest direction, and sharpness during training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset, images_for
-from benchmarks.training.loops import mean_squared_error
+from benchmarks.training.loops import all_samples, mean_squared_error, train
 from benchmarks.training.minimum import Solution, from_minimum
 from benchmarks.training.networks import flops_per_sample, network
 from stableopt import Problem
@@ -177,21 +177,19 @@ class Course(Job):
         model = network(self.data.name, seed=self.seed).to(work.place.device)
         optimizer = stableopt.GD(model.parameters(), lr=self.lr)
         looks = {0, *np.geomspace(1, self.steps, self.looks).round().astype(int).tolist()}
-        course = []
-        for step in range(self.steps + 1):
-            optimizer.zero_grad()
-            out = model(images.x)
-            loss = loss_fn(out, images.y)
-            value = float(loss.detach())
-            if not value < math.inf:
-                break
+        course: list[dict[str, Any]] = []
+
+        def look(step: int, loss: float) -> bool:
+            if not loss < math.inf:
+                return True
             if step in looks:
-                course.append({"step": step, "loss": value, **self._look(model, images)})
-                right = out.argmax(1) == images.y.argmax(1)
-                course[-1]["accuracy"] = float(right.double().mean())
-            work.progress(step / self.steps, f"{self.loss}, step {step:,}, loss {value:.1e}")
-            loss.backward()
-            optimizer.step()
+                course.append({"step": step, "loss": loss, **self._look(model, images)})
+            work.progress(step / self.steps, f"{self.loss}, step {step:,}, loss {loss:.1e}")
+            return False
+
+        steps = self.steps + 1
+        batches = all_samples(images)
+        train(model, optimizer, batches, loss_fn=loss_fn, steps=steps, before_step=look)
         return {"course": course}
 
     def _look(self, model: nn.Module, images: Any) -> dict[str, Any]:
@@ -204,7 +202,10 @@ class Course(Job):
             max_iter=300,
         )
         measured = margins.measurements.get("sharpness")
+        with torch.no_grad():
+            right = model(images.x).argmax(1) == images.y.argmax(1)
         return {
             "sharpness": margins.sharpness,
             "relative_residual": measured.residual if measured is not None else None,
+            "accuracy": float(right.double().mean()),
         }

@@ -25,6 +25,7 @@ from benchmarks.experiments.correlation import Correlation
 from benchmarks.experiments.counterexample.experiment import Counterexample
 from benchmarks.experiments.diagram.experiment import Diagram
 from benchmarks.experiments.gd_sharpness import GDSharpness
+from benchmarks.experiments.loss_shape.experiment import LossShape
 from benchmarks.experiments.selection import Selection
 from benchmarks.experiments.toy.experiment import Toy
 from benchmarks.framework.claims import Claim
@@ -151,7 +152,28 @@ def arrive(number: int) -> Change:
     ]
 
 
+def loss_shape() -> dict[str, Rows]:
+    """Return a minimum, and courses of either loss: the sharpness rises, and falls with the loss."""
+    course = [
+        {"trained_by": loss, "lr": 0.5, "seed": 0, "step": k, "loss": 0.1**k, "sharpness": a}
+        for loss, its in (("squared", (1, 2, 3.9)), ("cross-entropy", (2, 0.3, 0.1, 0.04, 0.02)))
+        for k, a in enumerate(its)
+    ]
+    for row in course[-3:]:  # within a decade of the last loss
+        row["loss"] = row["sharpness"]
+    return {"minima": [{"lr": 0.5, "seed": 0, "trusted_rise": 1.5}], "course": course}
+
+
 CASES = {
+    "loss-shape": Case(
+        LossShape(),
+        loss_shape,
+        {
+            "around a minimum": put("minima", "trusted_rise", 0.9),
+            "with the squared loss": put("course", "sharpness", 4.3, row=2),
+            "with cross-entropy": put("course", "sharpness", 0.3, row=7),
+        },
+    ),
     "control-laws": Case(
         ControlLaws(),
         control_laws,

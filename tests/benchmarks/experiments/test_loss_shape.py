@@ -68,11 +68,12 @@ def test_end_to_end(tmp_path: Path) -> None:
     one = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
     tables, drawn, _ = small_run(one, tmp_path)
     assert drawn == {"line", "course"}
-    middle = min(tables["line"], key=lambda row: abs(row["t"]))
-    at_zero = pytest.approx(tables["minima"][0]["loss"], rel=1e-12)  # its t is 1e-17 or so
-    assert middle["loss"] == at_zero
-    assert middle["quadratic"] == at_zero
+    line, minima = tables["line"], tables["minima"]
+    middle = line.loc[line.t.abs().idxmin()]
+    at_zero = pytest.approx(minima.loss[0], rel=1e-12)  # its t is 1e-17 or so
+    assert middle.loss == at_zero
+    assert middle.quadratic == at_zero
     claims = {claim.what.split()[0]: claim for claim in one.claims(tables)}
-    tables["minima"][0]["trusted_rise"] = 0.1
-    assert not one.claims(tables)[0].reproduced
+    narrow = {"minima": minima.assign(trusted_rise=0.1)}
+    assert not next(iter(one.claims(narrow))).reproduced
     assert not claims["with"].reproduced  # thirty steps of cross-entropy are not enough
