@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -35,25 +36,39 @@ HEADINGS = {
 
 
 def show(console: Console, experiment: Experiment, tables: Tables) -> None:
-    """Print the summary of the tables, and each claim beside what is printed and predicted."""
+    """Print the summary of the tables, and each claim with what is printed and predicted."""
     shown = {name: its for name, its in experiment.summary(tables).items() if len(its)}
     if shown:
         console.print(LEGEND, highlight=False)
     for name, its in shown.items():
-        lines = Table(title=name.replace("-", " "))
-        for column in its:
-            heading = HEADINGS.get(column, column.replace("_", " "))
-            # A heading wraps between words, never within one.
-            longest = max(map(len, heading.split()))
-            lines.add_column(heading, justify="right", min_width=longest)
-        for row in its.head(MOST_ROWS).astype(object).itertuples(index=False):
-            lines.add_row(*map(cell, row))
-        console.print(lines)
-        if len(its) > MOST_ROWS:
-            console.print(f"and {len(its) - MOST_ROWS} more rows in the CSV file")
+        _show_table(console, name.replace("-", " "), its)
     claims = list(experiment.claims(tables)) if tables else []
     if claims:
         console.print(_claims(claims))
+
+
+def _show_table(console: Console, title: str, its: pd.DataFrame) -> None:
+    lines, room, rows = Table(title=title), console.width - 1, its.head(MOST_ROWS)
+    columns = {}
+    for name in its:
+        heading = HEADINGS.get(name, name.replace("_", " "))
+        cells = [cell(value) for value in rows[name].astype(object)]
+        # Text wraps between words, never within one.
+        width = max(len(word) for text in (heading, *cells) for word in text.split() or [""])
+        room -= width + 3
+        if room < 0:
+            break
+        columns[name] = cells
+        lines.add_column(heading, justify="right", min_width=width)
+    for values in zip(*columns.values(), strict=True):
+        lines.add_row(*map(escape, values))
+    console.print(lines)
+    for more, what in (
+        (len(its) - len(rows), "rows"),
+        (len(its.columns) - len(columns), "columns"),
+    ):
+        if more:
+            console.print(f"and {more} more {what} in the CSV file", highlight=False)
 
 
 def _claims(claims: list[Claim]) -> Table:
