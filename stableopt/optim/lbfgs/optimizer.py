@@ -171,6 +171,9 @@ class LBFGS(Tracking, torch.optim.LBFGS):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Optimizer adds it to the defaults. In groups it would be a key that a new optimizer lacks.
+        for options in (self.defaults, *self.param_groups):
+            options.pop("differentiable", None)
         self._forget()
         self.__dict__.setdefault("reduce_loss", None)
         for group in self.param_groups:
