@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from stableopt._arguments import whole
 from stableopt._deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
@@ -294,16 +295,15 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
         squares = torch.zeros_like(mean)
     stride = _stride(problem)
 
-    def add() -> int:
-        seen = count = 0
-        with problem.evaluation():
-            for batch, size in problem.chunks():
-                for index in range(-seen % stride, size, stride):
-                    loss = problem.loss(theta, cut(batch, index, index + 1))
-                    gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                    squares.add_((gradient - mean) ** 2)
-                    count += 1
-                seen += size
-        return count
+    def samples() -> Iterator[tuple[Any, int]]:
+        seen = 0
+        for batch, size in problem.chunks():
+            for index in range(-seen % stride, size, stride):
+                yield cut(batch, index, index + 1), 1
+            seen += size
 
-    return mean, problem.ranks.all_reduce_mean([squares], add)[0]
+    def add(sample: Any, size: int) -> None:
+        slopes = torch.autograd.grad(problem.loss(theta, sample), theta, allow_unused=True)
+        squares.add_((problem.flatten(slopes) - mean) ** 2)
+
+    return mean, mean_over_chunks(problem, [squares], add, samples())[0]

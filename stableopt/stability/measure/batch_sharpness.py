@@ -13,6 +13,7 @@ from torch import Tensor
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 
 __all__ = ["BatchSharpness", "batch_sharpness"]
 
@@ -127,12 +128,10 @@ def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[flo
     def mean_of(term: Callable[[Any, int], tuple[Tensor | None, ...]]) -> Tensor:
         total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
 
-        def add() -> int:
-            for batch, size in parts:
-                total.add_(problem.flatten(term(batch, size)), alpha=size)
-            return sum(size for _, size in parts)
+        def add(batch: Any, size: int) -> None:
+            total.add_(problem.flatten(term(batch, size)), alpha=size)
 
-        return problem.ranks.all_reduce_mean([total], add)[0]
+        return mean_over_chunks(problem, [total], add, parts, evaluating=True)[0]
 
     def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)
