@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,14 +16,19 @@ __all__ = ["broadcast_tensors", "decide_together"]
 
 
 def decide_together(
-    decide: Callable[[], list[Decision]], log: DecisionLog, deliver: Callable[[Event], object]
+    decide: Callable[[], list[Decision]],
+    log: DecisionLog,
+    deliver: Callable[[Event], object],
+    *,
+    dry_run: bool,
 ) -> Iterator[Decision]:
     """Yield on every rank what ``decide()`` returns on rank 0; log it, and deliver it there.
 
     A decision that changes nothing, for the same reason as before, is left out.
     """
     ranks = world()
-    for decision in ranks.broadcast_object(decide() if ranks.rank == 0 else []):
+    decided = [replace(each, dry_run=dry_run) for each in decide()] if ranks.rank == 0 else []
+    for decision in ranks.broadcast_object(decided):
         if decision.changes or not log.repeats(decision):
             log.append(decision)
             if ranks.rank == 0:

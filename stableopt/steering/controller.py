@@ -22,7 +22,7 @@ from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, marks
 from stableopt.steering.lr_laws import State, new_state
 from stableopt.steering.samplers import Resizable
 from stableopt.steering.scheduler import StabilityLR
-from stableopt.steering.target import OPEN, TargetRegion, at_lr
+from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr
 from stableopt.steering.verdict import Situation, verdict
 
 __all__ = ["StabilityController"]
@@ -128,7 +128,9 @@ class StabilityController:
         """Decide, if there is a fresh measurement; call it after each ``optimizer.step()``."""
         if self.scheduler is not None:
             self.scheduler.step()
-        for decision in decide_together(self._decide, self.decisions, self.monitor.deliver):
+        for decision in decide_together(
+            self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
+        ):
             if decision.what == "batch_size" and decision.changes and not decision.dry_run:
                 assert self.batch is not None
                 self.batch.resize(self._local(decision.new))
@@ -178,21 +180,20 @@ class StabilityController:
         if margins is None or margins.step == self._seen:
             return []
         self._seen = margins.step
-        self._resolve(margins)
+        if margins.failure is None and margins.converged:
+            self._target = self._target.resolve(margins)
         if self._target.unit == "present":
             if self.scheduler is not None:
-                return []  # it has said so
-            why = "the target is relative to a measurement, and there is no good one yet"
+                return []  # the scheduler has said so
             now = 0.0 if self.batch is None else float(self.batch.batch_size)
-            held = Decision("batch_size", "hold", now, now, why, step=margins.step)
-            return [replace(held, dry_run=self.dry_run)]
+            return [Decision("batch_size", "hold", now, now, UNRESOLVED, step=margins.step)]
         decided = []
         if self.batch is not None and self._target.non_uniformity != OPEN and self._turn(margins):
             measured = self._batch_measured(margins)
             decision, self._batch_state = self._batch_law(measured, self._batch_state)
             # The size that the sampler will take, a multiple of its unit.
             local = self._local(decision.new) if decision.changes else self.batch.batch_size
-            decided.append(replace(decision, new=local * world().size, dry_run=self.dry_run))
+            decided.append(replace(decision, new=local * world().size))
         if self._target.unit == "absolute":
             said, self._verdict_state = verdict(
                 self._situation(margins),
@@ -200,12 +201,8 @@ class StabilityController:
                 band=self._band,
                 patience=self._patience,
             )
-            decided += [] if said is None else [replace(said, dry_run=self.dry_run)]
+            decided += [] if said is None else [said]
         return decided
-
-    def _resolve(self, margins: StabilityMargins) -> None:
-        if self._target.unit == "present" and margins.failure is None and margins.converged:
-            self._target = self._target.resolve(margins)
 
     def _turn(self, margins: StabilityMargins) -> bool:
         """Return whether the batch size may change: the sharpness has settled, or is not steered."""
@@ -214,7 +211,8 @@ class StabilityController:
         a, (_, high) = margins.limited_sharpness, self._target.bounds("sharpness")
         if a is None or not margins.converged:
             return self._settled >= self._settle
-        if self._moved(margins.step):
+        last = self.decisions.latest("lr")
+        if last is not None and last.step == margins.step and last.changes:
             self._settled = 0
             return False
         # A lower bound is not waited for: no change of the noise raises the sharpness.
@@ -224,11 +222,6 @@ class StabilityController:
         else:
             self._settled = self._settled + 1 if a <= high * (1 + self._band) else 0
         return self._settled >= self._settle
-
-    def _moved(self, step: int) -> bool:
-        """Return whether the learning rate changed at ``step``."""
-        last = self.decisions.latest("lr")
-        return last is not None and last.step == step and last.changes
 
     def _batch_measured(self, margins: StabilityMargins) -> BatchMeasured:
         assert self.batch is not None

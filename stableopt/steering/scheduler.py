@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from stableopt.steering.lr_laws import (
     new_state,
 )
 from stableopt.steering.rollback import LastGood, kick_along
-from stableopt.steering.target import OPEN, TargetRegion, at_lr
+from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr
 
 __all__ = ["StabilityLR"]
 
@@ -173,7 +172,9 @@ class StabilityLR(LRScheduler):
     def _act(self) -> Decision | None:
         """Decide, change the weights if so decided, and return the change of the rates, if any."""
         change = None
-        for decision in decide_together(self._decide, self.decisions, self.monitor.deliver):
+        for decision in decide_together(
+            self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
+        ):
             if decision.dry_run:
                 continue
             if decision.kind in ("restore", "kick"):
@@ -191,13 +192,11 @@ class StabilityLR(LRScheduler):
         if margins.limited_sharpness is not None and margins.converged:
             self.target = self.target.resolve(margins)
         if self.target.unit == "present":
-            why = "the target is relative to a measurement, and there is no good one yet"
-            return [Decision("lr", "hold", lr, lr, why, step=margins.step, dry_run=self.dry_run)]
+            return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)]
         rule = at_lr(self.monitor.update_rule, lr)
         measured = LRMeasured(margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap)
         decision, self._state = self.law(measured, self._state)
-        decided = [decision, *self._about_weights(measured, decision)]
-        return [replace(each, dry_run=self.dry_run) for each in decided]
+        return [decision, *self._about_weights(measured, decision)]
 
     def _about_weights(self, measured: LRMeasured, decision: Decision) -> list[Decision]:
         margins = measured.margins

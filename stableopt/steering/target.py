@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["OPEN", "Bounds", "TargetRegion", "at_lr", "bounded_values", "lr_at_limit"]
+__all__ = ["OPEN", "UNRESOLVED", "Bounds", "TargetRegion", "at_lr", "bounded_values", "lr_at_limit"]
 
 Bounds = tuple[float, float]
 """The lower and the upper bound; 0 and infinity are open ends."""
 
 OPEN: Bounds = (0.0, math.inf)
+
+UNRESOLVED = "the target is relative to a measurement, and no good one exists yet"
 
 _ROUNDED = 1 + 1e-9
 """Relative rounding error within which a batch size counts as a whole number."""

@@ -317,7 +317,7 @@ def _rank(rank: int, folder: str) -> None:
     found += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
     log, sunk = DecisionLog(maxlen=9), []
-    shared = list(decide_together(lambda: [decision], log, sunk.append))
+    shared = list(decide_together(lambda: [decision], log, sunk.append, dry_run=False))
     weight = torch.full((2,), float(rank))
     broadcast_tensors([weight])
     result = {

@@ -241,7 +241,7 @@ def test_a_relative_target_waits_for_a_good_measurement() -> None:
     assert run.rates() == [0.05]
     (decision,) = scheduler.decisions
     assert decision.kind == "hold"
-    assert "no good one yet" in decision.why
+    assert "no good one exists yet" in decision.why
     run.monitor.close()
     good = Run()
     scheduler = StabilityLR(good.optimizer, good.monitor, TargetRegion.flatter(by=2))
