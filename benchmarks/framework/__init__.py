@@ -1,1 +1,1 @@
-"""The parts of an experiment: settings, cases, tables, claims, figures and published results."""
+"""What an experiment is: settings, jobs, tables, claims, figures and published results."""

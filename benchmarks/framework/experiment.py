@@ -109,8 +109,8 @@ class Experiment(ABC):
         """Return the cases of each table. The jobs that theirs need come by themselves."""
 
     def jobs(self) -> list[Job]:
-        """Return the jobs of all cases."""
-        return [one.job for its in self.cases().values() for one in its]
+        """Return the jobs of all cases, each once."""
+        return list(dict.fromkeys(one.job for its in self.cases().values() for one in its))
 
     def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
         """Return what a case adds to a table: by default one row, of its keys and its result.
@@ -138,7 +138,7 @@ class Experiment(ABC):
         return {**known, **self.derived(known)}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return tables that are computed from those of the cases; some of these may be missing."""
+        """Return tables that are computed from those of the cases, of which some may be missing."""
         return {}
 
     def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
@@ -146,7 +146,7 @@ class Experiment(ABC):
         return None
 
     def claims(self, tables: Tables) -> Iterable[Claim]:
-        """Return what the paper prints and the theory predicts, compared with the tables."""
+        """Return the tables beside what the paper prints and the theory predicts."""
         return []
 
     def headline(self, job: Job, store: Store) -> str | None:

@@ -1,4 +1,4 @@
-"""Timings of this library and others in one process: ``python -m benchmarks perf [PART ...]``."""
+"""Speed, side by side in one process; ``python -m benchmarks perf [PART ...]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear stability: update rules, their limits, and measured margins."""
+"""The theory: update rules, their limits, and the margins that are left."""
 
 from stableopt.stability.limits import (
     LinearStep,

@@ -24,6 +24,7 @@ from benchmarks.experiments.control_laws.jobs import LAWS
 from benchmarks.experiments.correlation import Correlation
 from benchmarks.experiments.counterexample.experiment import Counterexample
 from benchmarks.experiments.diagram.experiment import Diagram
+from benchmarks.experiments.escape.experiment import Escape
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.loss_shape.experiment import LossShape
 from benchmarks.experiments.selection import Selection
@@ -164,7 +165,39 @@ def loss_shape() -> dict[str, Rows]:
     return {"minima": [{"lr": 0.5, "seed": 0, "trusted_rise": 1.5}], "course": course}
 
 
+def escape() -> dict[str, Rows]:
+    """Return Table 3's minimum, a run that stays and one that escapes, and a scatter."""
+    point = {"sharpness": 19.0, "non_uniformity": 46.0, "test_accuracy": 0.8}
+    minimum = {"random_labels": 0, "seed": 0, "lr": 0.1}
+    before = {f"{key}_before": value for key, value in point.items()}
+    after = {"sharpness_after": 3.0, "test_accuracy_after": 0.82}
+    shared = {**minimum, **before, "loss_before": 1e-4, "loss_after": 1e-4, "right": True}
+    switches = [
+        {**shared, "how": "SGD, B = 1", "predicted": "escape", "escaped_at": 10, **after},
+        {**shared, "how": "SGD, B = 100", "predicted": "stay", "escaped_at": None},
+    ]
+    for row in switches:
+        row["largest_loss_ratio"] = 5.0
+    scatter = [{"sharpness": 10.0**k, "test_accuracy": 0.8 - 0.1 * k} for k in range(4)]
+    scatter[0]["test_accuracy"] -= 0.01  # a correlation of 1 has no interval
+    return {"minima": [minimum | point], "switches": switches, "scatter": scatter}
+
+
 CASES = {
+    "escape": Case(
+        Escape(data="fashion-mnist", lr=0.1),
+        escape,
+        {
+            "Table 3, sharpness": put("minima", "sharpness", 22.0),  # 19.7 within 10 %
+            "Table 3, non uniformity": put("minima", "non_uniformity", 40.0),
+            "Table 3, test accuracy": put("minima", "test_accuracy", 0.9),
+            "SGD, B = 1 from": put("switches", "right", False),
+            "SGD, B = 100 from": put("switches", "right", False, row=1),
+            "escapes end in flatter minima": put("switches", "sharpness_after", 20.0),
+            "they test better": put("switches", "test_accuracy_after", 0.79),
+            "Figure 1": put("scatter", "test_accuracy", 0.9, row=3),
+        },
+    ),
     "loss-shape": Case(
         LossShape(),
         loss_shape,
