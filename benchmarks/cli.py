@@ -20,7 +20,7 @@ from benchmarks.experiments import NAMES, experiment
 from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.settings import configured
-from benchmarks.framework.terminal import show
+from benchmarks.framework.terminal import LEGEND, show
 from benchmarks.perf import PARTS
 from benchmarks.report import report as written_report
 from benchmarks.runner import Place, Store, in_order, run_all
@@ -111,6 +111,7 @@ def run(
     make_executor = made_executor(executor, workers)
     local = executor == "processes"
     place = Place(device, data_dir, max(1, torch.get_num_threads() // workers) if local else None)
+    console.print(LEGEND, highlight=False)
     failed = 0
     for one in chosen:
         jobs = jobs_of_shard(one.jobs(), *_shard(shard)) if shard else one.jobs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -13,10 +14,10 @@ from benchmarks.framework.tables import cell
 
 __all__ = ["LEGEND", "show"]
 
-LEGEND = (
-    "a: sharpness, λmax of the Hessian (GD is stable up to 2/η) · s: non-uniformity of the"
-    " samples' Hessians (SGD: about √B/η) · η: learning rate · B: batch size"
-)
+LEGEND = """\
+a: sharpness, λmax of the Hessian · s: non-uniformity of the samples' Hessians
+η: learning rate · B: batch size · stable only if a ≤ 2/η and s ≤ √B/η, about"""
+"""What the letters in tables and claims mean."""
 
 MOST_ROWS = 40
 """Of a table on a terminal."""
@@ -32,6 +33,10 @@ HEADINGS = {
     "non_uniformity_after": "s after",
     "test_accuracy_after": "accuracy after",
     "critical_lr": "critical η",
+    "escaped_at": "escaped",
+    "settled_at": "settled",
+    "test_accuracy": "accuracy",
+    "test_accuracy_after": "accuracy after",
     "limit": "2/η",
 }
 
@@ -39,8 +44,6 @@ HEADINGS = {
 def show(console: Console, experiment: Experiment, tables: Tables) -> None:
     """Print the summary of the tables, and each claim with what is printed and predicted."""
     shown = {name: its for name, its in experiment.summary(tables).items() if len(its)}
-    if shown:
-        console.print(LEGEND, highlight=False)
     for name, its in shown.items():
         _show_table(console, name.replace("-", " "), its)
     claims = list(experiment.claims(tables)) if tables else []
@@ -49,31 +52,38 @@ def show(console: Console, experiment: Experiment, tables: Tables) -> None:
 
 
 def _show_table(console: Console, title: str, its: pd.DataFrame) -> None:
-    lines, room, rows = Table(title=title), console.width - 1, its.head(MOST_ROWS)
-    columns = {}
-    for name in its:
-        heading = HEADINGS.get(name, name.replace("_", " "))
-        cells = [cell(value) for value in rows[name].astype(object)]
-        # Text wraps between words, never within one.
-        width = max(len(word) for text in (heading, *cells) for word in text.split() or [""])
-        room -= width + 3
+    rows = its.head(MOST_ROWS)
+    texts = {
+        HEADINGS.get(name, name.replace("_", " ")): [cell(v) for v in rows[name].astype(object)]
+        for name in its
+    }
+    # Headings wrap between words, and so do cells if the whole of them does not fit.
+    widths = {name: max(_longest_word(name), *map(len, cells)) for name, cells in texts.items()}
+    if sum(widths.values()) + 3 * len(widths) > console.width + 3:
+        widths = {name: max(map(_longest_word, (name, *cells))) for name, cells in texts.items()}
+    lines = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    room, values = console.width + 3, []
+    for name, cells in texts.items():
+        room -= widths[name] + 3
         if room < 0:
             break
-        columns[name] = cells
-        lines.add_column(heading, justify="right", min_width=width)
-    for values in zip(*columns.values(), strict=True):
-        lines.add_row(*map(escape, values))
-    console.print(lines)
-    for more, what in (
-        (len(its) - len(rows), "rows"),
-        (len(its.columns) - len(columns), "columns"),
-    ):
+        lines.add_column(name, justify="right", min_width=widths[name])
+        values.append(cells)
+    for row in zip(*values, strict=True):
+        lines.add_row(*map(escape, row))
+    console.print(lines, "", sep="\n")
+    for more, what in ((len(its) - len(rows), "rows"), (len(texts) - len(values), "columns")):
         if more:
             console.print(f"and {more} more {what} in the CSV file", highlight=False)
 
 
+def _longest_word(text: str) -> int:
+    return max(map(len, text.split()), default=0)
+
+
 def _claims(claims: list[Claim]) -> Table:
-    lines = Table(title="Printed, predicted and observed", show_lines=True, expand=False)
+    lines = Table(title="Printed, predicted and observed", box=box.SIMPLE_HEAD, show_lines=True)
+    lines.show_edge = lines.pad_edge = False
     for heading in ("", "claim", "printed", "theory", "ours"):
         lines.add_column(heading)
     for claim in claims:

@@ -77,6 +77,7 @@ def test_run_writes_what_it_found_and_does_nothing_twice(
     monkeypatch.setattr(Solution, "run", lambda self, work: pytest.fail("trains"))
     said = main(capsys, *RUN, "--set", "lrs=0.5,500", "--out", ran)
     assert "2 jobs, 0 to do" in said
+    assert said.startswith("a: sharpness, λmax of the Hessian · s: non-uniformity")
 
 
 def test_a_dry_run_says_what_is_left_and_leaves_nothing(
