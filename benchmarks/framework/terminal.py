@@ -31,7 +31,6 @@ HEADINGS = {
     "non_uniformity": "s",
     "non_uniformity_limit": "limit of s",
     "non_uniformity_after": "s after",
-    "test_accuracy_after": "accuracy after",
     "critical_lr": "critical η",
     "escaped_at": "escaped",
     "settled_at": "settled",
