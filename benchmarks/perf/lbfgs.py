@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stableopt
+from benchmarks.perf import timing
 from benchmarks.perf.timing import show, write
 from benchmarks.training.data import Dataset
 from benchmarks.training.loops import mean_squared_error
@@ -42,37 +42,24 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is run.
+class Config(timing.Config):
+    """What is timed.
 
     Attributes:
-        data: ``"digits"`` or ``"fashion-mnist"``, for the time to a loss.
-        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
-        out: the folder for the numbers.
-        seed: of starting points and the network.
-        device: where parameters live.
         sizes: numbers of parameters.
         histories: numbers of pairs.
         rounds: turns of each method.
         iterations: timed iterations in each turn, after the memory has filled once.
         memory_limit: the most gigabytes that the pairs of one method may take.
-        n: training images.
-        target_loss: of the network.
-        max_steps: the most steps of 20 iterations towards it.
+        max_steps: the most steps of 20 iterations towards the loss.
     """
 
-    data: str = "digits"
-    data_dir: Path | None = None
-    out: Path = Path("benchmarks/results")
-    seed: int = 0
     device: str = "cpu"
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     histories: tuple[int, ...] = (10, 100)
     rounds: int = 7
     iterations: int = 3
     memory_limit: float = 4.0
-    n: int = 1000
-    target_loss: float = 1e-3
     max_steps: int = 100
 
 

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from benchmarks.framework.experiment import Case, case
+from benchmarks.framework.experiment import Case, Experiment, case
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Solution
 
 __all__ = ["minima"]
 
 
-class Settings(Protocol):
-    """The settings of an experiment that trains to minima."""
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Of initialisation and batches."""
-
-    @property
-    def target_loss(self) -> float:
-        """At which training stops."""
-
-    @property
-    def max_steps(self) -> int:
-        """At which it stops in any case."""
-
-
 def minima(
-    settings: Settings,
+    experiment: Experiment | Any,
     data: Dataset,
     *,
     lrs: Sequence[float],
@@ -38,6 +22,8 @@ def minima(
     **shared: Any,
 ) -> list[Case]:
     """Return a solution for each scale, learning rate, batch size and seed.
+
+    ``target_loss``, ``max_steps`` and the seeds are the experiment's settings.
 
     >>> from benchmarks.experiments.gd_sharpness import GDSharpness
     >>> one = GDSharpness(seeds=(0, 1))
@@ -52,8 +38,8 @@ def minima(
                 seed=seed,
                 batch_size=size,
                 scale=scale,
-                target_loss=settings.target_loss,
-                max_steps=settings.max_steps,
+                target_loss=experiment.target_loss,
+                max_steps=experiment.max_steps,
                 **shared,
             ),
             *("lr", "batch_size", "scale", "seed"),
@@ -61,5 +47,5 @@ def minima(
         for scale in scales
         for lr in lrs
         for size in batch_sizes
-        for seed in settings.seeds
+        for seed in experiment.seeds
     ]
