@@ -119,7 +119,7 @@ def run(
         left = [job for job in everything if not store.done(job)]
         time_left = readable(estimate(everything, store, workers, device))
         console.print(
-            f"[bold]{one.name}[/bold] ({one.shows}), {preset} preset, {one.data}:"
+            f"[bold]{one.name}[/bold]: {one.shows}\n{preset} preset, {one.data}:"
             f" {len(everything)} jobs, {len(left)} to do ({time_left})",
             highlight=False,
         )
@@ -235,7 +235,7 @@ def report(results: Path = RESULTS, to: Path | None = None) -> int:
 
     Args:
         results: what ``figures`` wrote.
-        to: file; by default REPORT.md beside the results.
+        to: file; by default REPORT.md in the folder above the results.
     """
     if not any((results / preset).is_dir() for preset in PRESETS):
         raise ValueError(f"report: {results} is empty: 'figures --into' fills it")

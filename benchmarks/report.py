@@ -18,9 +18,9 @@ __all__ = ["report"]
 HEAD = """# The paper's tables and figures, printed and reproduced
 
 Written by `python -m benchmarks report` from the results in `{results}`; each number is in a CSV
-file there, beside the picture that was drawn from it. The numbers printed are those of Wu, Ma and
-E, "How SGD Selects the Global Minima in Over-parameterized Learning", NeurIPS 2018. CIFAR-10 stands
-for a subset of it whose images went through JPEG once.
+file there, next to the picture that was drawn from it. The numbers printed are those of Wu, Ma and
+E, "How SGD Selects the Global Minima in Over-parameterized Learning", NeurIPS 2018. CIFAR-10 means
+a subset of it whose images were once JPEG-compressed.
 """
 
 
@@ -35,7 +35,7 @@ def report(results: Path, shown: str) -> str:
 
 
 def _published(results: Path, name: str) -> Iterator[tuple[str, str, Path]]:
-    for preset in PRESETS[1:]:  # a smoke run is no result
+    for preset in PRESETS[1:]:  # a smoke run proves only that it runs
         for data in experiment(name).datasets:
             folder = results / preset / data / name
             if (folder / "about.json").exists():

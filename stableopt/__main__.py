@@ -15,13 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stableopt")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser(
-        "doctor", help="what is there, what is missing, what a model would get"
+        "doctor", help="show what is installed, what is missing, and how a model is measured"
     )
-    doctor.add_argument("model", nargs="?", help="module:name of a model, or of what makes one")
+    doctor.add_argument("model", nargs="?", help="module:name of a model or its factory")
     chosen = parser.parse_args(arguments)
     try:
         print(diagnosis(chosen.model))
-    except Exception as error:  # of the user's module as well
+    except Exception as error:  # also from the user's module
         parser.error(f"{chosen.model}: {type(error).__name__}: {error}")
     return 0
 

@@ -1,12 +1,15 @@
-"""`whole` and `positive`: checks of numbers given as arguments."""
+"""Checks of arguments: `whole` and `positive` numbers, `instance`, `require_keys`."""
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-__all__ = ["positive", "whole"]
+__all__ = ["instance", "positive", "require_keys", "whole"]
+
+T = TypeVar("T")
 
 
 def whole(name: str, value: Any, *, least: int = 1) -> int:
@@ -39,3 +42,21 @@ def positive(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number")
     return number
+
+
+def instance(name: str, value: Any, kind: type[T]) -> T:
+    """Return ``value`` if it is an instance of ``kind``, else raise a ``TypeError``.
+
+    >>> instance("ratio", 0.5, float)
+    0.5
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: expected a {kind.__name__}")
+    return value
+
+
+def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise a ``ValueError`` if ``state_dict`` lacks one of ``keys``."""
+    missing = set(keys) - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict lacks {sorted(missing)}")

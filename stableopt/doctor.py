@@ -1,4 +1,4 @@
-"""What stableopt finds on this machine, and how it would measure a given model.
+"""`diagnosis`: what stableopt finds on this machine, and how it would measure a given model.
 
 python -m stableopt doctor
 python -m stableopt doctor package.module:make_model
@@ -33,7 +33,7 @@ _OPTIONAL = {
 
 
 def machine() -> list[str]:
-    """Return versions, devices, and what is missing, line by line."""
+    """Return lines about versions, devices, and missing optional packages."""
     lines = [
         f"stableopt {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"CPU: {torch.get_num_threads()} threads",
@@ -54,10 +54,10 @@ def _accelerators() -> Iterator[str]:
 
 
 def product_method(model: nn.Module) -> list[str]:
-    """Return how products with the curvature of ``model`` would be taken, as far as its modules tell.
+    """Return lines on how products with the curvature of ``model`` would be computed.
 
-    What depends on data, whether a backward of one's own can be differentiated again, a measurement
-    finds out: ``margins.method`` reports it.
+    They follow from its modules. Whether a custom backward can be differentiated again depends on
+    data: a measurement reports it as ``margins.method``.
 
     >>> product_method(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[0]
     'Hessian: double backward'
@@ -87,7 +87,7 @@ def product_method(model: nn.Module) -> list[str]:
 
 
 def diagnosis(target: str | None = None) -> str:
-    """Return all lines, with those of ``target``, ``"module:name"`` of a model or its maker."""
+    """Return all lines, with those of ``target``, the ``"module:name"`` of a model or its factory."""
     lines = machine()
     if target is not None:
         lines += ["", f"{target}:", *(f"  {line}" for line in product_method(_found(target)))]
@@ -95,10 +95,10 @@ def diagnosis(target: str | None = None) -> str:
 
 
 def _found(target: str) -> nn.Module:
-    """Return the model that ``target`` names; a function or class of that name is called.
+    """Return the model that ``target`` names; a function or class is called.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if it is not a model.
     """
     name, colon, attribute = target.partition(":")
     if not colon:

@@ -1,4 +1,4 @@
-"""Pictures of a run: the sharpness / non-uniformity diagram, and the margins over the steps.
+"""Figures of a run: the sharpness / non-uniformity diagram, and the margins over the steps.
 
 Three examples::
 
@@ -6,12 +6,13 @@ Three examples::
     plot.diagram({"before": region, "after the change": other}, points)
     plot.margins(monitor.history).savefig("margins.png")
 
-Figures are built without pyplot: nothing here has global state, opens a window or needs closing, so
-that all of it may be called from inside a training loop. matplotlib is imported on the first call.
+Figures are built without pyplot: they have no global state, open no window and need no closing, so
+that a training loop may draw them. matplotlib is imported on the first call.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.stability import StabilityMargins, StabilityRegion
+from stableopt.stability import QUANTITIES, Chart, StabilityMargins, StabilityRegion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +31,10 @@ __all__ = ["Region", "diagram", "margins", "to_rgb"]
 Region: TypeAlias = StabilityRegion | tuple[float, float]
 """A region, or the largest sharpness and non-uniformity where only the box is known."""
 
-SHARPNESS = "sharpness $\\lambda_{\\max}(H)$"
-PRECONDITIONED = "preconditioned sharpness $\\lambda_{\\max}(PH)$"
-NON_UNIFORMITY = "non-uniformity $\\lambda_{\\max}(\\Sigma)^{1/2}$"
+Target: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
+"""``(low, high)`` of the sharpness and of the non-uniformity."""
 
-# Okabe and Ito's palette: told apart under every common colour blindness.
+# Okabe and Ito's palette, distinct under every common colour blindness.
 _VERMILION, _BLUE, _GREEN, _PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 _REGION_COLOURS = (_VERMILION, _BLUE, _GREEN, _PURPLE)
 _GREY = "#555555"
@@ -42,14 +42,14 @@ _GREY = "#555555"
 _MARKERS = ["^", "v", "s", "D", "P", "X", "h", "p"]
 
 _LOG_FROM = 20.0
-"""An axis is logarithmic where its largest number is so many times its smallest."""
+"""Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 
 def diagram(
     region: Region | Mapping[str, Region] | None = None,
     points: Iterable[StabilityMargins | Sequence[float]] = (),
     *,
-    target: tuple[tuple[float, float], tuple[float, float]] | None = None,
+    target: Target | None = None,
     marks: Iterable[tuple[float, str]] = (),
     title: str | None = None,
     ax: Axes | None = None,
@@ -58,19 +58,19 @@ def diagram(
 
     A region's box, equation (9), is dashed, as in the paper's figures; the exact region of a
     one-dimensional problem, for plain SGD the half-ellipse
-    :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, is filled. Full-batch gradient descent, without limit
-    on the non-uniformity, has a vertical line and fills the strip on its left.
+    :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, is filled. Full-batch gradient descent has no limit on
+    the non-uniformity: its region is a vertical line and the strip on its left.
 
     Args:
         region: the region; or several by label, as before and after a change of the learning rate;
             or ``None``.
         points: the trajectory, oldest first: :class:`StabilityMargins` or pairs (sharpness,
-            non-uniformity). Those that lack either are left out. The sharpness is the preconditioned
-            one where the optimizer has a preconditioner, as the non-uniformity is.
+            non-uniformity). Points without either are left out. With a preconditioner, sharpness
+            and non-uniformity are the preconditioned ones.
         target: a box to draw: ``(low, high)`` of the sharpness and of the non-uniformity, infinity
             for an open end.
-        marks: pairs (step, label) of what was changed in the run; each is drawn on the trajectory
-            where it was at that step. Steps are numbers of points where these are pairs.
+        marks: pairs (step, label) of changes during the run, drawn on the trajectory at that step.
+            For points that are pairs, the step is the number of the point.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
@@ -79,7 +79,7 @@ def diagram(
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for a region that is neither, or a point that is not a pair.
+        ValueError: for an invalid region, or a point that is not a pair.
 
     >>> from stableopt import UpdateRule
     >>> region = StabilityRegion(UpdateRule(lr=0.1), batch_size=4)
@@ -90,7 +90,7 @@ def diagram(
     regions = _by_label(region)
     items = list(points)
     steps, path, unit = _path(items)
-    axes: Any = _new_axes() if ax is None else ax
+    axes: Any = _figure((5.4, 4.2)).add_subplot() if ax is None else ax
     figure: Figure = axes.get_figure()
 
     boxes = [_box(each) for each in regions.values()]
@@ -105,19 +105,17 @@ def diagram(
         colour = _REGION_COLOURS[index % len(_REGION_COLOURS)]
         _draw_region(axes, each, label, colour, right=right, top=top)
     if target is not None:
-        _draw_target(axes, target, left=left, right=right, top=top)
+        _draw_target(axes, target, left, right, top)
     if len(path):
         _draw_path(axes, steps, path, unit)
         _draw_marks(axes, steps, path, marks)
     own = any(isinstance(p, StabilityMargins) and p.preconditioned_sharpness for p in items)
-    axes.set_xlabel(PRECONDITIONED if own else SHARPNESS)
-    axes.set_ylabel(NON_UNIFORMITY)
+    axes.set_xlabel(_chart("preconditioned_sharpness" if own else "sharpness").label)
+    axes.set_ylabel(_chart("non_uniformity").label)
     if title is not None:
         axes.set_title(title)
-    axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", framealpha=0.9, fontsize="small")
+    _finish(axes)
     return figure
 
 
@@ -129,18 +127,19 @@ def margins(
 ) -> Figure:
     """Draw sharpness and non-uniformity over the steps, each with its limit.
 
-    The sharpness is the preconditioned one where the optimizer has a preconditioner: the limit is its.
-    What is above a limit is shaded. Failed measurements are crosses at the foot of a panel. An axis
-    that spans more than a factor of 20 is logarithmic, unless something on it is not positive.
+    With a preconditioner, the sharpness is the preconditioned one, which has the limit. Other
+    quantities that have a chart and were measured follow below. Values above a limit are shaded.
+    Failed measurements are crosses at the bottom of a panel. An axis that spans more than a factor of
+    20 is logarithmic if all its numbers are positive.
 
     Args:
         history: a monitor's ``history``, or records with their ``step``, such as the lines that
             :class:`~stableopt.JSONLinesSink` wrote.
-        marks: pairs (step, label) of what was changed in the run: vertical lines.
+        marks: pairs (step, label) of changes during the run, drawn as vertical lines.
         title: a title, or ``None``.
 
     Returns:
-        The figure, with two axes.
+        The figure, with one axes for each quantity.
 
     Raises:
         ImportError: without matplotlib.
@@ -150,41 +149,29 @@ def margins(
     >>> [ax.get_ylabel().split()[0] for ax in figure.axes]
     ['sharpness', 'non-uniformity']
     """
-    items = list(history)
-    figure: Figure = _figure(figsize=(7.0, 5.6))
-    panels = figure.subplots(2, 1, sharex=True)
-    steps = _column(items, "step")
-    changes = list(marks)
-    failed = np.array([_has_failed(item) for item in items], dtype=bool)
-    preconditioned = bool(np.isfinite(_column(items, "preconditioned_sharpness")).any())
-    shown = (
-        ("preconditioned_sharpness", PRECONDITIONED)
-        if preconditioned
-        else ("sharpness", SHARPNESS),
-        ("non_uniformity", NON_UNIFORMITY),
+    records = [item if isinstance(item, Mapping) else _record(item) for item in history]
+    steps, changes = _column(records, "step"), list(marks)
+    failed = np.array(
+        [bool(r.get("failed")) or r.get("failure") is not None for r in records], bool
     )
-    for axes, (name, label) in zip(panels, shown, strict=True):
-        values, limits = _column(items, name), _column(items, f"{name}_limit")
-        _draw_panel(axes, steps, values, limits, label.split(" $")[0])
+    names = _shown(records)
+    figure: Figure = _figure(figsize=(7.0, 2.8 * len(names)))
+    panels = figure.subplots(len(names), 1, sharex=True)
+    for axes, name in zip(panels, names, strict=True):
+        values, limits = _column(records, name), _column(records, f"{name}_limit")
+        _draw_panel(axes, steps, values, limits, name)
         if failed.any():
-            axes.plot(
-                steps[failed],
-                np.full(failed.sum(), 0.03),
-                "x",
-                color=_GREY,
-                transform=axes.get_xaxis_transform(),
-                label="failed",
-            )
+            transform, bottom = axes.get_xaxis_transform(), np.full(failed.sum(), 0.03)
+            style = {"color": _GREY, "label": "failed", "transform": transform}
+            axes.plot(steps[failed], bottom, "x", **style)
         for index, what in enumerate(dict.fromkeys(what for _, what in changes)):
-            style = (0, (1 + 2 * index, 2))
+            line = {"color": _GREY, "linestyle": (0, (1 + 2 * index, 2)), "linewidth": 0.8}
             for step, each in changes:
                 if each == what:
-                    axes.axvline(step, color=_GREY, linestyle=style, linewidth=0.8)
-            axes.plot([], [], color=_GREY, linestyle=style, linewidth=0.8, label=what)
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="best", framealpha=0.9, fontsize="small")
+                    axes.axvline(step, **line)
+            axes.plot([], [], label=what, **line)
+        axes.set_ylabel(_chart(name).label)
+        _finish(axes)
     panels[-1].set_xlabel("step")
     if title is not None:
         figure.suptitle(title)
@@ -204,7 +191,7 @@ def to_rgb(figure: Figure) -> NDArray[np.uint8]:
 
 
 def require_matplotlib() -> None:
-    """Raise an ``ImportError`` that says what to install, if matplotlib is missing."""
+    """Raise an ``ImportError`` with the command to install it, if matplotlib is missing."""
     _import("matplotlib.figure")
 
 
@@ -277,7 +264,7 @@ def _draw_region(
             axes.fill_between(sharpness, height, label=f"{name}exact in one dimension", **fill)
         else:
             axes.fill_between([low, min(a, right)], top, label=f"{name}stable", **fill)
-    # The sides of the box that are limits; the others are where the quantities end.
+    # Only the sides of the box that are limits.
     if math.isfinite(a):
         ends = ([a, a, low], [0, s, s]) if math.isfinite(s) else ([a, a], [0, top])
         axes.plot(*ends, label=f"{name}limits", **edge)
@@ -303,14 +290,7 @@ def _draw_path(axes: Any, steps: NDArray[np.float64], path: NDArray[np.float64],
     axes.plot(x[-1], y[-1], "*", markersize=15, markerfacecolor=end, label="end", **ring)
 
 
-def _draw_target(
-    axes: Any,
-    target: tuple[tuple[float, float], tuple[float, float]],
-    *,
-    left: float,
-    right: float,
-    top: float,
-) -> None:
+def _draw_target(axes: Any, target: Target, left: float, right: float, top: float) -> None:
     (a_low, a_high), (s_low, s_high) = target
     # An open end is drawn beyond the axes, where its side does not show.
     x = (a_low if a_low > 0 else 1.2 * left - 0.1 * right, min(a_high, 1.2 * right))
@@ -328,7 +308,7 @@ def _draw_marks(
 ) -> None:
     labels: dict[str, list[int]] = {}
     for step, label in marks:
-        # Where the trajectory was: the last measurement up to then.
+        # The last measurement up to that step.
         index = max(int(np.searchsorted(steps, step, side="right")) - 1, 0)
         labels.setdefault(label, []).append(index)
     for (label, indices), marker in zip(labels.items(), _MARKERS * len(labels), strict=False):
@@ -339,21 +319,24 @@ def _draw_marks(
 # -- the margins -----------------------------------------------------------------------------------
 
 
-def _get(item: StabilityMargins | Mapping[str, Any], name: str) -> Any:
-    return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
+def _record(margins: StabilityMargins) -> dict[str, float]:
+    return {"step": margins.step, **margins.record()}
 
 
-def _column(
-    items: Sequence[StabilityMargins | Mapping[str, Any]], name: str
-) -> NDArray[np.float64]:
-    """Return a number of every item; NaN, which matplotlib leaves out, where there is none."""
-    values = (_get(item, name) for item in items)
+def _shown(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the quantities to draw: both sides of the box, then what else was measured."""
+    charted = [name for name, quantity in QUANTITIES.items() if quantity.chart is not None]
+    measured = [name for name in charted if np.isfinite(_column(records, name)).any()]
+    own = "preconditioned_sharpness"
+    box = [own if own in measured else "sharpness", "non_uniformity"]
+    return box + [name for name in measured if name not in (*box, "sharpness")]
+
+
+def _column(records: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """Return a number of every record; NaN, which matplotlib leaves out, where there is none."""
+    values = (record.get(name) for record in records)
     column = np.array([math.nan if v is None else float(v) for v in values], dtype=np.float64)
     return np.where(np.isfinite(column), column, np.nan)
-
-
-def _has_failed(item: StabilityMargins | Mapping[str, Any]) -> bool:
-    return bool(_get(item, "failed")) or _get(item, "failure") is not None
 
 
 def _draw_panel(
@@ -369,7 +352,8 @@ def _draw_panel(
         return
     finite = limits[np.isfinite(limits)]
     marker = "o" if measured.size < 60 else ""
-    label = name if finite.size else f"{name} (without limit)"
+    title = _chart(name).title
+    label = title if finite.size else f"{title} (without limit)"
     axes.plot(steps, values, marker=marker, markersize=3, color=_BLUE, linewidth=1.3, label=label)
     shown = np.concatenate([measured, finite])
     low, high = float(shown.min()), float(shown.max())
@@ -379,7 +363,7 @@ def _draw_panel(
     else:
         axes.set_ylim(min(0.0, low * 1.1), high * 1.1 if high > 0 else 1.0)
     if finite.size:
-        # A limit is a setting: it holds from one measurement to the next, and then jumps.
+        # A limit follows from settings, which jump between two measurements.
         style = {"linestyle": "--", "color": _VERMILION, "linewidth": 1.6}
         axes.plot(steps, limits, drawstyle="steps-post", label="limit", **style)
         ceiling = np.full_like(limits, axes.get_ylim()[1])
@@ -391,9 +375,19 @@ def _draw_panel(
 # -- matplotlib ------------------------------------------------------------------------------------
 
 
-def _import(name: str) -> Any:
-    import importlib
+def _chart(name: str) -> Chart:
+    chart = QUANTITIES[name].chart
+    assert chart is not None
+    return chart
 
+
+def _finish(axes: Any) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", framealpha=0.9, fontsize="small")
+
+
+def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -404,7 +398,3 @@ def _figure(figsize: tuple[float, float]) -> Any:
     figure = _import("matplotlib.figure").Figure(figsize=figsize, dpi=100, layout="constrained")
     _import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
-
-
-def _new_axes() -> Any:
-    return _figure(figsize=(5.4, 4.2)).add_subplot()

@@ -1,20 +1,20 @@
-r"""The largest learning rates that are linearly stable at a point: an answer in place of a plot.
+r"""`suggest`: the largest learning rates that are linearly stable at a point.
 
-For each batch size and each of plain SGD, SGD with momentum 0.9, and AdamW::
+It prints them for each batch size and each of plain SGD, SGD with momentum 0.9, and AdamW::
 
     print(stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(1, 16, 64)))
 
-Above them training leaves this point; whether it learns best just below, nobody knows. The threshold
-is the exact one in mean square, of the Gauss–Newton matrix, where all its directions are affordable,
-and never more than what the Hessian's sharpness allows without noise. Where there are too many
-directions, or the model's outputs cannot be told apart from its loss, it is an upper bound.
+Above them training leaves this point; they do not say which rate learns best. The threshold is exact in
+mean square, for the Gauss–Newton matrix, if all its directions are affordable, and at most the limit
+that the Hessian's sharpness sets without noise. With too many directions, or if the model's outputs are
+not separate from its loss, it is an upper bound.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from stableopt._arguments import whole
 from stableopt._deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.limits import LinearStep, noise_factor
@@ -37,13 +38,13 @@ __all__ = ["Suggestion", "Suggestions", "suggest"]
 _SGD, _MOMENTUM, _ADAMW = "SGD", "SGD, momentum 0.9", "AdamW"
 
 _BETA, _EPSILON = 0.9, 1e-8
-"""AdamW's defaults, where there is none to read them from."""
+"""AdamW's defaults, used without an optimizer."""
 
 _SAMPLES = 64
-"""Samples whose gradients show the second moments that AdamW would divide by."""
+"""Samples whose gradients estimate the second moments of AdamW."""
 
 _DIRECTIONS = 8
-"""Directions looked at where all are too many."""
+"""Number of leading directions if all are too many."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Suggestion:
     Attributes:
         optimizer: ``"SGD"``, ``"SGD, momentum 0.9"`` or ``"AdamW"``.
         batch_size: samples in a step.
-        lr: the largest stable learning rate, or an upper bound of it.
-        lower: a learning rate that is certainly stable; ``None`` where none is known.
-        exact: whether ``lr`` is the threshold itself, and not a bound.
-        seconds: what finding it took, beside what is shared by all.
+        lr: the largest stable learning rate, or an upper bound.
+        lower: a learning rate that is certainly stable; ``None`` if none is known.
+        exact: whether ``lr`` is the threshold itself rather than a bound.
+        seconds: wall time, without the part that all answers share.
     """
 
     optimizer: str
@@ -69,15 +70,15 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Suggestions:
-    """All answers; printed, a table.
+    """All answers; ``print`` shows a table.
 
     Attributes:
         rows: one for each optimizer and batch size.
-        sharpness: of the Hessian, at the point.
-        num_samples: how many samples were looked at.
-        seconds: what it took in all.
-        notes: what was assumed.
-        method: how products with the Hessian were taken.
+        sharpness: sharpness of the Hessian at the point.
+        num_samples: number of samples evaluated.
+        seconds: total wall time.
+        notes: assumptions.
+        method: how products with the Hessian were computed.
     """
 
     rows: tuple[Suggestion, ...]
@@ -91,7 +92,7 @@ class Suggestions:
         """Return the answer for one optimizer and one batch size.
 
         Raises:
-            KeyError: if there is none.
+            KeyError: for an optimizer or a batch size without an answer.
         """
         for row in self.rows:
             if (row.optimizer, row.batch_size) == (optimizer, batch_size):
@@ -135,20 +136,21 @@ def suggest(
     max_rows: int = MAX_ROWS,
     seed: int = 0,
 ) -> Suggestions:
-    r"""Return the largest learning rate that is linearly stable here, by optimizer and batch size.
+    r"""Return the largest learning rates that are linearly stable here, by optimizer and batch size.
 
     Args:
-        model: the model, at the point to ask about, or a ready ``Problem``.
+        model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
+            ``Problem``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
         batch_sizes: the batch sizes; by default 1, 4, 16, ... and all samples.
-        optimizer: a running Adam or AdamW, whose second moments and betas AdamW's column is then of.
-            Without one it is as if AdamW had stayed here long enough to know this point's second
-            moments, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, estimated from 64 samples. AdamW's
-            weight decay, which moves the limit by a factor :math:`1-\eta\lambda/2`, is left out.
-        dataset_size: samples in all, where ``data`` is a part of them.
-        max_rows: rows nC up to which all directions count, and the answer is exact.
-        seed: of the eigen-solvers.
+        optimizer: a running Adam or AdamW, whose second moments and betas are used for AdamW.
+            Without it, AdamW has the second moments that it would reach by staying at this point,
+            :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, estimated from 64 samples. Its weight
+            decay, which changes the limit by a factor :math:`1-\eta\lambda/2`, is ignored.
+        dataset_size: samples in the training set, if ``data`` is a part of it.
+        max_rows: rows nC up to which all directions are used, and the answer is exact.
+        seed: seed of the eigen-solvers.
 
     Raises:
         ValueError: for arguments out of range, and as ``Problem`` does.
@@ -201,7 +203,7 @@ def suggest(
 
 @dataclass(frozen=True)
 class _Point:
-    """What is known of the curvature at the point, in an optimizer's coordinates."""
+    """The curvature at the point, in an optimizer's coordinates."""
 
     sharpness: float
     samples: SampleCurvature | None
@@ -237,7 +239,7 @@ class _Search:
         edge = step.max_lr(at.sharpness)
         noise = noise_factor(batch_size, self.dataset_size)
         if at.samples is None:
-            # Without noise the Hessian's edge is the threshold itself.
+            # Without noise the edge of the Hessian is the threshold itself.
             seconds = time.perf_counter() - began
             whole_set = noise == 0
             return Suggestion(
@@ -272,7 +274,7 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
     known = rule.preconditioner is not None and rule.unknown is None
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
         raise TypeError(
-            f"optimizer={type(optimizer).__name__}: expected an Adam or AdamW that has made a step, so"
+            f"optimizer={type(optimizer).__name__}: expected an Adam or AdamW that has taken a step, so"
             " that its second moments are known; leave it out for those of this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
@@ -284,25 +286,24 @@ def _stride(problem: Problem) -> int:
 
 
 def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over samples of the gradient, entry by entry.
+    """Return the mean and the variance of the gradient over samples, entry by entry.
 
-    The variance is of samples spread over the data, which may be in the order of their classes.
+    The variance is that of samples spread over the data, which may be sorted by class.
     """
     theta, mean = problem.theta(), problem.gradient()
     with torch.inference_mode(False):
         squares = torch.zeros_like(mean)
     stride = _stride(problem)
 
-    def add() -> int:
-        seen = count = 0
-        with problem.evaluation():
-            for batch, size in problem.chunks():
-                for index in range(-seen % stride, size, stride):
-                    loss = problem.loss(theta, cut(batch, index, index + 1))
-                    gradient = problem.flatten(torch.autograd.grad(loss, theta, allow_unused=True))
-                    squares.add_((gradient - mean) ** 2)
-                    count += 1
-                seen += size
-        return count
+    def samples() -> Iterator[tuple[Any, int]]:
+        seen = 0
+        for batch, size in problem.chunks():
+            for index in range(-seen % stride, size, stride):
+                yield cut(batch, index, index + 1), 1
+            seen += size
 
-    return mean, problem.ranks.all_reduce_mean([squares], add)[0]
+    def add(sample: Any, size: int) -> None:
+        slopes = torch.autograd.grad(problem.loss(theta, sample), theta, allow_unused=True)
+        squares.add_((problem.flatten(slopes) - mean) ** 2)
+
+    return mean, mean_over_chunks(problem, [squares], add, samples())[0]

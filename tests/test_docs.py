@@ -9,13 +9,16 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import stableopt
+from stableopt.stability import QUANTITIES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -31,6 +34,14 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Remove what a page registers."""
+    with mock.patch.dict(QUANTITIES):
+        yield
+
+
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     "page",
     [

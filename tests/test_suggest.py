@@ -88,7 +88,7 @@ def test_a_running_adam_brings_its_second_moments() -> None:
     assert gauss_newton <= 2 * 1.8 / (0.2 * top) * 1.01
     assert gauss_newton > 0.3 * 2 * 1.8 / (0.2 * top)
     fresh = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TypeError, match="has made a step"):
+    with pytest.raises(TypeError, match="has taken a step"):
         stableopt.suggest(model, MSE, data, optimizer=fresh)
 
 

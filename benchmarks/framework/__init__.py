@@ -1,1 +1,1 @@
-"""What an experiment is: settings, jobs, tables, claims, figures and published results."""
+"""The parts of an experiment: settings, cases, tables, claims, figures and published results."""

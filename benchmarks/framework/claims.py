@@ -22,7 +22,7 @@ __all__ = ["Claim", "all_of", "at_least", "at_most", "close_to", "increasing", "
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper or of the theory, beside what came out here.
+    """A statement of the paper or of the theory, and what came out here.
 
     Attributes:
         what: the subject, with its place in the paper.
@@ -158,7 +158,7 @@ def increasing(
 
 
 def all_of(what: str, held: Iterable[object], **texts: str) -> Claim:
-    """Return the claim that something held in every case, of which at least one exists.
+    """Return the claim that something held in every case, and that there was one.
 
     >>> claim = all_of("stays", [True, False])
     >>> claim.ours, claim.tolerance, claim.reproduced

@@ -12,7 +12,7 @@ import pandas as pd
 __all__ = ["Row", "cell", "read_table", "records", "table", "write_table"]
 
 Row = Mapping[str, Any]
-"""Numbers and strings by column; ``None`` where there is no value."""
+"""Numbers and strings by column; ``None`` where a value is missing."""
 
 
 OLD = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
@@ -57,7 +57,7 @@ def _read(source: Any) -> pd.DataFrame:
 
 
 def records(content: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a table's rows as dictionaries of Python's own types, ``None`` where there is no value."""
+    """Return a table's rows as dictionaries of Python's own types, missing values as ``None``."""
     plain = content.astype(object)
     return plain.where(content.notna(), None).to_dict("records")
 

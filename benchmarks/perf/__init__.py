@@ -1,4 +1,4 @@
-"""Speed, side by side in one process; ``python -m benchmarks perf [PART ...]``."""
+"""Timings of this library and others in one process: ``python -m benchmarks perf [PART ...]``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The gain from training several runs as one network with stacked weights.
 
 The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take
-the same steps, of which the first few are compared before anything is timed.
+the same steps; the first few are compared before anything is timed.
 """
 
 from __future__ import annotations

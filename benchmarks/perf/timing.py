@@ -33,7 +33,7 @@ class Config:
         out: the folder for numbers and figures.
         seed: of initialisations and random vectors.
         device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
-        repeats: interleaved repeats, of which the median counts.
+        repeats: interleaved repeats; the median counts.
         sizes: samples of the comparison of products.
         n: training images of the trained network, its probe set too.
         lr: learning rate of gradient descent.

@@ -81,7 +81,7 @@ class Bars(Watch):
         self.total = sum(self.costs.values())
         self.bars: dict[str, tuple[Job, TaskID]] = {}
         self.looked = 0.0
-        # What was done another day is no progress of today: the bar starts there.
+        # The bar starts at what was done another day, so that the pace is that of today.
         self.all = self.progress.add_task("", total=1.0, completed=self._share())
         self._show()
 

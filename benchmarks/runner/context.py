@@ -55,8 +55,8 @@ class Work:
         now = time.monotonic()
         if now - self._noted >= PROGRESS_EVERY:
             self._noted = now
-            told = {"share": share, "text": text}
-            write_json(self.folder / "progress.json", told, durable=False)
+            progress = {"share": share, "text": text}
+            write_json(self.folder / "progress.json", progress, durable=False)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Keep tensors for the jobs that need this one."""

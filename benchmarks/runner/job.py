@@ -94,22 +94,22 @@ class Job(ABC):
         Fields at their default are left out, so that results stay valid when a field is added.
         Raise ``schema`` when a default changes.
         """
-        content = json.dumps(_told(self), sort_keys=True)
+        content = json.dumps(_identity(self), sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def _told(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     """Return what identifies a value."""
     if isinstance(value, tuple):
-        return [_told(part) for part in value]
+        return [_identity(part) for part in value]
     if not is_dataclass(value):
         return value
-    told = {
-        field.name: _told(getattr(value, field.name))
+    identity = {
+        field.name: _identity(getattr(value, field.name))
         for field in fields(value)
         if getattr(value, field.name) != field.default
     }
-    return [value.kind, value.schema, told] if isinstance(value, Job) else told
+    return [value.kind, value.schema, identity] if isinstance(value, Job) else identity
 
 
 def in_order(jobs: list[Job]) -> list[Job]:

@@ -10,7 +10,7 @@ A member that has ended is copied out and stays in the stack without effect unti
 has ended; then the stack is cut down to the others. A member that diverges does not affect the
 others: only losses are summed over members, and the gradient of each is its own.
 
-There are no checkpoints: an ensemble that is killed starts again. The step runs eagerly, with a
+An ensemble has no checkpoints: one that is killed starts again. The step runs eagerly, with a
 number of kernels that does not grow with the members.
 """
 

@@ -75,7 +75,7 @@ class Escape:
         after: training loss, test accuracy and margins at the end; ``None`` for a run that diverged.
         settled_at: the step after which the loss was small again, if the run waited for that.
         predicted: ``"escape"`` or ``"stay"``.
-        why: the measured numbers beside their limits.
+        why: the measured numbers and their limits.
         before: the minimum.
     """
 

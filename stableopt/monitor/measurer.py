@@ -24,7 +24,7 @@ __all__ = ["Measurer"]
 
 
 class Measurer:
-    """Measures an optimizer's problem as it stands, from the eigenvectors of the time before.
+    """Measures an optimizer's problem as it stands, warm-started from the last eigenvectors.
 
     Arguments are those of :class:`~stableopt.StabilityMonitor`, and ``explicit``: whether the user
     chose the parameters that count.
@@ -84,7 +84,7 @@ class Measurer:
         """Return the update rule as it stands now.
 
         Raises:
-            TypeError: for an ``update_rule`` that is none, and as ``UpdateRule.from_optimizer`` does.
+            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.from_optimizer`` does.
         """
         if self._update_rule is None:
             return UpdateRule.from_optimizer(self._optimizer)

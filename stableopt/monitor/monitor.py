@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt._arguments import require_keys
 from stableopt._torch import eager
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.measurer import Measurer
@@ -285,9 +286,7 @@ class StabilityMonitor:
         Raises:
             ValueError: if something is missing, or its subspaces are not of this model's size.
         """
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}")
+        require_keys(state, self.state_dict())
         # Nothing changes before all of it has been read.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]

@@ -1,4 +1,4 @@
-"""The theory: update rules, their limits, and the margins that are left."""
+"""Linear stability: update rules, their limits, and measured margins."""
 
 from stableopt.stability.limits import (
     LinearStep,

@@ -1,4 +1,4 @@
-"""The problem of a model, in the coordinates in which an optimizer's step is gradient descent."""
+"""The problem of a model, and the coordinates in which an optimizer's step is gradient descent."""
 
 from __future__ import annotations
 
@@ -48,34 +48,34 @@ def problem_of(
 
 
 def check_params(optimizer: torch.optim.Optimizer, problem: MeanLoss, *, explicit: bool) -> None:
-    """Raise ``ValueError`` unless ``optimizer`` steps the parameters of ``problem``, and only those.
+    """Raise ``ValueError`` unless ``optimizer`` updates exactly the parameters of ``problem``.
 
-    ``explicit`` says that the user chose the parameters, so that it may step others too.
+    With ``explicit`` the user chose the parameters, and the optimizer may update others too.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):
         if id(p) not in held:
             raise ValueError(
                 f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
-                " requires_grad_(False), or name the parameters that count by params="
+                " requires_grad_(False), or choose the parameters to measure by params="
             )
     strangers = len(held - {id(p) for p in problem.model.parameters()})
     if strangers and not explicit:
         raise ValueError(
-            f"the optimizer holds {strangers} parameters that are not the model's, so the model's"
-            " curvature is not all that its steps see; name those that count by params="
+            f"the optimizer holds {strangers} parameters that are not the model's, so its steps depend"
+            " on more than the model's curvature; choose the parameters to measure by params="
         )
 
 
 def as_seen_by(problem: P, rule: UpdateRule, optimizer: torch.optim.Optimizer | None) -> P:
-    """Return ``problem`` in the coordinates in which ``rule`` is one learning rate for all.
+    """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
-    A diagonal preconditioner goes into the coordinates; of another only the weight decay does, and of
-    one that is not known nothing.
+    A diagonal preconditioner becomes a scale of the coordinates. For other preconditioners only the
+    weight decay is applied; for an unknown one, nothing.
 
     Raises:
-        ValueError: if the rule has groups and there is no optimizer to say which parameter is in
-            which, or if a parameter is in none of them.
+        ValueError: if the rule has groups and no optimizer is given, which assigns parameters to
+            groups; or if a parameter is in no group.
     """
     sign = -1.0 if rule.maximize else 1.0
     if not rule.preconditioned or rule.unknown is not None:
@@ -99,7 +99,7 @@ def _groups_of(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> li
     """Return the index of each parameter's group."""
     if optimizer is None:
         raise ValueError(
-            "update_rule has several groups: only an optimizer tells which parameter is in which"
+            "update_rule has several groups: pass optimizer=, which assigns parameters to groups"
         )
     groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):

@@ -153,7 +153,7 @@ class LinearStep:
         return -self.weight_decay - self.decoupled_weight_decay / pull
 
     def max_lr(self, sharpness: float) -> float:
-        """Return the largest learning rate that is stable at ``sharpness``, whatever ``lr`` is.
+        """Return the largest learning rate that is stable at ``sharpness``; ``lr`` is ignored.
 
         >>> round(LinearStep(1.0, momentum=0.9).max_lr(38.0), 6)
         0.1
@@ -271,7 +271,7 @@ def max_non_uniformity(
 ) -> float:
     r"""Return the largest non-uniformity at which SGD is mean-square stable in one dimension.
 
-    Without ``sharpness`` it is the largest over all sharpnesses, the side of the box (9): for plain
+    Without ``sharpness`` it is the maximum over all sharpnesses, a side of the box (9): for plain
     SGD :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, about :math:`\sqrt B/\eta` for large n. With it, the
     height of the exact region there: for plain SGD the half-ellipse
     :math:`(1-\eta a)^2 + \eta^2 p s^2 = 1`. In general, with
@@ -288,12 +288,13 @@ def max_non_uniformity(
     Args:
         lr: learning rate; 0 gives infinity.
         batch_size: samples B in a step.
-        dataset_size: samples n in all; ``None`` for infinitely many. B = n gives infinity.
-        sharpness: the sharpness a to look at, or ``None`` for the largest over all.
+        dataset_size: samples n in the training set; ``None`` for infinitely many. B = n gives
+            infinity.
+        sharpness: the sharpness a, or ``None`` for the maximum over all.
         step: as in :func:`max_sharpness`.
 
     Returns:
-        The limit; 0 where the rule is unstable at ``sharpness`` even without noise.
+        The limit; 0 if the rule is unstable at ``sharpness`` even without noise.
 
     Raises:
         ValueError: for values out of range.
@@ -312,9 +313,9 @@ def mean_square_radius(
 ) -> float:
     r"""Return the growth per step of the second moments of one linear mode: stable up to 1.
 
-    The state (x, m) is multiplied by :math:`A_0 + hA_1` with h random of mean a and variance
-    ``noise``, so the second moments by
-    :math:`\bar A\otimes\bar A + \mathrm{noise}\,A_1\otimes A_1`; this is its spectral radius.
+    Each step multiplies the state (x, m) by :math:`A_0 + hA_1`, where h has mean a and variance
+    ``noise``, and the second moments by
+    :math:`\bar A\otimes\bar A + \mathrm{noise}\,A_1\otimes A_1`, whose spectral radius this is.
 
     Args:
         sharpness: the mean curvature a.

@@ -1,4 +1,4 @@
-"""`StabilityMargins`: the quantities of one measurement beside their limits."""
+"""`StabilityMargins`: the quantities of one measurement and their limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Part:
 
 @dataclass(frozen=True, init=False)
 class StabilityMargins:
-    r"""Sharpness and non-uniformity at one step, and the largest values that the step allows.
+    r"""Sharpness and non-uniformity at one step, and the largest values that the update rule allows.
 
     ``margins["sharpness"]`` has ``value``, ``limit``, ``ratio``, ``margin`` and ``measurement``, and
     so has each quantity of :data:`~stableopt.stability.QUANTITIES`; the attributes below are
@@ -41,40 +41,40 @@ class StabilityMargins:
 
     Attributes:
         step: optimizer steps done.
-        lr: learning rate, the largest of all groups'.
+        lr: learning rate, the largest among the groups.
         batch_size: samples B in a step.
-        dataset_size: samples n in all; ``None`` for so many that they do not matter.
+        dataset_size: samples n in the training set; ``None`` for infinitely many.
         loss: mean loss over the probe data, in eval mode.
         sharpness: :math:`a = \lambda_{\max}(H)`.
         sharpness_limit: the largest a at which gradient descent is stable, :math:`2/\eta` for
-            plain SGD; ``None`` where the step is preconditioned, since H alone then has no limit.
+            plain SGD; ``None`` for a preconditioned step, whose limit is not on H alone.
         preconditioned_sharpness: :math:`\lambda_{\max}(P(H+\Lambda))`, P the preconditioner of the
-            optimizer's last step and :math:`\Lambda` its coupled weight decay; ``None`` where the
-            step is not preconditioned, or P not known. Groups with different learning rates, or
-            different weight decays, count as preconditioned.
-        preconditioned_sharpness_limit: the largest at which the step with P held is stable,
+            optimizer's last step and :math:`\Lambda` its coupled weight decay; ``None`` if the step is
+            not preconditioned, or P is not known. Groups with different learning rates or weight
+            decays count as preconditioned.
+        preconditioned_sharpness_limit: the largest at which the step with constant P is stable,
             :math:`(2+2\beta_1)/((1-\beta_1)\eta)` for Adam.
-        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`, of the per-sample
-            :math:`P^{1/2}H_iP^{1/2}` where the step is preconditioned.
+        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`, for a preconditioned step that of
+            the per-sample :math:`P^{1/2}H_iP^{1/2}`.
         non_uniformity_limit: the side of the box (9), :math:`\sqrt{B(n-1)/(n-B)}/\eta` for plain
             SGD.
         theorem1: the left side of condition (8), stable up to 1.
-        critical_lr: the largest learning rate that is stable in mean square, exactly or, where there
-            are too many directions, an upper bound:
-            :func:`~stableopt.stability.critical_lr`. It is of the Gauss–Newton matrix.
-        critical_lr_lower: a learning rate up to which all is certainly stable.
+        critical_lr: the largest learning rate that is stable in mean square, or an upper bound if
+            there are too many directions: :func:`~stableopt.stability.critical_lr`, for the
+            Gauss–Newton matrix.
+        critical_lr_lower: a learning rate that is certainly stable, as are all smaller ones.
         critical_lr_ratio: learning rate over the critical one, 1 at the edge.
         batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
             plain SGD stays.
         sharpness_ratio, preconditioned_sharpness_ratio, non_uniformity_ratio: value over limit, 1
-            at the edge of stability, 0 where there is no limit.
+            at the edge of stability, 0 for an infinite limit.
         sharpness_margin, preconditioned_sharpness_margin, non_uniformity_margin: limit minus value.
         results: the :class:`~stableopt.stability.QuantityResult` of each quantity, measured or
             limited, by name.
         failure: why the measurement failed, or ``None``.
-        method: how products with the Hessian were taken, and what of the model's way to train they
-            went without: ``"double backward"``, ``"central differences"``, then, separated by
-            commas, such as ``"math attention"`` or ``"without autocast"``.
+        method: how products with the Hessian were computed, ``"double backward"`` or ``"central
+            differences"``, and, separated by commas, what differed from training, such as ``"math
+            attention"`` or ``"without autocast"``.
 
     >>> margins = StabilityMargins(lr=0.1, sharpness=15.0, sharpness_limit=20.0)
     >>> margins.sharpness_ratio, margins.sharpness_margin, margins.stable
@@ -136,7 +136,12 @@ class StabilityMargins:
             "batch_size": batch_size,
             "dataset_size": dataset_size,
             "loss": loss,
-            "results": {name: _compared(name, result, lr) for name, result in found.items()},
+            "results": {
+                name: result.compared(
+                    lr, limits_lr=name in QUANTITIES and QUANTITIES[name].limits_lr
+                )
+                for name, result in found.items()
+            },
             "failure": failure,
             "method": method,
         }
@@ -144,10 +149,10 @@ class StabilityMargins:
             object.__setattr__(self, name, value)
 
     def __getitem__(self, name: str) -> QuantityResult:
-        """Return the result of one quantity; all of it is ``None`` where it was not measured.
+        """Return the result of one quantity, empty if it was not measured.
 
         Raises:
-            KeyError: for a name that is not registered, of which there is no result either.
+            KeyError: for a name that is neither registered nor among the results.
 
         >>> margins = StabilityMargins(sharpness=15.0, sharpness_limit=20.0)
         >>> margins["sharpness"].ratio, margins["non_uniformity"].value
@@ -165,13 +170,13 @@ class StabilityMargins:
 
     @property
     def limited_sharpness(self) -> float | None:
-        """The sharpness that a limit belongs to: the preconditioned one, where there is one."""
+        """The sharpness that has the limit: the preconditioned one, if there is one."""
         own = self.preconditioned_sharpness
         return self.sharpness if own is None else own
 
     @property
     def edge_ratio(self) -> float | None:
-        """:attr:`limited_sharpness` over its limit, whatever the optimizer: 1 at the edge.
+        """:attr:`limited_sharpness` over its limit, for any optimizer: 1 at the edge.
 
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).edge_ratio
         0.75
@@ -181,13 +186,13 @@ class StabilityMargins:
 
     @property
     def stable(self) -> bool | None:
-        """Whether every ratio that is known is at most 1: the box (9). ``None`` if none is."""
+        """Whether every known ratio is at most 1, the box (9); ``None`` if none is known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
         return all(r <= 1 for r in ratios) if ratios else None
 
     @property
     def converged(self) -> bool:
-        """Whether the measurement did not fail and every value reached its tolerance."""
+        """Whether the measurement succeeded and every value reached its tolerance."""
         return self.failure is None and all(m.converged for m in self.measurements.values())
 
     @property
@@ -268,10 +273,3 @@ def _with(
         for name, parts in changes.items()
     }
     return {name: result for name, result in found.items() if result != QuantityResult()}
-
-
-def _compared(name: str, result: QuantityResult, lr: float | None) -> QuantityResult:
-    quantity = QUANTITIES.get(name)
-    if quantity is not None and quantity.limits_lr:
-        return result.compared_with(lr)
-    return result.compared()

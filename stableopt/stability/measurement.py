@@ -1,4 +1,4 @@
-"""`Measurement` and `QuantityResult`: one measured value with its accuracy, and beside its limit."""
+"""`Measurement` and `QuantityResult`: a measured value with its accuracy, and with its limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Measurement:
         value: the value itself.
         residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x, and half
             of that for a value that is its root; of an average, its relative standard error.
-        products: products with the operator that it took.
+        products: operator products used.
         seconds: wall time.
         converged: whether the residual fell below the tolerance.
     """
@@ -61,18 +61,20 @@ class QuantityResult:
     lower: float | None = None
     measurement: Measurement | None = None
 
+    @classmethod
+    def of_measurement(cls, measurement: Measurement, lower: float | None = None) -> QuantityResult:
+        """Return the result of one measurement, without limit and ratio."""
+        return cls(value=measurement.value, lower=lower, measurement=measurement)
+
     @property
     def margin(self) -> float | None:
         """Limit minus value."""
         return None if self.value is None or self.limit is None else self.limit - self.value
 
-    def compared(self) -> QuantityResult:
-        """Return it with the ratio of value and limit."""
-        return dataclasses.replace(self, ratio=_ratio(self.value, self.limit))
-
-    def compared_with(self, lr: float | None) -> QuantityResult:
-        """Return it with the ratio of ``lr`` and a value that is a limit on the learning rate."""
-        return dataclasses.replace(self, ratio=_ratio(lr, self.value))
+    def compared(self, lr: float | None = None, *, limits_lr: bool = False) -> QuantityResult:
+        """Return it with its ratio, with ``limits_lr`` that of ``lr`` to the value."""
+        pair = (lr, self.value) if limits_lr else (self.value, self.limit)
+        return dataclasses.replace(self, ratio=_ratio(*pair))
 
 
 def _ratio(value: float | None, limit: float | None) -> float | None:

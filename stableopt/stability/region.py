@@ -1,4 +1,4 @@
-"""The sharpness / non-uniformity diagram as an object."""
+"""`StabilityRegion`: where an update rule is stable, in sharpness and non-uniformity."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Kind = Literal["box", "exact"]
 class StabilityRegion:
     r"""The minima at which an update rule can settle, in the plane of sharpness and non-uniformity.
 
-    Two shapes, both in Wu, Ma & E (2018), section 3:
+    It has two shapes, both in Wu, Ma & E (2018), section 3:
 
     - ``"box"``: :math:`a \le` :attr:`max_sharpness` and :math:`s \le` :attr:`max_non_uniformity`,
-      equation (9). It is what the paper's figures draw as dashed lines.
+      equation (9); the dashed lines in the paper's figures.
     - ``"exact"``: the mean-square stable points of a *one-dimensional* problem, for plain SGD the
       half-ellipse :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, whose hull the box is.
 
-    In several dimensions, where a and s belong to different directions, neither is necessary nor
+    In several dimensions a and s may belong to different directions, and neither shape is necessary or
     sufficient.
 
     Args:
         rule: the update rule.
         batch_size: samples in a step; ``None`` for the full batch, which has no limit on s.
-        dataset_size: samples in all; ``None`` for infinitely many.
+        dataset_size: samples in the training set; ``None`` for infinitely many.
 
     >>> region = StabilityRegion(UpdateRule(lr=0.1), batch_size=4)
     >>> region.max_sharpness, region.max_non_uniformity

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stableopt._arguments import positive, whole
+from stableopt._arguments import instance, positive, require_keys, whole
 from stableopt.distributed import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
@@ -92,10 +92,8 @@ class StabilityController:
         patience: int = 50,
         dry_run: bool = False,
     ) -> None:
-        if not isinstance(monitor, StabilityMonitor):
-            raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor")
-        if not isinstance(target, TargetRegion):
-            raise TypeError(f"target={target!r}: expected a TargetRegion")
+        instance("monitor", monitor, StabilityMonitor)
+        instance("target", target, TargetRegion)
         if batch is not None and not hasattr(batch, "resize"):
             raise TypeError(
                 f"batch={batch!r}: expected an AdaptiveBatchSampler or an AdaptiveAccumulation"
@@ -163,9 +161,7 @@ class StabilityController:
         Raises:
             ValueError: for a missing entry, or other knobs.
         """
-        missing = self.state_dict().keys() - state_dict.keys()
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}")
+        require_keys(state_dict, self.state_dict())
         for name, knob in (("scheduler", self.scheduler), ("batch_size", self.batch)):
             if (state_dict[name] is None) != (knob is None):
                 raise ValueError(f"state_dict: its {name} does not fit this controller's knobs")

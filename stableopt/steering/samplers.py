@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 
 from torch.utils.data import BatchSampler, Sampler
 
-from stableopt._arguments import whole
+from stableopt._arguments import require_keys, whole
 from stableopt._deprecation import renamed_keywords
 from stableopt.curvature.problem.data import sample_count
 from stableopt.distributed import world
@@ -201,9 +201,7 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         Raises:
             ValueError: for a missing entry, or a size that is not allowed.
         """
-        missing = {"batch_size", "rest"} - state_dict.keys()
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}")
+        require_keys(state_dict, ("batch_size", "rest"))
         self.batch_size = state_dict["batch_size"]
         self._resumed = list(state_dict["rest"]) or None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from stableopt._arguments import positive
+from stableopt._arguments import instance, positive, require_keys
 from stableopt.distributed import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.update_rule import base_optimizer
@@ -160,9 +160,7 @@ class StabilityLR(LRScheduler):
         Raises:
             ValueError: for a missing entry.
         """
-        missing = self.state_dict().keys() - state_dict.keys()
-        if missing:
-            raise ValueError(f"state_dict lacks {sorted(missing)}")
+        require_keys(state_dict, self.state_dict())
         self.target = TargetRegion(**state_dict["target"])
         self.decisions.load(state_dict["decisions"])
         self.last_epoch = state_dict["last_epoch"]
@@ -244,12 +242,9 @@ def _bound(name: str, value: float | None, default: float) -> float:
 def _check(
     optimizer: torch.optim.Optimizer, monitor: StabilityMonitor, target: TargetRegion
 ) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
-    if not isinstance(monitor, StabilityMonitor):
-        raise TypeError(f"monitor={monitor!r}: expected a StabilityMonitor; track() returns one")
-    if not isinstance(target, TargetRegion):
-        raise TypeError(f"target={target!r}: expected a TargetRegion")
+    instance("optimizer", optimizer, torch.optim.Optimizer)
+    instance("monitor", monitor, StabilityMonitor)
+    instance("target", target, TargetRegion)
     if monitor.optimizer is not base_optimizer(optimizer):
         raise ValueError("monitor: it measures another optimizer than this one")
     if target.sharpness == OPEN:
@@ -263,7 +258,7 @@ def _check(
         )
     if target.unit == "present":
         for name in ("sharpness", "non_uniformity"):
-            if getattr(target, name) != OPEN and name not in monitor.quantities:
+            if target.bounds(name) != OPEN and name not in monitor.quantities:
                 raise ValueError(
                     f"target is relative to the present {name}, which the monitor does not measure:"
                     " add it to its quantities"

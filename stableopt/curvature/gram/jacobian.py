@@ -8,7 +8,6 @@ cross-entropy :math:`\mathrm{diag}(\pi) - \pi\pi^\top`; here autograd computes i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import DoubleVjp, vjp
-from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.over_chunks import vmap_over_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 
 __all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]
@@ -57,20 +57,17 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
         value: Tensor = problem.loss_fn(flat.view(1, *outputs.shape[1:]), sample[1])
         return problem.sign * value
 
-    def one(index: Tensor, flat: Tensor) -> Any:
+    def one(sample: Any, flat: Tensor) -> Any:
         # Reverse over reverse: the forward mode of torch's own mse_loss raises.
-        slope = torch.func.grad(loss)
-        return torch.func.jacrev(slope)(flat, _row(batch, index))
+        return torch.func.jacrev(torch.func.grad(loss))(flat, sample)
 
-    def one_alone(index: int, flat: Tensor) -> Any:
+    def one_alone(sample: Any, flat: Tensor) -> Any:
         at = flat.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(
-            loss(at, cut(batch, index, index + 1)), at, create_graph=True
-        )
+        (slope,) = torch.autograd.grad(loss(at, sample), at, create_graph=True)
         rows = [vjp([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
         return torch.stack([torch.zeros_like(at) if row is None else row for row in rows])
 
-    second = _over_samples(one, one_alone, size, outputs.flatten(1)).double()
+    second = _over_samples(one, one_alone, batch, size, outputs.flatten(1)).double()
     values, vectors = torch.linalg.eigh((second + second.mT) / 2)
     if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
         raise ValueError(
@@ -100,15 +97,14 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
         found: Tensor = problem.outputs(at, sample)
         return found.flatten()
 
-    def one(index: Tensor, root: Tensor) -> list[Tensor]:
-        sample = _row(batch, index)
+    def one(sample: Any, root: Tensor) -> list[Tensor]:
         # Indexed, since the type of vjp allows for an auxiliary output as well.
         passes = torch.func.vjp(lambda at: outputs(at, sample), theta)
         (gradients,) = torch.vmap(passes[1])(root.to(passes[0]))
         return list(gradients)
 
-    def one_alone(index: int, root: Tensor) -> list[Tensor]:
-        found = outputs(theta, cut(batch, index, index + 1))
+    def one_alone(sample: Any, root: Tensor) -> list[Tensor]:
+        found = outputs(theta, sample)
         rows = [
             torch.autograd.grad(
                 found, theta, row, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -117,7 +113,7 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
         ]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    found = _over_samples(one, one_alone, size, roots)
+    found = _over_samples(one, one_alone, batch, size, roots)
     scaled = zip(found, problem.scale, strict=True)
     return [(part.detach() * factor).reshape(*part.shape[:2], -1) for part, factor in scaled]
 
@@ -140,28 +136,21 @@ def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Te
     return roots @ torch.stack(columns, dim=2)
 
 
-def _row(batch: Any, index: Tensor) -> Any:
-    row = index.unsqueeze(0)
-    return map_tensors(lambda t: t.index_select(0, row) if t.dim() else t, batch)
-
-
 def _over_samples(
-    one: Callable[[Tensor, Tensor], Any],
-    one_alone: Callable[[int, Tensor], Any],
+    one: Callable[[Any, Tensor], Any],
+    one_alone: Callable[[Any, Tensor], Any],
+    batch: Any,
     size: int,
     given: Tensor,
 ) -> Any:
     """Return ``one`` of every sample, stacked: at once, or one by one if vmap fails."""
-    rows = torch.arange(size, device=given.device)
-    with warnings.catch_warnings():
-        # torch advises to file an issue, which users of a measurement cannot act on.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        try:
-            return torch.vmap(one, randomness="same")(rows, given)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            found = [one_alone(index, part) for index, part in enumerate(given)]
+    try:
+        return vmap_over_samples(one, batch, size, given)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        samples = (cut(batch, index, index + 1) for index in range(size))
+        found = [one_alone(*pair) for pair in zip(samples, given, strict=True)]
     if isinstance(found[0], Tensor):
         return torch.stack(found)
     return [torch.stack(parts) for parts in zip(*found, strict=True)]

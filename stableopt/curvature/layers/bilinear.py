@@ -1,8 +1,8 @@
-r"""How one sample's gradient in a parameter is made of a layer's inputs and slopes, and what follows.
+r"""`Form`: how a sample's gradient in a parameter depends on a layer's input and slope.
 
 With a the layer's input and :math:`\delta` the gradient of the sample's loss in its output, the
 sample's gradient in a parameter is bilinear, :math:`g_i = \Phi(a_i, \delta_i)`, in one of four forms.
-T counts positions: those of a sequence, of a feature map, or of several uses of one parameter.
+T counts positions: of a sequence, of a feature map, or of several uses of one parameter.
 
 =============== =========================================== ===============================
 form            a ``(n, ...)``, delta ``(n, ...)``          :math:`\Phi(a, \delta)`
@@ -13,15 +13,15 @@ form            a ``(n, ...)``, delta ``(n, ...)``          :math:`\Phi(a, \delt
 ``PLAIN``       none, ``(F, T)``                            :math:`\sum_t \delta_t`
 =============== =========================================== ===============================
 
-From the tangents :math:`\dot a, \dot\delta` along v follow, per sample, that block of
+The tangents :math:`\dot a, \dot\delta` along v give, per sample, the parameter's block of
 :math:`w_i = H_i v`, :math:`w_i = \Phi(\dot a, \delta) + \Phi(a, \dot\delta)`, and the cotangents
 
 .. math:: c^a = \partial_a \langle k_i, \Phi(a, \delta)\rangle, \qquad
     c^\delta = \partial_\delta \langle k_i, \Phi(a, \delta)\rangle, \qquad
     k_i = P w_i - \bar w,
 
-with P a diagonal preconditioner, a number or a tensor of the parameter's shape. Which way is the
-quickest, with :math:`k_i` or without ever forming it, is the form's own business.
+with P a diagonal preconditioner, a number or a tensor of the parameter's shape. Each form decides
+whether forming :math:`k_i` or avoiding it is faster.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ __all__ = ["ELEMENTWISE", "LOOKUP", "MATRIX", "PLAIN", "Cotangents", "Form", "Us
 class Uses(NamedTuple):
     """Inputs and slopes of all uses of a parameter, one after the other along T; no graph.
 
-    Slopes are ``(n, F, T)`` for every form, groups one after the other. ``None`` stands for the
-    inputs of a form without, and for the tangents of inputs that do not depend on the parameters.
+    Slopes are ``(n, F, T)`` for every form, groups one after the other. ``None`` stands for missing
+    inputs, and for the tangents of inputs that do not depend on the parameters.
     """
 
     inputs: Tensor | None
@@ -49,14 +49,14 @@ class Uses(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """In the shapes of the inputs and slopes; ``None`` where inputs have no tangent."""
+    """Cotangents in the shapes of inputs and slopes; ``None`` for inputs without a tangent."""
 
     inputs: Tensor | None
     slopes: Tensor
 
 
 class Form(NamedTuple):
-    r"""One way in which a gradient depends on inputs and slopes.
+    r"""One bilinear dependence of a gradient on inputs and slopes.
 
     Attributes:
         name: the form's name.
@@ -79,7 +79,7 @@ def _plain_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotang
 
 
 PLAIN = Form("plain", _plain_total, _plain_cotangents)
-"""A bias, or a parameter of which each sample has a copy of its own."""
+"""A bias, or a parameter that is copied for each sample."""
 
 
 def _gains(uses: Uses) -> Tensor:
@@ -103,7 +103,7 @@ def _elementwise_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> 
 
 
 ELEMENTWISE = Form("elementwise", _elementwise_total, _elementwise_cotangents)
-"""The gain of a normalisation: each feature has one number."""
+"""The gain of a normalisation: one number for each feature."""
 
 
 def _lookup_total(uses: Uses, shape: torch.Size) -> Tensor:
@@ -116,7 +116,7 @@ def _lookup_total(uses: Uses, shape: torch.Size) -> Tensor:
 def _lookup_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotangents:
     indices = uses.inputs
     assert indices is not None
-    # Positions that look the same row up add to it, each of them.
+    # All positions that look up a row add to it.
     same = (indices.unsqueeze(1) == indices.unsqueeze(2)).to(uses.slopes.dtype)
     rows = indices.clamp(min=0)
     factor = scale[rows].mT if isinstance(scale, Tensor) else scale
@@ -125,7 +125,7 @@ def _lookup_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotan
 
 
 LOOKUP = Form("lookup", _lookup_total, _lookup_cotangents)
-"""The table of an embedding: indices have no tangent, and negative ones look nothing up."""
+"""The table of an embedding: indices have no tangent, and negative ones are ignored."""
 
 
 def _matrix_total(uses: Uses, shape: torch.Size) -> Tensor:
@@ -157,7 +157,7 @@ MATRIX = Form("matrix", _matrix_total, _matrix_cotangents)
 
 
 class _Grouped(NamedTuple):
-    """Uses with slopes ``(n, groups, out, T)`` beside the inputs ``(n, groups, in, T)``."""
+    """Uses with inputs ``(n, groups, in, T)`` and slopes ``(n, groups, out, T)``."""
 
     inputs: Tensor
     slopes: Tensor
@@ -174,7 +174,7 @@ def _grouped(uses: Uses) -> _Grouped:
 
 
 def _kernel_is_cheaper(inputs: int, outputs: int, positions: int) -> bool:
-    """Whether a kernel for each sample takes fewer operations than the positions' Gram matrices."""
+    """Whether a kernel for each sample costs less than the Gram matrices of the positions."""
     return inputs * outputs <= positions * (inputs + outputs)
 
 
@@ -199,8 +199,8 @@ def _by_positions(uses: _Grouped, factor: float, mean: Tensor) -> Cotangents:
 
 
 def _one_position(uses: _Grouped, factor: Tensor | float, mean: Tensor) -> Cotangents:
-    # Rank two: inner products of rows in place of Gram matrices, and one large matrix product in
-    # place of many small ones. A tensor for P becomes a part of the inner product.
+    # Rank two: inner products of rows instead of Gram matrices, and one large matrix product instead
+    # of many small ones. A tensor for P becomes a part of the inner product.
     a, delta, delta_dot = (t.flatten(1) for t in (uses.inputs, uses.slopes, uses.slope_tangents))
     a_dot = None if uses.input_tangents is None else uses.input_tangents.flatten(1)
     if isinstance(factor, Tensor):

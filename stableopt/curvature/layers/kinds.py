@@ -1,12 +1,12 @@
-r"""Which layers have a known structure, and where in them a parameter's inputs and slopes are.
+r"""`Kind`: families of layers with a known structure; `plan`: the treatment of every parameter.
 
-A :class:`Kind` says, for one family of modules, what the per-sample gradients of its parameters are
-bilinear in (the *head* a, and the gradient in the output), and how these two are laid out as
-:mod:`~stableopt.curvature.layers.bilinear` want them. A new family is one new subclass, named in ``KINDS``.
+Per-sample gradients of a layer's parameters are bilinear in a *head* a, a function of the input, and in
+the gradient in the output. A :class:`Kind` defines both for one family of modules, and lays them out for
+:mod:`~stableopt.curvature.layers.bilinear`. A new family is one new subclass, added to ``KINDS``.
 
-:func:`plan` assigns each parameter of a problem: to the kind of the layer that holds it, or, for any
-other module, to a *unit*: the module is called once for each sample, vectorised, with parameters of
-the sample's own, which costs memory in the size of these parameters alone.
+:func:`plan` assigns each parameter of a problem to the kind of its layer, or, for other modules, to a
+*unit*: the module is called once for each sample, vectorised, with a copy of its parameters for each.
+This takes memory in the size of these parameters alone.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Kind(abc.ABC):
     weight: ClassVar[Form] = MATRIX
 
     def fits(self, module: Any) -> bool:
-        """Whether this module is as the family goes."""
+        """Whether the structure holds for this module."""
         return True
 
     def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        """Return what the weight's gradients are linear in, a differentiable function of the input."""
+        """Return the head, in which the weight's gradients are linear: a function of the input."""
         return given
 
     @abc.abstractmethod
@@ -60,10 +60,10 @@ class Kind(abc.ABC):
 
 
 class _FeaturesLast(Kind):
-    """Features in the last dimension; what lies before it, after the sample's, are positions.
+    """Features in the last dimension, positions between the samples' dimension and it.
 
-    Where positions were merged into the leading dimension, a sample's are taken to lie together;
-    whether they do shows when the product is tried.
+    Positions that were merged into the leading dimension are assumed to be contiguous for each sample;
+    the trial of the product detects other layouts.
     """
 
     def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
@@ -100,7 +100,7 @@ class _Convolution(_FeaturesSecond):
         return bool(module.padding_mode == "zeros")
 
     def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        # For each offset within the kernel one strided view: the patches, one copy.
+        # One strided view for each offset in the kernel: the patches in one copy.
         if head.dim() != 2 + len(module.kernel_size):
             raise UnfitError("a convolution saw a sample without its batch")
         padded = F.pad(_samples_first(head, size), _padding(module))
@@ -158,7 +158,7 @@ class _GroupNorm(_FeaturesSecond):
 
 class _BatchNorm_(_GroupNorm):  # noqa: N801 - the base class has the good name
     def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        # In eval mode: with its running statistics, one affine map for all samples.
+        # In eval mode, with running statistics: the same affine map for all samples.
         return F.batch_norm(
             given, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
         )
@@ -177,11 +177,11 @@ class _Embedding(_FeaturesLast):
     weight = LOOKUP
 
     def fits(self, module: Any) -> bool:
-        # The others look at more than the sample, or change the table as they go.
+        # Other options depend on more than the sample, or change the table in the pass.
         return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
     def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        # The row for padding takes no gradient: its positions are marked.
+        # The row for padding has no gradient: its positions are marked.
         words = (
             head if module.padding_idx is None else head.masked_fill(head == module.padding_idx, -1)
         )
@@ -206,17 +206,17 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.InstanceNorm3d: _InstanceNorm(),
     nn.Embedding: _Embedding(),
 }
-"""By exact class: a subclass, or a reparametrised module, may compute something else."""
+"""Kinds by exact class: a subclass, or a reparametrised module, may compute something else."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose parameters count, how, and where in the problem's parameters they are.
+    """A module, its kind, and the indices of its parameters in the problem.
 
     Attributes:
         module: the module.
         kind: its kind, or ``None`` for a unit.
-        indices: for each of its parameters that count, by name within the module, its index.
+        indices: the index of each of its parameters that count, by name within the module.
     """
 
     module: nn.Module
@@ -226,15 +226,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """The way of every parameter.
+    """The treatment of every parameter.
 
     Attributes:
         layers: the layers, structured ones and units.
-        expanded: indices of parameters that a module with others inside it holds itself, with a
-            leading dimension of 1 for the samples: each sample is given its own.
-        ways: for each parameter's name, how it goes.
-        mapped: for each unit that was called, by its identity, which of its inputs lead with the
-            samples.
+        expanded: indices of parameters of modules with other modules inside, with a leading
+            dimension of 1 for the samples: each sample gets a copy.
+        ways: how each parameter is treated, by name.
+        mapped: for each unit that was called, by its ``id``, which of its inputs have the samples as
+            their first dimension.
     """
 
     layers: list[Layer]
@@ -244,7 +244,7 @@ class Plan:
 
 
 def plan(problem: Problem) -> Plan | None:
-    """Return the way of each of the problem's parameters, or ``None`` where some have none.
+    """Return the treatment of each of the problem's parameters, or ``None`` if some have none.
 
     >>> model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.PReLU(), nn.Flatten(), nn.Linear(3, 1))
     >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2, 2), torch.zeros(4, 1)))
@@ -270,7 +270,7 @@ def plan(problem: Problem) -> Plan | None:
             units.append(module)
         else:
             return None
-    # A unit takes with it whatever is inside.
+    # A unit includes all modules inside it.
     inside = {id(m) for unit in units for m in unit.modules()}
     layers = [layer for layer in layers if id(layer.module) not in inside]
     for unit in units:
@@ -320,7 +320,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _padding(module: Any) -> list[int]:
-    """Return the padding as ``F.pad`` wants it: last dimension first, both sides."""
+    """Return the padding in the order of ``F.pad``: last dimension first, both sides."""
     if module.padding == "valid":
         return [0] * (2 * len(module.kernel_size))
     if module.padding == "same":
@@ -333,7 +333,7 @@ def _sides(padding: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _offsets(module: Any, padded: Tensor) -> list[tuple[Any, ...]]:
-    """Return for each offset in the kernel the index of the positions that it meets."""
+    """Return, for each offset in the kernel, the index of the positions that it covers."""
     axes = []
     for length, kernel, stride, dilation in zip(
         padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True

@@ -1,9 +1,10 @@
-r"""Taking down, in one pass of a model, where each parameter's inputs and slopes are.
+r"""`Recorder`: the inputs and slopes of every parameter, recorded in one pass of a model.
 
-The recorder inserts offsets of zero behind the layers of a :class:`~stableopt.curvature.layers.kinds.Plan`:
-the gradient in an offset is the slope :math:`\delta` at that place, as a differentiable function. A
-module without a known structure is called anew, vectorised over the samples, with copies of its
-parameters; and a parameter that leads with the samples' dimension is copied for each sample.
+The recorder adds offsets of zero to the outputs of the layers of a
+:class:`~stableopt.curvature.layers.kinds.Plan`. The gradient in an offset is the slope :math:`\delta`
+there, as a differentiable function. A module without a known structure is called again, vectorised over
+the samples, with copies of its parameters; a parameter whose first dimension is that of the samples is
+copied for each sample.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Part:
         form: how the gradient depends on input and slope.
         head: which of the recorded heads its input is, or ``None``.
         slope: which of the recorded offsets its slope belongs to.
-        kind: the kind of the layer, which knows how head and slope are laid out; ``None`` for a
-            parameter of which each sample has a copy.
+        kind: the kind of the layer, which lays out head and slope; ``None`` for a parameter that is
+            copied for each sample.
         module: the layer.
     """
 
@@ -49,14 +50,14 @@ class Part:
 
 
 class Recorder:
-    """What one pass over ``size`` samples left behind.
+    """The record of one pass over ``size`` samples.
 
     Attributes:
         size: the number of samples.
         theta: the parameters to call the model with.
         parts: the uses of parameters, in the order of the pass.
-        heads: what gradients are linear in, with their graphs.
-        offsets: the zeros that were inserted.
+        heads: the heads that gradients are linear in, with their graphs.
+        offsets: the zeros that were added.
     """
 
     def __init__(self, way: Plan, theta: Theta, size: int) -> None:
@@ -82,7 +83,7 @@ class Recorder:
         return len(self.offsets) - 1
 
     def _copies(self, parameter: Tensor, index: int) -> Tensor:
-        """Return a parameter for each sample, and take its gradients down."""
+        """Return a copy of a parameter for each sample, and record its gradients."""
         copies = parameter.expand(self.size, *parameter.shape)
         number = self._offset(copies)
         self.parts.append(Part(index, PLAIN, None, number, None, None))
@@ -110,8 +111,8 @@ class Recorder:
         state = dict(module.named_parameters())
         owned = {name: self._copies(state[name], i) for name, i in layer.indices.items()}
         given = list(tensors_in((args, kwargs)))
-        # Tensors that do not lead with the samples, such as masks, are the same for all of them.
-        # Which do was settled when the plan was tried: by chance others have as many rows.
+        # Tensors without the samples' dimension, such as masks, are the same for all samples. The trial
+        # of the plan decides which they are, since masks may have as many rows by chance.
         leads = [t.dim() > 0 and t.shape[0] == size for t in given]
         mapped = self._mapped.setdefault(id(module), leads)
         fits = len(mapped) == len(leads) and any(mapped)
@@ -136,7 +137,7 @@ class Recorder:
 
 @contextmanager
 def recorded(way: Plan, theta: Theta, size: int) -> Iterator[Recorder]:
-    """Record the passes that are made inside; the model is to be called with ``.theta``, once."""
+    """Record the pass inside, in which the model is called once, with the recorder's ``theta``."""
     recorder = Recorder(way, theta, size)
     with ExitStack() as hooks:
         for layer in way.layers:

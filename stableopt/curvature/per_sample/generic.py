@@ -12,14 +12,14 @@ memory that does not grow with n:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.over_chunks import vmap_over_samples
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.mean import MeanOverSamples
 
@@ -78,16 +78,11 @@ def vmap_product(
     problem = of.problem
     tangent = tuple(problem.unflatten(vector))
 
-    def one(index: Tensor) -> Tensor:
-        row = index.unsqueeze(0)
-        sample = map_tensors(lambda t: t.index_select(0, row) if t.dim() else t, batch)
+    def one(sample: Any) -> Tensor:
         gradient = torch.func.grad(lambda at: problem.loss(at, sample))
         pull_back = torch.func.vjp(gradient, of.theta)[1]
         deviation = preconditioner(problem.flatten(pull_back(tangent)[0]) - mean)
         return problem.flatten(pull_back(tuple(problem.unflatten(deviation)))[0])
 
-    rows = torch.arange(size, device=vector.device)
-    with warnings.catch_warnings():
-        # torch advises to file an issue, which users of a measurement cannot act on.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return torch.vmap(one, randomness="same")(rows).sum(0).detach()
+    products: Tensor = vmap_over_samples(one, batch, size)
+    return products.sum(0).detach()

@@ -1,15 +1,15 @@
-"""Data in any of its usual forms, read again and again as batches that carry their sample counts.
+"""`Batches`: data in any of its usual forms as a re-iterable of batches with their sample counts.
 
-Curvature is a mean over samples, so every reader here yields ``(batch, size)``: a ragged last batch
-then weighs what it holds. Three examples of what :class:`Batches` takes:
+Curvature is a mean over samples, so iteration yields ``(batch, size)``, and every sample has the same
+weight, also in a smaller last batch. :class:`Batches` takes for example:
 
 - ``(x, y)``: two tensors, cut into chunks;
 - a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that neither
   its random state nor its persistent workers are disturbed;
 - a list, or any other re-iterable, of batches.
 
-An iterator that can be read only once is refused: a product with a curvature matrix reads the data
-each time.
+An iterator that can be read only once is refused, since every product with a curvature matrix reads the
+data.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from stableopt._arguments import whole
 __all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 
 DEFAULT_CHUNK = 1024
-"""Samples in a chunk where nobody chose: one pass of most small networks, and bounded memory."""
+"""Default samples in a chunk: one pass of most small networks, in bounded memory."""
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Return ``batch`` with ``function`` applied to every tensor in it.
 
-    Looked into are dictionaries, lists, tuples and dataclasses, which keep their types.
+    Dictionaries, lists, tuples and dataclasses are searched, and keep their types.
 
     >>> map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "name": "a"})
     {'x': tensor([1., 1.]), 'name': 'a'}
@@ -63,7 +63,7 @@ def _refilled(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, 
     clone: Any = copy.copy(batch)
     try:
         for key, value in mapped.items():
-            clone[key] = value  # what language models return forbids update()
+            clone[key] = value  # outputs of language models forbid update()
     except TypeError:
         return mapped
     return cast("Mapping[Any, Any]", clone)
@@ -74,7 +74,7 @@ def _is_record(batch: Any) -> bool:
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield the tensors that :func:`map_tensors` would change, without rebuilding anything.
+    """Yield the tensors in ``batch`` that :func:`map_tensors` would change.
 
     >>> [t.shape[0] for t in tensors_in({"x": torch.zeros(2), "more": [torch.zeros(3)]})]
     [2, 3]
@@ -95,7 +95,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 def sample_count(batch: Any) -> int:
     """Return the number of samples: the leading dimension that all tensors of ``batch`` share.
 
-    Tensors without dimensions belong to all samples alike and are left out.
+    Tensors without dimensions belong to all samples and are ignored.
 
     Raises:
         ValueError: if there is no tensor with a leading dimension, or if the dimensions disagree.
@@ -129,19 +129,19 @@ class Batches:
         data: an ``(x, y)`` pair (one batch), a ``Dataset``, a ``DataLoader`` or any re-iterable of
             batches. With ``paired=False`` a dictionary, dataclass or tuple of tensors, or a single
             tensor, is one batch too. A list is of batches, unless it is an ``(x, y)`` pair.
-        chunk_size: the most samples in what is yielded; larger batches are cut. ``None`` leaves
-            the batches of a loader or an iterable as they are and cuts a pair at 1,024.
+        chunk_size: the most samples in a batch; larger batches are cut. ``None`` leaves the batches
+            of a loader or an iterable as they are and cuts a pair at 1,024.
         paired: whether each batch must be an ``(x, y)`` pair.
 
     Attributes:
         chosen: the ``chunk_size`` that was given.
 
-    A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order:
-    what counts is which samples it serves. A sampler that chooses (a subset, weights) is honoured.
+    A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order. A
+    sampler that selects samples (a subset, weights) is used.
 
     Raises:
         TypeError: if ``data`` can be read only once, or cannot be read at all.
-        ValueError: if ``chunk_size`` is not positive; when it is read, if it is empty.
+        ValueError: if ``chunk_size`` is not positive; on iteration, if the data are empty.
 
     >>> batches = Batches((torch.zeros(5, 3), torch.zeros(5)), chunk_size=2)
     >>> [size for _, size in batches], batches.num_samples
@@ -211,7 +211,7 @@ def _describe(value: Any) -> str:
 
 
 def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]:
-    """Return a re-iterable of batches, and whether it is one batch that was handed over whole."""
+    """Return a re-iterable of batches, and whether ``data`` is one batch."""
     if isinstance(data, DataLoader):
         return _reread(data), False
     if isinstance(data, Dataset):
@@ -237,7 +237,7 @@ def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]
 
 
 def _refuse_once_only(data: Any) -> None:
-    # What gives the same iterator twice would be moved on by reading it here, or be at its end.
+    # Data that give the same iterator twice would be exhausted by the first reading.
     first, second = iter(data), iter(data)
     if first is data or first is second:
         raise TypeError(
@@ -252,8 +252,8 @@ def _is_batch(data: Any, paired: bool) -> bool:
         if named or (len(data) > 2 and all(isinstance(part, Tensor) for part in data)):
             return True
     if isinstance(data, (tuple, list)):
-        # Two tensors are (x, y). Two tuples are two batches. A structured input or target beside
-        # one tensor is (x, y) as well.
+        # Two tensors are (x, y), two tuples are two batches. A structured input with a tensor as target,
+        # or the other way round, is (x, y) as well.
         return len(data) == 2 and any(isinstance(part, Tensor) for part in data)
     return not paired and (isinstance(data, (Tensor, Mapping)) or _is_record(data))
 

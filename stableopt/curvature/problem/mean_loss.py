@@ -6,20 +6,23 @@ import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
 from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data import Batches, generators_of, map_tensors
+from stableopt.curvature.problem.fsdp import local
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
 from stableopt.distributed import Ranks
 
-__all__ = ["Choices", "MeanLoss", "Memo", "Theta"]
+__all__ = ["MeanLoss", "Memo", "Theta"]
 
 Theta = tuple[Tensor, ...]
 """One value of the parameters: a tensor for each, in the problem's order."""
@@ -28,11 +31,20 @@ P = TypeVar("P", bound="MeanLoss")
 T = TypeVar("T")
 
 
-class Choices(NamedTuple):
-    """The user's choices of how to evaluate."""
+@dataclass(frozen=True)
+class _BatchLoss:
+    """A function of model and batch, which :meth:`MeanLoss.from_batch_loss` passes as ``loss_fn``."""
 
-    dtype: torch.dtype | None
-    batch_statistics: bool
+    function: Callable[[nn.Module, Any], Tensor]
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.function(model, batch)
+
+
+def _pair_loss(
+    loss_fn: Callable[[Any, Any], Tensor],
+) -> Callable[[nn.Module, Any], Tensor]:
+    return lambda model, batch: loss_fn(model(batch[0]), batch[1])
 
 
 class _Objective(nn.Module):
@@ -65,6 +77,8 @@ class MeanLoss(abc.ABC):
     sharded: ClassVar[bool]
     """Whether each rank holds a shard of every vector."""
 
+    obstacle: SecondDerivativeError | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -77,16 +91,32 @@ class MeanLoss(abc.ABC):
         batch_statistics: bool = False,
         process_group: Any = None,
     ) -> None:
-        if not callable(loss_fn) or isinstance(loss_fn, type):
+        if isinstance(loss_fn, _BatchLoss):
+            self.loss_fn: Callable[[Any, Any], Tensor] | None = None
+            batch_loss: Callable[[nn.Module, Any], Tensor] = loss_fn
+        elif not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
-        self.loss_fn: Callable[[Any, Any], Tensor] | None = loss_fn
+        else:
+            self.loss_fn = loss_fn
+            batch_loss = _pair_loss(loss_fn)
 
-        def batch_loss(model: nn.Module, batch: Any) -> Tensor:
-            x, y = batch
-            return loss_fn(model(x), y)
-
-        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
-        self._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=True)
+        ranks = Ranks(process_group)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r}: expected a torch.nn.Module")
+        self.model = unwrapped(model)
+        self._dtype, self._batch_statistics = dtype, batch_statistics
+        self.ranks = self._checked_placement(ranks)
+        self._objective = _Objective(self.model, batch_loss, self.loss_fn)
+        self._notes = {UNCOMPILED} if compiled(model) else set()
+        if not batch_statistics:
+            check_batch_norm(self.model)
+        self._all_trainable = params is None
+        self._take(*select_parameters(self.model, params))
+        # An error in one rank's data is raised on all of them.
+        self.ranks.raise_together(lambda: self._read(data, chunk_size))
+        if self.ranks.several:
+            self._num_samples = sum(self.ranks.all_gather_object(self.own_samples))
+        self._check_together()
 
     @classmethod
     def from_batch_loss(
@@ -114,53 +144,29 @@ class MeanLoss(abc.ABC):
         >>> Problem.from_batch_loss(model, loss, batch).num_samples
         4
         """
-        problem = cls.__new__(cls)
-        problem.loss_fn = None
-        choices, ranks = Choices(dtype, batch_statistics), Ranks(process_group)
-        problem._set_up(model, batch_loss, data, params, chunk_size, choices, ranks, paired=False)
-        return problem
+        return cls(
+            model,
+            _BatchLoss(batch_loss),
+            data,
+            params=params,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            batch_statistics=batch_statistics,
+            process_group=process_group,
+        )
 
-    def _set_up(
-        self,
-        model: nn.Module,
-        batch_loss: Callable[[nn.Module, Any], Tensor],
-        data: Any,
-        params: Iterable[Tensor] | None,
-        chunk_size: int | None,
-        choices: Choices,
-        ranks: Ranks,
-        *,
-        paired: bool,
-    ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model={model!r}: expected a torch.nn.Module")
-        self.model = unwrapped(model)
-        self._choices = choices
-        self.ranks = self._checked_placement(ranks)
-        self._objective = _Objective(self.model, batch_loss, self.loss_fn)
-        self._notes = {UNCOMPILED} if compiled(model) else set()
-        if not choices.batch_statistics:
-            check_batch_norm(self.model)
-        self._all_trainable = params is None
-        self._take(*select_parameters(self.model, params))
-        # An error in one rank's data is raised on all of them.
-        self.ranks.raise_together(lambda: self._read(data, chunk_size, paired=paired))
-        if self.ranks.several:
-            self._num_samples = sum(self.ranks.all_gather_object(self.own_samples))
-        self._check_together()
-
-    def _read(self, data: Any, chunk_size: int | None, *, paired: bool) -> None:
+    def _read(self, data: Any, chunk_size: int | None) -> None:
         # Creating a loader's iterator draws a seed, so even a test for emptiness needs isolation.
         with self._isolated(data):
-            self.batches = Batches(data, chunk_size=chunk_size, paired=paired)
+            self.batches = Batches(data, chunk_size=chunk_size, paired=self.loss_fn is not None)
         self._check()
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         """Use these parameters, in their own coordinates."""
         self.names, self.params = names, params
-        self.precision = Precision.of_parameters(names, params, self._choices.dtype)
+        self.precision = Precision.of_parameters(names, params, self._dtype)
         self.device, self.dtype = self.precision.device, self.precision.dtype
-        self.shapes = [self._own(p).shape for p in params]
+        self.shapes = [local(p).shape for p in params]
         self.num_params = sum(shape.numel() for shape in self.shapes)
         self.coordinates = Coordinates(names, self.shapes, self.dtype, self.device)
         self.memos: dict[object, dict[str, Any]] = {}
@@ -176,16 +182,6 @@ class MeanLoss(abc.ABC):
     @abc.abstractmethod
     def _check_together(self) -> None:
         """Check what concerns all ranks."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def _own(tensor: Tensor) -> Tensor:
-        """Return the part of a parameter that vectors of this rank cover."""
-
-    @property
-    @abc.abstractmethod
-    def _product_method(self) -> str:
-        """How products with the Hessian are taken."""
 
     @abc.abstractmethod
     def theta(self) -> Theta:
@@ -305,7 +301,7 @@ class MeanLoss(abc.ABC):
             generators_of(source),
             note=self._notes.add,
             autocast=self.precision.autocast,
-            batch_statistics=self._choices.batch_statistics,
+            batch_statistics=self._batch_statistics,
         )
 
     @property
@@ -317,9 +313,11 @@ class MeanLoss(abc.ABC):
         >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
         'double backward, in float64, uncompiled'
         """
-        statistics = "batch statistics" if self._choices.batch_statistics else None
+        twice = self.obstacle is None and not self.sharded
+        way = "double backward" if twice else "central differences"
+        statistics = "batch statistics" if self._batch_statistics else None
         noted = [note for note in NOTES if note in self._notes]
-        parts = [self._product_method, self.precision.note, statistics, *noted]
+        parts = [way, self.precision.note, statistics, *noted]
         return ", ".join(filter(None, parts))
 
     def current(self: P) -> P:

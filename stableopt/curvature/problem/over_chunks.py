@@ -1,7 +1,8 @@
-"""`mean_over_chunks` and `gather_over_chunks`: one reading of the data of all ranks, chunk by chunk."""
+"""One reading of the data: `mean_over_chunks`, `gather_over_chunks` and `vmap_over_samples`."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -9,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stableopt.curvature.problem.data import map_tensors, tensors_in
 from stableopt.curvature.problem.mean_loss import MeanLoss
 
-__all__ = ["gather_over_chunks", "mean_over_chunks"]
+__all__ = ["gather_over_chunks", "mean_over_chunks", "vmap_over_samples"]
 
 C = TypeVar("C")
 
@@ -62,3 +64,23 @@ def gather_over_chunks(
             return torch.cat([rows(batch, size) for batch, size in problem.chunks(chunk_size)])
 
     return problem.ranks.all_gather(problem.ranks.raise_together(own))
+
+
+def vmap_over_samples(function: Callable[..., Any], batch: Any, size: int, *rows: Tensor) -> Any:
+    """Return ``function(sample, *row)`` of all samples at once; a sample is a batch of one.
+
+    >>> vmap_over_samples(lambda sample, row: sample[0] * row, torch.ones(2, 3), 2, torch.arange(2))
+    tensor([[0., 0., 0.],
+            [1., 1., 1.]])
+    """
+
+    def one(index: Tensor, *row: Tensor) -> Any:
+        where = index.unsqueeze(0)
+        sample = map_tensors(lambda t: t.index_select(0, where) if t.dim() else t, batch)
+        return function(sample, *row)
+
+    indices = torch.arange(size, device=next(tensors_in(batch)).device)
+    with warnings.catch_warnings():
+        # torch advises to file an issue, which users of a measurement cannot act on.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(one, randomness="same")(indices, *rows)

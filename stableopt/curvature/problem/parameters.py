@@ -88,5 +88,5 @@ def check_batch_norm(model: nn.Module) -> None:
         warnings.warn(
             "the model has batch norm in training mode: curvature is measured in eval mode, with"
             " running statistics, since batch statistics couple the samples",
-            stacklevel=4,
+            stacklevel=3,
         )

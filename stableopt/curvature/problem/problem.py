@@ -83,7 +83,6 @@ class Problem(MeanLoss):
     """
 
     sharded = False
-    obstacle: SecondDerivativeError | None = None
     equal_weights = True
     _moved: frozenset[str] = frozenset()
 
@@ -93,10 +92,6 @@ class Problem(MeanLoss):
                 "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
             )
         return ranks
-
-    @staticmethod
-    def _own(tensor: Tensor) -> Tensor:
-        return tensor
 
     def _check(self) -> None:
         theta = self.theta()
@@ -126,7 +121,7 @@ class Problem(MeanLoss):
                 once = value(batch)
             check_mean(once, value(twice_over(batch)))
             # With batch statistics single samples have no loss, and batches stay as they were cut.
-            self.equal_weights = not self._choices.batch_statistics and samples_weigh_equally(
+            self.equal_weights = not self._batch_statistics and samples_weigh_equally(
                 value, batch, size, once
             )
             self.obstacle = check_derivatives(
@@ -143,13 +138,9 @@ class Problem(MeanLoss):
             self.obstacle = SecondDerivativeError(None, reason)
         check_replicas(self.ranks, self.params)
 
-    @property
-    def _product_method(self) -> str:
-        return "double backward" if self.obstacle is None else "central differences"
-
     def check_samples(self, what: str) -> None:
         """Raise ``ValueError`` if samples have no curvature of their own; ``what`` needs it."""
-        if self._choices.batch_statistics:
+        if self._batch_statistics:
             raise ValueError(
                 f"{what} is of the samples' own Hessians, and with batch_statistics=True there are"
                 " none: batch norm makes each sample's loss depend on the others in its batch. Measure"

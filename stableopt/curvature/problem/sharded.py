@@ -28,7 +28,7 @@ from stableopt.curvature.problem.loss_checks import (
     checked_scalar,
     twice_over,
 )
-from stableopt.curvature.problem.mean_loss import Choices, MeanLoss, Theta
+from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed import LostRankError, Ranks
 
@@ -80,17 +80,12 @@ class ShardedProblem(MeanLoss):
                 "process_group: a model under fully_shard is measured by the group of its mesh; leave"
                 " it out"
             )
-        choices = self._choices
-        if choices != Choices(None, batch_statistics=False):
+        if self._dtype is not None or self._batch_statistics:
             raise ValueError(
-                f"dtype={choices.dtype}, batch_statistics={choices.batch_statistics}: a model under"
+                f"dtype={self._dtype}, batch_statistics={self._batch_statistics}: a model under"
                 " fully_shard is run as it is, by FSDP's own passes; leave them out"
             )
         return own
-
-    @staticmethod
-    def _own(tensor: Tensor) -> Tensor:
-        return local(tensor)
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._take(names, params)
@@ -101,10 +96,6 @@ class ShardedProblem(MeanLoss):
                     f"parameter {name!r} has hooks behind its gradient, as of an optimizer that steps"
                     " in the backward pass: a measurement, which is one, would set them off"
                 )
-
-    @property
-    def _product_method(self) -> str:
-        return "central differences"
 
     def check_samples(self, what: str) -> None:
         """Raise ``ValueError``: gradients of single samples are unavailable."""

@@ -44,7 +44,8 @@ class CompactPairs:
             self._rows = Rows(2 * self.capacity, like)
             self._triangle = like.new_zeros(self.capacity, self.capacity, dtype=dtype)
             self._squares = torch.zeros_like(self._triangle)
-            self._smallest_cosine = torch.finfo(like.dtype).eps
+            limits = torch.finfo(like.dtype)
+            self._smallest_cosine, self._smallest_product = limits.eps, limits.tiny
 
     def _load(self, state: dict[str, Any]) -> None:
         changes = state["old_dirs"][-self.capacity :]
@@ -106,7 +107,9 @@ class CompactPairs:
                 curvature = share * curvature + rest * step
         self._allocate(y)
         threshold = self._smallest_cosine * math.sqrt(change) * math.sqrt(step)
-        if curvature > threshold and math.isfinite(curvature) and math.isfinite(change):
+        # Products below the smallest normal number have lost their digits: they are rounding noise.
+        normal = min(curvature, change) >= self._smallest_product
+        if curvature > threshold and normal and math.isfinite(curvature + change):
             self._append(y, direction, t)
             self._gamma = curvature / change
 

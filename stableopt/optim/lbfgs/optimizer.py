@@ -48,8 +48,9 @@ class LBFGS(Tracking, torch.optim.LBFGS):
       point in ``max_eval`` calls, the parameters return to the start of the step and the memory is
       emptied; they never stay non-finite. The last fixed step of a call, which is not evaluated, is
       shortened in the next call.
-    - ``"compact"`` keeps a pair if :math:`y^\top s > \epsilon\|y\|\|s\|`, at any scale of the loss;
-      ``"two_loop"`` if :math:`y^\top s > 10^{-10}`, like torch.
+    - ``"compact"`` keeps a pair if :math:`y^\top s > \epsilon\|y\|\|s\|` and neither
+      :math:`y^\top s` nor :math:`y^\top y` underflows, at any scale of the loss; ``"two_loop"`` if
+      :math:`y^\top s > 10^{-10}`, like torch.
     - A direction that does not descend empties the memory; torch would never move again.
     - Groups may have their own ``lr`` and ``weight_decay``. With the rates
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is
@@ -170,6 +171,9 @@ class LBFGS(Tracking, torch.optim.LBFGS):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Optimizer adds it to the defaults. In groups it would be a key that a new optimizer lacks.
+        for options in (self.defaults, *self.param_groups):
+            options.pop("differentiable", None)
         self._forget()
         self.__dict__.setdefault("reduce_loss", None)
         for group in self.param_groups:

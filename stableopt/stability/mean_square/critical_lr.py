@@ -1,8 +1,8 @@
-r"""The largest learning rate, and the smallest batch, with which SGD can stay at a minimum.
+r"""`critical_lr` and `critical_batch_size`: the steps with which SGD stays at a minimum.
 
-Exact linear stability in mean square, in any number of dimensions, where Theorem 1 of Wu, Ma & E
-(2018) is sufficient only: the criterion of Mulayoff & Michaeli (*Exact mean square linear stability
-analysis for SGD*, COLT 2024), here for every form of ``torch.optim.SGD``. Three examples::
+The criterion is exact linear stability in mean square in any number of dimensions, for which Theorem 1
+of Wu, Ma & E (2018) is only sufficient: that of Mulayoff & Michaeli (*Exact mean square linear stability
+analysis for SGD*, COLT 2024), extended to every form of ``torch.optim.SGD``. Three examples::
 
     critical_lr(model, loss_fn, data, batch_size=4).value
     critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
@@ -37,10 +37,10 @@ __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
 T = TypeVar("T", int, float)
 
 MAX_ROWS = 2048
-"""Rows nC up to which all directions count: some twenty products of 4 (nC)^3 operations."""
+"""Rows nC up to which all directions are used: some twenty products of 4 (nC)^3 operations."""
 
 _ON_THE_EDGE = 1e-6
-"""Relative room for rounding when a batch size is said to allow a learning rate."""
+"""Relative tolerance for rounding in the comparison of a learning rate with an edge."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class CriticalLR:
     r"""The largest learning rate at which a minimum is linearly stable in mean square.
 
     Attributes:
-        value: :math:`\eta^*`; above it some second moment grows. From above: a search that did not
-            converge has one that is too large. Infinity where no sample curves.
+        value: :math:`\eta^*`; above it some second moment grows. A search that did not converge
+            returns a value that is too large. Infinity if no sample has curvature.
         lower: a learning rate up to which all second moments certainly stay bounded.
-        theorem1: the largest that condition (8) of Wu, Ma & E allows, which is sufficient; ``None``
-            with momentum, of which it does not speak, and where not all directions were looked at.
-        full_batch: the largest without noise, :math:`2/(a+\lambda)` for plain SGD.
-        sharpness: :math:`\lambda_{\max}` of the Gauss–Newton matrix, of which all this is.
-        hessian_sharpness: the same of the Hessian, or ``None`` if not measured. The two agree where
-            every sample is fitted; where they do not, :math:`\eta^*` is not that of the loss.
-        exact: whether all directions were looked at. If not, ``value`` is an upper bound.
+        theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
+            ``None`` with momentum, which it does not cover, and if not all directions were used.
+        full_batch: the largest learning rate without noise, :math:`2/(a+\lambda)` for plain SGD.
+        sharpness: :math:`\lambda_{\max}` of the Gauss–Newton matrix, on which all of this is based.
+        hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured. The two
+            agree if every sample is fitted; if they differ, :math:`\eta^*` is not that of the loss.
+        exact: whether all directions were used. If not, ``value`` is an upper bound.
         converged: whether the search reached its tolerance.
-        residual: of its last eigen-solve, relative to the eigenvalue.
-        products: eigen-solver's products.
+        residual: residual of the last eigen-solve, relative to the eigenvalue.
+        products: products in the eigen-solves.
 
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
     >>> found = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
@@ -81,7 +81,7 @@ class CriticalLR:
 
     @property
     def bracket(self) -> tuple[float, float]:
-        """Learning rates of which the first is stable, and above the second all unstable."""
+        """A stable learning rate, and one above which all are unstable."""
         return self.lower, self.value
 
 
@@ -101,42 +101,42 @@ def critical_lr(
     max_iter: int = 200,
     seed: int = 0,
 ) -> CriticalLR:
-    r"""Return the largest learning rate at which SGD can stay: :math:`\eta^*`.
+    r"""Return the largest learning rate at which SGD can stay, :math:`\eta^*`.
 
-    At :math:`\eta^*` the largest eigenvalue of the second moments' recursion is 1; for plain SGD
+    At :math:`\eta^*` the recursion of the second moments has the largest eigenvalue 1; for plain SGD
 
     .. math:: E[(I-\eta H_B)X(I-\eta H_B)] = X - \eta(HX+XH) + \eta^2(1-p)HXH
         + \tfrac{\eta^2p}{n}\sum_i H_iXH_i,
 
-    and with momentum that of the pair (weight, buffer). It never falls as B grows. Everything is in
-    the **Gauss–Newton form** :math:`H_i = J_i^\top L_iJ_i`, which is the Hessian where all samples are
-    fitted: early in training, compare ``sharpness`` with ``hessian_sharpness`` of the result. Coupled
-    weight decay adds :math:`\lambda` to every curvature.
+    and with momentum it is the recursion of the pair (weight, buffer). :math:`\eta^*` never falls as B
+    grows. The curvature is in **Gauss–Newton form** :math:`H_i = J_i^\top L_iJ_i`, which equals the
+    Hessian if all samples are fitted: early in training, compare ``sharpness`` with
+    ``hessian_sharpness`` of the result. Coupled weight decay adds :math:`\lambda` to every curvature.
 
     Args:
-        model: the model, at the point to ask about; or, for ``model``, ``loss_fn`` and ``data``, a
+        model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
             :class:`~stableopt.curvature.Problem` in the rule's coordinates or its
             :class:`~stableopt.curvature.DualCurvature`.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
-        batch_size: samples B in a step, drawn without replacement; ``None`` for the full batch. It is
-            the second argument after a problem: ``critical_lr(problem, 4)``.
-        update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is not looked
-            at. Plain SGD by default.
-        dataset_size: samples to draw from, where the problem's are only a part of them.
-        max_rows: rows nC up to which all directions count. Beyond, only the leading ones of the mean
-            curvature and, without momentum, of the samples' differences; ``exact`` is then false and
-            ``value`` an upper bound (with momentum, up to the accuracy of these directions).
-        directions: how many of each.
+        batch_size: samples B in a step, drawn without replacement; ``None`` for the full batch. After
+            a problem it is the second argument: ``critical_lr(problem, 4)``.
+        update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is ignored.
+            Plain SGD by default.
+        dataset_size: samples in the training set, if ``data`` is only a part of it.
+        max_rows: rows nC up to which all directions are used. Above it, only the leading ones of the
+            mean curvature and, without momentum, of the samples' differences are used; ``exact`` is
+            then false and ``value`` an upper bound (with momentum, up to the directions' accuracy).
+        directions: the number of leading directions of each kind.
         with_hessian: whether to measure ``hessian_sharpness`` for comparison.
         tol: the largest residual at the crossing, relative to the eigenvalue; the error of the
             result is about its square.
         max_iter: the largest number of products.
-        seed: of the eigen-solver.
+        seed: seed of the eigen-solver.
 
     Raises:
         ValueError: for arguments out of range; for a loss that is not convex in the outputs; for weight
-            decay that differs between directions, with which the modes are no longer those of H.
+            decay that differs between directions, since the modes then differ from those of H.
         TypeError: for a model that does not return one tensor.
         NonFiniteError: if the curvature is not finite.
 
@@ -184,7 +184,7 @@ def threshold(
     max_iter: int = 200,
     seed: int = 0,
 ) -> CriticalLR:
-    """Return the critical learning rate for curvature that is at hand; ``noise`` is p of (8)."""
+    """Return the critical learning rate from known curvature; ``noise`` is p of (8)."""
     edge = step.max_lr(curvature.sharpness)
     theorem1 = (
         curvature.theorem1_lr(noise, step) if step.momentum == 0 and curvature.exact else None
@@ -230,27 +230,26 @@ def critical_batch_size(
 ) -> int | None:
     r"""Return the smallest batch size with which SGD can stay at the learning rate ``lr``.
 
-    The smallest B whose :func:`critical_lr` is at least ``lr``, which never falls as B grows. It takes
-    one search: for the largest noise p that is stable at ``lr``, of which
-    :math:`B = \lceil n/(1+p(n-1))\rceil`.
+    It is the smallest B whose :func:`critical_lr` is at least ``lr``. One search finds the largest
+    noise p that is stable at ``lr``, which gives :math:`B = \lceil n/(1+p(n-1))\rceil`.
 
     Args:
-        model: as for :func:`critical_lr`, and so are all that follow after ``lr``.
+        model: as for :func:`critical_lr`, like ``loss_fn``, ``data`` and all keywords.
         loss_fn: the loss.
         data: the samples.
-        lr: the learning rate; that of ``update_rule`` is not looked at. It is the second argument
-            after a problem: ``critical_batch_size(problem, 0.1)``.
+        lr: the learning rate; that of ``update_rule`` is ignored. After a problem it is the second
+            argument: ``critical_batch_size(problem, 0.1)``.
         update_rule: the rule.
-        dataset_size: samples n to draw from.
-        max_rows: rows nC up to which all directions count.
-        directions: how many do beyond that.
+        dataset_size: samples n in the training set.
+        max_rows: rows nC up to which all directions are used.
+        directions: the number of leading directions above that.
         tol: the largest relative residual.
         max_iter: the largest number of products.
-        seed: of the eigen-solver.
+        seed: seed of the eigen-solver.
 
     Returns:
-        From 1 to n; ``None`` if even the full batch is unstable. Where not all directions count, a
-        lower bound of it.
+        A number from 1 to n; ``None`` if even the full batch is unstable. If not all directions are
+        used, a lower bound.
 
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.
@@ -296,7 +295,7 @@ def _problem_and(
     data: Any,
     rule: UpdateRule | None,
 ) -> tuple[Problem | DualCurvature, T | None]:
-    """Return the problem, and ``number``, which is the second argument after a problem."""
+    """Return the problem, and ``number``, which after a problem is the second argument."""
     given = isinstance(model, (MeanLoss, DualCurvature))
     if given and number is None and not callable(loss_fn):
         loss_fn, number = None, loss_fn
@@ -323,7 +322,7 @@ def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) ->
 
 
 def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> LinearStep:
-    """Return the rule's coefficients, with weight decay that the problem's coordinates carry."""
+    """Return the rule's coefficients, with the weight decay of the problem's coordinates."""
     rule = UpdateRule(lr=1.0) if rule is None else rule
     if not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
@@ -370,7 +369,7 @@ def _shared_decay(problem: Problem) -> float:
     if most - least > 1e-9 * abs(most):
         raise ValueError(
             f"weight decay adds from {least:.6g} to {most:.6g} to the curvature of different"
-            " parameters: expected one number for all, since otherwise the modes of the second moments"
-            " are not those of H"
+            " parameters: expected one number for all, or the modes of the second moments differ from"
+            " those of H"
         )
     return most

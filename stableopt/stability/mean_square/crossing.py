@@ -1,11 +1,11 @@
-r"""Where a growing noise gain passes 1.
+r"""`first_crossing`: the parameter at which a growing noise gain passes 1.
 
 The largest eigenvalue of a noise gain
 (:class:`~stableopt.stability.mean_square.second_moments.NoiseGain`) grows with the learning rate and
-with the noise; a point is stable as long as it is at most 1. The Rayleigh quotient of *any* S passes 1
-no earlier than the eigenvalue. So eigen-solves alternate with the scalar root of the quotient at the
-eigenvector, which converges quadratically, from above; and any positive
-definite S gives a bound from below, so that the answer comes with a bracket.
+with the noise; a point is stable if it is at most 1. The Rayleigh quotient of *any* S passes 1 no
+earlier than the eigenvalue. Eigen-solves therefore alternate with the scalar root of the quotient at
+the eigenvector, which converges quadratically from above. Any positive definite S gives a bound from
+below, so the result is a bracket.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from stableopt.stability.mean_square.second_moments import NoiseGain, gather
 __all__ = ["Crossing", "Family", "first_crossing", "root"]
 
 _FIRST_TOLS = (0.03, 1e-3)
-"""Tolerances of the first eigen-solves: the root that follows squares their errors."""
+"""Tolerances of the first eigen-solves: the root after each squares its error."""
 
 _EXACT = 1e-13
-"""Relative accuracy of scalar roots: a rounding error above that of the sums in them."""
+"""Relative accuracy of scalar roots, above the rounding error of their sums."""
 
 _POWERS, _RETREATS = 4, 3
-"""Products that the lower bound may take: to better its S, and to come down to where it holds."""
+"""Products for the lower bound: to improve its S, and to lower t until the bound holds."""
 
 _FLOOR = 1e-12
-"""Share of the identity in S for the lower bound, which must be positive definite."""
+"""Share of the identity in the S of the lower bound, which must be positive definite."""
 
 _FURTHER = 1.1
 
@@ -51,7 +51,7 @@ class Family:
         modes: the samples' curvature.
         weights: ``(t, h_a, h_b) -> V`` for tensors of eigenvalues that broadcast.
         noise: ``t -> p``, positive for positive t.
-        most: the largest t that is looked at.
+        most: the largest t to consider.
     """
 
     modes: Modes
@@ -68,9 +68,9 @@ class Family:
         return self.weights(t, h.unsqueeze(1), h)
 
     def crossing_of(self, vector: Tensor, gathered: Tensor, most: float) -> float:
-        """Return where the Rayleigh quotient of S passes 1, at ``most`` at the latest.
+        """Return the t at which the Rayleigh quotient of S passes 1, at most ``most``.
 
-        ``gathered`` is what :func:`gather` makes of ``vector``.
+        ``gathered`` is :func:`gather` of ``vector``.
         """
         n, square, norm = self.modes.factors.shape[0], gathered**2, float(vector.norm())
         return root(
@@ -78,7 +78,7 @@ class Family:
         )
 
     def bound_by_identity(self, t: float) -> float:
-        """Return the upper bound on the largest eigenvalue from S = I, without a product."""
+        """Return the upper bound on the largest eigenvalue from S = I, which needs no product."""
         h, factors = self.modes.eigenvalues, self.modes.factors
         weighted = factors * (h / self.weights(t, h, h))
         return self.noise(t) * float(torch.linalg.eigvalsh(weighted @ factors.mT)[:, -1].max())
@@ -86,13 +86,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a family passes 1, and what is known of it.
+    """The crossing of a family, with its accuracy.
 
     Attributes:
-        value: the t of the crossing, up to rounding an upper bound; the family's ``most`` if there
-            is none before.
-        lower: a t up to which there is certainly none.
-        residual: of the last eigen-solve, relative to the eigenvalue.
+        value: the t of the crossing, an upper bound up to rounding; the family's ``most`` if there is
+            no crossing below it.
+        lower: a t that is certainly below the crossing.
+        residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products with noise gains.
         converged: whether the last eigen-solve and the alternation reached the tolerance.
     """
@@ -112,7 +112,7 @@ def first_crossing(family: Family, *, tol: float, max_iter: int, seed: int) -> C
         tol: the largest relative residual of the eigen-solve at the crossing; the crossing's own
             error is about its square.
         max_iter: the largest number of products.
-        seed: of the eigen-solver.
+        seed: seed of the eigen-solver.
     """
     n, outputs, _ = family.modes.factors.shape
     device = family.modes.factors.device
@@ -142,7 +142,7 @@ def first_crossing(family: Family, *, tol: float, max_iter: int, seed: int) -> C
 
 
 def _symmetric(vector: Tensor, n: int) -> Tensor:
-    """Return the eigenvector as the positive matrices that it is, up to sign and rounding."""
+    """Return the eigenvector as positive matrices, with rounding errors and sign removed."""
     size = math.isqrt(vector.numel() // n)
     matrices = vector.view(n, size, size)
     matrices = (matrices + matrices.mT) / 2
@@ -153,8 +153,8 @@ def _symmetric(vector: Tensor, n: int) -> Tensor:
 def _lower(family: Family, vector: Tensor, value: float) -> float:
     """Return a t below ``value`` at which the gain of some S is at most S, or 0.
 
-    In an eigenvector small entries have the errors of the large ones. Powers of the gain, which make
-    every entry of the large ones, mend that; then t is lowered until the bound allows it.
+    Small entries of an eigenvector have the errors of the large ones. Powers of the gain correct them,
+    since they compute every entry from the large ones; then t is lowered until the bound holds.
     """
     factors, t = family.modes.factors, value
     gain = family.at(t)
@@ -169,7 +169,7 @@ def _lower(family: Family, vector: Tensor, value: float) -> float:
         if bound <= 1 + _EXACT:
             return t
         if bound <= 1 + _CLOSE or attempt >= _POWERS:
-            # A little further than a gain that is proportional to t would need.
+            # A little further than for a gain that is proportional to t.
             t /= 1 + _FURTHER * (bound - 1)
             gain = family.at(t)
         matrices = gained / gained.norm()
@@ -177,10 +177,10 @@ def _lower(family: Family, vector: Tensor, value: float) -> float:
 
 
 def root(growing: Callable[[float], float], most: float) -> float:
-    """Return the t at which ``growing`` passes 1, or ``most`` if that is beyond it.
+    """Return the t at which ``growing`` passes 1, at most ``most``.
 
-    By the Illinois variant of the secant method on the reciprocal as a function of 1/t, which is
-    nearly linear.
+    The method is the Illinois variant of the secant method, applied to the reciprocal as a function of
+    1/t, which is nearly linear.
     """
 
     def excess(x: float) -> float:

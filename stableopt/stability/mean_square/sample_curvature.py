@@ -1,4 +1,4 @@
-"""The samples' curvature as mean-square stability needs it: all directions, or the leading ones."""
+"""`SampleCurvature`: the samples' curvature in all directions, or in the leading ones."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from stableopt.stability.mean_square.second_moments import gather, mode_weights
 __all__ = ["SampleCurvature"]
 
 _GRID = 256
-"""Curvatures at which a smooth function of the curvature is looked at for its largest value."""
+"""Number of grid points for the maximum of a smooth function of the curvature."""
 
 
 @dataclass(frozen=True)
 class SampleCurvature:
-    """Modes of the mean curvature, and bounds where they are not all.
+    """Modes of the mean curvature, and bounds if they are not all modes.
 
     Attributes:
-        modes: of the mean, with every sample's factors.
-        sharpness: the largest eigenvalue of the mean; of leading modes, an upper bound within their
+        modes: modes of the mean, with every sample's factors.
+        sharpness: the largest eigenvalue of the mean; for leading modes, an upper bound within their
             residual.
-        exact: whether the modes are all that there are.
-        largest_sample: where they are not, the largest eigenvalue of any sample's own matrix.
+        exact: whether these are all modes.
+        largest_sample: if not, the largest eigenvalue of any single sample's matrix.
     """
 
     modes: Modes
@@ -53,10 +53,10 @@ class SampleCurvature:
         differences: bool,
         seed: int,
     ) -> SampleCurvature:
-        """Return all modes of a problem of at most ``max_rows`` rows nC, else its leading ones.
+        """Return all modes of a problem with at most ``max_rows`` rows nC, else its leading ones.
 
-        Those are ``directions`` eigenvectors of the mean, and as many of the differences between the
-        samples if ``differences`` ask for them.
+        Leading modes are ``directions`` eigenvectors of the mean, and with ``differences`` as many of
+        the differences between samples.
         """
         if not isinstance(problem, DualCurvature):
             check_outputs(problem)
@@ -75,7 +75,7 @@ class SampleCurvature:
         if differences:
             more = leading_eigenpairs(NonUniformity(problem), directions, seed=seed + 1)
             basis = torch.cat([basis, more.vectors], dim=1)
-        # Twice: what is left of nearly dependent columns is orthogonal only then.
+        # Twice, since the remainders of nearly dependent columns are orthogonal only then.
         basis = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
         top = float(mean.values[0] + mean.absolute_residuals[0])
         return cls(project(problem, basis), top, False, largest_block(problem))
@@ -83,8 +83,8 @@ class SampleCurvature:
     def theorem1_lr(self, noise: float, step: LinearStep) -> float:
         r"""Return the largest learning rate that condition (8) allows.
 
-        :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, with weight decay
-        :math:`H+\lambda I` for H.
+        It is :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, with
+        :math:`H+\lambda I` for H under weight decay.
         """
         h, factors = self.modes.eigenvalues, self.modes.factors
         if not len(h):
@@ -95,13 +95,13 @@ class SampleCurvature:
         matrix = torch.diag(decayed**2) + noise * (second - torch.diag(h**2))
         scaled = matrix / (decayed.unsqueeze(1) * decayed).sqrt()
         top = float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
-        # Directions in which no sample curves are bounded by the decay, which is less.
+        # Directions without curvature are bounded by the decay, which is less.
         return 2 / top
 
     def stable_lr(self, noise: float, step: LinearStep) -> float:
-        r"""Return a learning rate that is certainly stable, from the largest curvatures alone.
+        r"""Return a learning rate that is certainly stable, from the largest curvatures only.
 
-        The noise gain of S = I is at most :math:`p\,\max_i\lambda_{\max}(H_i)\,\max_h h/V(h,h)`, for h
+        The noise gain of S = I is at most :math:`p\,\max_i\lambda_{\max}(H_i)\,\max_h h/V(h,h)` over h
         from 0 to the sharpness.
         """
         if self.sharpness <= 0:

@@ -1,18 +1,18 @@
-r"""The second moments of SGD near a minimum, in the eigenbasis of the mean curvature.
+r"""`NoiseGain`: the second moments of SGD near a minimum, in the eigenbasis of the mean curvature.
 
-With :math:`X = E[xx^\top]`, and :math:`h_a` the eigenvalues of the mean H, what one step's noise puts
-into X is :math:`p\,(\frac1n\sum_i H_iXH_i - HXH)`. Linear stability is the balance of that and of what
-the update rule's contraction takes out again: mode pair by mode pair, a noise Z in the gradient keeps
-up the second moment :math:`X_{ab} = Z_{ab}/w_{ab}`, so the point is stable exactly if
+With :math:`X = E[xx^\top]`, and :math:`h_a` the eigenvalues of the mean H, the noise of one step adds
+:math:`p\,(\frac1n\sum_i H_iXH_i - HXH)` to X, and the update rule's contraction removes a part of X.
+Gradient noise of covariance Z sustains the second moment :math:`X_{ab} = Z_{ab}/w_{ab}` of each pair of
+modes, so the point is stable exactly if
 
 .. math:: w \circ X - p\,\Bigl(\tfrac1n\sum_i H_iXH_i - HXH\Bigr)
 
-is a positive semi-definite map of symmetric X. :func:`mode_weights` is :math:`w`, the one place that
-knows the update rules. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is
+is a positive semi-definite map of symmetric X. :func:`mode_weights` is :math:`w`, the only part that
+depends on the update rule. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is
 the criterion of Mulayoff & Michaeli (*Exact mean square linear stability analysis for SGD*, COLT 2024).
 
-Every sample's matrix is :math:`F_i^\top F_i`, with C rows each. The map is positive exactly if the far
-smaller one of :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
+The matrix of a sample is :math:`F_i^\top F_i`, where :math:`F_i` has C rows. The map is positive exactly
+if the much smaller :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["NoiseGain", "gather", "mode_weights"]
 
 
 def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tensor:
-    r"""Return :math:`w_{ab}`: gradient noise of covariance Z keeps up :math:`Z_{ab}/w_{ab}` in x.
+    r"""Return :math:`w_{ab}`: gradient noise of covariance Z sustains :math:`Z_{ab}/w_{ab}` in x.
 
     With :math:`u = \eta h_a`, :math:`v = \eta h_b` for the two modes, weight decay included, and
     :math:`\eta(1-\tau)` for :math:`\eta` under dampening:
@@ -39,10 +39,10 @@ def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tenso
     - Nesterov: :math:`\eta^2 w =
       \frac{(1-\beta^2 q_aq_b)^2 - (1+\beta)^2q_aq_b(1-\beta q_a)(1-\beta q_b)}
       {((1+\beta)^2+\beta^2)(1-\beta^2q_aq_b) - \beta(1+\beta)^2(q_a+q_b-2\beta q_aq_b)}`,
-      :math:`q = 1 - \eta h`, which is computed without the cancellation at small :math:`\eta h`.
+      :math:`q = 1 - \eta h`, computed without the cancellation at small :math:`\eta h`.
 
-    It is the reciprocal of :math:`\sum_k g_k(a)g_k(b)`, g the mode's response to one unit of noise.
-    Within the modes' own limits it is positive and falls as :math:`\eta` grows.
+    It is the reciprocal of :math:`\sum_k g_k(a)g_k(b)`, where g is the mode's response to unit noise.
+    Within the limits of the modes it is positive and falls as :math:`\eta` grows.
 
     >>> h = torch.tensor([1.0, 2.0])
     >>> mode_weights(h[:, None], h, LinearStep(0.5))            # (h_a + h_b) / lr - h_a h_b
@@ -65,21 +65,22 @@ def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tenso
 
 
 class NoiseGain(Operator):
-    r"""What one round of noise and contraction makes of noise: stable up to a largest eigenvalue of 1.
+    r"""The map of noise by one round of noise and contraction: stable if no eigenvalue is above 1.
 
     .. math:: S \mapsto \Bigl\{\tfrac pn F_i\,[(\textstyle\sum_j F_j^\top S_jF_j)/V]\,F_i^\top\Bigr\}_i,
         \qquad V_{ab} = w_{ab} + p\,h_ah_b
 
-    on one ``(C, C)`` matrix for each sample, flat; the division is entry by entry. It is symmetric, and
-    takes positive semi-definite S to such. So any S gives a bound on either side: a Rayleigh quotient
-    never exceeds the largest eigenvalue, and :meth:`bound` never falls below it (Collatz, Wielandt).
+    on one ``(C, C)`` matrix for each sample, flattened; the division is entrywise. The map is symmetric
+    and preserves positive semi-definite S, so that any S gives bounds on both sides: a Rayleigh
+    quotient is at most the largest eigenvalue, and any t with gain(S) at most t S is at least that
+    (Collatz, Wielandt).
 
     Args:
         modes: the samples' curvature, ``(n, C, r)``.
         weights: V, ``(r, r)``.
         noise: p, :func:`~stableopt.stability.limits.noise_factor`.
 
-    A product takes :math:`4nCr^2` operations and memory for three matrices of that of V.
+    A product takes :math:`4nCr^2` operations and memory for three matrices of V's size.
 
     >>> modes = Modes.from_factors(torch.tensor([[[1.0]], [[2.0]]]))   # h_i = 1 and 4, H = 5/2
     >>> h, p, step = modes.eigenvalues, 1.0, LinearStep(0.5)

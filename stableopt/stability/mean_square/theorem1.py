@@ -1,4 +1,4 @@
-"""Mean-square stability in several dimensions."""
+"""`SecondMomentExcess`: the sufficient condition of Theorem 1 for mean-square stability."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class SecondMomentExcess(Operator):
     r"""The matrix :math:`(I-\eta H)^2 + \eta^2 p\,\Sigma - I` of Theorem 1's condition (8).
 
     Plain SGD is mean-square linearly stable if its largest eigenvalue is at most 0 (Wu, Ma & E,
-    2018): sufficient in any dimension, necessary in one; the left side of (8) is 1 more. It comes of
-    :math:`E\|(I-\eta H_B)x\|^2 = x^\top[(I-\eta H)^2+\eta^2p\Sigma]x`. Directions in which no sample
-    curves have the eigenvalue 0, so with more parameters than nC the largest is never below it; nearly
-    all of a random vector lies there, which is why the excess, and not 1 more, is what a tolerance
-    must be relative to.
+    2018): sufficient in any dimension, necessary in one. The left side of (8) is 1 more, since
+    :math:`E\|(I-\eta H_B)x\|^2 = x^\top[(I-\eta H)^2+\eta^2p\Sigma]x`. Directions without curvature have
+    the eigenvalue 0, so with more parameters than nC the largest is never below 0. Nearly all of a
+    random vector lies in these directions, so tolerances must be relative to the excess rather than to
+    the left side of (8).
 
     Args:
-        hessian: H at the point.
+        hessian: H at a point.
         non_uniformity: Sigma at the same point.
         lr: learning rate eta.
         noise: p, :func:`~stableopt.stability.limits.noise_factor`.
-        weight_decay: coupled weight decay lambda; :math:`H + \lambda I` then stands for H.
+        weight_decay: coupled weight decay lambda, which turns H into :math:`H + \lambda I`.
 
     >>> import torch
     >>> from stableopt.curvature import Problem

@@ -1,4 +1,4 @@
-"""Sharpness as the batches of a step see it, along their own gradients."""
+"""`batch_sharpness`: the sharpness of mini-batches along their own gradients."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 from stableopt._arguments import whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 
 __all__ = ["BatchSharpness", "batch_sharpness"]
 
 NUM_BATCHES = 64
-"""Batches that are averaged where nobody chose."""
+"""Default number of batches to average."""
 
 
 @dataclass(frozen=True)
 class BatchSharpness:
-    """An average over batches.
+    """The batch sharpness, an average over batches.
 
     Attributes:
-        value: the batch sharpness; ``None`` where all gradients are zero.
-        standard_error: of ``value``, as far as the batches' spread shows it; 0 for a single batch.
-        batches: how many were averaged.
+        value: the batch sharpness; ``None`` if all gradients are zero.
+        standard_error: standard error of ``value``, from the spread of the batches; 0 for one batch.
+        batches: number of batches averaged.
     """
 
     value: float | None
@@ -40,21 +41,21 @@ def batch_sharpness(
 ) -> BatchSharpness:
     r"""Return :math:`E[g_B^\top H_B g_B]/E\|g_B\|^2`, over batches B drawn without replacement.
 
-    A step of plain SGD along :math:`-g_B` lowers its own batch's quadratic model as long as this is
+    A step of plain SGD along :math:`-g_B` lowers the quadratic model of its own batch while this is
     below :math:`2/\eta`, where runs at the edge of stability settle (Andreyev & Beneventano, *Edge of
     stochastic stability*, 2024). Near a minimum with H_i of rank one it relates to mean-square
     stability; for the full batch it is the sharpness along the gradient.
 
     Args:
-        problem: the problem; weight decay is no part of it here.
-        batch_size: samples in a batch, at most the problem's.
-        num_batches: the most batches to average. They are cut from random orders of the samples, one
-            order after the other; with ``batch_size`` 1 and no more samples than batches, and for the
-            full batch, one order is all that there is to average.
-        seed: of the orders, by a generator of their own.
+        problem: the problem; its weight decay is ignored.
+        batch_size: samples in a batch, at most those of the problem.
+        num_batches: the largest number of batches to average. They are cut from random permutations
+            of the samples. If the permutation makes no difference, with the full batch or with
+            ``batch_size`` 1 and enough batches for all samples, one permutation is averaged.
+        seed: seed of the permutations, which have their own generator.
 
-    Numerator and denominator are averaged apart: a mean of ratios would be of another thing. It costs
-    one Hessian product, of the batch's samples alone, for each batch.
+    Numerator and denominator are averaged separately, since a mean of ratios is another quantity. Each
+    batch costs one Hessian product over its own samples.
 
     Raises:
         ValueError: for a batch size above the problem's number of samples, arguments out of range, or
@@ -70,7 +71,7 @@ def batch_sharpness(
     batch_size, n = whole("batch_size", batch_size), problem.num_samples
     if batch_size > n:
         raise ValueError(
-            f"batch_size={batch_size} is above the {n} samples of the problem, of which batches are"
+            f"batch_size={batch_size} is above the {n} samples of the problem, from which batches are"
             " drawn"
         )
     problem.check_samples("the batch sharpness")
@@ -121,18 +122,16 @@ def _take(batch: Any, rows: Tensor) -> Any:
 
 
 def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[float, float]:
-    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of one batch, of which ``parts`` are this rank's."""
+    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of a batch; ``parts`` are this rank's samples."""
     problem, theta = hessian.problem, hessian.theta
 
     def mean_of(term: Callable[[Any, int], tuple[Tensor | None, ...]]) -> Tensor:
         total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
 
-        def add() -> int:
-            for batch, size in parts:
-                total.add_(problem.flatten(term(batch, size)), alpha=size)
-            return sum(size for _, size in parts)
+        def add(batch: Any, size: int) -> None:
+            total.add_(problem.flatten(term(batch, size)), alpha=size)
 
-        return problem.ranks.all_reduce_mean([total], add)[0]
+        return mean_over_chunks(problem, [total], add, parts, evaluating=True)[0]
 
     def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)

@@ -13,15 +13,15 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
-from stableopt.stability.measurement import Measurement
+from stableopt.stability.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Evaluation"]
 
 _MOST_VECTORS, _FEWEST_VECTORS = 40, 6
-"""Vectors of the parameters' size that an eigen-solver holds: as many as fit twice into 1 GiB, since
-a restart has the old ones beside the new. Where it is not all, none are kept as a warm start."""
+"""Most and fewest vectors of the parameters' size in an eigen-solver: as many as fit into 1 GiB twice,
+since a restart holds old and new ones. With fewer than the most, none are kept as a warm start."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Evaluation:
         problem: the problem, in the rule's coordinates.
         rule: the update rule, or ``None``.
         batch_size: samples in a step, where known; for a full batch those of the data set.
-        dataset_size: samples in all; ``None`` for infinitely many.
+        dataset_size: samples in the training set; ``None`` for infinitely many.
         tol: the largest relative residual.
         max_iter: the largest number of products for each quantity.
         seed: of the random starts.
@@ -96,7 +96,7 @@ class Evaluation:
         return self._non_uniformity
 
     def loss(self) -> float:
-        """Return the mean loss, without another pass where a Hessian has one cached."""
+        """Return the mean loss, from a Hessian's cached passes if there are any."""
         if self._loss is None:
             hessian = self._own if self._plain is None else self._plain
             self._loss = self.problem.value() if hessian is None else hessian.loss()
@@ -110,7 +110,7 @@ class Evaluation:
         preconditioner: StepPreconditioner | None = None,
         value: Callable[[float], float] = float,
         degree: int = 1,
-    ) -> Measurement:
+    ) -> QuantityResult:
         """Measure the quantity ``name``, a function of the operator's largest eigenvalue.
 
         Args:
@@ -137,20 +137,20 @@ class Evaluation:
             self.subspaces[name] = pair.vector[None]
         residual = pair.relative_residual / degree
         found = Measurement(value(pair.value), residual, pair.products, 0.0, pair.converged)
-        return found.within(self._error(operator), self.tol)
+        return QuantityResult.of_measurement(found.within(self._error(operator), self.tol))
 
     def _error(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""
         differences = operator.differences if isinstance(operator, Hessian) else None
         if differences is None:
             return 0.0
-        # Each rank has differenced its own samples, and all must report the same.
+        # Each rank takes differences of its own samples, and all must report the same error.
         found = torch.tensor([differences.error], dtype=torch.float64)
         return float(self.problem.ranks.all_gather(found).max())
 
     def _vectors_held(self) -> int:
-        """Return how many vectors of the parameters' size a search may hold at once."""
-        # Of a sharded problem each rank holds a part, and all must search alike.
+        """Return the number of vectors of the parameters' size that a search may hold at once."""
+        # Ranks hold different parts of a sharded problem, and must run the same search.
         ranks = self.problem.ranks
         each = max(ranks.all_gather_object(self.problem.num_params)) * self.problem.dtype.itemsize
         return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))

@@ -1,4 +1,4 @@
-"""Measuring how far a point stands from the edge of linear stability."""
+"""`measure`: the stability margins of a model at one point."""
 
 from __future__ import annotations
 
@@ -44,39 +44,38 @@ def measure(
     max_iter: int = 100,
     seed: int = 0,
 ) -> StabilityMargins:
-    """Measure the stability margins of ``model`` once, now; nothing of it changes.
+    """Measure the stability margins of ``model`` once, without changing it.
 
     Args:
-        model: the model, at the point to measure; or a ready :class:`~stableopt.curvature.Problem`
-            in place of ``model``, ``loss_fn`` and ``data``.
-        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
-        data: the samples that the theory speaks of, the training set or a part of it; see
+        model: the model, at the point to measure; or, for ``model``, ``loss_fn`` and ``data``, a
             :class:`~stableopt.curvature.Problem`.
-        optimizer: where learning rate, momentum and the like are read from.
-        lr: in place of an optimizer, the learning rate of plain SGD.
-        update_rule: in place of either, the rule itself. With none of the three there are no limits.
-        batch_size: samples in a step. Without it the non-uniformity has no known limit, unless the
-            optimizer is :class:`stableopt.GD`.
-        dataset_size: samples in all, where ``data`` is only a part of them.
+        loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
+        data: the training set or a part of it; see :class:`~stableopt.curvature.Problem`.
+        optimizer: the optimizer whose learning rate, momentum and so on give the limits.
+        lr: alternatively, the learning rate of plain SGD.
+        update_rule: alternatively, the rule itself. Without any of the three there are no limits.
+        batch_size: samples in a step. Without it the limit of the non-uniformity is not known, unless
+            the optimizer is :class:`stableopt.GD`.
+        dataset_size: samples in the training set, if ``data`` is only a part of it.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, and those that were registered;
-            by default sharpness alone, the cheapest, as in the monitor. Sharpness comes with the
-            preconditioned one where there is a preconditioner.
-        params: the parameters that count; all trainable ones by default.
-        chunk_size: the most samples evaluated at once.
+            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, and registered ones
+            (:func:`~stableopt.stability.register`); by default the sharpness alone, the cheapest, as
+            in the monitor. With a preconditioner, sharpness includes the preconditioned sharpness.
+        params: the parameters to measure; by default all trainable ones.
+        chunk_size: the largest number of samples evaluated at once.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
-            shard as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
-            ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
-        tol: the largest residual relative to the eigenvalue.
+            shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
+            under ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
+        tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
-        seed: of the eigen-solver's random start.
+        seed: seed of the eigen-solver's random start.
 
-    Before its first step an adaptive optimizer's preconditioner is not known: what depends on it is
-    then ``None``, with a ``RuntimeWarning``.
+    The preconditioner of an adaptive optimizer is not known before its first step: quantities that
+    depend on it are then ``None``, with a ``RuntimeWarning``.
 
     Returns:
-        The margins; with ``failure`` set where a loss or a curvature was not finite.
+        The margins; ``failure`` says why if a loss or a curvature was not finite.
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
@@ -133,7 +132,7 @@ def measure(
 def check_quantities(
     quantities: Iterable[str], rule: UpdateRule | None, *, sharded: bool = False
 ) -> tuple[str, ...]:
-    """Return ``quantities`` in the order in which they are measured, or raise ``ValueError``."""
+    """Return ``quantities`` in the order of measurement, or raise ``ValueError``."""
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
     if not wanted or any(name not in QUANTITIES for name in wanted):
@@ -161,9 +160,8 @@ def measure_at(
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
     """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
 
-    ``starts`` are the subspaces of an earlier measurement, by quantity; where it is ``None``, none are
-    returned either. With a preconditioned rule the sharpness is measured together with the
-    preconditioned one.
+    ``starts`` are the subspaces of an earlier measurement by quantity; if it is ``None``, no subspaces
+    are returned. With a preconditioned rule, sharpness includes the preconditioned sharpness.
     """
     samples = dataset_size if rule is not None and rule.full_batch else batch_size
     names = _measurable(quantities, rule)
@@ -183,7 +181,7 @@ def measure_at(
     )
     failure = None
     try:
-        # Vectors made in an ambient inference mode could not be changed inside the evaluation.
+        # Vectors made in a surrounding inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
             for name in names:
                 QUANTITIES[name].check_known(rule, samples)
@@ -208,7 +206,7 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
 
 
 def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
-    """Return the quantities that are defined for ``rule`` as it is now, and their companions."""
+    """Return the quantities that are defined for ``rule`` now, and the preconditioned sharpness."""
     wanted = set(quantities)
     if rule is not None and rule.preconditioned and "sharpness" in wanted:
         wanted.add("preconditioned_sharpness")

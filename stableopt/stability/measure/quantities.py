@@ -12,8 +12,7 @@ quantities from here, so that a new one is one entry::
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,7 +41,7 @@ _LONGEST_TAG, _LONGEST_SHORT_TAG = 9, 5
 
 @dataclass(frozen=True)
 class Chart:
-    r"""How plots and TensorBoard show a quantity beside its limit.
+    r"""How plots and TensorBoard show a quantity and its limit.
 
     Attributes:
         title: the quantity in words.
@@ -81,30 +80,30 @@ class Quantity:
     """One quantity that can be measured.
 
     Attributes:
-        name: by which ``quantities=`` and ``margins[...]`` know it. In records the value has the same
-            name, and the limit, the bound from below and the ratio are ``<name>_limit``,
-            ``<name>_lower`` and ``<name>_ratio``.
+        name: its name in ``quantities=``, in ``margins[...]`` and in records, which also have
+            ``<name>_limit``, ``<name>_lower`` and ``<name>_ratio`` if they are known.
         measured: takes an :class:`~stableopt.stability.measure.evaluation.Evaluation` and returns the
             result without limit and seconds.
-        needs: what must be known. ``"rule"``: an update rule. ``"batch_size"``: that of a step.
-            ``"per_sample"``: derivatives of single samples, which ``fully_shard`` does not have, in
-            coordinates that need the root of the preconditioner, so a diagonal one.
-            ``"no_momentum"``: a rule without momentum. ``"preconditioner"``: a preconditioned rule.
-            ``"step"``: the preconditioner of an adaptive optimizer, known after its first step.
-        limit: ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or to
-            ``None`` where that is not known. A batch size of ``None`` is not known.
+        needs: what it requires. ``"rule"``: an update rule. ``"batch_size"``: the samples in a step.
+            ``"per_sample"``: derivatives of single samples, which ``fully_shard`` cannot provide, and
+            a diagonal preconditioner, since its root enters them. ``"no_momentum"``: a rule without
+            momentum. ``"preconditioner"``: a preconditioned rule. ``"step"``: that an adaptive
+            optimizer has taken a step, which makes its preconditioner known.
+        limit: maps ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or
+            to ``None`` if it is not known. A ``batch_size`` of ``None`` is not known.
         limits_lr: whether the value is itself a limit on the learning rate.
-        in_box: whether it is a side of the box (9) of Wu, Ma & E: its limit is known with every
-            measurement, whether it is measured or not.
-        chart: its chart; ``None`` for none.
+        in_box: whether it is a side of the box (9) of Wu, Ma & E: margins contain its limit even if
+            it is not measured.
+        chart: its chart, or ``None``.
 
     Raises:
-        ValueError: for a name that is no identifier, or ends like a part of another quantity.
+        ValueError: for a name that is not an identifier, or has the ending of a part such as
+            ``_limit``.
     """
 
     name: str
     measured: Callable[[Evaluation], QuantityResult]
-    needs: frozenset[Need] = frozenset()
+    needs: Set[Need] = frozenset()
     limit: Callable[[UpdateRule, int | None, int | None], float | None] | None = None
     limits_lr: bool = False
     in_box: bool = False
@@ -120,13 +119,13 @@ class Quantity:
     def limit_of(
         self, rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
     ) -> float | None:
-        """Return the limit, or ``None`` where it is not known."""
+        """Return the limit, or ``None`` if it is not known."""
         if rule is None or rule.unknown is not None or self.limit is None:
             return None
         return self.limit(rule, batch_size, dataset_size)
 
     def check(self, rule: UpdateRule | None, *, sharded: bool) -> None:
-        """Raise ``ValueError`` if the quantity has no meaning for a rule or a sharded problem."""
+        """Raise ``ValueError`` if the quantity is undefined for the rule or for a sharded problem."""
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
                 f"quantities: {self.name} is a condition on SGD without momentum, and momentum is"
@@ -150,7 +149,7 @@ class Quantity:
             )
 
     def check_known(self, rule: UpdateRule | None, batch_size: int | None) -> None:
-        """Raise ``ValueError`` if the rule or the batch size that it needs are not known."""
+        """Raise ``ValueError`` if the rule or the batch size is needed and not known."""
         needed = {"a learning rate": ("rule", rule), "a batch size": ("batch_size", batch_size)}
         names = [name for name, (need, _) in needed.items() if need in self.needs]
         if any(need in self.needs and known is None for need, known in needed.values()):
@@ -182,7 +181,7 @@ def register(quantity: Quantity) -> Quantity:
 
 
 def split(key: str) -> tuple[str, str]:
-    """Return the quantity's name and the part of its result that ``key`` of a record stands for.
+    """Return the quantity and the part of its result that a key of a record names.
 
     >>> split("sharpness"), split("sharpness_limit")
     (('sharpness', 'value'), ('sharpness', 'limit'))
@@ -193,35 +192,23 @@ def split(key: str) -> tuple[str, str]:
     return key, "value"
 
 
-def _result(measurement: Measurement) -> QuantityResult:
-    return QuantityResult(value=measurement.value, measurement=measurement)
-
-
 # -- the top eigenvalue of an operator -------------------------------------------------------------
 
 
 def _sharpness(at: Evaluation) -> QuantityResult:
-    return _result(at.top_eigenvalue("sharpness", at.plain_hessian()))
+    return at.top_eigenvalue("sharpness", at.plain_hessian())
 
 
 def _preconditioned_sharpness(at: Evaluation) -> QuantityResult:
-    return _result(
-        at.top_eigenvalue(
-            "preconditioned_sharpness", at.hessian(), preconditioner=at.preconditioner
-        )
-    )
+    name, preconditioner = "preconditioned_sharpness", at.preconditioner
+    return at.top_eigenvalue(name, at.hessian(), preconditioner=preconditioner)
 
 
 def _non_uniformity(at: Evaluation) -> QuantityResult:
-    return _result(
-        at.top_eigenvalue(
-            "non_uniformity",
-            at.non_uniformity(),
-            # Rounding may leave the eigenvalue below zero.
-            value=lambda eigenvalue: math.sqrt(max(eigenvalue, 0.0)),
-            degree=2,
-        )
-    )
+    def root(eigenvalue: float) -> float:
+        return float(max(eigenvalue, 0.0) ** 0.5)  # rounding may leave it below zero
+
+    return at.top_eigenvalue("non_uniformity", at.non_uniformity(), value=root, degree=2)
 
 
 def _non_uniformity_limit(
@@ -245,14 +232,14 @@ def _theorem1(at: Evaluation) -> QuantityResult:
         noise=noise,
         weight_decay=0.0 if rule.preconditioned else rule.weight_decay,
     )
-    # The operator is the excess of the left side of (8) over 1.
-    return _result(at.top_eigenvalue("theorem1", excess, value=lambda excess: excess + 1.0))
+    # The operator is the left side of (8) minus 1.
+    return at.top_eigenvalue("theorem1", excess, value=lambda excess: excess + 1.0)
 
 
 # -- other searches and averages -------------------------------------------------------------------
 
 _MANY = 10**12
-"""Batches in a data set that stands for an infinite one, with p = 1/B."""
+"""Number of batches in a finite data set that represents an infinite one, with p = 1/B."""
 
 
 def _critical_lr(at: Evaluation) -> QuantityResult:
@@ -268,7 +255,7 @@ def _critical_lr(at: Evaluation) -> QuantityResult:
         seed=at.seed,
     )
     measurement = Measurement(found.value, found.residual, found.products, 0.0, found.converged)
-    return QuantityResult(found.value, lower=found.lower, measurement=measurement)
+    return QuantityResult.of_measurement(measurement, lower=found.lower)
 
 
 def _batch_sharpness(at: Evaluation) -> QuantityResult:
@@ -278,8 +265,9 @@ def _batch_sharpness(at: Evaluation) -> QuantityResult:
     if found.value is None:
         return QuantityResult()
     relative = found.standard_error / abs(found.value) if found.value else 0.0
-    # An average has no tolerance to reach; its error is the standard error.
-    return _result(Measurement(found.value, relative, found.batches, 0.0, True))
+    # An average has a standard error, and no tolerance to reach.
+    measurement = Measurement(found.value, relative, found.batches, 0.0, True)
+    return QuantityResult.of_measurement(measurement)
 
 
 # -- the registry ----------------------------------------------------------------------------------
@@ -297,48 +285,35 @@ register(
     Quantity(
         "preconditioned_sharpness",
         _preconditioned_sharpness,
-        needs=frozenset({"preconditioner", "step"}),
+        needs={"preconditioner", "step"},
         limit=lambda rule, _, __: rule.max_sharpness if rule.preconditioned else None,
         in_box=True,
-        chart=Chart(
-            "preconditioned sharpness", r"$\lambda_{\max}(PH)$", tag="pre_sharp", short_tag="pre"
-        ),
+        chart=Chart("preconditioned sharpness", r"$\lambda_{\max}(PH)$", "pre_sharp", "pre"),
     )
 )
 register(
     Quantity(
         "non_uniformity",
         _non_uniformity,
-        needs=frozenset({"per_sample", "step"}),
+        needs={"per_sample", "step"},
         limit=_non_uniformity_limit,
         in_box=True,
-        chart=Chart(
-            "non-uniformity",
-            r"$\lambda_{\max}(\Sigma)^{1/2}$",
-            tag="non_unif",
-            short_tag="nonuf",
-        ),
+        chart=Chart("non-uniformity", r"$\lambda_{\max}(\Sigma)^{1/2}$", "non_unif", "nonuf"),
     )
 )
 register(
     Quantity(
         "theorem1",
         _theorem1,
-        needs=frozenset({"rule", "batch_size", "per_sample", "no_momentum", "step"}),
+        needs={"rule", "batch_size", "per_sample", "no_momentum", "step"},
     )
 )
 register(
     Quantity(
         "critical_lr",
         _critical_lr,
-        needs=frozenset({"rule", "batch_size", "per_sample", "step"}),
+        needs={"rule", "batch_size", "per_sample", "step"},
         limits_lr=True,
     )
 )
-register(
-    Quantity(
-        "batch_sharpness",
-        _batch_sharpness,
-        needs=frozenset({"batch_size", "per_sample", "step"}),
-    )
-)
+register(Quantity("batch_sharpness", _batch_sharpness, needs={"batch_size", "per_sample", "step"}))

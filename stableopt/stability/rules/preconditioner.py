@@ -1,8 +1,8 @@
-r"""What an optimizer multiplies gradients by, as products with a flat vector.
+r"""Preconditioners: the matrices by which optimizers multiply gradients, as products with vectors.
 
 A step :math:`\theta\leftarrow\theta-\eta P\nabla f` is plain gradient descent in the coordinates
 :math:`y = P^{-1/2}\theta`, so its limits belong to :math:`\lambda_{\max}(PH)`, the preconditioned
-sharpness. P is held as it was at the optimizer's last step. Three examples::
+sharpness. P is constant, as it was at the optimizer's last step. Three examples::
 
     UpdateRule.from_optimizer(adam).preconditioner @ v        # read from an optimizer
     DiagonalPreconditioner(model.parameters(), scales)        # entries by parameter
@@ -30,7 +30,7 @@ class StepPreconditioner(abc.ABC):
     """A symmetric positive semi-definite matrix P over given parameters: ``P @ v`` for ``(d,)``.
 
     Attributes:
-        params: the parameters, in the order in which a flat vector holds them.
+        params: the parameters, in the order of a flat vector.
         diagonal: whether P is a diagonal matrix.
     """
 
@@ -42,7 +42,7 @@ class StepPreconditioner(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return P times a vector that is given as a tensor for each parameter."""
+        """Return P times a vector, given as one tensor for each parameter."""
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         if vector.shape != (sum(self._sizes),):
@@ -53,10 +53,10 @@ class StepPreconditioner(abc.ABC):
         return torch.cat([t.reshape(-1) for t in self.apply([v.view(p.shape) for v, p in parts])])
 
     def over(self, params: Sequence[Tensor]) -> StepPreconditioner:
-        """Return the part of P that acts among ``params``, in their order; the others stay put.
+        """Return the principal part of P for ``params``, in their order.
 
         Raises:
-            ValueError: if P knows nothing of one of them.
+            ValueError: if one of them is not a parameter of P.
         """
         return _Part(self, params)
 
@@ -65,8 +65,8 @@ class StepPreconditioner(abc.ABC):
         for p in params:
             if id(p) not in known:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is none of the {len(known)} that the"
-                    " preconditioner is of: expected those of the optimizer"
+                    f"a parameter of shape {tuple(p.shape)} is not one of the {len(known)} of the"
+                    " preconditioner: expected those of the optimizer"
                 )
         return [known[id(p)] for p in params]
 
@@ -95,10 +95,10 @@ class DiagonalPreconditioner(StepPreconditioner):
 
     Args:
         params: the parameters.
-        entries: for each a tensor of its shape, or a number that stands for one; not negative.
+        entries: for each parameter a tensor of its shape, or one number; not negative.
 
     Raises:
-        ValueError: for entries that do not fit the parameters.
+        ValueError: for entries that do not match the parameters.
 
     >>> P = DiagonalPreconditioner([torch.zeros(2), torch.zeros(1)], [torch.tensor([1.0, 2.0]), 0.5])
     >>> P @ torch.ones(3)
@@ -132,15 +132,15 @@ class DiagonalPreconditioner(StepPreconditioner):
         return DiagonalPreconditioner(params, [self.entries[i] for i in self._places(params)])
 
     def roots(self) -> list[Tensor | float]:
-        """Return the square roots of the entries: the D of P = D D."""
+        """Return the square roots of the entries, D in P = D D."""
         return [e.sqrt() if isinstance(e, Tensor) else e**0.5 for e in self.entries]
 
 
 class MatrixPreconditioner(StepPreconditioner):
-    """A symmetric positive definite matrix, known by its products with flat vectors.
+    """A symmetric positive definite matrix, given by its products with flat vectors.
 
     Args:
-        params: the parameters, in the order in which the matrix takes them.
+        params: the parameters, in the matrix's order.
         matrix: anything with ``@`` on ``(d,)``: a tensor, an
             :class:`~stableopt.curvature.Operator`, an L-BFGS memory.
 
@@ -154,19 +154,19 @@ class MatrixPreconditioner(StepPreconditioner):
         self.matrix = matrix
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the product, cut into the parameters' shapes."""
+        """Return the product, split into the parameters' shapes."""
         image = self.matrix @ torch.cat([tensor.reshape(-1) for tensor in tensors])
         parts = zip(torch.split(image, self._sizes), self.params, strict=True)
         return [part.view(p.shape) for part, p in parts]
 
 
 class UnknownPreconditioner(StepPreconditioner):
-    """Stands for a P that is not known, as before an optimizer's first step.
+    """A placeholder for a P that is not known, as before an optimizer's first step.
 
-    What belongs to it is then neither measured nor limited.
+    Quantities that depend on it are then not measured and have no limits.
 
     Args:
-        reason: why, and what would help.
+        reason: why it is not known, and what would help.
         diagonal: whether P will be diagonal once it is known.
     """
 

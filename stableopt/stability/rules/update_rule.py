@@ -1,4 +1,4 @@
-"""What one step of an optimizer is, as far as linear stability is concerned.
+"""`UpdateRule`: one step of an optimizer, reduced to what determines linear stability.
 
 Three examples::
 
@@ -31,8 +31,8 @@ _WRAPPERS = {
     "lightning.pytorch.core.optimizer.LightningOptimizer",
     "pytorch_lightning.core.optimizer.LightningOptimizer",
 }
-"""Classes that pass ``step`` on to their ``optimizer``. Others that have one, such as Lookahead, take
-steps of their own."""
+"""Classes whose ``step`` is that of their ``optimizer``. Others with an ``optimizer``, such as
+Lookahead, take steps of their own."""
 
 
 def _names(kind: type) -> list[str]:
@@ -40,10 +40,7 @@ def _names(kind: type) -> list[str]:
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer whose step is taken: inside Accelerate's and Lightning's wrappers.
-
-    These wrappers have no step hooks of their own.
-    """
+    """Return the optimizer inside Accelerate's and Lightning's wrappers, which have no step hooks."""
     while not _WRAPPERS.isdisjoint(_names(type(optimizer))):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
@@ -51,32 +48,31 @@ def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    r"""One linearised step: a preconditioner, and the coefficients that move its stability.
+    r"""One linearised step: a preconditioner, and the coefficients that determine its stability.
 
     .. math::
         g = P(\nabla f + \lambda\theta), \quad m' = \beta m + (1-\tau) g, \quad
         \theta' = (1-\eta\lambda')\theta - \eta\,[(1-\nu)\, g + \nu\, m']
 
-    covers ``torch.optim.SGD`` (P = 1; Nesterov's form is :math:`g + \beta m'` in place of the
-    bracket) and every adaptive optimizer whose P is held as its last step had it. Where P is not 1,
-    the limit belongs to :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, and
-    weight decay is a part of that matrix; otherwise to :math:`\lambda_{\max}(H)`, and weight decay is
-    a part of the limit. SGD whose groups have learning rates :math:`\eta_g` of their own is SGD at the
-    largest with :math:`P = \mathrm{diag}(\eta_g)/\eta`; decay that differs between groups is a
-    :math:`\Lambda` with P = 1. Both count as preconditioned.
+    covers ``torch.optim.SGD`` (P = 1; with Nesterov's momentum the bracket is :math:`g + \beta m'`)
+    and every adaptive optimizer, with P as it was at the last step. If P is not 1, the limit is on
+    :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, which includes weight decay;
+    otherwise it is on :math:`\lambda_{\max}(H)`, and the limit includes weight decay. SGD with learning
+    rates :math:`\eta_g` by group is SGD at the largest with :math:`P = \mathrm{diag}(\eta_g)/\eta`;
+    decay that differs between groups is a :math:`\Lambda` with P = 1. Both count as preconditioned.
 
     Attributes:
-        lr: learning rate; the largest of all groups'.
+        lr: learning rate, the largest among the groups.
         momentum: beta.
         dampening: tau.
         nesterov: whether the momentum is Nesterov's.
-        weight_decay: coupled weight decay lambda, where all groups share it, else 0.
-        maximize: whether steps ascend, so that -f is what is minimised.
-        full_batch: whether each step takes the gradient of all samples (gradient descent).
-        group_lrs: learning rate of each group, empty where all are ``lr``.
-        group_weight_decays: weight decay of each group, empty where all are ``weight_decay``.
-        decoupled_weight_decay: lambda', by which parameters shrink beside the step, as AdamW's.
-        momentum_share: nu; below 1 the step takes a share of the gradient itself, as NAdam's.
+        weight_decay: coupled weight decay lambda if all groups share it, else 0.
+        maximize: whether steps ascend, and so minimise -f.
+        full_batch: whether each step uses the gradient of all samples (gradient descent).
+        group_lrs: learning rate of each group; empty if all are ``lr``.
+        group_weight_decays: weight decay of each group; empty if all are ``weight_decay``.
+        decoupled_weight_decay: lambda', which shrinks parameters directly, as in AdamW.
+        momentum_share: nu; below 1 the step includes a share of the gradient itself, as in NAdam.
         preconditioner: P; ``None`` for 1.
 
     Raises:
@@ -118,7 +114,7 @@ class UpdateRule:
 
     @property
     def linear_step(self) -> LinearStep:
-        """Its coefficients on one mode, in the coordinates of the preconditioner."""
+        """Its coefficients on one mode, in the preconditioner's coordinates."""
         return LinearStep(
             lr=self.lr,
             momentum=self.momentum,
@@ -131,18 +127,18 @@ class UpdateRule:
 
     @property
     def plain(self) -> bool:
-        """Whether it is SGD without momentum, which the paper's conditions speak of."""
+        """Whether it is SGD without momentum, as in the paper's conditions."""
         return self.momentum == 0 and self.decoupled_weight_decay == 0
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the limit is on the top eigenvalue of P(H + Lambda) in place of H's."""
+        """Whether the limit is on the top eigenvalue of P(H + Lambda) rather than of H."""
         has_own = self.group_lrs or self.group_weight_decays
         return self.preconditioner is not None or bool(has_own)
 
     @property
     def diagonal(self) -> bool:
-        """Whether a step is one learning rate for all once each coordinate is scaled."""
+        """Whether scaled coordinates turn the step into one learning rate for all parameters."""
         return self.preconditioner is None or self.preconditioner.diagonal
 
     @property
@@ -155,7 +151,7 @@ class UpdateRule:
     def max_sharpness(self) -> float:
         """The largest stable sharpness: :func:`~stableopt.stability.limits.max_sharpness`.
 
-        Of the preconditioned sharpness where the rule is :attr:`preconditioned`.
+        If the rule is :attr:`preconditioned`, it limits the preconditioned sharpness.
         """
         return self.linear_step.max_sharpness
 
@@ -174,9 +170,9 @@ class UpdateRule:
         """Return the largest stable non-uniformity, infinity for the full batch.
 
         See :func:`~stableopt.stability.limits.max_non_uniformity`. ``batch_size=None`` is the full
-        batch. Where the rule is :attr:`preconditioned`, it is that of the preconditioned Hessians.
+        batch. If the rule is :attr:`preconditioned`, it limits that of the preconditioned Hessians.
         """
-        # Raises for a batch above n, of a full-batch rule too.
+        # Raises for a batch above n, also for a full-batch rule.
         noise = 0.0 if batch_size is None else noise_factor(batch_size, dataset_size)
         if batch_size is None or self.full_batch:
             return math.inf
@@ -184,15 +180,15 @@ class UpdateRule:
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        """Read the rule of ``optimizer`` as it stands now.
+        """Return the rule of ``optimizer`` as it is now.
 
-        A preconditioner is a copy of what the last step used: it does not follow later ones. Of an
-        optimizer that Accelerate or Lightning wrapped, it is the rule of the one inside.
+        A preconditioner is a copy of the last step's and does not follow later ones. For an optimizer
+        that Accelerate or Lightning wrapped, it is the rule of the optimizer inside.
 
         Raises:
-            TypeError: for an optimizer that nobody registered, or parameters that are complex.
-            ValueError: for groups that differ in more than learning rate, weight decay and what only
-                the preconditioner depends on.
+            TypeError: for an optimizer without a registered reader, or complex parameters.
+            ValueError: for groups that differ in more than learning rate, weight decay and settings
+                of the preconditioner.
         """
         optimizer = base_optimizer(optimizer)
         for kind, own_name in zip(type(optimizer).__mro__, _names(type(optimizer)), strict=True):
@@ -214,9 +210,9 @@ class UpdateRule:
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
-        """Let :meth:`from_optimizer` read class ``kind`` and its subclasses by ``reader``.
+        """Register ``reader`` for optimizers of class ``kind`` and its subclasses.
 
-        A string names a class by module and qualified name, so that it need not be imported.
+        A string, of module and qualified name, names a class without importing it.
 
         >>> class Mine(torch.optim.Adagrad): pass
         >>> UpdateRule.register(Mine, lambda optimizer: UpdateRule(lr=0.25))

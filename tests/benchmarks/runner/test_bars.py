@@ -51,7 +51,7 @@ def test_the_time_left_is_that_of_the_work_seen(tmp_path: Path) -> None:
     now = 170.0
     report(0.5)
     bar = bars.progress.tasks[1]
-    # A quarter in the ten seconds between two reports, whatever came before: twenty for a half.
+    # A quarter in the ten seconds between two reports: twenty seconds for the half that is left.
     assert bar.time_remaining == 20
     assert everything.time_remaining == pytest.approx(20, abs=1)  # whole seconds, rounded up
     now = 174.0

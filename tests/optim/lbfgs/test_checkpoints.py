@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,18 @@ import torch
 from lbfgs_runs import DIRECTIONS, SEARCHES, closure_of, flat, network, train
 from saved import through_file
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import stableopt
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Check nested values of the same keys, tensors bit for bit."""
+    (leaves, shape), (others, other) = tree_flatten(found), tree_flatten(expected)
+    assert shape == other
+    for one, two in zip(leaves, others, strict=True):
+        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -66,6 +77,58 @@ def test_copies_go_on(way: str, direction: str) -> None:
         for _ in range(2):
             o.step(closure_of(m, o))
     assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("way", ["load", "deepcopy", "pickle"])
+def test_copies_have_the_same_keys(way: str) -> None:
+    """Catches an option that only copies have: torch's `differentiable`, which LBFGS lacks."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
+    optimizer.step(closure_of(model, optimizer))
+    state = optimizer.state_dict()
+    if way == "load":
+        copied = stableopt.LBFGS(network().parameters(), max_iter=3)
+        older = copy.deepcopy(state)
+        older["param_groups"][0]["differentiable"] = False  # as checkpoints of 0.1 have it
+        for loaded in (older, state):
+            copied.load_state_dict(loaded)
+            assert_same(copied.state_dict(), state)
+    else:
+        copied = (
+            copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        )
+        assert_same(copied.state_dict(), state)
+    assert "differentiable" not in copied.defaults
+    copied.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    first, second = copied.param_groups
+    assert first.keys() == second.keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoint_resumes_the_run(tmp_path: Path) -> None:
+    """Catches a key that the optimizer to be filled has and the checkpoint lacks."""
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
+    optimizer.step(closure_of(model, optimizer))
+    saved = optimizer.state_dict()
+    checkpoint.save(_with_names(saved), checkpoint_id=tmp_path)
+    # Another state of the same shapes, which loading must overwrite.
+    empty = stableopt.LBFGS(network().parameters(), lr=0.25, max_iter=3)
+    empty.load_state_dict(tree_map_only(Tensor, torch.zeros_like, saved))
+    filled = _with_names(empty.state_dict())
+    checkpoint.load(filled, checkpoint_id=tmp_path)
+    assert_same(filled, _with_names(saved))
+    twin = copy.deepcopy(model)
+    resumed = stableopt.LBFGS(twin.parameters())
+    resumed.load_state_dict({**filled, "state": {0: filled["state"]["0"]}})
+    for m, o in ((model, optimizer), (twin, resumed)):
+        o.step(closure_of(m, o))
+    assert torch.equal(flat(model), flat(twin))
+
+
+def _with_names(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose keys are strings, as a distributed checkpoint makes them."""
+    return {**state, "state": {str(key): value for key, value in state["state"].items()}}
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

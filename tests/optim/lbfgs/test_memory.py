@@ -38,6 +38,81 @@ def test_pairs_do_not_depend_on_the_scale_of_the_loss() -> None:
     assert kept[stableopt.LBFGS, 2.0**-40] > 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_pairs_whose_products_underflow_are_left_out(dtype: torch.dtype) -> None:
+    """Catches a division by zero, and a scale of the initial matrix made of rounding errors."""
+    memory, zero = CompactPairs(5, {}), torch.zeros(2, dtype=dtype)
+    root = torch.finfo(dtype).tiny ** 0.5
+
+    def pairs_after(y: float, s: float) -> tuple[int, float]:
+        last = Move(torch.tensor([s, 0.0], dtype=dtype), 1.0, gradient=zero, loss=0.0)
+        gradient = torch.tensor([y, 0.0], dtype=dtype)
+        memory.update(last, gradient, memory.numbers(*memory.products(last, gradient)), 0.0)
+        state = memory.export()
+        return len(state["old_dirs"]), float(state["H_diag"])
+
+    assert pairs_after(4.0, 2.0) == (1, 0.5)
+    assert pairs_after(root / 64, 1.0) == (1, 0.5)  # y @ y has lost its digits
+    assert pairs_after(1e-3 * root, 1e-3) == (1, 0.5)  # y @ y is zero, or next to it
+    assert pairs_after(1.0, 0.5 * torch.finfo(dtype).tiny) == (1, 0.5)  # and here y @ s
+    assert pairs_after(16 * root, 4.0) == (2, pytest.approx(1 / (4 * root), rel=1e-3))
+
+
+def test_training_goes_on_below_the_smallest_numbers() -> None:
+    """Catches a division by zero where the loss falls without end, and pairs made of rounding errors.
+
+    The data are separable: the infimum of the loss is 0, which torch, whose pairs end at a curvature
+    of 1e-10, comes no nearer than 1e-12.
+    """
+    torch.manual_seed(0)
+    features = torch.randn(60, 10)
+    sign = (features @ torch.randn(10)).sign()
+    losses = {}
+    for kind in (torch.optim.LBFGS, stableopt.LBFGS):
+        weight = nn.Parameter(torch.zeros(10))
+        optimizer = kind([weight], lr=0.5, tolerance_grad=0, tolerance_change=0)
+
+        def closure(weight: Tensor = weight, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.softplus(-sign * (features @ weight)).mean()
+            loss.backward()
+            return loss
+
+        for _ in range(60):
+            losses[kind] = optimizer.step(closure).item()
+        assert bool((sign * (features @ weight) > 0).all())
+    assert 0 <= losses[stableopt.LBFGS] < 1e-6 * losses[torch.optim.LBFGS]
+    (state,) = optimizer.state_dict()["state"].values()
+    for y, s in zip(state["old_dirs"], state["old_stps"], strict=True):
+        assert float(y @ s) >= 0.9 * torch.finfo(torch.float32).tiny  # the sums may differ in order
+        assert float(y @ y) >= 0.9 * torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+@pytest.mark.parametrize("seed", range(3))
+def test_least_squares_in_float16_is_solved(line_search_fn: str | None, seed: int) -> None:
+    """Catches squares that underflow below 2e-4; torch ends in NaN, or in an error."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(12, 4, generator=generator).half()
+    solution = torch.randn(4, generator=generator).half()
+    target = features @ solution
+    weight = nn.Parameter(torch.zeros(4).half())
+    optimizer = stableopt.LBFGS(
+        [weight], lr=0.5, line_search_fn=line_search_fn, tolerance_grad=0, tolerance_change=0
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (features @ weight - target).square().mean() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    # Two units in the last place of numbers up to 2, as the residuals are rounded as well.
+    torch.testing.assert_close(weight.detach(), solution, rtol=0, atol=2 * 2.0**-10)
+
+
 @pytest.mark.parametrize("kind", [CompactPairs, TwoLoopPairs])
 @pytest.mark.parametrize("damping", [0.0, 0.2])
 def test_damping_bends_pairs_of_negative_curvature(kind: Any, damping: float) -> None:

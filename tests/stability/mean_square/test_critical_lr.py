@@ -382,7 +382,7 @@ def test_a_model_stands_for_its_problem(network: nn.Module, data: Data) -> None:
     with pytest.raises(ValueError, match="leave them out"):
         critical_lr(problem, loss_fn, data, 2)
     with pytest.raises(ValueError, match="leave them out"):
-        critical_lr(DualCurvature.of(problem), loss_fn, data, 2)
+        critical_lr(DualCurvature.from_problem(problem), loss_fn, data, 2)
 
     adam = torch.optim.Adam(network.parameters(), lr=0.01)
     loss_fn(network(data[0]), data[1]).backward()

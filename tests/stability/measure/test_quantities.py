@@ -39,7 +39,7 @@ def toy() -> Iterator[Quantity]:
         Quantity(
             "step_length",
             _step_length,
-            needs=frozenset({"rule", "batch_size"}),
+            needs={"rule", "batch_size"},
             limit=lambda rule, batch_size, dataset_size: batch_size,
             chart=Chart("step length", r"$\eta\|g\|$", tag="step_len"),
         )

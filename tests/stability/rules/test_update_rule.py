@@ -426,7 +426,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
             ),
         ),
         ValueError,
-        "none of the 1 that the preconditioner is of",
+        "not one of the 1 of the preconditioner",
     ),
     "preconditioned sharpness of SGD": (
         lambda m: measure(m, MSE, small_data(), lr=0.1, quantities=("preconditioned_sharpness",)),

@@ -1,7 +1,7 @@
-"""Readers of the update rule of optimizers: one module a family, registered on import.
+"""Readers of optimizers' update rules: one module a family, registered on import.
 
 A reader takes an optimizer and returns its :class:`~stableopt.stability.UpdateRule`, with the
-preconditioner of its last step. Classes of packages that need not be installed are registered by name.
+preconditioner of its last step. Classes of optional packages are registered by name.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-r"""The adaptive optimizers of ``torch.optim``: Adam, AdamW, NAdam, RMSprop and Adagrad.
+r"""Readers of ``torch.optim``'s adaptive optimizers: Adam, AdamW, NAdam, RMSprop and Adagrad.
 
-Bias corrections are a part of the preconditioner, as in Cohen et al., *Adaptive gradient methods at the
+The preconditioner includes bias corrections, as in Cohen et al., *Adaptive gradient methods at the
 edge of stability* (2022): Adam's is
 
 .. math::
     P_t = \mathrm{diag}\left[(1-\beta_1^t)\left(\sqrt{v_t/(1-\beta_2^t)}+\epsilon\right)\right]^{-1},
 
-so that its limit is :math:`(2+2\beta_1)/((1-\beta_1)\eta)` from the first step on.
+so its limit is :math:`(2+2\beta_1)/((1-\beta_1)\eta)` from the first step on.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def averaged(step: Step) -> tuple[float, float, float]:
 
 
 def decoupled_shrink(group: Group) -> float:
-    """Return eta lambda where the weight decay is decoupled, else 0."""
+    """Return eta lambda if the weight decay is decoupled, else 0."""
     decoupled = group.get("decoupled_weight_decay", False)
     return float(group["lr"]) * float(group["weight_decay"]) if decoupled else 0.0
 
 
 def coupled_decay(group: Group) -> float:
-    """Return lambda where the weight decay is a part of the gradient, else 0."""
+    """Return lambda if the weight decay is a part of the gradient, else 0."""
     decoupled = group.get("decoupled_weight_decay", False)
     return 0.0 if decoupled else float(group["weight_decay"])
 
 
 def read_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``torch.optim.Adam`` and ``AdamW``, ``amsgrad`` included."""
-    # In older versions of torch AdamW is a class of its own, whose groups do not say so.
+    """Read ``torch.optim.Adam`` and ``AdamW``, with or without ``amsgrad``."""
+    # In older versions of torch the groups of AdamW do not say that its decay is decoupled.
     always = isinstance(optimizer, torch.optim.AdamW)
 
     def entries(step: Step) -> Tensor:
@@ -59,15 +59,15 @@ def read_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         denominator: Tensor = (root + group["eps"]) * (1 - beta1**t)
         return denominator.reciprocal()
 
-    def as_told(group: Group) -> Group:
+    def complete(group: Group) -> Group:
         return {**group, "decoupled_weight_decay": True} if always else group
 
     return diagonal_rule(
         optimizer,
         entries,
         momentum=averaged,
-        shrink=lambda group: decoupled_shrink(as_told(group)),
-        weight_decay=lambda group: coupled_decay(as_told(group)),
+        shrink=lambda group: decoupled_shrink(complete(group)),
+        weight_decay=lambda group: coupled_decay(complete(group)),
     )
 
 
@@ -76,7 +76,7 @@ def _nadam_weights(step: Step) -> tuple[float, float]:
     group, state, t = step
     beta, decay = float(group["betas"][0]), float(group["momentum_decay"])
     mu, following = (beta * (1 - 0.5 * 0.96 ** (count * decay)) for count in (t, t + 1))
-    # Its product so far; before the first step, what it will be after.
+    # The product so far; before the first step, that after it.
     product = float(state.get("mu_product", mu))
     return (1 - mu) / (1 - product), following / (1 - product * following)
 
@@ -84,10 +84,10 @@ def _nadam_weights(step: Step) -> tuple[float, float]:
 def read_nadam(optimizer: torch.optim.NAdam) -> UpdateRule:
     r"""Read ``torch.optim.NAdam``.
 
-    Its step is along :math:`\frac{1-\mu_t}{1-\Pi_t}g + \frac{\mu_{t+1}}{1-\Pi_{t+1}}m` with
-    :math:`\mu_t=\beta_1(1-0.96^{t\psi}/2)` and :math:`\Pi_t=\mu_1\cdots\mu_t`: a momentum share
-    :math:`\nu = B/(A+B)`, and A + B in the preconditioner. :math:`\mu_t` tends to :math:`\beta_1`, and
-    the limit to that of Nesterov's momentum with the rate :math:`(1-\beta_1)\eta`.
+    The step is along :math:`\frac{1-\mu_t}{1-\Pi_t}g + \frac{\mu_{t+1}}{1-\Pi_{t+1}}m` with
+    :math:`\mu_t=\beta_1(1-0.96^{t\psi}/2)` and :math:`\Pi_t=\mu_1\cdots\mu_t`: the momentum share is
+    :math:`\nu = B/(A+B)`, and the preconditioner includes A + B. :math:`\mu_t` tends to :math:`\beta_1`,
+    and the limit to that of Nesterov's momentum with the rate :math:`(1-\beta_1)\eta`.
     """
 
     def entries(step: Step) -> Tensor:
@@ -107,7 +107,7 @@ def read_nadam(optimizer: torch.optim.NAdam) -> UpdateRule:
 
 
 def read_rmsprop(optimizer: torch.optim.RMSprop) -> UpdateRule:
-    """Read ``torch.optim.RMSprop``, ``centered`` and with momentum included."""
+    """Read ``torch.optim.RMSprop``, with or without ``centered`` and momentum."""
 
     def entries(step: Step) -> Tensor:
         group, state, _ = step
@@ -123,7 +123,7 @@ def read_rmsprop(optimizer: torch.optim.RMSprop) -> UpdateRule:
 
 
 def read_adagrad(optimizer: torch.optim.Adagrad) -> UpdateRule:
-    """Read ``torch.optim.Adagrad`` with the rate to which ``lr_decay`` has brought it."""
+    """Read ``torch.optim.Adagrad``, with the learning rate after ``lr_decay``."""
 
     def entries(step: Step) -> Tensor:
         denominator: Tensor = step.state["sum"].sqrt() + step.group["eps"]

@@ -1,17 +1,17 @@
-r"""What all optimizers with a diagonal preconditioner share.
+r"""`diagonal_rule`: the update rule of an optimizer with a diagonal preconditioner.
 
-Each parameter tensor i has a rate :math:`\eta_i`, entries :math:`P_i` as its last step had them, and
-keeps a factor :math:`c_i = 1-\eta_i\lambda'_i` of itself by decoupled weight decay. With the largest
-rate :math:`\eta`, the rule is one rate for all with the preconditioner :math:`P_i\eta_i/\eta`. Factors
-that differ, as where biases do not decay, go into it as well. With :math:`K=\eta P^{1/2}HP^{1/2}` and
-the diagonal C of all :math:`c_i`, the step's eigenvalues z make
+Each parameter tensor i has a rate :math:`\eta_i`, the entries :math:`P_i` of its last step, and a factor
+:math:`c_i = 1-\eta_i\lambda'_i` that decoupled weight decay leaves. With the largest rate :math:`\eta`,
+the rule is one rate for all with the preconditioner :math:`P_i\eta_i/\eta`. If the factors differ, for
+instance because biases do not decay, the preconditioner includes them too. With
+:math:`K=\eta P^{1/2}HP^{1/2}` and the diagonal C of all :math:`c_i`, the step's eigenvalues z make
 
 .. math:: z^2 - z\,[C+\beta-uK] + \beta C - wK
 
-singular, in which every matrix is symmetric: the Rayleigh quotients of its null vector make a scalar
-mode, to which Jury's conditions apply. So the step is stable exactly if
-:math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which is a limit on the top eigenvalue of
-:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.limits`). The non-uniformity's limit,
+singular. Every matrix is symmetric, so the Rayleigh quotients of the null vector form a scalar mode, to
+which Jury's conditions apply. The step is stable exactly if
+:math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which limits the top eigenvalue of
+:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.limits`). The limit of the non-uniformity,
 which is exact in one dimension only, is then that of c = 1.
 """
 
@@ -28,7 +28,13 @@ from stableopt.stability.rules.preconditioner import (
     StepPreconditioner,
     UnknownPreconditioner,
 )
-from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, one, params_of, step_counts
+from stableopt.stability.rules.readers.param_groups import (
+    NOT_STEPPED,
+    decay_of,
+    one,
+    params_of,
+    step_counts,
+)
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Step", "diagonal_rule"]
@@ -53,17 +59,16 @@ def diagonal_rule(
     shrink: Callable[[Group], float] = lambda group: 0.0,
     weight_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"]),
 ) -> UpdateRule:
-    """Return the rule of an optimizer from what the last step of each parameter was.
+    """Return the rule of an optimizer from the last step of each parameter.
 
-    A parameter that no step has moved yet has entries of zero; where none has been moved, the
-    preconditioner is not known.
+    A parameter without a step has entries of zero; before any step, the preconditioner is not known.
 
     Args:
         optimizer: the optimizer.
-        entries: the diagonal of P, bias corrections included, learning rate not.
+        entries: the diagonal of P, with bias corrections and without the learning rate.
         momentum: beta, tau and nu, the same for all parameters.
         rate: the learning rate of the step.
-        shrink: what decoupled weight decay takes of the parameters: 1 - c.
+        shrink: the share 1 - c of the parameters that decoupled weight decay removes.
         weight_decay: coupled weight decay.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
@@ -74,14 +79,12 @@ def diagonal_rule(
         for p in group["params"]
     ]
     known = [step for step in steps if step is not None]
-    # Before any step: what the first will be like, as far as that is known.
+    # Before any step, the settings of the first.
     asked = known or [Step(group, {}, 1.0) for group in groups]
     beta, tau, share = _same_momentum([momentum(step) for step in asked])
     lr = max(rate(step) for step in asked)
     shrinks = [shrink(group) for group in groups]
     in_limit = len(set(shrinks)) == 1
-    decays = tuple(weight_decay(group) for group in groups)
-    one_decay = len(set(decays)) == 1
 
     def folded() -> Iterator[Tensor | float]:
         for step in steps:
@@ -102,8 +105,7 @@ def diagonal_rule(
         momentum=beta,
         dampening=tau,
         momentum_share=share,
-        weight_decay=decays[0] if one_decay else 0.0,
-        group_weight_decays=() if one_decay else decays,
+        **decay_of([weight_decay(group) for group in groups]),
         decoupled_weight_decay=shrinks[0] / lr if in_limit and lr else 0.0,
         maximize=bool(one("maximize", [group.get("maximize", False) for group in groups])),
         preconditioner=preconditioner,
@@ -113,7 +115,7 @@ def diagonal_rule(
 def _fold(shrink: float) -> float:
     if not shrink < 2:
         raise ValueError(
-            f"decoupled weight decay takes {shrink} of the parameters a step: expected less than 2"
+            f"decoupled weight decay removes {shrink} of the parameters a step: expected less than 2"
         )
     return 2 / (2 - shrink)
 
@@ -121,7 +123,7 @@ def _fold(shrink: float) -> float:
 def _same_momentum(forms: list[tuple[float, float, float]]) -> tuple[float, float, float]:
     beta, tau, share = forms[0]
     for other in forms[1:]:
-        # Rounding of bias corrections that are all but 1.
+        # Bias corrections near 1 have rounding errors.
         if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > 1e-12:
             raise ValueError(
                 f"parameters have momentum (beta, tau, nu) of {forms[0]} and {other}: expected one"

@@ -1,7 +1,7 @@
-r"""L-BFGS, whose preconditioner is the inverse Hessian of its memory.
+r"""Reader of L-BFGS, whose preconditioner is the inverse Hessian of its memory.
 
-The limit is :math:`2/\eta`, so that near a minimum that the memory knows well, where PH is about 1,
-every rate below 2 is stable: L-BFGS can settle at almost any minimum (Wu, Ma & E, 2018, section 5).
+The limit is :math:`2/\eta`. Near a minimum that the memory describes well PH is about 1, so every rate
+below 2 is stable: L-BFGS can settle at almost any minimum (Wu, Ma & E, 2018, section 5).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from stableopt.stability.rules.preconditioner import (
     StepPreconditioner,
     UnknownPreconditioner,
 )
-from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, one, params_of
+from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, decay_of, one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_lbfgs"]
 
 
 class _Scaled:
-    """The matrix D P D, D diagonal, as products."""
+    """Products with the matrix D P D, D diagonal."""
 
     def __init__(self, matrix: InverseHessian | None, scale: float, roots: Tensor) -> None:
         self._matrix, self._scale, self._roots = matrix, scale, roots
@@ -34,15 +34,15 @@ class _Scaled:
 
 
 def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
-    r"""Read ``torch.optim.LBFGS``, and subclasses that export their memory in its state dict.
+    r"""Read ``torch.optim.LBFGS``, and subclasses with its state dict.
 
-    Its closure is taken to be of the full batch. The rate is the learning rate, or the last step's
-    length where a line search chose it or the first iteration cut it. Groups with rates of their own,
-    in subclasses that allow them, are :math:`\Lambda^{1/2}P\Lambda^{1/2}`,
+    The closure is assumed to use the full batch. The rate is the learning rate, or the length of the
+    last step if a line search chose it or the first iteration shortened it. If a subclass allows rates
+    by group, the preconditioner is :math:`\Lambda^{1/2}P\Lambda^{1/2}`,
     :math:`\Lambda=\mathrm{diag}(\eta_g)/\eta`.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
-    # A copy, in torch's form: memory that is kept elsewhere is put there.
+    # The state dict has the memory in torch's form, wherever a subclass keeps it.
     state = optimizer.state_dict()["state"].get(0, {})
     iterations, length = state.get("n_iter", 0), float(state.get("t") or 0.0)
     rates = [float(group["lr"]) for group in groups]
@@ -65,13 +65,10 @@ def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
         preconditioner = MatrixPreconditioner(params, _Scaled(inverse, gamma, torch.cat(roots)))
         if length and (groups[0]["line_search_fn"] is not None or iterations == 1):
             lr = length
-    decays = tuple(float(group.get("weight_decay", 0.0)) for group in groups)
-    one_decay = len(set(decays)) == 1
     return UpdateRule(
         lr=lr,
         full_batch=True,
-        weight_decay=decays[0] if one_decay else 0.0,
-        group_weight_decays=() if one_decay else decays,
+        **decay_of([float(group.get("weight_decay", 0.0)) for group in groups]),
         maximize=bool(one("maximize", [group.get("maximize", False) for group in groups])),
         preconditioner=preconditioner,
     )

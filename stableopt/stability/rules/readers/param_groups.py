@@ -1,22 +1,23 @@
-"""What readers ask of parameter groups and of the state of single parameters."""
+"""Helpers of readers: values of parameter groups, and step counts of parameters."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_STEPPED", "one", "params_of", "step_counts"]
+__all__ = ["NOT_STEPPED", "decay_of", "one", "params_of", "step_counts"]
 
 T = TypeVar("T")
 
-NOT_STEPPED = "{} has not taken a step yet, and its preconditioner comes of the steps it took"
+NOT_STEPPED = "{} has not taken a step yet, and its preconditioner depends on its steps"
 
 
 def one(name: str, values: list[T]) -> T:
-    """Return the value that all of ``values`` are.
+    """Return the common value of ``values``.
 
     Raises:
         ValueError: if they differ.
@@ -24,31 +25,37 @@ def one(name: str, values: list[T]) -> T:
     if any(value != values[0] for value in values):
         raise ValueError(
             f"param_groups have {name} {values}: expected one value; groups may differ in lr,"
-            " weight_decay and what only the preconditioner depends on, or pass update_rule="
+            " weight_decay and settings of the preconditioner; or pass update_rule="
         )
     return values[0]
+
+
+def decay_of(values: Sequence[float]) -> dict[str, Any]:
+    """Return the arguments of ``UpdateRule`` for the weight decay of each group."""
+    if len(set(values)) == 1:
+        return {"weight_decay": values[0]}
+    return {"group_weight_decays": tuple(values)}
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters in the order of the groups.
 
     Raises:
-        TypeError: for complex ones, whose real and imaginary parts curve apart.
+        TypeError: for complex parameters, which update rules do not cover.
     """
     params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         if p.is_complex():
             raise TypeError(
-                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}: update rules are of real"
-                " parameters"
+                f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}: expected real parameters"
             )
     return params
 
 
 def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """Return the steps that each parameter has taken, by its id; those without any are left out.
+    """Return the number of steps of each parameter by its id, without those that took none.
 
-    Counters may be numbers, or tensors on any device: one transfer for each device.
+    Counters may be numbers or tensors on any device; each device costs one transfer.
     """
     held: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     for p in params_of(optimizer):
@@ -60,5 +67,5 @@ def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     for pairs in held.values():
         numbers = torch.stack([count.reshape(()).float() for _, count in pairs]).tolist()
         counts.update(zip((key for key, _ in pairs), numbers, strict=True))
-    # A fused step that a gradient scaler skipped leaves a count of zero.
+    # A fused step that a gradient scaler skipped has a count of zero.
     return {key: count for key, count in counts.items() if count > 0}

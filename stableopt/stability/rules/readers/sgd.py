@@ -1,4 +1,4 @@
-"""``torch.optim.SGD``, whose preconditioner is that of groups with rates of their own."""
+"""Reader of ``torch.optim.SGD``, whose preconditioner is that of different learning rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateR
     lrs = tuple(float(group["lr"]) for group in groups)
     decays = tuple(float(group["weight_decay"]) for group in groups)
     one_lr, one_decay = len(set(lrs)) == 1, len(set(decays)) == 1
-    # A shared decay moves the limit; with unequal rates the matrix is scaled, so it goes there.
+    # A shared decay is a part of the limit; with different rates it is a part of the scaled matrix.
     in_limit = one_decay and one_lr
     return UpdateRule(
         lr=max(lrs),

@@ -1,18 +1,18 @@
-r"""``torch_optimizer.Shampoo`` (0.3.0), whose preconditioner is a Kronecker product.
+r"""Reader of ``torch_optimizer.Shampoo`` (0.3.0), whose preconditioner is a Kronecker product.
 
-For a parameter of k dimensions it multiplies the gradient along dimension i by
-:math:`L_i^{-1/k}` (the paper, Gupta, Koren & Singer, 2018, has :math:`L_i^{-1/2k}`), so that
-:math:`P = \bigotimes_i L_i^{-1/k}`. Its momentum is an average with its last *update*, which P has
-been applied to already:
+It multiplies the gradient of a parameter of k dimensions along dimension i by :math:`L_i^{-1/k}` (the
+paper, Gupta, Koren & Singer, 2018, has :math:`L_i^{-1/2k}`), so that
+:math:`P = \bigotimes_i L_i^{-1/k}`. Its momentum is an average with the last *update*, to which P has
+already been applied:
 
 .. math:: u' = P\,[(1-\beta)\nabla f + \lambda\theta + \beta u], \qquad \theta' = \theta - \eta u'.
 
-In the recursion :math:`z^2P^{-1} - z\,[P^{-1}+\beta-\eta((1-\beta)H+\lambda)] + \beta` every matrix is
-symmetric, so that an eigenvector's Rayleigh quotients tell: where :math:`\beta\lambda_{\max}(P) < 1`
-the step is stable exactly if :math:`\lambda_{\max}(Q(H+\Lambda)) \le 2/\eta` with
+Every matrix of the recursion :math:`z^2P^{-1} - z\,[P^{-1}+\beta-\eta((1-\beta)H+\lambda)] + \beta` is
+symmetric, so the Rayleigh quotients of an eigenvector decide: if :math:`\beta\lambda_{\max}(P) < 1`, the
+step is stable exactly if :math:`\lambda_{\max}(Q(H+\Lambda)) \le 2/\eta` with
 :math:`Q = (1-\beta)P(1+\beta P)^{-1}` and :math:`\Lambda = \lambda/(1-\beta)`. It is therefore read as
-plain gradient descent with the preconditioner Q. Where :math:`\beta\lambda_{\max}(P) \ge 1`, as with
-small gradients, the updates feed on themselves, and no limit on the sharpness is known.
+plain gradient descent with the preconditioner Q. If :math:`\beta\lambda_{\max}(P) \ge 1`, as with small
+gradients, the updates amplify themselves, and no limit on the sharpness is known.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
-from stableopt.stability.rules.readers.param_groups import NOT_STEPPED, params_of, step_counts
+from stableopt.stability.rules.readers.param_groups import (
+    NOT_STEPPED,
+    decay_of,
+    params_of,
+    step_counts,
+)
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["KroneckerPreconditioner", "read_shampoo"]
@@ -70,8 +75,6 @@ def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
     lr = max(float(group["lr"]) for group in groups)
-    decays = tuple(float(g["weight_decay"]) / (1 - float(g["momentum"])) for g in groups)
-    one_decay = len(set(decays)) == 1
     bases, spectra, feedback = [], [], 0.0
     for group in groups:
         beta = float(group["momentum"])
@@ -94,15 +97,14 @@ def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
     elif not feedback < 1:
         reason = (
-            "Shampoo multiplies its momentum by its preconditioner, which makes it grow of itself:"
+            "Shampoo multiplies its momentum by its preconditioner, which makes it grow by itself:"
             f" momentum times the largest eigenvalue is {feedback:.3g}, expected below 1; raise"
             " epsilon, or leave the momentum out"
         )
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
     return UpdateRule(
         lr=lr,
-        weight_decay=decays[0] if one_decay else 0.0,
-        group_weight_decays=() if one_decay else decays,
+        **decay_of([float(g["weight_decay"]) / (1 - float(g["momentum"])) for g in groups]),
         preconditioner=preconditioner,
     )
 
@@ -112,7 +114,7 @@ def _inverses(optimizer: torch.optim.Optimizer, p: Tensor) -> list[Tensor]:
 
 
 def _along_each(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Return the tensor multiplied by a matrix along each of its dimensions."""
+    """Return the tensor, multiplied by one matrix along each dimension."""
     for dim, matrix in enumerate(matrices):
         tensor = torch.tensordot(matrix, tensor, dims=([1], [dim])).movedim(0, dim)
     return tensor

@@ -1,6 +1,6 @@
-"""Optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner, as its classes step.
+"""Readers of the optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner.
 
-The package is not imported: a reader works on the optimizer that it is given.
+They follow the code of its classes, and do not import the package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]
 
 
 def read_yogi(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read Yogi: Adam with a second moment of its own."""
+    """Read Yogi: Adam with another second moment."""
 
     def entries(step: Step) -> Tensor:
         return _corrected(step, step.state["exp_avg_sq"].sqrt())
@@ -29,7 +29,7 @@ def read_yogi(optimizer: torch.optim.Optimizer) -> UpdateRule:
 def read_adahessian(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Read Adahessian: Adam with squared Hessian diagonals, to the power ``hessian_power`` / 2.
 
-    Its weight decay is decoupled, whatever its documentation says.
+    Its weight decay is decoupled, unlike its documentation says.
     """
 
     def entries(step: Step) -> Tensor:
@@ -46,10 +46,10 @@ def read_adahessian(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def read_adabelief(optimizer: Any) -> UpdateRule:
-    """Read AdaBelief, ``amsgrad``, ``weight_decouple``, ``fixed_decay`` and ``rectify`` included.
+    """Read AdaBelief, with ``amsgrad``, ``weight_decouple``, ``fixed_decay`` and ``rectify``.
 
-    The variance that it keeps has ``eps`` in it already. A rectified step whose variance is not yet to
-    be trusted has no preconditioner and no bias correction.
+    Its stored variance already includes ``eps``. A rectified step whose variance is not yet reliable
+    has neither preconditioner nor bias correction.
     """
     decoupled = bool(optimizer._weight_decouple)
 
@@ -81,8 +81,8 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
 def read_apollo(optimizer: torch.optim.Optimizer) -> UpdateRule:
     r"""Read Apollo: :math:`P = 1/\max(|B|, 1)`, B its diagonal of the Hessian.
 
-    Its average of gradients takes a share :math:`\alpha_t = (1-\beta)/(1-\beta^t)` of the newest, so
-    that its momentum is :math:`1-\alpha_t`. The rate is that of its own warm-up.
+    Its average of gradients weights the newest by :math:`\alpha_t = (1-\beta)/(1-\beta^t)`, so its
+    momentum is :math:`1-\alpha_t`. The learning rate follows its warm-up.
     """
 
     def entries(step: Step) -> Tensor:
@@ -106,7 +106,7 @@ def read_apollo(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def _corrected(step: Step, root: Tensor, power: float = 1.0) -> Tensor:
-    """Return the inverse of Adam's denominator with its bias corrections, ``root`` to ``power``."""
+    """Return the inverse of Adam's denominator with bias corrections, ``root`` to ``power``."""
     beta1, beta2 = (float(beta) for beta in step.group["betas"])
     scaled = root**power / (1 - beta2**step.steps) ** (power / 2)
     denominator: Tensor = (scaled + step.group["eps"]) * (1 - beta1**step.steps)

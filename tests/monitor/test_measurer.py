@@ -1,0 +1,80 @@
+"""The measurer by itself: what its events carry, and which errors it keeps from training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monitored_runs import MSE, X, Y, linear
+
+from stableopt import Problem, UpdateRule
+from stableopt.distributed import LostRankError
+from stableopt.monitor.measurer import Measurer
+from stableopt.monitor.sample_counter import SampleCounter
+from stableopt.sinks.delivery import WarnOnce
+
+
+def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    defaults: dict[str, Any] = {
+        "explicit": False,
+        "quantities": ("sharpness",),
+        "batch_size": 4,
+        "dataset_size": None,
+        "tol": 0.03,
+        "max_iter": 50,
+        "cold_every": 20,
+        "seed": 0,
+    }
+    return Measurer(
+        optimizer,
+        Problem(model, loss_fn, (X, Y)),
+        SampleCounter(),
+        WarnOnce(),
+        update_rule=rule,
+        **{**defaults, **options},
+    )
+
+
+def test_an_event_carries_the_rule_that_its_limits_are_of() -> None:
+    """Catches limits and rule that are read at different times: sinks draw both in one figure."""
+    rates = iter([0.5, 0.25, 0.125])  # the constructor reads the rule once
+    found = measurer(lambda optimizer: UpdateRule(lr=next(rates)))
+    events = [found.measure(step) for step in (1, 2)]
+    assert [event.rule.lr for event in events if event.rule is not None] == [0.25, 0.125]
+    assert [event.margins.sharpness_limit for event in events] == [8.0, 16.0]
+    assert [event.step for event in events] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [(OSError("gone"), True), (LostRankError("gone"), False)]
+)
+def test_an_error_becomes_a_failure_unless_a_rank_is_lost(error: Exception, kept: bool) -> None:
+    """Catches an error that ends training, and a lost rank that leaves the others waiting."""
+    calls = iter([UpdateRule(lr=0.5)])
+
+    def rule(optimizer: Any) -> UpdateRule:
+        for known in calls:
+            return known
+        raise error
+
+    found = measurer(rule)
+    if kept:
+        event = found.measure_or_fail(3)
+        assert (event.margins.failure, event.margins.step, event.rule) == ("OSError: gone", 3, None)
+    else:
+        with pytest.raises(LostRankError):
+            found.measure_or_fail(3)
+    with pytest.raises(type(error), match="gone"):
+        found.measure(3)
+
+
+def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
+    """Catches a search that starts from vectors of another model or precision."""
+    found = measurer()
+    starts = found.checked({"sharpness": torch.eye(2, dtype=torch.float64)})
+    assert starts["sharpness"].dtype == torch.float32
+    with pytest.raises(ValueError, match=r"sharpness has shape \(3, 3\).*has 2 parameters"):
+        found.checked({"sharpness": torch.eye(3)})
