@@ -8,7 +8,7 @@ from stableopt.stability import UpdateRule
 from stableopt.stability.rules.readers.sgd import read_sgd
 
 if TYPE_CHECKING:
-    from stableopt.optim.lbfgs.optimizer import LBFGS
+    from stableopt.optim.lbfgs import LBFGS
 
 __all__ = ["GD", "LBFGS", "SGD"]
 
@@ -19,5 +19,5 @@ if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name == "LBFGS":  # on demand: it is most of the package
-            return importlib.import_module("stableopt.optim.lbfgs.optimizer").LBFGS
+            return importlib.import_module("stableopt.optim.lbfgs").LBFGS
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

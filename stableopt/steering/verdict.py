@@ -132,7 +132,7 @@ def _stuck(situation: Situation, what: str) -> str:
             f" {what}"
         )
     if what.startswith("non-uniformity") and situation.batch_size == situation.smallest:
-        return f"{what}, and there is no smaller batch than {situation.smallest}"
+        return f"{what}, and no smaller batch than {situation.smallest} is allowed"
     return f"{what}, and hardly comes nearer"
 
 

@@ -198,7 +198,7 @@ def test_a_rate_that_had_to_be_cut_again_and_again_is_given_up() -> None:
 def test_the_smallest_batch_is_named() -> None:
     """Catches patience without end at the smallest batch."""
     said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=2, smallest=2)
-    assert "above 4, and there is no smaller batch than 2" in said[0].why
+    assert "above 4, and no smaller batch than 2 is allowed" in said[0].why
     said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)
     assert "hardly comes nearer" in said[0].why
 

@@ -15,7 +15,7 @@ def hold(what: str, why: str, step: int = 0) -> Decision:
     return Decision(what, "hold", 0.1, 0.1, why, step=step)
 
 
-def test_a_repeated_reason_counts_once_whatever_its_numbers() -> None:
+def test_a_reason_repeats_even_with_other_numbers() -> None:
     """Catches a log full of one reason, and one that takes two knobs for the same."""
     log = DecisionLog([hold("lr", "the ratio is 1.21, at the gate")], maxlen=9)
     assert log.repeats(hold("lr", "the ratio is 1.3e-07, at the gate", step=5))

@@ -60,9 +60,7 @@ def changing(sampler: AdaptiveBatchSampler, batches: Iterator, sizes: list[int])
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 60), sizes=SIZES, drop_last=st.booleans())
-def test_every_index_exactly_once_whatever_the_sizes(
-    n: int, sizes: list[int], drop_last: bool
-) -> None:
+def test_every_index_exactly_once_at_any_sizes(n: int, sizes: list[int], drop_last: bool) -> None:
     """Catches samples that a change drops or repeats, and sizes that are read too late."""
     sampler = AdaptiveBatchSampler(range(n), 1, drop_last=drop_last)
     for _ in range(2):

@@ -16,7 +16,7 @@ import stableopt
 from stableopt.optim.lbfgs.iterations import SAME_LOSS
 
 
-def test_noise_is_told_once_and_only_of_the_same_point() -> None:
+def test_noise_at_one_point_warns_once() -> None:
     """Catches a warning where parameters were changed by hand, and one that costs extra calls."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), line_search_fn="strong_wolfe", max_iter=3)

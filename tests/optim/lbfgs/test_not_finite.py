@@ -165,7 +165,7 @@ def test_saturated_loss_does_not_hide_an_overflow(max_iter: int) -> None:
     assert bool((x > 10_000).all())  # and it went as far as it could
 
 
-def test_first_loss_that_is_not_finite_is_told_once() -> None:
+def test_first_loss_that_is_not_finite_warns_once() -> None:
     """Catches silence, a warning at every step, and a step taken on a gradient of nothing."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters())
