@@ -1,4 +1,4 @@
-"""The experiments, one module each."""
+"""`experiment`: the experiments by name, each in a module or a folder of its own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ NAMES = (
     "steering",
     "control-laws",
 )
-"""In the order of the paper, and then what goes beyond it."""
+"""In the order of the paper; those that go beyond it follow."""
 
 
 def experiment(name: str) -> type[Experiment]:
-    """Return the experiment of a name, which is the ``EXPERIMENT`` of its module.
+    """Return the experiment with this name: the ``EXPERIMENT`` of its module.
 
     Raises:
-        ValueError: for a name that there is not.
+        ValueError: for an unknown name.
     """
     if name not in NAMES:
         raise ValueError(f"{name!r}: expected one of {', '.join(NAMES)}")

@@ -106,7 +106,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def cases(self) -> Mapping[str, Sequence[Case]]:
-        """Return the cases of each table. The jobs that theirs need come by themselves."""
+        """Return the cases of each table. Jobs that these need are added."""
 
     def jobs(self) -> list[Job]:
         """Return the jobs of all cases, each once."""

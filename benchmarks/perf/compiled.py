@@ -1,4 +1,4 @@
-"""Whether ``torch.compile`` pays for a product with the Hessian.
+"""The cost of a product with the Hessian, compiled by ``torch.compile`` and not.
 
 What torch compiles cannot be differentiated twice afterwards, so a compiled product is one compiled
 function of the vector, forward-over-reverse from the parameters on, instead of passes that are kept

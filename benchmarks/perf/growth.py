@@ -1,4 +1,4 @@
-"""How the cost of a measurement grows with samples, parameters and the batch of a training step."""
+"""The growth of a measurement's cost with samples, parameters and the batch of a training step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How long ``import stableopt`` takes, relative to ``import torch``, which every user pays for.
 
-Fresh processes, in turns, so that a machine whose speed drifts slows both alike. The ratio of the
+Fresh processes alternate, so that a machine whose speed drifts slows both alike. The ratio of the
 medians counts; a torch that is imported alone has the same modules on disk and in its caches.
 """
 

@@ -1,9 +1,9 @@
 """The cost of an L-BFGS iteration: compact and two-loop directions against torch.optim.LBFGS.
 
-Three clocks, on a quadratic whose own cost is taken off: a whole iteration without line search, the
-direction alone (pair taken in, and -Pg), and how often the host waits for a number. The methods take
-turns, so that a machine whose speed drifts slows all alike. Then the time to a given loss on the
-fully connected network, the closure's cost included.
+Three measurements on a quadratic, without its own cost: a whole iteration without line search, the
+direction alone (update with a pair, and -Pg), and how often the host waits for a number. The methods
+alternate, so that a machine whose speed drifts slows all alike. Then the time to a given loss on the
+fully connected network, including the closure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Other packages that find the largest eigenvalue of a Hessian, each as its documentation says.
+"""Other packages that find the largest eigenvalue of a Hessian, used as their documentation says.
 
-Each entry prepares a function of no arguments that returns value, unit vector and the number of
-products (``None`` where it does not tell), or raises ``ImportError``.
+Each entry of ``PEERS`` prepares a function that returns value, unit vector and the number of products
+(``None`` if unknown), or raises ``ImportError``.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
 def eigenthings_lanczos(problem: Problem, tol: float, seed: int) -> Find:
     """Prepare hessian-eigenthings' Lanczos.
 
-    It takes a fixed number of steps and certifies afterwards: it is given the smallest multiple of 5
-    with which it says to have converged.
+    It takes a fixed number of steps and certifies afterwards, so it gets the smallest multiple of 5
+    steps that it certifies as converged.
     """
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 

@@ -1,8 +1,7 @@
 """Products with the covariance of per-sample Hessians: the structured way against the others.
 
-The unit is one gradient over the same samples, timed in the same turns. Ways that take samples by
-themselves cost the same for each sample, so they are timed on the first few and scaled; the table
-says on how many.
+The unit is one gradient over the same samples, timed alternately. Ways that take samples one by one
+cost the same for each, so they are timed on the first few and scaled; the results say how many.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from stableopt.curvature import Hessian, NonUniformity, Problem
 __all__ = ["Config", "cases", "run"]
 
 _FEW = 50
-"""Samples on which ways that cost the same for each are timed."""
+"""Samples that the ways without structure are timed on."""
 
 
 def cases(seed: int) -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:

@@ -89,7 +89,7 @@ def once(function: Callable[[], Any], device: str) -> Timing:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, device: str
 ) -> dict[str, Timing]:
-    """Time each function ``repeats`` times, in turns, so that a drifting machine slows all alike.
+    """Time each function ``repeats`` times, alternating, so that a drifting machine slows all alike.
 
     Each is called once before, untimed, so that what is set up on first use does not count.
 

@@ -1,4 +1,4 @@
-"""What tracking costs: training time with and without, side by side in one process.
+"""The cost of tracking: training time with and without it, alternating in one process.
 
 Segments of training with tracking and without alternate, on two copies of the same run, so that a
 machine whose speed drifts slows both alike; the ratio of the medians is what counts.
@@ -84,7 +84,7 @@ def _every(config: Config, images: Images) -> dict[str, Any]:
 def _max_overhead(config: Config, images: Images) -> dict[str, Any]:
     """Compare the steps of one stretch with the median of those in it that measured nothing.
 
-    The monitor goes by the clock, which segments of another run in between would set forward.
+    The monitor measures elapsed time, so segments of another run in between would count as its own.
     """
     run = _Run(config, images)
     monitor = run.track(max_overhead=config.max_overhead)

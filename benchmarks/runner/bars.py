@@ -38,7 +38,7 @@ ALL_DAY = 24 * 3600.0
 class Bars(Watch):
     """Bars on a terminal: one for all jobs, with the time left, and one for each that runs.
 
-    The first goes by what jobs cost, and not by how many there are: the last may be the longest.
+    The first measures the cost of jobs, not their number: the last may be the longest.
 
     Args:
         jobs: all there are, with what they need.

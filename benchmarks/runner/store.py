@@ -28,7 +28,7 @@ __all__ = ["Store"]
 
 
 class Named(Protocol):
-    """A job, as far as its folder is concerned."""
+    """What the store needs of a job."""
 
     @property
     def id(self) -> str:

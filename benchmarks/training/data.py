@@ -88,7 +88,7 @@ class Dataset:
         """Return the images.
 
         Args:
-            folder: where the files are, or are to be downloaded to; by default the environment's
+            folder: where the files are, or are downloaded to; by default the environment's
                 ``STABLEOPT_DATA``, else the user's cache folder.
 
         Raises:

@@ -13,7 +13,7 @@ __all__ = ["Spec", "outcome", "report", "worth_a_line"]
 
 
 class Spec(Protocol):
-    """A training run from a random start to a target loss, as far as its steps need to know it."""
+    """A training run from a random start to a target loss, without what its steps do not need to know."""
 
     lr: float
     seed: int

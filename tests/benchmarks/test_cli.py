@@ -191,7 +191,7 @@ def test_the_report_holds_every_claim(
 
 
 def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a name without a word to what it is."""
+    """Catches a name without a description."""
     said = main(capsys, "list")
     assert re.search(r"gd-sharpness +The sharpness of gradient descent's minima", said)
     assert re.search(r"perf lbfgs +\w+", said)

@@ -43,7 +43,7 @@ def test_products_of_all_ways_agree(tmp_path: Path) -> None:
 
 
 def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
-    """Catches a value of one matrix held against the truth of the other, and a wrong residual."""
+    """Catches a value of one matrix compared with the truth of the other, and a wrong residual."""
     rows = eigenvalues.run(config(tmp_path, n=60, target_loss=0.05, lr=0.5), quiet())
     own = [row for row in rows if row["way"].startswith("stableopt")]
     assert [row["matrix"] for row in own] == ["H", "H", "Σ", "Σ"]
@@ -65,7 +65,7 @@ def test_tracking_end_to_end(tmp_path: Path) -> None:
 
 
 def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a series that varies something else than it says."""
+    """Catches a series that varies another quantity than its name says."""
     monkeypatch.setattr(growth, "SERIES", {"n": [(8, 4, 2), (16, 4, 2)], "d": [(8, 4, 2)]})
     rows = growth.run(config(tmp_path), quiet())
     assert [(row["series"], row["n"]) for row in rows] == [("n", 8), ("n", 16), ("d", 8)]
@@ -75,7 +75,7 @@ def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_command_line_takes_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a part that is dropped, and an unknown one that runs nothing without a word."""
+    """Catches a part that is dropped, and an unknown one that is silently ignored."""
     monkeypatch.setattr(growth, "SERIES", {"n": [(8, 4, 2)]})
     arguments = ["--set", "repeats=1", "--device", "cpu"]
     assert cli.main(["perf", "growth", "--out", str(tmp_path), *arguments]) == 0
@@ -92,7 +92,7 @@ def test_command_line_takes_parts(
     ],
 )
 def test_the_networks_have_structure(model: nn.Module, shape: tuple, ways: set[str]) -> None:
-    """Catches a network of the comparison that goes by the general way unnoticed."""
+    """Catches a network of the comparison that silently takes the general way."""
     outputs = model(torch.zeros(2, *shape)).shape[1]
     problem = Problem(model, nn.MSELoss(), (torch.rand(2, *shape), torch.rand(2, outputs)))
     assert set(NonUniformity(problem, method="structured").ways.values()) == ways
