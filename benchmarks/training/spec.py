@@ -13,7 +13,7 @@ __all__ = ["Spec", "outcome", "report", "worth_a_line"]
 
 
 class Spec(Protocol):
-    """A training run from a random start to a target loss, without what its steps do not need to know."""
+    """What the steps of a training run need to know about it."""
 
     lr: float
     seed: int
