@@ -1,19 +1,25 @@
-"""Does the theory say what SGD will do? Every rule against every outcome. Beyond the paper.
+"""Which rule predicts what SGD will do? Every rule against every outcome. Beyond the paper.
 
-At each of several minima, for each batch size and learning rate of a grid that knows nothing of the
-rules, each rule says "stay" or "escape"; then SGD is run from there, and has escaped if the
-training loss rises tenfold. The rules: condition (8), which is sufficient for stability; the box
-(9); the exact mean-square threshold; 2/η alone; and, as what one would do without measuring, the
-best threshold on η/B, which is chosen with hindsight, in its favour.
+From each of several minima SGD runs at each batch size and learning rate of a grid that is chosen
+without regard to the rules. Before a run each rule says "stay" or "escape"; the run has escaped if
+the training loss rises tenfold. The rules are condition (8), which is sufficient for stability; the
+box (9); the exact mean-square threshold; 2/η alone; and, for comparison with not measuring at all,
+the best threshold on η/B, which is chosen with hindsight, in its favour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, RowExperiment, Rows
+import numpy as np
+import pandas as pd
+
+from benchmarks.framework.claims import Claim, all_of
+from benchmarks.framework.experiment import Case, Experiment, Tables
+from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, points
+from benchmarks.framework.tables import Row, table
 from benchmarks.runner import Job, Store, Work
 from benchmarks.training.data import Dataset
 from benchmarks.training.escape import Switch, box
@@ -25,14 +31,21 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENT", "RULES", "Prediction", "confusion"]
 
-RULES = ("sharpness alone", "box (9)", "condition (8)", "exact threshold", "η/B alone")
+RULES = {
+    "sharpness alone": "sharpness_alone",
+    "box (9)": "box",
+    "condition (8)": "condition_8",
+    "exact threshold": "exact",
+    "η/B alone": "",
+}
+"""The rules, and the columns in which they say whether SGD escapes; η/B is judged afterwards."""
 
 LEAST_CASES = 200
 """So that the shares in the confusion matrices mean something."""
 
 
 @dataclass(frozen=True)
-class Prediction(RowExperiment):
+class Prediction(Experiment):
     """Confusion matrices.
 
     Attributes:
@@ -41,7 +54,7 @@ class Prediction(RowExperiment):
         target_loss: at which gradient descent stops.
         batch_sizes: of SGD.
         fractions: learning rates of SGD, as fractions of the minimum's 2/a.
-        steps: of SGD, for it to leave in.
+        steps: of SGD, within which it must leave to count as escaped.
         samplings: how batches are drawn: ``"independent"``, as in the theory, or ``"reshuffled"``.
     """
 
@@ -82,135 +95,132 @@ class Prediction(RowExperiment):
             if sampling not in ("independent", "reshuffled"):
                 raise ValueError(f"samplings: {sampling!r}, expected independent or reshuffled")
 
-    def _minima(self) -> list[Solution]:
-        return [
-            Solution(Dataset(self.data, self.n), lr=lr, seed=seed, target_loss=self.target_loss)
+    def cases(self) -> dict[str, list[Case]]:
+        """Return a trial for each minimum, sampling, batch size and fraction."""
+        data = Dataset(self.data, self.n)
+        starts = [
+            Solution(data, lr=lr, seed=seed, target_loss=self.target_loss)
             for lr in self.lrs
             for seed in self.seeds
         ]
-
-    def _cases(self, start: Solution) -> list[Trial]:
-        return [
-            Trial(
-                Thresholds(start, self.batch_sizes),
-                fraction=fraction,
-                batch_size=size,
-                steps=self.steps,
-                independent=sampling == "independent",
-            )
-            for sampling in self.samplings
-            for size in self.batch_sizes
-            for fraction in self.fractions
-        ]
-
-    def jobs(self) -> list[Job]:
-        """Return every case; each needs its minimum and that minimum's thresholds."""
-        return [case for start in self._minima() for case in self._cases(start)]
-
-    def row_tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``cases``, and one ``confusion`` for all rules and samplings."""
-        cases: Rows = []
-        for start in self._minima():
-            for trial in filter(store.done, self._cases(start)):
-                found = store.result(trial)
-                cases.append(
-                    {
-                        "sampling": "independent" if trial.independent else "reshuffled",
-                        "minimum_lr": start.lr,
-                        "seed": start.seed,
-                        "batch_size": trial.batch_size,
-                        **{key: found[key] for key in ("lr", "full_batch", "theorem1")},
-                        "critical_lr": found["critical_lr"],
-                        "sharpness_alone": found["said"]["sharpness alone"],
-                        "box": found["said"]["box (9)"],
-                        "condition_8": found["said"]["condition (8)"],
-                        "exact": found["said"]["exact threshold"],
-                        "escaped_at": found["escaped_at"],
-                        "largest_loss_ratio": found["largest_loss_ratio"],
-                    }
+        return {
+            "cases": [
+                Case(
+                    Trial(
+                        Thresholds(start, self.batch_sizes),
+                        fraction=fraction,
+                        batch_size=size,
+                        steps=self.steps,
+                        independent=sampling == "independent",
+                    ),
+                    {"sampling": sampling, "minimum_lr": start.lr, "seed": start.seed}
+                    | {"batch_size": size},
                 )
-        tables = {"cases": cases}
-        if cases:
-            tables["confusion"] = [
-                line
+                for start in starts
                 for sampling in self.samplings
-                for line in confusion([c for c in cases if c["sampling"] == sampling], sampling)
+                for size in self.batch_sizes
+                for fraction in self.fractions
             ]
-        return tables
+        }
 
-    def row_draw(self, name: str, rows: Rows) -> Figure | None:
+    def rows(self, name: str, one: Case, found: Outcome, store: Store) -> Iterable[Row]:
+        """Return what each rule said, and what SGD did."""
+        result = asdict(found)
+        said = result.pop("said")
+        ends = {key: result.pop(key) for key in ("escaped_at", "largest_loss_ratio")}
+        yield {**one.keys, **result, **{RULES[rule]: said[rule] for rule in said}, **ends}
+
+    def derived(self, tables: Tables) -> Tables:
+        """Return ``confusion``: a row for each sampling and rule."""
+        if "cases" not in tables:
+            return {}
+        by_sampling = tables["cases"].groupby("sampling", sort=False)
+        rows = (row for sampling, its in by_sampling for row in confusion(its, str(sampling)))
+        return {"confusion": table(rows)}
+
+    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
         """Return, for the cases, η/η* against batch size, marked by what SGD did."""
-        from matplotlib.figure import Figure
-
         if name != "cases":
             return None
-        figure = Figure(figsize=(5 * len(self.samplings), 4), layout="constrained")
-        panels = figure.subplots(1, len(self.samplings), sharey=True, squeeze=False)[0]
-        for axes, sampling in zip(panels, self.samplings, strict=True):
-            its = [r for r in rows if r["sampling"] == sampling]
-            for escaped, style in (
-                (False, {"marker": "o", "color": "#0072B2", "label": "stayed"}),
-                (True, {"marker": "x", "color": "#D55E00", "label": "escaped"}),
-            ):
-                chosen = [r for r in its if (r["escaped_at"] is not None) == escaped]
+        figure, axes = panels(len(self.samplings), sharey=True)
+        for number, (panel, sampling) in enumerate(zip(axes, self.samplings, strict=True)):
+            for label, colour, marker in (("stayed", BLUE, "o"), ("escaped", VERMILION, "x")):
+                escaped = label == "escaped"
+                known: Any = its[(its.sampling == sampling) & (its.escaped_at.notna() == escaped)]
                 # A little sideways, so that marks do not hide each other.
-                nudge = [1 + 0.03 * (r["seed"] - 0.5) + 0.05 * escaped for r in chosen]
-                axes.plot(
-                    [r["batch_size"] * by for r, by in zip(chosen, nudge, strict=True)],
-                    [r["lr"] / r["critical_lr"] for r in chosen],
-                    linestyle="none",
-                    markersize=5,
-                    fillstyle="none",
-                    **style,
-                )
-            axes.axhline(1, color="black", linewidth=1, linestyle="--", label="exact threshold η*")
-            axes.set(xscale="log", yscale="log", xlabel="batch size B", title=f"{sampling} batches")
-            axes.set_xticks(self.batch_sizes, [str(size) for size in self.batch_sizes])
-            axes.minorticks_off()
-            axes.grid(alpha=0.25)
-        panels[0].set_ylabel("learning rate / exact threshold")
-        panels[0].legend(frameon=False)
+                x = known.batch_size * (1 + 0.03 * (known.seed - 0.5) + 0.05 * escaped)
+                style = {"marker": marker, "markersize": 5, "fillstyle": "none"}
+                points(panel, x, known.lr / known.critical_lr, label, colour, **style)
+            limit(panel, y=1, label="exact threshold η*")
+            y, title = "learning rate / exact threshold", f"{sampling} batches"
+            finish(
+                panel,
+                "batch size B",
+                "" if number else y,
+                log="xy",
+                title=title,
+                legend=not number,
+                ticks=self.batch_sizes,
+            )
         return figure
 
-    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
-        """Return how often each rule was right, with the exact threshold beside the others."""
-        rows = tables.get("confusion", [])
-        claims = []
-        for sampling in self.samplings:
-            its = {r["rule"]: r for r in rows if r["sampling"] == sampling}
-            if not its:
-                continue
-            best = its["exact threshold"]
-            enough = best["cases"] >= LEAST_CASES
-            others = [r for r in its.values() if r is not best]
-            level = [r["rule"] for r in others if r["right"] >= best["right"]]
-            claims.append(
-                Claim(
-                    what=f"The exact threshold says what SGD does ({sampling} batches)",
-                    printed="better than every other rule",
-                    ours="; ".join(
-                        f"{rule}: {r['right']:.1%} right ({r['said_escape_stayed']} false alarms,"
-                        f" {r['said_stay_escaped']} missed)"
-                        for rule, r in its.items()
-                    ),
-                    tolerance=f"none; at least {LEAST_CASES} cases",
-                    reproduced=enough and not level,
-                    why=f"{best['cases']} cases"
-                    + ("" if enough else ": too few to say")
-                    + "".join(f"; {rule} is right as often, or more" for rule in level),
-                )
+    def claims(self, tables: Tables) -> Iterator[Claim]:
+        """Return how often each rule was right, the exact threshold against the others."""
+        if "confusion" not in tables:
+            return
+        for sampling, its in tables["confusion"].groupby("sampling", sort=False):
+            is_exact = its.rule == "exact threshold"
+            best, others = its[is_exact].iloc[0], its[~is_exact]
+            enough = best.cases >= LEAST_CASES
+            level = others[others.right >= best.right].rule
+            yield all_of(
+                f"The exact threshold says what SGD does ({sampling} batches)",
+                [enough and not len(level)],
+                theory="right more often than every other rule",
+                ours="; ".join(
+                    f"{row.rule}: {row.right:.1%} right ({row.said_escape_stayed} false alarms,"
+                    f" {row.said_stay_escaped} missed)"
+                    for row in its.itertuples()
+                ),
+                tolerance=f"none; at least {LEAST_CASES} cases",
+                why=f"{best.cases} cases{'' if enough else ': too few to say'}"
+                + "".join(f"; {rule} is right as often, or more" for rule in level),
             )
-        return claims
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the rules said of a trial, and what SGD did.
+
+    Attributes:
+        lr: learning rate of SGD.
+        full_batch: 2/a.
+        theorem1: the largest learning rate that condition (8) allows.
+        critical_lr: the exact threshold.
+        said: by rule, whether SGD will escape.
+        escaped_at: the first step looked at by which it had, or ``None``.
+        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
+    """
+
+    lr: float
+    full_batch: float
+    theorem1: float
+    critical_lr: float
+    said: dict[str, bool]
+    escaped_at: int | None
+    largest_loss_ratio: float | None
 
 
 @dataclass(frozen=True)
 class Trial(Job):
     """SGD from a minimum at a fraction of its 2/a: a :class:`Switch` whose rate the minimum sets.
 
-    What each rule says is in the first line of the trace, before a step is taken.
+    The first line of the trace is what each rule says, before a step is taken. The result is an
+    :class:`Outcome`.
     """
 
     kind = "trial"
+    Result: ClassVar = Outcome
 
     thresholds: Thresholds
     fraction: float
@@ -224,21 +234,17 @@ class Trial(Job):
         return (self.thresholds.start, self.thresholds)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Foretell by every rule, then run SGD."""
+        """Predict by every rule, then run SGD."""
         start = self.thresholds.start
         allowed = work.result(self.thresholds)
         mine = allowed.at(self.batch_size)
         begun = from_minimum(start, work)
         lr = self.fraction * allowed.full_batch
+        a, s = begun.found.sharpness, begun.found.non_uniformity
+        in_box = box(a, s, lr=lr, batch_size=self.batch_size, n=start.data.n)
         said = {
             "sharpness alone": lr > allowed.full_batch,
-            "box (9)": box(
-                begun.found.sharpness,
-                begun.found.non_uniformity,
-                lr=lr,
-                batch_size=self.batch_size,
-                n=start.data.n,
-            ).escapes,
+            "box (9)": in_box.escapes,
             "condition (8)": lr > mine.theorem1,
             "exact threshold": lr > mine.critical_lr,
         }
@@ -254,59 +260,40 @@ class Trial(Job):
         )
         done = switch.go(begun, work)
         return {
-            "lr": lr,
-            "said": said,
-            "full_batch": allowed.full_batch,
-            "theorem1": mine.theorem1,
-            "critical_lr": mine.critical_lr,
-            "escaped_at": done.escaped_at,
-            "largest_loss_ratio": done.largest_loss_ratio,
+            **{"lr": lr, "said": said, "full_batch": allowed.full_batch},
+            **{"theorem1": mine.theorem1, "critical_lr": mine.critical_lr},
+            **{"escaped_at": done.escaped_at, "largest_loss_ratio": done.largest_loss_ratio},
         }
 
 
-def confusion(cases: Rows, sampling: str = "") -> Rows:
-    """Return a row for each rule: how often it said what, and what SGD did.
+def confusion(cases: pd.DataFrame, sampling: str = "") -> Iterator[dict[str, Any]]:
+    """Yield a row for each rule: how often it said what, and what SGD did.
 
     The threshold on η/B is the one that is right most often on these very cases.
 
-    >>> cases = [
+    >>> cases = table(
     ...     {"lr": lr, "batch_size": 1, "sharpness_alone": False, "box": lr > 2, "condition_8": True,
     ...      "exact": lr > 1, "escaped_at": 10 if lr > 1 else None}
     ...     for lr in (0.5, 1.5, 2.5)
-    ... ]
-    >>> [(row["rule"], round(row["right"], 2)) for row in confusion(cases)]
-    [('sharpness alone', 0.33), ('box (9)', 0.67), ('condition (8)', 0.67), ('exact threshold',
-    1.0), ('η/B alone', 1.0)]
+    ... )
+    >>> [round(row["right"], 2) for row in confusion(cases)]
+    [0.33, 0.67, 0.67, 1.0, 1.0]
     """
-    escaped = [case["escaped_at"] is not None for case in cases]
-    said = {
-        rule: [case[key] for case in cases]
-        for rule, key in zip(
-            RULES, ("sharpness_alone", "box", "condition_8", "exact"), strict=False
-        )
-    }
-    noise = [case["lr"] / case["batch_size"] for case in cases]
-    best = max(
-        [0.0, *sorted(set(noise))],
-        key=lambda t: sum((x > t) == out for x, out in zip(noise, escaped, strict=True)),
-    )
-    said["η/B alone"] = [x > best for x in noise]
-    rows = []
-    for rule in RULES:
-        pairs = list(zip(said[rule], escaped, strict=True))
-        rows.append(
-            {
-                "sampling": sampling,
-                "rule": rule,
-                "cases": len(pairs),
-                "said_escape_escaped": pairs.count((True, True)),
-                "said_escape_stayed": pairs.count((True, False)),
-                "said_stay_escaped": pairs.count((False, True)),
-                "said_stay_stayed": pairs.count((False, False)),
-                "right": sum(a == b for a, b in pairs) / len(pairs),
-            }
-        )
-    return rows
+    escaped = cases.escaped_at.notna().to_numpy()
+    noise = cases.lr.to_numpy() / cases.batch_size.to_numpy()
+    best = max([0.0, *np.unique(noise)], key=lambda bound: ((noise > bound) == escaped).sum())
+    for rule, column in RULES.items():
+        says = cases[column].to_numpy(bool) if column else noise > best
+        yield {
+            "sampling": sampling,
+            "rule": rule,
+            "cases": len(cases),
+            "said_escape_escaped": int((says & escaped).sum()),
+            "said_escape_stayed": int((says & ~escaped).sum()),
+            "said_stay_escaped": int((~says & escaped).sum()),
+            "said_stay_stayed": int((~says & ~escaped).sum()),
+            "right": float((says == escaped).mean()),
+        }
 
 
 EXPERIMENT = Prediction

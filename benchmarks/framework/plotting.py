@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +117,7 @@ def finish(
     log: str = "",
     title: str = "",
     legend: bool = True,
+    ticks: Sequence[float] = (),
     **settings: Any,
 ) -> None:
     """Label a panel, and give it a grid and a legend if anything in it has a label.
@@ -128,11 +129,15 @@ def finish(
         log: the logarithmic axes: ``"x"``, ``"y"`` or ``"xy"``.
         title: of the panel.
         legend: whether there is one.
+        ticks: the only values that the x-axis labels, such as batch sizes.
         settings: others of ``axes.set``, such as ``ylim``.
     """
     scales = {f"{each}scale": "log" for each in log}
     axes.set(xlabel=x, ylabel=y, title=title, **scales, **settings)
     plain_log(*(getattr(axes, f"{each}axis") for each in log))
+    if ticks:
+        axes.set_xticks(list(ticks), [f"{value:g}" for value in ticks])
+        axes.xaxis.minorticks_off()
     axes.grid(alpha=0.25)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)

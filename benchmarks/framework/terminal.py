@@ -37,6 +37,10 @@ HEADINGS = {
     "test_accuracy": "accuracy",
     "test_accuracy_after": "accuracy after",
     "limit": "2/η",
+    "said_escape_escaped": "hits",
+    "said_escape_stayed": "false alarms",
+    "said_stay_escaped": "missed",
+    "said_stay_stayed": "stayed",
 }
 
 

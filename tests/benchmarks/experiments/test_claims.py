@@ -27,6 +27,7 @@ from benchmarks.experiments.diagram.experiment import Diagram
 from benchmarks.experiments.escape.experiment import Escape
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.loss_shape.experiment import LossShape
+from benchmarks.experiments.prediction import Prediction
 from benchmarks.experiments.selection import Selection
 from benchmarks.experiments.toy.experiment import Toy
 from benchmarks.framework.claims import Claim
@@ -183,7 +184,28 @@ def escape() -> dict[str, Rows]:
     return {"minima": [minimum | point], "switches": switches, "scatter": scatter}
 
 
+def prediction() -> dict[str, Rows]:
+    """Return confusions of either sampling in which the exact threshold is right most often."""
+    shared = {"cases": 200, "said_escape_stayed": 1, "said_stay_escaped": 1}
+    shares = {"box (9)": 0.98, "exact threshold": 0.99, "η/B alone": 0.95}
+    return {
+        "confusion": [
+            {"sampling": sampling, "rule": rule, "right": right, **shared}
+            for sampling in ("independent", "reshuffled")
+            for rule, right in shares.items()
+        ]
+    }
+
+
 CASES = {
+    "prediction": Case(
+        Prediction(),
+        prediction,
+        {
+            "(independent batches)": put("confusion", "right", 0.99),
+            "(reshuffled batches)": put("confusion", "cases", 199, row=4),
+        },
+    ),
     "escape": Case(
         Escape(data="fashion-mnist", lr=0.1),
         escape,
