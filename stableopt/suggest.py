@@ -27,10 +27,10 @@ from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eig
 from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import require_samples
-from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
-from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
+from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
+from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]

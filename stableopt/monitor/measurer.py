@@ -14,10 +14,10 @@ from stableopt.distributed import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
-from stableopt.stability.coordinates import as_seen_by, check_params
-from stableopt.stability.limits import noise_factor
-from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
+from stableopt.stability.rules.coordinates import as_seen_by, check_params
+from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Measurer"]

@@ -26,9 +26,9 @@ from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
 from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
-from stableopt.stability.coordinates import problem_of
-from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
+from stableopt.stability.rules.coordinates import problem_of
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
 __all__ = ["StabilityMonitor"]

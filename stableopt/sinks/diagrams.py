@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stableopt import plot
-from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.margins import StabilityMargins
 
 __all__ = ["Diagrams"]
 

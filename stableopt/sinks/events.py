@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
-from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.region import StabilityRegion
 from stableopt.stability.rules.update_rule import UpdateRule
 

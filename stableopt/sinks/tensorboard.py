@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stableopt import plot
 from stableopt.sinks.diagrams import Diagrams
 from stableopt.sinks.events import Event, Measured
-from stableopt.stability.margins import StabilityMargins
+from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import QUANTITIES, Chart, split
 
 if TYPE_CHECKING:

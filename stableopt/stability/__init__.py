@@ -1,6 +1,15 @@
 """Linear stability: update rules, their limits, and measured margins."""
 
-from stableopt.stability.limits import (
+from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
+from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
+from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
+from stableopt.stability.measure.margins import StabilityMargins
+from stableopt.stability.measure.measure import measure
+from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
+from stableopt.stability.region import StabilityRegion
+from stableopt.stability.rules import readers
+from stableopt.stability.rules.limits import (
     LinearStep,
     max_non_uniformity,
     max_sharpness,
@@ -8,15 +17,6 @@ from stableopt.stability.limits import (
     min_sharpness,
     noise_factor,
 )
-from stableopt.stability.margins import StabilityMargins
-from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
-from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
-from stableopt.stability.measure.measure import measure
-from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
-from stableopt.stability.measurement import Measurement, QuantityResult
-from stableopt.stability.region import StabilityRegion
-from stableopt.stability.rules import readers
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,

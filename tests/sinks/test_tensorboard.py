@@ -23,8 +23,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import stableopt
 from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink, UpdateRule, plot
+from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
-from stableopt.stability.measurement import QuantityResult
 
 LAYOUT_TAG = "custom_scalars__config__"
 

@@ -25,11 +25,11 @@ from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import require_samples
-from stableopt.stability.coordinates import as_seen_by, problem_of
-from stableopt.stability.limits import LinearStep, noise_factor
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import mode_weights
+from stableopt.stability.rules.coordinates import as_seen_by, problem_of
+from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]

@@ -16,9 +16,9 @@ from stableopt.curvature.gram.gram import (
     project,
 )
 from stableopt.curvature.gram.jacobian import check_outputs
-from stableopt.stability.limits import LinearStep
 from stableopt.stability.mean_square.crossing import root
 from stableopt.stability.mean_square.second_moments import gather, mode_weights
+from stableopt.stability.rules.limits import LinearStep
 
 __all__ = ["SampleCurvature"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stableopt.curvature import Operator
 from stableopt.curvature.gram.gram import Modes
-from stableopt.stability.limits import LinearStep
+from stableopt.stability.rules.limits import LinearStep
 
 __all__ = ["NoiseGain", "gather", "mode_weights"]
 
@@ -78,7 +78,7 @@ class NoiseGain(Operator):
     Args:
         modes: the samples' curvature, ``(n, C, r)``.
         weights: V, ``(r, r)``.
-        noise: p, :func:`~stableopt.stability.limits.noise_factor`.
+        noise: p, :func:`~stableopt.stability.rules.limits.noise_factor`.
 
     A product takes :math:`4nCr^2` operations and memory for three matrices of V's size.
 

@@ -23,7 +23,7 @@ class SecondMomentExcess(Operator):
         hessian: H at a point.
         non_uniformity: Sigma at the same point.
         lr: learning rate eta.
-        noise: p, :func:`~stableopt.stability.limits.noise_factor`.
+        noise: p, :func:`~stableopt.stability.rules.limits.noise_factor`.
         weight_decay: coupled weight decay lambda, which turns H into :math:`H + \lambda I`.
 
     >>> import torch

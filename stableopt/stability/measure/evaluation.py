@@ -13,7 +13,7 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
-from stableopt.stability.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 

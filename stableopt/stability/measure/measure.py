@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from stableopt._arguments import positive, whole
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.mean_loss import MeanLoss
-from stableopt.stability.coordinates import as_seen_by, check_params, problem_of
-from stableopt.stability.limits import noise_factor
-from stableopt.stability.margins import StabilityMargins
 from stableopt.stability.measure.evaluation import Evaluation
+from stableopt.stability.measure.margins import StabilityMargins
+from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
-from stableopt.stability.measurement import QuantityResult
+from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
+from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["check_quantities", "measure", "measure_at"]

@@ -18,12 +18,12 @@ from typing import Literal
 
 from stableopt.curvature import Hessian
 from stableopt.curvature.problem.problem import require_samples
-from stableopt.stability.limits import noise_factor
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import batch_sharpness
 from stableopt.stability.measure.evaluation import Evaluation
-from stableopt.stability.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]

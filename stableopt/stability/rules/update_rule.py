@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stableopt._deprecation import warn_renamed
-from stableopt.stability.limits import LinearStep, noise_factor
+from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
 
 __all__ = ["UpdateRule", "base_optimizer"]
@@ -149,7 +149,7 @@ class UpdateRule:
 
     @property
     def max_sharpness(self) -> float:
-        """The largest stable sharpness: :func:`~stableopt.stability.limits.max_sharpness`.
+        """The largest stable sharpness: :func:`~stableopt.stability.rules.limits.max_sharpness`.
 
         If the rule is :attr:`preconditioned`, it limits the preconditioned sharpness.
         """
@@ -157,7 +157,7 @@ class UpdateRule:
 
     @property
     def min_sharpness(self) -> float:
-        """The smallest stable sharpness: :func:`~stableopt.stability.limits.min_sharpness`."""
+        """The smallest stable sharpness: :func:`~stableopt.stability.rules.limits.min_sharpness`."""
         return self.linear_step.min_sharpness
 
     def max_non_uniformity(
@@ -169,7 +169,7 @@ class UpdateRule:
     ) -> float:
         """Return the largest stable non-uniformity, infinity for the full batch.
 
-        See :func:`~stableopt.stability.limits.max_non_uniformity`. ``batch_size=None`` is the full
+        See :func:`~stableopt.stability.rules.limits.max_non_uniformity`. ``batch_size=None`` is the full
         batch. If the rule is :attr:`preconditioned`, it limits that of the preconditioned Hessians.
         """
         # Raises for a batch above n, also for a full-batch rule.

@@ -14,7 +14,7 @@ import stableopt
 from stableopt import StabilityMargins, UpdateRule, critical_batch_size, critical_lr, measure
 from stableopt.curvature import DualCurvature, NonFiniteError, Problem
 from stableopt.stability import batch_sharpness, noise_factor
-from stableopt.stability.coordinates import as_seen_by
+from stableopt.stability.rules.coordinates import as_seen_by
 
 Data = tuple[Tensor, Tensor]
 

@@ -11,8 +11,8 @@ instance because biases do not decay, the preconditioner includes them too. With
 singular. Every matrix is symmetric, so the Rayleigh quotients of the null vector form a scalar mode, to
 which Jury's conditions apply. The step is stable exactly if
 :math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which limits the top eigenvalue of
-:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.limits`). The limit of the non-uniformity,
-which is exact in one dimension only, is then that of c = 1.
+:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.rules.limits`). The limit of the
+non-uniformity, which is exact in one dimension only, is then that of c = 1.
 """
 
 from __future__ import annotations

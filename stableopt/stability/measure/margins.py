@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, split
-from stableopt.stability.measurement import Measurement, QuantityResult
 
 __all__ = ["StabilityMargins"]
 
