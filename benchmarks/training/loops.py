@@ -41,8 +41,8 @@ def train(
     *,
     loss_fn: nn.Module = mean_squared_error,
     steps: int | None = None,
-    before_step: Hook = lambda step, loss: None,
-    after_step: Hook = lambda step, loss: None,
+    before_step: Hook | None = None,
+    after_step: Hook | None = None,
     closure: bool = False,
     create_graph: bool = False,
 ) -> int:
@@ -72,13 +72,14 @@ def train(
             return loss
 
         loss = optimizer.step(compute) if closure else compute()
-        value = float(loss.detach())
+        # Reading the loss makes the host wait for the device: only for a hook.
+        value = float(loss.detach()) if before_step or after_step else math.nan
         if not closure:
-            if before_step(taken, value) is True:
+            if before_step and before_step(taken, value) is True:
                 return taken
             optimizer.step()
         taken += 1
-        if after_step(taken, value) is True:
+        if after_step and after_step(taken, value) is True:
             return taken
     return taken
 

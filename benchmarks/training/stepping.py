@@ -9,7 +9,7 @@ from torch import nn
 
 import stableopt
 from benchmarks.training.data import Images
-from benchmarks.training.loops import evaluate, mean_squared_error
+from benchmarks.training.loops import evaluate, mean_squared_error, train
 from benchmarks.training.spec import Spec
 
 __all__ = ["GDWalk", "SGDWalk", "due", "walk"]
@@ -80,8 +80,6 @@ class SGDWalk:
         """Take the steps of an epoch."""
         self.model.train()
         order = torch.randperm(len(self.images.x), generator=self.generator)
-        for rows in order.to(self.images.x.device).split(self.batch_size):
-            self.optimizer.zero_grad()
-            mean_squared_error(self.model(self.images.x[rows]), self.images.y[rows]).backward()
-            self.optimizer.step()
-            self.steps += 1
+        chosen = order.to(self.images.x.device).split(self.batch_size)
+        batches = ((self.images.x[rows], self.images.y[rows]) for rows in chosen)
+        self.steps += train(self.model, self.optimizer, batches)
