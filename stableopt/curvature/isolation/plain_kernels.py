@@ -100,7 +100,7 @@ def plain_operations(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             note(CUDNN)
-            stack.enter_context(_cudnn_off())
+            stack.enter_context(_replaced(torch.backends.cudnn, "enabled", False))
         yield
 
 
@@ -163,13 +163,3 @@ def _autocast_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
 
     with _replaced(torch, "set_autocast_enabled", refuse):
         yield
-
-
-@contextlib.contextmanager
-def _cudnn_off() -> Iterator[None]:
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Snapshot:
     def __init__(
         self, attributes: Iterable[dict[str, Any]], swapped: Iterable[Tensor] = ()
     ) -> None:
-        self._restorers: list[Callable[[], None]] = []
+        self._restorers: list[Callable[[], object]] = []
         self._known: dict[int, Any] = {id(tensor): tensor for tensor in swapped}
         for each in attributes:
             self._record(each)
@@ -75,7 +76,7 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple, deque)) else ()
 
 
-def _restorer(value: Any) -> Callable[[], None] | None:
+def _restorer(value: Any) -> Callable[[], object] | None:
     """Return the function that restores the present contents of ``value``."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else _tensor_restorer(value)
@@ -86,17 +87,15 @@ def _restorer(value: Any) -> Callable[[], None] | None:
     if isinstance(value, set):
         return _set_restorer(value)
     if isinstance(value, torch.Generator):
-        return _generator_restorer(value)
+        return partial(value.set_state, value.get_state())
     # Memory-mapped files are left out: they may be larger than the memory.
     if type(value) is np.ndarray and value.flags.writeable:
-        elements = value.copy()
-        return lambda: np.copyto(value, elements)
+        return partial(np.copyto, value, value.copy())
     if isinstance(value, np.random.Generator):
-        bits = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", bits)
+        bits = value.bit_generator
+        return partial(setattr, bits, "state", bits.state)
     if isinstance(value, random.Random):
-        inner = value.getstate()
-        return lambda: value.setstate(inner)
+        return partial(value.setstate, value.getstate())
     return None
 
 
@@ -132,15 +131,6 @@ def _set_restorer(value: set[Any]) -> Callable[[], None]:
     def restore() -> None:
         value.clear()
         value.update(members)
-
-    return restore
-
-
-def _generator_restorer(value: torch.Generator) -> Callable[[], None]:
-    state = value.get_state()
-
-    def restore() -> None:
-        value.set_state(state)
 
     return restore
 

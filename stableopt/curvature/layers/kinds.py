@@ -271,12 +271,9 @@ def plan(problem: Problem) -> Plan | None:
         else:
             return None
     # A unit includes all modules inside it.
-    inside = {id(m) for unit in units for m in unit.modules()}
+    inside = {id(m) for unit in units for m in unit.modules() if m is not unit}
+    layers += [Layer(unit, None, _indices(unit, index, recurse=True)) for unit in units]
     layers = [layer for layer in layers if id(layer.module) not in inside]
-    for unit in units:
-        outer = any(unit is not other and _contains(other, unit) for other in units)
-        if not outer:
-            layers.append(Layer(unit, None, _indices(unit, index, recurse=True)))
     in_units = {i for layer in layers if layer.kind is None for i in layer.indices.values()}
     expanded = [i for i in expanded if i not in in_units]
     ways = dict.fromkeys(problem.names, "vmap")
@@ -295,10 +292,6 @@ def _indices(module: nn.Module, index: dict[int, int], *, recurse: bool) -> dict
 def _holds_others(module: nn.Module, index: dict[int, int]) -> bool:
     own = _indices(module, index, recurse=False)
     return len(_indices(module, index, recurse=True)) > len(own)
-
-
-def _contains(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(m is inner for m in outer.modules())
 
 
 def _samples_first(tensor: Tensor, size: int) -> Tensor:

@@ -57,7 +57,7 @@ class Coordinates:
         scale: Sequence[Tensor | float] | None = None,
         weight_decay: Sequence[float] | None = None,
     ) -> Coordinates:
-        """Return other coordinates of the same parameters, of which unnamed parts are the identity.
+        """Return other coordinates of the same parameters; omitted parts are the identity.
 
         Raises:
             ValueError: for numbers of values, or shapes, that differ from the parameters'.

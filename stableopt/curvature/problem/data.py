@@ -98,7 +98,7 @@ def sample_count(batch: Any) -> int:
     Tensors without dimensions belong to all samples and are ignored.
 
     Raises:
-        ValueError: if there is no tensor with a leading dimension, or if the dimensions disagree.
+        ValueError: if no tensor has a leading dimension, or if the dimensions disagree.
 
     >>> sample_count((torch.zeros(5, 3), torch.zeros(5)))
     5

@@ -1,6 +1,6 @@
 """`Precision`: the precision that a problem is evaluated in, and the casts that it needs.
 
-Curvature is a difference of nearly equal slopes, most of which half precision loses. So a model is
+Curvature is a difference of nearly equal slopes, and half precision loses most of it. So a model is
 measured at its parameters' own single or double precision, also if it trains under autocast. A chosen
 dtype of ``float32`` or ``float64`` casts parameters, buffers and data; ``bfloat16`` or ``float16``
 leaves the parameters as they are and runs the forward pass under autocast, as training does.

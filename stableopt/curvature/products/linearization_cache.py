@@ -105,7 +105,9 @@ class LinearizationCache(Generic[P]):
     def _planned(self) -> tuple[int | None, int]:
         """Return the chunk size, and how many chunks to cache."""
         if self._plan is None:
-            each = self._bytes_each() if self._problem.equal_weights else None
+            each = None
+            if self._problem.equal_weights:
+                each = self._bytes_of(self._kind, self._linearise)
             memory, at_once = self._budget()
             if self._problem.device.type == "cpu":
                 at_once = min(at_once, _CPU_CHUNK)
@@ -138,11 +140,8 @@ class LinearizationCache(Generic[P]):
         each = self._bytes_of("loss", lambda batch, size: self._problem.loss(theta, batch))
         return None if each is None else chosen * each
 
-    def _bytes_each(self) -> float | None:
-        """Return what the passes of one more sample take; ``None`` if they cannot be counted."""
-        return self._bytes_of(self._kind, self._linearise)
-
     def _bytes_of(self, kind: str, made: Callable[[Any, int], Any]) -> float | None:
+        """Return what ``made`` saves for one more sample; ``None`` if it cannot be counted."""
         known = _BYTES.on(self._problem)
         if kind not in known:
             batch, size = next(self._problem.chunks(_TRIED))
@@ -158,34 +157,18 @@ class LinearizationCache(Generic[P]):
 
 
 def _bytes(made: Callable[[Any, int], Any], batch: Any, size: int) -> int:
-    with _SavedBytes() as saved:
-        made(batch, size)
-    return saved.count
+    """Return the bytes that autograd saves for the backward pass of ``made``."""
+    # The tensors are held, or their addresses would be used again.
+    storages: dict[int, tuple[Tensor, int]] = {}
 
-
-class _SavedBytes:
-    """Counts the bytes that autograd saves for the backward pass of what runs inside."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._seen: set[int] = set()
-        self._alive: list[Tensor] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         # A sparse gradient has no storage of its own, but its indices and values have.
         parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
         for part in parts:
             storage = part.untyped_storage()
-            if storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
-                self._alive.append(part)  # or its address would be used again
-                self.count += storage.nbytes()
+            storages.setdefault(storage.data_ptr(), (part, storage.nbytes()))
         return tensor
 
-    def __enter__(self) -> _SavedBytes:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        made(batch, size)
+    return sum(size for _, size in storages.values())
