@@ -1,37 +1,43 @@
-"""The edge of stability: sharpness rises to 2/η, and SGD settles at its own threshold. Beyond the paper.
+"""Sharpness rises to 2/η, and SGD settles within its own threshold. Beyond the paper.
 
-Gradient descent's sharpness along the way, for several learning rates (Cohen et al., 2021): it
-rises until it is at 2/η, and stays about there. SGD has an edge too: where training by SGD ends,
-the learning rate is set beside the exact mean-square threshold of that place.
+Gradient descent's sharpness along the way, for several learning rates (Cohen et al., 2021), rises
+until it reaches 2/η, the edge of stability, and stays about there. SGD has an edge too: where its
+training ends, the learning rate is compared with the exact mean-square threshold of that place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from statistics import mean
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.experiment import Claim, RowExperiment, Rows
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, all_of, at_most
+from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.plotting import coloured, finish, limit, panels, points, trace
+from benchmarks.framework.tables import Row
+from benchmarks.runner import Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Solution
 from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "Edge"]
 
 AT_THE_EDGE = 0.1
-"""How far the largest sharpness may be from 2/η to be called at it: it swings by a few per cent."""
+"""How far the last sharpness may be from 2/η to count as at it: it swings by a few per cent."""
 
-SETTLED = 1.1
-"""The largest learning rate / threshold at which SGD is said to have settled within it: the threshold is
-that of iid batches in the Gauss-Newton form, and training ends at a small loss, not at none."""
+SETTLED = 0.1
+"""Share by which the learning rate may exceed the threshold where SGD has settled: the threshold is
+that of iid batches in the Gauss-Newton form, and training ends at a small loss, not at zero."""
 
 
 @dataclass(frozen=True)
-class Edge(RowExperiment):
+class Edge(Experiment):
     """Sharpness along the way, and where SGD settles.
 
     Attributes:
@@ -97,8 +103,9 @@ class Edge(RowExperiment):
     sgd_n: int = 64
     sgd_target_loss: float = 1e-4
 
-    def _descents(self) -> list[Solution]:
-        return [
+    def cases(self) -> dict[str, list[Case]]:
+        """Return gradient descents, and the thresholds where SGD ends."""
+        descents = [
             Solution(
                 Dataset(self.data, self.n),
                 lr=lr,
@@ -110,147 +117,90 @@ class Edge(RowExperiment):
             )
             for lr in self.lrs
         ]
-
-    def _settled(self) -> list[Thresholds]:
-        return [
-            Thresholds(
-                Solution(
-                    Dataset(self.data, self.sgd_n),
-                    lr=lr,
-                    seed=seed,
-                    batch_size=size,
-                    target_loss=self.sgd_target_loss,
-                    max_steps=200_000,
-                ),
-                (size,),
+        grid = itertools.product(self.sgd_lrs, self.batch_sizes, self.seeds)
+        shared: Any = {"target_loss": self.sgd_target_loss, "max_steps": 200_000}
+        data = Dataset(self.data, self.sgd_n)
+        settled = [
+            Case(
+                Thresholds(Solution(data, lr=lr, seed=seed, batch_size=size, **shared), (size,)),
+                {"lr": lr, "batch_size": size, "seed": seed},
             )
-            for lr in self.sgd_lrs
-            for size in self.batch_sizes
-            for seed in self.seeds
+            for lr, size, seed in grid
         ]
+        return {"sharpness": [case(job, "lr") for job in descents], "settled": settled}
 
-    def jobs(self) -> list[Job]:
-        """Return gradient descents, and the thresholds where SGD ends."""
-        return [*self._descents(), *self._settled()]
-
-    def row_tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``sharpness`` along the way, and ``settled``."""
-        along = [
-            {
-                "lr": job.lr,
-                "step": record["step"],
-                "loss": record["loss"],
-                "sharpness": record["sharpness"],
-                "limit": 2 / job.lr,
-            }
-            for job in filter(store.done, self._descents())
-            for record in store.trace(job)
-            if "sharpness" in record
-        ]
-        settled = []
-        for job in filter(store.done, self._settled()):
-            start, size = job.start, job.batch_sizes[0]
-            threshold = store.result(job).at(size)
-            found = store.result(start)
-            settled.append(
-                {
-                    "lr": start.lr,
-                    "batch_size": size,
-                    "seed": start.seed,
-                    "outcome": found.outcome,
-                    "loss": found.loss,
-                    "sharpness": found.sharpness,
-                    "non_uniformity": found.non_uniformity,
-                    "critical_lr": threshold.critical_lr,
-                    "theorem1": threshold.theorem1,
-                    "ratio": start.lr / threshold.critical_lr,
-                    "sharpness_ratio": found.sharpness * start.lr / 2,
-                }
-            )
-        return {"sharpness": along, "settled": settled}
-
-    def row_draw(self, name: str, rows: Rows) -> Figure | None:
-        """Return sharpness against η times steps, and the ratios to the thresholds."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.subplots()
+    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
+        """Return sharpness along the way, or the limits where SGD has settled."""
+        lr = one.keys["lr"]
         if name == "sharpness":
-            for number, lr in enumerate(dict.fromkeys(r["lr"] for r in rows)):
-                its = [r for r in rows if r["lr"] == lr]
-                axes.plot(
-                    [r["step"] * lr for r in its],
-                    [r["sharpness"] for r in its],
-                    color=f"C{number}",
-                    label=f"η = {lr:g}",
-                )
-                axes.axhline(2 / lr, color=f"C{number}", linestyle="--", linewidth=1)
-            axes.set(xscale="log", xlabel="η × steps", ylabel="sharpness a, limits 2/η")
-            axes.set_ylim(0, 1.5 * max(r["limit"] for r in rows))
+            for record in store.trace(one.job):
+                if "sharpness" in record:
+                    kept = {key: record[key] for key in ("step", "loss", "sharpness")}
+                    yield {**one.keys, **kept, "limit": 2 / lr}
+            return
+        threshold, end = found.at(one.keys["batch_size"]), store.result(one.job.start)
+        yield {
+            **one.keys,
+            **{"outcome": end.outcome, "loss": end.loss, "sharpness": end.sharpness},
+            "non_uniformity": end.non_uniformity,
+            **{"critical_lr": threshold.critical_lr, "theorem1": threshold.theorem1},
+            "ratio": lr / threshold.critical_lr,
+            "sharpness_ratio": end.sharpness * lr / 2,
+        }
+
+    def draw(self, name: str, its: pd.DataFrame) -> Figure:
+        """Return sharpness against η times steps, or the ratios to the thresholds."""
+        figure, (axes,) = panels(width=5.5)
+        for lr, colour in coloured(its.lr):
+            run: Any = its[its.lr == lr]
+            if name == "sharpness":
+                trace(axes, run.step * lr, run.sharpness, f"η = {lr:g}", colour)
+                limit(axes, y=2 / lr, colour=colour)
+            else:
+                points(axes, run.batch_size, run.ratio, f"η = {lr:g}: η/η*", colour)
+                ratio = {"label": f"η = {lr:g}: ηa/2", "colour": colour, "marker": "x"}
+                points(axes, run.batch_size, run.sharpness_ratio, **ratio)
+        if name == "sharpness":
+            top: Any = 1.5 * its.limit.max()
+            x, y, ticks = "η × steps", "sharpness a, limits 2/η", ()
         else:
-            for number, lr in enumerate(dict.fromkeys(r["lr"] for r in rows)):
-                its = [r for r in rows if r["lr"] == lr]
-                sizes = [r["batch_size"] for r in its]
-                style = {"color": f"C{number}", "linestyle": "none"}
-                axes.plot(
-                    sizes, [r["ratio"] for r in its], marker="o", label=f"η = {lr:g}: η/η*", **style
-                )
-                axes.plot(
-                    sizes,
-                    [r["sharpness_ratio"] for r in its],
-                    marker="x",
-                    label=f"η = {lr:g}: ηa/2",
-                    **style,
-                )
-            axes.axhline(1, color="black", linestyle="--", linewidth=1)
-            axes.set(xscale="log", xlabel="batch size B", ylabel="η / its limit, where SGD settled")
-            axes.set_ylim(0, None)
-            axes.set_xticks(self.batch_sizes, [str(size) for size in self.batch_sizes])
-            axes.minorticks_off()
-        axes.set_title(self.data)
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.25)
+            limit(axes, y=1)
+            top = None
+            x, y, ticks = "batch size B", "η / its limit, where SGD settled", self.batch_sizes
+        finish(axes, x, y, log="x", title=self.data, ylim=(0, top), ticks=ticks)
         return figure
 
-    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
-        """Return that sharpness gets to 2/η, and that SGD settles within its threshold."""
-        return [*_rises(tables["sharpness"]), *_settles(tables.get("settled", []))]
-
-
-def _rises(rows: Rows) -> Iterator[Claim]:
-    for lr in dict.fromkeys(r["lr"] for r in rows):
-        its = [r for r in rows if r["lr"] == lr]
-        ends = [r["sharpness"] / r["limit"] for r in its[-3:]]
-        last = sum(ends) / len(ends)
-        yield Claim(
-            what=f"Sharpness of GD at η = {lr:g} ends at 2/η",
-            printed="1 (Cohen et al.)",
-            ours=f"{last:.3f} of 2/η, from {its[0]['sharpness'] / its[0]['limit']:.3f} at the start;"
-            f" at most {max(r['sharpness'] / r['limit'] for r in its):.2f}",
-            tolerance=f"{AT_THE_EDGE:.0%}",
-            reproduced=abs(last - 1) <= AT_THE_EDGE,
-            why=f"loss {its[-1]['loss']:.1e} at the end",
-        )
-
-
-def _settles(rows: Rows) -> Iterator[Claim]:
-    known = [r for r in rows if r["outcome"] == "reached"]
-    if not known:
-        return
-    ratios = [r["ratio"] for r in known]
-    alone = [
-        r["sharpness_ratio"]
-        for r in known
-        if r["batch_size"] == min(s["batch_size"] for s in known)
-    ]
-    yield Claim(
-        what="SGD settles where its learning rate is below the exact threshold",
-        printed="η/η* at most 1",
-        ours=f"η/η* from {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} runs",
-        tolerance=f"{SETTLED - 1:.0%}",
-        reproduced=max(ratios) <= SETTLED,
-        why=f"ηa/2 is {min(alone):.2f} to {max(alone):.2f} at the smallest batch",
-    )
+    def claims(self, tables: Tables) -> Iterator[Claim]:
+        """Return that sharpness reaches 2/η, and that SGD settles within its threshold."""
+        if "sharpness" in tables:
+            for lr, its in tables["sharpness"].groupby("lr", sort=False):
+                shares = its.sharpness / its.limit
+                last = mean(shares.iloc[-3:])
+                yield all_of(
+                    f"Sharpness of GD at η = {lr:g} ends at 2/η",
+                    [abs(last - 1) <= AT_THE_EDGE],
+                    printed="1 (Cohen et al.)",
+                    ours=f"{last:.3f} of 2/η, from {shares.iloc[0]:.3f} at the start; at most"
+                    f" {shares.max():.2f}",
+                    tolerance=f"{AT_THE_EDGE:.0%}",
+                    why=f"loss {its.loss.iloc[-1]:.1e} at the end",
+                )
+        if "settled" not in tables:
+            return
+        known: Any = tables["settled"]
+        known = known[known.outcome == "reached"]
+        if len(known):
+            alone = known.sharpness_ratio[known.batch_size == known.batch_size.min()]
+            first, last = known.ratio.min(), known.ratio.max()
+            yield at_most(
+                "SGD settles where its learning rate is below the exact threshold",
+                known.ratio,
+                1,
+                rel=SETTLED,
+                theory="η/η* at most 1",
+                ours=f"η/η* from {first:.2f} to {last:.2f} in {len(known)} runs",
+                why=f"ηa/2 is {alone.min():.2f} to {alone.max():.2f} at the smallest batch",
+            )
 
 
 EXPERIMENT = Edge

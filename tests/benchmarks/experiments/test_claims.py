@@ -24,6 +24,7 @@ from benchmarks.experiments.control_laws.jobs import LAWS
 from benchmarks.experiments.correlation import Correlation
 from benchmarks.experiments.counterexample.experiment import Counterexample
 from benchmarks.experiments.diagram.experiment import Diagram
+from benchmarks.experiments.edge import Edge
 from benchmarks.experiments.escape.experiment import Escape
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.loss_shape.experiment import LossShape
@@ -197,7 +198,29 @@ def prediction() -> dict[str, Rows]:
     }
 
 
+def edge() -> dict[str, Rows]:
+    """Return a course of sharpness that ends at 2/η, and three places where SGD settles."""
+    course = [
+        {"lr": 1.0, "step": k, "loss": 0.1, "sharpness": a, "limit": 2.0}
+        for k, a in enumerate((0.5, 3.0, 1.95, 2.1, 2.0))
+    ]
+    settled = [
+        {"lr": 1.0, "batch_size": size, "outcome": "reached", "ratio": 1.05, "sharpness_ratio": 0.2}
+        for size in (1, 4)
+    ]
+    unfinished = {**settled[0], "outcome": "out of steps", "ratio": 2.0}
+    return {"sharpness": course, "settled": [*settled, unfinished]}
+
+
 CASES = {
+    "edge": Case(
+        Edge(),
+        edge,
+        {
+            "ends at 2/η": put("sharpness", "sharpness", 2.7, row=4),  # 12.5 % above, as mean of 3
+            "below the exact threshold": put("settled", "ratio", 1.11),
+        },
+    ),
     "prediction": Case(
         Prediction(),
         prediction,
