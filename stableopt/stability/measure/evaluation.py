@@ -137,7 +137,7 @@ class Evaluation:
             self.subspaces[name] = pair.vector[None]
         residual = pair.relative_residual / degree
         found = Measurement(value(pair.value), residual, pair.products, 0.0, pair.converged)
-        return QuantityResult.of_measurement(found.within(self._error(operator), self.tol))
+        return QuantityResult.from_measurement(found.within(self._error(operator), self.tol))
 
     def _error(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""

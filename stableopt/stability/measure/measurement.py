@@ -62,7 +62,9 @@ class QuantityResult:
     measurement: Measurement | None = None
 
     @classmethod
-    def of_measurement(cls, measurement: Measurement, lower: float | None = None) -> QuantityResult:
+    def from_measurement(
+        cls, measurement: Measurement, lower: float | None = None
+    ) -> QuantityResult:
         """Return the result of one measurement, without limit and ratio."""
         return cls(value=measurement.value, lower=lower, measurement=measurement)
 

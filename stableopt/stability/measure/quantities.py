@@ -255,7 +255,7 @@ def _critical_lr(at: Evaluation) -> QuantityResult:
         seed=at.seed,
     )
     measurement = Measurement(found.value, found.residual, found.products, 0.0, found.converged)
-    return QuantityResult.of_measurement(measurement, lower=found.lower)
+    return QuantityResult.from_measurement(measurement, lower=found.lower)
 
 
 def _batch_sharpness(at: Evaluation) -> QuantityResult:
@@ -267,7 +267,7 @@ def _batch_sharpness(at: Evaluation) -> QuantityResult:
     relative = found.standard_error / abs(found.value) if found.value else 0.0
     # An average has a standard error, and no tolerance to reach.
     measurement = Measurement(found.value, relative, found.batches, 0.0, True)
-    return QuantityResult.of_measurement(measurement)
+    return QuantityResult.from_measurement(measurement)
 
 
 # -- the registry ----------------------------------------------------------------------------------

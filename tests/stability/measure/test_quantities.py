@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stableopt import JSONLinesSink, StabilityMargins, StabilityMonitor, TensorBoardSink, measure
+from stableopt import (
+    JSONLinesSink,
+    StabilityMargins,
+    StabilityMonitor,
+    TensorBoardSink,
+    measure,
+    plot,
+)
+from stableopt.sinks.tensorboard import layout
 from stableopt.stability import (
     QUANTITIES,
     Chart,
@@ -73,7 +81,7 @@ def test_measure_takes_a_registered_quantity(network: nn.Module, data: Data, toy
 def test_the_monitor_and_its_sinks_carry_a_registered_quantity(
     network: nn.Module, data: Data, toy: Quantity, tmp_path: Path
 ) -> None:
-    """Catches a sink with names of its own, and a checkpoint that loses what it does not know."""
+    """Catches a sink or a figure with a list of names, and a checkpoint that loses unknown ones."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     lines = JSONLinesSink(tmp_path / "margins.jsonl")
     board = TensorBoardSink(tmp_path / "board", max_diagrams=0)
@@ -98,9 +106,21 @@ def test_the_monitor_and_its_sinks_carry_a_registered_quantity(
     assert line["step_length"] == record["step_length"]
     assert line["step_length_limit"] == 4.0
     board.close()
-    assert _scalars(tmp_path / "board")["stability/step_length"] == pytest.approx(
-        record["step_length"]
-    )
+    scalars = _scalars(tmp_path / "board")
+    for tag, expected in (
+        ("step_length", record["step_length"]),
+        ("step_len_value", record["step_length"]),
+        ("step_len_lower", 0.99 * 4),
+        ("step_len_upper", 1.01 * 4),
+        ("step_len_ratio", record["step_length_ratio"]),
+        ("step__ratio_low", 0.99),
+        ("step__ratio_up", 1.01),
+    ):
+        # Event files hold float32.
+        assert scalars[f"stability/{tag}"] == pytest.approx(expected, rel=1e-6)
+    assert "step length / limit" in layout()["edge of stability"]
+    *_, panel = plot.margins(monitor.history).axes
+    assert panel.get_ylabel().startswith("step length")
 
     state = monitor.state_dict()
     del QUANTITIES["step_length"]
