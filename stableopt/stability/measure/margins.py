@@ -66,9 +66,10 @@ class StabilityMargins:
         critical_lr_ratio: learning rate over the critical one, 1 at the edge.
         batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
             plain SGD stays.
-        sharpness_ratio, preconditioned_sharpness_ratio, non_uniformity_ratio: value over limit, 1
-            at the edge of stability, 0 for an infinite limit.
-        sharpness_margin, preconditioned_sharpness_margin, non_uniformity_margin: limit minus value.
+        sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also
+            ``preconditioned_sharpness_ratio`` and ``non_uniformity_ratio``.
+        sharpness_margin: limit minus value; also ``preconditioned_sharpness_margin`` and
+            ``non_uniformity_margin``.
         results: the :class:`~stableopt.stability.QuantityResult` of each quantity, measured or
             limited, by name.
         failure: why the measurement failed, or ``None``.
