@@ -9,15 +9,17 @@ accuracies reported on the other. A part of the labels is random, so that there 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, ClassVar
 
+import pandas as pd
+
 from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training
-from benchmarks.framework.experiment import Claim, RowExperiment, Rows, spread
-from benchmarks.runner import Job, Store
+from benchmarks.framework.claims import Claim, all_of, at_most, spread
+from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.plotting import coloured, finish, limit, panels, points
+from benchmarks.framework.tables import table
 from benchmarks.training.data import Dataset
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ LBFGS = "L-BFGS"
 
 
 @dataclass(frozen=True)
-class QuasiNewton(RowExperiment):
+class QuasiNewton(Experiment):
     """Figure 9.
 
     Attributes:
@@ -112,156 +114,114 @@ class QuasiNewton(RowExperiment):
             plan[name] = (search, runs)
         return plan
 
-    def jobs(self) -> list[Job]:
-        """Return a run of each method for each seed; searches come with these."""
-        return [run for _, runs in self._plan().values() for run in runs]
-
-    def row_tables(self, store: Store) -> dict[str, Rows]:
-        """Return ``searched`` and ``solutions``."""
-        plan = self._plan()
-        return {
-            "searched": _rows(store, [job for s, _ in plan.values() for job in s.trials]),
-            "solutions": _rows(store, [job for _, runs in plan.values() for job in runs]),
+    def cases(self) -> dict[str, list[Case]]:
+        """Return each search's trials, and a run of each method for each seed."""
+        plan = self._plan().values()
+        tables = {
+            "searched": [job for search, _ in plan for job in search.trials],
+            "solutions": [job for _, runs in plan for job in runs],
         }
+        return {name: [case(job, "method", "seed") for job in its] for name, its in tables.items()}
 
-    def row_summary(self, tables: Mapping[str, Rows]) -> dict[str, Rows]:
+    def summary(self, tables: Tables) -> Tables:
         """Return where the methods settle."""
-        rows = []
-        for method, its in _by_method(tables["solutions"]).items():
-            rows.append(
-                {
-                    **{"method": method, "η": its[0]["lr"], "steps": mean(r["steps"] for r in its)},
-                    "loss": _spread(its, "loss", ".1e"),
-                    "a": _spread(its, "sharpness"),
-                    "2/η": its[0]["sharpness_limit"],
-                    "a_P": _spread(its, "preconditioned_sharpness"),
-                    "limit": its[0]["preconditioned_sharpness_limit"],
-                    "test": _spread(its, "test", ".2%"),
-                }
-            )
-        return {"where-they-settle": rows}
+        if "solutions" not in tables:
+            return {}
+        rows = [
+            {
+                **{"method": method, "η": its.lr.iloc[0], "steps": its.steps.mean()},
+                "loss": _spread(its.loss, ".1e"),
+                "a": _spread(its.sharpness),
+                "2/η": its.sharpness_limit.iloc[0],
+                "a_P": _spread(its.preconditioned_sharpness),
+                "limit of a_P": its.preconditioned_sharpness_limit.iloc[0],
+                "test": _spread(its.test, ".2%"),
+            }
+            for method, its in tables["solutions"].groupby("method", sort=False)
+        ]
+        return {"where-they-settle": table(rows)}
 
-    def row_draw(self, name: str, rows: Rows) -> Figure | None:
-        """Return accuracy by sharpness, and preconditioned sharpness beside its limit."""
-        from matplotlib.figure import Figure
-
+    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
+        """Return accuracy by sharpness, and preconditioned sharpness relative to its limit."""
         if name != "solutions":
             return None
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        escape, edge = figure.subplots(1, 2)
-        for number, (method, its) in enumerate(_by_method(rows).items()):
-            known = [row for row in its if row["sharpness"] is not None]
-            style = {"color": f"C{number}", "label": method}
-            a = [row["sharpness"] for row in known]
-            escape.plot(a, [100 * row["test"] for row in known], "o", **style)
-            keys = ("preconditioned_sharpness", "preconditioned_sharpness_limit")
-            if known and all(row[key] for row in known for key in keys):
-                edge.plot(a, [row[keys[0]] / row[keys[1]] for row in known], "o", **style)
-        escape.set(xscale="log", xlabel="sharpness a", ylabel="test accuracy, %")
-        escape.legend(frameon=False, fontsize=8)
-        edge.axhline(1, color="black", linestyle="--", linewidth=1)
-        edge.set(
-            xscale="log",
-            xlabel="sharpness a",
-            ylabel="preconditioned sharpness / its limit",
-            title="what the optimizer's own limit is on",
-        )
-        figure.suptitle("Where they settle")
+        figure, (escape, edge) = panels(2, title="Where they settle")
+        for method, colour in coloured(its.method):
+            known = its[its.method == method].dropna(subset="sharpness")
+            points(escape, known.sharpness, 100 * known.test, str(method), colour)
+            shares = known.preconditioned_sharpness / known.preconditioned_sharpness_limit
+            points(edge, known.sharpness, shares, "", colour)
+        limit(edge, y=1.0)
+        finish(escape, "sharpness a", "test accuracy, %", log="x")
+        title = "what the optimizer's own limit is on"
+        finish(edge, "sharpness a", "preconditioned sharpness / its limit", log="x", title=title)
         return figure
 
-    def row_claims(self, tables: Mapping[str, Rows]) -> list[Claim]:
+    def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return whether GD and SGD leave L-BFGS's minimum for one that is flatter and tests better."""
-        methods = _by_method(tables.get("solutions", []))
-        before = {row["seed"]: row for row in methods.get(LBFGS, [])}
-        claims = [
-            claim
-            for name, method in METHODS.items()
-            if method.from_minimum
-            for claim in _escapes(name, methods.get(name, []), before)
-        ]
-        return [*claims, *_at_their_limits(methods)]
+        if "solutions" not in tables:
+            return
+        methods = dict(iter(tables["solutions"].groupby("method", sort=False)))
+        if LBFGS in methods:
+            for name, method in METHODS.items():
+                if method.from_minimum and name in methods:
+                    yield from _escapes(name, methods[name], methods[LBFGS])
+        for name, its in methods.items():
+            yield from _at_its_limit(name, its)
 
 
-def _rows(store: Store, jobs: list[Training]) -> Rows:
-    return [
-        {"method": job.method, "seed": job.seed, **store.result(job)}
-        for job in filter(store.done, jobs)
-    ]
+def _spread(values: pd.Series, form: str = ".3g") -> str | None:
+    known = values.dropna()
+    return spread(known, form) if len(known) else None
 
 
-def _by_method(rows: Rows) -> dict[str, Rows]:
-    methods: dict[str, Rows] = {}
-    for row in rows:
-        methods.setdefault(row["method"], []).append(row)
-    return methods
+def _escapes(name: str, its: pd.DataFrame, before: pd.DataFrame) -> Iterator[Claim]:
+    pairs = its.merge(before, on="seed", suffixes=("", "_before"))
+    pairs = pairs.dropna(subset=["sharpness", "sharpness_before"])
+    if not len(pairs):
+        return
+    lost = len(its) - len(pairs)
+    diverged = f"{lost} of {len(its)} diverged" if lost else ""
+    yield all_of(
+        f"{name}: escapes to a flatter minimum, Figure 9",
+        [*(pairs.sharpness < pairs.sharpness_before), *[False] * lost],
+        printed="flatter",
+        ours=f"a from {_spread(pairs.sharpness_before)} to {_spread(pairs.sharpness)};"
+        f" η = {pairs.lr.iloc[0]:g}",
+        tolerance="every seed",
+        why=diverged,
+    )
+    gains = 100 * (pairs.test - pairs.test_before)
+    error = gains.std() / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    yield all_of(
+        f"{name}: and to one that tests better, Figure 9",
+        [gains.mean() > 2 * error],
+        printed="better than L-BFGS's best, 69.5 % there (Fashion-MNIST)",
+        ours=f"from {_spread(pairs.test_before, '.2%')} to {_spread(pairs.test, '.2%')}",
+        tolerance="the mean gain is two standard errors above 0",
+        why="; ".join(filter(None, [f"the gain is {spread(gains, '.2g')} points", diverged])),
+    )
 
 
-def _spread(rows: Rows, key: str, form: str = ".3g") -> str | None:
-    values = [row[key] for row in rows if row[key] is not None and row[key] < math.inf]
-    return spread(values, form) if values else None
-
-
-def _escapes(name: str, rows: Rows, before: Mapping[int, dict[str, object]]) -> list[Claim]:
-    pairs = [
-        (before[row["seed"]], row)
-        for row in rows
-        if row["seed"] in before
-        and row["sharpness"] is not None
-        and before[row["seed"]]["sharpness"] is not None
-    ]
-    if not pairs:
-        return []
-    old, new = [list(side) for side in zip(*pairs, strict=True)]
-    flatter = sum(b["sharpness"] < a["sharpness"] for a, b in pairs)  # type: ignore[operator]
-    gains = [100 * (b["test"] - a["test"]) for a, b in pairs]  # type: ignore[operator]
-    lost = len(rows) - len(pairs)
-    why = f"{lost} of {len(rows)} diverged" if lost else ""
-    return [
-        Claim(
-            what=f"{name}: escapes to a flatter minimum, Figure 9",
-            printed="flatter",
-            ours=f"a from {_spread(old, 'sharpness')} to {_spread(new, 'sharpness')};"
-            f" η = {new[0]['lr']:g}",
-            tolerance="every seed",
-            reproduced=flatter == len(rows),
-            why=why,
-        ),
-        Claim(
-            what=f"{name}: and to one that tests better, Figure 9",
-            printed="better than L-BFGS's best, 69.5 % there (Fashion-MNIST)",
-            ours=f"from {_spread(old, 'test', '.2%')} to {_spread(new, 'test', '.2%')}",
-            tolerance="the mean gain is two standard errors above 0",
-            reproduced=mean(gains) > (2 * stdev(gains) / len(gains) ** 0.5 if gains[1:] else 0.0),
-            why=f"the gain is {spread(gains, '.2g')} points{why and '; '}{why}",
-        ),
-    ]
-
-
-def _at_their_limits(methods: Mapping[str, Rows]) -> list[Claim]:
-    claims = []
-    for name, rows in methods.items():
-        ratios = [
-            row["preconditioned_sharpness"] / row["preconditioned_sharpness_limit"]
-            for row in rows
-            if row["preconditioned_sharpness"] is not None and row["preconditioned_sharpness_limit"]
-        ]
-        if not ratios:
-            continue
-        within = sum(ratio <= 1.1 for ratio in ratios)
-        claims.append(
-            Claim(
-                what=f"{name} ends within its own limit, which is on preconditioned sharpness",
-                printed="at most 1 (beyond the paper)" if name != LBFGS else "at most 1, section 5",
-                ours=f"{spread(ratios)} of it, at a sharpness of {_spread(rows, 'sharpness')}",
-                tolerance="10 %, every seed",
-                reproduced=within == len(ratios),
-                why=""
-                if within == len(ratios)
-                else "the preconditioner changes from step to step, and a limit that is exceeded"
-                " for some steps need not end in divergence",
-            )
-        )
-    return claims
+def _at_its_limit(name: str, its: pd.DataFrame) -> Iterator[Claim]:
+    shares = (its.preconditioned_sharpness / its.preconditioned_sharpness_limit).dropna()
+    if not len(shares):
+        return
+    exceeded = (
+        "the preconditioner changes from step to step, and a limit that is exceeded for some steps"
+        " need not end in divergence"
+    )
+    yield at_most(
+        f"{name} ends within its own limit, which is on preconditioned sharpness",
+        shares,
+        1.0,
+        rel=0.1,
+        printed="at most 1, section 5" if name == LBFGS else "",
+        theory="" if name == LBFGS else "at most 1 (beyond the paper)",
+        ours=f"{spread(shares)} of it, at a sharpness of {_spread(its.sharpness)}",
+        tolerance="10 %, every seed",
+        why="" if shares.max() <= 1.1 else exceeded,
+    )
 
 
 EXPERIMENT = QuasiNewton

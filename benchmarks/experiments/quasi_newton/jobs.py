@@ -1,23 +1,29 @@
-"""Training by one of many optimizers, the search for its rate, and what the end is like."""
+"""`Training` and `Search`: runs of many optimizers, measured at their end, and the choice of a rate."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset, Images, images_for
-from benchmarks.training.loops import evaluate, mean_squared_error, reshuffled_batches
+from benchmarks.training.loops import (
+    all_samples,
+    evaluate,
+    mean_squared_error,
+    reshuffled_batches,
+    train,
+)
 from benchmarks.training.networks import flops_per_sample, network
 
-__all__ = ["METHODS", "Budget", "Method", "Search", "Training", "halves"]
+__all__ = ["METHODS", "Budget", "Chosen", "Method", "Search", "Trained", "Training", "halves"]
 
 Maker = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -50,7 +56,7 @@ class Method:
     """How to make the optimizer, and what feeds it.
 
     Attributes:
-        make: it, of parameters and learning rate.
+        make: makes it from parameters and a learning rate.
         small_batches: whether it takes batches.
         from_minimum: whether it starts where L-BFGS ended.
         closure: whether its step takes a closure.
@@ -104,6 +110,40 @@ METHODS = {
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Where a run ended.
+
+    Attributes:
+        lr: learning rate.
+        steps: that were taken.
+        loss: training loss; ``None`` if it is not finite.
+        validation: accuracy on the half of the test images by which rates are chosen.
+        test: accuracy on the other half.
+        sharpness: λmax of the Hessian.
+        sharpness_limit: 2/η, for GD and SGD.
+        preconditioned_sharpness: the same in the optimizer's own geometry.
+        preconditioned_sharpness_limit: of that.
+    """
+
+    lr: float
+    steps: int
+    loss: float | None
+    validation: float
+    test: float
+    sharpness: float | None
+    sharpness_limit: float | None
+    preconditioned_sharpness: float | None
+    preconditioned_sharpness_limit: float | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The learning rate that a search found."""
+
+    lr: float
+
+
+@dataclass(frozen=True)
 class Training(Job):
     """One run of one method.
 
@@ -116,12 +156,11 @@ class Training(Job):
         search: that chose it.
         start: the L-BFGS run at whose end it begins, for a method that does.
 
-    The result has ``lr``, ``steps``, ``loss``, the accuracy on both halves of the test images
-    (``validation``, by which rates are chosen, and ``test``), sharpness and preconditioned
-    sharpness with their limits. The weights are kept.
+    The result is a :class:`Trained`; the weights are kept.
     """
 
     kind = "quasi-newton"
+    Result: ClassVar = Trained
 
     data: Dataset
     method: str
@@ -145,21 +184,21 @@ class Training(Job):
         return samples * flops_per_sample(self.data.name, None)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train and measure; or, where the search has done so at its rate and seed, take that."""
+        """Train and measure, or take the search's own run at this rate and seed."""
         lr = self.lr
         if self.search is not None:
-            lr = work.result(self.search)["lr"]
+            lr = work.result(self.search).lr
             for trial in self.search.trials:
                 if (trial.lr, trial.seed) == (lr, self.seed):
                     work.save(work.tensors(trial))
-                    return work.result(trial)
+                    return asdict(work.result(trial))
         assert lr is not None
         images = images_for(self.data, work)
         model = network(self.data.name, seed=self.seed).to(work.place.device)
         if self.start is not None:
             model.load_state_dict(work.tensors(self.start))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # Of a graph that leaks, which _train sees to; of old calls in torch_optimizer.
+            # About a graph that leaks, which _train removes, and old calls in torch_optimizer.
             warnings.filterwarnings("ignore", "Using backward|This overload", UserWarning)
             torch.manual_seed(self.seed)  # Adahessian draws from the global generator
             optimizer = METHODS[self.method].make(model.parameters(), lr)
@@ -167,25 +206,23 @@ class Training(Job):
         work.save(model.state_dict())
         loss = math.nan if lost else evaluate(model, images)
         chosen_on, reported_on = halves(images)
-        found = {
-            **{"lr": lr, "steps": steps, "loss": loss},
-            "validation": chosen_on.accuracy(model),
-            "test": reported_on.accuracy(model),
-        }
+        accuracies = {"validation": chosen_on.accuracy(model), "test": reported_on.accuracy(model)}
+        found = {"lr": lr, "steps": steps, "loss": loss, **accuracies}
         return {**found, **_measured(self, model, optimizer, images, loss)}
 
 
 @dataclass(frozen=True)
 class Search(Job):
-    """The choice of a learning rate: of the runs that got there, or nearly, the best.
+    """The choice of a learning rate: the best of the runs whose loss came near the target.
 
     Attributes:
         trials: runs that differ in their rates.
 
-    The result has the ``lr``.
+    The result is a :class:`Chosen`.
     """
 
     kind = "quasi-newton-search"
+    Result: ClassVar = Chosen
 
     trials: tuple[Training, ...]
 
@@ -196,11 +233,11 @@ class Search(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Choose."""
-        return {"lr": max((work.result(trial) for trial in self.trials), key=self._worth)["lr"]}
+        return {"lr": max((work.result(trial) for trial in self.trials), key=self._worth).lr}
 
-    def _worth(self, found: dict[str, Any]) -> tuple[bool, float]:
+    def _worth(self, found: Trained) -> tuple[bool, float]:
         near = 10 * self.trials[0].budget.target_loss
-        return found["loss"] is not None and found["loss"] <= near, found["validation"]
+        return found.loss is not None and found.loss <= near, found.validation
 
 
 def halves(images: Images) -> tuple[Images, Images]:
@@ -215,48 +252,41 @@ def halves(images: Images) -> tuple[Images, Images]:
 def _train(
     job: Training, model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, work: Work
 ) -> tuple[int, bool]:
-    """Train; return the number of steps, and whether the optimizer was lost on the way."""
+    """Train; return the number of steps, and whether the optimizer failed on the way."""
     method, budget = METHODS[job.method], job.budget
     least = budget.min_steps if method.from_minimum else 0
-    steps, lost = 0, False
-    for steps, (x, y) in enumerate(_batches(job, images), start=1):
+    batches, steps, failed = all_samples(images), 0, False
+    if method.small_batches:
+        generator = torch.Generator().manual_seed(job.seed)
+        batches = reshuffled_batches(images, budget.batch_size, generator)
 
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            optimizer.zero_grad()
-            loss = mean_squared_error(model(x), y)
-            torch.autograd.backward(loss, create_graph=method.twice)
-            return loss
-
-        try:
-            if method.closure:
-                loss = optimizer.step(closure)
-            else:
-                loss = closure()
-                optimizer.step()
-        except torch.linalg.LinAlgError:  # Shampoo decomposes its statistics, good or bad
-            lost = True
-            break
+    def look(step: int, loss: float) -> bool:
+        nonlocal steps
+        steps = step
         # A batch's loss is not the training loss.
-        looks = method.small_batches and steps % LOOK_EVERY == 0
-        value = evaluate(model, images) if looks else float(loss.detach())
-        if steps % LOOK_EVERY == 0:
-            work.trace(step=steps, loss=value)
-            work.progress(steps / budget.max_steps, f"{job.method}, {steps:,}, {value:.1e}")
-        if not value < math.inf or steps == budget.max_steps:
-            break
-        known = looks or not method.small_batches
-        if known and steps >= least and value <= budget.target_loss:
-            break
+        evaluates = method.small_batches and step % LOOK_EVERY == 0
+        value = evaluate(model, images) if evaluates else loss
+        if step % LOOK_EVERY == 0:
+            work.trace(step=step, loss=value)
+            work.progress(step / budget.max_steps, f"{job.method}, {step:,}, {value:.1e}")
+        known = evaluates or not method.small_batches
+        return not value < math.inf or (known and step >= least and value <= budget.target_loss)
+
+    try:
+        train(
+            model,
+            optimizer,
+            batches,
+            steps=budget.max_steps,
+            after_step=look,
+            closure=method.closure,
+            create_graph=method.twice,
+        )
+    except torch.linalg.LinAlgError:  # Shampoo decomposes its statistics, good or bad
+        steps, failed = steps + 1, True
     for p in model.parameters():
         p.grad = None  # and with it the graph that double backward leaves there
-    return steps, lost
-
-
-def _batches(job: Training, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    if METHODS[job.method].small_batches:
-        generator = torch.Generator().manual_seed(job.seed)
-        return reshuffled_batches(images, job.budget.batch_size, generator)
-    return iter(lambda: (images.x, images.y), None)
+    return steps, failed
 
 
 def _measured(

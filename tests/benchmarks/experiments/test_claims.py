@@ -29,6 +29,7 @@ from benchmarks.experiments.escape.experiment import Escape
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.loss_shape.experiment import LossShape
 from benchmarks.experiments.prediction import Prediction
+from benchmarks.experiments.quasi_newton.experiment import QuasiNewton
 from benchmarks.experiments.selection import Selection
 from benchmarks.experiments.toy.experiment import Toy
 from benchmarks.framework.claims import Claim
@@ -212,6 +213,19 @@ def edge() -> dict[str, Rows]:
     return {"sharpness": course, "settled": [*settled, unfinished]}
 
 
+def quasi_newton() -> dict[str, Rows]:
+    """Return L-BFGS's minimum of two seeds, and flatter and better ones by GD and SGD from there."""
+    ends = {"L-BFGS": (10.0, 0.80), "L-BFGS, then GD": (4.0, 0.82), "L-BFGS, then SGD": (2.0, 0.84)}
+    return {
+        "solutions": [
+            {"method": method, "seed": seed, "lr": 0.5, "sharpness": a, "test": test + seed / 500}
+            | {"preconditioned_sharpness": 2.1, "preconditioned_sharpness_limit": 2.0}
+            for method, (a, test) in ends.items()
+            for seed in (0, 1)
+        ]
+    }
+
+
 CASES = {
     "edge": Case(
         Edge(),
@@ -219,6 +233,19 @@ CASES = {
         {
             "ends at 2/η": put("sharpness", "sharpness", 2.7, row=4),  # 12.5 % above, as mean of 3
             "below the exact threshold": put("settled", "ratio", 1.11),
+        },
+    ),
+    "quasi-newton": Case(
+        QuasiNewton(),
+        quasi_newton,
+        {
+            "then GD: escapes to a flatter": put("solutions", "sharpness", 10.5, row=2),
+            "then SGD: escapes to a flatter": put("solutions", "sharpness", None, row=5),
+            "then GD: and to one that tests": put("solutions", "test", 0.80, row=2),  # 1 ± 1 points
+            "then SGD: and to one that tests": put("solutions", "test", 0.80, row=4),
+            "L-BFGS ends within": put("solutions", "preconditioned_sharpness", 2.3),
+            "then GD ends within": put("solutions", "preconditioned_sharpness", 2.3, row=2),
+            "then SGD ends within": put("solutions", "preconditioned_sharpness", 2.3, row=5),
         },
     ),
     "prediction": Case(

@@ -10,7 +10,15 @@ import torch
 from small_runs import small_run
 
 from benchmarks.experiments.quasi_newton.experiment import LBFGS, QuasiNewton
-from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training, halves
+from benchmarks.experiments.quasi_newton.jobs import (
+    METHODS,
+    Budget,
+    Search,
+    Trained,
+    Training,
+    halves,
+)
+from benchmarks.framework.tables import table
 from benchmarks.runner import Job
 from benchmarks.training.data import Dataset
 
@@ -36,11 +44,11 @@ class Answers:
     def __init__(self, found: dict[float, tuple[float | None, float]]) -> None:
         self.found = found
 
-    def result(self, need: Job) -> dict[str, Any]:
+    def result(self, need: Job) -> Trained:
         assert isinstance(need, Training)
         assert need.lr is not None
         loss, validation = self.found[need.lr]
-        return {"lr": need.lr, "loss": loss, "validation": validation, "test": -validation}
+        return Trained(need.lr, 1, loss, validation, -validation, *[None] * 4)
 
 
 @pytest.mark.parametrize(
@@ -79,15 +87,15 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert len(tables["solutions"]) == 2 * len(METHODS)
     plan = SMALL._plan()
     for name, (search, (first, second)) in plan.items():
-        lr = store.result(search)["lr"]
-        assert store.result(first)["lr"] == store.result(second)["lr"] == lr
+        lr = store.result(search).lr
+        assert store.result(first).lr == store.result(second).lr == lr
         (trial,) = (trial for trial in search.trials if trial.lr == lr)
         assert store.result(first) == store.result(trial)
         if METHODS[name].from_minimum:
             assert (first.start, second.start) == tuple(plan[LBFGS][1])
     # GD continues from L-BFGS's end: after four steps it is below the loss that L-BFGS began with.
     start, gone_on = plan[LBFGS][1][1], plan["L-BFGS, then GD"][1][1]
-    assert store.result(gone_on)["loss"] < 1.5 * store.result(start)["loss"]
+    assert store.result(gone_on).loss < 1.5 * store.result(start).loss
 
 
 def test_claims_follow_the_numbers() -> None:
@@ -99,8 +107,8 @@ def test_claims_follow_the_numbers() -> None:
 
     before = [row(LBFGS, 0, 10.0, 0.8), row(LBFGS, 1, 6.0, 0.9)]
     after = [row("L-BFGS, then GD", 0, 8.0, 0.85), row("L-BFGS, then GD", 1, 5.0, 0.94)]
-    verdicts = [c.reproduced for c in SMALL.claims({"solutions": before + after})]
+    verdicts = [c.reproduced for c in SMALL.claims({"solutions": table(before + after)})]
     assert verdicts == [True, True]
     after[1]["sharpness"], after[1]["test"] = 7.0, 0.91  # gains of 5 and 1 points: 3 ± 4
-    verdicts = [c.reproduced for c in SMALL.claims({"solutions": before + after})]
+    verdicts = [c.reproduced for c in SMALL.claims({"solutions": table(before + after)})]
     assert verdicts == [False, False]
