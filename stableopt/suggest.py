@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._arguments import whole
-from stableopt._deprecation import warn_renamed
+from stableopt._support.arguments import whole
+from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks

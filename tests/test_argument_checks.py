@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stableopt._arguments import instance, require_keys
+from stableopt._support.arguments import instance, require_keys
 
 
 def test_an_instance_is_returned_and_anything_else_is_named() -> None:

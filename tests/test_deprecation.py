@@ -16,7 +16,7 @@ from stableopt import (
     critical_batch_size,
     critical_lr,
 )
-from stableopt._deprecation import renamed_keywords
+from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature import DualCurvature, InverseHessian
 from stableopt.suggest import Suggestion, Suggestions
 

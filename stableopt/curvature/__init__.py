@@ -12,7 +12,7 @@ from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.curvature.products.sharded_hessian import ShardedHessian
-from stableopt.distributed import LostRankError
+from stableopt.distributed.collectives import LostRankError
 
 __all__ = [
     "DualCurvature",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._arguments import positive, whole
+from stableopt._support.arguments import positive, whole
 from stableopt.curvature.problem.mean_loss import MeanLoss
-from stableopt.distributed import LostRankError
+from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured

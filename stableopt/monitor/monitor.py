@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._arguments import require_keys
-from stableopt._torch import eager
+from stableopt._support.arguments import require_keys
+from stableopt._support.torch_internals import eager
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stableopt._torch import eager
+from stableopt._support.torch_internals import eager
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data import tensors_in
 

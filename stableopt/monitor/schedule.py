@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from stableopt._arguments import positive, whole
-from stableopt.distributed import Ranks
+from stableopt._support.arguments import positive, whole
+from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Schedule", "moved"]
 

@@ -7,7 +7,7 @@ Three examples::
     TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.from_optimizer(optimizer))     # only the number
 """
 
-from stableopt._deprecation import renamed_names
+from stableopt._support.deprecation import renamed_names
 from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,

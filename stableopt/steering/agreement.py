@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stableopt.distributed import world
+from stableopt.distributed.collectives import world
 from stableopt.sinks.events import Decided, Event
 from stableopt.steering.decision import Decision, DecisionLog
 

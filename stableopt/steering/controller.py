@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stableopt._arguments import instance, positive, require_keys, whole
-from stableopt.distributed import world
+from stableopt._support.arguments import instance, positive, require_keys, whole
+from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 from stableopt.steering.agreement import decide_together

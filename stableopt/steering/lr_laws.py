@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from stableopt._deprecation import renamed_names
+from stableopt._support.deprecation import renamed_names
 from stableopt.stability import StabilityMargins, UpdateRule
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.target import TargetRegion, lr_at_limit

@@ -19,10 +19,10 @@ from typing import Any, Protocol, cast
 
 from torch.utils.data import BatchSampler, Sampler
 
-from stableopt._arguments import require_keys, whole
-from stableopt._deprecation import renamed_keywords
+from stableopt._support.arguments import require_keys, whole
+from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature.problem.data import sample_count
-from stableopt.distributed import world
+from stableopt.distributed.collectives import world
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from stableopt._arguments import instance, positive, require_keys
-from stableopt.distributed import world
+from stableopt._support.arguments import instance, positive, require_keys
+from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import broadcast_tensors, decide_together

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from stableopt import plot
-from stableopt._arguments import positive, whole
-from stableopt._deprecation import warn_renamed
+from stableopt._support.arguments import positive, whole
+from stableopt._support.deprecation import warn_renamed
 from stableopt.stability import StabilityMargins, UpdateRule
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Collectives of :class:`stableopt.distributed.Ranks` on three ranks, and on none."""
+"""Collectives of :class:`stableopt.distributed.collectives.Ranks` on three ranks, and on none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from rank_processes import run
 from rank_workers.collectives import collectives
 
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 
 def test_each_collective_gives_every_rank_the_same(tmp_path: Path) -> None:

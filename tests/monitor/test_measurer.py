@@ -9,7 +9,7 @@ import torch
 from monitored_runs import MSE, X, Y, linear
 
 from stableopt import Problem, UpdateRule
-from stableopt.distributed import LostRankError
+from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce

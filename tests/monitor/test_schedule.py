@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import stableopt
 import stableopt.monitor.schedule
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 from stableopt.monitor.schedule import Schedule, moved
 
 

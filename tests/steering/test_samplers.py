@@ -303,7 +303,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    from stableopt.distributed import world
+    from stableopt.distributed.collectives import world
     from stableopt.steering.agreement import broadcast_tensors, decide_together
     from stableopt.steering.decision import Decision, DecisionLog
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.operator import Operator, Preconditioner
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Dual", "InnerProduct"]
 

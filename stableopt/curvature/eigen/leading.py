@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stableopt._arguments import whole
+from stableopt._support.arguments import whole
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.eigen.lanczos import LanczosIteration
 from stableopt.curvature.operator import Operator

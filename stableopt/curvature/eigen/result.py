@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stableopt._deprecation import warn_renamed
+from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
 

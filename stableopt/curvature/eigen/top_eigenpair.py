@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stableopt._arguments import positive, whole
+from stableopt._support.arguments import positive, whole
 from stableopt.curvature.eigen.follow import follow
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import followable

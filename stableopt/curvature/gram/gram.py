@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._arguments import whole
-from stableopt._deprecation import warn_renamed
+from stableopt._support.arguments import whole
+from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.gram.jacobian import check_outputs, pushed_rows, sample_rows
 from stableopt.curvature.gram.layer_gram import fully_connected, gram_of_layers

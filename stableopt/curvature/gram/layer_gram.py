@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stableopt.curvature.gram.jacobian import curvature_roots, sample_rows
 from stableopt.curvature.layers.kinds import Layer, plan
 from stableopt.curvature.problem.problem import Problem, Theta
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 __all__ = ["fully_connected", "gram_of_layers"]
 

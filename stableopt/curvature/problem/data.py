@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from stableopt._arguments import whole
+from stableopt._support.arguments import whole
 
 __all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 

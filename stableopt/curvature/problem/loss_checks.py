@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.data import cut, map_tensors
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 __all__ = [
     "CHECKED_SAMPLES",

@@ -20,7 +20,7 @@ from stableopt.curvature.problem.data import Batches, generators_of, map_tensors
 from stableopt.curvature.problem.fsdp import local
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 __all__ = ["MeanLoss", "Memo", "Theta"]
 

@@ -35,7 +35,7 @@ from stableopt.curvature.problem.loss_checks import (
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Problem", "Theta", "require_samples"]
 

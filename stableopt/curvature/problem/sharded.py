@@ -30,7 +30,7 @@ from stableopt.curvature.problem.loss_checks import (
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.problem import Problem
-from stableopt.distributed import LostRankError, Ranks
+from stableopt.distributed.collectives import LostRankError, Ranks
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "problem_for"]
 

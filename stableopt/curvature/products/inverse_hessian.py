@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stableopt._deprecation import positional_keywords
+from stableopt._support.deprecation import positional_keywords
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.products.blocked_rows import Rows
 

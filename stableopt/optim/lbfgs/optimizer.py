@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stableopt._arguments import whole
-from stableopt._torch import eager
+from stableopt._support.arguments import whole
+from stableopt._support.torch_internals import eager
 from stableopt.optim.lbfgs.compact import CompactPairs
 from stableopt.optim.lbfgs.iterations import Ending, Iterations
 from stableopt.optim.lbfgs.memory import PairMemory

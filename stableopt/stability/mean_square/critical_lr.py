@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stableopt._arguments import positive, whole
-from stableopt._deprecation import renamed_keywords
+from stableopt._support.arguments import positive, whole
+from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.problem.mean_loss import MeanLoss

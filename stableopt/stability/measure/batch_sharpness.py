@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._arguments import whole
+from stableopt._support.arguments import whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.over_chunks import mean_over_chunks

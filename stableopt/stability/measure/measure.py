@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._arguments import positive, whole
+from stableopt._support.arguments import positive, whole
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.stability.measure.evaluation import Evaluation

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from stableopt._arguments import whole
+from stableopt._support.arguments import whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from stableopt._deprecation import warn_renamed
+from stableopt._support.deprecation import warn_renamed
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
 

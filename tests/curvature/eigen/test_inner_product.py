@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stableopt.curvature import top_eigenpair
 from stableopt.curvature.eigen.inner_product import InnerProduct
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 
 class Halves:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rank_workers.shares import group
-from stableopt.distributed import Ranks
+from stableopt.distributed.collectives import Ranks
 
 
 def collectives() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Checks of arguments, deprecated names and torch internals that every package uses."""

@@ -1,0 +1,5 @@
+"""Collectives over the processes that measure together."""
+
+from stableopt.distributed.collectives import LostRankError, Ranks, world
+
+__all__ = ["LostRankError", "Ranks", "world"]
