@@ -22,6 +22,9 @@ a: sharpness, λmax of the Hessian · s: non-uniformity of the samples' Hessians
 MOST_ROWS = 40
 """Of a table on a terminal."""
 
+GAP = 3
+"""Blanks between two columns."""
+
 HEADINGS = {
     "lr": "η",
     "batch_size": "B",
@@ -32,6 +35,8 @@ HEADINGS = {
     "non_uniformity_limit": "limit of s",
     "non_uniformity_after": "s after",
     "critical_lr": "critical η",
+    "preconditioned_sharpness": "a_P",
+    "preconditioned_sharpness_limit": "limit of a_P",
     "escaped_at": "escaped",
     "settled_at": "settled",
     "test_accuracy": "accuracy",
@@ -60,24 +65,26 @@ def _show_table(console: Console, title: str, its: pd.DataFrame) -> None:
         HEADINGS.get(name, name.replace("_", " ")): [cell(v) for v in rows[name].astype(object)]
         for name in its
     }
-    # Headings wrap between words, and so do cells if the whole of them does not fit.
-    widths = {name: max(_longest_word(name), *map(len, cells)) for name, cells in texts.items()}
-    if sum(widths.values()) + 3 * len(widths) > console.width + 3:
-        widths = {name: max(map(_longest_word, (name, *cells))) for name, cells in texts.items()}
-    lines = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    room, values = console.width + 3, []
+    # Text wraps between words, never within one; room that is left goes to columns from the left.
+    widths, room = {}, console.width + GAP
     for name, cells in texts.items():
-        room -= widths[name] + 3
-        if room < 0:
+        least = max(map(_longest_word, (name, *cells)))
+        if room < least + GAP:
             break
-        lines.add_column(name, justify="right", min_width=widths[name])
-        values.append(cells)
+        widths[name] = least
+        room -= least + GAP
+    lines = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, least in widths.items():
+        more = min(room, max(map(len, (name, *texts[name]))) - least)
+        room -= more
+        lines.add_column(name, justify="right", width=least + more)
+    values = [texts[name] for name in widths]
     for row in zip(*values, strict=True):
         lines.add_row(*map(escape, row))
     console.print(lines, "", sep="\n")
-    for more, what in ((len(its) - len(rows), "rows"), (len(texts) - len(values), "columns")):
+    for more, what in ((len(its) - len(rows), "rows"), (len(texts) - len(widths), "columns")):
         if more:
-            console.print(f"and {more} more {what} in the CSV file", highlight=False)
+            console.print(f"more {what} in the CSV file: {more}", highlight=False)
 
 
 def _longest_word(text: str) -> int:

@@ -19,7 +19,6 @@ from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Tr
 from benchmarks.framework.claims import Claim, all_of, at_most, spread
 from benchmarks.framework.experiment import Case, Experiment, Tables, case
 from benchmarks.framework.plotting import coloured, finish, limit, panels, points
-from benchmarks.framework.tables import table
 from benchmarks.training.data import Dataset
 
 if TYPE_CHECKING:
@@ -124,22 +123,13 @@ class QuasiNewton(Experiment):
         return {name: [case(job, "method", "seed") for job in its] for name, its in tables.items()}
 
     def summary(self, tables: Tables) -> Tables:
-        """Return where the methods settle."""
+        """Return where the methods settle, as means over seeds."""
         if "solutions" not in tables:
             return {}
-        rows = [
-            {
-                **{"method": method, "η": its.lr.iloc[0], "steps": its.steps.mean()},
-                "loss": _spread(its.loss, ".1e"),
-                "a": _spread(its.sharpness),
-                "2/η": its.sharpness_limit.iloc[0],
-                "a_P": _spread(its.preconditioned_sharpness),
-                "limit of a_P": its.preconditioned_sharpness_limit.iloc[0],
-                "test": _spread(its.test, ".2%"),
-            }
-            for method, its in tables["solutions"].groupby("method", sort=False)
-        ]
-        return {"where-they-settle": table(rows)}
+        keys = ["lr", "loss", "sharpness", "sharpness_limit"]
+        keys += ["preconditioned_sharpness", "preconditioned_sharpness_limit", "test"]
+        means = tables["solutions"].groupby("method", sort=False)[keys].mean().reset_index()
+        return {"where-they-settle": means}
 
     def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
         """Return accuracy by sharpness, and preconditioned sharpness relative to its limit."""

@@ -12,7 +12,7 @@ from rich.console import Console
 import benchmarks
 from benchmarks.experiments import experiment
 from benchmarks.framework.tables import read_table
-from benchmarks.framework.terminal import LEGEND, show
+from benchmarks.framework.terminal import HEADINGS, LEGEND, show
 
 PUBLISHED = sorted((Path(benchmarks.__file__).parent / "results").glob("*/*/*/about.json"))
 
@@ -30,6 +30,12 @@ def test_published_results_fit_a_terminal(about: Path) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= 80 for line in (text + LEGEND).splitlines())
     assert "…" not in text
+    for name, its in one.summary(tables).items():
+        title = name.replace("-", " ")
+        assert title in text
+        shown = text.split(title)[1].split("─" * 10)[0]  # its headings
+        known = " ".join(HEADINGS.get(c, c.replace("_", " ")) for c in its).split()
+        assert set(shown.split()) <= {*known}, (shown, known)
     words = set(text.replace("│", " ").replace("┃", " ").split())
     for claim in one.claims(tables):
         for part in (claim.what, claim.printed, claim.theory, claim.ours):
