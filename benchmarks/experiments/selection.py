@@ -104,14 +104,14 @@ class Selection(Experiment):
         if not len(known):
             return
         shares = known.non_uniformity / known.non_uniformity_limit
-        told = [
+        notes = [
             f"v = {row.scale:g}, B = {row.batch_size}, seed {row.seed}: {share:.2f} of the bound"
             for row, share in zip(known.itertuples(), shares, strict=True)
             if share > 1
         ]
         lost = int((its.outcome == "diverged").sum())
         if lost:
-            told.append(f"{lost} diverged and have no point")
+            notes.append(f"{lost} diverged and have no point")
         yield all_of(
             "Figure 6, non-uniformity of SGD's minima",
             shares <= 1,
@@ -119,7 +119,7 @@ class Selection(Experiment):
             ours=f"{(shares <= 1).sum()} of {len(known)} below; largest s / bound"
             f" {shares.max():.2f}",
             tolerance="none",
-            why="; ".join(told),
+            why="; ".join(notes),
         )
 
 

@@ -138,7 +138,7 @@ class Experiment(ABC):
         return {**known, **self.derived(known)}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return tables that are computed from those of the cases, of which some may be missing."""
+        """Return tables that are computed from those of the cases; some of these may be missing."""
         return {}
 
     def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
@@ -146,7 +146,7 @@ class Experiment(ABC):
         return None
 
     def claims(self, tables: Tables) -> Iterable[Claim]:
-        """Return the tables beside what the paper prints and the theory predicts."""
+        """Return what the paper prints and the theory predicts, compared with the tables."""
         return []
 
     def headline(self, job: Job, store: Store) -> str | None:

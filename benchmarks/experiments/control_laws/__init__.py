@@ -1,4 +1,4 @@
-"""Control laws that fail, beside the one that works: why the learning rate follows the target."""
+"""Control laws that fail, and the one that works: why the learning rate follows the target."""
 
 from benchmarks.experiments.control_laws.experiment import EXPERIMENT
 

@@ -1,6 +1,6 @@
 """Control laws that fail, and the one that works: why the learning rate follows the target.
 
-Beyond the paper. From one point of gradient descent, on its way to a minimum, each law is given the
+From one point of gradient descent, on its way to a minimum, each law is given the
 same target for the same number of steps. Each failure is of its own kind: the sharpness runs away,
 the rate vanishes, the escape is cancelled, or the loss leaps.
 """
@@ -61,7 +61,7 @@ class ControlLaws(Experiment):
     """
 
     name = "control-laws"
-    shows = "beyond the paper"
+    shows = "Beyond the paper"
     columns: ClassVar = {
         "ends": ("law", "seed", "target", "sharpness", "lr", "largest_loss", "diverged_at"),
         "history": (),

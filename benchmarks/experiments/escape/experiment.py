@@ -210,8 +210,8 @@ class Escape(Experiment):
                 if "why" not in record and record["step"] <= one.job.steps:
                     yield one.keys | {key: record.get(key) for key in ("step", *POINT[:3])}
         elif name == "switches":
-            told = ("predicted", "why", "escaped_at", "settled_at", "largest_loss_ratio")
-            row = one.keys | {key: getattr(found, key) for key in told}
+            keys = ("predicted", "why", "escaped_at", "settled_at", "largest_loss_ratio")
+            row = one.keys | {key: getattr(found, key) for key in keys}
             row["right"] = found.as_predicted
             for when, point in (("before", vars(found.before)), ("after", found.after or {})):
                 row |= {f"{key}_{when}": point.get(key) for key in POINT}
@@ -244,8 +244,8 @@ class Escape(Experiment):
             stayed = f"stayed, the loss at most × {largest:.1f}"
             done = stayed if at is None else f"escaped at step {at}"
             mark = "[green]✓[/green]" if found.as_predicted else "[red]✗[/red]"
-            told = f"predicted: {found.predicted} · observed: {done}"
-            return f"{mark} {_how(job)}, seed {job.seed}\n  {told}\n  {found.why}"
+            outcome = f"predicted: {found.predicted} · observed: {done}"
+            return f"{mark} {_how(job)}, seed {job.seed}\n  {outcome}\n  {found.why}"
         if isinstance(job, Solution) and job in self._starts():
             found = store.result(job)
             a, s, limit = found.sharpness, found.non_uniformity, 2 / job.lr
