@@ -28,6 +28,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/worn_words.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -169,7 +169,7 @@ class Descent(Job):
         seed: of the start and of the batches.
         n: training samples.
         contrast: see :func:`scales`.
-        spread: standard deviation of p at the start, and of q − 1, of which the sign is minus.
+        spread: standard deviation of p at the start, and of q − 1, whose sign is minus.
         steps: how many at most.
         target_loss: at which it stops.
 

@@ -30,7 +30,7 @@ class Search:
 
     def small_enough(self, residual: float, value: float, scale: float) -> bool:
         """Return whether the residual is within ``tol`` of the value, or both are rounding of zero."""
-        # A value that is itself below the rounding of the products cannot be told from zero.
+        # A value that is itself below the rounding of the products cannot be distinguished from zero.
         floor = 10 * torch.finfo(self.operator.dtype).eps * scale
         return residual <= self.tol * abs(value) or max(residual, abs(value)) <= floor
 

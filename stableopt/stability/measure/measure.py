@@ -53,7 +53,7 @@ def measure(
         data: the training set or a part of it; see :class:`~stableopt.curvature.Problem`.
         optimizer: the optimizer whose learning rate, momentum and so on give the limits.
         lr: alternatively, the learning rate of plain SGD.
-        update_rule: alternatively, the rule itself. Without any of the three there are no limits.
+        update_rule: alternatively, the rule itself. Without any of the three, limits are not known.
         batch_size: samples in a step. Without it the limit of the non-uniformity is not known, unless
             the optimizer is :class:`stableopt.GD`.
         dataset_size: samples in the training set, if ``data`` is only a part of it.
