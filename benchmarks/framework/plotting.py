@@ -48,12 +48,19 @@ def coloured(names: Iterable[Any]) -> Iterator[tuple[Any, str]]:
 
 
 def panels(
-    count: int = 1, *, width: float = 5.0, height: float = 4.0, title: str = "", **shared: Any
+    count: int = 1,
+    *,
+    rows: int = 1,
+    width: float = 5.0,
+    height: float = 4.0,
+    title: str = "",
+    **shared: Any,
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, side by side.
+    """Return a figure and its panels, side by side, in one row or several.
 
     Args:
-        count: of panels.
+        count: of panels in a row.
+        rows: of panels; the first row's come first.
         width: of each, in inches.
         height: of each, in inches.
         title: of the figure.
@@ -61,11 +68,11 @@ def panels(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False, **shared)[0]
+    figure = Figure(figsize=(width * count, height * rows), layout="constrained")
+    axes = figure.subplots(rows, count, squeeze=False, **shared)
     if title:
         figure.suptitle(title)
-    return figure, list(axes)
+    return figure, list(axes.flat)
 
 
 def points(axes: Axes, x: Any, y: Any, label: str = "", colour: str = BLUE, **style: Any) -> None:

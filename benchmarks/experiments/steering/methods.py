@@ -1,72 +1,370 @@
-"""Steering to a region: from gradient descent's minimum, and from scratch."""
+"""`Contest`: steering and its rivals, which all continue from the same minimum."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.data import RandomSampler
 
 import stableopt
-from benchmarks.experiments.steering.case import REGIONS, Budget, Outcome
-from benchmarks.experiments.steering.loop import ended, sampler_of, train
+from benchmarks.framework.tables import Row
 from benchmarks.training.data import Images
-from benchmarks.training.loops import evaluate, mean_squared_error
-from stableopt import StabilityController, TargetRegion
+from benchmarks.training.loops import all_samples, evaluate, gd_until, mean_squared_error, train
+from benchmarks.training.measured import BOTH
+from stableopt import (
+    AdaptiveBatchSampler,
+    StabilityController,
+    StabilityMargins,
+    StabilityMonitor,
+    TargetRegion,
+)
+from stableopt.steering.decision import marks
 
-__all__ = ["scratch_steered", "steered"]
+__all__ = ["REGIONS", "Budget", "Contest", "noise_scale"]
 
-_BOTH = ("sharpness", "non_uniformity")
+REGIONS = {
+    "1.5x flatter": TargetRegion.flatter(by=1.5),
+    "2x flatter": TargetRegion.flatter(by=2),
+    "4x flatter": TargetRegion.flatter(by=4),
+    "more uniform": TargetRegion.more_uniform(by=1.5),
+    "both": TargetRegion(sharpness=(0, 1 / 2), non_uniformity=(0, 1 / 2), unit="present"),
+    "sharper": TargetRegion.sharper(by=1.25),
+}
+"""Targets, relative to gradient descent's minimum."""
+
+UNBOUNDED = (0.0, math.inf)
 
 
-def steered(
-    start: nn.Module, images: Images, budget: Budget, region: str, seed: int, loss_cap: float
-) -> Outcome:
-    """Steer towards ``region``: full batches if it bounds only the sharpness."""
-    target = REGIONS[region]
-    noisy = target.non_uniformity != (0.0, math.inf)
-    model = copy.deepcopy(start)
-    optimizer = (stableopt.SGD if noisy else stableopt.GD)(model.parameters(), lr=budget.lr)
-    sampler = sampler_of(images, budget.batch_size if noisy else len(images.x), seed)
-    with optimizer.track(
-        model,
-        mean_squared_error,
-        (images.x, images.y),
-        every=budget.measure_every * (5 if noisy else 1),
-        quantities=_BOTH if noisy else ("sharpness",),
-    ) as monitor:
-        monitor.measure()
-        options = {"loss_cap": loss_cap} if target.sharpness != (0.0, math.inf) else False
-        controller = StabilityController(
-            monitor, target, lr=options, batch=sampler if noisy else None
+@dataclass(frozen=True)
+class Budget:
+    """What the methods may take.
+
+    Attributes:
+        lr: learning rate of gradient descent, and of what starts from its minimum.
+        start_loss: training loss at which gradient descent stops and steering begins.
+        steps: of a run with full batches.
+        sgd_steps: of a run with smaller ones.
+        batch_size: of a steered run with smaller ones, at its start.
+        measure_every: steps between measurements with full batches; five times as many otherwise.
+        grid_lrs: last learning rates of the grid-searched schedules, as multiples of ``lr``.
+        grid_ramps: steps of their ramps.
+        scratch_steps: of a run from initialisation; none are run if it is 0.
+        scratch_sharpness: the highest sharpness that such a run is steered to.
+        scratch_lrs: the constant rates that it is compared with.
+    """
+
+    lr: float = 0.5
+    start_loss: float = 5e-4
+    steps: int = 1500
+    sgd_steps: int = 3000
+    batch_size: int = 64
+    measure_every: int = 10
+    grid_lrs: tuple[float, ...] = (1.5, 2.0, 4.0)
+    grid_ramps: tuple[int, ...] = (1, 300)
+    scratch_steps: int = 1500
+    scratch_sharpness: float = 2.0
+    scratch_lrs: tuple[float, ...] = (0.1, 0.5, 1.0)
+
+
+class Run:
+    """The training of one method, by GD or, with a batch size, by SGD.
+
+    Args:
+        start: the network; a copy is trained.
+        images: the training and test set.
+        seed: of the batches' order.
+        lr: learning rate at the start.
+        batch_size: at the start, ``None`` for GD.
+    """
+
+    def __init__(
+        self, start: nn.Module, images: Images, seed: int, lr: float, batch_size: int | None = None
+    ) -> None:
+        n = len(images.x)
+        self.model, self.images, self.seed = copy.deepcopy(start), images, seed
+        optimizer = stableopt.GD if batch_size is None else stableopt.SGD
+        self.optimizer = optimizer(self.model.parameters(), lr=lr)
+        order = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
+        size = n if batch_size is None else min(batch_size, n)
+        self.sampler = AdaptiveBatchSampler(order, size, max_batch_size=n)
+        self.steps = self.products = 0
+        self.largest_loss = 0.0
+        self.controller: StabilityController | None = None
+
+    def train(
+        self, steps: int, after_step: Callable[[int], object] = lambda step: None, **hooks: Any
+    ) -> Run:
+        """Take steps, and record the largest loss of a batch."""
+
+        def seen(step: int, loss: float) -> None:
+            self.largest_loss = max(self.largest_loss, loss if math.isfinite(loss) else math.inf)
+            after_step(step)
+
+        # The order of a full batch does not matter, and copying it costs as much as a step.
+        full = self.sampler.batch_size == len(self.images.x)
+        batches = all_samples(self.images) if full else self._batches()
+        train(self.model, self.optimizer, batches, steps=steps, after_step=seen, **hooks)
+        self.steps += steps
+        return self
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            for rows in self.sampler:
+                yield self.images.x[rows], self.images.y[rows]
+
+    def tracked(self, every: int, quantities: tuple[str, ...]) -> StabilityMonitor:
+        """Return a monitor of the run, for a ``with`` statement."""
+        data = (self.images.x, self.images.y)
+        return self.optimizer.track(
+            self.model, mean_squared_error, data, every=every, quantities=quantities
         )
-        steps = budget.sgd_steps if noisy else budget.steps
-        train(model, optimizer, images, sampler, steps, controller.step)
-    return ended("steered", region, seed, steps, model, optimizer, images, controller=controller)
 
+    @cached_property
+    def end(self) -> StabilityMargins:
+        """The margins after the last step, with a small tolerance."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return stableopt.measure(
+                self.model,
+                mean_squared_error,
+                (self.images.x, self.images.y),
+                optimizer=self.optimizer,
+                quantities=BOTH,
+                tol=1e-3,
+            )
 
-def scratch_steered(model: nn.Module, images: Images, budget: Budget, seed: int) -> Outcome:
-    """Train from initialisation; the user names the region and nothing else."""
-    target = TargetRegion(sharpness=(0, budget.scratch_sharpness))
-    optimizer = stableopt.SGD(model.parameters(), lr=0.01)
-    sampler = sampler_of(images, 32, seed)
-    with optimizer.track(
-        model,
-        mean_squared_error,
-        (images.x, images.y),
-        every=budget.measure_every,
-    ) as monitor:
-        controller = StabilityController(
-            monitor, target, lr={"loss_cap": 1.5 * evaluate(model, images)}
+    def row(
+        self, method: str, region: str, target: TargetRegion | None = None, **other: Any
+    ) -> Row:
+        """Return a row of the table of runs.
+
+        Args:
+            method: what chose the learning rate and the batch size.
+            region: the name of the region to reach, or of the comparison.
+            target: the region in numbers, if there is one.
+            other: columns with another value than the run's.
+        """
+        names = ("lr", "batch_size", "loss", "sharpness", "non_uniformity", "failed")
+        end, (low, high), (s_low, s_high) = self.end.record(), (None, None), (None, None)
+        aim = None
+        if target is not None:
+            (low, high), (s_low, s_high) = target.sharpness, target.non_uniformity
+            aim = target.aim
+        known = aim is not None and self.end.sharpness is not None
+        return {
+            **{"method": method, "region": region, "seed": self.seed, "steps": self.steps},
+            "products": self.products,
+            **{name: end.get(name) for name in names},
+            "test_accuracy": self.images.accuracy(self.model),
+            "largest_loss": self.largest_loss,
+            **{"target_sharpness": high, "least_sharpness": low, "aim": aim},
+            **{"least_non_uniformity": s_low, "target_non_uniformity": s_high},
+            "sharpness_to_target": self.end.sharpness / aim if known else None,
+            "said": "",
+            **other,
+        }
+
+    def steered_row(self, region: str) -> Row:
+        """Return the row of a run under a controller, with what its monitor saw."""
+        assert self.controller is not None
+        monitor = self.controller.monitor
+        said = (str(d) for d in self.controller.decisions if d.what == "target")
+        return self.row(
+            "steered",
+            region,
+            self.controller.target,
+            products=sum(q.products for m in monitor.history for q in m.measurements.values()),
+            batch_size=float(monitor.batch_size or len(self.images.x)),
+            largest_loss=max(math.inf if m.loss is None else m.loss for m in monitor.history),
+            said="; ".join(said),
         )
-        train(model, optimizer, images, sampler, budget.scratch_steps, controller.step)
-    return ended(
-        "steered",
-        "from scratch",
-        seed,
-        budget.scratch_steps,
-        model,
-        optimizer,
-        images,
-        controller=controller,
-    )
+
+    def path(self) -> list[Row]:
+        """Return a row for each measurement of the controller, with what was decided after it."""
+        assert self.controller is not None
+        good = [m for m in self.controller.monitor.history if m.failure is None]
+        notes: dict[int, str] = {}
+        for step, label in marks(d for d in self.controller.decisions if d.changes):
+            at = max((m.step for m in good if m.step <= step), default=0)
+            notes.setdefault(at, label)
+        names = ("lr", "batch_size", "loss", "sharpness", "sharpness_limit", "non_uniformity")
+        return [
+            {"step": m.step, **{name: getattr(m, name) for name in names}}
+            | {"mark": notes.get(m.step)}
+            for m in good
+        ]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Runs from the same minimum, and from initialisation, within the same budget.
+
+    Attributes:
+        initial: the network before training.
+        images: the training and test set.
+        seed: of the batches' order.
+        budget: what each run may take.
+    """
+
+    initial: nn.Module
+    images: Images
+    seed: int
+    budget: Budget
+
+    @cached_property
+    def minimum(self) -> Run:
+        """Gradient descent until the loss is small."""
+        budget, run = self.budget, Run(self.initial, self.images, self.seed, self.budget.lr)
+        run.largest_loss = evaluate(run.model, run.images)
+        run.steps = gd_until(
+            budget.start_loss, run.model, run.images, run.optimizer, max_steps=10**6
+        )
+        return run
+
+    def rows(self) -> Iterator[tuple[Row, list[Row]]]:
+        """Yield each run's row, and the path of a run that was steered from the minimum."""
+        budget = self.budget
+        yield self.minimum.row("GD", "the minimum"), []
+        for region in REGIONS:
+            run = self._steered(region)
+            yield run.steered_row(region), run.path()
+        yield self._from_minimum().train(budget.steps).row("fixed", "none"), []
+        for row in self._grid_searched():
+            yield row, []
+        yield self._curvature_aware(), []
+        yield self._noise_scaled(), []
+        if budget.scratch_steps:
+            yield self._steered_from_scratch(), []
+            for lr in budget.scratch_lrs:
+                run = self._from_scratch(lr).train(budget.scratch_steps)
+                yield run.row(f"constant {lr:g}", "from scratch"), []
+
+    def _from_minimum(self, batch_size: int | None = None) -> Run:
+        return Run(self.minimum.model, self.images, self.seed, self.budget.lr, batch_size)
+
+    def _from_scratch(self, lr: float) -> Run:
+        return Run(self.initial, self.images, self.seed, lr, batch_size=32)
+
+    def _steered(self, region: str) -> Run:
+        """Steer towards a region: with full batches if it bounds only the sharpness."""
+        budget, target = self.budget, REGIONS[region]
+        noisy = target.non_uniformity != UNBOUNDED
+        run = self._from_minimum(budget.batch_size if noisy else None)
+        every = budget.measure_every * (5 if noisy else 1)
+        with run.tracked(every, BOTH if noisy else ("sharpness",)) as monitor:
+            monitor.measure()
+            run.controller = controller = StabilityController(
+                monitor,
+                target,
+                lr=target.sharpness != UNBOUNDED and {"loss_cap": self.minimum.largest_loss},
+                batch=run.sampler if noisy else None,
+            )
+            steps = budget.sgd_steps if noisy else budget.steps
+            return run.train(steps, lambda step: controller.step())
+
+    def _steered_from_scratch(self) -> Row:
+        """Train from initialisation; the user gives the highest sharpness and nothing else."""
+        budget, run = self.budget, self._from_scratch(lr=0.01)
+        with run.tracked(budget.measure_every, ("sharpness",)) as monitor:
+            run.controller = controller = StabilityController(
+                monitor,
+                TargetRegion(sharpness=(0, budget.scratch_sharpness)),
+                lr={"loss_cap": 1.5 * evaluate(run.model, self.images)},
+            )
+            run.train(budget.scratch_steps, lambda step: controller.step())
+        return run.steered_row("from scratch")
+
+    def _grid_searched(self) -> Iterator[Row]:
+        """Try ramps of the learning rate; take for each flatter region the one that ended nearest."""
+        runs = [
+            self._ramp(factor, ramp)
+            for factor in self.budget.grid_lrs
+            for ramp in self.budget.grid_ramps
+        ]
+        steps = sum(run.steps for run in runs)
+        for region in ("1.5x flatter", "2x flatter", "4x flatter"):
+            target = REGIONS[region].resolve(self.minimum.end)
+            aim = target.aim
+            assert aim is not None
+            best = min(runs, key=lambda run: _miss(run.end.sharpness, aim))
+            yield best.row("grid-searched", region, target, steps=steps)
+
+    def _ramp(self, factor: float, ramp: int) -> Run:
+        run = self._from_minimum()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            run.optimizer, lambda step: factor ** min((step + 1) / ramp, 1.0)
+        )
+        return run.train(self.budget.steps, lambda step: schedule.step())
+
+    def _curvature_aware(self, scale: float = 2.0) -> Row:
+        r"""Set the rate as CDAT does (Roulet et al., "Stepping on the edge", 2024).
+
+        :math:`\eta_t = \sigma\,n_t/d_t` with n and d the running means, at 0.9, of
+        :math:`\|g\|^2` and :math:`|g^\top H g|`; σ = 2 is "on the edge".
+        """
+        run = self._from_minimum()
+        parameters = list(run.model.parameters())
+        numerator = denominator = 0.0
+
+        def set_rate(step: int, loss: float) -> None:
+            nonlocal numerator, denominator
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            frozen = [g.detach() for g in gradients]
+            along = sum((g * f).sum() for g, f in zip(gradients, frozen, strict=True))
+            products = torch.autograd.grad(along, parameters)
+            square = float(sum(f.square().sum() for f in frozen))
+            curved = float(sum((f * h).sum() for f, h in zip(frozen, products, strict=True)))
+            numerator = 0.9 * numerator + 0.1 * square
+            denominator = 0.9 * denominator + 0.1 * abs(curved)
+            run.optimizer.param_groups[0]["lr"] = scale * numerator / max(denominator, 1e-30)
+            for p, f in zip(parameters, frozen, strict=True):
+                p.grad = f
+
+        with warnings.catch_warnings():
+            # The graph that a gradient refers to is dropped in each step.
+            warnings.filterwarnings("ignore", "Using backward", UserWarning)
+            run.train(self.budget.steps, before_step=set_rate, create_graph=True)
+        return run.row("CDAT", "none", products=run.steps)
+
+    def _noise_scaled(self) -> Row:
+        """Set the batch size to the :func:`noise_scale` every 50 steps."""
+        run = self._from_minimum(self.budget.batch_size)
+
+        def follow(step: int) -> None:
+            if step % 50 == 0:
+                scale = noise_scale(run.model, self.images)
+                run.sampler.batch_size = run.sampler.nearest(max(scale, 1.0))
+
+        follow(0)
+        run.train(self.budget.sgd_steps, follow)
+        return run.row("noise scale", "none", batch_size=float(run.sampler.batch_size))
+
+
+def _miss(sharpness: float | None, aim: float) -> float:
+    return math.inf if sharpness is None or not sharpness > 0 else abs(math.log(sharpness / aim))
+
+
+def noise_scale(model: nn.Module, images: Images) -> float:
+    r"""Return the simple noise scale of all samples' gradients (McCandlish et al., 2018).
+
+    :math:`\mathrm{tr}\,\mathrm{Cov}(g_i)/\|\bar g\|^2`, as a batch size.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return mean_squared_error(functional_call(model, parameters, (x,)), y)
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images.x, images.y)
+    flat = torch.cat([g.flatten(1) for g in each.values()], dim=1).double()
+    mean = flat.mean(0)
+    square = float(mean.square().sum())
+    return float((flat - mean).square().sum()) / len(flat) / max(square, 1e-300)
