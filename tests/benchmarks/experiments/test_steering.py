@@ -10,10 +10,9 @@ import torch
 from small_runs import small_run
 from torch import nn
 
-from benchmarks.experiments.steering import report
-from benchmarks.experiments.steering.case import REGIONS
-from benchmarks.experiments.steering.experiment import Steering
-from benchmarks.experiments.steering.rivals import _noise_scale
+from benchmarks.experiments.steering.experiment import Steering, summary
+from benchmarks.experiments.steering.methods import REGIONS, noise_scale
+from benchmarks.framework.tables import records, table
 from benchmarks.training.data import Images
 
 SMALL = Steering(
@@ -36,7 +35,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     """
     tables, drawn, _ = small_run(SMALL, tmp_path)
     assert drawn == {"paths", "diagram-both", "diagram-more-uniform"}
-    runs = {(row["method"], row["region"]): row for row in tables["runs"]}
+    runs = {(row["method"], row["region"]): row for row in records(tables["runs"])}
     assert {region for method, region in runs if method == "steered"} == {
         *REGIONS,
         "from scratch",
@@ -50,10 +49,10 @@ def test_end_to_end(tmp_path: Path) -> None:
             assert target == pytest.approx(minimum["sharpness"] / by, rel=0.05)
     assert runs["grid-searched", "2x flatter"]["steps"] == 16
     assert runs["CDAT", "none"]["lr"] != 0.5
-    assert {(row["by"], row["to"]) for row in tables["summary"]} == set(runs)
-    assert {row["region"] for row in tables["paths"]} == set(REGIONS)
-    assert all(row["step"] <= 8 for row in tables["paths"])
-    assert len(SMALL.claims(tables)) == len(REGIONS) + 2
+    assert set(zip(tables["summary"].by, tables["summary"].to, strict=True)) == set(runs)
+    assert set(tables["paths"].region) == set(REGIONS)
+    assert tables["paths"].step.max() <= 8
+    assert len(list(SMALL.claims(tables))) == len(REGIONS) + 2
 
 
 def row(region: str, **found: Any) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def test_the_summary_is_of_those_that_live() -> None:
     lost = row("2x flatter", failed=True, sharpness=None, sharpness_to_target=None, loss=None)
     lost |= {"non_uniformity": None, "largest_loss": None}
     off = row("2x flatter", sharpness=1.3, sharpness_to_target=1.3)
-    (common,) = report.summary([row("2x flatter"), off, lost])
+    (common,) = records(summary(table([row("2x flatter"), off, lost])))
     assert (common["seeds"], common["diverged"], common["trained"]) == (3, 1, 2)
     assert (common["least_to_target"], common["most_to_target"]) == (1.0, 1.3)
     assert common["sharpness"] == pytest.approx(1.15)
@@ -105,7 +104,7 @@ def test_a_region_is_reached_by_every_seed_or_not(
 ) -> None:
     """Catches a claim upheld by the best seed, or by a run that diverged."""
     extra = {key: value for key, value in found.items() if key.startswith("target")}
-    (claim,) = report.claims([row(region, **extra), row(region, **found)])
+    (claim,) = SMALL.claims({"runs": table([row(region, **extra), row(region, **found)])})
     assert claim.reproduced is reached
 
 
@@ -121,5 +120,5 @@ def test_the_noise_scale_is_that_of_per_sample_gradients() -> None:
         rows.append(torch.cat([g.flatten() for g in gradients]).double())
     each = torch.stack(rows)
     spread = each.var(0, correction=0).sum() / each.mean(0).square().sum()
-    found = _noise_scale(model, Images(x, y, x, torch.zeros(5)))
+    found = noise_scale(model, Images(x, y, x, torch.zeros(5)))
     assert found == pytest.approx(float(spread), rel=1e-4)  # gradients in single precision

@@ -41,6 +41,13 @@ def test_a_limit_is_drawn_once() -> None:
     assert {line.get_linestyle() for line in axes.lines} == {"--"}
 
 
+def test_rows_of_panels() -> None:
+    """Catches panels that come column by column, and a figure of one row's height."""
+    figure, axes = panels(3, rows=2, width=2.0, height=1.5)
+    assert [one.get_subplotspec().num1 for one in axes] == list(range(6))
+    assert figure.get_size_inches().tolist() == [6.0, 3.0]
+
+
 def test_panels_are_labelled() -> None:
     """Catches a scale that is not set, a legend of nothing, and labels on the wrong axis."""
     figure, (left, right) = panels(2, title="both")
