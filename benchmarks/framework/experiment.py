@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import pandas as pd
 
-from benchmarks.framework.claims import Claim, spread
-from benchmarks.framework.tables import Row, records, table
+from benchmarks.framework.claims import Claim
+from benchmarks.framework.tables import Row, table
 from benchmarks.runner import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PRESETS", "Case", "Claim", "Experiment", "Rows", "Tables", "case", "spread"]
+__all__ = ["PRESETS", "Case", "Experiment", "Tables", "case"]
 
 PRESETS = ("smoke", "small", "paper")
 """Smoke: that it runs. Small: minutes to an hour of two cores. Paper: the paper's sizes, for a GPU."""
 
-Rows = list[dict[str, Any]]
 Tables = Mapping[str, pd.DataFrame]
 """Tables by name, without those that have no rows yet."""
 
@@ -160,32 +159,3 @@ class Experiment(ABC):
             for name, content in tables.items()
             if self.columns.get(name, True)
         }
-
-
-class RowExperiment(Experiment):
-    """An experiment whose tables are lists of dictionaries."""
-
-    def cases(self) -> Mapping[str, Sequence[Case]]:
-        raise NotImplementedError
-
-    def tables(self, store: Store) -> Tables:
-        found = {name: table(rows) for name, rows in self.row_tables(store).items()}
-        return {name: content for name, content in found.items() if len(content)}
-
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        return self.row_draw(name, its if isinstance(its, list) else records(its))
-
-    def _rows(self, tables: Any) -> Any:
-        class Known(dict[str, Any]):
-            def __missing__(self, key: str) -> list[Any]:
-                return []
-
-        return Known({n: t if isinstance(t, list) else records(t) for n, t in tables.items()})
-
-    def claims(self, tables: Tables) -> list[Claim]:
-        return self.row_claims(self._rows(tables))
-
-    def summary(self, tables: Tables) -> Tables:
-        if not hasattr(self, "row_summary"):
-            return super().summary(tables)
-        return {n: table(rows) for n, rows in self.row_summary(self._rows(tables)).items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.framework.experiment import Experiment, RowExperiment
-from benchmarks.framework.tables import read_table, records, write_table
+from benchmarks.framework.experiment import Experiment
+from benchmarks.framework.tables import read_table, write_table
 from benchmarks.runner import Place, Store, run_all
 
 __all__ = ["small_run"]
@@ -25,8 +25,6 @@ def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Any], set
     for name, rows in experiment.tables(store).items():
         write_table(folder / f"{name}.csv", rows)
         tables[name] = read_table(folder / f"{name}.csv")
-        if isinstance(experiment, RowExperiment):
-            tables[name] = records(tables[name])
     figures = {name: experiment.draw(name, rows) for name, rows in tables.items()}
     drawn = {name for name, figure in figures.items() if figure is not None and figure.axes}
     return tables, drawn, store

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.experiments.control_laws.jobs import LAWS, Laws
-from benchmarks.framework.claims import Claim, all_of
-from benchmarks.framework.experiment import Case, Experiment, Tables, case, spread
+from benchmarks.framework.claims import Claim, all_of, spread
+from benchmarks.framework.experiment import Case, Experiment, Tables, case
 from benchmarks.framework.plotting import (
     BLACK,
     coloured,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from benchmarks.experiments.counterexample.model import Curve, Descent, Measured
-from benchmarks.framework.claims import Claim, all_of, at_most
-from benchmarks.framework.experiment import Case, Experiment, Tables, case, spread
+from benchmarks.framework.claims import Claim, all_of, at_most, spread
+from benchmarks.framework.experiment import Case, Experiment, Tables, case
 from benchmarks.framework.plotting import (
     BLACK,
     GREY,

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.experiments.loss_shape.jobs import LOSSES, WITHIN, Course, Line
-from benchmarks.framework.claims import Claim, all_of, at_least
-from benchmarks.framework.experiment import Case, Experiment, Tables, case, spread
+from benchmarks.framework.claims import Claim, all_of, at_least, spread
+from benchmarks.framework.experiment import Case, Experiment, Tables, case
 from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, trace
 from benchmarks.framework.tables import Row, table
 from benchmarks.runner import Store

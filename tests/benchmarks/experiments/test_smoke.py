@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.experiments import NAMES, experiment
-from benchmarks.framework.experiment import RowExperiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.tables import read_table
 from benchmarks.runner import Store
@@ -58,8 +57,7 @@ def test_presets_ask_for_jobs(name: str, preset: str) -> None:
         jobs = one.jobs()
         assert jobs
         assert len({job.id for job in jobs}) == len(jobs)
-        tables = {} if isinstance(one, RowExperiment) else one.cases()
-        for cases in tables.values():  # two tables may show a job, but each shows it once
+        for cases in one.cases().values():  # two tables may show a job, but each shows it once
             assert len({case.job.id for case in cases}) == len(cases)
     with pytest.raises(ValueError, match="expected"):
         kind.preset(preset, "mnist")
