@@ -31,6 +31,9 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_FOLDER = "cifar-10-batches-bin"
 
+COLOUR_CHUNK = 250
+"""Colour images of a pass: activations are many times as large, and should stay in the cache."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -47,6 +50,21 @@ class Images:
     y: Tensor
     test_x: Tensor
     test_labels: Tensor
+
+    @property
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """The training images and their targets."""
+        return self.x, self.y
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Training images of a pass: all, or :data:`COLOUR_CHUNK`."""
+        return None if self.x.ndim == 2 else COLOUR_CHUNK
+
+    def chunks(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the training set in chunks of :attr:`chunk_size`."""
+        size = self.chunk_size or len(self.x)
+        return list(zip(self.x.split(size), self.y.split(size), strict=True))
 
     def accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
         """Return the share of test images that ``model`` classifies correctly."""

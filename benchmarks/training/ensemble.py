@@ -30,9 +30,6 @@ from benchmarks.training.spec import Spec, outcome, report, worth_a_line
 
 __all__ = ["Ending", "Stack", "train"]
 
-COLOUR_CHUNK = 250
-"""Colour images per chunk, as in a lone run: activations are many times as large as the images."""
-
 
 @dataclass(frozen=True)
 class Ending:
@@ -102,8 +99,7 @@ class Stack:
         self.generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
         self.members = list(range(len(jobs)))
         self.steps = 0
-        size = len(images.x) if images.x.ndim == 2 else COLOUR_CHUNK
-        self.chunks = list(zip(images.x.split(size), images.y.split(size), strict=True))
+        self.chunks = images.chunks()
         self.gradients: tuple[Tensor, ...] = ()
 
     @property

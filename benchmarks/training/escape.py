@@ -21,7 +21,7 @@ from benchmarks.training.loops import (
     reshuffled_batches,
     train,
 )
-from benchmarks.training.measured import measured
+from benchmarks.training.measured import BOTH, measured
 from benchmarks.training.minimum import Minimum, Solution, Start, from_minimum, passes_to
 from benchmarks.training.networks import flops_per_sample
 from benchmarks.training.spec import worth_a_line
@@ -187,10 +187,10 @@ class Switch(Job):
                 monitor = run.optimizer.track(
                     model,
                     mean_squared_error,
-                    (images.x, images.y),
+                    images.samples,
                     every=self.measure_every,
                     batch_size=self.batch_size or len(images.x),
-                    quantities=("sharpness", "non_uniformity"),
+                    quantities=BOTH,
                     sinks=[run.record, board],
                 )
                 tracking.enter_context(monitor)
@@ -264,7 +264,7 @@ class _Run:
 
     def record(self, step: int, record: Any) -> None:
         """Write margins to the trace, as a sink."""
-        known = {name: record.get(name) for name in ("sharpness", "non_uniformity")}
+        known = {name: record.get(name) for name in BOTH}
         self.work.trace(step=step, **known)
 
     def _look(self, steps: int) -> None:

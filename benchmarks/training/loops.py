@@ -116,7 +116,7 @@ def gd_until(
 
 def all_samples(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all training samples as one batch, again and again."""
-    return repeat((images.x, images.y))
+    return repeat(images.samples)
 
 
 def reshuffled_batches(

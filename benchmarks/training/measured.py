@@ -28,11 +28,11 @@ def measured(
     margins = stableopt.measure(
         model,
         mean_squared_error,
-        (images.x, images.y),
+        images.samples,
         lr=lr,
         batch_size=batch_size or len(images.x),
         quantities=BOTH if non_uniformity else ("sharpness",),
-        chunk_size=None if images.x.ndim == 2 else 250,
+        chunk_size=images.chunk_size,
         max_iter=300,
     )
     found: dict[str, Any] = {}

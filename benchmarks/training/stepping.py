@@ -38,8 +38,7 @@ class GDWalk:
         self.optimizer = stableopt.GD(model.parameters(), lr=spec.lr)
         self.generator = torch.Generator()
         self.steps = 0
-        size = len(images.x) if images.x.ndim == 2 else 250  # so that activations stay in the cache
-        self.data = list(zip(images.x.split(size), images.y.split(size), strict=True))
+        self.data = images.chunks()
 
     @property
     def epochs(self) -> int:

@@ -73,7 +73,7 @@ class Thresholds(Job):
     def run(self, work: Work) -> dict[str, Any]:
         """Compute all from the same Gram matrix."""
         _, model, images = from_minimum(self.start, work, allow_unfinished=True)
-        problem = stableopt.Problem(model, mean_squared_error, (images.x, images.y))
+        problem = stableopt.Problem(model, mean_squared_error, images.samples)
         dual = DualCurvature.from_problem(problem)
         found: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}
         for number, size in enumerate(self.batch_sizes):

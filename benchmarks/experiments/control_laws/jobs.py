@@ -120,7 +120,7 @@ class Laws(Job):
         with (
             warnings.catch_warnings(),
             optimizer.track(
-                model, mean_squared_error, (images.x, images.y), every=self.measure_every
+                model, mean_squared_error, images.samples, every=self.measure_every
             ) as monitor,
         ):
             warnings.simplefilter("ignore", RuntimeWarning)  # those that diverge, do

@@ -196,7 +196,7 @@ class Course(Job):
         margins = stableopt.measure(
             model,
             LOSSES[self.loss],
-            (images.x, images.y),
+            images.samples,
             lr=self.lr,
             quantities=("sharpness",),
             max_iter=300,

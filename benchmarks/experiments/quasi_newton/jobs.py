@@ -301,7 +301,7 @@ def _measured(
         margins = stableopt.measure(
             model,
             mean_squared_error,
-            (images.x, images.y),
+            images.samples,
             optimizer=optimizer,
             batch_size=job.budget.batch_size if METHODS[job.method].small_batches else None,
             quantities=("sharpness",),

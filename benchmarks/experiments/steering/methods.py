@@ -123,9 +123,12 @@ class Run:
 
     def tracked(self, every: int, quantities: tuple[str, ...]) -> StabilityMonitor:
         """Return a monitor of the run, for a ``with`` statement."""
-        data = (self.images.x, self.images.y)
         return self.optimizer.track(
-            self.model, mean_squared_error, data, every=every, quantities=quantities
+            self.model,
+            mean_squared_error,
+            self.images.samples,
+            every=every,
+            quantities=quantities,
         )
 
     @cached_property
@@ -136,7 +139,7 @@ class Run:
             return stableopt.measure(
                 self.model,
                 mean_squared_error,
-                (self.images.x, self.images.y),
+                self.images.samples,
                 optimizer=self.optimizer,
                 quantities=BOTH,
                 tol=1e-3,

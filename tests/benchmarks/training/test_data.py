@@ -174,3 +174,17 @@ def test_accuracy_is_the_share_that_is_right() -> None:
         return torch.nn.functional.one_hot(guess, 2).float()
 
     assert images.accuracy(model) == 0.9
+
+
+def test_chunks_cut_colour_images_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a last chunk that is dropped, targets of other images, and grey images in pieces."""
+    monkeypatch.setattr(datasets, "COLOUR_CHUNK", 4)
+    y = torch.arange(10.0)[:, None]
+    for shape, sizes in (((10, 3, 2, 2), [4, 4, 2]), ((10, 5), [10])):
+        images = datasets.Images(y.view(10, *[1] * (len(shape) - 1)).expand(shape), y, y, y)
+        chunks = images.chunks()
+        assert [len(x) for x, _ in chunks] == sizes
+        assert images.chunk_size == (4 if len(shape) == 4 else None)
+        for x, targets in chunks:
+            assert torch.equal(x.flatten(1)[:, :1], targets)
+        assert images.samples == (images.x, images.y)

@@ -111,7 +111,7 @@ def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch
     """
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(10, 3, 32, 32, generator=generator), torch.rand(10, 2, generator=generator)
-    monkeypatch.setattr(ensemble, "COLOUR_CHUNK", 4)
+    monkeypatch.setattr("benchmarks.training.data.COLOUR_CHUNK", 4)
     data = Dataset("cifar10-2", 10)
     jobs = [Solution(data, lr=0.1, seed=0), Solution(data, lr=0.2, seed=1)]
     stack = ensemble.Stack(jobs, Images(x, y, x, y.argmax(1)), "cpu")
