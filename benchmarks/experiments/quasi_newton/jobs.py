@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -80,29 +81,15 @@ def _external(name: str, **options: Any) -> Maker:
     return make
 
 
-def _lbfgs(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    # One iteration a step: each costs one gradient.
-    return stableopt.LBFGS(params, lr=lr, max_iter=1, history_size=HISTORY)
-
-
-def _gd(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return stableopt.GD(params, lr=lr)
-
-
-def _sgd(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return stableopt.SGD(params, lr=lr)
-
-
-def _adam(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=lr)
-
+# One iteration a step: each costs one gradient.
+_lbfgs = partial(stableopt.LBFGS, max_iter=1, history_size=HISTORY)
 
 METHODS = {
     "L-BFGS": Method(_lbfgs, closure=True),
-    "L-BFGS, then GD": Method(_gd, from_minimum=True),
-    "L-BFGS, then SGD": Method(_sgd, small_batches=True, from_minimum=True),
-    "GD": Method(_gd),
-    "Adam": Method(_adam),
+    "L-BFGS, then GD": Method(stableopt.GD, from_minimum=True),
+    "L-BFGS, then SGD": Method(stableopt.SGD, small_batches=True, from_minimum=True),
+    "GD": Method(stableopt.GD),
+    "Adam": Method(torch.optim.Adam),
     "Adahessian": Method(_external("Adahessian"), twice=True),
     "Apollo": Method(_external("Apollo", warmup=50)),
     "Shampoo": Method(_external("Shampoo", epsilon=1e-2, update_freq=20)),

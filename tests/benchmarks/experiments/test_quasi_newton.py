@@ -18,6 +18,7 @@ from benchmarks.experiments.quasi_newton.jobs import (
     Training,
     halves,
 )
+from benchmarks.framework.plotting import coloured
 from benchmarks.framework.tables import table
 from benchmarks.runner import Job
 from benchmarks.training.data import Dataset
@@ -96,6 +97,12 @@ def test_end_to_end(tmp_path: Path) -> None:
     # GD continues from L-BFGS's end: after four steps it is below the loss that L-BFGS began with.
     start, gone_on = plan[LBFGS][1][1], plan["L-BFGS, then GD"][1][1]
     assert store.result(gone_on).loss < 1.5 * store.result(start).loss
+
+
+def test_each_method_has_its_own_colour() -> None:
+    """Catches two methods that look the same in the figure."""
+    colours = [colour for _, colour in coloured(METHODS)]
+    assert len(set(colours)) == len(METHODS)
 
 
 def test_claims_follow_the_numbers() -> None:

@@ -67,3 +67,12 @@ def test_colours_go_by_name() -> None:
     """Catches one name in two colours, and more names than colours."""
     assert list(coloured(["GD", "SGD", "GD"])) == [("GD", PALETTE[0]), ("SGD", PALETTE[1])]
     assert len(list(coloured(range(20)))) == 20
+
+
+def test_ticks_are_the_only_labels() -> None:
+    """Catches powers of ten between batch sizes, and ticks that a logarithmic axis replaces."""
+    _, (axes,) = panels()
+    points(axes, [1, 4, 16], [1.0, 2.0, 3.0])
+    finish(axes, log="x", ticks=(1, 4, 16))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4", "16"]
+    assert list(axes.get_xticks(minor=True)) == []
