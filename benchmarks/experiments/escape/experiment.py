@@ -39,6 +39,8 @@ PRINTED = {
 
 TOLERANCE = 0.1
 
+PAPER = {"seeds": (0, 1, 2, 3, 4), "target_loss": 1e-4, "settle_loss": 1e-4}
+
 POINT = ["loss", "sharpness", "non_uniformity", "test_accuracy"]
 """What is measured of a minimum."""
 
@@ -80,46 +82,22 @@ class Escape(Experiment):
     }
     presets: ClassVar = {
         ("smoke", ""): {
-            "n": 100,
-            "target_loss": 0.01,
-            "batch_sizes": (1, 50),
-            "steps": 60,
-            "gd_steps": 20,
-            "measure_every": 20,
-            "scatter_lrs": (1.0,),
-            "scatter_batch_sizes": (10, 25),
-            "scatter_n": 100,
-            "scatter_random_labels": 0,
-            "scatter_target_loss": 0.01,
+            **{"n": 100, "target_loss": 0.01, "batch_sizes": (1, 50)},
+            **{"steps": 60, "gd_steps": 20, "measure_every": 20},
+            **{"scatter_lrs": (1.0,), "scatter_batch_sizes": (10, 25), "scatter_n": 100},
+            **{"scatter_random_labels": 0, "scatter_target_loss": 0.01},
         },
         ("small", "digits"): {"seeds": (0, 1), "settle_loss": 3e-4},
         ("small", "fashion-mnist"): {
-            "lr": 0.1,
-            "random_labels": (0, 200),
-            "target_loss": 1e-4,
-            "settle_loss": 3e-4,
-            "batch_sizes": (1, 4, 100),
-            "gd_lrs": (0.3, 0.5),
-            "scatter_lrs": (0.1, 0.5, 1.0),
-            "scatter_batch_sizes": (4, 25),
+            **{"lr": 0.1, "random_labels": (0, 200), "target_loss": 1e-4, "settle_loss": 3e-4},
+            **{"batch_sizes": (1, 4, 100), "gd_lrs": (0.3, 0.5)},
+            **{"scatter_lrs": (0.1, 0.5, 1.0), "scatter_batch_sizes": (4, 25)},
         },
-        ("paper", "digits"): {
-            "seeds": (0, 1, 2, 3, 4),
-            "target_loss": 1e-4,
-            "settle_loss": 1e-4,
-            "random_labels": (0, 150),
-        },
+        ("paper", "digits"): {**PAPER, "random_labels": (0, 150)},
         ("paper", "fashion-mnist"): {
-            "seeds": (0, 1, 2, 3, 4),
-            "lr": 0.1,
-            "random_labels": (0, 200),
-            "target_loss": 1e-4,
-            "settle_loss": 1e-4,
-            "batch_sizes": (1, 4, 100),
-            "gd_lrs": (0.3, 0.5),
-            "scatter_n": 1000,
-            "scatter_random_labels": 200,
-            "scatter_target_loss": 1e-4,
+            **{**PAPER, "lr": 0.1, "random_labels": (0, 200)},
+            **{"batch_sizes": (1, 4, 100), "gd_lrs": (0.3, 0.5)},
+            **{"scatter_n": 1000, "scatter_random_labels": 200, "scatter_target_loss": 1e-4},
             "scatter_lrs": (0.05, 0.1, 0.5, 1.0),
         },
     }
@@ -223,17 +201,19 @@ class Escape(Experiment):
     def derived(self, tables: Tables) -> Tables:
         """Return the scatter with the minima and ends of models that saw the same images."""
         count = self.scatter_random_labels
-        # Accuracies compare only there.
-        if self.scatter_n != self.n or count not in self.random_labels or "minima" not in tables:
+        if self.scatter_n != self.n or count not in self.random_labels:
+            return {}  # accuracies compare only among models of the same images
+        parts = [tables["scatter"]] if "scatter" in tables else []
+        for name, end in (("minima", ""), ("switches", "_after")):
+            if name in tables:
+                its: Any = tables[name]
+                its = its[its.random_labels == count].dropna(subset=f"sharpness{end}")
+                source = its.how if end else "GD from scratch"
+                point = its[[f"{key}{end}" for key in POINT]].set_axis(POINT, axis=1)
+                parts.append(point.assign(**{"from": source}))
+        parts = [part for part in parts if len(part)]
+        if not parts:
             return {}
-        minima = tables["minima"]
-        parts = [tables.get("scatter"), minima[minima.random_labels == count]]
-        parts[-1] = parts[-1][POINT].assign(**{"from": "GD from scratch"})
-        if "switches" in tables:
-            switches: Any = tables["switches"]
-            ends = switches[switches.random_labels == count].dropna(subset="sharpness_after")
-            columns = {"how": "from"} | {f"{key}_after": key for key in POINT}
-            parts.append(ends[list(columns)].rename(columns=columns))
         return {"scatter": pd.concat(parts, ignore_index=True)[["from", *POINT]]}
 
     def headline(self, job: Job, store: Store) -> str | None:
