@@ -115,7 +115,7 @@ def small_vgg(seed: int, classes: int = 2) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, and a way round them."""
+    """Two 3 x 3 convolutions with batch norm, and a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -136,21 +136,21 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ReLU(body + way round)."""
+        """Return ReLU(body + shortcut)."""
         return torch.relu(self.body(x) + self.round(x))
 
 
 def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
-    """Return a residual network of 14 layers for 32 x 32 colour images: 1 + 2 x 6 convolutions, 1
-    linear.
+    """Return a residual network for 32 x 32 colour images: 13 convolutions, one linear layer.
 
     Three stages of two blocks with 16, 32 and 64 channels, as in He et al. (2016), section 4.2,
     with n = 2. Batch norm couples the samples of a batch, so that a sample has no Hessian of its
     own while it trains; what is measured is the network in evaluation mode, with running
     statistics.
 
-    >>> sum(isinstance(m, nn.Conv2d | nn.Linear) for m in resnet14(seed=0).modules()) - 2  # ways
-    round 14
+    >>> layers = [m for m in resnet14(seed=0).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    >>> len(layers) - 2  # without those of the two shortcuts
+    14
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 Beyond the paper. Gradient descent trains to a sharp minimum. From there the controller is given a
 region: flatter, more uniform, both, or sharper. What it reaches is compared with a fixed learning
 rate and batch size, a grid-searched schedule, a rate by curvature (CDAT) and a batch size by the
-noise scale. Nothing but the regions is tuned.
+noise scale. The region is the only setting of steering.
 """
 
 from __future__ import annotations
