@@ -1,6 +1,6 @@
 """Steering from a sharp minimum to named regions of the diagram, against baselines; and from scratch.
 
-Beyond the paper. Gradient descent trains to a sharp minimum. From there the controller is given a
+Gradient descent trains to a sharp minimum. From there the controller is given a
 region: flatter, more uniform, both, or sharper. What it reaches is compared with a fixed learning
 rate and batch size, a grid-searched schedule, a rate by curvature (CDAT) and a batch size by the
 noise scale. The region is the only setting of steering.
@@ -52,7 +52,7 @@ class Steering(Experiment, Budget):
     """
 
     name = "steering"
-    shows = "beyond the paper"
+    shows = "Beyond the paper"
     columns: ClassVar = {
         "summary": (
             *("to", "by", "sharpness", "least_to_target", "most_to_target"),
