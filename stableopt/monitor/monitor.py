@@ -64,6 +64,7 @@ class StabilityMonitor:
             not known, with their preconditioner if they have one.
         params: the parameters that count; all trainable ones of the model by default.
         chunk_size: the largest number of samples evaluated at once.
+        max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
         dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
@@ -111,6 +112,7 @@ class StabilityMonitor:
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         process_group: Any = None,
         tol: float = 0.03,
@@ -128,6 +130,7 @@ class StabilityMonitor:
             data,
             params=params,
             chunk_size=chunk_size,
+            max_samples=max_samples,
             dtype=dtype,
             process_group=process_group,
         )

@@ -159,6 +159,18 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
             given.append(batch)
             yield batch
 
+    def whole_epoch(self) -> BatchSampler:
+        """Return a sampler of a whole epoch's batches, which leaves the position of this one alone.
+
+        Measurements read the data by it, also within an epoch and after :meth:`load_state_dict`.
+
+        >>> sampler = AdaptiveBatchSampler(range(3), 2)
+        >>> _ = next(iter(sampler))
+        >>> list(sampler.whole_epoch()), sampler.state_dict()["rest"]
+        ([[0, 1], [2]], [2])
+        """
+        return BatchSampler(self.sampler, self.batch_size, drop_last=False)
+
     def __len__(self) -> int:
         """Return the number of batches in an epoch at the present size: an estimate if it changes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import numpy as np
@@ -42,7 +42,6 @@ def measuring() -> bool:
 def isolated(
     model: nn.Module,
     device: torch.device,
-    generators: Iterable[torch.Generator] = (),
     *,
     note: Callable[[str], None] = lambda _: None,
     autocast: torch.dtype | None = None,
@@ -55,13 +54,12 @@ def isolated(
     from a fixed seed, and plain operations replace fast ones without a second derivative
     (:func:`~stableopt.curvature.isolation.plain_kernels.plain_operations`). Afterwards the modules'
     ``training`` flags and other attributes, their lists, dictionaries and plain tensors, and the states
-    of Python's, NumPy's and torch's generators, on the CPU, on ``device``, in ``generators`` and in the
-    modules, are what they were. Threads take turns: generators and kernel choice belong to the process.
+    of Python's, NumPy's and torch's generators, on the CPU, on ``device`` and in the modules, are what
+    they were. Threads take turns: generators and kernel choice belong to the process.
 
     Args:
         model: the model, with its loss if that is a module.
         device: where it runs.
-        generators: further ones to restore.
         note: called with each fast operation that was replaced.
         autocast: the dtype of an autocast that is left on.
         batch_statistics: whether batch norm is in training mode.
@@ -75,7 +73,7 @@ def isolated(
     """
     with (
         _one_at_a_time,
-        _state_restored(model, device, generators, batch_statistics),
+        _state_restored(model, device, batch_statistics),
         plain_operations(model, device, note=note, inside=measuring, autocast=autocast),
     ):
         yield
@@ -85,13 +83,11 @@ def isolated(
 def _state_restored(
     model: nn.Module,
     device: torch.device,
-    generators: Iterable[torch.Generator],
     batch_statistics: bool,
 ) -> Iterator[None]:
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     snapshot = Snapshot((module.__dict__ for module in modules), swapped=model.buffers())
-    own = [(generator, generator.get_state()) for generator in generators]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
     device_type = device.type if device.type != "cpu" else "cuda"
@@ -109,8 +105,6 @@ def _state_restored(
                 getattr(torch, device.type).manual_seed(_SEED)
             random.seed(_SEED)
             np.random.seed(_SEED)  # noqa: NPY002
-            for generator, _ in own:
-                generator.manual_seed(_SEED)
             yield
         finally:
             _inside.reset(token)
@@ -119,5 +113,3 @@ def _state_restored(
             snapshot.restore()
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            for generator, state in own:
-                generator.set_state(state)

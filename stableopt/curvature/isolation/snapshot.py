@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Snapshot"]
+__all__ = ["PLAIN", "Snapshot", "restorer"]
 
 
 class Snapshot:
@@ -48,17 +48,17 @@ class Snapshot:
             restore()
 
     def _record(self, value: Any) -> None:
-        if type(value) in _PLAIN or id(value) in self._known or _recorded_apart(value):
+        if type(value) in PLAIN or id(value) in self._known or _recorded_apart(value):
             return
         self._known[id(value)] = value  # held, or its address would be used again
-        restorer = _restorer(value)
-        if restorer is not None:
-            self._restorers.append(restorer)
+        restore = restorer(value)
+        if restore is not None:
+            self._restorers.append(restore)
         for inner in _inside(value):
             self._record(inner)
 
 
-_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
+PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
 """Types that cannot change in place."""
 
 
@@ -76,7 +76,7 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple, deque)) else ()
 
 
-def _restorer(value: Any) -> Callable[[], object] | None:
+def restorer(value: Any) -> Callable[[], object] | None:
     """Return the function that restores the present contents of ``value``."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else _tensor_restorer(value)
@@ -92,8 +92,11 @@ def _restorer(value: Any) -> Callable[[], object] | None:
     if type(value) is np.ndarray and value.flags.writeable:
         return partial(np.copyto, value, value.copy())
     if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return partial(setattr, bits, "state", bits.state)
+        value = value.bit_generator
+    if isinstance(value, np.random.BitGenerator):
+        return partial(setattr, value, "state", value.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state(legacy=False))
     if isinstance(value, random.Random):
         return partial(value.setstate, value.getstate())
     return None

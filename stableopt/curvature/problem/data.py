@@ -4,12 +4,13 @@ Curvature is a mean over samples, so iteration yields ``(batch, size)``, and eve
 weight, also in a smaller last batch. :class:`Batches` takes for example:
 
 - ``(x, y)``: two tensors, cut into chunks;
-- a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that neither
-  its random state nor its persistent workers are disturbed;
+- a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that its
+  persistent workers are not disturbed;
 - a list, or any other re-iterable, of batches.
 
 An iterator that can be read only once is refused, since every product with a curvature matrix reads the
-data.
+data. Data that differ at each reading are fixed by
+:func:`~stableopt.curvature.problem.probe.fixed_probe`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
@@ -30,12 +30,16 @@ __all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 DEFAULT_CHUNK = 1024
 """Default samples in a chunk: one pass of most small networks, in bounded memory."""
 
+MOST_UNSIZED = 1_000_000
+"""Samples of data without a length that are read before they count as endless."""
+
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     """Return ``batch`` with ``function`` applied to every tensor in it.
 
     Dictionaries, lists, tuples and dataclasses are searched, and keep their types.
 
+    >>> import torch
     >>> map_tensors(lambda t: t + 1, {"x": torch.zeros(2), "name": "a"})
     {'x': tensor([1., 1.]), 'name': 'a'}
     """
@@ -76,6 +80,7 @@ def _is_record(batch: Any) -> bool:
 def tensors_in(batch: Any) -> Iterator[Tensor]:
     """Yield the tensors in ``batch`` that :func:`map_tensors` would change.
 
+    >>> import torch
     >>> [t.shape[0] for t in tensors_in({"x": torch.zeros(2), "more": [torch.zeros(3)]})]
     [2, 3]
     """
@@ -100,6 +105,7 @@ def sample_count(batch: Any) -> int:
     Raises:
         ValueError: if no tensor has a leading dimension, or if the dimensions disagree.
 
+    >>> import torch
     >>> sample_count((torch.zeros(5, 3), torch.zeros(5)))
     5
     """
@@ -141,8 +147,10 @@ class Batches:
 
     Raises:
         TypeError: if ``data`` can be read only once, or cannot be read at all.
-        ValueError: if ``chunk_size`` is not positive; on iteration, if the data are empty.
+        ValueError: if ``chunk_size`` is not positive; on iteration, if the data are empty, or have no
+            length and no end within a million samples.
 
+    >>> import torch
     >>> batches = Batches((torch.zeros(5, 3), torch.zeros(5)), chunk_size=2)
     >>> [size for _, size in batches], batches.num_samples
     ([2, 2, 1], 5)
@@ -172,6 +180,10 @@ class Batches:
         """The number of chunks that one reading yields."""
         return self._counted()[1]
 
+    def forget_counts(self) -> None:
+        """Count the samples again when they are next asked for: ``source`` has changed."""
+        self._counts = None
+
     def _counted(self) -> tuple[int, int]:
         if self._counts is None:
             for _ in self:
@@ -189,6 +201,11 @@ class Batches:
                 )
             size = sample_count(batch)
             total += size
+            if total > MOST_UNSIZED and not has_length(self.source):
+                raise ValueError(
+                    f"data: {total} samples were read, with no end in sight: expected"
+                    " max_samples=, or data with a length (__len__)"
+                )
             step = self.chunk_size or max(size, 1)
             if size <= step:
                 if size:
@@ -202,6 +219,15 @@ class Batches:
         if not total:
             raise ValueError("data is empty: expected at least one sample")
         self._counts = (total, chunks)
+
+
+def has_length(source: Any) -> bool:
+    """Return whether ``len(source)`` is defined: endless data have none."""
+    try:
+        len(source)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def _describe(value: Any) -> str:
@@ -264,23 +290,23 @@ def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(loader.dataset, IterableDataset):
         _refuse_once_only(loader.dataset)
         return DataLoader(loader.dataset, batch_size=loader.batch_size, **common)
-    plain = isinstance(loader.sampler, SequentialSampler) or (
-        isinstance(loader.sampler, RandomSampler)
-        and not loader.sampler.replacement
-        and loader.sampler.num_samples == len(loader.sampler.data_source)
-    )
-    if plain and loader.batch_size is not None:
+    if _of_all(loader.sampler, loader.dataset) and loader.batch_size is not None:
         return DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **common)
-    if loader.batch_sampler is not None:
-        return DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **common)
+    batches: Any = loader.batch_sampler
+    if batches is not None:
+        # A sampler that may stand within an epoch says how to read a whole one without moving it.
+        whole_epoch = getattr(batches, "whole_epoch", None)
+        if callable(whole_epoch):
+            batches = whole_epoch()
+            if _of_all(batches.sampler, loader.dataset):
+                return DataLoader(loader.dataset, batch_size=batches.batch_size, **common)
+        return DataLoader(loader.dataset, batch_sampler=batches, **common)
     return DataLoader(loader.dataset, batch_size=None, sampler=loader.sampler, **common)
 
 
-def generators_of(source: Any) -> list[torch.Generator]:
-    """Return the generators that reading ``source`` would advance."""
-    if not isinstance(source, DataLoader):
-        return []
-    inner = getattr(source.batch_sampler, "sampler", None)
-    holders: tuple[Any, ...] = (source, source.sampler, source.batch_sampler, inner)
-    found = {id(g): g for h in holders if (g := getattr(h, "generator", None)) is not None}
-    return list(found.values())
+def _of_all(sampler: Any, dataset: Any) -> bool:
+    """Return whether an epoch of ``sampler`` is the whole of ``dataset``, in some order."""
+    if isinstance(sampler, RandomSampler):
+        size = len(sampler.data_source)
+        return not sampler.replacement and sampler.num_samples == size == len(dataset)
+    return isinstance(sampler, SequentialSampler) and len(sampler) == len(dataset)

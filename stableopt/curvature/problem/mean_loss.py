@@ -16,10 +16,11 @@ from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
 from stableopt.curvature.problem.coordinates import Coordinates
-from stableopt.curvature.problem.data import Batches, generators_of, map_tensors
+from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.fsdp import local
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
+from stableopt.curvature.problem.probe import fixed_probe
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["MeanLoss", "Memo", "Theta"]
@@ -87,6 +88,7 @@ class MeanLoss(abc.ABC):
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
         process_group: Any = None,
@@ -113,7 +115,7 @@ class MeanLoss(abc.ABC):
         self._all_trainable = params is None
         self._take(*select_parameters(self.model, params))
         # An error in one rank's data is raised on all of them.
-        self.ranks.raise_together(lambda: self._read(data, chunk_size))
+        self.ranks.raise_together(lambda: self._read(data, chunk_size, max_samples))
         if self.ranks.several:
             self._num_samples = sum(self.ranks.all_gather_object(self.own_samples))
         self._check_together()
@@ -127,6 +129,7 @@ class MeanLoss(abc.ABC):
         *,
         params: Iterable[Tensor] | None = None,
         chunk_size: int | None = None,
+        max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
         process_group: Any = None,
@@ -150,15 +153,21 @@ class MeanLoss(abc.ABC):
             data,
             params=params,
             chunk_size=chunk_size,
+            max_samples=max_samples,
             dtype=dtype,
             batch_statistics=batch_statistics,
             process_group=process_group,
         )
 
-    def _read(self, data: Any, chunk_size: int | None) -> None:
+    def _read(self, data: Any, chunk_size: int | None, max_samples: int | None) -> None:
         # Creating a loader's iterator draws a seed, so even a test for emptiness needs isolation.
-        with self._isolated(data):
-            self.batches = Batches(data, chunk_size=chunk_size, paired=self.loss_fn is not None)
+        with self.evaluation():
+            self.batches = fixed_probe(
+                data,
+                chunk_size=chunk_size,
+                paired=self.loss_fn is not None,
+                max_samples=max_samples,
+            )
         self._check()
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
@@ -292,13 +301,9 @@ class MeanLoss(abc.ABC):
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Return the context in which the model is a fixed function and evaluation leaves no trace."""
-        return self._isolated(self.batches.source)
-
-    def _isolated(self, source: Any) -> AbstractContextManager[None]:
         return isolated(
             self._objective,
             self.device,
-            generators_of(source),
             note=self._notes.add,
             autocast=self.precision.autocast,
             batch_statistics=self._batch_statistics,

@@ -51,6 +51,8 @@ class Problem(MeanLoss):
             model's device; every sample has the same weight, also in a smaller last batch.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
+        max_samples: the most samples that count: of tensors and of data sets in order a random
+            choice, the same one each time, and of other data the first ones. All by default.
         dtype: the precision to evaluate in, that of the parameters by default: ``torch.float32`` or
             ``torch.float64``, to which parameters, buffers and data are cast, or ``torch.bfloat16``
             or ``torch.float16`` for a forward pass under autocast.
@@ -70,7 +72,7 @@ class Problem(MeanLoss):
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
             a batch), or whose gradient is not its derivative; for empty data; for parameters on
-            several devices, of several dtypes, or that differ between ranks.
+            several devices, of several dtypes, or that differ between ranks; for data without an end.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
         RuntimeError: for a model that cannot be differentiated even once.

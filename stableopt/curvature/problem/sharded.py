@@ -56,6 +56,7 @@ class ShardedProblem(MeanLoss):
         data: this rank's shard, in any form that :class:`Problem` takes.
         params: the parameters that count; all trainable ones by default.
         chunk_size: the most samples evaluated at once.
+        max_samples: the most samples of this rank that count.
         dtype: unsupported, as ``batch_statistics`` is: the model runs as it is.
         process_group: that of the mesh, or ``None``.
 
@@ -104,10 +105,11 @@ class ShardedProblem(MeanLoss):
             " ranks; measure a replica for it"
         )
 
-    def _isolated(self, source: Any) -> AbstractContextManager[None]:
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return the context in which the model is a fixed function and evaluation leaves no trace."""
         # Whole parameters that an earlier pass left would be gone when the state is restored.
         reshard(self.model)
-        return super()._isolated(source)
+        return super().evaluation()
 
     def _check(self) -> None:
         """Read a chunk only: the model runs on all ranks at once."""

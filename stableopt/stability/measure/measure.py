@@ -38,6 +38,7 @@ def measure(
     quantities: Iterable[str] = DEFAULT_QUANTITIES,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
+    max_samples: int | None = None,
     dtype: torch.dtype | None = None,
     process_group: Any = None,
     tol: float = 1e-3,
@@ -63,6 +64,7 @@ def measure(
             in the monitor. With a preconditioner, sharpness includes the preconditioned sharpness.
         params: the parameters to measure; by default all trainable ones.
         chunk_size: the largest number of samples evaluated at once.
+        max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
             shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
@@ -103,6 +105,7 @@ def measure(
         data,
         params=params,
         chunk_size=chunk_size,
+        max_samples=max_samples,
         dtype=dtype,
         process_group=process_group,
     )

@@ -1,0 +1,269 @@
+"""`fixed_probe`: data as a fixed set of samples, read without moving anything that training reads.
+
+Every product with a curvature matrix reads the data, and all must see the same function. Three examples:
+
+- a sampler that draws (``WeightedRandomSampler``): its indices are drawn once;
+- a data set with random augmentation: its samples are read once, and kept, up to 1 GiB;
+- a stream: read again and again if each reading gives the same, and otherwise once.
+
+Generators, epoch counters and other attributes of data sets, samplers and collate functions are
+afterwards what they were, so that training reads the samples that it would have read.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+
+from stableopt._support.arguments import whole
+from stableopt.curvature.isolation.reachable import HeldState
+from stableopt.curvature.problem.data import (
+    MOST_UNSIZED,
+    Batches,
+    cut,
+    has_length,
+    map_tensors,
+    sample_count,
+    tensors_in,
+)
+
+__all__ = ["fixed_probe"]
+
+_MOST_BYTES = 2**30
+"""Bytes of samples that are kept in memory, 1 GiB: as much as the cache of forward passes takes."""
+
+_SEED = 0
+"""Of the choice of ``max_samples`` samples: the same ones in each run."""
+
+
+def fixed_probe(
+    data: Any, *, chunk_size: int | None, paired: bool, max_samples: int | None = None
+) -> Batches:
+    """Return ``data`` as :class:`Batches` that give the same samples at each reading.
+
+    Args:
+        data: in any form that :class:`Batches` takes.
+        chunk_size: as for :class:`Batches`.
+        paired: as for :class:`Batches`.
+        max_samples: the most samples that count: of tensors and of data sets in order a random
+            choice, the same one each time, and of other data the first ones. All by default.
+
+    Raises:
+        ValueError: for data without an end, and for more than 1 GiB of data that cannot be read
+            twice, both without ``max_samples``.
+        TypeError: as :class:`Batches` does.
+    """
+    if max_samples is not None:
+        max_samples = whole("max_samples", max_samples)
+    held = HeldState(_read_by(data))
+    try:
+        batches = Batches(data, chunk_size=chunk_size, paired=paired)
+        if isinstance(batches.source, DataLoader):
+            batches.source = _in_fixed_order(batches.source, max_samples)
+        elif max_samples is not None:
+            batches.source = _cut(batches.source, max_samples)
+        if not isinstance(batches.source, (list, tuple)):
+            _fix_content(batches, held)
+        return batches
+    finally:
+        held.restore()
+
+
+def _read_by(data: Any) -> list[Any]:
+    """Return the objects that reading ``data`` runs."""
+    if isinstance(data, DataLoader):
+        sampler = [data.batch_sampler, data.sampler, data.generator]
+        return [data.dataset, data.collate_fn, *sampler]
+    # Lists hold samples only.
+    return [] if isinstance(data, (list, tuple, Tensor)) else [data]
+
+
+def _in_fixed_order(source: DataLoader[Any], max_samples: int | None) -> Any:
+    """Return ``source`` with the indices of one epoch of its sampler."""
+    # Without a generator each iterator of a loader would draw from the process's own.
+    source.generator = torch.Generator()
+    if isinstance(source.dataset, IterableDataset):
+        return source if max_samples is None else _First(source, max_samples)
+    whole_batches = source.batch_sampler is None
+    sampler: Any = source.sampler if whole_batches else source.batch_sampler
+    if type(sampler) is BatchSampler and isinstance(sampler.sampler, SequentialSampler):
+        if max_samples is None or max_samples >= len(sampler.sampler):
+            return source
+        chosen = _choice(len(sampler.sampler), max_samples)
+        size = sampler.batch_size
+        order: list[Any] = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
+    elif whole_batches:
+        order = list(_indices(sampler, None))
+        _check_choice(order, list(_indices(sampler, None)))
+    else:
+        order = list(_indices(sampler, max_samples))
+        _check_choice(
+            list(chain.from_iterable(order)),
+            list(chain.from_iterable(_indices(sampler, max_samples))),
+        )
+    common: Any = {"collate_fn": source.collate_fn, "generator": source.generator}
+    if whole_batches:
+        fixed = DataLoader(source.dataset, batch_size=None, sampler=order, **common)
+        return fixed if max_samples is None else _First(fixed, max_samples)
+    return DataLoader(source.dataset, batch_sampler=order, **common)
+
+
+def _indices(sampler: Any, max_samples: int | None) -> Iterator[Any]:
+    """Yield what ``sampler`` does, batches of at most ``max_samples`` indices in all."""
+    total = 0
+    for batch in sampler:
+        size = len(batch) if isinstance(batch, (list, tuple)) else 1
+        if max_samples is not None and total + size >= max_samples:
+            yield batch[: max_samples - total]
+            return
+        total += size
+        if total > MOST_UNSIZED and not has_length(sampler):
+            raise ValueError(
+                f"data: its sampler gave {total} indices, with no end in sight: expected"
+                " max_samples=, or a sampler with a length (__len__)"
+            )
+        yield batch
+
+
+def _check_choice(drawn: list[Any], again: list[Any]) -> None:
+    """Warn if a second epoch has other samples, not only another order."""
+    if drawn != again and Counter(map(repr, drawn)) != Counter(map(repr, again)):
+        _warn_of("its sampler draws other samples in each epoch", len(drawn))
+
+
+def _warn_of(reason: str, samples: int) -> None:
+    warnings.warn(
+        f"data: {reason}; {samples} samples, drawn once, are the fixed probe that is measured",
+        stacklevel=2,
+    )
+
+
+def _choice(size: int, max_samples: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randperm(size, generator=generator)[:max_samples].sort().values
+
+
+def _cut(source: Any, max_samples: int) -> Any:
+    if not isinstance(source, list) or len(source) != 1:
+        return _First(source, max_samples)
+    batch, size = source[0], sample_count(source[0])
+    if size <= max_samples:
+        return source
+    chosen = _choice(size, max_samples)
+    return [map_tensors(lambda t: t[chosen.to(t.device)] if t.dim() else t, batch)]
+
+
+class _First:
+    """The first samples of a re-iterable of batches."""
+
+    def __init__(self, source: Any, max_samples: int) -> None:
+        self._source, self._most = source, max_samples
+
+    def __len__(self) -> int:
+        return self._most  # a bound, which is all that readers need
+
+    def __iter__(self) -> Iterator[Any]:
+        left = self._most
+        for batch in self._source:
+            size = sample_count(batch)
+            yield batch if size <= left else cut(batch, 0, left)
+            left -= min(size, left)
+            if not left:
+                return
+
+
+def _fix_content(batches: Batches, held: HeldState) -> None:
+    """Keep the batches in memory, as copies, unless each reading gives the same and moves nothing."""
+    source = batches.source
+    loader = source._source if isinstance(source, _First) else source
+    # What is read by index has no state at its end; a stream may count its readings there.
+    by_index = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    held.restore()
+    before = _global_draws()
+    once = _first_of(source) if by_index else _first_of_all(batches)
+    drew = _global_draws() != before
+    again = _first_of(source)
+    own, changed, same = held.drew, held.changed, _same(once, again)
+    if same and not changed and not drew:
+        return
+    held.restore()
+    hidden = not drew and not _same(once, _first_of(source))
+    held.restore()
+    kept = _kept(source, all_of_it=hidden)
+    if kept is not None:
+        batches.source = kept
+    elif changed:
+        batches.source = _Guarded(source, held)
+    batches.forget_counts()
+    if drew or own or not same:
+        samples = batches.num_samples
+        where = ", from a generator that cannot be found and put back" if hidden else ""
+        _warn_of(f"reading it draws random numbers{where}", samples)
+
+
+class _Guarded:
+    """A re-iterable that is read from the same state each time, and left in the one it has."""
+
+    def __init__(self, source: Any, start: HeldState) -> None:
+        self._source, self._start = source, start
+
+    def __iter__(self) -> Iterator[Any]:
+        present = HeldState(self._start.roots)
+        try:
+            self._start.restore()
+            yield from self._source
+        finally:
+            present.restore()
+
+
+def _first_of(source: Any) -> Any:
+    return next(iter(source), None)
+
+
+def _first_of_all(batches: Batches) -> Any:
+    """Read everything; return a copy of the first batch."""
+    first = None
+    for batch, _ in batches:
+        first = map_tensors(torch.clone, batch) if first is None else first
+    return first
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+    return all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs
+    )
+
+
+def _global_draws() -> list[Any]:
+    """Return the states of the process's generators."""
+    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    torchs = torch.get_rng_state().numpy().tobytes()
+    return [torchs, random.getstate(), numpy["pos"], numpy["key"].tobytes()]
+
+
+def _kept(source: Any, *, all_of_it: bool) -> list[Any] | None:
+    """Return copies of the batches; ``None`` if they are too large, an error where all must be kept."""
+    kept: list[Any] = []
+    samples = size = 0
+    for batch in source:
+        kept.append(map_tensors(torch.clone, batch))
+        samples += sample_count(batch)
+        size += sum(t.numel() * t.element_size() for t in tensors_in(batch))
+        if size > _MOST_BYTES and not all_of_it:
+            return None
+        if size > _MOST_BYTES:
+            raise ValueError(
+                f"data: they differ at each reading, and {samples} samples take"
+                f" {size / 2**30:.1f} GiB: expected max_samples=, so that a fixed probe fits into 1 GiB"
+            )
+    return kept
