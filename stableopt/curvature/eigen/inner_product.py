@@ -12,6 +12,7 @@ needed. Without a preconditioner the two are one tensor. Three examples::
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -107,14 +108,13 @@ class InnerProduct:
             vector = one.vector + weight * other.vector
         return Dual(covector, vector, self.dot(covector, vector).sqrt())
 
-    def noise(self, like: Operator | Tensor, seed: int) -> Dual:
+    def noise(self, like: Operator | Tensor, seed: int, draw: int = 0) -> Dual:
         """Return a random direction of norm 1: its covector is normal, of size and dtype as ``like``.
 
-        Of a sharded vector each rank draws its shard, with its rank in the high bits of the seed.
+        Each ``draw`` with one seed is another. Of a sharded vector each rank draws its own shard.
         """
-        if self.sharded_size is not None:
-            seed += self.ranks.rank << 32
-        generator = torch.Generator(device=like.device).manual_seed(seed)
+        rank = 0 if self.sharded_size is None else self.ranks.rank
+        generator = torch.Generator(device=like.device).manual_seed(_mixed(seed, rank, draw))
         drawn = torch.randn(
             like.shape[0], generator=generator, dtype=like.dtype, device=like.device
         )
@@ -156,6 +156,15 @@ class InnerProduct:
                 f"preconditioner={type(self.preconditioner).__name__}: r^T P r is {square:.3g} for a"
                 " covector r, expected a positive number, as of a symmetric positive definite matrix"
             )
+
+
+def _mixed(seed: int, rank: int, draw: int) -> int:
+    """Return a seed for each combination; ``seed`` itself for the first draw of rank 0."""
+    if rank == draw == 0:
+        return seed
+    # torch's generator on the CPU reads the lower 32 bits of a seed alone.
+    mixed = hashlib.blake2b(f"{seed} {rank} {draw}".encode(), digest_size=4)
+    return int.from_bytes(mixed.digest(), "big")
 
 
 def _own_dot(rows: Tensor, vector: Tensor) -> Tensor:

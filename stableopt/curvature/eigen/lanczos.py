@@ -13,18 +13,20 @@ With covectors r and vectors q = P r, orthonormal in that :math:`q_i^\top r_j = 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.basis import Basis
+from stableopt.curvature.eigen.certificate import StartPolynomials
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import KEPT, subspace_to_keep
 from stableopt.curvature.eigen.result import UNCERTAINTY, Eigenpair, Search
 from stableopt.curvature.operator import Operator
 
 __all__ = ["LanczosIteration", "lanczos"]
+
+_ROUNDING = 100
+"""Norm of a rest that is rounding, in units of the rounding of the largest number."""
 
 _RESTARTED = 8
 """Ritz vectors kept by a restart, or half of a basis that is smaller than twice that."""
@@ -40,6 +42,7 @@ class LanczosIteration:
         inner: the inner product, with its preconditioner P.
         first: the start, of norm 1.
         width: the largest number of rows in the basis.
+        seed: of the directions that continue from an invariant subspace.
 
     Attributes:
         basis: the orthonormal rows.
@@ -48,15 +51,18 @@ class LanczosIteration:
         weights: their Ritz vectors in coordinates of the basis, as columns.
         rest: the part of the last image outside the basis.
         beta: its norm.
-        smallest: the smallest Ritz value so far.
         scale: the largest size of a Ritz value or a rest so far, for comparisons with rounding.
     """
 
-    def __init__(self, operator: Operator, inner: InnerProduct, first: Dual, width: int) -> None:
+    def __init__(
+        self, operator: Operator, inner: InnerProduct, first: Dual, width: int, seed: int
+    ) -> None:
         self.basis = Basis(first.covector[None], first.vector[None], inner, most=width)
         self.size = inner.whole_size(operator.shape[0])
-        self.products, self.smallest, self.scale, self.unit = 0, math.inf, 0.0, 1.0
-        self._operator, self._inner, self._width = operator, inner, width
+        self.products, self.scale, self.unit = 0, 0.0, 1.0
+        self._operator, self._inner, self._width, self._seed = operator, inner, width, seed
+        self._eps = torch.finfo(operator.dtype).eps
+        self._polynomials = StartPolynomials(self.size)
         self._projected = torch.zeros(width, width, dtype=torch.float64)
         self._magnitude: Tensor | None = None
         self._restarted = False
@@ -83,7 +89,6 @@ class LanczosIteration:
         inner.check_product(column[:held], self.beta, self.products, self._operator)
         self._projected[:held, held - 1] = self._projected[held - 1, :held] = column[:held]
         self.values, self.weights = torch.linalg.eigh(self._projected[:held, :held])
-        self.smallest = min(self.smallest, float(self.values[0]))
         self.scale = max(self.scale, float(self.values.abs().max()), self.beta)
 
     @property
@@ -97,15 +102,40 @@ class LanczosIteration:
         """Whether the basis holds the whole Krylov space, so that Ritz values are eigenvalues."""
         return self.basis.held == self.size or self.beta == 0.0
 
+    def missed(self, gap: float) -> float:
+        """Bound the probability that an eigenvalue ``gap`` or more above the largest was missed.
+
+        It holds for a start that is uniform on the sphere.
+        """
+        point = torch.tensor([float(self.values[-1]) + gap], dtype=torch.float64)
+        return float(self._with_rest().missed(point))
+
+    def upper_bound(self) -> float | None:
+        """Return the bound of :class:`Eigenpair` for a start that is uniform on the sphere."""
+        if self.products == 1 or self.scale == 0.0:
+            return None
+        largest, rounding = float(self.values[-1]), 10 * self._eps * self.scale
+        return self._with_rest().upper_bound(largest, self.scale, UNCERTAINTY, rounding)
+
+    def _with_rest(self) -> StartPolynomials:
+        """Return the polynomials of the basis and the direction of its rest."""
+        return self._polynomials.extended(self._column(), max(self.beta, self._rounding()))
+
+    def _column(self) -> Tensor:
+        held = self.basis.held
+        return self._projected[:held, held - 1].clone()
+
+    def _rounding(self) -> float:
+        """Return the size below which a rest is rounding."""
+        return _ROUNDING * self._eps * max(self.scale, torch.finfo(torch.float32).tiny)
+
     def extend(self) -> None:
         """Append the next row; a full basis is first replaced by its best Ritz vectors."""
-        eps = torch.finfo(self._operator.dtype).eps
-        following = self.rest.normalised()
-        if self.beta <= 100 * eps * self.scale:
-            # Only rounding is left, or nothing: any direction will do once it is orthogonal.
-            if self.beta == 0.0:
-                following = self._inner.noise(self._operator, self.products)
-            following = self.basis.orthogonal(following.covector)
+        following, column, kept = self.rest.normalised(), self._column(), None
+        invariant = self.beta <= self._rounding()
+        if invariant:
+            noise = self._inner.noise(self._operator, self._seed, draw=self.products)
+            following = self.basis.orthogonal(noise.covector)
         self._restarted = self.basis.held == self._width
         if self._restarted:
             best = min(_RESTARTED, max(self._width // 2, 1))
@@ -113,34 +143,41 @@ class LanczosIteration:
             self.basis = self.basis.combined(kept, room=self._width - best)
             self._projected.zero_()
             self._projected[:best, :best] = torch.diag(self.values[-best:])
+        self._polynomials = self._polynomials.extended(
+            column, max(self.beta, self._rounding()), weights=kept, fresh=invariant
+        )
         self.basis.append(following)
 
 
-def lanczos(
-    search: Search, first: Dual, max_iter: int, *, at_least: int, uniform: bool
-) -> Eigenpair:
+def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn: bool) -> Eigenpair:
     """Return the top eigenpair of P H, from ``first``, of norm 1.
 
-    A small residual counts only after ``at_least`` products. ``uniform`` says that ``first`` was drawn
-    as the upper bound requires. A basis of ``most_vectors`` is restarted with its best Ritz vectors.
+    A small residual counts only after ``at_least`` products and, where ``first`` was ``drawn`` at
+    random, once a larger eigenvalue is unlikely. A basis of ``most_vectors`` is restarted with its best
+    Ritz vectors.
     """
     size = search.inner.whole_size(search.operator.shape[0])
     width = min(search.most_vectors, max_iter, size)
-    iteration = LanczosIteration(search.operator, search.inner, first, width)
+    iteration = LanczosIteration(search.operator, search.inner, first, width, search.seed)
     while True:
         iteration.step()
         products = iteration.products
         value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
-        small = search.small_enough(residual, value, iteration.scale)
-        converged = iteration.exhausted or (products >= at_least and small)
+        scale = iteration.scale
+        converged = iteration.exhausted or (
+            products >= at_least
+            and search.small_enough(residual, value, scale)
+            and (not drawn or search.unlikely(iteration.missed(search.gap(value, scale))))
+        )
         if converged or products == max_iter:
             break
         iteration.extend()
     bound, kept, unit = None, None, iteration.unit
     if iteration.exhausted:
         bound = value + residual
-    elif uniform:
-        bound = _upper_bound(value, iteration.smallest, min(products, width), size)
+    elif drawn and search.inner.preconditioner is None:
+        # Uniform on the sphere in the Euclidean inner product alone.
+        bound = iteration.upper_bound()
     if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
         beyond = rest.normalised() if iteration.beta > 0 else rest
@@ -155,12 +192,3 @@ def lanczos(
         None if bound is None else bound * unit,
         kept,
     )
-
-
-def _upper_bound(largest: float, smallest: float, products: int, size: int) -> float | None:
-    """Return the bound of :class:`Eigenpair`, or ``None`` for too few products."""
-    needed = math.log(2 * 1.648 * math.sqrt(size) / UNCERTAINTY) / (2 * products - 1)
-    epsilon = needed**2
-    if epsilon >= 0.5:
-        return None
-    return largest + epsilon / (1 - 2 * epsilon) * (largest - smallest)

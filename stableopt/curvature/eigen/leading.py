@@ -54,7 +54,7 @@ def leading_eigenpairs(operator: Operator, count: int, *, seed: int = 0) -> Lead
     count, inner = whole("count", count), InnerProduct.for_operator(operator)
     width = min(_WIDER * count, inner.whole_size(operator.shape[0]))
     with torch.autocast(operator.device.type, enabled=False):
-        iteration = LanczosIteration(operator, inner, inner.noise(operator, seed), width)
+        iteration = LanczosIteration(operator, inner, inner.noise(operator, seed), width, seed)
         iteration.step()
         while iteration.products < width:
             iteration.extend()

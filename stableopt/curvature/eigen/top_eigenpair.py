@@ -2,18 +2,21 @@ r"""`top_eigenpair`: the algebraically largest eigenvalue of an operator, with a
 
 For a unit vector v with Ritz value :math:`\theta = v^\top A v`, the residual :math:`\|Av-\theta v\|`
 bounds the distance from :math:`\theta` to an eigenvalue of A; and :math:`\theta` never exceeds the
-largest. A search stops when the residual is small *relative to the value*; a value that has stopped
-changing certifies nothing. Five examples::
+largest. A search stops when the residual is small *relative to the value*, and when an eigenvalue more
+than 5 % above it, which a random start would have to be nearly orthogonal to, is improbable
+(:mod:`~stableopt.curvature.eigen.certificate`). A tighter tolerance never takes fewer products. Five
+examples::
 
     top_eigenpair(Hessian(problem))                       # from a random start
     last = top_eigenpair(Hessian(problem), keep=True)     # keep a subspace, and as training moves on
     top_eigenpair(Hessian(problem), keep=True, start=last.subspace)  # follow it: mostly 3 products
-    top_eigenpair(operator, method="power", tol=1e-2)     # two vectors of memory, more products
+    top_eigenpair(operator, most_vectors=4)               # little memory, more products
     top_eigenpair(Hessian(problem), preconditioner=P)     # of P H, from products with P
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +28,6 @@ from stableopt.curvature.eigen.follow import follow
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import followable
 from stableopt.curvature.eigen.lanczos import lanczos
-from stableopt.curvature.eigen.power import power
 from stableopt.curvature.eigen.result import Eigenpair, Search
 from stableopt.curvature.operator import Operator, Preconditioner
 
@@ -35,15 +37,14 @@ _FRESH = 0.05
 """Norm of the noise mixed into a unit start, which lets an eigenvector be found that has overtaken the
 old one."""
 
-_AT_LEAST = {"near": 5, "random": 12, "followed": 16}
+_AT_LEAST = {"near": 5, "uniform": 1, "random": 12, "followed": 16}
 """Products before Lanczos believes a small residual, since at any other eigenvector it is small too:
-from a start near one; from a random start, where eight with tol=0.03 were seen to stop at the second
-eigenvalue, 5 % low; and from one whose result will be followed, with whichever it has missed."""
+from a start near one; from one uniform on the sphere, where the probability of a miss decides; from a
+random one with a preconditioner, where that is only an estimate; and from one whose result will be
+followed, with whichever it has missed."""
 
-_TIGHT = 5e-3
-"""Tolerance up to which a random start needs no more products than one near: for the second eigenvector
-to have a residual as small, it must have held that much less of the first, which gains on it at
-every product."""
+_FEWEST_VECTORS = 4
+"""Vectors that Lanczos needs at least."""
 
 
 def top_eigenpair(
@@ -67,8 +68,8 @@ def top_eigenpair(
             eigenpair is then that of :math:`PH`; each product with H takes one with P, and neither
             an inverse nor a root of P is needed.
         method: ``"lanczos"`` orthogonalises each product against all vectors held and restarts when
-            ``most_vectors`` are (Lanczos, 1950; Wu & Simon, 2000); ``"power"`` iterates ``A + c I``,
-            the shift c grown as far as negative eigenvalues demand.
+            ``most_vectors`` are (Lanczos, 1950; Wu & Simon, 2000). ``"power"`` is deprecated, since a
+            power iteration may end at the most negative eigenvalue; it is Lanczos with four vectors.
         start: the ``subspace`` ``(k, d)`` of an earlier result, whose eigenpair is then followed in
             few products, or a single vector ``(d,)`` near the eigenvector, into which a little noise
             is mixed; with a preconditioner a vector costs one product more. Random if ``None``.
@@ -100,7 +101,15 @@ def top_eigenpair(
     if method not in ("lanczos", "power"):
         raise ValueError(f"method={method!r}: expected 'lanczos' or 'power'")
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
-    most_vectors = whole("most_vectors", most_vectors, least=4)
+    most_vectors = whole("most_vectors", most_vectors, least=_FEWEST_VECTORS)
+    if method == "power":
+        most_vectors = _FEWEST_VECTORS
+        warnings.warn(
+            "method='power' is deprecated and will be removed in 1.0: Lanczos runs with four vectors;"
+            " leave method out, and pass most_vectors=4 for little memory",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     size, inner = operator.shape[0], InnerProduct.for_operator(operator, preconditioner)
     if inner.whole_size(size) == 0:
         raise ValueError("operator has shape (0, 0): expected at least one dimension")
@@ -108,7 +117,7 @@ def top_eigenpair(
         start.dim() not in (1, 2) or start.shape[-1] != size or start.shape[0] == 0
     ):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected ({size},) or (k, {size})")
-    search = _Start(operator, inner, tol, seed, keep, most_vectors, method)
+    search = _Start(operator, inner, tol, seed, keep, most_vectors)
     # Under an ambient autocast the projections would be products of half-precision numbers.
     with torch.autocast(operator.device.type, enabled=False):
         if start is None:
@@ -123,13 +132,10 @@ def top_eigenpair(
 class _Start(Search):
     """A search from each kind of start."""
 
-    method: str
-
     def random(self, max_iter: int) -> Eigenpair:
-        start = "followed" if self.keep else "near" if self.tol <= _TIGHT else "random"
-        # Uniform on the sphere in the Euclidean inner product alone.
-        uniform = self.inner.preconditioner is None
-        return self._iterate(self._noise(), max_iter, _AT_LEAST[start], uniform=uniform)
+        start = "uniform" if self.inner.preconditioner is None else "random"
+        at_least = _AT_LEAST["followed" if self.keep else start]
+        return lanczos(self, self._noise(), max_iter, at_least=at_least, drawn=True)
 
     def near(self, vector: Tensor, max_iter: int) -> Eigenpair:
         if self.inner.preconditioner is None:
@@ -141,7 +147,7 @@ class _Start(Search):
         return replace(found, products=found.products + 1)
 
     def follow(self, kept: Tensor, max_iter: int) -> Eigenpair:
-        if self.method == "power" or max_iter < 3 or not followable(kept, self.inner):
+        if max_iter < 3 or not followable(kept, self.inner):
             return self._near_covector(kept[0], max_iter)
         followed = follow(self, kept, max_iter)
         if followed is None:
@@ -160,15 +166,10 @@ class _Start(Search):
             return self.random(max_iter)
         fresh = self._noise()
         first = self.inner.add(near.normalised(), _FRESH, fresh).normalised()
-        return self._iterate(first, max_iter, _AT_LEAST["near"], uniform=False)
+        return lanczos(self, first, max_iter, at_least=_AT_LEAST["near"], drawn=False)
 
     def _noise(self) -> Dual:
         fresh = self.inner.noise(self.operator, self.seed)
         if self.inner.preconditioner is not None:
             self.inner.check_norm(float(fresh.norm))
         return fresh
-
-    def _iterate(self, first: Dual, max_iter: int, at_least: int, *, uniform: bool) -> Eigenpair:
-        if self.method == "power":
-            return power(self, first, max_iter)
-        return lanczos(self, first, max_iter, at_least=at_least, uniform=uniform)

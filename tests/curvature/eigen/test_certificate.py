@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from oracles import Dense
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stableopt.curvature import Operator, top_eigenpair
+from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.curvature.eigen.lanczos import LanczosIteration
+from stableopt.curvature.eigen.result import UNCERTAINTY
 
 
 class Diagonal(Operator):
@@ -31,9 +36,9 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("products", [20, 45])
 def test_the_upper_bound_holds(spectrum: str, products: int) -> None:
-    """Catches a wrong exponent, a missing shift, and a count that continues past the restart.
+    """Catches a wrong exponent, a dependence on the origin, and polynomials lost by the restart.
 
-    The bound may fail for 1 % of starts; of 60 seeds more than 4 do so with probability 4e-4.
+    The bound may fail for 0.2 % of starts; of 60 seeds more than 2 do so with probability 3e-4.
     Gaussian starts are invariant under rotation, so a diagonal matrix stands for any.
     """
     values = SPECTRA[spectrum].double()
@@ -43,31 +48,139 @@ def test_the_upper_bound_holds(spectrum: str, products: int) -> None:
         found = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=products, seed=seed)
         assert found.upper_bound is not None
         failures += largest > found.upper_bound
+        # What Kuczynski and Wozniakowski's theorem gives for 20 products and 1 %:
         # (ln(2 * 1.648 * sqrt(300) / 0.01) / 39)^2 = 0.0492, over 1 - 2 * 0.0492, is 0.0546.
         assert found.upper_bound - largest <= 0.0546 * spread
-    assert failures <= 4
+    assert failures <= 2
 
 
-def test_the_upper_bound_is_the_formula() -> None:
-    """Catches a bound that is true but loose. By hand for d = 10,000 and k = 20."""
-    values = torch.linspace(-1, 1, 10_000, dtype=torch.float64)
-    found = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=20)
-    smallest = -top_eigenpair(Diagonal(-values), tol=1e-14, max_iter=20).value
-    epsilon = (10.40308 / 39) ** 2  # ln(2 * 1.648 * 100 / 0.01) = 10.40308
-    expected = found.value + epsilon / (1 - 2 * epsilon) * (found.value - smallest)
-    assert found.upper_bound == pytest.approx(expected, rel=1e-6)
+def christoffel(values: Tensor, seed: int, products: int, point: float) -> float:
+    """Return K at a point beyond the spectrum of a diagonal matrix, by least squares over Chebyshev
+    polynomials, which know nothing of Lanczos.
+    """
+    start = torch.randn(
+        len(values), generator=torch.Generator().manual_seed(seed), dtype=values.dtype
+    )
+    weights = (start / start.norm()) ** 2
+    middle, half = (values.max() + values.min()) / 2, (values.max() - values.min()) / 2
+
+    def chebyshev(at: Tensor) -> Tensor:
+        x, rows = (at - middle) / half, [torch.ones_like(at)]
+        rows.append(x)
+        while len(rows) < products + 1:
+            rows.append(2 * x * rows[-1] - rows[-2])
+        return torch.stack(rows)
+
+    table = chebyshev(values)
+    gram = (table * weights) @ table.T
+    column = chebyshev(torch.tensor([point], dtype=values.dtype))
+    return float(column.T @ torch.linalg.solve(gram, column))
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_upper_bound_is_the_formula(spectrum: str) -> None:
+    """Catches a recurrence with a wrong coefficient, and a bound that is true but loose.
+
+    K depends on the start and the matrix alone. The bound is found to 1 % of its distance; 2 % nearer K
+    is below what is needed.
+    """
+    values = SPECTRA[spectrum].double()
+    found = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=12, seed=3)
+    assert found.upper_bound is not None
+    needed = 2 * len(values) / (math.pi * UNCERTAINTY**2)
+    nearer = found.value + 0.98 * (found.upper_bound - found.value)
+    assert christoffel(values, 3, 12, found.upper_bound) >= needed * (1 - 1e-6)  # solving for K
+    assert christoffel(values, 3, 12, nearer) < needed
+
+
+@pytest.mark.parametrize("vectors", [4, 9])
+def test_a_restarted_search_claims_no_more_than_all_its_products(vectors: int) -> None:
+    """Catches a restart that loses or invents growth: the basis of a restarted search is a part of all
+    polynomials, and the largest eigenvector a unit vector.
+    """
+    values = SPECTRA["one hidden above"].double()
+    start = InnerProduct().noise(torch.empty(300, dtype=torch.float64), 5)
+    iteration = LanczosIteration(Diagonal(values), InnerProduct(), start, vectors, seed=5)
+    for products in range(1, 40):
+        iteration.step()
+        beyond = float(iteration.values[-1]) + 0.3
+        missed = iteration.missed(0.3)
+        if missed < 1:
+            K = 2 * 300 / (math.pi * missed**2)
+            # The oracle's matrix is nearly singular where the Krylov space is exhausted to rounding.
+            assert christoffel(values, 5, products, beyond) * (1 + 1e-3) >= K
+            assert float(start.covector[-1]) ** 2 * _at_one(iteration) <= 1 + 1e-6
+        iteration.extend()
+    assert missed < UNCERTAINTY
+
+
+def _at_one(iteration: LanczosIteration) -> float:
+    missed = iteration.missed(1 - float(iteration.values[-1]))
+    return 2 * 300 / (math.pi * missed**2) if missed < 1 else 0.0
+
+
+HIDDEN = torch.cat([torch.ones(1), torch.linspace(0, 0.9, 8).repeat(125)[:999]]).double()
+"""After eight products only the first eigenvalue, of which a start holds a thousandth, is left out."""
+
+
+def test_a_tighter_tolerance_is_never_less_reliable() -> None:
+    """Catches a minimum number of products that depends on the tolerance: at 5e-3 6.5 % of these starts
+    ended 10 % too low, at 6e-3 none. Of 60, each 0.2 % at most, 2 do so with probability 7e-3.
+    """
+    low = 0
+    for seed in range(60):
+        found = [
+            top_eigenpair(Diagonal(HIDDEN), tol=tol, seed=seed)
+            for tol in (3e-2, 6e-3, 5e-3, 1e-3, 1e-4)
+        ]
+        assert all(pair.converged for pair in found)
+        products = [pair.products for pair in found]
+        assert products == sorted(products)
+        low += any(pair.value < 0.95 for pair in found)
+    assert low <= 1
+
+
+def test_a_search_that_converged_from_a_random_start_bounds_the_largest_within_five_percent() -> (
+    None
+):
+    """Catches convergence and upper bound that go by different evidence."""
+    for spectrum in (*SPECTRA.values(), HIDDEN):
+        found = top_eigenpair(Diagonal(spectrum.double()), tol=1e-2)
+        assert found.converged
+        assert found.upper_bound is not None
+        # 1 %: the accuracy to which the bound is found.
+        assert found.upper_bound - found.value <= 1.01 * 0.05 * abs(found.value)
+
+
+def test_an_invariant_subspace_is_left_by_another_draw() -> None:
+    """Catches a direction to continue with that is the start again: its rest is rounding. The
+    eigenvector is orthogonal to the start.
+    """
+    size, seed = 200, 2
+    start = InnerProduct().noise(torch.empty(size, dtype=torch.float64), seed).covector
+    hidden = torch.zeros(size, dtype=torch.float64)
+    hidden[0], hidden[1] = -start[1], start[0]
+    hidden /= hidden.norm()
+    matrix = torch.eye(size, dtype=torch.float64) + torch.outer(hidden, hidden)
+    iteration = LanczosIteration(
+        Dense(matrix), InnerProduct(), InnerProduct().dual(start), 10, seed=seed
+    )
+    for _ in range(4):
+        iteration.step()
+        iteration.extend()
+    assert float(iteration.values[-1]) * iteration.unit == pytest.approx(2.0)
 
 
 def test_no_bound_where_none_is_known() -> None:
-    """Catches a theorem on uniform starts applied to others, or to too few products."""
+    """Catches a theorem on uniform starts applied to others, or to a single product."""
     operator = Diagonal(torch.linspace(0, 1, 1000))
-    assert top_eigenpair(operator, max_iter=5, tol=1e-9).upper_bound is None
+    assert top_eigenpair(operator, max_iter=1, tol=1e-9).upper_bound is None
     cold = top_eigenpair(operator, max_iter=30, tol=1e-9, keep=True)
     assert cold.upper_bound is not None
     for arguments in (
         {"start": cold.vector},
         {"start": cold.subspace},
-        {"method": "power"},
+        {"start": cold.vector, "most_vectors": 4},
         {"preconditioner": torch.eye(1000)},
     ):
         found = top_eigenpair(operator, max_iter=30, tol=1e-1, **arguments)
@@ -82,14 +195,14 @@ def test_an_exhausted_space_is_exact() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-22, 1e20, 1e30])
-@pytest.mark.parametrize("how", ["lanczos", "power", "followed", "preconditioned"])
+@pytest.mark.parametrize("how", ["lanczos", "few vectors", "followed", "preconditioned"])
 def test_squares_neither_vanish_nor_overflow(scale: float, how: str) -> None:
     """Catches a norm in float32 that is 0 below 1e-23 or infinite above 1e19."""
     values = torch.linspace(-1, 1, 200)
     values[3] = 2.0
     arguments: dict[str, Any] = {}
-    if how == "power":
-        arguments["method"] = "power"
+    if how == "few vectors":
+        arguments["most_vectors"] = 4
     elif how == "preconditioned":
         arguments["preconditioner"] = torch.eye(200)
     elif how == "followed":
@@ -107,8 +220,8 @@ def test_single_precision_among_a_million() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.rand(1_000_000, generator=generator)
     values[17], values[18] = 3.0, 2.0
-    for method in ("lanczos", "power"):
-        found = top_eigenpair(Diagonal(values), tol=1e-4, max_iter=60, method=method)
+    for vectors in (40, 4):
+        found = top_eigenpair(Diagonal(values), tol=1e-4, max_iter=60, most_vectors=vectors)
         assert found.converged
         # Rounding in float32 is 6e-8, and 1e-6 in a product summed by blocks.
         assert found.value == pytest.approx(3.0, rel=2e-6)
@@ -140,12 +253,12 @@ class Transfers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_one_transfer_a_product(method: str) -> None:
+@pytest.mark.parametrize("vectors", [40, 4])
+def test_one_transfer_a_product(vectors: int) -> None:
     """Catches a number read from the device for a decision: every read makes the host wait."""
     operator = Diagonal(torch.linspace(0, 1, 500))
     with Transfers() as transfers:
-        found = top_eigenpair(operator, method=method, tol=1e-2)
+        found = top_eigenpair(operator, most_vectors=vectors, tol=1e-2)
     assert 0 < transfers.count <= found.products
 
 

@@ -63,6 +63,27 @@ def test_noise_has_norm_one_in_the_inner_product() -> None:
     assert not torch.equal(alone.covector, InnerProduct().noise(torch.ones(5), 8).covector)
 
 
+def test_each_rank_and_each_draw_has_noise_of_its_own() -> None:
+    """Catches a rank in bits of the seed that torch's generator on the CPU ignores: all ranks then held
+    the same shard, and a start of equal shards is not uniform.
+    """
+
+    def of(rank: int, draw: int = 0, sharded_size: int | None = 10) -> Tensor:
+        ranks = Halves()
+        ranks.rank = rank
+        inner = InnerProduct(ranks=cast(Ranks, ranks), sharded_size=sharded_size)
+        return inner.noise(torch.ones(5), 7, draw).covector
+
+    different = [of(0), of(1), of(2), of(0, draw=1), of(1, draw=1)]
+    for i, one in enumerate(different):
+        for other in different[:i]:
+            assert not torch.equal(one, other)
+    # Whole vectors are the same on every rank, and what torch draws with the seed.
+    plain = torch.randn(5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(of(1, sharded_size=None), of(0, sharded_size=None))
+    torch.testing.assert_close(of(0, sharded_size=None), plain / plain.norm())
+
+
 def test_the_operator_says_which_inner_product_its_vectors_have() -> None:
     """Catches an operator's inner product that is ignored: two equal shards of an eigenvector have a
     norm of 1 together.
