@@ -178,6 +178,10 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
     elif drawn and search.inner.preconditioner is None:
         # Uniform on the sphere in the Euclidean inner product alone.
         bound = iteration.upper_bound()
+        if (
+            converged and bound is not None
+        ):  # It is found to 1 % of its distance, and ruled out exactly.
+            bound = min(bound, value + search.gap(value, iteration.scale))
     if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
         beyond = rest.normalised() if iteration.beta > 0 else rest

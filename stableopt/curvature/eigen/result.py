@@ -23,7 +23,7 @@ another eigenvalue before it ends. At 0.03 it takes about one product more."""
 
 _A_DIMENSION = 1e-6
 """Below 2,000 dimensions, where products are cheap, a search ends at this probability of a miss for
-each dimension. One of 1,001 small networks (d = 76) met a start that held 1e-5 of the top eigenvector."""
+each dimension. One of 1,001 small networks (d = 76) met a start with 1e-5 of the top eigenvector."""
 
 
 @dataclass(frozen=True)

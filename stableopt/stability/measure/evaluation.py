@@ -136,7 +136,10 @@ class Evaluation:
         elif self.starts is not None and preconditioner is None:
             self.subspaces[name] = pair.vector[None]
         residual = pair.relative_residual / degree
-        found = Measurement(value(pair.value), residual, pair.products, 0.0, pair.converged)
+        bound = None if pair.upper_bound is None else value(pair.upper_bound)
+        found = Measurement(
+            value(pair.value), residual, pair.products, 0.0, pair.converged, upper_bound=bound
+        )
         return QuantityResult.from_measurement(found.within(self._error(operator), self.tol))
 
     def _error(self, operator: Operator) -> float:

@@ -197,6 +197,16 @@ class StabilityMargins:
         return self.failure is None and all(m.converged for m in self.measurements.values())
 
     @property
+    def certified(self) -> bool:
+        """Whether each of the sharpnesses and the non-uniformity that was measured is certified.
+
+        :attr:`~stableopt.stability.Measurement.certified` says what that is.
+        """
+        found = [self[name].measurement for name, q in QUANTITIES.items() if q.in_box]
+        known = [measurement for measurement in found if measurement is not None]
+        return self.failure is None and bool(known) and all(m.certified for m in known)
+
+    @property
     def seconds(self) -> float:
         """Wall time of the eigen-solvers."""
         return sum(m.seconds for m in self.measurements.values())
@@ -204,22 +214,27 @@ class StabilityMargins:
     def record(self) -> dict[str, float]:
         """Return what a sink receives: every known number by name, ratios included.
 
+        ``<quantity>_upper_bound`` is included where the search started at random.
         Infinite limits are included. A failed measurement has no values, and ``failed`` is 1.
 
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).record()["sharpness_ratio"]
         0.75
         """
         common = {name: getattr(self, name) for name in _COMMON if name != "step"}
-        known = common | self._numbers(*_STORED) | self._numbers("ratio")
+        known = common | self._numbers(*_STORED, "ratio", "upper_bound")
         record = {name: float(value) for name, value in known.items() if value is not None}
         record["seconds"] = self.seconds
         record["failed"] = float(self.failure is not None)
         record["converged"] = float(self.converged)
+        record["certified"] = float(self.certified)
         return record
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and dicts, for checkpoints; :meth:`from_dict` reads them."""
-        measurements = {name: dataclasses.asdict(m) for name, m in self.measurements.items()}
+        measurements = {
+            name: {key: part for key, part in dataclasses.asdict(m).items() if part is not None}
+            for name, m in self.measurements.items()
+        }
         return {
             **{name: getattr(self, name) for name in _COMMON},
             **self._numbers(*_STORED),

@@ -34,7 +34,7 @@ DEFAULT_QUANTITIES = ("sharpness",)
 """What :func:`~stableopt.measure` and the monitor measure unless asked for more: it costs a few
 gradients, needs no batch size, and is defined for every optimizer, precision and sharding."""
 
-_PARTS = ("limit", "lower", "ratio", "margin")
+_PARTS = ("limit", "lower", "ratio", "margin", "upper_bound")
 
 _LONGEST_TAG, _LONGEST_SHORT_TAG = 9, 5
 

@@ -204,7 +204,7 @@ def test_margins_and_ratios() -> None:
     assert own.sharpness_ratio is None
     assert (own.limited_sharpness, own.edge_ratio) == (3.0, 1.5)
     assert (margins.limited_sharpness, margins.edge_ratio) == (15.0, 0.75)
-    assert set(StabilityMargins().record()) == {"seconds", "failed", "converged"}
+    assert set(StabilityMargins().record()) == {"seconds", "failed", "converged", "certified"}
 
 
 CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str]] = {
