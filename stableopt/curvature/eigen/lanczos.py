@@ -61,7 +61,7 @@ class LanczosIteration:
         self.size = inner.whole_size(operator.shape[0])
         self.products, self.scale, self.unit = 0, 0.0, 1.0
         self._operator, self._inner, self._width, self._seed = operator, inner, width, seed
-        self._eps = torch.finfo(operator.dtype).eps
+        self._eps: float = torch.finfo(operator.dtype).eps
         self._polynomials = StartPolynomials(self.size)
         self._projected = torch.zeros(width, width, dtype=torch.float64)
         self._magnitude: Tensor | None = None
@@ -114,25 +114,31 @@ class LanczosIteration:
         """Return the bound of :class:`Eigenpair` for a start that is uniform on the sphere."""
         if self.products == 1 or self.scale == 0.0:
             return None
-        largest, rounding = float(self.values[-1]), 10 * self._eps * self.scale
-        return self._with_rest().upper_bound(largest, self.scale, UNCERTAINTY, rounding)
+        largest = float(self.values[-1])
+        return self._with_rest().upper_bound(largest, self.scale, UNCERTAINTY, self.rounding)
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may take from a Ritz value."""
+        return 10 * self._eps * self.scale
 
     def _with_rest(self) -> StartPolynomials:
         """Return the polynomials of the basis and the direction of its rest."""
-        return self._polynomials.extended(self._column(), max(self.beta, self._rounding()))
+        return self._polynomials.extended(self._column(), self._visible_beta)
 
     def _column(self) -> Tensor:
         held = self.basis.held
         return self._projected[:held, held - 1].clone()
 
-    def _rounding(self) -> float:
-        """Return the size below which a rest is rounding."""
-        return _ROUNDING * self._eps * max(self.scale, torch.finfo(torch.float32).tiny)
+    @property
+    def _visible_beta(self) -> float:
+        """The norm of the rest, or the size up to which it is rounding."""
+        return max(self.beta, _ROUNDING * self._eps * self.scale)
 
     def extend(self) -> None:
         """Append the next row; a full basis is first replaced by its best Ritz vectors."""
         following, column, kept = self.rest.normalised(), self._column(), None
-        invariant = self.beta <= self._rounding()
+        invariant = self.beta == 0.0 or self.beta < self._visible_beta
         if invariant:
             noise = self._inner.noise(self._operator, self._seed, draw=self.products)
             following = self.basis.orthogonal(noise.covector)
@@ -144,7 +150,7 @@ class LanczosIteration:
             self._projected.zero_()
             self._projected[:best, :best] = torch.diag(self.values[-best:])
         self._polynomials = self._polynomials.extended(
-            column, max(self.beta, self._rounding()), weights=kept, fresh=invariant
+            column, self._visible_beta, weights=kept, fresh=invariant
         )
         self.basis.append(following)
 
@@ -174,13 +180,12 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
         iteration.extend()
     bound, kept, unit = None, None, iteration.unit
     if iteration.exhausted:
-        bound = value + residual
+        bound = value + max(residual, iteration.rounding)
     elif drawn and search.inner.preconditioner is None:
         # Uniform on the sphere in the Euclidean inner product alone.
         bound = iteration.upper_bound()
-        if (
-            converged and bound is not None
-        ):  # It is found to 1 % of its distance, and ruled out exactly.
+        if converged and bound is not None:
+            # The bound is found to 1 % of its distance; at the gap it has been checked exactly.
             bound = min(bound, value + search.gap(value, iteration.scale))
     if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
