@@ -133,7 +133,8 @@ class LanczosIteration:
     @property
     def _visible_beta(self) -> float:
         """The norm of the rest, or the size up to which it is rounding."""
-        return max(self.beta, _ROUNDING * self._eps * self.scale)
+        beta: float = self.beta
+        return max(beta, _ROUNDING * self._eps * self.scale)
 
     def extend(self) -> None:
         """Append the next row; a full basis is first replaced by its best Ritz vectors."""
