@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature.isolation.snapshot import PLAIN, restorer
 
-__all__ = ["HeldState", "reachable"]
+__all__ = ["GENERATORS", "HeldState", "generator_states", "reachable"]
 
 _MOST_OBJECTS = 20_000
 """Objects that a search visits, nearest ones first: far more than programs keep state in, and about
@@ -40,6 +40,10 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "stableopt"
 
 _OPAQUE = frozenset(sys.stdlib_module_names) - {"__main__", "types"}
 """Packages whose objects, such as queues and locks, may change in other threads."""
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
+"""Attributes of modules that hold what watches them, such as a trainer, rather than what they use."""
 
 
 def reachable(roots: Iterable[Any]) -> Iterator[Any]:
@@ -61,7 +65,7 @@ def reachable(roots: Iterable[Any]) -> Iterator[Any]:
 
 
 def _held_by(value: Any) -> Iterator[Any]:
-    if isinstance(value, (Tensor, np.ndarray, ModuleType, type, *_GENERATORS)):
+    if isinstance(value, (Tensor, np.ndarray, ModuleType, type, *GENERATORS)):
         return
     if isinstance(value, Mapping):
         yield from list(islice(value.values(), _MOST_ITEMS))
@@ -74,7 +78,8 @@ def _held_by(value: Any) -> Iterator[Any]:
     elif isinstance(value, functools.partial):
         yield from (value.func, value.args, value.keywords)
     elif type(value).__module__.partition(".")[0] not in _OPAQUE:
-        yield from _attributes(value).values()
+        skipped = _HOOKS if isinstance(value, nn.Module) else ()
+        yield from (held for name, held in _attributes(value).items() if name not in skipped)
         for name in _slots(value):
             yield getattr(value, name, None)
         for kind in type(value).__mro__:
@@ -124,7 +129,7 @@ def _slots(value: Any) -> Iterator[str]:
                 yield name
 
 
-_GENERATORS = (
+GENERATORS = (
     torch.Generator,
     np.random.Generator,
     np.random.RandomState,
@@ -184,8 +189,22 @@ class HeldState:
         return [
             _fingerprint(value)
             for value in self._values
-            if isinstance(value, _GENERATORS) and _is_state(value)
+            if isinstance(value, GENERATORS) and _is_state(value)
         ]
+
+
+def generator_states(others: Iterable[Any] = ()) -> list[Any]:
+    """Return the states of the process's generators, and of ``others``, to compare."""
+    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    states = [
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        numpy["pos"],
+        numpy["key"].tobytes(),
+    ]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states.extend(state.numpy().tobytes() for state in torch.cuda.get_rng_state_all())
+    return states + [_fingerprint(generator) for generator in others]
 
 
 def _without_state(value: Any) -> bool:

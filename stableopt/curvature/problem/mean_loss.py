@@ -18,6 +18,7 @@ from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compi
 from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.fsdp import local
+from stableopt.curvature.problem.held import Held
 from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
 from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.problem.probe import fixed_probe
@@ -61,6 +62,10 @@ class _Objective(nn.Module):
             # Its mode and buffers are then restored like the model's. A loss that is bound to the
             # model, or a part of it, is included already.
             self.loss_fn = loss_fn
+        self.held = Held(model, batch_loss)
+        # Their modes and buffers are restored too, and they follow the precision.
+        self.held_modules = nn.ModuleList(self.held.modules)
+        self.generators = self.held.generators  # in a list, which a snapshot looks into
 
     def forward(self, batch: Any) -> Tensor:
         return self.batch_loss(self.model, batch)
@@ -111,7 +116,8 @@ class MeanLoss(abc.ABC):
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         self._notes = {UNCOMPILED} if compiled(model) else set()
         if not batch_statistics:
-            check_batch_norm(self.model)
+            for module in (self.model, *self._objective.held_modules):
+                check_batch_norm(module)
         self._all_trainable = params is None
         self._take(*select_parameters(self.model, params))
         # An error in one rank's data is raised on all of them.

@@ -12,20 +12,18 @@ afterwards what they were, so that training reads the samples that it would have
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from stableopt._support.arguments import whole
-from stableopt.curvature.isolation.reachable import HeldState
+from stableopt.curvature.isolation.reachable import HeldState, generator_states
 from stableopt.curvature.problem.data import (
     MOST_UNSIZED,
     Batches,
@@ -188,9 +186,9 @@ def _fix_content(batches: Batches, held: HeldState) -> None:
     # What is read by index has no state at its end; a stream may count its readings there.
     by_index = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     held.restore()
-    before = _global_draws()
+    before = generator_states()
     once = _first_of(source) if by_index else _first_of_all(batches)
-    drew = _global_draws() != before
+    drew = generator_states() != before
     again = _first_of(source)
     own, changed, same = held.drew, held.changed, _same(once, again)
     if same and not changed and not drew:
@@ -242,13 +240,6 @@ def _same(one: Any, other: Any) -> bool:
     return all(
         a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs
     )
-
-
-def _global_draws() -> list[Any]:
-    """Return the states of the process's generators."""
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
-    torchs = torch.get_rng_state().numpy().tobytes()
-    return [torchs, random.getstate(), numpy["pos"], numpy["key"].tobytes()]
 
 
 def _kept(source: Any, *, all_of_it: bool) -> list[Any] | None:

@@ -23,7 +23,9 @@ from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.derivative_checks import check_derivatives
+from stableopt.curvature.problem.draws import RANDOM, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
+from stableopt.curvature.problem.held import check_hooks, check_leaves
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     check_mean,
@@ -86,6 +88,7 @@ class Problem(MeanLoss):
 
     sharded = False
     equal_weights = True
+    _random = False
     _moved: frozenset[str] = frozenset()
 
     def _checked_placement(self, ranks: Ranks) -> Ranks:
@@ -121,18 +124,35 @@ class Problem(MeanLoss):
             batch = cut(batch, 0, size)
             with AttentionSeen(self._notes.add):
                 once = value(batch)
-            check_mean(once, value(twice_over(batch)))
+            doubled = twice_over(batch)
+            self._check_held(theta, batch, doubled)
+            if not self._random:
+                check_mean(once, value(doubled))
             # With batch statistics single samples have no loss, and batches stay as they were cut.
-            self.equal_weights = not self._batch_statistics and samples_weigh_equally(
-                value, batch, size, once
+            self.equal_weights = (
+                not self._batch_statistics
+                and not self._random
+                and samples_weigh_equally(value, batch, size, once)
             )
             self.obstacle = check_derivatives(
                 lambda at: loss_at(at, batch), theta, self.model, lambda: self.loss(theta, batch)
             )
 
+    def _check_held(self, theta: Theta, batch: Any, doubled: Any) -> None:
+        """Check what the loss uses besides the model: tensors, hooks, random numbers."""
+        counted = dict(zip(self.names, self.params, strict=True))
+        check_hooks(counted)
+        with self.evaluation():
+            check_leaves(self.loss(theta, batch), theta, counted, self._objective)
+        with self.evaluation():
+            self._random = noisy_mean(
+                lambda each: self.loss(theta, each), batch, doubled, self._objective.generators
+            )
+
     def _check_together(self) -> None:
         if not self.ranks.several:
             return
+        self._random = self.ranks.any(self._random)
         self.equal_weights = not self.ranks.any(not self.equal_weights)
         found = self.ranks.all_gather_object(self.obstacle is not None)
         if any(found) and self.obstacle is None:
@@ -148,6 +168,8 @@ class Problem(MeanLoss):
                 " none: batch norm makes each sample's loss depend on the others in its batch. Measure"
                 " it with running statistics, batch_statistics=False"
             )
+        if self._random:
+            raise ValueError(f"{what} is of the samples' own Hessians. {RANDOM}")
 
     def check_twice(self) -> None:
         """Raise ``SecondDerivativeError`` if the model cannot be differentiated twice."""
@@ -166,6 +188,8 @@ class Problem(MeanLoss):
         Call it inside :meth:`evaluation`.
         """
         state = self._state(self._objective, theta, "model.")
+        if self._random:
+            fix_draw(self.device, self._objective.generators)
         with self.precision.around():
             loss = functional_call(self._objective, state, (batch,))
         return self.sign * checked_scalar(loss).to(self.dtype)

@@ -220,8 +220,8 @@ class ShardedProblem(MeanLoss):
     def _without_gradients(self) -> Iterator[None]:
         """Set aside what training has left: gradients, buffers, gathered parameters."""
         reshard(self.model)
-        gradients = [(p, p.grad) for p in self.model.parameters()]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        gradients = [(p, p.grad) for p in self._objective.parameters()]
+        buffers = [(buffer, buffer.clone()) for buffer in self._objective.buffers()]
         try:
             for p, _ in gradients:
                 p.grad = None

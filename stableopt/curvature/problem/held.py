@@ -1,0 +1,127 @@
+"""What a loss holds by itself, outside of the model: modules, parameters and generators.
+
+A generator's loss runs a discriminator, a loss has learned weights, a penalty sums over a list of
+parameters made before. Modules are found and isolated like the model; parameters are found in the graph
+of the loss, and named.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt.curvature.isolation.reachable import GENERATORS, reachable
+
+__all__ = ["Held", "check_hooks", "check_leaves"]
+
+
+class Held:
+    """What ``loss_fn``, and plain attributes of ``model``, hold beyond the model's own modules.
+
+    Attributes:
+        modules: the outermost modules, without those that contain the model.
+        generators: random generators.
+        tensors: tensors that require gradients.
+
+    >>> model, critic = nn.Linear(2, 1), nn.Sequential(nn.BatchNorm1d(1))
+    >>> class Loss:
+    ...     def __init__(self):
+    ...         self.critics = [critic, model]
+    >>> Held(model, Loss()).modules == [critic]
+    True
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Any) -> None:
+        own = set(model.modules())
+        known = {id(held) for module in own for held in (module, *module.parameters(recurse=False))}
+        # Each by itself: a large model must not use up the search in the loss.
+        reached = {id(v): v for root in (loss_fn, model) for v in reachable([root])}
+        found = [v for v in reached.values() if id(v) not in known]
+        self.generators = [v for v in found if isinstance(v, GENERATORS)]
+        self.tensors = [v for v in found if isinstance(v, Tensor) and v.requires_grad]
+        modules = [
+            m
+            for m in found
+            if isinstance(m, nn.Module)
+            and not isinstance(m, torch.jit.ScriptModule)
+            and model not in set(m.modules())
+        ]
+        inner = {part for m in modules for part in m.modules() if part is not m}
+        self.modules = [m for m in modules if m not in inner]
+
+
+def check_leaves(
+    loss: Tensor, theta: Iterable[Tensor], counted: Mapping[str, Tensor], objective: nn.Module
+) -> None:
+    """Name the trainable tensors in the graph of ``loss`` that a measurement takes as constants.
+
+    Args:
+        loss: the loss at ``theta``.
+        theta: copies of the parameters that count.
+        counted: these parameters by name.
+        objective: model, loss and the modules that it holds, with ``held``.
+
+    Raises:
+        ValueError: if the graph holds a parameter that counts, by another way than through the model.
+    """
+    copies, names = {id(t) for t in theta}, {id(p): name for name, p in counted.items()}
+    held = {id(t) for t in objective.held.tensors}  # type: ignore[union-attr]
+    named = {id(p): name for name, p in objective.named_parameters()}
+    for module in objective.held.modules:  # type: ignore[union-attr]
+        kind = type(module).__name__
+        named.update((id(p), f"{kind}.{name}") for name, p in module.named_parameters())
+    leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in copies]
+    besides = {id(leaf) for leaf in leaves}
+    for key, name in names.items():
+        if key in besides:
+            raise ValueError(
+                f"loss_fn: parameter {name!r} enters the loss other than through the model, as from"
+                " a list made before, optimizer.param_groups, or a plain list in a module, and"
+                " would count as a constant there. Read it from the model when the loss is called, with"
+                " Problem.from_batch_loss(model, lambda model, batch: ..., data), or leave the term out"
+            )
+    constants = []
+    for leaf in leaves:
+        name = named.get(id(leaf), "")
+        if name.startswith("model.") or not (isinstance(leaf, nn.Parameter) or id(leaf) in held):
+            continue  # left out by params=, or made in the forward pass
+        constants.append(f"{name or 'a tensor'} {tuple(leaf.shape)}")
+    if constants:
+        constants.sort()
+        warnings.warn(
+            f"loss_fn: it holds trainable tensors that are not the model's: {', '.join(constants[:3])}"
+            f"{', ...' if len(constants) > 3 else ''}. They count as constants. To count them, make"
+            " them parameters of the model",
+            stacklevel=2,
+        )
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Yield the leaves that require gradients in the graph of ``loss``."""
+    pending, seen = [loss.grad_fn], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
+        pending.extend(following for following, _ in node.next_functions)
+
+
+def check_hooks(params: Mapping[str, Tensor]) -> None:
+    """Warn of hooks on the gradients of ``params``, which change what the optimizer sees."""
+    hooked = [name for name, p in params.items() if getattr(p, "_backward_hooks", None)]
+    if hooked:
+        warnings.warn(
+            f"parameters with gradient hooks: {', '.join(map(repr, hooked[:3]))}"
+            f"{', ...' if len(hooked) > 3 else ''}. The optimizer steps by what the hooks return, and"
+            " the curvature measured is that of the loss, without them. For frozen entries, multiply"
+            " the parameter by a mask in the forward pass, as torch.nn.utils.parametrize does",
+            stacklevel=2,
+        )

@@ -1,0 +1,95 @@
+"""A loss that draws random numbers is measured with one fixed draw, and said to be random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stableopt
+from stableopt.curvature import Hessian, NonUniformity, Problem
+
+X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1)).double()
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 3, bias=False).double()
+
+
+def denoising(draw: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda model, x: (model(x + 3 * draw(x)) - x).square().mean()
+
+
+def own() -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("make_draw", [lambda: torch.randn_like, own], ids=["process", "own"])
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_sharpness_is_that_of_one_draw(make_draw: Any, chunk_size: int | None) -> None:
+    """Catches "not a mean over samples" for a loss whose randomness is the reason, and another draw
+    in each product or chunk pass.
+    """
+    with pytest.warns(UserWarning, match="loss_fn draws random numbers: a measurement repeats one"):
+        problem = Problem.from_batch_loss(
+            linear(), denoising(make_draw()), X, chunk_size=chunk_size
+        )
+    noise = torch.randn(
+        chunk_size or 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    shown = X + 3 * noise.repeat(24 // len(noise), 1)
+    expected = torch.kron(torch.eye(3).double(), 2 * shown.T @ shown / (3 * 24))
+    hessian = Hessian(problem)
+    eye = torch.eye(9).double()
+    for _ in range(2):
+        found = torch.stack([hessian @ row for row in eye])
+        # A quadratic loss: both are sums of 24 products, up to rounding.
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_are_refused_with_the_way_out() -> None:
+    """Catches a non-uniformity of noise that each batch shape draws differently."""
+    with pytest.warns(UserWarning, match="loss_fn draws random numbers"):
+        problem = Problem.from_batch_loss(linear(), denoising(torch.randn_like), X)
+    with pytest.raises(ValueError, match="put the noise into the batch"):
+        NonUniformity(problem)
+
+
+def test_a_random_sum_is_still_refused() -> None:
+    """Catches a sum that passes because it is random."""
+
+    def total(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x + torch.randn_like(x)) - x).square().sum()
+
+    with pytest.raises(ValueError, match=r"over 16 random draws .* expected the same"):
+        Problem.from_batch_loss(linear(), total, X)
+
+
+@pytest.mark.parametrize("make_draw", [lambda: torch.randn_like, own], ids=["process", "own"])
+def test_training_draws_as_without_a_measurement(make_draw: Any) -> None:
+    """Catches generators, also of the loss itself, that a measurement moves on."""
+
+    def run(tracked: bool) -> list[float]:
+        torch.manual_seed(2)
+        model, draw = linear(), make_draw()
+        loss = denoising(draw)
+        optimizer = stableopt.SGD(model.parameters(), lr=0.01)
+        if tracked:
+            with pytest.warns(UserWarning, match="loss_fn draws random numbers"):
+                optimizer.track(Problem.from_batch_loss(model, loss, X), every=1)
+        torch.manual_seed(3)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            value = loss(model, X)
+            value.backward()
+            optimizer.step()
+            losses.append(float(value.detach()))
+        return losses
+
+    assert run(tracked=False) == run(tracked=True)
