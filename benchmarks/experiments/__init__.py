@@ -1,4 +1,21 @@
-"""`experiment`: the experiments by name, each in a module or a folder of its own."""
+"""`experiment`: the experiments by name, each in a module or a folder of its own.
+
+The paper's tables and figures are in
+
+=====================  ==================================================
+Figure 2               ``toy/``
+Figure 3               ``diagram/``
+Figure 4               ``loss_shape/``
+Table 2                ``gd_sharpness.py``
+Figure 5               ``batch_size.py``
+Figure 6               ``selection.py``
+Figure 7               ``correlation.py``
+Figures 1, 8, Table 3  ``escape/``
+Figure 9               ``quasi_newton/``
+Appendix B             ``counterexample/``
+beyond the paper       ``edge.py``, ``prediction.py``, ``steering/``, ``control_laws/``
+=====================  ==================================================
+"""
 
 from __future__ import annotations
 
