@@ -18,10 +18,13 @@ from typing import TypeAlias
 
 from stableopt.stability import StabilityMargins, UpdateRule
 from stableopt.steering.decision import Decision, Kind
-from stableopt.steering.lr_laws import UNCONVERGED, State, why_diverging, why_unusable
+from stableopt.steering.lr_laws import TRIES, UNCONVERGED, State, why_diverging, why_unusable
 from stableopt.steering.target import TargetRegion
 
 __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
+
+AVERAGED = 16
+"""Measurements in an average. It has a quarter of one measurement's error or less."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,26 @@ def batch_staircase(
     last_gate: float = 1.4,
     dwell: int = 100,
     patience: int = 300,
+    tries: int = TRIES,
 ) -> tuple[Decision, State]:
     r"""Move to the batch size whose limit is the target, and on until s is within the target.
 
+    Here s is the average of the measurements since the last change, so that noise in them does not
+    lower B again and again. Of k measurements it counts as outside of a bound if it is off by more
+    than :math:`\max(1, 4/\sqrt k)` times ``band``: 20 % for one and 5 % from sixteen on.
+
     The law
 
-    - multiplies B by ``factor`` if s is above the target's upper bound, down to
+    - multiplies B by ``factor`` if s is above the target's upper bound by more than the band, down to
       :meth:`~TargetRegion.batch_size_for`, and from there by sqrt(``factor``) while s stays above.
       It stops where s would be more than ``gate`` times its limit, since more noise would scatter
       the weights. If this gate holds for ``patience`` steps, and s would be within ``last_gate``
       times its limit at a smaller size, it takes that size: below ten samples sizes are far apart;
-    - divides B by ``factor`` if s is below the lower bound by more than ``band``;
+    - divides B by ``factor`` if s is below the lower bound by more than the band;
     - keeps B in between;
     - waits ``dwell`` steps after a change for its effect;
-    - divides B by ``factor`` if the loss is not finite or above the cap.
+    - divides B by ``factor`` if the loss is not finite or above the cap; after ``tries`` such
+      failures it never lowers B again.
 
     >>> margins = StabilityMargins(step=10, non_uniformity=6.0)
     >>> target = TargetRegion(non_uniformity=(0, 4.0))
@@ -99,18 +108,26 @@ def batch_staircase(
     32
     """
     margins, now = measured.margins, measured.batch_size
-    step, s = margins.step, margins.non_uniformity
+    step = margins.step
     waiting = step < state.get("until", -math.inf)
-    settled: State = {k: v for k, v in state.items() if k != "held"} | {"until": step + dwell}
+    forgotten = ("held", "mean", "count")
+    settled: State = {k: v for k, v in state.items() if k not in forgotten} | {
+        "until": step + dwell
+    }
     diverging = why_diverging(margins, measured.loss_cap)
     if diverging is not None and not waiting:
+        settled = {**settled, "raises": state.get("raises", 0) + 1}
         return measured.decide("raise", math.ceil(now / factor), diverging), settled
     wait = diverging or _unusable(margins)
     if wait is not None:
         return measured.decide("hold", now, wait), state
-    assert s is not None
+    assert margins.non_uniformity is not None
+    if waiting:  # the average starts after the change has taken effect
+        s, tolerance = margins.non_uniformity, band
+    else:
+        s, tolerance, state = _averaged(margins.non_uniformity, state, band)
     low, high = measured.target.bounds("non_uniformity")
-    if not (s > high or s < low * (1 - band)):
+    if low * (1 - tolerance) <= s <= high * (1 + tolerance):
         return measured.decide("keep", now, "the non-uniformity is within the target"), state
     side, bound = ("above", high) if s > high else ("below", low)
     why = f"the non-uniformity {s:.3g} is {side} the target's {bound:.3g}"
@@ -118,6 +135,9 @@ def batch_staircase(
         return measured.decide("hold", now, f"{why}; the last change still takes effect"), state
     if side == "below":
         return measured.decide("raise", math.ceil(now / factor), why), settled
+    if state.get("raises", 0) >= tries:
+        why = f"{why}; smaller batches diverged {state['raises']:.0f} times"
+        return measured.decide("hold", now, why), state
     if now <= measured.smallest:
         return measured.decide("hold", now, f"{why}; no smaller batch is allowed"), state
     seed = measured.target.batch_size_for(measured.rule, measured.dataset_size)
@@ -135,9 +155,12 @@ def batch_staircase(
 
 
 def keep_batch_margin(
-    measured: BatchMeasured, state: State, *, dwell: int = 100
+    measured: BatchMeasured, state: State, *, band: float = 0.05, dwell: int = 100
 ) -> tuple[Decision, State]:
     """Raise the batch size if the non-uniformity is above a share of its limit; never lower it.
+
+    The non-uniformity is averaged, and compared with a tolerance of ``band``, as in
+    :func:`batch_staircase`. Noise alone would otherwise raise B again and again.
 
     >>> margins = StabilityMargins(step=1, non_uniformity=4.0)
     >>> target = TargetRegion.within_limits(0.5)
@@ -153,15 +176,30 @@ def keep_batch_margin(
     wait = _unusable(margins)
     if wait is not None:
         return measured.decide("hold", now, wait), state
-    s = margins.non_uniformity
-    assert s is not None
+    assert margins.non_uniformity is not None
+    s, tolerance = margins.non_uniformity, band
+    waiting = margins.step < state.get("until", -math.inf)
+    if not waiting:
+        s, tolerance, state = _averaged(s, state, band)
     ratio = s / measured.limit(now)
     why = f"the non-uniformity is {ratio:.2f} of its limit, to be at most {share:g}"
-    if ratio <= share or margins.step < state.get("until", -math.inf):
-        return measured.decide("keep" if ratio <= share else "hold", now, why), state
+    within = ratio <= share * (1 + tolerance)
+    if within or waiting:
+        return measured.decide("keep" if within else "hold", now, why), state
     wanted = TargetRegion(non_uniformity=(s / share, None))
     size = wanted.batch_size_for(measured.rule, measured.dataset_size)
-    return measured.decide("raise", max(size, now), why), {**state, "until": margins.step + dwell}
+    return measured.decide("raise", max(size, now), why), {"until": margins.step + dwell}
+
+
+def _averaged(value: float, state: State, band: float) -> tuple[float, float, State]:
+    """Return the average of the measurements up to ``value``, its tolerance and the new state.
+
+    Single measurements may be off by 10 %, of which the average of k has a share of 1/sqrt(k).
+    """
+    count = min(state.get("count", 0) + 1, AVERAGED)
+    mean = state.get("mean", value)
+    mean += (value - mean) / count
+    return mean, band * max(1.0, 4 / math.sqrt(count)), {**state, "mean": mean, "count": count}
 
 
 def _least(measured: BatchMeasured, limit: float) -> int:

@@ -38,6 +38,9 @@ State: TypeAlias = Mapping[str, float]
 
 UNCONVERGED = "the measurement did not converge"
 
+TRIES = 3
+"""Failures after which a law stops to move towards what failed."""
+
 
 @dataclass(frozen=True)
 class LRMeasured:
@@ -81,11 +84,20 @@ class LRMeasured:
         return self.sharpness / self.limit
 
     def decide(self, kind: Kind, lr: float, why: str) -> Decision:
-        """Return a decision for the rate ``lr``; a new rate is clipped to the bounds."""
-        if lr != self.lr:
-            lr = min(max(lr, self.min_lr), self.max_lr)
+        """Return a decision for the rate ``lr``, clipped to the bounds.
+
+        If clipping reverses the change, ``kind`` says so: no cut raises the rate.
+        """
+        new = min(max(lr, self.min_lr), self.max_lr)
+        if new != lr:
+            bound = "min_lr" if new > lr else "max_lr"
+            why = f"{why}; {bound}={new:.4g}"
+            if new > self.lr:
+                kind = "raise"
+            elif new < self.lr and kind in ("raise", "keep", "hold"):
+                kind = "lower"
         step = self.margins.step
-        return Decision("lr", kind, self.lr, lr, why, self.sharpness, self.limit, step)
+        return Decision("lr", kind, self.lr, new, why, self.sharpness, self.limit, step)
 
 
 Law: TypeAlias = Callable[[LRMeasured, State], tuple[Decision, State]]
@@ -106,19 +118,26 @@ def gated_staircase(
     rate: float = 0.01,
     cut: float = 0.7,
     hold: int = 10,
+    tries: int = TRIES,
 ) -> tuple[Decision, State]:
     r"""Move to the learning rate of the *target*, no faster than the network can follow.
 
     The ratio :math:`m = a/\mathrm{limit}(\eta)` compares the measured sharpness with its limit at the
     present rate; :math:`\eta_{\mathrm{target}}` is :meth:`~TargetRegion.lr_for`. The law
 
-    - raises η by ``rate`` a step if :math:`\eta < \eta_{\mathrm{target}}` and m is below ``gate``,
+    - raises η by ``rate`` a step if :math:`\eta < \eta_{\mathrm{target}}` and m is below the gate,
       up to :math:`\eta_{\mathrm{target}}` and to the rate at which m reaches the gate;
     - holds η if m is at the gate or above: training escapes;
+    - holds η for :math:`\beta/(1-\beta)` steps once m is back at 1 or below: the momentum of the
+      escape still moves the weights;
     - lowers η by ``rate`` a step if :math:`\eta > \eta_{\mathrm{target}}` and the sharpness, or its
       limit, is below the target's lower bound; otherwise every sharper minimum is already unstable;
     - multiplies η by ``cut`` if the loss is not finite or above the cap, and then holds it for
-      ``hold`` steps.
+      ``hold`` steps. Each cut halves the gate's distance from 1. After ``tries`` cuts η never rises
+      again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
+
+    The gate is ``gate`` without momentum. With momentum it is :func:`momentum_gate`, at which an
+    escape grows as fast.
 
     A measurement that did not converge never raises the rate, since it may be too low.
 
@@ -129,6 +148,7 @@ def gated_staircase(
         rate: relative change in one optimizer step; steps since the last measurement add up.
         cut: the factor after a failure.
         hold: steps without a change after a cut.
+        tries: cuts after which the rate stays at the last one that held.
 
     >>> margins = StabilityMargins(step=10, sharpness=20.0)
     >>> target = TargetRegion(sharpness=(0, 10.0))
@@ -143,7 +163,13 @@ def gated_staircase(
     goal = min(max(aim, measured.min_lr), measured.max_lr)
     low, _ = measured.target.bounds("sharpness")
     assert measured.sharpness is not None
+    step = measured.margins.step
+    if measured.ratio > 1:
+        state = {**state, "escaping": step}
     if math.isclose(lr, goal, rel_tol=1e-9):
+        state = {**state, "arrived": state.get("arrived", step)}
+        if step - state["arrived"] >= 100 * hold:
+            state = {name: value for name, value in state.items() if name != "cuts"}
         return measured.decide("keep", lr, "this is the target's rate"), state
     if lr > goal and measured.sharpness >= low and measured.limit >= low:
         why = f"every minimum sharper than the target is unstable from a rate of {aim:.4g} up"
@@ -151,13 +177,20 @@ def gated_staircase(
     if lr > goal:
         lowered = max(goal, lr * (1 - rate) ** passed)
         return measured.decide("lower", lowered, f"the target's rate is {goal:.4g}"), state
-    if not measured.margins.converged:
-        return measured.decide("hold", lr, UNCONVERGED), state
+    wait = _why_not_raise(measured, state, tries)
+    if wait is not None:
+        return measured.decide("hold", lr, wait), state
+    gate = momentum_gate(measured.rule, 1 + (gate - 1) / 2 ** state.get("cuts", 0))
     raised = min(goal, lr * (1 + rate) ** passed)
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
-        why = f"the sharpness is {measured.ratio:.2f} of its limit, at the gate {gate:g}: escaping"
+        share = f"the sharpness is {measured.ratio:.3g} of its limit"
+        return measured.decide("hold", lr, f"{share}, at the gate {gate:.4g}: escaping"), state
+    beta = measured.rule.momentum
+    calm = state.get("escaping", -math.inf) + beta / (1 - beta)
+    if measured.ratio <= 1 and step < calm:
+        why = f"the sharpness was above its limit, and momentum lasts until step {calm:.0f}"
         return measured.decide("hold", lr, why), state
     why = f"the target's rate is {goal:.4g}, and the sharpness {measured.ratio:.2f} of its limit"
     return measured.decide("raise", raised, why), state
@@ -171,6 +204,7 @@ def keep_margin(
     rate: float = 0.01,
     cut: float = 0.7,
     hold: int = 10,
+    tries: int = TRIES,
 ) -> tuple[Decision, State]:
     r"""Keep the sharpness at a share ρ of its limit: the law of :meth:`TargetRegion.within_limits`.
 
@@ -178,6 +212,7 @@ def keep_margin(
     at once if the ratio is above 1. Below ρ(1 − ``band``) it rises by at most ``rate`` a step. In
     between it stays. The rate follows the measurement, and the sharpness rises as the rate falls,
     so both would continue without end: ``min_lr`` must be positive. At this floor the law holds.
+    After ``tries`` cuts, for a loss that is not finite or above the cap, the rate never rises again.
 
     Args:
         measured: the measurement; its target must be a share of the limits.
@@ -186,6 +221,7 @@ def keep_margin(
         rate: relative change in one optimizer step.
         cut: the factor after a failure.
         hold: steps without a change after a cut.
+        tries: cuts after which the rate does not rise.
 
     Raises:
         ValueError: if the target is not a share of the limits, or ``min_lr`` is 0.
@@ -218,14 +254,44 @@ def keep_margin(
         # An unstable point leaves no time for small steps.
         slowest = lr * (1 - rate) ** passed if measured.ratio <= 1 else 0.0
         return measured.decide("lower", max(goal, slowest), why), state
-    if not measured.margins.converged:
-        return measured.decide("hold", lr, UNCONVERGED), state
+    wait = _why_not_raise(measured, state, tries)
+    if wait is not None:
+        return measured.decide("hold", lr, wait), state
     if measured.ratio >= share * (1 - band) or lr >= measured.max_lr:
         return measured.decide("keep", lr, why), state
     raised = lr * (1 + rate) ** passed
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / (share * (1 - band))))
     return measured.decide("raise", max(raised, lr), why), state
+
+
+def momentum_gate(rule: UpdateRule, gate: float) -> float:
+    r"""Return the ratio at which an escape with ``rule`` grows as fast as without momentum at ``gate``.
+
+    At ``gate`` times its limit gradient descent grows by :math:`\rho = 2\,\mathrm{gate} - 1` a step.
+    A linear mode of :class:`~stableopt.UpdateRule` with :math:`k = \eta a` has the characteristic
+    polynomial :math:`z^2 - (c + \beta - uk) z + \beta c - wk`, with :math:`c = 1 - \eta\lambda'`,
+    :math:`u = (1-\nu) + \nu(1-\tau)` and :math:`w = \beta(1-\nu)`. It has the root -ρ at
+
+    .. math:: k(\rho) = \frac{(\rho + c)(\rho + \beta)}{u\rho + w},
+
+    and the ratio is :math:`k(\rho)/k(1)`. Near the limit momentum grows faster than gradient descent.
+
+    >>> momentum_gate(UpdateRule(lr=0.1), 1.2)
+    1.2
+    >>> round(momentum_gate(UpdateRule(lr=0.1, momentum=0.9), 1.2), 4)
+    1.0376
+    """
+    beta, kept = rule.momentum, 1 - rule.lr * rule.decoupled_weight_decay
+    now, averaged = 1 - rule.momentum_share, rule.momentum_share
+    if rule.nesterov:
+        now, averaged = 1.0, beta
+    of_gradient = now + averaged * (1 - rule.dampening if beta else 1.0)
+
+    def at(growth: float) -> float:
+        return (growth + kept) * (growth + beta) / (of_gradient * growth + beta * now)
+
+    return gate if rule.plain else at(2 * gate - 1) / at(1.0)
 
 
 def why_diverging(margins: StabilityMargins, loss_cap: float) -> str | None:
@@ -242,6 +308,13 @@ def why_unusable(margins: StabilityMargins, name: str, value: float | None) -> s
     if margins.failure is not None:
         return f"the measurement failed: {margins.failure}"
     return f"the {name} was not measured" if value is None else None
+
+
+def _why_not_raise(measured: LRMeasured, state: State, tries: int) -> str | None:
+    """Return why no measurement, or not this one, permits to raise the rate; else ``None``."""
+    if state.get("cuts", 0) >= tries:
+        return f"the rate was cut {state['cuts']:.0f} times: it stays at the last one that held"
+    return None if measured.margins.converged else UNCONVERGED
 
 
 def _cut_or_wait(
@@ -263,7 +336,9 @@ def _cut_or_wait(
             # Weights that are not finite stay so at any rate, so a second cut is useless.
             held = f"{diverging}; the rate was cut already"
             return measured.decide("hold", measured.lr, held), passed, state
-        state |= {"held_until": step + hold, "lost": float(lost)}
+        cuts = state.get("cuts", 0) + 1
+        state = {name: value for name, value in state.items() if name != "arrived"}
+        state |= {"held_until": step + hold, "lost": float(lost), "cuts": cuts}
         return measured.decide("cut", cut * measured.lr, diverging), passed, state
     state |= {"lost": 0.0}
     why = why_unusable(margins, "sharpness", measured.sharpness)

@@ -41,6 +41,9 @@ class StabilityLR(LRScheduler):
     Every decision is appended to ``decisions`` and sent to the monitor's sinks. A measurement that
     failed or did not converge never raises the rate.
 
+    The rate of the fastest group stays within ``min_lr`` and ``max_lr``: a rate outside of them,
+    present or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
+
     In a distributed run rank 0 decides, and every rank must call ``step()``.
 
     Args:
@@ -56,7 +59,8 @@ class StabilityLR(LRScheduler):
         loss_cap: the probe loss above which training counts as diverging; by default only a loss
             that is not finite does. The loss at initialisation is a good cap: escapes stay below.
         restore: after a diverging loss, restore weights, buffers and optimizer state of the last
-            good measurement. Costs a copy of them at each measurement.
+            good measurement. Costs a copy of them at each measurement. By default only with
+            momentum, which carries weights on after the rate is cut, and not with sharded weights.
         kick: once the present point becomes unstable, move the weights along the top eigenvector by
             this fraction of their norm; 0 for no kick. A converged point has no gradient, and
             rounding errors take long to grow; 1e-3 is a good value.
@@ -98,7 +102,7 @@ class StabilityLR(LRScheduler):
         min_lr: float | None = None,
         max_lr: float | None = None,
         loss_cap: float = math.inf,
-        restore: bool = False,
+        restore: bool | None = None,
         kick: float = 0.0,
         dry_run: bool = False,
         last_epoch: int = -1,
@@ -109,6 +113,8 @@ class StabilityLR(LRScheduler):
                 "restore and kick copy rank 0's weights to all ranks, which is impossible for weights"
                 " sharded by fully_shard: leave them out"
             )
+        if restore is None:
+            restore = monitor.update_rule.momentum > 0 and not monitor.problem.sharded
         present = _fastest(optimizer)
         margin = target.share is not None
         self.monitor = monitor
@@ -130,12 +136,11 @@ class StabilityLR(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Decide if there is a fresh measurement; return the rate of each group. For ``step``."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        # torch calls step once in the constructor.
-        decision = self._act() if self._step_count > 1 else None
-        if decision is None:
+        changes = self._act()
+        if not changes:
             return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         # In this order of operations the fastest group gets exactly the decided rate.
-        return [decision.new * (float(rate) / decision.old) for rate in rates]
+        return [changes[-1].new * (float(rate) / changes[0].old) for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but optimizer and monitor, as plain numbers, lists and dicts."""
@@ -169,9 +174,9 @@ class StabilityLR(LRScheduler):
         self._step_count = state_dict["step_count"]
         self._seen, self._state = state_dict["seen"], dict(state_dict["law"])
 
-    def _act(self) -> Decision | None:
-        """Decide, change the weights if so decided, and return the change of the rates, if any."""
-        change = None
+    def _act(self) -> list[Decision]:
+        """Decide, change the weights if so decided, and return the changes of the rates."""
+        changes = []
         for decision in decide_together(
             self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
         ):
@@ -180,13 +185,45 @@ class StabilityLR(LRScheduler):
             if decision.kind in ("restore", "kick"):
                 self._change_weights(decision)
             elif decision.changes:
-                change = decision
-        return change
+                changes.append(decision)
+        return changes
 
     def _decide(self) -> list[Decision]:
+        present = _fastest(self.optimizer)
+        if present == 0:
+            return []
+        # Without effect in a dry run, it would be repeated at each step.
+        lr = present if self.dry_run else self._nearest(present)
+        bounded = [] if lr == present else self._bounded(present)
+        # torch calls step once in the constructor.
+        return [*bounded, *(self._by_law(lr) if self._step_count > 1 else [])]
+
+    def _nearest(self, lr: float) -> float:
+        """Return ``lr`` within the bounds, and the bound itself where it was rounded to a tensor."""
+        for bound in (self.min_lr, self.max_lr):
+            if math.isclose(lr, bound, rel_tol=self._rounding()):
+                return bound
+        return min(max(lr, self.min_lr), self.max_lr)
+
+    def _rounding(self) -> float:
+        """Return the relative rounding error of rates that are tensors."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return max((torch.finfo(r.dtype).eps for r in rates if isinstance(r, Tensor)), default=0.0)
+
+    def _bounded(self, lr: float) -> list[Decision]:
+        """Return the decision for a rate outside of the bounds, by more than rounding."""
+        bound, step = self._nearest(lr), self.monitor.step
+        if math.isclose(lr, bound, rel_tol=self._rounding()):
+            return []
+        if lr > bound:
+            why = f"the rate was above max_lr={bound:.4g}"
+            return [Decision("lr", "lower", lr, bound, why, step=step)]
+        why = f"the rate was below min_lr={bound:.4g}"
+        return [Decision("lr", "raise", lr, bound, why, step=step)]
+
+    def _by_law(self, lr: float) -> list[Decision]:
         margins = self.monitor.margins
-        lr = _fastest(self.optimizer)
-        if margins is None or margins.step == self._seen or lr == 0:
+        if margins is None or margins.step == self._seen:
             return []
         self._seen = margins.step
         if margins.limited_sharpness is not None and margins.converged:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
-from stableopt.steering.lr_laws import State
+from stableopt.steering.lr_laws import TRIES, State
 from stableopt.steering.target import TargetRegion, bounded_values
 
 __all__ = ["Situation", "verdict"]
@@ -37,8 +37,6 @@ class Situation:
     smallest: int = 1
     cuts: int = 0
 
-
-_TOO_MANY_CUTS = 3
 
 _FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
 
@@ -114,7 +112,7 @@ def _at_work(situation: Situation) -> bool:
 
 def _forbidden(situation: Situation, what: str) -> str | None:
     wanted = situation.target_lr
-    if situation.cuts >= _TOO_MANY_CUTS:
+    if situation.cuts >= TRIES:
         return f"{what}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
     if what.startswith("sharpness") and wanted is not None and wanted > situation.max_lr:
         if situation.lr < situation.max_lr:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -23,21 +24,27 @@ def at(s: float | None, batch_size: int, *, step: int = 10, **more: Any) -> Batc
     return BatchMeasured(margins, UpdateRule(lr=0.5), target, batch_size, 1000, **more)
 
 
+def averaged(s: float, **more: float) -> State:
+    """Return the state after so many measurements of ``s`` that no more is gained by averaging."""
+    return {"mean": s, "count": 16.0, **more}
+
+
 def test_it_goes_down_by_halves_to_what_the_box_forbids() -> None:
     """Catches a jump to the smallest batch, and one that stops above the box's."""
     size, sizes, step, state = 64, [], 0, {}
     while size > 3:
         decision, state = batch_staircase(at(4.5, size, step=step), state, gate=1.5, dwell=10)
         size, step = int(decision.new), step + 10
-        sizes.append(size)
+        sizes += [size] if decision.changes else []
     assert sizes == [32, 16, 8, 4, 3]
 
 
 def test_it_goes_on_below_the_box_while_the_non_uniformity_stays() -> None:
     """Catches trust in a box that several dimensions do not obey."""
-    decision, state = batch_staircase(at(4.21, 3, step=200), {"until": 200.0}, gate=1.5)
+    decision, state = batch_staircase(at(4.21, 3, step=200), averaged(4.21), gate=1.5)
     assert (decision.kind, decision.new) == ("lower", 2)  # its limit is 2.83
-    decision, _ = batch_staircase(at(4.21, 2, step=300), state, gate=3.0)
+    assert "mean" not in state  # the next average has measurements at the new size only
+    decision, _ = batch_staircase(at(4.21, 2, step=300), {**state, **averaged(4.21)}, gate=3.0)
     assert decision.new == 1
     decision, _ = batch_staircase(at(6.0, 1, step=400), state)
     assert (decision.kind, decision.new) == ("hold", 1)
@@ -60,7 +67,7 @@ def test_a_gate_that_holds_too_long_lets_the_next_size_pass() -> None:
     """Catches a batch of three that stays forever because two are 22 % further, and one that
     patience leads beyond the last gate.
     """
-    state: State = {"until": 0.0}
+    state = averaged(4.25)
     for step in (100, 200, 399):
         held, state = batch_staircase(at(4.25, 3, step=step), state)
         assert (held.kind, held.new) == ("hold", 3)  # 4.25 is 1.5 of the limit at two
@@ -80,13 +87,66 @@ def test_it_waits_for_the_effect_of_a_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("s", "kind"), [(3.99, "keep"), (4.01, "lower"), (1.91, "keep"), (1.89, "raise"), (3.0, "keep")]
+    ("s", "kind"), [(4.19, "keep"), (4.21, "lower"), (1.91, "keep"), (1.89, "raise"), (3.0, "keep")]
 )
 def test_it_has_hysteresis(s: float, kind: str) -> None:
     """Catches bounds that meet where the target is a point: the batch would go up and down."""
-    decision, _ = batch_staircase(at(s, 16), {})
+    decision, _ = batch_staircase(at(s, 16), averaged(s))
     assert decision.kind == kind
     assert decision.new == {"keep": 16, "lower": 8, "raise": 32}[kind]
+
+
+@pytest.mark.parametrize(("s", "kind"), [(4.79, "keep"), (4.81, "lower"), (1.61, "keep")])
+def test_one_measurement_decides_only_if_it_is_far_off(s: float, kind: str) -> None:
+    """Catches a law that trusts one measurement, and one that always waits for sixteen."""
+    decision, after = batch_staircase(at(s, 16), {})
+    assert decision.kind == kind
+    assert ("count" in after) == (kind == "keep")
+
+
+@pytest.mark.parametrize("share", [0.95, 0.99])
+def test_noise_does_not_lower_the_batch_again_and_again(share: float) -> None:
+    """Catches a size that falls whenever noise of 10 % exceeds the bound: nothing raises it again."""
+    for law, target in (
+        (batch_staircase, TargetRegion(non_uniformity=(0, 50.0))),
+        (keep_batch_margin, TargetRegion.within_limits(0.5)),
+    ):
+        rule, n = UpdateRule(lr=0.1), 10_000
+        s = share * (50.0 if law is batch_staircase else 0.5 * rule.max_non_uniformity(64, n))
+        for seed in range(5):
+            generator, size, state = random.Random(seed), 64, {}
+            for step in range(0, 5000, 25):
+                noisy = s * generator.uniform(0.9, 1.1)
+                margins = StabilityMargins(step=step, non_uniformity=noisy, loss=0.1)
+                decision, state = law(BatchMeasured(margins, rule, target, size, n), state)
+                size = int(decision.new)
+            assert size == 64
+
+
+def test_a_change_that_noise_hides_is_still_made() -> None:
+    """Catches averages so long that the batch never changes: s is 10 % above the bound."""
+    for seed in range(5):
+        generator, state, step = random.Random(seed), {}, 0
+        decision = None
+        while decision is None or not decision.changes:
+            step += 25
+            noisy = 4.4 * generator.uniform(0.9, 1.1)
+            decision, state = batch_staircase(at(noisy, 16, step=step), state)
+        assert decision.new == 8
+        assert step <= 16 * 25
+
+
+def test_a_batch_that_diverged_three_times_is_not_lowered_again() -> None:
+    """Catches a cycle: the target asks for a smaller batch, which diverges, for ever."""
+    size, state, sizes = 16, {}, []
+    for step in range(0, 4000, 10):
+        diverges = size < 16
+        measured = at(5.5, size, step=step, loss=9.0 if diverges else 0.1, loss_cap=1.0)
+        decision, state = batch_staircase(measured, state, gate=3.0)
+        size = int(decision.new)
+        sizes += [size] if decision.changes else []
+    assert sizes == [8, 16] * 3
+    assert "smaller batches diverged 3 times" in decision.why
 
 
 def test_a_lost_loss_asks_for_less_noise_once() -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
 from stableopt.stability import Measurement
@@ -21,6 +24,7 @@ from stableopt.steering.lr_laws import (
     State,
     gated_staircase,
     keep_margin,
+    momentum_gate,
     new_state,
 )
 
@@ -181,8 +185,141 @@ def test_bounds_of_the_rate_hold() -> None:
     sharper = TargetRegion(sharpness=(10.0, None))
     lowered, _ = gated_staircase(at(0.5, 1.0, step=999, min_lr=0.45, target=sharper), state)
     assert lowered.new == 0.45
-    held, _ = gated_staircase(at(0.1, a=None, max_lr=0.05), state)
-    assert held.new == 0.1
+    outside, _ = gated_staircase(at(0.1, a=None, max_lr=0.05), state)
+    assert (outside.kind, outside.new) == ("lower", 0.05)
+    assert "max_lr=0.05" in outside.why
+
+
+losses = st.sampled_from([0.1, 0.9, 1.1, 50.0])
+sharpnesses = st.one_of(st.none(), st.floats(0.01, 1e3))
+failures = st.sampled_from([None, None, None, "not finite: the loss is nan", "RuntimeError: x"])
+
+
+@given(
+    lr=st.floats(1e-4, 10.0),
+    bounds=st.tuples(st.floats(1e-3, 1.0), st.floats(1e-3, 1.0)).map(sorted),
+    measured=st.lists(st.tuples(losses, sharpnesses, failures, st.integers(1, 30)), max_size=30),
+    target=st.sampled_from(
+        [
+            TargetRegion(sharpness=(0, 5.0)),
+            TargetRegion(sharpness=(5.0, 8.0)),
+            TargetRegion(sharpness=(50.0, None)),
+            TargetRegion.within_limits(0.7),
+        ]
+    ),
+    momentum=st.sampled_from([0.0, 0.9]),
+)
+def test_rates_stay_within_their_bounds_and_cuts_never_raise(
+    lr: float, bounds: list[float], measured: list[Any], target: TargetRegion, momentum: float
+) -> None:
+    """Catches a bound that a cut, a present rate or a rate that stays escapes."""
+    law = gated_staircase if target.share is None else keep_margin
+    low, high = bounds
+    state, step = new_state(), 0
+    for loss, a, failure, passed in measured:
+        step += passed
+        margins = StabilityMargins(step=step, loss=loss, sharpness=a, failure=failure)
+        rule = UpdateRule(lr=lr, momentum=momentum)
+        decision, state = law(LRMeasured(margins, rule, target, low, high, loss_cap=1.0), state)
+        assert low <= decision.new <= high
+        assert decision.old == lr
+        assert decision.kind not in ("cut", "lower") or decision.new <= lr
+        assert decision.kind != "raise" or decision.new >= lr
+        assert decision.kind not in ("keep", "hold") or decision.new == lr
+        lr = decision.new
+
+
+def test_three_cuts_end_the_climb() -> None:
+    """Catches a cycle of climbs and cuts. The loss a w^2 / 2 with a = 2 is stable up to a rate of 1,
+    and the target asks for 2.
+    """
+    target, lr, w, state = TargetRegion(sharpness=(0, 1.0)), 0.5, 1.0, new_state()
+    decisions = []
+    for step in range(1, 6001):
+        w = (1 - 2 * lr) * w + 1e-3 * (-1) ** step
+        margins = StabilityMargins(step=step, sharpness=2.0, loss=w * w)
+        measured = LRMeasured(margins, UpdateRule(lr=lr), target, loss_cap=4.0)
+        decision, state = gated_staircase(measured, state)
+        decisions.append(decision)
+        lr = decision.new
+    cuts = [decision for decision in decisions if decision.kind == "cut"]
+    assert len(cuts) == 3
+    # Each attempt is gentler: the gate's distance from 1 is halved. At a = 2 the limit is 1.
+    assert [cut.old for cut in cuts] == pytest.approx([1.2, 1.1, 1.05], rel=1e-9)
+    assert lr == cuts[-1].new == pytest.approx(0.7 * 1.05, rel=1e-9)
+    assert not any(decision.changes for decision in decisions[cuts[-1].step :])
+    assert "cut 3 times: it stays at the last one that held" in decisions[-1].why
+    # Rates that have held the target for long are evidence that the failures are past.
+    held = {"step": 0.0, "cuts": 3.0}
+    for step, cuts_left in ((10, 3.0), (1009, 3.0), (1010, None)):
+        _, held = gated_staircase(at(0.2, 9.0, step=step), held)
+        assert held.get("cuts") == cuts_left
+
+
+def test_a_margin_does_not_rise_after_three_cuts() -> None:
+    """Catches the same cycle in the other law: here the noise makes half the limit unstable."""
+    lr, state, kinds = 0.1, new_state(), []
+    for step in range(0, 20_000, 10):
+        margins = StabilityMargins(step=step, sharpness=5.0, loss=9.0 if lr > 0.15 else 0.1)
+        rule = UpdateRule(lr=lr)
+        measured = LRMeasured(margins, rule, HALF, min_lr=0.01, max_lr=1.0, loss_cap=1.0)
+        decision, state = keep_margin(measured, state)
+        kinds.append(decision.kind)
+        lr = decision.new
+    assert kinds.count("cut") == 3
+    assert kinds[-1] == "hold"
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_an_escape_at_the_momentum_gate_grows_as_without_momentum(nesterov: bool) -> None:
+    """Catches a wrong gate; the oracle is the iteration on a parabola."""
+    rule = UpdateRule(lr=0.1, momentum=0.9, nesterov=nesterov)
+    a = momentum_gate(rule, 1.2) * rule.max_sharpness
+    w, m = 1.0, 0.0
+    for _ in range(200):
+        former = w
+        m = 0.9 * m + a * w
+        w -= 0.1 * (a * w + 0.9 * m if nesterov else m)
+    assert w / former == pytest.approx(-(2 * 1.2 - 1), rel=1e-9)
+    assert momentum_gate(UpdateRule(lr=0.1), 1.3) == 1.3
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("lr", [0.05, 0.12])
+def test_stored_momentum_does_not_make_the_toy_diverge(lr: float, every: int) -> None:
+    """Catches a gate for gradient descent: with momentum 0.9 a third of these runs diverged."""
+    target, lr_goal = TargetRegion(sharpness=(0, 4.0)), 0.95
+    for seed in range(3):
+        u, v, mu, mv, state = 4.981 + 1e-3 * seed, 1 / 4.98, 0.0, 0.0, new_state()
+        rate = lr
+        for step in range(1, 801):
+            error = u * v - 1
+            mu, mv = 0.9 * mu + error * v, 0.9 * mv + error * u
+            u, v = u - rate * mu, v - rate * mv
+            if step % every == 0:
+                loss = (u * v - 1) ** 2 / 2
+                margins = StabilityMargins(step=step, loss=loss, sharpness=sharpness(u, v))
+                rule = UpdateRule(lr=rate, momentum=0.9)
+                decision, state = gated_staircase(
+                    LRMeasured(margins, rule, target, loss_cap=5.0), state
+                )
+                assert decision.kind != "cut"
+                rate = decision.new
+        assert rate == pytest.approx(lr_goal, rel=1e-12)
+        assert sharpness(u, v) < 4.0
+
+
+def test_momentum_is_waited_for() -> None:
+    """Catches a rise while the momentum of an escape still moves the weights."""
+
+    def with_momentum(a: float, step: int) -> LRMeasured:
+        margins = StabilityMargins(step=step, sharpness=a, loss=0.01)
+        return LRMeasured(margins, UpdateRule(lr=0.1, momentum=0.9), TARGET)
+
+    _, state = gated_staircase(with_momentum(38.1, 10), new_state())  # the limit is 38
+    for step, kind in ((11, "hold"), (18, "hold"), (20, "raise")):
+        decision, state = gated_staircase(with_momentum(30.0, step), state)
+        assert decision.kind == kind
 
 
 def test_a_lost_loss_is_cut_once_and_held() -> None:

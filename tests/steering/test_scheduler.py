@@ -324,6 +324,63 @@ def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstabl
     monitor.close()
 
 
+@pytest.mark.parametrize(
+    ("momentum", "restore", "keeps"), [(0.0, None, False), (0.9, None, True), (0.9, False, False)]
+)
+def test_weights_are_kept_where_momentum_needs_it(
+    momentum: float, restore: bool | None, keeps: bool
+) -> None:
+    """Catches momentum that carries the weights on after the rate was cut, and a copy that plain
+    gradient descent, which a lower rate stops, pays for nothing.
+    """
+    run = Run(momentum=momentum)
+    options = {} if restore is None else {"restore": restore}
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT, **options)
+    run.go(scheduler, 1)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        run.go(scheduler, 1, Y * math.nan)
+    assert bool(run.weights()[0].isfinite().all()) == keeps
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_rate_outside_of_its_bounds_moves_to_the_nearer(tensor: bool) -> None:
+    """Catches bounds that only new rates obey, a cut that raises the rate, and a float32 rate that
+    is moved at each step because 0.3 is not a float32 number.
+    """
+
+    def rate(lr: float) -> Any:
+        return torch.tensor(lr) if tensor else lr
+
+    high = Run(lr=rate(0.5))
+    scheduler = StabilityLR(high.optimizer, high.monitor, FLAT, max_lr=0.3)
+    assert high.rates() == [pytest.approx(0.3, rel=1e-7)]  # float32 rounds by 6e-8
+    high.go(scheduler, 3)
+    assert [(d.kind, d.what) for d in scheduler.decisions] == [("lower", "lr"), ("keep", "lr")]
+    assert high.rates() == [pytest.approx(0.3, rel=1e-7)]
+
+    low = Run(lr=rate(0.05))
+    scheduler = StabilityLR(low.optimizer, low.monitor, FLAT, min_lr=0.4, loss_cap=1e-9)
+    low.go(scheduler, 1)
+    assert [(d.kind, d.changes) for d in scheduler.decisions] == [("raise", True), ("cut", False)]
+    assert low.rates() == [pytest.approx(0.4, rel=1e-7)]
+
+    dry = Run(lr=rate(0.5))
+    scheduler = StabilityLR(dry.optimizer, dry.monitor, FLAT, max_lr=0.3, dry_run=True)
+    dry.go(scheduler, 2)
+    assert dry.rates() == [0.5]
+
+
+def test_bounds_hold_beside_other_schedulers_and_without_measurements() -> None:
+    """Catches bounds that wait for the next measurement, and groups that lose their ratios."""
+    run = Run(every=1000, groups=(0.4, 0.1))
+    steering = StabilityLR(run.optimizer, run.monitor, FLAT, min_lr=0.2)
+    scheduler = ChainedScheduler([ExponentialLR(run.optimizer, 0.7), steering])
+    for _ in range(4):
+        run.go(scheduler)
+        assert run.rates()[0] >= 0.2
+    assert run.rates() == [0.2, pytest.approx(0.05)]
+
+
 def test_a_law_of_ones_own() -> None:
     """Catches a scheduler that knows its laws."""
 
