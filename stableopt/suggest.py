@@ -4,10 +4,11 @@ It prints them for each batch size and each of plain SGD, SGD with momentum 0.9,
 
     print(stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(1, 16, 64)))
 
-Above them training leaves this point; they do not say which rate learns best. The threshold is exact in
-mean square, for the Gauss–Newton matrix, if all its directions are affordable, and at most the limit
-that the Hessian's sharpness sets without noise. With too many directions, or if the model's outputs are
-not separate from its loss, it is an upper bound.
+Above them training leaves this point; they do not say which rate learns best. Where all samples are
+fitted the threshold is exact in mean square if all directions are affordable; elsewhere for few
+parameters (:func:`~stableopt.critical_lr`). Otherwise, and if the model's outputs are not separate from
+its loss, it is an upper bound. Where the Hessian has negative curvature no learning rate is stable; the
+bounds are then those of the directions of positive curvature, as a note says.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eig
 from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import require_samples
+from stableopt.stability.mean_square.choice import FITTED, curvature_of
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
+from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, leaves
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.rules.limits import LinearStep, noise_factor
-from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
 __all__ = ["Suggestion", "Suggestions", "suggest"]
 
@@ -52,10 +55,12 @@ class Suggestion:
     """The answer for one optimizer and one batch size.
 
     Attributes:
-        optimizer: ``"SGD"``, ``"SGD, momentum 0.9"`` or ``"AdamW"``.
+        optimizer: ``"SGD"``, ``"SGD, momentum 0.9"``, ``"AdamW"``, or the name of a running optimizer
+            of another class.
         batch_size: samples in a step.
         lr: the largest stable learning rate, or an upper bound.
-        lower: a learning rate that is certainly stable; ``None`` if none is known.
+        lower: a learning rate up to which no second moment grows, as for
+            :class:`~stableopt.stability.CriticalLR`; ``None`` if none is known.
         exact: whether ``lr`` is the threshold itself rather than a bound.
         seconds: wall time, without the part that all answers share.
     """
@@ -144,12 +149,14 @@ def suggest(
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
         batch_sizes: the batch sizes; by default 1, 4, 16, ... and all samples.
-        optimizer: a running Adam or AdamW, whose second moments and betas are used for AdamW.
-            Without it, AdamW has the second moments that it would reach by staying at this point,
-            :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, estimated from 64 samples. Its weight
-            decay, which changes the limit by a factor :math:`1-\eta\lambda/2`, is ignored.
+        optimizer: a running optimizer with a diagonal preconditioner, such as AdamW, whose second
+            moments and betas are used; one whose second moments under noise are not known, such as
+            NAdam, has the bound of the full batch. Without it, AdamW has the second moments that it
+            would reach by staying at this point, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`,
+            estimated from 64 samples. Its weight decay, which changes the limit by a factor
+            :math:`1-\eta\lambda/2`, is ignored.
         dataset_size: samples in the training set, if ``data`` is a part of it.
-        max_rows: rows nC up to which all directions are used, and the answer is exact.
+        max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
         seed: seed of the eigen-solvers.
 
     Raises:
@@ -177,9 +184,11 @@ def suggest(
         rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
     if optimizer is not None:
         seen, step = _as_adam_sees(problem, optimizer)
-        notes.append("AdamW: with the second moments of the optimizer's last step")
+        name = type(base_optimizer(optimizer)).__name__
+        name = _ADAMW if name == "Adam" else name  # without weight decay they are one
+        notes.append(f"{name}: with the second moments of the optimizer's last step")
         adam = search.at(seen)
-        rows += [search.answer(_ADAMW, adam, step, batch_size) for batch_size in sizes]
+        rows += [search.answer(name, adam, step, batch_size) for batch_size in sizes]
     else:
         notes.append("AdamW: with the second moments that batches have here, beta1 = 0.9")
         if _stride(problem) > 1:
@@ -206,7 +215,8 @@ class _Point:
     """The curvature at the point, in an optimizer's coordinates."""
 
     sharpness: float
-    samples: SampleCurvature | None
+    least: float
+    samples: SampleCurvature | HessianCurvature | None
 
 
 @dataclass(frozen=True)
@@ -219,10 +229,13 @@ class _Search:
 
     def at(self, problem: Problem) -> _Point:
         """Measure a problem in its coordinates."""
-        sharpness = top_eigenpair(Hessian(problem), tol=1e-2, seed=self.seed).value
+        hessian = Hessian(problem)
+        sharpness = top_eigenpair(hessian, tol=1e-2, seed=self.seed).value
         try:
-            samples = SampleCurvature.from_problem(
+            samples, _ = curvature_of(
                 problem,
+                "auto",
+                LinearStep(1.0),
                 max_rows=self.max_rows,
                 directions=min(_DIRECTIONS, problem.num_params),
                 differences=True,
@@ -230,27 +243,35 @@ class _Search:
             )
         except (ValueError, TypeError, SecondDerivativeError) as error:
             self.notes.append(f"bounds by the sharpness alone: {error}")
-            return _Point(sharpness, None)
-        return _Point(sharpness, samples)
+            least = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
+            if least < -FITTED * abs(sharpness):
+                self.notes.append(f"no rate is stable: {leaves(least)}")
+            return _Point(sharpness, least, None)
+        return _Point(sharpness, 0.0, samples)
 
     def answer(self, name: str, at: _Point, step: LinearStep, batch_size: int) -> Suggestion:
         """Return the threshold for one batch size."""
         began = time.perf_counter()
         edge = step.max_lr(at.sharpness)
         noise = noise_factor(batch_size, self.dataset_size)
-        if at.samples is None:
-            # Without noise the edge of the Hessian is the threshold itself.
+        if at.samples is None or (noise and step.momentum_share != 1):
+            if at.samples is not None:
+                self.notes.append(
+                    f"{name}: bounds of the full batch, since its second moments are not known"
+                )
+            # Without noise the edge of the Hessian is the threshold itself, if it has a minimum.
+            exact = noise == 0 and at.least >= -FITTED * abs(at.sharpness)
             seconds = time.perf_counter() - began
-            whole_set = noise == 0
-            return Suggestion(
-                name, batch_size, edge, edge if whole_set else None, whole_set, seconds
-            )
+            return Suggestion(name, batch_size, edge, edge if exact else None, exact, seconds)
         found = threshold(at.samples, step, noise, seed=self.seed)
+        if found.obstacle is not None:
+            self.notes.append(f"no rate is stable: {found.obstacle}")
         return Suggestion(
             name,
             batch_size,
-            min(found.value, edge),
-            min(found.lower, edge),
+            # The search of the sharpness may end below it by its tolerance.
+            found.value if found.exact else min(found.value, edge),
+            found.lower or None,
             found.exact and found.converged,
             time.perf_counter() - began,
         )
@@ -278,7 +299,8 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
             " that its second moments are known; leave it out for those of this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
-    return as_seen_by(problem, rule, optimizer), LinearStep(1.0, rule.momentum, rule.dampening)
+    seen = as_seen_by(problem, rule, optimizer).without_weight_decay()
+    return seen, dataclasses.replace(rule.linear_step, lr=1.0)
 
 
 def _stride(problem: Problem) -> int:

@@ -94,7 +94,8 @@ def test_a_running_adam_brings_its_second_moments() -> None:
 
 def test_bounds_where_the_threshold_is_out_of_reach() -> None:
     """Catches a bound sold as the threshold: for too many directions, for a loss inside the model."""
-    model, data = small_network(), small_data()
+    model, (x, _) = small_network(), small_data()
+    data = (x, model(x).detach())
     exact = stableopt.suggest(model, MSE, data, batch_sizes=(2,))
     few = stableopt.suggest(model, MSE, data, batch_sizes=(2,), max_rows=1)
     batch = {"x": data[0], "y": data[1]}
@@ -156,3 +157,52 @@ def test_the_order_of_the_samples_does_not_matter_for_adam() -> None:
     assert rates[0] == pytest.approx(
         rates[1], rel=1e-3
     )  # sums in another order, and the solver's tol
+
+
+def test_nadam_is_not_adam() -> None:
+    """Catches NAdam's answer by Adam's formula, eleven times too large: at the full batch it is the
+    edge of its own rule, and with noise no more than that, as a bound.
+    """
+    model, (x, y) = scalars()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+    rule = UpdateRule.from_optimizer(optimizer)
+    P = rule.preconditioner
+    assert isinstance(P, DiagonalPreconditioner)
+    top = 5.0 * float(P @ torch.ones(1, dtype=torch.float64))
+    edge = rule.linear_step.max_lr(top)
+    assert rule.linear_step.momentum_share != 1
+    found = stableopt.suggest(model, MSE, (x, y), batch_sizes=(1, 2), optimizer=optimizer)
+    assert found.answer("NAdam", 2).lr == pytest.approx(edge, rel=1e-6)
+    assert found.answer("NAdam", 2).exact
+    assert found.answer("NAdam", 1).lr == pytest.approx(edge, rel=1e-6)
+    assert not found.answer("NAdam", 1).exact
+    assert found.answer("NAdam", 1).lower is None
+    assert any("NAdam: bounds of the full batch" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bounds_of_leading_directions_are_bounds(seed: int) -> None:
+    """Catches an upper bound below the threshold with momentum, where eigenvectors have not converged,
+    and one far above it where many directions of little curvature decide: with one-hot inputs eta* is
+    2B/k_max, and the leading directions have a small share of the noise.
+    """
+    model, data = nn.Linear(60, 1, bias=False).double(), torch.eye(60, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    x = data + 0.05 * torch.randn(60, 60, generator=generator, dtype=torch.float64)
+    fitted = (x, model(x).detach())
+    exact = stableopt.suggest(model, MSE, fitted, batch_sizes=(1, 4))
+    few = stableopt.suggest(model, MSE, fitted, batch_sizes=(1, 4), max_rows=1, seed=seed)
+    for name in ("SGD", "SGD, momentum 0.9"):
+        for batch_size in (1, 4):
+            known, bound = exact.answer(name, batch_size), few.answer(name, batch_size)
+            assert known.exact
+            assert not bound.exact
+            assert bound.lower is not None
+            # 1e-4: the tolerance of the exact search.
+            assert bound.lower <= known.lr * (1 + 1e-4)
+            assert known.lr * (1 - 1e-4) <= bound.lr
+            assert bound.lr <= 1.5 * known.lr

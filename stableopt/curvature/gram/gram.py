@@ -29,7 +29,7 @@ from stableopt.curvature.problem.over_chunks import gather_over_chunks
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.curvature.products.linearization_cache import MEMORY
 
-__all__ = ["DualCurvature", "Modes", "count_outputs", "largest_block", "project"]
+__all__ = ["DualCurvature", "Modes", "SampleSizes", "count_outputs", "project", "sample_sizes"]
 
 _COPIES = 3
 """Tensors of a row's size that are alive at once while a chunk of rows is made."""
@@ -205,22 +205,44 @@ def project(problem: Problem, basis: Tensor) -> Modes:
     return Modes.from_factors(gather_over_chunks(problem, rows))
 
 
-def largest_block(problem: Problem, *, memory: int = MEMORY) -> float:
-    """Return the largest eigenvalue of any one sample's Gauss–Newton matrix.
+@dataclass(frozen=True)
+class SampleSizes:
+    """Sizes of the samples' own Gauss–Newton matrices.
+
+    Attributes:
+        count: samples n.
+        largest: the largest eigenvalue of any.
+        mean_trace: the mean of their traces, which is the trace of their mean.
+        mean_square: the mean of their squared Frobenius norms.
+    """
+
+    count: int
+    largest: float
+    mean_trace: float
+    mean_square: float
+
+
+def sample_sizes(problem: Problem, *, memory: int = MEMORY) -> SampleSizes:
+    """Return the sizes of single samples' Gauss–Newton matrices, from their rows.
 
     Raises:
         ValueError, TypeError: as :meth:`DualCurvature.from_problem`.
     """
     theta = problem.theta()
 
-    def largest(batch: Any, size: int) -> Tensor:
+    def eigenvalues(batch: Any, size: int) -> Tensor:
         rows = sample_rows(problem, theta, batch, size)
         blocks = torch.stack([part.double() @ part.double().mT for part in rows]).sum(0)
-        top: Tensor = torch.linalg.eigvalsh(blocks)[:, -1]
-        return top
+        values: Tensor = torch.linalg.eigvalsh(blocks).clamp(min=0)
+        return values
 
-    at_once = _at_once(problem, memory)
-    return max(0.0, float(gather_over_chunks(problem, largest, at_once).max()))
+    values = gather_over_chunks(problem, eigenvalues, _at_once(problem, memory))
+    return SampleSizes(
+        len(values),
+        float(values.max()),
+        float(values.sum(1).mean()),
+        float(values.square().sum(1).mean()),
+    )
 
 
 def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) -> Tensor:

@@ -7,16 +7,18 @@ analysis for SGD*, COLT 2024), extended to every form of ``torch.optim.SGD``. Th
     critical_lr(model, loss_fn, data, batch_size=4).value
     critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
     critical_batch_size(problem, lr=0.1)
+
+Where every sample is fitted its Hessian is its Gauss–Newton matrix, on whose rows the threshold is
+cheap; elsewhere the samples' own Hessians are used (:func:`curvature_of` decides by a measurement).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from stableopt._support.arguments import positive, whole
@@ -25,7 +27,9 @@ from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import require_samples
+from stableopt.stability.mean_square.choice import Choice, curvature_of, step_of
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
+from stableopt.stability.mean_square.hessian_curvature import HessianCurvature
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import mode_weights
 from stableopt.stability.rules.coordinates import as_seen_by, problem_of
@@ -48,19 +52,30 @@ class CriticalLR:
     r"""The largest learning rate at which a minimum is linearly stable in mean square.
 
     Attributes:
-        value: :math:`\eta^*`; above it some second moment grows. A search that did not converge
-            returns a value that is too large. Infinity if no sample has curvature.
-        lower: a learning rate up to which all second moments certainly stay bounded.
+        value: :math:`\eta^*` if ``exact``, else an upper bound; above it some second moment grows. A
+            search that did not converge returns a value that is too large. Infinity if no sample has
+            curvature.
+        lower: a learning rate up to which no second moment grows; 0 if none is known. If not all
+            directions were used it may rest on an eigen-solver's ``upper_bound``, which fails with a
+            probability of at most 1 %.
         theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
-            ``None`` with momentum, which it does not cover, and if not all directions were used.
-        full_batch: the largest learning rate without noise, :math:`2/(a+\lambda)` for plain SGD.
-        sharpness: :math:`\lambda_{\max}` of the Gauss–Newton matrix, on which all of this is based.
-        hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured. The two
-            agree if every sample is fitted; if they differ, :math:`\eta^*` is not that of the loss.
-        exact: whether all directions were used. If not, ``value`` is an upper bound.
+            ``None`` with momentum, which it does not cover, and with too many directions.
+        full_batch: the largest learning rate without noise in the directions of positive curvature,
+            :math:`2/(a+\lambda)` for plain SGD; an upper bound if not all directions were used.
+        sharpness: :math:`\lambda_{\max}` of the mean of the matrices that ``hessians`` names; with
+            leading directions only, never above it.
+        hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured.
+        exact: whether all directions of the matrices that ``hessians`` names were used, and there is no
+            ``obstacle``.
         converged: whether the search reached its tolerance.
         residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products in the eigen-solves.
+        hessians: ``"true"`` or ``"gauss-newton"``, the matrices of which all of this holds.
+        residual_share: the part of the samples' Hessians that is not Gauss–Newton
+            (:func:`~stableopt.curvature.per_sample.blocks.residual_share`); ``None`` if not measured.
+        obstacle: why no learning rate at all is stable, or ``None``: the Hessian has negative curvature,
+            or samples have curvature where their mean has none. ``value`` is then the bound that the
+            directions of positive curvature set, and ``lower`` is 0.
 
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
     >>> found = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
@@ -78,10 +93,13 @@ class CriticalLR:
     converged: bool
     residual: float
     products: int
+    hessians: str = "gauss-newton"
+    residual_share: float | None = None
+    obstacle: str | None = None
 
     @property
     def bracket(self) -> tuple[float, float]:
-        """A stable learning rate, and one above which all are unstable."""
+        """A stable learning rate, or 0 if none is known, and one above which all are unstable."""
         return self.lower, self.value
 
 
@@ -97,6 +115,7 @@ def critical_lr(
     max_rows: int = MAX_ROWS,
     directions: int = 32,
     with_hessian: bool = True,
+    hessians: Choice = "auto",
     tol: float = 1e-4,
     max_iter: int = 200,
     seed: int = 0,
@@ -109,9 +128,12 @@ def critical_lr(
         + \tfrac{\eta^2p}{n}\sum_i H_iXH_i,
 
     and with momentum it is the recursion of the pair (weight, buffer). :math:`\eta^*` never falls as B
-    grows. The curvature is in **Gauss–Newton form** :math:`H_i = J_i^\top L_iJ_i`, which equals the
-    Hessian if all samples are fitted: early in training, compare ``sharpness`` with
-    ``hessian_sharpness`` of the result. Coupled weight decay adds :math:`\lambda` to every curvature.
+    grows. Where all samples are fitted :math:`H_i` is the Gauss–Newton matrix :math:`J_i^\top L_iJ_i`,
+    whose rows make the threshold exact for any number of parameters. Elsewhere the samples' own
+    Hessians are used, and the threshold is exact up to
+    :data:`~stableopt.stability.mean_square.hessian_curvature.MAX_PARAMETERS` parameters; with more,
+    ``value`` is an upper bound. Where the Hessian has negative curvature no learning rate is stable, as
+    ``obstacle`` then says. Coupled weight decay adds :math:`\lambda` to every curvature.
 
     Args:
         model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
@@ -124,19 +146,25 @@ def critical_lr(
         update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is ignored.
             Plain SGD by default.
         dataset_size: samples in the training set, if ``data`` is only a part of it.
-        max_rows: rows nC up to which all directions are used. Above it, only the leading ones of the
-            mean curvature and, without momentum, of the samples' differences are used; ``exact`` is
-            then false and ``value`` an upper bound (with momentum, up to the directions' accuracy).
+        max_rows: rows nC up to which all directions of Gauss–Newton matrices are used. Above it, only
+            the leading ones of the mean curvature and, without momentum, of the samples' differences
+            are used; ``exact`` is then false and ``value`` an upper bound, which depends on ``seed``.
+            With Nesterov's momentum it is then that of the full batch.
         directions: the number of leading directions of each kind.
         with_hessian: whether to measure ``hessian_sharpness`` for comparison.
+        hessians: ``"true"``, the samples' own Hessians; ``"gauss-newton"``, their Gauss–Newton matrices,
+            whose threshold is not that of the loss unless all samples are fitted; or ``"auto"``,
+            Gauss–Newton if ``residual_share`` is at most
+            :data:`~stableopt.stability.mean_square.choice.FITTED`.
         tol: the largest residual at the crossing, relative to the eigenvalue; the error of the
             result is about its square.
         max_iter: the largest number of products.
         seed: seed of the eigen-solver.
 
     Raises:
-        ValueError: for arguments out of range; for a loss that is not convex in the outputs; for weight
-            decay that differs between directions, since the modes then differ from those of H.
+        ValueError: for arguments out of range; with Gauss–Newton matrices, for a loss that is not convex
+            in the outputs; for weight decay that differs between directions, since the modes then
+            differ from those of H.
         TypeError: for a model that does not return one tensor.
         NonFiniteError: if the curvature is not finite.
 
@@ -147,70 +175,79 @@ def critical_lr(
     0.294118
     """
     problem, batch_size = _problem_and(batch_size, model, loss_fn, data, update_rule)
-    step = _step(problem, update_rule)
+    step = step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     full_batch = batch_size is None or (update_rule is not None and update_rule.full_batch)
     size = _dataset_size(problem, dataset_size)
     noise = 0.0 if full_batch or batch_size is None else noise_factor(batch_size, size)
-    curvature = SampleCurvature.from_problem(
+    curvature, share = curvature_of(
         problem,
+        hessians,
+        step,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
-        differences=step.momentum == 0,
         seed=seed,
     )
     hessian_sharpness = None
     if with_hessian and isinstance(problem, Problem):
         without_decay = problem.without_weight_decay()
         hessian_sharpness = top_eigenpair(Hessian(without_decay), tol=1e-2, seed=seed).value
-    return threshold(
-        curvature,
-        step,
-        noise,
-        hessian_sharpness=hessian_sharpness,
-        tol=tol,
-        max_iter=max_iter,
-        seed=seed,
-    )
+    found = threshold(curvature, step, noise, tol=tol, max_iter=max_iter, seed=seed)
+    return replace(found, hessian_sharpness=hessian_sharpness, residual_share=share)
 
 
 def threshold(
-    curvature: SampleCurvature,
+    curvature: SampleCurvature | HessianCurvature,
     step: LinearStep,
     noise: float,
     *,
-    hessian_sharpness: float | None = None,
     tol: float = 1e-4,
     max_iter: int = 200,
     seed: int = 0,
 ) -> CriticalLR:
     """Return the critical learning rate from known curvature; ``noise`` is p of (8)."""
     edge = step.max_lr(curvature.sharpness)
-    theorem1 = (
-        curvature.theorem1_lr(noise, step) if step.momentum == 0 and curvature.exact else None
-    )
+    obstacle = curvature.obstacle(noise)
+    theorem1 = curvature.theorem1_lr(noise, step) if step.momentum == 0 else None
     found = Crossing(edge, edge, 0.0, 0, converged=True)
-    if noise > 0 and curvature.sharpness > 0:
-        family = Family(
-            curvature.modes,
-            lambda lr, h, other: mode_weights(h, other, replace(step, lr=lr)) + noise * h * other,
+    if noise > 0 and not curvature.empty:
+        own = curvature.in_modes(step)
+        families = curvature.families(
+            lambda lr, h, other: mode_weights(h, other, replace(own, lr=lr)) + noise * h * other,
             lambda lr: noise,
             edge,
+            step,
         )
-        found = first_crossing(family, tol=tol, max_iter=max_iter, seed=seed)
-    certain = found.lower if curvature.exact else curvature.stable_lr(noise, step)
+        found = _first(families, found, tol=tol, max_iter=max_iter, seed=seed)
+    certain = curvature.certain_lr(noise, step, found)
+    value = found.value
+    if isinstance(curvature, SampleCurvature):
+        value = min(value, curvature.bulk_lr(noise, step))
     return CriticalLR(
-        value=found.value,
-        lower=min(max(certain, theorem1 or 0.0), found.value),
+        value=value,
+        lower=min(max(certain, theorem1 or 0.0), value),
         theorem1=theorem1,
         full_batch=edge,
         sharpness=curvature.sharpness,
-        hessian_sharpness=hessian_sharpness,
-        exact=curvature.exact,
+        hessian_sharpness=None,
+        exact=curvature.exact and obstacle is None,
         converged=found.converged,
         residual=found.residual,
         products=found.products,
+        hessians=curvature.hessians,
+        obstacle=obstacle,
     )
+
+
+def _first(
+    families: Sequence[Family], known: Crossing, *, tol: float, max_iter: int, seed: int
+) -> Crossing:
+    """Return the first of the families' crossings, or what is known without them."""
+    found = [first_crossing(each, tol=tol, max_iter=max_iter, seed=seed) for each in families]
+    if not found:
+        return replace(known, lower=0.0)
+    best = min(found, key=lambda crossing: crossing.value)
+    return replace(best, products=sum(crossing.products for crossing in found))
 
 
 @renamed_keywords(problem="model")
@@ -224,6 +261,7 @@ def critical_batch_size(
     dataset_size: int | None = None,
     max_rows: int = MAX_ROWS,
     directions: int = 32,
+    hessians: Choice = "auto",
     tol: float = 1e-4,
     max_iter: int = 200,
     seed: int = 0,
@@ -243,13 +281,14 @@ def critical_batch_size(
         dataset_size: samples n in the training set.
         max_rows: rows nC up to which all directions are used.
         directions: the number of leading directions above that.
+        hessians: the matrices, as for :func:`critical_lr`.
         tol: the largest relative residual.
         max_iter: the largest number of products.
         seed: seed of the eigen-solver.
 
     Returns:
-        A number from 1 to n; ``None`` if even the full batch is unstable. If not all directions are
-        used, a lower bound.
+        A number from 1 to n; ``None`` if even the full batch is unstable, as it is where the Hessian
+        has negative curvature. If not all directions are used, a lower bound.
 
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.
@@ -260,30 +299,33 @@ def critical_batch_size(
     [1, 2, 3, None]
     """
     problem, lr = _problem_and(lr, model, loss_fn, data, update_rule)
-    lr, step = positive("lr", lr), _step(problem, update_rule)
+    lr, step = positive("lr", lr), step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     size = _dataset_size(problem, dataset_size)
-    curvature = SampleCurvature.from_problem(
+    curvature, _ = curvature_of(
         problem,
+        hessians,
+        step,
         max_rows=whole("max_rows", max_rows),
         directions=whole("directions", directions),
-        differences=step.momentum == 0,
         seed=seed,
     )
     edge = step.max_lr(curvature.sharpness)
-    if lr > edge * (1 + _ON_THE_EDGE):
+    if lr > edge * (1 + _ON_THE_EDGE) or curvature.obstacle(0.0) is not None:
         return None
-    if lr >= edge * (1 - _ON_THE_EDGE):
+    if lr >= edge * (1 - _ON_THE_EDGE) or curvature.obstacle(1.0) is not None:
         return size
-    if curvature.sharpness == 0:
+    if curvature.empty:
         return 1
-    family = Family(
-        curvature.modes,
-        lambda noise, h, other: mode_weights(h, other, replace(step, lr=lr)) + noise * h * other,
+    own = curvature.in_modes(step)
+    families = curvature.families(
+        lambda noise, h, other: mode_weights(h, other, replace(own, lr=lr)) + noise * h * other,
         lambda noise: noise,
         1.0,
+        step,
     )
-    largest = first_crossing(family, tol=tol, max_iter=max_iter, seed=seed).value
+    everything = Crossing(1.0, 1.0, 0.0, 0, converged=True)
+    largest = _first(families, everything, tol=tol, max_iter=max_iter, seed=seed).value
     smallest = size / (1 + largest * (size - 1))
     return min(max(math.ceil(smallest * (1 - _ON_THE_EDGE)), 1), size)
 
@@ -319,57 +361,3 @@ def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) ->
     if size < given:
         raise ValueError(f"dataset_size={size}: expected at least the {given} samples given")
     return size
-
-
-def _step(problem: Problem | DualCurvature, rule: UpdateRule | None) -> LinearStep:
-    """Return the rule's coefficients, with the weight decay of the problem's coordinates."""
-    rule = UpdateRule(lr=1.0) if rule is None else rule
-    if not isinstance(rule, UpdateRule):
-        raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
-    # A preconditioned rule's decay is in the problem's coordinates already.
-    decay = 0.0 if rule.preconditioned else rule.weight_decay
-    step = LinearStep(1.0, rule.momentum, rule.dampening, rule.nesterov, decay)
-    if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):
-        raise ValueError(
-            f"update_rule={rule}: expected the step of torch.optim.SGD, whose second moments are known"
-        )
-    if not isinstance(problem, Problem):
-        return step
-    if rule.maximize != (problem.sign < 0):
-        raise ValueError(
-            f"update_rule has maximize={rule.maximize}, but problem has sign={problem.sign}; pass"
-            " problem.transformed(sign=...)"
-        )
-    plain = all(isinstance(factor, float) and factor == 1.0 for factor in problem.scale)
-    p = rule.preconditioner
-    if p is not None and (plain or not p.diagonal or rule.unknown is not None):
-        raise ValueError(
-            f"update_rule has the preconditioner {p}: expected a diagonal one that is known, and"
-            " problem.transformed(scale=) by its roots, in whose coordinates it is one rate for all"
-        )
-    undecayed = any(rule.group_weight_decays) and not any(problem.weight_decay)
-    if (rule.group_lrs and plain) or undecayed:
-        raise ValueError(
-            "update_rule has several groups: expected problem.transformed(scale=, weight_decay=), in"
-            " whose coordinates it is one learning rate for all"
-        )
-    return replace(step, weight_decay=decay + _shared_decay(problem))
-
-
-def _shared_decay(problem: Problem) -> float:
-    """Return the number that the problem's weight decay adds to every curvature."""
-    if not any(problem.weight_decay):
-        return 0.0
-    added = [
-        decay * torch.as_tensor(factor, dtype=torch.float64) ** 2
-        for decay, factor in zip(problem.weight_decay, problem.scale, strict=True)
-    ]
-    least = min(float(part.min()) for part in added)
-    most = max(float(part.max()) for part in added)
-    if most - least > 1e-9 * abs(most):
-        raise ValueError(
-            f"weight decay adds from {least:.6g} to {most:.6g} to the curvature of different"
-            " parameters: expected one number for all, or the modes of the second moments differ from"
-            " those of H"
-        )
-    return most

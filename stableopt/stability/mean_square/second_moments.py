@@ -11,11 +11,15 @@ is a positive semi-definite map of symmetric X. :func:`mode_weights` is :math:`w
 depends on the update rule. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is
 the criterion of Mulayoff & Michaeli (*Exact mean square linear stability analysis for SGD*, COLT 2024).
 
-The matrix of a sample is :math:`F_i^\top F_i`, where :math:`F_i` has C rows. The map is positive exactly
-if the much smaller :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
+Gauss–Newton matrices are :math:`F_i^\top F_i`, where :math:`F_i` has C rows. The map is then positive
+exactly if the much smaller :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
+Hessians may be indefinite: :class:`MomentGain` is the same test on X itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +28,19 @@ from stableopt.curvature import Operator
 from stableopt.curvature.gram.gram import Modes
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["NoiseGain", "gather", "mode_weights"]
+__all__ = [
+    "HessianModes",
+    "MomentGain",
+    "NoiseGain",
+    "gather",
+    "mode_weights",
+    "sandwich",
+    "spills",
+]
+
+_CONVERGED = 1e-6
+"""Residual of an eigenvector, relative to its eigenvalue, that counts as rounding. A threshold changes
+by about as much."""
 
 
 def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tensor:
@@ -111,3 +127,97 @@ def gather(factors: Tensor, vector: Tensor) -> Tensor:
     n, outputs, _ = factors.shape
     own = vector.view(n, outputs, outputs) @ factors
     return factors.flatten(0, 1).T @ own.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class HessianModes:
+    r"""The mean's positive eigenvalues, and the samples' Hessians in its eigenbasis.
+
+    :math:`\frac1n\sum_i A_i = \mathrm{diag}(\text{eigenvalues})`, in double precision, with the
+    weight decay in every matrix.
+
+    Attributes:
+        eigenvalues: those of the mean, positive and ascending, ``(r,)``.
+        blocks: :math:`A_i`, ``(n, r, r)``; symmetric, and not necessarily positive.
+        spill: :math:`e_a \ge 0` ``(r,)``, with which :math:`\mathrm{diag}(e)` bounds the Gram matrix of
+            the residuals :math:`Hq_a - h_aq_a` of the eigenvectors; zero if they are exact.
+    """
+
+    eigenvalues: Tensor
+    blocks: Tensor
+    spill: Tensor
+
+
+def sandwich(blocks: Tensor, matrix: Tensor) -> Tensor:
+    r"""Return :math:`\frac1n\sum_i A_iXA_i` for symmetric A ``(n, r, r)`` and X ``(r, r)``."""
+    n, r, _ = blocks.shape
+    left = (blocks @ matrix).transpose(0, 1).reshape(r, n * r)
+    return left @ blocks.reshape(n * r, r) / n
+
+
+class MomentGain(Operator):
+    r"""The share of a second moment that noise replaces in a step: stable if no eigenvalue is above 1.
+
+    .. math:: Y \mapsto V^{-1/2} \circ \tfrac pn \textstyle\sum_i A_i\,(V^{-1/2} \circ Y)\,A_i,
+        \qquad V_{ab} = w_{ab} + p\,h_ah_b
+
+    on symmetric ``(r, r)`` matrices, flattened. The map is symmetric, and similar to
+    :math:`X \mapsto V^{-1} \circ \frac pn\sum_i A_iXA_i`, which preserves positive semi-definite X
+    if the entries of :math:`1/V` are a positive kernel, as those of exact modes are.
+
+    Args:
+        blocks: :math:`A_i`, ``(n, r, r)``.
+        weights: V, ``(r, r)``.
+        noise: p, :func:`~stableopt.stability.rules.limits.noise_factor`.
+
+    A product takes :math:`4nr^3` operations.
+
+    >>> samples = torch.tensor([[[3.0]], [[-1.0]]]).double()              # mean square 5
+    >>> MomentGain(samples, torch.tensor([[10.0]]).double(), noise=1.0) @ torch.ones(1).double()
+    tensor([0.5000], dtype=torch.float64)
+    """
+
+    def __init__(self, blocks: Tensor, weights: Tensor, noise: float) -> None:
+        super().__init__(blocks.shape[1] ** 2, torch.float64, blocks.device)
+        self._blocks, self._roots, self._noise = blocks, weights.rsqrt(), noise
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the matrix times ``vector`` ``(r^2,)``."""
+        # A random start is not symmetric; the map of its symmetric part is.
+        matrix = vector.view_as(self._roots)
+        inner = self._roots * (matrix + matrix.T) / 2
+        return (self._noise * self._roots * sandwich(self._blocks, inner)).flatten()
+
+
+def spills(
+    eigenvalues: Tensor, spill: Tensor, step: LinearStep
+) -> Iterator[tuple[Tensor, Tensor | float]]:
+    r"""Yield sets of modes, and what their weights lack of a bound, ``(k, k)`` or 0.
+
+    The contraction of a second moment in approximate eigenvectors exceeds that of :func:`mode_weights`
+    by what the residuals R add. With a heavy ball the weights contain
+    :math:`\frac{\beta}{1-\beta^2}(h_a-h_b)^2`, in which the square of H restricted to the vectors is
+    :math:`\mathrm{diag}(h^2) + R^\top R`. Plain SGD has no such term, and for Nesterov's momentum, whose
+    weights are not polynomials, no bound is known: only modes that are exact up to rounding are used,
+    if there are any. Fewer modes have less spill and fewer second moments, so that several sets are
+    tried.
+
+    Args:
+        eigenvalues: Ritz values ``(r,)``.
+        spill: r times the squared norm of each residual; its diagonal matrix bounds
+            :math:`R^\top R`.
+        step: the update rule.
+    """
+    exact = spill <= _CONVERGED**2 * eigenvalues**2
+    if step.momentum == 0 or bool(exact.all()):
+        yield torch.arange(len(spill), device=spill.device), 0.0
+    elif step.nesterov:
+        if bool(exact.any()):
+            yield exact.nonzero().flatten(), 0.0
+    else:
+        factor = step.momentum / (1 - step.momentum**2)
+        order = (spill / eigenvalues**2).argsort()
+        for count in {len(order), (len(order) + 1) // 2, (len(order) + 3) // 4}:
+            kept = order[:count].sort().values
+            own = factor * spill[kept] * count / len(order)
+            yield kept, own.unsqueeze(1) + own

@@ -60,10 +60,11 @@ class StabilityMargins:
             SGD.
         theorem1: the left side of condition (8), stable up to 1.
         critical_lr: the largest learning rate that is stable in mean square, or an upper bound if
-            there are too many directions: :func:`~stableopt.stability.critical_lr`, for the
-            Gauss–Newton matrix.
-        critical_lr_lower: a learning rate that is certainly stable, as are all smaller ones.
-        critical_lr_ratio: learning rate over the critical one, 1 at the edge.
+            there are too many directions or the Hessian has negative curvature:
+            :func:`~stableopt.stability.critical_lr`.
+        critical_lr_lower: a learning rate up to which no second moment grows; 0 if none is known.
+        critical_lr_ratio: learning rate over ``critical_lr``: above 1 it is unstable, and below 1
+            stable only if it is also below ``critical_lr_lower``.
         batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
             plain SGD stays.
         sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature import DualCurvature, GaussNewton, NonFiniteError, Problem
 from stableopt.curvature.eigen.leading import leading_eigenpairs
-from stableopt.curvature.gram.gram import Modes, largest_block, project
+from stableopt.curvature.gram.gram import Modes, project, sample_sizes
 from stableopt.curvature.gram.layer_gram import fully_connected
 from stableopt.curvature.operator import Operator
 
@@ -255,7 +255,7 @@ def test_leading_directions_span_what_they_say(network: nn.Module, data: Data) -
     grams = modes.factors @ modes.factors.mT
     assert relative_error(grams, rows @ basis @ (rows @ basis).mT) < 1e-12
     tops = torch.linalg.eigvalsh(rows @ rows.mT)[:, -1]
-    assert largest_block(problem, memory=1) == pytest.approx(float(tops.max()), rel=1e-12)
+    assert sample_sizes(problem, memory=1).largest == pytest.approx(float(tops.max()), rel=1e-12)
 
 
 def test_leading_eigenpairs_of_a_matrix_of_low_rank() -> None:

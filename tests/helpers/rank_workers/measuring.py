@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rank_workers.shares import SAMPLES, group, own
 from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
-from stableopt.curvature.gram.gram import largest_block, project
+from stableopt.curvature.gram.gram import project, sample_sizes
 from stableopt.stability.measure.batch_sharpness import batch_sharpness
 
 
@@ -70,7 +70,7 @@ def _products(problem: Problem) -> dict[str, Any]:
         "gauss-newton": (GaussNewton(problem) @ vector).tolist(),
         "gram": DualCurvature.from_problem(problem, memory=30_000).sharpness,
         "project": project(problem, basis).eigenvalues.tolist(),
-        "largest block": largest_block(problem),
+        "largest block": sample_sizes(problem).largest,
     }
     for method in ("structured", "vmap", "loop", "gauss-newton"):
         found[method] = (NonUniformity(problem, method=method) @ vector).tolist()

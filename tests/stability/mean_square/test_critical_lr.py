@@ -24,6 +24,11 @@ def half_square(z: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (z - y).square().flatten(1).sum(1).mean()
 
 
+def fitted(model: nn.Module, data: Data) -> Data:
+    """Return the data with targets that the model fits: Hessians are Gauss–Newton matrices there."""
+    return data[0], model(data[0]).detach()
+
+
 def linear_problem(rows: Tensor) -> Problem:
     """Return the problem whose samples have the Hessians J_i J_i^T, fitted by the present weights."""
     model = nn.Linear(rows.shape[1], 1, bias=False).double()
@@ -97,6 +102,7 @@ def test_groups_are_a_preconditioner(network: nn.Module, data: Data) -> None:
     coordinates must be that of the rows times D.
     """
     scale = [2.0, 0.5, 1.0, 3.0]
+    data = fitted(network, data)
     problem = Problem(network, nn.MSELoss(), data)
     x, _ = data
     jacobian = torch.stack(
@@ -142,10 +148,13 @@ def test_weight_decay_of_the_problem_or_the_rule(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_leading_directions_bracket_the_exact_rate(problem: Problem, momentum: float) -> None:
+def test_leading_directions_bracket_the_exact_rate(
+    network: nn.Module, data: Data, momentum: float
+) -> None:
     """Catches a restriction that is not a bound: with few directions the value lies above the exact one,
     and the stable rate below it; with all directions they agree.
     """
+    problem = Problem(network, nn.MSELoss(), fitted(network, data))
     rule = UpdateRule(1.0, momentum=momentum)
     for batch_size in (1, 3):
         exact = critical_lr(problem, batch_size, update_rule=rule, tol=1e-6)
@@ -153,8 +162,8 @@ def test_leading_directions_bracket_the_exact_rate(problem: Problem, momentum: f
         assert exact.exact
         assert not few.exact
         assert few.theorem1 is None
-        # Eigenvectors that have not converged are not a bound with momentum, by about their residual.
-        assert few.lower < exact.value < few.value * (1.0 + 0.02 * (momentum > 0))
+        # Also with momentum, and eigenvectors that have not converged; 1e-9: rounding.
+        assert few.lower < exact.value < few.value * (1.0 + 1e-9)
         assert few.value < 1.5 * exact.value
         full = critical_lr(
             problem, batch_size, update_rule=rule, max_rows=1, directions=38, tol=1e-6
@@ -204,6 +213,7 @@ def test_the_monitor_measures_them(network: nn.Module, data: Data) -> None:
 def test_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
     """Catches noise for an optimizer that has none."""
     descent = stableopt.GD(network.parameters(), lr=0.1)
+    data = fitted(network, data)
     found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=("critical_lr",))
     dual = DualCurvature.from_problem(Problem(network, nn.MSELoss(), data))
     assert found.critical_lr == pytest.approx(2 / dual.sharpness, rel=1e-12)

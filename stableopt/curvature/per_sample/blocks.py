@@ -1,0 +1,125 @@
+r"""`hessian_blocks`, `residual_share`: per-sample Hessians in a few directions, and their residual part.
+
+A sample's Hessian is :math:`H_i = J_i^\top L_i J_i + R_i`: its Gauss–Newton matrix, and the curvature of
+the outputs weighted by the slope of the loss, :math:`R_i = \nabla^2\langle q_i, z_i(\theta)\rangle` with
+:math:`q_i = \nabla_z f_i` held fixed. :math:`R_i` vanishes where the sample is fitted or the model is
+linear; in the mean over samples it may cancel without vanishing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.autodiff import vjp
+from stableopt.curvature.per_sample.generic import VMAP_MEMORY, samples_at_once
+from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.over_chunks import gather_over_chunks, vmap_over_samples
+from stableopt.curvature.problem.problem import Problem, Theta
+
+__all__ = ["hessian_blocks", "residual_share"]
+
+Scalar = Callable[[Theta, Any], Tensor]
+"""A differentiable function of the parameters and one sample."""
+
+
+def hessian_blocks(problem: Problem, basis: Tensor) -> Tensor:
+    r"""Return :math:`Q^\top H_i Q` of every sample, ``(n, k, k)``, for ``basis`` Q ``(d, k)``.
+
+    In the problem's coordinates, without weight decay, in double precision; the samples of all ranks in
+    their order. It takes k products with each :math:`H_i`, in memory that does not grow with n.
+
+    Raises:
+        SecondDerivativeError: for a model that cannot be differentiated twice.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2
+    >>> x = torch.tensor([[1.0], [2.0]]).double()
+    >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
+    >>> hessian_blocks(problem, torch.ones(1, 1).double()).flatten()
+    tensor([2., 8.], dtype=torch.float64)
+    """
+    found = _products(problem, problem.loss, basis, lambda product: basis.T @ product)
+    blocks = found.double()
+    return (blocks + blocks.mT) / 2
+
+
+def residual_share(problem: Problem, vectors: Tensor) -> float:
+    r"""Return how much of the samples' Hessians is not Gauss–Newton, along ``vectors`` ``(d, k)``.
+
+    It is :math:`(\sum_{i,v}\|R_iv\|^2 / \sum_{i,v}\|H_iv\|^2)^{1/2}`, of single samples, since the
+    :math:`R_i` may cancel in the mean; 0 if no sample has curvature along them.
+
+    Raises:
+        ValueError: for a problem from a batch loss, whose outputs are not known.
+        SecondDerivativeError: for a model that cannot be differentiated twice.
+
+    >>> class Square(torch.nn.Module):                       # f_i = (w^2 / 2 - y_i)^2
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.ones(1).double())
+    ...     def forward(self, x):
+    ...         return x * self.weight**2 / 2
+    >>> x, y = torch.ones(2, 1).double(), torch.tensor([[0.5], [1.5]]).double()
+    >>> problem = Problem(Square(), torch.nn.MSELoss(), (x, y))    # H_i = 2 and 2 - 2, R_i = 0 and -2
+    >>> residual_share(problem, torch.ones(1, 1).double())
+    1.0
+    """
+    loss_fn = problem.loss_fn
+    if loss_fn is None:
+        raise ValueError(
+            "problem: the part of its Hessians that is not Gauss–Newton needs the model's outputs apart"
+            " from the loss; build it as Problem(model, loss_fn, data)"
+        )
+
+    def along_slope(theta: Theta, sample: Any) -> Tensor:
+        outputs = problem.outputs(theta, sample)
+        slope = torch.func.grad(lambda z: problem.sign * loss_fn(z, sample[1]))(outputs.detach())
+        total: Tensor = (slope.detach() * outputs).sum()
+        return total
+
+    def squares(scalar: Scalar) -> float:
+        found = _products(problem, scalar, vectors, lambda product: product.double().square().sum())
+        return float(found.sum())
+
+    residual, whole = squares(along_slope), squares(problem.loss)
+    return (residual / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _products(
+    problem: Problem, scalar: Scalar, basis: Tensor, of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return ``of(A_i v)`` for all samples and columns v, ``(n, k, ...)``; A_i is ``scalar``'s Hessian.
+
+    Samples go through vmap, or one by one if it fails.
+    """
+    problem.check_twice()
+    problem = problem.without_weight_decay()
+    theta = problem.theta()
+    tangents = [tuple(problem.unflatten(vector)) for vector in basis.unbind(1)]
+
+    def one(sample: Any) -> Tensor:
+        gradient = torch.func.grad(lambda at: scalar(at, sample))
+        pull_back = torch.func.vjp(gradient, theta)[1]
+        return torch.stack([of(problem.flatten(pull_back(tangent)[0])) for tangent in tangents])
+
+    def one_alone(sample: Any) -> Tensor:
+        slopes = torch.autograd.grad(
+            scalar(theta, sample), theta, create_graph=True, allow_unused=True
+        )
+        return torch.stack(
+            [of(problem.flatten(vjp(slopes, theta, list(tangent)))) for tangent in tangents]
+        )
+
+    def rows(batch: Any, size: int) -> Tensor:
+        try:
+            found: Tensor = vmap_over_samples(one, batch, size)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            found = torch.stack([one_alone(cut(batch, i, i + 1)) for i in range(size)])
+        return found.detach()
+
+    return gather_over_chunks(problem, rows, max(1, samples_at_once(problem, VMAP_MEMORY)))
