@@ -55,9 +55,10 @@ class CriticalLR:
         value: :math:`\eta^*` if ``exact``, else an upper bound; above it some second moment grows. A
             search that did not converge returns a value that is too large. Infinity if no sample has
             curvature.
-        lower: a learning rate up to which no second moment grows; 0 if none is known. If not all
-            directions were used it may rest on an eigen-solver's ``upper_bound``, which fails with a
-            probability of at most 1 %.
+        lower: a learning rate up to which no second moment grows; 0 if none is known. With
+            Gauss–Newton matrices it holds for these, and so for the loss up to ``residual_share``. If
+            not all directions were used it may rest on an eigen-solver's ``upper_bound``, which fails
+            with a probability of at most 1 %.
         theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
             ``None`` with momentum, which it does not cover, and with too many directions.
         full_batch: the largest learning rate without noise in the directions of positive curvature,
