@@ -24,9 +24,6 @@ _CURIOUS = (0.3, 0.1)
 """Probability that two more products explore, at rest and while the top is moving. Without them,
 eigenvalues that rose among nine fixed eigenvectors were at times lost for five searches."""
 
-_EXPLORER_FIRST = 0.6
-"""Probability that the explorer comes before a kept direction."""
-
 _UNTESTED = 0.5
 """Norm of the part outside the tested directions that makes a direction untested."""
 
@@ -70,10 +67,9 @@ class EstimatedProjection:
         self._guess = float(self._diagonal.min())
         self._noise = float(second[kept:].norm())
         self._explored = 1
-        self._keen, order, row = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        self._keen, row = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         # Squared: the better ones more often.
-        wishes = [kept - 1, 1 + int(row**2 * (kept - 2))]
-        self._wishes = wishes if order < _EXPLORER_FIRST else wishes[::-1]
+        self._wishes = [kept - 1, 1 + int(row**2 * (kept - 2))]
         self._calm = True
 
     def learn(self, direction: Tensor, image: Tensor) -> None:

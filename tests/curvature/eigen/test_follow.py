@@ -81,6 +81,10 @@ def family(
         yield Spiked(bulk, rows, values), float(values.max())
 
 
+def rising(t: int, values: Tensor) -> None:
+    values[9] = min(0.2 * 1.3 ** max(t - 3, 0), 1.6)
+
+
 def follow(operators: Iterator[tuple[Spiked, float]]) -> tuple[list[int], list[float]]:
     """Return products and relative losses of warm measurements after one cold."""
     products, losses, kept = [], [], None
@@ -130,6 +134,22 @@ def test_the_top_is_followed_among_many(change: Values) -> None:
     assert statistics.median(products) <= 3
     assert max(losses) <= 0.13
     assert sum(loss > TOL for loss in losses) <= 3
+
+
+def test_one_that_rises_by_thirty_percent_each_time_is_seen_in_time() -> None:
+    """Catches an explorer that waits for its turn behind a kept direction: of these 152
+    measurements 16 were more than 3 % too low, one by 37 %.
+
+    Of 228 others 3.5 % are: more than 10 of 152 are with probability 2e-2.
+    """
+    late, products = 0, []
+    for seed in range(8):
+        rotation = 0.05 * (seed % 2)
+        taken, losses = follow(family(rising, 1000, seed, rotation=rotation, count=20))
+        late += sum(loss > TOL for loss in losses)
+        products += taken
+    assert late <= 10
+    assert statistics.median(products) <= 3
 
 
 def with_kept(operator: Operator, **arguments: object) -> tuple[Eigenpair, Tensor]:
