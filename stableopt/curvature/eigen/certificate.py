@@ -91,14 +91,14 @@ class StartPolynomials:
         return chances * self._chance(largest)
 
     def upper_bound(
-        self, largest: float, scale: float, uncertainty: float, rounding: float
+        self, largest: float, scale: float, uncertainty: float, nearest: float
     ) -> float | None:
         """Return a point above which an eigenvalue was missed with probability ``uncertainty`` at most.
 
-        ``largest`` is the largest Ritz value, ``scale`` the size of the numbers, and ``rounding`` the
-        least distance between the two. ``None`` if the bound would be far beyond that size.
+        ``largest`` is the largest Ritz value, ``scale`` the size of the numbers, and ``nearest`` the
+        least distance of the bound from it. ``None`` if the bound would be far beyond that size.
         """
-        low, high = math.log(rounding), math.log(_FARTHEST * scale)
+        low, high = math.log(nearest), math.log(_FARTHEST * scale)
         for _ in range(2):
             gaps = torch.linspace(low, high, _POINTS, dtype=torch.float64).exp()
             likely = self.missed(largest + gaps) > uncertainty

@@ -115,7 +115,9 @@ class LanczosIteration:
         if self.products == 1 or self.scale == 0.0:
             return None
         largest = float(self.values[-1])
-        return self._with_rest().upper_bound(largest, self.scale, UNCERTAINTY, self.rounding)
+        # Near convergence a start with little of the top vector has K's bound just below the eigenvalue.
+        nearest = max(self.rounding, float(self.residuals[-1]))
+        return self._with_rest().upper_bound(largest, self.scale, UNCERTAINTY, nearest)
 
     @property
     def rounding(self) -> float:

@@ -78,7 +78,7 @@ class Eigenpair:
             :math:`\lambda` with :math:`\sqrt{2d/(\pi K(\lambda))} = 0.002`, where
             :math:`K(\lambda) = \sum_j p_j(\lambda)^2` sums the search's own orthonormal polynomials
             (:mod:`~stableopt.curvature.eigen.certificate`). Where the Krylov space is exhausted, the
-            value is exact, and this is ``value + absolute_residual`` or rounding.
+            value is exact, and this is ``value + absolute_residual``, its least.
         subspace: with ``keep=True``, what the next search starts from: covectors ``(k, d)``,
             orthonormal: nine Ritz vectors, best first, and a direction to explore. Else ``None``.
     """
