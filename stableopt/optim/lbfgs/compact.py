@@ -12,6 +12,7 @@ from stableopt.curvature.products.blocked_rows import Rows, widest
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.optim.lbfgs.line_search import Number
 from stableopt.optim.lbfgs.memory import Move, damped_share
+from stableopt.optim.lbfgs.objective import wide_dot
 
 __all__ = ["CompactPairs"]
 
@@ -90,7 +91,7 @@ class CompactPairs:
         if self._latest is None or self._latest.shape[1] != len(gradient):
             self._latest = gradient.new_empty(2, len(gradient))
         y, direction = torch.sub(gradient, move.gradient, out=self._latest[0]), move.direction
-        return [y.dot(direction), y.dot(y), direction.dot(direction)]
+        return [wide_dot(y, direction), wide_dot(y, y), wide_dot(direction, direction)]
 
     def update(self, move: Move, gradient: Tensor, products: list[Number], damping: float) -> None:
         """Keep the pair of a move that ended at ``gradient``, if it has curvature."""

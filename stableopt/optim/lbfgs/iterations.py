@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stableopt.optim.lbfgs.line_search import Number, Trial, quotient, shortened, strong_wolfe
 from stableopt.optim.lbfgs.memory import Move, PairMemory
-from stableopt.optim.lbfgs.objective import Objective, largest
+from stableopt.optim.lbfgs.objective import Objective, largest, wide_dot
 
 __all__ = ["Ending", "Iterations"]
 
@@ -58,6 +59,11 @@ class Iterations:
         self.objective, self.options, self.state = objective, options, state
         self.memory, self.warn = memory, warn
         self.ending = ending if ending is not None and ending[1] == objective.versions() else None
+        # Torch's arithmetic overflows in half precision.
+        own = options["direction"] == "compact"
+        self._dot = wide_dot if own else Tensor.dot
+        kind = objective.dtype
+        self._sum = torch.float32 if own and kind in (torch.float16, torch.bfloat16) else kind
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
@@ -158,14 +164,14 @@ class Iterations:
             products = products or memory.numbers(*memory.products(self.last, gradient))
             memory.update(self.last, gradient, products, self.options["damping"])
             direction = self._scaled(memory.descent(self._scaled(gradient, copy=True)))
-            slope, size = memory.numbers(gradient.dot(direction), largest(direction))
+            slope, size = memory.numbers(self._dot(gradient, direction), largest(direction))
             if math.isfinite(slope) and math.isfinite(size) and not slope > 0:
                 return direction, slope, size, self.lr
             self.state["n_iter"] = 1
         memory.clear()
         direction = self._scaled(self._scaled(gradient.neg()))
         slope, size, total = memory.numbers(
-            gradient.dot(direction), largest(direction), gradient.abs().sum()
+            self._dot(gradient, direction), largest(direction), gradient.abs().sum(dtype=self._sum)
         )
         return direction, slope, size, min(1.0, quotient(1.0, total)) * self.lr
 
@@ -181,7 +187,7 @@ class Iterations:
         """Call the closure at the parameters, which are ``t`` along the direction."""
         loss, gradient = self.objective.evaluate()
         last = self.last
-        products = [gradient.dot(last.direction)] if slope and last is not None else []
+        products = [self._dot(gradient, last.direction)] if slope and last is not None else []
         if pair and last is not None:
             products += self.memory.products(last, gradient)
         numbers = self.memory.numbers(loss, largest(gradient), *products)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Objective", "kind_of", "largest"]
+__all__ = ["Objective", "kind_of", "largest", "wide_dot"]
 
 
 def largest(vector: Tensor) -> Tensor:
@@ -20,6 +20,19 @@ def largest(vector: Tensor) -> Tensor:
     """
     least, most = torch.aminmax(vector)
     return torch.maximum(most, -least)
+
+
+def wide_dot(one: Tensor, other: Tensor) -> Tensor:
+    """Return the inner product of two vectors, those of half precision in single precision.
+
+    Squares of float16 overflow from 256 on and underflow below 2e-4.
+
+    >>> wide_dot(torch.full((2,), 300.0).half(), torch.full((2,), 300.0).half())
+    tensor(180000.)
+    """
+    if one.dtype in (torch.float16, torch.bfloat16):
+        return one.float().dot(other.float())
+    return one.dot(other)
 
 
 def kind_of(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] | None:
@@ -66,6 +79,7 @@ class Objective:
         self._groups = groups
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._views = [torch.view_as_real(p) if p.is_complex() else p for p in self.params]
+        self.dtype = reduce(torch.promote_types, (view.dtype for view in self._views))
         self._decays = [group["weight_decay"] for group in groups for _ in group["params"]]
         self.evaluations = 0
         self.first_returned: Any = None

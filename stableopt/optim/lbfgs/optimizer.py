@@ -55,7 +55,8 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     - Groups may have their own ``lr`` and ``weight_decay``. With the rates
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is
       :math:`-\Lambda^{1/2}P\Lambda^{1/2}g`, which descends for all rates.
-    - Copies and pickles work.
+    - In half precision ``"compact"`` sums inner products in float32, so that they do not overflow.
+    - Copies and pickles work, and so does a state that other tools write, clear or cast.
 
     Memory: ``2 history_size + 8`` vectors of the parameters' size in addition to parameters and
     gradients, most of them allocated at the first pair if compact: the pairs, the direction, two
@@ -145,6 +146,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     def _forget(self) -> None:
         """Drop everything outside the state: it is rebuilt from the state, or dispensable."""
         self._memory: PairMemory | None = None
+        self._memory_of: tuple[dict[str, Any] | None, Any] = None, None
         self._ending: Ending | None = None
         self._warned: set[str] = set()
 
@@ -194,12 +196,20 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         exported = self.state.copy()
         for p, state in self.state.items():
             state = dict(state)
-            if self._memory is not None and "n_iter" in state:
-                state.update(self._memory.export())
+            if self._memory is not None and self._memory_of[0] is self.state[p]:
+                state = self._merged(state)
                 if "compact" in state:
                     state["compact"]["func_evals"] = state["func_evals"]
             exported[p] = {name: _copied(value) for name, value in state.items()}
         return exported
+
+    def _merged(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return ``state`` with the memory, in which entries that others wrote count for more."""
+        assert self._memory is not None
+        exported = self._memory.export()
+        if any(name in state for name in MEMORY):
+            exported.pop("compact", None)  # products of the former pairs
+        return {**exported, **state}
 
     @torch.no_grad()
     def inverse_hessian_matvec(self, vectors: Tensor) -> Tensor:
@@ -233,18 +243,26 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         options = self.param_groups[0]
         wanted: type[CompactPairs | TwoLoopPairs]
         wanted = CompactPairs if options["direction"] == "compact" else TwoLoopPairs
-        memory, capacity = self._memory, options["history_size"]
+        capacity, (owner, own_kind) = options["history_size"], self._memory_of
+        # Others may have replaced the state, or written parts of it.
+        memory = self._memory if owner is state else None
+        written = any(name in state for name in MEMORY)
         former = state.get("prev_flat_grad")
         if former is not None and (len(former), former.dtype, former.device) != kind:
             # Parameters were added, cast or moved.
             for name in ("d", "t", "prev_flat_grad", "prev_loss", *MEMORY):
                 state.pop(name, None)
             state["n_iter"], memory = 0, None
-        elif type(memory) is wanted and memory is not None and memory.capacity == capacity:
-            return memory
         elif memory is not None:
-            state.update(memory.export())
-        memory = self._memory = wanted(capacity, state)
+            same = type(memory) is wanted and memory.capacity == capacity
+            if same and not written and own_kind == kind:
+                return memory
+            state.update(self._merged(state))
+        for name in ("old_dirs", "old_stps", "ro"):
+            if state.get(name):
+                state[name] = [_like(value, kind) for value in state[name]]
+        memory, self._memory_of = wanted(capacity, state), (state, kind)
+        self._memory = memory
         for name in MEMORY:
             state.pop(name, None)
         return memory
@@ -302,6 +320,10 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
+
+
+def _like(value: Any, kind: tuple[int, torch.dtype, torch.device]) -> Any:
+    return value.to(kind[2], kind[1]) if isinstance(value, Tensor) else value
 
 
 def _copied(value: Any) -> Any:

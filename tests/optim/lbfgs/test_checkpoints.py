@@ -182,3 +182,65 @@ def test_options_may_change_under_way() -> None:
     optimizer.step(closure)
     (state,) = optimizer.state_dict()["state"].values()
     assert len(state["old_dirs"]) == 3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("way", ["all", "pairs", "replaced"])
+def test_state_that_others_write_counts(direction: str, way: str) -> None:
+    """Catches pairs outside of the state that go on unseen: tools write ``optimizer.state``."""
+    options = {"direction": direction, "max_iter": 6, "lr": 0.5}
+    _, _, other = train(stableopt.LBFGS, steps=1, **options)
+    (foreign,) = other.state_dict()["state"].values()
+    expected_model, model = network(), network()
+    expected = stableopt.LBFGS(expected_model.parameters(), **options)
+    found = stableopt.LBFGS(model.parameters(), **options)
+    for m, o in ((expected_model, expected), (model, found)):
+        o.step(closure_of(m, o))
+        o.step(closure_of(m, o))
+    (own,) = expected.state_dict()["state"].values()
+    names = ("old_dirs", "old_stps", "ro", "H_diag") if way == "pairs" else tuple(foreign)
+    wanted = {**own, **{name: foreign[name] for name in names if name in foreign}}
+    if way == "pairs":
+        wanted.pop("compact", None)
+    expected.load_state_dict({**expected.state_dict(), "state": {0: wanted}})
+    (first,) = found.state
+    if way == "replaced":
+        found.state[first] = copy.deepcopy(foreign)
+    else:
+        found.state[first].update({name: copy.deepcopy(foreign[name]) for name in names})
+    for m, o in ((expected_model, expected), (model, found)):
+        o.step(closure_of(m, o))
+    assert torch.equal(flat(expected_model), flat(model))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_cleared_state_is_a_new_start(direction: str) -> None:
+    """Catches pairs that outlive ``optimizer.state.clear()``."""
+    options = {"direction": direction, "max_iter": 6, "lr": 0.5}
+    model = network()
+    optimizer = stableopt.LBFGS(model.parameters(), **options)
+    optimizer.step(closure_of(model, optimizer))
+    twin = copy.deepcopy(model)
+    new = stableopt.LBFGS(twin.parameters(), **options)
+    optimizer.state.clear()
+    for m, o in ((model, optimizer), (twin, new)):
+        o.step(closure_of(m, o))
+    assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_state_cast_with_the_model_goes_on(direction: str) -> None:
+    """Catches pairs left in the old dtype where a tool casts or moves all tensors of the state."""
+    model = network(torch.float32)
+    optimizer = stableopt.LBFGS(model.parameters(), direction=direction, max_iter=6, lr=0.5)
+    before = optimizer.step(closure_of(model, optimizer))
+    model.double()
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value.double()
+    optimizer.step(closure_of(model, optimizer))
+    assert optimizer.step(closure_of(model, optimizer)) < before
+    (state,) = optimizer.state_dict()["state"].values()
+    assert {pair.dtype for pair in state["old_dirs"]} == {torch.float64}
+    assert len(state["old_dirs"]) > 6  # those of the first step are kept

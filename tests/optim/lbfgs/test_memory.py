@@ -144,3 +144,24 @@ def test_damping_bends_pairs_of_negative_curvature(kind: Any, damping: float) ->
     # Enough curvature is left alone.
     move([0.0, 0.0, 3.0], [0.0, 0.0, 1.0], 1.0)
     assert memory.export()["old_dirs"][-1].tolist() == [0.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
+def test_products_do_not_overflow_in_float16(line_search_fn: str | None) -> None:
+    """Catches slopes and curvatures summed in float16: gradients of norm 256 on have infinite ones,
+    and the parameters never moved.
+    """
+    curvatures = torch.arange(1, 11).half() ** 2  # the gradient's square is 101,332, above 65,504
+    weight = nn.Parameter(torch.ones(10).half())
+    optimizer = stableopt.LBFGS(
+        [weight], lr=1 if line_search_fn else 0.1, max_iter=100, line_search_fn=line_search_fn
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (curvatures * weight * weight).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    assert closure().item() < 1e-3 * first
