@@ -246,6 +246,9 @@ class StabilityMonitor:
     def _warn_of(self, margins: StabilityMargins) -> None:
         if margins.failure is not None:
             self._warn(f"the measurement at step {margins.step} failed", margins.failure)
+        elif margins.failures:
+            for name, reason in margins.failures.items():
+                self._warn(f"{name} was not measured at step {margins.step}", reason)
         elif not margins.converged:
             self._warn(
                 f"the measurement at step {margins.step} did not converge",

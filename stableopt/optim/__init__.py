@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableopt.optim.sgd import GD, SGD
 from stableopt.stability import UpdateRule
+from stableopt.stability.rules.readers.lbfgs import read_lbfgs
 from stableopt.stability.rules.readers.sgd import read_sgd
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["GD", "LBFGS", "SGD"]
 
 UpdateRule.register(GD, lambda optimizer: read_sgd(optimizer, full_batch=True))
+# By name, since it is imported on demand; it overrides the step of torch's.
+UpdateRule.register("stableopt.optim.lbfgs.optimizer.LBFGS", read_lbfgs)
 
 
 if not TYPE_CHECKING:  # otherwise every misspelt name would have a type

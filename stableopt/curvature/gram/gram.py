@@ -309,7 +309,7 @@ def count_outputs(problem: Problem) -> int:
     check_outputs(problem)
 
     def own() -> int:
-        with problem.evaluation(), torch.no_grad():
+        with problem.evaluation():
             batch, size = next(problem.chunks(1))
             found: Any = problem.outputs(problem.theta(), batch)
         if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != size:

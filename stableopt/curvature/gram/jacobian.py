@@ -49,8 +49,8 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
         TypeError: for a model that does not return one tensor with a row for each sample.
     """
     check_outputs(problem)
-    with torch.no_grad():
-        outputs = _checked(problem.outputs(theta, batch), size)
+    # With gradients, since a model may differentiate in forward, as for forces from energies.
+    outputs = _checked(problem.outputs(theta, batch), size).detach()
 
     def loss(flat: Tensor, sample: Any) -> Tensor:
         assert problem.loss_fn is not None
@@ -67,7 +67,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
         rows = [vjp([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
         return torch.stack([torch.zeros_like(at) if row is None else row for row in rows])
 
-    second = _over_samples(one, one_alone, batch, size, outputs.flatten(1)).double()
+    second = _over_samples(one, one_alone, batch, size, outputs.reshape(size, -1)).double()
     values, vectors = torch.linalg.eigh((second + second.mT) / 2)
     if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
         raise ValueError(
@@ -132,7 +132,7 @@ def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Te
     for vector in basis.unbind(1):
         (pushed,) = forward.jvp(problem.unflatten(vector))
         pushed = torch.zeros_like(outputs) if pushed is None else pushed
-        columns.append(pushed.flatten(1).double())
+        columns.append(pushed.reshape(size, -1).double())
     return roots @ torch.stack(columns, dim=2)
 
 

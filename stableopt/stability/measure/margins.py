@@ -73,7 +73,7 @@ class StabilityMargins:
             ``non_uniformity_margin``.
         results: the :class:`~stableopt.stability.QuantityResult` of each quantity, measured or
             limited, by name.
-        failure: why the measurement failed, or ``None``.
+        failure: why the whole measurement failed, or ``None``.
         method: how products with the Hessian were computed, ``"double backward"`` or ``"central
             differences"``, and, separated by commas, what differed from training, such as ``"math
             attention"`` or ``"without autocast"``.
@@ -171,6 +171,12 @@ class StabilityMargins:
         return {name: measurement for name, measurement in found if measurement is not None}
 
     @property
+    def failures(self) -> dict[str, str]:
+        """Why single quantities were not measured, by name; the others stand."""
+        found = ((name, result.failure) for name, result in self.results.items())
+        return {name: failure for name, failure in found if failure is not None}
+
+    @property
     def limited_sharpness(self) -> float | None:
         """The sharpness that has the limit: the preconditioned one, if there is one."""
         own = self.preconditioned_sharpness
@@ -195,7 +201,8 @@ class StabilityMargins:
     @property
     def converged(self) -> bool:
         """Whether the measurement succeeded and every value reached its tolerance."""
-        return self.failure is None and all(m.converged for m in self.measurements.values())
+        whole = self.failure is None and not self.failures
+        return whole and all(m.converged for m in self.measurements.values())
 
     @property
     def certified(self) -> bool:
@@ -240,6 +247,7 @@ class StabilityMargins:
             **{name: getattr(self, name) for name in _COMMON},
             **self._numbers(*_STORED),
             "measurements": measurements,
+            **({"failures": self.failures} if self.failures else {}),
             "failure": self.failure,
             "method": self.method,
         }
@@ -254,9 +262,15 @@ class StabilityMargins:
         """
         common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
         # Quantities of a checkpoint are kept where they are not registered here.
-        numbers = {name: state[name] for name in state if name not in (*common, "measurements")}
+        numbers = {
+            name: state[name] for name in state if name not in (*common, "measurements", "failures")
+        }
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
-        return cls(**common, results=_with({}, numbers, measurements))
+        results = {
+            name: QuantityResult(failure=failure)
+            for name, failure in state.get("failures", {}).items()
+        }
+        return cls(**common, results=_with(results, numbers, measurements))
 
     def _numbers(self, *parts: str) -> dict[str, float | None]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stableopt._support.arguments import positive, whole
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.distributed.collectives import LostRankError
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
@@ -77,11 +78,13 @@ def measure(
     depend on it are then ``None``, with a ``RuntimeWarning``.
 
     Returns:
-        The margins; ``failure`` says why if a loss or a curvature was not finite.
+        The margins; ``failure`` says why if a loss or a curvature was not finite, ``failures`` why
+        single quantities were not measured.
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
         TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
+        Exception: if no quantity could be measured, the first one's error.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
@@ -129,6 +132,8 @@ def measure(
         max_iter=max_iter,
         seed=seed,
     )
+    for name, reason in margins.failures.items():
+        warnings.warn(f"{name} was not measured: {reason}", RuntimeWarning, stacklevel=2)
     return margins
 
 
@@ -182,15 +187,28 @@ def measure_at(
         results=results,
         method=problem.method,
     )
-    failure = None
+    failure: str | None = None
+    errors: dict[str, Exception] = {}
     try:
         # Vectors made in a surrounding inference mode could not be changed inside the evaluation.
         with torch.inference_mode(False):
             for name in names:
                 QUANTITIES[name].check_known(rule, samples)
-                results[name] = _timed(name, evaluation, results[name].limit)
+                try:
+                    results[name] = _timed(name, evaluation, results[name].limit)
+                except (NonFiniteError, LostRankError):
+                    raise
+                except Exception as error:
+                    # An error of one rank would leave the ranks in different quantities.
+                    if problem.ranks.size > 1:
+                        raise
+                    errors[name] = error
+                    reason = f"{type(error).__name__}: {error}"
+                    results[name] = dataclasses.replace(results[name], failure=reason)
     except NonFiniteError as error:
         failure = str(error)
+    if failure is None and errors and len(errors) == len(names):
+        raise next(iter(errors.values()))
     loss = evaluation.loss()
     if not abs(loss) < float("inf"):
         failure = f"the loss is {loss}"

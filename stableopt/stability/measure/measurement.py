@@ -73,6 +73,7 @@ class QuantityResult:
             the learning rate: learning rate over value.
         lower: where the value is an upper bound, a bound from below.
         measurement: residual, products, seconds and convergence.
+        failure: why this quantity alone was not measured, or ``None``.
 
     >>> QuantityResult(value=15.0, limit=20.0).compared().ratio
     0.75
@@ -83,6 +84,7 @@ class QuantityResult:
     ratio: float | None = None
     lower: float | None = None
     measurement: Measurement | None = None
+    failure: str | None = None
 
     @classmethod
     def from_measurement(

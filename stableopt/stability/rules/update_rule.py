@@ -9,6 +9,7 @@ Three examples::
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ Lookahead, take steps of their own."""
 
 def _names(kind: type) -> list[str]:
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+
+
+def _step(kind: type) -> Any:
+    """Return the function ``step`` of a class, without the wrappers that torch puts around it."""
+    return inspect.unwrap(getattr(kind, "step", None))  # type: ignore[arg-type]
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -186,14 +192,15 @@ class UpdateRule:
         that Accelerate or Lightning wrapped, it is the rule of the optimizer inside.
 
         Raises:
-            TypeError: for an optimizer without a registered reader, or complex parameters.
+            TypeError: for an optimizer without a registered reader, such as a subclass that overrides
+                ``step``, or complex parameters.
             ValueError: for groups that differ in more than learning rate, weight decay and settings
                 of the preconditioner.
         """
         optimizer = base_optimizer(optimizer)
         for kind, own_name in zip(type(optimizer).__mro__, _names(type(optimizer)), strict=True):
             reader = _readers.get(kind) or _readers.get(own_name)
-            if reader is not None:
+            if reader is not None and _step(kind) is _step(type(optimizer)):
                 return reader(optimizer)
         name = type(optimizer).__name__
         raise TypeError(
@@ -210,7 +217,7 @@ class UpdateRule:
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
-        """Register ``reader`` for optimizers of class ``kind`` and its subclasses.
+        """Register ``reader`` for optimizers of class ``kind`` and subclasses with its ``step``.
 
         A string, of module and qualified name, names a class without importing it.
 

@@ -410,3 +410,25 @@ def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, da
     found = monitor.measure()
     contraction = torch.eye(38, dtype=torch.float64) - 0.3 * h
     assert found.theorem1 == pytest.approx(largest(contraction @ contraction), rel=1e-6)
+
+
+def test_the_failure_of_one_quantity_leaves_the_others() -> None:
+    """Catches an error of the critical learning rate that takes the sharpness with it."""
+
+    def concave(z: Tensor, y: Tensor) -> Tensor:
+        return -(z - y).square().mean()
+
+    model, x, y = nn.Linear(2, 1), torch.randn(8, 2), torch.randn(8, 1)
+    wanted = {"lr": 0.1, "batch_size": 2, "quantities": ("sharpness", "critical_lr")}
+    with pytest.warns(RuntimeWarning, match="critical_lr was not measured: ValueError.*convex"):
+        margins = measure(model, concave, (x, y), **wanted)
+    assert margins.sharpness is not None
+    assert margins.failure is None
+    assert list(margins.failures) == ["critical_lr"]
+    assert not margins.converged
+    assert "convex" in str(margins["critical_lr"].failure)
+    assert "sharpness" in margins.record()
+    assert "critical_lr" not in margins.record()
+    assert StabilityMargins.from_dict(margins.to_dict()).failures == margins.failures
+    with pytest.raises(ValueError, match="convex"):
+        measure(model, concave, (x, y), **{**wanted, "quantities": ("critical_lr",)})

@@ -159,6 +159,25 @@ def test_torch_optimizer_is_not_imported_and_its_classes_are_known() -> None:
     assert float(done.stdout) == pytest.approx(76.0)
 
 
+def test_a_subclass_with_a_step_of_its_own_is_unknown() -> None:
+    """Catches the rule of the parent, read silently for a subclass that takes other steps."""
+
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    class Same(torch.optim.SGD):
+        pass
+
+    params = [torch.zeros(1, requires_grad=True)]
+    with pytest.raises(TypeError, match=r"UpdateRule\.register\(Own, .*update_rule="):
+        UpdateRule.from_optimizer(Own(params, lr=0.1))
+    for kind in (Same, stableopt.SGD, stableopt.GD, stableopt.LBFGS, torch.optim.AdamW):
+        optimizer = kind(params, lr=0.1)
+        torch.optim.lr_scheduler.StepLR(optimizer, 5)  # patches step on the instance
+        assert UpdateRule.from_optimizer(optimizer).lr == 0.1
+
+
 def test_registering_by_class_by_name_and_for_subclasses() -> None:
     """Catches a subclass that is read by its parent's reader although it has its own."""
 
