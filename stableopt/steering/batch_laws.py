@@ -194,7 +194,7 @@ def keep_batch_margin(
 def _averaged(value: float, state: State, band: float) -> tuple[float, float, State]:
     """Return the average of the measurements up to ``value``, its tolerance and the new state.
 
-    Single measurements may be off by 10 %, of which the average of k has a share of 1/sqrt(k).
+    Single measurements may be off by 10 %; the average of k is off by 10 % / sqrt(k).
     """
     count = min(state.get("count", 0) + 1, AVERAGED)
     mean = state.get("mean", value)

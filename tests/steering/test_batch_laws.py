@@ -137,7 +137,7 @@ def test_a_change_that_noise_hides_is_still_made() -> None:
 
 
 def test_a_batch_that_diverged_three_times_is_not_lowered_again() -> None:
-    """Catches a cycle: the target asks for a smaller batch, which diverges, for ever."""
+    """Catches a cycle: the target asks for a smaller batch, which diverges, again and again."""
     size, state, sizes = 16, {}, []
     for step in range(0, 4000, 10):
         diverges = size < 16

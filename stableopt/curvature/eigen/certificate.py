@@ -2,7 +2,7 @@ r"""`StartPolynomials`: the probability that a search has missed an eigenvalue a
 
 Every vector of a Lanczos basis is a polynomial of A times the start, :math:`q_j = p_j(A)\,q_1`, and the
 search knows the :math:`p_j`: they are the recurrence that it runs. An eigenvector u of A with the
-eigenvalue :math:`\lambda`, of which the start holds :math:`w = |u^\top q_1|`, therefore has
+eigenvalue :math:`\lambda`, whose component in the start is :math:`w = |u^\top q_1|`, therefore has
 :math:`|u^\top q_j| = |p_j(\lambda)|\,w`. The basis is orthonormal, so
 
 .. math::

@@ -66,12 +66,12 @@ class CriticalLR:
         sharpness: :math:`\lambda_{\max}` of the mean of the matrices that ``hessians`` names; with
             leading directions only, never above it.
         hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured.
-        exact: whether all directions of the matrices that ``hessians`` names were used, and there is no
-            ``obstacle``.
+        exact: whether all directions of the matrices that ``hessians`` names were used, and ``obstacle`` is
+            ``None``.
         converged: whether the search reached its tolerance.
         residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products in the eigen-solves.
-        hessians: ``"true"`` or ``"gauss-newton"``, the matrices of which all of this holds.
+        hessians: ``"true"`` or ``"gauss-newton"``, the matrices for which all of this holds.
         residual_share: the part of the samples' Hessians that is not Gauss–Newton
             (:func:`~stableopt.curvature.per_sample.blocks.residual_share`); ``None`` if not measured.
         obstacle: why no learning rate at all is stable, or ``None``: the Hessian has negative curvature,

@@ -235,7 +235,7 @@ class _AllDirections:
         flat = vectors[:, ~kept]
         own = (flat * (second @ flat)).sum(0).clamp(min=0).sqrt()
         noise = float(own.max()) if len(own) else 0.0
-        # Rounding of the squares, of which ``own`` is the root.
+        # Rounding of the squares; ``own`` is their root.
         rounding = _floor(dtype, len(values), float(torch.linalg.eigvalsh(second)[-1])) ** 0.5
         turned = vectors[:, kept]
         return cls(

@@ -171,13 +171,13 @@ class SampleCurvature:
         r"""Return an upper bound from the second moment X = I, whose noise comes from all directions.
 
         It is stable only if :math:`\mathrm{tr}\,w(H) \ge
-        p\,(\frac1n\sum_i\|H_i\|_F^2 - \|H\|_F^2)`. Many directions of little curvature, of which the
-        leading ones say nothing, may together be the first to grow.
+        p\,(\frac1n\sum_i\|H_i\|_F^2 - \|H\|_F^2)`. Many directions of little curvature, about which
+        the leading ones say nothing, may together be the first to grow.
         """
         if self.rest is None or noise == 0 or step.nesterov or step.weight_decay:
             return math.inf
         samples, beta = self.rest.samples, step.momentum
-        # ||H||_F^2 lies between a mean over pairs of samples, of which only equal ones are known, and
+        # ||H||_F^2 lies between a mean over pairs of samples, known for equal ones only, and
         # the largest eigenvalue times the trace.
         least = samples.mean_square / samples.count
         most = min(samples.mean_square, self.rest.sharpness_bound * samples.mean_trace)
