@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "SecondDerivativeError", "UnfitError"]
+__all__ = ["DifferenceError", "NonFiniteError", "SecondDerivativeError", "UnfitError"]
+
+
+class DifferenceError(RuntimeError):
+    """Central differences at two steps disagree: the gradient jumps, or is mostly noise."""
 
 
 class NonFiniteError(ArithmeticError):

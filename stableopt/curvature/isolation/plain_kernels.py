@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint  # which older releases do not import by themselves
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -92,6 +92,7 @@ def plain_operations(
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_checkpointing_off(note, inside))
+        stack.enter_context(_hard_sigmoid(inside))
         if autocast is None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(_autocast_off(note, inside))
@@ -112,6 +113,32 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _hard_sigmoid(inside: Callable[[], bool]) -> Iterator[None]:
+    """Compute hard sigmoids from a clamp, whose second derivative is 0 almost everywhere.
+
+    Torch lacks the formula for its own kernel. The values differ by rounding, so nothing is reported.
+    Users hold ``torch.nn.functional.hardsigmoid`` by name, so the functions that it calls are replaced.
+    """
+    home: Any = torch._C._nn
+    with contextlib.ExitStack() as stack:
+        for name in ("hardsigmoid", "hardsigmoid_"):
+            original = getattr(home, name, None)
+            if original is None:
+                continue
+
+            def plain(
+                x: Tensor, *, name: str = name, original: Callable[[Tensor], Tensor] = original
+            ) -> Tensor:
+                if not inside():
+                    return original(x)
+                clamped = (x / 6 + 0.5).clamp(0, 1)
+                return x.copy_(clamped) if name.endswith("_") else clamped
+
+            stack.enter_context(_replaced(home, name, plain))
+        yield
 
 
 @contextlib.contextmanager

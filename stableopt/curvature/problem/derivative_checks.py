@@ -1,9 +1,16 @@
-"""Checks that a loss has the first and second derivatives that autograd reports."""
+"""Checks that a loss has the first and second derivatives that autograd reports.
+
+Both are compared with differences over steps so short that no kink lies inside
+(:mod:`~stableopt.curvature.problem.short_differences`), at a generic point near the given one, and in
+double precision where the model can be evaluated in it. So they tell in networks with ReLU and
+max-pooling as well. Where differences cannot tell, torch's own functions are trusted, and custom ones
+are not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,109 +19,155 @@ from torch.func import functional_call
 from stableopt.curvature.autodiff import (
     Function,
     central_difference,
-    dense,
     displaced,
     flat,
     gradient_along,
-    vjp,
 )
 from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.problem.data import map_tensors, tensors_in
+from stableopt.curvature.problem.graphs import has_kinks
+from stableopt.curvature.problem.second_derivative import (
+    UnverifiedError,
+    balanced,
+    compare_twice,
+    differentiate_twice,
+    fresh_leaves,
+    norm,
+    trusted_difference,
+    unfrozen,
+    usable_point,
+)
+from stableopt.curvature.problem.short_differences import short_difference, tolerance
 
 __all__ = [
+    "Obstacle",
     "check_derivatives",
     "check_gradient",
     "check_symmetry",
     "module_without_second_derivative",
 ]
 
-_SAME, _WRONG = 0.01, 0.02
-"""Relative differences below which two steps agree, and beyond which a derivative is wrong. Smooth
-networks agree to 1e-3; those with kinks only to 0.2 or worse."""
+_LONG = 0.03
+"""A step, relative to the point, that crosses kinks; smooth networks change by less than 5 % over it."""
 
-_COARSE, _FINE = 1e-3, 1e-4
-"""The two steps, relative to the point. Differences that depend on the step, because of kinks or
-rounding, are evidence of nothing."""
-
-_LADDER = (_COARSE, _FINE, 1e-5, 1e-6)
-"""Steps for differences of the function itself, which rounding affects later."""
+_BENT = 0.05
 
 _ROUNDINGS = 1000
-"""Rounding errors of the loss that a difference must exceed to give a slope to one percent."""
+"""Rounding errors of the loss that a difference must exceed to give a slope."""
+
+_LEAST_LOSS = 0.01
+"""A smaller loss is rounded like one of this size: a cross entropy is a difference of logits."""
 
 _WAY_OUT = (
     "A reversed or straight-through gradient, or a part of the loss that is detached, gives a direction"
-    " to go, but no curvature to measure"
+    " to go, but no curvature to measure. A backward that solves an adjoint equation must be exact, and"
+    " use the parameters of its forward pass: differentiate through the solver's steps instead"
 )
 
 
+class Obstacle(NamedTuple):
+    """Why a loss cannot be differentiated twice.
+
+    Attributes:
+        error: the reason.
+        kinks: whether the gradient jumps, so that differences need short steps.
+    """
+
+    error: SecondDerivativeError
+    kinks: bool
+
+
 def check_derivatives(
-    function: Function, point: Sequence[Tensor], model: nn.Module, evaluate: Callable[[], Any]
-) -> SecondDerivativeError | None:
+    function: Function,
+    point: Sequence[Tensor],
+    model: nn.Module,
+    evaluate: Callable[[], Any],
+    double: Function | None = None,
+) -> Obstacle | None:
     """Return why ``function`` cannot be differentiated twice at ``point``, or ``None`` if it can.
 
     Args:
         function: the loss as a function of the parameters.
         point: the parameters.
         model: searched for the module without a second derivative.
-        evaluate: runs the model once.
+        evaluate: runs the model once, in double precision if there is ``double``.
+        double: the same function in double precision, of parameters in double precision; ``None`` if
+            the model cannot be evaluated in it.
 
     Raises:
         ValueError: if the function does not depend on ``point``, or its gradient is not its
             derivative.
     """
-    if not check_gradient(function, point):
+    if not _depends(function, point):
         raise ValueError("loss_fn: the loss does not depend on any of the parameters that count")
+    if double is None:
+        judged, near = function, point
+    else:
+        judged, near = double, [t.detach().double() for t in point]
+    near = usable_point(judged, near)
+    check_gradient(judged, near)
     try:
-        _differentiate_twice(function, point)
+        differentiate_twice(function, point)
+        compare_twice(judged, near)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        obstacle = SecondDerivativeError(module_without_second_derivative(model, evaluate), error)
-        check_symmetry(function, point)
-        return obstacle
+        culprit = module_without_second_derivative(model, evaluate)
+        check_symmetry(judged, near)
+        return Obstacle(SecondDerivativeError(culprit, error), _jumps(judged, near))
     return None
 
 
-def check_gradient(function: Function, point: Sequence[Tensor]) -> bool:
-    """Return whether ``function`` depends on ``point``, after comparing its gradient with differences.
-
-    Raises:
-        ValueError: if differences of the function along the gradient agree with one another, but not
-            with the gradient.
-    """
-    leaves = [t.detach().clone().requires_grad_() for t in point]
+def _depends(function: Function, point: Sequence[Tensor]) -> bool:
+    leaves = fresh_leaves(point)
     value = function(leaves)
     if not value.requires_grad:
         return False
+    return any(g is not None for g in torch.autograd.grad(value, leaves, allow_unused=True))
+
+
+def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
+    """Compare the gradient of ``function`` at ``point`` with differences of the function.
+
+    The first direction is the gradient with every parameter's part scaled to the same norm: a gradient
+    that is wrong for a few parameters is not hidden by larger ones. The second is random, and shows
+    parameters whose gradient is zero by mistake. Entries that are zero within a parameter, such as the
+    padding row of an embedding, count as frozen, and so do parameters without a gradient.
+
+    Raises:
+        ValueError: if differences agree with one another, but not with the gradient.
+    """
+    leaves = fresh_leaves(point)
+    value = function(leaves)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    if all(g is None for g in gradients):
-        return False
-    norm, size = float(flat(gradients, leaves).norm()), float(flat(leaves, leaves).norm())
-    if not 0 < norm < float("inf") or size == 0:
-        return True
-    direction = _unit(gradients, leaves)
-    noise = _ROUNDINGS * torch.finfo(leaves[0].dtype).eps * abs(float(value.detach()))
+    size, dtype = norm(leaves), leaves[0].dtype
+    if size == 0:
+        return
+    for direction in (balanced(gradients, leaves), unfrozen(gradients, leaves)):
+        if direction is None:
+            continue
 
-    def value_at(distance: float) -> float:
-        return float(function(displaced(leaves, direction, distance)).detach())
+        def along(distance: float, direction: Sequence[Tensor] = direction) -> float:
+            return float(function(displaced(leaves, direction, distance)).detach())
 
-    def slope_over(step: float) -> float | None:
-        slope = central_difference(value_at, step)
-        return slope if abs(slope) * 2 * step > noise else None
-
-    # Two differences can agree by chance where the loss has kinks. A gradient is only called wrong if
-    # finer ones agree too, down to the finest that rounding leaves meaningful.
-    slopes = [slope_over(step * size) for step in _LADDER]
-    known = [slope for slope in slopes if slope is not None]
-    fine = known[-1] if known else 0.0
-    agreed = None not in slopes[:2] and all(abs(t - fine) <= _SAME * abs(fine) for t in known)
-    if agreed and all(abs(norm - t) > _WRONG * abs(t) for t in known):
-        raise ValueError(
-            f"loss_fn: the gradient is not the derivative of the loss: its norm is {norm:.6g}, and the"
-            f" slope of the loss along it {fine:.6g}. {_WAY_OUT}"
+        claimed = float(flat(gradients, leaves) @ flat(direction, leaves))
+        found = short_difference(
+            along,
+            size,
+            dtype,
+            scale=abs(claimed),
+            noise=_ROUNDINGS
+            * torch.finfo(dtype).eps
+            * max(abs(float(value.detach())), _LEAST_LOSS),
         )
-    return True
+        if found is None:
+            continue
+        largest = max(abs(claimed), abs(found.value))
+        if abs(claimed - found.value) > tolerance(dtype) * largest:
+            raise ValueError(
+                "loss_fn: the gradient is not the derivative of the loss: along one direction it says"
+                f" {claimed:.6g}, and the slope of the loss is {found.value:.6g}. {_WAY_OUT}"
+            )
 
 
 def check_symmetry(function: Function, point: Sequence[Tensor]) -> None:
@@ -125,51 +178,51 @@ def check_symmetry(function: Function, point: Sequence[Tensor]) -> None:
     Raises:
         ValueError: if it is clearly not symmetric.
     """
-    leaves = [t.detach().clone().requires_grad_() for t in point]
-    gradients = torch.autograd.grad(function(leaves), leaves, allow_unused=True)
-    if not 0 < float(flat(gradients, leaves).norm()) < float("inf"):
+    leaves = fresh_leaves(point)
+    first = balanced(torch.autograd.grad(function(leaves), leaves, allow_unused=True), leaves)
+    if first is None:
         return
-    first = _unit(gradients, leaves)
-    along_first = _trusted_difference(function, leaves, first)
-    if along_first is None:
+    along_first = trusted_difference(function, leaves, first)
+    if along_first is None or not float(along_first.value.norm()) > 0:
         return
-    parts = torch.split(along_first, [t.numel() for t in leaves])
-    second = _unit([part.view_as(t) for part, t in zip(parts, leaves, strict=True)], leaves)
-    along_second = _trusted_difference(function, leaves, second)
+    parts = torch.split(along_first.value, [t.numel() for t in leaves])
+    second = [part.view_as(t) for part, t in zip(parts, leaves, strict=True)]
+    length = norm(second)
+    second = [part / length for part in second]
+    along_second = trusted_difference(function, leaves, second)
     if along_second is None:
         return
-    one, other = float(along_first.norm()), float(flat(first, leaves) @ along_second)
-    if abs(one - other) > _WRONG * one:
+    one, other = length, float(flat(first, leaves) @ along_second.value)
+    if abs(one - other) > tolerance(leaves[0].dtype) * max(one, abs(other)):
         raise ValueError(
             "loss_fn: the gradient is not the derivative of the loss: its own derivative is not"
             f" symmetric, with entries {one:.6g} and {other:.6g} across. {_WAY_OUT}"
         )
 
 
-def _trusted_difference(
-    function: Function, leaves: Sequence[Tensor], direction: Sequence[Tensor]
-) -> Tensor | None:
-    """Return the gradient's derivative along a unit direction, ``None`` if two steps disagree."""
-    size, gradient = float(flat(leaves, leaves).norm()), gradient_along(function, leaves, direction)
-    coarse, fine = (central_difference(gradient, step * size) for step in (_COARSE, _FINE))
-    return fine if bool((coarse - fine).norm() < _SAME * fine.norm()) else None
-
-
-def _unit(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    norm = flat(tensors, like).norm()
-    return [
-        torch.zeros_like(t) if g is None else dense(g.detach()) / norm
-        for g, t in zip(tensors, like, strict=True)
-    ]
+def _jumps(function: Function, point: Sequence[Tensor]) -> bool:
+    """Return whether the gradient of ``function`` jumps between points near ``point``."""
+    leaves = fresh_leaves(point)
+    value = function(leaves)
+    direction = balanced(torch.autograd.grad(value, leaves, allow_unused=True), leaves)
+    # A graph that was used once can still be looked at.
+    if has_kinks(value) or direction is None:
+        return True
+    short = trusted_difference(function, leaves, direction)
+    if short is None:
+        return True
+    # Custom functions may have kinks that their names do not show.
+    long = central_difference(gradient_along(function, leaves, direction), _LONG * norm(leaves))
+    return float((long - short.value).norm()) > _BENT * float(short.value.norm())
 
 
 def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], Any]) -> str | None:
     """Return the innermost module of ``model`` whose double backward fails, as ``'name' (Class)``.
 
     ``evaluate`` runs the model once. Each module is then differentiated twice by itself, children
-    before parents, at the inputs it received. ``None`` if every module can be.
+    before parents, at the inputs and parameters it received. ``None`` if every module can be.
     """
-    calls: dict[str, tuple[nn.Module, Any, Any]] = {}
+    calls: dict[str, _Call] = {}
     handles = []
     for name, module in model.named_modules():
 
@@ -177,7 +230,9 @@ def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], An
             module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name
         ) -> None:
             # Forward hooks run when a module is done, so children are recorded before parents.
-            calls.setdefault(name, (module, args, kwargs))
+            if name not in calls:
+                buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
+                calls[name] = _Call(module, args, kwargs, dict(module.named_parameters()), buffers)
 
         handles.append(module.register_forward_hook(record, with_kwargs=True))
     try:
@@ -185,74 +240,44 @@ def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], An
     finally:
         for handle in handles:
             handle.remove()
-    for name, (module, args, kwargs) in calls.items():
-        if not _twice_differentiable(module, args, kwargs):
-            return f"{name!r} ({type(module).__name__})"
+    for name, call in calls.items():
+        if not _twice_differentiable(call):
+            return f"{name!r} ({type(call.module).__name__})"
     return None
 
 
-def _twice_differentiable(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    state = dict(module.named_parameters())
+class _Call(NamedTuple):
+    """A module with what it received in one evaluation."""
+
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def _twice_differentiable(call: _Call) -> bool:
+    state = call.parameters
     point: list[Tensor] = list(state.values())
-    point += [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+    point += [t for t in tensors_in((call.args, call.kwargs)) if t.is_floating_point()]
 
     def squares(leaves: Sequence[Tensor]) -> Tensor:
         """Return a scalar of the module's outputs at other parameters and inputs."""
         rest = iter(leaves[len(state) :])
         given, named = map_tensors(
-            lambda t: next(rest) if t.is_floating_point() else t, (args, kwargs)
+            lambda t: next(rest) if t.is_floating_point() else t, (call.args, call.kwargs)
         )
-        called = functional_call(module, dict(zip(state, leaves, strict=False)), given, named)
+        at = {**call.buffers, **dict(zip(state, leaves, strict=False))}
+        called = functional_call(call.module, at, given, named)
         sums = [(out * out).sum() for out in tensors_in(called) if out.is_floating_point()]
         return torch.stack(sums).sum() if sums else torch.zeros(())
 
     try:
-        _differentiate_twice(squares, point)
+        differentiate_twice(squares, point)
+        if point and _depends(squares, point):
+            compare_twice(squares, usable_point(squares, point))
+    except UnverifiedError:
+        return True
     except RuntimeError:
         return False
     return True
-
-
-def _differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
-    """Take second derivatives of ``function`` at ``point``, to find out whether they exist.
-
-    Raises:
-        RuntimeError: if some operation has no second derivative, or a wrong one.
-    """
-    leaves = [t.detach().clone().requires_grad_() for t in point]
-    value = function(leaves)
-    if not value.requires_grad:
-        return
-    gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    # What @once_differentiable leaves in the graph raises only when it is reached, and a search for
-    # particular leaves avoids it: their second derivative would silently lack a part.
-    if any(g is not None and _reaches(g, "torch::autograd::Error") for g in gradients):
-        raise RuntimeError("its backward is marked @once_differentiable")
-    norm = flat(gradients, leaves).norm()
-    if not bool(torch.isfinite(norm) & (norm > 0)):
-        return
-    direction = _unit(gradients, leaves)
-    product = flat(vjp(gradients, leaves, direction), leaves)
-    # A product that differs from trustworthy differences comes from a wrong backward, such as that of
-    # torch's own weight norm in torch 2.13.
-    bent = _trusted_difference(function, leaves, direction)
-    if bent is not None:
-        error = float((product - bent).norm() / bent.norm())
-        if error > _WRONG:
-            raise RuntimeError(
-                f"its second derivative is off by {error:.0%} from differences of the first"
-            )
-
-
-def _reaches(tensor: Tensor, name: str) -> bool:
-    """Whether a node called ``name`` is in the graph of ``tensor``."""
-    pending, seen = [tensor.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == name:
-            return True
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return False

@@ -19,7 +19,12 @@ from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data import map_tensors
 from stableopt.curvature.problem.fsdp import local
 from stableopt.curvature.problem.held import Held
-from stableopt.curvature.problem.parameters import check_batch_norm, select_parameters, unwrapped
+from stableopt.curvature.problem.parameters import (
+    check_batch_norm,
+    check_embeddings,
+    select_parameters,
+    unwrapped,
+)
 from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.problem.probe import fixed_probe
 from stableopt.distributed.collectives import Ranks
@@ -84,6 +89,7 @@ class MeanLoss(abc.ABC):
     """Whether each rank holds a shard of every vector."""
 
     obstacle: SecondDerivativeError | None = None
+    kinked = False
 
     def __init__(
         self,
@@ -120,6 +126,7 @@ class MeanLoss(abc.ABC):
                 check_batch_norm(module)
         self._all_trainable = params is None
         self._take(*select_parameters(self.model, params))
+        check_embeddings(self.model, self.params)
         # An error in one rank's data is raised on all of them.
         self.ranks.raise_together(lambda: self._read(data, chunk_size, max_samples))
         if self.ranks.several:
@@ -328,7 +335,11 @@ class MeanLoss(abc.ABC):
         way = "double backward" if twice else "central differences"
         statistics = "batch statistics" if self._batch_statistics else None
         noted = [note for note in NOTES if note in self._notes]
-        parts = [way, self.precision.note, statistics, *noted]
+        precision = self.precision.note
+        if self.kinked and precision is None:
+            # Differences between kinks take double precision whatever the model's own is.
+            precision = self.precision.in_double().note if self.dtype != torch.float64 else None
+        parts = [way, precision, statistics, *noted]
         return ", ".join(filter(None, parts))
 
     def current(self: P) -> P:

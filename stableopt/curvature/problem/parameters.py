@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["check_batch_norm", "group_of", "select_parameters", "unwrapped"]
+__all__ = ["check_batch_norm", "check_embeddings", "group_of", "select_parameters", "unwrapped"]
 
 
 def group_of(model: Any) -> Any:
@@ -90,3 +90,20 @@ def check_batch_norm(model: nn.Module) -> None:
             " running statistics, since batch statistics couple the samples",
             stacklevel=3,
         )
+
+
+def check_embeddings(model: nn.Module, params: Iterable[Tensor]) -> None:
+    """Raise ``ValueError`` for embeddings among ``params`` whose gradient is divided by frequencies."""
+    counting = {id(p) for p in params}
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.scale_grad_by_freq
+            and id(module.weight) in counting
+        ):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True: its gradient"
+                " is divided by how often an index is in the batch, so it is not the derivative of the"
+                " loss, and depends on how the data are cut. Set it to False, or leave its weight out"
+                " by params="
+            )

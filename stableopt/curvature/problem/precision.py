@@ -9,10 +9,14 @@ leaves the parameters as they are and runs the forward pass under autocast, as t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stableopt.curvature.isolation.in_double import InDouble
 
 __all__ = ["Precision"]
 
@@ -29,15 +33,17 @@ class Precision:
         device: of the parameters.
         casts: whether floating-point tensors are cast to ``dtype``.
         autocast: the dtype of an autocast around the forward pass, or ``None`` for none.
+        promotes: whether single precision inside the model becomes double too.
 
-    >>> Precision.of_parameters(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64)
-    Precision(dtype=torch.float64, device=device(type='cpu'), casts=True, autocast=None)
+    >>> Precision.of_parameters(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64).note
+    'in float64'
     """
 
     dtype: torch.dtype
     device: torch.device
     casts: bool = False
     autocast: torch.dtype | None = None
+    promotes: bool = False
 
     @classmethod
     def of_parameters(
@@ -64,8 +70,15 @@ class Precision:
                     f"parameter {name!r} has no shape yet: run the lazy model once before"
                 )
             if not p.dtype.is_floating_point or (cast is None and p.dtype not in _FULL):
-                castable = "; pass dtype=torch.float32 to measure it cast to that"
-                hint = castable if p.dtype.is_floating_point else ""
+                if p.dtype.is_floating_point:
+                    hint = "; pass dtype=torch.float32 to measure it cast to that"
+                elif p.dtype.is_complex:
+                    hint = (
+                        "; hold it as real numbers, nn.Parameter(torch.view_as_real(weight)), and use"
+                        " torch.view_as_complex of that in the forward pass, which trains the same"
+                    )
+                else:
+                    hint = ""
                 raise TypeError(
                     f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64"
                     f"{hint}, or leave it out by params="
@@ -90,8 +103,14 @@ class Precision:
             return tensor.to(self.dtype)
         return tensor
 
-    def around(self) -> torch.autocast:
+    def in_double(self) -> Precision:
+        """Return double precision throughout, also where the model casts to single precision."""
+        return replace(self, dtype=torch.float64, casts=True, autocast=None, promotes=True)
+
+    def around(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass."""
+        if self.promotes:
+            return InDouble()
         return torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         )

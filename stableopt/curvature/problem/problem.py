@@ -12,6 +12,8 @@ the parameters' shapes. The model, its gradients and its random state stay uncha
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stableopt.curvature.errors import SecondDerivativeError
+from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.derivative_checks import check_derivatives
 from stableopt.curvature.problem.draws import RANDOM, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
@@ -40,6 +42,10 @@ from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Problem", "Theta", "require_samples"]
+
+_SAME_LOSS, _SMALL_LOSS = 0.05, 1e-3
+"""Relative difference of the loss in double precision that single or half precision explains, and the
+least loss that it is relative to."""
 
 
 class Problem(MeanLoss):
@@ -70,6 +76,8 @@ class Problem(MeanLoss):
     Attributes:
         obstacle: why the model cannot be differentiated twice, or ``None``. With an obstacle the
             Hessian uses central differences, on all ranks.
+        kinked: with an obstacle, whether the gradient jumps, as behind ReLU or max-pooling. Central
+            differences are then taken in double precision, over steps without a jump.
 
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
@@ -89,6 +97,7 @@ class Problem(MeanLoss):
     sharded = False
     equal_weights = True
     _random = False
+    _doubles = False
     _moved: frozenset[str] = frozenset()
 
     def _checked_placement(self, ranks: Ranks) -> Ranks:
@@ -101,14 +110,8 @@ class Problem(MeanLoss):
     def _check(self) -> None:
         theta = self.theta()
 
-        def loss_at(at: Sequence[Tensor], batch: Any) -> Tensor:
-            # In a fresh evaluation each time, so that state that a model keeps between passes does
-            # not affect the comparison.
-            with self.evaluation():
-                return self.loss(tuple(at), batch)
-
         def value(batch: Any) -> float:
-            return float(loss_at(theta, batch).detach())
+            return float(self._evaluated(theta, batch).detach())
 
         chosen = set(self.names)
         others = {n: p for n, p in self.model.named_parameters() if n not in chosen}
@@ -134,9 +137,66 @@ class Problem(MeanLoss):
                 and not self._random
                 and samples_weigh_equally(value, batch, size, once)
             )
-            self.obstacle = check_derivatives(
-                lambda at: loss_at(at, batch), theta, self.model, lambda: self.loss(theta, batch)
+            self._check_derivatives(batch, once)
+
+    def _check_derivatives(self, batch: Any, value: float) -> None:
+        """Find out whether the loss of ``batch``, of that ``value``, can be differentiated twice."""
+        twin = self.in_double()
+        self._doubles = twin._agrees(batch, value)
+        judge = twin if self._doubles else self
+        found = check_derivatives(
+            lambda at: self._evaluated(at, batch),
+            self.theta(),
+            self.model,
+            lambda: judge.loss(judge.theta(), judge._cast(batch)),
+            (lambda at: twin._evaluated(at, twin._cast(batch))) if self._doubles else None,
+        )
+        if found is not None:
+            self.obstacle, self.kinked = found
+
+    def _evaluated(self, at: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return the loss in a fresh evaluation, so that state kept between passes has no effect."""
+        with self.evaluation():
+            return self.loss(tuple(at), map_tensors(Tensor.clone, batch))
+
+    def _cast(self, batch: Any) -> Any:
+        return map_tensors(lambda t: self.precision.cast(t.clone()), batch)
+
+    def differenced(self) -> Problem:
+        """Return the problem that central differences are taken of: in double precision if kinked.
+
+        Raises:
+            DifferenceError: with kinks, if the model cannot be evaluated in double precision.
+        """
+        if not self.kinked:
+            return self
+        if not self._doubles or self.precision.autocast is not None:
+            raise DifferenceError(
+                f"the gradient jumps, as behind ReLU or max-pooling, and steps in {self.dtype} are too"
+                " long to avoid it: expected a model and loss that can be evaluated in double"
+                " precision, a smooth twin of the model, or operations that torch can differentiate"
+                " twice"
             )
+        return self.in_double()
+
+    def in_double(self) -> Problem:
+        """Return the same problem in double precision throughout, also inside the model."""
+        other = copy.copy(self)
+        other.precision = self.precision.in_double()
+        other.dtype, other._notes = other.precision.dtype, set()
+        return other
+
+    def _agrees(self, batch: Any, value: float) -> bool:
+        """Return whether the loss of ``batch`` can be evaluated, and is about ``value``."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                leaves = self.theta()
+                loss = self._evaluated(leaves, self._cast(batch))
+                torch.autograd.grad(loss, leaves, allow_unused=True)
+        except Exception:  # kernels refuse a precision by errors of all kinds
+            return False
+        return abs(float(loss.detach()) - value) <= _SAME_LOSS * max(abs(value), _SMALL_LOSS)
 
     def _check_held(self, theta: Theta, batch: Any, doubled: Any) -> None:
         """Check what the loss uses besides the model: tensors, hooks, random numbers."""
@@ -155,6 +215,8 @@ class Problem(MeanLoss):
         self._random = self.ranks.any(self._random)
         self.equal_weights = not self.ranks.any(not self.equal_weights)
         found = self.ranks.all_gather_object(self.obstacle is not None)
+        self.kinked = self.ranks.any(self.kinked)
+        self._doubles = not self.ranks.any(not self._doubles)
         if any(found) and self.obstacle is None:
             reason = RuntimeError(f"rank {found.index(True)} found it so")
             self.obstacle = SecondDerivativeError(None, reason)

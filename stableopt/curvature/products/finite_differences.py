@@ -7,6 +7,11 @@ estimated from third differences of g over points so close that everything else 
 Wild, *Estimating computational noise*, 2011). From a first guess, h then moves by factors of four to
 where two neighbouring steps agree best. Their disagreement is the reported error; above a tenth the
 difference is refused.
+
+Behind ReLU or max-pooling the gradient jumps at kinks. Differences over long steps then agree with one
+another on an average over many pieces, which is not the Hessian. With ``kinks`` steps start short, and
+every difference is checked by the second one: :math:`|g(h) - 2g(0) + g(-h)|/2h` vanishes with h where g
+is smooth, and holds the jumps otherwise. The step shrinks until they are gone.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import central_difference
+from stableopt.curvature.errors import DifferenceError
 
 __all__ = ["CentralDifferences", "DifferenceError"]
 
@@ -36,18 +42,26 @@ _RUNGS = 6
 _TOLERATED = 0.1
 """Relative disagreement of two steps above which a difference is refused."""
 
+_SHORT, _SHORTEST = 1e-6, 1e-11
+"""Steps with kinks, relative to the point, in double precision. Rounding leaves 1e-4 of a difference
+over the shortest."""
 
-class DifferenceError(RuntimeError):
-    """Central differences at two steps disagree: the gradient jumps, or is mostly noise."""
+_JUMP_FREE = 1e-4
+"""Relative size of the second difference below which a step is no longer shortened."""
 
 
 class CentralDifferences:
     """Derivatives along directions, with one step for all of them.
 
+    Args:
+        kinks: whether the gradient jumps. It must then be in double precision, and a derivative takes
+            at least three gradients.
+
     Attributes:
         step: h; ``None`` before the first derivative, which chooses it.
         error: the largest disagreement seen with a second step, relative to the largest derivative.
-            The first derivative, the second, the fourth, and so on are checked.
+            The first derivative, the second, the fourth, and so on are checked; with ``kinks`` all, and
+            these twice.
 
     >>> differences = CentralDifferences()
     >>> at = torch.ones(1, dtype=torch.float64)
@@ -56,7 +70,8 @@ class CentralDifferences:
     (True, True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, kinks: bool = False) -> None:
+        self.kinks = kinks
         self.step: float | None = None
         self.error = 0.0
         self._largest = 0.0
@@ -73,26 +88,59 @@ class CentralDifferences:
             DifferenceError: if a second step disagrees by more than a tenth.
         """
         self._count += 1
-        if self.step is None:
-            self.step, slope, second = _chosen(gradient, size or 1.0)
+        if self.kinks:
+            slope, disagreement = self._between_kinks(gradient, size or 1.0)
         else:
-            slope = central_difference(gradient, self.step)
-            # Checking every product would double its cost.
-            checked = self._count & (self._count - 1) == 0
-            second = central_difference(gradient, 2 * self.step) if checked else slope
+            slope, disagreement = self._smooth(gradient, size or 1.0)
         # The product of a vector that the matrix nearly annihilates is all rounding.
         self._largest = max(self._largest, float(slope.norm()))
-        disagreement = float((slope - second).norm())
         if disagreement > 0:
             relative = disagreement / self._largest if self._largest > 0 else math.inf
             self.error = max(self.error, relative)
-        if self.error > _TOLERATED:
+        # Written so that an error that is not a number is refused.
+        if not self.error <= _TOLERATED:
             raise DifferenceError(
                 f"differences of the gradient at two steps disagree by {self.error:.0%}: it jumps, or"
                 " is mostly noise. Measure in double precision by dtype=torch.float64, or on a smooth"
                 " twin of the model"
             )
         return slope
+
+    def _smooth(self, gradient: Along, size: float) -> tuple[Tensor, float]:
+        """Return the derivative, and its distance from that over a second step."""
+        if self.step is None:
+            self.step, slope, second = _chosen(gradient, size)
+        else:
+            slope = central_difference(gradient, self.step)
+            # Checking every product would double its cost.
+            checked = self._count & (self._count - 1) == 0
+            second = central_difference(gradient, 2 * self.step) if checked else slope
+        return slope, float((slope - second).norm())
+
+    def _between_kinks(self, gradient: Along, size: float) -> tuple[Tensor, float]:
+        """Return the derivative over the step that shows the least of a jump, and the jump over it."""
+        center = gradient(0.0)
+        checked = self._count & (self._count - 1) == 0
+
+        def over(step: float) -> tuple[Tensor, float]:
+            ahead, behind = gradient(step), gradient(-step)
+            jump = float(((ahead - center) + (behind - center)).norm())
+            return (ahead - behind) / (2 * step), jump / (2 * step)
+
+        best: tuple[Tensor, float] | None = None
+        step = self.step = self.step or _SHORT * size
+        while True:
+            slope, jump = over(step)
+            accepted = _JUMP_FREE * max(self._largest, float(slope.norm()))
+            if jump <= accepted and checked:
+                # Jumps on both sides may cancel in the second difference.
+                shorter, other = over(step / _FACTOR)
+                jump = max(jump, other, float((slope - shorter).norm()))
+            if best is None or jump < best[1]:
+                best, self.step = (slope, jump), step
+            if jump <= accepted or step <= _SHORTEST * size:
+                return best
+            step /= _FACTOR
 
 
 def _noise(gradient: Along, size: float) -> float:

@@ -52,7 +52,7 @@ class Hessian(MeanOverSamples):
 
     def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
         super().__init__(problem, memory)
-        self.differences = CentralDifferences() if problem.obstacle else None
+        self.differences = CentralDifferences(kinks=problem.kinked) if problem.obstacle else None
 
     def linearise(self, batch: Any, size: int) -> _GradientPasses:
         """Return the loss of ``batch`` and its gradients, with their graph."""
@@ -76,14 +76,18 @@ class Hessian(MeanOverSamples):
         norm = float(torch.stack([part.norm() for part in tangent]).norm())
         if norm == 0:
             return tuple(torch.zeros_like(part) for part in tangent)
+        problem = self.problem.differenced()
+        cast = problem.precision.cast
+        theta = [cast(t.detach()) for t in self.theta]
         gradient = gradient_along(
             # Some modules write to their inputs.
-            lambda at: self.problem.loss(tuple(at), map_tensors(Tensor.clone, batch)),
-            self.theta,
-            tangent,
+            lambda at: problem.loss(tuple(at), map_tensors(lambda t: cast(t.clone()), batch)),
+            theta,
+            [cast(part) for part in tangent],
         )
-        size = float(torch.stack([t.detach().norm() for t in self.theta]).norm())
+        size = float(torch.stack([t.norm() for t in theta]).norm())
         slopes = norm * differences.along(lambda distance: gradient(distance / norm), size)
+        slopes = slopes.to(self.dtype)
         parts = torch.split(slopes, [part.numel() for part in tangent])
         return tuple(part.view(t.shape) for part, t in zip(parts, tangent, strict=True))
 

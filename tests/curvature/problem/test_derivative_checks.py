@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from oracles import small_data
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import stableopt
 from stableopt.curvature import GaussNewton, Problem, SecondDerivativeError
+from stableopt.curvature.errors import DifferenceError
 from stableopt.curvature.problem.derivative_checks import check_gradient
 
 
@@ -78,4 +82,314 @@ def test_kinks_that_two_steps_agree_on_are_no_wrong_gradient() -> None:
         near, far = away.clamp(-5e-5, 5e-5), away.clamp(-1e-4, 1e-4)
         return 1 + near + 0.9 * (far - near) + 0.95 * (away - far)
 
-    assert check_gradient(kinked, [torch.ones(1, dtype=torch.float64)])
+    check_gradient(kinked, [torch.ones(1, dtype=torch.float64)])
+
+
+# -- wrong second derivatives ------------------------------------------------------------------------
+
+
+class SavedGradient(torch.autograd.Function):
+    """A cross entropy whose gradient is computed in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward((z.softmax(-1) - F.one_hot(y, z.shape[1])) / len(z))
+        return F.cross_entropy(z, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+class SavedGradientOnce(SavedGradient):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+class SquareWithoutGraph(torch.autograd.Function):
+    """x + x^2/10, whose backward runs without a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x + 0.1 * x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        with torch.no_grad():
+            slope = 1 + 0.2 * ctx.saved_tensors[0]
+        return grad * slope
+
+
+class Layer(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class FixedPoint(nn.Module):
+    """z = tanh(Wz + x), whose gradient a hook solves for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def step(z: Tensor) -> Tensor:
+            return torch.tanh(z @ self.weight.T + x)
+
+        with torch.no_grad():
+            fixed = torch.zeros_like(x)
+            for _ in range(60):
+                fixed = step(fixed)
+        start = fixed.clone().requires_grad_()
+        again, z = step(start), step(fixed)
+
+        def solve(grad: Tensor) -> Tensor:
+            solution = grad
+            for _ in range(60):
+                solution = torch.autograd.grad(again, start, solution, retain_graph=True)[0] + grad
+            return solution
+
+        z.register_hook(solve)
+        return z
+
+
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "a gradient saved in forward": (nn.Identity, SavedGradient.apply),
+    "the same, once differentiable": (nn.Identity, SavedGradientOnce.apply),
+    "a layer's slope saved in forward": (Silent, CROSS_ENTROPY),
+    "a backward without a graph": (lambda: Layer(SquareWithoutGraph.apply), CROSS_ENTROPY),
+    "an implicit layer by hooks": (FixedPoint, CROSS_ENTROPY),
+}
+
+
+def convolutional(activation: type[nn.Module], pool: nn.Module, layer: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        activation(),
+        pool,
+        nn.Conv2d(4, 4, 3),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(36, 6),
+        layer,
+        nn.Linear(6, 4),
+    )
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("setting", ["tanh", "ReLU", "max-pool"])
+def test_no_kink_hides_a_wrong_second_derivative(
+    setting: str, dtype: torch.dtype, kind: str
+) -> None:
+    """Catches curvature that lacks a part behind ReLU or max-pool, where long steps disagree."""
+    torch.manual_seed(0)
+    make, loss = WRONG[kind]
+    activation = nn.Tanh if setting == "tanh" else nn.ReLU
+    pool = nn.MaxPool2d(2) if setting == "max-pool" else nn.AvgPool2d(2)
+    model = convolutional(activation, pool, make()).to(dtype)
+    data = torch.randn(16, 1, 12, 12, dtype=dtype), torch.randint(4, (16,))
+    problem = Problem(model, loss, data)
+    assert problem.obstacle is not None
+    assert problem.kinked or setting == "tanh"
+
+
+class OwnReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (ctx.saved_tensors[0] > 0)
+
+
+class OwnSwish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return grad * s * (1 + x * (1 - s))
+
+
+def hooked(x: Tensor) -> Tensor:
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad * 1.0)
+    return x
+
+
+def in_single(x: Tensor) -> Tensor:
+    """Normalise in single precision, as language models do."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "function", [OwnReLU.apply, OwnSwish.apply, hooked, in_single, F.hardswish]
+)
+def test_honest_networks_are_not_refused(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """Catches a refusal at a kink, such as zero biases behind a blank part of an image, of a custom
+    function whose backward is right, or of rounding inside the model.
+    """
+    torch.manual_seed(0)
+    model = convolutional(nn.ReLU, nn.MaxPool2d(2), Layer(function)).to(dtype)
+    for layer in (model[0], model[3]):
+        nn.init.zeros_(layer.bias)
+    x, y = torch.randn(16, 1, 12, 12, dtype=dtype), torch.randint(4, (16,))
+    x[..., :5] = 0
+    assert Problem(model, CROSS_ENTROPY, (x, y)).obstacle is None
+
+
+def test_a_second_derivative_that_is_no_number_is_found() -> None:
+    """Catches NaN, which no comparison with a bound finds larger: here that of a norm at zero."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh()).double()
+    x = small_data()[0]
+    x[0] = 0
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return z.norm(dim=1).mean()
+
+    problem = Problem(model, loss, (x, torch.zeros(len(x))))
+    with pytest.raises(SecondDerivativeError, match="second derivative is not finite"):
+        problem.check_twice()
+
+
+def test_a_custom_function_that_cannot_be_checked_is_not_trusted() -> None:
+    """Catches "cannot tell" taken for "right": behind ReLU, in single precision alone."""
+
+    def single(z: Tensor, y: Tensor) -> Tensor:
+        if z.dtype != torch.float32:
+            raise TypeError("this kernel takes float32")
+        return SavedGradient.apply(z, y)
+
+    torch.manual_seed(0)
+    model = convolutional(nn.ReLU, nn.MaxPool2d(2), nn.Identity())
+    data = torch.randn(16, 1, 12, 12), torch.randint(4, (16,))
+    problem = Problem(model, single, data)
+    assert problem.obstacle is not None
+    with pytest.raises(DifferenceError, match="evaluated in double precision"):
+        stableopt.measure(problem, lr=0.1, quantities=("sharpness",))
+
+
+# -- gradients that are not the derivative --------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x + ((x * 8).round() / 8 - x).detach()
+
+
+@pytest.mark.parametrize("function", [Reversed.apply, rounded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reversed_and_straight_through_gradients_are_refused_in_every_draw(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """Catches a number behind ReLU in some draws of the weights and a refusal in others."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Layer(function), nn.Linear(32, 4))
+        data = torch.randn(32, 8, dtype=dtype), torch.randint(4, (32,))
+        with pytest.raises(ValueError, match="the gradient is not the derivative of the loss"):
+            Problem(model.to(dtype), CROSS_ENTROPY, data)
+
+
+class Adjoint(torch.autograd.Function):
+    """Euler steps of dz/dt = f(z), with the adjoint equation solved backwards in time."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], z: Tensor, *params: Tensor) -> Tensor:
+        with torch.no_grad():
+            for _ in range(20):
+                z = z + f(z) / 20
+        ctx.f = f
+        ctx.save_for_backward(z, *params)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor | None, ...]:
+        z, *params = ctx.saved_tensors
+        slopes = [torch.zeros_like(p) for p in params]
+        for _ in range(20):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                velocity = ctx.f(z)
+                pulled = torch.autograd.grad(
+                    velocity, (z, *params), adjoint.detach(), allow_unused=True
+                )
+            slopes = [
+                total if g is None else total + g / 20
+                for total, g in zip(slopes, pulled[1:], strict=True)
+            ]
+            z, adjoint = z - velocity.detach() / 20, adjoint + pulled[0] / 20
+        return None, adjoint, *slopes
+
+
+class Flow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocity = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return Adjoint.apply(self.velocity, z, *self.velocity.parameters())
+
+
+def test_an_adjoint_method_that_misses_its_parameters_is_refused() -> None:
+    """Catches a gradient of zero for parameters: backward runs the model at those that it holds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Flow(), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match="differentiate through the solver's steps"):
+        Problem(model, nn.MSELoss(), small_data())
+
+
+def test_parameters_that_are_detached_or_masked_are_constants() -> None:
+    """Catches a refusal of a frozen backbone, or of the padding row of an embedding."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(5, 4, padding_idx=0)
+    backbone = Layer(lambda x: x.detach())
+    nn.init.normal_(embedding.weight)
+    tokens, y = torch.randint(5, (16, 3)), torch.randint(4, (16,))
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 4))
+    assert Problem(model, CROSS_ENTROPY, (tokens, y)).obstacle is None
+    probe = nn.Sequential(embedding, nn.Flatten(), backbone, nn.Linear(12, 4))
+    assert Problem(probe, CROSS_ENTROPY, (tokens, y)).obstacle is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_lost_in_rounding_is_no_wrong_gradient(dtype: torch.dtype) -> None:
+    """Catches a refusal of separable data fitted so well that the loss no longer moves."""
+    x, y = torch.tensor([[1.0], [-1.0]], dtype=dtype), torch.tensor([0, 1])
+    model = nn.Linear(1, 2, bias=False).to(dtype)
+    for scale in (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0):
+        with torch.no_grad():
+            model.weight.copy_(scale * x)
+        assert Problem(model, CROSS_ENTROPY, (x, y)).obstacle is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from oracles import (
     PRODUCT,
@@ -56,3 +57,17 @@ def test_frozen_tied_and_unused_parameters(data: tuple[Tensor, Tensor]) -> None:
     expected[:12, :12] = torch.autograd.functional.hessian(loss, point)
     assert hessian.shape == (18, 18)
     assert relative_error(hessian @ eye(hessian), expected) < PRODUCT
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_scaled_by_frequencies_is_refused_for_all_data(make: type[nn.Module]) -> None:
+    """Catches a number for some losses and chunk sizes and a refusal for others."""
+    model = nn.Sequential(make(6, 4, scale_grad_by_freq=True), nn.Flatten(), nn.LazyLinear(2))
+    tokens = torch.arange(6)[:, None]
+    model(tokens)
+    data = (tokens, torch.randn(6, 2))
+    for chunk_size in (None, 1):
+        with pytest.raises(ValueError, match=r"module '0' .* has scale_grad_by_freq=True"):
+            Problem(model, nn.MSELoss(), data, chunk_size=chunk_size)
+    head = list(model[2].parameters())
+    assert Problem(model, nn.MSELoss(), data, params=head).num_params == 10

@@ -48,3 +48,31 @@ def test_a_dtype_that_is_none_is_refused() -> None:
         Problem(model, MSE, data, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"'0.weight' has dtype torch.bfloat16"):
         Problem(model.bfloat16(), MSE, data, dtype=torch.bfloat16)
+
+
+class Waves(nn.Module):
+    """Complex weights held as real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.view_as_real(torch.randn(3, 2, dtype=torch.complex128)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(torch.complex128) @ torch.view_as_complex(self.weight)).abs()
+
+
+def test_the_real_view_of_complex_weights_is_measured() -> None:
+    """Catches a way out that leads nowhere: the message names it.
+
+    1e-6: a tolerance of 1e-5 enters the value squared, over the gap between the eigenvalues.
+    """
+    torch.manual_seed(0)
+    model, data = Waves(), pair(20)
+
+    def loss(flat: Tensor) -> Tensor:
+        weight = torch.view_as_complex(flat.view(3, 2, 2))
+        return MSE((data[0].to(torch.complex128) @ weight).abs(), data[1])
+
+    dense = torch.autograd.functional.hessian(loss, model.weight.detach().reshape(-1))
+    largest = float(torch.linalg.eigvalsh(dense)[-1])
+    assert sharpness(model, data) == pytest.approx(largest, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -124,6 +125,48 @@ def test_everything_that_the_hessian_can_do() -> None:
     found, known = (batch_sharpness(p, 3, num_batches=4).value for p in (problem, plain))
     assert found == pytest.approx(known, rel=1e-7)
     assert Hessian(problem).loss() == pytest.approx(plain.value(), rel=1e-12)
+
+
+def kinked_gradient(h: float) -> Tensor:
+    """Return a slope of (1, 2) between kinks at all multiples of 1e-4, with (0.5, 0) more at each."""
+    kinks = math.floor(h / 1e-4 + 0.5)
+    return torch.tensor([h + 0.5e-4 * kinks, 2 * h], dtype=torch.float64)
+
+
+def test_many_kinks_are_not_averaged_over() -> None:
+    """Catches the slope of 1.5 on which all steps over many kinks agree, for the slope of 1.
+
+    1e-6: without a kink the differences lack rounding alone, 1e-16 over a step of 1e-6 or less.
+    """
+    differences = CentralDifferences(kinks=True)
+    slope = differences.along(kinked_gradient, size=1000.0)
+    assert relative_error(slope, torch.tensor([1.0, 2.0], dtype=torch.float64)) < 1e-6
+    assert differences.error < 1e-6
+
+
+def test_a_kink_at_the_point_is_refused_with_kinks_known() -> None:
+    """Catches half a jump taken for a slope, however short the steps."""
+    with pytest.raises(DifferenceError, match="it jumps"):
+        CentralDifferences(kinks=True).along(
+            lambda h: torch.tensor([h, float(h > 0)], dtype=torch.float64), size=1.0
+        )
+
+
+@pytest.mark.parametrize("seed", [1, 5, 13])
+def test_differences_of_a_network_with_kinks_have_the_sharpness_of_its_twin(seed: int) -> None:
+    """Catches 1.15 for 0.71, converged: differences in single precision that step over kinks.
+
+    1e-3: twice the solver's tolerance squared, over a gap of a few percent, and float32 elsewhere.
+    """
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Sine(once=True), nn.Linear(16, 4))
+    data = torch.randn(64, 8), torch.randint(4, (64,))
+    found = stableopt.measure(model, nn.CrossEntropyLoss(), data, quantities=("sharpness",))
+    model[2].once = False
+    twin = stableopt.measure(model, nn.CrossEntropyLoss(), data, quantities=("sharpness",))
+    assert found.method == "central differences, in float64"
+    assert found.converged
+    assert found.sharpness == pytest.approx(twin.sharpness, rel=1e-3)
 
 
 def test_what_needs_double_backward_says_so() -> None:

@@ -1,0 +1,116 @@
+r"""`short_difference`: a central difference over steps so short that no kink lies inside.
+
+A network with ReLU or max-pooling is smooth within its pieces. Over a long step a difference averages
+over several pieces, and two such averages may agree by chance. Over shorter and shorter steps the
+differences agree to many digits as soon as the points lie in one piece, which double precision allows
+down to steps of 1e-9. In single precision rounding takes over before that, and often no step is good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from stableopt.curvature.autodiff import central_difference, displaced
+
+__all__ = ["Difference", "Slope", "generic_point", "short_difference", "tolerance"]
+
+V = TypeVar("V", float, Tensor)
+
+_STEPS = {torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9), torch.float32: (1e-2, 1e-3, 1e-4)}
+"""Steps relative to the point. Rounding leaves 1e-7 of a difference over the shortest of either."""
+
+_SETTLED = 1e-6
+"""Relative gap of two differences after which shorter steps are not tried: chance gives none."""
+
+_TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.02}
+"""Relative error of a derivative that excludes rounding: smooth networks stay below 1e-6 and 1e-3."""
+
+_AWAY = 1e-3
+"""Relative distance of a generic point."""
+
+
+@dataclass(frozen=True)
+class Difference(Generic[V]):
+    """A central difference that a second step confirms.
+
+    Attributes:
+        value: the difference.
+        gap: its distance from the difference over the neighbouring step.
+    """
+
+    value: V
+    gap: float
+
+
+Slope = Difference[float]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error above which a derivative computed in ``dtype`` is wrong."""
+    return _TOLERANCE[dtype]
+
+
+def short_difference(
+    along: Callable[[float], V],
+    size: float,
+    dtype: torch.dtype,
+    *,
+    scale: float = 0.0,
+    noise: float = 0.0,
+) -> Difference[V] | None:
+    """Return the difference of ``along`` at distance 0 that agrees best with its neighbour.
+
+    ``None`` if no two neighbouring steps agree to a quarter of :func:`tolerance`.
+
+    Args:
+        along: the function of the distance from a point.
+        size: the norm of the point, which steps are relative to.
+        dtype: the precision of the function.
+        scale: agreement is relative to the difference, or to this if it is larger.
+        noise: the rounding error of a value; steps are skipped where it would matter.
+
+    >>> found = short_difference(lambda h: abs(h + 1e-4), 1.0, torch.float64)
+    >>> round(found.value, 6)
+    1.0
+    """
+    best: Difference[V] | None = None
+    previous: V | None = None
+    accepted = tolerance(dtype) / 4
+    for step in _STEPS[dtype]:
+        value = central_difference(along, step * size)
+        magnitude = max(_norm(value), scale)
+        if noise / (step * size) > accepted * magnitude:
+            break
+        if previous is not None:
+            gap = _norm(value - previous)
+            if gap <= accepted * magnitude and (best is None or gap < best.gap):
+                best = Difference(value, gap)
+            if gap <= _SETTLED * magnitude:
+                break
+        previous = value
+    return best
+
+
+def _norm(value: float | Tensor) -> float:
+    return float(value.norm()) if isinstance(value, Tensor) else abs(value)
+
+
+def generic_point(point: Sequence[Tensor]) -> list[Tensor]:
+    """Return leaves near ``point`` that lie on no kink, as zero biases behind zero padding do."""
+    generator = torch.Generator().manual_seed(0)
+    overall = _root_mean_square(torch.cat([t.detach().reshape(-1) for t in point]))
+    direction = []
+    for t in point:
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+        own = _root_mean_square(t.detach()) if t.numel() else 0.0
+        direction.append((own or overall or 1.0) * noise)
+    return displaced(point, direction, _AWAY)
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

@@ -1,0 +1,42 @@
+"""`InDouble`: single precision inside a function becomes double."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stableopt.curvature.isolation.in_double import InDouble
+
+HELD = torch.tensor([0.5, 0.25, 0.125])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.float() / 3,
+        lambda x: x.to(torch.float32) / 3,
+        lambda x: x.type(torch.float32) / 3,
+        lambda x: x.softmax(-1, dtype=torch.float32),
+        lambda x: torch.zeros(3) + x,
+        lambda x: x @ HELD,
+        lambda x: torch.stack([x.float(), HELD]),
+    ],
+)
+def test_results_are_double_and_exact(function: object) -> None:
+    """Catches rounding to single precision on the way, which a double result alone does not show."""
+    x = torch.tensor([1.0, 2.0, 1 / 3], dtype=torch.float64)
+    with InDouble():
+        found: Tensor = function(x)  # type: ignore[operator]
+    assert found.dtype == torch.float64
+    assert not torch.equal(found, found.float().double())
+
+
+def test_tensors_that_are_written_to_stay_themselves() -> None:
+    """Catches a write to a copy, which is lost."""
+    count = torch.zeros(3)
+    with InDouble():
+        count.add_(torch.ones(3))
+        count[0] = 5.0
+    assert count.dtype == torch.float32
+    assert count.tolist() == [5.0, 1.0, 1.0]
