@@ -66,8 +66,8 @@ class CriticalLR:
         sharpness: :math:`\lambda_{\max}` of the mean of the matrices that ``hessians`` names; with
             leading directions only, never above it.
         hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured.
-        exact: whether all directions of the matrices that ``hessians`` names were used, and ``obstacle`` is
-            ``None``.
+        exact: whether all directions of the matrices that ``hessians`` names were used, and
+            ``obstacle`` is ``None``.
         converged: whether the search reached its tolerance.
         residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products in the eigen-solves.

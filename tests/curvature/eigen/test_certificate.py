@@ -120,7 +120,7 @@ def _at_one(iteration: LanczosIteration) -> float:
 
 
 HIDDEN = torch.cat([torch.ones(1), torch.linspace(0, 0.9, 8).repeat(125)[:999]]).double()
-"""After eight products only the first eigenvalue is left out: a start holds a thousandth of its vector."""
+"""After eight products only the first eigenvalue is left out: a start holds a thousandth of it."""
 
 
 def test_a_tighter_tolerance_is_never_less_reliable() -> None:
