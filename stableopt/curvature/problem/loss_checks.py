@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "moved_by",
     "twice_over",
     "unequal_samples",
+    "warn_of_samples_alone",
 ]
 
 CHECKED_SAMPLES = 8
@@ -75,10 +77,7 @@ def unequal_samples(difference: float, chunks: int, *, given: bool) -> str:
         chunks: the number of chunks of the data, on all ranks.
         given: whether the user gave the weights.
     """
-    found = (
-        f"the gradient of a batch differs by {difference:.2g} of its size from the mean over its"
-        " samples"
-    )
+    found = _found(difference)
     if given:
         return (
             f"sample_weight: with these weights {found}: expected the weights by which loss_fn averages,"
@@ -89,6 +88,23 @@ def unequal_samples(difference: float, chunks: int, *, given: bool) -> str:
         f"loss_fn: {found}: it weighs samples unequally, or they see each other. Pass the weights as"
         f" sample_weight=,{alone} or batch_statistics=True to measure the mean over the batches given;"
         " of samples that see each other only the sharpness is defined"
+    )
+
+
+def warn_of_samples_alone(difference: float) -> None:
+    """Warn of a loss that is another one for several samples at once, measured one by one."""
+    warnings.warn(
+        f"loss_fn: {_found(difference)}: it weighs samples unequally, or they see each other. In chunks"
+        " of one sample, f is the mean over the samples by themselves, and not the loss of a larger"
+        " training batch; sample_weight= gives weights",
+        stacklevel=5,
+    )
+
+
+def _found(difference: float) -> str:
+    return (
+        f"the gradient of a batch differs by {difference:.2g} of its size from the mean over its"
+        " samples"
     )
 
 

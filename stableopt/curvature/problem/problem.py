@@ -23,7 +23,7 @@ from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data import cut
 from stableopt.curvature.problem.derivative_checks import check_derivatives
-from stableopt.curvature.problem.draws import RANDOM, fix_draw, noisy_mean
+from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
 from stableopt.curvature.problem.held import check_hooks, check_leaves
 from stableopt.curvature.problem.loss_checks import (
@@ -36,10 +36,16 @@ from stableopt.curvature.problem.loss_checks import (
     moved_by,
     twice_over,
     unequal_samples,
+    warn_of_samples_alone,
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
-from stableopt.curvature.problem.survey import SPREAD_SAMPLES, Survey, difference_of_parts
+from stableopt.curvature.problem.survey import (
+    SPREAD_SAMPLES,
+    Survey,
+    difference_of_parts,
+    displaced_at_random,
+)
 from stableopt.curvature.problem.weight_totals import WeightTotals, weights_of, weights_seen
 from stableopt.curvature.problem.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
@@ -157,6 +163,7 @@ class Problem(MeanLoss):
             self._random = noisy_mean(
                 lambda each: self.loss(theta, each), batch, doubled, self._objective.generators
             )
+
     def _find_weights(self, theta: Theta, batch: Any, size: int) -> None:
         """Find the weights of this rank's samples, and compare a gradient with its samples'."""
 
@@ -179,24 +186,19 @@ class Problem(MeanLoss):
             )
         self._weights = weights_of([self._totals], self._weights)
 
+        elsewhere = displaced_at_random(theta)
+
         def gradient(part: Any) -> Tensor:
             with self.evaluation():
-                slopes = torch.autograd.grad(self.loss(theta, part), theta, allow_unused=True)
-                return self.flatten(slopes)
+                loss = self.loss(elsewhere, part)
+                if not loss.requires_grad:  # which the check of the derivatives reports
+                    return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+                return self.flatten(torch.autograd.grad(loss, elsewhere, allow_unused=True))
 
         self._difference = 0.0
-        if not self._random and not self._draws(theta, batch):
+        # With random numbers a sample differs between batches.
+        if not self._random and not draws(evaluated(batch), self._objective.generators):
             self._difference = difference_of_parts(gradient, survey.batch, survey.size)
-
-    def _draws(self, theta: Theta, batch: Any) -> bool:
-        """Whether an evaluation draws random numbers, so that samples differ between batches."""
-        generators = [torch.default_generator, *self._objective.generators]
-        if self.device.type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index or 0])
-        before = [generator.get_state() for generator in generators]
-        self.loss(theta, batch)
-        after = [generator.get_state() for generator in generators]
-        return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     def _check_weights(self) -> None:
         """Agree on the weights, and find out whether samples have curvature of their own."""
@@ -208,13 +210,17 @@ class Problem(MeanLoss):
         own, self._weights = self._weights, weights_of(totals, self._weights)
         # Ranks whose losses take different means have no weights in common.
         apart = type(own) is not EqualWeights and type(self._weights) is EqualWeights
-        found = self.ranks.all_gather_object((self._difference, self.batches.num_chunks, apart))
-        difference, chunks = max(row[0] for row in found), sum(row[1] for row in found)
+        chunks = self.batches.num_chunks
+        found = self.ranks.all_gather_object((self._difference, apart, chunks, self.own_samples))
+        difference, chunks = max(row[0] for row in found), sum(row[2] for row in found)
         if self._random:
             self.equal_weights = False
             return
         largest = UNEQUAL if self.precision.autocast is None else UNEQUAL_HALF
-        if difference <= largest and not any(row[2] for row in found):
+        if difference <= largest and not any(row[1] for row in found):
+            return
+        if chunks == sum(row[3] for row in found) > 1 and not given:
+            warn_of_samples_alone(difference)
             return
         self.equal_weights, self._unequal = False, unequal_samples(difference, chunks, given=given)
         if given or chunks > 1:
