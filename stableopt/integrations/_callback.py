@@ -18,7 +18,7 @@ from stableopt.stability import StabilityMargins
 
 __all__ = ["Tracked"]
 
-_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "process_group")
+_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "sample_weight", "process_group")
 
 
 class Tracked:

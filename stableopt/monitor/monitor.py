@@ -66,6 +66,8 @@ class StabilityMonitor:
         chunk_size: the largest number of samples evaluated at once.
         max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
         dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
+        sample_weight: the weights of samples in a loss that averages unequally, where they are not
+            those of torch's losses; see :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
             ``fully_shard``. Every rank must then make the monitor: to measure replicas on one rank
@@ -114,6 +116,7 @@ class StabilityMonitor:
         chunk_size: int | None = None,
         max_samples: int | None = None,
         dtype: torch.dtype | None = None,
+        sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
         tol: float = 0.03,
         max_iter: int = 50,
@@ -132,6 +135,7 @@ class StabilityMonitor:
             chunk_size=chunk_size,
             max_samples=max_samples,
             dtype=dtype,
+            sample_weight=sample_weight,
             process_group=process_group,
         )
         self._counter = SampleCounter()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.data import Batches, map_tensors
+from stableopt.optim.chunk_weights import ChunkWeights
 from stableopt.optim.trackable import Tracking
 
 __all__ = ["GD", "SGD"]
@@ -74,13 +75,15 @@ class GD(SGD):
         data: Any,
         *,
         chunk_size: int | None = None,
+        sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
     ) -> float:
         r"""Set ``.grad`` to the gradient of the mean loss over all of ``data``; return that loss.
 
-        .. math:: \nabla f = \sum_b \frac{m_b}{n} \nabla f_b
+        .. math:: \nabla f = \sum_b \frac{w_b}{w} \nabla f_b
 
-        over chunks b of :math:`m_b` samples. Earlier gradients are zeroed by ``zero_grad``. The model
-        stays in its mode, so batch norm and dropout act on each chunk as in training.
+        over chunks b of weight :math:`w_b`: the number of samples, or the sum of their weights for a
+        loss that weighs them. Earlier gradients are zeroed by ``zero_grad``. The model stays in its
+        mode, so batch norm and dropout act on each chunk as in training.
 
         Args:
             model: the model.
@@ -88,34 +91,39 @@ class GD(SGD):
             data: an ``(x, y)`` pair, a ``Dataset``, a ``DataLoader`` or a re-iterable of batches.
             chunk_size: the largest number of samples at once; by default the batches of a loader,
                 and 1,024 for pairs.
+            sample_weight: the samples' weights, as for :class:`~stableopt.Problem`; those of torch's
+                own losses are known.
 
         Raises:
             TypeError: for data that can be read only once.
-            ValueError: for empty data, or a loss that is not a scalar.
+            ValueError: for empty data, or a loss that is not a scalar, or a sum.
         """
-        device = self.param_groups[0]["params"][0].device
+        batches = Batches(data, chunk_size=chunk_size)
+        weigher = ChunkWeights(model, loss_fn, batches, sample_weight)
         losses: list[Tensor] = []
-        first = total = 0
+        first = total = 0.0
         with torch.enable_grad():
-            for batch, size in Batches(data, chunk_size=chunk_size):
-                x, y = map_tensors(lambda t: t.to(device, non_blocking=True), batch)
-                loss = loss_fn(model(x), y)
-                if loss.dim() != 0:
-                    raise ValueError(
-                        f"loss_fn returned shape {tuple(loss.shape)}: expected a scalar, the mean"
-                        " over the batch (reduction='mean')"
-                    )
+            for batch, size in batches:
+                loss, weight = weigher.loss_and_weight(self._moved(batch), size)
                 if not total:
                     self.zero_grad()
-                    first = size
-                # n is unknown until all data are read; until then the first chunk is the unit.
-                part = loss * (size / first)
+                    first = weight
+                if not weight:
+                    continue
+                # The sum is unknown until all data are read; until then the first chunk is the unit.
+                part = loss * (weight / first)
                 torch.autograd.backward(part)
                 losses.append(part.detach())
-                total += size
+                total += weight
+        if not total:
+            raise ValueError(f"data: all {batches.num_samples} samples have weight zero")
         if total != first:
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
                         p.grad.mul_(first / total)
         return float(torch.stack(losses).sum()) * (first / total)
+
+    def _moved(self, batch: Any) -> Any:
+        device = self.param_groups[0]["params"][0].device
+        return map_tensors(lambda t: t.to(device, non_blocking=True), batch)

@@ -13,18 +13,24 @@ Three examples::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any, Protocol, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
 from stableopt._support.arguments import require_keys, whole
 from stableopt._support.deprecation import renamed_keywords
-from stableopt.curvature.problem.data import sample_count
+from stableopt.curvature.problem.data import sample_count, tensors_in
+from stableopt.curvature.problem.weights import GivenWeights
 from stableopt.distributed.collectives import world
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
+
+_IGNORED = -100
+"""The target that torch's losses, and the models of transformers, ignore."""
 
 
 class Resizable(Protocol):
@@ -222,8 +228,9 @@ class AdaptiveAccumulation(_BatchSize):
     r"""Gradient accumulation: groups the batches of a loader of fixed batch size into steps.
 
     Yields for each step a list of ``(share, batch)``. A share is the batch's fraction of the step's
-    samples, so that the gradients of ``share * loss`` add up to that of the mean loss, also with
-    ragged batches. The size is read before each step. The last step of an epoch may be shorter.
+    samples, or of their weights, so that the gradients of ``share * loss`` add up to that of the mean
+    loss, also with ragged batches. The size is read before each step. The last step of an epoch may be
+    shorter.
 
     Args:
         loader: a loader, or any re-iterable of batches.
@@ -231,9 +238,13 @@ class AdaptiveAccumulation(_BatchSize):
         batch_size: samples in a step at the start, a multiple of ``micro_batch_size``; by default
             one batch.
         max_batch_size: the largest allowed size; ``None`` for no bound.
+        sample_weight: a function of a batch that returns the weights of its samples ``(m,)``, for a
+            loss that divides by their sum: class weights ``w[y]``, or the numbers of targets that
+            count, ``(y != -100).sum(1)``. By default samples weigh the same.
 
     Raises:
-        ValueError: for sizes out of range.
+        ValueError: for sizes out of range; in an epoch, for batches with targets of -100, which torch's
+            losses ignore, without ``sample_weight``.
 
     >>> import torch
     >>> batches = [(torch.zeros(2), torch.zeros(2))] * 4
@@ -250,17 +261,35 @@ class AdaptiveAccumulation(_BatchSize):
         batch_size: int | None = None,
         *,
         max_batch_size: int | None = None,
+        sample_weight: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.loader = loader
+        self.loader, self._sample_weight = loader, sample_weight
         unit = whole("micro_batch_size", micro_batch_size)
         self._allow(unit if batch_size is None else batch_size, unit, max_batch_size, unit)
 
     def __iter__(self) -> Iterator[list[tuple[float, Any]]]:
         batches = iter(self.loader)
         while group := list(islice(batches, self.batch_size // self._unit)):
-            sizes = [sample_count(batch) for batch in group]
-            total = sum(sizes)
-            yield [(size / total, batch) for size, batch in zip(sizes, group, strict=True)]
+            weights = [self._weight(batch) for batch in group]
+            total = sum(weights)
+            # The loss of a batch without weight is 0/0.
+            pairs = zip(weights, group, strict=True)
+            yield [(weight / total, batch) for weight, batch in pairs if weight]
+
+    def _weight(self, batch: Any) -> float:
+        """Return the sum of the weights of a batch."""
+        if self._sample_weight is not None:
+            given = GivenWeights(self._sample_weight, paired=False)
+            return float(given.attached(batch, 0, sample_count(batch)).weight.sum())
+        integers = (t for t in tensors_in(batch) if t.dtype in (torch.int32, torch.int64))
+        if any(bool((t == _IGNORED).any()) for t in integers):
+            raise ValueError(
+                f"loader: a batch has ignored targets ({_IGNORED}), and a loss that averages over the"
+                " others weighs batches unequally: pass the weights of a batch's samples, such as"
+                f" sample_weight=lambda batch: (batch[1] != {_IGNORED}).flatten(1).sum(1), or"
+                " lambda batch: torch.ones(len(batch[1])) if samples weigh the same"
+            )
+        return sample_count(batch)
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch at the present size: an estimate if it changes."""

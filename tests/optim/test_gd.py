@@ -226,3 +226,52 @@ def test_tracked_descent_is_the_untracked_one_and_reaches_the_minimum() -> None:
     # What is left is rounding, 2e-16, times the condition number, 10, and some.
     solution = torch.linalg.lstsq(X, Y).solution.T
     torch.testing.assert_close(final[0], solution, rtol=1e-13, atol=1e-13)
+
+
+def weighted_case(name: str) -> tuple[Any, Any]:
+    """Return a loss that weighs labels, and what its weights are given by."""
+    weight = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    classes = nn.CrossEntropyLoss(weight)
+
+    def own(outputs: Tensor, labels: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        return (weight[labels] * losses).sum() / weight[labels].sum()
+
+    if name == "with squares":
+        return (
+            lambda outputs, labels: classes(outputs, labels) + 0.1 * outputs.square().mean(),
+            None,
+        )
+    if name == "own":
+        return own, lambda batch: weight[batch[1]]
+    return (classes, None) if name == "classes" else (nn.CrossEntropyLoss(ignore_index=0), None)
+
+
+@pytest.mark.parametrize("name", ["classes", "ignored", "with squares", "own"])
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_weighted_losses_have_the_gradient_of_the_batch(name: str, chunk_size: int | None) -> None:
+    """Catches chunks that count by their samples (46 to 112 % off), and 0/0 in a chunk that a loss
+    ignores.
+    """
+    torch.manual_seed(0)
+    labels = (torch.arange(N) >= 8).long()
+    model = nn.Linear(3, 2).double()
+    loss_fn, sample_weight = weighted_case(name)
+    whole = loss_fn(model(X), labels)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    optimizer = stableopt.GD(model.parameters(), lr=0.1)
+    loss = optimizer.full_gradient(
+        model, loss_fn, (X, labels), chunk_size=chunk_size, sample_weight=sample_weight
+    )
+    assert loss == pytest.approx(whole.item(), rel=1e-13)
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), **ROUNDING)
+
+
+def test_sums_are_refused() -> None:
+    """Catches a sum over each chunk, which the mean over chunks divides by their number."""
+    optimizer = stableopt.GD((model := linear()).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="use reduction='mean'"):
+        optimizer.full_gradient(model, nn.MSELoss(reduction="sum"), (X, Y))
+    labels = torch.full((N,), -100)
+    with pytest.raises(ValueError, match="all 11 samples have weight zero"):
+        optimizer.full_gradient(nn.Linear(3, 2).double(), nn.CrossEntropyLoss(), (X, labels))

@@ -399,6 +399,34 @@ def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
     assert list(AdaptiveAccumulation([], 4)) == []
 
 
+def test_accumulation_weighs_batches_as_the_loss_does() -> None:
+    """Catches shares by samples for a mean over tokens: 63 % off, and no word of it."""
+    torch.manual_seed(0)
+    x, y = torch.randint(7, (2, 16, 12))
+    for row in range(16):
+        y[row, 12 if row < 8 else 2 :] = -100
+    y[4:8] = -100  # a batch without any target
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7)).double()
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 16, 4)]
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    expected = torch.autograd.grad(loss(x, y), list(model.parameters()))
+    with pytest.raises(ValueError, match=r"ignored targets \(-100\).*sample_weight="):
+        list(AdaptiveAccumulation(batches, 4, 16))
+    (group,) = AdaptiveAccumulation(
+        batches, 4, 16, sample_weight=lambda batch: (batch[1] != -100).sum(1)
+    )
+    model.zero_grad()
+    for share, batch in group:
+        (share * loss(*batch)).backward()
+    # Sums of some hundred terms in double precision.
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters()], list(expected), rtol=1e-12, atol=1e-14
+    )
+
+
 def test_sampler_and_workers_leave_global_random_state_alone() -> None:
     """Catches a draw that torch's BatchSampler does not make."""
     state = random.getstate()

@@ -53,9 +53,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
     outputs = _checked(problem.outputs(theta, batch), size).detach()
 
     def loss(flat: Tensor, sample: Any) -> Tensor:
-        assert problem.loss_fn is not None
-        value: Tensor = problem.loss_fn(flat.view(1, *outputs.shape[1:]), sample[1])
-        return problem.sign * value
+        return problem.loss_of_outputs(flat.view(1, *outputs.shape[1:]), sample)
 
     def one(sample: Any, flat: Tensor) -> Any:
         # Reverse over reverse: the forward mode of torch's own mse_loss raises.

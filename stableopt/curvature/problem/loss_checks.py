@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.data import cut, map_tensors
+from stableopt.curvature.problem.data import map_tensors
 from stableopt.distributed.collectives import Ranks
 
 __all__ = [
     "CHECKED_SAMPLES",
+    "UNEQUAL",
+    "UNEQUAL_HALF",
     "check_mean",
     "check_replicas",
     "checked_scalar",
     "moved_by",
-    "samples_weigh_equally",
     "twice_over",
+    "unequal_samples",
+    "warn_of_samples_alone",
 ]
 
 CHECKED_SAMPLES = 8
@@ -29,9 +32,10 @@ _NOT_A_MEAN = 0.05
 """Relative change of the loss, when the batch is doubled, that excludes a mean: a sum changes by 1,
 rounding by at most 1e-3 (a loss of 1e-6 in float32)."""
 
-_UNEQUAL = 0.02
-"""Relative difference between the loss of a batch and the mean of its samples' losses that exceeds
-rounding, and the noise of a model that draws random numbers."""
+UNEQUAL, UNEQUAL_HALF = 2e-3, 0.05
+"""Relative differences between a batch's gradient and the mean of its parts' that exceed rounding: of
+single precision, which is 1e-6, with a ReLU that it flips among 64 samples; and of autocast to half
+precision, which is 0.01."""
 
 _REPLICAS = 1e-3
 """Difference of a projection of the parameters, relative to their norm, that exceeds rounding between
@@ -65,31 +69,43 @@ def check_mean(once: float, twice: float) -> None:
         )
 
 
-def samples_weigh_equally(
-    value: Callable[[Any], float], batch: Any, size: int, once: float
-) -> bool:
-    """Return whether the loss of a batch is the mean of its samples' losses; warn if it is not.
+def unequal_samples(difference: float, chunks: int, *, given: bool) -> str:
+    """Return what to tell of a loss whose gradient is not the mean of its samples'.
 
     Args:
-        value: the loss of a batch.
-        batch: a batch of ``size`` samples.
-        size: the number of samples.
-        once: the loss of ``batch``.
+        difference: of the gradients, relative.
+        chunks: the number of chunks of the data, on all ranks.
+        given: whether the user gave the weights.
     """
-    apart = sum(value(cut(batch, index, index + 1)) for index in range(size)) / size
-    if not 1e-6 < abs(once) < float("inf"):
-        return True
-    # A sample that the loss ignores has a loss of its own that is NaN.
-    equal = abs(once - apart) <= _UNEQUAL * abs(once)
-    if not equal:
-        warnings.warn(
-            f"loss_fn weighs samples unequally: a batch has loss {once:.6g}, its samples by"
-            f" themselves {apart:.6g} on average (class weights, ignored targets, or samples that"
-            " see each other). Sharpness is then that of the mean over chunks, and non-uniformity"
-            " that of samples by themselves",
-            stacklevel=4,
+    found = _found(difference)
+    if given:
+        return (
+            f"sample_weight: with these weights {found}: expected the weights by which loss_fn averages,"
+            " as it divides by their sum over a batch"
         )
-    return equal
+    alone = "" if chunks == 1 else f" or chunk_size= for one chunk (now {chunks}),"
+    return (
+        f"loss_fn: {found}: it weighs samples unequally, or they see each other. Pass the weights as"
+        f" sample_weight=,{alone} or batch_statistics=True to measure the mean over the batches given;"
+        " of samples that see each other only the sharpness is defined"
+    )
+
+
+def warn_of_samples_alone(difference: float) -> None:
+    """Warn of a loss that is another one for several samples at once, measured one by one."""
+    warnings.warn(
+        f"loss_fn: {_found(difference)}: it weighs samples unequally, or they see each other. In chunks"
+        " of one sample, f is the mean over the samples by themselves, and not the loss of a larger"
+        " training batch; sample_weight= gives weights",
+        stacklevel=5,
+    )
+
+
+def _found(difference: float) -> str:
+    return (
+        f"the gradient of a batch differs by {difference:.2g} of its size from the mean over its"
+        " samples"
+    )
 
 
 def twice_over(batch: Any) -> Any:

@@ -27,6 +27,7 @@ from stableopt.curvature.problem.parameters import (
 )
 from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.problem.probe import fixed_probe
+from stableopt.curvature.problem.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["MeanLoss", "Memo", "Theta"]
@@ -102,6 +103,7 @@ class MeanLoss(abc.ABC):
         max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
+        sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
     ) -> None:
         if isinstance(loss_fn, _BatchLoss):
@@ -118,6 +120,14 @@ class MeanLoss(abc.ABC):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = unwrapped(model)
         self._dtype, self._batch_statistics = dtype, batch_statistics
+        self._weights: EqualWeights = EqualWeights()
+        if sample_weight is not None:
+            if batch_statistics:
+                raise ValueError(
+                    "sample_weight= with batch_statistics=True: then f is the mean of the batches'"
+                    " losses as they are; leave one of them out"
+                )
+            self._weights = GivenWeights(sample_weight, paired=self.loss_fn is not None)
         self.ranks = self._checked_placement(ranks)
         self._objective = _Objective(self.model, batch_loss, self.loss_fn)
         self._notes = {UNCOMPILED} if compiled(model) else set()
@@ -145,6 +155,7 @@ class MeanLoss(abc.ABC):
         max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
+        sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
     ) -> P:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
@@ -169,6 +180,7 @@ class MeanLoss(abc.ABC):
             max_samples=max_samples,
             dtype=dtype,
             batch_statistics=batch_statistics,
+            sample_weight=sample_weight,
             process_group=process_group,
         )
 
@@ -306,8 +318,10 @@ class MeanLoss(abc.ABC):
         batches, own = self.batches, self.batches.chunk_size
         if chunk_size is not None and (own is None or chunk_size < own):
             batches = batches.with_chunk_size(chunk_size)
+        start = 0
         for batch, size in batches:
-            yield map_tensors(self._fresh, batch), size
+            yield self._weights.attached(map_tensors(self._fresh, batch), start, size), size
+            start += size
 
     def _fresh(self, tensor: Tensor) -> Tensor:
         return self.precision.cast(tensor.detach().to(self.device, copy=True))

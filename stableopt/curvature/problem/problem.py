@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +25,31 @@ from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data import cut, map_tensors
 from stableopt.curvature.problem.derivative_checks import check_derivatives
-from stableopt.curvature.problem.draws import RANDOM, fix_draw, noisy_mean
+from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
 from stableopt.curvature.problem.held import check_hooks, check_leaves
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
+    UNEQUAL,
+    UNEQUAL_HALF,
     check_mean,
     check_replicas,
     checked_scalar,
     moved_by,
-    samples_weigh_equally,
     twice_over,
+    unequal_samples,
+    warn_of_samples_alone,
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
+from stableopt.curvature.problem.survey import (
+    SPREAD_SAMPLES,
+    Survey,
+    difference_of_parts,
+    displaced_at_random,
+)
+from stableopt.curvature.problem.weight_totals import WeightTotals, weights_of, weights_seen
+from stableopt.curvature.problem.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Problem", "Theta", "require_samples"]
@@ -68,6 +79,11 @@ class Problem(MeanLoss):
             training, instead of its running ones. Then f is the mean of the batches' losses, the
             batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of
             their own.
+        sample_weight: the weights w of a loss :math:`\sum_i w_i f_i/\sum_i w_i`: a tensor ``(n,)`` in
+            the data's order, or a function of a batch that returns one. f is then the mean of
+            :math:`\tilde f_i = n w_i f_i/\sum_j w_j`, and these are the samples' losses. By default
+            those that torch's own losses take from class weights and ignored targets; other losses
+            that weigh samples unequally are refused where it matters.
         process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
             this rank's shard, and every product one all-reduce. Every rank must make the problem, and
             use it, in the same way. By default this process is alone, also with a
@@ -82,7 +98,9 @@ class Problem(MeanLoss):
     Raises:
         ValueError: for a loss that is not a scalar, or not a mean over samples (found by doubling
             a batch), or whose gradient is not its derivative; for empty data; for parameters on
-            several devices, of several dtypes, or that differ between ranks; for data without an end.
+            several devices, of several dtypes, or that differ between ranks; for data without an end;
+            for ``sample_weight`` that are not the loss's; without it, for a loss in several chunks
+            whose samples see each other or have unequal weights that are not known.
         TypeError: for data that can be read only once, or parameters that are not real
             floating-point numbers of single or double precision.
         RuntimeError: for a model that cannot be differentiated even once.
@@ -98,6 +116,7 @@ class Problem(MeanLoss):
     equal_weights = True
     _random = False
     _doubles = False
+    _unequal = ""
     _moved: frozenset[str] = frozenset()
 
     def _checked_placement(self, ranks: Ranks) -> Ranks:
@@ -131,12 +150,8 @@ class Problem(MeanLoss):
             self._check_held(theta, batch, doubled)
             if not self._random:
                 check_mean(once, value(doubled))
-            # With batch statistics single samples have no loss, and batches stay as they were cut.
-            self.equal_weights = (
-                not self._batch_statistics
-                and not self._random
-                and samples_weigh_equally(value, batch, size, once)
-            )
+            if not self._batch_statistics:
+                self._find_weights(theta, batch, size)
             self._check_derivatives(batch, once)
 
     def _check_derivatives(self, batch: Any, value: float) -> None:
@@ -209,11 +224,73 @@ class Problem(MeanLoss):
                 lambda each: self.loss(theta, each), batch, doubled, self._objective.generators
             )
 
+    def _find_weights(self, theta: Theta, batch: Any, size: int) -> None:
+        """Find the weights of this rank's samples, and compare a gradient with its samples'."""
+
+        def evaluated(chunk: Any) -> Callable[[], Any]:
+            return lambda: self.loss(theta, chunk)
+
+        seen = weights_seen(evaluated(batch))
+        values = {mean.ignore_index for mean in seen if mean.ignore_index is not None}
+        at_most = max(CHECKED_SAMPLES, min(SPREAD_SAMPLES, self.batches.chosen or SPREAD_SAMPLES))
+        survey = Survey.of(self.chunks(), sought=values, most=at_most)
+        chunks = (chunk for chunk, _ in self.chunks())
+        if isinstance(self._weights, GivenWeights):
+            self._totals = WeightTotals.of_given(self._weights, chunks)
+        else:
+            in_model = 0
+            if seen and self.loss_fn is not None:
+                in_model = len(weights_seen(lambda: self.outputs(theta, batch)))
+            self._totals = WeightTotals.of_loss(
+                seen, size, survey, map(evaluated, chunks), in_model
+            )
+        self._weights = weights_of([self._totals], self._weights)
+
+        elsewhere = displaced_at_random(theta)
+
+        def gradient(part: Any) -> Tensor:
+            with self.evaluation():
+                loss = self.loss(elsewhere, part)
+                if not loss.requires_grad:  # which the check of the derivatives reports
+                    return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+                return self.flatten(torch.autograd.grad(loss, elsewhere, allow_unused=True))
+
+        self._difference = 0.0
+        # With random numbers a sample differs between batches.
+        if not self._random and not draws(evaluated(batch), self._objective.generators):
+            self._difference = difference_of_parts(gradient, survey.batch, survey.size)
+
+    def _check_weights(self) -> None:
+        """Agree on the weights, and find out whether samples have curvature of their own."""
+        if self._batch_statistics:
+            self.equal_weights = False
+            return
+        given = isinstance(self._weights, GivenWeights)
+        totals = self.ranks.all_gather_object(self._totals)
+        own, self._weights = self._weights, weights_of(totals, self._weights)
+        # Ranks whose losses take different means have no weights in common.
+        apart = type(own) is not EqualWeights and type(self._weights) is EqualWeights
+        chunks = self.batches.num_chunks
+        found = self.ranks.all_gather_object((self._difference, apart, chunks, self.own_samples))
+        difference, chunks = max(row[0] for row in found), sum(row[2] for row in found)
+        if self._random:
+            self.equal_weights = False
+            return
+        largest = UNEQUAL if self.precision.autocast is None else UNEQUAL_HALF
+        if difference <= largest and not any(row[1] for row in found):
+            return
+        if chunks == sum(row[3] for row in found) > 1 and not given:
+            warn_of_samples_alone(difference)
+            return
+        self.equal_weights, self._unequal = False, unequal_samples(difference, chunks, given=given)
+        if given or chunks > 1:
+            raise ValueError(self._unequal)
+
     def _check_together(self) -> None:
+        self._random = self.ranks.any(self._random)
+        self._check_weights()
         if not self.ranks.several:
             return
-        self._random = self.ranks.any(self._random)
-        self.equal_weights = not self.ranks.any(not self.equal_weights)
         found = self.ranks.all_gather_object(self.obstacle is not None)
         self.kinked = self.ranks.any(self.kinked)
         self._doubles = not self.ranks.any(not self._doubles)
@@ -232,6 +309,8 @@ class Problem(MeanLoss):
             )
         if self._random:
             raise ValueError(f"{what} is of the samples' own Hessians. {RANDOM}")
+        if not self.equal_weights:
+            raise ValueError(f"{what} is of the samples' own Hessians. {self._unequal}")
 
     def check_twice(self) -> None:
         """Raise ``SecondDerivativeError`` if the model cannot be differentiated twice."""
@@ -253,8 +332,17 @@ class Problem(MeanLoss):
         if self._random:
             fix_draw(self.device, self._objective.generators)
         with self.precision.around():
-            loss = functional_call(self._objective, state, (batch,))
-        return self.sign * checked_scalar(loss).to(self.dtype)
+            loss = self._weights.mean(
+                lambda own: checked_scalar(functional_call(self._objective, state, (own,))), batch
+            )
+        return self.sign * loss.to(self.dtype)
+
+    def loss_of_outputs(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the mean loss of an ``(x, y)`` batch from the model's outputs, times ``sign``."""
+        loss_fn = self.loss_fn
+        assert loss_fn is not None, "a problem from a batch loss"
+        loss = self._weights.mean(lambda own: loss_fn(outputs, own[1]), batch, in_loss=True)
+        return self.sign * loss
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""

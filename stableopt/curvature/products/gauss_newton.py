@@ -66,7 +66,6 @@ class GaussNewton(MeanOverSamples):
                 " Problem(model, loss_fn, data)"
             )
         problem.check_twice()
-        self._loss_fn = problem.loss_fn
 
     def linearise(self, batch: Any, size: int, at: Theta | None = None) -> OutputPasses:
         """Return the graphs over ``batch``; the model runs at ``at``, functions of theta."""
@@ -77,7 +76,7 @@ class GaussNewton(MeanOverSamples):
             )
         forward = DoubleVjp([outputs], self.theta)
         slope_at = outputs.detach().requires_grad_()
-        loss = self.problem.sign * self._loss_fn(slope_at, batch[1])
+        loss = self.problem.loss_of_outputs(slope_at, batch)
         (slope,) = torch.autograd.grad(loss, slope_at, create_graph=True)
         return OutputPasses(outputs, forward, slope, slope_at)
 

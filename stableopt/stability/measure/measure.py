@@ -41,6 +41,7 @@ def measure(
     chunk_size: int | None = None,
     max_samples: int | None = None,
     dtype: torch.dtype | None = None,
+    sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
     process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
@@ -67,6 +68,8 @@ def measure(
         chunk_size: the largest number of samples evaluated at once.
         max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
+        sample_weight: the weights of samples in a loss that averages unequally, where they are not
+            those of torch's losses; see :class:`~stableopt.curvature.Problem`.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
             shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
             under ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
@@ -110,6 +113,7 @@ def measure(
         chunk_size=chunk_size,
         max_samples=max_samples,
         dtype=dtype,
+        sample_weight=sample_weight,
         process_group=process_group,
     )
     if optimizer is not None:

@@ -56,7 +56,10 @@ def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * (2.0 if float(x.sum()) > 0 else 1.0)
 
-    operator = NonUniformity(Problem(Branching(network), nn.MSELoss(), data, chunk_size=1))
+    # The sum of several samples decides for all of them.
+    with pytest.warns(UserWarning, match="f is the mean over the samples by themselves"):
+        problem = Problem(Branching(network), nn.MSELoss(), data, chunk_size=1)
+    operator = NonUniformity(problem)
     assert operator.method == "vmap"
     product = operator @ eye(operator)
     assert operator.method == "loop"

@@ -416,10 +416,10 @@ def test_whatever_is_kept_the_product_is_the_same(memory: int) -> None:
 
 def test_a_model_that_couples_its_samples_is_found_out() -> None:
     """Catches per-sample Hessians taken from a batch in which they do not exist."""
-    with pytest.warns(UserWarning, match="samples that see each other"):
-        problem = Problem(Coupled(), nn.MSELoss(), small_data())
+    problem = Problem(Coupled(), nn.MSELoss(), small_data())
     assert plan(problem) is not None
-    assert NonUniformity(problem).method != "structured"
+    with pytest.raises(ValueError, match="samples unequally, or they see each other"):
+        NonUniformity(problem)
 
 
 def test_hooks_are_gone_afterwards() -> None:

@@ -1,0 +1,279 @@
+r"""`EqualWeights`, `LossWeights`, `GivenWeights`: losses that weigh samples unequally, as plain means.
+
+A loss that averages with weights,
+
+.. math:: f = \frac{\sum_i w_i f_i}{\sum_i w_i} = \frac1n\sum_i \tilde f_i,
+    \qquad \tilde f_i = \frac{n\,w_i}{\sum_j w_j} f_i,
+
+is the plain mean of the :math:`\tilde f_i`. A problem evaluates every chunk as the mean of its
+:math:`\tilde f_i`, so that Hessian, covariance, critical learning rate, chunks and ranks all belong to
+the same n functions. Three examples::
+
+    Problem(model, nn.CrossEntropyLoss(weight=w), (x, y))    # seen in the call of torch's loss
+    Problem(model, nn.CrossEntropyLoss(), (x, y))            # targets of -100 have weight zero
+    Problem(model, own_loss, (x, y), sample_weight=lambda batch: mask_of(batch[1]).sum(1))
+
+torch's losses are seen where they are called, also within a function or a model that computes its own
+loss. Where a loss adds several weighted means, each has its own weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stableopt.curvature.problem.data import sample_count, tensors_in
+
+__all__ = ["EqualWeights", "GivenWeights", "LossWeights", "WeightedMean", "WeightedMeans"]
+
+_OF_CLASSES = (
+    nn.functional.cross_entropy,
+    nn.functional.nll_loss,
+    *filter(None, [getattr(nn.functional, "linear_cross_entropy", None)]),
+)
+"""Losses of class indices: ``weight`` is of the classes, ``ignore_index`` has weight zero."""
+
+_OF_ENTRIES = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.huber_loss)
+"""Losses whose ``weight``, since torch 2.7, is of the entries."""
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """A call of one of torch's losses that divides by a sum of weights.
+
+    >>> means = WeightedMeans(lambda number, mean: mean.value())
+    >>> with means:
+    ...     _ = nn.functional.cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]))
+    >>> [float(mean.total()) for mean in means.seen]
+    [2.0]
+    """
+
+    function: Callable[..., Tensor]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of_call(
+        cls, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> WeightedMean | None:
+        """Return the weighted mean that a call takes, or ``None`` for any other call."""
+        if function not in _OF_CLASSES and function not in _OF_ENTRIES:
+            return None
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        found = dict(bound.arguments)
+        if found["reduction"] != "mean" or any(
+            found.get(old) is not None for old in ("size_average", "reduce")
+        ):
+            return None
+        if function in _OF_ENTRIES:
+            return cls(function, found) if found.get("weight") is not None else None
+        # Probabilities as targets are averaged plainly.
+        return None if found["target"].is_floating_point() else cls(function, found)
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The target that is ignored, if there is one."""
+        return self.arguments.get("ignore_index")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether weights are given."""
+        return self.arguments["weight"] is not None
+
+    @property
+    def entries(self) -> int:
+        """Number of targets."""
+        return int(self.arguments["target"].numel())
+
+    def value(self) -> Tensor:
+        """Return the weighted mean."""
+        value: Tensor = self.function(**self.arguments)
+        return value
+
+    def sum(self) -> Tensor:
+        """Return the weighted sum: the mean without its division."""
+        value: Tensor = self.function(**{**self.arguments, "reduction": "sum"})
+        return value
+
+    def total(self) -> Tensor:
+        """Return the sum of the weights, in double precision."""
+        weight: Tensor | None = self.arguments["weight"]
+        target: Tensor = self.arguments["target"]
+        if self.function in _OF_ENTRIES and weight is not None:
+            return weight.detach().sum(dtype=torch.float64)
+        counted = target.ne(self.arguments["ignore_index"])
+        if weight is None:
+            return counted.sum().double()
+        return weight.detach().double()[target[counted].long()].sum()
+
+
+class WeightedMeans(TorchFunctionMode):
+    """Context in which ``replace(number, mean)`` computes torch's weighted means.
+
+    Attributes:
+        seen: the means so far; ``number`` is the place of one.
+    """
+
+    def __init__(self, replace: Callable[[int, WeightedMean], Tensor]) -> None:
+        super().__init__()
+        self._replace = replace
+        self.seen: list[WeightedMean] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``function``, or what stands for it."""
+        mean = WeightedMean.of_call(function, args, kwargs or {})
+        if mean is None:
+            return function(*args, **(kwargs or {}))
+        self.seen.append(mean)
+        return self._replace(len(self.seen) - 1, mean)
+
+
+class EqualWeights:
+    """A loss that is a plain mean over its samples."""
+
+    def attached(self, batch: Any, start: int, size: int) -> Any:
+        """Return the batch of samples ``start`` to ``start + size`` with what their weights need."""
+        return batch
+
+    def mean(
+        self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
+    ) -> Tensor:
+        r"""Return the mean of the samples' :math:`\tilde f_i`.
+
+        Args:
+            evaluate: returns the loss of a batch.
+            batch: a batch with its weights.
+            in_loss: whether ``evaluate`` leaves out the model, and calls ``loss_fn`` alone.
+        """
+        return evaluate(batch)
+
+
+@dataclass(frozen=True)
+class LossWeights(EqualWeights):
+    """The weights that torch's losses take from classes and targets.
+
+    Attributes:
+        means: the average weight of a sample, for each weighted mean in the loss.
+        in_model: how many of them the model takes before ``loss_fn``.
+
+    >>> weights = LossWeights((1.5,))                            # of classes with weights 1 and 2
+    >>> loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]), label_smoothing=0.0)
+    >>> batch = torch.zeros(1, 2), torch.tensor([1])
+    >>> round(float(weights.mean(lambda batch: loss(*batch), batch)), 4)     # 2 / 1.5 log 2
+    0.9242
+    """
+
+    means: tuple[float, ...]
+    in_model: int = 0
+
+    def mean(
+        self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
+    ) -> Tensor:
+        r"""Return the mean of the samples' :math:`\tilde f_i`."""
+        size, before = sample_count(batch), self.in_model if in_loss else 0
+
+        def over_samples(number: int, mean: WeightedMean) -> Tensor:
+            # A sum, since a batch whose samples all have weight zero would divide by zero.
+            return mean.sum() / (size * self.means[before + number])
+
+        with WeightedMeans(over_samples):
+            return evaluate(batch)
+
+
+class _WeightedPair(NamedTuple):
+    x: Any
+    y: Any
+    weight: Tensor
+
+
+class _WeightedBatch(NamedTuple):
+    batch: Any
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class GivenWeights(EqualWeights):
+    """Weights that the user gives, of a loss that divides by their sum over a batch.
+
+    Attributes:
+        given: the samples' weights ``(n,)``, or a function of a batch that returns them.
+        paired: whether batches are pairs.
+        average: the average weight of a sample.
+
+    >>> weights = GivenWeights(torch.tensor([1.0, 3.0]), paired=True, average=2.0)
+    >>> batch = weights.attached((torch.ones(1), torch.zeros(1)), 1, 1)
+    >>> float(weights.mean(lambda batch: (batch[0] - batch[1]).mean(), batch))
+    1.5
+    """
+
+    given: Tensor | Callable[[Any], Tensor]
+    paired: bool
+    average: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.given, Tensor) and not callable(self.given):
+            raise TypeError(
+                f"sample_weight={self.given!r}: expected a tensor with a weight for each sample, or a"
+                " function of a batch that returns one"
+            )
+
+    def check_number(self, n: int) -> None:
+        """Raise ``ValueError`` for a tensor of other than ``n`` weights."""
+        if isinstance(self.given, Tensor) and self.given.shape != (n,):
+            raise ValueError(
+                f"sample_weight has shape {tuple(self.given.shape)}: expected ({n},), a weight for each"
+                " sample of data, in its order"
+            )
+
+    def attached(self, batch: Any, start: int, size: int) -> Any:
+        """Return the batch with its weights.
+
+        Raises:
+            ValueError: for another number of weights, or weights that are negative or not finite.
+            TypeError: if the function does not return a tensor.
+        """
+        weight = self._of(batch, start, size).detach()
+        if weight.shape != (size,):
+            raise ValueError(
+                f"sample_weight gives weights of shape {tuple(weight.shape)} for samples {start} to"
+                f" {start + size - 1}: expected ({size},), a weight for each sample"
+            )
+        if bool((weight < 0).any()) or not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"sample_weight gives weights from {float(weight.min()):.6g} to"
+                f" {float(weight.max()):.6g}: expected finite ones that are not negative"
+            )
+        device = next((t.device for t in tensors_in(batch)), weight.device)
+        weight = weight.to(device=device, dtype=torch.float64)
+        return (
+            _WeightedPair(batch[0], batch[1], weight)
+            if self.paired
+            else _WeightedBatch(batch, weight)
+        )
+
+    def _of(self, batch: Any, start: int, size: int) -> Tensor:
+        if isinstance(self.given, Tensor):
+            return self.given[start : start + size] if self.given.dim() == 1 else self.given
+        found = self.given(batch)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"sample_weight returned {type(found).__name__}: expected a tensor with a weight for"
+                " each sample of the batch"
+            )
+        return found
+
+    def mean(
+        self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
+    ) -> Tensor:
+        r"""Return the mean of the samples' :math:`\tilde f_i`."""
+        weight: Tensor = batch.weight
+        loss = evaluate(batch if self.paired else batch.batch)
+        return loss * (weight.mean() / self.average).to(loss.dtype)
