@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stableopt._support.arguments import whole
 from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import require_samples
 from stableopt.stability.mean_square.choice import FITTED, curvature_of

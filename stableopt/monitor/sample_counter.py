@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._support.torch_internals import eager
 from stableopt.curvature.isolation.isolated import measuring
-from stableopt.curvature.problem.data import tensors_in
+from stableopt.curvature.problem.data.batches import tensors_in
 
 __all__ = ["SampleCounter"]
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.isolation.isolated import isolated
-from stableopt.curvature.problem.data import Batches, map_tensors
+from stableopt.curvature.problem.data.batches import Batches, map_tensors
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     check_mean,
     checked_scalar,
     twice_over,
 )
-from stableopt.curvature.problem.weight_totals import weights_seen
-from stableopt.curvature.problem.weights import (
+from stableopt.curvature.problem.weights.totals import weights_seen
+from stableopt.curvature.problem.weights.weights import (
     GivenWeights,
     LossWeights,
     WeightedMean,

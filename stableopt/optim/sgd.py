@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.data import Batches, map_tensors
+from stableopt.curvature.problem.data.batches import Batches, map_tensors
 from stableopt.optim.chunk_weights import ChunkWeights
 from stableopt.optim.trackable import Tracking
 

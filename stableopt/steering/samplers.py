@@ -23,8 +23,8 @@ from torch.utils.data import BatchSampler, Sampler
 
 from stableopt._support.arguments import require_keys, whole
 from stableopt._support.deprecation import renamed_keywords
-from stableopt.curvature.problem.data import sample_count, tensors_in
-from stableopt.curvature.problem.weights import GivenWeights
+from stableopt.curvature.problem.data.batches import sample_count, tensors_in
+from stableopt.curvature.problem.weights.weights import GivenWeights
 from stableopt.distributed.collectives import world
 
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import DoubleVjp, vjp
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import vmap_over_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.bilinear import PLAIN, Form
 from stableopt.curvature.layers.kinds import Kind, Layer, Plan
-from stableopt.curvature.problem.data import map_tensors, tensors_in
+from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
 from stableopt.curvature.problem.problem import Theta
 
 __all__ = ["Part", "Recorder", "recorded"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stableopt.curvature.autodiff import vjp
 from stableopt.curvature.per_sample.generic import VMAP_MEMORY, samples_at_once
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import gather_over_chunks, vmap_over_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 

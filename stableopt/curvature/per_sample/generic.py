@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import vmap_over_samples
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.mean import MeanOverSamples

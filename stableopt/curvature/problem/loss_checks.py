@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.distributed.collectives import Ranks
 
 __all__ = [

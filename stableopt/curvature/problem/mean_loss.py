@@ -16,7 +16,8 @@ from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
 from stableopt.curvature.problem.coordinates import Coordinates
-from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.data.batches import map_tensors
+from stableopt.curvature.problem.data.probe import fixed_probe
 from stableopt.curvature.problem.fsdp import local
 from stableopt.curvature.problem.held import Held
 from stableopt.curvature.problem.parameters import (
@@ -26,8 +27,7 @@ from stableopt.curvature.problem.parameters import (
     unwrapped,
 )
 from stableopt.curvature.problem.precision import Precision
-from stableopt.curvature.problem.probe import fixed_probe
-from stableopt.curvature.problem.weights import EqualWeights, GivenWeights
+from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["MeanLoss", "Memo", "Theta"]
@@ -351,7 +351,7 @@ class MeanLoss(abc.ABC):
         noted = [note for note in NOTES if note in self._notes]
         precision = self.precision.note
         if self.kinked and precision is None:
-            # Differences between kinks take double precision whatever the model's own is.
+            # Differences between kinks take double precision, also of a single-precision model.
             precision = self.precision.in_double().note if self.dtype != torch.float64 else None
         parts = [way, precision, statistics, *noted]
         return ", ".join(filter(None, parts))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data import map_tensors, tensors_in
+from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
 from stableopt.curvature.problem.mean_loss import MeanLoss
 
 __all__ = ["gather_over_chunks", "mean_over_chunks", "vmap_over_samples"]

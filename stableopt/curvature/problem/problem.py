@@ -23,8 +23,8 @@ from torch.func import functional_call
 
 from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
-from stableopt.curvature.problem.data import cut, map_tensors
-from stableopt.curvature.problem.derivative_checks import check_derivatives
+from stableopt.curvature.problem.data.batches import cut, map_tensors
+from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
 from stableopt.curvature.problem.held import check_hooks, check_leaves
@@ -42,14 +42,14 @@ from stableopt.curvature.problem.loss_checks import (
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
-from stableopt.curvature.problem.survey import (
+from stableopt.curvature.problem.weights.survey import (
     SPREAD_SAMPLES,
     Survey,
     difference_of_parts,
     displaced_at_random,
 )
-from stableopt.curvature.problem.weight_totals import WeightTotals, weights_of, weights_seen
-from stableopt.curvature.problem.weights import EqualWeights, GivenWeights
+from stableopt.curvature.problem.weights.totals import WeightTotals, weights_of, weights_seen
+from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Problem", "Theta", "require_samples"]
@@ -66,15 +66,14 @@ class Problem(MeanLoss):
         model: any module. A compiled module is measured as the module it was compiled from.
         loss_fn: ``loss_fn(model(x), y)``, a scalar, the *mean* over the samples of a batch.
         data: an ``(x, y)`` pair, a ``Dataset`` or ``DataLoader`` of such pairs, or any re-iterable
-            of batches (see :class:`~stableopt.curvature.problem.data.Batches`). Batches are moved to the
-            model's device; every sample has the same weight, also in a smaller last batch.
+            of batches. Batches are moved to the model's device; samples have the weights of the
+            loss, also in a smaller last batch.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
         max_samples: the most samples that count: of tensors and of data sets in order a random
             choice, the same one each time, and of other data the first ones. All by default.
-        dtype: the precision to evaluate in, that of the parameters by default: ``torch.float32`` or
-            ``torch.float64``, to which parameters, buffers and data are cast, or ``torch.bfloat16``
-            or ``torch.float16`` for a forward pass under autocast.
+        dtype: the precision, by default the parameters': ``torch.float32`` or ``torch.float64``, to
+            which parameters, buffers and data are cast; ``torch.bfloat16`` or ``torch.float16``: autocast.
         batch_statistics: whether batch norm normalises by the statistics of each batch, as in
             training, instead of its running ones. Then f is the mean of the batches' losses, the
             batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.autodiff import central_difference
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,

@@ -47,7 +47,7 @@ _SHORT, _SHORTEST = 1e-6, 1e-11
 over the shortest."""
 
 _JUMP_FREE = 1e-4
-"""Relative size of the second difference below which a step is no longer shortened."""
+"""Relative size of the second difference at which the step stays as it is."""
 
 
 class CentralDifferences:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import gradient_along, vjp
-from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.finite_differences import CentralDifferences
 from stableopt.curvature.products.mean import MeanOverSamples

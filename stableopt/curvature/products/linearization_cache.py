@@ -14,7 +14,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data import cut
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.problem import Problem
 

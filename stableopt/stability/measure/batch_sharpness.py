@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stableopt._support.arguments import whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
-from stableopt.curvature.problem.data import map_tensors
+from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 
 __all__ = ["BatchSharpness", "batch_sharpness"]

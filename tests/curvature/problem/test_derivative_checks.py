@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import stableopt
 from stableopt.curvature import GaussNewton, Problem, SecondDerivativeError
 from stableopt.curvature.errors import DifferenceError
-from stableopt.curvature.problem.derivative_checks import check_gradient
+from stableopt.curvature.problem.derivatives.derivative_checks import check_gradient
 
 
 class OnceOnly(torch.autograd.Function):

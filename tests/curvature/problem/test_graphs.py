@@ -8,7 +8,7 @@ from oracles import SineOnce
 from torch import Tensor
 from torch.nn import functional as F
 
-from stableopt.curvature.problem.graphs import has_custom_function, has_kinks
+from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from torch.utils.data import (
 
 import stableopt
 from stableopt.curvature import Hessian, NonUniformity, Problem, top_eigenpair
-from stableopt.curvature.problem import data as data_module
-from stableopt.curvature.problem import probe
-from stableopt.curvature.problem.probe import fixed_probe
+from stableopt.curvature.problem.data import batches as data_module
+from stableopt.curvature.problem.data import probe
+from stableopt.curvature.problem.data.probe import fixed_probe
 
 X, Y = torch.arange(24.0).double().view(12, 2) / 12, torch.zeros(12, 1).double()
 

@@ -6,7 +6,10 @@ import math
 
 import torch
 
-from stableopt.curvature.problem.short_differences import generic_point, short_difference
+from stableopt.curvature.problem.derivatives.short_differences import (
+    generic_point,
+    short_difference,
+)
 
 
 def test_kinks_beyond_the_shortest_steps_do_not_matter() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.curvature import Hessian, Problem
-from stableopt.curvature.problem.data import map_tensors, sample_count, tensors_in
+from stableopt.curvature.problem.data.batches import map_tensors, sample_count, tensors_in
 
 STEP = 1e-5
 """Of the reference's central differences, off by some STEP^2 and 1e-16 / STEP in double precision."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data import cut, map_tensors, tensors_in
+from stableopt.curvature.problem.data.batches import cut, map_tensors, tensors_in
 
 __all__ = ["SPREAD_SAMPLES", "Survey", "difference_of_parts", "displaced_at_random", "joined"]
 

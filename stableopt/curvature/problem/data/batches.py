@@ -10,7 +10,7 @@ weight, also in a smaller last batch. :class:`Batches` takes for example:
 
 An iterator that can be read only once is refused, since every product with a curvature matrix reads the
 data. Data that differ at each reading are fixed by
-:func:`~stableopt.curvature.problem.probe.fixed_probe`.
+:func:`~stableopt.curvature.problem.data.probe.fixed_probe`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import Function, dense, flat, gradient_along, vjp
-from stableopt.curvature.problem.graphs import HooksSeen, has_custom_function, lacks_derivative
-from stableopt.curvature.problem.short_differences import (
+from stableopt.curvature.problem.derivatives.graphs import (
+    HooksSeen,
+    has_custom_function,
+    lacks_derivative,
+)
+from stableopt.curvature.problem.derivatives.short_differences import (
     Difference,
     generic_point,
     short_difference,
@@ -133,7 +137,7 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
         return
     custom = bool(hooks) or has_custom_function(value)
     gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    told = False
+    compared = False
     for direction in (balanced(gradients, leaves), unfrozen(gradients, leaves)):
         if direction is None:
             continue
@@ -141,7 +145,7 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
         bent = trusted_difference(function, leaves, direction)
         if bent is None:
             continue
-        told = True
+        compared = True
         largest = max(float(bent.value.norm()), float(product.norm()))
         # Written so that a product that is not a number is wrong.
         if not float((product - bent.value).norm()) <= tolerance(leaves[0].dtype) * largest:
@@ -149,7 +153,7 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
             raise RuntimeError(
                 f"its second derivative is off by {error:.0%} from differences of the first"
             )
-    if custom and not told:
+    if custom and not compared:
         raise UnverifiedError(
             "a custom function or gradient hook determines its second derivative, and differences of"
             " the first cannot confirm it"

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stableopt.curvature.problem.survey import Survey
-from stableopt.curvature.problem.weights import (
+from stableopt.curvature.problem.weights.survey import Survey
+from stableopt.curvature.problem.weights.weights import (
     EqualWeights,
     GivenWeights,
     LossWeights,

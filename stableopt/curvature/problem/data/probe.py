@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from stableopt._support.arguments import whole
 from stableopt.curvature.isolation.reachable import HeldState, generator_states
-from stableopt.curvature.problem.data import (
+from stableopt.curvature.problem.data.batches import (
     MOST_UNSIZED,
     Batches,
     cut,

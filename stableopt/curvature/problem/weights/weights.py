@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stableopt.curvature.problem.data import sample_count, tensors_in
+from stableopt.curvature.problem.data.batches import sample_count, tensors_in
 
 __all__ = ["EqualWeights", "GivenWeights", "LossWeights", "WeightedMean", "WeightedMeans"]
 

@@ -1,9 +1,9 @@
 """Checks that a loss has the first and second derivatives that autograd reports.
 
 Both are compared with differences over steps so short that no kink lies inside
-(:mod:`~stableopt.curvature.problem.short_differences`), at a generic point near the given one, and in
-double precision where the model can be evaluated in it. So they tell in networks with ReLU and
-max-pooling as well. Where differences cannot tell, torch's own functions are trusted, and custom ones
+(:mod:`~stableopt.curvature.problem.derivatives.short_differences`), at a generic point near the given
+one, and in double precision where the model can be evaluated in it. So they tell in networks with
+ReLU and max-pooling as well. Where differences cannot tell, torch's own functions are trusted, and custom ones
 are not.
 """
 
@@ -24,9 +24,9 @@ from stableopt.curvature.autodiff import (
     gradient_along,
 )
 from stableopt.curvature.errors import SecondDerivativeError
-from stableopt.curvature.problem.data import map_tensors, tensors_in
-from stableopt.curvature.problem.graphs import has_kinks
-from stableopt.curvature.problem.second_derivative import (
+from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
+from stableopt.curvature.problem.derivatives.graphs import has_kinks
+from stableopt.curvature.problem.derivatives.second_derivative import (
     UnverifiedError,
     balanced,
     compare_twice,
@@ -37,7 +37,7 @@ from stableopt.curvature.problem.second_derivative import (
     unfrozen,
     usable_point,
 )
-from stableopt.curvature.problem.short_differences import short_difference, tolerance
+from stableopt.curvature.problem.derivatives.short_differences import short_difference, tolerance
 
 __all__ = [
     "Obstacle",

@@ -1,0 +1,1 @@
+"""Batches of the data: read, counted, cut into chunks, or kept as a fixed probe."""

@@ -1,0 +1,1 @@
+"""Checks that the derivatives of autograd are those of the loss."""

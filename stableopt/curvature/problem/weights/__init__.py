@@ -1,0 +1,1 @@
+"""Weights of samples, as the loss averages with them."""
