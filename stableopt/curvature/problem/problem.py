@@ -73,7 +73,7 @@ class Problem(MeanLoss):
         max_samples: the most samples that count: of tensors and of data sets in order a random
             choice, the same one each time, and of other data the first ones. All by default.
         dtype: the precision, by default the parameters': ``torch.float32`` or ``torch.float64``, to
-            which parameters, buffers and data are cast; ``torch.bfloat16`` or ``torch.float16``: autocast.
+            which parameters, buffers and data are cast; ``torch.bfloat16``, ``torch.float16``: autocast.
         batch_statistics: whether batch norm normalises by the statistics of each batch, as in
             training, instead of its running ones. Then f is the mean of the batches' losses, the
             batches being those of ``data``, cut at ``chunk_size``; samples have no curvature of

@@ -3,8 +3,8 @@
 Both are compared with differences over steps so short that no kink lies inside
 (:mod:`~stableopt.curvature.problem.derivatives.short_differences`), at a generic point near the given
 one, and in double precision where the model can be evaluated in it. So they tell in networks with
-ReLU and max-pooling as well. Where differences cannot tell, torch's own functions are trusted, and custom ones
-are not.
+ReLU and max-pooling as well. Where differences cannot tell, torch's own functions are trusted,
+and custom ones are not.
 """
 
 from __future__ import annotations
