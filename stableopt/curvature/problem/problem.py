@@ -151,7 +151,7 @@ class Problem(MeanLoss):
                 check_mean(once, value(doubled))
             if not self._batch_statistics:
                 self._find_weights(theta, batch, size)
-            self._check_derivatives(batch, once)
+            self._check_derivatives(batch, value(batch))
 
     def _check_derivatives(self, batch: Any, value: float) -> None:
         """Find out whether the loss of ``batch``, of that ``value``, can be differentiated twice."""
@@ -269,8 +269,7 @@ class Problem(MeanLoss):
         own, self._weights = self._weights, weights_of(totals, self._weights)
         # Ranks whose losses take different means have no weights in common.
         apart = type(own) is not EqualWeights and type(self._weights) is EqualWeights
-        chunks = self.batches.num_chunks
-        found = self.ranks.all_gather_object((self._difference, apart, chunks, self.own_samples))
+        found = self.ranks.all_gather_object((self._difference, apart, self.batches.num_chunks))
         difference, chunks = max(row[0] for row in found), sum(row[2] for row in found)
         if self._random:
             self.equal_weights = False
@@ -278,7 +277,7 @@ class Problem(MeanLoss):
         largest = UNEQUAL if self.precision.autocast is None else UNEQUAL_HALF
         if difference <= largest and not any(row[1] for row in found):
             return
-        if chunks == sum(row[3] for row in found) > 1 and not given:
+        if chunks == self.num_samples > 1 and not given:
             warn_of_samples_alone(difference)
             return
         self.equal_weights, self._unequal = False, unequal_samples(difference, chunks, given=given)

@@ -78,6 +78,7 @@ class CriticalLR:
             or samples have curvature where their mean has none. ``value`` is then the bound that the
             directions of positive curvature set, and ``lower`` is 0.
 
+    >>> import torch
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
     >>> found = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
     >>> round(found.value, 5), round(found.theorem1, 5), round(found.full_batch, 5)
@@ -169,6 +170,7 @@ def critical_lr(
         TypeError: for a model that does not return one tensor.
         NonFiniteError: if the curvature is not finite.
 
+    >>> import torch
     >>> model = torch.nn.Linear(1, 1, bias=False).double()    # H_i = 2 and 8: 2 a / (a^2 + s^2)
     >>> x = torch.tensor([[1.0], [2.0]]).double()
     >>> data = x, torch.zeros(2, 1).double()
@@ -294,6 +296,7 @@ def critical_batch_size(
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.
 
+    >>> import torch
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
     >>> dual = DualCurvature(rows @ rows.T, 3)
     >>> [critical_batch_size(dual, lr) for lr in (1.1, 1.2, 1.9, 2.1)]

@@ -98,7 +98,7 @@ def displaced_at_random(point: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return ``point`` moved a little: where all samples are fitted, gradients are rounding alone.
 
     >>> [moved] = displaced_at_random([torch.ones(100)])
-    >>> 0.01 < float((moved - 1).square().mean().sqrt()) < 0.03
+    >>> 0.01 < float((moved.detach() - 1).square().mean().sqrt()) < 0.03
     True
     """
     count = sum(t.numel() for t in point)
