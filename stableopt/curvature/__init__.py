@@ -2,7 +2,7 @@
 
 from stableopt.curvature.eigen.result import Eigenpair
 from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
-from stableopt.curvature.errors import NonFiniteError, SecondDerivativeError
+from stableopt.curvature.errors import DifferenceError, NonFiniteError, SecondDerivativeError
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.operator import Operator, Preconditioner
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
@@ -15,6 +15,7 @@ from stableopt.curvature.products.sharded_hessian import ShardedHessian
 from stableopt.distributed.collectives import LostRankError
 
 __all__ = [
+    "DifferenceError",
     "DualCurvature",
     "Eigenpair",
     "GaussNewton",

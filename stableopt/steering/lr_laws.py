@@ -136,7 +136,7 @@ def gated_staircase(
       ``hold`` steps. Each cut halves the gate's distance from 1. After ``tries`` cuts η never rises
       again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
 
-    The gate is ``gate`` without momentum. With momentum it is :func:`momentum_gate`, at which an
+    The gate is ``gate`` without momentum. With momentum it is ``momentum_gate``, at which an
     escape grows as fast.
 
     A measurement that did not converge never raises the rate, since it may be too low.
