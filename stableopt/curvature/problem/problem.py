@@ -151,7 +151,9 @@ class Problem(MeanLoss):
                 check_mean(once, value(doubled))
             if not self._batch_statistics:
                 self._find_weights(theta, batch, size)
-            self._check_derivatives(batch, value(batch))
+            # All samples, in double precision, would take more memory than a training step.
+            few = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
+            self._check_derivatives(few, value(few))
 
     def _check_derivatives(self, batch: Any, value: float) -> None:
         """Find out whether the loss of ``batch``, of that ``value``, can be differentiated twice."""
