@@ -217,6 +217,7 @@ class _Point:
     sharpness: float
     least: float
     samples: SampleCurvature | HessianCurvature | None
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class _Search:
         hessian = Hessian(problem)
         sharpness = top_eigenpair(hessian, tol=1e-2, seed=self.seed).value
         try:
-            samples, _ = curvature_of(
+            samples, share = curvature_of(
                 problem,
                 "auto",
                 LinearStep(1.0),
@@ -246,8 +247,8 @@ class _Search:
             least = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
             if least < -FITTED * abs(sharpness):
                 self.notes.append(f"no rate is stable: {leaves(least)}")
-            return _Point(sharpness, least, None)
-        return _Point(sharpness, 0.0, samples)
+            return _Point(sharpness, least, None, None)
+        return _Point(sharpness, 0.0, samples, share)
 
     def answer(self, name: str, at: _Point, step: LinearStep, batch_size: int) -> Suggestion:
         """Return the threshold for one batch size."""
@@ -263,7 +264,7 @@ class _Search:
             exact = noise == 0 and at.least >= -FITTED * abs(at.sharpness)
             seconds = time.perf_counter() - began
             return Suggestion(name, batch_size, edge, edge if exact else None, exact, seconds)
-        found = threshold(at.samples, step, noise, seed=self.seed)
+        found = threshold(at.samples, step, noise, share=at.share, seed=self.seed)
         if found.obstacle is not None:
             self.notes.append(f"no rate is stable: {found.obstacle}")
         return Suggestion(

@@ -67,8 +67,7 @@ def residual_share(problem: Problem, vectors: Tensor) -> float:
     >>> residual_share(problem, torch.ones(1, 1).double())
     1.0
     """
-    loss_fn = problem.loss_fn
-    if loss_fn is None:
+    if problem.loss_fn is None:
         raise ValueError(
             "problem: the part of its Hessians that is not Gauss–Newton needs the model's outputs apart"
             " from the loss; build it as Problem(model, loss_fn, data)"
@@ -76,7 +75,7 @@ def residual_share(problem: Problem, vectors: Tensor) -> float:
 
     def along_slope(theta: Theta, sample: Any) -> Tensor:
         outputs = problem.outputs(theta, sample)
-        slope = torch.func.grad(lambda z: problem.sign * loss_fn(z, sample[1]))(outputs.detach())
+        slope = torch.func.grad(lambda z: problem.loss_of_outputs(z, sample))(outputs.detach())
         total: Tensor = (slope.detach() * outputs).sum()
         return total
 

@@ -13,7 +13,11 @@ from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.gram.gram import DualCurvature, count_outputs
 from stableopt.curvature.gram.jacobian import check_outputs
 from stableopt.curvature.per_sample.blocks import residual_share
-from stableopt.stability.mean_square.hessian_curvature import MAX_PARAMETERS, HessianCurvature
+from stableopt.stability.mean_square.hessian_curvature import (
+    MAX_PARAMETERS,
+    HessianCurvature,
+    few_entries,
+)
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -25,6 +29,9 @@ Choice = Literal["auto", "true", "gauss-newton"]
 FITTED = 4e-3
 """Largest part of the samples' Hessians that is not Gauss–Newton for samples that count as fitted. At
 242 minima of small networks the threshold's own error was at most 1.3 times the part."""
+
+_ROUNDING = 1e-9
+"""Part up to which true Hessians, where they are few, would change nothing."""
 
 _LOOSE = 1e-2
 """Relative residual of a direction of large curvature."""
@@ -59,10 +66,14 @@ def curvature_of(
         raise ValueError("hessians='true': expected a Problem; a DualCurvature is Gauss–Newton")
     if isinstance(problem, Problem) and hessians != "gauss-newton":
         share = residual_share(problem, _probes(problem, seed))
-        if hessians == "true" or share > FITTED:
-            return HessianCurvature.from_problem(
+        if hessians == "true" or share > FITTED or (share > _ROUNDING and few_entries(problem)):
+            own = HessianCurvature.from_problem(
                 problem, weight_decay=step.weight_decay, directions=directions, seed=seed
-            ), share
+            )
+            # Of samples that are nearly fitted, directions without curvature have a little of either
+            # sign, which takes many steps to show.
+            if hessians == "true" or share > FITTED or own.obstacle(1.0) is None:
+                return own, share
     return SampleCurvature.from_problem(
         problem,
         max_rows=max_rows,

@@ -22,7 +22,7 @@ from stableopt.stability.mean_square.crossing import BlockFamily, Crossing, Weig
 from stableopt.stability.mean_square.second_moments import HessianModes, mode_weights, spills
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "leaves"]
+__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "few_entries", "leaves"]
 
 MAX_PARAMETERS = 64
 """Parameters up to which all entries of the samples' Hessians are used: a product with second moments
@@ -102,7 +102,7 @@ class HessianCurvature:
         problem = problem.without_weight_decay()
         d = problem.num_params
         eye = torch.eye(d, dtype=problem.dtype, device=problem.device) if d <= MAX_DENSE else None
-        if eye is not None and d <= MAX_PARAMETERS and problem.num_samples * d**2 <= _ENTRIES:
+        if eye is not None and few_entries(problem):
             blocks = hessian_blocks(problem, eye)
             blocks = blocks + weight_decay * torch.eye(d).to(blocks)
             return cls._from_blocks(problem, blocks, weight_decay, seed)
@@ -271,6 +271,12 @@ class _AllDirections:
 
         found = root(bound, edge)
         return found if step.momentum else max(found, self.theorem1_lr(noise))
+
+
+def few_entries(problem: Problem) -> bool:
+    """Return whether all entries of the samples' Hessians are used."""
+    d = problem.num_params
+    return d <= MAX_PARAMETERS and problem.num_samples * d**2 <= _ENTRIES
 
 
 def leaves(least: float) -> str:

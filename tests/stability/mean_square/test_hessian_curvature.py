@@ -15,6 +15,7 @@ from stableopt import UpdateRule, critical_batch_size, critical_lr, measure
 from stableopt.curvature import DualCurvature, Problem
 from stableopt.stability import noise_factor
 from stableopt.stability.mean_square import hessian_curvature
+from stableopt.stability.mean_square.choice import FITTED
 
 RULES = {
     "plain": UpdateRule(1.0),
@@ -237,3 +238,25 @@ def test_bad_choices_are_named() -> None:
     with pytest.raises(ValueError, match="hessians='true': expected a Problem"):
         critical_lr(dual, 1, hessians="true")
     assert math.isinf(critical_lr(DualCurvature(torch.zeros(3, 3), 3), 1).value)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_samples_that_are_nearly_fitted(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a lower bound of Gauss–Newton matrices taken for one of the loss: with few parameters
+    Hessians are used all the same; with many, as if these were, the lower end allows for the share.
+    """
+    model, (x, _) = small_network(), small_data()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    data = x, model(x).detach() + 2e-3 * noise
+    problem, decay = Problem(model, nn.MSELoss(), data), 0.05
+    true = critical_lr(problem, 2, update_rule=UpdateRule(1.0, weight_decay=decay), tol=1e-6)
+    assert true.residual_share is not None
+    assert 1e-9 < true.residual_share < FITTED
+    assert (true.hessians, true.exact) == ("true", True)
+    if not few:
+        monkeypatch.setattr(hessian_curvature, "_ENTRIES", 0)
+    found = critical_lr(problem, 2, update_rule=UpdateRule(1.0, weight_decay=decay))
+    assert found.hessians == ("true" if few else "gauss-newton")
+    assert found.lower <= true.value * (1 + 1e-6)  # the search's tolerance
+    assert found.value == pytest.approx(true.value, rel=2 * true.residual_share)
