@@ -28,18 +28,25 @@ def test_examples_run_on_two_ranks(name: str, tmp_path: Path) -> None:
     assert "2 ranks" not in one
 
 
+# A worker thread of gloo that drops its last tensor while the interpreter ends takes the GIL, which
+# aborts the process after all of its work (pytorch/pytorch#179291). DDP keeps the group alive until
+# then, so a script cannot prevent it.
+ABORT_AT_EXIT = "terminate called without an active exception"
+
+
 def test_an_example_runs_by_torchrun() -> None:
     """Catches an environment that is torchrun's in the test above alone."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(ROOT / "examples" / "ddp.py"),
-        ],
+    done = _torchrun("ddp.py")
+    if ABORT_AT_EXIT in done.stderr:
+        done = _torchrun("ddp.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks") == 1
+
+
+def _torchrun(example: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2", str(ROOT / "examples" / example)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -50,6 +57,5 @@ def test_an_example_runs_by_torchrun() -> None:
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 ranks") == 1
