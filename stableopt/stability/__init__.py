@@ -22,6 +22,7 @@ from stableopt.stability.rules.preconditioner import (
     MatrixPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
+    UnknownStep,
 )
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -41,6 +42,7 @@ __all__ = [
     "StabilityRegion",
     "StepPreconditioner",
     "UnknownPreconditioner",
+    "UnknownStep",
     "UpdateRule",
     "batch_sharpness",
     "critical_batch_size",

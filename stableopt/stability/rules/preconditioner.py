@@ -23,6 +23,7 @@ __all__ = [
     "MatrixPreconditioner",
     "StepPreconditioner",
     "UnknownPreconditioner",
+    "UnknownStep",
 ]
 
 
@@ -187,3 +188,11 @@ class UnknownPreconditioner(StepPreconditioner):
 
     def __repr__(self) -> str:
         return f"UnknownPreconditioner({self.reason!r})"
+
+
+class UnknownStep(UnknownPreconditioner):
+    """A placeholder for the P of an optimizer whose whole step is not known, and so no limit.
+
+    Args:
+        reason: why it is not known, and what would help.
+    """

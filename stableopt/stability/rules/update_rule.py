@@ -19,7 +19,11 @@ import torch
 
 from stableopt._support.deprecation import warn_renamed
 from stableopt.stability.rules.limits import LinearStep, noise_factor
-from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
+from stableopt.stability.rules.preconditioner import (
+    StepPreconditioner,
+    UnknownPreconditioner,
+    UnknownStep,
+)
 
 __all__ = ["UpdateRule", "base_optimizer"]
 
@@ -149,21 +153,30 @@ class UpdateRule:
 
     @property
     def unknown(self) -> str | None:
-        """Why the preconditioner is not known, as before the first step; else ``None``."""
+        """Why no margins are known, as before the first step or without a reader; else ``None``."""
         p = self.preconditioner
         return p.reason if isinstance(p, UnknownPreconditioner) else None
+
+    def _check_limit(self) -> None:
+        if isinstance(self.preconditioner, UnknownStep):
+            raise ValueError(f"the limit of the update rule is not known: {self.unknown}")
 
     @property
     def max_sharpness(self) -> float:
         """The largest stable sharpness: :func:`~stableopt.stability.rules.limits.max_sharpness`.
 
         If the rule is :attr:`preconditioned`, it limits the preconditioned sharpness.
+
+        Raises:
+            ValueError: if the optimizer's step is not known; so do the other limits.
         """
+        self._check_limit()
         return self.linear_step.max_sharpness
 
     @property
     def min_sharpness(self) -> float:
         """The smallest stable sharpness: :func:`~stableopt.stability.rules.limits.min_sharpness`."""
+        self._check_limit()
         return self.linear_step.min_sharpness
 
     def max_non_uniformity(
@@ -178,6 +191,7 @@ class UpdateRule:
         See :func:`~stableopt.stability.rules.limits.max_non_uniformity`. ``batch_size=None`` is the full
         batch. If the rule is :attr:`preconditioned`, it limits that of the preconditioned Hessians.
         """
+        self._check_limit()
         # Raises for a batch above n, also for a full-batch rule.
         noise = 0.0 if batch_size is None else noise_factor(batch_size, dataset_size)
         if batch_size is None or self.full_batch:
@@ -189,25 +203,60 @@ class UpdateRule:
         """Return the rule of ``optimizer`` as it is now.
 
         A preconditioner is a copy of the last step's and does not follow later ones. For an optimizer
-        that Accelerate or Lightning wrapped, it is the rule of the optimizer inside.
+        that Accelerate or Lightning wrapped, it is the rule of the optimizer inside. An optimizer
+        without a registered reader, such as a subclass that overrides ``step``, gives a rule whose
+        ``unknown`` says so: it has no limits.
 
         Raises:
-            TypeError: for an optimizer without a registered reader, such as a subclass that overrides
-                ``step``, or complex parameters.
+            TypeError: for complex parameters.
             ValueError: for groups that differ in more than learning rate, weight decay and settings
                 of the preconditioner.
         """
         optimizer = base_optimizer(optimizer)
-        for kind, own_name in zip(type(optimizer).__mro__, _names(type(optimizer)), strict=True):
-            reader = _readers.get(kind) or _readers.get(own_name)
-            if reader is not None and _step(kind) is _step(type(optimizer)):
-                return reader(optimizer)
+        kind, reader = cls.reader_of(type(optimizer))
+        if reader is not None:
+            return reader(optimizer)
         name = type(optimizer).__name__
-        raise TypeError(
-            f"optimizer is {name}, whose update rule is not known: register a reader with"
+        why = "no reader is registered" if kind is None else f"it overrides step of {kind.__name__}"
+        return cls.unknown_step(
+            optimizer,
+            f"optimizer is {name}, whose update rule is not known ({why}): register a reader with"
             f" UpdateRule.register({name}, lambda optimizer: UpdateRule(lr=...)), or pass"
-            " update_rule="
+            " update_rule=",
         )
+
+    @classmethod
+    def reader_of(cls, kind: type) -> tuple[type | None, Reader | None]:
+        """Return the first base of an optimizer class that has a reader, and the reader.
+
+        The reader is ``None`` if ``kind`` has another ``step`` than the base.
+
+        >>> class Own(torch.optim.SGD):
+        ...     def step(self, closure=None): ...
+        >>> UpdateRule.reader_of(Own)
+        (<class 'torch.optim.sgd.SGD'>, None)
+        """
+        first = None
+        for base, name in zip(kind.__mro__, _names(kind), strict=True):
+            reader = _readers.get(base) or _readers.get(name)
+            if reader is not None and _step(base) is _step(kind):
+                return base, reader
+            first = first or (base if reader is not None else None)
+        return first, None
+
+    @classmethod
+    def unknown_step(cls, optimizer: torch.optim.Optimizer, reason: str) -> UpdateRule:
+        """Return a rule without limits, whose ``unknown`` is ``reason``.
+
+        ``lr`` is the largest among the groups, 0 if they have none.
+
+        >>> rule = UpdateRule.unknown_step(torch.optim.Rprop([torch.zeros(1)], lr=0.5), "signs only")
+        >>> rule.lr, rule.unknown
+        (0.5, 'signs only')
+        """
+        rates = [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
+        known = [rate for rate in rates if 0 <= rate < math.inf]
+        return cls(lr=max(known, default=0.0), preconditioner=UnknownStep(reason))
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:

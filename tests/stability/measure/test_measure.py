@@ -326,11 +326,6 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str
         ValueError,
         "needs a learning rate and a batch size",
     ),
-    "an unknown optimizer": (
-        lambda m, d: measure(m, nn.MSELoss(), d, optimizer=torch.optim.Rprop(m.parameters())),
-        TypeError,
-        "UpdateRule.register",
-    ),
     "groups that differ": (
         lambda m, d: measure(
             m,
