@@ -1,10 +1,12 @@
-"""`main`: the subcommands ``list``, ``run``, ``status``, ``figures``, ``report`` and ``perf``."""
+"""`main`: the subcommands, from ``list`` and ``run`` to ``report`` and ``perf``."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
+from benchmarks.agenda import Part, missing, seconds_of
 from benchmarks.experiments import NAMES, experiment
 from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
@@ -23,10 +26,11 @@ from benchmarks.framework.settings import configured
 from benchmarks.framework.terminal import LEGEND, show
 from benchmarks.perf import PARTS
 from benchmarks.report import report as written_report
-from benchmarks.runner import Place, Store, in_order, run_all
+from benchmarks.runner import Job, Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
 from benchmarks.runner.estimate import estimate, readable
 from benchmarks.runner.files import read_json, write_json
+from benchmarks.runner.schedule import Summary
 from benchmarks.runner.schedule import shard as jobs_of_shard
 from benchmarks.runner.workers import executor as made_executor
 
@@ -101,45 +105,121 @@ def run(
     """
     if not names:
         raise ValueError(f"run: expected NAME, one or more of {', '.join(NAMES)}, or all")
-    console, store = Console(), Store(out)
     several = "all" in names
     settings = [*set, *([f"seeds={seeds}"] if seeds else [])]
     chosen = [
         _configured(name, preset, data, settings, any_data=several)
         for name in (NAMES if several else names)
     ]
-    make_executor = made_executor(executor, workers)
-    local = executor == "processes"
-    place = Place(device, data_dir, max(1, torch.get_num_threads() // workers) if local else None)
-    console.print(LEGEND, highlight=False)
-    failed = 0
+    runner = _Runner(Store(out), workers, executor, device, data_dir)
+    runner.console.print(LEGEND, highlight=False)
+    lost = 0
     for one in chosen:
         jobs = jobs_of_shard(one.jobs(), *_shard(shard)) if shard else one.jobs()
+        left = runner.announce(one, preset, jobs)
+        if dry_run:
+            for job in left:
+                runner.console.print(f"  {job.id}  {job.config}", highlight=False, soft_wrap=True)
+            continue
+        members = ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1)
+        summary = runner.run(one, preset, jobs, members=members, retry=retry)
+        lost += len(summary.failed) + len(summary.blocked)
+    return 1 if lost else 0
+
+
+@app.command
+def paper(
+    preset: Literal[PRESETS] = "small",  # type: ignore[valid-type]
+    time_budget: str = "3h",
+    workers: Annotated[int, arg(aliases=["-j"])] = 1,
+    dry_run: bool = False,
+    data_dir: Path | None = None,
+    out: Path = RUNS,
+    results: Path = RESULTS,
+) -> int:
+    """Run what is missing of a preset in order of value, until the time is up.
+
+    First what is not published yet, and of this the paper's own tables and figures; then the
+    quickest. What the time does not suffice for continues from its checkpoints the next time.
+
+    Args:
+        preset: smoke takes seconds, small minutes to hours; paper has the paper's sizes.
+        time_budget: as in 90s, 20m or 3h.
+        workers: jobs at a time.
+        dry_run: print the order and start nothing.
+        data_dir: where the data are, or are downloaded to.
+        out: folder for everything.
+        results: the published results.
+    """
+    budget = seconds_of(time_budget)
+    runner = _Runner(Store(out), workers, "processes", "cpu", data_dir)
+    agenda = missing(preset, runner.store, results, workers)
+    runner.show_agenda(agenda, preset)
+    if dry_run:
+        return 0
+    end, lost = time.monotonic() + budget, 0
+    runner.console.print(LEGEND, highlight=False)
+    for part in agenda:
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        runner.announce(part.experiment, preset, part.experiment.jobs())
+        summary = runner.run(part.experiment, preset, part.experiment.jobs(), seconds=left)
+        lost += len(summary.failed) + len(summary.blocked)
+    runner.show_agenda(missing(preset, runner.store, results, workers), preset)
+    return 1 if lost else 0
+
+
+class _Runner:
+    """Runs the jobs of experiments, and prints and publishes what comes of them."""
+
+    def __init__(
+        self, store: Store, workers: int, executor: str, device: str, data_dir: Path | None
+    ) -> None:
+        self.console, self.store, self.workers, self.device = Console(), store, workers, device
+        self.make_executor = made_executor(executor, workers)
+        self.local = executor == "processes"
+        threads = max(1, torch.get_num_threads() // workers) if self.local else None
+        self.place = Place(device, data_dir, threads)
+
+    def announce(self, one: Experiment, preset: str, jobs: Sequence[Job]) -> list[Job]:
+        """Print what is to do; return it."""
         everything = in_order(jobs)
-        left = [job for job in everything if not store.done(job)]
-        time_left = readable(estimate(everything, store, workers, device))
-        console.print(
+        left = [job for job in everything if not self.store.done(job)]
+        time_left = readable(estimate(everything, self.store, self.workers, self.device))
+        self.console.print(
             f"[bold]{one.name}[/bold]: {one.shows}\n{preset} preset, {one.data}:"
             f" {len(everything)} jobs, {len(left)} to do ({time_left})",
             highlight=False,
         )
-        if dry_run:
-            for job in left:
-                console.print(f"  {job.id}  {job.config}", highlight=False, soft_wrap=True)
-            continue
+        return left
+
+    def run(
+        self,
+        one: Experiment,
+        preset: str,
+        jobs: Sequence[Job],
+        *,
+        members: int = 1,
+        retry: bool = False,
+        seconds: float = math.inf,
+    ) -> Summary:
+        """Run the jobs; print and publish what came out."""
+        store, console = self.store, self.console
         _remember(one, preset, store)
-        with Bars(everything, store, console, partial(one.headline, store=store), device) as bars:
+        headline = partial(one.headline, store=store)
+        with Bars(in_order(jobs), store, console, headline, self.device) as bars:
             summary = run_all(
                 jobs,
                 store,
-                place,
-                make_executor=make_executor,
-                in_flight=workers if local else None,
-                members=ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1),
+                self.place,
+                make_executor=self.make_executor,
+                in_flight=self.workers if self.local else None,
+                members=members,
                 retry=retry,
+                seconds=seconds,
                 watch=bars,
             )
-        failed += len(summary.failed) + len(summary.blocked)
         show(console, one, one.tables(store))
         if summary.failed:
             console.print(
@@ -147,11 +227,24 @@ def run(
                 f" --retry runs them again. The errors are in {store.jobs}/ID.part/failed.json",
                 highlight=False,
             )
-        files = publish(one, preset, store, out)
+        files = publish(one, preset, store, store.root)
         console.print(
             f"Tables and figures in {files[-1].parent}\n", highlight=False, soft_wrap=True
         )
-    return 1 if failed else 0
+        return summary
+
+    def show_agenda(self, agenda: Sequence[Part], preset: str) -> None:
+        """Print what is missing, in order."""
+        table = Table(title=f"Missing of the {preset} preset in {self.store.root}")
+        for heading in ("experiment", "shows", "data", "jobs left", "time, roughly"):
+            table.add_column(heading, overflow="fold")
+        for part in agenda:
+            one = part.experiment
+            table.add_row(one.name, one.shows, one.data, str(part.jobs), readable(part.seconds))
+        if agenda:
+            self.console.print(table)
+        else:
+            self.console.print(f"Nothing of the {preset} preset is missing.")
 
 
 def _configured(

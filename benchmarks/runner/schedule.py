@@ -7,6 +7,7 @@ Handles are polled, never waited for. Workers write their own results and return
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ WORKER_DIED = (
 
 
 class Executor(Protocol):
-    """Runs jobs; ``shutdown()`` is called if it has one."""
+    """Runs jobs; ``shutdown()`` is called if it has one, and before it ``stop()`` if time is up."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
         """Begin a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""
@@ -62,12 +63,14 @@ class Summary:
         done: have been done now.
         failed: have ended with an error, now or before.
         blocked: need one that failed.
+        left: were not begun, or not ended, when the time was up.
     """
 
     found: list[Job] = field(default_factory=list)
     done: list[Job] = field(default_factory=list)
     failed: list[Job] = field(default_factory=list)
     blocked: list[Job] = field(default_factory=list)
+    left: list[Job] = field(default_factory=list)
 
 
 def shard(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
@@ -96,6 +99,7 @@ def run_all(
     in_flight: int | None = None,
     members: int = 1,
     retry: bool = False,
+    seconds: float = math.inf,
     watch: Watch | None = None,
 ) -> Summary:
     """Run jobs and what they need, except those that are done.
@@ -110,12 +114,15 @@ def run_all(
         in_flight: the most that are handed to the executor at a time; all by default.
         members: the most that may be run as one ensemble.
         retry: run those that failed again.
+        seconds: after which nothing more begins, and what runs is stopped if the executor can, as a
+            process pool can. The next run continues it from its last checkpoint.
         watch: receives what happens.
 
     Returns:
         The jobs by how they ended. Failures are recorded in their folders, not raised.
     """
-    return _Run(store, place, make_executor, in_flight, members, watch or Watch()).of(
+    end = time.monotonic() + seconds
+    return _Run(store, place, make_executor, in_flight, members, end, watch or Watch()).of(
         in_order(list(jobs)), retry
     )
 
@@ -128,9 +135,10 @@ class _Run:
         make_executor: Callable[[], Executor],
         in_flight: int | None,
         members: int,
+        end: float,
         watch: Watch,
     ) -> None:
-        self.store, self.place, self.watch = store, place, watch
+        self.store, self.place, self.end, self.watch = store, place, end, watch
         self.make_executor, self.members = make_executor, members
         self.in_flight = in_flight or 10**9
         self.summary = Summary()
@@ -158,9 +166,16 @@ class _Run:
         try:
             while waiting or self.suspects or self.running:
                 assert executor is not None
+                if time.monotonic() > self.end:
+                    running = [job for group in self.running.values() for job in group]
+                    self.summary.left += [*running, *waiting.values()]
+                    if hasattr(executor, "stop"):
+                        executor.stop()
+                        self.running.clear()
+                    break
                 broken = self._submit(executor, waiting) or self._collect()
                 if broken:
-                    _shut(executor)
+                    _call(executor, "shutdown")
                     executor = self.make_executor()
                 self._block(waiting)
                 self.watch.tick()
@@ -169,7 +184,7 @@ class _Run:
             for handle in self.running:
                 handle.cancel()
             if executor is not None:
-                _shut(executor)
+                _call(executor, "shutdown")
         return self.summary
 
     def _fail(self, job: Job, error: str) -> None:
@@ -275,7 +290,7 @@ class _Run:
         self._fail(job, failure["error"])
 
 
-def _shut(executor: Executor) -> None:
-    shut = getattr(executor, "shutdown", None)
-    if shut is not None:
-        shut()
+def _call(executor: Executor, name: str) -> None:
+    method = getattr(executor, name, None)
+    if method is not None:
+        method()

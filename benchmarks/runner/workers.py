@@ -37,9 +37,7 @@ def executor(name: str, workers: int) -> Callable[[], Executor]:
     if kind == "processes" and not where:
         # Forked processes would share torch's threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        return lambda: ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_die_with_parent
-        )
+        return lambda: _Processes(workers, mp_context=context, initializer=_die_with_parent)
     if kind == "dask" and where:
         _installed("distributed")
         return lambda: _Dask(where)
@@ -77,6 +75,16 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class _Processes(ProcessPoolExecutor):
+    """A pool whose processes can be stopped."""
+
+    def stop(self) -> None:
+        """Stop the processes in the middle of their jobs, which have checkpoints."""
+        for process in multiprocessing.active_children():
+            process.kill()
+        self.shutdown()
 
 
 class _Dask:

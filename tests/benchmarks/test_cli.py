@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cli, experiments, report
+from benchmarks import agenda, cli, experiments, report
 from benchmarks.experiments import gd_sharpness
 from benchmarks.framework.publish import publish
 from benchmarks.framework.tables import read_table, records
@@ -40,7 +40,7 @@ def only_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def few_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave one experiment; each has its own tests."""
-    for module in (experiments, cli, report):
+    for module in (experiments, agenda, cli, report):
         monkeypatch.setattr(module, "NAMES", ("gd-sharpness",))
 
 
@@ -92,6 +92,22 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing(
     new = tmp_path / "new"
     main(capsys, *RUN, "--dry-run", "--out", new)
     assert not new.exists()
+
+
+def test_paper_runs_what_is_missing_and_says_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a budget that is not kept, an agenda of what is done, and nothing said at its end."""
+    monkeypatch.setattr(gd_sharpness.EXPERIMENT, "presets", {("smoke", "digits"): SETTINGS})
+    monkeypatch.setattr(gd_sharpness.EXPERIMENT, "datasets", ("digits",))
+    call = ("paper", "--preset", "smoke", "--out", tmp_path, "--results", tmp_path / "published")
+    said = main(capsys, *call, "--time-budget", "0s")
+    assert said.count("Missing of the smoke preset") == 2
+    assert "2 jobs" not in said
+    said = main(capsys, *call, "--time-budget", "5m")
+    assert "2 jobs, 2 to do" in said
+    assert "Nothing of the smoke preset is missing" in said
+    assert "Missing" not in main(capsys, *call, "--dry-run")
 
 
 def test_shards_share_the_jobs_and_seeds_multiply_them(
@@ -216,6 +232,7 @@ def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) 
         (["figures"], "nothing was run in"),
         (["figures", "sharpness"], "nothing was run in"),
         (["report", "--results", "nowhere"], "nowhere is empty"),
+        (["paper", "--time-budget", "3 days"], "'3 days': expected a number of"),
         (["perf", "speed"], "speed: expected some of products"),
     ],
 )

@@ -255,6 +255,15 @@ def test_an_interruption_cancels_what_was_not_begun(tmp_path: Path) -> None:
     assert 1 <= sum(map(store.done, jobs)) < 50
 
 
+def test_nothing_begins_after_the_time(tmp_path: Path) -> None:
+    """Catches a budget that only an executor that can stop obeys."""
+    store = Store(tmp_path)
+    jobs = [Number(1.0), Number(2.0)]
+    summary = run_all(jobs, store, HERE, seconds=-1.0)
+    assert (summary.left, summary.done) == (jobs, [])
+    assert run_all(jobs, store, HERE).done == jobs
+
+
 def test_shards_are_a_partition_that_keeps_together_what_belongs_together() -> None:
     """Catches a job in no part or in two, and a minimum that two machines would compute."""
     jobs: list[Job] = [Number(float(x)) for x in range(40)]

@@ -112,6 +112,20 @@ def test_a_sweep_that_was_killed_is_finished_as_if_it_had_not_been(
     assert files(store, list(WALKS)) == undisturbed
 
 
+def test_a_sweep_whose_time_is_up_stops_its_processes_and_continues_later(
+    tmp_path: Path, importable: str, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a budget that waits for the jobs in progress, and one that counts them as failed."""
+    monkeypatch.setenv("PACE", "10")
+    store, jobs = Store(tmp_path), list(WALKS)
+    summary = run_all(jobs, store, HERE, make_executor=executor("processes", 1), seconds=2)
+    assert summary.left == jobs
+    assert (summary.done, summary.failed, summary.blocked) == ([], [], [])
+    monkeypatch.setenv("PACE", "0")
+    assert run_all(jobs, store, HERE).left == []
+    assert files(store, jobs) == undisturbed
+
+
 def test_workers_that_are_still_starting_end_with_their_parent(
     tmp_path: Path, begin: Callable[[int], subprocess.Popen[bytes]]
 ) -> None:
