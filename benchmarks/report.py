@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from benchmarks.agenda import BEYOND
 from benchmarks.experiments import NAMES, experiment
 from benchmarks.framework.claims import Claim
 from benchmarks.framework.experiment import PRESETS
@@ -31,7 +33,29 @@ def report(results: Path, shown: str) -> str:
         results: the folder.
         shown: what to call it.
     """
-    return "\n".join([HEAD.format(results=shown), *_summary(results), *_parts(results)]) + "\n"
+    parts = (_opening(results), _summary(results), _parts(results))
+    return "\n".join([HEAD.format(results=shown), *chain.from_iterable(parts)]) + "\n"
+
+
+def _opening(results: Path) -> Iterator[str]:
+    """Yield the lines of each table and figure of the paper, on the paper's data."""
+    yield _line("of the paper", "", "printed", "here", "reproduced")
+    yield "| --- | --- | --- | --- | --- |"
+    for name in NAMES:
+        shows = experiment(name).shows
+        if shows == BEYOND:
+            continue
+        # The larger preset of each data set; digits are not the paper's.
+        found = {data: folder for _, data, folder in _published(results, name) if data != "digits"}
+        for data, folder in found.items():
+            first = f"[{shows}](#{name}), {data}"
+            for claim in claims_in(folder):
+                if claim.printed:
+                    yield _line(first, claim.what, claim.printed, claim.ours, _verdict(claim))
+                    first = ""
+    yield ""
+    yield "All experiments, presets and data sets:"
+    yield ""
 
 
 def _published(results: Path, name: str) -> Iterator[tuple[str, str, Path]]:
@@ -108,9 +132,15 @@ def _table(claims: list[Claim] | Any) -> Iterator[str]:
     yield "| | printed | theory | here | tolerance | reproduced | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for claim in claims:
-        said = "yes" if claim.reproduced else "**no**"
         texts = (claim.what, claim.printed, claim.theory, claim.ours, claim.tolerance)
-        cells = (*texts, said, claim.why)
-        plain = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
-        yield "| " + " | ".join(plain) + " |"
+        yield _line(*texts, _verdict(claim), claim.why)
     yield ""
+
+
+def _verdict(claim: Claim) -> str:
+    return "yes" if claim.reproduced else "**no**"
+
+
+def _line(*cells: str) -> str:
+    plain = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return "| " + " | ".join(plain) + " |"

@@ -20,6 +20,16 @@ from benchmarks.runner.schedule import Summary
 from benchmarks.training.minimum import Solution
 
 RUN = ("run", "gd-sharpness", "--preset", "smoke", "--set", "n=60", "--set", "target_loss=0.06")
+CLAIM = {"tolerance": "", "why": "", "theory": ""}
+ABOUT = {
+    "device": ["cpu"],
+    "torch": ["2"],
+    "jobs": 1,
+    "done": 1,
+    "failed": 0,
+    "seconds": 1.0,
+    "settings": {"seeds": [0]},
+}
 SETTINGS = {"n": 60, "target_loss": 0.06, "lrs": (0.5, 500.0)}
 
 
@@ -204,6 +214,34 @@ def test_the_report_holds_every_claim(
         assert claim["ours"] in line
         assert ("**no**" in line) == (not claim["reproduced"])
     assert "paper, fashion-mnist" in next(x for x in text.splitlines() if "not run |" in x)
+
+
+def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path) -> None:
+    """Catches digits, theory's claims, or a smaller preset among the paper's own numbers."""
+    texts = {
+        "small/digits": "digits",
+        "small/fashion-mnist": "few",
+        "paper/fashion-mnist": "many | all",
+        "small/cifar10-2": "airplanes",
+    }
+    for place, ours in texts.items():
+        folder = tmp_path / place / "gd-sharpness"
+        folder.mkdir(parents=True)
+        (folder / "about.json").write_text(json.dumps(ABOUT))
+        claims = [("sharpness", "19.6", True), ("below 2/η", "", True), ("as seen", "rises", False)]
+        content = [
+            {**CLAIM, "what": what, "printed": printed, "reproduced": held, "ours": ours}
+            for what, printed, held in claims
+        ]
+        (folder / "claims.json").write_text(json.dumps(content))
+    opening = report.report(tmp_path, "results").partition("All experiments")[0]
+    lines = [line for line in opening.splitlines() if line.startswith("|")]
+    assert lines[2:] == [
+        r"| [Table 2](#gd-sharpness), fashion-mnist | sharpness | 19.6 | many \| all | yes |",
+        r"|  | as seen | rises | many \| all | **no** |",
+        "| [Table 2](#gd-sharpness), cifar10-2 | sharpness | 19.6 | airplanes | yes |",
+        "|  | as seen | rises | airplanes | **no** |",
+    ]
 
 
 def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) -> None:
