@@ -51,6 +51,7 @@ docs/defaults
 
 docs/theory
 docs/limits
+docs/paper
 docs/reproducing
 The report <benchmarks/REPORT>
 ```

@@ -93,6 +93,9 @@ class Selection(Experiment):
             points(panel, known.batch_size, known.non_uniformity)
             bounds = known.drop_duplicates("batch_size").sort_values("batch_size")
             limit(panel, bounds.batch_size, bounds.non_uniformity_limit, "√B/η, at finite n")
+            if not len(known):
+                at = {"transform": panel.transAxes, "ha": "center", "va": "center"}
+                panel.text(0.5, 0.5, "all runs diverge", **at)
             y = "" if number else "non-uniformity s"
             finish(panel, "batch size B", y, log="xy", title=f"v = {scale:g}", legend=not number)
         return figure
