@@ -255,7 +255,7 @@ class _Search:
         began = time.perf_counter()
         edge = step.max_lr(at.sharpness)
         noise = noise_factor(batch_size, self.dataset_size)
-        if at.samples is None or (noise and step.momentum_share != 1):
+        if at.samples is None or (noise and not (step.momentum_share == 1 and step.filter is None)):
             if at.samples is not None:
                 self.notes.append(
                     f"{name}: bounds of the full batch, since its second moments are not known"

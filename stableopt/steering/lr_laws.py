@@ -28,6 +28,7 @@ from typing import TypeAlias
 
 from stableopt._support.deprecation import renamed_names
 from stableopt.stability import StabilityMargins, UpdateRule
+from stableopt.stability.rules.filters import stable_range
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.target import TargetRegion, lr_at_limit
 
@@ -187,7 +188,7 @@ def gated_staircase(
     if raised <= lr:
         share = f"the sharpness is {measured.ratio:.3g} of its limit"
         return measured.decide("hold", lr, f"{share}, at the gate {gate:.4g}: escaping"), state
-    beta = measured.rule.momentum
+    beta = measured.rule.memory
     calm = state.get("escaping", -math.inf) + beta / (1 - beta)
     if measured.ratio <= 1 and step < calm:
         why = f"the sharpness was above its limit, and momentum lasts until step {calm:.0f}"
@@ -275,7 +276,8 @@ def momentum_gate(rule: UpdateRule, gate: float) -> float:
 
     .. math:: k(\rho) = \frac{(\rho + c)(\rho + \beta)}{u\rho + w},
 
-    and the ratio is :math:`k(\rho)/k(1)`. Near the limit momentum grows faster than gradient descent.
+    and the ratio is :math:`k(\rho)/k(1)`; a filter has it by its own largest root. Near the
+    limit momentum grows faster than gradient descent.
 
     >>> momentum_gate(UpdateRule(lr=0.1), 1.2)
     1.2
@@ -283,6 +285,9 @@ def momentum_gate(rule: UpdateRule, gate: float) -> float:
     1.0376
     """
     beta, kept = rule.momentum, 1 - rule.lr * rule.decoupled_weight_decay
+    if rule.filter is not None:
+        growing = stable_range(kept, rule.filter, 2 * gate - 1)[1]
+        return growing / stable_range(kept, rule.filter)[1]
     now, averaged = 1 - rule.momentum_share, rule.momentum_share
     if rule.nesterov:
         now, averaged = 1.0, beta

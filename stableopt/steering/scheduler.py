@@ -114,7 +114,7 @@ class StabilityLR(LRScheduler):
                 " sharded by fully_shard: leave them out"
             )
         if restore is None:
-            restore = monitor.update_rule.momentum > 0 and not monitor.problem.sharded
+            restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
         present = _fastest(optimizer)
         margin = target.share is not None
         self.monitor = monitor

@@ -283,13 +283,15 @@ def at_lr(rule: UpdateRule, lr: float) -> UpdateRule:
 def lr_at_limit(rule: UpdateRule, sharpness: float) -> float:
     r"""Return the learning rate at which ``rule``'s limit is ``sharpness``.
 
-    Every rule's limit has the form :math:`A/\eta - D`, such as 2/η minus the weight decay. A and D
-    follow from the limits at two rates.
+    The limit of every rule with momentum has the form :math:`A/\eta - D`, such as 2/η minus the weight
+    decay. A and D follow from the limits at two rates.
 
     >>> lr_at_limit(UpdateRule(lr=1.0, weight_decay=0.5), 3.5)
     0.5
     """
     sharpness = positive("sharpness", sharpness)
+    if rule.filter is not None:
+        return rule.linear_step.max_lr(sharpness)
     at_one, at_two = (at_lr(rule, lr).max_sharpness for lr in (1.0, 2.0))
     reach = 2 * (at_one - at_two)
     return reach / (sharpness + (reach - at_one))

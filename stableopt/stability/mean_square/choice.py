@@ -106,6 +106,12 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     # A preconditioned rule's decay is in the problem's coordinates already.
     decay = 0.0 if rule.preconditioned else rule.weight_decay
+    if rule.filter is not None:
+        raise ValueError(
+            f"update_rule has filter={rule.filter}: expected the step of torch.optim.SGD, whose second"
+            " moments between modes are known; UpdateRule.max_non_uniformity and mean_square_radius"
+            " cover filters in one dimension"
+        )
     step = LinearStep(1.0, rule.momentum, rule.dampening, rule.nesterov, decay)
     if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):
         raise ValueError(

@@ -129,7 +129,7 @@ class Quantity:
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
                 f"quantities: {self.name} is a condition on SGD without momentum, and momentum is"
-                f" {rule.momentum}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
+                f" {rule.memory}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
             )
         if "per_sample" in self.needs and not (rule is None or rule.diagonal):
             raise ValueError(

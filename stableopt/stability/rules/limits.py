@@ -25,6 +25,7 @@ For a fixed k its roots are within the unit disc if :math:`|T| < 1+\Delta` and :
 :math:`\Delta` their sum and product (Jury): the first root to leave does so at -1 as k grows, at 1 as k
 falls.
 
+Any other linear filter of the gradients has the limits of :mod:`~stableopt.stability.rules.filters`.
 For plain SGD the limits are Theorem 1 and equation (9) of Wu, Ma & E (NeurIPS 2018).
 :func:`mean_square_radius` is the recursion of second moments itself, and the reference for the others.
 """
@@ -39,6 +40,14 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 from stableopt._support.arguments import whole
+from stableopt.stability.rules.filters import (
+    Filter,
+    checked,
+    largest_variance,
+    matrices,
+    momentum_filter,
+    stable_range,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,6 +71,7 @@ class StepOptions(TypedDict, total=False):
     weight_decay: float
     decoupled_weight_decay: float
     momentum_share: float
+    filter: Filter | None
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,15 @@ class LinearStep:
         weight_decay: coupled weight decay lambda, a part of the gradient.
         decoupled_weight_decay: lambda', by which parameters shrink in addition to the step.
         momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
+        filter: ``(num, den)`` of the recursion :math:`u_t = b_0g_t + b_1g_{t-1} + \cdots - a_1u_{t-1} -
+            \cdots` for the step -eta u, with :math:`a_0 = 1`, in place of the momentum.
 
     Raises:
         ValueError: for values out of range.
 
     >>> round(LinearStep(0.1, momentum=0.9).max_sharpness, 6)
+    38.0
+    >>> round(LinearStep(0.1, filter=((1.0,), (1.0, -0.9))).max_sharpness, 6)
     38.0
     """
 
@@ -91,8 +105,17 @@ class LinearStep:
     weight_decay: float = 0.0
     decoupled_weight_decay: float = 0.0
     momentum_share: float = 1.0
+    filter: Filter | None = None
 
     def __post_init__(self) -> None:
+        if self.filter is not None:
+            own = (self.momentum, self.dampening, self.nesterov, self.momentum_share)
+            if own != (0.0, 0.0, False, 1.0):
+                raise ValueError(
+                    f"filter with momentum, dampening, nesterov, momentum_share of {own}: expected"
+                    " them in the filter alone"
+                )
+            object.__setattr__(self, "filter", checked("filter", self.filter))
         if not self.lr >= 0:
             raise ValueError(f"lr={self.lr}: expected at least 0")
         if not 0 <= self.momentum < 1:
@@ -132,8 +155,21 @@ class LinearStep:
         return 1 - self.momentum_share, self.momentum_share
 
     @property
+    def as_filter(self) -> Filter:
+        """Its filter of the gradients, whichever form it has.
+
+        >>> LinearStep(0.1, momentum=0.5).as_filter
+        ((1.0, -0.0), (1.0, -0.5))
+        """
+        if self.filter is not None:
+            return self.filter
+        return momentum_filter(self.momentum, self.gain, *self._weights)
+
+    @property
     def _range(self) -> tuple[float, float]:
         """The smallest and the largest k that are stable without noise."""
+        if self.filter is not None:
+            return stable_range(self._kept, self.filter)
         beta, (now, weight) = self.momentum, self._weights
         averaged = weight * self.gain
         # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
@@ -148,6 +184,11 @@ class LinearStep:
     @property
     def min_sharpness(self) -> float:
         """The limit of :func:`min_sharpness`."""
+        if self.filter is not None and self.lr > 0:
+            return self._range[0] / self.lr - self.weight_decay
+        if self.filter is not None:
+            num, den = self.filter
+            return -self.weight_decay - self.decoupled_weight_decay * sum(den) / sum(num)
         now, weight = self._weights
         pull = now + weight * self.gain / (1 - self.momentum)
         return -self.weight_decay - self.decoupled_weight_decay / pull
@@ -158,10 +199,23 @@ class LinearStep:
         >>> round(LinearStep(1.0, momentum=0.9).max_lr(38.0), 6)
         0.1
         """
+        if self.filter is not None:
+            return self._max_lr_of_filter(sharpness + self.weight_decay)
         beta, (now, weight) = self.momentum, self._weights
         pull = now * (1 + beta) + weight * self.gain
         curvature = sharpness + self.weight_decay + self.decoupled_weight_decay * (1 + beta) / pull
         return 2 * (1 + beta) / pull / curvature if curvature > 0 else math.inf
+
+    def _max_lr_of_filter(self, curvature: float) -> float:
+        decay = self.decoupled_weight_decay
+        if decay == 0:
+            return stable_range(1.0, self.as_filter)[1] / curvature if curvature > 0 else math.inf
+        low, high = 0.0, 2 / decay
+        for _ in range(60):  # digits of a float
+            middle = (low + high) / 2
+            inside = middle * curvature <= stable_range(1 - middle * decay, self.as_filter)[1]
+            low, high = (middle, high) if inside else (low, middle)
+        return low
 
     def max_non_uniformity(self, noise: float, sharpness: float | None = None) -> float:
         """Return the limit of :func:`max_non_uniformity`; ``noise`` is p."""
@@ -171,6 +225,8 @@ class LinearStep:
             return 0.0
         if self.lr == 0 or noise == 0:
             return math.inf
+        if self.filter is not None:
+            return math.sqrt(largest_variance(self._kept, self.filter, k) / noise) / self.lr
         above, below = self._largest_variance()
         if k is not None:
             means = [k]
@@ -193,9 +249,7 @@ class LinearStep:
 
     def mean_square_radius(self, sharpness: float, noise: float) -> float:
         """Return :func:`mean_square_radius`."""
-        now, weight = self._weights
-        constant = np.array([[self._kept, -self.lr * weight * self.momentum], [0.0, self.momentum]])
-        slope = np.array([[-self.lr * (now + weight * self.gain), 0.0], [self.gain, 0.0]])
+        constant, slope = matrices(self._kept, self.lr, self.as_filter)
         mean = constant + (sharpness + self.weight_decay) * slope
         moments = np.kron(mean, mean) + noise * np.kron(slope, slope)
         return float(np.abs(np.linalg.eigvals(moments)).max())
@@ -237,8 +291,8 @@ def max_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
 
     Args:
         lr: learning rate; 0 gives infinity.
-        step: ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay``
-            and ``momentum_share``, as in :class:`LinearStep`.
+        step: ``momentum``, ``dampening``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay``,
+            ``momentum_share`` and ``filter``, as in :class:`LinearStep`.
 
     Raises:
         ValueError: for values out of range.

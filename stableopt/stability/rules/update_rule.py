@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from stableopt._support.deprecation import warn_renamed
+from stableopt.stability.rules.filters import Filter
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.preconditioner import (
     StepPreconditioner,
@@ -84,6 +86,10 @@ class UpdateRule:
         decoupled_weight_decay: lambda', which shrinks parameters directly, as in AdamW.
         momentum_share: nu; below 1 the step includes a share of the gradient itself, as in NAdam.
         preconditioner: P; ``None`` for 1.
+        filter: ``(num, den)`` of any other linear filter Q of the preconditioned gradients, by which
+            :math:`\theta' = (1-\eta\lambda')\theta - \eta\,Q*g`, as in
+            :class:`~stableopt.stability.LinearStep`; instead of momentum, dampening, nesterov and
+            momentum_share.
 
     Raises:
         ValueError: for values out of range.
@@ -94,6 +100,8 @@ class UpdateRule:
     0.9
     >>> UpdateRule.from_optimizer(torch.optim.Adam([torch.zeros(1)], lr=0.01)).preconditioned
     True
+    >>> round(UpdateRule(lr=0.5, filter=((0.5, 0.5), (1.0,))).max_sharpness, 6)    # mean of two
+    4.0
     """
 
     lr: float
@@ -108,6 +116,7 @@ class UpdateRule:
     decoupled_weight_decay: float = 0.0
     momentum_share: float = 1.0
     preconditioner: StepPreconditioner | None = None
+    filter: Filter | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "dampening", "weight_decay", "decoupled_weight_decay"):
@@ -120,7 +129,9 @@ class UpdateRule:
             )
         if self.preconditioner is not None and self.group_lrs:
             raise ValueError("group_lrs with a preconditioner: expected the rates to be in it")
-        _ = self.linear_step  # raises for values out of range
+        object.__setattr__(
+            self, "filter", self.linear_step.filter
+        )  # raises for values out of range
 
     @property
     def linear_step(self) -> LinearStep:
@@ -133,12 +144,25 @@ class UpdateRule:
             weight_decay=0.0 if self.preconditioned else self.weight_decay,
             decoupled_weight_decay=self.decoupled_weight_decay,
             momentum_share=self.momentum_share,
+            filter=self.filter,
         )
 
     @property
     def plain(self) -> bool:
         """Whether it is SGD without momentum, as in the paper's conditions."""
-        return self.momentum == 0 and self.decoupled_weight_decay == 0
+        plain = self.momentum == 0 and self.decoupled_weight_decay == 0
+        return plain and self.filter is None
+
+    @property
+    def memory(self) -> float:
+        """The share of a step that the next one repeats: beta, or the largest pole of the filter.
+
+        >>> round(UpdateRule(lr=0.1, filter=((0.1,), (1.0, -1.3, 0.4))).memory, 6)
+        0.8
+        """
+        if self.filter is None:
+            return self.momentum
+        return float(np.abs(np.roots(self.filter[1])).max(initial=0.0))
 
     @property
     def preconditioned(self) -> bool:

@@ -1,0 +1,207 @@
+r"""Stability of steps along any linear filter of the gradients: root loci of small polynomials.
+
+A filter Q turns gradients into a step by the recursion
+
+.. math:: u_t = \sum_{i\ge0} b_i\,g_{t-i} - \sum_{i\ge1} a_i\,u_{t-i}, \qquad
+    Q(z) = \frac{b_0 + b_1z^{-1} + \cdots}{1 + a_1z^{-1} + \cdots},
+
+``(num, den)`` as for ``scipy.signal.lfilter``. On one mode, with :math:`k = \eta(h+\lambda)` and
+:math:`x' = cx - \eta u`, the characteristic polynomial is :math:`D(z) + kN(z)`: N and D are numerator
+and denominator in powers of z, and D includes the factor :math:`z - c`. It has a root on the unit circle
+exactly where :math:`k = -D/N` is real there (Lee & Lee, *The Road Taken*, arXiv:2608.18415, 2026,
+Prop. 2.1), a polynomial condition on the cosine of the angle. That root need not be at -1. Examples::
+
+    ((1.0,), (1.0, -0.9))                        # heavy ball
+    ((1.9, -0.9), (1.0, -0.9))                   # Nesterov's momentum
+    ((0.5, 0.5), (1.0,))                         # the mean of the last two gradients
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+__all__ = ["Filter", "checked", "largest_variance", "matrices", "momentum_filter", "stable_range"]
+
+Filter = tuple[tuple[float, ...], tuple[float, ...]]
+
+_ON_CIRCLE = 1e-9
+"""Distance of a pole from the unit circle up to which its filter never forgets."""
+
+_REAL = 1e-6
+"""Imaginary part of a cosine up to which it may be a double root that rounding has split."""
+
+_GRID = 256
+"""Points among which the largest variance is bracketed: it has few maxima, as a rational function."""
+
+
+def checked(name: str, value: object) -> Filter:
+    """Return a filter as tuples of floats, with a leading denominator of 1.
+
+    Raises:
+        ValueError: unless it is a pair of sequences of finite numbers, whose filter forgets and whose
+            steps descend on the whole.
+    """
+    try:
+        num, den = (tuple(float(entry) for entry in part) for part in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        num = den = ()
+    if not (num and den and all(map(math.isfinite, num + den)) and den[0]):
+        raise ValueError(
+            f"{name}={value!r}: expected (num, den) of u_t = num[0] g_t + num[1] g_(t-1) + ..."
+            " - den[1] u_(t-1) - ..., two sequences of finite numbers with den[0] other than 0"
+        )
+    num, den = tuple(b / den[0] for b in num), tuple(a / den[0] for a in den)
+    pole = float(np.abs(np.roots(den)).max(initial=0.0))
+    if not pole < 1 - _ON_CIRCLE:
+        raise ValueError(f"{name}={value!r} has a pole of size {pole:.6g}: expected below 1")
+    if not sum(num) / sum(den) > 0:
+        raise ValueError(
+            f"{name}={value!r} multiplies constant gradients by {sum(num) / sum(den):.6g}: expected a"
+            " positive number"
+        )
+    return num, den
+
+
+def momentum_filter(beta: float, gain: float, now: float, averaged: float) -> Filter:
+    """Return the filter of the step A g + B m with m' = beta m + gain g.
+
+    >>> momentum_filter(0.9, 1.0, 0.0, 1.0)          # heavy ball
+    ((1.0, -0.0), (1.0, -0.9))
+    """
+    return (now + averaged * gain, -beta * now), (1.0, -beta)
+
+
+def stable_range(kept: float, pair: Filter, growth: float = 1.0) -> tuple[float, float]:
+    r"""Return the smallest and the largest :math:`k = \eta h` between which every k is stable.
+
+    With ``growth`` above 1, those between which no root is larger than it.
+
+    >>> [round(k, 9) for k in stable_range(1.0, ((1.0,), (1.0, -0.9)))]
+    [0.0, 3.8]
+    """
+    num, den = _powers(kept, pair)
+    powers = growth ** np.arange(len(den) - 1, -1, -1.0)  # roots in units of the growth
+    num, den = num * powers[1:], den * powers
+    # At c = 1 a root is at 1 for k = 0, and leaves the circle for negative k.
+    at_rest = kept == growth
+    gains = _real_gains(num, den, real_axis=(-1.0,) if at_rest else (1.0, -1.0))
+
+    def stable(k: float) -> bool:
+        return float(np.abs(np.roots(np.polyadd(den, k * num))).max()) < 1
+
+    def last_stable(crossings: list[float]) -> float:
+        """Return the first crossing, by size, beyond which it is unstable."""
+        if not stable(crossings[0] / 2):  # decay that overshoots
+            return 0.0
+        for near, far in zip(crossings, [*crossings[1:], 2 * crossings[-1]], strict=True):
+            if not stable((near + far) / 2):
+                return near
+        return crossings[-1]
+
+    low = 0.0 if at_rest else last_stable(sorted((k for k in gains if k < 0), reverse=True))
+    return low, last_stable(sorted(k for k in gains if k > 0))
+
+
+def _powers(kept: float, pair: Filter) -> tuple[np.ndarray, np.ndarray]:
+    """Return N and D by falling powers of z."""
+    order = max(map(len, pair))
+    num, den = (np.array(part + (0.0,) * (order - len(part))) for part in pair)
+    return num, np.polymul([1.0, -kept], den)
+
+
+def _real_gains(num: np.ndarray, den: np.ndarray, *, real_axis: tuple[float, ...]) -> list[float]:
+    r"""Return the values of -D/N on the unit circle that are real, on the real axis only as given.
+
+    With :math:`z = e^{i\omega}`, :math:`\operatorname{Im} D\bar N = \sum_m r_m\sin m\omega` is
+    :math:`\sin\omega` times a polynomial in :math:`\cos\omega`, as :math:`\sin m\omega/\sin\omega` is
+    the Chebyshev polynomial :math:`U_{m-1}`.
+    """
+    rising, other = den[::-1], num[::-1]
+    series = np.zeros(len(rising))
+    for j, d in enumerate(rising):
+        for m, n in enumerate(other):
+            series[abs(j - m)] += math.copysign(1.0, j - m) * d * n
+    in_cosine = np.zeros(max(len(series) - 1, 1))
+    for m, r in enumerate(series[1:], start=1):
+        terms = np.arange(m - 1, -1, -2)  # U_(m-1) = 2 T_(m-1) + 2 T_(m-3) + ...
+        in_cosine[terms] += np.where(terms > 0, 2.0, 1.0) * r
+    roots = chebyshev.chebroots(np.trim_zeros(in_cosine, "b")) if in_cosine.any() else np.array([])
+    cosines = [float(x.real) for x in roots if abs(x.imag) < _REAL and abs(x.real) < 1]
+    found = []
+    for z in (*np.exp(1j * np.arccos(cosines)), *real_axis):
+        at = complex(np.polyval(num, z))
+        if at != 0:
+            found.append(float((-np.polyval(den, z) / at).real))
+    return found
+
+
+def matrices(kept: float, lr: float, pair: Filter) -> tuple[np.ndarray, np.ndarray]:
+    """Return :math:`A_0` and :math:`A_1`: a step multiplies the state by :math:`A_0 + hA_1`.
+
+    The state is the weight, and the filter in its companion form.
+    """
+    order = max(map(len, pair)) - 1
+    num, den = (np.array(part + (0.0,) * (order + 1 - len(part))) for part in pair)
+    constant, slope = np.zeros((order + 1, order + 1)), np.zeros((order + 1, order + 1))
+    constant[0, 0], constant[0, 1:] = kept, -lr * (num[1:] - num[0] * den[1:])
+    constant[1:, 1:] = np.eye(order, k=-1)
+    slope[0, 0] = -lr * num[0]
+    if order:
+        constant[1, 1:] = -den[1:]
+        slope[1, 0] = 1.0
+    return constant, slope
+
+
+def largest_variance(kept: float, pair: Filter, mean: float | None = None) -> float:
+    r"""Return the largest variance of k that is stable in mean square, at its ``mean`` or at any.
+
+    The inverse of :math:`\frac1{2\pi}\int|N/(D+kN)|^2`, the second moment of x under unit noise.
+    """
+    constant, slope = matrices(kept, 1.0, pair)
+
+    def at(k: float) -> float:
+        step = constant + k * slope
+        noise = np.outer(slope[:, 0], slope[:, 0])
+        moments = np.eye(step.size) - np.kron(step, step)
+        return 1 / float(np.linalg.solve(moments, noise.ravel())[0])
+
+    if mean is not None:
+        return at(mean)
+    low, high = stable_range(kept, pair)
+    inside = np.linspace(low, high, _GRID + 2)[1:-1]
+    best = int(np.argmax([at(float(k)) for k in inside]))
+    ends = np.concatenate([[low], inside, [high]])[[best, best + 2]]
+    return _maximum(at, float(ends[0]), float(ends[1]))
+
+
+def _maximum(of: Callable[[float], float], low: float, high: float) -> float:
+    """Return the maximum of a function with one, by golden sections."""
+    share = (math.sqrt(5) - 1) / 2
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = of(left), of(right)
+    # The value's error is the square of the place's.
+    for _ in range(50):
+        if at_left >= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = of(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = of(right)
+    return max(at_left, at_right)
+
+
+def same(one: Filter | None, other: Filter | None, tol: float) -> bool:
+    """Return whether two filters agree up to ``tol``, which rounding of bias corrections needs."""
+    if one is None or other is None:
+        return one is other
+
+    def close(a: Sequence[float], b: Sequence[float]) -> bool:
+        return len(a) == len(b) and all(abs(x - y) <= tol for x, y in zip(a, b, strict=True))
+
+    return close(one[0], other[0]) and close(one[1], other[1])
