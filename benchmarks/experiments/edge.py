@@ -138,10 +138,15 @@ class Edge(Experiment):
                     kept = {key: record[key] for key in ("step", "loss", "sharpness")}
                     yield {**one.keys, **kept, "limit": 2 / lr}
             return
-        threshold, end = found.at(one.keys["batch_size"]), store.result(one.job.start)
+        end = store.result(one.job.start)
+        ended = {**one.keys, "outcome": end.outcome, "loss": end.loss}
+        if end.outcome == "diverged":
+            yield ended
+            return
+        threshold = found.at(one.keys["batch_size"])
         yield {
-            **one.keys,
-            **{"outcome": end.outcome, "loss": end.loss, "sharpness": end.sharpness},
+            **ended,
+            "sharpness": end.sharpness,
             "non_uniformity": end.non_uniformity,
             **{"critical_lr": threshold.critical_lr, "theorem1": threshold.theorem1},
             "ratio": lr / threshold.critical_lr,
@@ -187,8 +192,9 @@ class Edge(Experiment):
                 )
         if "settled" not in tables:
             return
-        known: Any = tables["settled"]
-        known = known[known.outcome == "reached"]
+        all_runs: Any = tables["settled"]
+        lost = int((all_runs.outcome == "diverged").sum())
+        known = all_runs[all_runs.outcome == "reached"]
         if len(known):
             alone = known.sharpness_ratio[known.batch_size == known.batch_size.min()]
             first, last = known.ratio.min(), known.ratio.max()
@@ -199,7 +205,8 @@ class Edge(Experiment):
                 rel=SETTLED,
                 theory="η/η* at most 1",
                 ours=f"η/η* from {first:.2f} to {last:.2f} in {len(known)} runs",
-                why=f"ηa/2 is {alone.min():.2f} to {alone.max():.2f} at the smallest batch",
+                why=f"ηa/2 is {alone.min():.2f} to {alone.max():.2f} at the smallest batch"
+                + (f"; {lost} diverged" if lost else ""),
             )
 
 

@@ -236,9 +236,9 @@ class Trial(Job):
     def run(self, work: Work) -> dict[str, Any]:
         """Predict by every rule, then run SGD."""
         start = self.thresholds.start
+        begun = from_minimum(start, work)
         allowed = work.result(self.thresholds)
         mine = allowed.at(self.batch_size)
-        begun = from_minimum(start, work)
         lr = self.fraction * allowed.full_batch
         a, s = begun.found.sharpness, begun.found.non_uniformity
         in_box = box(a, s, lr=lr, batch_size=self.batch_size, n=start.data.n)

@@ -33,9 +33,12 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size."""
+    """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size.
 
-    full_batch: float
+    Where training diverged there is no minimum: ``full_batch`` is ``None``, and the others are missing.
+    """
+
+    full_batch: float | None
     by_batch_size: dict[str, dict[str, Any]]
 
     def at(self, batch_size: int) -> Threshold:
@@ -72,6 +75,8 @@ class Thresholds(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compute all from the same Gram matrix."""
+        if work.result(self.start).outcome == "diverged":
+            return {"full_batch": None, "by_batch_size": {}}
         _, model, images = from_minimum(self.start, work, allow_unfinished=True)
         problem = stableopt.Problem(model, mean_squared_error, images.samples)
         dual = DualCurvature.from_problem(problem)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import stableopt
+from benchmarks.experiments.edge import Edge
 from benchmarks.runner import Job, Place, Store, Work, run_all
 from benchmarks.training import minimum as solution
 from benchmarks.training.data import Dataset
@@ -257,3 +258,14 @@ def test_thresholds_are_the_librarys(minimum: tuple[Solution, Store]) -> None:
     assert one.theorem1 == pytest.approx(exact.theorem1, rel=1e-3)
     assert one.theorem1 <= one.critical_lr < all_of_them.critical_lr
     assert all_of_them.critical_lr == pytest.approx(found.full_batch, rel=1e-6)
+
+
+def test_a_run_that_diverged_has_no_thresholds_and_is_a_row(tmp_path: Path) -> None:
+    """Catches a divergence, which is a finding, that is recorded as a failure of the code."""
+    one = Edge(lrs=(), n=60, sgd_n=60, sgd_lrs=(500.0,), batch_sizes=(1,))
+    store = Store(tmp_path)
+    summary = run_all(one.jobs(), store, Place())
+    assert (summary.failed, summary.blocked) == ([], [])
+    rows = one.tables(store)["settled"]
+    assert list(rows.outcome) == ["diverged"]
+    assert list(one.claims({"settled": rows})) == []
