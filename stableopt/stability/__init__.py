@@ -17,6 +17,7 @@ from stableopt.stability.rules.limits import (
     min_sharpness,
     noise_factor,
 )
+from stableopt.stability.rules.norms import NormedStep, SignNorm, SpectralNorm, StepNorm
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,
@@ -35,11 +36,15 @@ __all__ = [
     "LinearStep",
     "MatrixPreconditioner",
     "Measurement",
+    "NormedStep",
     "Quantity",
     "QuantityResult",
     "SecondMomentExcess",
+    "SignNorm",
+    "SpectralNorm",
     "StabilityMargins",
     "StabilityRegion",
+    "StepNorm",
     "StepPreconditioner",
     "UnknownPreconditioner",
     "UnknownStep",

@@ -21,6 +21,7 @@ import torch
 from stableopt._support.deprecation import warn_renamed
 from stableopt.stability.rules.filters import Filter
 from stableopt.stability.rules.limits import LinearStep, noise_factor
+from stableopt.stability.rules.norms import StepNorm
 from stableopt.stability.rules.preconditioner import (
     StepPreconditioner,
     UnknownPreconditioner,
@@ -180,6 +181,14 @@ class UpdateRule:
         """Why no margins are known, as before the first step or without a reader; else ``None``."""
         p = self.preconditioner
         return p.reason if isinstance(p, UnknownPreconditioner) else None
+
+    @property
+    def norm(self) -> StepNorm | None:
+        """The norm in which a normalised step descends, such as Muon's, or that of signs; else ``None``.
+
+        Its preconditioner is then a :class:`~stableopt.stability.NormedStep`.
+        """
+        return getattr(self.preconditioner, "norm", None)
 
     def _check_limit(self) -> None:
         if isinstance(self.preconditioner, UnknownStep):

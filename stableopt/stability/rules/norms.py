@@ -1,0 +1,160 @@
+r"""Norms in which optimizers descend: the unit balls of normalised steepest descent, as oracles.
+
+Sign descent, Lion and Muon step by :math:`\theta\leftarrow\theta-\eta\,\mathrm{LMO}(g)`, where the
+linear minimisation oracle, up to its sign, is
+:math:`\mathrm{LMO}(g)=\arg\max_{N(d)\le1}\langle g,d\rangle`. The inner product :math:`\langle g,\mathrm{LMO}(g)\rangle = \|g\|_\star` is the dual norm. Two examples::
+
+    SignNorm(params, lr=1e-3)                        # |d_i| <= r_i: signs, radii of 1
+    SpectralNorm(params, radii, lr=0.02)             # singular values of D_l at most r_l: Muon
+
+No multiple of the Hessian's eigenvalues limits such steps. What does is the generalised sharpness:
+:func:`~stableopt.stability.generalised_sharpness`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stableopt.stability.rules.preconditioner import UnknownStep
+
+__all__ = ["NormedStep", "SignNorm", "SpectralNorm", "StepNorm"]
+
+N = TypeVar("N", bound="StepNorm")
+
+
+class StepNorm(abc.ABC):
+    r"""A norm :math:`N(d) = \max_l N_l(d_l)/r_l` over parameters, with a radius for each.
+
+    Args:
+        params: the parameters.
+        radii: for each parameter a number, or a tensor of its shape where the norm has one for each
+            entry; 1 by default. A parameter of radius 0 does not move.
+        lr: the learning rate: a step is ``lr`` times :meth:`oracle`.
+
+    Raises:
+        ValueError: for radii that do not match the parameters, and a negative ``lr`` or radius.
+    """
+
+    entrywise = False
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        radii: Iterable[Tensor | float] | None = None,
+        *,
+        lr: float,
+    ) -> None:
+        self.params = tuple(params)
+        self.radii = (1.0,) * len(self.params) if radii is None else tuple(radii)
+        self.lr = float(lr)
+        if not self.lr >= 0:
+            raise ValueError(f"lr={lr}: expected at least 0")
+        if len(self.radii) != len(self.params):
+            raise ValueError(
+                f"radii has {len(self.radii)} values: expected one for each of the"
+                f" {len(self.params)} parameters"
+            )
+        for p, radius in zip(self.params, self.radii, strict=True):
+            if isinstance(radius, Tensor) and not (self.entrywise and radius.shape == p.shape):
+                raise ValueError(
+                    f"radii: {tuple(radius.shape)} for a parameter of shape {tuple(p.shape)}:"
+                    f" expected a number{', or the same shape' if self.entrywise else ''}"
+                )
+            if not bool((torch.as_tensor(radius) >= 0).all()):
+                raise ValueError(f"radii: {radius} is negative: expected at least 0")
+
+    @abc.abstractmethod
+    def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the oracle of one parameter's norm with radius 1, and its dual norm."""
+
+    def oracle(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the element of the unit ball with the largest inner product with ``tensors``."""
+        return [r * self.unit_oracle(r * t)[0] for r, t in self._with_radii(tensors)]
+
+    def dual_norm(self, tensors: Sequence[Tensor]) -> float:
+        """Return that inner product."""
+        duals = [self.unit_oracle(r * t)[1].double() for r, t in self._with_radii(tensors)]
+        return float(torch.stack(duals).sum()) if duals else 0.0
+
+    def over(self: N, params: Sequence[Tensor]) -> N:
+        """Return the norm on ``params``; those that it does not have get a radius of 0."""
+        known = {id(p): r for p, r in zip(self.params, self.radii, strict=True)}
+        return type(self)(params, [known.get(id(p), 0.0) for p in params], lr=self.lr)
+
+    def _with_radii(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor | float, Tensor]]:
+        pairs = zip(self.radii, tensors, strict=True)
+        return [(r.to(t) if isinstance(r, Tensor) else r, t) for r, t in pairs]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.params)} parameters, lr={self.lr:g})"
+
+
+class SignNorm(StepNorm):
+    r"""The norm of signs, :math:`N(d) = \max_i |d_i|/r_i`, with :math:`\|g\|_\star = \sum_i r_i|g_i|`.
+
+    >>> norm = SignNorm([torch.zeros(3)], [torch.tensor([1.0, 2.0, 3.0])], lr=0.1)
+    >>> gradient = [torch.tensor([-4.0, 0.5, 0.0])]
+    >>> norm.oracle(gradient), norm.dual_norm(gradient)
+    ([tensor([-1.,  2.,  0.])], 5.0)
+    """
+
+    entrywise = True
+
+    def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the signs and the sum of absolute values."""
+        return tensor.sign(), tensor.abs().sum()
+
+
+class SpectralNorm(StepNorm):
+    r"""The norm of singular values, :math:`N(D) = \max_l \|D_l\|_2/r_l`.
+
+    The oracle of a matrix :math:`G = U S V^\top` is its polar factor :math:`UV^\top`, and
+    :math:`\|G\|_\star = \sum_l r_l \operatorname{tr} S_l`. Dimensions after the first count as one.
+    Vectors have no singular values, and therefore a radius of 0.
+
+    >>> norm = SpectralNorm([torch.zeros(2, 2)], [2.0], lr=0.1)
+    >>> norm.dual_norm([torch.tensor([[0.0, 3.0], [1.0, 0.0]])])
+    8.0
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        radii: Iterable[Tensor | float] | None = None,
+        *,
+        lr: float,
+    ) -> None:
+        super().__init__(params, radii, lr=lr)
+        pairs = zip(self.params, self.radii, strict=True)
+        self.radii = tuple(radius if p.dim() > 1 else 0.0 for p, radius in pairs)
+
+    def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the polar factor and the sum of the singular values."""
+        if tensor.dim() < 2:
+            return torch.zeros_like(tensor), tensor.new_zeros(())
+        left, values, right = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+        # Directions of no gradient have no polar factor: rounding would choose one.
+        least = values[:1] * max(tensor.shape) * torch.finfo(tensor.dtype).eps
+        polar = (left * (values > least)) @ right
+        return polar.view_as(tensor), values.sum()
+
+
+class NormedStep(UnknownStep):
+    """The placeholder of a preconditioner for normalised steps, which have no limit on H's eigenvalues.
+
+    Args:
+        norm: the norm in which the optimizer descends.
+        name: the optimizer's.
+    """
+
+    def __init__(self, norm: StepNorm, name: str) -> None:
+        super().__init__(
+            f"{name} takes steps of a length that does not depend on the gradient, which no limit on"
+            " eigenvalues of the Hessian governs; measure generalised_sharpness"
+        )
+        self.norm = norm

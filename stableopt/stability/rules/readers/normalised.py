@@ -1,0 +1,69 @@
+"""Readers of optimizers whose steps have a length that does not depend on the gradient's.
+
+Each descends in a norm (:mod:`~stableopt.stability.rules.norms`), so that the rule has no limit on the
+sharpness, and its generalised sharpness has one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stableopt.stability.rules.norms import NormedStep, SignNorm, SpectralNorm
+from stableopt.stability.rules.readers.param_groups import one, params_of
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["read_muon", "read_rprop"]
+
+
+def read_muon(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``torch.optim.Muon``: polar factors times ``adjust_lr_fn`` of their shapes.
+
+    Its Newton-Schulz iteration is approximate: singular values of the real steps are 0.7 to 1.2 times
+    these. Decoupled weight decay is not a part of the norm.
+    """
+    groups = optimizer.param_groups
+    lr = max(float(group["lr"]) for group in groups)
+    radii = [
+        (float(group["lr"]) / lr if lr else 1.0) * _muon_radius(group["adjust_lr_fn"], p)
+        for group in groups
+        for p in group["params"]
+    ]
+    norm = SpectralNorm(params_of(optimizer), radii, lr=lr)
+    momentum, nesterov = (one(key, [g[key] for g in groups]) for key in ("momentum", "nesterov"))
+    return UpdateRule(
+        lr=lr,
+        momentum=float(momentum),
+        nesterov=bool(nesterov and momentum),
+        preconditioner=NormedStep(norm, type(optimizer).__name__),
+    )
+
+
+def _muon_radius(adjust_lr_fn: str | None, p: Tensor) -> float:
+    rows, columns = p.shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def read_rprop(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``torch.optim.Rprop``: signs times ``step_size``, one for each entry, as of the last step.
+
+    An entry whose gradient has just changed its sign pauses for a step, which the norm does not show.
+    """
+    groups = optimizer.param_groups
+    radii = [
+        optimizer.state.get(p, {}).get("step_size", torch.full_like(p, float(group["lr"]))).detach()
+        for group in groups
+        for p in group["params"]
+    ]
+    return UpdateRule(
+        lr=max(float(group["lr"]) for group in groups),
+        maximize=bool(one("maximize", [group["maximize"] for group in groups])),
+        preconditioner=NormedStep(
+            SignNorm(params_of(optimizer), [r.clone() for r in radii], lr=1.0),
+            type(optimizer).__name__,
+        ),
+    )
