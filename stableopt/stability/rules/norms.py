@@ -2,7 +2,8 @@ r"""Norms in which optimizers descend: the unit balls of normalised steepest des
 
 Sign descent, Lion and Muon step by :math:`\theta\leftarrow\theta-\eta\,\mathrm{LMO}(g)`, where the
 linear minimisation oracle, up to its sign, is
-:math:`\mathrm{LMO}(g)=\arg\max_{N(d)\le1}\langle g,d\rangle`. The inner product :math:`\langle g,\mathrm{LMO}(g)\rangle = \|g\|_\star` is the dual norm. Two examples::
+:math:`\mathrm{LMO}(g)=\arg\max_{N(d)\le1}\langle g,d\rangle`. The inner product
+:math:`\langle g,\mathrm{LMO}(g)\rangle = \|g\|_\star` is the dual norm. Two examples::
 
     SignNorm(params, lr=1e-3)                        # |d_i| <= r_i: signs, radii of 1
     SpectralNorm(params, radii, lr=0.02)             # singular values of D_l at most r_l: Muon
