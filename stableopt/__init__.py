@@ -16,7 +16,7 @@ from stableopt._version import __version__
 from stableopt.curvature import Problem
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.optim import GD, SGD
-from stableopt.sinks import JSONLinesSink, TensorBoardSink, WandbSink
+from stableopt.sinks import ConsoleSink, JSONLinesSink, TensorBoardSink, WandbSink
 from stableopt.stability import (
     CriticalLR,
     StabilityMargins,
@@ -45,6 +45,7 @@ __all__ = [
     "SGD",
     "AdaptiveAccumulation",
     "AdaptiveBatchSampler",
+    "ConsoleSink",
     "CriticalLR",
     "JSONLinesSink",
     "Problem",

@@ -28,7 +28,7 @@ _OPTIONAL = {
     "lightning": "its callback; pip install 'stableopt[lightning]'",
     "transformers": "its callback; pip install 'stableopt[transformers]'",
     "wandb": "WandbSink; pip install 'stableopt[wandb]'",
-    "rich": "the tables of python -m benchmarks; pip install 'stableopt[bench]'",
+    "rich": "ConsoleSink; pip install 'stableopt[console]'",
 }
 
 

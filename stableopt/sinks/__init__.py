@@ -1,10 +1,11 @@
 """Sinks: where measurements and decisions go.
 
-Four examples::
+Five examples::
 
     sinks=[TensorBoardSink("runs/demo")]             # live charts, with their limits as bands
     sinks=[WandbSink(wandb.init(project="demo"))]    # a run of Weights & Biases
     sinks=[JSONLinesSink("runs/demo/margins.jsonl")] # one JSON object a line
+    sinks=[ConsoleSink()]                            # a live table in the terminal
     sinks=[lambda step, record: print(step, record["sharpness_ratio"])]
 
 A sink is any callable that takes ``(step, record)``. The record of a measurement is what
@@ -18,9 +19,18 @@ A sink with a method ``receive(event)`` gets :class:`Measured` or :class:`Decide
 with the update rule, or the decision itself. Each has a ``step`` and a ``record()``.
 """
 
+from stableopt.sinks.console import ConsoleSink
 from stableopt.sinks.events import Decided, Event, Measured
 from stableopt.sinks.json_lines import JSONLinesSink
 from stableopt.sinks.tensorboard import TensorBoardSink
 from stableopt.sinks.wandb import WandbSink
 
-__all__ = ["Decided", "Event", "JSONLinesSink", "Measured", "TensorBoardSink", "WandbSink"]
+__all__ = [
+    "ConsoleSink",
+    "Decided",
+    "Event",
+    "JSONLinesSink",
+    "Measured",
+    "TensorBoardSink",
+    "WandbSink",
+]

@@ -1,0 +1,142 @@
+"""`ConsoleSink`: a live table of the latest margins in the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from stableopt.sinks.events import Event, Measured
+from stableopt.stability.measure.margins import StabilityMargins
+from stableopt.stability.measure.quantities import QUANTITIES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["ConsoleSink", "margins_table"]
+
+_NEAR, _OVER = 0.9, 1.01
+"""Ratios from which a row is yellow, and red: near the edge, and beyond the band that charts draw."""
+
+
+class ConsoleSink:
+    """Shows the latest margins as a table that stays at the bottom of the terminal.
+
+    What training prints appears above the table. The last decision of steering, or the reason of a
+    failed measurement, is the line below it. Where the output is not a terminal, as in a pipe, a log
+    file or most CI, nothing is shown. Where another live display is active, such as a progress bar of
+    rich, each measurement is one line instead.
+
+    Args:
+        console: a ``rich.console.Console``; by default one that writes to standard error, so that
+            what the program prints can be piped.
+
+    Raises:
+        ImportError: without rich: ``pip install stableopt[console]``.
+
+    >>> sink = ConsoleSink()
+    >>> sink.receive(Measured(50, StabilityMargins(step=50, sharpness=15.0)))  # no terminal here
+    >>> sink.flush()
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError as error:
+            raise ImportError("ConsoleSink needs rich: pip install stableopt[console]") from error
+        self.console = console or Console(stderr=True)
+        self._live: Any = None
+        self._margins, self._said = StabilityMargins(), ""
+
+    def receive(self, event: Event) -> None:
+        """Show the margins of a measurement, or the reason of a decision."""
+        if not self.console.is_terminal:
+            return
+        if isinstance(event, Measured):
+            self._margins = event.margins
+        else:
+            self._said = f"step {event.step:,}: {event.decision}"
+        if self._live is None and not self._begin():
+            self.console.print(one_line(self._margins), highlight=False, markup=False)
+            return
+        self._live.update(margins_table(self._margins, self._said), refresh=True)
+
+    def flush(self) -> None:
+        """Leave the table as it is; a later measurement begins another one."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _begin(self) -> bool:
+        """Start the live display; return whether there can be one."""
+        from rich.errors import LiveError
+        from rich.live import Live
+
+        live = Live(console=self.console, auto_refresh=False)
+        try:
+            live.start()
+        except LiveError:
+            return False
+        self._live = live
+        return True
+
+    def __repr__(self) -> str:
+        return "ConsoleSink()"
+
+
+def margins_table(margins: StabilityMargins, said: str = "") -> Table:
+    """Return a rich table of one measurement: value, limit and ratio of each quantity.
+
+    Args:
+        margins: the measurement.
+        said: a line below the table; where the measurement failed, its reason is shown instead.
+
+    >>> margins_table(StabilityMargins(step=50, sharpness=15.0, sharpness_limit=20.0)).row_count
+    1
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    below = margins.failure or said or "; ".join(margins.failures.values())
+    # Title and caption are as wide as the table.
+    table = Table(title=_title(margins), caption=Text(below) if below else None, min_width=72)
+    table.add_column("quantity", overflow="fold")
+    for heading in ("value", "limit", "value / limit"):
+        table.add_column(heading, justify="right")
+    for name, result in margins.results.items():
+        if result.value is None and result.failure is None:
+            continue
+        chart = QUANTITIES[name].chart
+        ratio, colour = result.ratio, ""
+        if ratio is not None:
+            colour = "red" if ratio > _OVER else "yellow" if ratio >= _NEAR else "green"
+        shown = "failed" if result.value is None else _number(result.value)
+        title = chart.title if chart else name.replace("_", " ")
+        table.add_row(title, shown, _number(result.limit), Text(_number(ratio), style=colour))
+    return table
+
+
+def one_line(margins: StabilityMargins) -> str:
+    """Return one measurement in a line.
+
+    >>> one_line(StabilityMargins(step=50, loss=0.25, sharpness=15.0, sharpness_limit=20.0))
+    'step 50, loss 0.25, sharpness 15 (0.75 of its limit)'
+    """
+    parts = [_title(margins)]
+    for name, result in margins.results.items():
+        if result.value is not None:
+            share = "" if result.ratio is None else f" ({_number(result.ratio)} of its limit)"
+            parts.append(f"{name.replace('_', ' ')} {_number(result.value)}{share}")
+    return ", ".join([*parts, *([margins.failure] if margins.failure else [])])
+
+
+def _title(margins: StabilityMargins) -> str:
+    names = {"loss": margins.loss, "learning rate": margins.lr, "batch size": margins.batch_size}
+    known = [f"{name} {_number(value)}" for name, value in names.items() if value is not None]
+    return ", ".join([f"step {margins.step:,}", *known])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "none" if value == math.inf else f"{value:.4g}"

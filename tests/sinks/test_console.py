@@ -1,0 +1,145 @@
+"""The live table in the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+import stableopt
+from stableopt import ConsoleSink, StabilityMargins
+from stableopt.sinks import Decided, Measured
+from stableopt.sinks.console import margins_table
+
+
+class Decision:
+    def record(self) -> dict[str, float]:
+        return {"decision": 1.0}
+
+    def __str__(self) -> str:
+        return "raise lr from 0.1 to 0.2 [bold]: below the target"
+
+
+def terminal(**options: Any) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=80, **options)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rows(margins: StabilityMargins, said: str = "") -> list[str]:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(margins_table(margins, said))
+    return written(console).splitlines()
+
+
+MARGINS = StabilityMargins(
+    step=1250,
+    lr=0.1,
+    batch_size=16,
+    loss=0.0123,
+    sharpness=15.0,
+    sharpness_limit=20.0,
+    non_uniformity=45.0,
+    non_uniformity_limit=math.inf,
+)
+
+
+def test_a_row_has_value_limit_and_ratio_in_eighty_columns() -> None:
+    """Catches a column that is cut, an infinite limit as a number, and a title of another step."""
+    lines = rows(MARGINS)
+    assert max(map(len, lines)) <= 80
+    assert lines[0].strip() == "step 1,250, loss 0.0123, learning rate 0.1, batch size 16"
+    found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert found == [["sharpness", "15", "20", "0.75"], ["non-uniformity", "45", "none", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "colour"), [(17.9, "32"), (18.1, "33"), (20.1, "33"), (20.3, "31")]
+)
+def test_the_colour_is_that_of_the_ratio(value: float, colour: str) -> None:
+    """Catches a run beyond its edge in green: 32 is green, 33 yellow, 31 red."""
+    console = terminal(color_system="standard")
+    console.print(margins_table(StabilityMargins(sharpness=value, sharpness_limit=20.0)))
+    assert f"\x1b[{colour}m" in written(console)
+
+
+def test_failures_and_decisions_are_below_the_table() -> None:
+    """Catches a failure that looks like a run without limits, and markup from a reason."""
+    assert "the loss is nan" in rows(StabilityMargins(failure="the loss is nan"))[-1]
+    sink = ConsoleSink(terminal())
+    sink.receive(Measured(50, MARGINS))
+    sink.receive(Decided(50, Decision()))
+    sink.flush()
+    assert "step 50: raise lr from 0.1 to 0.2 [bold]: below the target" in written(sink.console)
+
+
+def test_the_live_table_is_replaced_and_prints_stay_above() -> None:
+    """Catches a table for each measurement, and prints that tear it."""
+    console = terminal()
+    sink = ConsoleSink(console)
+    for step in (10, 20):
+        sink.receive(Measured(step, StabilityMargins(step=step, sharpness=float(step))))
+    console.print("a line of the user")
+    sink.flush()
+    sink.flush()
+    text = written(console)
+    # Moves the cursor up over the old table, at each update.
+    assert "\x1b[1A" in text
+    assert text.rindex("step 20") > text.index("a line of the user") > text.index("step 10")
+
+
+def test_where_there_is_no_terminal_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches control characters in a log file."""
+    console = Console(file=io.StringIO())
+    sink = ConsoleSink(console)
+    sink.receive(Measured(10, MARGINS))
+    sink.flush()
+    assert written(console) == ""
+
+
+def test_beside_a_progress_bar_each_measurement_is_a_line() -> None:
+    """Catches rich's error that only one display may be live, which costs every measurement."""
+    console = terminal()
+    sink = ConsoleSink(console)
+    with Progress(console=console) as progress:
+        progress.add_task("training")
+        sink.receive(Measured(1250, MARGINS))
+    text = written(console)
+    assert "step 1,250" in text
+    assert "sharpness" in text
+
+
+def test_in_training(recwarn: pytest.WarningsRecorder) -> None:
+    """Catches a sink that the monitor cannot use, and a display that outlives it."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(2, 1), torch.randn(8, 2), torch.randn(8, 1)
+    sink = ConsoleSink(terminal())
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    optimizer.track(model, nn.MSELoss(), (x, y), every=1, sinks=[sink])
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.MSELoss()(model(x), y).backward()
+        optimizer.step()
+    assert optimizer.monitor is not None
+    optimizer.monitor.close()
+    text = written(sink.console)
+    assert all(f"step {step}" in text for step in (1, 2, 3))
+    assert "\x1b[?25h" in text  # the cursor is back
+    assert not recwarn.list
+
+
+def test_without_rich_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback about a module that the user has never heard of."""
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ImportError, match=r"pip install stableopt\[console\]"):
+        ConsoleSink()
