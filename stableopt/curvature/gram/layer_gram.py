@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from stableopt.curvature.gram.jacobian import curvature_roots, sample_rows
 from stableopt.curvature.layers.kinds import Layer, plan
+from stableopt.curvature.problem.over_chunks import drawn_samples, telling_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["fully_connected", "gram_of_layers"]
-
-_TRIED = 3
 
 _AGREES = 1e-3
 """Relative difference up to which two computations of a Gram matrix agree: rounding in single precision
@@ -39,7 +38,8 @@ class _Pass(NamedTuple):
 def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     """Return the linear layers that hold all parameters, or ``None`` for other models.
 
-    Checked against the rows themselves on three samples. Call it inside :meth:`Problem.evaluation`.
+    Checked against the rows themselves, on samples drawn over the data whose rows differ; each sample
+    counts the same. Call it inside :meth:`Problem.evaluation`.
     """
     found = plan(problem)
     plain = all(isinstance(factor, float) for factor in problem.scale)
@@ -48,14 +48,20 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     layers = found.layers
     if any(type(layer.module) is not nn.Linear or layer.kind is None for layer in layers):
         return None
-    batch, size = next(problem.chunks(_TRIED))
-    passes = _passes(problem, theta, layers, batch, size)
-    if passes is None:
+
+    def rows_of(batch: Any, size: int) -> Tensor:
+        return torch.cat(sample_rows(problem, theta, batch, size), dim=2).flatten(0, 1).double()
+
+    chosen = telling_samples(drawn_samples(problem), lambda sample: rows_of(sample, 1).flatten())
+    passes = None if chosen is None else _passes(problem, theta, layers, *chosen)
+    if chosen is None or passes is None:
         return None
-    rows = torch.cat(sample_rows(problem, theta, batch, size), dim=2).flatten(0, 1).double()
-    expected = rows @ rows.T
-    difference = (_gram(problem, layers, [passes], Ranks()) - expected).norm()
-    return layers if bool(difference <= _AGREES * expected.norm()) else None
+    rows = rows_of(*chosen)
+    lengths = rows.view(chosen[1], -1).norm(dim=1).repeat_interleave(len(rows) // chosen[1])
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    expected = scale.unsqueeze(1) * (rows @ rows.T) * scale
+    tried = scale.unsqueeze(1) * _gram(problem, layers, [passes], Ranks()) * scale
+    return layers if bool((tried - expected).norm() <= _AGREES * expected.norm()) else None
 
 
 def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tensor | None:

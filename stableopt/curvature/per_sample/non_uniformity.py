@@ -47,10 +47,10 @@ class NonUniformity(Operator):
             known kind (linear, convolution, normalisation, embedding) or in modules that can be
             called for one sample at a time. ``"vmap"`` takes many samples at once, ``"loop"`` one at
             a time, for any module. ``"auto"`` picks the first that applies, by the size of the model
-            between the last two, after checking the structured one against the loop on three
-            samples. ``"gauss-newton"`` replaces :math:`H_i` by :math:`G_i = J_i^\top L_i J_i`: from
-            all their rows if these are few, else by the structure or the loop. The result is the
-            same at interpolation, and within :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
+            between the last two, after checking the structured one against the loop on samples
+            drawn over the data. ``"gauss-newton"`` replaces :math:`H_i` by
+            :math:`G_i = J_i^\top L_i J_i`: from all their rows if these are few, else by the
+            structure or the loop. The result is the same at interpolation, and within :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
         preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
             is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:

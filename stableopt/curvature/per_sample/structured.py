@@ -26,6 +26,7 @@ from __future__ import annotations
 import abc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +38,44 @@ from stableopt.curvature.layers.bilinear import Form, Uses
 from stableopt.curvature.layers.kinds import Plan, plan
 from stableopt.curvature.layers.recorder import Part, Recorder, recorded
 from stableopt.curvature.per_sample.generic import loop_product
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
-from stableopt.curvature.problem.over_chunks import mean_over_chunks
+from stableopt.curvature.problem.over_chunks import (
+    drawn_samples,
+    mean_over_chunks,
+    telling_samples,
+)
 from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.linearization_cache import LinearizationCache
 
 __all__ = ["StructuredProduct"]
 
-_CHECKED_SAMPLES = 3
-
 _AGREES = 0.02
 """Relative difference up to which two computations of a product agree: a ReLU that rounding flips
 changes a product in single precision by about 1e-3, a wrong structure changes all of it."""
 
-_PLANS: Memo[Plan | UnfitError] = Memo()
-"""The plan for a problem, or why it has none."""
+_ROUNDINGS = 1e4
+"""Rounding errors of the whole product that the part of one parameter may be off by: a flipped ReLU is
+that large in single precision."""
+
+
+@dataclass
+class _Trial:
+    """What trials of the structure in a problem have found.
+
+    Attributes:
+        untold: indices of the parameters whose part of a product was too small to tell so far.
+        plan: the treatment of every parameter, once a trial has told.
+        failure: why the structure does not hold.
+    """
+
+    untold: set[int]
+    plan: Plan | None = None
+    failure: str | None = None
+
+
+_TRIALS: Memo[_Trial] = Memo()
 
 Tangents = list[Tensor | None]
 
@@ -245,8 +268,8 @@ class StructuredProduct:
         memory: bytes that the passes at the point may take.
 
     Raises:
-        UnfitError: for a parameter without a layer, or if a product of three samples differs from
-            the loop's.
+        UnfitError: for a parameter without a layer, or if a product of samples drawn over the data
+            differs from the loop's, or no samples tell whether it does.
     """
 
     def __init__(self, of: Hessian | GaussNewton, memory: int | None) -> None:
@@ -262,39 +285,78 @@ class StructuredProduct:
         return self._plan.ways
 
     def _found_fit(self, kind: str) -> Plan:
-        """Return the plan, after trying it once for a problem."""
-        known = _PLANS.on(self._problem)
-        if kind not in known:
-            try:
-                known[kind] = self._problem.ranks.raise_together(self._tried)
-            except UnfitError as error:
-                known[kind] = error
-        found = known[kind]
-        if isinstance(found, UnfitError):
-            raise UnfitError(str(found))
-        return found
-
-    def _tried(self) -> Plan:
-        """Compare with the loop's product on a few samples."""
+        """Return the plan, tried until each parameter had a part in a product that tells."""
         problem = self._problem
-        way = plan(problem)
-        if way is None:
-            raise UnfitError("some parameters are not in a layer that is called with a batch")
-        self._plan = way
+        every = set(range(len(problem.params)))
+        trial = _TRIALS.on(problem).setdefault(kind, _Trial(untold=every))
+        if trial.failure is None and (trial.plan is None or trial.untold):
+            try:
+                found = problem.ranks.raise_together(self._tried)
+            except UnfitError as error:
+                trial.failure = str(error)
+            else:
+                told = set[int]().union(*problem.ranks.all_gather_object(found))
+                if not told and trial.plan is None:
+                    # Not for good: at other parameters they may.
+                    raise UnfitError("no samples differ enough in curvature to tell whether it holds")
+                trial.plan = self._plan
+                trial.untold -= told
+        if trial.failure is not None:
+            raise UnfitError(trial.failure)
+        assert trial.plan is not None
+        return trial.plan
+
+    def _tried(self) -> set[int]:
+        """Compare with the loop's product on a few samples; return which parameters that tells of."""
+        problem = self._problem
+        self._plan = self._planned()
         generator = torch.Generator(problem.device).manual_seed(0)
         vector = torch.randn(
             problem.num_params, generator=generator, dtype=problem.dtype, device=problem.device
         )
         zero = torch.zeros_like(vector)
         with problem.evaluation():
-            batch, size = next(problem.chunks(_CHECKED_SAMPLES))
-            chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
-            mean = problem.unflatten(zero)
-            found = problem.flatten(_pulled(chunk, self._squares, mean))
-            expected = loop_product(self._of, batch, size, vector, zero)
-        if not bool((found - expected).norm() <= _AGREES * expected.norm()):
-            raise UnfitError("the samples see each other, or a weight is used outside of its layer")
+            chosen = telling_samples(
+                drawn_samples(problem),
+                lambda sample: loop_product(self._of, sample, 1, vector, zero),
+            )
+            if chosen is None:
+                return set()
+            batch, size = chosen
+            try:
+                return self._compared(batch, size, vector)
+            except UnfitError:
+                # A mask may have as many rows as the batch by chance.
+                if size <= 2:
+                    raise
+                self._plan = self._planned()
+                return self._compared(cut(batch, 0, size - 1), size - 1, vector)
+
+    def _planned(self) -> Plan:
+        way = plan(self._problem)
+        if way is None:
+            raise UnfitError("some parameters are not in a layer that is called with a batch")
         return way
+
+    def _compared(self, batch: Any, size: int, vector: Tensor) -> set[int]:
+        problem, zero = self._problem, torch.zeros_like(vector)
+        chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
+        found = problem.flatten(_pulled(chunk, self._squares, problem.unflatten(zero)))
+        expected = loop_product(self._of, batch, size, vector, zero)
+        noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * float(expected.norm())
+        sizes = [shape.numel() for shape in problem.shapes]
+        told = set()
+        for index, (part, true) in enumerate(
+            zip(torch.split(found, sizes), torch.split(expected, sizes), strict=True)
+        ):
+            length = float(true.norm())
+            if not float((part - true).norm()) <= _AGREES * length + noise:
+                raise UnfitError(
+                    "the samples see each other, or a weight is used outside of its layer"
+                )
+            if length > 2 * noise:
+                told.add(index)
+        return told
 
     def _linearised(self, batch: Any, size: int) -> _Passes:
         of = self._of

@@ -1,21 +1,39 @@
-"""One reading of the data: `mean_over_chunks`, `gather_over_chunks` and `vmap_over_samples`."""
+"""One reading of the data: means, rows, and a draw of samples; `vmap_over_samples`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
+from stableopt.curvature.problem.data.batches import cut, map_tensors, tensors_in
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.weights.survey import SPREAD_SAMPLES, Survey, joined
 
-__all__ = ["gather_over_chunks", "mean_over_chunks", "vmap_over_samples"]
+__all__ = [
+    "Drawn",
+    "drawn_samples",
+    "gather_over_chunks",
+    "mean_over_chunks",
+    "telling_samples",
+    "vmap_over_samples",
+]
 
 C = TypeVar("C")
+
+_TELLING = 4
+"""Samples that a fast product is tried on: two may be alike in one respect, and more cost more."""
+
+_COMPARABLE = 0.1
+"""Least ratio of two samples' contributions at which a sum shows both, and their least relative distance
+at which it shows that one was taken for the other."""
+
+_SKETCH = 1024
+"""Numbers in a sketch of a vector: its norm is then right to about 4 %."""
 
 
 def mean_over_chunks(
@@ -84,3 +102,99 @@ def vmap_over_samples(function: Callable[..., Any], batch: Any, size: int, *rows
         # torch advises to file an issue, which users of a measurement cannot act on.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(one, randomness="same")(indices, *rows)
+
+
+class Drawn(NamedTuple):
+    """Samples drawn over the data of a rank.
+
+    Attributes:
+        batch: the samples as a batch.
+        size: their number.
+        largest: the most samples that a chunk of the data has.
+        all: whether these are all the samples that the rank has.
+    """
+
+    batch: Any
+    size: int
+    largest: int
+    all: bool
+
+
+def drawn_samples(problem: MeanLoss) -> Drawn:
+    """Return up to 64 samples, drawn over the data in one reading.
+
+    They have one shape; where hardly any two of them have, they are from the largest chunk.
+    """
+    sizes: list[int] = []
+
+    def chunks() -> Iterator[tuple[Any, int]]:
+        for batch, size in problem.chunks():
+            sizes.append(size)
+            yield batch, size
+
+    survey, largest = Survey.of(chunks(), most=SPREAD_SAMPLES), max(sizes)
+    batch, count = survey.batch, survey.size
+    if count < min(_TELLING, largest):
+        chunk = next(batch for batch, size in problem.chunks() if size == largest)
+        step = -(-largest // SPREAD_SAMPLES)
+        batch, count = joined([cut(chunk, at, at + 1) for at in range(0, largest, step)])
+    return Drawn(batch, count, largest, count == sum(sizes))
+
+
+def telling_samples(
+    drawn: Drawn, contribution: Callable[[Any], Tensor]
+) -> tuple[Any, int] | None:
+    """Return four of the samples, as a batch, with distinct contributions of comparable size.
+
+    A sum over samples that are alike, or vanish, is the same if one is taken for another. ``None`` if
+    there are no such samples. If the drawn ones are all there are, those that come nearest will do.
+
+    Args:
+        drawn: the samples.
+        contribution: what a batch of one sample contributes to a sum, ``(d,)``.
+
+    >>> x = torch.tensor([[0.0], [1.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0]])
+    >>> telling_samples(Drawn(x, 8, 8, True), lambda sample: sample.flatten())[0].flatten()
+    tensor([1., 2., 3., 4.])
+    """
+    found: list[Tensor] = []
+    count, chosen = min(_TELLING, drawn.largest), list[int]()
+    for index in range(drawn.size):
+        found.append(_sketch(contribution(cut(drawn.batch, index, index + 1))))
+        chosen = _distinct(found)[:count]
+        if len(chosen) == count:
+            break
+    else:
+        if not drawn.all:
+            return None
+        others = [index for index in range(drawn.size) if index not in chosen]
+        chosen = [*chosen, *others][:count]
+    return joined([cut(drawn.batch, at, at + 1) for at in chosen])
+
+
+def _sketch(vector: Tensor) -> Tensor:
+    """Return sums with random signs, whose norms and distances are about those of the vectors."""
+    if len(vector) <= _SKETCH:
+        return vector
+    generator = torch.Generator(vector.device).manual_seed(0)
+    signs = torch.randint(0, 2, vector.shape, generator=generator, device=vector.device)
+    signed = torch.where(signs.bool(), vector, -vector)
+    padded = torch.nn.functional.pad(signed, (0, -len(vector) % _SKETCH))
+    return padded.view(-1, _SKETCH).sum(0)
+
+
+def _distinct(vectors: Sequence[Tensor]) -> list[int]:
+    """Return the indices of the most vectors of comparable size of which no two are alike."""
+    norms = [float(vector.norm()) for vector in vectors]
+    best: list[int] = []
+    for largest in sorted((norm for norm in norms if 0 < norm < float("inf")), reverse=True):
+        chosen: list[int] = []
+        for index, vector in enumerate(vectors):
+            if _COMPARABLE * largest <= norms[index] <= largest and all(
+                float((vector - vectors[other]).norm())
+                > _COMPARABLE * max(norms[index], norms[other])
+                for other in chosen
+            ):
+                chosen.append(index)
+        best = max(best, chosen, key=len)
+    return best
