@@ -50,7 +50,8 @@ class NonUniformity(Operator):
             between the last two, after checking the structured one against the loop on samples
             drawn over the data. ``"gauss-newton"`` replaces :math:`H_i` by
             :math:`G_i = J_i^\top L_i J_i`: from all their rows if these are few, else by the
-            structure or the loop. The result is the same at interpolation, and within :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
+            structure or the loop. The result is the same at interpolation, and within
+            :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
         preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
             is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:

@@ -298,7 +298,9 @@ class StructuredProduct:
                 told = set[int]().union(*problem.ranks.all_gather_object(found))
                 if not told and trial.plan is None:
                     # Not for good: at other parameters they may.
-                    raise UnfitError("no samples differ enough in curvature to tell whether it holds")
+                    raise UnfitError(
+                        "no samples differ enough in curvature to tell whether it holds"
+                    )
                 trial.plan = self._plan
                 trial.untold -= told
         if trial.failure is not None:

@@ -141,9 +141,7 @@ def drawn_samples(problem: MeanLoss) -> Drawn:
     return Drawn(batch, count, largest, count == sum(sizes))
 
 
-def telling_samples(
-    drawn: Drawn, contribution: Callable[[Any], Tensor]
-) -> tuple[Any, int] | None:
+def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tuple[Any, int] | None:
     """Return four of the samples, as a batch, with distinct contributions of comparable size.
 
     A sum over samples that are alike, or vanish, is the same if one is taken for another. ``None`` if
