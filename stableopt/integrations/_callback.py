@@ -18,7 +18,7 @@ from stableopt.stability import StabilityMargins
 
 __all__ = ["Tracked"]
 
-_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "sample_weight", "process_group")
+_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "sample_weight", "batch_dim", "process_group")
 
 
 class Tracked:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stableopt._support.arguments import require_keys
 from stableopt._support.torch_internals import eager
+from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
@@ -54,7 +55,7 @@ class StabilityMonitor:
         max_overhead: or: measure as often as this share of the training time allows; 0.05 where
             neither is given.
         batch_size: samples in a step, of all ranks; by default counted in the model's forward passes,
-            as the median of the last five steps.
+            as the median of the last five steps. ``torch.jit.script(model)`` works if it is given.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
             ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``. Sharpness comes with the
@@ -68,6 +69,7 @@ class StabilityMonitor:
         dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
         sample_weight: the weights of samples in a loss that averages unequally, where they are not
             those of torch's losses; see :class:`~stableopt.curvature.Problem`.
+        batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
             ``fully_shard``. Every rank must then make the monitor: to measure replicas on one rank
@@ -117,6 +119,7 @@ class StabilityMonitor:
         max_samples: int | None = None,
         dtype: torch.dtype | None = None,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
+        batch_dim: BatchDim | None = None,
         process_group: Any = None,
         tol: float = 0.03,
         max_iter: int = 50,
@@ -136,9 +139,10 @@ class StabilityMonitor:
             max_samples=max_samples,
             dtype=dtype,
             sample_weight=sample_weight,
+            batch_dim=batch_dim,
             process_group=process_group,
         )
-        self._counter = SampleCounter()
+        self._counter = SampleCounter(dim=problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
         self._measurer = Measurer(
             optimizer,
@@ -161,11 +165,13 @@ class StabilityMonitor:
         self._schedule = Schedule(every, max_overhead)  # whose clock starts now
 
         observed = model if isinstance(model, nn.Module) else problem.model
-        self._handles = [
+        self._handles: list[Any] = []
+        if batch_size is None:
             # This one first: torch.jit modules refuse it, and then no hook must be left behind.
-            observed.register_forward_pre_hook(self._counter, with_kwargs=True),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+            self._handles.append(
+                observed.register_forward_pre_hook(self._counter, with_kwargs=True)
+            )
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     @property
     def margins(self) -> StabilityMargins | None:

@@ -27,13 +27,23 @@ class SampleCounter:
 
     Attributes:
         active: whether forward passes are counted.
+        dim: the dimension that counts samples, if a tensor has it, and else the first.
         observed: samples of each of the latest five steps, oldest first.
     """
 
-    def __init__(self, active: bool = True) -> None:
-        self.active = active
+    def __init__(self, active: bool = True, dim: int = 0) -> None:
+        self.active, self.dim = active, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
         self._count = 0
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks a hook for, before it compiles it."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the hook by which a monitor counts the samples of a step:"
+            " pass batch_size= to track() or StabilityMonitor, which then needs no hook in the model, or"
+            " close() the monitor before"
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -48,13 +58,16 @@ class SampleCounter:
             self.add((args, kwargs))
 
     def add(self, batch: Any) -> None:
-        """Count the samples of ``batch``: the leading dimension of its first tensor."""
+        """Count the samples of ``batch`` by its first tensor."""
         # A packed sequence holds rows of several samples: its first batch size is that of all.
         packed = next(_packed_in(batch), None)
         if packed is not None:
             self._count += int(packed.batch_sizes[0])
         else:
-            self._count += next((t.shape[0] for t in tensors_in(batch) if t.dim()), 0)
+            sizes = (
+                t.shape[self.dim if t.dim() > self.dim else 0] for t in tensors_in(batch) if t.dim()
+            )
+            self._count += next(sizes, 0)
 
     def end_step(self) -> None:
         """Take the samples since the last call, if any, as those of one step."""

@@ -68,7 +68,8 @@ class TensorBoardSink:
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
     A writer that the sink made is flushed after every record; a given one keeps its own pace.
-    TensorBoard keeps one layout a run, so a given writer must have no Custom Scalars of its own.
+    TensorBoard keeps one layout a run, and merges those of several runs. The layout therefore goes into
+    a run of its own inside a given writer's, ``stability``, and the writer's Custom Scalars stay.
 
     Args:
         writer_or_dir: the run's directory, or a ``torch.utils.tensorboard.SummaryWriter``.
@@ -171,7 +172,7 @@ class TensorBoardSink:
         region: plot.Region | None = None,
     ) -> None:
         if self._records == 0:
-            self.writer.add_custom_scalars(layout())
+            self._lay_out()
             if self._announce:
                 print(f"{self.command}\n{self.link}")
         self._records += 1
@@ -192,6 +193,13 @@ class TensorBoardSink:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _lay_out(self) -> None:
+        folder = None if self._owned else getattr(self.writer, "log_dir", None)
+        writer = self.writer if folder is None else _new_writer(os.path.join(folder, "stability"))
+        writer.add_custom_scalars(layout())
+        if folder is not None:
+            writer.close()
 
     def _scalars(self, record: Mapping[str, float]) -> dict[str, float]:
         """Return the scalars of ``record`` by tag, all of them finite."""

@@ -141,3 +141,21 @@ def test_a_packed_sequence_is_counted_and_left_alone() -> None:
     MSE(model(packed), y).backward()
     optimizer.step()
     assert monitor.batch_size == 4
+
+
+def test_a_tracked_model_can_be_scripted() -> None:
+    """Catches a hook in the model that torch.jit.script cannot compile, and an error that says so in
+    riddles. Without ``batch_size=`` the error names it.
+    """
+    model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+    monitor = optimizer.track(model, nn.MSELoss(), (x, y), every=1)
+    with pytest.raises(AttributeError, match=r"torch.jit.script .* pass batch_size="):
+        torch.jit.script(model)
+    monitor.close()
+    optimizer.track(model, nn.MSELoss(), (x, y), every=1, batch_size=2)
+    scripted = torch.jit.script(model)
+    nn.MSELoss()(scripted(x), y).backward()
+    optimizer.step()
+    assert optimizer.margins is not None
+    assert optimizer.margins.batch_size == 2

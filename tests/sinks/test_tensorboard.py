@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -16,8 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -339,6 +345,26 @@ def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
     writer.close()
     assert len(list(tmp_path.glob("events*"))) == 1
     assert {"mine", "stability/sharpness"} <= set(read(tmp_path).Tags()["scalars"])
+
+
+@pytest.mark.parametrize("first", ["mine", "ours"])
+def test_custom_scalars_of_a_given_writer_survive(tmp_path: Path, first: str) -> None:
+    """Catches a second layout in one run, of which TensorBoard shows only one: it merges runs."""
+    mine = {"mine": {"both": ["Multiline", ["loss/train", "loss/test"]]}}
+    writer = SummaryWriter(str(tmp_path))
+    if first == "mine":
+        writer.add_custom_scalars(mine)
+    sink = TensorBoardSink(writer, max_diagrams=0)
+    sink(1, sgd(1).record())
+    if first == "ours":
+        writer.add_custom_scalars(mine)
+    writer.close()
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = MultiplexerDataProvider(runs, str(tmp_path))
+    page = CustomScalarsPlugin(TBContext(data_provider=provider, logdir=str(tmp_path)))
+    shown = page.layout_impl(RequestContext(), "")
+    titles = [category["title"] for category in json.loads(shown)["category"]]
+    assert sorted(titles) == ["edge of stability", "mine"]
 
 
 def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:

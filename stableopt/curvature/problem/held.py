@@ -8,15 +8,16 @@ of the loss, and named.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.isolation.reachable import GENERATORS, reachable
+from stableopt.curvature.problem.data.layout import Layout
 
-__all__ = ["Held", "check_hooks", "check_leaves"]
+__all__ = ["Held", "Objective", "check_hooks", "check_leaves"]
 
 
 class Held:
@@ -52,6 +53,34 @@ class Held:
         ]
         inner = {part for m in modules for part in m.modules() if part is not m}
         self.modules = [m for m in modules if m not in inner]
+
+
+class Objective(nn.Module):
+    """A model and its loss as one module, so that one functional call swaps all parameters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_loss: Callable[[nn.Module, Any], Tensor],
+        loss_fn: Any,
+        layout: Layout,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.batch_loss = batch_loss
+        if isinstance(loss_fn, nn.Module):
+            # Its mode and buffers are then restored like the model's. A loss that is bound to the
+            # model, or a part of it, is included already.
+            self.loss_fn = loss_fn
+        self.held = Held(model, batch_loss)
+        # Their modes and buffers are restored too, and they follow the precision.
+        self.held_modules = nn.ModuleList(self.held.modules)
+        self.generators = self.held.generators  # in a list, which a snapshot looks into
+        self.layout = layout
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return the loss of ``batch``, whose samples are first."""
+        return self.batch_loss(self.model, self.layout.given(batch))
 
 
 def check_leaves(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.data.batches import map_tensors
+from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.distributed.collectives import Ranks
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "check_replicas",
     "checked_scalar",
     "moved_by",
+    "runs_alike",
+    "try_a_part",
     "twice_over",
     "unequal_samples",
     "warn_of_samples_alone",
@@ -36,6 +38,10 @@ UNEQUAL, UNEQUAL_HALF = 2e-3, 0.05
 """Relative differences between a batch's gradient and the mean of its parts' that exceed rounding: of
 single precision, which is 1e-6, with a ReLU that it flips among 64 samples; and of autocast to half
 precision, which is 0.01."""
+
+_SAME_LOSS, _SMALL_LOSS = 0.05, 1e-3
+"""Relative difference of the loss in double precision that single or half precision explains, and the
+least loss that it is relative to."""
 
 _REPLICAS = 1e-3
 """Difference of a projection of the parameters, relative to their norm, that exceeds rounding between
@@ -87,7 +93,7 @@ def unequal_samples(difference: float, chunks: int, *, given: bool) -> str:
     return (
         f"loss_fn: {found}: it weighs samples unequally, or they see each other. Pass the weights as"
         f" sample_weight=,{alone} or batch_statistics=True to measure the mean over the batches given;"
-        " of samples that see each other only the sharpness is defined"
+        " of samples that see each other only the sharpness is defined. Time-first data need batch_dim=1"
     )
 
 
@@ -117,6 +123,61 @@ def twice_over(batch: Any) -> Any:
     return map_tensors(lambda t: torch.cat([t, t]) if t.dim() else t, batch)
 
 
+def try_a_part(
+    loss: Callable[[Any], Tensor], first: Callable[[], tuple[Any, int]], dtype: torch.dtype | None
+) -> None:
+    """Evaluate ``loss`` on a few samples, and say why where that fails.
+
+    Args:
+        loss: the loss of a batch.
+        first: returns the first batch and its size.
+        dtype: the precision that was chosen, if any.
+
+    Raises:
+        ValueError: if the loss holds tensors that are cut or cast differently from the data.
+        Exception: of the loss.
+    """
+    batch, size = first()
+    try:
+        loss(cut(batch, 0, CHECKED_SAMPLES))
+    except Exception as error:
+        if size > CHECKED_SAMPLES and _runs(lambda: loss(first()[0])):
+            raise ValueError(
+                f"loss_fn: it fails on {CHECKED_SAMPLES} samples of a batch, and not on all {size}"
+                f" ({error}): it holds tensors that belong to all of the batch, such as the edges of a"
+                " graph. Let the data be the numbers of the samples, torch.arange(n), and take"
+                " everything else, and at the end the rows of these samples, from what the loss holds"
+            ) from error
+        if dtype is not None and "dtype" in str(error).replace("scalar type", "dtype"):
+            raise ValueError(
+                f"dtype={dtype} casts parameters, buffers and data, and not the tensors that loss_fn"
+                f" holds by itself ({error}): cast those where they are used, as by weight.to(outputs)"
+            ) from error
+        raise
+
+
+def runs_alike(
+    leaves: Sequence[Tensor], loss: Callable[[Sequence[Tensor]], Tensor], value: float
+) -> bool:
+    """Return whether ``loss`` in another precision can be differentiated, and is about ``value``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = loss(leaves)
+            torch.autograd.grad(found, leaves, allow_unused=True)
+    except Exception:  # kernels refuse a precision by errors of all kinds
+        return False
+    return abs(float(found.detach()) - value) <= _SAME_LOSS * max(abs(value), _SMALL_LOSS)
+
+
+def _runs(evaluate: Callable[[], object]) -> bool:
+    try:
+        evaluate()
+    except Exception:  # which the other one explains as well
+        return False
+    return True
+
+
 def moved_by(evaluate: Callable[[], Any], params: dict[str, nn.Parameter]) -> frozenset[str]:
     """Return which of ``params`` a forward pass changes, after restoring them.
 
@@ -126,8 +187,7 @@ def moved_by(evaluate: Callable[[], Any], params: dict[str, nn.Parameter]) -> fr
     before = {name: p.detach().clone() for name, p in params.items()}
     moved: set[str] = set()
     try:
-        if params:
-            evaluate()
+        evaluate()
     finally:
         moved = {name for name, p in params.items() if not torch.equal(p.detach(), before[name])}
         for name in moved:

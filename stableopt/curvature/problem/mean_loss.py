@@ -17,9 +17,10 @@ from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
 from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
+from stableopt.curvature.problem.data.layout import BatchDim, Layout
 from stableopt.curvature.problem.data.probe import fixed_probe
 from stableopt.curvature.problem.fsdp import local
-from stableopt.curvature.problem.held import Held
+from stableopt.curvature.problem.held import Objective
 from stableopt.curvature.problem.parameters import (
     check_batch_norm,
     check_embeddings,
@@ -55,26 +56,8 @@ def _pair_loss(
     return lambda model, batch: loss_fn(model(batch[0]), batch[1])
 
 
-class _Objective(nn.Module):
-    """A model and its loss as one module, so that one functional call swaps all parameters."""
-
-    def __init__(
-        self, model: nn.Module, batch_loss: Callable[[nn.Module, Any], Tensor], loss_fn: Any
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.batch_loss = batch_loss
-        if isinstance(loss_fn, nn.Module):
-            # Its mode and buffers are then restored like the model's. A loss that is bound to the
-            # model, or a part of it, is included already.
-            self.loss_fn = loss_fn
-        self.held = Held(model, batch_loss)
-        # Their modes and buffers are restored too, and they follow the precision.
-        self.held_modules = nn.ModuleList(self.held.modules)
-        self.generators = self.held.generators  # in a list, which a snapshot looks into
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.batch_loss(self.model, batch)
+def _of_given(function: Callable[[Any], Tensor], layout: Layout) -> Callable[[Any], Tensor]:
+    return lambda batch: function(layout.given(batch))
 
 
 class MeanLoss(abc.ABC):
@@ -104,6 +87,7 @@ class MeanLoss(abc.ABC):
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
+        batch_dim: BatchDim | None = None,
         process_group: Any = None,
     ) -> None:
         if isinstance(loss_fn, _BatchLoss):
@@ -119,6 +103,7 @@ class MeanLoss(abc.ABC):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: expected a torch.nn.Module")
         self.model = unwrapped(model)
+        self.layout = Layout.of(batch_dim, paired=self.loss_fn is not None)
         self._dtype, self._batch_statistics = dtype, batch_statistics
         self._weights: EqualWeights = EqualWeights()
         if sample_weight is not None:
@@ -127,9 +112,11 @@ class MeanLoss(abc.ABC):
                     "sample_weight= with batch_statistics=True: then f is the mean of the batches'"
                     " losses as they are; leave one of them out"
                 )
+            if callable(sample_weight):
+                sample_weight = _of_given(sample_weight, self.layout)
             self._weights = GivenWeights(sample_weight, paired=self.loss_fn is not None)
         self.ranks = self._checked_placement(ranks)
-        self._objective = _Objective(self.model, batch_loss, self.loss_fn)
+        self._objective = Objective(self.model, batch_loss, self.loss_fn, self.layout)
         self._notes = {UNCOMPILED} if compiled(model) else set()
         if not batch_statistics:
             for module in (self.model, *self._objective.held_modules):
@@ -156,13 +143,14 @@ class MeanLoss(abc.ABC):
         dtype: torch.dtype | None = None,
         batch_statistics: bool = False,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
+        batch_dim: BatchDim | None = None,
         process_group: Any = None,
     ) -> P:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
 
         For batches that are dictionaries, and models that compute their own loss. ``data`` is one
-        batch, or a re-iterable of batches; the first dimension of every tensor in a batch counts its
-        samples. The other arguments, and the errors, are those of the class.
+        batch, or a re-iterable of batches; the first dimension of every tensor in a batch, or
+        ``batch_dim``, counts its samples. The other arguments, and the errors, are those of the class.
 
         >>> from stableopt.curvature import Problem
         >>> model = nn.Linear(2, 1)
@@ -181,6 +169,7 @@ class MeanLoss(abc.ABC):
             dtype=dtype,
             batch_statistics=batch_statistics,
             sample_weight=sample_weight,
+            batch_dim=batch_dim,
             process_group=process_group,
         )
 
@@ -192,6 +181,7 @@ class MeanLoss(abc.ABC):
                 chunk_size=chunk_size,
                 paired=self.loss_fn is not None,
                 max_samples=max_samples,
+                layout=self.layout,
             )
         self._check()
 

@@ -84,9 +84,11 @@ class Precision:
                     f"{hint}, or leave it out by params="
                 )
             if p.device != first.device or (cast is None and p.dtype != first.dtype):
+                way_out = "; dtype=torch.float64 measures all of them cast to that"
                 raise ValueError(
                     f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is"
                     f" {first.dtype} on {first.device}: expected one dtype and one device"
+                    f"{way_out if p.device == first.device else ''}"
                 )
         if first.device.type == "meta":
             raise ValueError(f"parameter {names[0]!r} is on the meta device: it has no values")
@@ -95,6 +97,8 @@ class Precision:
             first.device,
             casts=cast is not None,
             autocast=chosen if chosen in _HALF else None,
+            # Tensors that the loss holds are single precision like the model, and no cast reaches them.
+            promotes=cast is torch.float64 and any(p.dtype != cast for p in params),
         )
 
     def cast(self, tensor: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ the parameters' shapes. The model, its gradients and its random state stay uncha
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +35,8 @@ from stableopt.curvature.problem.loss_checks import (
     check_replicas,
     checked_scalar,
     moved_by,
+    runs_alike,
+    try_a_part,
     twice_over,
     unequal_samples,
     warn_of_samples_alone,
@@ -53,10 +54,6 @@ from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeigh
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Problem", "Theta", "require_samples"]
-
-_SAME_LOSS, _SMALL_LOSS = 0.05, 1e-3
-"""Relative difference of the loss in double precision that single or half precision explains, and the
-least loss that it is relative to."""
 
 
 class Problem(MeanLoss):
@@ -83,6 +80,9 @@ class Problem(MeanLoss):
             :math:`\tilde f_i = n w_i f_i/\sum_j w_j`, and these are the samples' losses. By default
             those that torch's own losses take from class weights and ignored targets; other losses
             that weigh samples unequally are refused where it matters.
+        batch_dim: the dimension of the data's tensors that counts the samples, 0 by default: 1 for
+            time-first batches ``(T, n, ...)``. A pair ``(1, 0)`` is of inputs and targets. Tensors of
+            fewer dimensions have the samples first, as those of a ``Dataset`` have, which are stacked.
         process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
             this rank's shard, and every product one all-reduce. Every rank must make the problem, and
             use it, in the same way. By default this process is alone, also with a
@@ -136,7 +136,9 @@ class Problem(MeanLoss):
 
         def evaluate() -> None:
             with self.evaluation():
-                self.loss(theta, cut(next(self.chunks())[0], 0, CHECKED_SAMPLES))
+                try_a_part(
+                    lambda part: self.loss(theta, part), lambda: next(self.chunks()), self._dtype
+                )
 
         self._moved = moved_by(evaluate, others)
         with self.evaluation():
@@ -158,7 +160,9 @@ class Problem(MeanLoss):
     def _check_derivatives(self, batch: Any, value: float) -> None:
         """Find out whether the loss of ``batch``, of that ``value``, can be differentiated twice."""
         twin = self.in_double()
-        self._doubles = twin._agrees(batch, value)
+        self._doubles = runs_alike(
+            twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value
+        )
         judge = twin if self._doubles else self
         found = check_derivatives(
             lambda at: self._evaluated(at, batch),
@@ -201,18 +205,6 @@ class Problem(MeanLoss):
         other.precision = self.precision.in_double()
         other.dtype, other._notes = other.precision.dtype, set()
         return other
-
-    def _agrees(self, batch: Any, value: float) -> bool:
-        """Return whether the loss of ``batch`` can be evaluated, and is about ``value``."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                leaves = self.theta()
-                loss = self._evaluated(leaves, self._cast(batch))
-                torch.autograd.grad(loss, leaves, allow_unused=True)
-        except Exception:  # kernels refuse a precision by errors of all kinds
-            return False
-        return abs(float(loss.detach()) - value) <= _SAME_LOSS * max(abs(value), _SMALL_LOSS)
 
     def _check_held(self, theta: Theta, batch: Any, doubled: Any) -> None:
         """Check what the loss uses besides the model: tensors, hooks, random numbers."""
@@ -341,13 +333,19 @@ class Problem(MeanLoss):
         """Return the mean loss of an ``(x, y)`` batch from the model's outputs, times ``sign``."""
         loss_fn = self.loss_fn
         assert loss_fn is not None, "a problem from a batch loss"
-        loss = self._weights.mean(lambda own: loss_fn(outputs, own[1]), batch, in_loss=True)
+        if dim := self.layout.output_dim(batch):
+            outputs = map_tensors(lambda t: t.movedim(0, dim), outputs)
+        loss = self._weights.mean(
+            lambda own: loss_fn(outputs, self.layout.given(own)[1]), batch, in_loss=True
+        )
         return self.sign * loss
 
     def outputs(self, theta: Theta, batch: Any) -> Any:
         """Return the model's outputs for the inputs of an ``(x, y)`` batch at ``theta``."""
+        state, dim = self._state(self.model, theta, ""), self.layout.output_dim(batch)
         with self.precision.around():
-            return functional_call(self.model, self._state(self.model, theta, ""), (batch[0],))
+            found = functional_call(self.model, state, (self.layout.given(batch)[0],))
+        return map_tensors(lambda t: t.movedim(dim, 0), found) if dim else found
 
     def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
         # Buffers as copies: some modules write to them even in eval mode.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stableopt._support.arguments import positive, whole
 from stableopt.curvature import NonFiniteError
+from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.distributed.collectives import LostRankError
 from stableopt.stability.measure.evaluation import Evaluation
@@ -42,6 +43,7 @@ def measure(
     max_samples: int | None = None,
     dtype: torch.dtype | None = None,
     sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
+    batch_dim: BatchDim | None = None,
     process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
@@ -70,6 +72,7 @@ def measure(
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
         sample_weight: the weights of samples in a loss that averages unequally, where they are not
             those of torch's losses; see :class:`~stableopt.curvature.Problem`.
+        batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
             shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
             under ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
@@ -114,6 +117,7 @@ def measure(
         max_samples=max_samples,
         dtype=dtype,
         sample_weight=sample_weight,
+        batch_dim=batch_dim,
         process_group=process_group,
     )
     if optimizer is not None:

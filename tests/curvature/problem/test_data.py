@@ -20,6 +20,7 @@ from stableopt.curvature import (
     NonUniformity,
     Problem,
 )
+from stableopt.curvature.problem.data.batches import Batches
 
 
 class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -118,3 +119,79 @@ def test_batch_loss_measures_dictionaries(network: nn.Module, data: tuple[Tensor
         )
     with pytest.raises(ValueError, match="GaussNewton needs"):
         GaussNewton(problem)
+
+
+def parts(n: int, *features: int) -> tuple[Tensor, ...]:
+    return tuple(torch.arange(n * f).reshape(n, f).double().sin() for f in features)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (parts(6, 3, 2), parts(6, 2, 1)),
+        (parts(6, 3, 2, 1), parts(6, 3, 2)),
+        ({"a": parts(6, 3)[0], "b": parts(6, 2)[0]}, {"c": parts(6, 1)[0]}),
+        ((torch.zeros(6, 3).long(), torch.zeros(6, 3)), (torch.zeros(6), torch.zeros(6))),
+    ],
+    ids=["features", "numbers", "names", "dtypes"],
+)
+def test_structured_inputs_and_targets_are_a_pair(data) -> None:
+    """Catches a pair whose parts are tuples, read as two batches."""
+    batches = Batches(data, chunk_size=4)
+    assert [size for _, size in batches] == [4, 2]
+    first, _ = next(iter(batches))
+    assert all(type(a) is type(b) for a, b in zip(first, data, strict=True))
+
+
+def test_two_batches_in_a_tuple_stay_batches() -> None:
+    """Catches a guess that makes one batch of two: those of one kind, or of other sizes, are two."""
+    x, y = parts(4, 3, 1)
+    with pytest.warns(UserWarning, match=r"read as two batches .* write \[\(x, y\)\]"):
+        assert [size for _, size in Batches(((x, y), (x + 1, y)))] == [4, 4]
+    assert [size for _, size in Batches(((x, y), (x[:2], y[:2])))] == [4, 2]
+    assert [size for _, size in Batches([(x, y), (x, y)])] == [4, 4]
+    words = torch.zeros(4, 5).long()
+    with pytest.warns(UserWarning, match="read as two batches"):
+        assert [size for _, size in Batches(((words, y), (words[:, :3], y)))] == [4, 4]
+
+
+GRAPH = torch.tensor([[0, 3, 5, 9, 2], [4, 1, 9, 6, 7]])
+
+
+def graph_loss(model: nn.Module, nodes: Tensor, x: Tensor, edges: Tensor, y: Tensor) -> Tensor:
+    outputs = model(x.index_add(0, edges[1], x[edges[0]]))
+    return nn.functional.mse_loss(outputs[nodes], y[nodes])
+
+
+def test_a_graph_is_measured_by_the_numbers_of_its_nodes() -> None:
+    """Catches an advice that does not work: the nodes are the samples, as in the mean over them."""
+    torch.manual_seed(0)
+    x, y, model = torch.randn(10, 3), torch.randn(10, 1), nn.Linear(3, 1)
+
+    def of_nodes(model: nn.Module, nodes: Tensor) -> Tensor:
+        return graph_loss(model, nodes, x, GRAPH, y)
+
+    problem = Problem.from_batch_loss(model, of_nodes, torch.arange(10), chunk_size=4)
+    rows = x.index_add(0, GRAPH[1], x[GRAPH[0]])
+    rows = torch.cat([rows, torch.ones(10, 1)], 1)
+    each = 2 * rows.unsqueeze(2) * rows.unsqueeze(1)
+    v = torch.ones(4)
+    # Single precision.
+    assert relative_error(Hessian(problem) @ v, each.mean(0) @ v) < 1e-5
+    sigma = (each @ each).mean(0) - each.mean(0) @ each.mean(0)
+    assert relative_error(NonUniformity(problem) @ v, sigma @ v) < 1e-5
+
+
+def test_a_batch_that_cannot_be_cut_is_explained() -> None:
+    """Catches an IndexError of the loss's own, where it holds the edges of the whole graph."""
+    x, y, model = torch.randn(10, 3), torch.randn(10, 1), nn.Linear(3, 1)
+
+    def held_edges(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return graph_loss(model, torch.arange(len(batch["x"])), batch["x"], GRAPH, batch["y"])
+
+    with pytest.raises(
+        ValueError, match=r"fails on 8 samples .* not on all 10 .* torch.arange\(n\)"
+    ):
+        Problem.from_batch_loss(model, held_edges, {"x": x, "y": y})
+    with pytest.raises(ValueError, match=r"have \[10, 2, 10\] samples.*torch.arange\(n\)"):
+        Problem.from_batch_loss(model, held_edges, {"x": x, "edges": GRAPH, "y": y})

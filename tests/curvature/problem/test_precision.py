@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from hostile_models import MSE, Autocast, mlp, pair
+from oracles import relative_error
 from torch import Tensor, nn
 
 import stableopt
-from stableopt.curvature import Problem
+from stableopt.curvature import Hessian, NonUniformity, Problem
 
 pytestmark = pytest.mark.usefixtures("double_by_default")
 
@@ -76,3 +77,35 @@ def test_the_real_view_of_complex_weights_is_measured() -> None:
     dense = torch.autograd.functional.hessian(loss, model.weight.detach().reshape(-1))
     largest = float(torch.linalg.eigvalsh(dense)[-1])
     assert sharpness(model, data) == pytest.approx(largest, rel=1e-6)
+
+
+def test_tensors_that_the_loss_holds_follow_double_precision() -> None:
+    """Catches a cast that stops at the loss's own tensors, which torch then refuses to mix."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 4).float(), torch.randn(9, 3).float(), torch.arange(9) % 4
+    weight, mixing = torch.rand(4).float(), torch.randn(4, 4).float()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs @ mixing, targets, weight=weight)
+
+    def loss_in_double(outputs: Tensor, targets: Tensor) -> Tensor:
+        w = weight.double()
+        return nn.functional.cross_entropy(outputs @ mixing.double(), targets, weight=w)
+
+    found, expected = (
+        Problem(model, function, (x, y), dtype=torch.float64) for function in (loss, loss_in_double)
+    )
+    v = torch.ones(found.num_params)
+    for operator in (Hessian, NonUniformity):
+        assert relative_error(operator(found) @ v, operator(expected) @ v) < 1e-13
+    with pytest.raises(
+        ValueError, match=r"dtype=torch.float32 casts .* not the tensors .* loss_fn"
+    ):
+        Problem(model.double(), loss_in_double, (x.double(), y), dtype=torch.float32)
+
+
+def test_parameters_of_two_precisions_are_measured_in_the_better_one() -> None:
+    """Catches a message that leaves out the way: dtype=torch.float64."""
+    model = nn.Sequential(nn.Linear(3, 4).float(), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64 measures all of them"):
+        Problem(model, MSE, pair())

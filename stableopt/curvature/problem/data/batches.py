@@ -3,7 +3,7 @@
 Curvature is a mean over samples, so iteration yields ``(batch, size)``, and every sample has the same
 weight, also in a smaller last batch. :class:`Batches` takes for example:
 
-- ``(x, y)``: two tensors, cut into chunks;
+- ``(x, y)``: two tensors, cut into chunks, or tuples and dictionaries of them;
 - a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that its
   persistent workers are not disturbed;
 - a list, or any other re-iterable, of batches.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -117,8 +118,10 @@ def sample_count(batch: Any) -> int:
         )
     if len(set(sizes)) > 1:
         raise ValueError(
-            f"data: the tensors of one batch have {sizes} samples;"
-            " expected the same leading dimension in all of them"
+            f"data: the tensors of one batch have {sizes} samples; expected the same leading dimension"
+            " in all of them. For a graph, or texts in one tensor with their offsets, let the data be"
+            " the numbers of the samples, torch.arange(n), and the loss take the rest from what it"
+            " holds; batch_dim= is for time-first tensors"
         )
     return sizes[0]
 
@@ -278,10 +281,44 @@ def _is_batch(data: Any, paired: bool) -> bool:
         if named or (len(data) > 2 and all(isinstance(part, Tensor) for part in data)):
             return True
     if isinstance(data, (tuple, list)):
-        # Two tensors are (x, y), two tuples are two batches. A structured input with a tensor as target,
-        # or the other way round, is (x, y) as well.
-        return len(data) == 2 and any(isinstance(part, Tensor) for part in data)
+        # Two tensors are (x, y). A structured input with a tensor as target, or the other way round, is
+        # (x, y) as well. A list of two tuples is of two batches.
+        return len(data) == 2 and (
+            any(isinstance(part, Tensor) for part in data)
+            or (isinstance(data, tuple) and paired and _of_parts(*data))
+        )
     return not paired and (isinstance(data, (Tensor, Mapping)) or _is_record(data))
+
+
+def _of_parts(one: Any, other: Any) -> bool:
+    """Return whether a tuple of two is a pair of structured inputs and targets, and not two batches.
+
+    They are inputs and targets if all tensors have as many samples, but cannot be two batches of the
+    same kind: these would have the same structure, dtypes and, at least in two dimensions, features.
+    """
+    kinds = [_kind_of(part) for part in (one, other)]
+    sizes = {t.shape[0] if t.dim() else None for part in (one, other) for t in tensors_in(part)}
+    if len(sizes) != 1 or not all(kinds):
+        return False
+    if kinds[0] != kinds[1]:
+        return True
+    if isinstance(one, (tuple, list)) and len(one) == 2:
+        warnings.warn(
+            "data: a tuple of two tuples is read as two batches (x, y), since both are of the same kind."
+            " If it is one batch of structured inputs and targets, write [(x, y)]",
+            stacklevel=2,
+        )
+    return False
+
+
+def _kind_of(part: Any) -> list[Any]:
+    """Return what batches of one kind have in common: dtypes, dimensions and numbers of features."""
+    names = list(part) if isinstance(part, Mapping) else []
+    found: list[Any] = [
+        (t.dtype, t.dim(), t.shape[1] if t.dim() == 2 and t.is_floating_point() else None)
+        for t in tensors_in(part)
+    ]
+    return [type(part), names, *found] if found else []
 
 
 def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -33,6 +33,7 @@ from stableopt.curvature.problem.data.batches import (
     sample_count,
     tensors_in,
 )
+from stableopt.curvature.problem.data.layout import Layout
 
 __all__ = ["fixed_probe"]
 
@@ -44,7 +45,12 @@ _SEED = 0
 
 
 def fixed_probe(
-    data: Any, *, chunk_size: int | None, paired: bool, max_samples: int | None = None
+    data: Any,
+    *,
+    chunk_size: int | None,
+    paired: bool,
+    max_samples: int | None = None,
+    layout: Layout | None = None,
 ) -> Batches:
     """Return ``data`` as :class:`Batches` that give the same samples at each reading.
 
@@ -54,6 +60,7 @@ def fixed_probe(
         paired: as for :class:`Batches`.
         max_samples: the most samples that count: of tensors and of data sets in order a random
             choice, the same one each time, and of other data the first ones. All by default.
+        layout: where the samples are in the tensors of ``data``: by default first, as in what is read.
 
     Raises:
         ValueError: for data without an end, and for more than 1 GiB of data that cannot be read
@@ -65,6 +72,7 @@ def fixed_probe(
     held = HeldState(_read_by(data))
     try:
         batches = Batches(data, chunk_size=chunk_size, paired=paired)
+        batches.source = (layout or Layout()).reading(batches.source, data)
         if isinstance(batches.source, DataLoader):
             batches.source = _in_fixed_order(batches.source, max_samples)
         elif max_samples is not None:
