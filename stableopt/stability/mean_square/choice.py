@@ -105,12 +105,14 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
     if not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     # A preconditioned rule's decay is in the problem's coordinates already.
-    decay = 0.0 if rule.preconditioned else rule.weight_decay
-    if rule.filter is not None:
+    decay = rule.linear_step.weight_decay
+    if rule.filter is not None or not rule.noise_known:
+        own = {"filter": rule.filter, "lookahead": rule.lookahead, "ascent": rule.ascent or None}
+        given = ", ".join(f"{name}={value}" for name, value in own.items() if value)
         raise ValueError(
-            f"update_rule has filter={rule.filter}: expected the step of torch.optim.SGD, whose second"
-            " moments between modes are known; UpdateRule.max_non_uniformity and mean_square_radius"
-            " cover filters in one dimension"
+            f"update_rule has {given}: expected the step of torch.optim.SGD, whose second moments"
+            " between modes are known; for a filter in one dimension, max_non_uniformity and"
+            " mean_square_radius are"
         )
     step = LinearStep(1.0, rule.momentum, rule.dampening, rule.nesterov, decay)
     if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):

@@ -214,7 +214,7 @@ def _non_uniformity(at: Evaluation) -> QuantityResult:
 def _non_uniformity_limit(
     rule: UpdateRule, batch_size: int | None, dataset_size: int | None
 ) -> float | None:
-    known = rule.full_batch or (batch_size is not None and rule.diagonal)
+    known = rule.full_batch or (batch_size is not None and rule.diagonal and rule.noise_known)
     return rule.max_non_uniformity(batch_size, dataset_size) if known else None
 
 

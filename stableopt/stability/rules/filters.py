@@ -18,13 +18,23 @@ Prop. 2.1), a polynomial condition on the cosine of the angle. That root need no
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.polynomial import chebyshev
 
-__all__ = ["Filter", "checked", "largest_variance", "matrices", "momentum_filter", "stable_range"]
+__all__ = [
+    "Filter",
+    "checked",
+    "largest_variance",
+    "lookahead_edge",
+    "matrices",
+    "momentum_filter",
+    "same",
+    "stable_range",
+]
 
 Filter = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -33,6 +43,9 @@ _ON_CIRCLE = 1e-9
 
 _REAL = 1e-6
 """Imaginary part of a cosine up to which it may be a double root that rounding has split."""
+
+_ROUNDING = 1e-12
+"""Excess of a root over 1 that counts as rounding, where an edge touches the circle."""
 
 _GRID = 256
 """Points among which the largest variance is bracketed: it has few maxima, as a rational function."""
@@ -94,8 +107,8 @@ def stable_range(kept: float, pair: Filter, growth: float = 1.0) -> tuple[float,
         return float(np.abs(np.roots(np.polyadd(den, k * num))).max()) < 1
 
     def last_stable(crossings: list[float]) -> float:
-        """Return the first crossing, by size, beyond which it is unstable."""
-        if not stable(crossings[0] / 2):  # decay that overshoots
+        """Return the first crossing, by size, beyond which it is unstable; 0 if decay overshoots."""
+        if not crossings or not stable(crossings[0] / 2):
             return 0.0
         for near, far in zip(crossings, [*crossings[1:], 2 * crossings[-1]], strict=True):
             if not stable((near + far) / 2):
@@ -194,6 +207,34 @@ def _maximum(of: Callable[[float], float], low: float, high: float) -> float:
             right = low + share * (high - low)
             at_right = of(right)
     return max(at_left, at_right)
+
+
+@functools.lru_cache(maxsize=64)
+def lookahead_edge(kept: float, pair: Filter, every: int, share: float) -> float:
+    r"""Return the largest stable :math:`k = \eta h` of Lookahead over a filter.
+
+    The weight moves by a ``share`` of each round of ``every`` steps, and the filter's state is kept. For
+    gradient descent :math:`1+((2-\alpha)/\alpha)^{1/\mathrm{every}}` for odd ``every``, and 2 for even.
+
+    >>> round(lookahead_edge(1.0, ((1.0,), (1.0,)), 5, 0.5), 6)    # 1 + 3^(1/5)
+    2.245731
+    """
+    constant, slope = matrices(kept, 1.0, pair)
+
+    def stable(k: float) -> bool:
+        rounds = np.linalg.matrix_power(constant + k * slope, every)
+        rounds[0] *= share
+        rounds[0, 0] += 1 - share
+        return float(np.abs(np.linalg.eigvals(rounds)).max()) <= 1 + _ROUNDING
+
+    low, pace = 0.0, stable_range(kept, pair)[1] / (_GRID * every)
+    while pace > 0 and stable(low + pace):
+        low += pace
+    high = low + pace
+    for _ in range(50):  # digits of a float
+        middle = (low + high) / 2
+        low, high = (middle, high) if stable(middle) else (low, middle)
+    return low
 
 
 def same(one: Filter | None, other: Filter | None, tol: float) -> bool:

@@ -87,7 +87,7 @@ class LinearStep:
         decoupled_weight_decay: lambda', by which parameters shrink in addition to the step.
         momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
         filter: ``(num, den)`` of the recursion :math:`u_t = b_0g_t + b_1g_{t-1} + \cdots - a_1u_{t-1} -
-            \cdots` for the step -eta u, with :math:`a_0 = 1`, in place of the momentum.
+            \cdots` for the step -eta u, with :math:`a_0 = 1`, instead of the momentum.
 
     Raises:
         ValueError: for values out of range.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from stableopt._support.deprecation import warn_renamed
-from stableopt.stability.rules.filters import Filter
+from stableopt.stability.rules.filters import Filter, lookahead_edge
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.norms import StepNorm
 from stableopt.stability.rules.preconditioner import (
@@ -64,7 +64,7 @@ class UpdateRule:
     r"""One linearised step: a preconditioner, and the coefficients that determine its stability.
 
     .. math::
-        g = P(\nabla f + \lambda\theta), \quad m' = \beta m + (1-\tau) g, \quad
+        g = P(\nabla f + \lambda\theta) + \lambda''\theta, \quad m' = \beta m + (1-\tau) g, \quad
         \theta' = (1-\eta\lambda')\theta - \eta\,[(1-\nu)\, g + \nu\, m']
 
     covers ``torch.optim.SGD`` (P = 1; with Nesterov's momentum the bracket is :math:`g + \beta m'`)
@@ -91,6 +91,12 @@ class UpdateRule:
             :math:`\theta' = (1-\eta\lambda')\theta - \eta\,Q*g`, as in
             :class:`~stableopt.stability.LinearStep`; instead of momentum, dampening, nesterov and
             momentum_share.
+        lookahead: ``(k, alpha)`` of Lookahead (Zhang et al., 2019): after every k steps the parameters
+            go back a share 1 - alpha of the way; ``None`` without it.
+        ascent: rho / norm of SAM, which takes the gradient after a step of length rho along the gradient
+            of that norm: a mode of curvature h then steps as with :math:`h + \mathrm{ascent}\,h^2`.
+        filtered_weight_decay: lambda'', which joins the gradient after P and before the momentum, as
+            in schedule-free AdamW.
 
     Raises:
         ValueError: for values out of range.
@@ -118,15 +124,32 @@ class UpdateRule:
     momentum_share: float = 1.0
     preconditioner: StepPreconditioner | None = None
     filter: Filter | None = None
+    filtered_weight_decay: float = 0.0
+    lookahead: tuple[int, float] | None = None
+    ascent: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "momentum", "dampening", "weight_decay", "decoupled_weight_decay"):
+        for name in (
+            *("lr", "momentum", "dampening", "weight_decay"),
+            *("decoupled_weight_decay", "filtered_weight_decay", "ascent"),
+        ):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
         if not (self.preconditioner is None or isinstance(self.preconditioner, StepPreconditioner)):
             raise TypeError(
                 f"preconditioner={self.preconditioner!r}: expected a StepPreconditioner, such as"
                 " MatrixPreconditioner(params, matrix), or None"
+            )
+        if self.lookahead is not None:
+            every, share = self.lookahead
+            if not (isinstance(every, int) and every >= 1 and 0 < share <= 1):
+                raise ValueError(
+                    f"lookahead={self.lookahead}: expected (k, alpha), k at least 1 and 0 < alpha <= 1"
+                )
+        if self.ascent < 0 or (self.ascent and (self.preconditioned or self.lookahead)):
+            raise ValueError(
+                f"ascent={self.ascent}: expected at least 0, and 0 with a preconditioner, groups or"
+                " lookahead"
             )
         if self.preconditioner is not None and self.group_lrs:
             raise ValueError("group_lrs with a preconditioner: expected the rates to be in it")
@@ -142,7 +165,8 @@ class UpdateRule:
             momentum=self.momentum,
             dampening=self.dampening,
             nesterov=self.nesterov,
-            weight_decay=0.0 if self.preconditioned else self.weight_decay,
+            weight_decay=self.filtered_weight_decay
+            + (0.0 if self.preconditioned else self.weight_decay),
             decoupled_weight_decay=self.decoupled_weight_decay,
             momentum_share=self.momentum_share,
             filter=self.filter,
@@ -151,8 +175,15 @@ class UpdateRule:
     @property
     def plain(self) -> bool:
         """Whether it is SGD without momentum, as in the paper's conditions."""
+        if not self.noise_known:
+            return False
         plain = self.momentum == 0 and self.decoupled_weight_decay == 0
         return plain and self.filter is None
+
+    @property
+    def noise_known(self) -> bool:
+        """Whether the limit under the noise of batches is known: without lookahead and ascent."""
+        return self.lookahead is None and self.ascent == 0
 
     @property
     def memory(self) -> float:
@@ -204,7 +235,16 @@ class UpdateRule:
             ValueError: if the optimizer's step is not known; so do the other limits.
         """
         self._check_limit()
-        return self.linear_step.max_sharpness
+        step = self.linear_step
+        if self.lookahead is not None and self.lr:
+            kept = 1 - self.lr * self.decoupled_weight_decay
+            edge = lookahead_edge(kept, step.as_filter, *self.lookahead)
+            return edge / self.lr - step.weight_decay
+        limit = step.max_sharpness
+        if self.ascent and limit < math.inf:
+            # The root of h + ascent h^2 = limit, without cancellation.
+            return 2 * limit / (1 + math.sqrt(1 + 4 * self.ascent * limit))
+        return limit
 
     @property
     def min_sharpness(self) -> float:
@@ -229,6 +269,11 @@ class UpdateRule:
         noise = 0.0 if batch_size is None else noise_factor(batch_size, dataset_size)
         if batch_size is None or self.full_batch:
             return math.inf
+        if not self.noise_known:
+            raise ValueError(
+                "the limit of the non-uniformity is not known with lookahead or ascent: measure the"
+                " sharpness alone"
+            )
         return self.linear_step.max_non_uniformity(noise, sharpness)
 
     @classmethod

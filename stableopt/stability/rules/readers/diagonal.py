@@ -1,4 +1,4 @@
-r"""`diagonal_rule`: the update rule of an optimizer with a diagonal preconditioner.
+r"""`diagonal_rule`, `stepped_rule`: the update rule from the last step of each parameter.
 
 Each parameter tensor i has a rate :math:`\eta_i`, the entries :math:`P_i` of its last step, and a factor
 :math:`c_i = 1-\eta_i\lambda'_i` that decoupled weight decay leaves. With the largest rate :math:`\eta`,
@@ -12,17 +12,19 @@ singular. Every matrix is symmetric, so the Rayleigh quotients of the null vecto
 which Jury's conditions apply. The step is stable exactly if
 :math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which limits the top eigenvalue of
 :math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.rules.limits`). The limit of the
-non-uniformity, which is exact in one dimension only, is then that of c = 1.
+non-uniformity, which is exact in one dimension only, is then that of c = 1. Other filters of the
+gradients have a limit only if all factors agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.filters import Filter, same
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -37,77 +39,131 @@ from stableopt.stability.rules.readers.param_groups import (
 )
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["Step", "diagonal_rule"]
+__all__ = ["Step", "diagonal_rule", "stepped_rule"]
 
 Group = dict[str, Any]
 
+_SAME = 1e-12
+"""Difference of momenta, and relative one of shrinkages, up to which they are one: bias corrections
+near 1 have rounding errors."""
+
 
 class Step(NamedTuple):
-    """The last step of one parameter tensor."""
+    """The last step of one parameter tensor, ``param``; ``None`` stands for any, before any step."""
 
     group: Group
     state: dict[str, Any]
     steps: float
+    param: Tensor | None = None
+
+
+Build = Callable[[Sequence[Tensor], Sequence[tuple[Step | None, float]]], StepPreconditioner]
+"""Takes the parameters, and the last step of each and a factor of its preconditioner."""
 
 
 def diagonal_rule(
-    optimizer: torch.optim.Optimizer,
-    entries: Callable[[Step], Tensor],
-    *,
-    momentum: Callable[[Step], tuple[float, float, float]],
-    rate: Callable[[Step], float] = lambda step: float(step.group["lr"]),
-    shrink: Callable[[Group], float] = lambda group: 0.0,
-    weight_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"]),
+    optimizer: torch.optim.Optimizer, entries: Callable[[Step], Tensor], **options: Any
 ) -> UpdateRule:
-    """Return the rule of an optimizer from the last step of each parameter.
+    """Return the rule of an optimizer with a diagonal preconditioner.
 
     A parameter without a step has entries of zero; before any step, the preconditioner is not known.
 
     Args:
         optimizer: the optimizer.
         entries: the diagonal of P, with bias corrections and without the learning rate.
+        options: of :func:`stepped_rule`.
+    """
+
+    def build(
+        params: Sequence[Tensor], steps: Sequence[tuple[Step | None, float]]
+    ) -> StepPreconditioner:
+        with torch.no_grad():
+            diagonal = (0.0 if step is None else entries(step) * factor for step, factor in steps)
+            return DiagonalPreconditioner(params, diagonal)
+
+    return stepped_rule(optimizer, build, diagonal=True, **options)
+
+
+def stepped_rule(
+    optimizer: torch.optim.Optimizer,
+    build: Build,
+    *,
+    diagonal: bool,
+    momentum: Callable[[Step], tuple[float, float, float]] = lambda step: (0.0, 0.0, 1.0),
+    filter: Callable[[Step], Filter] | None = None,
+    rate: Callable[[Step], float] = lambda step: float(step.group["lr"]),
+    shrink: Callable[[Step], float] = lambda step: 0.0,
+    weight_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"]),
+    filtered_decay: Callable[[Group], float] = lambda group: 0.0,
+    maximize: bool = False,
+) -> UpdateRule:
+    """Return the rule of an optimizer from the last step of each parameter.
+
+    Args:
+        optimizer: the optimizer.
+        build: returns the preconditioner.
+        diagonal: whether it is diagonal.
         momentum: beta, tau and nu, the same for all parameters.
+        filter: instead, a filter of the gradients.
         rate: the learning rate of the step.
-        shrink: the share 1 - c of the parameters that decoupled weight decay removes.
+        shrink: the share 1 - c of the parameter that decoupled weight decay removes.
         weight_decay: coupled weight decay.
+        filtered_decay: decay that joins the preconditioned gradient.
+        maximize: whether the optimizer ascends, if its groups do not say so.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
     steps = [
-        Step(group, optimizer.state[p], counts[id(p)]) if id(p) in counts else None
+        Step(group, optimizer.state[p], counts[id(p)], p) if id(p) in counts else None
         for group in groups
         for p in group["params"]
     ]
     known = [step for step in steps if step is not None]
     # Before any step, the settings of the first.
     asked = known or [Step(group, {}, 1.0) for group in groups]
-    beta, tau, share = _same_momentum([momentum(step) for step in asked])
     lr = max(rate(step) for step in asked)
-    shrinks = [shrink(group) for group in groups]
-    in_limit = len(set(shrinks)) == 1
+    shrinks = [shrink(step) for step in asked]
+    in_limit = max(shrinks) - min(shrinks) <= _SAME * max(shrinks)
+    filters = None if filter is None else [filter(step) for step in asked]
+    joining = {filtered_decay(step.group) * (rate(step) / lr if lr else 1.0) for step in asked}
+    for what, several in (
+        (
+            "filters of the gradients",
+            filters and not all(same(filters[0], f, _SAME) for f in filters),
+        ),
+        ("decoupled weight decay", filters and not in_limit),
+        ("weight decay", len(joining) > 1),
+    ):
+        if several:
+            name = type(optimizer).__name__
+            return UpdateRule.unknown_step(
+                optimizer, f"{name} has parameters of different {what}, for which no limit is known"
+            )
 
-    def folded() -> Iterator[Tensor | float]:
-        for step in steps:
-            if step is None:
-                yield 0.0
-                continue
-            factor = rate(step) / lr if lr else 1.0
-            yield entries(step) * (factor if in_limit else factor * _fold(shrink(step.group)))
+    def factor(step: Step | None) -> float:
+        if step is None or not lr:
+            return 1.0
+        return rate(step) / lr * (1.0 if in_limit else _fold(shrink(step)))
 
     preconditioner: StepPreconditioner
     if known:
-        with torch.no_grad():
-            preconditioner = DiagonalPreconditioner(params, folded())
+        preconditioner = build(params, [(step, factor(step)) for step in steps])
     else:
-        preconditioner = UnknownPreconditioner(NOT_STEPPED.format(type(optimizer).__name__))
+        reason = NOT_STEPPED.format(type(optimizer).__name__)
+        preconditioner = UnknownPreconditioner(reason, diagonal=diagonal)
+    beta, tau, share = (
+        (0.0, 0.0, 1.0) if filters else _same_momentum([momentum(step) for step in asked])
+    )
     return UpdateRule(
         lr=lr,
         momentum=beta,
         dampening=tau,
         momentum_share=share,
+        filter=filters[0] if filters else None,
         **decay_of([weight_decay(group) for group in groups]),
         decoupled_weight_decay=shrinks[0] / lr if in_limit and lr else 0.0,
-        maximize=bool(one("maximize", [group.get("maximize", False) for group in groups])),
+        filtered_weight_decay=joining.pop(),
+        maximize=bool(one("maximize", [group.get("maximize", maximize) for group in groups])),
         preconditioner=preconditioner,
     )
 
@@ -123,8 +179,7 @@ def _fold(shrink: float) -> float:
 def _same_momentum(forms: list[tuple[float, float, float]]) -> tuple[float, float, float]:
     beta, tau, share = forms[0]
     for other in forms[1:]:
-        # Bias corrections near 1 have rounding errors.
-        if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > 1e-12:
+        if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > _SAME:
             raise ValueError(
                 f"parameters have momentum (beta, tau, nu) of {forms[0]} and {other}: expected one"
                 " for all, so the same betas in all groups, and as many steps where the momentum"

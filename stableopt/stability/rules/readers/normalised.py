@@ -15,7 +15,7 @@ from stableopt.stability.rules.norms import NormedStep, SignNorm, SpectralNorm
 from stableopt.stability.rules.readers.param_groups import one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_muon", "read_rprop"]
+__all__ = ["read_lion", "read_muon", "read_rprop"]
 
 
 def read_muon(optimizer: torch.optim.Optimizer) -> UpdateRule:
@@ -67,3 +67,12 @@ def read_rprop(optimizer: torch.optim.Optimizer) -> UpdateRule:
             type(optimizer).__name__,
         ),
     )
+
+
+def read_lion(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read Lion (Chen et al., 2023): signs of an average; decay is not a part of the norm."""
+    groups = optimizer.param_groups
+    lr = max(float(group["lr"]) for group in groups)
+    radii = [float(group["lr"]) / lr if lr else 1.0 for group in groups for _ in group["params"]]
+    norm = SignNorm(params_of(optimizer), radii, lr=lr)
+    return UpdateRule(lr=lr, preconditioner=NormedStep(norm, type(optimizer).__name__))

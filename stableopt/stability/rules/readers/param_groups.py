@@ -55,14 +55,18 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """Return the number of steps of each parameter by its id, without those that took none.
 
-    Counters may be numbers or tensors on any device; each device costs one transfer.
+    A counter is in the parameter's state, or in its group for those with a state. Counters may be
+    numbers or tensors on any device; each device costs one transfer.
     """
     held: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
-    for p in params_of(optimizer):
-        step = optimizer.state.get(p, {}).get("step")
-        if step is not None:
-            count = torch.as_tensor(step)
-            held[count.device].append((id(p), count))
+    for group in optimizer.param_groups:
+        of_group = group.get("k", group.get("step"))
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            step = state.get("step", of_group) if state else None
+            if step is not None:
+                count = torch.as_tensor(step)
+                held[count.device].append((id(p), count))
     counts: dict[int, float] = {}
     for pairs in held.values():
         numbers = torch.stack([count.reshape(()).float() for _, count in pairs]).tolist()

@@ -1,13 +1,20 @@
-"""Reader of ``torch.optim.SGD``, whose preconditioner is that of different learning rates."""
+"""Readers of SGD and averaged SGD, and of what changes the limit of an optimizer inside.
+
+The preconditioner of SGD is that of different learning rates by group.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
+from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import one
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_sgd"]
+__all__ = ["read_asgd", "read_lookahead", "read_sam", "read_sgd"]
 
 
 def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateRule:
@@ -32,4 +39,38 @@ def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateR
         full_batch=full_batch,
         group_lrs=() if one_lr else lrs,
         group_weight_decays=() if in_limit else decays,
+    )
+
+
+def read_asgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``torch.optim.ASGD``: SGD with a falling rate, which the state has for the next step."""
+
+    def rate(step: Step) -> float:
+        return float(step.state["eta"] if "eta" in step.state else step.group["lr"])
+
+    return diagonal_rule(
+        optimizer,
+        lambda step: torch.ones_like(step.state["ax"]),
+        rate=rate,
+        shrink=lambda step: rate(step) * float(step.group["lambd"]),
+    )
+
+
+def read_lookahead(optimizer: Any) -> UpdateRule:
+    """Read Lookahead (Zhang et al., 2019) over an optimizer that is known."""
+    inner = UpdateRule.from_optimizer(optimizer.optimizer)
+    if inner.unknown is not None:
+        return inner
+    if getattr(optimizer, "pullback_momentum", "none") != "none" or inner.lookahead is not None:
+        reason = "Lookahead that changes the momentum, or within another one, is not read"
+        return UpdateRule.unknown_step(optimizer, reason)
+    return replace(inner, lookahead=(int(optimizer.k), float(optimizer.alpha)))
+
+
+def read_sam(optimizer: Any) -> UpdateRule:
+    """Return a rule without a limit: that of SAM needs the gradient's norm before it climbs."""
+    return UpdateRule.unknown_step(
+        optimizer,
+        "the limit of SAM depends on the norm of the gradient where it climbs from, which it does not"
+        " keep: pass update_rule=lambda optimizer: UpdateRule(lr=..., ascent=rho / norm)",
     )

@@ -1,9 +1,9 @@
-r"""Reader of ``torch_optimizer.Shampoo`` (0.3.0), whose preconditioner is a Kronecker product.
+r"""Readers of Shampoo and SOAP, whose eigenbases are Kronecker products.
 
-It multiplies the gradient of a parameter of k dimensions along dimension i by :math:`L_i^{-1/k}` (the
-paper, Gupta, Koren & Singer, 2018, has :math:`L_i^{-1/2k}`), so that
-:math:`P = \bigotimes_i L_i^{-1/k}`. Its momentum is an average with the last *update*, to which P has
-already been applied:
+``torch_optimizer.Shampoo`` (0.3.0) multiplies the gradient of a parameter of k dimensions along
+dimension i by :math:`L_i^{-1/k}` (the paper, Gupta, Koren & Singer, 2018, has :math:`L_i^{-1/2k}`), so
+that :math:`P = \bigotimes_i L_i^{-1/k}`. Its momentum is an average with the last *update*, to which P
+has already been applied:
 
 .. math:: u' = P\,[(1-\beta)\nabla f + \lambda\theta + \beta u], \qquad \theta' = \theta - \eta u'.
 
@@ -18,11 +18,14 @@ gradients, the updates amplify themselves, and no limit on the sharpness is know
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
+from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart
+from stableopt.stability.rules.readers.diagonal import Step, stepped_rule
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
     decay_of,
@@ -31,7 +34,7 @@ from stableopt.stability.rules.readers.param_groups import (
 )
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["KroneckerPreconditioner", "read_shampoo"]
+__all__ = ["KroneckerPreconditioner", "read_shampoo", "read_soap"]
 
 
 class KroneckerPreconditioner(StepPreconditioner):
@@ -39,14 +42,14 @@ class KroneckerPreconditioner(StepPreconditioner):
 
     Args:
         params: the parameters.
-        bases: for each parameter one orthogonal matrix for each of its dimensions.
+        bases: for each parameter one orthogonal matrix for each of its dimensions, or ``None`` for 1.
         spectra: for each the eigenvalues p in its shape.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
-        bases: Sequence[Sequence[Tensor]],
+        bases: Sequence[Sequence[Tensor | None]],
         spectra: Sequence[Tensor],
     ) -> None:
         super().__init__(params)
@@ -56,8 +59,9 @@ class KroneckerPreconditioner(StepPreconditioner):
         """Rotate each tensor into its eigenbasis, scale it there, and rotate it back."""
         images = []
         for tensor, bases, spectrum in zip(tensors, self._bases, self._spectra, strict=True):
-            bases = [basis.to(tensor) for basis in bases]
-            image = _along_each(tensor, [basis.T for basis in bases]) * spectrum.to(tensor)
+            bases = [None if basis is None else basis.to(tensor) for basis in bases]
+            turned = _along_each(tensor, [None if basis is None else basis.T for basis in bases])
+            image = turned * spectrum.to(tensor)
             images.append(_along_each(image, bases))
         return images
 
@@ -113,8 +117,59 @@ def _inverses(optimizer: torch.optim.Optimizer, p: Tensor) -> list[Tensor]:
     return [optimizer.state[p][f"inv_precond_{dim}"] for dim in range(p.dim())]
 
 
-def _along_each(tensor: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+def _along_each(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Return the tensor, multiplied by one matrix along each dimension."""
     for dim, matrix in enumerate(matrices):
+        if matrix is None:
+            continue
         tensor = torch.tensordot(matrix, tensor, dims=([1], [dim])).movedim(0, dim)
     return tensor
+
+
+def read_soap(optimizer: Any) -> UpdateRule:
+    r"""Read ``pytorch_optimizer.SOAP`` (Vyas et al., 2024): Adam in the eigenbasis Q of Shampoo.
+
+    :math:`P = Q\,\mathrm{diag}\bigl[\sqrt{1-\beta_2^t}/((\sqrt v+\epsilon)(1-\beta_1^t))\bigr]Q^\top`.
+    Its first call takes no step, and Q is already that of the next step when it has just been refreshed.
+    Weight decay comes after the step.
+    """
+    for name in ("merge_dims", "normalize_gradient"):
+        if any(group[name] for group in optimizer.param_groups):
+            reason = f"SOAP with {name}=True takes steps that are not read"
+            return UpdateRule.unknown_step(optimizer, reason)
+    if all(group.get("step", 0) <= 1 for group in optimizer.param_groups):
+        preconditioner = UnknownPreconditioner(NOT_STEPPED.format("SOAP"), diagonal=False)
+        lr = max(float(group["lr"]) for group in optimizer.param_groups)
+        return UpdateRule(lr=lr, preconditioner=preconditioner)
+
+    def spectrum(step: Step) -> Tensor:
+        group = step.group
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        correction = 1.0
+        if group["correct_bias"]:
+            steps = step.steps - 1
+            correction = (1 - beta2**steps) ** 0.5 / (1 - beta1**steps)
+        inverse: Tensor = correction / (step.state["exp_avg_sq"].sqrt() + group["eps"])
+        return inverse
+
+    @torch.no_grad()
+    def build(
+        params: Sequence[Tensor], steps: Sequence[tuple[Step | None, float]]
+    ) -> StepPreconditioner:
+        spectra, bases = [], []
+        for p, (step, factor) in zip(params, steps, strict=True):
+            spectra.append(torch.zeros_like(p) if step is None else factor * spectrum(step))
+            turns = [] if step is None else step.state["Q"]
+            bases.append([turn.clone() if len(turn) else None for turn in turns])
+        return KroneckerPreconditioner(params, bases, spectra)
+
+    return stepped_rule(
+        optimizer,
+        build,
+        diagonal=False,
+        momentum=averaged,
+        rate=lambda step: float(step.group["lr"]) * (1 - decayed_apart(step)),
+        shrink=decayed_apart,
+        weight_decay=lambda group: 0.0,
+        maximize=bool(optimizer.maximize),
+    )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.readers.adaptive import averaged
-from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart
+from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]
@@ -40,7 +40,7 @@ def read_adahessian(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
-        shrink=lambda group: float(group["lr"]) * float(group["weight_decay"]),
+        shrink=decayed_apart,
         weight_decay=lambda group: 0.0,
     )
 
@@ -54,7 +54,7 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
     decoupled = bool(optimizer._weight_decouple)
 
     def entries(step: Step) -> Tensor:
-        group, state, t = step
+        group, state, t = step[:3]
         variance: Tensor = state["max_exp_avg_var" if group["amsgrad"] else "exp_avg_var"]
         factor = 1.0
         if optimizer._rectify:
@@ -65,9 +65,9 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
             factor = (rho - 4) * (rho - 2) * far / ((far - 4) * (far - 2) * rho)
         return _corrected(step, variance.sqrt()) * float(factor**0.5)
 
-    def shrink(group: Group) -> float:
-        taken = float(group["weight_decay"]) if decoupled else 0.0
-        return taken if optimizer._fixed_decay else taken * float(group["lr"])
+    def shrink(step: Step) -> float:
+        taken = float(step.group["weight_decay"]) if decoupled else 0.0
+        return taken if optimizer._fixed_decay else taken * float(step.group["lr"])
 
     return diagonal_rule(
         optimizer,

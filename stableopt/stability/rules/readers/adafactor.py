@@ -1,0 +1,133 @@
+r"""Readers of Adafactor: that of ``torch.optim`` and that of ``transformers``.
+
+Both multiply a gradient by the inverse root of a second moment that a matrix has by rows and columns
+only, and shrink the update to a root mean square of at most d:
+
+.. math:: P = \frac{\alpha}{\eta\kappa}\,\hat V^{-1/2}, \qquad \hat V = \frac{RC}{\mathrm{mean}(R)},
+    \qquad \kappa = \max\bigl(1, \mathrm{rms}(\hat V^{-1/2}g)/d\bigr),
+
+where :math:`\alpha` contains the root mean square of the parameters before the step. :math:`\kappa`
+needs the gradient of the step: after ``zero_grad`` P is not known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["read_adafactor", "read_transformers_adafactor"]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.norm()) / math.sqrt(tensor.numel())
+
+
+def _without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    """Return a rule that is not known, if a parameter has stepped and has no gradient."""
+    held = [
+        p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)
+    ]
+    if all(p.grad is not None for p in held):
+        return None
+    reason = (
+        f"{type(optimizer).__name__} clips its update by the gradient, which is gone: measure between"
+        " optimizer.step() and zero_grad(), as monitors do"
+    )
+    return UpdateRule.unknown_step(optimizer, reason)
+
+
+@torch.no_grad()
+def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    r"""Read ``torch.optim.Adafactor``.
+
+    :math:`\alpha = \max(\epsilon_2, \mathrm{rms}(\theta))\,\min(\eta, 1/\sqrt t)`, with the parameters
+    before the step, which follow from those after it.
+    """
+
+    def entries(step: Step) -> Tensor:
+        group, state, p = step.group, step.state, step.param
+        assert p is not None
+        assert p.grad is not None
+        eps1, eps2 = group["eps"]
+        eps1 = torch.finfo(p.dtype).eps if eps1 is None else eps1
+        variance = state.get("variance")
+        if variance is None:
+            rows, columns = state["row_var"], state["col_var"]
+            variance = rows @ columns / rows.mean(dim=-2, keepdim=True).clamp(min=eps1)
+        inverse: Tensor = variance.clamp(min=eps1 * eps1).rsqrt()
+        update = inverse * (-p.grad if group["maximize"] else p.grad)
+        update /= max(1.0, _rms(update) / group["d"])
+        kappa = max(1.0, _rms(inverse * p.grad) / group["d"])
+        lr = float(group["lr"])
+        most = min(lr, step.steps**-0.5)
+        before = _rms_before(p, update, most, 1 - lr * float(group["weight_decay"]))
+        return inverse * (max(eps2, before) * most / (lr * kappa) if lr else 0.0)
+
+    return _without_gradients(optimizer) or diagonal_rule(
+        optimizer,
+        entries,
+        shrink=lambda step: float(step.group["lr"]) * float(step.group["weight_decay"]),
+        weight_decay=lambda group: 0.0,
+    )
+
+
+def _rms_before(p: Tensor, update: Tensor, rate: float, kept: float) -> float:
+    r"""Return :math:`x = \mathrm{rms}(\theta)` where :math:`\theta_+ = c\theta - xru`."""
+    n = p.numel() * kept**2
+    square, along = float(p.square().sum()) / n, rate * float((p * update).sum()) / n
+    own = 1 - rate**2 * float(update.square().sum()) / n
+    # A step as large as the parameters hides them.
+    return (along + math.sqrt(along**2 + own * square)) / own if own > 0 else _rms(p)
+
+
+@torch.no_grad()
+def read_transformers_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``transformers.Adafactor``, with or without ``beta1`` and relative steps.
+
+    Its average with ``beta1`` has no bias correction.
+    """
+
+    def relative(step: Step) -> float:
+        group = step.group
+        if not group["relative_step"]:
+            return float(group["lr"])
+        least = 1e-6 * step.steps if group["warmup_init"] else 1e-2
+        return float(min(least, step.steps**-0.5))
+
+    def scaled(step: Step) -> float:
+        """Return the rate relative to :func:`relative`: the root mean square before the step."""
+        if not step.group["scale_parameter"]:
+            return 1.0
+        return max(float(step.group["eps"][1]), float(step.state.get("RMS", 0.0)))
+
+    def momentum(step: Step) -> tuple[float, float, float]:
+        beta = float(step.group["beta1"] or 0.0)
+        return beta, beta, 1.0
+
+    def entries(step: Step) -> Tensor:
+        state, p = step.state, step.param
+        assert p is not None
+        assert p.grad is not None
+        if "exp_avg_sq" in state:
+            inverse = state["exp_avg_sq"].rsqrt()
+        else:
+            rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            share = rows / rows.mean(dim=-1, keepdim=True)
+            inverse = share.rsqrt().unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
+        clip = max(1.0, _rms(inverse * p.grad) / step.group["clip_threshold"])
+        entry: Tensor = inverse * (scaled(step) / clip)
+        return entry
+
+    return _without_gradients(optimizer) or diagonal_rule(
+        optimizer,
+        entries,
+        momentum=momentum,
+        rate=relative,
+        shrink=lambda step: relative(step) * scaled(step) * float(step.group["weight_decay"]),
+        weight_decay=lambda group: 0.0,
+    )

@@ -1,0 +1,117 @@
+r"""Readers of ``schedulefree``: SGD, AdamW and RAdam without a schedule (Defazio et al., 2024).
+
+The optimizer steps in z and averages x; gradients are taken, and margins measured, at the parameters
+:math:`y = (1-\beta)z + \beta x`. With the weight c of the newest z in x, the y move as with a share
+:math:`\beta` of an average of gradients with momentum 1 - c:
+
+.. math:: z' = z - \gamma u, \quad x' = (1-c)x + cz', \qquad
+    \lambda_{\max}(PH) \le \frac{2(2-c)}{\gamma\,[(2-c)(1-\beta)+c\beta]} - \lambda
+    \;\to\; \frac{2}{(1-\beta)\gamma} - \lambda \quad (c \to 0).
+
+In ``optimizer.eval()`` the parameters are x, and the rule is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stableopt.stability.rules.readers.adaptive import rectified
+from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.param_groups import one, params_of
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["read_adamw", "read_radam", "read_sgd"]
+
+_THRESHOLD = 4.0
+"""Length of the second moment's average up to which this RAdam does not rely on it."""
+
+
+def _weight(group: Group) -> float:
+    """Return c of the last step, 1 before the first."""
+    if not group["k"]:
+        return 1.0
+    total = float(group["weight_sum"])
+    newest = group["k"] ** group["r"] * float(group["lr_max"]) ** group["weight_lr_power"]
+    return float(newest / total) if total else 0.0
+
+
+def _rate(group: Group) -> float:
+    """Return gamma of the last step, with its warm-up; before the first step, that of the first."""
+    if group["k"]:
+        return float(group["scheduled_lr"])
+    return float(group["lr"]) / max(1, int(group.get("warmup_steps", 0)))
+
+
+def _not_read(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    """Return a rule that is not known, if the parameters are x or do not move."""
+    name = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        if group["k"] and not group["train_mode"]:
+            reason = (
+                f"{name} is in eval mode, where the parameters are averages at which it takes no steps:"
+                " call optimizer.train() before measuring"
+            )
+            return UpdateRule.unknown_step(optimizer, reason)
+        if group["k"] and not _weight(group):
+            reason = f"{name} does not move the parameters in its first steps"
+            return UpdateRule.unknown_step(optimizer, reason)
+    return None
+
+
+def read_sgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``schedulefree.SGDScheduleFree``."""
+    params_of(optimizer)  # raises for complex ones
+    groups = optimizer.param_groups
+    lrs = tuple(_rate(group) for group in groups)
+    decays = tuple(float(group["weight_decay"]) for group in groups)
+    in_limit = len(set(lrs)) == len(set(decays)) == 1
+    past = 1 - one("the weight of the newest point", [_weight(group) for group in groups])
+    return _not_read(optimizer) or UpdateRule(
+        lr=max(lrs),
+        momentum=past,
+        dampening=past,
+        momentum_share=float(one("momentum", [group["momentum"] for group in groups])),
+        weight_decay=decays[0] if in_limit else 0.0,
+        group_lrs=lrs if len(set(lrs)) > 1 else (),
+        group_weight_decays=() if in_limit else decays,
+    )
+
+
+def _adaptive(optimizer: torch.optim.Optimizer, entries: Callable[[Step], Tensor]) -> UpdateRule:
+    def momentum(step: Step) -> tuple[float, float, float]:
+        past = 1 - _weight(step.group)
+        return past, past, float(step.group["betas"][0])
+
+    return _not_read(optimizer) or diagonal_rule(
+        optimizer,
+        entries,
+        momentum=momentum,
+        rate=lambda step: _rate(step.group),
+        weight_decay=lambda group: 0.0,
+        filtered_decay=lambda group: float(group["weight_decay"]),
+    )
+
+
+def _inverse(step: Step) -> Tensor:
+    corrected = step.state["exp_avg_sq"] / (1 - float(step.group["betas"][1]) ** step.steps)
+    entry: Tensor = (corrected.sqrt() + step.group["eps"]).reciprocal()
+    return entry
+
+
+def read_adamw(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``schedulefree.AdamWScheduleFree``, whose weight decay joins the preconditioned gradient."""
+    return _adaptive(optimizer, _inverse)
+
+
+def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read ``schedulefree.RAdamScheduleFree``, whose rectification is a part of the rate."""
+
+    def entries(step: Step) -> Tensor:
+        if rectified(step, _THRESHOLD) is None:
+            return torch.ones_like(step.state["exp_avg_sq"])
+        return _inverse(step)
+
+    return _adaptive(optimizer, entries)
