@@ -125,6 +125,26 @@ CASES = {
         bias={"lr": 0.05, "momentum": 0.4},
         scalar=False,
     ),
+    "AdaBound": Case(
+        of(torch_optimizer.AdaBound, lr=0.01, final_lr=0.05, gamma=0.1, weight_decay=0.2),
+        "exp_avg",
+    ),
+    "AdaBound, amsbound": Case(of(torch_optimizer.AdaBound, lr=0.01, amsbound=True), "exp_avg"),
+    "AdaMod": Case(of(torch_optimizer.AdaMod, lr=0.01, beta3=0.5, weight_decay=2.0), "exp_avg"),
+    "QHM": Case(
+        of(torch_optimizer.QHM, lr=0.1, momentum=0.9, nu=0.7, weight_decay=0.3), "momentum_buffer"
+    ),
+    "QHM, direct decay": Case(
+        of(
+            torch_optimizer.QHM,
+            lr=0.1,
+            momentum=0.5,
+            nu=0.9,
+            weight_decay=0.3,
+            weight_decay_type="direct",
+        ),
+        "momentum_buffer",
+    ),
     "ASGD": Case(of(optim.ASGD, lr=0.1, lambd=1e-3, alpha=0.75, weight_decay=0.2), kept="eta"),
     "ASGD, loop, rates": Case(
         of(optim.ASGD, lr=0.1, foreach=False), bias={"lr": 0.03}, kept="eta", scalar=False

@@ -38,7 +38,8 @@ _READERS: dict[type | str, Reader] = {
     torch.optim.Adafactor: adafactor.read_adafactor,
     torch.optim.LBFGS: lbfgs.read_lbfgs,
     torch.optim.Rprop: normalised.read_rprop,
-    "torch.optim._muon.Muon": normalised.read_muon,  # torch 2.9
+    "torch.optim.Muon": normalised.read_muon,  # not in every version of torch
+    "torch.optim._muon.Muon": normalised.read_muon,
     "transformers.optimization.Adafactor": adafactor.read_transformers_adafactor,
     "torchao.optim.adam._AdamBase": adaptive.read_adam,
     "bitsandbytes.optim.optimizer.Optimizer2State": adaptive.read_bitsandbytes,
@@ -57,9 +58,12 @@ _READERS: dict[type | str, Reader] = {
     "pytorch_optimizer.optimizer.lookahead.Lookahead": sgd.read_lookahead,
     "pytorch_optimizer.optimizer.sam.SAM": sgd.read_sam,
     "torch_optimizer.adabelief.AdaBelief": torch_optimizer.read_adabelief,
+    "torch_optimizer.adabound.AdaBound": torch_optimizer.read_adabound,
     "torch_optimizer.adahessian.Adahessian": torch_optimizer.read_adahessian,
+    "torch_optimizer.adamod.AdaMod": torch_optimizer.read_adamod,
     "torch_optimizer.apollo.Apollo": torch_optimizer.read_apollo,
     "torch_optimizer.lookahead.Lookahead": sgd.read_lookahead,
+    "torch_optimizer.qhm.QHM": torch_optimizer.read_qhm,
     "torch_optimizer.shampoo.Shampoo": shampoo.read_shampoo,
     "torch_optimizer.yogi.Yogi": torch_optimizer.read_yogi,
 }

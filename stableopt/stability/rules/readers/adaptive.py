@@ -25,6 +25,7 @@ __all__ = [
     "coupled_decay",
     "decayed_apart",
     "decoupled_shrink",
+    "late_eps_entries",
     "read_adadelta",
     "read_adagrad",
     "read_adam",
@@ -92,18 +93,21 @@ def read_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
     )
 
 
-def late_eps_entries(step: Step, factor: float = 1.0) -> Tensor:
+def late_eps_entries(step: Step, second: Tensor, factor: float = 1.0) -> Tensor:
     """Return Adam's entries where eps joins the second moment before its bias correction."""
     beta1, beta2 = (float(beta) for beta in step.group["betas"])
     corrections = (1 - beta2**step.steps) ** 0.5 / (1 - beta1**step.steps)
-    entry: Tensor = factor * corrections / (step.state["exp_avg_sq"].sqrt() + step.group["eps"])
+    entry: Tensor = factor * corrections / (second.sqrt() + step.group["eps"])
     return entry
 
 
 def read_sparse_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Read ``torch.optim.SparseAdam``: exact if gradients touch every row in each step."""
     return diagonal_rule(
-        optimizer, late_eps_entries, momentum=averaged, weight_decay=lambda group: 0.0
+        optimizer,
+        lambda step: late_eps_entries(step, step.state["exp_avg_sq"]),
+        momentum=averaged,
+        weight_decay=lambda group: 0.0,
     )
 
 
@@ -147,10 +151,10 @@ def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Read ``torch.optim.RAdam``: Adam times the rectification, or the average of gradients alone."""
 
     def entries(step: Step) -> Tensor:
-        factor = rectified(step, 5.0)
+        factor, second = rectified(step, 5.0), step.state["exp_avg_sq"]
         if factor is not None:
-            return late_eps_entries(step, factor)
-        beta1, second = float(step.group["betas"][0]), step.state["exp_avg_sq"]
+            return late_eps_entries(step, second, factor)
+        beta1 = float(step.group["betas"][0])
         return torch.full_like(second, 1 / (1 - beta1**step.steps))
 
     return diagonal_rule(

@@ -60,7 +60,8 @@ def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """
     held: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     for group in optimizer.param_groups:
-        of_group = group.get("k", group.get("step"))
+        # Without a counter, a state shows that there was a step.
+        of_group = group.get("k", group.get("step", 1))
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             step = state.get("step", of_group) if state else None

@@ -1,4 +1,4 @@
-"""Readers of the optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner.
+"""Readers of the optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner, and QHM.
 
 They follow the code of its classes, and do not import the package.
 """
@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart
-from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
+from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart, late_eps_entries
+from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_adabelief", "read_adahessian", "read_apollo", "read_yogi"]
+__all__ = [
+    "read_adabelief",
+    "read_adabound",
+    "read_adahessian",
+    "read_adamod",
+    "read_apollo",
+    "read_qhm",
+    "read_yogi",
+]
 
 
 def read_yogi(optimizer: torch.optim.Optimizer) -> UpdateRule:
@@ -103,6 +111,56 @@ def read_apollo(optimizer: torch.optim.Optimizer) -> UpdateRule:
         )
 
     return diagonal_rule(optimizer, entries, momentum=momentum, rate=rate)
+
+
+def read_adabound(optimizer: Any) -> UpdateRule:
+    """Read AdaBound: Adam's entries between bounds that tend to a final learning rate."""
+    finals = {
+        id(p): float(group["final_lr"]) / base
+        for group, base in zip(optimizer.param_groups, optimizer.base_lrs, strict=True)
+        for p in group["params"]
+    }
+
+    def entries(step: Step) -> Tensor:
+        second = step.state["max_exp_avg_sq" if step.group["amsbound"] else "exp_avg_sq"]
+        final, near = finals[id(step.param)], float(step.group["gamma"]) * step.steps
+        return late_eps_entries(step, second).clamp(
+            final * (1 - 1 / (near + 1)), final * (1 + 1 / near)
+        )
+
+    return diagonal_rule(optimizer, entries, momentum=averaged)
+
+
+def read_adamod(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read AdaMod: Adam's entries, at most their average so far; its decay is decoupled."""
+
+    def entries(step: Step) -> Tensor:
+        lr = float(step.group["lr"])
+        own = late_eps_entries(step, step.state["exp_avg_sq"])
+        return own.minimum(step.state["exp_avg_lr"] / lr) if lr else own
+
+    return diagonal_rule(
+        optimizer,
+        entries,
+        momentum=averaged,
+        shrink=decayed_apart,
+        weight_decay=lambda group: 0.0,
+    )
+
+
+def read_qhm(optimizer: Any) -> UpdateRule:
+    """Read QHM (Ma & Yarats, 2019): a share nu of an average of gradients."""
+
+    def apart(group: Group) -> bool:
+        return bool(group["weight_decay_type"] != optimizer.GRAD)
+
+    return diagonal_rule(
+        optimizer,
+        lambda step: torch.ones_like(step.state["momentum_buffer"]),
+        momentum=lambda step: (*(float(step.group["momentum"]),) * 2, float(step.group["nu"])),
+        shrink=lambda step: decayed_apart(step) if apart(step.group) else 0.0,
+        weight_decay=lambda group: 0.0 if apart(group) else float(group["weight_decay"]),
+    )
 
 
 def _corrected(step: Step, root: Tensor, power: float = 1.0) -> Tensor:

@@ -1,0 +1,135 @@
+"""Lookahead and SAM, which change the limit of the optimizer inside: closed forms, and real classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_optimizer
+from torch import Tensor, nn
+
+from stableopt import UpdateRule, measure
+from stableopt.stability.rules.filters import lookahead_edge, momentum_filter
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("every", [1, 2, 5, 6])
+def test_lookahead_over_gradient_descent(every: int, share: float) -> None:
+    """Catches another power, and the parity: (1 - k)^n is positive for even n."""
+    expected = 1 + ((2 - share) / share) ** (1 / every) if every % 2 else 2.0
+    assert lookahead_edge(1.0, ((1.0,), (1.0,)), every, share) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4])
+@pytest.mark.parametrize(("beta", "c"), [(0.5, 1.0), (0.9, 0.9)])
+def test_lookahead_of_all_of_the_way_is_the_optimizer_inside(
+    every: int, beta: float, c: float
+) -> None:
+    """Catches a round that loses the momentum: with alpha = 1 it changes nothing."""
+    pair = momentum_filter(beta, 1.0, 0.0, 1.0)
+    # The edge touches the circle, where a root is accurate to the tolerance over its slope.
+    assert lookahead_edge(c, pair, every, 1.0) == pytest.approx((1 + beta) * (1 + c), rel=1e-9)
+
+
+def real(package: str, inner: torch.optim.Optimizer, every: int) -> Any:
+    if package == "torch_optimizer":
+        return torch_optimizer.Lookahead(inner, k=every, alpha=0.4)
+    kinds = pytest.importorskip(package, reason=f"needs {package}")
+    return kinds.Lookahead(inner, k=every, alpha=0.4)
+
+
+@pytest.mark.parametrize("package", ["torch_optimizer", "pytorch_optimizer"])
+@pytest.mark.parametrize("every", [3, 4])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_the_real_lookahead(package: str, every: int, momentum: float) -> None:
+    """Catches the inner limit for the outer: rounds of the real class shrink at 0.98 of the limit, and
+    grow at 1.02.
+    """
+    curvature = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    for factor, grows in ((0.98, False), (1.02, True)):
+        p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        inner = torch.optim.SGD([p], lr=1.0, momentum=momentum)
+        optimizer = real(package, inner, every)
+        unit = UpdateRule.from_optimizer(optimizer)
+        assert unit.lookahead == (every, 0.4)
+        inner.param_groups[0]["lr"] = factor * unit.max_sharpness / 3.0
+        for _ in range(200 * every):
+            p.grad = curvature * p.detach()
+            optimizer.step()
+        assert float(p.detach().norm()) > 10 if grows else float(p.detach().norm()) < 0.1
+
+
+def test_lookahead_over_what_is_not_known_is_not_known() -> None:
+    """Catches a limit of an inner optimizer that has none, or whose momentum is changed."""
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    p = nn.Parameter(torch.ones(2))
+    rprop = kinds.Lookahead(torch.optim.Rprop([p]))
+    assert "Rprop" in str(UpdateRule.from_optimizer(rprop).unknown)
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    reset = kinds.Lookahead(sgd, pullback_momentum="reset")
+    assert "changes the momentum" in str(UpdateRule.from_optimizer(reset).unknown)
+    adam = kinds.Lookahead(torch.optim.Adam([p]))
+    assert "has not taken a step" in str(UpdateRule.from_optimizer(adam).unknown)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.3, 40.0])
+def test_the_limit_of_sam(ratio: float) -> None:
+    """Catches the edge of plain descent: Long & Bartlett (2023), theorem 1, for rho / norm = ratio."""
+    lr = 0.1
+    rule = UpdateRule(lr=lr, ascent=ratio)
+    expected = (np.sqrt(1 + 8 * ratio / lr) - 1) / (2 * ratio)
+    # For a tiny ratio their formula has the rounding of 1 / ratio.
+    assert rule.max_sharpness == pytest.approx(expected, rel=1e-6)
+    assert UpdateRule(lr=lr).max_sharpness == 20.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_the_real_sam(momentum: float) -> None:
+    """Catches a gradient norm taken after the climb: along the top direction a step of the real class
+    shrinks the parameters at 0.98 of the limit and grows them at 1.02.
+    """
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    rho, curvature = 0.3, torch.tensor([4.0, 1.0], dtype=torch.float64)
+    start = torch.tensor([0.7, 0.0], dtype=torch.float64)
+    ascent = rho / float((curvature * start).norm())
+    # Where a mode of curvature 4 is at the edge: it steps as with 4 + ascent 4^2.
+    edge = 2 * (1 + momentum) / (4.0 + ascent * 4.0**2)
+    rule = UpdateRule(lr=edge, momentum=momentum, ascent=ascent)
+    assert rule.max_sharpness == pytest.approx(4.0)
+    for factor, grows in ((0.98, False), (1.02, True)):
+        p = nn.Parameter(start.clone())
+        optimizer = kinds.SAM([p], torch.optim.SGD, rho=rho, lr=edge * factor, momentum=momentum)
+        assert "ascent=rho / norm" in str(UpdateRule.from_optimizer(optimizer).unknown)
+        # At the edge signs alternate: the momentum m' = beta m + G is -m, so that m = -G / (1 + beta).
+        climbed = curvature * (start + rho * start / start.norm())
+        optimizer.state[p]["momentum_buffer"] = -climbed / (1 + momentum)
+        gradient(p, curvature)
+        optimizer.step(lambda p=p: gradient(p, curvature))
+        assert (abs(float(p.detach()[0])) > 0.7) == grows
+
+
+def gradient(p: nn.Parameter, curvature: Tensor) -> None:
+    p.grad = curvature * p.detach()
+
+
+def test_what_is_not_known_with_lookahead_or_ascent(
+    network: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    """Catches the non-uniformity's limit of the rule inside."""
+    rule, both = UpdateRule(lr=0.1, lookahead=(5, 0.5)), ("sharpness", "non_uniformity")
+    found = measure(network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=both)
+    assert found.sharpness_limit == pytest.approx((1 + 3**0.2) / 0.1)
+    assert found.non_uniformity is not None
+    assert found.non_uniformity_limit is None
+    with pytest.raises(ValueError, match="not known with lookahead or ascent"):
+        rule.max_non_uniformity(2)
+    for options, says in (
+        ({"lookahead": (0, 0.5)}, r"lookahead=\(0, 0\.5\)"),
+        ({"lookahead": (5, 1.5)}, "alpha"),
+        ({"ascent": -1.0}, "ascent=-1.0"),
+        ({"ascent": 1.0, "lookahead": (5, 0.5)}, "with a preconditioner, groups or lookahead"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            UpdateRule(lr=0.1, **options)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""Every optimizer of three packages is known with a tested limit, or measured without one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch_optimizer
+from reader_cases import CASES, PACKAGED, installed
+from torch import nn
+
+from stableopt import UpdateRule, measure
+
+AROUND = {"torch_optimizer.lookahead.Lookahead"}
+"""Read with tests of their own, in test_around_another.py."""
+
+
+def classes(package: str) -> list[Any]:
+    """Return a parameter for each public class of ``package`` with a step."""
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        return [pytest.param(package, marks=pytest.mark.skip(reason=f"needs {package}"))]
+    found = vars(importlib.import_module(package)).values()
+    return [
+        pytest.param(kind, id=f"{package}.{kind.__name__}")
+        for kind in found
+        if inspect.isclass(kind)
+        and kind is not torch.optim.Optimizer
+        and callable(getattr(kind, "step", None))
+        and callable(getattr(kind, "zero_grad", None))
+    ]
+
+
+EVERY = [
+    each for name in ("torch.optim", "torch_optimizer", "schedulefree") for each in classes(name)
+]
+
+
+def made(kind: type, model: nn.Module) -> Any:
+    """Return an optimizer of ``kind``, around SGD if it needs another one."""
+    if "params" not in inspect.signature(kind).parameters:
+        return kind(torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[call-arg]
+    return kind(model.parameters())
+
+
+def step(optimizer: Any, model: nn.Module) -> None:
+    """Take a step, by a closure where it is needed."""
+    kind = type(optimizer)
+
+    def closure() -> torch.Tensor:
+        loss = model(torch.ones(1, 3)).square().sum()
+        graph = kind is torch_optimizer.Adahessian
+        params = list(model.parameters())
+        for p, g in zip(params, torch.autograd.grad(loss, params, create_graph=graph), strict=True):
+            p.grad = g.to_sparse() if kind is torch.optim.SparseAdam else g.clone()
+        return loss
+
+    if kind is torch.optim.LBFGS or "Closure" in kind.__name__:
+        optimizer.step(closure)
+        return
+    closure()
+    optimizer.step()
+
+
+def with_edges() -> set[str]:
+    """Return the classes that repeat their step in test_readers.py."""
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2, 2))]},
+        {"params": [nn.Parameter(torch.ones(2))]},
+    ]
+    here = [case for name, case in PACKAGED.items() if installed(name)]
+    found = [type(case.make([dict(g) for g in groups])) for case in [*CASES.values(), *here]]
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in found}
+
+
+@pytest.mark.filterwarnings("ignore")  # the packages' own
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_optimizer_is_known_or_measured(kind: type) -> None:
+    """Catches a class that is refused, and one with a limit that no test has seen it cross."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=kind is not getattr(torch.optim, "Muon", None))
+    optimizer = made(kind, model)
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()
+    for _ in range(3):
+        step(optimizer, model)
+    rule = UpdateRule.from_optimizer(optimizer)
+    found = measure(
+        model,
+        nn.MSELoss(),
+        (torch.randn(8, 3), torch.randn(8, 2)),
+        optimizer=optimizer,
+        batch_size=4,
+    )
+    assert found.sharpness is not None
+    if rule.unknown is None:
+        assert found.edge_ratio is not None
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        assert name in with_edges() | AROUND
+    else:
+        assert kind.__name__ in rule.unknown
+        assert found.edge_ratio is None
+        assert (
+            "register" in rule.unknown or rule.norm is not None or "does not move" in rule.unknown
+        )
+
+
+def test_most_are_known() -> None:
+    """Catches a class that is no longer read: as many of each package as today, at least."""
+    known: dict[str, int] = {}
+    for each in EVERY:
+        kind = each.values[0]
+        if isinstance(kind, type) and UpdateRule.reader_of(kind)[1] is not None:
+            package = kind.__module__.split(".")[0]
+            known[package] = known.get(package, 0) + 1
+    # Muon came with a later version of torch than the oldest that is supported.
+    assert known["torch"] >= 14
+    assert known["torch_optimizer"] == 9
+    assert known.get("schedulefree", 3) == 3
