@@ -101,7 +101,7 @@ def margins_table(margins: StabilityMargins, said: str = "") -> Table:
     # Title and caption are as wide as the table.
     table = Table(title=_title(margins), caption=Text(below) if below else None, min_width=72)
     table.add_column("quantity", overflow="fold")
-    for heading in ("value", "limit", "value / limit"):
+    for heading in ("value", "limit", "ratio"):
         table.add_column(heading, justify="right")
     for name, result in margins.results.items():
         if result.value is None and result.failure is None:
