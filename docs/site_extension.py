@@ -28,6 +28,7 @@ CONTENTS = """
 
 docs/quickstart
 docs/reading-margins
+docs/diagnosing
 docs/auto_gallery/index
 ```
 

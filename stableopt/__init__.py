@@ -31,6 +31,7 @@ from stableopt.suggest import Suggestion, Suggestions, suggest
 if TYPE_CHECKING:
     from stableopt import steering
     from stableopt.optim import LBFGS
+    from stableopt.recorder import FlightRecorder
     from stableopt.steering import (
         AdaptiveAccumulation,
         AdaptiveBatchSampler,
@@ -47,6 +48,7 @@ __all__ = [
     "AdaptiveBatchSampler",
     "ConsoleSink",
     "CriticalLR",
+    "FlightRecorder",
     "JSONLinesSink",
     "Problem",
     "StabilityController",
@@ -77,6 +79,7 @@ _ON_DEMAND = {
     "LBFGS": "optim",
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
+    "FlightRecorder": "recorder",
     "StabilityController": "steering",
     "StabilityLR": "steering",
     "TargetRegion": "steering",

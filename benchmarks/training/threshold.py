@@ -35,7 +35,7 @@ class Threshold:
 class Allowed:
     """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size.
 
-    Where training diverged there is no minimum: ``full_batch`` is ``None``, and the others are missing.
+    Where training diverged no minimum exists: ``full_batch`` is ``None``, and the others are missing.
     """
 
     full_batch: float | None

@@ -1,0 +1,126 @@
+"""`Evidence`: the last steps and measurements of a run, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from stableopt.stability.measure.margins import StabilityMargins
+
+__all__ = ["Evidence", "MeasuredRecord", "StepRecord", "robust_score"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of the optimizer.
+
+    Attributes:
+        step: its number, from 1.
+        lr: the largest learning rate among the groups.
+        loss: of the batch, where the training loop reports it.
+        grad_norms: the norm of the gradient of each layer that has one.
+        batch: what identifies the batch, where the training loop reports it.
+    """
+
+    step: int
+    lr: float
+    loss: float | None = None
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    batch: Sequence[int] | None = None
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm of the whole gradient.
+
+        >>> StepRecord(1, 0.1, grad_norms={"0": 3.0, "2": 4.0}).grad_norm
+        5.0
+        """
+        return math.hypot(*self.grad_norms.values())
+
+
+@dataclass(frozen=True)
+class MeasuredRecord:
+    """One measurement.
+
+    Attributes:
+        margins: what was measured.
+        shares: the share of each layer in the top eigenvector, the largest first.
+    """
+
+    margins: StabilityMargins
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The step after which it was made."""
+        return self.margins.step
+
+    @property
+    def ratio(self) -> float | None:
+        """The (preconditioned) sharpness over its limit."""
+        return self.margins.edge_ratio
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a report is made from: steps and measurements, oldest first.
+
+    Attributes:
+        steps: the last steps.
+        measured: the last measurements.
+        first_loss: the first loss of the run that was seen, or ``None``.
+        first_gains: for each layer with a matrix of weights, their root mean square times the root of
+            the number of inputs, when recording began: about 1 for usual initialisations.
+    """
+
+    steps: Sequence[StepRecord]
+    measured: Sequence[MeasuredRecord]
+    first_loss: float | None = None
+    first_gains: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and dicts."""
+        return {
+            "steps": [asdict(step) for step in self.steps],
+            "measured": [
+                {"margins": its.margins.to_dict(), "shares": dict(its.shares)}
+                for its in self.measured
+            ],
+            "first_loss": self.first_loss,
+            "first_gains": dict(self.first_gains),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Evidence:
+        """Return the evidence that :meth:`to_dict` wrote.
+
+        >>> known = Evidence([StepRecord(1, 0.1)], [MeasuredRecord(StabilityMargins(step=1))], 0.5)
+        >>> Evidence.from_dict(known.to_dict()) == known
+        True
+        """
+        return cls(
+            [StepRecord(**step) for step in state["steps"]],
+            [
+                MeasuredRecord(StabilityMargins.from_dict(its["margins"]), its["shares"])
+                for its in state["measured"]
+            ],
+            state["first_loss"],
+            state["first_gains"],
+        )
+
+
+def robust_score(value: float, before: Sequence[float]) -> float:
+    """Return by how many robust standard deviations ``value`` is above those before it.
+
+    The centre is the median and the width 1.4826 times the median absolute deviation, the standard
+    deviation of normal values, or a hundredth of the centre if that is more.
+
+    >>> round(robust_score(2.0, [1.0, 1.1, 0.9, 1.0, 1.2]), 1)
+    6.7
+    """
+    centre = median(before)
+    width = 1.4826 * median(abs(one - centre) for one in before)
+    return (value - centre) / max(width, 0.01 * abs(centre), 1e-300)

@@ -1,0 +1,287 @@
+"""`FlightRecorder`: keeps the last steps of a run, and writes a report when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt._support.arguments import instance, require_keys, whole
+from stableopt.curvature.problem.fsdp import local
+from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.recorder.alarms import Alarm, AlarmRules
+from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
+from stableopt.recorder.report import write_report
+from stableopt.recorder.verdict import verdict
+from stableopt.sinks.delivery import WarnOnce
+from stableopt.sinks.events import Event, Measured
+from stableopt.stability.measure.layers import layer_of, layer_shares
+
+__all__ = ["FlightRecorder"]
+
+_MOST_INDICES = 1024
+"""Indices of a batch that are kept."""
+
+
+class FlightRecorder:
+    """Watches a run through its monitor, and writes a report when the loss spikes or an edge is left.
+
+    A report says what happened, the likely cause, which layers held the top eigenvector, and shows
+    the steps and measurements before: ``report.md``, ``report.json``, and ``report.png`` where
+    matplotlib is installed. It is a folder ``step-<step>`` in ``folder`` that appears as a whole, so
+    that a killed run leaves only complete reports.
+
+    The recorder keeps numbers of the last ``window`` steps and measurements and nothing else. It adds
+    the norm of each parameter's gradient to a step, on the device, and reads them once every
+    ``check_every`` steps. It changes nothing in training and never raises into it; an error is warned
+    of once. Where several ranks train, rank 0 writes, from its own gradients.
+
+    Args:
+        monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
+        folder: where reports go; it is created with the first.
+        window: steps, and measurements, that are kept.
+        check_every: steps between two looks at losses and gradients, each of which waits for the
+            device.
+        rules: what counts as a spike.
+        measure: whether to measure at an alarm that no measurement gave, so that the report shows
+            the curvature at that moment. Not where several ranks train: all of them would have to.
+        most_reports: after so many, no more are written.
+        keep_weights: whether to keep a copy of the model's weights of the last measurement without
+            an alarm, and to write it into the report as ``last_good.pt``, for
+            ``torch.load(weights_only=True)``.
+
+    Attributes:
+        reports: the folders of the reports, oldest first.
+
+    Raises:
+        TypeError: for a ``monitor`` or ``rules`` of another kind.
+        ValueError: for numbers out of range.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.8)  # the limit is 1/3
+    >>> monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recorder = FlightRecorder(monitor, folder)
+    ...     for _ in range(5):
+    ...         loss = nn.MSELoss()(model(x), y)
+    ...         recorder.loss(loss)
+    ...         optimizer.zero_grad()
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...     recorder.close()
+    ...     print(sorted(path.name for path in Path(folder).glob("*")))
+    ['step-5']
+    """
+
+    def __init__(
+        self,
+        monitor: StabilityMonitor,
+        folder: str | os.PathLike[str],
+        *,
+        window: int = 200,
+        check_every: int = 5,
+        rules: AlarmRules | None = None,
+        measure: bool = True,
+        most_reports: int = 10,
+        keep_weights: bool = False,
+    ) -> None:
+        self._monitor = instance("monitor", monitor, StabilityMonitor)
+        self._rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
+        self.folder = Path(folder)
+        self._window, self._check_every = whole("window", window), whole("check_every", check_every)
+        self._measure = measure and not monitor.problem.ranks.several
+        self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
+        self._steps: deque[StepRecord] = deque(maxlen=window)
+        self._measured: deque[MeasuredRecord] = deque(maxlen=window)
+        self._pending: list[tuple[StepRecord, Tensor | None, Tensor | None]] = []
+        self._loss: Tensor | None = None
+        self._batch: list[int] | None = None
+        self._first_loss: float | None = None
+        self._quiet_until = 0
+        self._good: dict[str, Tensor] | None = None
+        self._first_gains = self._gains()
+        self._warn = WarnOnce(active=monitor.problem.ranks.rank == 0)
+        self._writes = monitor.problem.ranks.rank == 0
+        self.reports: list[Path] = []
+        monitor.sinks.append(self)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step) for optimizer in [monitor.optimizer]
+        ] + [monitor.optimizer.register_step_post_hook(self._after_step)]
+
+    def loss(self, loss: Tensor | float, batch: Sequence[int] | Tensor | None = None) -> None:
+        """Report the loss of the batch of the next step, and what identifies the batch.
+
+        Args:
+            loss: a scalar; a tensor is read later, without a wait for the device now.
+            batch: such as the indices of its samples; the first 1,024 are kept.
+        """
+        try:
+            self._loss = torch.as_tensor(loss).detach().mean().clone()
+            if batch is not None:
+                listed = batch.tolist() if isinstance(batch, Tensor) else list(batch)
+                self._batch = listed[:_MOST_INDICES]
+        except Exception as error:
+            self._warn("the flight recorder cannot read a loss", f"{type(error).__name__}: {error}")
+
+    @property
+    def evidence(self) -> Evidence:
+        """The steps and measurements that are kept, as far as they have been read."""
+        return Evidence(
+            list(self._steps), list(self._measured), self._first_loss, self._first_gains
+        )
+
+    def receive(self, event: Event) -> None:
+        """Take a measurement from the monitor, whose sink this is."""
+        if isinstance(event, Measured):
+            self._guarded(lambda: self._take(event))
+
+    def _take(self, event: Measured) -> None:
+        self._drain()
+        problem = self._monitor.problem
+        margins, shares = event.margins, {}
+        vectors = self._monitor.eigenvectors
+        vector = vectors.get("preconditioned_sharpness", vectors.get("sharpness"))
+        sizes = [shape.numel() for shape in problem.shapes]
+        if margins.failure is None and vector is not None and not problem.sharded:
+            shares = layer_shares(vector, problem.names, sizes)
+        if self._first_loss is None and margins.loss is not None:
+            self._first_loss = margins.loss
+        self._measured.append(MeasuredRecord(margins, shares))
+        alarm = self._look()
+        if alarm is None and self._keep_weights and margins.failure is None:
+            state = self._monitor.problem.model.state_dict()
+            self._good = {
+                name: value.detach().to("cpu", copy=True)
+                for name, value in state.items()
+                if isinstance(value, Tensor)
+            }
+
+    def close(self) -> None:
+        """Look once more, and detach from optimizer and monitor."""
+        self._guarded(self._look)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self in self._monitor.sinks:
+            self._monitor.sinks.remove(self)
+
+    def __enter__(self) -> FlightRecorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept as plain numbers, lists and dicts; weights are left out."""
+        self._drain()
+        return {
+            "evidence": self.evidence.to_dict(),
+            "quiet_until": self._quiet_until,
+            "reports": [str(path) for path in self.reports],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: if something is missing.
+        """
+        require_keys(state, self.state_dict())
+        known = Evidence.from_dict(state["evidence"])
+        self._steps = deque(known.steps, maxlen=self._window)
+        self._measured = deque(known.measured, maxlen=self._window)
+        self._first_loss, self._first_gains = known.first_loss, dict(known.first_gains)
+        self._quiet_until = int(state["quiet_until"])
+        self.reports = [Path(path) for path in state["reports"]]
+
+    def _guarded(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._warn("the flight recorder failed", f"{type(error).__name__}: {error}")
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._guarded(self._note)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if len(self._pending) >= self._check_every:
+            self._guarded(self._look)
+
+    def _note(self) -> None:
+        norms = [
+            torch.zeros((), device=p.device, dtype=torch.float32)
+            if p.grad is None
+            else torch.linalg.vector_norm(_values(p.grad), dtype=torch.float32)
+            for p in self._monitor.problem.params
+        ]
+        groups = self._monitor.optimizer.param_groups
+        lr = max((float(group["lr"]) for group in groups if "lr" in group), default=0.0)
+        step = StepRecord(self._monitor.step + 1, lr, batch=self._batch)
+        self._pending.append((step, torch.stack(norms), self._loss))
+        self._loss = self._batch = None
+
+    def _drain(self) -> None:
+        """Read the pending steps from the device: one transfer for all norms, one for all losses."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        rows = torch.stack([norms for _, norms, _ in pending if norms is not None]).tolist()
+        known = [loss for _, _, loss in pending if loss is not None]
+        losses = iter(torch.stack([loss.to(known[0]) for loss in known]).tolist() if known else [])
+        names = self._monitor.problem.names
+        for (step, _, loss), row in zip(pending, rows, strict=True):
+            squares: dict[str, float] = {}
+            for name, norm in zip(names, row, strict=True):
+                squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + norm * norm
+            value = None if loss is None else next(losses)
+            if self._first_loss is None:
+                self._first_loss = value
+            norms_of = {layer: square**0.5 for layer, square in squares.items()}
+            self._steps.append(StepRecord(step.step, step.lr, value, norms_of, step.batch))
+
+    def _gains(self) -> dict[str, float]:
+        problem = self._monitor.problem
+        named = [(n, p) for n, p in zip(problem.names, problem.params, strict=True) if p.dim() > 1]
+        if not named or problem.sharded:
+            return {}
+        with torch.no_grad():
+            gains = [p.detach().float().square().sum() / p.shape[0] for _, p in named]
+        return {
+            layer_of(name): gain**0.5
+            for (name, _), gain in zip(named, torch.stack(gains).tolist(), strict=True)
+        }
+
+    def _look(self) -> Alarm | None:
+        """Write a report if there is an alarm; return the alarm."""
+        self._drain()
+        evidence = self.evidence
+        alarm = self._rules.alarm(evidence)
+        if alarm is None:
+            return None
+        if self._writes and alarm.step >= self._quiet_until:
+            self._quiet_until = alarm.step + self._window
+            if len(self.reports) < self._most_reports:
+                if self._measure and self._last_measured() < self._monitor.step:
+                    self._monitor.measure()  # which comes back by `receive`, and is quiet now
+                    evidence = self.evidence
+                found = verdict(alarm, evidence)
+                self.reports.append(write_report(self.folder, alarm, found, evidence, self._good))
+        return alarm
+
+    def _last_measured(self) -> int:
+        return self._measured[-1].step if self._measured else -1
+
+    def __repr__(self) -> str:
+        return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"
+
+
+def _values(gradient: Tensor) -> Tensor:
+    values = local(gradient.detach())
+    return values.coalesce().values() if values.is_sparse else values

@@ -1,0 +1,198 @@
+"""`verdict`: what the evidence says about the cause of an alarm, in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from stableopt.recorder.alarms import Alarm
+from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord, robust_score
+
+__all__ = ["Verdict", "verdict"]
+
+_LR_RISE, _LR_STEPS = 1.2, 50
+"""A learning rate counts as raised if it is so many times the median of the steps before, and the rise
+is at most so many steps before the alarm."""
+
+_BATCH_SIZE_DROP = 1.5
+_GRADIENT_SCORE, _GRADIENT_LEAP = 10.0, 4.0
+"""Robust standard deviations, and factor over the step before, of the gradient of an odd batch: a
+direction that grows by instability grows over several steps."""
+
+_GAIN_FACTOR = 3.0
+"""Factor of a layer's gain over the median of the others from which it counts as scaled up."""
+
+_BEYOND = 1.25
+"""Ratio above which a measurement before an odd batch explains more than the batch: at the edge of
+stability ratios hover around 1."""
+
+_HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The likely cause of an alarm.
+
+    Attributes:
+        cause: ``"learning rate"``, ``"batch"``, ``"batch size"``, ``"layer"``, ``"edge"``,
+            ``"not finite"`` or ``"unknown"``.
+        text: sentences.
+        layer: the layer that the evidence names, or ``None``.
+        step: the step at which it began, or ``None``.
+    """
+
+    cause: str
+    text: str
+    layer: str | None = None
+    step: int | None = None
+
+
+def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
+    """Return the likely cause of ``alarm``.
+
+    A raised learning rate comes first, since it makes every other sign. A smaller batch follows, then
+    the gradient of an odd batch, a layer whose weights began far larger than the others', which makes
+    its neighbours sharp, and then a layer that holds a sharpness above its limit.
+
+    >>> steps = [StepRecord(k, 0.1 if k < 40 else 0.3) for k in range(50)]
+    >>> verdict(Alarm("loss", 50, "the loss rose"), Evidence(steps, [])).text
+    'The loss rose. The learning rate rose from 0.1 to 0.3 at step 40.'
+    """
+    said = alarm.text[0].upper() + alarm.text[1:] + "."
+    edge = _edge(evidence)
+    beyond = f" {edge.text}" if edge is not None else ""
+    jump = _lr_jump(alarm, evidence)
+    if jump is not None:
+        layer = edge.layer if edge is not None else None
+        return Verdict("learning rate", f"{said} {jump.text}{beyond}", layer, jump.step)
+    smaller = _smaller_batch(evidence)
+    if smaller is not None:
+        return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
+    odd = _odd_batch(evidence)
+    if odd is not None and not _beyond(evidence, odd.step or 0):
+        return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
+    scaled = _scaled_layer(evidence)
+    early = not evidence.steps or evidence.steps[0].step == 1
+    if scaled is not None and (early or edge is not None):
+        gain, usual = evidence.first_gains[scaled], _others(evidence, scaled)
+        began = (
+            f" The weights of {scaled} were {gain / usual:.3g} times as large as those of the other"
+            " layers when recording began, for its number of inputs."
+        )
+        return Verdict("layer", f"{said}{began}{beyond}", scaled, alarm.step)
+    if edge is not None:
+        return Verdict(edge.cause, f"{said}{beyond}", edge.layer, edge.step)
+    if alarm.kind == "not finite":
+        return Verdict("not finite", said, _not_finite_layer(evidence), alarm.step)
+    return Verdict(
+        "unknown",
+        f"{said} Learning rate, batch size and gradients were as before, and no sharpness above its"
+        " limit was measured.",
+    )
+
+
+def _lr_jump(alarm: Alarm, evidence: Evidence) -> Verdict | None:
+    steps = [its for its in evidence.steps if its.lr > 0]
+    found: tuple[float, Verdict] | None = None
+    for at in range(1, len(steps)):
+        before = median(its.lr for its in steps[max(0, at - 20) : at])
+        factor = steps[at].lr / before
+        recent = alarm.step - steps[at].step <= _LR_STEPS
+        if recent and factor >= _LR_RISE and (found is None or factor > 1.01 * found[0]):
+            text = (
+                f"The learning rate rose from {before:.3g} to {steps[at].lr:.3g} at step"
+                f" {steps[at].step:,}."
+            )
+            found = factor, Verdict("learning rate", text, step=steps[at].step)
+    return None if found is None else found[1]
+
+
+def _smaller_batch(evidence: Evidence) -> Verdict | None:
+    sizes = [
+        (its.step, its.margins.batch_size) for its in evidence.measured if its.margins.batch_size
+    ]
+    for (_, before), (step, after) in pairwise(sizes[-6:]):
+        if before is not None and after is not None and before >= _BATCH_SIZE_DROP * after:
+            text = f"The batch size fell from {before} to {after}, by step {step:,}."
+            return Verdict("batch size", text, step=step)
+    return None
+
+
+def _odd_batch(evidence: Evidence) -> Verdict | None:
+    steps: list[StepRecord] = [its for its in evidence.steps if its.grad_norms]
+    for at in range(10, len(steps)):
+        its, norm = steps[at], steps[at].grad_norm
+        before = [one.grad_norm for one in steps[max(0, at - 50) : at]]
+        if not all(map(math.isfinite, before)):
+            return None
+        leap = norm / max(before[-1], 1e-300)
+        odd = not math.isfinite(norm) or (
+            robust_score(norm, before) > _GRADIENT_SCORE and leap > _GRADIENT_LEAP
+        )
+        if odd:
+            layer = max(its.grad_norms, key=lambda name: _finite_or_inf(its.grad_norms[name]))
+            which = "" if its.batch is None else f" of the samples {_listed(its.batch)}"
+            text = (
+                f"The gradient of the batch{which} at step {its.step:,} was {norm:.3g}, where"
+                f" {median(before):.3g} was usual; it is largest in {layer}."
+            )
+            return Verdict("batch", text, layer, its.step)
+    return None
+
+
+def _edge(evidence: Evidence) -> Verdict | None:
+    """Return the layer that holds a sharpness above its limit."""
+    over: MeasuredRecord | None = None
+    for its in reversed(evidence.measured):
+        if its.ratio is None:
+            continue
+        if its.ratio <= 1:
+            break
+        over = its
+    if over is None:
+        return None
+    assert over.ratio is not None
+    margins = over.margins
+    name = "sharpness" if margins.preconditioned_sharpness is None else "preconditioned sharpness"
+    first = "was" if over is evidence.measured[0] else "crossed its limit and was"
+    text = f"The {name} {first} {over.ratio:.3g} times its limit at step {over.step:,}"
+    layer, share = next(iter(over.shares.items()), (None, 0.0))
+    text += f", {share:.0%} of it in {layer}." if layer else "."
+    cause = "layer" if share >= _HALF else "edge"
+    return Verdict(cause, text, layer, over.step)
+
+
+def _beyond(evidence: Evidence, step: int) -> bool:
+    return any(its.step < step and (its.ratio or 0.0) > _BEYOND for its in evidence.measured)
+
+
+def _scaled_layer(evidence: Evidence) -> str | None:
+    gains = evidence.first_gains
+    if len(gains) < 2:
+        return None
+    top = max(gains, key=lambda name: gains[name])
+    return top if gains[top] > _GAIN_FACTOR * _others(evidence, top) else None
+
+
+def _others(evidence: Evidence, name: str) -> float:
+    gains = evidence.first_gains
+    return max(median(gain for other, gain in gains.items() if other != name), 1e-300)
+
+
+def _not_finite_layer(evidence: Evidence) -> str | None:
+    for its in evidence.steps:
+        for layer, norm in its.grad_norms.items():
+            if not math.isfinite(norm):
+                return layer
+    return None
+
+
+def _finite_or_inf(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _listed(batch: object) -> str:
+    shown = [str(one) for one in batch] if isinstance(batch, (list, tuple)) else [str(batch)]
+    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")

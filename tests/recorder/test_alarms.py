@@ -1,0 +1,141 @@
+"""What calls for a report, and what does not."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from stableopt import StabilityMargins
+from stableopt.recorder import AlarmRules, Evidence, StepRecord
+from stableopt.recorder.evidence import MeasuredRecord, robust_score
+from stableopt.stability import Measurement, QuantityResult
+
+
+def steps(losses: Sequence[float | None]) -> list[StepRecord]:
+    return [StepRecord(k, 0.1, loss) for k, loss in enumerate(losses, start=1)]
+
+
+def measured(ratios: Sequence[float | None], losses: Sequence[float]) -> list[MeasuredRecord]:
+    return [
+        MeasuredRecord(
+            StabilityMargins(step=10 * k, loss=loss, sharpness=ratio, sharpness_limit=1.0)
+        )
+        for k, (ratio, loss) in enumerate(zip(ratios, losses, strict=True), start=1)
+    ]
+
+
+def kind(evidence: Evidence, rules: AlarmRules | None = None) -> str | None:
+    found = (rules or AlarmRules()).alarm(evidence)
+    return None if found is None else found.kind
+
+
+def noisy(count: int, level: Callable[[int], float]) -> list[float]:
+    random.seed(0)
+    return [level(k) * math.exp(random.gauss(0, 0.3)) for k in range(count)]
+
+
+def test_a_robust_score_is_in_standard_deviations() -> None:
+    """Catches a width that a single odd value changes."""
+    random.seed(0)
+    normal = [random.gauss(5.0, 2.0) for _ in range(4000)]
+    # The error of the median absolute deviation of 4,000 values is about 2 %.
+    assert robust_score(11.0, normal) == pytest.approx(3.0, rel=0.06)
+    assert robust_score(11.0, [*normal, 1e9]) == pytest.approx(3.0, rel=0.06)
+    assert robust_score(2.0, [1.0] * 5) == pytest.approx(100.0)
+
+
+def test_losses_that_fall_with_noise_give_no_alarm() -> None:
+    """Catches an alarm in a healthy run, at any of its steps."""
+    losses = noisy(600, lambda k: 2.3 * math.exp(-k / 80) + 0.01)
+    for end in range(5, 600, 5):
+        first = max(0, end - 200)
+        assert kind(Evidence(steps(losses[first:end]), [], losses[0])) is None, end
+
+
+def test_an_odd_sample_near_a_minimum_is_no_spike() -> None:
+    """Catches an alarm for a batch whose one hard sample costs a twentieth of the first loss."""
+    losses = noisy(200, lambda k: 1e-3)
+    losses[-3] = 0.12
+    assert kind(Evidence(steps(losses), [], 2.3)) is None
+
+
+def test_a_spike_is_one_where_the_loss_leaps_by_its_noise_and_by_much() -> None:
+    """Catches a spike that is missed, and one that is seen before it is there."""
+    losses = noisy(205, lambda k: 0.1 if k < 200 else 1.0)
+    assert kind(Evidence(steps(losses[:200]), [], 2.3)) is None
+    assert kind(Evidence(steps(losses), [], 2.3)) == "loss"
+    assert kind(Evidence(steps(losses), [], 2.3), AlarmRules(loss_rise=0.9)) is None
+    assert kind(Evidence(steps(losses), [], 2.3), AlarmRules(loss_factor=50.0)) is None
+
+
+def test_a_loss_above_the_first_one_is_a_spike_at_once() -> None:
+    """Catches fine-tuning that diverges in its first steps, before there is any statistics."""
+    assert kind(Evidence(steps([2.3, 3.0, 9.0, 20.0, 30.0]), [], 2.3)) == "loss"
+    assert kind(Evidence(steps([2.3, 3.0, 3.0, 3.0, 3.0]), [], 2.3)) is None
+    assert kind(Evidence(steps([2.3, 3.0, 9.0, 20.0, 30.0]), [], None)) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_an_alarm(bad: float) -> None:
+    """Catches a comparison with NaN, which is always false."""
+    assert kind(Evidence(steps([1.0, bad]), [])) == "not finite"
+    gradient = StepRecord(3, 0.1, 1.0, {"0": 1.0, "2": bad})
+    assert kind(Evidence([gradient], [])) == "not finite"
+    margins = StabilityMargins(step=5, failure="not finite: the loss is nan")
+    assert kind(Evidence([], [MeasuredRecord(margins)])) == "not finite"
+    other = StabilityMargins(step=5, failure="ValueError: something else")
+    assert kind(Evidence([], [MeasuredRecord(other)])) is None
+
+
+def test_a_ratio_is_an_alarm_where_the_loss_does_not_fall() -> None:
+    """Catches alarms at the edge of stability, and in a catapult that ends well."""
+    assert kind(Evidence([], measured([0.9, 1.4], [1.0, 1.1]))) is None
+    assert kind(Evidence([], measured([0.9, 1.6], [1.0, 0.9]))) is None
+    assert kind(Evidence([], measured([0.9, 1.6], [1.0, 1.1]))) == "ratio"
+    assert kind(Evidence([], measured([1.6], [1.0]), first_loss=0.9)) == "ratio"
+    assert kind(Evidence([], measured([1.6], [1.0]), first_loss=1.1)) is None
+    assert kind(Evidence([], measured([None], [1.0]))) is None
+
+
+def test_the_probe_loss_spikes_without_losses_of_batches() -> None:
+    """Catches a recorder that is blind where the loop reports no losses."""
+    calm = [1.0, 0.8, 0.7, 0.6, 0.5, 0.45]
+    assert kind(Evidence([], measured([0.9] * 6, calm), 1.0)) is None
+    assert kind(Evidence([], measured([0.9] * 7, [*calm, 5.0]), 1.0)) == "loss"
+
+
+def test_the_realised_edge_alarms_after_several_measurements_beyond_two_errors() -> None:
+    """Catches an alarm for one step uphill, which mini-batches make all the time."""
+
+    def records(values: Sequence[tuple[float | None, float]]) -> list[MeasuredRecord]:
+        return [
+            MeasuredRecord(
+                StabilityMargins(
+                    results={
+                        "realised_edge": QuantityResult(
+                            value=value,
+                            measurement=None
+                            if value is None
+                            else Measurement(value, error, 1, 0.0, True),
+                        )
+                    }
+                )
+            )
+            for value, error in values
+        ]
+
+    assert kind(Evidence([], records([(1.5, 0.1)] * 3))) == "realised edge"
+    assert kind(Evidence([], records([(1.5, 0.1)] * 2))) is None
+    assert kind(Evidence([], records([(1.5, 0.1), (0.9, 0.1), (1.5, 0.1)]))) is None
+    assert kind(Evidence([], records([(1.5, 0.3)] * 3))) is None  # 1.5 - 2 x 0.45
+    assert kind(Evidence([], records([(None, 0.0)] * 3))) is None
+
+
+@pytest.mark.parametrize("name", ["loss_score", "loss_rise", "loss_factor", "ratio", "patience"])
+def test_rules_have_positive_numbers(name: str) -> None:
+    """Catches a rule that alarms at every step."""
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        AlarmRules(**{name: 0})  # type: ignore[arg-type]

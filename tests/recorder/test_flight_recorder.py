@@ -1,0 +1,260 @@
+"""The flight recorder on real runs: planted causes, what it writes, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stableopt
+from stableopt import FlightRecorder, StabilityMonitor
+from stableopt.recorder import AlarmRules
+
+LOSS = nn.MSELoss()
+
+# Runs that spike may end where the loss is not finite, and the monitor then says so.
+pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(128, 8, generator=generator)
+    return x, torch.stack([x[:, :4].sum(1).sin(), x[:, 4:].sum(1).cos()], dim=1)
+
+
+class Run:
+    """A small network that trains on batches of 32 with a recorder."""
+
+    def __init__(self, folder: Path, *, lr: float = 0.1, record: bool = True, **options: Any):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        self.x, self.y = data()
+        self.monitor = StabilityMonitor(
+            self.optimizer, self.model, LOSS, (self.x, self.y), every=10
+        )
+        self.recorder = FlightRecorder(self.monitor, folder, **options) if record else None
+        self.generator = torch.Generator().manual_seed(2)
+        self.steps = 0
+        self.good: dict[str, Tensor] = {}
+
+    def train(self, steps: int, *, spoil: float = 1.0) -> None:
+        for _ in range(steps):
+            self.steps += 1
+            rows = torch.randint(128, (32,), generator=self.generator)
+            loss = LOSS(self.model(self.x[rows]), self.y[rows] * spoil)
+            if self.recorder is not None:
+                self.recorder.loss(loss, rows)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    def report(self) -> dict[str, Any]:
+        assert self.recorder is not None
+        (path,) = self.recorder.reports
+        found: dict[str, Any] = json.loads((path / "report.json").read_text())
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(tmp_path / "flight")
+    yield made
+    made.monitor.close()
+
+
+@pytest.fixture(scope="module")
+def spiked(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a run whose learning rate rises from 0.1 to 3 at step 81."""
+    made = Run(tmp_path_factory.mktemp("spiked"), keep_weights=True)
+    made.train(80)
+    made.good = {name: value.clone() for name, value in made.model.state_dict().items()}
+    made.optimizer.param_groups[0]["lr"] = 3.0
+    made.train(25)
+    return made
+
+
+def test_a_healthy_run_writes_nothing(run: Run, tmp_path: Path) -> None:
+    """Catches a false alarm, and a folder that is made before it is needed."""
+    run.train(100)
+    run.recorder.close()
+    assert run.recorder.reports == []
+    assert not (tmp_path / "flight").exists()
+
+
+def test_a_raised_learning_rate_is_found(spiked: Run) -> None:
+    """Catches a spike without a report, and one whose cause is not the planted one."""
+    found = spiked.report()
+    assert found["verdict"]["cause"] == "learning rate"
+    assert found["verdict"]["step"] == 81
+    assert "The learning rate rose from 0.1 to 3 at step 81." in found["verdict"]["text"]
+    assert 81 <= found["alarm"]["step"] <= 105
+    steps = found["evidence"]["steps"]
+    assert [its["step"] for its in steps] == list(range(1, len(steps) + 1))
+    assert len(steps[0]["batch"]) == 32
+    assert set(steps[0]["grad_norms"]) == {"0", "2", "4"}
+    assert sum(found["evidence"]["measured"][-1]["shares"].values()) == pytest.approx(1.0)
+
+
+def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
+    """Catches a batch that is blamed on the curvature it leaves behind."""
+    run.train(70)
+    state = run.generator.get_state()
+    run.train(1, spoil=200.0)
+    after = run.generator.get_state()
+    run.generator.set_state(state)
+    rows = torch.randint(128, (32,), generator=run.generator).tolist()
+    run.generator.set_state(after)
+    run.train(20)
+    found = run.report()
+    assert (found["verdict"]["cause"], found["verdict"]["step"]) == ("batch", 71)
+    assert ", ".join(map(str, rows[:8])) in found["verdict"]["text"]
+
+
+def test_a_scaled_layer_is_found_in_the_first_steps(tmp_path: Path) -> None:
+    """Catches a recorder that needs a history, and one that names a neighbour."""
+    run = Run(tmp_path)
+    with torch.no_grad():
+        run.model[4].weight.mul_(20.0)
+    run.recorder.close()
+    run.recorder = FlightRecorder(run.monitor, tmp_path)
+    run.train(5)
+    found = run.report()
+    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("layer", "4")
+    assert found["alarm"]["step"] == 5
+
+
+def test_the_report_reads_well(spiked: Run) -> None:
+    """Catches Markdown that is broken, and a figure that is missing or empty."""
+    (path,) = spiked.recorder.reports
+    assert path.name == f"step-{spiked.report()['alarm']['step']}"
+    names = ["last_good.pt", "report.json", "report.md", "report.png"]
+    assert sorted(its.name for its in path.iterdir()) == names
+    text = (path / "report.md").read_text()
+    assert text.startswith("# Step ")
+    assert "Likely cause: **learning rate**" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.count(" | ") for line in rows} <= {4, 5}
+    assert (path / "report.png").stat().st_size > 10_000
+
+
+def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
+    """Catches a recorder that changes gradients, the random state, or the order of anything."""
+    recorded, bare = Run(tmp_path), Run(tmp_path, record=False)
+    for one in (recorded, bare):
+        one.train(50)
+        one.optimizer.param_groups[0]["lr"] = 3.0
+        one.train(15)
+    assert recorded.recorder.reports
+    for mine, other in zip(recorded.model.parameters(), bare.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
+    """Catches a report for every step of a run that is lost, and lists that grow."""
+    run = Run(tmp_path, lr=3.0, window=20, most_reports=2)
+    run.train(80)
+    assert len(run.recorder.evidence.steps) == 20
+    assert len(run.recorder.evidence.measured) <= 20
+    assert 1 <= len(run.recorder.reports) <= 2
+    assert len(list(tmp_path.iterdir())) == len(run.recorder.reports)
+
+
+def test_a_checkpoint_continues_the_window(tmp_path: Path) -> None:
+    """Catches a resumed run that has forgotten what was usual."""
+    whole = Run(tmp_path / "a")
+    whole.train(40)
+    state = whole.recorder.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    other = Run(tmp_path / "b")
+    other.recorder.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.recorder.evidence == whole.recorder.evidence
+    with pytest.raises(ValueError, match="evidence"):
+        other.recorder.load_state_dict({})
+
+
+def test_the_last_good_weights_are_those_before_the_spike(spiked: Run) -> None:
+    """Catches weights that are kept after the alarm, or that need pickle to load."""
+    kept = torch.load(spiked.recorder.reports[0] / "last_good.pt", weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in spiked.good.items())
+
+
+def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path) -> None:
+    """Catches a full disk or a typing error that ends the training."""
+    (tmp_path / "file").write_text("")
+    run = Run(tmp_path / "file" / "flight", window=20)
+    run.train(60)
+    run.optimizer.param_groups[0]["lr"] = 3.0
+    with pytest.warns(RuntimeWarning, match="the flight recorder failed: NotADirectory") as seen:
+        run.train(60)
+    assert len([its for its in seen if "flight recorder" in str(its.message)]) == 1
+
+
+def test_hostile_losses_and_gradients(run: Run) -> None:
+    """Catches what a clumsy loop passes: floats, vectors, rubbish; and parameters without gradient."""
+    run.recorder.loss(1.5)
+    run.train(1)
+    run.recorder.loss(torch.tensor([1.0, 3.0]))
+    run.model[0].weight.grad = None
+    run.optimizer.step()
+    with pytest.warns(RuntimeWarning, match="cannot read a loss"):
+        run.recorder.loss("two")  # type: ignore[arg-type]
+    run.optimizer.step()
+    state = run.recorder.state_dict()["evidence"]["steps"]
+    assert [its["loss"] for its in state][1:] == [2.0, None]
+    assert [its["step"] for its in state] == [1, 2, 3]
+
+
+def test_closing_detaches(run: Run) -> None:
+    """Catches hooks that stay behind."""
+    run.recorder.close()
+    run.recorder.close()
+    run.train(20)
+    assert list(run.recorder.evidence.steps) == []
+    assert run.monitor.sinks == []
+
+
+def test_arguments(run: Run, tmp_path: Path) -> None:
+    """Catches a clumsy call that fails much later."""
+    with pytest.raises(TypeError, match="expected a StabilityMonitor"):
+        FlightRecorder(run.optimizer, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rules="):
+        FlightRecorder(run.monitor, tmp_path, rules={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window=0"):
+        FlightRecorder(run.monitor, tmp_path, window=0)
+    assert stableopt.FlightRecorder is FlightRecorder
+    assert AlarmRules(ratio=2).ratio == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
+def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
+    """Catches a report that is half written when the process is killed within it."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict, report
+        folder = Path(sys.argv[1])
+        parts = Alarm("loss", 7, "the loss rose"), Verdict("unknown", "It rose."), Evidence([], [])
+        report.write_report(folder, *parts)
+        report.markdown = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        report.write_report(folder, *parts)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-7"]
+    json.loads((tmp_path / "step-7" / "report.json").read_text())
+    assert len(list(tmp_path.glob(".unfinished-*"))) == 1

@@ -1,0 +1,124 @@
+"""What evidence says about the cause."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stableopt import StabilityMargins
+from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict, verdict
+from stableopt.recorder.evidence import MeasuredRecord
+
+ROSE = Alarm("loss", 60, "the loss rose from 0.1 to 3")
+
+
+def step(number: int, lr: float = 0.1, norm: float = 1.0, **more: Any) -> StepRecord:
+    return StepRecord(number, lr, 0.1, {"0": norm, "2": 0.1}, **more)
+
+
+def at(
+    step: int,
+    ratio: float,
+    shares: dict[str, float] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> MeasuredRecord:
+    margins = StabilityMargins(
+        step=step,
+        sharpness=20 * ratio,
+        sharpness_limit=20.0,
+        batch_size=batch_size,
+    )
+    return MeasuredRecord(margins, shares or {"2": 0.61, "0": 0.39})
+
+
+def said(
+    steps: list[StepRecord], measured: list[MeasuredRecord], gains: dict[str, float] | None = None
+) -> Verdict:
+    return verdict(ROSE, Evidence(steps, measured, 2.3, gains or {}))
+
+
+CALM = [step(k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
+
+
+def test_a_raised_learning_rate_comes_first() -> None:
+    """Catches a layer that is blamed for what the learning rate has done."""
+    steps = [step(k, lr=0.1 if k < 50 else 0.12, norm=1.2 ** max(0, k - 50)) for k in range(1, 61)]
+    found = said(steps, [at(40, 0.9), at(60, 1.1)])
+    assert (found.cause, found.step) == ("learning rate", 50)
+    assert found.text == (
+        "The loss rose from 0.1 to 3. The learning rate rose from 0.1 to 0.12 at step 50. The"
+        " sharpness crossed its limit and was 1.1 times its limit at step 60, 61% of it in 2."
+    )
+
+
+def test_an_old_or_small_rise_is_not_blamed() -> None:
+    """Catches warm-up long ago as the cause of everything."""
+    old = [step(k, lr=0.01 if k < 5 else 0.1) for k in range(1, 61)]
+    assert said(old, []).cause == "unknown"
+    slow = [step(k, lr=0.1 * 1.005**k) for k in range(1, 61)]
+    assert said(slow, []).cause == "unknown"
+
+
+def test_an_odd_batch_is_named_with_its_samples() -> None:
+    """Catches a leap of the gradient that is missed, or is put on another step."""
+    steps = [*CALM[:54], step(55, norm=40.0, batch=[7, 3]), *CALM[55:]]
+    found = said(steps, [at(50, 1.1), at(60, 3.0)])
+    assert (found.cause, found.layer, found.step) == ("batch", "0", 55)
+    assert "of the samples 7, 3 at step 55 was 40, where 1.1 was usual" in found.text
+
+
+def test_a_gradient_that_grows_over_steps_is_no_odd_batch() -> None:
+    """Catches an instability that is taken for a batch."""
+    steps = [*CALM[:50], *(step(k, norm=1.5 ** (k - 50)) for k in range(51, 61))]
+    found = said(steps, [at(40, 0.9), at(50, 1.4)])
+    assert (found.cause, found.layer) == ("layer", "2")
+
+
+def test_an_edge_left_before_explains_the_gradient() -> None:
+    """Catches the consequence, a large gradient, as the cause."""
+    steps = [*CALM[:54], step(55, norm=40.0), *CALM[55:]]
+    assert said(steps, [at(50, 1.3)]).cause == "layer"
+
+
+def test_a_smaller_batch_is_named() -> None:
+    """Catches a change of the batch size that only the measurements know of."""
+    found = said(CALM, [at(40, 0.5, batch_size=64), at(50, 0.6, batch_size=4)])
+    assert (found.cause, found.step) == ("batch size", 50)
+    assert "The batch size fell from 64 to 4, by step 50." in found.text
+    assert said(CALM, [at(40, 0.5, batch_size=64), at(50, 0.6, batch_size=48)]).cause == "unknown"
+
+
+def test_the_edge_without_a_layer_that_holds_it() -> None:
+    """Catches a layer that is named for the largest of many small shares."""
+    found = said(CALM, [at(40, 0.9), at(60, 1.2, {"0": 0.3, "2": 0.25})])
+    assert (found.cause, found.layer) == ("edge", "0")
+
+
+def test_a_layer_with_large_weights_is_named_and_not_its_neighbours() -> None:
+    """Catches the top eigenvector's layer: scaling a layer up makes its neighbours sharp."""
+    gains = {"0": 0.6, "2": 0.58, "4": 5.8, "6": 0.6}
+    found = said(CALM, [at(10, 8.0, {"2": 0.9, "4": 0.1})], gains)
+    assert (found.cause, found.layer) == ("layer", "4")
+    assert "The weights of 4 were 9.67 times as large as those of the other layers" in found.text
+    assert said(CALM, [at(10, 0.5, {"2": 0.9})], gains).layer == "4"
+    assert said(CALM[20:], [at(40, 0.5, {"2": 0.9})], gains).cause == "unknown"  # long ago
+    usual = {"0": 0.6, "2": 1.4, "4": 0.7}
+    assert said(CALM, [at(10, 0.5, {"2": 0.9})], usual).cause == "unknown"
+
+
+def test_values_that_are_not_finite_name_their_layer() -> None:
+    """Catches a layer named at random where nothing else is known."""
+    bad = StepRecord(60, 0.1, 0.1, {"0": 1.0, "2": float("nan")})
+    alarm = Alarm("not finite", 60, "the gradient of 2 is not finite")
+    found = verdict(alarm, Evidence([*CALM[:59], bad], []))
+    assert (found.cause, found.layer) in {("batch", "2"), ("not finite", "2")}
+
+
+@pytest.mark.parametrize("evidence", [Evidence([], []), Evidence(CALM, [at(50, 0.9)])])
+def test_where_nothing_is_known_it_is_said(evidence: Evidence) -> None:
+    """Catches a cause that is made up."""
+    found = verdict(ROSE, evidence)
+    assert (found.cause, found.layer) == ("unknown", None)
+    assert "were as before" in found.text
