@@ -173,7 +173,7 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
         drawn = [y for line in panel.get_lines()[:-1] for y in line.get_ydata()]
         positive = [y for y in drawn if 0 < y < math.inf]
         many = bool(positive) and max(positive) > _LOG_FROM * min(positive)
-        if many and title in ("loss", "norm of the gradient"):
+        if many and title != "learning rate":
             panel.set_yscale("log")
     for panel in panels[2:]:
         panel.set_xlabel("step")
