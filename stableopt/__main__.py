@@ -18,11 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor", help="show what is installed, what is missing, and how a model is measured"
     )
     doctor.add_argument("model", nargs="?", help="module:name of a model or its factory")
+    doctor.add_argument(
+        "--optimizer",
+        metavar="MODULE:CLASS",
+        help="an optimizer class: whether its update rule is known, by which reader, with which limit",
+    )
     chosen = parser.parse_args(arguments)
     try:
-        print(diagnosis(chosen.model))
+        print(diagnosis(chosen.model, chosen.optimizer))
     except Exception as error:  # also from the user's module
-        parser.error(f"{chosen.model}: {type(error).__name__}: {error}")
+        asked = " ".join(name for name in (chosen.model, chosen.optimizer) if name)
+        parser.error(f"{asked}: {type(error).__name__}: {error}")
     return 0
 
 

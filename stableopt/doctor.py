@@ -1,13 +1,15 @@
-"""`diagnosis`: what stableopt finds on this machine, and how it would measure a given model.
+"""`diagnosis`: what stableopt finds here, and how it would measure a model and an optimizer.
 
 python -m stableopt doctor
 python -m stableopt doctor package.module:make_model
+python -m stableopt doctor --optimizer schedulefree:AdamWScheduleFree
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import platform
 import sys
@@ -19,8 +21,9 @@ from torch import nn
 
 from stableopt._version import __version__
 from stableopt.curvature.isolation.plain_kernels import compiled
+from stableopt.stability import UpdateRule
 
-__all__ = ["diagnosis", "machine", "product_method"]
+__all__ = ["diagnosis", "machine", "optimizer_rule", "product_method"]
 
 _OPTIONAL = {
     "tensorboard": "TensorBoardSink; pip install 'stableopt[tensorboard]'",
@@ -30,6 +33,9 @@ _OPTIONAL = {
     "wandb": "WandbSink; pip install 'stableopt[wandb]'",
     "rich": "ConsoleSink; pip install 'stableopt[console]'",
 }
+
+_STEPS = 500
+"""Steps with an optimizer whose limit is asked for: bias corrections then change it by little."""
 
 
 def machine() -> list[str]:
@@ -86,12 +92,96 @@ def product_method(model: nn.Module) -> list[str]:
     return lines
 
 
-def diagnosis(target: str | None = None) -> str:
-    """Return all lines, with those of ``target``, the ``"module:name"`` of a model or its factory."""
+def optimizer_rule(kind: type) -> list[str]:
+    r"""Return lines on how the optimizer class ``kind`` is read, and its limit with default settings.
+
+    The limit is that after 500 steps on a small problem, at the class's default learning rate.
+
+    >>> print(*optimizer_rule(torch.optim.RMSprop), sep="\n")    # doctest: +NORMALIZE_WHITESPACE
+    known: stableopt.stability.rules.readers.adaptive.read_rmsprop
+    limit: 200 on lambda_max(PH) = 2/lr at lr=0.01
+    preconditioner: diagonal
+    """
+    base, reader = UpdateRule.reader_of(kind)
+    if reader is None:
+        why = f"overrides the step of {base.__name__}" if base else "has no reader"
+        return [
+            f"not known: {kind.__name__} {why}",
+            "measured all the same: the sharpness, and margins along the step; no limit",
+            f"to give it one: UpdateRule.register({kind.__name__}, reader), or update_rule=",
+        ]
+    lines = [f"known: {reader.__module__}.{reader.__qualname__}"]
+    try:
+        rule = UpdateRule.from_optimizer(_stepped(kind))
+    except Exception as error:  # arguments that only the user knows
+        return [*lines, f"limit: not shown, since a sample of it failed: {error}"]
+    if rule.unknown is not None:
+        return [*lines, f"limit: not known: {rule.unknown}"]
+    of = "lambda_max(PH)" if rule.preconditioned else "lambda_max(H)"
+    limit = rule.max_sharpness
+    lines.append(f"limit: {limit:.4g} on {of} = {limit * rule.lr:.4g}/lr at lr={rule.lr:.4g}")
+    if rule.preconditioner is not None:
+        lines.append(f"preconditioner: {'diagonal' if rule.diagonal else 'not diagonal'}")
+    return lines
+
+
+def _stepped(kind: type) -> Any:
+    """Return an optimizer of ``kind`` over a small matrix, after its first steps."""
+    p = nn.Parameter(torch.ones(2, 2))
+    if "params" in inspect.signature(kind).parameters:
+        optimizer = kind([p])
+    else:
+        optimizer = kind(torch.optim.SGD([p], lr=0.1))
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()
+
+    sparse = False
+
+    def closure() -> torch.Tensor:
+        with torch.enable_grad():
+            loss = p.square().sum() / 2
+            # With a graph, for those that estimate the Hessian.
+            (gradient,) = torch.autograd.grad(loss, p, create_graph=not sparse)
+        p.grad = gradient.to_sparse() if sparse else gradient
+        return loss
+
+    for _ in range(_STEPS):
+        try:
+            closure()
+            optimizer.step(closure)
+        except RuntimeError:
+            sparse = True  # as SparseAdam wants them
+            closure()
+            optimizer.step(closure)
+    return optimizer
+
+
+def diagnosis(target: str | None = None, optimizer: str | None = None) -> str:
+    """Return all lines.
+
+    Args:
+        target: the ``"module:name"`` of a model or its factory, to add how it would be measured.
+        optimizer: that of an optimizer class, to add how it is read, and its limit.
+    """
     lines = machine()
     if target is not None:
         lines += ["", f"{target}:", *(f"  {line}" for line in product_method(_found(target)))]
+    if optimizer is not None:
+        kind = _named(optimizer)
+        if not (isinstance(kind, type) and callable(getattr(kind, "step", None))):
+            raise ValueError(f"{optimizer!r} is {kind!r}: expected a class of optimizers")
+        lines += ["", f"{optimizer}:", *(f"  {line}" for line in optimizer_rule(kind))]
     return "\n".join(lines)
+
+
+def _named(target: str) -> Any:
+    """Return what ``"module:name"`` names."""
+    name, colon, attribute = target.partition(":")
+    if not colon:
+        raise ValueError(f"{target!r}: expected module:name, such as torchvision.models:resnet18")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(name), attribute)
 
 
 def _found(target: str) -> nn.Module:
@@ -100,12 +190,7 @@ def _found(target: str) -> nn.Module:
     Raises:
         ValueError: if it is not a model.
     """
-    name, colon, attribute = target.partition(":")
-    if not colon:
-        raise ValueError(f"{target!r}: expected module:name, such as torchvision.models:resnet18")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    value: Any = getattr(importlib.import_module(name), attribute)
+    value = _named(target)
     model = value if isinstance(value, nn.Module) else value()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} is a {type(model).__name__}: expected a torch.nn.Module")

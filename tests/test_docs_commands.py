@@ -123,8 +123,10 @@ def benchmarks_after(words: list[str], here: Here) -> None:
 
 
 def doctor(words: list[str], here: Here) -> None:
-    """Run it on a model with the shown name."""
+    """Run it on a model with the shown name, or on the optimizer class."""
     for target in words[4:]:
+        if "--optimizer" in words:
+            break
         module, name = target.split(":")
         path = here.folder.joinpath(*module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True)

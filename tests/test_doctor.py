@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stableopt.__main__ import main
-from stableopt.doctor import diagnosis, machine, product_method
+from stableopt.doctor import diagnosis, machine, optimizer_rule, product_method
 
 
 def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +41,38 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
             main(["doctor", target])
     assert "expected a torch.nn.Module" in capsys.readouterr().err
     assert diagnosis().startswith("stableopt ")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("torch.optim:SGD", "= 2/lr at lr=0.001"),
+        ("torch.optim:AdamW", "readers.adaptive.read_adam"),
+        ("torch.optim:LBFGS", "preconditioner: not diagonal"),
+        ("torch.optim:SparseAdam", "on lambda_max(PH) = 38/lr"),
+        ("torch.optim:Rprop", "limit: not known: Rprop takes steps of a length"),
+        ("torch_optimizer:Lookahead", "on lambda_max(H) = 2.246/lr"),
+        ("torch_optimizer:Lamb", "not known: Lamb has no reader"),
+        ("builtins:dict", "expected a class of optimizers"),
+        ("torch.optim:NoSuch", "NoSuch"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch_optimizer's calls
+def test_what_is_known_of_an_optimizer(name: str, says: str, capsys: pytest.CaptureFixture) -> None:
+    """Catches a reader or a limit that is not the one that measurements use, and a class that fails."""
+    try:
+        main(["doctor", "--optimizer", name])
+    except SystemExit:
+        assert name.split(":")[1] in ("dict", "NoSuch")
+    shown = capsys.readouterr()
+    assert says in shown.out + shown.err
+
+
+def test_an_overridden_step_is_named() -> None:
+    """Catches the limit of the parent, shown for other steps."""
+
+    class Own(torch.optim.Adam):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            pass
+
+    assert optimizer_rule(Own)[0] == "not known: Own overrides the step of Adam"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from reader_cases import CASES, PACKAGED, installed
 from torch import nn
 
 from stableopt import UpdateRule, measure
+from stableopt.stability.rules.readers import READERS
+
+READ = [
+    kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}" for kind in READERS
+]
 
 AROUND = {"torch_optimizer.lookahead.Lookahead"}
 """Read with tests of their own, in test_around_another.py."""
@@ -109,7 +116,7 @@ def test_every_optimizer_is_known_or_measured(kind: type) -> None:
 
 
 def test_most_are_known() -> None:
-    """Catches a class that is no longer read: as many of each package as today, at least."""
+    """Catches a class that has lost its reader: as many of each package as today, at least."""
     known: dict[str, int] = {}
     for each in EVERY:
         kind = each.values[0]
@@ -120,3 +127,32 @@ def test_most_are_known() -> None:
     assert known["torch"] >= 14
     assert known["torch_optimizer"] == 9
     assert known.get("schedulefree", 3) == 3
+
+
+def test_the_table_of_optimizers_has_every_reader() -> None:
+    """Catches a reader that the page on optimizers does not list, and a name there without a reader."""
+    page = (Path(__file__).parents[3] / "docs" / "optimizers.md").read_text()
+    table = page[page.index("| optimizer | P |") :].split("\n\n")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()]
+    listed = set(re.findall(r"\w+", " ".join(rows)))
+    names = {name.rsplit(".")[-1] for name in READ}
+    # One class stands for all of its package.
+    bases = {"_AdamBase": "torchao", "Optimizer2State": "bitsandbytes"}
+    missing = {bases.get(name, name) for name in names} - listed
+    assert missing == set()
+    words = {
+        "optimizer",
+        "P",
+        "at",
+        "y",
+        "also",
+        "of",
+        "over",
+        "another",
+        "both",
+        "packages",
+        "with",
+    }
+    words |= {"and", "8", "bits", "ascent", "torch", "optim", "prodigyopt", *bases.values()}
+    words |= {name.split(".")[0] for name in READ}
+    assert listed - names - words == set()

@@ -204,7 +204,7 @@ def test_a_monitor_follows_filters_and_schedule_free_optimizers(
             assert margins.preconditioned_sharpness_ratio is not None
 
 
-@pytest.mark.filterwarnings("ignore")  # both packages warn where there is no accelerator
+@pytest.mark.filterwarnings("ignore")  # both packages warn where an accelerator is missing
 @pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW", "PagedAdamW8bit"])
 @pytest.mark.parametrize("shape", [(8, 3), (64, 64)])
 def test_bitsandbytes_of_8_bits(kind: str, shape: tuple[int, int]) -> None:

@@ -21,9 +21,9 @@ from stableopt.stability.rules.readers import (
 )
 from stableopt.stability.rules.update_rule import Reader, UpdateRule
 
-__all__: list[str] = []
+__all__ = ["READERS"]
 
-_READERS: dict[type | str, Reader] = {
+READERS: dict[type | str, Reader] = {
     torch.optim.SGD: sgd.read_sgd,
     torch.optim.ASGD: sgd.read_asgd,
     torch.optim.Adam: adaptive.read_adam,
@@ -67,5 +67,7 @@ _READERS: dict[type | str, Reader] = {
     "torch_optimizer.shampoo.Shampoo": shampoo.read_shampoo,
     "torch_optimizer.yogi.Yogi": torch_optimizer.read_yogi,
 }
-for _kind, _reader in _READERS.items():
+"""The reader of each class that is known; a string stands for a class of an optional package."""
+
+for _kind, _reader in READERS.items():
     UpdateRule.register(_kind, _reader)
