@@ -3,6 +3,10 @@
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
+from stableopt.stability.measure.generalised_sharpness import (
+    GeneralisedSharpness,
+    generalised_sharpness,
+)
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import measure
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -33,6 +37,7 @@ __all__ = [
     "Chart",
     "CriticalLR",
     "DiagonalPreconditioner",
+    "GeneralisedSharpness",
     "LinearStep",
     "MatrixPreconditioner",
     "Measurement",
@@ -52,6 +57,7 @@ __all__ = [
     "batch_sharpness",
     "critical_batch_size",
     "critical_lr",
+    "generalised_sharpness",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",

@@ -39,6 +39,7 @@ class Evaluation:
         starts: the subspaces of an earlier measurement by quantity, as warm starts; ``None`` for
             none, and then none are kept.
         subspaces: the subspaces of this measurement by quantity.
+        results: the results so far by quantity.
     """
 
     problem: MeanLoss
@@ -50,6 +51,7 @@ class Evaluation:
     seed: int
     starts: Mapping[str, Tensor] | None = None
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
+    results: Mapping[str, QuantityResult] = field(default_factory=dict, init=False)
     _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
     _own: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)

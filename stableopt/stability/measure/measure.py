@@ -187,6 +187,7 @@ def measure_at(
         if quantity.in_box or name in names
     }
     evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
+    evaluation.results = results
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
@@ -231,6 +232,8 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
     seconds, measurement = time.perf_counter() - began, found.measurement
     if measurement is not None:
         measurement = dataclasses.replace(measurement, seconds=seconds)
+    # Some limits are known only with the measurement, such as those that the gradient sets.
+    limit = limit if found.limit is None else found.limit
     return dataclasses.replace(found, limit=limit, measurement=measurement)
 
 

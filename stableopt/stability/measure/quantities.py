@@ -22,13 +22,14 @@ from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import batch_sharpness
 from stableopt.stability.measure.evaluation import Evaluation
+from stableopt.stability.measure.generalised_sharpness import measured_in_norm
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]
 
-Need = Literal["rule", "batch_size", "per_sample", "no_momentum", "preconditioner", "step"]
+Need = Literal["rule", "batch_size", "per_sample", "no_momentum", "preconditioner", "step", "norm"]
 
 DEFAULT_QUANTITIES = ("sharpness",)
 """What :func:`~stableopt.measure` and the monitor measure unless asked for more: it costs a few
@@ -88,7 +89,8 @@ class Quantity:
             ``"per_sample"``: derivatives of single samples, which ``fully_shard`` cannot provide, and
             a diagonal preconditioner, since its root enters them. ``"no_momentum"``: a rule without
             momentum. ``"preconditioner"``: a preconditioned rule. ``"step"``: that an adaptive
-            optimizer has taken a step, which makes its preconditioner known.
+            optimizer has taken a step, which makes its preconditioner known. ``"norm"``: an optimizer
+            that descends in a norm, and whole parameters.
         limit: maps ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or
             to ``None`` if it is not known. A ``batch_size`` of ``None`` is not known.
         limits_lr: whether the value is itself a limit on the learning rate.
@@ -126,6 +128,16 @@ class Quantity:
 
     def check(self, rule: UpdateRule | None, *, sharded: bool) -> None:
         """Raise ``ValueError`` if the quantity is undefined for the rule or for a sharded problem."""
+        if "norm" in self.needs and (rule is None or rule.norm is None):
+            raise ValueError(
+                f"quantities: {self.name} needs an optimizer whose steps have a length of their own,"
+                " such as Muon, Lion or Rprop; for others the limit is on the sharpness"
+            )
+        if "norm" in self.needs and sharded:
+            raise ValueError(
+                f"quantities: {self.name} needs whole matrices, and fully_shard holds parts of them;"
+                " measure a replica"
+            )
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
                 f"quantities: {self.name} is a condition on SGD without momentum, and momentum is"
@@ -317,3 +329,13 @@ register(
     )
 )
 register(Quantity("batch_sharpness", _batch_sharpness, needs={"batch_size", "per_sample", "step"}))
+register(
+    Quantity(
+        "generalised_sharpness",
+        measured_in_norm,
+        needs={"norm"},
+        chart=Chart(
+            "generalised sharpness, at least", r"$\max_{\|d\|=1}d^\top Hd$", "gen_sharp", "gen"
+        ),
+    )
+)
