@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,15 @@ def _tags(chart: Chart) -> dict[str, list[str]]:
     }
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
+def layout(measured: Collection[str] = ()) -> dict[str, dict[str, list[Any]]]:
     """Return the Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it.
 
-    It is the same for every run: TensorBoard merges the layouts of all runs, and shows each chart that
-    differs.
+    Sharpness and non-uniformity have their charts in every run, other quantities only where they are
+    ``measured``. A chart is the same in every run: TensorBoard merges the layouts of all runs, and shows
+    each chart that differs.
     """
-    charts = [item for chart in _charts().values() for item in _tags(chart).items()]
+    shown = {n: c for n, c in _charts().items() if QUANTITIES[n].in_box or n in measured}
+    charts = [item for chart in shown.values() for item in _tags(chart).items()]
     # TensorBoard shows the charts of a category from the last to the first.
     return {"edge of stability": {title: ["Margin", tags] for title, tags in reversed(charts)}}
 
@@ -172,7 +174,7 @@ class TensorBoardSink:
         region: plot.Region | None = None,
     ) -> None:
         if self._records == 0:
-            self._lay_out()
+            self._lay_out({split(key)[0] for key in record})
             if self._announce:
                 print(f"{self.command}\n{self.link}")
         self._records += 1
@@ -194,10 +196,10 @@ class TensorBoardSink:
                 stacklevel=2,
             )
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, measured: Collection[str]) -> None:
         folder = None if self._owned else getattr(self.writer, "log_dir", None)
         writer = self.writer if folder is None else _new_writer(os.path.join(folder, "stability"))
-        writer.add_custom_scalars(layout())
+        writer.add_custom_scalars(layout(measured))
         if folder is not None:
             writer.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
-from stableopt import Problem, StabilityMonitor, UpdateRule, measure
+from stableopt import Problem, StabilityMargins, StabilityMonitor, UpdateRule, measure
 from stableopt.curvature import NonFiniteError, Operator
+from stableopt.sinks.tensorboard import layout
 from stableopt.stability import (
     NormedStep,
+    QuantityResult,
     SignNorm,
     SpectralNorm,
     StepNorm,
@@ -306,3 +309,19 @@ def test_zero_gradient() -> None:
     assert result.value == pytest.approx(2.0)
     assert result.limit == 0
     assert result.ratio == math.inf
+
+
+def test_its_chart_is_among_the_custom_scalars(tmp_path: Path) -> None:
+    """Catches a quantity without a chart where it is measured, or with one where it is not."""
+    results = {"generalised_sharpness": QuantityResult(value=3.0, limit=4.0)}
+    sink = stableopt.TensorBoardSink(tmp_path, max_diagrams=0)
+    sink(1, StabilityMargins(step=1, results=results).record())
+    sink.close()
+    measured, other = (
+        {tag for _, tags in charts.values() for tag in tags}
+        for charts in (
+            layout({"generalised_sharpness"})["edge of stability"],
+            layout()["edge of stability"],
+        )
+    )
+    assert {"stability/gen_sharp_ratio", "stability/gen_sharp_value"} <= measured - other
