@@ -10,7 +10,7 @@ together:
 
 - rank 0 decides, and broadcasts its decision;
 - an error on one rank is raised on all of them: the rank that fails says so in the same all-reduce that
-  the others wait for;
+  the others wait for. Within :meth:`Ranks.attempt` that holds for errors between collectives as well;
 - a rank that has ended is a :class:`LostRankError` on the others, after the timeout of the group.
 
 With one process, or without a group, nothing here communicates. No other module calls a collective.
@@ -18,6 +18,7 @@ With one process, or without a group, nothing here communicates. No other module
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, overload
@@ -29,6 +30,9 @@ from torch import Tensor
 __all__ = ["LostRankError", "Ranks", "world"]
 
 T = TypeVar("T")
+
+_EVERYWHERE = "_stableopt_on_every_rank"
+"""Attribute of errors that all ranks have raised together."""
 
 
 class LostRankError(ConnectionError):
@@ -61,6 +65,7 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.group, self.size, self.rank = group, 1, 0
+        self._attempting = False
         if group is None:
             return
         if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -164,6 +169,34 @@ class Ranks:
             self._raise_first(error)
         return found  # type: ignore[return-value]
 
+    def attempt(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns on this rank; it may call collectives.
+
+        If it raises on any rank, also between two collectives, all ranks raise and can go on together.
+        Each collective inside takes another one, of a single number.
+        """
+        if not self.several or self._attempting:
+            return function()
+        self._attempting = True
+        try:
+            found = function()
+            self._meet(None)
+        except Exception as error:
+            if not isinstance(error, LostRankError) and not getattr(error, _EVERYWHERE, False):
+                self._meet(error)
+            raise
+        finally:
+            self._attempting = False
+        return found
+
+    def _meet(self, error: Exception | None) -> None:
+        """Raise on every rank if any passes an error."""
+        failed = torch.tensor(float(error is not None), dtype=torch.float64)
+        carrier = failed.to(self._reachable(failed.device))
+        self._called(lambda: dist.all_reduce(carrier, group=self.group))
+        if float(carrier) > 0:
+            self._raise_first(error)
+
     def _all_reduced(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; ``tensor`` may be overwritten."""
         carrier = tensor.to(self._reachable(tensor.device))
@@ -177,6 +210,11 @@ class Ranks:
         return device
 
     def _answered(self, collective: Callable[[], Any]) -> None:
+        if self._attempting:
+            self._meet(None)
+        self._called(collective)
+
+    def _called(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
         except RuntimeError as error:
@@ -186,12 +224,20 @@ class Ranks:
             ) from error
 
     def _raise_first(self, own: Exception | None) -> NoReturn:
-        """Raise, on every rank, the error of the first rank that has one."""
+        """Raise, on every rank, the error of the first rank that has one.
+
+        Each rank raises its own if all have the same.
+        """
         described = self.all_gather_object(None if own is None else (_class_names(own), str(own)))
         failed, (names, message) = next((r, d) for r, d in enumerate(described) if d is not None)
-        if failed == self.rank and own is not None:
-            raise own
-        raise _error_class(names, message)(f"on rank {failed}: {message}") from own
+        error: Exception
+        if own is not None and (failed == self.rank or all(d == described[0] for d in described)):
+            error, cause = own, own.__cause__
+        else:
+            error, cause = _error_class(names, message)(f"on rank {failed}: {message}"), own
+        with contextlib.suppress(AttributeError):  # an error without a dictionary
+            setattr(error, _EVERYWHERE, True)
+        raise error from cause
 
 
 def world() -> Ranks:

@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 import torch
 from oracles import small_data
-from rank_processes import NEEDS_FSDP_ON_CPU, run
-from rank_workers.fully_sharded import fsdp_measured, fsdp_tracked, refusals, unsure, wide_network
+from rank_processes import NEEDS_FSDP_ON_CPU, run, shard
+from rank_workers.fully_sharded import (
+    divided_by_own_weights,
+    fsdp_measured,
+    fsdp_tracked,
+    fsdp_weighted,
+    labelled,
+    of_classes,
+    refusals,
+    unsure,
+    weight_of,
+    wide_network,
+)
 from rank_workers.shares import SAMPLES
 from torch import nn
 
@@ -52,6 +63,31 @@ def test_sharded_models_have_the_sharpness_of_whole_ones(size: int, tmp_path: Pa
         torch.testing.assert_close(own, gradient)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_samples_have_their_weights(chunk_size: int | None, tmp_path: Path) -> None:
+    """Catches weights that are left out, or cancel within a chunk or a rank, and a rank whose samples
+    all have weight zero.
+    """
+    zero, one = run(fsdp_weighted, 2, tmp_path, chunk_size)
+    assert bool((labelled()[1][shard(SAMPLES, 0, 2), 0] == -100).all())
+    cases: dict[str, tuple[Any, Any]] = {
+        "of torch": (of_classes, None),
+        "a function": (divided_by_own_weights, weight_of),
+        "a tensor": (divided_by_own_weights, weight_of(labelled())),
+    }
+    for name, (loss, weight) in cases.items():
+        problem = Problem(wide_network(), loss, labelled(), sample_weight=weight)
+        vector = torch.tensor(zero[f"{name} vector"], dtype=torch.float64)
+        for found in (zero, one):
+            assert found[f"{name} value"] == pytest.approx(problem.value(), rel=1e-12)
+            own = torch.tensor(found[f"{name} gradient"], dtype=torch.float64)
+            torch.testing.assert_close(own, problem.gradient())
+            # Differences, as for plain means: 1e-12 is left out, and rounding over the step 1e-9.
+            product = torch.tensor(found[f"{name} product"], dtype=torch.float64)
+            exact = Hessian(problem) @ vector
+            assert (product - exact).norm() <= 1e-8 * exact.norm()
+
+
 def test_sharded_models_are_tracked(tmp_path: Path) -> None:
     """Catches a training that is disturbed, subspaces that are followed in pieces of the wrong size,
     and a preconditioner that is not cut as the parameters are.
@@ -83,6 +119,8 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
     for name in ("a sum", "no scalar"):
         assert zero.pop(name).startswith("ValueError: loss_fn")
         assert "loss_fn" in one.pop(name)
+    for found in (zero, one):
+        assert "expected finite ones that are not negative" in found.pop("negative weights")
     assert zero == one
     for name in ("non_uniformity", "critical_lr", "batch_sharpness"):
         assert zero[name].startswith(
@@ -97,6 +135,9 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
     assert "leave them out" in zero["precision"]
     assert "process_group" in zero["other group"]
     assert "expected a ShardedProblem" in zero["problem"]
+    assert "weighs samples unequally, or they see each other" in zero["unknown weights"]
+    assert "Pass the weights as sample_weight=;" in zero["unknown weights"]
+    assert "sample_weight: with these weights the gradient of a batch" in zero["wrong weights"]
 
 
 def test_differences_that_are_none_are_warned_of(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import small_data, small_network
 from rank_processes import run, shard
-from rank_workers.monitoring import clocks, failing, tracking
+from rank_workers.monitoring import clocks, failing, isolated, tracking
 from rank_workers.shares import SAMPLES
 from torch import nn
 
@@ -67,6 +67,36 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
         assert "data is empty" in found["empty"]
         assert "its parameters are not the same on all ranks" in found["other weights"]
         assert found["ranks still agree"] == SAMPLES
+
+
+def test_what_fails_on_one_rank_leaves_other_quantities_standing(tmp_path: Path) -> None:
+    """Catches a rank that goes on to the next quantity while the others wait in a collective of the
+    last one, and a failure that takes the sharpness with it.
+    """
+    ranks = run(isolated, 3, tmp_path)
+    alone = measure(
+        small_network(),
+        nn.MSELoss(),
+        small_data(SAMPLES),
+        quantities=["sharpness", "non_uniformity"],
+        tol=1e-9,
+        max_iter=300,
+    )
+    for rank, found in enumerate(ranks):
+
+        def by(failed: int, rank: int = rank) -> str:
+            return "" if rank == failed else f"on rank {failed}: "
+
+        quoted = "'sample 5'" if rank == 1 else "\"on rank 1: 'sample 5'\""
+        assert found["failures"] == {
+            "between": f"MemoryError: {by(1)}out of memory",
+            "within": f"KeyError: {quoted}",
+            "at_the_end": f"ZeroDivisionError: {by(2)}no noise",
+            "on_all": "ValueError: undefined",
+        }
+        # The error of a Ritz value is the square of a residual of 1e-9, from any start.
+        assert found["sharpness"] == pytest.approx(alone.sharpness, rel=1e-9)
+        assert found["non_uniformity"] == pytest.approx(alone.non_uniformity, rel=1e-9)
 
 
 def test_shards_are_unequal_and_none_is_empty() -> None:

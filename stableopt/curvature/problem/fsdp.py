@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["local", "mesh_of", "reshard"]
+__all__ = ["in_half", "local", "mesh_of", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -70,6 +71,15 @@ def reshard(model: nn.Module) -> None:
     """
     for module in _units(model):
         module.reshard()
+
+
+def in_half(model: nn.Module) -> bool:
+    """Return whether FSDP runs a part of ``model`` in half precision."""
+    # torch shows a unit's policy only here; an unknown one counts as full precision.
+    states = [getattr(unit, "_get_fsdp_state", lambda: None)() for unit in _units(model)]
+    policies = [getattr(state, "_mp_policy", None) for state in states]
+    half = (torch.bfloat16, torch.float16)
+    return any(getattr(policy, "param_dtype", None) in half for policy in policies)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

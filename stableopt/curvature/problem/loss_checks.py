@@ -75,19 +75,26 @@ def check_mean(once: float, twice: float) -> None:
         )
 
 
-def unequal_samples(difference: float, chunks: int, *, given: bool) -> str:
+def unequal_samples(difference: float, chunks: int, *, given: bool, sharded: bool = False) -> str:
     """Return what to tell of a loss whose gradient is not the mean of its samples'.
 
     Args:
         difference: of the gradients, relative.
         chunks: the number of chunks of the data, on all ranks.
         given: whether the user gave the weights.
+        sharded: whether the model is under ``fully_shard``.
     """
     found = _found(difference)
     if given:
         return (
             f"sample_weight: with these weights {found}: expected the weights by which loss_fn averages,"
             " as it divides by their sum over a batch"
+        )
+    if sharded:
+        return (
+            f"loss_fn: {found}: it weighs samples unequally, or they see each other. Pass the weights"
+            " as sample_weight=; of samples that see each other measure a replica of the model, under"
+            " one process, or with batch_statistics=True the mean over the batches given"
         )
     alone = "" if chunks == 1 else f" or chunk_size= for one chunk (now {chunks}),"
     return (

@@ -224,9 +224,8 @@ class Problem(MeanLoss):
             return lambda: self.loss(theta, chunk)
 
         seen = weights_seen(evaluated(batch))
-        values = {mean.ignore_index for mean in seen if mean.ignore_index is not None}
         at_most = max(CHECKED_SAMPLES, min(SPREAD_SAMPLES, self.batches.chosen or SPREAD_SAMPLES))
-        survey = Survey.of(self.chunks(), sought=values, most=at_most)
+        survey = Survey.of(self.chunks(), sought={m.ignore_index for m in seen}, most=at_most)
         chunks = (chunk for chunk, _ in self.chunks())
         if isinstance(self._weights, GivenWeights):
             self._totals = WeightTotals.of_given(self._weights, chunks)
@@ -235,10 +234,10 @@ class Problem(MeanLoss):
             if seen and self.loss_fn is not None:
                 in_model = len(weights_seen(lambda: self.outputs(theta, batch)))
             self._totals = WeightTotals.of_loss(
-                seen, size, survey, map(evaluated, chunks), in_model
+                seen, batch, survey, map(evaluated, chunks), in_model
             )
-        self._weights = weights_of([self._totals], self._weights)
-
+        complete = not self.ranks.several
+        self._weights = weights_of([self._totals], self._weights, complete=complete)
         elsewhere = displaced_at_random(theta)
 
         def gradient(part: Any) -> Tensor:

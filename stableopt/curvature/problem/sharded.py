@@ -12,24 +12,38 @@ learning rate are unavailable. Sharpness is available through
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.autodiff import central_difference
-from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.fsdp import local, mesh_of, reshard
+from stableopt.curvature.problem.data.batches import cut, sample_count
+from stableopt.curvature.problem.draws import draws
+from stableopt.curvature.problem.fsdp import in_half, local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
+    UNEQUAL,
+    UNEQUAL_HALF,
     check_mean,
     checked_scalar,
     twice_over,
+    unequal_samples,
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.problem import Problem
+from stableopt.curvature.problem.weights.survey import Survey, displaced_at_random, parts_of
+from stableopt.curvature.problem.weights.totals import (
+    WeightTotals,
+    may_differ,
+    totals_seen,
+    weights_of,
+    weights_seen,
+)
+from stableopt.curvature.problem.weights.weights import GivenWeights, WeightedMean
 from stableopt.distributed.collectives import LostRankError, Ranks
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "problem_for"]
@@ -58,6 +72,7 @@ class ShardedProblem(MeanLoss):
         chunk_size: the most samples evaluated at once.
         max_samples: the most samples of this rank that count.
         dtype: unsupported, as ``batch_statistics`` is: the model runs as it is.
+        sample_weight: as for :class:`Problem`: this rank's weights, or a function of a batch.
         process_group: that of the mesh, or ``None``.
 
     Attributes:
@@ -112,9 +127,12 @@ class ShardedProblem(MeanLoss):
         return super().evaluation()
 
     def _check(self) -> None:
-        """Read a chunk only: the model runs on all ranks at once."""
+        """Read the data only: the model runs on all ranks at once."""
         with self.evaluation():
             next(self.chunks())
+            if isinstance(self._weights, GivenWeights):
+                chunks = (chunk for chunk, _ in self.chunks())
+                self._totals = WeightTotals.of_given(self._weights, chunks)
 
     def _check_together(self) -> None:
         """Check that the loss is a mean, and compare the gradients with the slope of the loss."""
@@ -127,6 +145,9 @@ class ShardedProblem(MeanLoss):
             with self.evaluation(), self._without_gradients():
                 losses.append(self._pass(tried, 0.0))
         self.ranks.raise_together(lambda: check_mean(*losses))
+        survey, random = self._find_weights(batch)
+        if not random:  # with random numbers a sample differs between passes
+            self._check_parts(survey.batch, survey.size)
         theta = self.theta()
         _, gradient = self._passes()
         norm, size = self.norm(gradient), self.norm(torch.cat([t.reshape(-1) for t in theta]))
@@ -144,6 +165,55 @@ class ShardedProblem(MeanLoss):
             raise ValueError(
                 f"model: FSDP's gradients are {norm / fine:.3g} times the slope of the mean loss:"
                 " expected the mean over ranks, without set_gradient_divide_factor"
+            )
+
+    def _find_weights(self, batch: Any) -> tuple[Survey, bool]:
+        """Find the weights of all ranks' samples.
+
+        Returns:
+            what was seen of this rank's, and whether the loss draws random numbers on any rank.
+        """
+        seen: list[WeightedMean] = []
+
+        def see() -> None:
+            seen.extend(weights_seen(partial(self._pass, batch, 0.0)))
+
+        with self.evaluation(), self._without_gradients():
+            random = draws(see, self._objective.generators)
+        with self.evaluation():
+            survey = Survey.of(self.chunks(), sought={m.ignore_index for m in seen})
+        if not isinstance(self._weights, GivenWeights):
+            n, size = self.own_samples, sample_count(batch)
+            if self.ranks.any(may_differ(seen, batch, survey.mixed)):
+                self._totals = WeightTotals.of_chunks(n, self._counted())
+            else:
+                self._totals = WeightTotals.of_equal(n, seen, size)
+        self._weights = weights_of(self.ranks.all_gather_object(self._totals), self._weights)
+        return survey, self.ranks.any(random)
+
+    def _counted(self) -> Iterator[list[float]]:
+        """Yield the sums of the weights in each of this rank's chunks, while all ranks run."""
+        with self.evaluation(), self._without_gradients():
+            for batch, size in self._in_rounds(self.chunks(), self._rounds):
+                sums = totals_seen(partial(self._pass, batch, 0.0))
+                if size:
+                    yield sums
+
+    def _check_parts(self, batch: Any, size: int) -> None:
+        """Compare the gradient of ``size`` samples with the mean over parts, near the parameters."""
+        share = 1 / (size * self.ranks.size)
+        parts = [(cut(batch, *ends), (ends[1] - ends[0]) * share) for ends in parts_of(size)]
+        rounds = max(self.ranks.all_gather_object(len(parts)))
+        elsewhere = [t.detach() for t in displaced_at_random(self.theta())]
+        alone = partial(self._passes, [(batch, size * share)], 1)
+        _, whole = self.at(elsewhere, None, 0.0, alone)
+        _, rest = self.at(elsewhere, None, 0.0, partial(self._passes, parts, rounds))
+        total, apart = self.norm(rest), self.norm(whole - rest)
+        difference = apart / total if 0 < total < math.inf and apart < math.inf else 0.0
+        if difference > (UNEQUAL_HALF if in_half(self.model) else UNEQUAL):
+            given = isinstance(self._weights, GivenWeights)
+            raise ValueError(
+                unequal_samples(difference, self.ranks.size, given=given, sharded=True)
             )
 
     def current(self) -> ShardedProblem:
@@ -164,8 +234,17 @@ class ShardedProblem(MeanLoss):
         """Return this rank's part of the mean gradient, in the problem's coordinates."""
         return self.at(self.theta(), None, 0.0)[1]
 
-    def at(self, theta: Theta, along: Sequence[Tensor] | None, step: float) -> tuple[float, Tensor]:
-        """Return loss and gradient at ``theta + step * along``; the parameters are restored exactly."""
+    def at(
+        self,
+        theta: Sequence[Tensor],
+        along: Sequence[Tensor] | None,
+        step: float,
+        passes: Callable[[], tuple[float, Tensor]] | None = None,
+    ) -> tuple[float, Tensor]:
+        """Return loss and gradient at ``theta + step * along``; the parameters are restored exactly.
+
+        ``passes`` returns those at the present parameters; by default over all samples.
+        """
         present = self.theta()
         parts = [local(p.detach()) for p in self.params]
         try:
@@ -174,33 +253,53 @@ class ShardedProblem(MeanLoss):
                     part.copy_(theta[index])
                     if along is not None:
                         part.add_(along[index], alpha=step)
-            return self._passes()
+            return (passes or self._passes)()
         finally:
             with torch.no_grad():
                 for part, before in zip(parts, present, strict=True):
                     part.copy_(before)
 
-    def _passes(self) -> tuple[float, Tensor]:
-        """Return loss and gradient at the present parameters, by FSDP's own passes."""
+    def _passes(
+        self, parts: Iterable[tuple[Any, float]] | None = None, rounds: int | None = None
+    ) -> tuple[float, Tensor]:
+        """Return loss and gradient at the present parameters, by FSDP's own passes.
+
+        Args:
+            parts: this rank's batches, with the weights of their mean losses; all samples by default.
+            rounds: the largest number of them on a rank.
+        """
         total = 0.0
         with self.evaluation(), self._without_gradients():
-            # All ranks take part in each pass: one without further chunks repeats its first, with
-            # weight zero.
-            chunks = iter(self.chunks())
-            for number in range(self._rounds):
-                batch, size = next(chunks, (None, 0))
-                if number == 0:
-                    first = batch
-                loss = self._pass(first if batch is None else batch, size / self.num_samples)
-                total += size / self.num_samples * loss if size else 0.0
+            if parts is None:
+                parts = ((batch, size / self.num_samples) for batch, size in self.chunks())
+            for batch, weight in self._in_rounds(parts, rounds or self._rounds):
+                loss = self._pass(batch, weight)
+                total += weight * loss if weight else 0.0
             gradients = [None if p.grad is None else local(p.grad) for p in self.params]
             return self.ranks.all_reduce_sum(total), self.flatten(gradients)
 
+    @staticmethod
+    def _in_rounds(parts: Iterable[tuple[Any, float]], rounds: int) -> Iterator[tuple[Any, float]]:
+        """Yield ``rounds`` parts: all ranks take part in each pass.
+
+        A rank without further ones repeats its first, with weight zero.
+        """
+        waiting = iter(parts)
+        first = None
+        for _ in range(rounds):
+            batch, weight = next(waiting, (first, 0))
+            first = batch if first is None else first
+            yield batch, weight
+
     def _pass(self, batch: Any, weight: float) -> float:
         """Return the mean loss of ``batch`` on this rank, and add ``weight`` times its gradient."""
-        with self._in_step():
-            loss = self._objective(batch)
-        loss = self.sign * checked_scalar(loss)
+
+        def evaluate(own: Any) -> Tensor:
+            with self._in_step():
+                loss = self._objective(own)
+            return checked_scalar(loss)
+
+        loss = self.sign * self._weights.mean(evaluate, batch)
         with self._in_step():
             # FSDP returns the mean over the ranks, each with the same weight.
             torch.autograd.backward(loss * (weight * self.ranks.size))

@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -203,13 +204,14 @@ def measure_at(
         with torch.inference_mode(False):
             for name in names:
                 QUANTITIES[name].check_known(rule, samples)
+                timed = partial(_timed, name, evaluation, results[name].limit)
                 try:
-                    results[name] = _timed(name, evaluation, results[name].limit)
+                    # An error of one rank must not leave the ranks in different quantities.
+                    results[name] = timed() if problem.sharded else problem.ranks.attempt(timed)
                 except (NonFiniteError, LostRankError):
                     raise
                 except Exception as error:
-                    # An error of one rank would leave the ranks in different quantities.
-                    if problem.ranks.size > 1:
+                    if problem.sharded and problem.ranks.several:  # FSDP is out of step
                         raise
                     errors[name] = error
                     reason = f"{type(error).__name__}: {error}"

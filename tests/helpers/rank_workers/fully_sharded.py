@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from oracles import small_data
+from rank_processes import shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -113,6 +114,60 @@ def fsdp_tracked() -> dict[str, Any]:
     }
 
 
+CLASSES = torch.tensor([1.0, 7.0, 0.3], dtype=torch.float64)
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    """Return inputs and classes with targets, of which the first samples' are all ignored."""
+    x, _ = small_data(SAMPLES)
+    labels = torch.arange(SAMPLES) % 3
+    labels[:5] = -100
+    return x, torch.stack([labels, torch.arange(SAMPLES) // 6], 1)
+
+
+def of_classes(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return a sum of two means with weights of their own."""
+    cross_entropy = nn.functional.cross_entropy
+    return cross_entropy(outputs, y[:, 0]) + cross_entropy(outputs, y[:, 1], CLASSES)
+
+
+def divided_by_own_weights(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return a mean that torch's losses do not show."""
+    weight = CLASSES[y[:, 1]]
+    losses = nn.functional.cross_entropy(outputs, y[:, 1], reduction="none")
+    return (weight * losses).sum() / weight.sum()
+
+
+def weight_of(batch: Any) -> Tensor:
+    return CLASSES[batch[1][:, 1]]
+
+
+def fsdp_weighted(chunk_size: int | None) -> dict[str, Any]:
+    """Take gradients and products of losses that weigh samples."""
+    data, found = own(labelled()), {}
+    weights = weight_of(labelled())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    cases: dict[str, tuple[Any, Any]] = {
+        "of torch": (of_classes, None),
+        "a function": (divided_by_own_weights, weight_of),
+        "a tensor": (divided_by_own_weights, weights[shard(SAMPLES, rank, size)]),
+    }
+    for name, (loss, sample_weight) in cases.items():
+        problem = ShardedProblem(
+            fully_sharded(wide_network()),
+            loss,
+            data,
+            chunk_size=chunk_size,
+            sample_weight=sample_weight,
+        )
+        vector = torch.cat([p.to_local().reshape(-1) for p in problem.params]).detach()
+        found[f"{name} vector"] = whole(vector, problem)
+        found[f"{name} product"] = whole(ShardedHessian(problem) @ vector, problem)
+        found[f"{name} gradient"] = whole(problem.gradient(), problem)
+        found[f"{name} value"] = problem.value()
+    return found
+
+
 def unsure() -> dict[str, Any]:
     """Take products whose differences are not derivatives, or whose batches are dictionaries."""
     x, y = (t.float() for t in own(small_data(SAMPLES)))
@@ -156,6 +211,7 @@ def refusals() -> dict[str, str]:
     for module in summed.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
+    labels = own(labelled())
     hooked = fully_sharded(wide_network())
     next(hooked.parameters()).register_post_accumulate_grad_hook(lambda p: None)
     found = {
@@ -173,6 +229,17 @@ def refusals() -> dict[str, str]:
         "precision": refused(fully_sharded(wide_network()), dtype=torch.float32),
         "other group": refused(fully_sharded(wide_network()), process_group=dist.new_group([0, 1])),
     }
+    for name, weight in {
+        "unknown weights": None,
+        "wrong weights": lambda batch: weight_of(batch).square(),
+        "negative weights": lambda batch: -weight_of(batch),
+    }.items():
+        try:
+            measure(
+                fully_sharded(wide_network()), divided_by_own_weights, labels, sample_weight=weight
+            )
+        except ValueError as error:
+            found[name] = str(error)
     try:
         Problem(fully_sharded(wide_network()), nn.MSELoss(), data)
     except TypeError as error:

@@ -16,6 +16,9 @@ import stableopt
 import stableopt.monitor.schedule
 from rank_workers.shares import SAMPLES, group, own
 from stableopt import Problem, measure
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
+from stableopt.stability import Quantity, QuantityResult, register
+from stableopt.stability.measure.evaluation import Evaluation
 
 
 class Steps:
@@ -124,6 +127,57 @@ def failing() -> dict[str, Any]:
         small_network(), nn.MSELoss(), data, process_group=group()
     ).num_samples
     return found
+
+
+def isolated() -> dict[str, Any]:
+    """Measure quantities that fail on one rank, or on all; return what each rank has of each."""
+    rank = dist.get_rank()
+
+    def between(at: Evaluation) -> QuantityResult:
+        """Fail on one rank, while the others wait in a collective of another shape."""
+        if rank == 1:
+            raise MemoryError("out of memory")
+        at.problem.gradient()
+        return QuantityResult(float(at.problem.ranks.all_gather_object(rank)[0]))
+
+    def within(at: Evaluation) -> QuantityResult:
+        """Fail on one rank in a loop over chunks."""
+
+        def add(batch: Any, size: int) -> None:
+            if rank == 1:
+                raise KeyError("sample 5")
+
+        mean_over_chunks(at.problem, [torch.zeros(1)], add, at.problem.chunks())
+        return QuantityResult(0.0)
+
+    def at_the_end(at: Evaluation) -> QuantityResult:
+        """Fail on the last rank when the others have finished."""
+        if rank == dist.get_world_size() - 1:
+            raise ZeroDivisionError("no noise")
+        return QuantityResult(0.0)
+
+    def on_all(at: Evaluation) -> QuantityResult:
+        raise ValueError("undefined")
+
+    toys = {"between": between, "within": within, "at_the_end": at_the_end, "on_all": on_all}
+    for name, function in toys.items():
+        register(Quantity(name, function))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        margins = measure(
+            small_network(),
+            nn.MSELoss(),
+            own(small_data(SAMPLES)),
+            quantities=[*toys, "sharpness", "non_uniformity"],
+            tol=1e-9,
+            max_iter=300,
+            process_group=group(),
+        )
+    return {
+        "failures": margins.failures,
+        "sharpness": margins.sharpness,
+        "non_uniformity": margins.non_uniformity,
+    }
 
 
 def losing(how: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from stableopt.curvature.problem.data.batches import cut, map_tensors, tensors_in
 
-__all__ = ["SPREAD_SAMPLES", "Survey", "difference_of_parts", "displaced_at_random", "joined"]
+__all__ = [
+    "SPREAD_SAMPLES",
+    "Survey",
+    "difference_of_parts",
+    "displaced_at_random",
+    "joined",
+    "parts_of",
+]
 
 SPREAD_SAMPLES = 64
 """Most samples that the weights are checked on: a weight that every twentieth sample has is missed once
@@ -48,7 +56,7 @@ class Survey:
         cls,
         chunks: Iterable[tuple[Any, int]],
         *,
-        sought: Collection[int] = (),
+        sought: Collection[int | None] = (),
         most: int = SPREAD_SAMPLES,
     ) -> Survey:
         """Read ``chunks`` once, and keep at most ``most`` samples."""
@@ -73,8 +81,9 @@ class Survey:
         return cls(count, batch, size, mixed)
 
 
-def _holds(batch: Any, sought: Collection[int]) -> bool:
-    return any(bool((t == value).any()) for value in sought for t in tensors_in(batch))
+def _holds(batch: Any, sought: Collection[int | None]) -> bool:
+    values = [value for value in sought if value is not None]
+    return any(bool((t == value).any()) for value in values for t in tensors_in(batch))
 
 
 def joined(samples: Sequence[Any]) -> tuple[Any, int]:
@@ -113,11 +122,23 @@ def displaced_at_random(point: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(moved)
 
 
+def parts_of(size: int) -> list[tuple[int, int]]:
+    """Return start and stop of parts of 1, 1, 2, 4, 8, ... samples: few passes, and single samples.
+
+    >>> parts_of(6)
+    [(0, 1), (1, 2), (2, 4), (4, 6)]
+    """
+    stops = [0, 1]
+    while stops[-1] < size:
+        stops.append(min(2 * stops[-1], size))
+    return list(itertools.pairwise(stops))
+
+
 def difference_of_parts(gradient: Callable[[Any], Tensor], batch: Any, size: int) -> float:
     """Return how far a batch's gradient is from the mean of its parts', relative to the parts.
 
-    Parts are of 1, 1, 2, 4, 8, ... samples: few passes, and single samples among them. Gradients are
-    compared, since losses tell nothing of a fresh model, for which every class is equally likely.
+    Gradients are compared, since losses tell nothing of a fresh model, for which every class is equally
+    likely. The parts are those of :func:`parts_of`.
 
     Args:
         gradient: the gradient ``(d,)`` of a batch's mean loss.
@@ -131,13 +152,12 @@ def difference_of_parts(gradient: Callable[[Any], Tensor], batch: Any, size: int
     True
     """
     whole = gradient(batch)
-    rest, total, start, stop = torch.zeros_like(whole), 0.0, 0, 1
-    while start < size:
+    rest, total = torch.zeros_like(whole), 0.0
+    for start, stop in parts_of(size):
         share = (stop - start) / size
         part = gradient(cut(batch, start, stop))
         rest.add_(part, alpha=share)
         total += share * float(part.norm())
-        start, stop = stop, min(2 * stop, size)
     difference = float((whole - rest).norm())
     # An infinity or a NaN is for the measurement to report.
     return difference / total if 0 < total < float("inf") and difference < float("inf") else 0.0

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from stableopt.curvature.problem.data.batches import sample_count, tensors_in
 from stableopt.curvature.problem.weights.survey import Survey
 from stableopt.curvature.problem.weights.weights import (
     EqualWeights,
@@ -18,7 +20,13 @@ from stableopt.curvature.problem.weights.weights import (
     WeightedMeans,
 )
 
-__all__ = ["WeightTotals", "weights_of", "weights_seen"]
+__all__ = [
+    "WeightTotals",
+    "may_differ",
+    "totals_seen",
+    "weights_of",
+    "weights_seen",
+]
 
 _ROUNDING = 1e-12
 """Relative difference of two averages of the same weights, in double precision."""
@@ -30,6 +38,35 @@ def weights_seen(evaluate: Callable[[], Any]) -> list[WeightedMean]:
     with means:
         evaluate()
     return means.seen
+
+
+def totals_seen(evaluate: Callable[[], Any]) -> list[float]:
+    """Return the sums of the weights in those means."""
+    return [float(mean.total()) for mean in weights_seen(evaluate)]
+
+
+def may_differ(seen: Sequence[WeightedMean], batch: Any, mixed: bool) -> bool:
+    """Return whether samples may differ in weight, in the means that the loss of ``batch`` takes.
+
+    Args:
+        seen: the means.
+        batch: some of the samples.
+        mixed: whether the data hold an ignored target, or differ in shape.
+    """
+
+    def tells(mean: WeightedMean) -> bool:
+        # Targets that are computed, by a shift or a clamp, may be ignored where the data hold others.
+        target: Tensor = mean.arguments["target"]
+        return any(
+            t.numel() == target.numel() and torch.equal(t.reshape(-1), target.reshape(-1))
+            for t in tensors_in(batch)
+        )
+
+    return bool(seen) and (
+        mixed
+        or any(mean.weighs or float(mean.total()) != mean.entries for mean in seen)
+        or not all(map(tells, seen))
+    )
 
 
 @dataclass(frozen=True)
@@ -53,7 +90,7 @@ class WeightTotals:
     def of_loss(
         cls,
         seen: Sequence[WeightedMean],
-        size: int,
+        batch: Any,
         survey: Survey,
         evaluations: Iterable[Callable[[], Any]],
         in_model: int,
@@ -61,25 +98,36 @@ class WeightTotals:
         """Return the totals of a loss whose weighted means are seen.
 
         Args:
-            seen: the means in the loss of one batch.
-            size: samples in that batch.
+            seen: the means in the loss of ``batch``.
+            batch: some of the samples.
             survey: of all samples.
             evaluations: for each chunk of the data, what evaluates its loss; run where the weights may
                 differ.
             in_model: how many of the means the model takes.
         """
         n = survey.num_samples
-        uncounted = any(float(mean.total()) != mean.entries for mean in seen)
-        if not seen or not (survey.mixed or uncounted or any(mean.weighs for mean in seen)):
-            return cls(n, tuple(n / size * mean.entries for mean in seen), True, in_model)
-        sums = torch.zeros(len(seen), dtype=torch.float64)
-        for evaluate in evaluations:
-            with torch.no_grad():
-                means = weights_seen(evaluate)
-            if len(means) != len(seen):
-                return cls(n, None, False, in_model)
-            sums += torch.stack([mean.total().cpu() for mean in means])
-        return cls(n, tuple(sums.tolist()), False, in_model)
+        if not may_differ(seen, batch, survey.mixed):
+            return cls.of_equal(n, seen, sample_count(batch), in_model)
+        return cls.of_chunks(n, map(totals_seen, evaluations), in_model)
+
+    @classmethod
+    def of_equal(
+        cls, n: int, seen: Sequence[WeightedMean], size: int, in_model: int = 0
+    ) -> WeightTotals:
+        """Return the totals of ``n`` samples of one weight; ``size`` of them have the means."""
+        return cls(n, tuple(n / size * mean.entries for mean in seen), True, in_model)
+
+    @classmethod
+    def of_chunks(cls, n: int, sums: Iterable[list[float]], in_model: int = 0) -> WeightTotals:
+        """Return the totals of ``n`` samples in chunks, from the sums of each chunk's means.
+
+        >>> WeightTotals.of_chunks(4, [[2.0], [1.5]]).sums
+        (3.5,)
+        """
+        rows = list(sums)
+        if len(set(map(len, rows))) > 1:
+            return cls(n, None, False, in_model)
+        return cls(n, tuple(map(sum, zip(*rows, strict=True))), False, in_model)
 
     @classmethod
     def of_given(cls, weights: GivenWeights, chunks: Iterable[Any]) -> WeightTotals:
@@ -95,12 +143,15 @@ class WeightTotals:
         return cls(n, (total,), False)
 
 
-def weights_of(totals: Sequence[WeightTotals], given: EqualWeights) -> EqualWeights:
+def weights_of(
+    totals: Sequence[WeightTotals], given: EqualWeights, *, complete: bool = True
+) -> EqualWeights:
     """Return the weights by the totals of several ranks.
 
     Args:
         totals: of each rank.
         given: :class:`GivenWeights`, or others for weights of the loss.
+        complete: whether these are all ranks; the samples of one may all have weight zero.
 
     Raises:
         ValueError: if all weights are zero.
@@ -110,6 +161,8 @@ def weights_of(totals: Sequence[WeightTotals], given: EqualWeights) -> EqualWeig
     if len(known) < len(totals) or len({len(sums) for sums in known}) > 1:
         return EqualWeights()
     means = tuple(sum(parts) / n for parts in zip(*known, strict=True))
+    if not complete:
+        means = tuple(mean or 1.0 for mean in means)
     if not all(mean > 0 for mean in means):
         raise ValueError(
             f"data: all {n} samples have weight zero, since their targets are ignored, or their classes"
