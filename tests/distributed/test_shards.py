@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import covariance
 from rank_processes import run
-from rank_workers.measuring import differenced, margins_of_all
+from rank_workers.measuring import differenced, margins_of_all, weighted
+from weighted_losses import WEIGHTED, built, sample_hessians
+
+from stableopt import Problem
+from stableopt.curvature import DualCurvature
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +41,32 @@ def test_ranks_measure_what_one_process_does(
                 atol=1e-12,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
+
+
+@pytest.mark.parametrize(("size", "chunk_size"), [(2, 10), (3, 1)])
+def test_samples_have_their_weights_on_all_ranks(
+    size: int, chunk_size: int, tmp_path: Path
+) -> None:
+    """Catches weights that cancel within a rank, and the refusal of a rank whose samples all have weight
+    zero: in the order of the weights that is the first.
+    """
+    ranks = run(weighted, size, tmp_path, chunk_size)
+    for name in WEIGHTED:
+        case = built(name)
+        samples = sample_hessians(case)
+        generator = torch.Generator().manual_seed(5)
+        vector = torch.randn(samples.shape[1], generator=generator, dtype=torch.float64)
+        problem = Problem(case.model, case.loss, case.data, sample_weight=case.sample_weight)
+        sharpness = DualCurvature.from_problem(problem).sharpness
+        for found in ranks:
+            expected = {"hessian": samples.mean(0) @ vector}
+            for method in ("structured", "vmap", "loop"):
+                expected[method] = covariance(samples) @ vector
+            for method, exact in expected.items():
+                product = torch.tensor(found[f"{name} {method}"], dtype=torch.float64)
+                # Sums of the same numbers in another order, in double precision.
+                assert (product - exact).norm() <= 1e-12 * exact.norm(), (name, method)
+            assert found[f"{name} sharpness"] == pytest.approx(sharpness, rel=1e-12)
 
 
 def test_a_rank_without_a_second_derivative_takes_all_to_differences(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ class Problem(MeanLoss):
             if not self._random:
                 check_mean(once, value(doubled))
             if not self._batch_statistics:
-                self._find_weights(theta, batch, size)
+                self._find_weights(theta, batch)
             # All samples, in double precision, would take more memory than a training step.
             few = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
             self._check_derivatives(few, value(few))
@@ -217,7 +217,7 @@ class Problem(MeanLoss):
                 lambda each: self.loss(theta, each), batch, doubled, self._objective.generators
             )
 
-    def _find_weights(self, theta: Theta, batch: Any, size: int) -> None:
+    def _find_weights(self, theta: Theta, batch: Any) -> None:
         """Find the weights of this rank's samples, and compare a gradient with its samples'."""
 
         def evaluated(chunk: Any) -> Callable[[], Any]:
@@ -226,6 +226,7 @@ class Problem(MeanLoss):
         seen = weights_seen(evaluated(batch))
         at_most = max(CHECKED_SAMPLES, min(SPREAD_SAMPLES, self.batches.chosen or SPREAD_SAMPLES))
         survey = Survey.of(self.chunks(), sought={m.ignore_index for m in seen}, most=at_most)
+        seen = weights_seen(evaluated(survey.batch))
         chunks = (chunk for chunk, _ in self.chunks())
         if isinstance(self._weights, GivenWeights):
             self._totals = WeightTotals.of_given(self._weights, chunks)
@@ -233,9 +234,7 @@ class Problem(MeanLoss):
             in_model = 0
             if seen and self.loss_fn is not None:
                 in_model = len(weights_seen(lambda: self.outputs(theta, batch)))
-            self._totals = WeightTotals.of_loss(
-                seen, batch, survey, map(evaluated, chunks), in_model
-            )
+            self._totals = WeightTotals.of_loss(seen, survey, map(evaluated, chunks), in_model)
         complete = not self.ranks.several
         self._weights = weights_of([self._totals], self._weights, complete=complete)
         elsewhere = displaced_at_random(theta)

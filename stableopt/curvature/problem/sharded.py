@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.autodiff import central_difference
-from stableopt.curvature.problem.data.batches import cut, sample_count
+from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.draws import draws
 from stableopt.curvature.problem.fsdp import in_half, local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import (
@@ -176,18 +176,19 @@ class ShardedProblem(MeanLoss):
         seen: list[WeightedMean] = []
 
         def see() -> None:
-            seen.extend(weights_seen(partial(self._pass, batch, 0.0)))
+            seen[:] = weights_seen(partial(self._pass, batch, 0.0))
 
         with self.evaluation(), self._without_gradients():
             random = draws(see, self._objective.generators)
         with self.evaluation():
             survey = Survey.of(self.chunks(), sought={m.ignore_index for m in seen})
         if not isinstance(self._weights, GivenWeights):
-            n, size = self.own_samples, sample_count(batch)
-            if self.ranks.any(may_differ(seen, batch, survey.mixed)):
-                self._totals = WeightTotals.of_chunks(n, self._counted())
+            with self.evaluation(), self._without_gradients():
+                seen = weights_seen(partial(self._pass, survey.batch, 0.0))
+            if self.ranks.any(may_differ(seen, survey)):
+                self._totals = WeightTotals.of_chunks(survey.num_samples, self._counted())
             else:
-                self._totals = WeightTotals.of_equal(n, seen, size)
+                self._totals = WeightTotals.of_equal(survey.num_samples, seen, survey.size)
         self._weights = weights_of(self.ranks.all_gather_object(self._totals), self._weights)
         return survey, self.ranks.any(random)
 

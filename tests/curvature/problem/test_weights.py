@@ -2,139 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import pytest
 import torch
+from oracles import covariance
 from torch import Tensor, nn
-from torch.nn import functional as F
+from weighted_losses import WEIGHTED, Case, N, built, cross_entropy, random, sample_hessians
 
 import stableopt
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity, Problem
 
-N = 10
-CLASSES = torch.tensor([1.0, 7.0, 0.3], dtype=torch.float64)
 
-
-class Case(NamedTuple):
-    """A loss, and the same loss as a sum of terms with weights ``(n,)`` and losses of one sample."""
-
-    model: nn.Module
-    loss: Callable[[Any, Any], Tensor]
-    data: tuple[Tensor, Tensor]
-    terms: list[tuple[Tensor, Callable[[Any, Any], Tensor]]]
-    sample_weight: Any = None
-
-
-class Tokens(nn.Module):
-    """A language model of two numbers a token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(4, 2), nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(torch.tanh(self.embedding(x)))
-        return logits.transpose(1, 2)
-
-
-def network(outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, outputs))
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, labels, reduction="none")
-
-
-def class_weights() -> Case:
-    y = torch.randint(3, (N,))
-    loss = nn.CrossEntropyLoss(CLASSES)
-    return Case(network(3), loss, (random(N, 2), y), [(CLASSES[y], cross_entropy)])
-
-
-def padded_tokens() -> Case:
-    x, y = torch.randint(4, (2, N, 5))
-    lengths = torch.arange(N) % 6  # also a sample without any target
-    y[torch.arange(5) >= lengths[:, None]] = -100
-
-    def of_sample(outputs: Tensor, labels: Tensor) -> Tensor:
-        counted = labels != -100
-        losses = cross_entropy(outputs, labels.clamp(min=0)) * counted
-        return losses.sum() / counted.sum().clamp(min=1)
-
-    y = y.clamp(max=2)
-    return Case(Tokens(), nn.CrossEntropyLoss(), (x, y), [(lengths.clamp(max=5), of_sample)])
-
-
-def two_heads() -> Case:
-    y, flipped = torch.randint(3, (N,)), CLASSES.flip(0)
-
-    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-        first = F.cross_entropy(outputs[:, :3], labels, CLASSES)
-        second = F.cross_entropy(outputs[:, 2:], labels, flipped, label_smoothing=0.1)
-        return first + 0.3 * second + 0.1 * outputs.square().mean()
-
-    def second_of(outputs: Tensor, labels: Tensor) -> Tensor:
-        return 0.3 * F.cross_entropy(outputs[:, 2:], labels, flipped, label_smoothing=0.1)
-
-    terms = [
-        (CLASSES[y], lambda out, label: cross_entropy(out[:, :3], label)),
-        (flipped[y], second_of),
-        (torch.ones(N), lambda out, label: 0.1 * out.square().mean()),
-    ]
-    return Case(network(5), loss, (random(N, 2), y), terms)
-
-
-def own_weights() -> Case:
-    y = torch.cat([random(N, 2), 3 * torch.rand(N, 1).double() + 0.1], 1)
-
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        squares = (outputs - y[:, :2]).square().sum(1)
-        return (y[:, 2] * squares).sum() / y[:, 2].sum()
-
-    def of_sample(outputs: Tensor, y: Tensor) -> Tensor:
-        return (outputs - y[:, :2]).square().sum()
-
-    return Case(
-        network(2), loss, (random(N, 2), y), [(y[:, 2], of_sample)], lambda batch: batch[1][:, 2]
-    )
-
-
-@pytest.fixture(params=[class_weights, padded_tokens, two_heads, own_weights])
+@pytest.fixture(params=WEIGHTED)
 def case(request: pytest.FixtureRequest) -> Case:
-    torch.manual_seed(0)
-    found: Case = request.param()
-    found.model.double()
-    for p in found.model.parameters():
-        nn.init.normal_(p, std=0.8)
-    return found
-
-
-def sample_hessians(case: Case) -> Tensor:
-    """Return the Hessians ``(n, d, d)`` of n w_i f_i / sum(w), each by dense differentiation."""
-    shapes = {name: p.shape for name, p in case.model.named_parameters()}
-    theta = torch.cat([p.detach().flatten() for p in case.model.parameters()])
-    found = []
-    for index in range(N):
-        x, y = (t[index : index + 1] for t in case.data)
-
-        def weighted(at: Tensor, x: Tensor = x, y: Tensor = y, index: int = index) -> Tensor:
-            parts = torch.split(at, [shape.numel() for shape in shapes.values()])
-            named = {k: part.view(shapes[k]) for k, part in zip(shapes, parts, strict=True)}
-            outputs = torch.func.functional_call(case.model, named, (x,))
-            losses = [
-                w.double()[index] / w.sum() * loss(outputs, y).sum() for w, loss in case.terms
-            ]
-            return N * torch.stack(losses).sum()
-
-        found.append(torch.func.jacrev(torch.func.grad(weighted))(theta))
-    return torch.stack(found)
+    return built(request.param)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -147,8 +30,7 @@ def test_order_and_chunks_change_nothing(case: Case) -> None:
     weights cancel.
     """
     samples = sample_hessians(case)
-    mean = samples.mean(0)
-    covariance = (samples @ samples).mean(0) - mean @ mean
+    mean, spread = samples.mean(0), covariance(samples)
     for order in (torch.arange(N), torch.arange(N).flip(0)):
         for chunk_size in (1, 3, N):
             data = (case.data[0][order], case.data[1][order])
@@ -163,7 +45,7 @@ def test_order_and_chunks_change_nothing(case: Case) -> None:
             assert close(Hessian(problem) @ vectors, mean @ vectors)
             for method in ("structured", "vmap", "loop"):
                 sigma = NonUniformity(problem, method=method)  # type: ignore[arg-type]
-                assert close(sigma @ vectors, covariance @ vectors), (method, chunk_size)
+                assert close(sigma @ vectors, spread @ vectors), (method, chunk_size)
 
 
 def test_gauss_newton_and_the_gram_matrix_agree(case: Case) -> None:
@@ -173,17 +55,76 @@ def test_gauss_newton_and_the_gram_matrix_agree(case: Case) -> None:
     )
     identity = torch.eye(problem.num_params, dtype=torch.float64)
     matrix = GaussNewton(problem) @ identity
-    covariance = NonUniformity(problem, method="gauss-newton") @ identity
+    spread = NonUniformity(problem, method="gauss-newton") @ identity
     dual = DualCurvature.from_problem(problem)
     assert dual.sharpness == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-10)
-    largest = float(torch.linalg.eigvalsh(covariance)[-1]) ** 0.5
+    largest = float(torch.linalg.eigvalsh(spread)[-1]) ** 0.5
     assert dual.non_uniformity == pytest.approx(largest, rel=1e-10)
 
 
-def test_weights_as_a_tensor_follow_the_samples() -> None:
+def test_targets_that_the_loss_computes_are_counted() -> None:
+    """Catches a search for ignored targets in the data, where the loss makes them by a clamp, and the
+    first samples have none.
+    """
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    x, y = random(12, 2), torch.arange(12) % 3
+    y[9:] = 9
+
+    def clamped(outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels.clamp(max=3), ignore_index=3)
+
+    known = Problem(model, nn.CrossEntropyLoss(), (x, y.where(y < 9, -100)), chunk_size=5)
+    found = Problem(model, clamped, (x, y), chunk_size=5)
+    vector = random(found.num_params)
+    assert close(Hessian(found) @ vector, Hessian(known) @ vector)
+    assert close(NonUniformity(found) @ vector, NonUniformity(known) @ vector)
+
+
+def test_critical_rates_against_enumeration() -> None:
+    """Catches weights that the critical learning rate leaves out, and batches of weighted samples.
+
+    Of a linear model the Gauss-Newton matrices are the Hessians. Steps over all subsets of a batch's
+    size give the second moments; the largest stable rate is found by bisection.
+    """
     torch.manual_seed(0)
-    case = own_weights()
-    case.model.double()
+    n, model, weight = 5, nn.Linear(2, 2).double(), torch.tensor([1.0, 6.0]).double()
+    x, y = random(n, 2), torch.tensor([0, 1, 0, 0, 1])
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def of_sample(at: Tensor, index: int) -> Tensor:
+        outputs = x[index] @ at[:4].view(2, 2).T + at[4:]
+        share = n * weight[y[index]] / weight[y].sum()
+        return share * nn.functional.cross_entropy(outputs, y[index])
+
+    samples = torch.stack(
+        [torch.func.jacrev(torch.func.grad(of_sample))(theta, index) for index in range(n)]
+    )
+    values, vectors = torch.linalg.eigh(samples.mean(0))
+    seen = vectors[:, values > 1e-9]  # others do not move
+    both = torch.kron(seen, seen)
+
+    def radius(lr: float, size: int) -> float:
+        subsets = list(itertools.combinations(range(n), size))
+        steps = [torch.eye(6) - lr * samples[list(subset)].mean(0) for subset in subsets]
+        moments = torch.stack([torch.kron(step, step) for step in steps]).mean(0)
+        return float(torch.linalg.eigvals(both.T @ moments @ both).abs().max())
+
+    for size in (1, 2, n):
+        low, high = 1e-3, 10.0
+        for _ in range(45):
+            middle = (low + high) / 2
+            low, high = (middle, high) if radius(middle, size) <= 1 else (low, middle)
+        problem = Problem(model, nn.CrossEntropyLoss(weight), (x, y), chunk_size=2)
+        # The residual is 1e-8, and that of an eigenvalue its square; bisection ends at 3e-13.
+        found = stableopt.critical_lr(problem, size, tol=1e-8)
+        assert found.value == pytest.approx(low, rel=1e-10)
+        assert stableopt.critical_batch_size(problem, low * (1 - 1e-4), tol=1e-8) == size
+        above = stableopt.critical_batch_size(problem, low * (1 + 1e-4), tol=1e-8)
+        assert above == (size + 1 if size < n else None)
+
+
+def test_weights_as_a_tensor_follow_the_samples() -> None:
+    case = built("own weights")
     weights = case.data[1][:, 2]
     by_tensor = Problem(case.model, case.loss, case.data, chunk_size=3, sample_weight=weights)
     by_function = Problem(

@@ -118,7 +118,7 @@ CLASSES = torch.tensor([1.0, 7.0, 0.3], dtype=torch.float64)
 
 
 def labelled() -> tuple[Tensor, Tensor]:
-    """Return inputs and classes with targets, of which the first samples' are all ignored."""
+    """Return inputs and two targets for each; all first targets of the first samples are ignored."""
     x, _ = small_data(SAMPLES)
     labels = torch.arange(SAMPLES) % 3
     labels[:5] = -100

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from oracles import SineOnce, small_data, small_network
 from torch import Tensor, nn
+from weighted_losses import WEIGHTED, built
 
 from rank_workers.shares import SAMPLES, group, own
 from stableopt import Problem, measure
@@ -74,6 +75,30 @@ def _products(problem: Problem) -> dict[str, Any]:
     }
     for method in ("structured", "vmap", "loop", "gauss-newton"):
         found[method] = (NonUniformity(problem, method=method) @ vector).tolist()
+    return found
+
+
+def weighted(chunk_size: int) -> dict[str, Any]:
+    """Take products of losses that weigh samples, in the order of their weights."""
+    found = {}
+    for name in WEIGHTED:
+        case = built(name)
+        order = own((torch.argsort(case.terms[0][0]),) * 2)[0]
+        problem = Problem(
+            case.model,
+            case.loss,
+            (case.data[0][order], case.data[1][order]),
+            chunk_size=chunk_size,
+            sample_weight=case.sample_weight,
+            process_group=group(),
+        )
+        generator = torch.Generator().manual_seed(5)
+        vector = torch.randn(problem.num_params, generator=generator, dtype=torch.float64)
+        found[f"{name} hessian"] = (Hessian(problem) @ vector).tolist()
+        for method in ("structured", "vmap", "loop"):
+            product = NonUniformity(problem, method=method) @ vector
+            found[f"{name} {method}"] = product.tolist()
+        found[f"{name} sharpness"] = DualCurvature.from_problem(problem).sharpness
     return found
 
 

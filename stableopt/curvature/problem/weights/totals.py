@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data.batches import sample_count, tensors_in
+from stableopt.curvature.problem.data.batches import tensors_in
 from stableopt.curvature.problem.weights.survey import Survey
 from stableopt.curvature.problem.weights.weights import (
     EqualWeights,
@@ -45,25 +45,19 @@ def totals_seen(evaluate: Callable[[], Any]) -> list[float]:
     return [float(mean.total()) for mean in weights_seen(evaluate)]
 
 
-def may_differ(seen: Sequence[WeightedMean], batch: Any, mixed: bool) -> bool:
-    """Return whether samples may differ in weight, in the means that the loss of ``batch`` takes.
-
-    Args:
-        seen: the means.
-        batch: some of the samples.
-        mixed: whether the data hold an ignored target, or differ in shape.
-    """
+def may_differ(seen: Sequence[WeightedMean], survey: Survey) -> bool:
+    """Return whether samples may differ in weight, in the means that the survey's batch has."""
 
     def tells(mean: WeightedMean) -> bool:
         # Targets that are computed, by a shift or a clamp, may be ignored where the data hold others.
         target: Tensor = mean.arguments["target"]
         return any(
             t.numel() == target.numel() and torch.equal(t.reshape(-1), target.reshape(-1))
-            for t in tensors_in(batch)
+            for t in tensors_in(survey.batch)
         )
 
     return bool(seen) and (
-        mixed
+        survey.mixed
         or any(mean.weighs or float(mean.total()) != mean.entries for mean in seen)
         or not all(map(tells, seen))
     )
@@ -90,7 +84,6 @@ class WeightTotals:
     def of_loss(
         cls,
         seen: Sequence[WeightedMean],
-        batch: Any,
         survey: Survey,
         evaluations: Iterable[Callable[[], Any]],
         in_model: int,
@@ -98,16 +91,15 @@ class WeightTotals:
         """Return the totals of a loss whose weighted means are seen.
 
         Args:
-            seen: the means in the loss of ``batch``.
-            batch: some of the samples.
+            seen: the means in the loss of the survey's batch.
             survey: of all samples.
             evaluations: for each chunk of the data, what evaluates its loss; run where the weights may
                 differ.
             in_model: how many of the means the model takes.
         """
         n = survey.num_samples
-        if not may_differ(seen, batch, survey.mixed):
-            return cls.of_equal(n, seen, sample_count(batch), in_model)
+        if not may_differ(seen, survey):
+            return cls.of_equal(n, seen, survey.size, in_model)
         return cls.of_chunks(n, map(totals_seen, evaluations), in_model)
 
     @classmethod
