@@ -290,7 +290,15 @@ def lr_at_limit(rule: UpdateRule, sharpness: float) -> float:
     0.5
     """
     sharpness = positive("sharpness", sharpness)
-    if rule.filter is not None:
+    if rule.ascent:
+        inner = replace(rule, ascent=0.0)
+        return lr_at_limit(inner, sharpness + rule.ascent * sharpness**2)
+    if rule.lookahead is not None and rule.decoupled_weight_decay:
+        raise ValueError(
+            f"lookahead={rule.lookahead} with decoupled weight decay: the learning rate at a limit is"
+            " not known"
+        )
+    if rule.filter is not None and rule.lookahead is None:
         return rule.linear_step.max_lr(sharpness)
     at_one, at_two = (at_lr(rule, lr).max_sharpness for lr in (1.0, 2.0))
     reach = 2 * (at_one - at_two)

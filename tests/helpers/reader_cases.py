@@ -33,6 +33,18 @@ def packaged(name: str, **options: Any) -> Callable[[Any], torch.optim.Optimizer
     return make
 
 
+def wrapped(**options: Any) -> Callable[[Any], Any]:
+    """Make SGD in ScheduleFreeWrapper, both with momentum."""
+
+    def make(groups: Any) -> Any:
+        free = importlib.import_module("schedulefree")
+        optimizer = free.ScheduleFreeWrapper(torch.optim.SGD(groups, **options), momentum=0.95)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
 CASES = {
     "SGD, rates": Case(sgd(), bias={"lr": 0.03}),
     "SGD, rates and decays": Case(
@@ -233,6 +245,15 @@ PACKAGED = {
         packaged("schedulefree:RAdamScheduleFree", lr=0.01, betas=(0.9, 0.8), weight_decay=0.2),
         "z",
         least=6,
+    ),
+    "schedulefree.ScheduleFreeWrapper": Case(wrapped(lr=0.1), "z"),
+    "schedulefree.ScheduleFreeWrapper, inner momentum": Case(
+        wrapped(lr=0.1, momentum=0.9), ("z", "momentum_buffer")
+    ),
+    "schedulefree.ScheduleFreeWrapper, inner Nesterov, rates": Case(
+        wrapped(lr=0.1, momentum=0.5, nesterov=True),
+        ("z", "momentum_buffer"),
+        bias={"lr": 0.1, "weight_lr_power": 0.0},
     ),
     "pytorch_optimizer.SOAP": Case(
         packaged("pytorch_optimizer:SOAP", lr=0.01, betas=(0.9, 0.95), weight_decay=1e-3), "exp_avg"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stableopt import UpdateRule, measure
 from stableopt.stability.rules.filters import lookahead_edge, momentum_filter
+from stableopt.steering.target import lr_at_limit
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
@@ -133,3 +134,13 @@ def test_what_is_not_known_with_lookahead_or_ascent(
     ):
         with pytest.raises(ValueError, match=says):
             UpdateRule(lr=0.1, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"ascent": 0.3}, {"lookahead": (5, 0.5), "momentum": 0.5}])
+def test_learning_rates_at_a_limit(options: dict[str, Any]) -> None:
+    """Catches a limit inverted as if it were a multiple of 1/lr, as that of SAM is not."""
+    rule = UpdateRule(lr=0.1, **options)
+    assert lr_at_limit(rule, rule.max_sharpness) == pytest.approx(0.1, rel=1e-9)
+    decaying = UpdateRule(lr=0.1, lookahead=(5, 0.5), decoupled_weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"lookahead=\(5, 0\.5\) with decoupled weight decay"):
+        lr_at_limit(decaying, 10.0)

@@ -126,7 +126,7 @@ def test_most_are_known() -> None:
     # Muon came with a later version of torch than the oldest that is supported.
     assert known["torch"] >= 14
     assert known["torch_optimizer"] == 9
-    assert known.get("schedulefree", 3) == 3
+    assert known.get("schedulefree", 4) == 4
 
 
 def test_the_table_of_optimizers_has_every_reader() -> None:

@@ -46,6 +46,7 @@ READERS: dict[type | str, Reader] = {
     "schedulefree.sgd_schedulefree.SGDScheduleFree": schedule_free.read_sgd,
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": schedule_free.read_adamw,
     "schedulefree.radam_schedulefree.RAdamScheduleFree": schedule_free.read_radam,
+    "schedulefree.wrap_schedulefree.ScheduleFreeWrapper": schedule_free.read_wrapper,
     "prodigyopt.prodigy.Prodigy": pytorch_optimizer.read_prodigy,
     "pytorch_optimizer.optimizer.prodigy.Prodigy": pytorch_optimizer.read_prodigy,
     "pytorch_optimizer.optimizer.adan.Adan": pytorch_optimizer.read_adan,

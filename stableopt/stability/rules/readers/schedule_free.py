@@ -8,13 +8,18 @@ The optimizer steps in z and averages x; gradients are taken, and margins measur
     \lambda_{\max}(PH) \le \frac{2(2-c)}{\gamma\,[(2-c)(1-\beta)+c\beta]} - \lambda
     \;\to\; \frac{2}{(1-\beta)\gamma} - \lambda \quad (c \to 0).
 
-In ``optimizer.eval()`` the parameters are x, and the rule is not known.
+The wrapper of another optimizer filters that one's steps in the same way, by
+:math:`\frac{(1-\beta)(z-1+c)+\beta cz}{z-1+c}`. In ``optimizer.eval()`` the
+parameters are x, and the rule is not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +28,21 @@ from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rul
 from stableopt.stability.rules.readers.param_groups import one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_adamw", "read_radam", "read_sgd"]
+__all__ = ["read_adamw", "read_radam", "read_sgd", "read_wrapper"]
 
 _THRESHOLD = 4.0
 """Length of the second moment's average up to which this RAdam does not rely on it."""
 
 
+_EVAL = (
+    "{} is in eval mode, where the parameters are averages at which it takes no steps: call"
+    " optimizer.train() before measuring"
+)
+
+
 def _weight(group: Group) -> float:
     """Return c of the last step, 1 before the first."""
-    if not group["k"]:
+    if not group.get("k"):
         return 1.0
     total = float(group["weight_sum"])
     newest = group["k"] ** group["r"] * float(group["lr_max"]) ** group["weight_lr_power"]
@@ -50,11 +61,7 @@ def _not_read(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         if group["k"] and not group["train_mode"]:
-            reason = (
-                f"{name} is in eval mode, where the parameters are averages at which it takes no steps:"
-                " call optimizer.train() before measuring"
-            )
-            return UpdateRule.unknown_step(optimizer, reason)
+            return UpdateRule.unknown_step(optimizer, _EVAL.format(name))
         if group["k"] and not _weight(group):
             reason = f"{name} does not move the parameters in its first steps"
             return UpdateRule.unknown_step(optimizer, reason)
@@ -115,3 +122,31 @@ def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         return _inverse(step)
 
     return _adaptive(optimizer, entries)
+
+
+def read_wrapper(optimizer: Any) -> UpdateRule:
+    """Read ``schedulefree.ScheduleFreeWrapper`` over an optimizer that is known and has no decay."""
+    inner, beta = UpdateRule.from_optimizer(optimizer.base), float(optimizer.momentum)
+    groups, name = optimizer.param_groups, type(optimizer).__name__
+    if inner.unknown is not None:
+        return inner
+    if any(group.get("k") for group in groups) and not optimizer.train_mode:
+        return UpdateRule.unknown_step(optimizer, _EVAL.format(name))
+    decays = optimizer.weight_decay_at_y, inner.weight_decay, inner.decoupled_weight_decay
+    if any(decays) or inner.group_weight_decays or inner.lookahead is not None:
+        reason = f"{name} with weight decay, or over Lookahead, takes steps that are not read"
+        return UpdateRule.unknown_step(optimizer, reason)
+    own = {"r": optimizer.r, "weight_lr_power": optimizer.weight_lr_power}
+    c = one("the weight of the newest point", [_weight({**group, **own}) for group in groups])
+    num, den = inner.linear_step.as_filter
+    return replace(
+        inner,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        momentum_share=1.0,
+        filter=(
+            tuple(np.polymul(num, (1 - beta + beta * c, -(1 - beta) * (1 - c))).tolist()),
+            tuple(np.polymul(den, (1.0, -(1 - c))).tolist()),
+        ),
+    )
