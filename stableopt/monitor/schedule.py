@@ -103,7 +103,9 @@ class Schedule:
 
 def moved(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the last step moved anything: not at rate zero, nor skipped by a grad scaler."""
-    if all(float(group.get("lr", 1.0)) == 0 for group in optimizer.param_groups):
+    # Some optimizers choose their rate themselves, and have None.
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if all(rate is not None and float(rate) == 0 for rate in rates):
         return False
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is None or not bool(torch.as_tensor(found_inf).any())

@@ -222,7 +222,8 @@ class FlightRecorder:
             for p in self._monitor.problem.params
         ]
         groups = self._monitor.optimizer.param_groups
-        lr = max((float(group["lr"]) for group in groups if "lr" in group), default=0.0)
+        rates = [float(group["lr"]) for group in groups if group.get("lr") is not None]
+        lr = max(rates, default=0.0)
         step = StepRecord(self._monitor.step + 1, lr, batch=self._batch)
         self._pending.append((step, torch.stack(norms), self._loss))
         self._loss = self._batch = None

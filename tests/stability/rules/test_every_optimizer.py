@@ -15,7 +15,7 @@ import torch_optimizer
 from reader_cases import CASES, PACKAGED, installed
 from torch import nn
 
-from stableopt import UpdateRule, measure
+from stableopt import StabilityMonitor, UpdateRule, measure
 from stableopt.stability.rules.readers import READERS
 
 READ = [
@@ -113,6 +113,25 @@ def test_every_optimizer_is_known_or_measured(kind: type) -> None:
         assert (
             "register" in rule.unknown or rule.norm is not None or "does not move" in rule.unknown
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_monitor_follows_every_optimizer(kind: type) -> None:
+    """Catches a class whose steps stop the monitor, as one without a learning rate would."""
+    if not issubclass(kind, torch.optim.Optimizer) or kind is torch_optimizer.Lookahead:
+        pytest.skip("has no step hooks")
+    model = nn.Linear(3, 2, bias=kind is not getattr(torch.optim, "Muon", None))
+    optimizer = made(kind, model)
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()
+    data = torch.randn(8, 3), torch.randn(8, 2)
+    with StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=2, batch_size=4) as monitor:
+        for _ in range(2):
+            step(optimizer, model)
+    (found,) = monitor.history
+    assert found.failure is None
+    assert found.sharpness is not None
 
 
 def test_most_are_known() -> None:
