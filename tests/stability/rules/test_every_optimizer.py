@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ def step(optimizer: Any, model: nn.Module) -> None:
     optimizer.step()
 
 
+@functools.cache
 def with_edges() -> set[str]:
     """Return the classes that repeat their step in test_readers.py."""
     groups = [
@@ -86,52 +89,37 @@ def with_edges() -> set[str]:
 @pytest.mark.filterwarnings("ignore")  # the packages' own
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_optimizer_is_known_or_measured(kind: type) -> None:
-    """Catches a class that is refused, and one with a limit that no test has seen it cross."""
+    """Catches a class that is refused, or stops the monitor, as one without a learning rate would; and
+    one with a limit that no test has seen it cross.
+    """
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=kind is not getattr(torch.optim, "Muon", None))
-    optimizer = made(kind, model)
+    optimizer, data = made(kind, model), (torch.randn(8, 3), torch.randn(8, 2))
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()
-    for _ in range(3):
-        step(optimizer, model)
-    rule = UpdateRule.from_optimizer(optimizer)
-    found = measure(
-        model,
-        nn.MSELoss(),
-        (torch.randn(8, 3), torch.randn(8, 2)),
-        optimizer=optimizer,
-        batch_size=4,
-    )
+    hooks = issubclass(kind, torch.optim.Optimizer) and kind is not torch_optimizer.Lookahead
+    with ExitStack() as stack:
+        if hooks:
+            monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=3, batch_size=4)
+            stack.enter_context(monitor)
+        for _ in range(3):
+            step(optimizer, model)
+    if hooks:
+        (found,) = monitor.history
+    else:
+        found = measure(model, nn.MSELoss(), data, optimizer=optimizer, batch_size=4)
+    assert found.failure is None
     assert found.sharpness is not None
+    rule = UpdateRule.from_optimizer(optimizer)
     if rule.unknown is None:
         assert found.edge_ratio is not None
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        assert name in with_edges() | AROUND
+        assert f"{kind.__module__}.{kind.__qualname__}" in with_edges() | AROUND
     else:
         assert kind.__name__ in rule.unknown
         assert found.edge_ratio is None
         assert (
             "register" in rule.unknown or rule.norm is not None or "does not move" in rule.unknown
         )
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", EVERY)
-def test_a_monitor_follows_every_optimizer(kind: type) -> None:
-    """Catches a class whose steps stop the monitor, as one without a learning rate would."""
-    if not issubclass(kind, torch.optim.Optimizer) or kind is torch_optimizer.Lookahead:
-        pytest.skip("has no step hooks")
-    model = nn.Linear(3, 2, bias=kind is not getattr(torch.optim, "Muon", None))
-    optimizer = made(kind, model)
-    if callable(getattr(optimizer, "train", None)):
-        optimizer.train()
-    data = torch.randn(8, 3), torch.randn(8, 2)
-    with StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=2, batch_size=4) as monitor:
-        for _ in range(2):
-            step(optimizer, model)
-    (found,) = monitor.history
-    assert found.failure is None
-    assert found.sharpness is not None
 
 
 def test_most_are_known() -> None:

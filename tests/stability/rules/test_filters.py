@@ -64,13 +64,13 @@ def simulated(pair: Filter, c: float, k: float, steps: int) -> float:
     return largest
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_closed_forms_follow_from_the_filter(seed: int) -> None:
     """Catches a term of a closed form, a convention of the coefficients, and a wrong crossing: heavy
     ball, Nesterov, dampening, shares of the momentum, coupled and decoupled decay at random.
     """
     random = np.random.default_rng(seed)
-    for _ in range(25):
+    for _ in range(15):
         nesterov = bool(random.random() < 0.3)
         closed = LinearStep(
             lr=float(random.uniform(0.01, 1)),
@@ -100,7 +100,7 @@ def test_closed_forms_follow_from_the_filter(seed: int) -> None:
         same(step.mean_square_radius(a, 0.1 * a), closed.mean_square_radius(a, 0.1 * a))
 
 
-@pytest.mark.parametrize("c", [1.0, 0.95, 0.2])
+@pytest.mark.parametrize("c", [1.0, 0.5])
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_crossing_is_the_first_and_the_recursion_has_it(name: str, c: float) -> None:
     """Catches a crossing that is not the first, or is sought at -1 only: the recursion itself grows
@@ -115,11 +115,11 @@ def test_the_crossing_is_the_first_and_the_recursion_has_it(name: str, c: float)
 
     assert radius(high) == pytest.approx(1.0, abs=1e-9)
     assert radius(high * 1.001) > 1
-    assert max(radius(k) for k in np.linspace(low + 1e-3 * high, high * 0.999, 300)) < 1
+    assert max(radius(k) for k in np.linspace(low + 1e-3 * high, high * 0.999, 100)) < 1
     assert low == 0 if c == 1 else radius(1.001 * low) > 1
     # Slow poles take long to show: steps by the root's distance from the circle.
     for factor in (0.98, 1.02):
-        steps = int(min(20_000, 400 + 10 / abs(radius(factor * high) - 1)))
+        steps = int(min(5_000, 400 + 10 / abs(radius(factor * high) - 1)))
         half, full = (simulated(pair, c, factor * high, n) for n in (steps // 2 + 400, steps + 400))
         assert full > half if factor > 1 else full < half
 
@@ -147,10 +147,10 @@ def test_the_variance_that_is_stable_in_mean_square(name: str) -> None:
         s = rule.max_non_uniformity(1, sharpness=a)
         assert mean_square_radius(a, s**2, lr, filter=pair) == pytest.approx(1.0, abs=1e-9)
         assert mean_square_radius(a, 1.02 * s**2, lr, filter=pair) > 1
-    grid = np.linspace(0, rule.max_sharpness, 101)[1:-1]
+    grid = np.linspace(0, rule.max_sharpness, 51)[1:-1]
     heights = [rule.max_non_uniformity(1, sharpness=float(a)) for a in grid]
     top = rule.max_non_uniformity(1)
-    # A hundred points miss the top of a parabola by at most 1/10,000 of it.
+    # Fifty points miss the top of a parabola by at most 1/2,500 of it.
     assert max(heights) <= top * (1 + 1e-12)
     assert top == pytest.approx(max(heights), rel=1e-2)
     assert (rule.max_non_uniformity(1, sharpness=1.01 * rule.max_sharpness), rule.plain) == (
