@@ -157,6 +157,26 @@ CASES = {
         ),
         "momentum_buffer",
     ),
+    "QHAdam": Case(
+        of(torch_optimizer.QHAdam, lr=0.01, nus=(0.7, 1.0), weight_decay=0.2), "exp_avg"
+    ),
+    "QHAdam, shares of both, decoupled": Case(
+        of(
+            torch_optimizer.QHAdam,
+            lr=0.01,
+            nus=(0.8, 0.6),
+            betas=(0.8, 0.99),
+            weight_decay=3.0,
+            decouple_weight_decay=True,
+        ),
+        "exp_avg",
+    ),
+    "PID": Case(
+        of(torch_optimizer.PID, lr=0.01, momentum=0.8, integral=2.0, derivative=3.0, dampening=0.1),
+        ("i_buffer", "d_buffer", "grad_buffer"),
+        scalar=False,  # the difference of two buffers with the same memory
+    ),
+    "AccSGD": Case(of(torch_optimizer.AccSGD, lr=0.01, kappa=20.0, xi=3.0), "momentum_buffer"),
     "ASGD": Case(of(optim.ASGD, lr=0.1, lambd=1e-3, alpha=0.75, weight_decay=0.2), kept="eta"),
     "ASGD, loop, rates": Case(
         of(optim.ASGD, lr=0.1, foreach=False), bias={"lr": 0.03}, kept="eta", scalar=False

@@ -20,14 +20,14 @@ from torch import Tensor
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_adafactor", "read_transformers_adafactor"]
+__all__ = ["read_adafactor", "read_transformers_adafactor", "without_gradients"]
 
 
 def _rms(tensor: Tensor) -> float:
     return float(tensor.norm()) / math.sqrt(tensor.numel())
 
 
-def _without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+def without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
     """Return a rule that is not known, if a parameter has stepped and has no gradient."""
     held = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)
@@ -35,7 +35,7 @@ def _without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
     if all(p.grad is not None for p in held):
         return None
     reason = (
-        f"{type(optimizer).__name__} clips its update by the gradient, which is gone: measure between"
+        f"{type(optimizer).__name__} scales its update by the gradient, which is gone: measure between"
         " optimizer.step() and zero_grad(), as monitors do"
     )
     return UpdateRule.unknown_step(optimizer, reason)
@@ -68,7 +68,7 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
         before = _rms_before(p, update, most, 1 - lr * float(group["weight_decay"]))
         return inverse * (max(eps2, before) * most / (lr * kappa) if lr else 0.0)
 
-    return _without_gradients(optimizer) or diagonal_rule(
+    return without_gradients(optimizer) or diagonal_rule(
         optimizer,
         entries,
         shrink=lambda step: float(step.group["lr"]) * float(step.group["weight_decay"]),
@@ -123,7 +123,7 @@ def read_transformers_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
         entry: Tensor = inverse * (scaled(step) / clip)
         return entry
 
-    return _without_gradients(optimizer) or diagonal_rule(
+    return without_gradients(optimizer) or diagonal_rule(
         optimizer,
         entries,
         momentum=momentum,

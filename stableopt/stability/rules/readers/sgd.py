@@ -17,11 +17,11 @@ from stableopt.stability.rules.update_rule import UpdateRule
 __all__ = ["read_asgd", "read_lookahead", "read_sam", "read_sgd"]
 
 
-def read_sgd(optimizer: torch.optim.SGD, *, full_batch: bool = False) -> UpdateRule:
+def read_sgd(optimizer: torch.optim.Optimizer, *, full_batch: bool = False) -> UpdateRule:
     """Read ``torch.optim.SGD`` and its subclasses."""
     groups = optimizer.param_groups
     momentum, dampening, nesterov, maximize = (
-        one(key, [group[key] for group in groups])
+        one(key, [group.get(key, 0) for group in groups])
         for key in ("momentum", "dampening", "nesterov", "maximize")
     )
     lrs = tuple(float(group["lr"]) for group in groups)

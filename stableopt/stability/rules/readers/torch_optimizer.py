@@ -1,25 +1,32 @@
-"""Readers of the optimizers of ``torch_optimizer`` (0.3.0) with a diagonal preconditioner, and QHM.
+"""Readers of the optimizers of ``torch_optimizer`` (0.3.0) with a filter or a diagonal preconditioner.
 
 They follow the code of its classes, and do not import the package.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.filters import Filter
+from stableopt.stability.rules.readers.adafactor import without_gradients
 from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart, late_eps_entries
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.sgd import read_sgd
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
+    "read_accsgd",
     "read_adabelief",
     "read_adabound",
     "read_adahessian",
     "read_adamod",
     "read_apollo",
+    "read_pid",
+    "read_qhadam",
     "read_qhm",
     "read_yogi",
 ]
@@ -161,6 +168,84 @@ def read_qhm(optimizer: Any) -> UpdateRule:
         shrink=lambda step: decayed_apart(step) if apart(step.group) else 0.0,
         weight_decay=lambda group: 0.0 if apart(group) else float(group["weight_decay"]),
     )
+
+
+def read_qhadam(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read QHAdam (Ma & Yarats, 2019): shares of the averages of gradients and of their squares.
+
+    With a second share below 1 the denominator needs the gradient of the step.
+    """
+    if any(float(group["nus"][1]) != 1 for group in optimizer.param_groups):
+        unknown = without_gradients(optimizer)
+        if unknown is not None:
+            return unknown
+
+    def entries(step: Step) -> Tensor:
+        share = float(step.group["nus"][1])
+        second = share * step.state["exp_avg_sq"]
+        if share != 1 and step.param is not None and step.param.grad is not None:
+            # The optimizer has added its weight decay to the gradient in place.
+            second += (1 - share) * step.param.grad.square()
+        denominator: Tensor = second.sqrt() + step.group["eps"]
+        return denominator.reciprocal()
+
+    def momentum(step: Step) -> tuple[float, float, float]:
+        past = 1 - 1 / step.state["beta1_weight"] if step.state else 0.0
+        return past, past, float(step.group["nus"][0])
+
+    def apart(group: Group) -> bool:
+        return bool(group["decouple_weight_decay"])
+
+    return diagonal_rule(
+        optimizer,
+        entries,
+        momentum=momentum,
+        shrink=lambda step: decayed_apart(step) if apart(step.group) else 0.0,
+        weight_decay=lambda group: 0.0 if apart(group) else float(group["weight_decay"]),
+    )
+
+
+def _filtered(
+    optimizer: torch.optim.Optimizer, key: str, averages: Callable[[Step], Filter]
+) -> UpdateRule:
+    """Return the rule of a filter with P = 1; ``key`` is an entry of the state."""
+    return diagonal_rule(optimizer, lambda step: torch.ones_like(step.state[key]), filter=averages)
+
+
+def read_pid(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Read PID (An et al., 2018): the gradient, its running sum, and an average of its differences."""
+
+    def averages(step: Step) -> Filter:
+        group, beta = step.group, float(step.group["momentum"])
+        integral = float(group["integral"]) * (1 - float(group["dampening"]))
+        change = float(group["derivative"]) * (1 - beta)
+        return (1 + integral + change, -beta - change), (1.0, -beta)
+
+    if not any(group["momentum"] for group in optimizer.param_groups):
+        return read_sgd(optimizer)
+    return _filtered(optimizer, "i_buffer", averages)
+
+
+def read_accsgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    r"""Read AccSGD (Kidambi et al., 2018), whose buffer is a second copy of the parameters.
+
+    With long step L, mixing :math:`\beta` and share :math:`\zeta`,
+    :math:`b'=(1-\beta)b+\beta(\theta-Lg)` and :math:`\theta'=\zeta(\theta-\eta g)+(1-\zeta)b'`: a
+    filter with the pole :math:`\zeta(1-\beta)`.
+    """
+
+    def averages(step: Step) -> Filter:
+        group, lr, small = step.group, float(step.group["lr"]), float(step.group["small_const"])
+        if not lr:
+            return (1.0,), (1.0,)
+        long = float(group["kappa"]) / small  # relative to the learning rate
+        beta = small**2 * float(group["xi"]) / float(group["kappa"])
+        zeta = small / (small + beta)
+        both = zeta + (1 - zeta) * beta * long
+        past = (1 - beta) * (both - (1 - zeta) * beta * long)
+        return (both, -past), (1.0, -zeta * (1 - beta))
+
+    return _filtered(optimizer, "momentum_buffer", averages)
 
 
 def _corrected(step: Step, root: Tensor, power: float = 1.0) -> Tensor:
