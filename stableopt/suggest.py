@@ -27,7 +27,7 @@ from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
-from stableopt.curvature.problem.problem import require_samples
+from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.choice import FITTED, curvature_of
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, leaves

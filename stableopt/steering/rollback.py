@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.parameters import real_view
 
 __all__ = ["LastGood", "kick_along"]
 
@@ -55,8 +56,9 @@ class LastGood:
 def kick_along(problem: MeanLoss, direction: Tensor, size: float) -> None:
     """Move the parameters along ``direction`` ``(d,)``, by ``size`` times their norm, in place."""
     tangents = problem.unflatten(direction)
-    norm = torch.sqrt(sum((p.detach().square().sum() for p in problem.params), torch.tensor(0.0)))
+    params = [real_view(p.detach()) for p in problem.params]
+    norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
     length = torch.sqrt(sum((t.square().sum() for t in tangents), torch.tensor(0.0)))
     with torch.no_grad():
-        for p, tangent in zip(problem.params, tangents, strict=True):
+        for p, tangent in zip(params, tangents, strict=True):
             p.add_(tangent * (size * norm / length))

@@ -34,6 +34,11 @@ def check_outputs(problem: Problem) -> None:
     """
     problem.check_samples("a Gauss–Newton matrix of samples")
     problem.check_twice()
+    if problem.of_loss:
+        raise ValueError(
+            f"params: {', '.join(problem.of_loss[:3])} belong to the loss, and the model's outputs do"
+            " not depend on them, as Gauss–Newton matrices need: leave them out for this quantity"
+        )
     if problem.loss_fn is None:
         raise ValueError(
             "problem: the Gauss–Newton matrix needs the model's outputs apart from the loss; build it"
@@ -159,6 +164,11 @@ def _checked(outputs: Any, size: int) -> Tensor:
         raise TypeError(
             f"the model returned {type(outputs).__name__}: the Gauss–Newton matrix needs one output"
             " tensor"
+        )
+    if outputs.is_complex():
+        raise TypeError(
+            "the model returned complex outputs: Gauss–Newton matrices need real ones, such as"
+            " torch.view_as_real of them"
         )
     if outputs.dim() == 0 or outputs.shape[0] != size:
         raise TypeError(

@@ -17,11 +17,14 @@ from torch.utils._pytree import tree_map
 __all__ = ["InDouble"]
 
 
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 def _doubled(value: Any) -> Any:
-    if value is torch.float32:
-        return torch.float64
-    if isinstance(value, Tensor) and value.dtype == torch.float32:
-        return value.double()
+    if isinstance(value, torch.dtype):
+        return _DOUBLE.get(value, value)
+    if isinstance(value, Tensor) and value.dtype in _DOUBLE:
+        return value.to(_DOUBLE[value.dtype])
     return value
 
 
@@ -38,9 +41,12 @@ class InDouble(TorchFunctionMode):
     ) -> Any:
         """Call ``function`` with double precision instead of single."""
         kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
         if function is Tensor.float:
             function = Tensor.double
-        elif getattr(function, "__name__", "") in ("__get__", "__set__"):
+        elif name == "cfloat":
+            return args[0].to(torch.complex128)
+        elif name in ("__get__", "__set__"):
             return function(*args, **kwargs)
         elif _writes(function):
             # The tensor that is written to stays itself.

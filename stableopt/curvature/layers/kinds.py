@@ -251,6 +251,8 @@ def plan(problem: Problem) -> Plan | None:
     >>> plan(problem).ways
     {'0.weight': 'convolution', '0.bias': 'convolution', '1.weight': 'vmap', '3.weight': 'linear', '3.bias': 'linear'}
     """  # noqa: E501 - a doctest's output
+    if any(p.is_complex() for p in problem.params):
+        return None
     index = {id(p): i for i, p in enumerate(problem.params)}
     layers: list[Layer] = []
     units: list[nn.Module] = []

@@ -78,6 +78,14 @@ class Coordinates:
             self, sign=sign, scale=tuple(checked), weight_decay=tuple(decays)
         )
 
+    def masked(self, masks: Sequence[Tensor | None]) -> Coordinates:
+        """Return the coordinates in which entries stay where a parameter's mask is zero."""
+        masked = (
+            factor if mask is None else factor * mask.to(self.dtype)
+            for factor, mask in zip(self.scale, masks, strict=True)
+        )
+        return dataclasses.replace(self, scale=tuple(masked))
+
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
         # An embedding may give sparse gradients, which have no flat view.
@@ -93,7 +101,7 @@ class Coordinates:
         """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
         parts = torch.split(vector, [shape.numel() for shape in self.shapes])
         return [
-            _scaled(part.view(shape), factor)
+            _scaled(_aligned(part.view(shape)), factor)
             for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
         ]
 
@@ -102,6 +110,11 @@ class Coordinates:
         if any(self.weight_decay):
             decays = zip(self.weight_decay, tangent, strict=True)
             product += self.flatten([decay * part for decay, part in decays])
+
+
+def _aligned(part: Tensor) -> Tensor:
+    # What may be a complex number's two parts is a copy: torch.view_as_complex takes no odd offsets.
+    return part.clone(memory_format=torch.contiguous_format) if part.shape[-1:] == (2,) else part
 
 
 def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:

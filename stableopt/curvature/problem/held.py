@@ -7,17 +7,19 @@ of the loss, and named.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.isolation.reachable import GENERATORS, reachable
+from stableopt.curvature.isolation.reachable import GENERATORS, HeldState, reachable
 from stableopt.curvature.problem.data.layout import Layout
+from stableopt.curvature.problem.parameters import real_view
 
-__all__ = ["Held", "Objective", "check_hooks", "check_leaves"]
+__all__ = ["Held", "Objective", "check_leaves", "masks_of_hooks"]
 
 
 class Held:
@@ -72,9 +74,9 @@ class Objective(nn.Module):
             # Its mode and buffers are then restored like the model's. A loss that is bound to the
             # model, or a part of it, is included already.
             self.loss_fn = loss_fn
-        self.held = Held(model, batch_loss)
+        self.held = Held(model, batch_loss if loss_fn is None else loss_fn)
         # Their modes and buffers are restored too, and they follow the precision.
-        self.held_modules = nn.ModuleList(self.held.modules)
+        self.held_modules = nn.ModuleList(m for m in self.held.modules if m is not loss_fn)
         self.generators = self.held.generators  # in a list, which a snapshot looks into
         self.layout = layout
 
@@ -100,7 +102,7 @@ def check_leaves(
     copies, names = {id(t) for t in theta}, {id(p): name for name, p in counted.items()}
     held = {id(t) for t in objective.held.tensors}  # type: ignore[union-attr]
     named = {id(p): name for name, p in objective.named_parameters()}
-    for module in objective.held.modules:  # type: ignore[union-attr]
+    for module in objective.held_modules:  # type: ignore[union-attr]
         kind = type(module).__name__
         named.update((id(p), f"{kind}.{name}") for name, p in module.named_parameters())
     leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in copies]
@@ -123,8 +125,8 @@ def check_leaves(
         constants.sort()
         warnings.warn(
             f"loss_fn: it holds trainable tensors that are not the model's: {', '.join(constants[:3])}"
-            f"{', ...' if len(constants) > 3 else ''}. They count as constants. To count them, make"
-            " them parameters of the model",
+            f"{', ...' if len(constants) > 3 else ''}. They count as constants. To count them, name"
+            " them in params= as parameters of a module that loss_fn holds, or of the model",
             stacklevel=2,
         )
 
@@ -143,14 +145,70 @@ def _leaves(loss: Tensor) -> Iterator[Tensor]:
         pending.extend(following for following, _ in node.next_functions)
 
 
-def check_hooks(params: Mapping[str, Tensor]) -> None:
-    """Warn of hooks on the gradients of ``params``, which change what the optimizer sees."""
-    hooked = [name for name, p in params.items() if getattr(p, "_backward_hooks", None)]
-    if hooked:
+def masks_of_hooks(params: Mapping[str, Tensor]) -> list[Tensor | None]:
+    """Return the masks by which hooks multiply the gradients of ``params``; ``None`` for none.
+
+    A mask of zeros and ones freezes entries: the optimizer sees the loss on the others. Other hooks that
+    change gradients are warned of.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> _ = layer.weight.register_hook(lambda gradient: gradient * torch.tensor([[0.0, 1.0]]))
+    >>> masks_of_hooks(dict(layer.named_parameters()))
+    [tensor([[0., 1.]]), None]
+    """
+    masks: list[Tensor | None] = []
+    unknown = []
+    for name, p in params.items():
+        hooks = list((getattr(p, "_backward_hooks", None) or {}).values())
+        mask = _mask(p.detach(), hooks) if hooks else None
+        if hooks and mask is None:
+            unknown.append(name)
+        masks.append(None if mask is None or bool((mask == 1).all()) else mask)
+    if unknown:
         warnings.warn(
-            f"parameters with gradient hooks: {', '.join(map(repr, hooked[:3]))}"
-            f"{', ...' if len(hooked) > 3 else ''}. The optimizer steps by what the hooks return, and"
-            " the curvature measured is that of the loss, without them. For frozen entries, multiply"
-            " the parameter by a mask in the forward pass, as torch.nn.utils.parametrize does",
+            f"parameters with gradient hooks: {', '.join(map(repr, unknown[:3]))}"
+            f"{', ...' if len(unknown) > 3 else ''}. The optimizer steps by what the hooks return, and"
+            " the curvature measured is that of the loss, without them, since they do not multiply by a"
+            " mask of zeros and ones",
             stacklevel=2,
         )
+    return masks
+
+
+def _mask(like: Tensor, hooks: Sequence[Callable[[Tensor], Tensor | None]]) -> Tensor | None:
+    """Return the zeros and ones that ``hooks`` multiply by, or ``None`` if they do anything else."""
+    if any(_installed(hook) for hook in hooks):
+        return None  # it may have effects that cannot be put back
+
+    def passed(real: Tensor) -> Tensor:
+        gradient = real.clone()
+        gradient = torch.view_as_complex(gradient) if like.is_complex() else gradient
+        for hook in hooks:
+            found = hook(gradient)
+            gradient = gradient if found is None else found
+        return real_view(gradient)
+
+    held, drawn = HeldState(hooks), torch.get_rng_state()
+    view = real_view(like)
+    generator = torch.Generator(view.device).manual_seed(0)
+    try:
+        with torch.no_grad():
+            mask = passed(torch.ones_like(view))
+            if mask.shape != view.shape or not bool(((mask == 0) | (mask == 1)).all()):
+                return None
+            for size in (1e-3, 1.0, 1e3):  # a clipped gradient depends on its size
+                tried = torch.randn(view.shape, generator=generator, device=view.device)
+                tried = size * tried.to(view.dtype)
+                if not torch.equal(passed(tried), mask * tried):
+                    return None
+            return mask
+    except Exception:  # a hook that wants another gradient
+        return None
+    finally:
+        held.restore()
+        torch.set_rng_state(drawn)
+
+
+def _installed(hook: Any) -> bool:
+    module = sys.modules.get(str(getattr(hook, "__module__", "")))
+    return "site-packages" in str(getattr(module, "__file__", ""))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.data.batches import cut, map_tensors
+from stableopt.curvature.problem.parameters import real_view
 from stableopt.distributed.collectives import Ranks
 
 __all__ = [
@@ -207,8 +208,8 @@ def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
     shown = square = 0.0
     for p in params:
-        value = p.detach().double().cpu()
-        shown += float((value * torch.randn(p.shape, generator=generator)).sum())
+        value = real_view(p.detach()).double().cpu()
+        shown += float((value * torch.randn(value.shape, generator=generator)).sum())
         square += float(value.square().sum())
     size = sum(p.numel() for p in params)
     shown_by_all, sizes = zip(*ranks.all_gather_object((shown, size)), strict=True)

@@ -24,6 +24,7 @@ from stableopt.curvature.problem.held import Objective
 from stableopt.curvature.problem.parameters import (
     check_batch_norm,
     check_embeddings,
+    real_view,
     select_parameters,
     unwrapped,
 )
@@ -122,7 +123,7 @@ class MeanLoss(abc.ABC):
             for module in (self.model, *self._objective.held_modules):
                 check_batch_norm(module)
         self._all_trainable = params is None
-        self._take(*select_parameters(self.model, params))
+        self._take(*select_parameters(self.model, params, self._objective))
         check_embeddings(self.model, self.params)
         # An error in one rank's data is raised on all of them.
         self.ranks.raise_together(lambda: self._read(data, chunk_size, max_samples))
@@ -190,8 +191,11 @@ class MeanLoss(abc.ABC):
         self.names, self.params = names, params
         self.precision = Precision.of_parameters(names, params, self._dtype)
         self.device, self.dtype = self.precision.device, self.precision.dtype
-        self.shapes = [local(p).shape for p in params]
+        self.shapes = [real_view(local(p).detach()).shape for p in params]
         self.num_params = sum(shape.numel() for shape in self.shapes)
+        own = {id(p) for p in self.model.parameters()}
+        self.of_loss = [name for name, p in zip(names, params, strict=True) if id(p) not in own]
+        self.masks: list[Tensor | None] = [None] * len(params)
         self.coordinates = Coordinates(names, self.shapes, self.dtype, self.device)
         self.memos: dict[object, dict[str, Any]] = {}
 
@@ -252,7 +256,7 @@ class MeanLoss(abc.ABC):
         other = copy.copy(self)
         other.coordinates = self.coordinates.transformed(
             sign=sign, scale=scale, weight_decay=weight_decay
-        )
+        ).masked(self.masks)
         return other
 
     def without_weight_decay(self: P) -> P:
@@ -355,7 +359,8 @@ class MeanLoss(abc.ABC):
         Raises:
             ValueError: if parameters chosen by ``params`` no longer belong to the model.
         """
-        names, params = select_parameters(self.model, None if self._all_trainable else self.params)
+        chosen = None if self._all_trainable else self.params
+        names, params = select_parameters(self.model, chosen, self._objective)
         if [id(p) for p in params] == [id(p) for p in self.params]:
             return self
         other = copy.copy(self)

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["check_batch_norm", "check_embeddings", "group_of", "select_parameters", "unwrapped"]
+from stableopt.curvature.problem.precision import Precision
+
+__all__ = [
+    "check_batch_norm",
+    "check_embeddings",
+    "group_of",
+    "real_view",
+    "select_parameters",
+    "swapped_state",
+    "unwrapped",
+]
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or the real view ``(..., 2)`` of a complex one, which optimizers step on.
+
+    >>> real_view(torch.tensor([1 + 2j]))
+    tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def group_of(model: Any) -> Any:
@@ -40,12 +60,18 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def select_parameters(
-    model: nn.Module, params: Iterable[Tensor] | None
+    model: nn.Module, params: Iterable[Tensor] | None, objective: nn.Module | None = None
 ) -> tuple[list[str], list[nn.Parameter]]:
-    """Return names and parameters of ``model``: those in ``params``, or all trainable ones.
+    """Return names and parameters: those in ``params``, or all trainable ones of ``model``.
+
+    Args:
+        model: the model.
+        params: the choice; also of parameters of modules that the loss holds.
+        objective: the module of model and loss, in which the latter have their names.
 
     Raises:
-        ValueError: for an empty selection, or tensors that are not parameters of ``model``.
+        ValueError: for an empty selection, or tensors that are not parameters of ``model`` or of a
+            module that the loss holds.
         TypeError: if ``params`` is not an iterable of tensors.
     """
     named = dict(model.named_parameters())
@@ -63,15 +89,48 @@ def select_parameters(
             )
         wanted = {id(p): p for p in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}
+        own = {id(p) for p in named.values()}
+        for name, p in () if objective is None else objective.named_parameters():
+            if id(p) in wanted and id(p) not in own:
+                chosen[name] = p
         strangers = set(wanted) - {id(p) for p in chosen.values()}
         if strangers:
             shapes = [tuple(wanted[key].shape) for key in strangers]
             raise ValueError(
-                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}"
+                f"params: {len(shapes)} are not parameters of model, nor of a module that loss_fn holds,"
+                f" of shapes {shapes}"
             )
         if not chosen:
             raise ValueError("params is empty: expected at least one parameter of model")
     return list(chosen), list(chosen.values())
+
+
+def swapped_state(
+    module: nn.Module,
+    counted: Mapping[str, tuple[Tensor, Tensor]],
+    moved: Collection[str],
+    precision: Precision,
+) -> dict[str, Tensor]:
+    """Return the state of ``module`` for a functional call.
+
+    Args:
+        module: the module.
+        counted: by name within it, the parameters that count and their values, of complex ones the
+            real view.
+        moved: names of parameters that a forward pass changes.
+        precision: casts the rest.
+    """
+    # Buffers as copies: some modules write to them even in eval mode.
+    state = {name: precision.cast(b.clone()) for name, b in module.named_buffers()}
+    if precision.casts or moved:
+        for name, p in module.named_parameters():
+            if precision.casts or name in moved:
+                value = p.detach().clone() if name in moved else p.detach()
+                state[name] = precision.cast(value)
+    for name, (parameter, value) in counted.items():
+        # Not a view: its derivatives would have to lie in memory as pairs do.
+        state[name] = torch.complex(*value.unbind(-1)) if parameter.is_complex() else value
+    return state
 
 
 def check_batch_norm(model: nn.Module) -> None:

@@ -54,8 +54,8 @@ class Precision:
         Raises:
             ValueError: for parameters without values, on several devices or of several dtypes, and
                 for an unsupported ``chosen``.
-            TypeError: for parameters that are not real floating-point numbers of single or double
-                precision.
+            TypeError: for parameters that are not floating-point numbers, real or complex, of single
+                or double precision.
         """
         if chosen is not None and chosen not in (*_FULL, *_HALF):
             raise ValueError(
@@ -64,26 +64,21 @@ class Precision:
             )
         cast = chosen if chosen in _FULL else None
         first = params[0]
-        for name, p in zip(names, params, strict=True):
+        kinds = [p.dtype.to_real() if p.is_complex() else p.dtype for p in params]
+        for name, p, kind in zip(names, params, kinds, strict=True):
             if isinstance(p, nn.UninitializedParameter):
                 raise ValueError(
                     f"parameter {name!r} has no shape yet: run the lazy model once before"
                 )
-            if not p.dtype.is_floating_point or (cast is None and p.dtype not in _FULL):
-                if p.dtype.is_floating_point:
+            if not kind.is_floating_point or (cast is None and kind not in _FULL):
+                hint = ""
+                if kind.is_floating_point:
                     hint = "; pass dtype=torch.float32 to measure it cast to that"
-                elif p.dtype.is_complex:
-                    hint = (
-                        "; hold it as real numbers, nn.Parameter(torch.view_as_real(weight)), and use"
-                        " torch.view_as_complex of that in the forward pass, which trains the same"
-                    )
-                else:
-                    hint = ""
                 raise TypeError(
                     f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64"
                     f"{hint}, or leave it out by params="
                 )
-            if p.device != first.device or (cast is None and p.dtype != first.dtype):
+            if p.device != first.device or (cast is None and kind != kinds[0]):
                 way_out = "; dtype=torch.float64 measures all of them cast to that"
                 raise ValueError(
                     f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is"
@@ -93,18 +88,20 @@ class Precision:
         if first.device.type == "meta":
             raise ValueError(f"parameter {names[0]!r} is on the meta device: it has no values")
         return cls(
-            cast or first.dtype,
+            cast or kinds[0],
             first.device,
             casts=cast is not None,
             autocast=chosen if chosen in _HALF else None,
             # Tensors that the loss holds are single precision like the model, and no cast reaches them.
-            promotes=cast is torch.float64 and any(p.dtype != cast for p in params),
+            promotes=cast is torch.float64 and any(kind != cast for kind in kinds),
         )
 
     def cast(self, tensor: Tensor) -> Tensor:
         """Return ``tensor``, cast if a full precision was chosen."""
         if self.casts and tensor.is_floating_point():
             return tensor.to(self.dtype)
+        if self.casts and tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
         return tensor
 
     def in_double(self) -> Precision:

@@ -26,7 +26,7 @@ from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.fsdp import mesh_of
-from stableopt.curvature.problem.held import check_hooks, check_leaves
+from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     UNEQUAL,
@@ -43,6 +43,7 @@ from stableopt.curvature.problem.loss_checks import (
 )
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
+from stableopt.curvature.problem.parameters import real_view, swapped_state
 from stableopt.curvature.problem.weights.survey import (
     SPREAD_SAMPLES,
     Survey,
@@ -53,7 +54,7 @@ from stableopt.curvature.problem.weights.totals import WeightTotals, weights_of,
 from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 
-__all__ = ["Problem", "Theta", "require_samples"]
+__all__ = ["Problem", "Theta"]
 
 
 class Problem(MeanLoss):
@@ -66,6 +67,8 @@ class Problem(MeanLoss):
             of batches. Batches are moved to the model's device; samples have the weights of the
             loss, also in a smaller last batch.
         params: the parameters that count, d in number; all trainable ones of ``model`` by default.
+            Complex ones count by their real view. Parameters of modules that ``loss_fn`` is, or holds,
+            may be among them.
         chunk_size: the most samples evaluated at once. Less memory, the same result.
         max_samples: the most samples that count: of tensors and of data sets in order a random
             choice, the same one each time, and of other data the first ones. All by default.
@@ -100,8 +103,8 @@ class Problem(MeanLoss):
             several devices, of several dtypes, or that differ between ranks; for data without an end;
             for ``sample_weight`` that are not the loss's; without it, for a loss in several chunks
             whose samples see each other or have unequal weights that are not known.
-        TypeError: for data that can be read only once, or parameters that are not real
-            floating-point numbers of single or double precision.
+        TypeError: for data that can be read only once, or parameters that are not floating-point
+            numbers of single or double precision.
         RuntimeError: for a model that cannot be differentiated even once.
         LostRankError: if another rank has ended, or does not answer within the group's timeout.
 
@@ -124,6 +127,11 @@ class Problem(MeanLoss):
                 "model is under fully_shard: expected a ShardedProblem, as measure() and track() make"
             )
         return ranks
+
+    def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
+        super()._take(names, params)
+        self.masks = masks_of_hooks(dict(zip(names, params, strict=True)))
+        self.coordinates = self.coordinates.masked(self.masks)
 
     def _check(self) -> None:
         theta = self.theta()
@@ -207,9 +215,8 @@ class Problem(MeanLoss):
         return other
 
     def _check_held(self, theta: Theta, batch: Any, doubled: Any) -> None:
-        """Check what the loss uses besides the model: tensors, hooks, random numbers."""
+        """Check what the loss uses besides the model: tensors and random numbers."""
         counted = dict(zip(self.names, self.params, strict=True))
-        check_hooks(counted)
         with self.evaluation():
             check_leaves(self.loss(theta, batch), theta, counted, self._objective)
         with self.evaluation():
@@ -311,7 +318,10 @@ class Problem(MeanLoss):
         """Return a copy of the parameters as they are now: leaves that require gradients."""
         # Tensors made in an ambient inference mode could never be differentiated.
         with torch.inference_mode(False):
-            return tuple(p.detach().to(self.dtype, copy=True).requires_grad_() for p in self.params)
+            return tuple(t.clone().requires_grad_() for t in self._values())
+
+    def _values(self) -> Theta:
+        return tuple(real_view(p.detach()).to(self.dtype) for p in self.params)
 
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
@@ -346,23 +356,20 @@ class Problem(MeanLoss):
         return map_tensors(lambda t: t.movedim(dim, 0), found) if dim else found
 
     def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
-        # Buffers as copies: some modules write to them even in eval mode.
-        cast = self.precision.cast
-        state = {name: cast(b.clone()) for name, b in module.named_buffers()}
-        if self.precision.casts or self._moved:
-            moved = {prefix + name for name in self._moved}
-            for name, p in module.named_parameters():
-                if self.precision.casts or name in moved:
-                    state[name] = cast(p.detach().clone() if name in moved else p.detach())
-        state.update((prefix + name, t) for name, t in zip(self.names, theta, strict=True))
-        return state
+        counted = {
+            name if name in self.of_loss else prefix + name: (p, value)
+            for name, p, value in zip(self.names, self.params, theta, strict=True)
+            if module is not self.model or name not in self.of_loss
+        }
+        moved = {prefix + name for name in self._moved}
+        return swapped_state(module, counted, moved, self.precision)
 
     def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
         """Return the mean loss over all samples, times ``sign``, at ``theta`` or the parameters.
 
         ``chunk_size`` is the most samples at once, as for :meth:`chunks`.
         """
-        at = tuple(p.detach().to(self.dtype) for p in self.params) if theta is None else theta
+        at = self._values() if theta is None else theta
         # With gradients on: without them some modules take another path, and models that
         # differentiate in their forward pass fail.
         with torch.inference_mode(False):
@@ -384,14 +391,3 @@ class Problem(MeanLoss):
             total.add_(self.flatten(slopes), alpha=size)
 
         return mean_over_chunks(self, [total], add, self.chunks())[0]
-
-
-def require_samples(problem: MeanLoss, what: str) -> Problem:
-    """Return ``problem`` if its samples have curvature of their own, which ``what`` needs.
-
-    Raises:
-        ValueError: for batch statistics, and for a model under ``fully_shard``.
-    """
-    problem.check_samples(what)
-    assert isinstance(problem, Problem)
-    return problem

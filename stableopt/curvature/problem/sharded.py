@@ -105,6 +105,11 @@ class ShardedProblem(MeanLoss):
 
     def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._take(names, params)
+        if self.of_loss or any(p.is_complex() for p in params):
+            raise ValueError(
+                "params: a model under fully_shard is measured by real parameters of its own; leave"
+                f" complex ones out, and those of the loss ({self.of_loss})"
+            )
         self.total_params = sum(p.numel() for p in params)
         for name, p in zip(names, params, strict=True):
             if getattr(p, "_post_accumulate_grad_hooks", None):
@@ -349,3 +354,14 @@ def problem_for(
     """Return the :class:`Problem` of a model, or the :class:`ShardedProblem` of a sharded one."""
     sharded = isinstance(model, nn.Module) and mesh_of(model) is not None
     return (ShardedProblem if sharded else Problem)(model, loss_fn, data, **options)
+
+
+def require_samples(problem: MeanLoss, what: str) -> Problem:
+    """Return ``problem`` if its samples have curvature of their own, which ``what`` needs.
+
+    Raises:
+        ValueError: for batch statistics, and for a model under ``fully_shard``.
+    """
+    problem.check_samples(what)
+    assert isinstance(problem, Problem)
+    return problem

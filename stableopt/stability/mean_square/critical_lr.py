@@ -26,7 +26,7 @@ from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.problem.mean_loss import MeanLoss
-from stableopt.curvature.problem.problem import require_samples
+from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.choice import Choice, curvature_of, step_of
 from stableopt.stability.mean_square.crossing import Crossing, Family, first_crossing
 from stableopt.stability.mean_square.hessian_curvature import HessianCurvature

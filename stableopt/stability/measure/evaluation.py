@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stableopt.curvature import Hessian, NonUniformity, Operator, top_eigenpair
 from stableopt.curvature.problem.mean_loss import MeanLoss
-from stableopt.curvature.problem.problem import require_samples
+from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.measure.measurement import Measurement, QuantityResult

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stableopt.curvature import Hessian
-from stableopt.curvature.problem.problem import require_samples
+from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import batch_sharpness

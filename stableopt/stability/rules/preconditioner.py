@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from stableopt.curvature.problem.parameters import real_view
+
 __all__ = [
     "DiagonalPreconditioner",
     "MatrixPreconditioner",
@@ -32,6 +34,7 @@ class StepPreconditioner(abc.ABC):
 
     Attributes:
         params: the parameters, in the order of a flat vector.
+        shapes: of their parts of it; complex parameters are ``(..., 2)``.
         diagonal: whether P is a diagonal matrix.
     """
 
@@ -39,7 +42,9 @@ class StepPreconditioner(abc.ABC):
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.params = tuple(params)
-        self._sizes = [p.numel() for p in self.params]
+        # A vector has the real view of a complex parameter, which optimizers step on.
+        self.shapes = [real_view(p.detach()).shape for p in self.params]
+        self._sizes = [shape.numel() for shape in self.shapes]
 
     @abc.abstractmethod
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -50,8 +55,9 @@ class StepPreconditioner(abc.ABC):
             raise ValueError(
                 f"{type(self).__name__} @ {tuple(vector.shape)}: expected ({sum(self._sizes)},)"
             )
-        parts = zip(torch.split(vector, self._sizes), self.params, strict=True)
-        return torch.cat([t.reshape(-1) for t in self.apply([v.view(p.shape) for v, p in parts])])
+        parts = zip(torch.split(vector, self._sizes), self.shapes, strict=True)
+        image = self.apply([part.view(shape) for part, shape in parts])
+        return torch.cat([t.reshape(-1) for t in image])
 
     def over(self, params: Sequence[Tensor]) -> StepPreconditioner:
         """Return the principal part of P for ``params``, in their order.
@@ -84,7 +90,7 @@ class _Part(StepPreconditioner):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         like = tensors[0]
-        full = [like.new_zeros(p.shape) for p in self._whole.params]
+        full = [like.new_zeros(shape) for shape in self._whole.shapes]
         for index, tensor in zip(self._at, tensors, strict=True):
             full[index] = tensor
         image = self._whole.apply(full)
@@ -116,10 +122,10 @@ class DiagonalPreconditioner(StepPreconditioner):
                 f"entries has {len(self.entries)} values: expected one for each of the"
                 f" {len(self.params)} parameters"
             )
-        for p, entry in zip(self.params, self.entries, strict=True):
-            if isinstance(entry, Tensor) and entry.shape != p.shape:
+        for shape, entry in zip(self.shapes, self.entries, strict=True):
+            if isinstance(entry, Tensor) and entry.shape != shape:
                 raise ValueError(
-                    f"entries: {tuple(entry.shape)} for a parameter of shape {tuple(p.shape)}:"
+                    f"entries: {tuple(entry.shape)} for a parameter of shape {tuple(shape)}:"
                     " expected the same, or a number"
                 )
 
@@ -157,8 +163,8 @@ class MatrixPreconditioner(StepPreconditioner):
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product, split into the parameters' shapes."""
         image = self.matrix @ torch.cat([tensor.reshape(-1) for tensor in tensors])
-        parts = zip(torch.split(image, self._sizes), self.params, strict=True)
-        return [part.view(p.shape) for part, p in parts]
+        parts = zip(torch.split(image, self._sizes), self.shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
 
 
 class UnknownPreconditioner(StepPreconditioner):

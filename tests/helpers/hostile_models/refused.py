@@ -23,19 +23,6 @@ def _lazy() -> Setting:
     return Setting(nn.Sequential(nn.LazyLinear(2)), MSE, pair())
 
 
-@refused("complex parameters", "has dtype torch.complex128.*torch.view_as_real")
-def _complex() -> Setting:
-    class Waves(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (x.to(torch.complex128) @ self.weight).abs()
-
-    return Setting(Waves(), MSE, pair())
-
-
 @refused("half precision that was not asked for", "bfloat16.*pass dtype=torch.float32")
 def _half() -> Setting:
     x, y = pair()

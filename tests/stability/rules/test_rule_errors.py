@@ -35,13 +35,6 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
         ValueError,
         r"maximize \[True, False\]",
     ),
-    "complex": (
-        lambda m: UpdateRule.from_optimizer(
-            torch.optim.Adam([torch.zeros(2, dtype=torch.complex64)])
-        ),
-        TypeError,
-        "complex64",
-    ),
     "a matrix alone": (
         lambda m: UpdateRule(lr=0.1, preconditioner=torch.eye(38)),  # type: ignore[arg-type]
         TypeError,

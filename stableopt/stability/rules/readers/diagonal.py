@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.filters import Filter, same
+        Step(group, _real(optimizer.state[p]), counts[id(p)], p) if id(p) in counts else None
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -114,7 +114,7 @@ def stepped_rule(
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
     steps = [
-        Step(group, optimizer.state[p], counts[id(p)], p) if id(p) in counts else None
+        Step(group, _real(optimizer.state[p]), counts[id(p)], p) if id(p) in counts else None
         for group in groups
         for p in group["params"]
     ]
@@ -166,6 +166,10 @@ def stepped_rule(
         maximize=bool(one("maximize", [group.get("maximize", maximize) for group in groups])),
         preconditioner=preconditioner,
     )
+
+
+def _real(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: real_view(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
 def _fold(shrink: float) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import InverseHessian
+from stableopt.curvature.problem.parameters import real_view
 from stableopt.stability.rules.preconditioner import (
     MatrixPreconditioner,
     StepPreconditioner,
@@ -58,7 +59,7 @@ def read_lbfgs(optimizer: torch.optim.LBFGS) -> UpdateRule:
             inverse = InverseHessian.from_pairs(s=state["old_stps"], y=pairs, gamma=gamma)
         shares = [rate / lr if lr else 1.0 for rate in rates]
         roots = [
-            torch.full((p.numel(),), share**0.5, dtype=p.dtype, device=p.device)
+            torch.full_like(real_view(p.detach()), share**0.5).reshape(-1)
             for share, group in zip(shares, groups, strict=True)
             for p in group["params"]
         ]

@@ -41,11 +41,15 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters in the order of the groups.
 
     Raises:
-        TypeError: for complex parameters, which update rules do not cover.
+        TypeError: for complex parameters, unless the optimizer is one of torch's, all of which step on
+            their real view.
     """
     params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
-        if p.is_complex():
+        if p.is_complex() and not any(
+            kind.__module__.startswith("torch.optim") and kind is not torch.optim.Optimizer
+            for kind in type(optimizer).__mro__
+        ):
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has dtype {p.dtype}: expected real parameters"
             )
