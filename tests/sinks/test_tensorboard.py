@@ -349,7 +349,7 @@ def test_a_given_writer_stays_open_and_keeps_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", ["mine", "ours"])
 def test_custom_scalars_of_a_given_writer_survive(tmp_path: Path, first: str) -> None:
-    """Catches a second layout in one run, of which TensorBoard shows only one: it merges runs."""
+    """Catches a second layout in one run: TensorBoard shows one of a run, and merges runs."""
     mine = {"mine": {"both": ["Multiline", ["loss/train", "loss/test"]]}}
     writer = SummaryWriter(str(tmp_path))
     if first == "mine":

@@ -65,12 +65,12 @@ class _Trial:
     """What trials of the structure in a problem have found.
 
     Attributes:
-        untold: indices of the parameters whose part of a product was too small to tell so far.
-        plan: the treatment of every parameter, once a trial has told.
+        untested: indices of the parameters whose part of a product was too small to tell so far.
+        plan: the treatment of every parameter, once a trial has tested it.
         failure: why the structure does not hold.
     """
 
-    untold: set[int]
+    untested: set[int]
     plan: Plan | None = None
     failure: str | None = None
 
@@ -288,21 +288,21 @@ class StructuredProduct:
         """Return the plan, tried until each parameter had a part in a product that tells."""
         problem = self._problem
         every = set(range(len(problem.params)))
-        trial = _TRIALS.on(problem).setdefault(kind, _Trial(untold=every))
-        if trial.failure is None and (trial.plan is None or trial.untold):
+        trial = _TRIALS.on(problem).setdefault(kind, _Trial(untested=every))
+        if trial.failure is None and (trial.plan is None or trial.untested):
             try:
                 found = problem.ranks.raise_together(self._tried)
             except UnfitError as error:
                 trial.failure = str(error)
             else:
-                told = set[int]().union(*problem.ranks.all_gather_object(found))
-                if not told and trial.plan is None:
+                tested = set[int]().union(*problem.ranks.all_gather_object(found))
+                if not tested and trial.plan is None:
                     # Not for good: at other parameters they may.
                     raise UnfitError(
                         "no samples differ enough in curvature to tell whether it holds"
                     )
                 trial.plan = self._plan
-                trial.untold -= told
+                trial.untested -= tested
         if trial.failure is not None:
             raise UnfitError(trial.failure)
         assert trial.plan is not None
@@ -347,7 +347,7 @@ class StructuredProduct:
         expected = loop_product(self._of, batch, size, vector, zero)
         noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * float(expected.norm())
         sizes = [shape.numel() for shape in problem.shapes]
-        told = set()
+        tested = set()
         for index, (part, true) in enumerate(
             zip(torch.split(found, sizes), torch.split(expected, sizes), strict=True)
         ):
@@ -357,8 +357,8 @@ class StructuredProduct:
                     "the samples see each other, or a weight is used outside of its layer"
                 )
             if length > 2 * noise:
-                told.add(index)
-        return told
+                tested.add(index)
+        return tested
 
     def _linearised(self, batch: Any, size: int) -> _Passes:
         of = self._of

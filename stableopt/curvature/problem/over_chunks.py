@@ -145,7 +145,7 @@ def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tupl
     """Return four of the samples, as a batch, with distinct contributions of comparable size.
 
     A sum over samples that are alike, or vanish, is the same if one is taken for another. ``None`` if
-    there are no such samples. If the drawn ones are all there are, those that come nearest will do.
+    the drawn samples have none. If the drawn ones are all there are, those that come nearest will do.
 
     Args:
         drawn: the samples.
@@ -182,7 +182,7 @@ def _sketch(vector: Tensor) -> Tensor:
 
 
 def _distinct(vectors: Sequence[Tensor]) -> list[int]:
-    """Return the indices of the most vectors of comparable size of which no two are alike."""
+    """Return the indices of the most vectors of comparable size, no two of them alike."""
     norms = [float(vector.norm()) for vector in vectors]
     best: list[int] = []
     for largest in sorted((norm for norm in norms if 0 < norm < float("inf")), reverse=True):

@@ -97,8 +97,8 @@ def select_parameters(
         if strangers:
             shapes = [tuple(wanted[key].shape) for key in strangers]
             raise ValueError(
-                f"params: {len(shapes)} are not parameters of model, nor of a module that loss_fn holds,"
-                f" of shapes {shapes}"
+                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}, nor of a module"
+                " that loss_fn holds"
             )
         if not chosen:
             raise ValueError("params is empty: expected at least one parameter of model")
