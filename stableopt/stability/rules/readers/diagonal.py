@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-        Step(group, _real(optimizer.state[p]), counts[id(p)], p) if id(p) in counts else None
+from stableopt.curvature.problem.parameters import real_view
+from stableopt.stability.rules.filters import Filter, same
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,

@@ -41,8 +41,8 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return the parameters in the order of the groups.
 
     Raises:
-        TypeError: for complex parameters, unless the optimizer is one of torch's, which step on their real
-            view.
+        TypeError: for complex parameters, unless the optimizer is one of torch's, which step on
+            their real view.
     """
     params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
