@@ -293,7 +293,7 @@ def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
 def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, LinearStep]:
     rule = UpdateRule.from_optimizer(optimizer)
     check_params(optimizer, problem, explicit=True)
-    known = rule.preconditioner is not None and rule.unknown is None
+    known = rule.preconditioner is not None and rule.unknown is None and rule.noise_known
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
         raise TypeError(
             f"optimizer={type(optimizer).__name__}: expected an Adam or AdamW that has taken a step, so"

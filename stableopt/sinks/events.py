@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def region(self) -> StabilityRegion | None:
-        """The rule's stability region; ``None`` where rule or preconditioner are unknown.
+        """The rule's stability region; ``None`` where rule, preconditioner or noise limit are unknown.
 
         With a preconditioner it is the region of the preconditioned quantities. The preconditioner
         itself is left out, so that a sink that keeps the region keeps no tensors.
@@ -52,7 +52,7 @@ class Measured:
         6.0
         """
         rule = self.rule
-        if rule is None or rule.unknown is not None:
+        if rule is None or rule.unknown is not None or not rule.noise_known:
             return None
         if rule.preconditioned:
             # In these coordinates weight decay is part of the matrix, not of the limit.

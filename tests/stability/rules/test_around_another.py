@@ -10,7 +10,7 @@ import torch
 import torch_optimizer
 from torch import Tensor, nn
 
-from stableopt import UpdateRule, measure
+from stableopt import StabilityMonitor, UpdateRule, measure, suggest
 from stableopt.stability.rules.filters import lookahead_edge, momentum_filter
 from stableopt.steering.target import lr_at_limit
 
@@ -143,3 +143,35 @@ def test_learning_rates_at_a_limit(options: dict[str, Any]) -> None:
     decaying = UpdateRule(lr=0.1, lookahead=(5, 0.5), decoupled_weight_decay=0.1)
     with pytest.raises(ValueError, match=r"lookahead=\(5, 0\.5\) with decoupled weight decay"):
         lr_at_limit(decaying, 10.0)
+
+
+def test_sinks_and_suggestions_of_lookahead(
+    network: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    """Catches a region with the inner optimizer's limits, or one that stops a sink, and its rates."""
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    optimizer = kinds.Lookahead(torch.optim.Adam(network.parameters()), k=2)
+    seen: list[Any] = []
+
+    class Sink:
+        def receive(self, event: Any) -> None:
+            seen.append((event.region, event.record()))
+
+    with StabilityMonitor(
+        optimizer,
+        network,
+        nn.MSELoss(),
+        data,
+        every=1,
+        batch_size=2,
+        quantities=("sharpness", "non_uniformity"),
+        sinks=[Sink()],
+    ):
+        nn.MSELoss()(network(data[0]), data[1]).backward()
+        optimizer.step()
+    ((region, record),) = seen
+    assert region is None
+    assert record["preconditioned_sharpness_limit"] > 0
+    assert "non_uniformity_limit" not in record
+    with pytest.raises(TypeError, match="expected an Adam or AdamW"):
+        suggest(network, nn.MSELoss(), data, optimizer=optimizer)
