@@ -19,6 +19,7 @@ from stableopt.stability.mean_square.hessian_curvature import (
     few_entries,
 )
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
+from stableopt.stability.rules.filters import momentum_of
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -106,7 +107,10 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
     # A preconditioned rule's decay is in the problem's coordinates already.
     decay = rule.linear_step.weight_decay
-    if rule.filter is not None or not rule.noise_known:
+    form = (
+        momentum_of(rule.filter) if rule.filter else (rule.momentum, rule.dampening, rule.nesterov)
+    )
+    if form is None or not rule.noise_known:
         own = {"filter": rule.filter, "lookahead": rule.lookahead, "ascent": rule.ascent or None}
         given = ", ".join(f"{name}={value}" for name, value in own.items() if value)
         raise ValueError(
@@ -114,7 +118,7 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
             " between modes are known; for a filter in one dimension, max_non_uniformity and"
             " mean_square_radius are"
         )
-    step = LinearStep(1.0, rule.momentum, rule.dampening, rule.nesterov, decay)
+    step = LinearStep(1.0, *form, decay)
     if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):
         raise ValueError(
             f"update_rule={rule}: expected the step of torch.optim.SGD, whose second moments are known"

@@ -32,6 +32,7 @@ __all__ = [
     "lookahead_edge",
     "matrices",
     "momentum_filter",
+    "momentum_of",
     "same",
     "stable_range",
 ]
@@ -45,7 +46,8 @@ _REAL = 1e-6
 """Imaginary part of a cosine up to which it may be a double root that rounding has split."""
 
 _ROUNDING = 1e-12
-"""Excess of a root over 1 that counts as rounding, where an edge touches the circle."""
+"""Excess of a root over 1 that counts as rounding, where an edge touches the circle; and difference of
+coefficients that are the same."""
 
 _GRID = 256
 """Points among which the largest variance is bracketed: it has few maxima, as a rational function."""
@@ -86,6 +88,22 @@ def momentum_filter(beta: float, gain: float, now: float, averaged: float) -> Fi
     ((1.0, -0.0), (1.0, -0.9))
     """
     return (now + averaged * gain, -beta * now), (1.0, -beta)
+
+
+def momentum_of(pair: Filter) -> tuple[float, float, bool] | None:
+    """Return momentum, dampening and whether it is Nesterov's, of a filter that ``torch.optim.SGD`` has.
+
+    >>> momentum_of(((1.5, -0.5), (1.0, -0.5))), momentum_of(((0.5, 0.5), (1.0,)))
+    ((0.5, 0.0, True), None)
+    """
+    num, den = (np.trim_zeros(part, "b") for part in pair)
+    beta = -float(den[1]) if len(den) == 2 else 0.0
+    if len(den) > 2 or beta < 0:
+        return None
+    if len(num) == 1 and (beta or num[0] == 1):
+        return beta, 1 - float(num[0]) if beta else 0.0, False
+    nesterov = len(num) == 2 and max(abs(num[0] - 1 - beta), abs(num[1] + beta)) <= _ROUNDING
+    return (beta, 0.0, True) if nesterov and beta else None
 
 
 def stable_range(kept: float, pair: Filter, growth: float = 1.0) -> tuple[float, float]:

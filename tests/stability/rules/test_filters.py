@@ -175,8 +175,22 @@ def test_learning_rates_of_filters() -> None:
         math.inf,
         pytest.approx(-0.2 * sum(pair[1]) / sum(pair[0])),
     )
+    problem = small_network(), nn.MSELoss(), small_data()
+    for pair, options in (
+        (((1.0,), (1.0, -0.9)), {"momentum": 0.9}),
+        (((0.1, 0.0), (1.0, -0.9)), {"momentum": 0.9, "dampening": 0.9}),
+        (((1.5, -0.5), (1.0, -0.5)), {"momentum": 0.5, "nesterov": True}),
+        (((1.0,), (1.0,)), {}),
+    ):
+        found, expected = (
+            critical_lr(*problem, batch_size=2, update_rule=UpdateRule(lr=1.0, **each))
+            for each in ({"filter": pair}, options)
+        )
+        # 1 - tau has the rounding of a subtraction.
+        assert found.value == pytest.approx(expected.value, rel=1e-10)
+    other = UpdateRule(lr=1.0, filter=FILTERS["Adan"])
     with pytest.raises(ValueError, match=r"filter=.*expected the step of torch\.optim\.SGD"):
-        critical_lr(small_network(), nn.MSELoss(), small_data(), batch_size=2, update_rule=same)
+        critical_lr(*problem, batch_size=2, update_rule=other)
 
 
 @pytest.mark.parametrize(
