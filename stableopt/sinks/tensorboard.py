@@ -40,14 +40,18 @@ def _tags(chart: Chart) -> dict[str, list[str]]:
     }
 
 
-def layout(measured: Collection[str] = ()) -> dict[str, dict[str, list[Any]]]:
+def layout(measured: Collection[str] | None = None) -> dict[str, dict[str, list[Any]]]:
     """Return the Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it.
 
     Sharpness and non-uniformity have their charts in every run, other quantities only where they are
-    ``measured``. A chart is the same in every run: TensorBoard merges the layouts of all runs, and shows
+    ``measured``; all have if that is not said. A chart is the same in every run: TensorBoard merges the layouts of all runs, and shows
     each chart that differs.
     """
-    shown = {n: c for n, c in _charts().items() if QUANTITIES[n].in_box or n in measured}
+    shown = {
+        name: chart
+        for name, chart in _charts().items()
+        if measured is None or QUANTITIES[name].in_box or name in measured
+    }
     charts = [item for chart in shown.values() for item in _tags(chart).items()]
     # TensorBoard shows the charts of a category from the last to the first.
     return {"edge of stability": {title: ["Margin", tags] for title, tags in reversed(charts)}}

@@ -2,10 +2,18 @@
 
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure.batch_sharpness import BatchSharpness, batch_sharpness
+from stableopt.stability.measure.batch_sharpness import (
+    BatchSharpness,
+    batch_sharpness,
+    batch_sharpness_limit,
+)
 from stableopt.stability.measure.generalised_sharpness import (
     GeneralisedSharpness,
     generalised_sharpness,
+)
+from stableopt.stability.measure.largest_batch_sharpness import (
+    LargestBatchSharpness,
+    largest_batch_sharpness,
 )
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import measure
@@ -38,6 +46,7 @@ __all__ = [
     "CriticalLR",
     "DiagonalPreconditioner",
     "GeneralisedSharpness",
+    "LargestBatchSharpness",
     "LinearStep",
     "MatrixPreconditioner",
     "Measurement",
@@ -55,9 +64,11 @@ __all__ = [
     "UnknownStep",
     "UpdateRule",
     "batch_sharpness",
+    "batch_sharpness_limit",
     "critical_batch_size",
     "critical_lr",
     "generalised_sharpness",
+    "largest_batch_sharpness",
     "max_non_uniformity",
     "max_sharpness",
     "mean_square_radius",

@@ -1,4 +1,12 @@
-"""`batch_sharpness`: the sharpness of mini-batches along their own gradients."""
+r"""`batch_sharpness`: the sharpness of mini-batches along their own gradients, and its limit.
+
+Both published definitions come from the same products. With :math:`q_B = g_B^\top H_B g_B`,
+
+.. math:: \frac{E[q_B]}{E\|g_B\|^2}, \qquad E\Big[\frac{q_B}{\|g_B\|^2}\Big],
+
+the ratio of means and the mean of ratios (Andreyev & Beneventano, *Edge of Stochastic Stability*,
+arXiv:2412.20553).
+"""
 
 from __future__ import annotations
 
@@ -10,15 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._support.arguments import whole
+from stableopt._support.arguments import positive, whole
 from stableopt.curvature import Hessian, NonFiniteError, Problem
 from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
+from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["BatchSharpness", "batch_sharpness"]
+__all__ = ["BatchSharpness", "batch_sharpness", "batch_sharpness_limit", "batches_of", "mean_of"]
 
 NUM_BATCHES = 64
 """Default number of batches to average."""
+
+_FEWEST = 8
+"""Batches before a sequential stop: the standard error of fewer is itself off by a third."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +38,38 @@ class BatchSharpness:
     """The batch sharpness, an average over batches.
 
     Attributes:
-        value: the batch sharpness; ``None`` if all gradients are zero.
+        value: the ratio of means; ``None`` if all gradients are zero.
         standard_error: standard error of ``value``, from the spread of the batches; 0 for one batch.
         batches: number of batches averaged.
+        mean_of_ratios: the mean of the batches' own ratios; ``None`` if a gradient is zero.
+        mean_of_ratios_error: its standard error.
+        converged: whether the relative error asked for was reached; true if none was.
     """
 
     value: float | None
     standard_error: float
     batches: int
+    mean_of_ratios: float | None = None
+    mean_of_ratios_error: float = 0.0
+    converged: bool = True
 
 
 def batch_sharpness(
-    problem: Problem, batch_size: int, *, num_batches: int = NUM_BATCHES, seed: int = 0
+    problem: Problem,
+    batch_size: int,
+    *,
+    num_batches: int = NUM_BATCHES,
+    rel_error: float | None = None,
+    step: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
 ) -> BatchSharpness:
     r"""Return :math:`E[g_B^\top H_B g_B]/E\|g_B\|^2`, over batches B drawn without replacement.
 
     A step of plain SGD along :math:`-g_B` lowers the quadratic model of its own batch while this is
     below :math:`2/\eta`, where runs at the edge of stability settle (Andreyev & Beneventano, *Edge of
     stochastic stability*, 2024). Near a minimum with H_i of rank one it relates to mean-square
-    stability; for the full batch it is the sharpness along the gradient.
+    stability; for the full batch it is the sharpness along the gradient. With momentum the limit is
+    :func:`~stableopt.stability.batch_sharpness_limit`.
 
     Args:
         problem: the problem; its weight decay is ignored.
@@ -52,10 +77,16 @@ def batch_sharpness(
         num_batches: the largest number of batches to average. They are cut from random permutations
             of the samples. If the permutation makes no difference, with the full batch or with
             ``batch_size`` 1 and enough batches for all samples, one permutation is averaged.
+        rel_error: stop once the standard error is below this share of the value, after 8 batches at the
+            earliest; by default all batches are drawn.
+        step: maps the gradient ``(d,)`` of a batch to the direction s of its step, such as ``lambda g:
+            0.9 * buffer + g`` for momentum. The result is then the momentum form,
+            :math:`E[s^\top H_Bs]/E[s^\top g_B]`, of which a step along :math:`-s` lowers the quadratic
+            model of its batch below :math:`2/\eta` (Andreyev et al., arXiv:2604.14108).
         seed: seed of the permutations, which have their own generator.
 
-    Numerator and denominator are averaged separately, since a mean of ratios is another quantity. Each
-    batch costs one Hessian product over its own samples.
+    Numerator and denominator are averaged separately, since a mean of ratios is another quantity, which
+    the result has too. Each batch costs one Hessian product over its own samples.
 
     Raises:
         ValueError: for a batch size above the problem's number of samples, arguments out of range, or
@@ -65,8 +96,82 @@ def batch_sharpness(
     >>> model = torch.nn.Linear(1, 1, bias=False).double()     # f_i = x_i^2 w^2, H_i = 2 and 8
     >>> x = torch.tensor([[1.0], [2.0]]).double()
     >>> problem = Problem(model, torch.nn.MSELoss(), (x, torch.zeros(2, 1).double()))
-    >>> round(batch_sharpness(problem, 1).value, 6)             # (2^3 + 8^3) / (2^2 + 8^2)
-    7.647059
+    >>> found = batch_sharpness(problem, 1)
+    >>> round(found.value, 6), round(found.mean_of_ratios, 6)   # (2^3 + 8^3) / (2^2 + 8^2), (2 + 8) / 2
+    (7.647059, 5.0)
+    """
+    wanted = None if rel_error is None else positive("rel_error", rel_error)
+    hessian, terms = Hessian(problem), []
+    with problem.evaluation():
+        for parts in batches_of(problem, batch_size, num_batches, seed):
+            terms.append(_along_step(hessian, parts, step))
+            if not all(map(math.isfinite, terms[-1])):
+                raise NonFiniteError(
+                    "the gradient of a batch, or its Hessian product, is not finite"
+                )
+            if wanted is not None and len(terms) >= _FEWEST and _averaged(terms, wanted).converged:
+                break
+    return _averaged(terms, wanted)
+
+
+def _averaged(terms: list[tuple[float, float]], rel_error: float | None) -> BatchSharpness:
+    bent, slopes = torch.tensor(terms, dtype=torch.float64).T
+    count, mean = len(terms), float(slopes.mean())
+    if mean == 0:
+        return BatchSharpness(None, 0.0, count)
+    value = float(bent.mean()) / mean
+    spread = float((bent - value * slopes).std()) if count > 1 else 0.0
+    error, own, own_error = abs(spread / mean) / math.sqrt(count), None, 0.0
+    if bool((slopes != 0).all()):
+        ratios = bent / slopes
+        own = float(ratios.mean())
+        own_error = float(ratios.std()) / math.sqrt(count) if count > 1 else 0.0
+    reached = rel_error is None or error <= rel_error * abs(value)
+    return BatchSharpness(value, error, count, own, own_error, reached)
+
+
+def batch_sharpness_limit(rule: LinearStep, sharpness: float | None) -> float | None:
+    r"""Return the largest batch sharpness at which a step is stable in mean square in one dimension.
+
+    A curvature h that varies from batch to batch, with mean a, is stable up to
+    :math:`E[h^2]/E[h] = a + \sigma^2_{\max}(a)/a`, where :math:`\sigma^2_{\max}` is the square of
+    :func:`~stableopt.stability.max_non_uniformity` at unit noise. For momentum :math:`\beta` it is
+
+    .. math:: \frac{2(1-\beta)}{\eta} + \frac{2\beta a}{1+\beta},
+
+    which is :math:`2/\eta` without momentum, and joins the plateaus :math:`2(1-\beta)/\eta` of small
+    batches and :math:`2(1+\beta)/\eta` of large ones. As a limit on batch sharpness it is a guide: in
+    one dimension neither definition is :math:`E[h^2]/E[h]`.
+
+    Args:
+        rule: the coefficients of the step, such as ``UpdateRule.linear_step``.
+        sharpness: the sharpness a, of which more than the rule's own limit counts as that limit. It may
+            be ``None`` without momentum.
+
+    Returns:
+        The limit; ``None`` where it needs a sharpness above 0, and there is none.
+
+    >>> round(batch_sharpness_limit(LinearStep(0.1, momentum=0.9), 10.0), 6)
+    11.473684
+    >>> batch_sharpness_limit(LinearStep(0.1), None)
+    20.0
+    """
+    if rule.lr == 0:
+        return math.inf
+    if sharpness is None and rule == LinearStep(rule.lr):
+        return 2 / rule.lr
+    if sharpness is None or not sharpness > 0:
+        return None
+    a = min(sharpness, rule.max_sharpness)
+    return a + rule.max_non_uniformity(1.0, a) ** 2 / a if a > 0 else None
+
+
+def batches_of(
+    problem: Problem, batch_size: int, num_batches: int, seed: int
+) -> Iterator[list[tuple[Any, int]]]:
+    """Yield random batches, each as this rank's samples of it chunk by chunk: ``(batch, size)``.
+
+    To be read within :meth:`Problem.evaluation`. Errors are those of :func:`batch_sharpness`.
     """
     batch_size, n = whole("batch_size", batch_size), problem.num_samples
     if batch_size > n:
@@ -75,24 +180,12 @@ def batch_sharpness(
             " drawn"
         )
     problem.check_samples("the batch sharpness")
-    hessian, terms = Hessian(problem), []
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
-    ranks = problem.ranks
+    most, ranks = whole("num_batches", num_batches), problem.ranks
     before = sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
-    with problem.evaluation():
-        chunks = ranks.raise_together(lambda: list(problem.chunks()))
-        for rows in _orders(n, batch_size, whole("num_batches", num_batches), generator):
-            parts = list(_parts(chunks, rows - before))
-            terms.append(_along_gradient(hessian, parts))
-    bent, squares = torch.tensor(terms, dtype=torch.float64).T
-    if not bool(torch.isfinite(bent + squares).all()):
-        raise NonFiniteError("the gradient of a batch, or its Hessian product, is not finite")
-    count, mean = len(terms), float(squares.mean())
-    if mean == 0:
-        return BatchSharpness(None, 0.0, count)
-    value = float(bent.mean()) / mean
-    spread = float((bent - value * squares).std()) if count > 1 else 0.0
-    return BatchSharpness(value, spread / mean / math.sqrt(count), count)
+    chunks = ranks.raise_together(lambda: list(problem.chunks()))
+    for rows in _orders(n, batch_size, most, generator):
+        yield list(_parts(chunks, rows - before))
 
 
 def _orders(n: int, batch_size: int, most: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -121,26 +214,40 @@ def _take(batch: Any, rows: Tensor) -> Any:
     return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() else t, batch)
 
 
-def _along_gradient(hessian: Hessian, parts: list[tuple[Any, int]]) -> tuple[float, float]:
-    r"""Return :math:`g^\top Hg` and :math:`\|g\|^2` of a batch; ``parts`` are this rank's samples."""
+def mean_of(
+    problem: Problem,
+    term: Callable[[Any, int], tuple[Tensor | None, ...]],
+    parts: list[tuple[Any, int]],
+) -> Tensor:
+    """Return the mean ``(d,)`` of a batch's ``term``; ``parts`` are this rank's samples of it."""
+    total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
+
+    def add(batch: Any, size: int) -> None:
+        total.add_(problem.flatten(term(batch, size)), alpha=size)
+
+    return mean_over_chunks(problem, [total], add, parts, evaluating=True)[0]
+
+
+def _along_step(
+    hessian: Hessian, parts: list[tuple[Any, int]], step: Callable[[Tensor], Tensor] | None
+) -> tuple[float, float]:
+    r"""Return :math:`s^\top Hs` and :math:`s^\top g` of a batch; ``parts`` are this rank's samples."""
     problem, theta = hessian.problem, hessian.theta
-
-    def mean_of(term: Callable[[Any, int], tuple[Tensor | None, ...]]) -> Tensor:
-        total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
-
-        def add(batch: Any, size: int) -> None:
-            total.add_(problem.flatten(term(batch, size)), alpha=size)
-
-        return mean_over_chunks(problem, [total], add, parts, evaluating=True)[0]
 
     def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)
 
-    gradient = mean_of(slopes)
-    tangent = problem.unflatten(gradient)
+    gradient = mean_of(problem, slopes, parts)
+    direction = gradient if step is None else step(gradient)
+    if direction.shape != gradient.shape:
+        raise ValueError(
+            f"step: returned {tuple(direction.shape)} for a gradient of {tuple(gradient.shape)}:"
+            " expected the same"
+        )
+    tangent = problem.unflatten(direction)
 
     def along(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return hessian.chunk_product(hessian.linearise(batch, size), tangent)
 
-    bent, gradient = mean_of(along).double(), gradient.double()
-    return float(gradient @ bent), float(gradient @ gradient)
+    bent, gradient = mean_of(problem, along, parts).double(), gradient.double()
+    return float(direction.double() @ bent), float(direction.double() @ gradient)

@@ -13,6 +13,7 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
+from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -40,6 +41,7 @@ class Evaluation:
             none, and then none are kept.
         subspaces: the subspaces of this measurement by quantity.
         results: the results so far by quantity.
+        over_batches: the averages over batches, once a quantity has drawn them.
     """
 
     problem: MeanLoss
@@ -52,6 +54,7 @@ class Evaluation:
     starts: Mapping[str, Tensor] | None = None
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
     results: Mapping[str, QuantityResult] = field(default_factory=dict, init=False)
+    over_batches: BatchSharpness | None = field(default=None, init=False)
     _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
     _own: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)

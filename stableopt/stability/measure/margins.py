@@ -65,8 +65,12 @@ class StabilityMargins:
         critical_lr_lower: a learning rate up to which no second moment grows; 0 if none is known.
         critical_lr_ratio: learning rate over ``critical_lr``: above 1 it is unstable, and below 1
             stable only if it is also below ``critical_lr_lower``.
-        batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most :math:`2/\eta` where
-            plain SGD stays.
+        batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, about its limit or below where
+            SGD stays; ``margins["mean_batch_sharpness"]`` is the other published definition.
+        batch_sharpness_limit: :func:`~stableopt.stability.batch_sharpness_limit` at the measured
+            sharpness, :math:`2/\eta` for plain SGD.
+        generalised_sharpness: :func:`~stableopt.stability.generalised_sharpness`, at least, for
+            optimizers that descend in a norm, such as Muon.
         sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also
             ``preconditioned_sharpness_ratio`` and ``non_uniformity_ratio``.
         sharpness_margin: limit minus value; also ``preconditioned_sharpness_margin`` and
@@ -109,6 +113,11 @@ class StabilityMargins:
     critical_lr_lower = _Part()
     critical_lr_ratio = _Part()
     batch_sharpness = _Part()
+    batch_sharpness_limit = _Part()
+    batch_sharpness_ratio = _Part()
+    generalised_sharpness = _Part()
+    generalised_sharpness_limit = _Part()
+    generalised_sharpness_ratio = _Part()
 
     def __init__(
         self,

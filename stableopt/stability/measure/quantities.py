@@ -20,7 +20,11 @@ from stableopt.curvature import Hessian
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure.batch_sharpness import batch_sharpness
+from stableopt.stability.measure.batch_quantities import (
+    measured_batch_sharpness,
+    measured_largest_batch_sharpness,
+    measured_mean_batch_sharpness,
+)
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_in_norm
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -270,18 +274,6 @@ def _critical_lr(at: Evaluation) -> QuantityResult:
     return QuantityResult.from_measurement(measurement, lower=found.lower)
 
 
-def _batch_sharpness(at: Evaluation) -> QuantityResult:
-    assert at.batch_size is not None
-    problem = require_samples(at.problem, "batch_sharpness")
-    found = batch_sharpness(problem, at.batch_size, seed=at.seed)
-    if found.value is None:
-        return QuantityResult()
-    relative = found.standard_error / abs(found.value) if found.value else 0.0
-    # An average has a standard error, and no tolerance to reach.
-    measurement = Measurement(found.value, relative, found.batches, 0.0, True)
-    return QuantityResult.from_measurement(measurement)
-
-
 # -- the registry ----------------------------------------------------------------------------------
 
 register(
@@ -328,7 +320,33 @@ register(
         limits_lr=True,
     )
 )
-register(Quantity("batch_sharpness", _batch_sharpness, needs={"batch_size", "per_sample", "step"}))
+register(
+    Quantity(
+        "batch_sharpness",
+        measured_batch_sharpness,
+        needs={"batch_size", "per_sample", "step"},
+        chart=Chart("batch sharpness", r"$E[g_B^\top H_Bg_B]/E\|g_B\|^2$", "batch", "batch"),
+    )
+)
+register(
+    Quantity(
+        "mean_batch_sharpness",
+        measured_mean_batch_sharpness,
+        needs={"batch_size", "per_sample", "step"},
+        chart=Chart(
+            "mean batch sharpness", r"$E[g_B^\top H_Bg_B/\|g_B\|^2]$", "meanbatch", "meanb"
+        ),
+    )
+)
+register(
+    Quantity(
+        "largest_batch_sharpness",
+        measured_largest_batch_sharpness,
+        needs={"batch_size", "per_sample", "step"},
+        limit=lambda rule, _, __: 2 / rule.lr if rule.plain and rule.lr else None,
+        chart=Chart("sharpest batch, at most", r"$\max_B\lambda_{\max}(H_B)$", "max_batch", "maxb"),
+    )
+)
 register(
     Quantity(
         "generalised_sharpness",

@@ -321,7 +321,7 @@ def test_its_chart_is_among_the_custom_scalars(tmp_path: Path) -> None:
         {tag for _, tags in charts.values() for tag in tags}
         for charts in (
             layout({"generalised_sharpness"})["edge of stability"],
-            layout()["edge of stability"],
+            layout(())["edge of stability"],
         )
     )
     assert {"stability/gen_sharp_ratio", "stability/gen_sharp_value"} <= measured - other
