@@ -44,8 +44,8 @@ def layout(measured: Collection[str] | None = None) -> dict[str, dict[str, list[
     """Return the Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it.
 
     Sharpness and non-uniformity have their charts in every run, other quantities only where they are
-    ``measured``; all have if that is not said. A chart is the same in every run: TensorBoard merges the layouts of all runs, and shows
-    each chart that differs.
+    ``measured``; by default all have. A chart is the same in every run: TensorBoard merges the layouts
+    of all runs, and shows each chart that differs.
     """
     shown = {
         name: chart
