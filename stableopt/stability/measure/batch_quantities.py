@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from stableopt.curvature.problem.problem import require_samples
+from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.measure.batch_sharpness import (
     BatchSharpness,
     batch_sharpness,
