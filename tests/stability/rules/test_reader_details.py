@@ -291,3 +291,20 @@ def test_measures_with_a_muon_beside_it_are_not_refused(data: tuple[Tensor, Tens
         )
     assert found.sharpness is not None
     assert found.edge_ratio is None
+
+
+@pytest.mark.parametrize("kind", ["RAdam", "Adamax", "Adadelta", "ASGD"])
+def test_complex_parameters_are_read_as_their_real_view(kind: str) -> None:
+    """Catches the root of a complex number where torch takes that of each part."""
+    torch.manual_seed(0)
+    own = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
+    real = nn.Parameter(torch.view_as_real(own.detach()).clone())
+    optimizers = [getattr(torch.optim, kind)([p]) for p in (own, real)]
+    for _ in range(8):
+        own.grad = torch.randn(3, 2, dtype=torch.complex128)
+        real.grad = torch.view_as_real(own.grad).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    rules = [UpdateRule.from_optimizer(optimizer) for optimizer in optimizers]
+    entries = [rule.preconditioner.entries[0] for rule in rules]  # type: ignore[union-attr]
+    assert torch.equal(*entries)

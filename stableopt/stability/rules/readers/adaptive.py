@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.curvature.problem.parameters import real_view
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -184,7 +185,7 @@ def read_adadelta(optimizer: torch.optim.Optimizer) -> UpdateRule:
         group, state, rho = step.group, step.state, float(step.group["rho"])
         below, deltas = state["square_avg"] + group["eps"], state["acc_delta"]
         if step.param is not None and step.param.grad is not None:
-            g = step.param.grad + group["weight_decay"] * step.param
+            g = real_view(step.param.grad) + group["weight_decay"] * real_view(step.param)
             own = (1 - rho) * g.square() / below
             deltas = (deltas - own * group["eps"]) / (rho + own)
         entry: Tensor = ((deltas + group["eps"]) / below).sqrt()
