@@ -62,7 +62,7 @@ def _average(at: Evaluation, value: float | None, error: float) -> QuantityResul
 
 
 def _limit(at: Evaluation) -> float | None:
-    if at.rule is None or at.rule.unknown is not None:
+    if at.rule is None or at.rule.unknown is not None or not at.rule.noise_known:
         return None
     sharpest = at.results.get("preconditioned_sharpness" if at.preconditioned else "sharpness")
     return batch_sharpness_limit(at.rule.linear_step, None if sharpest is None else sharpest.value)

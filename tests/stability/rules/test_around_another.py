@@ -123,6 +123,9 @@ def test_what_is_not_known_with_lookahead_or_ascent(
     assert found.sharpness_limit == pytest.approx((1 + 3**0.2) / 0.1)
     assert found.non_uniformity is not None
     assert found.non_uniformity_limit is None
+    batches = ("sharpness", "batch_sharpness")
+    found = measure(network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=batches)
+    assert found["batch_sharpness"].limit is None
     with pytest.raises(ValueError, match="not known with lookahead or ascent"):
         rule.max_non_uniformity(2)
     for options, says in (
