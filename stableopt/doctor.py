@@ -68,7 +68,6 @@ def product_method(model: nn.Module) -> list[str]:
     >>> product_method(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[0]
     'Hessian: double backward'
     """
-    kinds = {type(module).__name__ for module in model.modules()}
     ways = ["double backward"]
     if any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
         ways.append("math attention")
@@ -77,7 +76,7 @@ def product_method(model: nn.Module) -> list[str]:
     on_gpu = any(p.device.type == "cuda" for p in model.parameters())
     if on_gpu and any(isinstance(m, nn.RNNBase) for m in model.modules()):
         ways.append("without cuDNN")
-    if "_WeightNorm" in kinds or any(isinstance(m, nn.EmbeddingBag) for m in model.modules()):
+    if any(isinstance(m, nn.EmbeddingBag) for m in model.modules()):
         ways = ["central differences, unless this torch has the second derivative"]
     lines = [f"Hessian: {', '.join(ways)}"]
     trainable = [p for p in model.parameters() if p.requires_grad]

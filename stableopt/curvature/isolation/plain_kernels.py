@@ -93,6 +93,7 @@ def plain_operations(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_checkpointing_off(note, inside))
         stack.enter_context(_hard_sigmoid(inside))
+        stack.enter_context(_weight_norm(inside))
         if autocast is None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(_autocast_off(note, inside))
@@ -138,6 +139,31 @@ def _hard_sigmoid(inside: Callable[[], bool]) -> Iterator[None]:
                 return x.copy_(clamped) if name.endswith("_") else clamped
 
             stack.enter_context(_replaced(home, name, plain))
+        yield
+
+
+@contextlib.contextmanager
+def _weight_norm(inside: Callable[[], bool]) -> Iterator[None]:
+    """Compute weight norms from a quotient: torch's fused one has a wrong second derivative.
+
+    In torch 2.13 that is off by tens of percent. The values differ by rounding, so nothing is reported.
+    """
+    original = torch._weight_norm
+
+    def plain(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        if not inside():
+            return original(v, g, dim)
+        # -1 stands for the norm of all entries. norm_except_dim has no rule for vmap.
+        others = [other for other in range(v.dim()) if other != dim]
+        norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
+        return v * (g / norm)
+
+    # The older of torch's two modules holds the function by name.
+    older: Any = sys.modules.get("torch.nn.utils.weight_norm", torch.nn.utils.weight_norm)
+    with contextlib.ExitStack() as stack:
+        for home in (torch, older):
+            if getattr(home, "_weight_norm", None) is original:
+                stack.enter_context(_replaced(home, "_weight_norm", plain))
         yield
 
 

@@ -91,7 +91,7 @@ def _collections() -> Setting:
     return Setting(Collections(), MSE, pair())
 
 
-@measured("weight norm", "central differences")
+@measured("weight norm")
 def _weight_norm() -> Setting:
     return Setting(parametrizations.weight_norm(nn.Linear(3, 2)), MSE, pair())
 
