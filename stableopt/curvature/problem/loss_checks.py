@@ -76,7 +76,9 @@ def check_mean(once: float, twice: float) -> None:
         )
 
 
-def unequal_samples(difference: float, chunks: int, *, given: bool, sharded: bool = False) -> str:
+def unequal_samples(
+    difference: float, chunks: int, *, given: bool, sharded: bool = False, explained: str = ""
+) -> str:
     """Return what to tell of a loss whose gradient is not the mean of its samples'.
 
     Args:
@@ -84,12 +86,18 @@ def unequal_samples(difference: float, chunks: int, *, given: bool, sharded: boo
         chunks: the number of chunks of the data, on all ranks.
         given: whether the user gave the weights.
         sharded: whether the model is under ``fully_shard``.
+        explained: the text of weights that leave no difference, if known.
     """
     found = _found(difference)
     if given:
         return (
             f"sample_weight: with these weights {found}: expected the weights by which loss_fn averages,"
             " as it divides by their sum over a batch"
+        )
+    if explained:
+        return (
+            f"loss_fn: {found}: it weighs samples unequally. Pass its weights: with"
+            f" sample_weight={explained} the two agree"
         )
     if sharded:
         return (

@@ -44,10 +44,10 @@ from stableopt.curvature.problem.loss_checks import (
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.parameters import real_view, swapped_state
+from stableopt.curvature.problem.weights.comparison import compared_with_parts
 from stableopt.curvature.problem.weights.survey import (
     SPREAD_SAMPLES,
     Survey,
-    difference_of_parts,
     displaced_at_random,
 )
 from stableopt.curvature.problem.weights.totals import WeightTotals, weights_of, weights_seen
@@ -244,19 +244,18 @@ class Problem(MeanLoss):
             self._totals = WeightTotals.of_loss(seen, survey, map(evaluated, chunks), in_model)
         complete = not self.ranks.several
         self._weights = weights_of([self._totals], self._weights, complete=complete)
-        elsewhere = displaced_at_random(theta)
-
-        def gradient(part: Any) -> Tensor:
-            with self.evaluation():
-                loss = self.loss(elsewhere, part)
-                if not loss.requires_grad:  # which the check of the derivatives reports
-                    return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
-                return self.flatten(torch.autograd.grad(loss, elsewhere, allow_unused=True))
-
-        self._difference = 0.0
+        self._difference, self._explained = 0.0, ""
         # With random numbers a sample differs between batches.
-        if not self._random and not draws(evaluated(batch), self._objective.generators):
-            self._difference = difference_of_parts(gradient, survey.batch, survey.size)
+        if self._random or draws(evaluated(batch), self._objective.generators):
+            return
+
+        def loss(weights: EqualWeights, at: Sequence[Tensor], part: Any) -> Tensor:
+            with self.evaluation():
+                return self.loss(tuple(at), part, weights)
+
+        self._difference, self._explained = compared_with_parts(
+            loss, displaced_at_random(theta), survey, self._weights, paired=self.loss_fn is not None
+        )
 
     def _check_weights(self) -> None:
         """Agree on the weights, and find out whether samples have curvature of their own."""
@@ -279,7 +278,8 @@ class Problem(MeanLoss):
         if chunks == self.num_samples > 1 and not given:
             warn_of_samples_alone(difference)
             return
-        self.equal_weights, self._unequal = False, unequal_samples(difference, chunks, given=given)
+        self.equal_weights = False
+        self._unequal = unequal_samples(difference, chunks, given=given, explained=self._explained)
         if given or chunks > 1:
             raise ValueError(self._unequal)
 
@@ -323,16 +323,16 @@ class Problem(MeanLoss):
     def _values(self) -> Theta:
         return tuple(real_view(p.detach()).to(self.dtype) for p in self.params)
 
-    def loss(self, theta: Theta, batch: Any) -> Tensor:
+    def loss(self, theta: Theta, batch: Any, weights: EqualWeights | None = None) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
 
-        Call it inside :meth:`evaluation`.
+        By default with the problem's own weights. Call it inside :meth:`evaluation`.
         """
         state = self._state(self._objective, theta, "model.")
         if self._random:
             fix_draw(self.device, self._objective.generators)
         with self.precision.around():
-            loss = self._weights.mean(
+            loss = (weights or self._weights).mean(
                 lambda own: checked_scalar(functional_call(self._objective, state, (own,))), batch
             )
         return self.sign * loss.to(self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 
 import pytest
@@ -177,6 +178,26 @@ def test_unknown_weights_are_refused_where_they_matter() -> None:
     # Both searches stop at a residual of 1e-3, whose square is the error of an eigenvalue.
     assert given.sharpness == pytest.approx(whole.sharpness, rel=1e-5)
     assert given.non_uniformity == pytest.approx(whole.non_uniformity, rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [0, -100])
+def test_the_refusal_names_the_weights(ignored: int) -> None:
+    """Catches advice that leaves the reader to find out by which counts a loss divides."""
+    case = built("padded tokens")
+    x, y = case.data
+    y = torch.where(y == -100, ignored, y + 1)
+
+    def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        counted = labels != ignored
+        losses = cross_entropy(outputs, (labels - 1).clamp(min=0)) * counted
+        return losses.sum() / counted.sum().clamp(min=1)
+
+    weights = f"lambda batch: (batch[1] != {ignored}).flatten(1).sum(1)"
+    with pytest.raises(ValueError, match=re.escape(f"sample_weight={weights} the two agree")):
+        Problem(case.model, own_loss, (x, y), chunk_size=4)
+    given = Problem(case.model, own_loss, (x, y), chunk_size=4, sample_weight=eval(weights))
+    known = Problem(case.model, case.loss, case.data)
+    assert close(given.gradient(), known.gradient())
 
 
 def test_only_weighted_losses_are_weighed() -> None:
