@@ -131,7 +131,7 @@ def spectra() -> Batch:
 
 
 def answers() -> Batch:
-    """Return answers of which two lie behind the text, and are ignored."""
+    """Return answers to four questions; that of the last lies behind the text, and is ignored."""
     return text(
         start_positions=torch.tensor([0, 2, 1, 9]), end_positions=torch.tensor([1, 3, 2, 9])
     )
