@@ -253,8 +253,9 @@ class Problem(MeanLoss):
             with self.evaluation():
                 return self.loss(tuple(at), part, weights)
 
+        elsewhere, paired = displaced_at_random(theta), self.loss_fn is not None
         self._difference, self._explained = compared_with_parts(
-            loss, displaced_at_random(theta), survey, self._weights, paired=self.loss_fn is not None
+            loss, elsewhere, survey, self._weights, paired=paired, largest=UNEQUAL
         )
 
     def _check_weights(self) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.loss_checks import UNEQUAL
 from stableopt.curvature.problem.weights.survey import Survey, difference_of_parts
 from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 
@@ -62,6 +61,7 @@ def compared_with_parts(
     weights: EqualWeights,
     *,
     paired: bool,
+    largest: float,
 ) -> tuple[float, str]:
     """Return how far a batch's gradient is from its parts', and weights by which it would not be.
 
@@ -71,6 +71,7 @@ def compared_with_parts(
         survey: samples drawn over the data.
         weights: those of the problem.
         paired: whether batches are pairs.
+        largest: the difference that rounding explains.
 
     Returns:
         The relative difference, and the text of a ``sample_weight``, empty if none explains it.
@@ -87,7 +88,7 @@ def compared_with_parts(
         return difference_of_parts(gradient, batch, survey.size)
 
     found = difference(weights, survey.batch)
-    if found <= UNEQUAL or type(weights) is not EqualWeights:
+    if found <= largest or type(weights) is not EqualWeights:
         return found, ""
     for counted in Counted.candidates(survey.batch):
         tried = GivenWeights(counted, paired=paired)
@@ -96,7 +97,7 @@ def compared_with_parts(
             average = float(batch.weight.mean())
             explained = (
                 average > 0
-                and difference(dataclasses.replace(tried, average=average), batch) <= UNEQUAL
+                and difference(dataclasses.replace(tried, average=average), batch) <= largest
             )
         except Exception:  # a loss of more than a guess bargains for
             continue
