@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from oracles import small_data, small_network
 from torch import Tensor, nn
 
@@ -20,6 +21,12 @@ os.environ |= {
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+# The pace of a machine that others share says nothing about the code.
+settings.register_profile(
+    "any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("any pace")
 
 
 @pytest.fixture
