@@ -1,9 +1,7 @@
-"""SGD with schedulers, gradient scalers, a compiler, step hooks and closures."""
+"""SGD with schedulers, gradient scalers, a compiler and closures."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -135,59 +133,6 @@ def test_compiled_step(tracked: bool) -> None:
             (2, None, 3),
             (4, None, 3),
         ]
-
-
-HOOKS = """
-import itertools, os, sys
-import torch
-import torch._dynamo  # once here, which each child would do by itself
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-import stableopt
-
-def check(order):
-    calls = []
-    register_optimizer_step_pre_hook(lambda o, a, k: calls.append("global pre"))
-    register_optimizer_step_post_hook(lambda o, a, k: calls.append("global post"))
-    optimizers = []
-    for kind in order:
-        p = nn.Parameter(torch.ones(1))
-        optimizer = kind([p], lr=0.5)
-        optimizer.register_step_pre_hook(lambda o, a, k: calls.append("pre"))
-        optimizer.register_step_post_hook(lambda o, a, k: calls.append("post"))
-        optimizers.append((optimizer, p))
-    for optimizer, p in optimizers:
-        p.grad = torch.ones(1)
-        calls.clear()
-        optimizer.step()
-        assert calls == ["global pre", "pre", "post", "global post"], (order, calls)
-        assert p.item() == 0.5, (order, p)
-
-# Torch wraps `step` on the first instance of a class, for good: each order needs a fresh process.
-for order in itertools.permutations([torch.optim.SGD, stableopt.SGD, stableopt.GD]):
-    child = os.fork()
-    if child == 0:
-        try:
-            check(order)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status == 0, order
-print("all orders")
-"""
-
-
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")
-def test_step_hooks_fire_once_whichever_class_comes_first() -> None:
-    """Catches torch's wrapping of ``step`` done twice, once for a class and once for its base."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOOKS], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "all orders"
 
 
 def test_step_with_a_closure() -> None:

@@ -18,6 +18,9 @@ __all__ = ["Ending", "Iterations"]
 Ending = tuple[float | None, list[tuple[int, int]]]
 """The loss where a step ended, ``None`` if unknown, and the versions of the parameters there."""
 
+_ROUNDINGS = 10
+"""Rounding errors of a loss, in units of the precision times the loss: those of a sum of terms."""
+
 SAME_LOSS = 1e-4
 """Relative difference of two losses at one point that the order of parallel sums cannot cause."""
 
@@ -64,6 +67,7 @@ class Iterations:
         self._dot = wide_dot if own else Tensor.dot
         kind = objective.dtype
         self._sum = torch.float32 if own and kind in (torch.float16, torch.bfloat16) else kind
+        self._limits = torch.finfo(kind) if own else None
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
@@ -217,7 +221,12 @@ class Iterations:
                 found = shortened(evaluate, found, budget=budget)
             else:
                 budget = self.options["max_eval"] - objective.evaluations
-                found, finite = strong_wolfe(evaluate, start, t, size, budget=budget)
+                rounding = 0.0
+                if (limits := self._limits) is not None:
+                    rounding = _ROUNDINGS * limits.eps * (abs(start.loss) + limits.tiny)
+                found, finite = strong_wolfe(
+                    evaluate, start, t, size, budget=budget, rounding=rounding
+                )
                 if found is start and not finite:
                     found = None
             line.set(0.0 if found is None else found.t)

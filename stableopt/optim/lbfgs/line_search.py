@@ -6,9 +6,10 @@ The strong Wolfe conditions accept a step t if the loss falls enough and the slo
     f(t) \le f(0) + c_1 t f'(0), \qquad |f'(t)| \le c_2 |f'(0)|
 
 (Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6). Cubic interpolation
-and its safeguards are those of ``torch.optim.LBFGS``: on finite numbers both evaluate the same
-points. A point whose loss or gradient is not finite counts as infinitely high, and the next point is
-close to the finite end of the bracket.
+and its safeguards are those of ``torch.optim.LBFGS``: both evaluate the same points while numbers are
+finite and losses differ by more than their rounding, below which slopes decide. A point whose loss or
+gradient is not finite counts as infinitely high, and the next point is close to the finite end of the
+bracket.
 
 Numbers are floats, or 0-dimensional tensors if torch has those: then every operation is torch's.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -47,6 +48,7 @@ class Trial:
         gradient: the flat gradient ``(d,)``.
         largest: the largest absolute entry of the gradient.
         extra: other numbers from the same host transfer.
+        by_slopes: what a search compares instead of the loss, whose differences are rounding.
     """
 
     t: Number
@@ -55,11 +57,17 @@ class Trial:
     gradient: Tensor
     largest: Number
     extra: tuple[Number, ...] = ()
+    by_slopes: Number | None = None
 
     @property
     def finite(self) -> bool:
         """Whether loss, gradient and slope are finite."""
         return math.isfinite(self.loss)
+
+    @property
+    def height(self) -> Number:
+        """What a search compares."""
+        return self.loss if self.by_slopes is None else self.by_slopes
 
 
 def strong_wolfe(
@@ -69,8 +77,9 @@ def strong_wolfe(
     largest: Number,
     *,
     budget: int,
+    rounding: float = 0.0,
 ) -> tuple[Trial, bool]:
-    """Search for a step that meets the strong Wolfe conditions; else return the lowest known point.
+    r"""Search for a step that meets the strong Wolfe conditions; else return the lowest known point.
 
     Args:
         evaluate: returns the point at a step length.
@@ -78,6 +87,10 @@ def strong_wolfe(
         t: the first step length to try.
         largest: the largest absolute entry of the direction.
         budget: the number of evaluations after the first.
+        rounding: the rounding error of losses. Points whose loss cannot differ by more from that of
+            ``start``, as their slopes say, are compared by :math:`f(0) + t\,(f'(0) + f'(t))/2`: close
+            to a minimum slopes still have digits when differences of losses have none (Hager & Zhang,
+            SIAM J. Optim. 2005).
 
     Returns:
         The point, which is ``start`` if none was lower, and whether all points were finite.
@@ -93,10 +106,14 @@ def strong_wolfe(
         nonlocal finite
         trial = evaluate(t)
         finite = finite and trial.finite
+        steepest = max(-start.slope, abs(trial.slope))
+        if rounding and trial.finite and steepest * trial.t <= rounding:
+            mean_slope = (start.slope + trial.slope) / 2
+            return replace(trial, by_slopes=start.loss + trial.t * mean_slope)
         return trial
 
     def too_high(trial: Trial) -> bool:
-        return bool(trial.loss > (start.loss + SUFFICIENT * trial.t * start.slope))
+        return bool(trial.height > (start.loss + SUFFICIENT * trial.t * start.slope))
 
     def flat(trial: Trial) -> bool:
         return bool(abs(trial.slope) <= -CURVATURE * start.slope)
@@ -106,7 +123,7 @@ def strong_wolfe(
     while True:
         if spent >= budget:
             return _lower(start, trial), finite
-        if too_high(trial) or (spent > 1 and trial.loss >= previous.loss):
+        if too_high(trial) or (spent > 1 and trial.height >= previous.height):
             break
         if flat(trial):
             return trial, finite
@@ -117,14 +134,16 @@ def strong_wolfe(
         spent += 1
 
     ends, stuck = [previous, trial], False
-    low = 0 if previous.loss <= trial.loss else 1
+    low = 0 if previous.height <= trial.height else 1
     while spent < budget and not abs(ends[1].t - ends[0].t) * largest < NARROWEST:
         t, stuck = _between(ends, low, stuck)
         trial = tried(t)
         spent += 1
-        if too_high(trial) or trial.loss >= ends[low].loss:
+        if rounding and (trial.loss, trial.slope) == (ends[low].loss, ends[low].slope):
+            break  # the parameters have rounded to the same point
+        if too_high(trial) or trial.height >= ends[low].height:
             ends[1 - low] = trial
-            low = 0 if ends[0].loss <= ends[1].loss else 1
+            low = 0 if ends[0].height <= ends[1].height else 1
             continue
         if flat(trial):
             return trial, finite
@@ -150,7 +169,7 @@ def shortened(evaluate: Callable[[Number], Trial], trial: Trial, *, budget: int)
 
 
 def _lower(one: Trial, other: Trial) -> Trial:
-    return one if one.loss <= other.loss else other
+    return one if one.height <= other.height else other
 
 
 def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
@@ -174,7 +193,7 @@ def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) 
     Nocedal & Wright, equation 3.59; the middle if the cubic has no minimum.
     """
     if one.t != other.t:
-        bend = one.slope + other.slope - 3 * (one.loss - other.loss) / (one.t - other.t)
+        bend = one.slope + other.slope - 3 * (one.height - other.height) / (one.t - other.t)
         square = bend * bend - one.slope * other.slope
         if square >= 0:
             root = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)

@@ -51,6 +51,8 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     - ``"compact"`` keeps a pair if :math:`y^\top s > \epsilon\|y\|\|s\|` and neither
       :math:`y^\top s` nor :math:`y^\top y` underflows, at any scale of the loss; ``"two_loop"`` if
       :math:`y^\top s > 10^{-10}`, like torch.
+    - Where losses differ by less than their rounding, ``"compact"`` compares slopes in the line search,
+      and it ends a search between points that round to the same one. Torch goes on up to ``max_eval``.
     - A direction that does not descend empties the memory; torch would never move again.
     - Groups may have their own ``lr`` and ``weight_decay``. With the rates
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is

@@ -1,9 +1,7 @@
-"""L-BFGS with ranks, hooks, a compiler, casts, schedulers and a monitor."""
+"""L-BFGS with ranks, a compiler, casts, schedulers and a monitor."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -40,57 +38,6 @@ def test_ranks_take_the_same_branches() -> None:
     assert calls == other_calls
     # A half a call is added and taken away in single precision.
     torch.testing.assert_close(point, other_point, rtol=1e-2, atol=1e-2)
-
-
-HOOKS = """
-import itertools, os, sys
-import torch
-import torch._dynamo
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-import stableopt
-
-def check(order):
-    calls = []
-    register_optimizer_step_pre_hook(lambda o, a, k: calls.append("global pre"))
-    register_optimizer_step_post_hook(lambda o, a, k: calls.append("global post"))
-    for kind in order:
-        p = nn.Parameter(torch.ones(1))
-        optimizer = kind([p])
-        optimizer.register_step_pre_hook(lambda o, a, k: calls.append("pre"))
-        optimizer.register_step_post_hook(lambda o, a, k: calls.append("post"))
-        def closure():
-            p.grad = 2 * p.detach()
-            return p.detach().square().sum()
-        calls.clear()
-        optimizer.step(closure)
-        assert calls == ["global pre", "pre", "post", "global post"], (order, calls)
-        assert abs(p.item()) < 1e-3, p
-
-for order in itertools.permutations([torch.optim.LBFGS, stableopt.LBFGS, stableopt.LBFGS]):
-    child = os.fork()
-    if child == 0:
-        try:
-            check(order)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status == 0, order
-print("all orders")
-"""
-
-
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")
-def test_step_hooks_fire_once_whichever_class_comes_first() -> None:
-    """Catches ``step`` wrapped once for the class and once for its base."""
-    done = subprocess.run(
-        [sys.executable, "-c", HOOKS], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "all orders"
 
 
 def test_compiled_step() -> None:
