@@ -337,7 +337,7 @@ def _copied(value: Any) -> Any:
 def _check_options(options: dict[str, Any]) -> None:
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr has {lr.numel()} elements: expected one")
+        raise ValueError(f"lr has {lr.numel()} elements: Tensor lr must be 1-element")
     for name in ("lr", "weight_decay"):
         if not 0 <= options[name] < math.inf:
             raise ValueError(f"{name}={options[name]!r}: expected a number of at least 0")
