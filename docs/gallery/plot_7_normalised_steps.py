@@ -1,0 +1,100 @@
+"""Sign descent and Muon at their edge
+===================================
+
+Steps of sign descent and Muon have a length of their own. The sharpness says little about them; the
+*generalised sharpness*, in the norm in which they descend, settles at its limit
+:math:`2\\|g\\|_\\star/\\eta`.
+"""
+
+import statistics
+import warnings
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import nn
+
+from stableopt import StabilityMonitor, UpdateRule
+from stableopt.stability import NormedStep, SignNorm
+
+torch.manual_seed(0)
+images, digits = load_digits(return_X_y=True)
+rows = torch.randperm(len(images))[:100]
+x = torch.tensor(images, dtype=torch.float32)[rows] / 16
+y = nn.functional.one_hot(torch.tensor(digits)[rows], 10).float()
+loss_fn = nn.MSELoss()
+
+# %%
+# Sign descent is not among torch's optimizers. Its reader names the norm: one radius for all entries.
+
+
+class SignDescent(torch.optim.SGD):
+    """Steps along the signs of the gradient."""
+
+    def step(self, closure=None):
+        """Take a step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+def read(optimizer):
+    """Return the rule of sign descent."""
+    (group,) = optimizer.param_groups
+    return UpdateRule(
+        lr=group["lr"],
+        preconditioner=NormedStep(SignNorm(group["params"], lr=group["lr"]), "sign descent"),
+    )
+
+
+UpdateRule.register(SignDescent, read)
+
+# %%
+# Muon descends in the spectral norm, of all matrices together. Its default coefficients make polar factors
+# whose largest singular value is about 0.7. Those of the convergent iteration make it 1.
+
+EXACT = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 12}
+PLAIN = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+RUNS = {
+    "sign descent": lambda params: SignDescent(params, lr=2e-3),
+    "Muon": lambda params: torch.optim.Muon(params, lr=0.02, **PLAIN, **EXACT),
+}
+figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+figure.suptitle("The generalised sharpness settles at its limit")
+axes = figure.subplots()
+for (name, make), colour in zip(RUNS.items(), ("#0072B2", "#009E73")):
+    model = nn.Sequential(nn.Linear(64, 16, bias=False), nn.Tanh(), nn.Linear(16, 10, bias=False))
+    optimizer = make(list(model.parameters()))
+    with warnings.catch_warnings():
+        # The sharpness has no limit here, which the monitor says.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with StabilityMonitor(
+            optimizer,
+            model,
+            loss_fn,
+            (x, y),
+            every=30,
+            quantities=("sharpness", "generalised_sharpness"),
+        ) as monitor:
+            for _ in range(240):
+                optimizer.zero_grad()
+                loss = loss_fn(model(x), y)
+                loss.backward()
+                optimizer.step()
+    lr = optimizer.param_groups[0]["lr"]
+    steps = [margins.step for margins in monitor.history]
+    ratios = [margins["generalised_sharpness"].ratio for margins in monitor.history]
+    sharpness = [margins.sharpness * lr / 2 for margins in monitor.history]
+    axes.plot(steps, ratios, color=colour, label=f"{name}: generalised sharpness / limit")
+    axes.plot(steps, sharpness, "--", color=colour, label=f"{name}: sharpness / (2/η)")
+    last = statistics.median(ratios[-5:])
+    print(f"{name}: loss {loss.item():.4f}, ratio {last:.2f}, sharpness {sharpness[-1]:.4f} of 2/η")
+axes.axhline(1, color="#D55E00", linewidth=1)
+axes.set_yscale("log")
+axes.set_xlabel("step")
+axes.legend()
+
+# %%
+# The value is a bound from below: the search finds a maximum of a quadratic form over a ball, not the
+# largest. With momentum or mini-batches the ratio is a diagnostic, since the step is then not along the
+# oracle of the measured gradient.
