@@ -1,9 +1,9 @@
-"""Sign descent and Muon at their edge
+r"""Sign descent and Muon at their edge
 ===================================
 
 Steps of sign descent and Muon have a length of their own. The sharpness says little about them; the
 *generalised sharpness*, in the norm in which they descend, settles at its limit
-:math:`2\\|g\\|_\\star/\\eta`.
+:math:`2\|g\|_\star/\eta`.
 """
 
 import statistics
@@ -50,8 +50,8 @@ def read(optimizer):
 UpdateRule.register(SignDescent, read)
 
 # %%
-# Muon descends in the spectral norm, of all matrices together. Its default coefficients make polar factors
-# whose largest singular value is about 0.7. Those of the convergent iteration make it 1.
+# Muon descends in the spectral norm of all matrices together. Its default coefficients approximate polar
+# factors with singular values between 0.7 and 1.1. Those of the convergent iteration make them 1.
 
 EXACT = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 12}
 PLAIN = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
@@ -62,7 +62,7 @@ RUNS = {
 figure = Figure(figsize=(7.0, 4.0), layout="constrained")
 figure.suptitle("The generalised sharpness settles at its limit")
 axes = figure.subplots()
-for (name, make), colour in zip(RUNS.items(), ("#0072B2", "#009E73")):
+for (name, make), colour in zip(RUNS.items(), ("#0072B2", "#009E73"), strict=True):
     model = nn.Sequential(nn.Linear(64, 16, bias=False), nn.Tanh(), nn.Linear(16, 10, bias=False))
     optimizer = make(list(model.parameters()))
     with warnings.catch_warnings():
