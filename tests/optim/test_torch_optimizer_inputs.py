@@ -151,7 +151,7 @@ def test_sparse_gradients_are_dense_ones(kind: Any, case: Any) -> None:
 @pytest.mark.filterwarnings("ignore:the closure returned different losses")
 @pytest.mark.parametrize(("kind", "case"), cases(only=lambda info: info.supports_complex))
 def test_complex_parameters_are_pairs_of_real_ones(kind: Any, case: Any) -> None:
-    """Catches squares without conjugates, at every point of a line search, with a real one beside."""
+    """Catches squares without conjugates, at every point of a line search, with a real one too."""
     generator = torch.Generator().manual_seed(1)
     wave = torch.randn(4, 3, generator=generator, dtype=torch.complex64)
     real = torch.randn(4, 3, generator=generator)

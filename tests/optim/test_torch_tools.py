@@ -1,4 +1,4 @@
-"""Step hooks of every optimizer of this package, with torch's own classes beside it."""
+"""Step hooks of every optimizer of this package, and of torch's own classes."""
 
 from __future__ import annotations
 
