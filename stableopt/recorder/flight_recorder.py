@@ -45,8 +45,7 @@ class FlightRecorder:
         monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
         folder: where reports go; it is created with the first.
         window: steps, and measurements, that are kept.
-        check_every: steps between two looks at losses and gradients, each of which waits for the
-            device.
+        check_every: steps between two looks at losses and gradients. Each look waits for the device.
         rules: what counts as a spike.
         measure: whether to measure at an alarm that no measurement gave, so that the report shows
             the curvature at that moment. Not where several ranks train: all of them would have to.
