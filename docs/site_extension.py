@@ -39,6 +39,7 @@ docs/auto_gallery/index
 
 docs/steering
 docs/optimizers
+docs/along_the_step
 docs/models
 docs/distributed
 docs/frameworks

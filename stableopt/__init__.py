@@ -19,11 +19,13 @@ from stableopt.optim import GD, SGD
 from stableopt.sinks import ConsoleSink, JSONLinesSink, TensorBoardSink, WandbSink
 from stableopt.stability import (
     CriticalLR,
+    CriticalSharpness,
     StabilityMargins,
     StabilityRegion,
     UpdateRule,
     critical_batch_size,
     critical_lr,
+    critical_sharpness,
     measure,
 )
 from stableopt.suggest import Suggestion, Suggestions, suggest
@@ -48,6 +50,7 @@ __all__ = [
     "AdaptiveBatchSampler",
     "ConsoleSink",
     "CriticalLR",
+    "CriticalSharpness",
     "FlightRecorder",
     "JSONLinesSink",
     "Problem",
@@ -65,6 +68,7 @@ __all__ = [
     "__version__",
     "critical_batch_size",
     "critical_lr",
+    "critical_sharpness",
     "curvature",
     "measure",
     "optim",

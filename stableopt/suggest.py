@@ -292,7 +292,7 @@ def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
 
 def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, LinearStep]:
     rule = UpdateRule.from_optimizer(optimizer)
-    check_params(optimizer, problem, explicit=True)
+    check_params([optimizer], problem, explicit=True)
     known = rule.preconditioner is not None and rule.unknown is None and rule.noise_known
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
         raise TypeError(
@@ -300,7 +300,7 @@ def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
             " that its second moments are known; leave it out for those of this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
-    seen = as_seen_by(problem, rule, optimizer).without_weight_decay()
+    seen = as_seen_by(problem, rule, [optimizer]).without_weight_decay()
     return seen, dataclasses.replace(rule.linear_step, lr=1.0)
 
 

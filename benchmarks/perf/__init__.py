@@ -6,6 +6,7 @@ PARTS = {
     "products": "benchmarks.perf.products",
     "eigenvalues": "benchmarks.perf.eigenvalues",
     "tracking": "benchmarks.perf.tracking",
+    "along-step": "benchmarks.perf.along_step",
     "growth": "benchmarks.perf.growth",
     "compiled": "benchmarks.perf.compiled",
     "lbfgs": "benchmarks.perf.lbfgs",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
-from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.monitor.monitor import StabilityMonitor, needs_second_derivatives
 from stableopt.sinks.delivery import Sink, check_sinks
 from stableopt.stability import StabilityMargins
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
 
 __all__ = ["Tracked"]
 
@@ -53,7 +54,7 @@ class Tracked:
 
     def _start(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         model: nn.Module,
         batch_loss: Callable[[Any, Any], Tensor],
         data: Any,
@@ -65,6 +66,9 @@ class Tracked:
         """Make the monitor at ``step``, and let ``load`` restore the state of an earlier run."""
         options = {**defaults, **self._options, "sinks": [sink, *self._sinks]}
         own = {name: options.pop(name) for name in _OF_THE_PROBLEM if name in options}
+        own["second_derivatives"] = needs_second_derivatives(
+            options.get("quantities", DEFAULT_QUANTITIES)
+        )
         problem = Problem.from_batch_loss(model, batch_loss, data, **own)
         monitor = StabilityMonitor(optimizer, problem, **options)
         try:

@@ -59,8 +59,9 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             method of the module. By default what ``training_step`` returns, with ``log`` and
             ``log_dict`` muted; this needs automatic optimization, and a step that changes nothing
             outside of the module.
-        optimizer: index of the optimizer, where ``configure_optimizers`` returns several. Then the
-            parameters that count are those that it holds.
+        optimizer: index of the optimizer, where ``configure_optimizers`` returns several for several
+            models, as of a GAN. Then the parameters that count are those that it holds. By default all
+            optimizers together, as Muon and AdamW.
         prefix: prefix of the names in the loggers; callbacks of one trainer need different ones.
         sinks: callables that take ``(step, record)``, in addition to the loggers.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
@@ -72,8 +73,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when ``fit`` starts.
-        ValueError: when ``fit`` starts: for several optimizers without a choice, for manual
-            optimization without ``batch_loss``, and as ``StabilityMonitor`` does.
+        ValueError: when ``fit`` starts: for an index out of range, for manual optimization without
+            ``batch_loss``, and as ``StabilityMonitor`` does.
 
     >>> callback = StabilityCallback((torch.ones(4, 2), torch.zeros(4, 1)), every=10)
     >>> callback.state_key
@@ -106,13 +107,13 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     def _begin(self, trainer: Any, pl_module: Any) -> None:
         """Make the monitor, now that optimizers, checkpoint and the module's own hooks are ready."""
         self._begun = True
-        optimizer = self._chosen(trainer.optimizers)
+        chosen = self._chosen(trainer.optimizers)
         state = self._state if trainer.global_step else {}
         defaults = {"process_group": group_of(trainer.strategy.model)}
-        if len(trainer.optimizers) > 1:
-            defaults["params"] = _held(optimizer, pl_module)
+        if len(chosen) < len(trainer.optimizers):
+            defaults["params"] = _held(chosen[0], pl_module)
         self._start(
-            optimizer,
+            chosen,
             pl_module,
             _in_precision(trainer, self._loss_of(pl_module)),
             self._data,
@@ -168,17 +169,16 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             # A second fit of the trainer continues from here.
             self._state = self.monitor.state_dict()
 
-    def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         index = self._index
         if not optimizers:
             raise ValueError(
                 "configure_optimizers made no optimizer, so it takes no steps to measure"
             )
-        if index is None and len(optimizers) > 1:
-            kinds = [type(optimizer).__name__ for optimizer in optimizers]
-            raise ValueError(f"optimizer=None: expected the index of one of {kinds}")
+        if index is None:
+            return optimizers
         try:
-            return optimizers[index or 0]
+            return [optimizers[index]]
         except (IndexError, TypeError):
             raise ValueError(
                 f"optimizer={index!r}: expected an index into {len(optimizers)} optimizers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,12 @@ from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.coordinates import as_seen_by, check_params
 from stableopt.stability.rules.limits import noise_factor
+from stableopt.stability.rules.preconditioner import UnknownStep
+from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Measurer"]
@@ -33,12 +37,13 @@ class Measurer:
         problem: the problem; another one once the model's trainable parameters change.
         quantities: what is measured, in the order in which it is.
         starts: the eigenvectors to start from ``(k, d)`` by quantity, the top one first.
+        memory: plain numbers that quantities keep between measurements.
         measured: how many measurements there were.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         problem: MeanLoss,
         counter: SampleCounter,
         warn: WarnOnce,
@@ -52,24 +57,32 @@ class Measurer:
         max_iter: int,
         cold_every: int,
         seed: int,
+        window: int | None = None,
     ) -> None:
-        self._optimizer, self.problem, self._explicit = optimizer, problem, explicit
+        self._optimizers, self.problem, self._explicit = optimizers, problem, explicit
         self._counter, self._warn = counter, warn
         self._update_rule = update_rule
         self.tol, self.max_iter = positive("tol", tol), whole("max_iter", max_iter)
         self._cold_every = whole("cold_every", cold_every, least=0)
         self._seed = whole("seed", seed, least=0)
-        check_params(optimizer, problem, explicit=explicit)
+        check_params(optimizers, problem, explicit=explicit)
         rule = self.rule()
-        self.quantities = check_quantities(quantities, rule, sharded=problem.sharded)
-        as_seen_by(problem, rule, optimizer)  # raises where the groups do not fit
+        if isinstance(rule.preconditioner, UnknownStep) and quantities is DEFAULT_QUANTITIES:
+            quantities = (*quantities, "realised_edge")  # the one margin that needs no rule
+        self.quantities = check_quantities(quantities, rule, sharded=problem.sharded, steps=True)
+        limited = not all(QUANTITIES[name].any_rule for name in self.quantities)
+        if limited and isinstance(rule.preconditioner, UnknownStep):
+            warn("limits are not known", rule.preconditioner.reason)
+        as_seen_by(problem, rule, optimizers)  # raises where the groups do not fit
         self._probe_is_all = dataset_size is None
         size = problem.num_samples if dataset_size is None else dataset_size
         self._dataset_size = whole("dataset_size", size)
         self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
         if self._batch_size is not None:
             noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
+        self._window = None if window is None else whole("realised_window", window)
         self.starts: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
         self.measured = 0
         self._of_all_ranks: int | None = None
 
@@ -84,13 +97,14 @@ class Measurer:
         """Return the update rule as it stands now.
 
         Raises:
-            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.from_optimizer`` does.
+            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.of`` does.
         """
         if self._update_rule is None:
-            return UpdateRule.from_optimizer(self._optimizer)
+            return rule_of(self._optimizers)
         rule = self._update_rule
         if not isinstance(rule, UpdateRule) and callable(rule):
-            rule = rule(self._optimizer)
+            several = len(self._optimizers) > 1
+            rule = rule(list(self._optimizers) if several else self._optimizers[0])
         if not isinstance(rule, UpdateRule):
             raise TypeError(
                 f"update_rule={self._update_rule!r}: expected an UpdateRule, or a function of the"
@@ -98,18 +112,26 @@ class Measurer:
             )
         return rule
 
-    def measure_or_fail(self, step: int) -> Measured:
+    @property
+    def steps(self) -> bool:
+        """Whether a quantity needs the parameters as they were before the step."""
+        return any("taken_step" in QUANTITIES[name].needs for name in self.quantities)
+
+    def measure_or_fail(self, step: int, taken: TakenStep | None = None) -> Measured:
         """Measure after ``step``; an error becomes the ``failure`` of the margins."""
         try:
-            return self.measure(step)
+            return self.measure(step, taken)
         except LostRankError:  # training cannot continue either, and would hang
             raise
         except Exception as error:  # measuring must not end the training
             failure = f"{type(error).__name__}: {error}"
             return Measured(step, StabilityMargins(step=step, failure=failure))
 
-    def measure(self, step: int) -> Measured:
-        """Measure after ``step``; errors are raised, other than curvature that is not finite."""
+    def measure(self, step: int, taken: TakenStep | None = None) -> Measured:
+        """Measure after ``step``; errors are raised, other than curvature that is not finite.
+
+        ``taken`` has the parameters before the step.
+        """
         rule = self.rule()
         self._follow()
         self._of_all_ranks = (
@@ -120,7 +142,7 @@ class Measurer:
         dataset_size = self._dataset_size if rule.full_batch else self._known_dataset_size()
         cold = self.measured % (self._cold_every + 1) == 0
         margins, subspaces = measure_at(
-            as_seen_by(self.problem, rule, self._optimizer),
+            as_seen_by(self.problem, rule, self._optimizers),
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,
@@ -131,6 +153,9 @@ class Measurer:
             seed=self._seed + self.measured,
             starts={} if cold else self.starts,
             step=step,
+            taken=taken,
+            memory=self.memory,
+            window=self._window,
         )
         self.measured += 1
         self.starts = subspaces
@@ -156,7 +181,7 @@ class Measurer:
         """Continue with the model's parameters where they have changed, as when layers thaw."""
         problem = self.problem.current()
         if problem is not self.problem:
-            check_params(self._optimizer, problem, explicit=self._explicit)
+            check_params(self._optimizers, problem, explicit=self._explicit)
             self.problem, self.starts = problem, {}
 
     def _known_dataset_size(self) -> int | None:

@@ -11,8 +11,9 @@ A monitor is a step hook, a schedule, a measurer and sinks.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,15 +23,18 @@ from stableopt._support.arguments import require_keys
 from stableopt._support.torch_internals import eager
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
 from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.coordinates import problem_of
-from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
+from stableopt.stability.rules.several import optimizers_in
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["StabilityMonitor"]
 
@@ -45,8 +49,10 @@ class StabilityMonitor:
     continues.
 
     Args:
-        optimizer: the optimizer whose steps count; :meth:`UpdateRule.from_optimizer` must know it, or
-            ``update_rule`` be given. One that Accelerate prepared stands for the optimizer inside.
+        optimizer: the optimizer whose steps count, or a list of those that train the model together,
+            such as Muon and AdamW: a step is complete when each has stepped. One that Accelerate
+            prepared stands for the optimizer inside. If its rule is not known, the monitor says so
+            once, and measures the sharpness and the realised edge, which need none.
         model: the model; or a ready :class:`~stableopt.curvature.Problem`, without ``loss_fn`` and
             ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
@@ -58,8 +64,11 @@ class StabilityMonitor:
             as the median of the last five steps. ``torch.jit.script(model)`` works if it is given.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``. Sharpness comes with the
-            preconditioned one where the optimizer has a preconditioner, since its limit is on that.
+            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, ``"realised_edge"``,
+            ``"critical_sharpness"``. Sharpness comes with the preconditioned one where the optimizer
+            has a preconditioner, since its limit is on that, and with the ratio of each block where
+            several have no common limit. The last two need no second derivative; they copy the
+            parameters before each step that is measured.
         sinks: where measurements go, see :mod:`stableopt.sinks`: callables that take ``(step, record)``.
         update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
             not known, with their preconditioner if they have one.
@@ -79,8 +88,11 @@ class StabilityMonitor:
         cold_every: how many measurements warm-start from the last eigenvectors between two that start
             at random.
         seed: of the eigen-solver's random starts.
+        realised_window: over how many measured steps the realised edge is averaged; by default 1 where
+            steps take all samples, else 32.
 
     Attributes:
+        optimizers: the optimizers; ``optimizer`` is the first.
         step: steps of the optimizer seen so far.
         history: the latest 10,000 :class:`StabilityMargins`, oldest first.
         sinks: the sinks, as a list.
@@ -88,7 +100,7 @@ class StabilityMonitor:
     Raises:
         ValueError: for arguments out of range, parameters that the optimizer does not hold, and as
             ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -102,7 +114,7 @@ class StabilityMonitor:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         model: nn.Module | MeanLoss,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         data: Any = None,
@@ -125,11 +137,14 @@ class StabilityMonitor:
         max_iter: int = 50,
         cold_every: int = 20,
         seed: int = 0,
+        realised_window: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
+        self.optimizers = optimizers_in(optimizer)
+        for each in self.optimizers:
+            if not isinstance(each, torch.optim.Optimizer):
+                raise TypeError(f"optimizer={each!r}: expected a torch.optim.Optimizer, with hooks")
         self.sinks = check_sinks(sinks)
-        self.optimizer = optimizer = base_optimizer(optimizer)
+        quantities = _listed(quantities)
         problem = problem_of(
             model,
             loss_fn,
@@ -140,12 +155,13 @@ class StabilityMonitor:
             dtype=dtype,
             sample_weight=sample_weight,
             batch_dim=batch_dim,
+            second_derivatives=None if needs_second_derivatives(quantities) else False,
             process_group=process_group,
         )
         self._counter = SampleCounter(dim=problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
         self._measurer = Measurer(
-            optimizer,
+            self.optimizers,
             problem,
             self._counter,
             self._warn,
@@ -158,12 +174,17 @@ class StabilityMonitor:
             max_iter=max_iter,
             cold_every=cold_every,
             seed=seed,
+            window=realised_window,
         )
         self.quantities = self._measurer.quantities
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
+        self._joint = JointStep(self.optimizers)
+        self._taken: TakenStep | None = None
         self._schedule = Schedule(every, max_overhead)  # whose clock starts now
 
+        # Only where a joint step or the parameters before it are needed.
+        begin = self.optimizers if self._measurer.steps or len(self.optimizers) > 1 else ()
         observed = model if isinstance(model, nn.Module) else problem.model
         self._handles: list[Any] = []
         if batch_size is None:
@@ -171,7 +192,15 @@ class StabilityMonitor:
             self._handles.append(
                 observed.register_forward_pre_hook(self._counter, with_kwargs=True)
             )
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._handles += [
+            *(o.register_step_pre_hook(self._before_step) for o in begin),
+            *(o.register_step_post_hook(self._after_step) for o in self.optimizers),
+        ]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, the first of several."""
+        return self.optimizers[0]
 
     @property
     def margins(self) -> StabilityMargins | None:
@@ -266,11 +295,28 @@ class StabilityMonitor:
             )
 
     @eager
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if nested(optimizer) or not self._joint.begins(optimizer):
+            return
+        self._taken = None  # of a step that raised, or that one of several did not complete
+        ranks = self.problem.ranks
+        if self._measurer.steps and self._schedule.expects(self.step + 1, ranks):
+            self._taken = TakenStep.begins(self._measurer.problem.params)
+
+    @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if nested(optimizer) or not self._joint.ends(optimizer):
+            return
         self._counter.end_step()
         self.step += 1
-        if self._schedule.turn(self.step, lambda: moved(self.optimizer), self.problem.ranks):
-            self._record(self._measurer.measure_or_fail)
+        taken, self._taken = self._taken, None
+        recorded = taken is not None or not self._measurer.steps
+
+        def ready() -> bool:
+            return recorded and any(moved(optimizer) for optimizer in self.optimizers)
+
+        if self._schedule.turn(self.step, ready, self.problem.ranks):
+            self._record(lambda step: self._measurer.measure_or_fail(step, taken))
 
     def close(self) -> None:
         """Detach from optimizer and model, and flush the sinks; ``history`` remains."""
@@ -293,6 +339,7 @@ class StabilityMonitor:
             "pending": self._schedule.pending,
             "observed": list(self._counter.observed),
             "starts": dict(self._measurer.starts),
+            "memory": copy.deepcopy(self._measurer.memory),
             "history": [margins.to_dict() for margins in self.history],
         }
 
@@ -302,12 +349,26 @@ class StabilityMonitor:
         Raises:
             ValueError: if something is missing, or its subspaces are not of this model's size.
         """
-        require_keys(state, self.state_dict())
+        require_keys(state, self.state_dict().keys() - {"memory"})  # which older versions lack
         # Nothing changes before all of it has been read.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
         self.step, self.history = state["step"], deque(history, maxlen=_HISTORY)
         self._measurer.measured, self._measurer.starts = state["measured"], starts
+        self._measurer.memory = copy.deepcopy(dict(state.get("memory", {})))
         self._schedule.restore(pending=bool(state["pending"]))
         self._counter.observed.clear()
         self._counter.observed.extend(state["observed"])
+
+
+def _listed(quantities: Iterable[str]) -> Iterable[str]:
+    """Return quantities that can be read twice, DEFAULT_QUANTITIES itself where they are these."""
+    once = isinstance(quantities, Iterator)
+    return tuple(quantities) if once else quantities
+
+
+def needs_second_derivatives(quantities: Iterable[str]) -> bool:
+    """Return whether one of ``quantities`` takes more than losses and gradients."""
+    listed = quantities if isinstance(quantities, Iterable) else ()
+    known = [QUANTITIES[name] for name in listed if name in QUANTITIES]
+    return not known or not all(quantity.first_order for quantity in known)

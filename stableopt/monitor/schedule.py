@@ -66,6 +66,17 @@ class Schedule:
             self._last_seconds, self._last_step = self._last_end - began, step
             self._seconds += self._last_seconds
 
+    def expects(self, step: int, ranks: Ranks) -> bool:
+        """Whether :meth:`turn` may be true after ``step``, the next one; the same on all ranks.
+
+        >>> schedule = Schedule(every=2)
+        >>> [schedule.expects(step, Ranks()) for step in (1, 2, 3)]
+        [False, True, False]
+        """
+        if ranks.several:
+            return step >= self._next_question
+        return self.pending or self._due(step)
+
     def turn(self, step: int, moved: Callable[[], bool], ranks: Ranks) -> bool:
         """Whether to measure after ``step``, which ``moved`` something; rank 0 decides for all.
 

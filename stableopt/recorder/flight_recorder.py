@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
-from stableopt.curvature.problem.fsdp import local
+from stableopt.distributed.fsdp import local
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.alarms import Alarm, AlarmRules
 from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord

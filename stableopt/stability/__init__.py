@@ -1,5 +1,7 @@
 """Linear stability: update rules, their limits, and measured margins."""
 
+from stableopt.stability.along_step import registered as _  # noqa: F401 the entries
+from stableopt.stability.along_step.critical_sharpness import CriticalSharpness, critical_sharpness
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
 from stableopt.stability.measure.batch_sharpness import (
@@ -15,7 +17,7 @@ from stableopt.stability.measure.largest_batch_sharpness import (
     LargestBatchSharpness,
     largest_batch_sharpness,
 )
-from stableopt.stability.measure.margins import StabilityMargins
+from stableopt.stability.measure.margins import EdgeSplit, StabilityMargins
 from stableopt.stability.measure.measure import measure
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
@@ -44,7 +46,9 @@ __all__ = [
     "BatchSharpness",
     "Chart",
     "CriticalLR",
+    "CriticalSharpness",
     "DiagonalPreconditioner",
+    "EdgeSplit",
     "GeneralisedSharpness",
     "LargestBatchSharpness",
     "LinearStep",
@@ -67,6 +71,7 @@ __all__ = [
     "batch_sharpness_limit",
     "critical_batch_size",
     "critical_lr",
+    "critical_sharpness",
     "generalised_sharpness",
     "largest_batch_sharpness",
     "max_non_uniformity",

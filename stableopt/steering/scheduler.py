@@ -282,6 +282,11 @@ def _check(
     instance("optimizer", optimizer, torch.optim.Optimizer)
     instance("monitor", monitor, StabilityMonitor)
     instance("target", target, TargetRegion)
+    if len(monitor.optimizers) > 1:
+        raise ValueError(
+            f"monitor measures {len(monitor.optimizers)} optimizers together: expected that of one,"
+            " whose learning rate can be steered"
+        )
     if monitor.optimizer is not base_optimizer(optimizer):
         raise ValueError("monitor: it measures another optimizer than this one")
     if target.sharpness == OPEN:

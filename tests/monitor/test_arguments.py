@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-import torch
+from first_order import Unread
 from monitored_runs import MSE, Grumpy, X, Y, hooks_left, linear, train
 from torch import nn
 
@@ -91,16 +91,22 @@ def test_parameter_that_the_model_does_not_hold() -> None:
 
 
 def test_optimizer_of_unknown_rule() -> None:
-    """Catches Rprop measured against SGD's limits; a rule given, or read by a function, is used."""
+    """Catches limits of SGD for an unknown step; a rule given, or read by a function, is used."""
     model = linear()
-    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1)
-    unknown = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
-    with pytest.warns(RuntimeWarning, match="the preconditioned margins are not known"):
-        train(model, optimizer)
+    optimizer = Unread(model.parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match=r"UpdateRule\.register\(Unread.*update_rule="):
+        unknown = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
+    train(model, optimizer, steps=2)  # without another warning
+    assert [m.step for m in unknown.history] == [1, 2]
+    for found in unknown.history:
+        assert found.sharpness is not None
+        assert found.realised_edge is not None
+        assert (found.sharpness_limit, found.edge_ratio) == (None, None)
     unknown.close()
-    (found,) = unknown.history
-    assert found.sharpness is not None
-    assert (found.sharpness_limit, found.edge_ratio) == (None, None)
+    for name in ("theorem1", "critical_lr", "preconditioned_sharpness"):
+        with pytest.raises(ValueError, match=f"{name} needs the update rule.*update_rule="):
+            StabilityMonitor(optimizer, model, MSE, (X, Y), quantities=[name])
+    assert hooks_left(optimizer, model) == 0
     given = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1, update_rule=UpdateRule(lr=0.5))
     read = StabilityMonitor(
         optimizer,

@@ -29,7 +29,7 @@ def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
         "seed": 0,
     }
     return Measurer(
-        optimizer,
+        [optimizer],
         Problem(model, loss_fn, (X, Y)),
         SampleCounter(),
         WarnOnce(),

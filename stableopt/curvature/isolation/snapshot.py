@@ -8,7 +8,7 @@ lists, tuples and dictionaries, and restores it in place. It does not look into 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class Snapshot:
         self, attributes: Iterable[dict[str, Any]], swapped: Iterable[Tensor] = ()
     ) -> None:
         self._restorers: list[Callable[[], object]] = []
+        self._empty: list[MutableMapping[Any, Any]] = []
         self._known: dict[int, Any] = {id(tensor): tensor for tensor in swapped}
         for each in attributes:
             self._record(each)
@@ -46,11 +47,18 @@ class Snapshot:
         """Restore everything in place."""
         for restore in self._restorers:
             restore()
+        for mapping in self._empty:
+            if mapping:
+                mapping.clear()
 
     def _record(self, value: Any) -> None:
         if type(value) in PLAIN or id(value) in self._known or _recorded_apart(value):
             return
         self._known[id(value)] = value  # held, or its address would be used again
+        if type(value) in (dict, OrderedDict) and not value:
+            # Most of what a module holds: its hooks of a dozen kinds.
+            self._empty.append(value)
+            return
         restore = restorer(value)
         if restore is not None:
             self._restorers.append(restore)

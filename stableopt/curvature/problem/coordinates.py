@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import dense
-from stableopt.curvature.problem.fsdp import local
+from stableopt.distributed.fsdp import local
 
 __all__ = ["Coordinates"]
 

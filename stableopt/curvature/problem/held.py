@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from stableopt.curvature.isolation.reachable import GENERATORS, HeldState, reach
 from stableopt.curvature.problem.data.layout import Layout
 from stableopt.curvature.problem.parameters import real_view
 
-__all__ = ["Held", "Objective", "check_leaves", "masks_of_hooks"]
+__all__ = [
+    "BatchLoss",
+    "Held",
+    "Objective",
+    "check_leaves",
+    "masks_of_hooks",
+    "of_given",
+    "pair_loss",
+]
 
 
 class Held:
@@ -55,6 +64,29 @@ class Held:
         ]
         inner = {part for m in modules for part in m.modules() if part is not m}
         self.modules = [m for m in modules if m not in inner]
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A function of model and batch, which ``from_batch_loss`` passes as ``loss_fn``."""
+
+    function: Callable[[nn.Module, Any], Tensor]
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of ``batch``."""
+        return self.function(model, batch)
+
+
+def pair_loss(
+    loss_fn: Callable[[Any, Any], Tensor],
+) -> Callable[[nn.Module, Any], Tensor]:
+    """Return the loss of an ``(x, y)`` batch as a function of model and batch."""
+    return lambda model, batch: loss_fn(model(batch[0]), batch[1])
+
+
+def of_given(function: Callable[[Any], Tensor], layout: Layout) -> Callable[[Any], Tensor]:
+    """Return a function of the problem's batches from one of batches as they were given."""
+    return lambda batch: function(layout.given(batch))
 
 
 class Objective(nn.Module):

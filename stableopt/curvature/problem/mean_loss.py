@@ -6,7 +6,6 @@ import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -19,8 +18,7 @@ from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.data.layout import BatchDim, Layout
 from stableopt.curvature.problem.data.probe import fixed_probe
-from stableopt.curvature.problem.fsdp import local
-from stableopt.curvature.problem.held import Objective
+from stableopt.curvature.problem.held import BatchLoss, Objective, of_given, pair_loss
 from stableopt.curvature.problem.parameters import (
     check_batch_norm,
     check_embeddings,
@@ -31,6 +29,7 @@ from stableopt.curvature.problem.parameters import (
 from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
+from stableopt.distributed.fsdp import local
 
 __all__ = ["MeanLoss", "Memo", "Theta"]
 
@@ -39,26 +38,6 @@ Theta = tuple[Tensor, ...]
 
 P = TypeVar("P", bound="MeanLoss")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _BatchLoss:
-    """A function of model and batch, which :meth:`MeanLoss.from_batch_loss` passes as ``loss_fn``."""
-
-    function: Callable[[nn.Module, Any], Tensor]
-
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.function(model, batch)
-
-
-def _pair_loss(
-    loss_fn: Callable[[Any, Any], Tensor],
-) -> Callable[[nn.Module, Any], Tensor]:
-    return lambda model, batch: loss_fn(model(batch[0]), batch[1])
-
-
-def _of_given(function: Callable[[Any], Tensor], layout: Layout) -> Callable[[Any], Tensor]:
-    return lambda batch: function(layout.given(batch))
 
 
 class MeanLoss(abc.ABC):
@@ -73,9 +52,6 @@ class MeanLoss(abc.ABC):
     sharded: ClassVar[bool]
     """Whether each rank holds a shard of every vector."""
 
-    obstacle: SecondDerivativeError | None = None
-    kinked = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -89,16 +65,17 @@ class MeanLoss(abc.ABC):
         batch_statistics: bool = False,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         batch_dim: BatchDim | None = None,
+        second_derivatives: bool = True,
         process_group: Any = None,
     ) -> None:
-        if isinstance(loss_fn, _BatchLoss):
+        if isinstance(loss_fn, BatchLoss):
             self.loss_fn: Callable[[Any, Any], Tensor] | None = None
             batch_loss: Callable[[nn.Module, Any], Tensor] = loss_fn
         elif not callable(loss_fn) or isinstance(loss_fn, type):
             raise TypeError(f"loss_fn={loss_fn!r}: expected a function of outputs and targets")
         else:
             self.loss_fn = loss_fn
-            batch_loss = _pair_loss(loss_fn)
+            batch_loss = pair_loss(loss_fn)
 
         ranks = Ranks(process_group)
         if not isinstance(model, nn.Module):
@@ -106,6 +83,7 @@ class MeanLoss(abc.ABC):
         self.model = unwrapped(model)
         self.layout = Layout.of(batch_dim, paired=self.loss_fn is not None)
         self._dtype, self._batch_statistics = dtype, batch_statistics
+        self._second_derivatives = second_derivatives
         self._weights: EqualWeights = EqualWeights()
         if sample_weight is not None:
             if batch_statistics:
@@ -114,7 +92,7 @@ class MeanLoss(abc.ABC):
                     " losses as they are; leave one of them out"
                 )
             if callable(sample_weight):
-                sample_weight = _of_given(sample_weight, self.layout)
+                sample_weight = of_given(sample_weight, self.layout)
             self._weights = GivenWeights(sample_weight, paired=self.loss_fn is not None)
         self.ranks = self._checked_placement(ranks)
         self._objective = Objective(self.model, batch_loss, self.loss_fn, self.layout)
@@ -145,6 +123,7 @@ class MeanLoss(abc.ABC):
         batch_statistics: bool = False,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         batch_dim: BatchDim | None = None,
+        second_derivatives: bool = True,
         process_group: Any = None,
     ) -> P:
         """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
@@ -162,7 +141,7 @@ class MeanLoss(abc.ABC):
         """
         return cls(
             model,
-            _BatchLoss(batch_loss),
+            BatchLoss(batch_loss),
             data,
             params=params,
             chunk_size=chunk_size,
@@ -171,6 +150,7 @@ class MeanLoss(abc.ABC):
             batch_statistics=batch_statistics,
             sample_weight=sample_weight,
             batch_dim=batch_dim,
+            second_derivatives=second_derivatives,
             process_group=process_group,
         )
 
@@ -220,8 +200,12 @@ class MeanLoss(abc.ABC):
         """Return the mean loss over all samples, times ``sign``, at ``theta`` or the parameters."""
 
     @abc.abstractmethod
+    def loss_and_gradient(self, theta: Theta | None = None) -> tuple[float, Tensor]:
+        """Return :meth:`value` and the gradient ``(d,)``, from one pass over the data."""
+
     def gradient(self) -> Tensor:
         """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
+        return self.loss_and_gradient()[1]
 
     @abc.abstractmethod
     def check_samples(self, what: str) -> None:
@@ -257,6 +241,24 @@ class MeanLoss(abc.ABC):
         other.coordinates = self.coordinates.transformed(
             sign=sign, scale=scale, weight_decay=weight_decay
         ).masked(self.masks)
+        return other
+
+    def restricted(self: P, params: Iterable[Tensor]) -> P:
+        """Return the problem as a function of those of its parameters that are among ``params``.
+
+        The others stay constant. Coordinates of :meth:`transformed` are dropped.
+
+        >>> from stableopt.curvature import Problem
+        >>> model = nn.Linear(2, 1)
+        >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+        >>> problem.restricted([model.bias]).names
+        ['bias']
+        """
+        chosen = {id(p) for p in params}
+        kept = [(n, p) for n, p in zip(self.names, self.params, strict=True) if id(p) in chosen]
+        other = copy.copy(self)
+        other._all_trainable = False
+        other._take([name for name, _ in kept], [p for _, p in kept])
         return other
 
     def without_weight_decay(self: P) -> P:
@@ -331,6 +333,15 @@ class MeanLoss(abc.ABC):
         )
 
     @property
+    def obstacle(self) -> SecondDerivativeError | None:
+        """Why the model cannot be differentiated twice, or ``None``."""
+        return None
+
+    def _way(self) -> tuple[str, bool]:
+        """Return how products with the Hessian are taken, and whether between kinks."""
+        return ("central differences" if self.sharded else "double backward"), False
+
+    @property
     def method(self) -> str:
         """How products with the Hessian are taken, and which fast operations were replaced.
 
@@ -339,12 +350,11 @@ class MeanLoss(abc.ABC):
         >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
         'double backward, in float64, uncompiled'
         """
-        twice = self.obstacle is None and not self.sharded
-        way = "double backward" if twice else "central differences"
+        way, kinked = self._way()
         statistics = "batch statistics" if self._batch_statistics else None
         noted = [note for note in NOTES if note in self._notes]
         precision = self.precision.note
-        if self.kinked and precision is None:
+        if kinked and precision is None:
             # Differences between kinks take double precision, also of a single-precision model.
             precision = self.precision.in_double().note if self.dtype != torch.float64 else None
         parts = [way, precision, statistics, *noted]

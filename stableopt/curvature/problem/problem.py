@@ -12,20 +12,18 @@ the parameters' shapes. The model, its gradients and its random state stay uncha
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data.batches import cut, map_tensors
-from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
+from stableopt.curvature.problem.derivatives.second_derivative import fresh_leaves
+from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
-from stableopt.curvature.problem.fsdp import mesh_of
 from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
@@ -35,13 +33,12 @@ from stableopt.curvature.problem.loss_checks import (
     check_replicas,
     checked_scalar,
     moved_by,
-    runs_alike,
     try_a_part,
     twice_over,
     unequal_samples,
     warn_of_samples_alone,
 )
-from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
+from stableopt.curvature.problem.mean_loss import Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.parameters import real_view, swapped_state
 from stableopt.curvature.problem.weights.comparison import compared_with_parts
@@ -53,11 +50,12 @@ from stableopt.curvature.problem.weights.survey import (
 from stableopt.curvature.problem.weights.totals import WeightTotals, weights_of, weights_seen
 from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
+from stableopt.distributed.fsdp import mesh_of
 
 __all__ = ["Problem", "Theta"]
 
 
-class Problem(MeanLoss):
+class Problem(DifferentiableLoss):
     r"""The mean loss of ``model`` on ``data`` as a function of the flat parameter vector.
 
     Args:
@@ -86,6 +84,9 @@ class Problem(MeanLoss):
         batch_dim: the dimension of the data's tensors that counts the samples, 0 by default: 1 for
             time-first batches ``(T, n, ...)``. A pair ``(1, 0)`` is of inputs and targets. Tensors of
             fewer dimensions have the samples first, as those of a ``Dataset`` have, which are stacked.
+        second_derivatives: whether to check now that the model can be differentiated twice. With
+            ``False``, for measurements that take losses and gradients alone, this waits until the first
+            product with a Hessian.
         process_group: a ``torch.distributed`` group whose ranks measure together: ``data`` is then
             this rank's shard, and every product one all-reduce. Every rank must make the problem, and
             use it, in the same way. By default this process is alone, also with a
@@ -117,7 +118,6 @@ class Problem(MeanLoss):
     sharded = False
     equal_weights = True
     _random = False
-    _doubles = False
     _unequal = ""
     _moved: frozenset[str] = frozenset()
 
@@ -161,58 +161,7 @@ class Problem(MeanLoss):
                 check_mean(once, value(doubled))
             if not self._batch_statistics:
                 self._find_weights(theta, batch)
-            # All samples, in double precision, would take more memory than a training step.
-            few = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
-            self._check_derivatives(few, value(few))
-
-    def _check_derivatives(self, batch: Any, value: float) -> None:
-        """Find out whether the loss of ``batch``, of that ``value``, can be differentiated twice."""
-        twin = self.in_double()
-        self._doubles = runs_alike(
-            twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value
-        )
-        judge = twin if self._doubles else self
-        found = check_derivatives(
-            lambda at: self._evaluated(at, batch),
-            self.theta(),
-            self.model,
-            lambda: judge.loss(judge.theta(), judge._cast(batch)),
-            (lambda at: twin._evaluated(at, twin._cast(batch))) if self._doubles else None,
-        )
-        if found is not None:
-            self.obstacle, self.kinked = found
-
-    def _evaluated(self, at: Sequence[Tensor], batch: Any) -> Tensor:
-        """Return the loss in a fresh evaluation, so that state kept between passes has no effect."""
-        with self.evaluation():
-            return self.loss(tuple(at), map_tensors(Tensor.clone, batch))
-
-    def _cast(self, batch: Any) -> Any:
-        return map_tensors(lambda t: self.precision.cast(t.clone()), batch)
-
-    def differenced(self) -> Problem:
-        """Return the problem that central differences are taken of: in double precision if kinked.
-
-        Raises:
-            DifferenceError: with kinks, if the model cannot be evaluated in double precision.
-        """
-        if not self.kinked:
-            return self
-        if not self._doubles or self.precision.autocast is not None:
-            raise DifferenceError(
-                f"the gradient jumps, as behind ReLU or max-pooling, and steps in {self.dtype} are too"
-                " long to avoid it: expected a model and loss that can be evaluated in double"
-                " precision, a smooth twin of the model, or operations that torch can differentiate"
-                " twice"
-            )
-        return self.in_double()
-
-    def in_double(self) -> Problem:
-        """Return the same problem in double precision throughout, also inside the model."""
-        other = copy.copy(self)
-        other.precision = self.precision.in_double()
-        other.dtype, other._notes = other.precision.dtype, set()
-        return other
+            self._check_derivatives(batch, size, twice=self._second_derivatives)
 
     def _check_held(self, theta: Theta, batch: Any, doubled: Any) -> None:
         """Check what the loss uses besides the model: tensors and random numbers."""
@@ -289,12 +238,7 @@ class Problem(MeanLoss):
         self._check_weights()
         if not self.ranks.several:
             return
-        found = self.ranks.all_gather_object(self.obstacle is not None)
-        self.kinked = self.ranks.any(self.kinked)
-        self._doubles = not self.ranks.any(not self._doubles)
-        if any(found) and self.obstacle is None:
-            reason = RuntimeError(f"rank {found.index(True)} found it so")
-            self.obstacle = SecondDerivativeError(None, reason)
+        self._agree_on_derivatives()
         check_replicas(self.ranks, self.params)
 
     def check_samples(self, what: str) -> None:
@@ -309,11 +253,6 @@ class Problem(MeanLoss):
             raise ValueError(f"{what} is of the samples' own Hessians. {RANDOM}")
         if not self.equal_weights:
             raise ValueError(f"{what} is of the samples' own Hessians. {self._unequal}")
-
-    def check_twice(self) -> None:
-        """Raise ``SecondDerivativeError`` if the model cannot be differentiated twice."""
-        if self.obstacle is not None:
-            raise self.obstacle.with_traceback(None)
 
     def theta(self) -> Theta:
         """Return a copy of the parameters as they are now: leaves that require gradients."""
@@ -381,14 +320,20 @@ class Problem(MeanLoss):
 
         return float(mean_over_chunks(self, [total], add, self.chunks(chunk_size))[0])
 
-    def gradient(self) -> Tensor:
-        """Return the mean gradient ``(d,)`` over all samples, in the problem's coordinates."""
-        theta = self.theta()
+    def loss_and_gradient(self, theta: Theta | None = None) -> tuple[float, Tensor]:
+        """Return :meth:`value` and the gradient ``(d,)``, from one pass over the data."""
+        leaves = self.theta() if theta is None else tuple(fresh_leaves(theta))
         with torch.inference_mode(False):
             total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+        found = [0.0, 0.0]  # losses and samples
 
         def add(batch: Any, size: int) -> None:
-            slopes = torch.autograd.grad(self.loss(theta, batch), theta, allow_unused=True)
+            loss = self.loss(leaves, batch)
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
             total.add_(self.flatten(slopes), alpha=size)
+            found[0] += size * float(loss.detach())
+            found[1] += size
 
-        return mean_over_chunks(self, [total], add, self.chunks())[0]
+        gradient = mean_over_chunks(self, [total], add, self.chunks())[0]
+        losses, samples = (self.ranks.all_reduce_sum(number) for number in found)
+        return losses / samples, gradient

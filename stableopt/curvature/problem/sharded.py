@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from stableopt.curvature.autodiff import central_difference
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.draws import draws
-from stableopt.curvature.problem.fsdp import in_half, local, mesh_of, reshard
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     UNEQUAL,
@@ -45,6 +44,7 @@ from stableopt.curvature.problem.weights.totals import (
 )
 from stableopt.curvature.problem.weights.weights import GivenWeights, WeightedMean
 from stableopt.distributed.collectives import LostRankError, Ranks
+from stableopt.distributed.fsdp import in_half, local, mesh_of, reshard
 
 __all__ = ["STEP", "ShardedProblem", "cube_root", "problem_for"]
 
@@ -234,11 +234,12 @@ class ShardedProblem(MeanLoss):
 
     def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
         """Return the mean loss over all samples of all ranks, times ``sign``, chunk by chunk."""
-        return self.at(self.theta() if theta is None else theta, None, 0.0)[0]
+        at = self.theta() if theta is None else theta
+        return self.at(at, None, 0.0, lambda: self._passes(backward=False))[0]
 
-    def gradient(self) -> Tensor:
-        """Return this rank's part of the mean gradient, in the problem's coordinates."""
-        return self.at(self.theta(), None, 0.0)[1]
+    def loss_and_gradient(self, theta: Theta | None = None) -> tuple[float, Tensor]:
+        """Return :meth:`value` and this rank's part of the gradient, from one pass over the data."""
+        return self.at(self.theta() if theta is None else theta, None, 0.0)
 
     def at(
         self,
@@ -266,20 +267,25 @@ class ShardedProblem(MeanLoss):
                     part.copy_(before)
 
     def _passes(
-        self, parts: Iterable[tuple[Any, float]] | None = None, rounds: int | None = None
+        self,
+        parts: Iterable[tuple[Any, float]] | None = None,
+        rounds: int | None = None,
+        *,
+        backward: bool = True,
     ) -> tuple[float, Tensor]:
         """Return loss and gradient at the present parameters, by FSDP's own passes.
 
         Args:
             parts: this rank's batches, with the weights of their mean losses; all samples by default.
             rounds: the largest number of them on a rank.
+            backward: whether to compute the gradient, which is zero otherwise.
         """
         total = 0.0
         with self.evaluation(), self._without_gradients():
             if parts is None:
                 parts = ((batch, size / self.num_samples) for batch, size in self.chunks())
             for batch, weight in self._in_rounds(parts, rounds or self._rounds):
-                loss = self._pass(batch, weight)
+                loss = self._pass(batch, weight, backward=backward)
                 total += weight * loss if weight else 0.0
             gradients = [None if p.grad is None else local(p.grad) for p in self.params]
             return self.ranks.all_reduce_sum(total), self.flatten(gradients)
@@ -297,15 +303,17 @@ class ShardedProblem(MeanLoss):
             first = batch if first is None else first
             yield batch, weight
 
-    def _pass(self, batch: Any, weight: float) -> float:
+    def _pass(self, batch: Any, weight: float, *, backward: bool = True) -> float:
         """Return the mean loss of ``batch`` on this rank, and add ``weight`` times its gradient."""
 
         def evaluate(own: Any) -> Tensor:
-            with self._in_step():
+            with self._in_step(), torch.set_grad_enabled(backward):
                 loss = self._objective(own)
             return checked_scalar(loss)
 
         loss = self.sign * self._weights.mean(evaluate, batch)
+        if not backward:
+            return float(loss)
         with self._in_step():
             # FSDP returns the mean over the ranks, each with the same weight.
             torch.autograd.backward(loss * (weight * self.ranks.size))

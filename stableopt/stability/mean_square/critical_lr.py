@@ -362,7 +362,7 @@ def _problem_and(
             raise ValueError("a DualCurvature has its own loss_fn, data: leave them out")
         return model, number
     problem = require_samples(problem_of(model, loss_fn, data), "a Gauss–Newton matrix of samples")
-    return (problem if given or rule is None else as_seen_by(problem, rule, None)), number
+    return (problem if given or rule is None else as_seen_by(problem, rule, ())), number
 
 
 def _seed(seed: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.taken_step import AlongStep, TakenStep
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -42,6 +44,9 @@ class Evaluation:
         subspaces: the subspaces of this measurement by quantity.
         results: the results so far by quantity.
         over_batches: the averages over batches, once a quantity has drawn them.
+        taken: the step just taken, where there is one.
+        memory: what quantities keep from one measurement of a run to the next: plain numbers and lists.
+        window: the steps over which quantities of single steps are averaged; ``None`` for the default.
     """
 
     problem: MeanLoss
@@ -55,6 +60,10 @@ class Evaluation:
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
     results: Mapping[str, QuantityResult] = field(default_factory=dict, init=False)
     over_batches: BatchSharpness | None = field(default=None, init=False)
+    taken: TakenStep | None = field(default=None, init=False)
+    memory: dict[str, Any] = field(default_factory=dict, init=False)
+    window: int | None = field(default=None, init=False)
+    _along: AlongStep | None = field(default=None, init=False)
     _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
     _own: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)
@@ -99,6 +108,23 @@ class Evaluation:
                 require_samples(self.problem, "the non-uniformity")
             )
         return self._non_uniformity
+
+    def along_step(self) -> AlongStep:
+        """Return losses and gradients along the step just taken.
+
+        Raises:
+            ValueError: if none was recorded.
+        """
+        if self.taken is None:
+            raise ValueError(
+                "no step was recorded to measure along: this takes a step after which the monitor's"
+                " schedule measures, by every= or max_overhead="
+            )
+        if self._along is None:
+            self._along = AlongStep(self.problem, self.taken)
+            if self._loss is None:
+                self._loss = self._along.loss_after
+        return self._along
 
     def loss(self) -> float:
         """Return the mean loss, from a Hessian's cached passes if there are any."""

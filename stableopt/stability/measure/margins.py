@@ -5,12 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, split
 
-__all__ = ["StabilityMargins"]
+__all__ = ["EdgeSplit", "StabilityMargins"]
+
+
+class EdgeSplit(NamedTuple):
+    r"""The realised edge as a product, :math:`\zeta = \chi\,\varsigma/\tau`.
+
+    Attributes:
+        available: :math:`\chi`, the sharpness over its limit: ``margins.edge_ratio``.
+        used: :math:`\varsigma`, the curvature along the step over the sharpness, both in the
+            coordinates of the preconditioner: how much of the step lies in the sharp directions.
+        calibration: :math:`\tau = -2g^\top\delta/(k\,\delta^\top P^{-1}\delta)` with the limit k of
+            the sharpness: 1 for gradient descent, else the effect of momentum.
+    """
+
+    available: float
+    used: float
+    calibration: float
 
 
 class _Part:
@@ -71,6 +87,11 @@ class StabilityMargins:
             sharpness, :math:`2/\eta` for plain SGD.
         generalised_sharpness: :func:`~stableopt.stability.generalised_sharpness`, at least, for
             optimizers that descend in a norm, such as Muon.
+        realised_edge: :math:`\zeta = 1 - \Delta L/(g^\top\delta)` of the step just taken, on the
+            probe set; above 1 it raised the loss. ``margins["realised_edge"].details`` has the window's
+            ``steps``, the ``standard_error``, and how many measured steps went ``uphill`` so far.
+        critical_sharpness: :math:`2/\eta_c` along the step just taken, with the one-step limit
+            :math:`2/\eta`: :func:`~stableopt.critical_sharpness`.
         sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also
             ``preconditioned_sharpness_ratio`` and ``non_uniformity_ratio``.
         sharpness_margin: limit minus value; also ``preconditioned_sharpness_margin`` and
@@ -118,6 +139,10 @@ class StabilityMargins:
     generalised_sharpness = _Part()
     generalised_sharpness_limit = _Part()
     generalised_sharpness_ratio = _Part()
+    realised_edge = _Part()
+    critical_sharpness = _Part()
+    critical_sharpness_limit = _Part()
+    critical_sharpness_ratio = _Part()
 
     def __init__(
         self,
@@ -202,6 +227,21 @@ class StabilityMargins:
         return self.sharpness_ratio if own is None else own
 
     @property
+    def edge_split(self) -> EdgeSplit | None:
+        """What the realised edge consists of; ``None`` unless it, sharpness and limit are known.
+
+        >>> from stableopt.stability import QuantityResult
+        >>> steep = {"realised_edge": QuantityResult(0.5, details={"calibration": 1.0})}
+        >>> StabilityMargins(results=steep, sharpness=20.0, sharpness_limit=20.0).edge_split
+        EdgeSplit(available=1.0, used=0.5, calibration=1.0)
+        """
+        calibration = self["realised_edge"].details.get("calibration")
+        if self.realised_edge is None or calibration is None or not self.edge_ratio:
+            return None
+        used = self.realised_edge * calibration / self.edge_ratio
+        return EdgeSplit(self.edge_ratio, used, calibration)
+
+    @property
     def stable(self) -> bool | None:
         """Whether every known ratio is at most 1, the box (9); ``None`` if none is known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
@@ -240,6 +280,8 @@ class StabilityMargins:
         common = {name: getattr(self, name) for name in _COMMON if name != "step"}
         known = common | self._numbers(*_STORED, "ratio", "upper_bound")
         record = {name: float(value) for name, value in known.items() if value is not None}
+        for name, result in self.results.items():
+            record |= {f"{name}_{key}": float(value) for key, value in result.details.items()}
         record["seconds"] = self.seconds
         record["failed"] = float(self.failure is not None)
         record["converged"] = float(self.converged)
@@ -252,11 +294,13 @@ class StabilityMargins:
             name: {key: part for key, part in dataclasses.asdict(m).items() if part is not None}
             for name, m in self.measurements.items()
         }
+        details = {n: dict(result.details) for n, result in self.results.items() if result.details}
         return {
             **{name: getattr(self, name) for name in _COMMON},
             **self._numbers(*_STORED),
             "measurements": measurements,
             **({"failures": self.failures} if self.failures else {}),
+            **({"details": details} if details else {}),
             "failure": self.failure,
             "method": self.method,
         }
@@ -271,13 +315,13 @@ class StabilityMargins:
         """
         common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
         # Quantities of a checkpoint are kept where they are not registered here.
-        numbers = {
-            name: state[name] for name in state if name not in (*common, "measurements", "failures")
-        }
+        apart = (*common, "measurements", "failures", "details")
+        numbers = {name: state[name] for name in state if name not in apart}
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
+        failures, details = state.get("failures", {}), state.get("details", {})
         results = {
-            name: QuantityResult(failure=failure)
-            for name, failure in state.get("failures", {}).items()
+            name: QuantityResult(failure=failures.get(name), details=details.get(name, {}))
+            for name in {**failures, **details}
         }
         return cls(**common, results=_with(results, numbers, measurements))
 

@@ -21,8 +21,11 @@ from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
 from stableopt.stability.rules.limits import noise_factor
+from stableopt.stability.rules.preconditioner import UnknownStep
+from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["check_quantities", "measure", "measure_at"]
@@ -33,7 +36,7 @@ def measure(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     data: Any = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     lr: float | None = None,
     update_rule: UpdateRule | None = None,
     batch_size: int | None = None,
@@ -57,7 +60,9 @@ def measure(
             :class:`~stableopt.curvature.Problem`.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the training set or a part of it; see :class:`~stableopt.curvature.Problem`.
-        optimizer: the optimizer whose learning rate, momentum and so on give the limits.
+        optimizer: the optimizer whose learning rate, momentum and so on give the limits, or a list of
+            those that train the model together. Without a known rule a
+            ``RuntimeWarning`` says that the limits are not known.
         lr: alternatively, the learning rate of plain SGD.
         update_rule: alternatively, the rule itself. Without any of the three, limits are not known.
         batch_size: samples in a step. Without it the limit of the non-uniformity is not known, unless
@@ -90,7 +95,7 @@ def measure(
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
         Exception: if no quantity could be measured, the first one's error.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -104,8 +109,9 @@ def measure(
     rule = update_rule
     if rule is not None and not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
-    if optimizer is not None:
-        rule = UpdateRule.from_optimizer(optimizer)
+    optimizers = () if optimizer is None else optimizers_in(optimizer)
+    if optimizers:
+        rule = rule_of(optimizers)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
     given = isinstance(model, MeanLoss)
@@ -121,10 +127,12 @@ def measure(
         batch_dim=batch_dim,
         process_group=process_group,
     )
-    if optimizer is not None:
-        check_params(optimizer, problem, explicit=given or params is not None)
+    if rule is not None and isinstance(rule.preconditioner, UnknownStep):
+        warnings.warn(f"limits are not known: {rule.unknown}", RuntimeWarning, stacklevel=2)
+    if optimizers:
+        check_params(optimizers, problem, explicit=given or params is not None)
     if rule is not None:
-        problem = as_seen_by(problem, rule, optimizer)
+        problem = as_seen_by(problem, rule, optimizers)
     dataset_size = (
         problem.num_samples if dataset_size is None else whole("dataset_size", dataset_size)
     )
@@ -147,9 +155,16 @@ def measure(
 
 
 def check_quantities(
-    quantities: Iterable[str], rule: UpdateRule | None, *, sharded: bool = False
+    quantities: Iterable[str],
+    rule: UpdateRule | None,
+    *,
+    sharded: bool = False,
+    steps: bool = False,
 ) -> tuple[str, ...]:
-    """Return ``quantities`` in the order of measurement, or raise ``ValueError``."""
+    """Return ``quantities`` in the order of measurement, or raise ``ValueError``.
+
+    ``steps``: whether they are measured after steps, as by a monitor.
+    """
     listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
     wanted = list(quantities) if listed else []
     if not wanted or any(name not in QUANTITIES for name in wanted):
@@ -158,7 +173,7 @@ def check_quantities(
         )
     known = [quantity for name, quantity in QUANTITIES.items() if name in wanted]
     for quantity in known:
-        quantity.check(rule, sharded=sharded)
+        quantity.check(rule, sharded=sharded, steps=steps)
     return tuple(quantity.name for quantity in known)
 
 
@@ -174,11 +189,15 @@ def measure_at(
     seed: int,
     starts: Mapping[str, Tensor] | None = None,
     step: int = 0,
+    taken: TakenStep | None = None,
+    memory: dict[str, Any] | None = None,
+    window: int | None = None,
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
     """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
 
     ``starts`` are the subspaces of an earlier measurement by quantity; if it is ``None``, no subspaces
-    are returned. With a preconditioned rule, sharpness includes the preconditioned sharpness.
+    are returned. With a preconditioned rule, sharpness includes the preconditioned sharpness. ``taken``,
+    ``memory`` and ``window`` are those of an :class:`Evaluation`.
     """
     samples = dataset_size if rule is not None and rule.full_batch else batch_size
     names = _measurable(quantities, rule)
@@ -189,6 +208,8 @@ def measure_at(
     }
     evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
     evaluation.results = results
+    evaluation.taken, evaluation.window = taken, window
+    evaluation.memory = {} if memory is None else memory
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
@@ -244,9 +265,17 @@ def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]
     wanted = set(quantities)
     if rule is not None and rule.preconditioned and "sharpness" in wanted:
         wanted.add("preconditioned_sharpness")
-    if rule is None or not rule.preconditioned:
+    if (
+        rule is not None
+        and isinstance(rule.preconditioner, SeparateBlocks)
+        and "sharpness" in wanted
+    ):
+        wanted.add("block_edge")
+    if rule is None or not rule.preconditioned or isinstance(rule.preconditioner, UnknownStep):
         wanted = {name for name in wanted if "preconditioner" not in QUANTITIES[name].needs}
     unknown = {name for name in wanted if "step" in QUANTITIES[name].needs}
+    if rule is not None and isinstance(rule.preconditioner, UnknownStep):
+        unknown = set()  # then they are measured as without a preconditioner
     if rule is not None and rule.unknown is not None and unknown:
         wanted -= unknown
         warnings.warn(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from stableopt.curvature.eigen.result import GAP
 
@@ -74,6 +75,7 @@ class QuantityResult:
         lower: where the value is an upper bound, a bound from below.
         measurement: residual, products, seconds and convergence.
         failure: why this quantity alone was not measured, or ``None``.
+        details: further numbers by name; in records as ``<quantity>_<name>``.
 
     >>> QuantityResult(value=15.0, limit=20.0).compared().ratio
     0.75
@@ -85,6 +87,7 @@ class QuantityResult:
     lower: float | None = None
     measurement: Measurement | None = None
     failure: str | None = None
+    details: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_measurement(

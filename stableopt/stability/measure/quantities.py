@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from stableopt.curvature import Hessian
 from stableopt.curvature.problem.sharded import require_samples
@@ -25,15 +25,28 @@ from stableopt.stability.measure.batch_quantities import (
     measured_largest_batch_sharpness,
     measured_mean_batch_sharpness,
 )
+from stableopt.stability.measure.block_edge import block_edge
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_in_norm
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.limits import noise_factor
+from stableopt.stability.rules.preconditioner import UnknownStep
+from stableopt.stability.rules.several import SeparateBlocks
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]
 
-Need = Literal["rule", "batch_size", "per_sample", "no_momentum", "preconditioner", "step", "norm"]
+Need = Literal[
+    "rule",
+    "batch_size",
+    "per_sample",
+    "no_momentum",
+    "preconditioner",
+    "step",
+    "norm",
+    "taken_step",
+    "blocks",
+]
 
 DEFAULT_QUANTITIES = ("sharpness",)
 """What :func:`~stableopt.measure` and the monitor measure unless asked for more: it costs a few
@@ -94,9 +107,12 @@ class Quantity:
             a diagonal preconditioner, since its root enters them. ``"no_momentum"``: a rule without
             momentum. ``"preconditioner"``: a preconditioned rule. ``"step"``: that an adaptive
             optimizer has taken a step, which makes its preconditioner known. ``"norm"``: an optimizer
-            that descends in a norm, and whole parameters.
+            that descends in a norm, and whole parameters. ``"taken_step"``: a step whose beginning was
+            recorded, as by a monitor. ``"blocks"``: several optimizers without a common limit.
         limit: maps ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or
             to ``None`` if it is not known. A ``batch_size`` of ``None`` is not known.
+        any_rule: whether ``limit`` also holds for rules that are not known, and takes ``None``.
+        first_order: whether losses and gradients suffice, so that second derivatives need no check.
         limits_lr: whether the value is itself a limit on the learning rate.
         in_box: whether it is a side of the box (9) of Wu, Ma & E: margins contain its limit even if
             it is not measured.
@@ -110,7 +126,9 @@ class Quantity:
     name: str
     measured: Callable[[Evaluation], QuantityResult]
     needs: Set[Need] = frozenset()
-    limit: Callable[[UpdateRule, int | None, int | None], float | None] | None = None
+    limit: Callable[[Any, int | None, int | None], float | None] | None = None
+    any_rule: bool = False
+    first_order: bool = False
     limits_lr: bool = False
     in_box: bool = False
     chart: Chart | None = None
@@ -126,12 +144,14 @@ class Quantity:
         self, rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
     ) -> float | None:
         """Return the limit, or ``None`` if it is not known."""
-        if rule is None or rule.unknown is not None or self.limit is None:
+        if self.limit is None:
+            return None
+        if not self.any_rule and (rule is None or rule.unknown is not None):
             return None
         return self.limit(rule, batch_size, dataset_size)
 
-    def check(self, rule: UpdateRule | None, *, sharded: bool) -> None:
-        """Raise ``ValueError`` if the quantity is undefined for the rule or for a sharded problem."""
+    def check(self, rule: UpdateRule | None, *, sharded: bool, steps: bool) -> None:
+        """Raise ``ValueError`` if it is undefined for the rule, a sharded problem, or without steps."""
         if "norm" in self.needs and (rule is None or rule.norm is None):
             raise ValueError(
                 f"quantities: {self.name} needs an optimizer whose steps have a length of their own,"
@@ -141,6 +161,22 @@ class Quantity:
             raise ValueError(
                 f"quantities: {self.name} needs whole matrices, and fully_shard holds parts of them;"
                 " measure a replica"
+            )
+        if "taken_step" in self.needs and not steps:
+            raise ValueError(
+                f"quantities: {self.name} belongs to a step, and measure() sees none: expected a"
+                " StabilityMonitor, which records steps; critical_sharpness() tries one"
+            )
+        of_rule = self.needs & {"rule", "preconditioner"}
+        unread = rule is not None and isinstance(rule.preconditioner, UnknownStep)
+        if of_rule and rule is not None and unread and rule.norm is None:
+            raise ValueError(f"quantities: {self.name} needs the update rule. {rule.unknown}")
+        if "blocks" in self.needs and not (
+            rule is not None and isinstance(rule.preconditioner, SeparateBlocks)
+        ):
+            raise ValueError(
+                f"quantities: {self.name} needs several optimizers whose momenta differ; for others"
+                " the limit is on the sharpness, or the preconditioned sharpness"
             )
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
@@ -355,5 +391,15 @@ register(
         chart=Chart(
             "generalised sharpness, at least", r"$\max_{\|d\|=1}d^\top Hd$", "gen_sharp", "gen"
         ),
+    )
+)
+register(
+    Quantity(
+        "block_edge",
+        block_edge,
+        needs={"blocks"},
+        limit=lambda _, __, ___: 1.0,
+        any_rule=True,
+        chart=Chart("sharpness of a block", r"$\max_b\lambda_{\max}(P_bH_{bb})$", "blocks"),
     )
 )

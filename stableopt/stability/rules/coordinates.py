@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +38,8 @@ def problem_of(
         if loss_fn is None or data is None:
             raise ValueError("loss_fn and data: expected both, or a Problem as model")
         group = group_of(model) if process_group is None else process_group
-        return problem_for(model, loss_fn, data, process_group=group, **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        return problem_for(model, loss_fn, data, process_group=group, **given)
     options["process_group"] = process_group
     if any(value is not None for value in (loss_fn, data, *options.values())):
         raise ValueError(
@@ -47,12 +48,14 @@ def problem_of(
     return model
 
 
-def check_params(optimizer: torch.optim.Optimizer, problem: MeanLoss, *, explicit: bool) -> None:
-    """Raise ``ValueError`` unless ``optimizer`` updates exactly the parameters of ``problem``.
+def check_params(
+    optimizers: Sequence[torch.optim.Optimizer], problem: MeanLoss, *, explicit: bool
+) -> None:
+    """Raise ``ValueError`` unless ``optimizers`` together update exactly the parameters of ``problem``.
 
-    With ``explicit`` the user chose the parameters, and the optimizer may update others too.
+    With ``explicit`` the user chose the parameters, and the optimizers may update others too.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for group in _groups(optimizers) for p in group["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):
         if id(p) not in held:
             raise ValueError(
@@ -67,15 +70,15 @@ def check_params(optimizer: torch.optim.Optimizer, problem: MeanLoss, *, explici
         )
 
 
-def as_seen_by(problem: P, rule: UpdateRule, optimizer: torch.optim.Optimizer | None) -> P:
+def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Optimizer]) -> P:
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
     A diagonal preconditioner becomes a scale of the coordinates. For other preconditioners only the
     weight decay is applied; for an unknown one, nothing.
 
     Raises:
-        ValueError: if the rule has groups and no optimizer is given, which assigns parameters to
-            groups; or if a parameter is in no group.
+        ValueError: if the rule has groups and ``optimizers``, which assign parameters to groups, is
+            empty; or if a parameter is in no group.
     """
     sign = -1.0 if rule.maximize else 1.0
     if not rule.preconditioned or rule.unknown is not None:
@@ -83,7 +86,7 @@ def as_seen_by(problem: P, rule: UpdateRule, optimizer: torch.optim.Optimizer | 
     scale: list[Tensor | float] | None = None
     decays = [rule.weight_decay] * len(problem.params)
     if rule.group_lrs or rule.group_weight_decays:
-        of = _groups_of(problem, optimizer)
+        of = _groups_of(problem, optimizers)
         if rule.group_weight_decays:
             decays = [rule.group_weight_decays[index] for index in of]
         if rule.group_lrs:
@@ -95,13 +98,17 @@ def as_seen_by(problem: P, rule: UpdateRule, optimizer: torch.optim.Optimizer | 
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
 
 
-def _groups_of(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> list[int]:
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _groups_of(problem: MeanLoss, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
     """Return the index of each parameter's group."""
-    if optimizer is None:
+    if not optimizers:
         raise ValueError(
             "update_rule has several groups: pass optimizer=, which assigns parameters to groups"
         )
-    groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    groups = {id(p): i for i, group in enumerate(_groups(optimizers)) for p in group["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):
         if id(p) not in groups:
             raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,13 +334,36 @@ class UpdateRule:
         """
         rates = [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
         known = [rate for rate in rates if 0 <= rate < math.inf]
-        return cls(lr=max(known, default=0.0), preconditioner=UnknownStep(reason))
+        maximize = any(bool(group.get("maximize")) for group in optimizer.param_groups)
+        return cls(
+            lr=max(known, default=0.0), maximize=maximize, preconditioner=UnknownStep(reason)
+        )
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        """Former name of :meth:`from_optimizer`."""
-        warn_renamed("UpdateRule.of", "UpdateRule.from_optimizer")
-        return cls.from_optimizer(optimizer)
+    def of(cls, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> UpdateRule:
+        r"""Return the joint rule of several optimizers that update different parameters.
+
+        If their momenta agree, it is one rule with one block preconditioner,
+        :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise no limit holds for all parameters together:
+        ``unknown`` says so, and ``preconditioner.blocks`` has the rule of each optimizer. An optimizer
+        without a reader has a rule without a limit. For a single optimizer this is the former name of
+        :meth:`from_optimizer`.
+
+        Raises:
+            TypeError: for anything but optimizers.
+            ValueError: for a parameter that two of them hold, for optimizers some of which maximize,
+                and as ``from_optimizer`` does.
+
+        >>> one, two = torch.zeros(1), torch.zeros(1)
+        >>> slow, fast = (torch.optim.SGD([p], lr=lr) for p, lr in ((one, 0.1), (two, 0.4)))
+        >>> rule = UpdateRule.of([slow, fast])
+        >>> rule.lr, rule.preconditioner @ torch.ones(2)
+        (0.4, tensor([0.2500, 1.0000]))
+        """
+        if isinstance(optimizers, torch.optim.Optimizer):
+            warn_renamed("UpdateRule.of", "UpdateRule.from_optimizer")
+            return cls.from_optimizer(optimizers)
+        return _readers[tuple](tuple(optimizers))  # which the package of the readers registers
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:

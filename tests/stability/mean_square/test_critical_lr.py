@@ -398,6 +398,6 @@ def test_a_model_stands_for_its_problem(network: nn.Module, data: Data) -> None:
     loss_fn(network(data[0]), data[1]).backward()
     adam.step()
     rule = UpdateRule.from_optimizer(adam)
-    seen = as_seen_by(Problem(network, loss_fn, data), rule, adam)
+    seen = as_seen_by(Problem(network, loss_fn, data), rule, [adam])
     found = critical_lr(network, loss_fn, data, 2, update_rule=rule)
     assert found == critical_lr(seen, 2, update_rule=rule)

@@ -83,6 +83,8 @@ def check_derivatives(
     model: nn.Module,
     evaluate: Callable[[], Any],
     double: Function | None = None,
+    *,
+    twice: bool = True,
 ) -> Obstacle | None:
     """Return why ``function`` cannot be differentiated twice at ``point``, or ``None`` if it can.
 
@@ -93,6 +95,7 @@ def check_derivatives(
         evaluate: runs the model once, in double precision if there is ``double``.
         double: the same function in double precision, of parameters in double precision; ``None`` if
             the model cannot be evaluated in it.
+        twice: ``False`` checks the first derivative alone, and takes no second one.
 
     Raises:
         ValueError: if the function does not depend on ``point``, or its gradient is not its
@@ -106,6 +109,8 @@ def check_derivatives(
         judged, near = double, [t.detach().double() for t in point]
     near = usable_point(judged, near)
     check_gradient(judged, near)
+    if not twice:
+        return None
     try:
         differentiate_twice(function, point)
         compare_twice(judged, near)

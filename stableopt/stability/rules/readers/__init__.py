@@ -19,6 +19,7 @@ from stableopt.stability.rules.readers import (
     shampoo,
     torch_optimizer,
 )
+from stableopt.stability.rules.several import optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import Reader, UpdateRule
 
 __all__ = ["READERS"]
@@ -75,3 +76,4 @@ READERS: dict[type | str, Reader] = {
 
 for _kind, _reader in READERS.items():
     UpdateRule.register(_kind, _reader)
+UpdateRule.register(tuple, lambda optimizers: rule_of(optimizers_in(optimizers)))

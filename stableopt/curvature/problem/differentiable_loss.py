@@ -1,0 +1,152 @@
+"""`DifferentiableLoss`: a mean loss that is checked for first and second derivatives."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
+from stableopt.curvature.problem.data.batches import cut, map_tensors
+from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
+from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
+from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
+from stableopt.distributed.collectives import Ranks
+
+__all__ = ["DifferentiableLoss"]
+
+P = TypeVar("P", bound="DifferentiableLoss")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the checks found.
+
+    Attributes:
+        obstacle: why the model cannot be differentiated twice, or ``None``.
+        kinked: with an obstacle, whether the gradient jumps.
+        doubles: whether the model can be evaluated in double precision.
+        known: whether second derivatives were checked.
+    """
+
+    obstacle: SecondDerivativeError | None = None
+    kinked: bool = False
+    doubles: bool = False
+    known: bool = False
+
+    def agreed(self, ranks: Ranks) -> _Found:
+        """Return what holds for all ranks together."""
+        if not ranks.several:
+            return self
+        found = ranks.all_gather_object((self.obstacle is not None, self.kinked, self.doubles))
+        obstacle = self.obstacle
+        failed = [rank for rank, (has, _, _) in enumerate(found) if has]
+        if failed and obstacle is None:
+            reason = RuntimeError(f"rank {failed[0]} found it so")
+            obstacle = SecondDerivativeError(None, reason)
+        kinked = any(kinked for _, kinked, _ in found)
+        return _Found(obstacle, kinked, all(doubles for *_, doubles in found), self.known)
+
+
+class DifferentiableLoss(MeanLoss):
+    """What :class:`~stableopt.curvature.Problem` knows of its derivatives.
+
+    Without ``second_derivatives``, second ones are checked when they are first asked for, on all ranks
+    together.
+    """
+
+    _found = _Found()
+
+    @abc.abstractmethod
+    def loss(self, theta: Theta, batch: Any) -> Tensor:
+        """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar."""
+
+    def _check_derivatives(self, batch: Any, size: int, *, twice: bool) -> None:
+        """Check the derivatives of the loss of a batch; ``twice``: whether there are second ones."""
+        # All samples, in double precision, would take more memory than a training step.
+        batch = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
+        value = float(self._evaluated(self.theta(), batch).detach())
+        twin = self.in_double()
+        doubles = runs_alike(twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value)
+        judge = twin if doubles else self
+        obstacle = check_derivatives(
+            lambda at: self._evaluated(at, batch),
+            self.theta(),
+            self.model,
+            lambda: judge.loss(judge.theta(), judge._cast(batch)),
+            (lambda at: twin._evaluated(at, twin._cast(batch))) if doubles else None,
+            twice=twice,
+        )
+        error, kinked = obstacle or (None, False)
+        self._found = _Found(error, kinked, doubles, known=twice)
+
+    def _agree_on_derivatives(self) -> None:
+        self._found = self._found.agreed(self.ranks)
+
+    def _known(self) -> _Found:
+        """Return what is known once second derivatives are checked; all ranks ask together."""
+        if not self._found.known:
+
+            def check() -> None:
+                with self.evaluation():
+                    self._check_derivatives(*next(self.chunks()), twice=True)
+
+            self.ranks.raise_together(check)
+            self._agree_on_derivatives()
+        return self._found
+
+    @property
+    def obstacle(self) -> SecondDerivativeError | None:
+        """Why the model cannot be differentiated twice, or ``None``."""
+        return self._known().obstacle
+
+    @property
+    def kinked(self) -> bool:
+        """With an obstacle, whether the gradient jumps."""
+        return self._known().kinked
+
+    def _way(self) -> tuple[str, bool]:
+        if not self._found.known:
+            return "first derivatives", False
+        return super()._way() if self.obstacle is None else ("central differences", self.kinked)
+
+    def _evaluated(self, at: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return the loss in a fresh evaluation, so that state kept between passes has no effect."""
+        with self.evaluation():
+            return self.loss(tuple(at), map_tensors(Tensor.clone, batch))
+
+    def _cast(self, batch: Any) -> Any:
+        return map_tensors(lambda t: self.precision.cast(t.clone()), batch)
+
+    def differenced(self: P) -> P:
+        """Return the problem that central differences are taken of: in double precision if kinked.
+
+        Raises:
+            DifferenceError: with kinks, if the model cannot be evaluated in double precision.
+        """
+        if not self.kinked:
+            return self
+        if not self._known().doubles or self.precision.autocast is not None:
+            raise DifferenceError(
+                f"the gradient jumps, as behind ReLU or max-pooling, and steps in {self.dtype} are too"
+                " long to avoid it: expected a model and loss that can be evaluated in double"
+                " precision, a smooth twin of the model, or operations that torch can differentiate"
+                " twice"
+            )
+        return self.in_double()
+
+    def in_double(self: P) -> P:
+        """Return the same problem in double precision throughout, also inside the model."""
+        other = copy.copy(self)
+        other.precision = self.precision.in_double()
+        other.dtype, other._notes = other.precision.dtype, set()
+        return other
+
+    def check_twice(self) -> None:
+        """Raise ``SecondDerivativeError`` if the model cannot be differentiated twice."""
+        if self.obstacle is not None:
+            raise self.obstacle.with_traceback(None)

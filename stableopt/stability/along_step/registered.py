@@ -1,0 +1,30 @@
+"""The registry's entries for quantities along the step, registered on import."""
+
+from stableopt.stability.along_step.critical_sharpness import along_taken_step
+from stableopt.stability.along_step.realised_edge import realised_edge
+from stableopt.stability.measure.quantities import Chart, Quantity, register
+
+__all__: list[str] = []
+
+register(
+    Quantity(
+        "realised_edge",
+        realised_edge,
+        needs={"taken_step"},
+        limit=lambda _, __, ___: 1.0,
+        any_rule=True,
+        first_order=True,
+        chart=Chart("realised edge", r"$\zeta$", tag="realised", short_tag="real"),
+    )
+)
+register(
+    Quantity(
+        "critical_sharpness",
+        along_taken_step,
+        needs={"taken_step"},
+        limit=lambda rule, _, __: 2 / rule.lr if rule is not None and rule.lr else None,
+        any_rule=True,
+        first_order=True,
+        chart=Chart("critical sharpness", r"$\lambda_c$", tag="crit_shrp", short_tag="crit"),
+    )
+)

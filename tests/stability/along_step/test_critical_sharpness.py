@@ -1,0 +1,243 @@
+"""The critical sharpness against closed forms on quadratics, and against a scan of the loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from first_order import half_squares, quadratic
+from torch import nn
+
+import stableopt
+from stableopt import Problem, StabilityMonitor, critical_sharpness
+from stableopt.curvature import NonFiniteError
+from stableopt.curvature.problem.problem import Problem as Plain
+
+
+def test_along_a_step_it_is_a_quotient_below_the_sharpness() -> None:
+    r"""Catches another direction or normalisation.
+
+    On a quadratic :math:`\lambda_c = u^\top Hu/u^\top g`, for :math:`u = Pg` at most
+    :math:`\lambda_{\max}(PH)`.
+    """
+    model, (x, y), hessian = quadratic()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        root = torch.rand(12, generator=generator, dtype=torch.float64) + 0.1
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(3, 4, generator=generator))
+        model.zero_grad()
+        half_squares(model(x), y).backward()
+        gradient = model.weight.grad.reshape(-1)
+        along = root**2 * gradient
+        found = critical_sharpness(model, half_squares, (x, y), direction=along)
+        top = float(torch.linalg.eigvalsh(root[:, None] * hessian * root)[-1])
+        # A line through two losses is exact on a quadratic, up to rounding over a twentieth.
+        exact = float(along @ hessian @ along / (along @ gradient))
+        assert found.value == pytest.approx(exact, rel=1e-9)
+        assert found.value <= top * (1 + 1e-3)
+        assert found.converged
+        assert found.bracket[0] <= found.lr <= found.bracket[1]
+        assert 1 - found.bracket[0] / found.bracket[1] < 1 / 16
+        assert found.passes <= 7
+
+
+def test_along_the_top_direction_it_is_the_sharpness() -> None:
+    """Catches a bias; the bracket alone is 6 % wide."""
+    model, (x, y), hessian = quadratic(outputs=1)
+    values, vectors = torch.linalg.eigh(hessian)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(x, y).solution.T + vectors[:, -1])
+    for options in (
+        {},
+        {"direction": [values[-1] * vectors[None, :, -1]]},
+        {"lr": 0.01},
+        {"lr": 50.0},
+    ):
+        found = critical_sharpness(model, half_squares, (x, y), **options)
+        assert found.value == pytest.approx(float(values[-1]), rel=0.07)
+        assert found.converged
+
+
+def trained_cnn() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 6, 6)
+    y = nn.functional.one_hot(torch.randint(3, (16,)), 3).float()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return model, (x, y)
+
+
+def test_on_a_trained_network_it_is_where_the_loss_rises_first() -> None:
+    """Catches a crossing that is skipped: the oracle scans the loss in steps of 2 %."""
+    model, (x, y) = trained_cnn()
+    found = critical_sharpness(model, nn.MSELoss(), (x, y))
+    model.zero_grad()
+    base = nn.functional.mse_loss(model(x), y)
+    base.backward()
+    weights = [p.detach().clone() for p in model.parameters()]
+    eta, other = found.lr / 10, copy.deepcopy(model)
+    for _ in range(200):
+        for p, w, q in zip(other.parameters(), weights, model.parameters(), strict=True):
+            p.data.copy_(w - eta * q.grad)
+        with torch.no_grad():
+            if nn.functional.mse_loss(other(x), y) > base:
+                break
+        eta *= 1.02
+    # The bar; the bracket gives 6 %.
+    assert found.lr == pytest.approx(eta, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam that maximizes", "Muon and AdamW"])
+def test_an_optimizer_is_tried_and_left_as_it_is(name: str) -> None:
+    """Catches a direction that is not the optimizer's next step, and a trace of the trial.
+
+    The oracle takes the step, and puts weights and state back.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)).double()
+    _, (x, y), _ = quadratic()
+    params = list(model.parameters())
+    sign = -1.0 if "maximizes" in name else 1.0
+
+    def loss_fn(outputs: Any, targets: Any) -> Any:
+        return sign * half_squares(outputs, targets)
+
+    optimizers: list[torch.optim.Optimizer] = {
+        "SGD": lambda: [torch.optim.SGD(params, lr=0.1, momentum=0.9)],
+        "AdamW": lambda: [torch.optim.AdamW(params, lr=0.02)],
+        "Adam that maximizes": lambda: [torch.optim.Adam(params, lr=0.02, maximize=True)],
+        "Muon and AdamW": lambda: [
+            torch.optim.Muon(params[:1], lr=0.02),
+            torch.optim.AdamW(params[1:], lr=0.02),
+        ],
+    }[name]()
+    torch.optim.lr_scheduler.ConstantLR(optimizers[0])  # which wraps step
+
+    def full_step() -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    for _ in range(3):
+        full_step()
+    before = [p.detach().clone() for p in params]
+    gradients = [p.grad.clone() for p in params]
+    states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
+    found = critical_sharpness(model, loss_fn, (x, y), optimizer=optimizers)
+    for p, b, g in zip(params, before, gradients, strict=True):
+        assert torch.equal(p, b)
+        assert torch.equal(p.grad, g)
+    for optimizer, state in zip(optimizers, states, strict=True):
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    full_step()
+    rate = max(g["lr"] for optimizer in optimizers for g in optimizer.param_groups)
+    along = [(b - p.detach()) / rate for p, b in zip(params, before, strict=True)]
+    with torch.no_grad():
+        for p, b in zip(params, before, strict=True):
+            p.copy_(b)
+    problem = Problem(model, loss_fn, (x, y)).transformed(sign=sign)
+    expected = critical_sharpness(problem, direction=along, lr=rate)
+    # Two brackets of the same crossing, each interpolated.
+    assert found.value == pytest.approx(expected.value, rel=0.01)
+
+
+def test_a_reference_is_the_loss_that_counts() -> None:
+    """Catches the step of the wrong loss: with steps along loss 1, loss 2 has another crossing."""
+    model, (x, y), hessian = quadratic()
+    tuned, kept = Problem(model, half_squares, (x[:6], y[:6])), Problem(model, half_squares, (x, y))
+    found = critical_sharpness(tuned, reference=kept)
+    along, slope = tuned.gradient(), kept.gradient()
+    # The closed form on a quadratic.
+    exact = float(along @ hessian @ along / (along @ slope))
+    assert found.value == pytest.approx(exact, rel=1e-9)
+    with pytest.raises(TypeError, match=r"reference=.*expected a Problem"):
+        critical_sharpness(tuned, reference=model)
+    with pytest.raises(ValueError, match="over the same parameters"):
+        critical_sharpness(tuned, reference=Problem(quadratic()[0], half_squares, (x, y)))
+
+
+def test_directions_without_a_crossing_say_so() -> None:
+    """Catches a value that looks like a measurement where the loss never rises, or only rises."""
+    model, (x, y), _ = quadratic()
+    half_squares(model(x), y).backward()
+    uphill = critical_sharpness(model, half_squares, (x, y), direction=[-model.weight.grad])
+    assert not uphill.converged
+    assert uphill.bracket[0] == 0
+    slope = nn.Linear(1, 1).double()
+    data = torch.ones(2, 1).double(), torch.zeros(2, 1).double()
+    endless = critical_sharpness(slope, lambda outputs, _: outputs.mean(), data, max_passes=9)
+    assert (endless.converged, endless.bracket[1], endless.passes) == (False, math.inf, 9)
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    """Catches errors that name neither the argument nor the way out."""
+    model, (x, y), _ = quadratic()
+
+    def ask(**options: Any) -> None:
+        critical_sharpness(model, half_squares, (x, y), **options)
+
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="optimizer and direction"):
+        ask(optimizer=sgd, direction=torch.ones(12))
+    with pytest.raises(ValueError, match=r"direction has shape \(3,\)"):
+        ask(direction=torch.ones(3))
+    with pytest.raises(ValueError, match="direction has shapes"):
+        ask(direction=[torch.ones(3)])
+    with pytest.raises(ValueError, match="the step is zero"):
+        ask(direction=torch.zeros(12))
+    with pytest.raises(NonFiniteError, match="direction of the step is not finite"):
+        ask(direction=torch.full((12,), math.nan))
+    for name, value in (("tol", 1.0), ("tol", 0.0), ("max_passes", 1), ("lr", -1.0)):
+        with pytest.raises(ValueError, match=f"{name}="):
+            ask(**{name: value})
+    with pytest.raises(TypeError, match=r"LBFGS cannot take a trial step.*pass direction="):
+        ask(optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_monitor_measures_it_along_the_step_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the wrong point or step, a search that starts from the learning rate each time, and gradients.
+
+    Forward passes are counted: at most seven, without a backward pass.
+    """
+    model, (x, y), hessian = quadratic()
+    passes: list[bool] = []
+    value = Plain.value
+
+    def counted(self: Plain, *args: Any, **kwargs: Any) -> float:
+        passes.append(True)
+        return value(self, *args, **kwargs)
+
+    def refused(*args: Any) -> None:
+        raise AssertionError("a gradient")
+
+    monkeypatch.setattr(Plain, "value", counted)
+    monkeypatch.setattr(Plain, "loss_and_gradient", refused)
+    optimizer = stableopt.GD(model.parameters(), lr=0.1)
+    monitor = StabilityMonitor(
+        optimizer, model, half_squares, (x, y), every=1, quantities=("critical_sharpness",)
+    )
+    for _ in range(6):
+        optimizer.zero_grad()
+        half_squares(model(x), y).backward()
+        gradient = model.weight.grad.reshape(-1)
+        passes.clear()
+        optimizer.step()
+        assert len(passes) <= 7
+        found = monitor.margins["critical_sharpness"]
+        exact = float(gradient @ hessian @ gradient / (gradient @ gradient))
+        # Rounding of the losses, over a twentieth of their change.
+        assert found.value == pytest.approx(exact, rel=1e-7)
+        assert found.limit == pytest.approx(2 / 0.1)
+        assert monitor.margins.critical_sharpness_ratio == pytest.approx(exact * 0.05, rel=1e-7)

@@ -1,0 +1,120 @@
+"""The joint rule of several optimizers: at its limit, the real optimizers neither grow nor shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from stableopt import UpdateRule
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
+from stableopt.stability.rules.several import BlockPreconditioner
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+PAIRS: dict[str, tuple[Make, Make]] = {
+    "SGD and SGD": (
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.4),
+    ),
+    "AdamW and SGD, momentum 0.9": (
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0),
+        lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9),
+    ),
+    "AdamW of two decays": (
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        lambda p: torch.optim.AdamW(p, lr=0.3, weight_decay=0.1),
+    ),
+    "SGD with coupled decay and SGD": (
+        lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=2.0),
+        lambda p: torch.optim.SGD(p, lr=0.4),
+    ),
+}
+
+
+def held(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Hold second moments and bias corrections of Adam constant."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            if "exp_avg_sq" in state:
+                state["exp_avg_sq"].fill_(1.0)
+                state["step"].fill_(1e6)
+
+
+def stepped(
+    makers: tuple[Make, Make], hessian: Tensor, steps: int
+) -> tuple[UpdateRule, list[float]]:
+    """Return the joint rule, and the norm of the parameters after each step on a quadratic.
+
+    Close to its minimum, gradients are too small to change a second moment of 1.
+    """
+    params = [torch.full((2,), 1e-9, dtype=torch.float64, requires_grad=True) for _ in makers]
+    optimizers = [make([p]) for make, p in zip(makers, params, strict=True)]
+    norms = []
+    for step in range(steps):
+        gradient = hessian @ torch.cat(params).detach()
+        for p, part in zip(params, gradient.split(2), strict=True):
+            p.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        held(optimizers)
+        if step == 0:  # which Adam takes at full length
+            for p in params:
+                p.data.fill_(1e-9)
+        norms.append(float(torch.cat(params).detach().norm()))
+    return UpdateRule.of(optimizers), norms
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_limit_is_where_the_real_optimizers_diverge(name: str) -> None:
+    """Catches rates, dampening or decay of one optimizer that are not scaled to the other's.
+
+    The Hessian couples the two, and is scaled to 0.97 and 1.03 of the limit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    shape = root @ root.T
+    rule, _ = stepped(PAIRS[name], shape, 2)
+    scales = torch.ones(4, dtype=torch.float64)
+    if rule.preconditioner is not None:
+        scales = rule.preconditioner @ scales
+    decays = rule.group_weight_decays or (rule.weight_decay,) * 2
+    decay = torch.diag(torch.tensor(decays, dtype=torch.float64).repeat_interleave(2))
+
+    def excess(scale: float) -> float:
+        matrix = scales[:, None] * (scale * shape + decay)
+        return float(torch.linalg.eigvals(matrix).real.max()) / rule.max_sharpness - 1
+
+    low, high = 1e-6, 1e6
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if excess(middle) > 0 else (middle, high)
+    for factor, grows in ((0.97, False), (1.03, True)):
+        _, norms = stepped(PAIRS[name], low * factor * shape, 600)
+        assert (norms[-1] > norms[300]) == grows
+
+
+def test_blocks_that_are_not_diagonal_are_applied_each_to_its_own() -> None:
+    """Catches tensors handed to the wrong block, and a factor that is lost."""
+    x, y, z = (torch.zeros(size) for size in (1, 2, 3))
+    blocks = [DiagonalPreconditioner([x, y], [2.0, 3.0]), DiagonalPreconditioner([z], [5.0])]
+    both = BlockPreconditioner(blocks, [1.0, 10.0])
+    assert (both @ torch.ones(6)).tolist() == [2, 3, 3, 50, 50, 50]
+    assert (both.over([z, x]) @ torch.ones(4)).tolist() == [50, 50, 50, 2]
+
+
+def test_before_a_step_the_joint_preconditioner_is_not_known_yet() -> None:
+    """Catches a rule that is called unknown for good where a step will make it known."""
+    one, two = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    optimizers = [torch.optim.Adam([one]), torch.optim.AdamW([two])]
+    assert "has not taken a step" in str(UpdateRule.of(optimizers).unknown)
+    for p, optimizer in zip((one, two), optimizers, strict=True):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    rule = UpdateRule.of(optimizers)
+    assert rule.unknown is None
+    assert rule.momentum == 0.9
+    alike = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in (one, two)]
+    assert UpdateRule.of(alike) == UpdateRule.from_optimizer(alike[0])
