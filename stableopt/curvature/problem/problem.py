@@ -12,7 +12,7 @@ the parameters' shapes. The model, its gradients and its random state stay uncha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch

@@ -125,9 +125,9 @@ def critical_sharpness(
 
     >>> model = nn.Linear(2, 1, bias=False).double()
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double(), torch.zeros(2, 1).double()
-    >>> top = torch.tensor([[0.0, 1.0]]).double()              # f = (w_1^2 + 4 w_2^2) / 2
+    >>> top = torch.tensor([[0.0, 1.0]]).double()              # f = (w_1^2 + 4 w_2^2) / 2, g = 4 top
     >>> _ = model.weight.data.copy_(top)
-    >>> round(critical_sharpness(model, nn.MSELoss(), (x, y), direction=[top]).value, 6)
+    >>> round(critical_sharpness(model, nn.MSELoss(), (x, y), direction=[4 * top]).value, 6)
     4.0
     """
     if optimizer is not None and direction is not None:

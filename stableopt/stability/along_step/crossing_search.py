@@ -60,7 +60,7 @@ def first_rise(
 
     >>> rise = first_rise(lambda t: (t - 1) ** 2, 1.0, 0.7, tol=1 / 16, passes=10)
     >>> round(rise.share, 6), rise.passes      # the loss is back at its start at t = 2
-    (2.0, 4)
+    (2.0, 5)
     """
     slopes = {} if slope is None else {0.0: slope}
     low, high, spent = 0.0, math.inf, 0

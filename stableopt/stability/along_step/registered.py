@@ -1,11 +1,22 @@
 """The registry's entries for quantities along the step, registered on import."""
 
+from stableopt.stability.along_step.block_edge import block_edge
 from stableopt.stability.along_step.critical_sharpness import along_taken_step
 from stableopt.stability.along_step.realised_edge import realised_edge
 from stableopt.stability.measure.quantities import Chart, Quantity, register
 
 __all__: list[str] = []
 
+register(
+    Quantity(
+        "block_edge",
+        block_edge,
+        needs={"blocks"},
+        limit=lambda _, __, ___: 1.0,
+        any_rule=True,
+        chart=Chart("sharpness of a block", r"$\max_b\lambda_{\max}(P_bH_{bb})$", "blocks"),
+    )
+)
 register(
     Quantity(
         "realised_edge",

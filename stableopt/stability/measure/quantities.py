@@ -25,7 +25,6 @@ from stableopt.stability.measure.batch_quantities import (
     measured_largest_batch_sharpness,
     measured_mean_batch_sharpness,
 )
-from stableopt.stability.measure.block_edge import block_edge
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_in_norm
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -391,15 +390,5 @@ register(
         chart=Chart(
             "generalised sharpness, at least", r"$\max_{\|d\|=1}d^\top Hd$", "gen_sharp", "gen"
         ),
-    )
-)
-register(
-    Quantity(
-        "block_edge",
-        block_edge,
-        needs={"blocks"},
-        limit=lambda _, __, ___: 1.0,
-        any_rule=True,
-        chart=Chart("sharpness of a block", r"$\max_b\lambda_{\max}(P_bH_{bb})$", "blocks"),
     )
 )

@@ -207,7 +207,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_a_monitor_measures_it_along_the_step_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the wrong point or step, a search that starts from the learning rate each time, and gradients.
+    """Catches the wrong point or step, a search without its last result, and gradients.
 
     Forward passes are counted: at most seven, without a backward pass.
     """

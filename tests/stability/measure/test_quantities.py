@@ -119,7 +119,7 @@ def test_the_monitor_and_its_sinks_carry_a_registered_quantity(
         # Event files hold float32.
         assert scalars[f"stability/{tag}"] == pytest.approx(expected, rel=1e-6)
     assert "step length / limit" in layout({"step_length"})["edge of stability"]
-    assert "step length / limit" not in layout()["edge of stability"]  # an empty chart elsewhere
+    assert "step length / limit" not in layout(())["edge of stability"]  # an empty chart elsewhere
     *_, panel = plot.margins(monitor.history).axes
     assert panel.get_ylabel().startswith("step length")
 
