@@ -15,6 +15,8 @@ from stableopt import Problem, measure
 from stableopt.curvature import DualCurvature, GaussNewton, Hessian, NonUniformity
 from stableopt.curvature.gram.gram import project, sample_sizes
 from stableopt.stability.measure.batch_sharpness import batch_sharpness
+from stableopt.stability.measure.generalised_sharpness import generalised_sharpness
+from stableopt.stability.rules.norms import SignNorm
 
 
 def image_network() -> nn.Module:
@@ -55,6 +57,8 @@ def margins_of_all() -> dict[str, Any]:
         found |= {f"{name} {key}": value for key, value in record.items()}
         problem = Problem(model, loss_fn, own(data), process_group=group(), chunk_size=3)
         found |= {f"{name} {key}": value for key, value in _products(problem).items()}
+        signs = generalised_sharpness(problem, SignNorm(problem.params, lr=0.1), starts=1)
+        found[f"{name} generalised"] = [signs.value, signs.limit, signs.products]
     return found
 
 
