@@ -81,7 +81,7 @@ def batch_sharpness(
             earliest; by default all batches are drawn.
         step: maps the gradient ``(d,)`` of a batch to the direction s of its step, such as ``lambda g:
             0.9 * buffer + g`` for momentum. The result is then the momentum form,
-            :math:`E[s^\top H_Bs]/E[s^\top g_B]`, of which a step along :math:`-s` lowers the quadratic
+            :math:`E[s^\top H_Bs]/E[s^\top g_B]`: a step along :math:`-s` lowers the quadratic
             model of its batch below :math:`2/\eta` (Andreyev et al., arXiv:2604.14108).
         seed: seed of the permutations, which have their own generator.
 
@@ -145,7 +145,7 @@ def batch_sharpness_limit(rule: LinearStep, sharpness: float | None) -> float | 
 
     Args:
         rule: the coefficients of the step, such as ``UpdateRule.linear_step``.
-        sharpness: the sharpness a, of which more than the rule's own limit counts as that limit. It may
+        sharpness: the sharpness a; one above the rule's own limit counts as that limit. It may
             be ``None`` without momentum.
 
     Returns:

@@ -47,7 +47,7 @@ def largest_batch_sharpness(
 ) -> LargestBatchSharpness:
     r"""Return bounds of the largest sharpness of any batch of ``batch_size`` samples.
 
-    Plain SGD at a minimum that all samples share is stable, whatever the order of its batches, if
+    Plain SGD at a minimum that all samples share is stable, in any order of its batches, if
     :math:`\max_B\lambda_{\max}(H_B) \le 2/\eta`, also for the nonlinear loss close to the minimum
     (Mulayoff & Stich, arXiv:2602.14789). It is sufficient, and far from necessary for small batches.
     Since :math:`\lambda_{\max}` is convex, the mean of the B largest :math:`\lambda_{\max}(H_i)` is an
@@ -93,7 +93,7 @@ def largest_batch_sharpness(
 
 
 class _OfBatch(Operator):
-    """The Hessian of a batch, of which ``parts`` are this rank's samples."""
+    """The Hessian of a batch; ``parts`` are this rank's samples of it."""
 
     def __init__(self, hessian: Hessian, parts: list[tuple[Any, int]]) -> None:
         super().__init__(hessian.shape[0], hessian.dtype, hessian.device)

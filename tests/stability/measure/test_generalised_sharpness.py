@@ -126,7 +126,7 @@ def test_never_below_frank_wolfe(definite: bool) -> None:
 
 
 def test_one_layer_is_its_top_singular_value() -> None:
-    """H = vec(A) vec(A)^T: S is the squared nuclear norm of A, whatever the radius r times r^2."""
+    """H = vec(A) vec(A)^T: S is the squared nuclear norm of A, times r^2 for a radius r."""
     a = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     nuclear = float(torch.linalg.matrix_norm(a, "nuc"))
     result = found(torch.outer(a.reshape(-1), a.reshape(-1)), SpectralNorm([a], [2.0], lr=0.5))
