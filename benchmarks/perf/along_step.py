@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 
 import stableopt
-from benchmarks.perf.timing import Config, interleaved, report
-from benchmarks.training.data import Dataset
+from benchmarks.perf.timing import Config, interleaved, random_data, report
 from benchmarks.training.loops import mean_squared_error
-from benchmarks.training.networks import WIDTHS, fully_connected
+from benchmarks.training.networks import fully_connected
 
 __all__ = ["Config", "run"]
+
+_WIDTH = 512
+"""Of the hidden layers: steps long enough that passes count, and not the fixed cost of a measurement."""
 
 _QUANTITIES: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -33,22 +35,23 @@ _QUANTITIES: dict[str, tuple[str, ...]] = {
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time steps with each set of quantities, print and write their table; return its rows."""
     console = console or Console()
-    images = Dataset(config.data, config.n).load(config.data_dir).to(config.device)
+    x, y = random_data(config, 2 * config.n, (64,), 10)
     monitors: dict[str, stableopt.StabilityMonitor] = {}
 
     def steps(name: str) -> Callable[[], None]:
-        model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
+        torch.manual_seed(config.seed)
+        model = fully_connected((64, _WIDTH, _WIDTH, 10), config.seed).to(config.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
         def step() -> None:
             for _ in range(config.segment_steps):
                 optimizer.zero_grad()
-                mean_squared_error(model(images.x), images.y).backward()
+                mean_squared_error(model(x), y).backward()
                 optimizer.step()
 
         if _QUANTITIES[name]:
             step()  # so that what is set up on first use does not count
-            data = (images.x, images.y)
+            data = (x, y)
             monitors[name] = stableopt.StabilityMonitor(
                 optimizer,
                 model,
@@ -56,7 +59,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
                 data,
                 every=1,
                 quantities=_QUANTITIES[name],
-                batch_size=len(images.x),
+                batch_size=len(x),
             )
         return step
 
@@ -80,7 +83,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         "cost in training steps": t.training_steps,
         "forward passes of the search": t.passes,
     }
-    title = f"Cost of margins along the step: {config.data}, n = {config.n:,}"
+    title = f"Cost of margins along the step: width {_WIDTH}, n = {len(x):,}"
     return report(config, console, "along-step", title, columns, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from rich.console import Console
 from torch import nn
 
 import benchmarks.__main__ as cli
-from benchmarks.perf import eigenvalues, ensemble, growth, imports, products, timing, tracking
+from benchmarks.perf import (
+    along_step,
+    eigenvalues,
+    ensemble,
+    growth,
+    imports,
+    products,
+    timing,
+    tracking,
+)
 from benchmarks.training.networks import TransformerBlock, small_vgg
 from stableopt.curvature import NonUniformity, Problem
 
@@ -62,6 +72,16 @@ def test_tracking_end_to_end(tmp_path: Path) -> None:
     assert share["measurements"] >= 1
     assert every["median_products"] >= 1
     assert rows_of(tmp_path / "perf-tracking.json") == [every, share]
+
+
+def test_along_step_end_to_end(tmp_path: Path) -> None:
+    """Catches a search that is not counted, and a plain run that is measured."""
+    rows = along_step.run(config(tmp_path, n=10, segments=1, segment_steps=2), quiet())
+    assert rows[0]["quantities"] == "plain"
+    assert rows[0]["training_steps"] == 0
+    assert rows[2]["passes"] >= 2
+    assert math.isnan(rows[0]["passes"])
+    assert math.isnan(rows[1]["passes"])
 
 
 def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
