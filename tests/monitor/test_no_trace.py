@@ -107,7 +107,7 @@ def test_monitor_leaves_no_trace(around: Callable[[], Any]) -> None:
     """
 
     def watch(optimizer: torch.optim.Optimizer, model: nn.Module, loader: Any) -> Any:
-        quantities = ("sharpness", "non_uniformity")
+        quantities = ("sharpness", "non_uniformity", "realised_edge", "critical_sharpness")
         return StabilityMonitor(optimizer, model, MSE, loader, every=1, quantities=quantities)
 
     bare, _ = restless_run(None, around)
