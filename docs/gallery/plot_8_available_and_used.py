@@ -1,0 +1,84 @@
+r"""Available and used: χ and ζ
+===========================
+
+χ, the sharpness over its limit, says how sharp a direction is *available*. ζ, the realised edge, says
+how much of the last steps was overshoot: above 1 they raised the loss on the probe set. Optimizers
+differ in how much of χ they use.
+"""
+
+import warnings
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import nn
+
+from stableopt import StabilityMonitor
+
+torch.manual_seed(0)
+images, digits = load_digits(return_X_y=True)
+rows = torch.randperm(len(images))[:1000]
+x = torch.tensor(images, dtype=torch.float32)[rows] / 16
+y = nn.functional.one_hot(torch.tensor(digits)[rows], 10).float()
+loss_fn = nn.MSELoss()
+
+
+def muon_and_adamw(params):
+    """Return Muon for the matrices, and AdamW for the biases."""
+    return [
+        torch.optim.Muon([p for p in params if p.dim() == 2], lr=0.01),
+        torch.optim.AdamW([p for p in params if p.dim() < 2], lr=3e-3),
+    ]
+
+
+# %%
+# Each run: its optimizers, and the samples in a step; 1,000 are all.
+
+RUNS = {
+    "gradient descent": (lambda p: [torch.optim.SGD(p, lr=1.0)], 1000),
+    "heavy ball": (lambda p: [torch.optim.SGD(p, lr=1.0, momentum=0.9)], 1000),
+    "AdamW, B = 64": (lambda p: [torch.optim.AdamW(p, lr=3e-3)], 64),
+    "SGD, B = 16": (lambda p: [torch.optim.SGD(p, lr=0.5)], 16),
+    "Muon + AdamW, B = 64": (muon_and_adamw, 64),
+}
+figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+figure.suptitle("Available (χ) and used (ζ)")
+axes = figure.subplots()
+for row, (name, (make, size)) in enumerate(RUNS.items()):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    optimizers = make(list(model.parameters()))
+    with warnings.catch_warnings():
+        # Muon has no limit on the sharpness, which the monitor says.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with StabilityMonitor(
+            optimizers,
+            model,
+            loss_fn,
+            (x, y),
+            every=20,
+            quantities=("sharpness", "realised_edge"),
+        ) as monitor:
+            for _ in range(1000):
+                batch = torch.randperm(len(x))[:size]
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss_fn(model(x[batch]), y[batch]).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+    last = monitor.history[-1]
+    available, used = last.edge_ratio, last.realised_edge
+    shown = [f"{number:.3f}" if number is not None else "not known" for number in (available, used)]
+    print(f"{name:21} χ {shown[0]:9}  ζ {shown[1]:9}  loss {last.loss:.4f}")
+    for number, colour, offset in ((available, "#0072B2", -0.2), (used, "#D55E00", 0.2)):
+        if number is not None:
+            axes.barh(row + offset, number, 0.4, color=colour)
+axes.axvline(1, color="black", linewidth=1)
+axes.set_yticks(range(len(RUNS)), list(RUNS))
+axes.invert_yaxis()
+axes.set_xlabel("blue: χ, available; orange: ζ, used")
+
+# %%
+# Gradient descent uses what is available. Heavy ball stands as near its limit, and almost nothing of its
+# steps is overshoot. SGD and AdamW stand far below theirs, and yet every step overshoots (ζ ≈ 1): on average it
+# no longer lowers the loss. A smaller learning rate would.
