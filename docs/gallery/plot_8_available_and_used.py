@@ -80,5 +80,5 @@ axes.set_xlabel("blue: χ, available; orange: ζ, used")
 
 # %%
 # Gradient descent uses what is available. Heavy ball stands as near its limit, and almost nothing of its
-# steps is overshoot. SGD and AdamW stand far below theirs, and yet every step overshoots (ζ ≈ 1): on average it
-# no longer lowers the loss. A smaller learning rate would.
+# steps is overshoot. SGD and AdamW stand far below theirs, and yet their steps overshoot (ζ ≈ 1): on
+# average they no longer lower the loss.
