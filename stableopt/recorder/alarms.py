@@ -16,7 +16,7 @@ _BLOCK = 5
 """Losses of batches are judged by means of so many, since a single one may be an odd batch."""
 
 _FEWEST = 8
-"""Blocks before the one that is judged; with fewer, the spread is not known."""
+"""Means, or measurements, with which one is compared; with fewer means the spread is not known."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,9 @@ class AlarmRules:
     def _rise(
         self, losses: Sequence[float], step: int, first: float | None, name: str
     ) -> Alarm | None:
-        *before, last = losses
-        usual, start = median(before[-_FEWEST:]), first if first is not None else losses[0]
+        # The recent ones alone: with those of the first descent among them, the spread is too wide.
+        before, last = losses[-_FEWEST - 1 : -1], losses[-1]
+        usual, start = median(before), first if first is not None else losses[0]
         high = (
             robust_score(last, before) > self.loss_score
             and last - usual > self.loss_rise * abs(start)

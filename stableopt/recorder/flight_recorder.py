@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
 from stableopt.distributed.fsdp import local
+from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.alarms import Alarm, AlarmRules
 from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
@@ -109,10 +110,12 @@ class FlightRecorder:
         self._warn = WarnOnce(active=monitor.problem.ranks.rank == 0)
         self._writes = monitor.problem.ranks.rank == 0
         self.reports: list[Path] = []
+        self._joint = JointStep(monitor.optimizers)
         monitor.sinks.append(self)
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step) for optimizer in [monitor.optimizer]
-        ] + [monitor.optimizer.register_step_post_hook(self._after_step)]
+            *(o.register_step_pre_hook(self._before_step) for o in monitor.optimizers),
+            *(o.register_step_post_hook(self._after_step) for o in monitor.optimizers),
+        ]
 
     def loss(self, loss: Tensor | float, batch: Sequence[int] | Tensor | None = None) -> None:
         """Report the loss of the batch of the next step, and what identifies the batch.
@@ -207,9 +210,12 @@ class FlightRecorder:
             self._warn("the flight recorder failed", f"{type(error).__name__}: {error}")
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._guarded(self._note)
+        if not nested(optimizer) and self._joint.begins(optimizer):
+            self._guarded(self._note)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if nested(optimizer) or not self._joint.ends(optimizer):
+            return
         if len(self._pending) >= self._check_every:
             self._guarded(self._look)
 
@@ -220,7 +226,7 @@ class FlightRecorder:
             else torch.linalg.vector_norm(_values(p.grad), dtype=torch.float32)
             for p in self._monitor.problem.params
         ]
-        groups = self._monitor.optimizer.param_groups
+        groups = [group for o in self._monitor.optimizers for group in o.param_groups]
         rates = [float(group["lr"]) for group in groups if group.get("lr") is not None]
         lr = max(rates, default=0.0)
         step = StepRecord(self._monitor.step + 1, lr, batch=self._batch)

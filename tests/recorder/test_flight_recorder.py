@@ -162,6 +162,22 @@ def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
         assert torch.equal(mine, other)
 
 
+def test_several_optimizers_are_one_step(tmp_path: Path) -> None:
+    """Catches a record for each of two optimizers, and a learning rate of the first alone."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)), data()
+    slow = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    fast = torch.optim.SGD(model[2].parameters(), lr=0.3)
+    with StabilityMonitor([slow, fast], model, LOSS, (x, y), every=5) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path)
+        for _ in range(5):
+            LOSS(model(x), y).backward()
+            slow.step()
+            fast.step()
+        steps = recorder.evidence.steps
+        assert [(its.step, its.lr) for its in steps] == [(k, 0.3) for k in range(1, 6)]
+
+
 def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
     """Catches a report for every step of a run that is lost, and lists that grow."""
     run = Run(tmp_path, lr=3.0, window=20, most_reports=2)

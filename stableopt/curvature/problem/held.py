@@ -55,10 +55,12 @@ class Held:
         found = [v for v in reached.values() if id(v) not in known]
         self.generators = [v for v in found if isinstance(v, GENERATORS)]
         self.tensors = [v for v in found if isinstance(v, Tensor) and v.requires_grad]
+        # Lightning holds weak proxies, which are not hashable; the first module is the real one.
+        real = {id(m): m for m in (next(v.modules()) for v in found if isinstance(v, nn.Module))}
         modules = [
             m
-            for m in found
-            if isinstance(m, nn.Module)
+            for m in real.values()
+            if id(m) not in known
             and not isinstance(m, torch.jit.ScriptModule)
             and model not in set(m.modules())
         ]

@@ -351,7 +351,7 @@ class UpdateRule:
 
         Raises:
             TypeError: for anything but optimizers.
-            ValueError: for a parameter that two of them hold, for optimizers some of which maximize,
+            ValueError: for a parameter that two of them hold, where some of them maximize and some not,
                 and as ``from_optimizer`` does.
 
         >>> one, two = torch.zeros(1), torch.zeros(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.curvature import DualCurvature, Hessian, NonUniformity, Problem, top_eigenpair
+from stableopt.curvature.problem.held import Held
 
 F = nn.functional
 
@@ -108,6 +110,13 @@ def test_a_parameter_held_besides_the_model_is_named(
     data = torch.randn(8, 4), torch.randn(8, model(torch.zeros(1, 4)).shape[1])
     with pytest.raises(ValueError, match=f"parameter '{name}' enters the loss other than"):
         Problem(model, make_loss(model), data)
+
+
+def test_a_weak_proxy_of_a_module_stands_for_the_module() -> None:
+    """Catches Lightning's proxies, which are not hashable, as an error."""
+    model, critic = nn.Linear(2, 1), nn.Sequential(nn.BatchNorm1d(1))
+    model.proxies = [weakref.proxy(critic), critic, weakref.proxy(model)]
+    assert Held(model, F.mse_loss).modules == [critic]
 
 
 def test_a_penalty_read_from_the_model_counts() -> None:
