@@ -160,7 +160,7 @@ def torchrun(words: list[str], here: Here) -> None:
 CHECKS: dict[str, Callable[[list[str], Here], None]] = {
     r"make [\w -]+": make,
     r"(python -m )?pip install .+": install,
-    r"python -m benchmarks run .+": benchmarks_run,
+    r"python -m benchmarks (run|paper) .+": benchmarks_run,
     r"(python -m benchmarks )?perf .+": benchmarks_perf,
     r"python -m benchmarks (list|status|figures|report)\b.*": benchmarks_after,
     r"python -m benchmarks perf": benchmarks_perf,
