@@ -37,7 +37,8 @@ def weights_seen(evaluate: Callable[[], Any]) -> list[WeightedMean]:
     means = WeightedMeans(lambda number, mean: mean.value())
     with means:
         evaluate()
-    return means.seen
+    # Without the graphs of the model's outputs, each of which holds a forward pass in memory.
+    return [mean.detached() for mean in means.seen]
 
 
 def totals_seen(evaluate: Callable[[], Any]) -> list[float]:

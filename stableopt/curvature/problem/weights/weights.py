@@ -76,6 +76,14 @@ class WeightedMean:
         # Probabilities as targets are averaged plainly.
         return None if found["target"].is_floating_point() else cls(function, found)
 
+    def detached(self) -> WeightedMean:
+        """Return it with arguments that are not part of a graph."""
+        arguments = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return WeightedMean(self.function, arguments)
+
     @property
     def ignore_index(self) -> int | None:
         """The target that is ignored, if there is one."""
