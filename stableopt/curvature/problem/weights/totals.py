@@ -37,7 +37,7 @@ def weights_seen(evaluate: Callable[[], Any]) -> list[WeightedMean]:
     means = WeightedMeans(lambda number, mean: mean.value())
     with means:
         evaluate()
-    # Without the graphs of the model's outputs, each of which holds a forward pass in memory.
+    # Without the graphs of the outputs: each holds a forward pass in memory.
     return [mean.detached() for mean in means.seen]
 
 
