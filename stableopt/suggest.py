@@ -9,14 +9,19 @@ fitted the threshold is exact in mean square if all directions are affordable; e
 parameters (:func:`~stableopt.critical_lr`). Otherwise, and if the model's outputs are not separate from
 its loss, it is an upper bound. Where the Hessian has negative curvature no learning rate is stable; the
 bounds are then those of the directions of positive curvature, as a note says.
+
+A last row has the rate from which *one* step along the full-batch gradient raises the loss, by a few
+forward passes. It is not a limit of training, but for models that are too large for products with the
+Hessian, or have no second derivative, it is what can be had: ``curvature=False`` finds it alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +29,18 @@ from torch import Tensor, nn
 
 from stableopt._support.arguments import whole
 from stableopt._support.deprecation import warn_renamed
-from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
+from stableopt.curvature import (
+    Hessian,
+    NonFiniteError,
+    Problem,
+    SecondDerivativeError,
+    top_eigenpair,
+)
 from stableopt.curvature.problem.data.batches import cut
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.sharded import require_samples
+from stableopt.stability.along_step.critical_sharpness import critical_sharpness
 from stableopt.stability.mean_square.choice import FITTED, curvature_of
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
 from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, leaves
@@ -75,23 +88,27 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Suggestions:
-    """All answers; ``print`` shows a table.
+    r"""All answers; ``print`` shows a table.
 
     Attributes:
         rows: one for each optimizer and batch size.
-        sharpness: sharpness of the Hessian at the point.
+        sharpness: sharpness of the Hessian at the point; ``None`` with ``curvature=False``.
         num_samples: number of samples evaluated.
         seconds: total wall time.
         notes: assumptions.
         method: how products with the Hessian were computed.
+        one_step: by optimizer, the learning rate from which one full-batch step raises the loss:
+            :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`. For plain SGD, and the running
+            optimizer if it can take a trial step; infinity where no rate tried does.
     """
 
     rows: tuple[Suggestion, ...]
-    sharpness: float
+    sharpness: float | None
     num_samples: int
     seconds: float
     notes: tuple[str, ...]
     method: str
+    one_step: Mapping[str, float] = field(default_factory=dict)
 
     def answer(self, optimizer: str, batch_size: int) -> Suggestion:
         """Return the answer for one optimizer and one batch size.
@@ -110,19 +127,24 @@ class Suggestions:
         return self.answer(optimizer, batch_size)
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(row.optimizer for row in self.rows))
+        names = list(dict.fromkeys([*(row.optimizer for row in self.rows), *self.one_step]))
         sizes = list(dict.fromkeys(row.batch_size for row in self.rows))
         lines = [["batch size", *names]]
         lines += [
             [str(size), *(_shown(self.answer(name, size)) for name in names)] for size in sizes
         ]
+        if self.one_step:
+            known = [self.one_step.get(name) for name in names]
+            lines.append(["one step", *("–" if lr is None else f"{lr:.3g}" for lr in known)])
         widths = [max(len(line[k]) for line in lines) for k in range(len(names) + 1)]
         table = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in lines
         ]
         head = f"Largest linearly stable learning rate, by {self.num_samples} samples"
-        found = f"sharpness {self.sharpness:.4g} ({self.method}); found in {self.seconds:.1f} s"
+        found = f"found in {self.seconds:.1f} s"
+        if self.sharpness is not None:
+            found = f"sharpness {self.sharpness:.4g} ({self.method}); {found}"
         return "\n".join([head, *table, found, *self.notes])
 
 
@@ -139,6 +161,7 @@ def suggest(
     optimizer: torch.optim.Optimizer | None = None,
     dataset_size: int | None = None,
     max_rows: int = MAX_ROWS,
+    curvature: bool = True,
     seed: int = 0,
 ) -> Suggestions:
     r"""Return the largest learning rates that are linearly stable here, by optimizer and batch size.
@@ -157,6 +180,8 @@ def suggest(
             :math:`1-\eta\lambda/2`, is ignored.
         dataset_size: samples in the training set, if ``data`` is a part of it.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
+        curvature: ``False`` finds :attr:`Suggestions.one_step` alone, by one gradient and a few forward
+            passes for each optimizer, which then may be any that can take a trial step.
         seed: seed of the eigen-solvers.
 
     Raises:
@@ -170,13 +195,23 @@ def suggest(
     [0.2941, 0.4]
     """
     began = time.perf_counter()
-    problem = require_samples(
-        problem_of(model, loss_fn, data), "a learning rate for each batch size"
-    )
+    options = {} if curvature or not isinstance(model, nn.Module) else {"second_derivatives": False}
+    given = problem_of(model, loss_fn, data, **options)
+    notes: list[str] = []
+    try:
+        one_step = _one_step(given, optimizer)
+    except (ValueError, TypeError, NonFiniteError) as error:
+        if not curvature:
+            raise
+        one_step = {}
+        notes.append(f"no rate of one step: {error}")
+    if not curvature:
+        seconds = time.perf_counter() - began
+        return Suggestions((), None, given.num_samples, seconds, (), given.method, one_step)
+    problem = require_samples(given, "a learning rate for each batch size")
     n = problem.num_samples
     size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
     sizes = _sizes(batch_sizes, size)
-    notes: list[str] = []
     rows: list[Suggestion] = []
     search = _Search(problem, size, whole("max_rows", max_rows), seed, notes)
     plain = search.at(problem)
@@ -184,8 +219,7 @@ def suggest(
         rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
     if optimizer is not None:
         seen, step = _as_adam_sees(problem, optimizer)
-        name = type(base_optimizer(optimizer)).__name__
-        name = _ADAMW if name == "Adam" else name  # without weight decay they are one
+        name = _name(optimizer)
         notes.append(f"{name}: with the second moments of the optimizer's last step")
         adam = search.at(seen)
         rows += [search.answer(name, adam, step, batch_size) for batch_size in sizes]
@@ -207,7 +241,21 @@ def suggest(
         time.perf_counter() - began,
         tuple(dict.fromkeys(notes)),
         problem.method,
+        one_step,
     )
+
+
+def _one_step(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+    """Return the learning rates from which one step raises the loss."""
+    steps = {_SGD: None} if optimizer is None else {_SGD: None, _name(optimizer): optimizer}
+    found = {name: critical_sharpness(problem, optimizer=its) for name, its in steps.items()}
+    return {name: at.lr if at.bracket[1] < math.inf else math.inf for name, at in found.items()}
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name in the table."""
+    name = type(base_optimizer(optimizer)).__name__
+    return _ADAMW if name == "Adam" else name  # without weight decay they are one
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from oracles import dense_hessians, small_data, small_network
@@ -206,3 +209,78 @@ def test_bounds_of_leading_directions_are_bounds(seed: int) -> None:
             assert bound.lower <= known.lr * (1 + 1e-4)
             assert known.lr * (1 - 1e-4) <= bound.lr
             assert bound.lr <= 1.5 * known.lr
+
+
+def test_the_rate_of_one_step_is_that_of_a_scan() -> None:
+    """Catches a rate of another direction, or of another optimizer than the one that runs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x, y = torch.randn(20, 3).double(), torch.randn(20, 2).double()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        adam.zero_grad()
+        nn.MSELoss()(model(x), y).backward()
+        adam.step()
+    found = stableopt.suggest(model, nn.MSELoss(), (x, y), optimizer=adam, curvature=False)
+    assert (found.rows, found.sharpness) == ((), None)
+    start = nn.MSELoss()(model(x), y).item()
+    for name, kind in (("SGD", torch.optim.SGD), ("AdamW", torch.optim.AdamW)):
+
+        def after(lr: float, kind: Any = kind) -> float:
+            other = copy.deepcopy(model)
+            trial = kind(other.parameters(), lr=lr)
+            if kind is torch.optim.AdamW:
+                trial.load_state_dict(adam.state_dict())
+                trial.param_groups[0]["lr"] = lr
+            nn.MSELoss()(other(x), y).backward()
+            trial.step()
+            return nn.MSELoss()(other(x), y).item()
+
+        # The bracket's width, a sixteenth of the rate, is the search's tolerance.
+        assert after(found.one_step[name] * 0.93) < start < after(found.one_step[name] * 1.07)
+
+
+def test_models_without_a_second_derivative_have_the_rate_of_one_step() -> None:
+    """Catches a second derivative that is needed for what forward passes tell."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * ctx.saved_tensors[0] * grad
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(self.w * x)
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return (out - y).mean()
+
+    # f = w^2: a step along 2 w raises it from a rate of 1 on.
+    data = torch.ones(4, 1), torch.zeros(4, 1)
+    found = stableopt.suggest(Model(), loss, data, curvature=False)
+    assert found.one_step["SGD"] == pytest.approx(1.0, rel=1 / 16)  # the bracket's width
+    lines = str(found).splitlines()
+    assert lines[1].split() == ["batch", "size", "SGD"]
+    assert lines[2].split()[:2] == ["one", "step"]
+
+
+def test_where_no_step_can_be_taken_the_other_answers_stand() -> None:
+    """Catches a minimum, whose gradient is zero, that has no answer at all."""
+    model, data = scalars()
+    nn.init.zeros_(model.weight)
+    found = stableopt.suggest(model, MSE, data, batch_sizes=(1,))
+    assert found.one_step == {}
+    assert any(note.startswith("no rate of one step:") for note in found.notes)
+    assert found.answer("SGD", 1).exact
+    with pytest.raises(ValueError, match="zero"):
+        stableopt.suggest(model, MSE, data, curvature=False)

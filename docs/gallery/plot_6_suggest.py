@@ -23,7 +23,7 @@ y = nn.functional.one_hot(torch.tensor(digits)[rows], 10).float()
 model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 loss_fn = nn.MSELoss()
 opt = torch.optim.SGD(model.parameters(), lr=1.0)
-for _ in range(3000):
+for _ in range(30_000):
     opt.zero_grad()
     loss_fn(model(x), y).backward()
     opt.step()
@@ -32,8 +32,9 @@ found = stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(2, 8, 50))
 print(found)
 
 # %%
-# SGD starts from this point with batches of 8, below and above the suggested rate. ``<=`` would mark an
-# upper bound; without it the number is the threshold itself.
+# The last row is the rate from which a single full-batch step raises the loss. SGD starts from this point
+# with batches of 8, below and above the suggested rate. ``<=`` would mark an upper bound, as where samples
+# are not fitted yet; without it the number is the threshold itself.
 
 largest = found.answer("SGD", 8).lr
 figure = Figure(figsize=(7.0, 4.0), layout="constrained")
