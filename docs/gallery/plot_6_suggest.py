@@ -32,9 +32,9 @@ found = stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(2, 8, 50))
 print(found)
 
 # %%
-# The last row is the rate from which a single full-batch step raises the loss. SGD starts from this point
-# with batches of 8, below and above the suggested rate. ``<=`` would mark an upper bound, as where samples
-# are not fitted yet; without it the number is the threshold itself.
+# The last row is the rate from which a single full-batch step raises the loss. SGD starts from this
+# point with batches of 8, below and above the suggested rate. ``<=`` would mark an upper bound, as where
+# samples are not fitted yet; without it the number is the threshold itself.
 
 largest = found.answer("SGD", 8).lr
 figure = Figure(figsize=(7.0, 4.0), layout="constrained")
