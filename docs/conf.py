@@ -67,7 +67,7 @@ nitpick_ignore_regex = [
         "py:.*",
         r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|typing)\..*",
     ),
-    ("py:.*", r"Axes|Figure|NDArray|SummaryWriter|optional"),
+    ("py:.*", r"Axes|Console|Figure|NDArray|SummaryWriter|optional"),
     # Types of keywords and aliases of tuples, whose signatures say enough.
     ("py:class", r"StepOptions|Target"),
     # Modules inside the packages are not public.
