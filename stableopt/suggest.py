@@ -180,7 +180,7 @@ def suggest(
             :math:`1-\eta\lambda/2`, is ignored.
         dataset_size: samples in the training set, if ``data`` is a part of it.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
-        curvature: ``False`` finds ``one_step`` of :class:`Suggestions` alone, by one gradient and a few forward
+        curvature: ``False`` finds ``one_step`` of the answer alone, by one gradient and a few forward
             passes for each optimizer, which then may be any that can take a trial step.
         seed: seed of the eigen-solvers.
 
