@@ -63,16 +63,27 @@ def checked_scalar(loss: Any) -> Tensor:
     return loss
 
 
-def check_mean(once: float, twice: float) -> None:
-    """Raise ``ValueError`` if the losses of a batch, and of it twice over, exclude a mean."""
+def check_mean(once: float, twice: float, *, of_batches: bool = False) -> None:
+    """Raise ``ValueError`` if the losses of a batch, and of it twice over, exclude a mean.
+
+    Args:
+        once: the loss of the batch.
+        twice: the loss of the batch twice over.
+        of_batches: whether batches count as they are; then a sum alone is excluded, since samples may
+            see each other.
+    """
     # Near zero both are rounding; a non-finite loss is for the measurement to report.
     if not abs(once) > 1e-6 or not abs(twice) < float("inf"):
         return
     if abs(twice - once) > _NOT_A_MEAN * abs(once):
-        hint = " (a sum: use reduction='mean')" if abs(twice - 2 * once) < 0.1 * abs(once) else ""
+        is_sum = abs(twice - 2 * once) < 0.1 * abs(once)
+        if of_batches and not is_sum:
+            return
+        hint = " (a sum: use reduction='mean')" if is_sum else ""
+        way = "" if is_sum else ". If samples see each other (contrastive): batch_statistics=True"
         raise ValueError(
             f"loss_fn is not a mean over samples{hint}: a batch has loss {once:.6g}, the same batch"
-            f" twice over {twice:.6g}; expected the same"
+            f" twice over {twice:.6g}; expected the same{way}"
         )
 
 

@@ -158,7 +158,7 @@ class Problem(DifferentiableLoss):
             doubled = twice_over(batch)
             self._check_held(theta, batch, doubled)
             if not self._random:
-                check_mean(once, value(doubled))
+                check_mean(once, value(doubled), of_batches=self._batch_statistics)
             if not self._batch_statistics:
                 self._find_weights(theta, batch)
             self._check_derivatives(batch, size, twice=self._second_derivatives)

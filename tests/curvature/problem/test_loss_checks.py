@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from monitored_runs import X
-from torch import nn
+from torch import Tensor, nn
 
 import stableopt
+from stableopt.curvature import Hessian, Problem
 
 
 def test_samples_that_see_each_other_are_named() -> None:
@@ -28,3 +29,40 @@ def test_samples_that_see_each_other_are_named() -> None:
         stableopt.Problem(model, spread, (X, targets), chunk_size=5)
     whole = stableopt.Problem(model, spread, (X, targets), chunk_size=5, batch_statistics=True)
     assert whole.num_samples == 12
+
+
+def test_a_contrastive_loss_is_measured_as_the_mean_of_its_batches() -> None:
+    """Catches a loss with in-batch negatives that has no way in, and a sum that has one."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    batch = {"a": torch.randn(8, 4).double(), "b": torch.randn(8, 4).double()}
+
+    def contrastive(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        scores = model(batch["a"]) @ model(batch["b"]).T
+        return nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+    with pytest.raises(ValueError, match=r"not a mean over samples.*batch_statistics=True"):
+        Problem.from_batch_loss(encoder, contrastive, batch)
+    problem = Problem.from_batch_loss(encoder, contrastive, batch, batch_statistics=True)
+    names = [name for name, _ in encoder.named_parameters()]
+
+    def flat(theta: Tensor) -> Tensor:
+        parts = dict(
+            zip(names, theta.split([p.numel() for p in encoder.parameters()]), strict=True)
+        )
+        shaped = {n: parts[n].view_as(p) for n, p in encoder.named_parameters()}
+        outputs = [torch.func.functional_call(encoder, shaped, (batch[key],)) for key in ("a", "b")]
+        return nn.functional.cross_entropy(outputs[0] @ outputs[1].T, torch.arange(8))
+
+    at = torch.cat([p.detach().reshape(-1) for p in encoder.parameters()])
+    dense = torch.autograd.functional.hessian(flat, at)
+    vector = torch.randn(problem.num_params).double()
+    # Products of the same second derivatives, in double precision.
+    assert torch.allclose(Hessian(problem) @ vector, dense @ vector, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="a sum: use reduction='mean'"):
+        Problem.from_batch_loss(
+            encoder,
+            lambda model, batch: model(batch["a"]).square().sum(),
+            batch,
+            batch_statistics=True,
+        )
