@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ class FlightRecorder:
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
         self._steps: deque[StepRecord] = deque(maxlen=window)
         self._measured: deque[MeasuredRecord] = deque(maxlen=window)
-        self._pending: list[tuple[StepRecord, Tensor | None, Tensor | None]] = []
+        self._pending: list[tuple[StepRecord, Tensor, Tensor | None]] = []
         self._loss: Tensor | None = None
         self._batch: list[int] | None = None
         self._first_loss: float | None = None
@@ -238,19 +240,19 @@ class FlightRecorder:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        rows = torch.stack([norms for _, norms, _ in pending if norms is not None]).tolist()
+        rows = torch.stack([norms for _, norms, _ in pending]).tolist()
         known = [loss for _, _, loss in pending if loss is not None]
         losses = iter(torch.stack([loss.to(known[0]) for loss in known]).tolist() if known else [])
         names = self._monitor.problem.names
         for (step, _, loss), row in zip(pending, rows, strict=True):
-            squares: dict[str, float] = {}
+            by_layer: dict[str, float] = {}
             for name, norm in zip(names, row, strict=True):
-                squares[layer_of(name)] = squares.get(layer_of(name), 0.0) + norm * norm
+                layer = layer_of(name)
+                by_layer[layer] = math.hypot(by_layer.get(layer, 0.0), norm)
             value = None if loss is None else next(losses)
             if self._first_loss is None:
                 self._first_loss = value
-            norms_of = {layer: square**0.5 for layer, square in squares.items()}
-            self._steps.append(StepRecord(step.step, step.lr, value, norms_of, step.batch))
+            self._steps.append(replace(step, loss=value, grad_norms=by_layer))
 
     def _gains(self) -> dict[str, float]:
         problem = self._monitor.problem
