@@ -1,18 +1,7 @@
-"""Figures of a run: the sharpness / non-uniformity diagram, and the margins over the steps.
-
-Three examples::
-
-    plot.diagram(StabilityRegion(UpdateRule.from_optimizer(opt), batch_size=32), monitor.history)
-    plot.diagram({"before": region, "after the change": other}, points)
-    plot.margins(monitor.history).savefig("margins.png")
-
-Figures are built without pyplot: they have no global state, open no window and need no closing, so
-that a training loop may draw them. matplotlib is imported on the first call.
-"""
+"""`diagram`: the sharpness / non-uniformity diagram, with regions, trajectory and marks."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.stability import QUANTITIES, Chart, StabilityMargins, StabilityRegion
+from stableopt.plot.canvas import BLUE, GREEN, GREY, PURPLE, VERMILION, chart_of, figure_of, finish
+from stableopt.stability import StabilityMargins, StabilityRegion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Region", "diagram", "margins", "to_rgb"]
+__all__ = ["Region", "diagram"]
 
 Region: TypeAlias = StabilityRegion | tuple[float, float]
 """A region, or the largest sharpness and non-uniformity where only the box is known."""
@@ -34,15 +24,9 @@ Region: TypeAlias = StabilityRegion | tuple[float, float]
 Target: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 """``(low, high)`` of the sharpness and of the non-uniformity."""
 
-# Okabe and Ito's palette, distinct under every common colour blindness.
-_VERMILION, _BLUE, _GREEN, _PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
-_REGION_COLOURS = (_VERMILION, _BLUE, _GREEN, _PURPLE)
-_GREY = "#555555"
+_REGION_COLOURS = (VERMILION, BLUE, GREEN, PURPLE)
 
 _MARKERS = ["^", "v", "s", "D", "P", "X", "h", "p"]
-
-_LOG_FROM = 20.0
-"""Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 
 def diagram(
@@ -90,7 +74,7 @@ def diagram(
     regions = _by_label(region)
     items = list(points)
     steps, path, unit = _path(items)
-    axes: Any = _figure((5.4, 4.2)).add_subplot() if ax is None else ax
+    axes: Any = figure_of((5.4, 4.2)).add_subplot() if ax is None else ax
     figure: Figure = axes.get_figure()
 
     boxes = [_box(each) for each in regions.values()]
@@ -110,92 +94,13 @@ def diagram(
         _draw_path(axes, steps, path, unit)
         _draw_marks(axes, steps, path, marks)
     own = any(isinstance(p, StabilityMargins) and p.preconditioned_sharpness for p in items)
-    axes.set_xlabel(_chart("preconditioned_sharpness" if own else "sharpness").label)
-    axes.set_ylabel(_chart("non_uniformity").label)
+    axes.set_xlabel(chart_of("preconditioned_sharpness" if own else "sharpness").label)
+    axes.set_ylabel(chart_of("non_uniformity").label)
     if title is not None:
         axes.set_title(title)
     axes.set_axisbelow(True)
-    _finish(axes)
+    finish(axes)
     return figure
-
-
-def margins(
-    history: Iterable[StabilityMargins | Mapping[str, Any]],
-    *,
-    marks: Iterable[tuple[float, str]] = (),
-    title: str | None = None,
-) -> Figure:
-    """Draw sharpness and non-uniformity over the steps, each with its limit.
-
-    With a preconditioner, the sharpness is the preconditioned one, which has the limit. Other
-    quantities that have a chart and were measured follow below. Values above a limit are shaded.
-    Failed measurements are crosses at the bottom of a panel. An axis that spans more than a factor of
-    20 is logarithmic if all its numbers are positive.
-
-    Args:
-        history: a monitor's ``history``, or records with their ``step``, such as the lines that
-            :class:`~stableopt.JSONLinesSink` wrote.
-        marks: pairs (step, label) of changes during the run, drawn as vertical lines.
-        title: a title, or ``None``.
-
-    Returns:
-        The figure, with one axes for each quantity.
-
-    Raises:
-        ImportError: without matplotlib.
-
-    >>> history = [StabilityMargins(step=t, sharpness=5.0 + t, sharpness_limit=20.0) for t in range(9)]
-    >>> figure = margins(history)
-    >>> [ax.get_ylabel().split()[0] for ax in figure.axes]
-    ['sharpness', 'non-uniformity']
-    """
-    records = [item if isinstance(item, Mapping) else _record(item) for item in history]
-    steps, changes = _column(records, "step"), list(marks)
-    failed = np.array(
-        [bool(r.get("failed")) or r.get("failure") is not None for r in records], bool
-    )
-    names = _shown(records)
-    figure: Figure = _figure(figsize=(7.0, 2.8 * len(names)))
-    panels = figure.subplots(len(names), 1, sharex=True)
-    for axes, name in zip(panels, names, strict=True):
-        values, limits = _column(records, name), _column(records, f"{name}_limit")
-        _draw_panel(axes, steps, values, limits, name)
-        if failed.any():
-            transform, bottom = axes.get_xaxis_transform(), np.full(failed.sum(), 0.03)
-            style = {"color": _GREY, "label": "failed", "transform": transform}
-            axes.plot(steps[failed], bottom, "x", **style)
-        for index, what in enumerate(dict.fromkeys(what for _, what in changes)):
-            line = {"color": _GREY, "linestyle": (0, (1 + 2 * index, 2)), "linewidth": 0.8}
-            for step, each in changes:
-                if each == what:
-                    axes.axvline(step, **line)
-            axes.plot([], [], label=what, **line)
-        axes.set_ylabel(_chart(name).label)
-        _finish(axes)
-    panels[-1].set_xlabel("step")
-    if title is not None:
-        figure.suptitle(title)
-    return figure
-
-
-def to_rgb(figure: Figure) -> NDArray[np.uint8]:
-    """Return the pixels of ``figure``, ``(height, width, 3)``.
-
-    >>> to_rgb(diagram((20.0, 20.0))).shape
-    (420, 540, 3)
-    """
-    backend = _import("matplotlib.backends.backend_agg")
-    canvas = backend.FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
-
-
-def require_matplotlib() -> None:
-    """Raise an ``ImportError`` with the command to install it, if matplotlib is missing."""
-    _import("matplotlib.figure")
-
-
-# -- the diagram -----------------------------------------------------------------------------------
 
 
 def _by_label(region: Region | Mapping[str, Region] | None) -> dict[str, Region]:
@@ -274,7 +179,7 @@ def _draw_region(
 
 def _draw_path(axes: Any, steps: NDArray[np.float64], path: NDArray[np.float64], unit: str) -> None:
     x, y = path.T
-    axes.plot(x, y, color=_GREY, linewidth=0.7, alpha=0.6, zorder=2)
+    axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.6, zorder=2)
     # The brightest end of viridis is lost on white.
     span = (steps[0], steps[-1] + 0.12 * (steps[-1] - steps[0]))
     dots = axes.scatter(
@@ -296,8 +201,8 @@ def _draw_target(axes: Any, target: Target, left: float, right: float, top: floa
     x = (a_low if a_low > 0 else 1.2 * left - 0.1 * right, min(a_high, 1.2 * right))
     y = (s_low if s_low > 0 else -0.1 * top, min(s_high, 1.2 * top))
     corners = [[x[0], x[1], x[1], x[0], x[0]], [y[0], y[0], y[1], y[1], y[0]]]
-    axes.fill(*corners, color=_GREEN, alpha=0.10, linewidth=0, zorder=0)
-    axes.plot(*corners, color=_GREEN, linewidth=1.4, linestyle=":", label="target")
+    axes.fill(*corners, color=GREEN, alpha=0.10, linewidth=0, zorder=0)
+    axes.plot(*corners, color=GREEN, linewidth=1.4, linestyle=":", label="target")
 
 
 def _draw_marks(
@@ -312,89 +217,5 @@ def _draw_marks(
         index = max(int(np.searchsorted(steps, step, side="right")) - 1, 0)
         labels.setdefault(label, []).append(index)
     for (label, indices), marker in zip(labels.items(), _MARKERS * len(labels), strict=False):
-        style = {"markerfacecolor": "none", "markeredgecolor": _VERMILION, "linestyle": "none"}
+        style = {"markerfacecolor": "none", "markeredgecolor": VERMILION, "linestyle": "none"}
         axes.plot(*path[indices].T, marker, markersize=8, zorder=5, label=label, **style)
-
-
-# -- the margins -----------------------------------------------------------------------------------
-
-
-def _record(margins: StabilityMargins) -> dict[str, float]:
-    return {"step": margins.step, **margins.record()}
-
-
-def _shown(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the quantities to draw: both sides of the box, then what else was measured."""
-    charted = [name for name, quantity in QUANTITIES.items() if quantity.chart is not None]
-    measured = [name for name in charted if np.isfinite(_column(records, name)).any()]
-    own = "preconditioned_sharpness"
-    box = [own if own in measured else "sharpness", "non_uniformity"]
-    return box + [name for name in measured if name not in (*box, "sharpness")]
-
-
-def _column(records: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """Return a number of every record; NaN, which matplotlib leaves out, where there is none."""
-    values = (record.get(name) for record in records)
-    column = np.array([math.nan if v is None else float(v) for v in values], dtype=np.float64)
-    return np.where(np.isfinite(column), column, np.nan)
-
-
-def _draw_panel(
-    axes: Any,
-    steps: NDArray[np.float64],
-    values: NDArray[np.float64],
-    limits: NDArray[np.float64],
-    name: str,
-) -> None:
-    measured = values[np.isfinite(values)]
-    if not measured.size:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_GREY)
-        return
-    finite = limits[np.isfinite(limits)]
-    marker = "o" if measured.size < 60 else ""
-    title = _chart(name).title
-    label = title if finite.size else f"{title} (without limit)"
-    axes.plot(steps, values, marker=marker, markersize=3, color=_BLUE, linewidth=1.3, label=label)
-    shown = np.concatenate([measured, finite])
-    low, high = float(shown.min()), float(shown.max())
-    if low > 0 and high > _LOG_FROM * low:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.3, high * 1.3)
-    else:
-        axes.set_ylim(min(0.0, low * 1.1), high * 1.1 if high > 0 else 1.0)
-    if finite.size:
-        # A limit follows from settings, which jump between two measurements.
-        style = {"linestyle": "--", "color": _VERMILION, "linewidth": 1.6}
-        axes.plot(steps, limits, drawstyle="steps-post", label="limit", **style)
-        ceiling = np.full_like(limits, axes.get_ylim()[1])
-        axes.fill_between(
-            steps, limits, ceiling, step="post", color=_VERMILION, alpha=0.08, linewidth=0
-        )
-
-
-# -- matplotlib ------------------------------------------------------------------------------------
-
-
-def _chart(name: str) -> Chart:
-    chart = QUANTITIES[name].chart
-    assert chart is not None
-    return chart
-
-
-def _finish(axes: Any) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", framealpha=0.9, fontsize="small")
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError("stableopt.plot needs matplotlib: pip install stableopt[plot]") from error
-
-
-def _figure(figsize: tuple[float, float]) -> Any:
-    figure = _import("matplotlib.figure").Figure(figsize=figsize, dpi=100, layout="constrained")
-    _import("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure

@@ -1,0 +1,17 @@
+"""Figures of a run: the sharpness / non-uniformity diagram, and the margins over the steps.
+
+Three examples::
+
+    plot.diagram(StabilityRegion(UpdateRule.from_optimizer(opt), batch_size=32), monitor.history)
+    plot.diagram({"before": region, "after the change": other}, points)
+    plot.margins(monitor.history).savefig("margins.png")
+
+Figures are built without pyplot: they have no global state, open no window and need no closing, so
+that a training loop may draw them. matplotlib is imported on the first call.
+"""
+
+from stableopt.plot.canvas import require_matplotlib, to_rgb
+from stableopt.plot.over_steps import margins
+from stableopt.plot.trajectory import Region, diagram
+
+__all__ = ["Region", "diagram", "margins", "require_matplotlib", "to_rgb"]

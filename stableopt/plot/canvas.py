@@ -1,0 +1,67 @@
+"""What all figures share: matplotlib imported on the first call, colours, axes without pyplot."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stableopt.stability import QUANTITIES, Chart
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["chart_of", "figure_of", "finish", "imported", "require_matplotlib", "to_rgb"]
+
+# Okabe and Ito's palette, distinct under every common colour blindness.
+VERMILION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+GREY = "#555555"
+
+
+def to_rgb(figure: Figure) -> NDArray[np.uint8]:
+    """Return the pixels of ``figure``, ``(height, width, 3)``.
+
+    >>> from stableopt.plot import diagram
+    >>> to_rgb(diagram((20.0, 20.0))).shape
+    (420, 540, 3)
+    """
+    backend = imported("matplotlib.backends.backend_agg")
+    canvas = backend.FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def require_matplotlib() -> None:
+    """Raise an ``ImportError`` with the command to install it, if matplotlib is missing."""
+    imported("matplotlib.figure")
+
+
+def chart_of(name: str) -> Chart:
+    """Return the chart of a quantity that has one."""
+    chart = QUANTITIES[name].chart
+    assert chart is not None
+    return chart
+
+
+def finish(axes: Any) -> None:
+    """Draw the grid, and the legend where something has a label."""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", framealpha=0.9, fontsize="small")
+
+
+def imported(name: str) -> Any:
+    """Return a module of matplotlib; an ``ImportError`` says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError("stableopt.plot needs matplotlib: pip install stableopt[plot]") from error
+
+
+def figure_of(figsize: tuple[float, float]) -> Any:
+    """Return a figure without pyplot, in inches."""
+    figure = imported("matplotlib.figure").Figure(figsize=figsize, dpi=100, layout="constrained")
+    imported("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
