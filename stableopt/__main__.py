@@ -1,4 +1,4 @@
-"""The command line: ``python -m stableopt doctor``."""
+"""The command line: ``python -m stableopt doctor`` and ``python -m stableopt report``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="MODULE:CLASS",
         help="an optimizer class: whether its update rule is known, by which reader, with which limit",
     )
+    report = commands.add_parser(
+        "report", help="write the page of a run, finished, running or crashed"
+    )
+    report.add_argument(
+        "path",
+        metavar="FOLDER",
+        help="of the run: the file of a JSONLinesSink, and the reports of a FlightRecorder",
+    )
+    report.add_argument("--out", metavar="FILE", help="the page; by default FOLDER/report.html")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "report":
+        from stableopt.report import write_page
+
+        try:
+            print(write_page(chosen.path, chosen.out))
+        except (ImportError, OSError, ValueError) as error:
+            parser.error(str(error))
+        return 0
     try:
         print(diagnosis(chosen.model, chosen.optimizer))
     except Exception as error:  # also from the user's module

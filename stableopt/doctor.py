@@ -27,7 +27,7 @@ __all__ = ["diagnosis", "machine", "optimizer_rule", "product_method"]
 
 _OPTIONAL = {
     "tensorboard": "TensorBoardSink; pip install 'stableopt[tensorboard]'",
-    "matplotlib": "stableopt.plot, and the diagrams in TensorBoard; pip install 'stableopt[plot]'",
+    "matplotlib": "stableopt.plot, reports, diagrams in TensorBoard; pip install 'stableopt[plot]'",
     "lightning": "its callback; pip install 'stableopt[lightning]'",
     "transformers": "its callback; pip install 'stableopt[transformers]'",
     "wandb": "WandbSink; pip install 'stableopt[wandb]'",

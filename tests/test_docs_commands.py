@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import stableopt
 from benchmarks import cli as benchmarks_cli
 from stableopt.__main__ import main as stableopt_cli
+from stableopt.stability import StabilityMargins
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,6 +137,13 @@ def doctor(words: list[str], here: Here) -> None:
     assert stableopt_cli(words[3:]) == 0
 
 
+def report(words: list[str], here: Here) -> None:
+    """Run it on a folder of the shown name with one measurement."""
+    sink = stableopt.JSONLinesSink(here.folder / words[4] / "margins.jsonl")
+    sink(50, StabilityMargins(step=50, sharpness=1.0, sharpness_limit=2.0).record())
+    assert stableopt_cli(words[3:]) == 0
+
+
 def script(words: list[str], here: Here) -> None:
     """Check that it exists and prints its help; running it takes minutes, or a browser."""
     command = [sys.executable, str(ROOT / words[1]), *words[2:], "--help"]
@@ -165,6 +174,7 @@ CHECKS: dict[str, Callable[[list[str], Here], None]] = {
     r"python -m benchmarks (list|status|figures|report)\b.*": benchmarks_after,
     r"python -m benchmarks perf": benchmarks_perf,
     r"python -m stableopt doctor.*": doctor,
+    r"python -m stableopt report .+": report,
     r"python (docs|examples)/\w+\.py.*": script,
     r"tensorboard .+": tensorboard,
     r"torchrun .+": torchrun,

@@ -318,6 +318,15 @@ class StabilityMonitor:
         if self._schedule.turn(self.step, ready, self.problem.ranks):
             self._record(lambda step: self._measurer.measure_or_fail(step, taken))
 
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows: the page of ``python -m stableopt report`` in short."""
+        from stableopt.report import Run, notebook
+
+        try:
+            return notebook(Run.of_history(type(self).__name__, self.history))
+        except Exception:  # the notebook then shows repr(monitor)
+            return None
+
     def close(self) -> None:
         """Detach from optimizer and model, and flush the sinks; ``history`` remains."""
         for handle in self._handles:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ConsoleSink", "margins_table"]
 
-_NEAR, _OVER = 0.9, 1.01
+NEAR, OVER = 0.9, 1.01
 """Ratios from which a row is yellow, and red: near the edge, and beyond the band that charts draw."""
 
 
@@ -23,9 +23,9 @@ class ConsoleSink:
     """Shows the latest margins as a table that stays at the bottom of the terminal.
 
     What training prints appears above the table. The last decision of steering, or the reason of a
-    failed measurement, is the line below it. Where the output is not a terminal, as in a pipe, a log
-    file or most CI, nothing is shown. Where another live display is active, such as a progress bar of
-    rich, each measurement is one line instead.
+    failed measurement, is the line below it; the table then keeps the last that succeeded. Where the
+    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Where another live
+    display is active, such as a progress bar of rich, each measurement is one line instead.
 
     Args:
         console: a ``rich.console.Console``; by default one that writes to standard error, so that
@@ -46,20 +46,24 @@ class ConsoleSink:
             raise ImportError("ConsoleSink needs rich: pip install stableopt[console]") from error
         self.console = console or Console(stderr=True)
         self._live: Any = None
-        self._margins, self._said = StabilityMargins(), ""
+        self._margins, self._said, self._failure = StabilityMargins(), "", ""
 
     def receive(self, event: Event) -> None:
         """Show the margins of a measurement, or the reason of a decision."""
         if not self.console.is_terminal:
             return
         if isinstance(event, Measured):
-            self._margins = event.margins
+            failure = event.margins.failure
+            self._failure = f"step {event.step:,} failed: {failure}" if failure else ""
+            if not failure or not self._margins.results:
+                self._margins = event.margins
         else:
             self._said = f"step {event.step:,}: {event.decision}"
         if self._live is None and not self._begin():
-            self.console.print(one_line(self._margins), highlight=False, markup=False)
+            latest = event.margins if isinstance(event, Measured) else self._margins
+            self.console.print(one_line(latest), highlight=False, markup=False)
             return
-        self._live.update(margins_table(self._margins, self._said), refresh=True)
+        self._live.update(margins_table(self._margins, self._failure or self._said), refresh=True)
 
     def flush(self) -> None:
         """Leave the table as it is; a later measurement begins another one."""
@@ -109,7 +113,7 @@ def margins_table(margins: StabilityMargins, said: str = "") -> Table:
         chart = QUANTITIES[name].chart
         ratio, colour = result.ratio, ""
         if ratio is not None:
-            colour = "red" if ratio > _OVER else "yellow" if ratio >= _NEAR else "green"
+            colour = "red" if ratio > OVER else "yellow" if ratio >= NEAR else "green"
         shown = "failed" if result.value is None else _number(result.value)
         title = chart.title if chart else name.replace("_", " ")
         table.add_row(title, shown, _number(result.limit), Text(_number(ratio), style=colour))

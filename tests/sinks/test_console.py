@@ -73,6 +73,21 @@ def test_the_colour_is_that_of_the_ratio(value: float, colour: str) -> None:
     assert f"\x1b[{colour}m" in written(console)
 
 
+def test_a_failure_leaves_the_last_margins() -> None:
+    """Catches an empty table at the moment when one looks at it, and a reason that stays."""
+    sink = ConsoleSink(terminal())
+    sink.receive(Measured(1250, MARGINS))
+    sink.receive(Measured(1300, StabilityMargins(step=1300, failure="the loss is nan")))
+    sink.flush()
+    failed = written(sink.console)
+    last = failed[failed.rindex("quantity") :]
+    assert "15" in last
+    assert "step 1,300 failed: the loss is nan" in last
+    sink.receive(Measured(1350, MARGINS))
+    sink.flush()
+    assert "nan" not in written(sink.console)[len(failed) :]
+
+
 def test_failures_and_decisions_are_below_the_table() -> None:
     """Catches a failure that looks like a run without limits, and markup from a reason."""
     assert "the loss is nan" in rows(StabilityMargins(failure="the loss is nan"))[-1]

@@ -1,0 +1,145 @@
+"""`write_page`: a run as one HTML page that needs nothing else, and the same for a notebook."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stableopt.report.charts import Chart, charts, charts_of_report, heat_map
+from stableopt.report.run import FlightReport, Run, number, read_run
+from stableopt.report.summary import counts, level, rows, sentence, shown, with_ratio
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+__all__ = ["notebook", "page", "write_page"]
+
+_DARK = (
+    "--so-muted: #9a9a9a; --so-blue: #56b4e9; --so-red: #ff8b3d; --so-mark: #e39bd0;"
+    " --so-green: #2fbf97;"
+)
+_MISSING = "needs jinja2 and matplotlib: pip install stableopt[report]"
+_ALARMS, _MEASURED, _DECISIONS = 10, 6, 20
+"""Alarms, measurements of each, and decisions that a page shows."""
+
+_IN_NOTEBOOK = 4
+"""Charts in a notebook."""
+
+
+def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Write the page of a finished, running or crashed run; return its path.
+
+    The page is one file without scripts that loads nothing. It appears as a whole, or not at all.
+
+    Args:
+        path: the folder of the run, or its file of JSON lines: see :func:`read_run`.
+        out: the page; by default ``report.html`` in the folder.
+
+    Raises:
+        ImportError: without jinja2 or matplotlib: ``pip install stableopt[report]``.
+        FileNotFoundError, ValueError: as :func:`read_run` does.
+        OSError: if the page cannot be written.
+
+    >>> from stableopt import JSONLinesSink
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sink = JSONLinesSink(Path(folder) / "margins.jsonl")
+    ...     sink(50, {"sharpness": 9.0, "sharpness_ratio": 0.45, "failed": 0.0, "converged": 1.0})
+    ...     write_page(folder).name
+    'report.html'
+    """
+    path = Path(path)
+    text = page(read_run(path))
+    folder = path.parent if path.is_file() else path
+    target = folder / "report.html" if out is None else Path(out)
+    handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(partial)
+        raise
+    return target
+
+
+def page(run: Run) -> str:
+    """Return the page of ``run``.
+
+    Raises:
+        ImportError: without jinja2 or matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"a report {_MISSING}")
+    alarms = [(one, list(_held(one)), charts_of_report(one)) for one in run.reports[:_ALARMS]]
+    return _template().render(
+        **_content(run, charts(run)), compact=False, heat=heat_map(run), alarms=alarms
+    )
+
+
+def notebook(run: Run) -> str:
+    """Return the element that a notebook shows: with fewer charts, and with none without matplotlib.
+
+    >>> "There is no measurement yet." in notebook(Run("demo"))
+    True
+    """
+    has_charts = importlib.util.find_spec("matplotlib") is not None
+    drawn = charts(run)[:_IN_NOTEBOOK] if has_charts else []
+    missing = "" if has_charts else f"A chart {_MISSING}."
+    content = _content(run, drawn, missing)
+    return _template().render(**content, compact=True, heat=None, alarms=[])
+
+
+def _content(run: Run, drawn: list[Chart], missing: str = "") -> Mapping[str, Any]:
+    return {
+        "run": run,
+        "dark": _DARK,
+        "sentence": sentence(run),
+        "mood": _mood(run),
+        "counts": list(counts(run)),
+        "rows": list(rows(run)),
+        "charts": drawn,
+        "without_charts": missing,
+        "decisions": list(run.decisions[: -_DECISIONS - 1 : -1]),
+        "earlier": max(len(run.decisions) - _DECISIONS, 0),
+    }
+
+
+def _mood(run: Run) -> str:
+    """Return the colour of the sentence."""
+    if run.reports:
+        return "over"
+    for record in reversed(run.records):
+        ratios = [number(record[f"{name}_ratio"]) for name in with_ratio(record)]
+        known = [ratio for ratio in ratios if not math.isnan(ratio)]
+        if known:
+            return level(max(known))
+    return "inside" if run.failed < len(run.records) or not run.records else "over"
+
+
+def _held(report: FlightReport) -> Iterator[tuple[int, str, str, str]]:
+    for step, loss, ratio, shares in report.measured[-_MEASURED:]:
+        layers = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
+        yield step, shown(loss), shown(ratio), layers
+
+
+@cache
+def _template() -> Template:
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise ImportError(f"a report {_MISSING}") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html.jinja")

@@ -1,0 +1,248 @@
+"""The page of a run: what it shows, and that nothing of a run can break it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import pytest
+import torch
+from torch import nn
+
+from stableopt import JSONLinesSink, StabilityMonitor
+from stableopt.__main__ import main
+from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict
+from stableopt.recorder.evidence import MeasuredRecord
+from stableopt.recorder.report import write_report
+from stableopt.report import Run, notebook, page, read_run, write_page, writer
+from stableopt.report.charts import charts, heat_map, thinned
+from stableopt.report.summary import rows, sentence
+from stableopt.stability import StabilityMargins
+
+HOSTILE = "<script>alert(1)</script>\"'&$\\x$"
+
+
+def margins(step: int, ratio: float = 0.5, **more: Any) -> StabilityMargins:
+    return StabilityMargins(
+        step=step, lr=0.1, loss=1.0, sharpness=20 * ratio, sharpness_limit=20.0, **more
+    )
+
+
+def write(folder: Path, *measured: StabilityMargins) -> Path:
+    sink = JSONLinesSink(folder / "margins.jsonl")
+    for its in measured:
+        sink(its.step, its.record())
+    return sink.path
+
+
+def alarm(folder: Path, layer: str = "2") -> Path:
+    steps = [StepRecord(k, 0.1, 1.0 + k, {layer: 1.0}, [1, 2]) for k in range(1, 6)]
+    measured = [MeasuredRecord(margins(k, 0.4 * k), {layer: 0.9, "0": 0.1}) for k in (2, 4)]
+    verdict = Verdict("layer", f"The loss rose in {layer}.", layer, 4)
+    rose = Alarm("loss", 5, f"the loss of {layer} rose")
+    return write_report(folder, rose, verdict, Evidence(steps, measured))
+
+
+class Elements(HTMLParser):
+    """Collects tags, and attributes that load something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href") and not str(value).startswith("#"):
+                self.loaded.append(str(value))
+
+
+def test_the_page_shows_what_was_measured_and_loads_nothing(tmp_path: Path) -> None:
+    """Catches a page without one of its parts, and a script, a font or a picture from elsewhere."""
+    write(tmp_path, margins(50, 0.5), margins(100, 0.8), StabilityMargins(150, failure="no"))
+    alarm(tmp_path / "flight")
+    text = write_page(tmp_path).read_text()
+    for part in ("16", "20", "0.8", "Latest margins", "sharpness / limit", "Layers in the top"):
+        assert part in text
+    shown = " ".join(re.sub("<[^>]*>", " ", text).split())
+    assert "measurements 3 failed 1 not converged 0 alarms 1" in shown
+    assert "At step 5 the loss of 2 rose; the likely cause: layer, seen in layer 2." in shown
+    assert "2 90%, 0 10%" in shown
+    assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
+    found = Elements(text)
+    assert found.loaded == []
+    assert not found.tags & {"script", "link", "img", "iframe", "object"}
+    assert "http:" not in text.replace("http-equiv", "")
+    assert "https:" not in text
+
+
+def test_hostile_names_and_numbers_stay_text(tmp_path: Path) -> None:
+    """Catches a name of the run that becomes HTML, or that matplotlib reads as a formula; and a
+    number that no axis can show.
+    """
+    folder = tmp_path / HOSTILE.replace("/", "")
+    path = write(folder, margins(50))
+    known = {"failed": 0, "converged": 1, "loss": 1e308, "lr": "fast", f"{HOSTILE}_ratio": 2.0}
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 60, **known}) + "\n")
+        file.write(json.dumps({"step": 10**30, **known, "loss": 10**400}) + "\n")
+    JSONLinesSink(path).note(70, f"note {HOSTILE}")
+    alarm(folder, f"layer {HOSTILE}")
+    text = write_page(folder).read_text()
+    assert "script" not in Elements(text).tags
+    for what in ("layer ", "note ", "<h1>", "<figcaption>"):
+        assert f"{what}&lt;script&gt;" in text
+
+
+def test_what_a_crash_leaves_is_read_over(tmp_path: Path) -> None:
+    """Catches a reader that stops at a line cut short, at zeros, or at a broken report."""
+    path = write(tmp_path, margins(50), margins(100))
+    whole = path.read_bytes()
+    other = b'[1]\n{"step": "five"}\n{"epoch": 3}\n\n' + b"[" * 100_000 + b"\n\0\0\xff\n"
+    path.write_bytes(other + whole + whole[: len(whole) // 3])
+    (tmp_path / "step-9").mkdir()
+    (tmp_path / "step-9" / "report.json").write_text('{"alarm": {}')
+    (tmp_path / "step-10").mkdir()
+    (tmp_path / "step-10" / "report.json").write_text("[]")
+    run = read_run(tmp_path)
+    assert [record["step"] for record in run.records] == [50, 100]
+    assert run.unreadable == 5
+    assert sentence(run).startswith("Step 100 is inside")
+
+
+@pytest.mark.parametrize("end", range(0, 400, 37))
+def test_any_beginning_of_a_file_is_readable(tmp_path: Path, end: int) -> None:
+    """Catches a page that a kill at the wrong moment prevents."""
+    path = write(tmp_path, margins(50), margins(100))
+    path.write_bytes(path.read_bytes()[:end])
+    assert len(read_run(tmp_path).records) <= 2
+
+
+def test_a_resumed_run_counts_once(tmp_path: Path) -> None:
+    """Catches steps that go back and forth in the charts."""
+    write(tmp_path, margins(50), margins(100, 2.0), margins(150, 2.0), margins(100), margins(150))
+    run = read_run(tmp_path)
+    assert [record["sharpness_ratio"] for record in run.records] == [0.5, 0.5, 0.5]
+    assert run.superseded == 2
+
+
+def test_wrong_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches a page of the wrong run, and a message without the way out."""
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_run(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"expected a file \*\.jsonl"):
+        read_run(tmp_path)
+    write(tmp_path / "a", margins(50))
+    write(tmp_path / "b", margins(60))
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(ValueError, match=r"a/margins.jsonl, b/margins.jsonl; pass one"):
+        read_run(tmp_path)
+    assert len(read_run(tmp_path / "b" / "margins.jsonl").records) == 1
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert "pass one" in capsys.readouterr().err
+
+
+def test_the_command_writes_only_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Catches files beside the page, and an old page that a failure destroys."""
+    write(tmp_path / "run", margins(50))
+    out = tmp_path / "elsewhere.html"
+    assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "elsewhere.html",
+        "margins.jsonl",
+    ]
+    before = out.read_text()
+    with mock.patch("os.replace", side_effect=OSError("disk full")), pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run"), "--out", str(out)])
+    assert out.read_text() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_missing_package_names_the_extra(tmp_path: Path) -> None:
+    """Catches a bare ModuleNotFoundError."""
+    write(tmp_path, margins(50))
+    named = partial(pytest.raises, ImportError, match=r"pip install stableopt\[report\]")
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        with named():
+            write_page(tmp_path)
+        assert "pip install stableopt[report]" in notebook(read_run(tmp_path))
+    writer._template.cache_clear()
+    with mock.patch.dict(sys.modules, {"jinja2": None}), named():
+        write_page(tmp_path)
+
+
+def test_ten_thousand_measurements_are_a_small_page() -> None:
+    """Catches a page that grows with the run: the bar is 2 MB."""
+    records = [
+        {"step": k, "sharpness": math.sin(k), "sharpness_ratio": math.sin(k), "failed": 0.0}
+        for k in range(10_000)
+    ]
+    assert len(page(Run("long", records))) < 300_000
+
+
+def test_thinning_keeps_extremes_and_gaps() -> None:
+    """Catches a spike of one measurement that is not drawn."""
+    points = [(float(k), 0.0) for k in range(5000)]
+    points[1234], points[4000] = (1234.0, 9.0), (4000.0, -9.0)
+    points[2000:3000] = [(float(k), math.nan) for k in range(2000, 3000)]
+    kept = thinned(points, 100)
+    assert len(kept) <= 100
+    assert {(1234.0, 9.0), (4000.0, -9.0)} <= set(kept)
+    assert any(math.isnan(y) for _, y in kept)
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+
+
+def test_rows_and_sentences() -> None:
+    """Catches an infinite limit shown as a ratio, and a sentence that hides a failure."""
+    last = {"step": 9, "failed": 0.0, "sharpness": 3.0, "sharpness_ratio": 1.5, "own_ratio": None}
+    last |= {"non_uniformity": 1.0, "non_uniformity_limit": None, "non_uniformity_ratio": 0.0}
+    run = Run("x", [last, {"step": 10, "failed": 1.0}])
+    sharp, free, own = rows(run)
+    assert (sharp.level, sharp.share, sharp.ratio) == ("over", 0.75, "1.5")
+    assert (free.limit, free.ratio, free.level) == ("none", "–", "")
+    assert own.ratio == "–"
+    assert sentence(run) == (
+        "Step 9 is beyond the edge of stability: the sharpness is 1.5 times its limit; the last"
+        " measurement failed."
+    )
+    assert sentence(Run("x", [{"step": 1, "failed": 1.0}])) == "Every measurement failed."
+    assert heat_map(run) is None
+
+
+def test_figures_ignore_the_settings_of_the_user() -> None:
+    """Catches a chart that needs LaTeX, and settings that stay changed."""
+    run = Run("x", [{"step": 9, "failed": 0.0, "sharpness_ratio": 1.5}])
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red"}):
+        (chart,) = charts(run)
+        assert matplotlib.rcParams["text.usetex"]
+    assert "#ff0000" not in chart.svg
+    assert chart.svg == charts(run)[0].svg
+
+
+def test_a_notebook_shows_the_monitor() -> None:
+    """Catches an error in a notebook's cell: before a measurement, after failures, with rubbish."""
+    model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1) as monitor:
+        assert "There is no measurement yet." in monitor._repr_html_()
+        nn.MSELoss()(model(x), y).backward()
+        optimizer.step()
+        assert "is inside the region of stability" in monitor._repr_html_()
+        assert "<html" not in monitor._repr_html_()
+        monitor.history.append(StabilityMargins(step=2, failure=HOSTILE))
+        assert "the last measurement failed" in monitor._repr_html_()
+        monitor.history.append(None)  # type: ignore[arg-type]
+        assert monitor._repr_html_() is None
