@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stableopt import steering
     from stableopt.optim import LBFGS
     from stableopt.recorder import FlightRecorder
+    from stableopt.stability.mean_square.reshuffled import ReshuffledLR, reshuffled_critical_lr
     from stableopt.steering import (
         AdaptiveAccumulation,
         AdaptiveBatchSampler,
@@ -54,6 +55,7 @@ __all__ = [
     "FlightRecorder",
     "JSONLinesSink",
     "Problem",
+    "ReshuffledLR",
     "StabilityController",
     "StabilityLR",
     "StabilityMargins",
@@ -73,6 +75,7 @@ __all__ = [
     "measure",
     "optim",
     "plot",
+    "reshuffled_critical_lr",
     "sinks",
     "stability",
     "steering",
@@ -84,9 +87,11 @@ _ON_DEMAND = {
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
     "FlightRecorder": "recorder",
+    "ReshuffledLR": "stability.mean_square.reshuffled",
     "StabilityController": "steering",
     "StabilityLR": "steering",
     "TargetRegion": "steering",
+    "reshuffled_critical_lr": "stability.mean_square.reshuffled",
 }
 """What is imported when it is first asked for: a fifth of the modules."""
 

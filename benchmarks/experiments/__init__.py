@@ -13,7 +13,8 @@ Figure 7               ``correlation.py``
 Figures 1, 8, Table 3  ``escape/``
 Figure 9               ``quasi_newton/``
 Appendix B             ``counterexample/``
-beyond the paper       ``edge.py``, ``prediction.py``, ``steering/``, ``control_laws/``
+beyond the paper       ``edge.py``, ``prediction/``, ``prediction_beyond.py``, ``steering/``,
+                       ``control_laws/``
 =====================  ==================================================
 """
 
@@ -38,6 +39,7 @@ NAMES = (
     "counterexample",
     "edge",
     "prediction",
+    "prediction-beyond",
     "steering",
     "control-laws",
 )

@@ -25,7 +25,7 @@ from benchmarks.training.measured import BOTH, measured
 from benchmarks.training.minimum import Minimum, Solution, Start, from_minimum, passes_to
 from benchmarks.training.networks import flops_per_sample
 from benchmarks.training.spec import worth_a_line
-from stableopt import UpdateRule
+from benchmarks.training.update import SGD, Update
 
 __all__ = ["ESCAPED", "Escape", "Prediction", "Switch", "box"]
 
@@ -43,16 +43,24 @@ class Prediction:
 
 
 def box(
-    sharpness: float, non_uniformity: float, *, lr: float, batch_size: int, n: int
+    sharpness: float,
+    non_uniformity: float,
+    *,
+    lr: float,
+    batch_size: int,
+    n: int,
+    update: Update = SGD,
 ) -> Prediction:
     """Predict whether SGD will leave a minimum, by the paper's necessary conditions (9).
+
+    With momentum both limits are those of its step.
 
     >>> box(3.5, 5.6, lr=0.5, batch_size=4, n=1000).why
     's = 5.60 > √B/η = 4.01: unstable, will escape'
     >>> box(3.5, 5.6, lr=0.5, batch_size=1000, n=1000).escapes
     False
     """
-    rule = UpdateRule(lr=lr)
+    rule = update.rule(lr)
     a, a_max = sharpness, rule.max_sharpness
     s, s_max = non_uniformity, rule.max_non_uniformity(batch_size, n)
     if a > a_max:
@@ -116,6 +124,7 @@ class Switch(Job):
         settle_loss: after an escape, training continues until the training loss is at most this;
             ``None`` ends after ``steps``. Only then do minima compare with one another.
         settle_steps: at which it ends in any case.
+        update: the step; plain SGD by default.
 
     The first line of the trace is the prediction of :func:`box`, written before the first step. The
     result is an :class:`Escape`.
@@ -135,6 +144,7 @@ class Switch(Job):
     measure_after: bool = True
     settle_loss: float | None = None
     settle_steps: int = 300_000
+    update: Update = SGD
 
     @property
     def needs(self) -> tuple[Job, ...]:
@@ -217,7 +227,7 @@ class _Run:
     def __init__(self, job: Switch, start: Start, work: Work) -> None:
         self.job, self.work = job, work
         _, self.model, self.images = start
-        self.optimizer = stableopt.SGD(self.model.parameters(), lr=job.lr)
+        self.optimizer = job.update.optimizer(self.model, self.images, job.lr)
         self.batches = job._batches(self.images)
         self.epoch = math.ceil(len(self.images.x) / (job.batch_size or len(self.images.x)))
         self.first = self.loss = evaluate(self.model, self.images)

@@ -16,6 +16,8 @@ __all__ = [
     "fully_connected",
     "network",
     "resnet14",
+    "small_cnn",
+    "small_transformer",
     "small_vgg",
 ]
 
@@ -35,7 +37,8 @@ def network(
         data: the data set's name.
         seed: of the initialisation.
         kind: ``"fully-connected"``, ``"vgg"`` or ``"resnet"``; by default the first for images
-            without colour, and the second for those with.
+            without colour, and the second for those with. Not the paper's, and for the digits:
+            ``"cnn"`` and ``"transformer"``.
         scale: draw all weights and biases from :math:`U[-v/\sqrt{n_{in}}, v/\sqrt{n_{in}}]` with
             this v, as the paper's Figure 6 does; by default as each network is drawn otherwise,
             which for the fully connected ones is v = 1.
@@ -51,8 +54,13 @@ def network(
         model = small_vgg(seed, classes)
     elif kind == "resnet":
         model = resnet14(seed, classes)
+    elif kind == "cnn":
+        model = small_cnn(seed)
+    elif kind == "transformer":
+        model = small_transformer(seed)
     else:
-        raise ValueError(f"network={kind!r}: expected fully-connected, vgg or resnet")
+        known = "fully-connected, vgg, resnet, cnn or transformer"
+        raise ValueError(f"network={kind!r}: expected {known}")
     if scale is not None:
         _draw(model, scale, seed)
     return model
@@ -62,8 +70,8 @@ def network(
 def flops_per_sample(data: str, kind: str | None) -> float:
     """Return the floating-point operations of one sample's gradient."""
     model = network(data, seed=0, kind=kind).eval()
-    first = next(model.parameters())
-    x = torch.zeros(1, first.shape[1]) if first.ndim == 2 else torch.zeros(1, 3, 32, 32)
+    colour = data.startswith("cifar10")
+    x = torch.zeros(1, 3, 32, 32) if colour else torch.zeros(1, WIDTHS[data][0])
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     return float(counter.get_total_flops())
@@ -159,6 +167,48 @@ def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
         return nn.Sequential(
             *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
         )
+
+
+def small_cnn(seed: int) -> nn.Sequential:
+    """Return two 3 x 3 convolutions with group norm for the digits' 8 x 8 images.
+
+    >>> small_cnn(seed=0)(torch.zeros(2, 64)).shape
+    torch.Size([2, 10])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+        for inputs, outputs in pairwise((1, 16, 16)):
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, padding=1),
+                nn.GroupNorm(4, outputs),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+
+
+def small_transformer(seed: int) -> nn.Sequential:
+    """Return a block of a transformer over the eight rows of the digits' images.
+
+    >>> small_transformer(seed=0)(torch.zeros(2, 64)).shape
+    torch.Size([2, 10])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        embedding = [nn.Unflatten(1, (8, 8)), nn.Linear(8, 32), Positions(8, 32)]
+        return nn.Sequential(*embedding, TransformerBlock(32, seed=seed))
+
+
+class Positions(nn.Module):
+    """A learned vector for each position, added."""
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(0.1 * torch.randn(positions, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` ``(n, positions, width)`` with the vectors added."""
+        return x + self.vectors
 
 
 class TransformerBlock(nn.Module):

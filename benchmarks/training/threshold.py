@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.loops import mean_squared_error
-from benchmarks.training.minimum import Solution, from_minimum
+from benchmarks.training.minimum import Solution, Start, from_minimum
+from benchmarks.training.update import SGD, Update
+from stableopt import UpdateRule
 from stableopt.curvature import DualCurvature
+from stableopt.stability.rules.coordinates import as_seen_by
 
-__all__ = ["Allowed", "Threshold", "Thresholds"]
+__all__ = ["Allowed", "Threshold", "Thresholds", "curvature_of"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,13 @@ class Threshold:
     """Largest learning rates for a batch size.
 
     Attributes:
-        theorem1: that condition (8) allows.
+        theorem1: that condition (8) allows; ``None`` with momentum, which it does not cover.
         critical_lr: the exact mean-square threshold.
         critical_lr_lower: the lower end of its interval.
         exact: whether the interval is a point.
     """
 
-    theorem1: float
+    theorem1: float | None
     critical_lr: float
     critical_lr_lower: float
     exact: bool
@@ -36,10 +39,13 @@ class Allowed:
     """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size.
 
     Where training diverged no minimum exists: ``full_batch`` is ``None``, and the others are missing.
+    Sharpness and non-uniformity are those of Gauss–Newton matrices in the update's coordinates.
     """
 
     full_batch: float | None
     by_batch_size: dict[str, dict[str, Any]]
+    sharpness: float | None = None
+    non_uniformity: float | None = None
 
     def at(self, batch_size: int) -> Threshold:
         """Return the thresholds for a batch size."""
@@ -53,6 +59,7 @@ class Thresholds(Job):
     Attributes:
         start: the minimum.
         batch_sizes: one threshold for each.
+        update: the step that continues from there.
 
     The result is an :class:`Allowed`.
     """
@@ -62,6 +69,7 @@ class Thresholds(Job):
 
     start: Solution
     batch_sizes: tuple[int, ...]
+    update: Update = SGD
 
     @property
     def needs(self) -> tuple[Job, ...]:
@@ -77,13 +85,14 @@ class Thresholds(Job):
         """Compute all from the same Gram matrix."""
         if work.result(self.start).outcome == "diverged":
             return {"full_batch": None, "by_batch_size": {}}
-        _, model, images = from_minimum(self.start, work, allow_unfinished=True)
-        problem = stableopt.Problem(model, mean_squared_error, images.samples)
-        dual = DualCurvature.from_problem(problem)
+        begun = from_minimum(self.start, work, allow_unfinished=True)
+        dual = curvature_of(begun, self.update)
         found: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}
+        found |= {"sharpness": dual.sharpness, "non_uniformity": dual.non_uniformity}
         for number, size in enumerate(self.batch_sizes):
             work.progress(number / len(self.batch_sizes), f"thresholds, B = {size}")
-            critical = stableopt.critical_lr(dual, batch_size=size)
+            rule = self.update.rule(1.0)
+            critical = stableopt.critical_lr(dual, batch_size=size, update_rule=rule)
             found["full_batch"] = critical.full_batch
             found["by_batch_size"][size] = {
                 "theorem1": critical.theorem1,
@@ -92,3 +101,13 @@ class Thresholds(Job):
                 "exact": critical.exact,
             }
         return found
+
+
+def curvature_of(start: Start, update: Update) -> DualCurvature:
+    """Return the samples' curvature at a minimum, in the coordinates of the update."""
+    _, model, images = start
+    problem = stableopt.Problem(model, mean_squared_error, images.samples)
+    preconditioner = update.preconditioner(model, images)
+    if preconditioner is not None:
+        problem = as_seen_by(problem, UpdateRule(lr=1.0, preconditioner=preconditioner), ())
+    return DualCurvature.from_problem(problem)

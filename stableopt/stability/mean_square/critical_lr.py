@@ -181,7 +181,7 @@ def critical_lr(
     >>> round(critical_lr(model, torch.nn.MSELoss(), data, batch_size=1).value, 6)
     0.294118
     """
-    problem, batch_size = _problem_and(batch_size, model, loss_fn, data, update_rule)
+    problem, batch_size = problem_and(batch_size, model, loss_fn, data, update_rule)
     step = step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     full_batch = batch_size is None or (update_rule is not None and update_rule.full_batch)
@@ -314,7 +314,7 @@ def critical_batch_size(
     >>> [critical_batch_size(dual, lr) for lr in (1.1, 1.2, 1.9, 2.1)]
     [1, 2, 3, None]
     """
-    problem, lr = _problem_and(lr, model, loss_fn, data, update_rule)
+    problem, lr = problem_and(lr, model, loss_fn, data, update_rule)
     lr, step = positive("lr", lr), step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     size = _dataset_size(problem, dataset_size)
@@ -346,7 +346,7 @@ def critical_batch_size(
     return min(max(math.ceil(smallest * (1 - _ON_THE_EDGE)), 1), size)
 
 
-def _problem_and(
+def problem_and(
     number: T | None,
     model: nn.Module | Problem | DualCurvature,
     loss_fn: Any,

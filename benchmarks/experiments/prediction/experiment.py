@@ -4,41 +4,34 @@ From each of several minima SGD runs at each batch size and learning rate of a g
 without regard to the rules. Before a run each rule says "stay" or "escape"; the run has escaped if
 the training loss rises tenfold. The rules are condition (8), which is sufficient for stability; the
 box (9); the exact mean-square threshold; 2/η alone; and, for comparison with not measuring at all,
-the best threshold on η/B, which is chosen with hindsight, in its favour.
+the best threshold on η/B, which is chosen with hindsight, in its favour. All of them take batches for
+independent; where these are reshuffled each epoch, the threshold of the epoch's own second-moment
+operator is one more rule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
+from benchmarks.experiments.prediction.rules import RULES, confusion
+from benchmarks.experiments.prediction.trial import EpochGrowth, Grown, Outcome, Trial
 from benchmarks.framework.claims import Claim, all_of
 from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, points
 from benchmarks.framework.tables import Row, table
-from benchmarks.runner import Job, Store, Work
+from benchmarks.runner import Store
 from benchmarks.training.data import Dataset
-from benchmarks.training.escape import Switch, box
-from benchmarks.training.minimum import Solution, from_minimum
+from benchmarks.training.minimum import Solution
 from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXPERIMENT", "RULES", "Prediction", "confusion"]
-
-RULES = {
-    "sharpness alone": "sharpness_alone",
-    "box (9)": "box",
-    "condition (8)": "condition_8",
-    "exact threshold": "exact",
-    "η/B alone": "",
-}
-"""The rules, and the columns in which they say whether SGD escapes; η/B is judged afterwards."""
+__all__ = ["EXPERIMENT", "Prediction", "as_row"]
 
 LEAST_CASES = 200
 """So that the shares in the confusion matrices mean something."""
@@ -60,7 +53,7 @@ class Prediction(Experiment):
 
     name = "prediction"
     shows = "Beyond the paper"
-    columns: ClassVar = {"cases": ()}
+    columns: ClassVar = {"cases": (), "growths": ()}
     presets: ClassVar = {
         ("smoke", ""): {
             "n": 16,
@@ -103,32 +96,41 @@ class Prediction(Experiment):
             for lr in self.lrs
             for seed in self.seeds
         ]
-        return {
+        places = [
+            (Thresholds(start, self.batch_sizes), fraction, size)
+            for start in starts
+            for size in self.batch_sizes
+            for fraction in self.fractions
+        ]
+        found = {
             "cases": [
                 Case(
-                    Trial(
-                        Thresholds(start, self.batch_sizes),
-                        fraction=fraction,
-                        batch_size=size,
-                        steps=self.steps,
-                        independent=sampling == "independent",
-                    ),
-                    {"sampling": sampling, "minimum_lr": start.lr, "seed": start.seed}
-                    | {"batch_size": size},
+                    Trial(*place, steps=self.steps, independent=sampling == "independent"),
+                    {"sampling": sampling, **_keys(*place)},
                 )
-                for start in starts
                 for sampling in self.samplings
-                for size in self.batch_sizes
-                for fraction in self.fractions
+                for place in places
             ]
         }
+        if "reshuffled" in self.samplings:
+            found["growths"] = [
+                Case(EpochGrowth(*place), {**_keys(*place), "fraction": place[1]})
+                for place in places
+            ]
+        return found
 
-    def rows(self, name: str, one: Case, found: Outcome, store: Store) -> Iterable[Row]:
-        """Return what each rule said, and what SGD did."""
-        result = asdict(found)
-        said = result.pop("said")
-        ends = {key: result.pop(key) for key in ("escaped_at", "largest_loss_ratio")}
-        yield {**one.keys, **result, **{RULES[rule]: said[rule] for rule in said}, **ends}
+    def rows(self, name: str, one: Case, found: Outcome | Grown, store: Store) -> Iterable[Row]:
+        """Return what each rule said, and what SGD did; or how fast the second moment grows."""
+        if isinstance(found, Grown):
+            yield {**one.keys, **asdict(found)}
+            return
+        trial = one.job
+        said = dict(found.said)
+        growth = EpochGrowth(trial.thresholds, trial.fraction, trial.batch_size)
+        if not trial.independent and store.done(growth):
+            per_epoch = store.result(growth).per_epoch
+            said["threshold of the epoch"] = per_epoch is None or per_epoch > 0
+        yield {**one.keys, **as_row(replace(found, said=said))}
 
     def derived(self, tables: Tables) -> Tables:
         """Return ``confusion``: a row for each sampling and rule."""
@@ -169,12 +171,14 @@ class Prediction(Experiment):
         if "confusion" not in tables:
             return
         for sampling, its in tables["confusion"].groupby("sampling", sort=False):
-            is_exact = its.rule == "exact threshold"
-            best, others = its[is_exact].iloc[0], its[~is_exact]
+            rules = set(its.rule)
+            own = "threshold of the epoch"
+            judged = own if sampling == "reshuffled" and own in rules else "exact threshold"
+            best, others = its[its.rule == judged].iloc[0], its[its.rule != judged]
             enough = best.cases >= LEAST_CASES
             level = others[others.right >= best.right].rule
             yield all_of(
-                f"The exact threshold says what SGD does ({sampling} batches)",
+                f"The {judged} says what SGD does ({sampling} batches)",
                 [enough and not len(level)],
                 theory="right more often than every other rule",
                 ours="; ".join(
@@ -188,112 +192,17 @@ class Prediction(Experiment):
             )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the rules said of a trial, and what SGD did.
-
-    Attributes:
-        lr: learning rate of SGD.
-        full_batch: 2/a.
-        theorem1: the largest learning rate that condition (8) allows.
-        critical_lr: the exact threshold.
-        said: by rule, whether SGD will escape.
-        escaped_at: the first step looked at by which it had, or ``None``.
-        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
-    """
-
-    lr: float
-    full_batch: float
-    theorem1: float
-    critical_lr: float
-    said: dict[str, bool]
-    escaped_at: int | None
-    largest_loss_ratio: float | None
+def as_row(found: Outcome) -> dict[str, Any]:
+    """Return a trial's numbers, a column for each rule, and what SGD did."""
+    result = asdict(found)
+    said = result.pop("said")
+    ends = {key: result.pop(key) for key in ("escaped_at", "largest_loss_ratio")}
+    return {**result, **{RULES[rule]: said.get(rule) for rule in RULES if rule in said}, **ends}
 
 
-@dataclass(frozen=True)
-class Trial(Job):
-    """SGD from a minimum at a fraction of its 2/a: a :class:`Switch` whose rate the minimum sets.
-
-    The first line of the trace is what each rule says, before a step is taken. The result is an
-    :class:`Outcome`.
-    """
-
-    kind = "trial"
-    Result: ClassVar = Outcome
-
-    thresholds: Thresholds
-    fraction: float
-    batch_size: int
-    steps: int
-    independent: bool
-
-    @property
-    def needs(self) -> tuple[Job, ...]:
-        """The minimum and its thresholds."""
-        return (self.thresholds.start, self.thresholds)
-
-    def run(self, work: Work) -> dict[str, Any]:
-        """Predict by every rule, then run SGD."""
-        start = self.thresholds.start
-        begun = from_minimum(start, work)
-        allowed = work.result(self.thresholds)
-        mine = allowed.at(self.batch_size)
-        lr = self.fraction * allowed.full_batch
-        a, s = begun.found.sharpness, begun.found.non_uniformity
-        in_box = box(a, s, lr=lr, batch_size=self.batch_size, n=start.data.n)
-        said = {
-            "sharpness alone": lr > allowed.full_batch,
-            "box (9)": in_box.escapes,
-            "condition (8)": lr > mine.theorem1,
-            "exact threshold": lr > mine.critical_lr,
-        }
-        work.restored()
-        work.trace(lr=lr, said=said)
-        switch = Switch(
-            start,
-            lr=lr,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            independent=self.independent,
-            measure_after=False,
-        )
-        done = switch.go(begun, work)
-        return {
-            **{"lr": lr, "said": said, "full_batch": allowed.full_batch},
-            **{"theorem1": mine.theorem1, "critical_lr": mine.critical_lr},
-            **{"escaped_at": done.escaped_at, "largest_loss_ratio": done.largest_loss_ratio},
-        }
-
-
-def confusion(cases: pd.DataFrame, sampling: str = "") -> Iterator[dict[str, Any]]:
-    """Yield a row for each rule: how often it said what, and what SGD did.
-
-    The threshold on η/B is the one that is right most often on these very cases.
-
-    >>> cases = table(
-    ...     {"lr": lr, "batch_size": 1, "sharpness_alone": False, "box": lr > 2, "condition_8": True,
-    ...      "exact": lr > 1, "escaped_at": 10 if lr > 1 else None}
-    ...     for lr in (0.5, 1.5, 2.5)
-    ... )
-    >>> [round(row["right"], 2) for row in confusion(cases)]
-    [0.33, 0.67, 0.67, 1.0, 1.0]
-    """
-    escaped = cases.escaped_at.notna().to_numpy()
-    noise = cases.lr.to_numpy() / cases.batch_size.to_numpy()
-    best = max([0.0, *np.unique(noise)], key=lambda bound: ((noise > bound) == escaped).sum())
-    for rule, column in RULES.items():
-        says = cases[column].to_numpy(bool) if column else noise > best
-        yield {
-            "sampling": sampling,
-            "rule": rule,
-            "cases": len(cases),
-            "said_escape_escaped": int((says & escaped).sum()),
-            "said_escape_stayed": int((says & ~escaped).sum()),
-            "said_stay_escaped": int((~says & escaped).sum()),
-            "said_stay_stayed": int((~says & ~escaped).sum()),
-            "right": float((says == escaped).mean()),
-        }
+def _keys(thresholds: Thresholds, fraction: float, batch_size: int) -> dict[str, Any]:
+    start = thresholds.start
+    return {"minimum_lr": start.lr, "seed": start.seed, "batch_size": batch_size}
 
 
 EXPERIMENT = Prediction

@@ -1,0 +1,265 @@
+r"""`reshuffled_critical_lr`: the threshold of SGD with a shuffling ``DataLoader``.
+
+:func:`~stableopt.critical_lr` takes batches that are drawn independently. A shuffling loader
+draws *without replacement within an epoch*: the batches of an epoch add up to the whole set, so that
+what one batch has too much of another has too little of, and SGD can stay at larger learning rates.
+One epoch multiplies the second moment by the operator
+
+.. math:: X \mapsto E_\pi\bigl[A_\pi X A_\pi^\top\bigr], \qquad
+    A_\pi = (I-\eta H_{B_K})\cdots(I-\eta H_{B_1}),
+
+a mean over all orders :math:`\pi` of the n samples, cut into :math:`K = \lceil n/B\rceil` batches. The
+minimum is linearly stable in mean square if its spectral radius is at most 1. The mean has n! terms and
+no closed form, since the batches of an epoch depend on one another. :func:`reshuffled_growth` estimates
+the logarithm of the radius by a population: copies of the linear dynamics, each with an order of its
+own, of which those that have grown are continued more often (*go with the winners*, Grassberger,
+Comput. Phys. Commun. 2002; Del Moral, *Feynman-Kac Formulae*, 2004). A plain average over independent
+copies would not do: rare copies carry the second moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stableopt._support.arguments import positive, whole
+from stableopt.curvature import Problem
+from stableopt.curvature.gram.gram import DualCurvature, Modes
+from stableopt.stability.mean_square.choice import step_of
+from stableopt.stability.mean_square.critical_lr import problem_and
+from stableopt.stability.rules.limits import LinearStep
+from stableopt.stability.rules.update_rule import UpdateRule
+
+__all__ = ["Growth", "ReshuffledLR", "reshuffled_critical_lr", "reshuffled_growth"]
+
+_BYTES = 1 << 25
+"""Size of the samples' factors that are gathered at once: a few of the processor's caches."""
+
+_BURN_IN = 4
+"""One epoch in so many, at the start, while the population turns to the growing directions."""
+
+_BLOCK = 3
+"""Epochs in a block for the standard error, since neighbouring epochs depend on each other."""
+
+_SURE = 2.0
+"""Standard errors from zero at which the sign of a growth counts as known."""
+
+_EARLY = 5.0
+"""The same where the estimate stops as soon as it is sure: it has many chances to seem so."""
+
+_LEAST = 12
+"""Epochs before it may stop: nine after those at the start, three blocks."""
+
+_BISECTIONS = 12
+"""A bracket of a factor of two is then within 2e-4, finer than any growth can be told."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How fast the second moment grows.
+
+    Attributes:
+        per_epoch: logarithm of the factor in an epoch.
+        standard_error: of ``per_epoch``, from blocks of epochs.
+    """
+
+    per_epoch: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class ReshuffledLR:
+    """The largest learning rate at which SGD with reshuffled batches is stable in mean square.
+
+    Attributes:
+        value: where the estimated growth is zero.
+        lower: the largest learning rate tried at which the second moment surely shrinks.
+        upper: the smallest at which it surely grows. Surely means by two standard errors.
+        full_batch: the largest learning rate without noise.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    full_batch: float
+
+
+def reshuffled_growth(
+    modes: Modes,
+    step: LinearStep,
+    batch_size: int,
+    *,
+    replicas: int = 128,
+    epochs: int = 48,
+    drop_last: bool = False,
+    until_sure: bool = False,
+    seed: int = 0,
+) -> Growth:
+    r"""Estimate by what factor an epoch multiplies the second moment :math:`E\|x\|^2`.
+
+    Args:
+        modes: the samples' curvature, :attr:`~stableopt.curvature.DualCurvature.modes`.
+        step: the update rule; momentum is kept from epoch to epoch.
+        batch_size: samples B in a step. The last batch of an epoch has fewer if B does not divide n.
+        replicas: copies of the dynamics; the bias of the result falls as 1/``replicas``.
+        epochs: that they are followed, a quarter of them to forget the start.
+        drop_last: leave out a last batch that is smaller, as the ``DataLoader`` does.
+        until_sure: stop as soon as the growth is five standard errors from zero.
+        seed: of the orders and of the choice of copies.
+
+    Raises:
+        ValueError: for arguments out of range.
+
+    >>> modes = Modes.from_factors(torch.ones(4, 1, 1))                # all samples alike: h = 1
+    >>> round(reshuffled_growth(modes, LinearStep(0.5), 2).per_epoch, 6)    # log (1 - lr)^4
+    -2.772589
+    """
+    n, _, r = modes.factors.shape
+    size = whole("batch_size", batch_size)
+    if size > n:
+        raise ValueError(f"batch_size={batch_size} is above the {n} samples")
+    count, epochs = whole("replicas", replicas, least=2), whole("epochs", epochs, least=2 * _BLOCK)
+    dice = torch.Generator(modes.factors.device).manual_seed(seed)
+    like: dict[str, Any] = {"generator": dice, "device": modes.factors.device}
+    state = torch.zeros(2, count, r, dtype=torch.float64, device=modes.factors.device)
+    state[0] = torch.randn(count, r, dtype=torch.float64, **like)
+    state /= state[0].norm(dim=1, keepdim=True)
+    grown = []
+    for _ in range(epochs):
+        total = 0.0
+        rest = torch.rand(count, n, **like).argsort(1)
+        for _ in range(n // size if drop_last else math.ceil(n / size)):
+            own, rest = rest[:, :size], rest[:, size:]
+            state = _stepped(state, _gradients(modes, state[0], own), step)
+            weights = state.square().sum((0, 2))
+            if rest.shape[1] and _effective(weights) > count / 2:
+                continue
+            if not bool(torch.isfinite(weights).all()):
+                return Growth(math.inf, 0.0)
+            if not bool(weights.any()):
+                return Growth(-math.inf, 0.0)
+            total += float(weights.mean().log())
+            kept = _resampled(weights, float(torch.rand(1, **like)))
+            state = state[:, kept] / weights[kept].sqrt().unsqueeze(1)
+            # Copies of one replica part again: what is left of their epoch is in an order of its own.
+            apart = torch.rand(rest.shape, **like).argsort(1)
+            rest = rest[kept].gather(1, apart)
+        grown.append(total)
+        if until_sure and len(grown) >= _LEAST and len(grown) % _BLOCK == 0:
+            found = _mean(grown)
+            if abs(found.per_epoch) > _EARLY * found.standard_error:
+                return found
+    return _mean(grown)
+
+
+def reshuffled_critical_lr(
+    model: nn.Module | Problem | DualCurvature,
+    loss_fn: Callable[[Any, Any], Tensor] | int | None = None,
+    data: Any = None,
+    batch_size: int | None = None,
+    *,
+    update_rule: UpdateRule | None = None,
+    replicas: int = 128,
+    epochs: int = 48,
+    seed: int = 0,
+) -> ReshuffledLR:
+    r"""Return the largest learning rate at which SGD with a shuffling ``DataLoader`` can stay.
+
+    It is the zero of :func:`reshuffled_growth`, between 0 and the limit of the full batch, found by
+    bisection with the same orders for every learning rate. The samples' curvature is Gauss–Newton's,
+    which is that of the loss where all samples are fitted.
+
+    Args:
+        model: as for :func:`~stableopt.critical_lr`, like ``loss_fn``, ``data`` and ``update_rule``.
+        loss_fn: the loss.
+        data: the samples, all of the training set.
+        batch_size: samples B in a step. After a problem it is the second argument.
+        update_rule: the rule; its ``lr`` is ignored.
+        replicas: as for :func:`reshuffled_growth`, like ``epochs`` and ``seed``.
+        epochs: that each learning rate is followed.
+        seed: of the orders.
+
+    Raises:
+        ValueError, TypeError, NonFiniteError: as :func:`~stableopt.critical_lr`.
+
+    >>> rows = torch.tensor([[1.0, 2.0], [1.0, -1.0], [1.0, 0.5], [0.3, -1.2]])
+    >>> dual = DualCurvature(rows @ rows.T, 4)
+    >>> found = reshuffled_critical_lr(dual, 1)      # critical_lr, of independent batches, is 0.51
+    >>> round(found.value, 1), round(found.full_batch, 2)
+    (0.9, 1.14)
+    """
+    problem, size = problem_and(batch_size, model, loss_fn, data, update_rule)
+    step = step_of(problem, update_rule)
+    positive("batch_size", size)
+    dual = problem if isinstance(problem, DualCurvature) else DualCurvature.from_problem(problem)
+    modes, edge = dual.modes, step.max_lr(dual.sharpness)
+    if not math.isfinite(edge):
+        return ReshuffledLR(edge, edge, edge, edge)
+    assert size is not None
+
+    low, high, lower, upper = 0.0, edge, 0.0, edge
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        growth = reshuffled_growth(
+            modes,
+            replace(step, lr=middle),
+            size,
+            replicas=replicas,
+            epochs=epochs,
+            until_sure=True,
+            seed=seed,
+        )
+        sure = abs(growth.per_epoch) > _SURE * growth.standard_error
+        if growth.per_epoch > 0:
+            high, upper = middle, middle if sure else upper
+        else:
+            low, lower = middle, middle if sure else lower
+    return ReshuffledLR((low + high) / 2, lower, upper, edge)
+
+
+def _mean(grown: list[float]) -> Growth:
+    """Return the mean over epochs after those at the start, and its standard error."""
+    kept_epochs = torch.tensor(grown[len(grown) // _BURN_IN :], dtype=torch.float64)
+    blocks = torch.stack(
+        [block.mean() for block in torch.split(kept_epochs, _BLOCK) if len(block) == _BLOCK]
+    )
+    error = float(blocks.std() / len(blocks) ** 0.5)
+    return Growth(float(kept_epochs.mean()), error)
+
+
+def _gradients(modes: Modes, x: Tensor, own: Tensor) -> Tensor:
+    """Return each replica's gradient of its own batch, ``(replicas, r)``."""
+    bytes_each = own.shape[1] * modes.factors[0].numel() * modes.factors.element_size()
+    at_once = max(1, _BYTES // bytes_each)
+    parts = []
+    for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
+        rows = modes.factors[mine].flatten(1, 2)  # (replicas, B C, r)
+        parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
+    return torch.cat(parts) / own.shape[1]
+
+
+def _stepped(state: Tensor, gradient: Tensor, step: LinearStep) -> Tensor:
+    """Return the parameter and the buffer times the learning rate, both ``(replicas, r)``."""
+    x, buffer = state
+    gradient = step.lr * (gradient + step.weight_decay * x)
+    buffer = step.momentum * buffer + step.gain * gradient
+    update = gradient + step.momentum * buffer if step.nesterov else buffer
+    return torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
+
+
+def _effective(weights: Tensor) -> float:
+    """Return the effective number of replicas."""
+    return float(weights.sum() ** 2 / weights.square().sum())
+
+
+def _resampled(weights: Tensor, offset: float) -> Tensor:
+    """Return which replicas continue, each about as often as its weight says."""
+    count = len(weights)
+    points = (torch.arange(count, device=weights.device, dtype=weights.dtype) + offset) / count
+    shares = weights.cumsum(0) / weights.sum()
+    return torch.searchsorted(shares, points).clamp_(max=count - 1)

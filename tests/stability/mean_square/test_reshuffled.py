@@ -1,0 +1,131 @@
+"""Reshuffled batches: enumeration of all orders, closed forms, and a simulation of SGD itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stableopt
+from stableopt import UpdateRule
+from stableopt.curvature.gram.gram import DualCurvature, Modes
+from stableopt.stability.mean_square.reshuffled import reshuffled_critical_lr, reshuffled_growth
+from stableopt.stability.rules.limits import LinearStep
+
+
+def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:
+    """Return factors of n samples' matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)
+
+
+def enumerated(modes: Modes, step: LinearStep, batch_size: int) -> float:
+    """Return the logarithm of the radius of an epoch's operator, from all n! orders."""
+    samples = modes.factors.mT @ modes.factors
+    n, r, _ = samples.shape
+    eye, zero = torch.eye(r).double(), torch.zeros(r, r).double()
+    total, count = torch.zeros(4 * r * r, 4 * r * r).double(), 0
+    for order in itertools.permutations(range(n)):
+        epoch = torch.eye(2 * r).double()
+        for own in torch.tensor(order).split(batch_size):
+            gradient = torch.cat([samples[own].mean(0) + step.weight_decay * eye, zero], 1)
+            buffer = torch.cat([zero, step.momentum * eye], 1) + step.gain * gradient
+            update = gradient + step.momentum * buffer if step.nesterov else buffer
+            parameter = torch.cat([eye, zero], 1) - step.lr * update
+            epoch = torch.cat([parameter, buffer]) @ epoch
+        total += torch.kron(epoch, epoch)
+        count += 1
+    return math.log(float(torch.linalg.eigvals(total / count).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("n", "outputs", "d", "batch_size", "step"),
+    [
+        (3, 1, 2, 1, LinearStep(0.3)),
+        (4, 2, 3, 1, LinearStep(0.25)),
+        (4, 1, 2, 2, LinearStep(0.5, momentum=0.9, dampening=0.5)),
+        (5, 1, 2, 2, LinearStep(0.3, momentum=0.5, nesterov=True, weight_decay=0.1)),
+    ],
+)
+def test_growth_against_all_orders(
+    n: int, outputs: int, d: int, batch_size: int, step: LinearStep
+) -> None:
+    """The last case has a smaller last batch. Catches batches that are drawn independently, a
+    resampling that forgets what is left of an epoch, and a wrong momentum.
+    """
+    modes = Modes.from_factors(factors(n, outputs, d))
+    found = reshuffled_growth(modes, step, batch_size, replicas=256)
+    exact = enumerated(modes, step, batch_size)
+    # Four standard errors, and the bias of a finite population.
+    assert abs(found.per_epoch - exact) < 4 * found.standard_error + 4 / 256
+    assert found.standard_error < 0.05 * (1 + abs(exact))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_samples_that_are_alike(batch_size: int) -> None:
+    """All orders are one: K log (1 - lr)^2, without error."""
+    modes = Modes.from_factors(torch.ones(4, 1, 1))
+    found = reshuffled_growth(modes, LinearStep(0.5), batch_size, replicas=4, epochs=8)
+    assert found.per_epoch == pytest.approx(
+        2 * math.ceil(4 / batch_size) * math.log(0.5), rel=1e-12
+    )
+    assert found.standard_error < 1e-12
+
+
+def test_the_full_batch_is_gradient_descent() -> None:
+    """With B = n the threshold is 2/a."""
+    dual = DualCurvature.from_factors(factors(4, 1, 3))
+    found = reshuffled_critical_lr(dual, 4, replicas=4, epochs=8)
+    # Bisection leaves 2^-12 of the bracket.
+    assert found.value == pytest.approx(2 / dual.sharpness, rel=1e-3)
+
+
+def test_threshold_of_a_model_brackets_that_of_all_orders() -> None:
+    """Catches a bracket on the wrong side, and a problem whose curvature is not its samples'."""
+    rows = factors(4, 1, 2, seed=3).squeeze(1)
+    model = nn.Linear(2, 1, bias=False).double()
+
+    def half_square(z: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (z - y).square().mean()
+
+    found = reshuffled_critical_lr(model, half_square, (rows, model(rows).detach()), batch_size=1)
+    modes = DualCurvature(rows @ rows.T, 4).modes
+    assert found.lower < found.value < found.upper <= found.full_batch
+    assert enumerated(modes, LinearStep(found.lower), 1) < 0
+    assert enumerated(modes, LinearStep(found.upper), 1) > 0
+
+
+def test_reshuffling_allows_more_than_independent_batches() -> None:
+    """The batches of an epoch cancel each other's noise; a small last batch undoes this."""
+    rows = factors(4, 1, 2, seed=3).squeeze(1)
+    dual = DualCurvature(rows @ rows.T, 4)
+    assert reshuffled_critical_lr(dual, 1, epochs=24).lower > stableopt.critical_lr(dual, 1).value
+    three = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    ragged = DualCurvature(three @ three.T, 3)
+    assert reshuffled_critical_lr(ragged, 2).upper < stableopt.critical_lr(ragged, 2).value
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [("batch_size", 0), ("batch_size", 5), ("replicas", 1), ("epochs", 2)]
+)
+def test_arguments_out_of_range(name: str, bad: int) -> None:
+    """The message names the argument and its value."""
+    arguments = {"batch_size": 2, "replicas": 8, "epochs": 8, name: bad}
+    modes = Modes.from_factors(factors(4, 1, 2))
+    size = arguments.pop("batch_size")
+    with pytest.raises(ValueError, match=f"{name}={bad}"):
+        reshuffled_growth(modes, LinearStep(0.1), size, **arguments)
+
+
+def test_no_curvature_and_too_much() -> None:
+    """Infinite where nothing can grow; growth without end is infinite, not NaN."""
+    nothing = reshuffled_critical_lr(DualCurvature(torch.zeros(2, 2), 2), 1)
+    assert nothing.value == math.inf
+    modes = Modes.from_factors(factors(3, 1, 2))
+    assert reshuffled_growth(modes, LinearStep(1e200), 1).per_epoch == math.inf
+    rule = UpdateRule(lr=1.0, decoupled_weight_decay=0.1)
+    with pytest.raises(ValueError, match="update_rule"):
+        reshuffled_critical_lr(DualCurvature(torch.eye(2), 2), 1, update_rule=rule)
