@@ -28,7 +28,8 @@ from benchmarks.experiments.edge import Edge
 from benchmarks.experiments.escape.experiment import Escape
 from benchmarks.experiments.gd_sharpness import GDSharpness
 from benchmarks.experiments.loss_shape.experiment import LossShape
-from benchmarks.experiments.prediction import Prediction
+from benchmarks.experiments.prediction.experiment import Prediction
+from benchmarks.experiments.prediction_beyond import PredictionBeyond
 from benchmarks.experiments.quasi_newton.experiment import QuasiNewton
 from benchmarks.experiments.selection import Selection
 from benchmarks.experiments.steering.experiment import Steering
@@ -191,11 +192,25 @@ def escape() -> dict[str, Rows]:
 def prediction() -> dict[str, Rows]:
     """Return confusions of either sampling in which the exact threshold is right most often."""
     shared = {"cases": 200, "said_escape_stayed": 1, "said_stay_escaped": 1}
-    shares = {"box (9)": 0.98, "exact threshold": 0.99, "η/B alone": 0.95}
+    shares = {"box (9)": 0.97, "exact threshold": 0.98, "η/B alone": 0.95}
+    epoch = {"threshold of the epoch": 0.99}
     return {
         "confusion": [
             {"sampling": sampling, "rule": rule, "right": right, **shared}
-            for sampling in ("independent", "reshuffled")
+            for sampling, own in (("independent", {}), ("reshuffled", epoch))
+            for rule, right in {**shares, **own}.items()
+        ]
+    }
+
+
+def prediction_beyond() -> dict[str, Rows]:
+    """Return confusions of two settings in which the exact threshold is well ahead."""
+    shared = {"cases": 200, "said_escape_stayed": 1, "said_stay_escaped": 1}
+    shares = {"box (9)": 0.95, "exact threshold": 0.99, "η/B alone": 0.9}
+    return {
+        "confusion": [
+            {"setting": name, "rule": rule, "right": right, **shared}
+            for name in ("heavy ball", "CNN")
             for rule, right in shares.items()
         ]
     }
@@ -287,7 +302,15 @@ CASES = {
         prediction,
         {
             "(independent batches)": put("confusion", "right", 0.99),
-            "(reshuffled batches)": put("confusion", "cases", 199, row=4),
+            "(reshuffled batches)": put("confusion", "right", 0.97, row=6),
+        },
+    ),
+    "prediction-beyond": Case(
+        PredictionBeyond(),
+        prediction_beyond,
+        {
+            "(heavy ball)": put("confusion", "right", 0.97),
+            "(CNN)": put("confusion", "cases", 199, row=4),
         },
     ),
     "escape": Case(
