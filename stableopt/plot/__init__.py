@@ -10,8 +10,8 @@ Figures are built without pyplot: they have no global state, open no window and 
 that a training loop may draw them. matplotlib is imported on the first call.
 """
 
-from stableopt.plot.canvas import require_matplotlib, to_rgb
+from stableopt.plot.canvas import to_rgb
 from stableopt.plot.over_steps import margins
 from stableopt.plot.trajectory import Region, diagram
 
-__all__ = ["Region", "diagram", "margins", "require_matplotlib", "to_rgb"]
+__all__ = ["Region", "diagram", "margins", "to_rgb"]

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from stableopt import plot
+from stableopt.plot.canvas import require_matplotlib
 from stableopt.sinks.diagrams import Diagrams
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.measure.margins import StabilityMargins
@@ -110,7 +111,7 @@ class TensorBoardSink:
         if max_diagrams < 0:
             raise ValueError(f"max_diagrams={max_diagrams}: expected at least 0")
         if max_diagrams:
-            plot.require_matplotlib()
+            require_matplotlib()
         self._owned = isinstance(writer_or_dir, (str, os.PathLike))
         if not self._owned and not hasattr(writer_or_dir, "add_custom_scalars"):
             raise TypeError(
