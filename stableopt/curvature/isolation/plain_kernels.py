@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from stableopt.curvature.isolation.cross_entropy import lean_cross_entropy
+
 __all__ = ["NOTES", "AttentionSeen", "compiled", "plain_operations"]
 
 ATTENTION = "math attention"
@@ -94,6 +96,7 @@ def plain_operations(
         stack.enter_context(_checkpointing_off(note, inside))
         stack.enter_context(_hard_sigmoid(inside))
         stack.enter_context(_weight_norm(inside))
+        stack.enter_context(_cross_entropy(inside))
         if autocast is None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(_autocast_off(note, inside))
@@ -164,6 +167,28 @@ def _weight_norm(inside: Callable[[], bool]) -> Iterator[None]:
         for home in (torch, older):
             if getattr(home, "_weight_norm", None) is original:
                 stack.enter_context(_replaced(home, "_weight_norm", plain))
+        yield
+
+
+@contextlib.contextmanager
+def _cross_entropy(inside: Callable[[], bool]) -> Iterator[None]:
+    """Compute large cross-entropies by formulas, which keep fewer copies of the logits.
+
+    The values differ by rounding, so nothing is reported.
+    """
+    home: Any = torch._C._nn
+    original = getattr(home, "cross_entropy_loss", None)
+    if original is None:
+        yield
+        return
+
+    def lean(*args: Any, **kwargs: Any) -> Tensor:
+        if not inside():
+            found: Tensor = original(*args, **kwargs)
+            return found
+        return lean_cross_entropy(original, *args, **kwargs)
+
+    with _replaced(home, "cross_entropy_loss", lean):
         yield
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from stableopt.curvature.isolation.cross_entropy import OWN
+
 __all__ = ["HooksSeen", "has_custom_function", "has_kinks", "lacks_derivative"]
 
 _KINKS = re.compile(
@@ -40,13 +42,16 @@ def lacks_derivative(*tensors: Tensor | None) -> bool:
 
 
 def has_custom_function(*tensors: Tensor | None) -> bool:
-    """Return whether the graphs hold a function that torch does not define.
+    """Return whether the graphs hold a function that neither torch nor this library defines.
 
     >>> has_custom_function(torch.ones(2, requires_grad=True).exp())
     False
     """
     return any(
-        issubclass(type(node), torch.autograd.function.BackwardCFunction)
+        (
+            issubclass(type(node), torch.autograd.function.BackwardCFunction)
+            and getattr(node, "_forward_cls", None) not in OWN
+        )
         or "CppNode" in node.name()
         for node in _nodes(*tensors)
     )
