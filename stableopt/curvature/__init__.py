@@ -2,6 +2,7 @@
 
 from stableopt.curvature.eigen.result import Eigenpair
 from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
+from stableopt.curvature.eigen.top_eigenpairs import Eigenpairs, top_eigenpairs
 from stableopt.curvature.errors import DifferenceError, NonFiniteError, SecondDerivativeError
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.operator import Operator, Preconditioner
@@ -18,6 +19,7 @@ __all__ = [
     "DifferenceError",
     "DualCurvature",
     "Eigenpair",
+    "Eigenpairs",
     "GaussNewton",
     "Hessian",
     "InverseHessian",
@@ -31,4 +33,5 @@ __all__ = [
     "ShardedHessian",
     "ShardedProblem",
     "top_eigenpair",
+    "top_eigenpairs",
 ]

@@ -12,6 +12,9 @@ __all__ = ["Basis"]
 _FIRST_ROWS = 8
 """Rows allocated at first: a search may end after a few."""
 
+_COLUMNS = 2**13
+"""Columns combined at a time, so that rows can be replaced by combinations without a copy of all."""
+
 
 class Basis:
     """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
@@ -88,6 +91,22 @@ class Basis:
         basis = Basis(covectors, vectors, self.inner)
         basis.held = len(weights)
         return basis
+
+    def combine(self, weights: Tensor) -> None:
+        """Replace the first n rows by combinations ``weights`` ``(k, n)``, k <= n, in place."""
+        weights, (most, n) = weights.to(self._covectors), weights.shape
+        held = self.held - n + most
+        for rows in [self._covectors] if self._plain else [self._covectors, self._vectors]:
+            for block in torch.split(rows, _COLUMNS, dim=1):
+                block[:held] = torch.cat([weights @ block[:n], block[n : self.held]])
+        self.held = held
+
+    def shrunk(self) -> Basis:
+        """Return it in memory of its own, where that takes less than the rows that it frees."""
+        if len(self._covectors) <= 2 * self.held:
+            return self
+        covectors = self.covectors.clone()
+        return Basis(covectors, covectors if self._plain else self.vectors.clone(), self.inner)
 
     def vector(self, weights: Tensor) -> Tensor:
         """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""

@@ -19,6 +19,15 @@ polynomials, the worst case of all spectra.
 
 Where a basis spans an invariant subspace up to rounding, the search goes on with a new random direction:
 an independent start, whose probability multiplies the first one's.
+
+No start finds two eigenvectors of one eigenvalue. :class:`Known` bounds *every* eigenvalue by a second
+start, uniform on the complement of the basis Q. With :math:`T = Q^\top AQ`, B the compression of A to
+the complement and :math:`\lambda_{\max}(B) \le b < x`, A has at most as many eigenvalues above x as
+
+.. math:: T + C^\top (xI - B)^{-1} C \preceq T + \frac{C^\top C}{x - b}
+
+(Haynsworth's inertia theorem, 1968), where C is what the images of Q have outside: a residual's square
+over a gap.
 """
 
 from __future__ import annotations
@@ -30,11 +39,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["StartPolynomials"]
+__all__ = ["Known", "StartPolynomials"]
 
 _FARTHEST, _POINTS = 1e3, 64
 """How far a bound is sought above the largest Ritz value, relative to the scale of the numbers, and at
 how many points: two rounds find the distance to 1 %."""
+
+
+_APART, _BEYOND = -8, 17
+"""Power of ten of the least distance of a bound from what bounds the complement, relative to the scale
+of the numbers, and how many distances up to 1 are tried."""
 
 
 class _Row(NamedTuple):
@@ -51,10 +65,13 @@ class StartPolynomials:
     Attributes:
         size: the dimension d.
         rows: how the basis grew, row by row.
+        deflated: rows of the basis before the start, to which it and all images are orthogonal: the
+            operator is then A's compression to their complement.
     """
 
     size: int
     rows: tuple[_Row, ...] = ()
+    deflated: int = 0
 
     def extended(
         self, column: Tensor, beta: float, *, weights: Tensor | None = None, fresh: bool = False
@@ -74,8 +91,9 @@ class StartPolynomials:
 
         The points are above all Ritz values.
         """
-        rows = torch.ones(1, len(points), dtype=torch.float64)
-        largest = rows[0]
+        rows = torch.zeros(self.deflated + 1, len(points), dtype=torch.float64)
+        rows[-1] = 1.0
+        largest = rows[-1]
         chances = torch.ones(len(points), dtype=torch.float64)
         for column, beta, weights, fresh in self.rows:
             following = (points * rows[-1] - column @ rows) / beta
@@ -112,3 +130,44 @@ class StartPolynomials:
 
     def _chance(self, largest: Tensor) -> Tensor:
         return (2 * self.size / (math.pi * largest)).sqrt().clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an operator inside a basis.
+
+    Attributes:
+        projected: T ``(m, m)``.
+        outside: what the images of the basis have in directions outside it, one matrix ``(w, n)`` for
+            each set of w orthonormal directions, of the first n rows.
+    """
+
+    projected: Tensor
+    outside: tuple[Tensor, ...]
+
+    def values(self, count: int) -> Tensor:
+        """Return the largest eigenvalues of T ``(count,)``, largest first."""
+        values: Tensor = torch.linalg.eigvalsh(self.projected)
+        return values.flip(0)[:count]
+
+    def bounds(self, outside: float, count: int, scale: float) -> Tensor:
+        """Return upper bounds of the ``count`` largest eigenvalues of A, largest first.
+
+        At any point x above b the larger of x and the j-th eigenvalue of the sum bounds the j-th
+        eigenvalue of A. The least of several points counts.
+
+        Args:
+            outside: b, at least the largest eigenvalue of B.
+            count: how many.
+            scale: the size of the numbers.
+        """
+        gram = torch.zeros_like(self.projected)
+        for rows in self.outside:  # which need not be orthogonal: |a + b|^2 <= 2 |a|^2 + 2 |b|^2
+            gram[: rows.shape[1], : rows.shape[1]] += len(self.outside) * (rows.T @ rows)
+        gaps = scale * torch.logspace(_APART, 0, _BEYOND, dtype=torch.float64)
+        values = self.values(count)
+        points = torch.cat([values[values > outside + gaps[0]], outside + gaps])
+        shifted = self.projected + gram / (points - outside)[:, None, None]
+        above = torch.linalg.eigvalsh(shifted).flip(1)[:, :count]
+        found: Tensor = torch.maximum(above, points[:, None]).amin(0)
+        return found

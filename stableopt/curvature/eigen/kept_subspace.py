@@ -44,7 +44,7 @@ def followable(kept: Tensor, inner: InnerProduct) -> bool:
     return _FEWEST <= rows <= KEPT and inner.whole_size(size) >= _SMALL
 
 
-def basis_of_kept(kept: Tensor, inner: InnerProduct) -> Basis | None:
+def basis_of_kept(kept: Tensor, inner: InnerProduct, room: int = _ROOM) -> Basis | None:
     """Return an orthonormal basis of the rows of ``kept``; ``None`` if they are linearly dependent."""
     P = inner.preconditioner
     vectors = kept if P is None else torch.stack([P @ row for row in kept])
@@ -55,4 +55,4 @@ def basis_of_kept(kept: Tensor, inner: InnerProduct) -> Basis | None:
         return None
     identity = torch.eye(len(kept), dtype=torch.float64)
     weights = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return Basis(kept, vectors, inner).combined(weights, room=_ROOM)
+    return Basis(kept, vectors, inner).combined(weights, room=room)
