@@ -98,11 +98,11 @@ class Ranks:
         """Return the means over the samples of all ranks.
 
         ``add()`` adds the samples of this rank to ``totals``, in place, and returns their number. If
-        it raises on one rank, all ranks raise.
+        it raises on one rank, all ranks raise. ``totals`` are used up.
         """
         if not self.several:
             count = add()
-            return [total / count for total in totals]
+            return [total.div_(count) for total in totals]
         count, error = 0, None
         try:
             count = add()

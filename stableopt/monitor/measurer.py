@@ -17,7 +17,7 @@ from stableopt.sinks.events import Measured
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
-from stableopt.stability.measure.taken_step import TakenStep
+from stableopt.stability.measure.taken_step import TakenStep, Trail
 from stableopt.stability.rules.coordinates import as_seen_by, check_params
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
@@ -38,6 +38,7 @@ class Measurer:
         quantities: what is measured, in the order in which it is.
         starts: the eigenvectors to start from ``(k, d)`` by quantity, the top one first.
         memory: plain numbers that quantities keep between measurements.
+        trail: the end of the last measured step, if every step is measured.
         measured: how many measurements there were.
     """
 
@@ -83,6 +84,7 @@ class Measurer:
         self._window = None if window is None else whole("realised_window", window)
         self.starts: dict[str, Tensor] = {}
         self.memory: dict[str, Any] = {}
+        self.trail = Trail()
         self.measured = 0
         self._of_all_ranks: int | None = None
 

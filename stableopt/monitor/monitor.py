@@ -301,7 +301,8 @@ class StabilityMonitor:
         self._taken = None  # of a step that raised, or that one of several did not complete
         ranks = self.problem.ranks
         if self._measurer.steps and self._schedule.expects(self.step + 1, ranks):
-            self._taken = TakenStep.begins(self._measurer.problem.params)
+            trail = self._measurer.trail if self._schedule.each_step else None
+            self._taken = TakenStep.begins(self._measurer.problem.params, trail)
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -332,6 +333,7 @@ class StabilityMonitor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._measurer.trail.end = None
         flush(self.sinks, self._warn)
 
     def __enter__(self) -> StabilityMonitor:

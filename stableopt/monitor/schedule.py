@@ -50,6 +50,11 @@ class Schedule:
         self.pending, self._next_question = pending, 0
 
     @property
+    def each_step(self) -> bool:
+        """Whether every step is measured."""
+        return self._every == 1
+
+    @property
     def overhead(self) -> float:
         """Time spent measuring, as a share of the time spent training."""
         training = time.perf_counter() - self._began - self._seconds

@@ -46,7 +46,7 @@ def isolated(
     note: Callable[[str], None] = lambda _: None,
     autocast: torch.dtype | None = None,
     batch_statistics: bool = False,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Evaluate ``model`` as a fixed, twice differentiable function; restore everything afterwards.
 
     Inside, modules are in eval mode (without dropout, and with batch norm's running statistics, since
@@ -56,6 +56,9 @@ def isolated(
     ``training`` flags and other attributes, their lists, dictionaries and plain tensors, and the states
     of Python's, NumPy's and torch's generators, on the CPU, on ``device`` and in the modules, are what
     they were. Threads take turns: generators and kernel choice belong to the process.
+
+    Yields a function that begins again: state and generators are as at the beginning of a fresh
+    evaluation, which takes longer.
 
     Args:
         model: the model, with its loss if that is a module.
@@ -73,10 +76,10 @@ def isolated(
     """
     with (
         _one_at_a_time,
-        _state_restored(model, device, batch_statistics),
+        _state_restored(model, device, batch_statistics) as again,
         plain_operations(model, device, note=note, inside=measuring, autocast=autocast),
     ):
-        yield
+        yield again
 
 
 @contextlib.contextmanager
@@ -84,28 +87,36 @@ def _state_restored(
     model: nn.Module,
     device: torch.device,
     batch_statistics: bool,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     snapshot = Snapshot((module.__dict__ for module in modules), swapped=model.buffers())
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [] if device.type == "cpu" else [device]
     device_type = device.type if device.type != "cpu" else "cuda"
+
+    def begin() -> None:
+        # Set the flag itself: `train()` may be overridden, and may do more than set it.
+        for module in modules:
+            module.training = batch_statistics and isinstance(module, _BatchNorm)
+        torch.default_generator.manual_seed(_SEED)
+        if devices:
+            getattr(torch, device.type).manual_seed(_SEED)
+        random.seed(_SEED)
+        np.random.seed(_SEED)  # noqa: NPY002
+
+    def again() -> None:
+        snapshot.restore()
+        begin()
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices, device_type=device_type))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         token = _inside.set(True)
         try:
-            # Set the flag itself: `train()` may be overridden, and may do more than set it.
-            for module in modules:
-                module.training = batch_statistics and isinstance(module, _BatchNorm)
-            torch.default_generator.manual_seed(_SEED)
-            if devices:
-                getattr(torch, device.type).manual_seed(_SEED)
-            random.seed(_SEED)
-            np.random.seed(_SEED)  # noqa: NPY002
-            yield
+            begin()
+            yield again
         finally:
             _inside.reset(token)
             for module, training in flags:

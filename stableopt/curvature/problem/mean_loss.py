@@ -322,7 +322,7 @@ class MeanLoss(abc.ABC):
     def _fresh(self, tensor: Tensor) -> Tensor:
         return self.precision.cast(tensor.detach().to(self.device, copy=True))
 
-    def evaluation(self) -> AbstractContextManager[None]:
+    def evaluation(self) -> AbstractContextManager[Callable[[], None]]:
         """Return the context in which the model is a fixed function and evaluation leaves no trace."""
         return isolated(
             self._objective,

@@ -304,10 +304,17 @@ class Problem(DifferentiableLoss):
         moved = {prefix + name for name in self._moved}
         return swapped_state(module, counted, moved, self.precision)
 
-    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+    def value(
+        self,
+        theta: Theta | None = None,
+        chunk_size: int | None = None,
+        *,
+        evaluating: bool = False,
+    ) -> float:
         """Return the mean loss over all samples, times ``sign``, at ``theta`` or the parameters.
 
-        ``chunk_size`` is the most samples at once, as for :meth:`chunks`.
+        ``chunk_size`` is the most samples at once, as for :meth:`chunks`. ``evaluating``: whether the
+        caller is inside :meth:`evaluation` already.
         """
         at = self._values() if theta is None else theta
         # With gradients on: without them some modules take another path, and models that
@@ -318,9 +325,12 @@ class Problem(DifferentiableLoss):
         def add(batch: Any, size: int) -> None:
             total.add_(size * self.loss(at, batch).detach().double().cpu())
 
-        return float(mean_over_chunks(self, [total], add, self.chunks(chunk_size))[0])
+        chunks = self.chunks(chunk_size)
+        return float(mean_over_chunks(self, [total], add, chunks, evaluating=evaluating)[0])
 
-    def loss_and_gradient(self, theta: Theta | None = None) -> tuple[float, Tensor]:
+    def loss_and_gradient(
+        self, theta: Theta | None = None, *, evaluating: bool = False
+    ) -> tuple[float, Tensor]:
         """Return :meth:`value` and the gradient ``(d,)``, from one pass over the data."""
         leaves = self.theta() if theta is None else tuple(fresh_leaves(theta))
         with torch.inference_mode(False):
@@ -334,6 +344,6 @@ class Problem(DifferentiableLoss):
             found[0] += size * float(loss.detach())
             found[1] += size
 
-        gradient = mean_over_chunks(self, [total], add, self.chunks())[0]
+        [gradient] = mean_over_chunks(self, [total], add, self.chunks(), evaluating=evaluating)
         losses, samples = (self.ranks.all_reduce_sum(number) for number in found)
         return losses / samples, gradient

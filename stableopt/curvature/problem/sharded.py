@@ -125,7 +125,7 @@ class ShardedProblem(MeanLoss):
             " ranks; measure a replica for it"
         )
 
-    def evaluation(self) -> AbstractContextManager[None]:
+    def evaluation(self) -> AbstractContextManager[Callable[[], None]]:
         """Return the context in which the model is a fixed function and evaluation leaves no trace."""
         # Whole parameters that an earlier pass left would be gone when the state is restored.
         reshard(self.model)

@@ -122,15 +122,16 @@ class Evaluation:
             )
         if self._along is None:
             self._along = AlongStep(self.problem, self.taken)
-            if self._loss is None:
-                self._loss = self._along.loss_after
         return self._along
 
     def loss(self) -> float:
-        """Return the mean loss, from a Hessian's cached passes if there are any."""
+        """Return the mean loss, from a Hessian's cached passes or along the step if it is known."""
         if self._loss is None:
             hessian = self._own if self._plain is None else self._plain
-            self._loss = self.problem.value() if hessian is None else hessian.loss()
+            if hessian is not None:
+                self._loss = hessian.loss()
+            else:
+                self._loss = self.problem.value() if self._along is None else self._along.loss_after
         return self.problem.sign * self._loss
 
     def top_eigenvalue(

@@ -73,3 +73,26 @@ def test_what_follows_the_model_stays_where_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.seen.any()
     assert not model.calls.any()
+
+
+def test_an_evaluation_begins_again() -> None:
+    """Catches a second pass that sees what the first left: its counts, draws and modes."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[float] = []
+
+        def forward(self) -> tuple[int, float, bool]:
+            self.seen.append(float(torch.rand(())))
+            self.training = True
+            return len(self.seen), self.seen[-1], self.training
+
+    model = Counting()
+    model.seen.append(0.5)
+    with isolated(model, torch.device("cpu")) as again:
+        first = model()
+        again()
+        assert not model.training
+        assert model() == first
+    assert model.seen == [0.5]

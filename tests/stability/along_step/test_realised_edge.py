@@ -341,3 +341,59 @@ def test_the_record_has_finite_numbers_and_distinct_tags(tmp_path: Any) -> None:
     assert record["critical_sharpness_passes"] <= 7
     infinite = {name for name, value in record.items() if not math.isfinite(value)}
     assert infinite <= {"non_uniformity_limit"}  # of the full batch
+
+
+def _quiet(step: int, model: nn.Module, state: dict[str, float]) -> None:
+    """Change nothing between steps."""
+
+
+def _anneal(step: int, model: nn.Module, state: dict[str, float]) -> None:
+    state["weight"] = 0.1 * step
+
+
+def _shift(step: int, model: nn.Module, state: dict[str, float]) -> None:
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+
+
+@pytest.mark.parametrize("between", [_quiet, _anneal, _shift])
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_the_last_step_left_is_used_only_where_it_holds(
+    norm: bool, between: Callable[[int, nn.Module, dict[str, float]], None]
+) -> None:
+    """Catches a gradient reused where weights, running statistics or the loss itself have changed.
+
+    The oracle measures each step as well, by a share of the time that is never used up, and keeps
+    nothing. Steps too small for the loss's digits need both gradients: kept, they cost one a step.
+    """
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3), torch.randn(16, 2)
+    parts = [nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 2)]
+    model, state = nn.Sequential(*parts), {"weight": 0.0}
+    calls = {"losses": 0}
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls["losses"] += 1
+        return (outputs - targets).square().mean() + state["weight"] * outputs.square().mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    shared = {"quantities": ("realised_edge",), "realised_window": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # batch norm in training mode
+        kept = StabilityMonitor(optimizer, model, loss_fn, (x, y), every=1, **shared)
+        afresh = StabilityMonitor(optimizer, model, loss_fn, (x, y), max_overhead=1e12, **shared)
+    passes = []
+    for step in range(5):
+        between(step, model, state)
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        calls["losses"] = 0
+        optimizer.step()
+        passes.append(calls["losses"])
+    assert len(kept.history) == len(afresh.history) == 5
+    for one, other in zip(kept.history, afresh.history, strict=True):
+        assert one.realised_edge == other.realised_edge
+        assert one.loss == other.loss
+    # Afresh: two gradients and a loss.
+    holds = between is _quiet and not norm
+    assert passes[-1] == (2 if holds else 3) + 3
