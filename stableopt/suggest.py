@@ -37,6 +37,7 @@ from stableopt.curvature import (
     top_eigenpair,
 )
 from stableopt.curvature.problem.data.batches import cut
+from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.sharded import require_samples
@@ -162,6 +163,7 @@ def suggest(
     dataset_size: int | None = None,
     max_rows: int = MAX_ROWS,
     curvature: bool = True,
+    batch_dim: BatchDim | None = None,
     seed: int = 0,
 ) -> Suggestions:
     r"""Return the largest learning rates that are linearly stable here, by optimizer and batch size.
@@ -182,6 +184,7 @@ def suggest(
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
         curvature: ``False`` finds ``one_step`` of the answer alone, by one gradient and a few forward
             passes for each optimizer, which then may be any that can take a trial step.
+        batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
         seed: seed of the eigen-solvers.
 
     Raises:
@@ -195,7 +198,9 @@ def suggest(
     [0.2941, 0.4]
     """
     began = time.perf_counter()
-    options = {} if curvature or not isinstance(model, nn.Module) else {"second_derivatives": False}
+    options: dict[str, Any] = {"batch_dim": batch_dim}
+    if isinstance(model, nn.Module) and not curvature:
+        options["second_derivatives"] = False
     given = problem_of(model, loss_fn, data, **options)
     notes: list[str] = []
     try:

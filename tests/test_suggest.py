@@ -133,6 +133,22 @@ def test_the_table_and_bad_input() -> None:
         stableopt.suggest(model, MSE, data, batch_sizes=1).answer("SGD", 2)
 
 
+def test_time_first_data_have_the_rates_of_samples_first() -> None:
+    """Catches steps in time taken for samples."""
+    torch.manual_seed(0)
+    linear = nn.Linear(2, 1).double()
+    x, y = torch.randn(5, 3, 2).double(), torch.randn(5, 3, 1).double()
+    found, expected = (
+        stableopt.suggest(linear, MSE, data, batch_sizes=(1, 3), batch_dim=dim)
+        for data, dim in (((x, y), 1), ((x.transpose(0, 1), y.transpose(0, 1)), None))
+    )
+    assert found.num_samples == 3
+    for one, other in zip(found.rows, expected.rows, strict=True):
+        assert one.lr == pytest.approx(other.lr, rel=1e-8)  # sums in another order
+    with pytest.raises(ValueError, match="a Problem has its own loss_fn, data, batch_dim"):
+        stableopt.suggest(stableopt.Problem(linear, MSE, (x, y)), batch_dim=1)
+
+
 def test_what_it_suggests_is_where_training_turns() -> None:
     """Catches any wrong threshold at the point of use: at 0.97 of it SGD returns from a small push,
     at 1.03 it leaves, in the mean square over runs, on a quadratic whose samples all have their minimum

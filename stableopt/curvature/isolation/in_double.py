@@ -44,6 +44,8 @@ class InDouble(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if function is Tensor.float:
             function = Tensor.double
+        elif name == "_grouped_mm":
+            return _grouped_product(*tree_map(_doubled, args), **tree_map(_doubled, kwargs))
         elif name == "cfloat":
             return args[0].to(torch.complex128)
         elif name in ("__get__", "__set__"):
@@ -54,6 +56,20 @@ class InDouble(TorchFunctionMode):
             return function(*args, **tree_map(_doubled, kwargs))
         result = function(*tree_map(_doubled, args), **tree_map(_doubled, kwargs))
         return _doubled(result)
+
+
+def _grouped_product(rows: Tensor, matrices: Tensor, offs: Tensor, **others: Any) -> Tensor:
+    """Return what ``torch.nn.functional.grouped_mm`` does, which has no kernel in double precision."""
+    if rows.dim() != 2 or matrices.dim() != 3 or others.get("bias") is not None:
+        raise NotImplementedError(
+            "grouped_mm in double precision takes rows and a matrix per group"
+        )
+    parts, start = [], 0
+    for stop, matrix in zip(offs.tolist(), matrices, strict=True):
+        parts.append(rows[start:stop] @ matrix)
+        start = stop
+    # Rows behind the last group belong to none.
+    return torch.cat([*parts, rows.new_zeros(len(rows) - start, matrices.shape[-1])])
 
 
 def _writes(function: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
+from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
 from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.distributed.collectives import Ranks
@@ -60,6 +61,8 @@ class DifferentiableLoss(MeanLoss):
     """
 
     _found = _Found()
+    _in_call = False
+    """Whether gradients are taken while the model holds the parameters."""
 
     @abc.abstractmethod
     def loss(self, theta: Theta, batch: Any) -> Tensor:
@@ -69,9 +72,26 @@ class DifferentiableLoss(MeanLoss):
         """Check the derivatives of the loss of a batch; ``twice``: whether there are second ones."""
         # All samples, in double precision, would take more memory than a training step.
         batch = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
-        value = float(self._evaluated(self.theta(), batch).detach())
+        refused = None
+        try:
+            self._found = self._derivatives(batch, twice=twice)
+            if self._found.obstacle is None:
+                return
+        except ValueError as error:
+            refused = error
+        value = self._evaluated(self.theta(), batch)
+        if has_custom_function(value):
+            # Its backward may run the model, which must then have the parameters of its forward pass.
+            self._in_call, obstacle = True, self._found.obstacle
+            found = self._derivatives(batch, twice=twice)
+            kinked = found.kinked or (found.obstacle is not None and has_kinks(value))
+            self._found = replace(found, obstacle=obstacle or found.obstacle, kinked=kinked)
+        elif refused is not None:
+            raise refused
+
+    def _derivatives(self, batch: Any, *, twice: bool) -> _Found:
         twin = self.in_double()
-        doubles = runs_alike(twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value)
+        doubles = self._runs_in(twin, batch)
         judge = twin if doubles else self
         obstacle = check_derivatives(
             lambda at: self._evaluated(at, batch),
@@ -82,7 +102,12 @@ class DifferentiableLoss(MeanLoss):
             twice=twice,
         )
         error, kinked = obstacle or (None, False)
-        self._found = _Found(error, kinked, doubles, known=twice)
+        return _Found(error, kinked, doubles, known=twice)
+
+    def _runs_in(self: P, twin: P, batch: Any) -> bool:
+        """Return whether the loss can be evaluated in the precision of ``twin``."""
+        value = float(self._evaluated(self.theta(), batch).detach())
+        return runs_alike(twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value)
 
     def _agree_on_derivatives(self) -> None:
         self._found = self._found.agreed(self.ranks)

@@ -114,9 +114,14 @@ class Objective(nn.Module):
         self.generators = self.held.generators  # in a list, which a snapshot looks into
         self.layout = layout
 
-    def forward(self, batch: Any) -> Tensor:
-        """Return the loss of ``batch``, whose samples are first."""
-        return self.batch_loss(self.model, self.layout.given(batch))
+    def forward(self, batch: Any, leaves: Sequence[Tensor] = ()) -> Any:
+        """Return the loss of ``batch``, whose samples are first; with ``leaves`` also its gradients."""
+        loss = self.batch_loss(self.model, self.layout.given(batch))
+        if not leaves:
+            return loss
+        if not loss.requires_grad:
+            return loss, [None] * len(leaves)
+        return loss, torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 def check_leaves(

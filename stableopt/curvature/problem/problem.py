@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data.batches import cut, map_tensors
+from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
 from stableopt.curvature.problem.derivatives.second_derivative import fresh_leaves
 from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
@@ -29,6 +30,7 @@ from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     UNEQUAL,
     UNEQUAL_HALF,
+    UNEQUAL_SINGLE,
     check_mean,
     check_replicas,
     checked_scalar,
@@ -190,7 +192,13 @@ class Problem(DifferentiableLoss):
             in_model = 0
             if seen and self.loss_fn is not None:
                 in_model = len(weights_seen(lambda: self.outputs(theta, batch)))
-            self._totals = WeightTotals.of_loss(seen, survey, map(evaluated, chunks), in_model)
+            # A loss that calls torch's once for each sample takes no mean over them.
+            looped = len(seen) > 1 and len(seen) != len(
+                weights_seen(evaluated(cut(survey.batch, 0, 1)))
+            )
+            self._totals = WeightTotals.of_loss(
+                [] if looped else seen, survey, map(evaluated, chunks), in_model
+            )
         complete = not self.ranks.several
         self._weights = weights_of([self._totals], self._weights, complete=complete)
         self._difference, self._explained = 0.0, ""
@@ -198,13 +206,26 @@ class Problem(DifferentiableLoss):
         if self._random or draws(evaluated(batch), self._objective.generators):
             return
 
+        coarse = UNEQUAL_SINGLE if self.precision.autocast is None else UNEQUAL_HALF
+        found, explained = self._compared(survey, coarse)
+        if found <= coarse:
+            # Rounding may explain it; in double precision it cannot.
+            twin = self.in_double()
+            doubles = found > UNEQUAL and self._runs_in(twin, survey.batch)
+            found, explained = twin._compared(survey, UNEQUAL) if doubles else (0.0, "")
+            found = found if found > UNEQUAL else 0.0
+        self._difference, self._explained = found, explained
+
+    def _compared(self, survey: Survey, largest: float) -> tuple[float, str]:
+        """Return how far a batch's gradient is from its samples', and weights that explain it."""
+
         def loss(weights: EqualWeights, at: Sequence[Tensor], part: Any) -> Tensor:
             with self.evaluation():
-                return self.loss(tuple(at), part, weights)
+                return self.loss(tuple(at), self._cast(part), weights)
 
-        elsewhere, paired = displaced_at_random(theta), self.loss_fn is not None
-        self._difference, self._explained = compared_with_parts(
-            loss, elsewhere, survey, self._weights, paired=paired, largest=UNEQUAL
+        elsewhere, paired = displaced_at_random(self.theta()), self.loss_fn is not None
+        return compared_with_parts(
+            loss, elsewhere, survey, self._weights, paired=paired, largest=largest
         )
 
     def _check_weights(self) -> None:
@@ -222,8 +243,7 @@ class Problem(DifferentiableLoss):
         if self._random:
             self.equal_weights = False
             return
-        largest = UNEQUAL if self.precision.autocast is None else UNEQUAL_HALF
-        if difference <= largest and not any(row[1] for row in found):
+        if difference == 0 and not any(row[1] for row in found):
             return
         if chunks == self.num_samples > 1 and not given:
             warn_of_samples_alone(difference)
@@ -268,14 +288,23 @@ class Problem(DifferentiableLoss):
 
         By default with the problem's own weights. Call it inside :meth:`evaluation`.
         """
-        state = self._state(self._objective, theta, "model.")
         if self._random:
             fix_draw(self.device, self._objective.generators)
+        in_call = self._in_call and torch.is_grad_enabled() and any(t.requires_grad for t in theta)
+
+        def evaluate(own: Any) -> Tensor:
+            if in_call:
+                return gradient_in_call(lambda leaves: self._called(leaves, own, leaves), theta)
+            return checked_scalar(self._called(theta, own))
+
         with self.precision.around():
-            loss = (weights or self._weights).mean(
-                lambda own: checked_scalar(functional_call(self._objective, state, (own,))), batch
-            )
+            loss = (weights or self._weights).mean(evaluate, batch)
         return self.sign * loss.to(self.dtype)
+
+    def _called(self, theta: Sequence[Tensor], *args: Any) -> Any:
+        """Return what the objective returns at ``theta``."""
+        state = self._state(self._objective, theta, "model.")
+        return functional_call(self._objective, state, args)
 
     def loss_of_outputs(self, outputs: Any, batch: Any) -> Tensor:
         """Return the mean loss of an ``(x, y)`` batch from the model's outputs, times ``sign``."""
@@ -295,7 +324,7 @@ class Problem(DifferentiableLoss):
             found = functional_call(self.model, state, (self.layout.given(batch)[0],))
         return map_tensors(lambda t: t.movedim(dim, 0), found) if dim else found
 
-    def _state(self, module: nn.Module, theta: Theta, prefix: str) -> dict[str, Tensor]:
+    def _state(self, module: nn.Module, theta: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
         counted = {
             name if name in self.of_loss else prefix + name: (p, value)
             for name, p, value in zip(self.names, self.params, theta, strict=True)

@@ -25,8 +25,8 @@ from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.draws import draws
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
-    UNEQUAL,
     UNEQUAL_HALF,
+    UNEQUAL_SINGLE,
     check_mean,
     checked_scalar,
     twice_over,
@@ -216,7 +216,7 @@ class ShardedProblem(MeanLoss):
         _, rest = self.at(elsewhere, None, 0.0, partial(self._passes, parts, rounds))
         total, apart = self.norm(rest), self.norm(whole - rest)
         difference = apart / total if 0 < total < math.inf and apart < math.inf else 0.0
-        if difference > (UNEQUAL_HALF if in_half(self.model) else UNEQUAL):
+        if difference > (UNEQUAL_HALF if in_half(self.model) else UNEQUAL_SINGLE):
             given = isinstance(self._weights, GivenWeights)
             raise ValueError(
                 unequal_samples(difference, self.ranks.size, given=given, sharded=True)

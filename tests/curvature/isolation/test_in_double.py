@@ -40,3 +40,15 @@ def test_tensors_that_are_written_to_stay_themselves() -> None:
         count[0] = 5.0
     assert count.dtype == torch.float32
     assert count.tolist() == [5.0, 1.0, 1.0]
+
+
+def test_grouped_products_have_no_kernel_in_double_precision() -> None:
+    """Catches mixtures of experts that cannot be evaluated in double precision at all."""
+    rows, matrices = torch.randn(7, 4), torch.randn(3, 4, 8)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    with InDouble():
+        found = torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
+    groups = [rows[:2].double() @ matrices[0].double(), rows[2:6].double() @ matrices[2].double()]
+    assert torch.equal(found[:6], torch.cat(groups))
+    single = torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
+    torch.testing.assert_close(found[:6].float(), single[:6])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from monitored_runs import X
@@ -29,6 +31,48 @@ def test_samples_that_see_each_other_are_named() -> None:
         stableopt.Problem(model, spread, (X, targets), chunk_size=5)
     whole = stableopt.Problem(model, spread, (X, targets), chunk_size=5, batch_statistics=True)
     assert whole.num_samples == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_auxiliary_loss_of_a_router_is_found(dtype: torch.dtype) -> None:
+    """Catches a small term of the whole batch, a thousandth of the loss, that passes as rounding."""
+    torch.manual_seed(0)
+    experts, router = nn.Linear(3, 8), nn.Linear(3, 4)
+    model = nn.ModuleList([experts, router]).to(dtype)
+    data = {"x": torch.randn(24, 3, dtype=dtype), "y": torch.randn(24, 2, dtype=dtype)}
+
+    def routed(model: nn.Module, batch: dict[str, Tensor], share: float) -> Tensor:
+        odds = router(batch["x"]).softmax(-1)
+        outputs = (experts(batch["x"]).relu().view(-1, 4, 2) * odds[..., None]).sum(1)
+        chosen = nn.functional.one_hot(odds.argmax(-1), 4).to(odds)
+        balance = 4 * (chosen.mean(0) * odds.mean(0)).sum()  # Switch Transformers, equation 4
+        return nn.functional.mse_loss(outputs, batch["y"]) + share * balance
+
+    with pytest.raises(ValueError, match=r"they see each other.*batch_statistics=True"):
+        Problem.from_batch_loss(model, partial(routed, share=1e-3), data, chunk_size=8)
+    whole = Problem.from_batch_loss(model, partial(routed, share=1e-3), data)
+    with pytest.raises(ValueError, match="only the sharpness is defined"):
+        stableopt.curvature.NonUniformity(whole)
+    batches = Problem.from_batch_loss(
+        model, partial(routed, share=1e-3), data, chunk_size=8, batch_statistics=True
+    )
+    parts = [{key: value[i : i + 8] for key, value in data.items()} for i in (0, 8, 16)]
+    losses = torch.stack([routed(model, part, share=1e-3) for part in parts]).detach()
+    assert batches.value() == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert Problem.from_batch_loss(
+        model, partial(routed, share=0.0), data, chunk_size=8
+    ).equal_weights
+
+
+def test_rounding_is_no_weight() -> None:
+    """Catches a refusal where rounding in single precision flips a ReLU: double precision tells."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 512), nn.ReLU(), nn.Linear(512, 64), nn.ReLU())
+    x, y = torch.randint(-3, 4, (64, 6)).float(), torch.randn(64, 64)
+    with torch.no_grad():  # small fractions, whose sums are often about zero
+        model[0].weight.copy_(torch.randint(-2, 3, (512, 6)) / 3)
+        model[0].bias.zero_()
+    assert Problem(model, nn.MSELoss(), (x, y), chunk_size=16).equal_weights
 
 
 def test_a_contrastive_loss_is_measured_as_the_mean_of_its_batches() -> None:

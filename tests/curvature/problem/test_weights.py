@@ -200,6 +200,34 @@ def test_the_refusal_names_the_weights(ignored: int) -> None:
     assert close(given.gradient(), known.gradient())
 
 
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_loss_that_calls_torchs_for_each_sample_is_the_mean_of_its_calls(
+    chunk_size: int | None,
+) -> None:
+    """Catches class weights that count although they cancel: each call divides by its own."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)).double(), random(8, 2)
+    y, weight = torch.arange(8) % 3, torch.tensor([1.0, 5.0, 0.5]).double()
+
+    def looped(outputs: Tensor, labels: Tensor) -> Tensor:
+        calls = [
+            nn.functional.cross_entropy(
+                outputs[i : i + 1], labels[i : i + 1], weight=weight, ignore_index=9
+            )
+            for i in range(len(labels))
+        ]
+        return torch.stack(calls).mean()
+
+    found = Problem(model, looped, (x, y), chunk_size=chunk_size)
+    assert found.equal_weights
+    known = Problem(model, nn.CrossEntropyLoss(), (x, y))  # each call is the sample's plain loss
+    vector = random(found.num_params)
+    assert close(Hessian(found) @ vector, Hessian(known) @ vector)
+    for method in ("vmap", "loop"):
+        sigma = NonUniformity(found, method=method)  # type: ignore[arg-type]
+        assert close(sigma @ vector, NonUniformity(known) @ vector)
+
+
 def test_only_weighted_losses_are_weighed() -> None:
     """Catches a detour for plain means, whose numbers must stay as they are."""
     model, labels = nn.Linear(2, 3), torch.arange(12) % 3
