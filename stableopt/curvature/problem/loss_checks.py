@@ -39,7 +39,7 @@ rounding by at most 1e-3 (a loss of 1e-6 in float32)."""
 UNEQUAL = 1e-5
 """Relative difference between a batch's gradient and the mean of its parts' above which samples are not
 equal. Rounding leaves 1e-15 in double precision, and 1e-6 in single. Terms against division by zero and
-adaptive solvers, which see the batch, leave up to 1e-6. The auxiliary loss of a router leaves 4e-5 and more."""
+adaptive solvers, which see the batch, leave up to 1e-6. The auxiliary loss of a router leaves 4e-5."""
 
 UNEQUAL_SINGLE, UNEQUAL_HALF = 2e-3, 0.05
 """The same where double precision is not to be had: in single precision rounding may flip a ReLU among
