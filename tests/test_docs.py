@@ -52,8 +52,8 @@ def registry() -> Iterator[None]:
 def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Catches an outdated example, and a number in the comment after a ``print`` that differs from the
-    printed one. The blocks of a page share one namespace.
+    """Catches an outdated example, and a number or a quoted word in the comment after a ``print`` that
+    differs from what is printed. The blocks of a page share one namespace.
     """
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
@@ -74,6 +74,9 @@ def test_blocks_run_in_order(
                 for one, other in zip(expected, shown, strict=True):
                     unit = 10.0 ** -len(one.partition(".")[2])
                     assert float(other) == pytest.approx(float(one), abs=unit), line
+            worded = re.fullmatch(r'print\(.*\)  # "(.+)"', line)
+            if worded:
+                assert printed[number] == worded[1], line
 
 
 def test_the_swap_is_a_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ __all__ = ["Evidence", "MeasuredRecord", "StepRecord", "robust_score"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of the optimizer.
+    r"""One step of the optimizer.
 
     Attributes:
         step: its number, from 1.
@@ -23,6 +23,13 @@ class StepRecord:
         loss: of the batch, where the training loop reports it.
         grad_norms: the norm of the gradient of each layer that has one.
         batch: what identifies the batch, where the training loop reports it.
+        lrs: the learning rate of each group, where they differ.
+        moved: how far the step moved the weights of a layer, relative to their norm w, taken as
+            :math:`\sqrt{|\|w+\delta\|^2-\|w\|^2|}/\|w\|`: right for a step at right angles to
+            them. Only layers that moved by 5 % or more.
+        changed: the factor by which something other than the optimizers has changed the norm of a
+            layer's weights since the step before. Only layers with a factor of 1.5 or more, or less
+            than its inverse.
     """
 
     step: int
@@ -30,6 +37,9 @@ class StepRecord:
     loss: float | None = None
     grad_norms: Mapping[str, float] = field(default_factory=dict)
     batch: Sequence[int] | None = None
+    lrs: Sequence[float] = ()
+    moved: Mapping[str, float] = field(default_factory=dict)
+    changed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def grad_norm(self) -> float:
@@ -74,12 +84,14 @@ class Evidence:
         first_loss: the first loss of the run that was seen, or ``None``.
         first_gains: for each layer with a matrix of weights, their root mean square times the root of
             the number of inputs, when recording began: about 1 for usual initialisations.
+        groups: the layers of each of the optimizers' groups.
     """
 
     steps: Sequence[StepRecord]
     measured: Sequence[MeasuredRecord]
     first_loss: float | None = None
     first_gains: Mapping[str, float] = field(default_factory=dict)
+    groups: Sequence[Sequence[str]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts."""
@@ -91,13 +103,14 @@ class Evidence:
             ],
             "first_loss": self.first_loss,
             "first_gains": dict(self.first_gains),
+            "groups": [list(layers) for layers in self.groups],
         }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Evidence:
         """Return the evidence that :meth:`to_dict` wrote.
 
-        >>> known = Evidence([StepRecord(1, 0.1)], [MeasuredRecord(StabilityMargins(step=1))], 0.5)
+        >>> known = Evidence([StepRecord(1, 0.1)], [MeasuredRecord(StabilityMargins(step=1))], groups=[])
         >>> Evidence.from_dict(known.to_dict()) == known
         True
         """
@@ -109,6 +122,7 @@ class Evidence:
             ],
             state["first_loss"],
             state["first_gains"],
+            state.get("groups", ()),  # which older versions lack
         )
 
 

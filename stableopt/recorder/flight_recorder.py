@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ __all__ = ["FlightRecorder"]
 _MOST_INDICES = 1024
 """Indices of a batch that are kept."""
 
+_MOVED, _CHANGED = 0.05, 1.5
+"""What is noted of weights: a step that moves them by 5 %, and a change of their norm by another."""
+
 
 class FlightRecorder:
     """Watches a run through its monitor, and writes a report when the loss spikes or an edge is left.
@@ -40,7 +43,7 @@ class FlightRecorder:
     that a killed run leaves only complete reports.
 
     The recorder keeps numbers of the last ``window`` steps and measurements and nothing else. It adds
-    the norm of each parameter's gradient to a step, on the device, and reads them once every
+    the norms of each parameter and its gradient to a step, on the device, and reads them once every
     ``check_every`` steps. It changes nothing in training and never raises into it; an error is warned
     of once. Where several ranks train, rank 0 writes, from its own gradients.
 
@@ -102,7 +105,8 @@ class FlightRecorder:
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
         self._steps: deque[StepRecord] = deque(maxlen=window)
         self._measured: deque[MeasuredRecord] = deque(maxlen=window)
-        self._pending: list[tuple[StepRecord, Tensor, Tensor | None]] = []
+        self._pending: list[_Pending] = []
+        self._after: dict[str, float] = {}
         self._loss: Tensor | None = None
         self._batch: list[int] | None = None
         self._first_loss: float | None = None
@@ -138,7 +142,11 @@ class FlightRecorder:
     def evidence(self) -> Evidence:
         """The steps and measurements that are kept, as far as they have been read."""
         return Evidence(
-            list(self._steps), list(self._measured), self._first_loss, self._first_gains
+            list(self._steps),
+            list(self._measured),
+            self._first_loss,
+            self._first_gains,
+            self._groups(),
         )
 
     def receive(self, event: Event) -> None:
@@ -147,6 +155,7 @@ class FlightRecorder:
             self._guarded(lambda: self._take(event))
 
     def _take(self, event: Measured) -> None:
+        self._note_end()  # the monitor's hook comes before the recorder's
         self._drain()
         problem = self._monitor.problem
         margins, shares = event.margins, {}
@@ -218,41 +227,68 @@ class FlightRecorder:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if nested(optimizer) or not self._joint.ends(optimizer):
             return
+        self._guarded(self._note_end)
         if len(self._pending) >= self._check_every:
             self._guarded(self._look)
 
     def _note(self) -> None:
-        norms = [
-            torch.zeros((), device=p.device, dtype=torch.float32)
-            if p.grad is None
-            else torch.linalg.vector_norm(_values(p.grad), dtype=torch.float32)
-            for p in self._monitor.problem.params
-        ]
+        params = self._monitor.problem.params
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
-        rates = [float(group["lr"]) for group in groups if group.get("lr") is not None]
-        lr = max(rates, default=0.0)
-        step = StepRecord(self._monitor.step + 1, lr, batch=self._batch)
-        self._pending.append((step, torch.stack(norms), self._loss))
+        lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
+        differ = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
+        step = StepRecord(
+            self._monitor.step + 1, max(lrs, default=0.0), batch=self._batch, lrs=differ
+        )
+        gradients, before = _norms([p.grad for p in params], params), _norms(params, params)
+        self._pending.append(_Pending(step, gradients, before, self._loss))
         self._loss = self._batch = None
+
+    def _note_end(self) -> None:
+        if self._pending and self._pending[-1].after is None:
+            params = self._monitor.problem.params
+            self._pending[-1].after = _norms(params, params)
 
     def _drain(self) -> None:
         """Read the pending steps from the device: one transfer for all norms, one for all losses."""
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        rows = torch.stack([norms for _, norms, _ in pending]).tolist()
-        known = [loss for _, _, loss in pending if loss is not None]
+        known = [its.loss for its in pending if its.loss is not None]
         losses = iter(torch.stack([loss.to(known[0]) for loss in known]).tolist() if known else [])
-        names = self._monitor.problem.names
-        for (step, _, loss), row in zip(pending, rows, strict=True):
-            by_layer: dict[str, float] = {}
-            for name, norm in zip(names, row, strict=True):
-                layer = layer_of(name)
-                by_layer[layer] = math.hypot(by_layer.get(layer, 0.0), norm)
-            value = None if loss is None else next(losses)
+        norms = iter(torch.stack([part for its in pending for part in its.norms]).tolist())
+        for its in pending:
+            value = None if its.loss is None else next(losses)
             if self._first_loss is None:
                 self._first_loss = value
-            self._steps.append(replace(step, loss=value, grad_norms=by_layer))
+            gradients, before = self._by_layer(next(norms)), self._by_layer(next(norms))
+            after = {} if its.after is None else self._by_layer(next(norms))
+            self._steps.append(
+                replace(
+                    its.step,
+                    loss=value,
+                    grad_norms=gradients,
+                    moved=_moved(before, after),
+                    changed=_changed(self._after, before),
+                )
+            )
+            self._after = after
+
+    def _by_layer(self, norms: list[float]) -> dict[str, float]:
+        """Return the norm of each layer from those of the parameters."""
+        found: dict[str, float] = {}
+        for name, norm in zip(self._monitor.problem.names, norms, strict=True):
+            layer = layer_of(name)
+            found[layer] = math.hypot(found.get(layer, 0.0), norm)
+        return found
+
+    def _groups(self) -> list[list[str]]:
+        problem = self._monitor.problem
+        layers = {id(p): layer_of(n) for n, p in zip(problem.names, problem.params, strict=True)}
+        return [
+            list(dict.fromkeys(layers[id(p)] for p in group["params"] if id(p) in layers))
+            for o in self._monitor.optimizers
+            for group in o.param_groups
+        ]
 
     def _gains(self) -> dict[str, float]:
         problem = self._monitor.problem
@@ -290,6 +326,55 @@ class FlightRecorder:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"
 
 
-def _values(gradient: Tensor) -> Tensor:
-    values = local(gradient.detach())
+@dataclass
+class _Pending:
+    """A step whose numbers are still on the device: norms by parameter, and the loss."""
+
+    step: StepRecord
+    gradients: Tensor
+    before: Tensor
+    loss: Tensor | None
+    after: Tensor | None = None
+
+    @property
+    def norms(self) -> list[Tensor]:
+        every = (self.gradients, self.before, self.after)
+        return [part for part in every if part is not None]
+
+
+def _norms(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor; zero where a parameter has none."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.stack(
+            [
+                torch.zeros((), device=p.device, dtype=torch.float32)
+                if tensor is None
+                else torch.linalg.vector_norm(_values(tensor), dtype=torch.float32)
+                for tensor, p in zip(tensors, params, strict=True)
+            ]
+        )
+
+
+def _values(tensor: Tensor) -> Tensor:
+    values = local(tensor.detach())
     return values.coalesce().values() if values.is_sparse else values
+
+
+def _moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Return how far a step moved each layer, relative to its norm, from 5 % on."""
+    found: dict[str, float] = {}
+    for layer, norm in before.items():
+        length = math.sqrt(abs(after.get(layer, norm) ** 2 - norm**2))
+        if norm > 0 and not length < _MOVED * norm:
+            found[layer] = length / norm
+    return found
+
+
+def _changed(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Return by which factor the norm of each layer changed between two steps, from 1.5 on."""
+    found: dict[str, float] = {}
+    for layer, norm in before.items():
+        factor = norm / after[layer] if after.get(layer) else 1.0
+        if math.isfinite(factor) and not 1 / _CHANGED < factor < _CHANGED:
+            found[layer] = factor
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -28,6 +29,13 @@ _BEYOND = 1.25
 """Ratio above which a measurement before an odd batch explains more than the batch: at the edge of
 stability ratios hover around 1."""
 
+_WEIGHTS_CHANGE = 2.0
+"""Factor, or its inverse, of a change of weights between two steps that counts as a cause."""
+
+_FAR = 0.2
+"""Movement in one step, relative to the norm of a layer's weights, that no stable training makes after
+its first steps."""
+
 _HALF = 0.5
 
 
@@ -36,8 +44,8 @@ class Verdict:
     """The likely cause of an alarm.
 
     Attributes:
-        cause: ``"learning rate"``, ``"batch"``, ``"batch size"``, ``"layer"``, ``"edge"``,
-            ``"not finite"`` or ``"unknown"``.
+        cause: ``"learning rate"``, ``"weights"``, ``"batch"``, ``"batch size"``, ``"layer"``,
+            ``"edge"``, ``"not finite"`` or ``"unknown"``.
         text: sentences.
         layer: the layer that the evidence names, or ``None``.
         step: the step at which it began, or ``None``.
@@ -52,9 +60,11 @@ class Verdict:
 def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
     """Return the likely cause of ``alarm``.
 
-    A raised learning rate comes first, since it makes every other sign. A smaller batch follows, then
-    the gradient of an odd batch, a layer whose weights began far larger than the others', which makes
-    its neighbours sharp, and then a layer that holds a sharpness above its limit.
+    A raised learning rate comes first, since it makes every other sign, and weights that something
+    other than the optimizer has changed. A smaller batch follows, then the gradient of an odd batch, a
+    layer whose weights began far larger than the others', which makes its neighbours sharp, a group
+    whose learning rate is above the others' and whose weights ran away first, and then a layer that
+    holds a sharpness above its limit.
 
     >>> steps = [StepRecord(k, 0.1 if k < 40 else 0.3) for k in range(50)]
     >>> verdict(Alarm("loss", 50, "the loss rose"), Evidence(steps, [])).text
@@ -65,13 +75,17 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
     beyond = f" {edge.text}" if edge is not None else ""
     jump = _lr_jump(alarm, evidence)
     if jump is not None:
-        layer = edge.layer if edge is not None else None
+        layer = jump.layer or (edge.layer if edge is not None else None)
         return Verdict("learning rate", f"{said} {jump.text}{beyond}", layer, jump.step)
+    changed = _changed_weights(alarm, evidence)
+    if changed is not None:
+        return Verdict("weights", f"{said} {changed.text}{beyond}", changed.layer, changed.step)
     smaller = _smaller_batch(evidence)
     if smaller is not None:
         return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
-    odd = _odd_batch(evidence)
-    if odd is not None and not _beyond(evidence, odd.step or 0):
+    odd, runaway = _odd_batch(evidence), _runaway_group(alarm, evidence)
+    earlier = odd is not None and runaway is not None and (runaway.step or 0) < (odd.step or 0)
+    if odd is not None and not earlier and not _beyond(evidence, odd.step or 0):
         return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
     scaled = _scaled_layer(evidence)
     early = not evidence.steps or evidence.steps[0].step == 1
@@ -82,6 +96,9 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
             " layers when recording began, for its number of inputs."
         )
         return Verdict("layer", f"{said}{began}{beyond}", scaled, alarm.step)
+    if runaway is not None:
+        text = f"{said} {runaway.text}{beyond}"
+        return Verdict("learning rate", text, runaway.layer, runaway.step)
     if edge is not None:
         return Verdict(edge.cause, f"{said}{beyond}", edge.layer, edge.step)
     if alarm.kind == "not finite":
@@ -94,19 +111,106 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
 
 
 def _lr_jump(alarm: Alarm, evidence: Evidence) -> Verdict | None:
-    steps = [its for its in evidence.steps if its.lr > 0]
-    found: tuple[float, Verdict] | None = None
-    for at in range(1, len(steps)):
-        before = median(its.lr for its in steps[max(0, at - 20) : at])
-        factor = steps[at].lr / before
-        recent = alarm.step - steps[at].step <= _LR_STEPS
+    """Return the largest recent rise of a learning rate, and its group if others did not rise so."""
+    groups = max(1, *(len(its.lrs) for its in evidence.steps)) if evidence.steps else 1
+    jumps = [_jump(alarm, _rates(evidence, group)) for group in range(groups)]
+    known = {group: jump for group, jump in enumerate(jumps) if jump is not None}
+    if not known:
+        return None
+    group = max(known, key=lambda each: known[each][0])
+    factor, before, after, step = known[group]
+    alone = min(jump[0] if jump else 1.0 for jump in jumps) < factor / _LR_RISE
+    which = f" of {_group(evidence, group)}" if alone else ""
+    text = f"The learning rate{which} rose from {before:.3g} to {after:.3g} at step {step:,}."
+    layer = _most_moved(evidence, evidence.groups[group], step) if alone else None
+    return Verdict("learning rate", text, layer, step)
+
+
+def _rates(evidence: Evidence, group: int) -> list[tuple[int, float]]:
+    """Return the learning rate of a group at each step, that of all where they agree."""
+    found = [
+        (its.step, its.lrs[group] if its.lrs else its.lr)
+        for its in evidence.steps
+        if not its.lrs or group < len(its.lrs)
+    ]
+    return [(step, lr) for step, lr in found if lr > 0]
+
+
+def _jump(
+    alarm: Alarm, rates: Sequence[tuple[int, float]]
+) -> tuple[float, float, float, int] | None:
+    """Return the largest recent rise: factor, rate before and after, and step."""
+    found: tuple[float, float, float, int] | None = None
+    for at in range(1, len(rates)):
+        step, lr = rates[at]
+        before = median(rate for _, rate in rates[max(0, at - 20) : at])
+        factor, recent = lr / before, alarm.step - step <= _LR_STEPS
         if recent and factor >= _LR_RISE and (found is None or factor > 1.01 * found[0]):
-            text = (
-                f"The learning rate rose from {before:.3g} to {steps[at].lr:.3g} at step"
-                f" {steps[at].step:,}."
-            )
-            found = factor, Verdict("learning rate", text, step=steps[at].step)
-    return None if found is None else found[1]
+            found = factor, before, lr, step
+    return found
+
+
+def _group(evidence: Evidence, group: int) -> str:
+    layers = evidence.groups[group] if group < len(evidence.groups) else ()
+    shown = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+    return f"group {group} ({shown})" if shown else f"group {group}"
+
+
+def _most_moved(evidence: Evidence, layers: Sequence[str], step: int) -> str | None:
+    """Return the layer of a group that moved most, relative to its weights, from ``step`` on."""
+    most: dict[str, float] = dict.fromkeys(layers, 0.0)
+    for its in evidence.steps:
+        for layer in most if its.step >= step else ():
+            most[layer] = max(most[layer], _finite_or_inf(its.moved.get(layer, 0.0)))
+    return max(most, key=lambda layer: most[layer], default=None)
+
+
+def _changed_weights(alarm: Alarm, evidence: Evidence) -> Verdict | None:
+    """Return the layer whose weights something other than the optimizer has changed most."""
+    found: Verdict | None = None
+    most = _WEIGHTS_CHANGE
+    for its in evidence.steps:
+        for layer, factor in its.changed.items() if alarm.step - its.step <= _LR_STEPS else ():
+            size = max(factor, 1 / factor) if factor > 0 else math.inf
+            if size >= most:
+                several = len(its.changed)
+                more = f" (one of {several} layers that changed)" if several > 1 else ""
+                text = (
+                    f"Before step {its.step:,} something other than the optimizer changed the weights"
+                    f" of {layer}: their norm is {factor:.3g} times what it was{more}."
+                )
+                most, found = size, Verdict("weights", text, layer, its.step)
+    return found
+
+
+def _runaway_group(alarm: Alarm, evidence: Evidence) -> Verdict | None:
+    """Return the group whose weights ran away first, if its learning rate is above the others'.
+
+    The first layer to move far in one step is where it began. A few steps later the gradients of all
+    others contain its weights, so that curvature and gradients are largest elsewhere.
+    """
+    for its in evidence.steps:
+        if not its.lrs or alarm.step - its.step > _LR_STEPS:
+            continue
+        far = {layer: _finite_or_inf(by) for layer, by in its.moved.items()}
+        far = {layer: by for layer, by in far.items() if by >= _FAR}
+        if not far:
+            continue
+        layer = max(far, key=lambda each: far[each])
+        groups = [g for g, held in enumerate(evidence.groups) if layer in held]
+        group = max(groups, key=lambda each: its.lrs[each], default=None)
+        if group is None or group >= len(its.lrs):
+            return None
+        usual = median(lr for other, lr in enumerate(its.lrs) if other != group)
+        if its.lrs[group] < _LR_RISE * usual:
+            return None
+        text = (
+            f"The learning rate of {_group(evidence, group)} is {its.lrs[group]:.3g}, where"
+            f" {usual:.3g} is usual, and at step {its.step:,} the weights of {layer} were the first to"
+            f" move far, by {far[layer]:.3g} times their norm."
+        )
+        return Verdict("learning rate", text, layer, its.step)
+    return None
 
 
 def _smaller_batch(evidence: Evidence) -> Verdict | None:

@@ -20,7 +20,7 @@ class Row:
     Attributes:
         title: the quantity in words.
         value, limit, ratio: as shown.
-        share: the ratio as a length from 0 to 1, for a bar of which half is the limit.
+        share: the ratio as a length from 0 to 1, for a bar with the limit in the middle.
         level: ``"inside"``, ``"near"``, ``"over"`` or ``""``.
     """
 
@@ -74,7 +74,7 @@ def sentence(run: Run) -> str:
     """Return the run in one sentence.
 
     >>> sentence(Run("demo"))
-    'There is no measurement yet.'
+    'Nothing has been measured yet.'
     >>> record = {"step": 50, "sharpness": 9.0, "sharpness_ratio": 0.45, "failed": 0.0}
     >>> sentence(Run("demo", [record]))
     'Step 50 is inside the region of stability: the sharpness is at 0.45 of its limit.'
@@ -87,7 +87,7 @@ def sentence(run: Run) -> str:
             f"At step {first.step:,} {first.alarm}; the likely cause: {first.cause}{where}{rest}."
         )
     if not run.records:
-        return "There is no measurement yet."
+        return "Nothing has been measured yet."
     good = [record for record in run.records if number(record.get("failed")) != 1]
     if not good:
         return "Every measurement failed."

@@ -88,7 +88,7 @@ def page(run: Run) -> str:
 def notebook(run: Run) -> str:
     """Return the element that a notebook shows: with fewer charts, and with none without matplotlib.
 
-    >>> "There is no measurement yet." in notebook(Run("demo"))
+    >>> "Nothing has been measured yet." in notebook(Run("demo"))
     True
     """
     has_charts = importlib.util.find_spec("matplotlib") is not None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import stableopt
 from stableopt import FlightRecorder, StabilityMonitor
 from stableopt.recorder import AlarmRules
+from stableopt.report import read_run
 
 LOSS = nn.MSELoss()
 
@@ -256,21 +258,110 @@ def test_arguments(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
 def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
-    """Catches a report that is half written when the process is killed within it."""
+    """Catches a report that is half written when the process is killed within it, at any moment."""
     script = textwrap.dedent(
         """
-        import os, signal, sys
-        from pathlib import Path
+        import os, pathlib, signal, sys, warnings
+        import torch
+        from matplotlib.figure import Figure
         from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict, report
-        folder = Path(sys.argv[1])
+        warnings.simplefilter("ignore")
+        die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        folder = pathlib.Path(sys.argv[1])
         parts = Alarm("loss", 7, "the loss rose"), Verdict("unknown", "It rose."), Evidence([], [])
         report.write_report(folder, *parts)
-        report.markdown = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-        report.write_report(folder, *parts)
+        moments = [(pathlib.Path, "write_text"), (Figure, "savefig"), (torch, "save"), (os, "rename")]
+        for where, name in moments:
+            child = os.fork()
+            if child == 0:
+                setattr(where, name, die)
+                report.write_report(folder, *parts, {"weight": torch.ones(1)})
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, name
         """
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-7"]
     json.loads((tmp_path / "step-7" / "report.json").read_text())
-    assert len(list(tmp_path.glob(".unfinished-*"))) == 1
+    assert len(list(tmp_path.glob(".unfinished-*"))) == 4
+    assert [report.step for report in read_run(tmp_path).reports] == [7]
+
+
+def test_a_layer_that_an_event_scales_is_found(run: Run) -> None:
+    """Catches the batch after it, and the neighbours that it makes sharp, as the cause. The event
+    follows a measured step, whose end the recorder sees after the measurement.
+    """
+    run.train(70)
+    with torch.no_grad():
+        run.model[4].weight.mul_(30.0)
+        run.model[2].weight.data *= 1.2
+    run.train(10)
+    found = run.report()["verdict"]
+    assert (found["cause"], found["layer"], found["step"]) == ("weights", "4", 71)
+    changed = {its["step"]: its["changed"] for its in run.report()["evidence"]["steps"]}
+    # The norm is that of weights and biases, and the event leaves the biases.
+    assert changed.pop(71) == {"4": pytest.approx(30.0, rel=0.1)}
+    assert not any(changed.values())
+
+
+def test_a_layer_whose_learning_rate_is_too_high_is_found(tmp_path: Path) -> None:
+    """Catches the neighbours, whose gradients and curvature are larger once its weights have grown."""
+    run = Run(tmp_path)
+    run.recorder.close()
+    run.monitor.close()
+    rates = {0: 0.1, 2: 0.1, 4: 50.0}
+    groups = [{"params": run.model[at].parameters(), "lr": lr} for at, lr in rates.items()]
+    run.optimizer = torch.optim.SGD(groups)
+    with StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10) as monitor:
+        run.recorder = FlightRecorder(monitor, tmp_path)
+        run.train(20)
+    found = run.report()
+    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("learning rate", "4")
+    assert "group 2 (4) is 50, where 0.1 is usual" in found["verdict"]["text"]
+    assert found["evidence"]["groups"] == [["0"], ["2"], ["4"]]
+    assert found["evidence"]["steps"][0]["lrs"] == [0.1, 0.1, 50.0]
+
+
+def test_movement_is_that_of_the_weights(run: Run) -> None:
+    """Catches a movement of another step or layer, against a loop that copies the weights."""
+    run.optimizer.param_groups[0]["lr"] = 30.0
+    expected = []
+    for _ in range(4):
+        before = [p.detach().clone() for p in run.model[4].parameters()]
+        run.train(1)
+        squares = [
+            (old.square().sum(), new.detach().square().sum())
+            for old, new in zip(before, run.model[4].parameters(), strict=True)
+        ]
+        old, new = (sum(float(pair[k]) for pair in squares) for k in (0, 1))
+        expected.append((abs(new - old) / old) ** 0.5)
+    run.recorder.close()
+    moved = [its.moved.get("4", 0.0) for its in run.recorder.evidence.steps]
+    # 1e-3: norms are taken in single precision, and their squares subtracted.
+    assert moved == pytest.approx(expected, rel=1e-3)
+
+
+def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> None:
+    """Catches an error of the recorder in the training: batches that raise, numbers that are none,
+    a disk that is full.
+    """
+
+    class Batch:
+        def __iter__(self) -> Iterator[int]:
+            raise RuntimeError("no indices")
+
+    run = Run(tmp_path, window=10)
+    full = mock.patch.object(Path, "write_text", side_effect=OSError(28, "No space left on device"))
+    with warnings.catch_warnings(record=True) as seen, full:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            run.recorder.loss(float("nan"), Batch())  # type: ignore[arg-type]
+            for p in run.model.parameters():
+                p.grad = torch.full_like(p, torch.nan)
+            run.optimizer.step()
+        run.recorder.close()
+    said = " ".join(str(its.message) for its in seen)
+    assert "no indices" in said
+    assert "No space left on device" in said
+    assert list(tmp_path.iterdir()) == []
+    assert len(run.recorder.evidence.steps) == 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -124,3 +125,62 @@ def test_where_nothing_is_known_it_is_said(evidence: Evidence) -> None:
     found = verdict(ROSE, evidence)
     assert (found.cause, found.layer) == ("unknown", None)
     assert "were as before" in found.text
+
+
+def test_the_group_whose_rate_rose_is_named() -> None:
+    """Catches a rise that the largest rate hides, and a group without its layers."""
+    steps = [
+        step(k, lr=1.0, lrs=[1.0, 0.1 if k < 50 else 0.5], moved={"2": 0.3} if k > 50 else {})
+        for k in range(1, 61)
+    ]
+    evidence = Evidence(steps, [], groups=[["0"], ["2", "4"]])
+    found = verdict(ROSE, evidence)
+    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 50)
+    assert "The learning rate of group 1 (2, 4) rose from 0.1 to 0.5 at step 50." in found.text
+
+
+def test_a_rise_of_all_groups_names_none() -> None:
+    """Catches warm-up of groups with different rates that is blamed on one of them."""
+    steps = [step(k, lrs=[1.0, 0.1] if k < 50 else [2.0, 0.2]) for k in range(1, 61)]
+    found = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
+    assert "The learning rate rose from 1 to 2 at step 50." in found.text
+    assert found.layer is None
+
+
+def test_a_group_that_joins_late_is_no_rise() -> None:
+    """Catches rates of another number of groups that are compared by position."""
+    steps = [step(k, lrs=[0.1, 0.2] if k < 50 else [0.1, 0.2, 0.9]) for k in range(1, 61)]
+    assert verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"], []])).cause == "unknown"
+
+
+def test_the_layer_that_ran_away_first_is_named() -> None:
+    """Catches the neighbour, which holds the eigenvector once the weights have grown."""
+    far = {41: {"2": 0.4, "0": 0.1}, 42: {"0": 9.0, "2": 2.0}}
+    leap = {43: 90.0}
+    steps = [
+        step(k, lrs=[0.1, 3.0], moved=far.get(k, {}), norm=leap.get(k, 1.0)) for k in range(1, 61)
+    ]
+    measured = [at(60, 30.0, {"0": 0.9, "2": 0.1})]
+    found = verdict(ROSE, Evidence(steps, measured, groups=[["0"], ["2"]]))
+    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 41)
+    assert "group 1 (2) is 3, where 0.1 is usual" in found.text
+    assert "by 0.4 times their norm" in found.text
+    other = verdict(ROSE, Evidence(steps, measured, groups=[["2"], ["0"]]))
+    assert (other.cause, other.layer) == ("batch", "0")  # the layer's rate is the lower one
+    same = [replace(its, lrs=()) for its in steps]
+    assert verdict(ROSE, Evidence(same, measured, groups=[["0"], ["2"]])).cause == "batch"
+
+
+def test_weights_that_something_else_changed_are_named() -> None:
+    """Catches the batch that is blamed for the first gradient after it."""
+    steps = [
+        step(k, changed={"2": 30.0, "0": 1.6} if k == 50 else {}, norm=50.0 if k == 50 else 1.0)
+        for k in range(1, 61)
+    ]
+    found = said(steps, [])
+    assert (found.cause, found.layer, found.step) == ("weights", "2", 50)
+    assert "30 times what it was (one of 2 layers that changed)." in found.text
+    gone = [step(k, changed={"2": 0.0} if k == 50 else {}) for k in range(1, 61)]
+    assert said(gone, []).cause == "weights"
+    small = [step(k, changed={"2": 1.6} if k == 50 else {}) for k in range(1, 61)]
+    assert said(small, []).cause == "unknown"

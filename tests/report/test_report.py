@@ -155,7 +155,7 @@ def test_wrong_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_the_command_writes_only_the_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Catches files beside the page, and an old page that a failure destroys."""
+    """Catches other files than the page, and an old page that a failure destroys."""
     write(tmp_path / "run", margins(50))
     out = tmp_path / "elsewhere.html"
     assert main(["report", str(tmp_path / "run"), "--out", str(out)]) == 0
@@ -237,7 +237,7 @@ def test_a_notebook_shows_the_monitor() -> None:
     model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1) as monitor:
-        assert "There is no measurement yet." in monitor._repr_html_()
+        assert "Nothing has been measured yet." in monitor._repr_html_()
         nn.MSELoss()(model(x), y).backward()
         optimizer.step()
         assert "is inside the region of stability" in monitor._repr_html_()
