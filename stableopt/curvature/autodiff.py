@@ -15,6 +15,7 @@ __all__ = [
     "displaced",
     "flat",
     "gradient_along",
+    "saved_bytes",
     "vjp",
 ]
 
@@ -113,9 +114,14 @@ def displaced(point: Sequence[Tensor], direction: Sequence[Tensor], step: float)
 
 
 def gradient_along(
-    function: Function, point: Sequence[Tensor], direction: Sequence[Tensor]
+    function: Function,
+    point: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    as_one: Callable[[Sequence[Tensor | None], Sequence[Tensor]], Tensor] | None = None,
 ) -> Callable[[float], Tensor]:
     """Return the flat gradient ``(d,)`` of ``function`` as a function of the distance from ``point``.
+
+    ``as_one`` makes another vector of the gradient's parts than :func:`flat` does.
 
     >>> slope = gradient_along(lambda at: at[0].square().sum(), [torch.zeros(2)], [torch.ones(2)])
     >>> slope(0.5)
@@ -124,7 +130,8 @@ def gradient_along(
 
     def gradient(distance: float) -> Tensor:
         at = displaced(point, direction, distance)
-        return flat(torch.autograd.grad(function(at), at, allow_unused=True), at)
+        slopes = torch.autograd.grad(function(at), at, allow_unused=True)
+        return (as_one or flat)(slopes, at)
 
     return gradient
 
@@ -141,3 +148,26 @@ def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
         for g, t in zip(tensors, like, strict=True)
     ]
     return torch.cat([part.reshape(-1).to(like[0].dtype) for part in parts])
+
+
+def saved_bytes(function: Callable[[], object]) -> int:
+    """Return the bytes that autograd saves for the backward pass of ``function``.
+
+    >>> x = torch.ones(10, requires_grad=True)
+    >>> saved_bytes(lambda: x.exp())
+    40
+    """
+    # The tensors are held, or their addresses would be used again.
+    storages: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # A sparse gradient has no storage of its own, but its indices and values have.
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            storages.setdefault(storage.data_ptr(), (part, storage.nbytes()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(size for _, size in storages.values())

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from stableopt.curvature.autodiff import saved_bytes
 from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
@@ -18,9 +19,15 @@ from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.distributed.collectives import Ranks
 
-__all__ = ["DifferentiableLoss"]
+__all__ = ["LARGE", "DifferentiableLoss"]
 
 P = TypeVar("P", bound="DifferentiableLoss")
+
+LARGE = 2**25
+"""Parameters from which derivatives are checked in the problem's own precision."""
+
+_MUCH = 32 * 2**20
+"""Bytes saved for a backward pass of a few samples from which derivatives are checked on one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class DifferentiableLoss(MeanLoss):
     _found = _Found()
     _in_call = False
     """Whether gradients are taken while the model holds the parameters."""
+    _samples_apart = False
+    """Whether samples are known not to see each other."""
 
     @abc.abstractmethod
     def loss(self, theta: Theta, batch: Any) -> Tensor:
@@ -70,8 +79,7 @@ class DifferentiableLoss(MeanLoss):
 
     def _check_derivatives(self, batch: Any, size: int, *, twice: bool) -> None:
         """Check the derivatives of the loss of a batch; ``twice``: whether there are second ones."""
-        # All samples, in double precision, would take more memory than a training step.
-        batch = cut(batch, 0, min(size, CHECKED_SAMPLES // 2))
+        batch = cut(batch, 0, self._checked_samples(batch, size))
         refused = None
         try:
             self._found = self._derivatives(batch, twice=twice)
@@ -90,8 +98,9 @@ class DifferentiableLoss(MeanLoss):
             raise refused
 
     def _derivatives(self, batch: Any, *, twice: bool) -> _Found:
-        twin = self.in_double()
-        doubles = self._runs_in(twin, batch)
+        twin, large = self.in_double(), self.num_params > LARGE
+        # Several copies of a large model, in double precision, would be more than a training step has.
+        doubles = not large and self._runs_in(twin, batch)
         judge = twin if doubles else self
         obstacle = check_derivatives(
             lambda at: self._evaluated(at, batch),
@@ -102,12 +111,27 @@ class DifferentiableLoss(MeanLoss):
             twice=twice,
         )
         error, kinked = obstacle or (None, False)
+        if large and kinked:
+            doubles = self._runs_in(twin, batch)
         return _Found(error, kinked, doubles, known=twice)
 
     def _runs_in(self: P, twin: P, batch: Any) -> bool:
         """Return whether the loss can be evaluated in the precision of ``twin``."""
         value = float(self._evaluated(self.theta(), batch).detach())
         return runs_alike(twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value)
+
+    def _checked_samples(self, batch: Any, size: int) -> int:
+        """Return on how many samples derivatives are checked: one where several are much work."""
+        # All of them, in double precision, would take more memory than a training step.
+        count = min(size, CHECKED_SAMPLES // 2)
+        if count == 1 or not self._samples_apart:
+            return count
+        try:
+            theta = self.theta()
+            saved = saved_bytes(lambda: self._evaluated(theta, cut(batch, 0, count)))
+        except RuntimeError:  # torch.func within the model excludes saved tensor hooks
+            return count
+        return count if saved <= _MUCH else 1
 
     def _agree_on_derivatives(self) -> None:
         self._found = self._found.agreed(self.ranks)

@@ -23,7 +23,7 @@ from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
 from stableopt.curvature.problem.derivatives.second_derivative import fresh_leaves
-from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
+from stableopt.curvature.problem.differentiable_loss import LARGE, DifferentiableLoss
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
@@ -211,10 +211,12 @@ class Problem(DifferentiableLoss):
         if found <= coarse:
             # Rounding may explain it; in double precision it cannot.
             twin = self.in_double()
-            doubles = found > UNEQUAL and self._runs_in(twin, survey.batch)
+            again = found > UNEQUAL and self.num_params <= LARGE
+            doubles = again and self._runs_in(twin, survey.batch)
             found, explained = twin._compared(survey, UNEQUAL) if doubles else (0.0, "")
             found = found if found > UNEQUAL else 0.0
         self._difference, self._explained = found, explained
+        self._samples_apart = found <= UNEQUAL
 
     def _compared(self, survey: Survey, largest: float) -> tuple[float, str]:
         """Return how far a batch's gradient is from its samples', and weights that explain it."""

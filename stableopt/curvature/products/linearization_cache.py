@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 from weakref import WeakMethod
 
-import torch
-from torch import Tensor
-
+from stableopt.curvature.autodiff import saved_bytes
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.problem import Problem
@@ -116,9 +114,11 @@ class LinearizationCache(Generic[P]):
                 # bytes cannot be counted.
                 self._plan = (None, int(self._problem.one_chunk))
             else:
-                chunk_size = max(1, int(at_once / each))
+                # Passes of any chunk hold gradients of the parameters' size: fewer chunks hold fewer.
+                own = self._problem.num_params * self._problem.dtype.itemsize
+                chunk_size = max(1, int(max(at_once, min(2 * own, memory - own)) / each))
                 size = min(chunk_size, self._problem.own_samples)
-                self._plan = (chunk_size, int(memory / (size * each)))
+                self._plan = (chunk_size, int(memory / (size * each + own)))
         return self._plan
 
     def _budget(self) -> tuple[int, int]:
@@ -146,7 +146,8 @@ class LinearizationCache(Generic[P]):
         if kind not in known:
             batch, size = next(self._problem.chunks(_TRIED))
             try:
-                more = _bytes(made, batch, size) - _bytes(made, cut(batch, 0, 1), 1)
+                more = saved_bytes(lambda: made(batch, size))
+                more -= saved_bytes(lambda: made(cut(batch, 0, 1), 1))
             except RuntimeError as error:
                 if "saved tensor hooks" not in str(error):
                     raise
@@ -154,21 +155,3 @@ class LinearizationCache(Generic[P]):
             else:
                 known[kind] = max(more / max(size - 1, 1), 1.0)
         return known[kind]
-
-
-def _bytes(made: Callable[[Any, int], Any], batch: Any, size: int) -> int:
-    """Return the bytes that autograd saves for the backward pass of ``made``."""
-    # The tensors are held, or their addresses would be used again.
-    storages: dict[int, tuple[Tensor, int]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        # A sparse gradient has no storage of its own, but its indices and values have.
-        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
-        for part in parts:
-            storage = part.untyped_storage()
-            storages.setdefault(storage.data_ptr(), (part, storage.nbytes()))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        made(batch, size)
-    return sum(size for _, size in storages.values())

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 import stableopt
 from stableopt.curvature import GaussNewton, Problem, SecondDerivativeError
 from stableopt.curvature.errors import DifferenceError
+from stableopt.curvature.problem import differentiable_loss
+from stableopt.curvature.problem.derivatives import second_derivative
 from stableopt.curvature.problem.derivatives.derivative_checks import check_gradient
 
 
@@ -70,6 +72,36 @@ def test_a_backward_with_a_wrong_derivative_is_found_out(dtype: torch.dtype) -> 
     problem = Problem(model.to(dtype), nn.MSELoss(), (x, y))
     with pytest.raises(SecondDerivativeError, match=r"module '1\.1' \(Silent\).* is off by"):
         problem.check_twice()
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat models as large ones: one sample, their own precision, and sketches of gradients."""
+    monkeypatch.setattr(differentiable_loss, "LARGE", 0)
+    monkeypatch.setattr(differentiable_loss, "_MUCH", 0)
+    monkeypatch.setattr(second_derivative, "_WHOLE", 8)
+
+
+@pytest.mark.usefixtures("large")
+def test_large_models_are_checked_on_one_sample_by_sketches() -> None:
+    """Catches a check that is left out for them, or that refuses right derivatives."""
+    x, y = (t.float() for t in small_data())
+    torch.manual_seed(0)
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def network(inner: nn.Module) -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), inner), nn.Linear(4, 3))
+        model.register_forward_hook(lambda _, args, __: seen.append((len(args[0]), args[0].dtype)))
+        return model
+
+    with pytest.raises(SecondDerivativeError, match=r"module '1\.1' \(Silent\).* is off by"):
+        Problem(network(Silent()), nn.MSELoss(), (x, y)).check_twice()
+    with pytest.raises(ValueError, match="the gradient is not the derivative"):
+        Problem(network(Layer(Reversed.apply)), nn.MSELoss(), (x, y))
+    seen.clear()
+    Problem(network(nn.Identity()), nn.MSELoss(), (x, y)).check_twice()
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    assert {size for size, _ in seen[-10:]} == {1}
 
 
 def test_kinks_that_two_steps_agree_on_are_no_wrong_gradient() -> None:

@@ -28,9 +28,11 @@ from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
 from stableopt.curvature.problem.derivatives.graphs import has_kinks
 from stableopt.curvature.problem.derivatives.second_derivative import (
     UnverifiedError,
+    alias_leaves,
     balanced,
     compare_twice,
     differentiate_twice,
+    dot,
     fresh_leaves,
     norm,
     trusted_difference,
@@ -124,7 +126,7 @@ def check_derivatives(
 
 
 def _depends(function: Function, point: Sequence[Tensor]) -> bool:
-    leaves = fresh_leaves(point)
+    leaves = alias_leaves(point)
     value = function(leaves)
     if not value.requires_grad:
         return False
@@ -142,20 +144,21 @@ def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
     Raises:
         ValueError: if differences agree with one another, but not with the gradient.
     """
-    leaves = fresh_leaves(point)
+    leaves = alias_leaves(point)
     value = function(leaves)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     size, dtype = norm(leaves), leaves[0].dtype
     if size == 0:
         return
-    for direction in (balanced(gradients, leaves), unfrozen(gradients, leaves)):
+    for chosen in (balanced, unfrozen):  # one at a time: each is as large as all parameters
+        direction = chosen(gradients, leaves)
         if direction is None:
             continue
 
         def along(distance: float, direction: Sequence[Tensor] = direction) -> float:
             return float(function(displaced(leaves, direction, distance)).detach())
 
-        claimed = float(flat(gradients, leaves) @ flat(direction, leaves))
+        claimed = dot(gradients, direction)
         found = short_difference(
             along,
             size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,12 @@ from stableopt.curvature.problem.derivatives.short_differences import (
 
 __all__ = [
     "UnverifiedError",
+    "alias_leaves",
+    "as_one",
     "balanced",
     "compare_twice",
     "differentiate_twice",
+    "dot",
     "fresh_leaves",
     "norm",
     "trusted_difference",
@@ -44,9 +47,22 @@ class UnverifiedError(RuntimeError):
     """A custom second derivative that differences neither confirm nor refute."""
 
 
+_WHOLE = 2**22
+"""Numbers up to which gradients are compared whole, and beyond as sketches of so many numbers as below:
+copies of all parameters would take more memory than a training step."""
+
+_SKETCH = 1024
+"""Numbers in a sketch: its norm is that of the vector to about 3 %."""
+
+
 def fresh_leaves(point: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of ``point`` that require gradients."""
     return [t.detach().clone().requires_grad_() for t in point]
+
+
+def alias_leaves(point: Sequence[Tensor]) -> list[Tensor]:
+    """Return leaves that require gradients, in the memory of ``point``."""
+    return [t.detach().requires_grad_() for t in point]
 
 
 def usable_point(function: Function, point: Sequence[Tensor]) -> list[Tensor]:
@@ -57,12 +73,51 @@ def usable_point(function: Function, point: Sequence[Tensor]) -> list[Tensor]:
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """Return the norm of all ``tensors`` together."""
-    return float(flat(tensors, tensors).norm())
+    return _norm(tensors)
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    parts = [dense(t.detach()).norm() for t in tensors if t is not None]
+    return float(torch.stack(parts).norm()) if parts else 0.0
+
+
+def dot(ones: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
+    """Return the inner product of two lists of tensors, of which ``None`` counts as zero."""
+    pairs = zip(ones, others, strict=True)
+    parts = [(dense(one.detach()) * other).sum() for one, other in pairs if one is not None]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def as_one(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """Return the concatenation of ``tensors``, or for many numbers a sketch of it: a linear map.
+
+    A sketch holds sums with random signs, whose norms and distances are about those of the vectors.
+
+    >>> whole = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0))
+    >>> sketch = as_one([whole], [whole])
+    >>> len(sketch), 0.9 < float(sketch.norm() / whole.norm()) < 1.1
+    (1024, True)
+    """
+    if sum(t.numel() for t in like) <= _WHOLE:
+        return flat(tensors, like)
+    device = like[0].device
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sketch = torch.zeros(_SKETCH, dtype=exact, device=device)
+    for number, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        generator = torch.Generator().manual_seed(number)
+        for block in torch.split(dense(tensor.detach()).reshape(-1), _WHOLE):
+            rows = torch.nn.functional.pad(block.to(sketch.dtype), (0, -len(block) % _SKETCH))
+            rows = rows.view(-1, _SKETCH)
+            signs = torch.randint(0, 2, (len(rows),), generator=generator).mul(2).sub(1)
+            sketch += signs.to(sketch) @ rows
+    return sketch
 
 
 def balanced(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor] | None:
     """Return the unit direction with equal parts along each gradient that is not zero."""
-    if not 0 < float(flat(gradients, like).norm()) < float("inf"):
+    if not 0 < _norm(gradients) < float("inf"):
         return None
     parts = []
     for gradient, t in zip(gradients, like, strict=True):
@@ -75,22 +130,29 @@ def balanced(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list
 
 def unfrozen(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor] | None:
     """Return a random unit direction in which frozen entries stay."""
-    parts = []
-    for gradient, random in zip(gradients, _random(like), strict=True):
+    parts = _random(like)
+    for part, gradient in zip(parts, gradients, strict=True):
         if gradient is None:
-            parts.append(torch.zeros_like(random))
+            part.zero_()
             continue
         moves = dense(gradient.detach()) != 0
-        parts.append(random * moves if bool(moves.any()) else random)
+        if bool(moves.any()):
+            part.mul_(moves)
     length = norm(parts)
-    return [part / length for part in parts] if length > 0 else None
+    return [part.div_(length) for part in parts] if length > 0 else None
 
 
 def trusted_difference(
-    function: Function, leaves: Sequence[Tensor], direction: Sequence[Tensor]
+    function: Function,
+    leaves: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    summary: Callable[[Sequence[Tensor | None], Sequence[Tensor]], Tensor] = flat,
 ) -> Difference[Tensor] | None:
-    """Return the gradient's derivative along a unit direction, ``None`` if no two steps agree."""
-    gradient, size = gradient_along(function, leaves, direction), norm(leaves)
+    """Return the gradient's derivative along a unit direction, ``None`` if no two steps agree.
+
+    ``summary`` makes a vector of the gradient's parts.
+    """
+    gradient, size = gradient_along(function, leaves, direction, summary), norm(leaves)
     dtype = leaves[0].dtype
     least = max(float(gradient(0.0).norm()), _LEAST_LOSS / size if size > 0 else 0.0)
     return short_difference(
@@ -104,7 +166,7 @@ def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: if some operation has no second derivative, or one that is not finite.
     """
-    leaves = fresh_leaves(point)
+    leaves = alias_leaves(point)
     value = function(leaves)
     if not value.requires_grad:
         return
@@ -117,8 +179,8 @@ def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
     direction = balanced(gradients, leaves)
     if direction is None:
         return
-    product = flat(vjp(gradients, leaves, direction), leaves)
-    if not bool(torch.isfinite(product).all()):
+    product = vjp(gradients, leaves, direction)
+    if not all(bool(torch.isfinite(dense(part)).all()) for part in product if part is not None):
         raise RuntimeError("its second derivative is not finite, though the first is")
 
 
@@ -130,7 +192,7 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
             cannot tell and the function is not made of torch's operations alone.
     """
     hooks: list[bool] = []
-    leaves = fresh_leaves(point)
+    leaves = alias_leaves(point)
     with HooksSeen(lambda: hooks.append(True)):
         value = function(leaves)
     if not value.requires_grad:
@@ -138,11 +200,12 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
     custom = bool(hooks) or has_custom_function(value)
     gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
     compared = False
-    for direction in (balanced(gradients, leaves), unfrozen(gradients, leaves)):
+    for chosen in (balanced, unfrozen):  # one at a time: each is as large as all parameters
+        direction = chosen(gradients, leaves)
         if direction is None:
             continue
-        product = flat(vjp(gradients, leaves, direction), leaves)
-        bent = trusted_difference(function, leaves, direction)
+        product = as_one(vjp(gradients, leaves, direction), leaves)
+        bent = trusted_difference(function, leaves, direction, as_one)
         if bent is None:
             continue
         compared = True
@@ -162,6 +225,8 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
 
 def _random(like: Sequence[Tensor]) -> list[Tensor]:
     """Return a random unit direction, of each parameter's relative size."""
-    moved = [near.detach() - t.detach() for near, t in zip(generic_point(like), like, strict=True)]
+    moved = [t.detach() for t in generic_point(like)]
+    for part, t in zip(moved, like, strict=True):
+        part.sub_(t.detach())
     length = norm(moved)
-    return [part / length for part in moved] if length > 0 else moved
+    return [part.div_(length) for part in moved] if length > 0 else moved

@@ -103,13 +103,18 @@ def _norm(value: float | Tensor) -> float:
 def generic_point(point: Sequence[Tensor]) -> list[Tensor]:
     """Return leaves near ``point`` that lie on no kink, as zero biases behind zero padding do."""
     generator = torch.Generator().manual_seed(0)
-    overall = _root_mean_square(torch.cat([t.detach().reshape(-1) for t in point]))
+    overall = _overall(point)
     direction = []
     for t in point:
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
         own = _root_mean_square(t.detach()) if t.numel() else 0.0
         direction.append((own or overall or 1.0) * noise)
     return displaced(point, direction, _AWAY)
+
+
+def _overall(point: Sequence[Tensor]) -> float:
+    squares = torch.stack([t.detach().square().sum() for t in point]).sum()
+    return float((squares / sum(t.numel() for t in point)).sqrt())
 
 
 def _root_mean_square(tensor: Tensor) -> float:
