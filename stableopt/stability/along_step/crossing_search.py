@@ -1,8 +1,9 @@
 r"""`first_rise`: how far along a direction a loss stays at or below its start.
 
-The share t of a step at which :math:`L(t) > L(0)` for the first time is bracketed by doubling or halving
-and then bisected. The mean slope :math:`(L(t)-L(0))/t` is a straight line of t on a quadratic, so that
-two losses give its root: trials on both sides of the root replace most bisections.
+The share t of a step at which :math:`L(t) > L(0)` for the first time is bracketed. The mean slope
+:math:`m(t) = (L(t)-L(0))/t` minus the slope at 0 is proportional to t on a quadratic, and on losses of
+networks about a power of t over many decades. In logarithms it is interpolated for the root of m: a
+quadratic takes three losses, and a network four to six.
 """
 
 from __future__ import annotations
@@ -16,6 +17,21 @@ __all__ = ["Rise", "first_rise"]
 _BESIDE = 1 / 40
 """Relative distance of the trials on both sides of the expected root: their bracket is 5 % wide."""
 
+_FARTHEST_BESIDE = 0.15
+"""The largest such distance, while the expected root still moves."""
+
+_WITHIN, _SURE = 0.98, 0.1
+"""Width of the last bracket, and least distance of its ends from the expected root, in tolerances."""
+
+_BLIND = 8
+"""Factor by which to go on where nothing is expected."""
+
+_FARTHEST = 1000
+"""The largest factor to go outside of the distances tried."""
+
+_POWERS = (0.5, 4.0)
+"""Powers of t to extrapolate with. Between trials on both sides of the root there is no bound."""
+
 _UPHILL = 4
 """Losses above the start, at ever shorter distances, after which it may be where the loss rises."""
 
@@ -25,7 +41,7 @@ class Rise:
     """Where a loss along a direction rises above its start.
 
     Attributes:
-        share: the distance of the crossing, from the line through both ends of the bracket.
+        share: the distance of the crossing, interpolated.
         low: the largest distance tried below it where the loss had not risen; 0 if there is none.
         high: the smallest distance tried where the loss had risen; infinity if there is none.
         passes: losses evaluated.
@@ -60,11 +76,11 @@ def first_rise(
 
     >>> rise = first_rise(lambda t: (t - 1) ** 2, 1.0, 0.7, tol=1 / 16, passes=10)
     >>> round(rise.share, 6), rise.passes      # the loss is back at its start at t = 2
-    (2.0, 5)
+    (2.0, 4)
     """
     slopes = {} if slope is None else {0.0: slope}
     low, high, spent = 0.0, math.inf, 0
-    t, expected, farthest = start, None, 2.0
+    t, last, widths = start, None, [math.inf]
     while spent < passes and 0 < t < math.inf:
         slopes[t] = (loss_at(t) - base) / t
         spent += 1
@@ -74,11 +90,17 @@ def first_rise(
             break
         if low == 0 and spent >= _UPHILL and _rises(slopes):
             break
-        # A line that was wrong, as where the loss bends between the ends, is not asked twice.
-        line = None if expected not in (None, risen) else _line(slopes, low, high)
-        t, expected = _next(line, low, high, slopes, farthest)
-        farthest *= 1.0 if 0 < low < high < math.inf else 2.0
-    return Rise(_root(slopes, low, high), low, high, spent)
+        widths.append(high / low if low > 0 else math.inf)
+        # An expectation that has not narrowed the bracket in two trials is not followed in the next.
+        stalled = len(widths) > 2 and math.sqrt(widths[-3]) < widths[-1] < math.inf
+        root = None if stalled else _root(slopes, low, high)
+        certain = last is not None and root is not None and abs(math.log(root / last)) < 2 * _BESIDE
+        moved = 0.0 if last is None or root is None else abs(math.log(root / last)) / 2
+        near = certain or last is None or passes - spent <= 2
+        beside = _BESIDE if near else min(max(moved, _BESIDE), _FARTHEST_BESIDE)
+        t, last = _next(root, low, high, beside, tol, slopes), root
+    root = _root(slopes, low, high) if 0 < low < high < math.inf else low or high
+    return Rise(math.sqrt(low * high) if root is None else root, low, high, spent)
 
 
 def _rises(slopes: dict[float, float]) -> bool:
@@ -91,53 +113,82 @@ def _rises(slopes: dict[float, float]) -> bool:
 
 
 def _next(
-    line: float | None, low: float, high: float, tried: Container[float], farthest: float
-) -> tuple[float, bool | None]:
-    """Return the next distance to try, and whether the loss is expected to have risen there.
-
-    Args:
-        line: the crossing by a line through two losses, or ``None`` for none.
-        low: the lower end of the bracket.
-        high: the upper end.
-        tried: the distances tried before.
-        farthest: the largest factor to go outside of the distances tried.
-    """
+    root: float | None, low: float, high: float, beside: float, tol: float, tried: Container[float]
+) -> float:
+    """Return the next distance to try: beyond the expected root as seen from the closer end."""
+    if root is not None:
+        # From an end this close to the root, a trial beyond it makes the bracket as narrow as asked.
+        ends = low / (1 - _WITHIN * tol), high * (1 - _WITHIN * tol)
+        if low > 0 and ends[0] > root * (1 + _SURE * tol):
+            t = ends[0]
+        elif high < math.inf and ends[1] < root * (1 - _SURE * tol):
+            t = ends[1]
+        elif low > 0 and (high == math.inf or high / root > root / low):
+            t = root * (1 + beside)
+        else:
+            t = root * (1 - beside)
+        t = min(max(t, high / _FARTHEST if high < math.inf else 0.0), low * _FARTHEST or math.inf)
+        if low < t < high and t not in tried:
+            return t
     if low == 0:
-        blind = high / 2  # a bracket from 0 on has no relative width
-    elif high == math.inf:
-        blind = 2 * low
+        return high / _BLIND
+    return low * _BLIND if high == math.inf else math.sqrt(low * high)
+
+
+def _root(slopes: dict[float, float], low: float, high: float) -> float | None:
+    """Return where the mean slope is expected to be zero, inside of the bracket."""
+    known = sorted((t, m) for t, m in slopes.items() if math.isfinite(m))
+    first = _slope_at_start(known)
+    if first is None:
+        return None
+    # Logarithms of t, and of the mean slope's rise over the one it takes to reach zero.
+    points = [(math.log(t), math.log1p(-m / first)) for t, m in known if t > 0 and m > first]
+    below, above = [p for p in points if p[1] <= 0][-1:], [p for p in points if p[1] > 0][:1]
+    if below and above:
+        at = _interpolated(below[0], above[0], points)
+    elif points:
+        at = _extrapolated(sorted(points, key=lambda p: abs(p[1])))
     else:
-        blind = (low + high) / 2
-    if line is not None:
-        # First beyond the crossing as seen from the closer end.
-        sides = (1 + _BESIDE, True), (1 - _BESIDE, False)
-        for factor, risen in sides if 2 * line < low + high else reversed(sides):
-            t = min(max(factor * line, high / farthest), low * farthest or math.inf)
-            if low < t < high and t not in tried:
-                return t, risen if t == factor * line else None
-    return blind, None
-
-
-def _line(slopes: dict[float, float], low: float, high: float) -> float | None:
-    """Return where the line through the mean slopes at the two closest distances is zero."""
-    finite = [t for t in slopes if math.isfinite(slopes[t])]
-    near = [t for t in (low, high) if t in finite]
-    if len(near) < 2:
-        end = low or high
-        near = sorted(finite, key=lambda t: abs(t - end))[:2]
-    if len(near) < 2:
         return None
-    first, second = sorted(near)
-    rise = slopes[second] - slopes[first]
-    if not rise > 0:
-        return None
-    root = first - slopes[first] * (second - first) / rise
-    return root if 0 < root < math.inf else None
+    root = math.exp(at) if abs(at) < 700 else 0.0
+    # It may be an end of the bracket, up to rounding.
+    inside = low * (1 - _BESIDE) < root < high * (1 + _BESIDE)
+    return min(max(root, low), high) if inside else None
 
 
-def _root(slopes: dict[float, float], low: float, high: float) -> float:
-    """Return the crossing: inside of the bracket where there is one, else its known end."""
-    if low == 0 or high == math.inf:
-        return low or high
-    root = _line(slopes, low, high)
-    return (low + high) / 2 if root is None else min(max(root, low), high)
+def _slope_at_start(known: list[tuple[float, float]]) -> float | None:
+    """Return the slope at 0 from the line through the first two mean slopes, if it is downhill."""
+    if len(known) < 2:
+        return known[0][1] if known and known[0][0] == 0 and known[0][1] < 0 else None
+    (first, one), (second, two) = known[:2]
+    slope = one - first * (two - one) / (second - first)
+    if one < 0:
+        slope = min(slope, one if first == 0 else 1.02 * one)
+    return slope if slope < 0 else None
+
+
+def _interpolated(
+    below: tuple[float, float], above: tuple[float, float], points: list[tuple[float, float]]
+) -> float:
+    """Return the logarithm at which the rise is 0: by a parabola of it if that is inside, or a line."""
+    (x, y), (other, rise) = below, above
+    line = x - y * (other - x) / (rise - y)
+    rest = [p for p in points if p not in (below, above)]
+    if rest:
+        third = min(rest, key=lambda p: abs(p[0] - line))
+        at, (a, b, c) = 0.0, (below, above, third)
+        if len({a[1], b[1], c[1]}) == 3:
+            for (p, q), (_, r), (_, s) in ((a, b, c), (b, c, a), (c, a, b)):
+                at += p * r * s / ((q - r) * (q - s))
+            if x < at < other:
+                return at
+    return line
+
+
+def _extrapolated(points: list[tuple[float, float]]) -> float:
+    """Return the logarithm at which the rise is 0, beyond ``points``, the closest first."""
+    (x, y), power = points[0], 1.0
+    if len(points) > 1:
+        other, rise = points[1]
+        power = min(max((rise - y) / (other - x), _POWERS[0]), _POWERS[1])
+    return x - y / power

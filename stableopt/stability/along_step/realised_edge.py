@@ -24,7 +24,7 @@ import torch
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.taken_step import AlongStep
+from stableopt.stability.measure.taken_step import AlongStep, dot
 
 __all__ = ["realised_edge"]
 
@@ -80,7 +80,7 @@ def _metric(at: Evaluation, along: AlongStep) -> float:
         parts = zip(along.problem.unflatten(own), at.problem.scale, strict=True)
         own = along.problem.flatten([part / factor for part, factor in parts])
         own = torch.where(along.change == 0, 0.0, own)  # 0 / 0: a parameter that never moved
-    return rule.max_sharpness * along.dot(own, own)
+    return rule.max_sharpness * dot(along.problem, own, own)
 
 
 def _window(at: Evaluation) -> int:

@@ -21,7 +21,7 @@ from stableopt.curvature.problem.parameters import real_view
 from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.fsdp import local
 
-__all__ = ["AlongStep", "TakenStep", "Trail"]
+__all__ = ["AlongStep", "TakenStep", "Trail", "dot"]
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,12 @@ class AlongStep:
     @cached_property
     def slope(self) -> float:
         r""":math:`g^\top\delta`, with the gradient g before the step."""
-        return self.dot(self._first[1], self.change)
+        return dot(self.problem, self._first[1], self.change)
 
     @cached_property
     def slope_after(self) -> float:
         r""":math:`g^\top\delta`, with the gradient after the step."""
-        return self.dot(self._last[1], self.change)
+        return dot(self.problem, self._last[1], self.change)
 
     def loss_at(self, share: float) -> float:
         """Return the loss after ``share`` times the step: 0 before it, 1 after it."""
@@ -220,11 +220,11 @@ class AlongStep:
             at = tuple(torch.add(t, part, alpha=share) for t, part in parts)
         return self.problem.value(at)
 
-    def dot(self, one: Tensor, other: Tensor) -> float:
-        """Return the inner product of vectors ``(d,)``, the same number on all ranks."""
-        ranks = self.problem.ranks
-        inner = InnerProduct(ranks=ranks, sharded_size=1 if self.problem.sharded else None)
-        return float(inner.on_host(inner.dot(one, other)))
+
+def dot(problem: MeanLoss, one: Tensor, other: Tensor) -> float:
+    """Return the inner product of vectors ``(d,)`` of a problem, the same number on all ranks."""
+    inner = InnerProduct(ranks=problem.ranks, sharded_size=1 if problem.sharded else None)
+    return float(inner.on_host(inner.dot(one, other)))
 
 
 def _own(p: Tensor) -> Tensor:

@@ -52,3 +52,21 @@ def test_losses_that_never_cross() -> None:
     assert downhill.share == downhill.low > 100
     broken = first_rise(lambda t: math.nan, 0.0, 1.0, tol=TOL, passes=24)
     assert (broken.low, broken.passes) == (0.0, 24)
+
+
+@pytest.mark.parametrize("far", [1e-4, 1e-2, 100.0])
+def test_few_losses_find_a_crossing_far_away(far: float) -> None:
+    """Catches doubling towards it. A network's loss rises by powers of the distance, then as a line."""
+
+    def loss(t: float) -> float:
+        return -t + t**1.6 / (1 + t / 30) ** 0.6 + 0.2 * t**2 / (1 + t)
+
+    slopes = np.geomspace(0.1, 2, 100_000)
+    crossing = slopes[[loss(t) > 0 for t in slopes].index(True)]
+    found = first_rise(loss, 0.0, far * crossing, tol=TOL, passes=6, slope=-1.0)
+    assert found.low <= crossing <= found.high
+    assert 1 - found.low / found.high < TOL
+    assert found.passes <= 6
+    # One trial fewer leaves a wider bracket, which holds it all the same.
+    early = first_rise(loss, 0.0, far * crossing, tol=TOL, passes=found.passes - 1, slope=-1.0)
+    assert early.low <= crossing <= early.high
