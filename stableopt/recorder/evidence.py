@@ -15,7 +15,7 @@ __all__ = ["Evidence", "MeasuredRecord", "StepRecord", "robust_score"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    r"""One step of the optimizer.
+    """One step of the optimizer.
 
     Attributes:
         step: its number, from 1.
@@ -24,9 +24,8 @@ class StepRecord:
         grad_norms: the norm of the gradient of each layer that has one.
         batch: what identifies the batch, where the training loop reports it.
         lrs: the learning rate of each group, where they differ.
-        moved: how far the step moved the weights of a layer, relative to their norm w, taken as
-            :math:`\sqrt{|\|w+\delta\|^2-\|w\|^2|}/\|w\|`: right for a step at right angles to
-            them. Only layers that moved by 5 % or more.
+        moved: how far the step moved the weights of a layer, relative to their norm. Only layers that
+            moved by 5 % or more.
         changed: the factor by which something other than the optimizers has changed the norm of a
             layer's weights since the step before. Only layers with a factor of 1.5 or more, or less
             than its inverse.

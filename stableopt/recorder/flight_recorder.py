@@ -21,6 +21,7 @@ from stableopt.recorder.alarms import Alarm, AlarmRules
 from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
 from stableopt.recorder.report import write_report
 from stableopt.recorder.verdict import verdict
+from stableopt.recorder.weight_sample import WeightSample
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.measure.layers import layer_of, layer_shares
@@ -43,9 +44,10 @@ class FlightRecorder:
     that a killed run leaves only complete reports.
 
     The recorder keeps numbers of the last ``window`` steps and measurements and nothing else. It adds
-    the norms of each parameter and its gradient to a step, on the device, and reads them once every
-    ``check_every`` steps. It changes nothing in training and never raises into it; an error is warned
-    of once. Where several ranks train, rank 0 writes, from its own gradients.
+    the norm of each parameter's gradient to a step, and that of a sample of its weights, on the device,
+    and reads them once every ``check_every`` steps. It changes nothing in training and never raises
+    into it; an error is warned of once. Where several ranks train, rank 0 writes, from its own
+    gradients.
 
     Args:
         monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
@@ -106,6 +108,9 @@ class FlightRecorder:
         self._steps: deque[StepRecord] = deque(maxlen=window)
         self._measured: deque[MeasuredRecord] = deque(maxlen=window)
         self._pending: list[_Pending] = []
+        self._weights = WeightSample(monitor.problem.params, monitor.problem.names)
+        self._sampled = monitor.problem
+        self._before: Tensor | None = None
         self._after: dict[str, float] = {}
         self._loss: Tensor | None = None
         self._batch: list[int] | None = None
@@ -232,21 +237,29 @@ class FlightRecorder:
             self._guarded(self._look)
 
     def _note(self) -> None:
-        params = self._monitor.problem.params
+        problem = self._monitor.problem
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
         lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
         differ = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
         step = StepRecord(
             self._monitor.step + 1, max(lrs, default=0.0), batch=self._batch, lrs=differ
         )
-        gradients, before = _norms([p.grad for p in params], params), _norms(params, params)
-        self._pending.append(_Pending(step, gradients, before, self._loss))
+        if problem is not self._sampled:  # as when layers thaw
+            self._weights, self._sampled = WeightSample(problem.params, problem.names), problem
+            self._after = {}
+        self._before = self._weights.take()
+        before = self._weights.norms(self._before)
+        self._pending.append(
+            _Pending(step, _norms_of_gradients(problem.params), before, self._loss)
+        )
         self._loss = self._batch = None
 
     def _note_end(self) -> None:
-        if self._pending and self._pending[-1].after is None:
-            params = self._monitor.problem.params
-            self._pending[-1].after = _norms(params, params)
+        if self._pending and self._before is not None:
+            before, self._before = self._before, None
+            now = self._weights.take()
+            self._pending[-1].moved = self._weights.norms(now - before)
+            self._pending[-1].after = self._weights.norms(now)
 
     def _drain(self) -> None:
         """Read the pending steps from the device: one transfer for all norms, one for all losses."""
@@ -255,31 +268,31 @@ class FlightRecorder:
         pending, self._pending = self._pending, []
         known = [its.loss for its in pending if its.loss is not None]
         losses = iter(torch.stack([loss.to(known[0]) for loss in known]).tolist() if known else [])
-        norms = iter(torch.stack([part for its in pending for part in its.norms]).tolist())
+        numbers = iter(torch.cat([part for its in pending for part in its.norms]).tolist())
+        layers = self._weights.layers
         for its in pending:
             value = None if its.loss is None else next(losses)
             if self._first_loss is None:
                 self._first_loss = value
-            gradients, before = self._by_layer(next(norms)), self._by_layer(next(norms))
-            after = {} if its.after is None else self._by_layer(next(norms))
+            gradients: dict[str, float] = {}
+            for name in self._sampled.names:
+                layer = layer_of(name)
+                gradients[layer] = math.hypot(gradients.get(layer, 0.0), next(numbers))
+            before = dict(zip(layers, numbers, strict=False))
+            moved, after = {}, {}
+            if its.after is not None:
+                moved = dict(zip(layers, numbers, strict=False))
+                after = dict(zip(layers, numbers, strict=False))
             self._steps.append(
                 replace(
                     its.step,
                     loss=value,
                     grad_norms=gradients,
-                    moved=_moved(before, after),
+                    moved=_moved(before, moved),
                     changed=_changed(self._after, before),
                 )
             )
             self._after = after
-
-    def _by_layer(self, norms: list[float]) -> dict[str, float]:
-        """Return the norm of each layer from those of the parameters."""
-        found: dict[str, float] = {}
-        for name, norm in zip(self._monitor.problem.names, norms, strict=True):
-            layer = layer_of(name)
-            found[layer] = math.hypot(found.get(layer, 0.0), norm)
-        return found
 
     def _groups(self) -> list[list[str]]:
         problem = self._monitor.problem
@@ -328,45 +341,45 @@ class FlightRecorder:
 
 @dataclass
 class _Pending:
-    """A step whose numbers are still on the device: norms by parameter, and the loss."""
+    """A step whose numbers are still on the device: norms of gradients by parameter, those of weights
+    before the step, of their movement and of weights after it by layer, and the loss.
+    """
 
     step: StepRecord
     gradients: Tensor
     before: Tensor
     loss: Tensor | None
+    moved: Tensor | None = None
     after: Tensor | None = None
 
     @property
     def norms(self) -> list[Tensor]:
-        every = (self.gradients, self.before, self.after)
+        every = (self.gradients, self.before, self.moved, self.after)
         return [part for part in every if part is not None]
 
 
-def _norms(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """Return the norm of each tensor; zero where a parameter has none."""
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.stack(
-            [
-                torch.zeros((), device=p.device, dtype=torch.float32)
-                if tensor is None
-                else torch.linalg.vector_norm(_values(tensor), dtype=torch.float32)
-                for tensor, p in zip(tensors, params, strict=True)
-            ]
-        )
+def _norms_of_gradients(params: Sequence[Tensor]) -> Tensor:
+    return torch.stack(
+        [
+            torch.zeros((), device=p.device, dtype=torch.float32)
+            if p.grad is None
+            else torch.linalg.vector_norm(_values(p.grad), dtype=torch.float32)
+            for p in params
+        ]
+    )
 
 
-def _values(tensor: Tensor) -> Tensor:
-    values = local(tensor.detach())
+def _values(gradient: Tensor) -> Tensor:
+    values = local(gradient.detach())
     return values.coalesce().values() if values.is_sparse else values
 
 
-def _moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+def _moved(before: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float]:
     """Return how far a step moved each layer, relative to its norm, from 5 % on."""
     found: dict[str, float] = {}
-    for layer, norm in before.items():
-        length = math.sqrt(abs(after.get(layer, norm) ** 2 - norm**2))
-        if norm > 0 and not length < _MOVED * norm:
-            found[layer] = length / norm
+    for layer, length in moved.items():
+        if before[layer] > 0 and not length < _MOVED * before[layer]:
+            found[layer] = length / before[layer]
     return found
 
 
