@@ -1,4 +1,4 @@
-"""Curvature matrices that are never formed, and their top eigenpairs."""
+"""Curvature matrices that are never formed: their top eigenpairs, traces and spectra."""
 
 from stableopt.curvature.eigen.result import Eigenpair
 from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
@@ -13,6 +13,8 @@ from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.inverse_hessian import InverseHessian
 from stableopt.curvature.products.sharded_hessian import ShardedHessian
+from stableopt.curvature.spectrum.density import SpectralDensity, spectral_density
+from stableopt.curvature.spectrum.trace import Trace, trace
 from stableopt.distributed.collectives import LostRankError
 
 __all__ = [
@@ -32,6 +34,10 @@ __all__ = [
     "SecondDerivativeError",
     "ShardedHessian",
     "ShardedProblem",
+    "SpectralDensity",
+    "Trace",
+    "spectral_density",
     "top_eigenpair",
     "top_eigenpairs",
+    "trace",
 ]

@@ -113,12 +113,21 @@ class InnerProduct:
 
         Each ``draw`` with one seed is another. Of a sharded vector each rank draws its own shard.
         """
-        rank = 0 if self.sharded_size is None else self.ranks.rank
-        generator = torch.Generator(device=like.device).manual_seed(_mixed(seed, rank, draw))
+        generator = self._generator(like, seed, draw)
         drawn = torch.randn(
             like.shape[0], generator=generator, dtype=like.dtype, device=like.device
         )
         return self.dual(drawn).normalised()
+
+    def signs(self, like: Operator | Tensor, seed: int, draw: int = 0) -> Tensor:
+        """Return a vector ``(d,)`` of random signs, 1 or -1, as :meth:`noise` is drawn."""
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        generator = self._generator(like, seed, draw)
+        return torch.randint(2, (like.shape[0],), generator=generator, **options) * 2 - 1
+
+    def _generator(self, like: Operator | Tensor, seed: int, draw: int) -> torch.Generator:
+        rank = 0 if self.sharded_size is None else self.ranks.rank
+        return torch.Generator(device=like.device).manual_seed(_mixed(seed, rank, draw))
 
     def magnitude(self, image: Tensor) -> Tensor:
         """Return a power of two near the largest entry: numbers divided by it can be squared."""

@@ -115,6 +115,16 @@ class LanczosIteration:
         self.scale = max(self.scale, float(self.values.abs().max()), self.beta)
 
     @property
+    def projected(self) -> Tensor:
+        """H in coordinates of the rows that were multiplied, ``(done, done)``."""
+        return self._projected[: self.done, : self.done]
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the last image lies in the basis, up to rounding."""
+        return self.beta == 0.0 or bool(self.beta < self._visible_beta)
+
+    @property
     def residuals(self) -> Tensor:
         """The absolute residual of each Ritz pair."""
         residuals: Tensor = self.beta * self.weights[-1].abs()
@@ -172,7 +182,7 @@ class LanczosIteration:
     def extend(self) -> None:
         """Append what the last image has outside the basis; a full basis is first restarted."""
         following, column, kept = self.rest.normalised(), self._column(), None
-        invariant = self.beta == 0.0 or self.beta < self._visible_beta
+        invariant = self.invariant
         if invariant and self.done < self.basis.held:
             return  # others wait
         if invariant:

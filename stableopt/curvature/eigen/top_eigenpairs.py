@@ -1,9 +1,9 @@
 r"""`top_eigenpairs`: the algebraically largest eigenvalues of an operator, with a certificate.
 
 Lanczos from one start finds each eigenvalue once, however many eigenvectors it has, and may miss one
-to which the start is nearly orthogonal. A search from scratch therefore goes on, once k residuals are small,
-with a second random start outside everything found. Where that has an eigenvalue above the k-th, it
-joins the result; where it has none, up to a small probability, it bounds every eigenvalue from above
+to which the start is nearly orthogonal. A search from scratch therefore goes on, once k residuals are
+small, with a second random start outside everything found. Where that has an eigenvalue above the k-th,
+it joins the result; where it has none, up to a small probability, it bounds every eigenvalue from above
 (:class:`~stableopt.curvature.eigen.certificate.Known`). Four examples::
 
     top_eigenpairs(Hessian(problem), 10)                         # ten, each with its multiplicity
