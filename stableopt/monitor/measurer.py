@@ -59,12 +59,14 @@ class Measurer:
         cold_every: int,
         seed: int,
         window: int | None = None,
+        spectrum_every: int = 20,
     ) -> None:
         self._optimizers, self.problem, self._explicit = optimizers, problem, explicit
         self._counter, self._warn = counter, warn
         self._update_rule = update_rule
         self.tol, self.max_iter = positive("tol", tol), whole("max_iter", max_iter)
         self._cold_every = whole("cold_every", cold_every, least=0)
+        self._spectrum_every = whole("spectrum_every", spectrum_every)
         self._seed = whole("seed", seed, least=0)
         check_params(optimizers, problem, explicit=explicit)
         rule = self.rule()
@@ -148,7 +150,7 @@ class Measurer:
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,
-            quantities=self.quantities,
+            quantities=self._now(),
             tol=self.tol,
             max_iter=self.max_iter,
             # A new seed each time: the same noise would always miss the same direction.
@@ -162,6 +164,11 @@ class Measurer:
         self.measured += 1
         self.starts = subspaces
         return Measured(step, margins, rule)
+
+    def _now(self) -> list[str]:
+        """Return the quantities of this measurement: rare ones have their turn now and then."""
+        turn = self.measured % self._spectrum_every == 0
+        return [name for name in self.quantities if turn or not QUANTITIES[name].rare]
 
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return saved ``starts`` on the device of the problem, in its precision.

@@ -87,6 +87,7 @@ class StabilityMonitor:
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: how many measurements warm-start from the last eigenvectors between two that start
             at random.
+        spectrum_every: ``"spectrum"`` is measured at the first of each so many measurements.
         seed: of the eigen-solver's random starts.
         realised_window: over how many measured steps the realised edge is averaged; by default 1 where
             steps take all samples, else 32.
@@ -136,6 +137,7 @@ class StabilityMonitor:
         tol: float = 0.03,
         max_iter: int = 50,
         cold_every: int = 20,
+        spectrum_every: int = 20,
         seed: int = 0,
         realised_window: int | None = None,
     ) -> None:
@@ -175,6 +177,7 @@ class StabilityMonitor:
             cold_every=cold_every,
             seed=seed,
             window=realised_window,
+            spectrum_every=spectrum_every,
         )
         self.quantities = self._measurer.quantities
         self.step = 0

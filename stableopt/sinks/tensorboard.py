@@ -10,7 +10,10 @@ from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stableopt import plot
+from stableopt.curvature import SpectralDensity
 from stableopt.plot.canvas import require_matplotlib
 from stableopt.sinks.diagrams import Diagrams
 from stableopt.sinks.events import Event, Measured
@@ -25,6 +28,7 @@ __all__ = ["TensorBoardSink", "layout"]
 _LONGEST_TAG = 25  # the legends of the Custom Scalars dashboard have no room for more
 _POINTS_SHOWN = 1000  # what TensorBoard keeps of a tag by default
 _OF_THE_DIAGRAM = ("sharpness", "preconditioned_sharpness", "non_uniformity")
+_BINS = 60  # of a spectrum
 _SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of the float32 numbers that event files hold
 
 
@@ -72,6 +76,7 @@ class TensorBoardSink:
       optimizer's own update rule and the decisions of steering as marks. It is drawn after the first
       measurement and then ever less often, and at the first :meth:`flush` or :meth:`close` that finds
       something new.
+    - *Histograms*: each measured spectrum, as ``spectra/<name>``.
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
     A writer that the sink made is flushed after every record; a given one keeps its own pace.
@@ -188,6 +193,7 @@ class TensorBoardSink:
         self._diagrams.mark(step, record)
         if margins is not None:
             self._diagrams.add(margins, region)
+            self._histograms(step, margins)
         if self._diagrams.due:
             self._diagrams.draw(self.writer)
         if self._owned:
@@ -200,6 +206,14 @@ class TensorBoardSink:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _histograms(self, step: int, margins: StabilityMargins) -> None:
+        """Write each measured spectrum, in bins that count eigenvalues."""
+        for name, result in margins.results.items():
+            if result.density is not None and math.isfinite(result.density.nodes[-1]):
+                self.writer.add_histogram_raw(
+                    f"spectra/{name}", **_bins(result.density), global_step=step
+                )
 
     def _lay_out(self, measured: Collection[str]) -> None:
         folder = None if self._owned else getattr(self.writer, "log_dir", None)
@@ -237,6 +251,25 @@ def _new_writer(directory: Any) -> Any:
             "TensorBoardSink needs tensorboard: pip install stableopt[tensorboard]"
         ) from error
     return SummaryWriter(os.fspath(directory))
+
+
+def _bins(density: SpectralDensity) -> dict[str, Any]:
+    """Return a spectrum as ``SummaryWriter.add_histogram_raw`` takes it: counts in equal bins.
+
+    >>> _bins(SpectralDensity((0.0, 4.0), (0.75, 0.25), 0.5, size=8, products=2))["num"]
+    8
+    """
+    nodes, shares = np.array(density.nodes), density.size * np.array(density.weights)
+    counts, edges = np.histogram(nodes, bins=_BINS, weights=shares)
+    return {
+        "min": float(nodes[0]),
+        "max": float(nodes[-1]),
+        "num": density.size,
+        "sum": float(nodes @ shares),
+        "sum_squares": float(nodes**2 @ shares),
+        "bucket_limits": edges[1:].tolist(),
+        "bucket_counts": counts.tolist(),
+    }
 
 
 def _short(name: str) -> str:

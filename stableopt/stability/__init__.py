@@ -40,6 +40,8 @@ from stableopt.stability.rules.preconditioner import (
     UnknownStep,
 )
 from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.spectrum import registered as __  # noqa: F401
+from stableopt.stability.spectrum.zeroth_order import ZerothOrderLR, zeroth_order_lr
 
 __all__ = [
     "QUANTITIES",
@@ -67,6 +69,7 @@ __all__ = [
     "UnknownPreconditioner",
     "UnknownStep",
     "UpdateRule",
+    "ZerothOrderLR",
     "batch_sharpness",
     "batch_sharpness_limit",
     "critical_batch_size",
@@ -82,4 +85,5 @@ __all__ = [
     "noise_factor",
     "readers",
     "register",
+    "zeroth_order_lr",
 ]

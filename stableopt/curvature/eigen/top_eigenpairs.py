@@ -30,13 +30,13 @@ from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["Eigenpairs", "top_eigenpairs"]
 
-_MORE = 40
+MORE = 40
 """Vectors held in addition to the wanted ones."""
 
 _ROOM = 16
 """Rows kept free for the second start, which takes about ten outside all large eigenvectors."""
 
-_FEWEST_MORE = 6
+FEWEST_MORE = 6
 
 _GUARDED = 1
 """Ritz vectors kept for the next search in addition to the wanted ones."""
@@ -132,13 +132,13 @@ def top_eigenpairs(
     tol, max_iter, k = positive("tol", tol), whole("max_iter", max_iter), whole("k", k)
     least = min(whole("least", least), k)
     if most_vectors is not None:
-        most_vectors = whole("most_vectors", most_vectors, least=k + _FEWEST_MORE)
+        most_vectors = whole("most_vectors", most_vectors, least=k + FEWEST_MORE)
     size, inner = operator.shape[0], InnerProduct.for_operator(operator, preconditioner)
     if inner.whole_size(size) == 0:
         raise ValueError("operator has shape (0, 0): expected at least one dimension")
     if start is not None and (start.dim() != 2 or start.shape[1] != size or len(start) == 0):
         raise ValueError(f"start has shape {tuple(start.shape)}: expected (n, {size})")
-    width = min(most_vectors or k + _MORE, inner.whole_size(size))
+    width = min(most_vectors or k + MORE, inner.whole_size(size))
     search = Search(operator, inner, tol, seed, keep=True, most_vectors=width)
     with torch.autocast(operator.device.type, enabled=False):
         return _Pairs(search, min(k, inner.whole_size(size)), down_to, least).found(start, max_iter)

@@ -55,7 +55,7 @@ class SpectralDensity:
     products: int
 
     def density(self, grid: Tensor, width: float | None = None) -> Tensor:
-        """Return the density at ``grid`` ``(n,)``: Gaussians of standard deviation ``width`` at the nodes.
+        """Return the density at ``grid`` ``(n,)``, by Gaussians of standard deviation ``width``.
 
         Raises:
             ValueError: for a width that is not positive, as where all eigenvalues are one.

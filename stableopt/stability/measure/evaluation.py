@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature import Hessian, NonUniformity, Operator, top_eigenpair
+from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Operator, top_eigenpair
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.linearization_cache import MEMORY
@@ -22,7 +22,7 @@ from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Evaluation"]
 
-_MOST_VECTORS, _FEWEST_VECTORS = 40, 6
+MOST_VECTORS, _FEWEST_VECTORS = 40, 6
 """Most and fewest vectors of the parameters' size in an eigen-solver: as many as fit into 1 GiB twice,
 since a restart holds old and new ones. With fewer than the most, none are kept as a warm start."""
 
@@ -67,6 +67,7 @@ class Evaluation:
     _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
     _own: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)
+    _gauss_newton: GaussNewton | None = field(default=None, init=False)
     _loss: float | None = field(default=None, init=False)
 
     @property
@@ -108,6 +109,12 @@ class Evaluation:
                 require_samples(self.problem, "the non-uniformity")
             )
         return self._non_uniformity
+
+    def gauss_newton(self) -> GaussNewton:
+        """Return the Gauss-Newton matrix, in the rule's coordinates."""
+        if self._gauss_newton is None:
+            self._gauss_newton = GaussNewton(require_samples(self.problem, "Gauss-Newton"))
+        return self._gauss_newton
 
     def along_step(self) -> AlongStep:
         """Return losses and gradients along the step just taken.
@@ -152,12 +159,12 @@ class Evaluation:
             value: the quantity as a function of the eigenvalue.
             degree: powers of the quantity in the eigenvalue: a root has half its relative error.
         """
-        vectors = self._vectors_held()
+        vectors = self.vectors_held()
         pair = top_eigenpair(
             operator,
             preconditioner=preconditioner,
             start=(self.starts or {}).get(name),
-            keep=self.starts is not None and vectors == _MOST_VECTORS,
+            keep=self.starts is not None and vectors == MOST_VECTORS,
             most_vectors=vectors,
             tol=degree * self.tol,
             max_iter=self.max_iter,
@@ -172,9 +179,9 @@ class Evaluation:
         found = Measurement(
             value(pair.value), residual, pair.products, 0.0, pair.converged, upper_bound=bound
         )
-        return QuantityResult.from_measurement(found.within(self._error(operator), self.tol))
+        return QuantityResult.from_measurement(found.within(self.error_of(operator), self.tol))
 
-    def _error(self, operator: Operator) -> float:
+    def error_of(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""
         differences = operator.differences if isinstance(operator, Hessian) else None
         if differences is None:
@@ -183,9 +190,9 @@ class Evaluation:
         found = torch.tensor([differences.error], dtype=torch.float64)
         return float(self.problem.ranks.all_gather(found).max())
 
-    def _vectors_held(self) -> int:
+    def vectors_held(self) -> int:
         """Return the number of vectors of the parameters' size that a search may hold at once."""
         # Ranks hold different parts of a sharded problem, and must run the same search.
         ranks = self.problem.ranks
         each = max(ranks.all_gather_object(self.problem.num_params)) * self.problem.dtype.itemsize
-        return max(_FEWEST_VECTORS, min(_MOST_VECTORS, MEMORY // (2 * each)))
+        return max(_FEWEST_VECTORS, min(MOST_VECTORS, MEMORY // (2 * each)))

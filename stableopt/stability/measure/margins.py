@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
+from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, split
 
@@ -295,12 +296,18 @@ class StabilityMargins:
             for name, m in self.measurements.items()
         }
         details = {n: dict(result.details) for n, result in self.results.items() if result.details}
+        densities = {
+            name: dataclasses.asdict(result.density)
+            for name, result in self.results.items()
+            if result.density is not None
+        }
         return {
             **{name: getattr(self, name) for name in _COMMON},
             **self._numbers(*_STORED),
             "measurements": measurements,
             **({"failures": self.failures} if self.failures else {}),
             **({"details": details} if details else {}),
+            **({"densities": densities} if densities else {}),
             "failure": self.failure,
             "method": self.method,
         }
@@ -315,13 +322,21 @@ class StabilityMargins:
         """
         common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
         # Quantities of a checkpoint are kept where they are not registered here.
-        apart = (*common, "measurements", "failures", "details")
+        apart = (*common, "measurements", "failures", "details", "densities")
         numbers = {name: state[name] for name in state if name not in apart}
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
         failures, details = state.get("failures", {}), state.get("details", {})
+        densities = {
+            name: SpectralDensity(**{**kept, **_tuples(kept)})
+            for name, kept in state.get("densities", {}).items()
+        }
         results = {
-            name: QuantityResult(failure=failures.get(name), details=details.get(name, {}))
-            for name in {**failures, **details}
+            name: QuantityResult(
+                failure=failures.get(name),
+                details=details.get(name, {}),
+                density=densities.get(name),
+            )
+            for name in {**failures, **details, **densities}
         }
         return cls(**common, results=_with(results, numbers, measurements))
 
@@ -338,6 +353,11 @@ _COMMON = ("step", "lr", "batch_size", "dataset_size", "loss")
 
 _STORED = ("value", "limit", "lower")
 """Parts of a result that are not derived from others."""
+
+
+def _tuples(density: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return the sequences of a stored density, which JSON makes lists, as tuples."""
+    return {name: tuple(density[name]) for name in ("nodes", "weights")}
 
 
 def _with(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stableopt.curvature.eigen.result import GAP
+from stableopt.curvature.spectrum.density import SpectralDensity
 
 __all__ = ["Measurement", "QuantityResult"]
 
@@ -76,6 +77,7 @@ class QuantityResult:
         measurement: residual, products, seconds and convergence.
         failure: why this quantity alone was not measured, or ``None``.
         details: further numbers by name; in records as ``<quantity>_<name>``.
+        density: the distribution of eigenvalues, where that was measured; not in records.
 
     >>> QuantityResult(value=15.0, limit=20.0).compared().ratio
     0.75
@@ -88,6 +90,7 @@ class QuantityResult:
     measurement: Measurement | None = None
     failure: str | None = None
     details: Mapping[str, float] = field(default_factory=dict, hash=False)
+    density: SpectralDensity | None = None
 
     @classmethod
     def from_measurement(

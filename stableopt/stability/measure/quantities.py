@@ -113,6 +113,7 @@ class Quantity:
         any_rule: whether ``limit`` also holds for rules that are not known, and takes ``None``.
         first_order: whether losses and gradients suffice, so that second derivatives need no check.
         limits_lr: whether the value is itself a limit on the learning rate.
+        rare: whether a monitor measures it once in ``spectrum_every`` measurements only.
         in_box: whether it is a side of the box (9) of Wu, Ma & E: margins contain its limit even if
             it is not measured.
         chart: its chart, or ``None``.
@@ -129,6 +130,7 @@ class Quantity:
     any_rule: bool = False
     first_order: bool = False
     limits_lr: bool = False
+    rare: bool = False
     in_box: bool = False
     chart: Chart | None = None
 

@@ -1,0 +1,1 @@
+"""Quantities of the spectrum: several top eigenvalues, the trace, and the density."""
