@@ -285,8 +285,7 @@ class LanczosIteration:
         bound.
         """
         if self.done == self.size:
-            exact: Tensor = self.values + self.residuals + self.rounding
-            return exact.flip(0)[:count]
+            return (self.values + self.residuals + self.rounding).flip(0)[:count]
         if self.known is None or self.scale == 0.0:
             return None
         top = self.outside()[0]
@@ -299,8 +298,7 @@ class LanczosIteration:
         """Return the Ritz pairs that a restart keeps: those wanted, and up to seven more."""
         room = self._width - (self.basis.held - self.done) - self._wanted - 1
         most = self._wanted + min(_RESTARTED - 1, max(room // 2, 0))
-        best: Tensor = torch.arange(self.done - min(most, max(self.done - 1, 1)), self.done)
-        return best
+        return torch.arange(self.done - min(most, max(self.done - 1, 1)), self.done)
 
     def _outside_pairs(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values of B, and their vectors in the rows since :meth:`renew`."""
