@@ -285,7 +285,8 @@ class LanczosIteration:
         bound.
         """
         if self.done == self.size:
-            return (self.values + self.residuals + self.rounding).flip(0)[:count]
+            exact: Tensor = self.values + self.residuals + self.rounding
+            return exact.flip(0)[:count]
         if self.known is None or self.scale == 0.0:
             return None
         top = self.outside()[0]
@@ -304,16 +305,15 @@ class LanczosIteration:
         """Return the Ritz values of B, and their vectors in the rows since :meth:`renew`."""
         assert self.known is not None
         rows = slice(len(self.known.projected), self.done)
-        values, vectors = torch.linalg.eigh(self._projected[rows, rows])
-        return values, vectors
+        found: tuple[Tensor, Tensor] = torch.linalg.eigh(self._projected[rows, rows])
+        return found
 
     def _outside(self) -> Tensor:
         """Return what the images have in rows that wait, and in the rest, ``(waiting + 1, done)``."""
         done, held = self.done, self.basis.held
         last = torch.zeros(1, done, dtype=torch.float64)
         last[0, -1] = self.beta
-        outside: Tensor = torch.cat([self._projected[done:held, :done], last])
-        return outside
+        return torch.cat([self._projected[done:held, :done], last])
 
     def _restart(self, pairs: Tensor) -> Tensor:
         """Replace the rows that were multiplied by Ritz vectors; return their weights ``(n, done)``."""
