@@ -25,6 +25,7 @@ from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.measurer import Measurer
+from stableopt.monitor.observed_step import observe_steps
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
 from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
@@ -42,7 +43,7 @@ _HISTORY = 10_000
 
 
 class StabilityMonitor:
-    r"""Measures the stability margins of a run from the hooks of any ``torch.optim.Optimizer``.
+    r"""Measures the stability margins of a run after steps of any optimizer.
 
     Training with a monitor is bit for bit the training without it. A measurement that fails, because
     the loss is not finite or by an error, is recorded with its reason and warned of once; training
@@ -51,8 +52,10 @@ class StabilityMonitor:
     Args:
         optimizer: the optimizer whose steps count, or a list of those that train the model together,
             such as Muon and AdamW: a step is complete when each has stepped. One that Accelerate
-            prepared stands for the optimizer inside. If its rule is not known, the monitor says so
-            once, and measures the sharpness and the realised edge, which need none.
+            prepared stands for the optimizer inside. Of an optimizer without torch's step hooks, as of
+            a wrapper that only has ``param_groups`` and ``step``, the instance's ``step`` is observed
+            until :meth:`close`. If its rule is not known, the monitor says so once, and measures the
+            sharpness and the realised edge, which need none.
         model: the model; or a ready :class:`~stableopt.curvature.Problem`, without ``loss_fn`` and
             ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
@@ -142,9 +145,6 @@ class StabilityMonitor:
         realised_window: int | None = None,
     ) -> None:
         self.optimizers = optimizers_in(optimizer)
-        for each in self.optimizers:
-            if not isinstance(each, torch.optim.Optimizer):
-                raise TypeError(f"optimizer={each!r}: expected a torch.optim.Optimizer, with hooks")
         self.sinks = check_sinks(sinks)
         quantities = _listed(quantities)
         problem = problem_of(
@@ -187,7 +187,7 @@ class StabilityMonitor:
         self._schedule = Schedule(every, max_overhead)  # whose clock starts now
 
         # Only where a joint step or the parameters before it are needed.
-        begin = self.optimizers if self._measurer.steps or len(self.optimizers) > 1 else ()
+        begins = self._measurer.steps or len(self.optimizers) > 1
         observed = model if isinstance(model, nn.Module) else problem.model
         self._handles: list[Any] = []
         if batch_size is None:
@@ -195,10 +195,13 @@ class StabilityMonitor:
             self._handles.append(
                 observed.register_forward_pre_hook(self._counter, with_kwargs=True)
             )
-        self._handles += [
-            *(o.register_step_pre_hook(self._before_step) for o in begin),
-            *(o.register_step_post_hook(self._after_step) for o in self.optimizers),
-        ]
+        before = self._before_step if begins else None
+        for each in self.optimizers:
+            try:
+                self._handles += observe_steps(each, before, self._after_step)
+            except TypeError:
+                self.close()
+                raise
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch_optimizer
 from reader_cases import CASES, PACKAGED, installed
 from torch import nn
 
-from stableopt import StabilityMonitor, UpdateRule, measure
+from stableopt import StabilityMonitor, UpdateRule
 from stableopt.stability.rules.readers import READERS
 
 READ = [
@@ -97,17 +96,10 @@ def test_every_optimizer_is_known_or_measured(kind: type) -> None:
     optimizer, data = made(kind, model), (torch.randn(8, 3), torch.randn(8, 2))
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()
-    hooks = issubclass(kind, torch.optim.Optimizer) and kind is not torch_optimizer.Lookahead
-    with ExitStack() as stack:
-        if hooks:
-            monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=3, batch_size=4)
-            stack.enter_context(monitor)
+    with StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=3, batch_size=4) as monitor:
         for _ in range(3):
             step(optimizer, model)
-    if hooks:
-        (found,) = monitor.history
-    else:
-        found = measure(model, nn.MSELoss(), data, optimizer=optimizer, batch_size=4)
+    (found,) = monitor.history
     assert found.failure is None
     assert found.sharpness is not None
     rule = UpdateRule.from_optimizer(optimizer)

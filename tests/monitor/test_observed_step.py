@@ -1,0 +1,164 @@
+"""Optimizers without torch's step hooks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from monitored_runs import MSE, X, Y
+from torch import nn
+
+from stableopt import StabilityMonitor, critical_sharpness
+
+
+class Wrapper:
+    """Groups and steps of an optimizer, without its hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
+
+    @property
+    def param_groups(self) -> Any:
+        return self.inner.param_groups
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+    def step(self, closure: Any = None) -> str:
+        self.inner.step(closure)
+        return "stepped"
+
+
+class Delegating:
+    """A wrapper whose ``step`` is that of the optimizer inside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.inner = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+class Uninitialised(torch.optim.Optimizer):
+    """A subclass that never ran torch's initialisation."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        self.param_groups = [{"params": list(params), "lr": lr}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> str:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+        return "stepped"
+
+
+def made(kind: Any, params: Any) -> Any:
+    if kind is Uninitialised:
+        return kind(params, 0.1)
+    return kind(torch.optim.SGD(params, lr=0.1))
+
+
+def train(optimizer: Any, model: nn.Module, steps: int = 3) -> list[Any]:
+    results = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        MSE(model(X), Y).backward()
+        results.append(optimizer.step())
+    return results
+
+
+@pytest.mark.parametrize("kind", [Wrapper, Delegating, Uninitialised])
+def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
+    """Catches a wrapper that is refused, steps counted twice, and what a closed monitor leaves.
+
+    The oracle is the optimizer inside, with its hooks.
+    """
+    runs = []
+    for bare in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        plain = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = plain if bare else made(kind, model.parameters())
+        before = dict(vars(optimizer))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # limits that are not known
+            monitor = StabilityMonitor(
+                optimizer,
+                model,
+                MSE,
+                (X, Y),
+                every=1,
+                batch_size=len(X),
+                quantities=("sharpness", "realised_edge"),
+            )
+        results = train(optimizer, model)
+        runs.append([(m.step, m.sharpness, m.realised_edge) for m in monitor.history])
+        if not bare:
+            assert results == [None if kind is Delegating else "stepped"] * 3
+            found = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
+            assert found.passes <= 7
+            if kind is not Uninitialised:  # of which torch makes no copies
+                for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+                    train_alone(copied)
+            assert monitor.step == 3
+            monitor.close()
+            assert vars(optimizer) == before
+            train(optimizer, model)
+            assert monitor.step == 3
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 3
+
+
+def train_alone(optimizer: Any) -> None:
+    """Step a copy, which moves its own parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(torch.allclose(p, b - 0.1) for p, b in zip(params, before, strict=True))
+
+
+def test_a_wrapper_put_around_it_later_stays() -> None:
+    """Catches a step of a scheduler's thrown away on closing, and hooks that go on."""
+    model = nn.Linear(2, 1)
+    optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        first, second = (StabilityMonitor(optimizer, model, MSE, (X, Y), every=1) for _ in range(2))
+    first.close()
+    train(optimizer, model, 2)
+    assert (first.step, second.step) == (0, 2)
+    second.close()
+    train(optimizer, model, 1)
+    assert (first.step, second.step) == (0, 2)
+
+
+class Fixed(Wrapper):
+    """A wrapper that refuses attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "inner":
+            raise AttributeError(f"no attribute {name}")
+        super().__setattr__(name, value)
+
+
+def test_what_cannot_be_observed_is_refused() -> None:
+    """Catches a monitor that never measures, and a hook left in the model."""
+    model = nn.Linear(2, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pytest.raises(TypeError, match=r"Fixed has no step hooks.*pass the torch.optim"):
+            StabilityMonitor(Fixed(sgd), model, MSE, (X, Y), every=1)
+    assert not model._forward_pre_hooks
