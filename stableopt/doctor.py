@@ -21,6 +21,7 @@ from torch import nn
 
 from stableopt._version import __version__
 from stableopt.curvature.isolation.plain_kernels import compiled
+from stableopt.curvature.problem.cost import MOST_VECTORS, expected_products, vectors_held
 from stableopt.stability import UpdateRule
 
 __all__ = ["diagnosis", "machine", "optimizer_rule", "product_method"]
@@ -81,6 +82,15 @@ def product_method(model: nn.Module) -> list[str]:
     lines = [f"Hessian: {', '.join(ways)}"]
     trainable = [p for p in model.parameters() if p.requires_grad]
     lines.append(f"parameters: {sum(p.numel() for p in trainable):,} trainable")
+    size = sum(p.numel() for p in trainable)
+    if size:
+        vectors = vectors_held(size, 4)
+        products = expected_products(1e-3, restarts=vectors < MOST_VECTORS)
+        held = (vectors + 4) * 4 * size / 2**20
+        lines.append(
+            f"sharpness to 1e-3: about {products} products, and up to {held:,.0f} MiB of vectors;"
+            " Problem(...).cost() adds times and passes"
+        )
     dtypes = sorted({str(p.dtype) for p in trainable})
     if any(p.dtype not in (torch.float32, torch.float64) for p in trainable):
         lines.append(f"precision: {', '.join(dtypes)}; pass dtype=torch.float32 to measure it")

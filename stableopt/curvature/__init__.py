@@ -7,6 +7,7 @@ from stableopt.curvature.errors import DifferenceError, NonFiniteError, SecondDe
 from stableopt.curvature.gram.gram import DualCurvature
 from stableopt.curvature.operator import Operator, Preconditioner
 from stableopt.curvature.per_sample.non_uniformity import NonUniformity
+from stableopt.curvature.problem.cost import Cost
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import ShardedProblem
 from stableopt.curvature.products.gauss_newton import GaussNewton
@@ -18,6 +19,7 @@ from stableopt.curvature.spectrum.trace import Trace, trace
 from stableopt.distributed.collectives import LostRankError
 
 __all__ = [
+    "Cost",
     "DifferenceError",
     "DualCurvature",
     "Eigenpair",

@@ -62,7 +62,8 @@ class StabilityMonitor:
         data: the probe set, on which curvature is measured: the training set, or a part of it.
         every: measure after each so many steps.
         max_overhead: or: measure as often as this share of the training time allows; 0.05 where
-            neither is given.
+            neither is given. A first measurement that is expected to take more than a second waits
+            until the training has paid for it.
         batch_size: samples in a step, of all ranks; by default counted in the model's forward passes,
             as the median of the last five steps. ``torch.jit.script(model)`` works if it is given.
         dataset_size: samples in the training set, by default those of the probe set.
@@ -184,7 +185,8 @@ class StabilityMonitor:
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
         self._joint = JointStep(self.optimizers)
         self._taken: TakenStep | None = None
-        self._schedule = Schedule(every, max_overhead)  # whose clock starts now
+        # Its clock starts now.
+        self._schedule = Schedule(every, max_overhead, self._measurer.expected_seconds)
 
         # Only where a joint step or the parameters before it are needed.
         begins = self._measurer.steps or len(self.optimizers) > 1

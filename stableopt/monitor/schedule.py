@@ -16,6 +16,9 @@ __all__ = ["Schedule", "moved"]
 
 DEFAULT_OVERHEAD = 0.05
 
+_FREE = 1.0
+"""Seconds that the first measurement may take without waiting: a run is longer than that."""
+
 
 class Schedule:
     """Measures every so many steps, or as often as a share of the training time allows.
@@ -23,6 +26,8 @@ class Schedule:
     Args:
         every: measure after each so many steps.
         max_overhead: or: the largest share of the training time spent measuring; 0.05 by default.
+        first: returns the seconds that the first measurement is expected to take. With ``max_overhead``
+            it waits until the training time has paid for them, unless they are less than one.
 
     Attributes:
         pending: whether a measurement is due that waits for a step that moves something.
@@ -35,7 +40,12 @@ class Schedule:
     [False, False, True, True, False]
     """
 
-    def __init__(self, every: int | None = None, max_overhead: float | None = None) -> None:
+    def __init__(
+        self,
+        every: int | None = None,
+        max_overhead: float | None = None,
+        first: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         if every is not None and max_overhead is not None:
             raise ValueError("every and max_overhead: expected at most one of them")
         self._every = None if every is None else whole("every", every)
@@ -43,6 +53,9 @@ class Schedule:
         self._max_overhead = positive("max_overhead", share)
         self.restore(pending=False)
         self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
+        if self._every is None and (expected := first()) > _FREE:
+            # As if there had been one like it, which the training has yet to pay for.
+            self._last_seconds = expected
         self._began = self._last_end = time.perf_counter()
 
     def restore(self, *, pending: bool) -> None:

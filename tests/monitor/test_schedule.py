@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import stableopt
 import stableopt.monitor.schedule
+from stableopt import StabilityMonitor
+from stableopt.curvature import Cost, Problem
 from stableopt.distributed.collectives import Ranks
 from stableopt.monitor.schedule import Schedule, moved
 
@@ -187,6 +189,43 @@ def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, f
         turns.append(schedule.turn(step, lambda: True, Ranks()))
     assert turns.index(True) == 7  # the eighth second pays for two at a quarter
     assert schedule.overhead == 0.2
+
+
+@pytest.mark.parametrize(("expected", "turn"), [(2.0, 8), (0.5, 1)])
+def test_the_first_measurement_waits_until_it_is_affordable(
+    monkeypatch: pytest.MonkeyPatch, expected: float, turn: int
+) -> None:
+    """Catches a first measurement that takes more than the share, and one of no account that waits."""
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
+    schedule, turns = Schedule(max_overhead=0.25, first=lambda: expected), []
+    for step in range(1, 10):
+        clock.now += 1.0
+        turns.append(schedule.turn(step, lambda: True, Ranks()))
+    assert turns.index(True) + 1 == turn
+    # With a fixed number of steps nothing is estimated.
+    Schedule(every=1, first=lambda: pytest.fail("it was asked"))
+
+
+def test_a_monitor_estimates_its_first_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches quantities left out of the estimate, and a measurement on demand that waits too."""
+    model = linear()
+    optimizer = torch.optim.Adam(model.parameters())
+    cost = {
+        name: Cost(1, 1.0, 2.0**power, 0)
+        for power, name in enumerate(("gradient", "sharpness", "preconditioned_sharpness"))
+    }
+    monkeypatch.setattr(Problem, "cost", lambda self, *, tol: cost)
+    quantities = ("sharpness", "non_uniformity")
+    with StabilityMonitor(
+        optimizer, model, MSE, (X, Y), quantities=quantities, batch_size=1
+    ) as monitor:
+        assert monitor._measurer.expected_seconds() == 2 + 4 + 60
+        MSE(model(X), Y).backward()
+        optimizer.step()
+        assert not monitor.history
+        assert monitor.measure().sharpness is not None
 
 
 def test_a_step_moves_unless_its_rates_are_zero_or_a_scaler_skipped_it() -> None:

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from stableopt._support.arguments import positive
 from stableopt.curvature.autodiff import saved_bytes
 from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
+from stableopt.curvature.problem.cost import Cost, expected_costs
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
 from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
@@ -132,6 +134,29 @@ class DifferentiableLoss(MeanLoss):
         except RuntimeError:  # torch.func within the model excludes saved tensor hooks
             return count
         return count if saved <= _MUCH else 1
+
+    def cost(self, *, tol: float = 1e-3) -> dict[str, Cost]:
+        """Return what quantities are expected to take, to about a factor of two, before they are paid.
+
+        From the time of one gradient over at most 64 samples, and from counts. Those of single samples,
+        such as the non-uniformity, are not estimated.
+
+        Args:
+            tol: the largest residual of a search, relative to the eigenvalue.
+
+        Returns:
+            A :class:`~stableopt.curvature.Cost` for each quantity, and for one ``"gradient"``.
+
+        Raises:
+            ValueError: for a tolerance that is not positive.
+
+        >>> from torch import nn, ones, zeros
+        >>> from stableopt.curvature import Problem
+        >>> problem = Problem(nn.Linear(50, 1), nn.MSELoss(), (ones(4, 50), zeros(4, 1)))
+        >>> problem.cost(tol=0.03)["sharpness"].products
+        17
+        """
+        return expected_costs(self, self.loss, positive("tol", tol))
 
     def _agree_on_derivatives(self) -> None:
         self._found = self._found.agreed(self.ranks)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Operator, top_eigenpair
+from stableopt.curvature.problem.cost import MOST_VECTORS, vectors_held
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
-from stableopt.curvature.products.linearization_cache import MEMORY
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -21,10 +21,6 @@ from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, Ste
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["Evaluation"]
-
-MOST_VECTORS, _FEWEST_VECTORS = 40, 6
-"""Most and fewest vectors of the parameters' size in an eigen-solver: as many as fit into 1 GiB twice,
-since a restart holds old and new ones. With fewer than the most, none are kept as a warm start."""
 
 
 @dataclass
@@ -194,5 +190,5 @@ class Evaluation:
         """Return the number of vectors of the parameters' size that a search may hold at once."""
         # Ranks hold different parts of a sharded problem, and must run the same search.
         ranks = self.problem.ranks
-        each = max(ranks.all_gather_object(self.problem.num_params)) * self.problem.dtype.itemsize
-        return max(_FEWEST_VECTORS, min(MOST_VECTORS, MEMORY // (2 * each)))
+        most = max(ranks.all_gather_object(self.problem.num_params))
+        return vectors_held(most, self.problem.dtype.itemsize)

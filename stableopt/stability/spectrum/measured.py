@@ -10,7 +10,8 @@ import torch
 
 from stableopt.curvature import Operator, spectral_density, top_eigenpairs, trace
 from stableopt.curvature.eigen.top_eigenpairs import FEWEST_MORE, MORE
-from stableopt.stability.measure.evaluation import MOST_VECTORS, Evaluation
+from stableopt.curvature.problem.cost import MOST_VECTORS
+from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.preconditioner import StepPreconditioner
 from stableopt.stability.spectrum.zeroth_order import zeroth_order_lr

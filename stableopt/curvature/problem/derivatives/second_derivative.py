@@ -82,7 +82,7 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 
 
 def dot(ones: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
-    """Return the inner product of two lists of tensors, of which ``None`` counts as zero."""
+    """Return the inner product of two lists of tensors; ``None`` counts as zero."""
     pairs = zip(ones, others, strict=True)
     parts = [(dense(one.detach()) * other).sum() for one, other in pairs if one is not None]
     return float(torch.stack(parts).sum()) if parts else 0.0
