@@ -52,6 +52,7 @@ sphinx_gallery_conf = {
     "reset_modules": (),
     "within_subsection_order": "FileNameSortKey",
     "capture_repr": (),
+    "remove_config_comments": True,
     "show_memory": False,
     "show_signature": False,
     "write_computation_times": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -128,12 +129,16 @@ class Evidence:
 def robust_score(value: float, before: Sequence[float]) -> float:
     """Return by how many robust standard deviations ``value`` is above those before it.
 
-    The centre is the median and the width 1.4826 times the median absolute deviation, the standard
-    deviation of normal values, or a hundredth of the centre if that is more.
+    The centre is the median. The width is 1.4826 times the median absolute deviation, or the median
+    absolute difference of neighbours over the root of 2 times that if it is less: both are the standard
+    deviation of independent normal values, and the second one is not widened by a trend. A hundredth of
+    the centre is the least.
 
     >>> round(robust_score(2.0, [1.0, 1.1, 0.9, 1.0, 1.2]), 1)
     6.7
     """
     centre = median(before)
-    width = 1.4826 * median(abs(one - centre) for one in before)
-    return (value - centre) / max(width, 0.01 * abs(centre), 1e-300)
+    width = median(abs(one - centre) for one in before)
+    if len(before) > 1:
+        width = min(width, median(abs(b - a) for a, b in pairwise(before)) / math.sqrt(2))
+    return (value - centre) / max(1.4826 * width, 0.01 * abs(centre), 1e-300)

@@ -25,9 +25,8 @@ direction that grows by instability grows over several steps."""
 _GAIN_FACTOR = 3.0
 """Factor of a layer's gain over the median of the others from which it counts as scaled up."""
 
-_BEYOND = 1.25
-"""Ratio above which a measurement before an odd batch explains more than the batch: at the edge of
-stability ratios hover around 1."""
+_LEAPS = 3.0
+"""How many times the growth that a sharpness above its limit explains a leap of the gradient must be."""
 
 _WEIGHTS_CHANGE = 2.0
 """Factor, or its inverse, of a change of weights between two steps that counts as a cause."""
@@ -84,8 +83,7 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
     if smaller is not None:
         return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
     odd, runaway = _odd_batch(evidence), _runaway_group(alarm, evidence)
-    earlier = odd is not None and runaway is not None and (runaway.step or 0) < (odd.step or 0)
-    if odd is not None and not earlier and not _beyond(evidence, odd.step or 0):
+    if odd is not None and (runaway is None or (runaway.step or 0) >= (odd.step or 0)):
         return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
     scaled = _scaled_layer(evidence)
     early = not evidence.steps or evidence.steps[0].step == 1
@@ -232,8 +230,9 @@ def _odd_batch(evidence: Evidence) -> Verdict | None:
         if not all(map(math.isfinite, before)):
             return None
         leap = norm / max(before[-1], 1e-300)
+        usual = max(_GRADIENT_LEAP, _LEAPS * _growth(evidence, its.step))
         odd = not math.isfinite(norm) or (
-            robust_score(norm, before) > _GRADIENT_SCORE and leap > _GRADIENT_LEAP
+            robust_score(norm, before) > _GRADIENT_SCORE and leap > usual
         )
         if odd:
             layer = max(its.grad_norms, key=lambda name: _finite_or_inf(its.grad_norms[name]))
@@ -268,8 +267,14 @@ def _edge(evidence: Evidence) -> Verdict | None:
     return Verdict(cause, text, layer, over.step)
 
 
-def _beyond(evidence: Evidence, step: int) -> bool:
-    return any(its.step < step and (its.ratio or 0.0) > _BEYOND for its in evidence.measured)
+def _growth(evidence: Evidence, step: int) -> float:
+    r"""Return the largest factor by which instability makes gradients grow in a step before ``step``.
+
+    Along an eigenvector gradient descent multiplies the gradient by :math:`1-\eta\lambda`, whose size
+    at r times the limit is :math:`2r-1`.
+    """
+    ratios = [its.ratio for its in evidence.measured if its.step < step and its.ratio is not None]
+    return max([1.0, *(2 * ratio - 1 for ratio in ratios)])
 
 
 def _scaled_layer(evidence: Evidence) -> str | None:

@@ -93,7 +93,7 @@ class Run:
         >>> Run.of_history("demo", [StabilityMargins(step=3, sharpness=1.0)]).records[0]["sharpness"]
         1.0
         """
-        return cls(name, [{"step": its.step, **its.record()} for its in history])
+        return cls(name, [_recorded(its) for its in history])
 
     @property
     def failed(self) -> int:
@@ -102,15 +102,34 @@ class Run:
 
     @property
     def shares(self) -> dict[int, Mapping[str, float]]:
-        """The share of each layer in the top eigenvector, by step, as far as reports have it."""
+        """The share of each layer in the top eigenvector by step, where records or reports have it."""
         found: dict[int, Mapping[str, float]] = {}
         for report in self.reports:
             found |= {step: shares for step, _, _, shares in report.measured if shares}
+        for record in self.records:
+            layers = record.get("by_layer")
+            numbers = layers.items() if isinstance(layers, Mapping) else ()
+            shares = {
+                str(layer): number(its.get("share"))
+                for layer, its in numbers
+                if isinstance(its, Mapping) and its.get("share") is not None
+            }
+            if shares:
+                found[record["step"]] = shares
         return dict(sorted(found.items()))
 
     def numbers(self, name: str) -> list[tuple[int, float]]:
         """Return ``(step, number)`` of each record; not a number where there is none."""
         return [(record["step"], number(record.get(name))) for record in self.records]
+
+
+def _recorded(margins: StabilityMargins) -> Record:
+    record: dict[str, Any] = {"step": margins.step, **margins.record()}
+    layers = getattr(margins, "layers", None)
+    if layers is not None and "share" in layers.columns:
+        pairs = zip(layers.names, layers.column("share"), strict=True)
+        record["by_layer"] = {layer: {"share": share} for layer, share in pairs}
+    return record
 
 
 def number(value: Any) -> float:

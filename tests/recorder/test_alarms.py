@@ -139,3 +139,14 @@ def test_rules_have_positive_numbers(name: str) -> None:
     """Catches a rule that alarms at every step."""
     with pytest.raises(ValueError, match=f"{name}=0"):
         AlarmRules(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_a_spike_while_the_loss_still_falls() -> None:
+    """Catches a spread that the descent before the spike widens."""
+    falling = [1.2 * 0.97**k for k in range(60)]
+    noise = [1 + 0.05 * (k * 7 % 5 - 2) for k in range(65)]
+    losses = [loss * off for loss, off in zip([*falling, *[1.2] * 5], noise, strict=True)]
+    steps = [StepRecord(k + 1, 0.1, loss=loss) for k, loss in enumerate(losses)]
+    rules = AlarmRules()
+    assert rules.alarm(Evidence(steps[:60], [], 2.3)) is None
+    assert rules.alarm(Evidence(steps, [], 2.3)) is not None

@@ -78,9 +78,14 @@ def test_a_gradient_that_grows_over_steps_is_no_odd_batch() -> None:
 
 
 def test_an_edge_left_before_explains_the_gradient() -> None:
-    """Catches the consequence, a large gradient, as the cause."""
+    """Catches the consequence, a large gradient, as the cause; and a leap that no instability makes as
+    its consequence: at 1.3 times the limit gradients grow 1.6-fold in a step.
+    """
     steps = [*CALM[:54], step(55, norm=40.0), *CALM[55:]]
-    assert said(steps, [at(50, 1.3)]).cause == "layer"
+    assert said(steps, [at(50, 30.0)]).cause == "layer"
+    assert said(steps, [at(50, 1.3)]).cause == "batch"
+    grown = [*CALM[:54], *(step(k, norm=1.6 ** (k - 54)) for k in range(55, 61))]
+    assert said(grown, [at(50, 1.3)]).cause == "layer"
 
 
 def test_a_smaller_batch_is_named() -> None:

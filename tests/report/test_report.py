@@ -193,6 +193,23 @@ def test_ten_thousand_measurements_are_a_small_page() -> None:
     assert len(page(Run("long", records))) < 300_000
 
 
+def test_the_heat_map_has_the_shares_of_records_and_reports(tmp_path: Path) -> None:
+    """Catches a map of reports alone, a layer that only began later, and rubbish in a record."""
+    path = write(tmp_path)
+    path.parent.mkdir(exist_ok=True)
+    known = {"failed": 0, "converged": 1}
+    by_layer = {"a": {"share": 0.25}, "b": {"share": 0.75}, "c": None, "d": {"share": None}}
+    lines = [{"step": 4, **known, "by_layer": by_layer}, {"step": 6, **known, "by_layer": 3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alarm(tmp_path, "b")
+    run = read_run(tmp_path)
+    assert run.shares == {2: {"b": 0.9, "0": 0.1}, 4: {"a": 0.25, "b": 0.75}}
+    found = heat_map(run)
+    assert found is not None
+    assert found.rows[0] == ("b", 0.75, [(0, 0.9), (1, 0.75)])
+    assert [row[0] for row in found.rows] == ["b", "a", "0"]
+
+
 def test_thinning_keeps_extremes_and_gaps() -> None:
     """Catches a spike of one measurement that is not drawn."""
     points = [(float(k), 0.0) for k in range(5000)]
