@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from stableopt import JSONLinesSink, StabilityMargins, StabilityRegion, UpdateRule, plot
+from stableopt.stability import Layers, QuantityResult
 
 REGION = StabilityRegion(UpdateRule(lr=0.1), batch_size=4)
 FULL_BATCH = StabilityRegion(UpdateRule(lr=0.1))
@@ -185,6 +187,67 @@ def test_margins_of_records_are_those_of_the_history(tmp_path: Path) -> None:
 def test_margins_of_next_to_nothing_can_be_drawn(run: list[StabilityMargins]) -> None:
     """Catches empty panels, negative values and zeros that raise or warn."""
     assert plot.to_rgb(plot.margins(run)).shape == (560, 700, 3)
+
+
+def of_layers(count: int, step: int, **columns: Any) -> StabilityMargins:
+    names = tuple(f"transformer.layers.{k}.attention.output" for k in range(count))
+    columns = {name: tuple(values) for name, values in columns.items()}
+    layers = Layers(names, (4,) * count, columns)
+    return StabilityMargins(step=step, results={"sharpness": QuantityResult(1.0, layers=layers)})
+
+
+@pytest.mark.parametrize("count", [1, 5, 150])
+def test_layers_are_rows_that_can_be_read(count: int) -> None:
+    """Catches labels on top of each other, the largest layer without a name, and upside-down rows."""
+    shares = np.full(count, 0.1 / count)
+    shares[count // 2] = 0.9
+    figure = plot.layers([of_layers(count, 10 * t, share=shares) for t in range(4)])
+    axes = figure.axes[0]
+    plot.to_rgb(figure)
+    labels = axes.get_yticklabels()
+    named = [label.get_text() for label in labels]
+    assert any(f".{count // 2}." in name for name in named)
+    assert len(named) == count or 20 <= len(named) < 60
+    boxes = sorted(label.get_window_extent().extents[1::2].tolist() for label in labels)
+    for (_, top), (bottom, _) in itertools.pairwise(boxes):
+        assert bottom >= top - 1  # in pixels
+    assert figure.get_size_inches()[1] < 10
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    (mesh,) = axes.collections
+    assert mesh.get_array().shape == (count, 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "column"),
+    [
+        ({"mean_curvature": (-1.0, 3.0)}, "mean_curvature"),
+        ({"sharpness": (0.0, 5.0), "limit": (4.0, 4.0)}, "ratio"),
+        ({"sharpness": (1e-9, 5.0)}, "sharpness"),
+        ({"sharpness": (None, math.inf)}, "sharpness"),
+        ({"share": (0.0, 0.0)}, "share"),
+        ({}, "share"),
+    ],
+    ids=str,
+)
+def test_layers_of_every_kind_of_number(columns: Any, column: str) -> None:
+    """Catches a logarithm of zero or below, and a map of nothing that fails."""
+    history = [of_layers(2, 3, **columns), StabilityMargins(step=4, failure="nan")]
+    for run in (history, history[:1] * 2, []):
+        assert np.isfinite(plot.to_rgb(plot.layers(run, column, marks=[(3, "lr up")]))).all()
+
+
+def test_layers_come_and_go_and_misspelt_columns_do_not() -> None:
+    """Catches rows shifted by a layer that froze, and thousands of columns in one picture."""
+    history = [
+        of_layers(2 if t < 3 else 1, t, share=[0.5, 0.5][: 2 if t < 3 else 1]) for t in range(5)
+    ]
+    (mesh,) = plot.layers(history).axes[0].collections
+    assert np.isnan(np.ma.filled(mesh.get_array(), np.nan)[1]).tolist() == [False] * 3 + [True] * 2
+    long = [of_layers(1, t, share=[1.0]) for t in range(1200)]
+    (mesh,) = plot.layers(long).axes[0].collections
+    assert mesh.get_array().shape == (1, 400)
+    with pytest.raises(ValueError, match=r"column='shares'.*share"):
+        plot.layers(history, "shares")
 
 
 def test_nothing_touches_pyplot() -> None:

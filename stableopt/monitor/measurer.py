@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
+from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
@@ -64,6 +65,7 @@ class Measurer:
         seed: int,
         window: int | None = None,
         spectrum_every: int = 20,
+        blocks: Blocks | None = None,
     ) -> None:
         self._optimizers, self.problem, self._explicit = optimizers, problem, explicit
         self._counter, self._warn = counter, warn
@@ -88,6 +90,8 @@ class Measurer:
         if self._batch_size is not None:
             noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
         self._window = None if window is None else whole("realised_window", window)
+        self._chosen = list(blocks) if isinstance(blocks, Iterator) else blocks
+        self._blocks = blocks_of(problem.model, problem.names, problem.params, self._chosen)
         self.starts: dict[str, Tensor] = {}
         self.memory: dict[str, Any] = {}
         self.trail = Trail()
@@ -175,6 +179,7 @@ class Measurer:
             taken=taken,
             memory=self.memory,
             window=self._window,
+            blocks=self._blocks,
         )
         self.measured += 1
         self.starts = subspaces
@@ -207,6 +212,9 @@ class Measurer:
         if problem is not self.problem:
             check_params(self._optimizers, problem, explicit=self._explicit)
             self.problem, self.starts = problem, {}
+            self._blocks = blocks_of(
+                problem.model, problem.names, problem.params, self._chosen, strict=False
+            )
 
     def _known_dataset_size(self) -> int | None:
         batch_size, size = self.batch_size, self._dataset_size

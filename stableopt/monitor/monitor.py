@@ -30,6 +30,7 @@ from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, moved
 from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
+from stableopt.stability.layers.blocks import Blocks
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
@@ -69,10 +70,10 @@ class StabilityMonitor:
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
             ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, ``"realised_edge"``,
-            ``"critical_sharpness"``. Sharpness comes with the preconditioned one where the optimizer
-            has a preconditioner, since its limit is on that, and with the ratio of each block where
-            several have no common limit. The last two need no second derivative; they copy the
-            parameters before each step that is measured.
+            ``"critical_sharpness"``, ``"layers"``. Sharpness comes with the preconditioned one where
+            the optimizer has a preconditioner, since its limit is on that, and with the ratio of each
+            block where several have no common limit. Realised edge and critical sharpness need no
+            second derivative; they copy the parameters before each step that is measured.
         sinks: where measurements go, see :mod:`stableopt.sinks`: callables that take ``(step, record)``.
         update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
             not known, with their preconditioner if they have one.
@@ -83,6 +84,8 @@ class StabilityMonitor:
         sample_weight: the weights of samples in a loss that averages unequally, where they are not
             those of torch's losses; see :class:`~stableopt.curvature.Problem`.
         batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
+        blocks: the blocks of parameters that ``margins.layers`` shows, by default the layers; see
+            :func:`~stableopt.measure`.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
             ``fully_shard``. Every rank must then make the monitor: to measure replicas on one rank
@@ -137,6 +140,7 @@ class StabilityMonitor:
         dtype: torch.dtype | None = None,
         sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
         batch_dim: BatchDim | None = None,
+        blocks: Blocks | None = None,
         process_group: Any = None,
         tol: float = 0.03,
         max_iter: int = 50,
@@ -179,6 +183,7 @@ class StabilityMonitor:
             seed=seed,
             window=realised_window,
             spectrum_every=spectrum_every,
+            blocks=blocks,
         )
         self.quantities = self._measurer.quantities
         self.step = 0

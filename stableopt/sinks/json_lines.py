@@ -9,16 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stableopt.sinks.events import Event, Measured
+from stableopt.stability.layers.table import Layers
+
 __all__ = ["JSONLinesSink"]
 
 
 class JSONLinesSink:
     """Appends each record to a file, as one JSON object a line.
 
-    A line is ``{"step": …, "sharpness": …, …}``. The file is open only while a record is written, so
-    that all records survive a crash, and processes that fork share no handle. Every line is strict
-    JSON, which has neither infinity nor NaN: both are written as ``null``. So a limit of ``null`` means
-    "no limit", and a limit that is absent was not known.
+    A line is ``{"step": …, "sharpness": …, …}``. Numbers of layers, where there are any, are in
+    ``line["by_layer"]["blocks.3.mlp"]["share"]``, rounded to six digits. The file is open only while a
+    record is written, so that all records survive a crash, and processes that fork share no handle.
+    Every line is strict JSON, which has neither infinity nor NaN: both are written as ``null``. So a
+    limit of ``null`` means "no limit", and a limit that is absent was not known.
 
     An existing file is appended to, so that a resumed run continues it. A last line that a crash cut
     short stays as it is, and the next record begins on a new line.
@@ -38,13 +42,19 @@ class JSONLinesSink:
         self.path = Path(path)
         self._began = False
 
+    def receive(self, event: Event) -> None:
+        """Append a measurement with its layers, or a decision and its reason."""
+        line = _line(event.step, event.record())
+        if isinstance(event, Measured):
+            layers = event.margins.layers
+            self._append(line if layers is None else line | {"by_layer": _by_layer(layers)})
+        else:
+            self._append(line)
+            self.note(event.step, str(event.decision))
+
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
         """Append ``record``, measured at ``step``."""
-        numbers = {name: float(value) for name, value in record.items()}
-        self._append(
-            {"step": int(step)}
-            | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        )
+        self._append(_line(step, record))
 
     def note(self, step: int, text: str) -> None:
         """Append ``text``, a decision at ``step`` and its reason, as ``{"step": …, "note": …}``."""
@@ -67,6 +77,24 @@ class JSONLinesSink:
 
     def __repr__(self) -> str:
         return f"JSONLinesSink({str(self.path)!r})"
+
+
+def _line(step: int, record: Mapping[str, float]) -> dict[str, Any]:
+    numbers = {name: float(value) for name, value in record.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {"step": int(step), **finite}
+
+
+def _by_layer(layers: Layers) -> dict[str, dict[str, float | None]]:
+    columns = {name: layers.column(name) for name in layers.columns if name != "converged"}
+    return {
+        layer: {name: _rounded(values[row]) for name, values in columns.items()}
+        for row, layer in enumerate(layers.names)
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def _line_break(path: Path) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 from stableopt import plot
 from stableopt.curvature import SpectralDensity
 from stableopt.plot.canvas import require_matplotlib
-from stableopt.sinks.diagrams import Diagrams
+from stableopt.sinks.diagrams import Diagrams, LayerMaps
 from stableopt.sinks.events import Event, Measured
+from stableopt.sinks.layer_scalars import LayerScalars
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import QUANTITIES, Chart, split
 
@@ -72,10 +73,14 @@ class TensorBoardSink:
       sharpness of a preconditioned optimizer, the value is only among the scalars.
     - *Scalars*: every finite number of a record, as ``stability/<name>`` of at most 25 characters
       (``non_uniformity_ratio`` is ``stability/non_unif_ratio``), and the bands.
+    - *Scalars* of layers: the share of each in the top eigenvector,
+      ``stability_layers_share/<name>``, and with the quantity ``"layers"`` the ratio of each to its
+      limit and its mean curvature. More than 16 layers are one scalar a kind, such as
+      ``blocks.*.mlp``: the sum of the shares, the largest ratio.
     - *Images*: the sharpness / non-uniformity diagram, if both are measured, with the region of the
-      optimizer's own update rule and the decisions of steering as marks. It is drawn after the first
-      measurement and then ever less often, and at the first :meth:`flush` or :meth:`close` that finds
-      something new.
+      optimizer's own update rule and the decisions of steering as marks; and heat maps of all layers,
+      :func:`stableopt.plot.layers`. They are drawn after the first measurement and then ever less
+      often, and at the first :meth:`flush` or :meth:`close` that finds something new.
     - *Histograms*: each measured spectrum, as ``spectra/<name>``.
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
@@ -85,7 +90,8 @@ class TensorBoardSink:
 
     Args:
         writer_or_dir: the run's directory, or a ``torch.utils.tensorboard.SummaryWriter``.
-        max_diagrams: the largest number of diagrams; 0 for none, which needs no matplotlib.
+        max_diagrams: the largest number of diagrams, and of heat maps; 0 for none, which needs no
+            matplotlib.
             TensorBoard keeps ten images a tag.
         announce: print :attr:`command` and :attr:`link` with the first record.
 
@@ -126,7 +132,8 @@ class TensorBoardSink:
         self._announce = announce
         self._records = 0
         self._names: dict[str, str] = {}
-        self._diagrams = Diagrams(max_diagrams)
+        self._diagrams, self._maps = Diagrams(max_diagrams), LayerMaps(max_diagrams)
+        self._layers = LayerScalars()
 
     @property
     def command(self) -> str:
@@ -164,7 +171,8 @@ class TensorBoardSink:
 
     def flush(self) -> None:
         """Write everything to disk; the first time with a diagram of the newest point."""
-        self._diagrams.finish(self.writer)
+        for pictures in (self._diagrams, self._maps):
+            pictures.finish(self.writer)
         self.writer.flush()
 
     def close(self) -> None:
@@ -183,19 +191,23 @@ class TensorBoardSink:
         margins: StabilityMargins | None = None,
         region: plot.Region | None = None,
     ) -> None:
+        layers = None if margins is None else margins.layers
         if self._records == 0:
             self._lay_out({split(key)[0] for key in record})
             if self._announce:
                 print(f"{self.command}\n{self.link}")
         self._records += 1
-        for tag, value in self._scalars(record).items():
+        of_layers = {} if layers is None else self._layers.of(layers)
+        for tag, value in {**self._scalars(record), **of_layers}.items():
             self.writer.add_scalar(tag, value, step)
         self._diagrams.mark(step, record)
         if margins is not None:
             self._diagrams.add(margins, region)
+            self._maps.add(margins)
             self._histograms(step, margins)
-        if self._diagrams.due:
-            self._diagrams.draw(self.writer)
+        for pictures in (self._diagrams, self._maps):
+            if pictures.due:
+                pictures.draw(self.writer)
         if self._owned:
             self.writer.flush()
         if self._records == _POINTS_SHOWN + 1:
@@ -280,6 +292,7 @@ def _short(name: str) -> str:
     """
     room = _LONGEST_TAG - len("stability/")
     if len(name) > room:
+        name = name.replace("_gradient_share", "_grad").replace("_step_share", "_step")
         name = name.replace("non_uniformity", "non_unif")
         name = name.replace("preconditioned_sharpness", "pre_sharpness")
     length = len(name)

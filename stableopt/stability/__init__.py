@@ -2,8 +2,10 @@
 
 from stableopt.stability.along_step import registered as _  # noqa: F401 the entries
 from stableopt.stability.along_step.critical_sharpness import CriticalSharpness, critical_sharpness
+from stableopt.stability.layers.table import Layer, Layers
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
+from stableopt.stability.measure import layers as _layers  # noqa: F401 its entry
 from stableopt.stability.measure.batch_sharpness import (
     BatchSharpness,
     batch_sharpness,
@@ -53,6 +55,8 @@ __all__ = [
     "EdgeSplit",
     "GeneralisedSharpness",
     "LargestBatchSharpness",
+    "Layer",
+    "Layers",
     "LinearStep",
     "MatrixPreconditioner",
     "Measurement",

@@ -7,7 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stableopt import JSONLinesSink, StabilityMargins
+import pytest
+
+from stableopt import JSONLinesSink, StabilityMargins, plot
+from stableopt.sinks import Measured
+from stableopt.stability import Layers, QuantityResult
 
 
 def strictly(text: str) -> Any:
@@ -71,6 +75,26 @@ def test_a_failed_measurement_is_a_line_without_values(tmp_path: Path) -> None:
     (line,) = lines(sink.path)
     assert (line["step"], line["failed"], line["lr"]) == (7, 1.0, 0.1)
     assert "sharpness" not in line
+
+
+def test_layers_are_numbers_by_name(tmp_path: Path) -> None:
+    """Catches layers lost on the way, not strict JSON, and a figure that cannot read them."""
+    sink = JSONLinesSink(tmp_path / "run.jsonl")
+    columns = {"share": (1 / 3, 2 / 3), "sharpness": (math.inf, 2.0), "limit": (4.0, None)}
+    known = QuantityResult(3.0, layers=Layers(("embed", "head"), (2, 4), columns))
+    margins = StabilityMargins(step=4, results={"sharpness": known})
+    sink.receive(Measured(4, margins))
+    sink.receive(Measured(5, StabilityMargins(step=5, sharpness=1.0)))
+    first, second = lines(sink.path)
+    assert first["sharpness"] == 3.0
+    assert first["by_layer"] == {
+        "embed": {"share": 0.333333, "sharpness": None, "limit": 4.0},
+        "head": {"share": 0.666667, "sharpness": 2.0, "limit": None},
+    }
+    assert "by_layer" not in second
+    for history in ([margins], [first, second]):
+        (mesh,) = plot.layers(history).axes[0].collections
+        assert mesh.get_array().ravel().tolist() == pytest.approx([1 / 3, 2 / 3], rel=1e-5)
 
 
 def test_notes_are_lines_of_their_own(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import stableopt
 from stableopt import StabilityMargins, StabilityRegion, TensorBoardSink, UpdateRule, plot
+from stableopt.sinks import Measured
+from stableopt.stability import Layers
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
 
@@ -250,6 +252,29 @@ def test_diagrams_are_pictures(tmp_path: Path) -> None:
     assert (image.step, image.width, image.height) == (3, 540, 420)
 
 
+@pytest.mark.parametrize("count", [3, 17, 24])
+def test_many_layers_are_few_scalars(count: int, tmp_path: Path) -> None:
+    """Catches 150 layers that flood the page, scalars that come and go, and maps at each measurement."""
+    deep = [f"blocks.{k}.{part}" for k in range(-(-count // 2)) for part in ("attn", "mlp")]
+    names = tuple(["embed", *deep][:count]) if count < 24 else tuple(f"l{k}x" for k in range(count))
+    sink = TensorBoardSink(tmp_path, max_diagrams=2)
+    for step in (1, 2, 3):
+        shares = tuple((k + step) % count / count for k in range(count))
+        columns = {"share": shares, "sharpness": (2.0,) * count, "limit": (4.0,) * count}
+        known = QuantityResult(1.0, layers=Layers(names, (2,) * count, columns))
+        sink.receive(Measured(step, StabilityMargins(step=step, results={"sharpness": known})))
+    sink.close()
+    events = read(tmp_path)
+    tags = [tag for tag in events.Tags()["scalars"] if "layers" in tag]
+    assert len(tags) == 2 * {3: 3, 17: 3, 24: 16}[count]
+    assert all(steps_of(events, tag) == [1, 2, 3] for tag in tags)
+    if count < 24:
+        assert events.Scalars("stability_layers_share/embed")[0].value == pytest.approx(1 / count)
+        assert events.Scalars("stability_layers_ratio/embed")[0].value == 0.5
+    for column in ("share", "ratio"):
+        assert [i.step for i in events.Images(f"stability/layers_{column}")] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("margins", "box"),
     [
@@ -312,7 +337,7 @@ def test_the_boundary_is_that_of_the_optimizers_own_rule(
     full_batch = name == "GD"
     assert margins is not None
     region = StabilityRegion(rule, 8 if full_batch else 4, 8)
-    (axes,) = (ax for figure in figures for ax in figure.axes if ax.get_xlabel())
+    (axes,) = (ax for figure in figures for ax in figure.axes if "sharpness" in ax.get_xlabel())
     (filled,) = axes.collections[:1]
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
     own = "preconditioned " if name == "AdamW" else ""

@@ -112,6 +112,10 @@ class Basis:
         """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""
         return weights.to(self._vectors) @ self.vectors
 
+    def covector(self, weights: Tensor) -> Tensor | None:
+        """Return the same combination of the covectors; ``None`` where they are the vectors."""
+        return None if self._plain else weights.to(self._covectors) @ self.covectors
+
     def unit_vector(self, weights: Tensor) -> Tensor:
         """Return that combination divided by its Euclidean norm."""
         vector = self.vector(weights)

@@ -81,7 +81,7 @@ def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
         products += 1
         inner.check_product(column[:-1], float(column[-1]), products, operator)
         projection.learn(direction, column)
-    vector, following = basis.unit_vector(best), None
+    vector, covector, following = basis.unit_vector(best), basis.covector(best), None
     if search.keep:
         ritz = projection.estimated_pairs()[1][: len(kept) - 1]
         explorer = projection.explorer(ritz).to(kept) @ basis.covectors
@@ -93,6 +93,7 @@ def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
         products,
         settled and not projection.overtaken(value),
         subspace=following,
+        covector=covector,
     )
 
 

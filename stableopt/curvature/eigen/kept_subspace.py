@@ -8,7 +8,7 @@ from torch import Tensor
 from stableopt.curvature.eigen.basis import Basis
 from stableopt.curvature.eigen.inner_product import InnerProduct
 
-__all__ = ["KEPT", "basis_of_kept", "followable", "subspace_to_keep"]
+__all__ = ["KEPT", "basis_of_kept", "followable", "ritz_rows", "subspace_to_keep"]
 
 KEPT = 10
 """Directions kept, including the one to explore. With eight, eigenvalues that rose from below the tenth
@@ -42,6 +42,11 @@ def followable(kept: Tensor, inner: InnerProduct) -> bool:
     """Return whether ``kept`` has enough rows to follow, in a space that is not small."""
     rows, size = kept.shape
     return _FEWEST <= rows <= KEPT and inner.whole_size(size) >= _SMALL
+
+
+def ritz_rows(kept: Tensor, inner: InnerProduct) -> Tensor:
+    """Return the rows of ``kept`` that are Ritz vectors: all but the direction to explore."""
+    return kept if inner.whole_size(kept.shape[1]) < _SMALL else kept[:-1]
 
 
 def basis_of_kept(kept: Tensor, inner: InnerProduct, room: int = _ROOM) -> Basis | None:

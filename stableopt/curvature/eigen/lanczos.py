@@ -366,7 +366,7 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
         iteration.step()
         products = iteration.products
         value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
-        scale = iteration.scale
+        scale, top = iteration.scale, iteration.weights[:, -1]
         converged = iteration.exhausted or (
             products >= at_least
             and search.small_enough(residual, value, scale)
@@ -375,7 +375,7 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
         if converged or products == max_iter:
             break
         iteration.extend()
-    bound, kept, unit = None, None, iteration.unit
+    basis, bound, kept, unit = iteration.basis, None, None, iteration.unit
     if iteration.exhausted:
         bound = value + max(residual, iteration.rounding)
     elif drawn and search.inner.preconditioner is None:
@@ -386,15 +386,15 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
             bound = min(bound, value + search.gap(value, iteration.scale))
     if search.keep:
         rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
-        beyond = rest.normalised() if iteration.beta > 0 else rest
-        ritz = iteration.basis.combined(best, room=1)
-        kept = subspace_to_keep(ritz, beyond.covector, search.seed)
+        rest = rest.normalised() if iteration.beta > 0 else rest
+        kept = subspace_to_keep(basis.combined(best, room=1), rest.covector, search.seed)
     return Eigenpair(
         value * unit,
-        iteration.basis.unit_vector(iteration.weights[:, -1]),
+        basis.unit_vector(top),
         residual * unit,
         products,
         converged,
         None if bound is None else bound * unit,
         kept,
+        covector=basis.covector(top),
     )

@@ -81,6 +81,7 @@ class Eigenpair:
             value is exact, and this is ``value + absolute_residual``, its least.
         subspace: with ``keep=True``, what the next search starts from: covectors ``(k, d)``,
             orthonormal: nine Ritz vectors, best first, and a direction to explore. Else ``None``.
+        covector: with a preconditioner, r ``(d,)``, whose image P r is along ``vector``.
     """
 
     value: float
@@ -90,6 +91,7 @@ class Eigenpair:
     converged: bool
     upper_bound: float | None = None
     subspace: Tensor | None = None
+    covector: Tensor | None = None
 
     @property
     def relative_residual(self) -> float:

@@ -2,13 +2,16 @@ r"""`Hessian`: products with the second derivative of the mean loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import gradient_along, vjp
+from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
+from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.finite_differences import CentralDifferences
 from stableopt.curvature.products.mean import MeanOverSamples
@@ -37,6 +40,7 @@ class Hessian(MeanOverSamples):
         problem: the mean loss.
         memory: bytes that cached passes may take: by default 1 GiB, and at most what a training step
             takes where the problem has a ``chunk_size``.
+        gradient: whether the first product also sums up the gradient, for :attr:`gradient`.
 
     Attributes:
         differences: the central differences, their step and their error; ``None`` for double
@@ -50,9 +54,21 @@ class Hessian(MeanOverSamples):
             [0., 4.]], dtype=torch.float64)
     """
 
-    def __init__(self, problem: Problem, *, memory: int | None = None) -> None:
+    def __init__(
+        self, problem: Problem, *, memory: int | None = None, gradient: bool = False
+    ) -> None:
         super().__init__(problem, memory)
         self.differences = CentralDifferences(kinks=problem.kinked) if problem.obstacle else None
+        self.collects = gradient and self.differences is None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The mean gradient ``(d,)`` in the problem's coordinates, where a product has collected it."""
+        return self.collected
+
+    def collect(self, passes: _GradientPasses) -> Sequence[Tensor | None]:
+        """Return the gradients of a chunk."""
+        return [None if gradient is None else gradient.detach() for gradient in passes.gradients]
 
     def linearise(self, batch: Any, size: int) -> _GradientPasses:
         """Return the loss of ``batch`` and its gradients, with their graph."""
@@ -69,6 +85,37 @@ class Hessian(MeanOverSamples):
         if self.differences is not None:
             return self._differenced(self.differences, passes.batch, tangent)
         return vjp(passes.gradients, self.theta, tangent)
+
+    def block_product(
+        self, places: Sequence[int], coordinates: Coordinates, vector: Tensor
+    ) -> Tensor:
+        """Return the product with the principal block of the parameters at ``places``.
+
+        Args:
+            places: positions of parameters in the problem.
+            coordinates: of these parameters.
+            vector: a vector in these coordinates.
+
+        Only the gradients of these parameters are differentiated, and only in these.
+        """
+        tangent, total = coordinates.unflatten(vector), torch.zeros_like(vector)
+        leaves = [self.theta[place] for place in places]
+
+        def add(passes: _GradientPasses, size: int) -> None:
+            if self.differences is None:
+                own = [passes.gradients[place] for place in places]
+                image = vjp(own, leaves, tangent)
+            else:
+                everywhere = [torch.zeros_like(t) for t in self.theta]
+                for place, part in zip(places, tangent, strict=True):
+                    everywhere[place] = part
+                found = self._differenced(self.differences, passes.batch, everywhere)
+                image = tuple(found[place] for place in places)
+            total.add_(coordinates.flatten(image), alpha=size)
+
+        (mean,) = mean_over_chunks(self.problem, [total], add, self._passes)
+        coordinates.add_decay(mean, tangent)
+        return mean
 
     def _differenced(
         self, differences: CentralDifferences, batch: Any, tangent: list[Tensor]

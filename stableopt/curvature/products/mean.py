@@ -24,6 +24,10 @@ class MeanOverSamples(Operator):
 
     The parameters are copied, so the matrix stays the same while training moves them.
 
+    Attributes:
+        collected: the mean over samples of :meth:`collect`, in the problem's coordinates, from the
+            first product on; ``None`` for matrices that collect nothing.
+
     Raises:
         TypeError: for a model under ``fully_shard``.
     """
@@ -38,6 +42,7 @@ class MeanOverSamples(Operator):
         self.problem = problem
         self.inner_product = InnerProduct(ranks=problem.ranks)
         self.theta = problem.theta()
+        self.collected: Tensor | None = None
         self._passes = LinearizationCache(
             problem, self.linearise, memory=memory, kind=type(self).__name__
         )
@@ -49,6 +54,13 @@ class MeanOverSamples(Operator):
     @abc.abstractmethod
     def chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
         """Return the product of one chunk's mean with ``tangent``, per parameter."""
+
+    collects = False
+    """Whether the first product also takes the mean of :meth:`collect`."""
+
+    def collect(self, passes: Any) -> Sequence[Tensor | None]:
+        """Return what one chunk's passes contain for each parameter beyond products."""
+        raise NotImplementedError
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the matrix times ``vector`` ``(d,)``, without a graph."""
@@ -63,12 +75,19 @@ class MeanOverSamples(Operator):
         problem = self.problem
         tangents = [problem.unflatten(vector) for vector in vectors]
         totals = [torch.zeros_like(vector) for vector in vectors]
+        more: list[Tensor] = []
+        if self.collects and self.collected is None:
+            more = [torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)]
 
         def add(passes: Any, size: int) -> None:
             for total, tangent in zip(totals, tangents, strict=True):
                 total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
+            for total in more:
+                total.add_(problem.flatten(self.collect(passes)), alpha=size)
 
-        means = mean_over_chunks(problem, totals, add, self._passes)
+        means = mean_over_chunks(problem, [*totals, *more], add, self._passes)
+        if more:
+            self.collected = means.pop()
         for mean, tangent in zip(means, tangents, strict=True):
             problem.coordinates.add_decay(mean, tangent)
         return means

@@ -13,7 +13,10 @@ length, shows that this was too long.
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from torch import Tensor
 from stableopt.curvature.autodiff import central_difference
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
+from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.mean_loss import MeanLoss, Memo
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
@@ -73,6 +77,32 @@ class ShardedHessian(Operator):
         problem.coordinates.add_decay(image, tangent)
         return image
 
+    def block_product(
+        self, places: Sequence[int], coordinates: Coordinates, vector: Tensor
+    ) -> Tensor:
+        """Return the product with the principal block of the parameters at ``places``.
+
+        It is part of a whole product. Arguments are those of :meth:`Hessian.block_product`.
+        """
+        tangent = coordinates.unflatten(vector)
+        everywhere = [torch.zeros_like(t) for t in self.theta]
+        for place, part in zip(places, tangent, strict=True):
+            everywhere[place] = part
+        image = self._plain.product(torch.cat([t.reshape(-1) for t in everywhere]))
+        parts = torch.split(image, [t.numel() for t in self.theta])
+        own = coordinates.flatten(
+            [parts[p].view(t.shape) for p, t in zip(places, tangent, strict=True)]
+        )
+        coordinates.add_decay(own, tangent)
+        return own
+
+    @cached_property
+    def _plain(self) -> ShardedHessian:
+        """The Hessian in the parameters' own coordinates, at the same point."""
+        other = copy.copy(self)
+        other.problem = self.problem.transformed(sign=self.problem.sign)
+        return other
+
     @property
     def _factor(self) -> float:
         return _STEP.on(self.problem).get("step", STEP)
@@ -114,9 +144,9 @@ class ShardedHessian(Operator):
         return self.problem.value(self.theta)
 
 
-def hessian_of(problem: MeanLoss) -> Hessian | ShardedHessian:
-    """Return the Hessian of a problem, sharded if the problem is."""
+def hessian_of(problem: MeanLoss, *, gradient: bool = False) -> Hessian | ShardedHessian:
+    """Return the Hessian of a problem, sharded if the problem is, which may collect the gradient."""
     if isinstance(problem, ShardedProblem):
         return ShardedHessian(problem)
     assert isinstance(problem, Problem)
-    return Hessian(problem)
+    return Hessian(problem, gradient=gradient)

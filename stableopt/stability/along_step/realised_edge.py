@@ -74,12 +74,7 @@ def _metric(at: Evaluation, along: AlongStep) -> float:
     rule = at.rule
     if rule is None or rule.unknown is not None or at.preconditioner is not None:
         return math.nan
-    own = along.change
-    if rule.preconditioned:
-        # The coordinates of the problem are those of the diagonal preconditioner: P = D^2.
-        parts = zip(along.problem.unflatten(own), at.problem.scale, strict=True)
-        own = along.problem.flatten([part / factor for part, factor in parts])
-        own = torch.where(along.change == 0, 0.0, own)  # 0 / 0: a parameter that never moved
+    own = at.in_own_coordinates(along)
     return rule.max_sharpness * dot(along.problem, own, own)
 
 

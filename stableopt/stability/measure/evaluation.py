@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Operator, top_eigenpair
+from stableopt.curvature import (
+    Eigenpair,
+    GaussNewton,
+    Hessian,
+    NonUniformity,
+    Operator,
+    top_eigenpair,
+)
+from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.curvature.eigen.kept_subspace import ritz_rows
 from stableopt.curvature.problem.cost import MOST_VECTORS, vectors_held
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
+from stableopt.stability.layers.blocks import Block, blocks_of
+from stableopt.stability.layers.shares import Directions, of_directions, whole_sizes
+from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.taken_step import AlongStep, TakenStep
@@ -43,6 +56,7 @@ class Evaluation:
         taken: the step just taken, where there is one.
         memory: what quantities keep from one measurement of a run to the next: plain numbers and lists.
         window: the steps over which quantities of single steps are averaged; ``None`` for the default.
+        blocks: the blocks whose shares and values are measured; the layers by default.
     """
 
     problem: MeanLoss
@@ -59,12 +73,17 @@ class Evaluation:
     taken: TakenStep | None = field(default=None, init=False)
     memory: dict[str, Any] = field(default_factory=dict, init=False)
     window: int | None = field(default=None, init=False)
+    blocks: tuple[Block, ...] = field(default=(), init=False)
     _along: AlongStep | None = field(default=None, init=False)
     _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
     _own: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)
     _gauss_newton: GaussNewton | None = field(default=None, init=False)
     _loss: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        self.blocks = blocks_of(problem.model, problem.names, problem.params)
 
     @property
     def preconditioned(self) -> bool:
@@ -83,7 +102,9 @@ class Evaluation:
         if not self.preconditioned:
             return self.hessian()
         if self._plain is None:
-            self._plain = hessian_of(self.problem.transformed(sign=self.problem.sign))
+            self._plain = hessian_of(
+                self.problem.transformed(sign=self.problem.sign), gradient=True
+            )
         return self._plain
 
     def hessian(self) -> Hessian | ShardedHessian:
@@ -95,7 +116,7 @@ class Evaluation:
                 # One set of linearized passes at a time is kept in memory.
                 self._loss, self._plain = self._plain.loss(), None
         if self._own is None:
-            self._own = hessian_of(self.problem)
+            self._own = hessian_of(self.problem, gradient=True)
         return self._own
 
     def non_uniformity(self) -> NonUniformity:
@@ -145,6 +166,7 @@ class Evaluation:
         preconditioner: StepPreconditioner | None = None,
         value: Callable[[float], float] = float,
         degree: int = 1,
+        shares: bool = False,
     ) -> QuantityResult:
         """Measure the quantity ``name``, a function of the operator's largest eigenvalue.
 
@@ -154,6 +176,7 @@ class Evaluation:
             preconditioner: P, for the eigenvalue of P times the operator.
             value: the quantity as a function of the eigenvalue.
             degree: powers of the quantity in the eigenvalue: a root has half its relative error.
+            shares: whether the result says where the eigenvector lies; the operator is a Hessian.
         """
         vectors = self.vectors_held()
         pair = top_eigenpair(
@@ -175,7 +198,45 @@ class Evaluation:
         found = Measurement(
             value(pair.value), residual, pair.products, 0.0, pair.converged, upper_bound=bound
         )
-        return QuantityResult.from_measurement(found.within(self.error_of(operator), self.tol))
+        result = QuantityResult.from_measurement(found.within(self.error_of(operator), self.tol))
+        if not shares:
+            return result
+        layers, details = self._shares(pair, operator, preconditioner)
+        return dataclasses.replace(result, layers=layers, details=details)
+
+    def _shares(
+        self, pair: Eigenpair, operator: Operator, preconditioner: StepPreconditioner | None
+    ) -> tuple[Layers, dict[str, float]]:
+        """Return what the eigenvector says of layers, gradient and step, at no further product."""
+        problem = self.problem
+        inner = InnerProduct.for_operator(operator, preconditioner)
+        own = operator is self._own and operator is not self._plain
+        directions = Directions(
+            pair.vector,
+            pair.covector,
+            None if pair.subspace is None else ritz_rows(pair.subspace, inner),
+            operator.gradient if isinstance(operator, Hessian) else None,
+            self._change(scaled=own),
+        )
+        sizes = [shape.numel() for shape in problem.shapes]
+        return of_directions(
+            directions, self.blocks, sizes, inner, counts=whole_sizes(problem.params)
+        )
+
+    def _change(self, *, scaled: bool) -> Tensor | None:
+        """Return the step just taken ``(d,)``, if known; if ``scaled`` in the rule's coordinates."""
+        if self.taken is None or not self.taken.holds(self.problem.params):
+            return None
+        along = self.along_step()
+        return self.in_own_coordinates(along) if scaled else along.change
+
+    def in_own_coordinates(self, along: AlongStep) -> Tensor:
+        """Return the step ``(d,)`` in the rule's coordinates, divided by the root of a diagonal P."""
+        if not self.preconditioned:
+            return along.change
+        parts = zip(along.problem.unflatten(along.change), self.problem.scale, strict=True)
+        own = along.problem.flatten([part / factor for part, factor in parts])
+        return torch.where(along.change == 0, 0.0, own)  # 0 / 0: a parameter that never moved
 
     def error_of(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""

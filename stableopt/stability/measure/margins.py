@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 from stableopt.curvature.spectrum.density import SpectralDensity
+from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, split
 
@@ -243,6 +244,16 @@ class StabilityMargins:
         return EdgeSplit(self.edge_ratio, used, calibration)
 
     @property
+    def layers(self) -> Layers | None:
+        """What is known of each layer: the quantity ``"layers"``, else shares of the top eigenvector.
+
+        The eigenvector is that of :attr:`limited_sharpness`. ``None`` if neither was measured.
+        """
+        own = ("layers", "preconditioned_sharpness", "sharpness")
+        found = (self.results[name].layers for name in own if name in self.results)
+        return next((layers for layers in found if layers is not None), None)
+
+    @property
     def stable(self) -> bool | None:
         """Whether every known ratio is at most 1, the box (9); ``None`` if none is known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
@@ -301,6 +312,7 @@ class StabilityMargins:
             for name, result in self.results.items()
             if result.density is not None
         }
+        layers = {n: its.layers.to_dict() for n, its in self.results.items() if its.layers}
         return {
             **{name: getattr(self, name) for name in _COMMON},
             **self._numbers(*_STORED),
@@ -308,6 +320,7 @@ class StabilityMargins:
             **({"failures": self.failures} if self.failures else {}),
             **({"details": details} if details else {}),
             **({"densities": densities} if densities else {}),
+            **({"layers_of": layers} if layers else {}),
             "failure": self.failure,
             "method": self.method,
         }
@@ -322,10 +335,11 @@ class StabilityMargins:
         """
         common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
         # Quantities of a checkpoint are kept where they are not registered here.
-        apart = (*common, "measurements", "failures", "details", "densities")
+        apart = (*common, "measurements", "failures", "details", "densities", "layers_of")
         numbers = {name: state[name] for name in state if name not in apart}
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
         failures, details = state.get("failures", {}), state.get("details", {})
+        layers = {name: Layers.from_dict(its) for name, its in state.get("layers_of", {}).items()}
         densities = {
             name: SpectralDensity(**{**kept, **_tuples(kept)})
             for name, kept in state.get("densities", {}).items()
@@ -335,8 +349,9 @@ class StabilityMargins:
                 failure=failures.get(name),
                 details=details.get(name, {}),
                 density=densities.get(name),
+                layers=layers.get(name),
             )
-            for name in {**failures, **details, **densities}
+            for name in {**failures, **details, **densities, **layers}
         }
         return cls(**common, results=_with(results, numbers, measurements))
 

@@ -17,6 +17,7 @@ from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.distributed.collectives import LostRankError
+from stableopt.stability.layers.blocks import Block, Blocks, blocks_of
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
@@ -48,6 +49,7 @@ def measure(
     dtype: torch.dtype | None = None,
     sample_weight: Tensor | Callable[[Any], Tensor] | None = None,
     batch_dim: BatchDim | None = None,
+    blocks: Blocks | None = None,
     process_group: Any = None,
     tol: float = 1e-3,
     max_iter: int = 100,
@@ -79,6 +81,10 @@ def measure(
         sample_weight: the weights of samples in a loss that averages unequally, where they are not
             those of torch's losses; see :class:`~stableopt.curvature.Problem`.
         batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
+        blocks: the blocks of parameters that ``margins.layers`` shows, by default each module that has
+            parameters of its own: a pattern of names such as ``"blocks.*"``, where ``*`` is one level
+            of a name, a compiled regular expression, a module, a parameter, or several of these; or a
+            mapping from names to them. A module stands for all parameters in it.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
             shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
             under ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
@@ -142,6 +148,7 @@ def measure(
     margins, _ = measure_at(
         problem,
         rule,
+        blocks=blocks_of(problem.model, problem.names, problem.params, blocks),
         batch_size=batch_size,
         dataset_size=dataset_size,
         quantities=check_quantities(quantities, rule, sharded=problem.sharded),
@@ -192,12 +199,13 @@ def measure_at(
     taken: TakenStep | None = None,
     memory: dict[str, Any] | None = None,
     window: int | None = None,
+    blocks: tuple[Block, ...] = (),
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
     """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
 
     ``starts`` are the subspaces of an earlier measurement by quantity; if it is ``None``, no subspaces
     are returned. With a preconditioned rule, sharpness includes the preconditioned sharpness. ``taken``,
-    ``memory`` and ``window`` are those of an :class:`Evaluation`.
+    ``memory``, ``window`` and ``blocks`` are those of an :class:`Evaluation`.
     """
     samples = dataset_size if rule is not None and rule.full_batch else batch_size
     names = _measurable(quantities, rule)
@@ -210,6 +218,7 @@ def measure_at(
     evaluation.results = results
     evaluation.taken, evaluation.window = taken, window
     evaluation.memory = {} if memory is None else memory
+    evaluation.blocks = blocks or evaluation.blocks
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
@@ -263,6 +272,8 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
 def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
     """Return the quantities that are defined for ``rule`` now, and the preconditioned sharpness."""
     wanted = set(quantities)
+    if "layers" in wanted:
+        wanted.add("sharpness")  # whose eigenvector they share
     if rule is not None and rule.preconditioned and "sharpness" in wanted:
         wanted.add("preconditioned_sharpness")
     if (

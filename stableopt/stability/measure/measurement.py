@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from stableopt.curvature.eigen.result import GAP
 from stableopt.curvature.spectrum.density import SpectralDensity
+from stableopt.stability.layers.table import Layers
 
 __all__ = ["Measurement", "QuantityResult"]
 
@@ -78,6 +79,7 @@ class QuantityResult:
         failure: why this quantity alone was not measured, or ``None``.
         details: further numbers by name; in records as ``<quantity>_<name>``.
         density: the distribution of eigenvalues, where that was measured; not in records.
+        layers: what is known of each layer: with a sharpness its share of the top eigenvector.
 
     >>> QuantityResult(value=15.0, limit=20.0).compared().ratio
     0.75
@@ -91,6 +93,7 @@ class QuantityResult:
     failure: str | None = None
     details: Mapping[str, float] = field(default_factory=dict, hash=False)
     density: SpectralDensity | None = None
+    layers: Layers | None = None
 
     @classmethod
     def from_measurement(

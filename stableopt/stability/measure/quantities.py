@@ -249,12 +249,12 @@ def split(key: str) -> tuple[str, str]:
 
 
 def _sharpness(at: Evaluation) -> QuantityResult:
-    return at.top_eigenvalue("sharpness", at.plain_hessian())
+    return at.top_eigenvalue("sharpness", at.plain_hessian(), shares=True)
 
 
 def _preconditioned_sharpness(at: Evaluation) -> QuantityResult:
     name, preconditioner = "preconditioned_sharpness", at.preconditioner
-    return at.top_eigenvalue(name, at.hessian(), preconditioner=preconditioner)
+    return at.top_eigenvalue(name, at.hessian(), preconditioner=preconditioner, shares=True)
 
 
 def _non_uniformity(at: Evaluation) -> QuantityResult:

@@ -99,6 +99,11 @@ class TakenStep:
                     return cls(params, end.values, trail, end)
             return cls(params, tuple(_own(p).clone() for p in params), trail)
 
+    def holds(self, params: Sequence[Tensor]) -> bool:
+        """Return whether all of ``params`` were copied."""
+        held = {id(p) for p in self.params}
+        return all(id(p) in held for p in params)
+
     def of(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the copies of ``params``, in their order.
 

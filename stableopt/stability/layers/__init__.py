@@ -1,0 +1,1 @@
+"""Blocks of parameters, such as the layers of a model, and what is measured of each."""
