@@ -33,7 +33,13 @@ from stableopt.stability.rules.limits import (
     min_sharpness,
     noise_factor,
 )
-from stableopt.stability.rules.norms import NormedStep, SignNorm, SpectralNorm, StepNorm
+from stableopt.stability.rules.norms import (
+    NewtonSchulzNorm,
+    NormedStep,
+    SignNorm,
+    SpectralNorm,
+    StepNorm,
+)
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     MatrixPreconditioner,
@@ -60,6 +66,7 @@ __all__ = [
     "LinearStep",
     "MatrixPreconditioner",
     "Measurement",
+    "NewtonSchulzNorm",
     "NormedStep",
     "Quantity",
     "QuantityResult",

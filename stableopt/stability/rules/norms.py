@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stableopt.stability.rules.preconditioner import UnknownStep
 
-__all__ = ["NormedStep", "SignNorm", "SpectralNorm", "StepNorm"]
+__all__ = ["NewtonSchulzNorm", "NormedStep", "SignNorm", "SpectralNorm", "StepNorm"]
 
 N = TypeVar("N", bound="StepNorm")
 
@@ -42,6 +42,8 @@ class StepNorm(abc.ABC):
     """
 
     entrywise = False
+    exact = True
+    """Whether :meth:`unit_oracle` is the oracle of the norm, or an approximation of it."""
 
     def __init__(
         self,
@@ -143,6 +145,62 @@ class SpectralNorm(StepNorm):
         least = values[:1] * max(tensor.shape) * torch.finfo(tensor.dtype).eps
         polar = (left * (values > least)) @ right
         return polar.view_as(tensor), values.sum()
+
+
+class NewtonSchulzNorm(SpectralNorm):
+    r"""The norm of singular values, with the map of a few Newton-Schulz iterations as its oracle.
+
+    The map takes the singular values :math:`\sigma` of :math:`G/\|G\|_F` to :math:`\varphi(\sigma)`, k
+    times :math:`a\sigma + b\sigma^3 + c\sigma^5`, instead of to 1. It is not the oracle of any norm, and
+    its image no ball: values there may be larger than any that a run meets. The dual norm becomes
+    :math:`\langle G, \varphi(G)\rangle`.
+
+    Args:
+        params: the parameters.
+        radii: a number for each, as for :class:`SpectralNorm`.
+        lr: the learning rate.
+        coefficients: a, b and c.
+        steps: k.
+
+    >>> norm = NewtonSchulzNorm([torch.zeros(1, 1)], lr=0.1)
+    >>> [round(number.item(), 3) for number in norm.unit_oracle(torch.tensor([[5.0]]))]
+    [0.696, 3.482]
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        radii: Iterable[Tensor | float] | None = None,
+        *,
+        lr: float,
+        coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        steps: int = 5,
+    ) -> None:
+        super().__init__(params, radii, lr=lr)
+        self.coefficients, self.steps = coefficients, steps
+
+    def over(self, params: Sequence[Tensor]) -> NewtonSchulzNorm:
+        """Return the norm on ``params``; those that it does not have get a radius of 0."""
+        other = super().over(params)
+        other.coefficients, other.steps = self.coefficients, self.steps
+        return other
+
+    def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image of the map, and its inner product with ``tensor``."""
+        if tensor.dim() < 2:
+            return torch.zeros_like(tensor), tensor.new_zeros(())
+        left, values, right = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+        image = self.mapped(values / values.norm().clamp_min(torch.finfo(values.dtype).tiny))
+        return ((left * image) @ right).view_as(tensor), values @ image
+
+    def mapped(self, values: Tensor) -> Tensor:
+        """Return the singular values that the iterations make of ``values``, at most 1."""
+        a, b, c = self.coefficients
+        for _ in range(self.steps):
+            values = a * values + b * values**3 + c * values**5
+        return values
 
 
 class NormedStep(UnknownStep):

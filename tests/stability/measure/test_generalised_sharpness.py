@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt import Problem, StabilityMargins, StabilityMonitor, UpdateRule, measure
-from stableopt.curvature import NonFiniteError, Operator
+from stableopt.curvature import Hessian, NonFiniteError, Operator
 from stableopt.sinks.tensorboard import layout
 from stableopt.stability import (
+    NewtonSchulzNorm,
     NormedStep,
     QuantityResult,
     SignNorm,
@@ -26,6 +27,10 @@ from stableopt.stability import (
 from stableopt.stability.measure.generalised_sharpness import GeneralisedSharpness, search
 
 DOUBLE = torch.float64
+
+PLAIN: dict[str, Any] = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+EXACT: dict[str, Any] = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 12}
+"""Muon whose steps are polar factors of the gradient."""
 
 
 class Dense(Operator):
@@ -189,7 +194,7 @@ def test_tracking_starts_at_the_last_maximiser() -> None:
     """Catches random starts at each measurement, whose products a monitor would pay for."""
     model, loss_fn, data = network()
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.0, nesterov=False, weight_decay=0.0)
+    muon = torch.optim.Muon(matrices, lr=0.02, **PLAIN, **EXACT)
     names = ("generalised_sharpness",)
     with StabilityMonitor(
         muon, model, loss_fn, data, params=matrices, every=10, quantities=names
@@ -229,10 +234,9 @@ def test_muon_radii_are_those_of_its_steps(adjust: str | None, radius: float) ->
     """Catches radii that are not the real class's: the largest singular value of a step, over lr."""
     weight = nn.Parameter(torch.zeros(16, 4))
     slow = nn.Parameter(torch.zeros(4, 16))
-    exact: dict[str, Any] = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 20}
     groups = [{"params": [weight]}, {"params": [slow], "lr": 0.05}]
     muon = torch.optim.Muon(
-        groups, lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, adjust_lr_fn=adjust, **exact
+        groups, lr=0.1, adjust_lr_fn=adjust, **PLAIN, **{**EXACT, "ns_steps": 20}
     )
     for p in (weight, slow):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
@@ -244,6 +248,57 @@ def test_muon_radii_are_those_of_its_steps(adjust: str | None, radius: float) ->
     for p, step in zip((weight, slow), steps, strict=True):
         # Muon computes polar factors in bfloat16, with 8 bits.
         torch.testing.assert_close(p.detach(), -norm.lr * step, rtol=0.05, atol=5e-3)
+
+
+@pytest.mark.parametrize("coefficients", [{}, EXACT], ids=["its own", "exact"])
+def test_muon_at_the_edge_has_a_ratio_of_one(coefficients: dict[str, Any]) -> None:
+    r"""Catches a limit of the polar factor for steps that are not: 1.42 with torch's coefficients.
+
+    A run of one number and curvature h that goes back and forth between both sides of its minimum is at
+    the edge, and stays there, whatever the length of its steps.
+    """
+    model = nn.Linear(1, 1, bias=False)
+    muon = torch.optim.Muon(model.parameters(), lr=0.1, **PLAIN, **coefficients)
+    data = torch.full((1, 1), 3.0), torch.zeros(1, 1)
+    problem = Problem(model, nn.MSELoss(), data)
+    norm = UpdateRule.from_optimizer(muon).norm
+    assert type(norm) is (SpectralNorm if coefficients else NewtonSchulzNorm)
+    (length,) = norm.oracle([torch.ones(1, 1)])
+    with torch.no_grad():
+        model.weight.copy_(0.05 * length)
+    result = generalised_sharpness(problem, norm)
+    # One number is a vertex of the ball, found exactly up to rounding.
+    assert result.ratio == pytest.approx(1, rel=1e-5)
+    assert result.converged
+    before = model.weight.item()
+    nn.MSELoss()(model(data[0]), data[1]).backward()
+    muon.step()
+    # Muon computes in bfloat16, with 8 bits, and a step is twice the distance.
+    assert model.weight.item() == pytest.approx(-before, rel=5e-2)
+
+
+def test_the_map_is_torchs_and_what_is_measured_reproduces_itself() -> None:
+    """Catches another polynomial, and a maximum over its image, which no run comes to."""
+    model, loss_fn, data = network()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    muon = torch.optim.Muon(matrices, lr=0.02, **PLAIN)
+    trained(muon, model, data, 10)
+    norm = UpdateRule.from_optimizer(muon).norm
+    assert isinstance(norm, NewtonSchulzNorm)
+    before = [p.detach().clone() for p in matrices]
+    problem = Problem(model, loss_fn, data, params=matrices)
+    step = norm.oracle(problem.unflatten(problem.gradient()))
+    result = generalised_sharpness(problem, norm)
+    trained(muon, model, data, 1)
+    for p, start, part in zip(matrices, before, step, strict=True):
+        # In bfloat16, with 8 bits, and five iterations.
+        torch.testing.assert_close((start - p.detach()) / 0.02, part, rtol=0.1, atol=0.05)
+    image = Hessian(problem) @ result.maximiser
+    again = torch.cat([d.reshape(-1) for d in norm.oracle(problem.unflatten(image))])
+    # The next value is as near to the mean of the last as they are to each other.
+    assert float(again @ (Hessian(problem) @ again)) == pytest.approx(result.value, rel=0.15)
+    largest = generalised_sharpness(problem, SpectralNorm(matrices, norm.radii, lr=0.02))
+    assert result.value < largest.value * 1.2**2
 
 
 def test_rprop_radii_are_its_step_sizes() -> None:
