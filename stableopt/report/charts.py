@@ -20,7 +20,7 @@ _MOST_POINTS = 600
 """Points of a line, about as many as a chart has pixels."""
 
 _MOST_CHARTS = 14
-_COLUMNS, _ROWS = 120, 40
+_COLUMNS, _ROWS = 120, 24
 """Cells of the heat map: steps, and layers."""
 
 _LARGEST = 1e30
@@ -58,12 +58,14 @@ class HeatMap:
         steps: the first and the last.
         rows: a layer, its share at the last of the steps, and ``(column, share)`` of its cells.
         columns: how many there are.
+        most: the largest share.
         others: how many layers are left out.
     """
 
     steps: tuple[int, int]
     rows: Sequence[tuple[str, float, Sequence[tuple[int, float]]]]
     columns: int
+    most: float
     others: int
 
 
@@ -165,17 +167,17 @@ def heat_map(run: Run) -> HeatMap | None:
     for _, shares in chosen:
         for name, share in shares.items():
             most[name] = max(most.get(name, 0.0), share if math.isfinite(share) else 0.0)
-    names = sorted(most, key=lambda name: -most[name])
+    names, largest = sorted(most, key=lambda name: -most[name]), max(most.values())
     rows = [
         (
             name,
             chosen[-1][1].get(name, 0.0),
-            # A hundredth cannot be seen.
-            [(k, min(s[name], 1.0)) for k, (_, s) in enumerate(chosen) if s.get(name, 0.0) >= 0.01],
+            # A fiftieth of the largest cannot be seen.
+            [(k, s[name]) for k, (_, s) in enumerate(chosen) if s.get(name, 0.0) > largest / 50],
         )
         for name in names[:_ROWS]
     ]
-    return HeatMap((chosen[0][0], chosen[-1][0]), rows, columns, len(names) - len(rows))
+    return HeatMap((chosen[0][0], chosen[-1][0]), rows, columns, largest, len(names) - len(rows))
 
 
 # -- matplotlib ------------------------------------------------------------------------------------

@@ -45,13 +45,15 @@ def titled(name: str) -> str:
 def shown(value: float) -> str:
     """Return a number as the page shows it.
 
-    >>> shown(0.123456), shown(123456.7), shown(math.nan), shown(math.inf)
-    ('0.1235', '1.235e5', '–', '∞')
+    >>> shown(0.123456), shown(0.00015), shown(123456.7), shown(math.nan), shown(math.inf)
+    ('0.1235', '1.5e-4', '1.235e5', '–', '∞')
     """
     if math.isnan(value):
         return "–"
-    short = f"{value:.4g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return short if math.isfinite(value) else "∞" if value > 0 else "−∞"
+    if 0 < abs(value) < 1e-3 or 1e5 <= abs(value) < math.inf:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.4g}" if math.isfinite(value) else "∞" if value > 0 else "−∞"
 
 
 def with_ratio(record: Record) -> list[str]:

@@ -40,7 +40,7 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str] | None 
 
     Args:
         path: the folder of the run, or its file of JSON lines: see :func:`read_run`.
-        out: the page; by default ``report.html`` in the folder.
+        out: the page, or a folder for ``report.html``; by default that of the run.
 
     Raises:
         ImportError: without jinja2 or matplotlib: ``pip install stableopt[report]``.
@@ -57,7 +57,11 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str] | None 
     path = Path(path)
     text = page(read_run(path))
     folder = path.parent if path.is_file() else path
-    target = folder / "report.html" if out is None else Path(out)
+    target = folder if out is None else Path(out)
+    if target.is_dir():
+        target = target / "report.html"
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"out={target}: its folder does not exist")
     handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:

@@ -164,6 +164,8 @@ def test_the_command_writes_only_the_page(tmp_path: Path, capsys: pytest.Capture
         "elsewhere.html",
         "margins.jsonl",
     ]
+    with pytest.raises(FileNotFoundError, match=r"none.x\.html: its folder does not exist"):
+        write_page(tmp_path / "run", tmp_path / "none" / "x.html")
     before = out.read_text()
     with mock.patch("os.replace", side_effect=OSError("disk full")), pytest.raises(SystemExit):
         main(["report", str(tmp_path / "run"), "--out", str(out)])
