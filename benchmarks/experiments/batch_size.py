@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from benchmarks.framework.claims import Claim, at_most, increasing
 from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import finish, limit, panels, points
-from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import minima
 
 if TYPE_CHECKING:
     import pandas as pd

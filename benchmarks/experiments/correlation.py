@@ -18,8 +18,8 @@ import pandas as pd
 from benchmarks.framework.claims import Claim, at_least
 from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import coloured, finish, panels, points
-from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import minima
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,8 @@ from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import VERMILION, finish, limit, panels, points
 from benchmarks.framework.tables import Row
 from benchmarks.runner import Store
-from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
-from benchmarks.training.minimum import Minimum
+from benchmarks.training.minimum import Minimum, minima
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,15 +1,17 @@
-"""`Solution`: the job that trains from scratch to a minimum and measures it."""
+"""`Solution`: the job that trains from scratch to a minimum and measures it; `minima`: a grid of them."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from benchmarks.framework.experiment import Case, Experiment, case
 from benchmarks.runner import Job, Work
 from benchmarks.training import ensemble
 from benchmarks.training.data import Dataset, Images, images_for
@@ -19,7 +21,7 @@ from benchmarks.training.networks import flops_per_sample, network
 from benchmarks.training.spec import outcome, report, worth_a_line
 from benchmarks.training.stepping import due, walk
 
-__all__ = ["Minimum", "Solution", "Start", "from_minimum", "passes_to"]
+__all__ = ["Minimum", "Solution", "Start", "from_minimum", "minima", "passes_to"]
 
 CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints: what a killed run may lose."""
@@ -164,6 +166,45 @@ def from_minimum(start: Solution, work: Work, *, allow_unfinished: bool = False)
     model = start.model(work.place.device)
     model.load_state_dict(work.tensors(start))
     return Start(found, model, images_for(start.data, work))
+
+
+def minima(
+    experiment: Experiment | Any,
+    data: Dataset,
+    *,
+    lrs: Sequence[float],
+    batch_sizes: Sequence[int | None] = (None,),
+    scales: Sequence[float | None] = (None,),
+    **shared: Any,
+) -> list[Case]:
+    """Return a solution for each scale, learning rate, batch size and seed.
+
+    ``target_loss``, ``max_steps`` and the seeds are the experiment's settings.
+
+    >>> from benchmarks.experiments.gd_sharpness import GDSharpness
+    >>> one = GDSharpness(seeds=(0, 1))
+    >>> [(c.job.lr, c.job.seed) for c in minima(one, Dataset(), lrs=(0.5, 1.0))]
+    [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
+    """
+    return [
+        case(
+            Solution(
+                data,
+                lr=lr,
+                seed=seed,
+                batch_size=size,
+                scale=scale,
+                target_loss=experiment.target_loss,
+                max_steps=experiment.max_steps,
+                **shared,
+            ),
+            *("lr", "batch_size", "scale", "seed"),
+        )
+        for scale in scales
+        for lr in lrs
+        for size in batch_sizes
+        for seed in experiment.seeds
+    ]
 
 
 def passes_to(loss: float, lr: float) -> float:

@@ -23,8 +23,8 @@ from benchmarks.framework.experiment import Case, Experiment, Tables, case
 from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, trace
 from benchmarks.framework.tables import Row, table
 from benchmarks.runner import Store
-from benchmarks.training.cases import minima
 from benchmarks.training.data import Dataset
+from benchmarks.training.minimum import minima
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

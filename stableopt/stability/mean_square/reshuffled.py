@@ -12,7 +12,7 @@ a mean over all orders :math:`\pi` of the n samples, cut into :math:`K = \lceil 
 minimum is linearly stable in mean square if its spectral radius is at most 1. The mean has n! terms and
 no closed form, since the batches of an epoch depend on one another. :func:`reshuffled_growth` estimates
 the logarithm of the radius by a population: copies of the linear dynamics, each with an order of its
-own, of which those that have grown are continued more often (*go with the winners*, Grassberger,
+own. Those that have grown are continued more often (*go with the winners*, Grassberger,
 Comput. Phys. Commun. 2002; Del Moral, *Feynman-Kac Formulae*, 2004). A plain average over independent
 copies would not do: rare copies carry the second moment.
 """
@@ -56,7 +56,7 @@ _LEAST = 12
 """Epochs before it may stop: nine after those at the start, three blocks."""
 
 _BISECTIONS = 12
-"""A bracket of a factor of two is then within 2e-4, finer than any growth can be told."""
+"""A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
 
 
 @dataclass(frozen=True)

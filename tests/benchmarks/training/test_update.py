@@ -46,7 +46,7 @@ def test_adams_preconditioner(setting: tuple[nn.Module, Images]) -> None:
 
 
 def test_curvature_is_the_preconditioned_one(setting: tuple[nn.Module, Images]) -> None:
-    """lambda_max(P G), from dense Jacobians of the outputs. Catches P^(1/2) in place of P."""
+    """lambda_max(P G), from dense Jacobians of the outputs. Catches P^(1/2) instead of P."""
     model, images = setting
     images = Images(images.x.double(), images.y.double(), images.test_x, images.test_labels)
     start = Start(Minimum("reached", 0, 0.0), model.double(), images)
