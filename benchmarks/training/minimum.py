@@ -1,4 +1,4 @@
-"""`Solution`: the job that trains from scratch to a minimum and measures it; `minima`: a grid of them."""
+"""`Solution`: the job that trains to a minimum and measures it; `minima`: a grid of them."""
 
 from __future__ import annotations
 
