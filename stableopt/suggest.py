@@ -60,6 +60,8 @@ _BETA, _EPSILON = 0.9, 1e-8
 _SAMPLES = 64
 """Samples whose gradients estimate the second moments of AdamW."""
 
+_UNSTABLE = "no rate is stable"
+
 _DIRECTIONS = 8
 """Number of leading directions if all are too many."""
 
@@ -299,9 +301,14 @@ class _Search:
             self.notes.append(f"bounds by the sharpness alone: {error}")
             least = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
             if least < -FITTED * abs(sharpness):
-                self.notes.append(f"no rate is stable: {leaves(least)}")
+                self.unstable(leaves(least))
             return _Point(sharpness, least, None, None)
         return _Point(sharpness, 0.0, samples, share)
+
+    def unstable(self, reason: Any) -> None:
+        """Say once why no rate is stable: AdamW has other numbers for each batch size."""
+        if not any(note.startswith(_UNSTABLE) for note in self.notes):
+            self.notes.append(f"{_UNSTABLE}: {reason}")
 
     def answer(self, name: str, at: _Point, step: LinearStep, batch_size: int) -> Suggestion:
         """Return the threshold for one batch size."""
@@ -319,7 +326,7 @@ class _Search:
             return Suggestion(name, batch_size, edge, edge if exact else None, exact, seconds)
         found = threshold(at.samples, step, noise, share=at.share, seed=self.seed)
         if found.obstacle is not None:
-            self.notes.append(f"no rate is stable: {found.obstacle}")
+            self.unstable(found.obstacle)
         return Suggestion(
             name,
             batch_size,

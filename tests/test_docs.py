@@ -170,3 +170,15 @@ def test_a_link_to_nowhere_is_found(tmp_path: Path) -> None:
         "page.html: https://x.org/a.js",
         "page.html: other.html#gone",
     ]
+
+
+def test_the_table_of_quantities_is_complete() -> None:
+    """Catches a quantity that is registered and in no table, or that lost its name."""
+    page = (ROOT / "docs" / "reading-margins.md").read_text()
+    table = page.partition("## All quantities")[2]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(QUANTITIES)
+    for documented in (stableopt.measure, stableopt.StabilityMonitor):
+        assert "docs/reading-margins.md" in str(documented.__doc__)
+    assert "StabilityMonitor" in str(stableopt.SGD.track.__doc__)

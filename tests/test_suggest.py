@@ -300,3 +300,13 @@ def test_where_no_step_can_be_taken_the_other_answers_stand() -> None:
     assert found.answer("SGD", 1).exact
     with pytest.raises(ValueError, match="zero"):
         stableopt.suggest(model, MSE, data, curvature=False)
+
+
+def test_no_stable_rate_is_said_once() -> None:
+    """Catches a note for each batch size of AdamW, whose coordinates give each another number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    x = torch.linspace(-2, 2, 6, dtype=torch.float64)[:, None]
+    found = stableopt.suggest(model, MSE, (x, 3 * (2 * x).sin()), batch_sizes=(1, 2, 6))
+    assert sum("no rate is stable" in note for note in found.notes) == 1
+    assert str(found).count("negative curvature") == 1

@@ -68,12 +68,12 @@ class StabilityMonitor:
         batch_size: samples in a step, of all ranks; by default counted in the model's forward passes,
             as the median of the last five steps. ``torch.jit.script(model)`` works if it is given.
         dataset_size: samples in the training set, by default those of the probe set.
-        quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, ``"realised_edge"``,
-            ``"critical_sharpness"``, ``"layers"``. Sharpness comes with the preconditioned one where
-            the optimizer has a preconditioner, since its limit is on that, and with the ratio of each
-            block where several have no common limit. Realised edge and critical sharpness need no
-            second derivative; they copy the parameters before each step that is measured.
+        quantities: names of :data:`~stableopt.stability.QUANTITIES`, which
+            ``docs/reading-margins.md`` lists. Sharpness, the default, comes with the preconditioned one
+            where the optimizer has a preconditioner, since its limit is on that, and with the ratio of
+            each block where several have no common limit. ``"realised_edge"`` and
+            ``"critical_sharpness"`` need no second derivative; they copy the parameters before each
+            step that is measured.
         sinks: where measurements go, see :mod:`stableopt.sinks`: callables that take ``(step, record)``.
         update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
             not known, with their preconditioner if they have one.

@@ -70,10 +70,11 @@ def measure(
         batch_size: samples in a step. Without it the limit of the non-uniformity is not known, unless
             the optimizer is :class:`stableopt.GD`.
         dataset_size: samples in the training set, if ``data`` is only a part of it.
-        quantities: any of ``"sharpness"``, ``"preconditioned_sharpness"``, ``"non_uniformity"``,
-            ``"theorem1"``, ``"critical_lr"``, ``"batch_sharpness"``, and registered ones
+        quantities: names of :data:`~stableopt.stability.QUANTITIES`, which
+            ``docs/reading-margins.md`` lists, and registered ones
             (:func:`~stableopt.stability.register`); by default the sharpness alone, the cheapest, as
-            in the monitor. With a preconditioner, sharpness includes the preconditioned sharpness.
+            in the monitor. Those along a step, such as the realised edge, need a monitor. With a
+            preconditioner, sharpness includes the preconditioned sharpness.
         params: the parameters to measure; by default all trainable ones.
         chunk_size: the largest number of samples evaluated at once.
         max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
