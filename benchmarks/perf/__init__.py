@@ -5,6 +5,7 @@ from __future__ import annotations
 PARTS = {
     "products": "benchmarks.perf.products",
     "eigenvalues": "benchmarks.perf.eigenvalues",
+    "spectrum": "benchmarks.perf.spectrum",
     "tracking": "benchmarks.perf.tracking",
     "along-step": "benchmarks.perf.along_step",
     "growth": "benchmarks.perf.growth",

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from stableopt.curvature import Problem
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "batch_of"]
 
 Find = Callable[[], tuple[float, Tensor, int | None]]
 
 
-def _batch(problem: Problem) -> tuple[Tensor, Tensor]:
+def batch_of(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return all data of a problem, as inputs and targets."""
     (batch, _), *rest = problem.chunks()
     if rest:
         raise ValueError("expected a problem of one chunk, the same for all packages")
@@ -36,7 +37,7 @@ def curvlinops_eigsh(problem: Problem, tol: float, seed: int) -> Find:
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh
 
-    batch = _batch(problem)
+    batch = batch_of(problem)
 
     def find() -> tuple[float, Tensor, int | None]:
         operator = HessianLinearOperator(
@@ -53,7 +54,7 @@ def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
     """Prepare PyHessian's power iteration, which stops when the *value* changes by less than tol."""
     from pyhessian import hessian
 
-    batch = _batch(problem)
+    batch = batch_of(problem)
     cuda = problem.device.type == "cuda"
 
     def find() -> tuple[float, Tensor, int | None]:
@@ -76,7 +77,7 @@ def eigenthings_lanczos(problem: Problem, tol: float, seed: int) -> Find:
     """
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
-    operator = HessianOperator(problem.model, [_batch(problem)], supervised_loss(problem.loss_fn))
+    operator = HessianOperator(problem.model, [batch_of(problem)], supervised_loss(problem.loss_fn))
 
     def search(steps: int) -> Any:
         return lanczos(operator, k=1, max_iter=steps, tol=tol, which="LA", seed=seed)
@@ -95,7 +96,7 @@ def eigenthings_power(problem: Problem, tol: float, seed: int) -> Find:
     """Prepare hessian-eigenthings' power iteration."""
     from hessian_eigenthings import HessianOperator, power_iteration_one, supervised_loss
 
-    operator = HessianOperator(problem.model, [_batch(problem)], supervised_loss(problem.loss_fn))
+    operator = HessianOperator(problem.model, [batch_of(problem)], supervised_loss(problem.loss_fn))
 
     def find() -> tuple[float, Tensor, int | None]:
         value, vector, _, products, _ = power_iteration_one(

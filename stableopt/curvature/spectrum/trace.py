@@ -14,7 +14,8 @@ later, larger Q too:
 .. math::
     g^\top Ag - x^\top Tx - 2\beta x_m\,q^\top g, \qquad x = Q^\top g
 
-A third of the products goes into Q. Two examples::
+Half of the products go into Q: in Hutch++ it is two thirds, a third for the sketch and a third for its
+images. Two examples::
 
     trace(Hessian(problem)).value               # to 1 %, its standard error
     trace(Hessian(problem)).effective_rank      # over the largest eigenvalue
@@ -36,10 +37,10 @@ from stableopt.curvature.operator import Operator, Preconditioner
 
 __all__ = ["Trace", "trace"]
 
-_FIRST, _PER_ROW = 8, 2
-"""Products for Q at first, and samples for each."""
+_FIRST = 12
+"""Products for Q at first."""
 
-_GROWTH = 1.5
+_GROWTH = 1.25
 """Factor by which Q grows; each time the samples are drawn again for its new rows, without products."""
 
 _FEWEST = 16
@@ -124,9 +125,10 @@ def trace(
         inner.check_norm(float(start.norm))
         iteration = LanczosIteration(operator, inner, start, min(most_vectors, size), seed)
         samples = _Samples(operator, inner, iteration, seed)
-        rows, most = (size if exact else _FIRST), min(most_vectors, max_iter // 3)
+        rows, most = (size if exact else _FIRST), min(most_vectors, max_iter // 2)
         while True:
-            while iteration.done < (size if exact else min(rows, most)):
+            ready = min(rows, most, max_iter - len(samples.values))
+            while iteration.done < (size if exact else ready):
                 if iteration.done:
                     iteration.extend()
                 iteration.step()
@@ -135,7 +137,7 @@ def trace(
             if left <= 0 or samples.settled(tol):
                 break
             # Only a Q that the samples did not choose decides: where they end, it grows once more.
-            while left > 0 and len(samples.values) < _PER_ROW * rows and not samples.settled(tol):
+            while left > 0 and len(samples.values) < rows and not samples.settled(tol):
                 more = min(left, max(_FEWEST - len(samples.values), len(samples.values) // 8, 1))
                 for _ in range(more):
                     samples.draw()

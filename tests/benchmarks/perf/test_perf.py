@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.perf import (
     growth,
     imports,
     products,
+    spectrum,
     timing,
     tracking,
 )
@@ -137,3 +139,17 @@ def test_imports_end_to_end(tmp_path: Path) -> None:
     assert own["of_torch"] == own["seconds"] / torch_alone["seconds"]
     assert len(own["of_torch_in_turns"]) == 3
     assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, own]
+
+
+def test_spectrum_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error relative to another reference, and a way that does not reach it."""
+    monkeypatch.setattr(spectrum, "_peers", lambda *_: iter(()))  # a minute, and not installed
+    monkeypatch.setattr(spectrum, "COUNT", 2)
+    monkeypatch.setattr(spectrum, "_REFERENCE", (1, 20))
+    small = spectrum.Config(
+        out=tmp_path, device="cpu", repeats=1, n=20, lr=0.2, target_loss=0.09, seeds=1
+    )
+    rows = spectrum.run(replace(small, trace_error=0.3, density_error=0.1), quiet())
+    assert [row["task"] for row in rows] == ["top 2", "trace", "density"]
+    assert all(row["way"] == "stableopt" and row["reached"] for row in rows)
+    assert rows_of(tmp_path / "perf-spectrum.json") == rows
