@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,20 @@ from stableopt.optim.lbfgs.objective import Objective, largest, wide_dot
 
 __all__ = ["Ending", "Iterations"]
 
-Ending = tuple[float | None, list[tuple[int, int]]]
-"""The loss where a step ended, ``None`` if unknown, and the versions of the parameters there."""
+
+class Ending(NamedTuple):
+    """Where a step ended.
+
+    Attributes:
+        loss: the loss there, ``None`` if unknown.
+        versions: of the parameters there.
+        searched: the options with which a search ended without a lower point; ``None`` after a move.
+    """
+
+    loss: float | None
+    versions: list[tuple[int, int]]
+    searched: list[Any] | None = None
+
 
 _ROUNDINGS = 10
 """Rounding errors of a loss, in units of the precision times the loss: those of a sum of terms."""
@@ -61,7 +73,8 @@ class Iterations:
     ) -> None:
         self.objective, self.options, self.state = objective, options, state
         self.memory, self.warn = memory, warn
-        self.ending = ending if ending is not None and ending[1] == objective.versions() else None
+        same = ending is not None and ending.versions == objective.versions()
+        self.ending = ending if same else None
         # Torch's arithmetic overflows in half precision.
         own = options["direction"] == "compact"
         self._dot = wide_dot if own else Tensor.dot
@@ -72,6 +85,7 @@ class Iterations:
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
         direction, gradient = state.get("d"), state.get("prev_flat_grad")
+        self._searched: list[Any] | None = None
         self.last: Move | None = None
         if direction is not None and gradient is not None:
             self.last = Move(direction, state.get("t", 0.0), gradient, state.get("prev_loss"))
@@ -85,7 +99,9 @@ class Iterations:
                 self.state.update(
                     d=last.direction, t=last.t, prev_flat_grad=last.gradient, prev_loss=last.loss
                 )
-        return None if loss is None else (loss[0], self.objective.versions())
+        if loss is None:
+            return None
+        return Ending(loss[0], self.objective.versions(), self._searched)
 
     def _run(self) -> tuple[float | None] | None:
         """Return the loss at the last point, as a tuple, or ``None`` without a finite point."""
@@ -94,6 +110,9 @@ class Iterations:
         if trial is None:
             return None
         if trial.largest <= options["tolerance_grad"]:
+            return (float(trial.loss),)
+        if self._already_searched(trial):
+            self._searched = self._choices()
             return (float(trial.loss),)
         for iteration in range(1, options["max_iter"] + 1):
             state["n_iter"] += 1
@@ -111,18 +130,40 @@ class Iterations:
                 self.objective.move(direction, t)
                 last.t = t
                 return (None,)
-            found = self._move(start, t, size)
+            found, stayed = self._move(start, t, size)
             if found is None:
                 return self._start_afresh(trial)
             trial, last.t = found, found.t
+            spent = self.objective.evaluations >= options["max_eval"]
+            self._searched = self._choices() if stayed and not spent else None
             if (
-                self.objective.evaluations >= options["max_eval"]
+                spent
                 or trial.largest <= options["tolerance_grad"]
                 or size * trial.t <= options["tolerance_change"]
                 or abs(trial.loss - last.loss) < options["tolerance_change"]
             ):
                 break
         return (float(trial.loss),)
+
+    def _choices(self) -> list[Any]:
+        """Return what a search depends on besides the loss and the memory."""
+        others = [value for name, value in self.options.items() if name not in ("params", "lr")]
+        return [self.lr, self._ratios, *others]
+
+    def _already_searched(self, trial: Trial) -> bool:
+        """Return whether the last step has searched from here, and found no lower point.
+
+        The search would be the same once more: the same direction, since a point that is not left gives
+        no pair.
+        """
+        last, ending = self.last, self.ending
+        return (
+            last is not None
+            and ending is not None
+            and ending.searched == self._choices()
+            and trial.loss == last.loss
+            and torch.equal(trial.gradient, last.gradient)
+        )
 
     def _start_afresh(self, trial: Trial) -> tuple[float | None]:
         self.warn(*NON_FINITE)
@@ -134,7 +175,7 @@ class Iterations:
         """Evaluate at the parameters; shorten the last move if its loss is not finite."""
         last = self.last
         trial = self._evaluate(0.0 if last is None else last.t, pair=True)
-        known = None if self.ending is None else self.ending[0]
+        known = None if self.ending is None else self.ending.loss
         if trial.finite:
             scale = SAME_LOSS * max(abs(float(trial.loss)), abs(known or 0.0))
             if known is not None and abs(float(trial.loss) - known) > scale:
@@ -201,8 +242,11 @@ class Iterations:
             return Trial(t, loss, along, gradient, height, tuple(found))
         return Trial(t, math.inf, math.nan, gradient, height)
 
-    def _move(self, start: Trial, t: Number, size: Number) -> Trial | None:
-        """Move along the direction and return the point; return ``None``, and stay, without one."""
+    def _move(self, start: Trial, t: Number, size: Number) -> tuple[Trial | None, bool]:
+        """Move along the direction and return the point; return ``None``, and stay, without one.
+
+        Also return whether a search found no lower point, up to rounding of the parameters.
+        """
         objective = self.objective
         assert self.last is not None
         fixed = self.options["line_search_fn"] is None
@@ -230,7 +274,10 @@ class Iterations:
                 if found is start and not finite:
                     found = None
             line.set(0.0 if found is None else found.t)
-        return found
+        if found is None or fixed or self._limits is None:
+            return found, False
+        # Most searches lower the loss, which is known already.
+        return found, found is start or (found.loss == start.loss and line.stayed())
 
 
 class _Line:
@@ -259,6 +306,10 @@ class _Line:
                 self._objective.move(self._direction, t)
             self._at = t
         return True
+
+    def stayed(self) -> bool:
+        """Return whether the parameters are, after rounding, where the line began."""
+        return all(map(torch.equal, self._position, self._objective.position()))
 
     def __enter__(self) -> _Line:
         return self

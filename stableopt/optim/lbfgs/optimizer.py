@@ -53,6 +53,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
       :math:`y^\top s > 10^{-10}`, like torch.
     - Where losses differ by less than their rounding, ``"compact"`` compares slopes in the line search,
       and it ends a search between points that round to the same one. Torch goes on up to ``max_eval``.
+      A search that found no lower point is not repeated by the next step, which then evaluates once.
     - A direction that does not descend empties the memory; torch would never move again.
     - Groups may have their own ``lr`` and ``weight_decay``. With the rates
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is
