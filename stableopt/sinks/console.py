@@ -6,15 +6,19 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from stableopt.sinks.events import Event, Measured
-from stableopt.stability.layers.table import Layers, shortened
+from stableopt.stability.layers.table import shortened
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-__all__ = ["ConsoleSink", "layers_table", "margins_table"]
+__all__ = ["ConsoleSink", "margins_table"]
+
+_LAYERS = 3
+"""Layers in the table: it stays on the screen with what training prints."""
 
 NEAR, OVER = 0.9, 1.01
 """Ratios from which a row is yellow, and red: near the edge, and beyond the band that charts draw."""
@@ -64,14 +68,7 @@ class ConsoleSink:
             latest = event.margins if isinstance(event, Measured) else self._margins
             self.console.print(one_line(latest), highlight=False, markup=False)
             return
-        self._live.update(self._shown(), refresh=True)
-
-    def _shown(self) -> Any:
-        from rich.console import Group
-
-        table = margins_table(self._margins, self._failure or self._said)
-        layers = self._margins.layers
-        return table if layers is None else Group(layers_table(layers), table)
+        self._live.update(margins_table(self._margins, self._failure or self._said), refresh=True)
 
     def flush(self) -> None:
         """Leave the table as it is; a later measurement begins another one."""
@@ -99,6 +96,8 @@ class ConsoleSink:
 def margins_table(margins: StabilityMargins, said: str = "") -> Table:
     """Return a rich table of one measurement: value, limit and ratio of each quantity.
 
+    Below them are the three layers nearest to their limits, or else with the largest shares.
+
     Args:
         margins: the measurement.
         said: a line below the table; where the measurement failed, its reason is shown instead.
@@ -119,36 +118,27 @@ def margins_table(margins: StabilityMargins, said: str = "") -> Table:
         if result.value is None and result.failure is None:
             continue
         chart = QUANTITIES[name].chart
-        ratio, colour = result.ratio, ""
-        if ratio is not None:
-            colour = "red" if ratio > OVER else "yellow" if ratio >= NEAR else "green"
         shown = "failed" if result.value is None else _number(result.value)
         title = chart.title if chart else name.replace("_", " ")
-        table.add_row(title, shown, _number(result.limit), Text(_number(ratio), style=colour))
+        table.add_row(title, shown, _number(result.limit), _coloured(result.ratio))
+    if margins.layers is not None:
+        table.add_section()
+        table.add_row(Text("layers (% of the top eigenvector)", style="italic"))
+        for layer in margins.layers.largest(_LAYERS):
+            share = "–" if layer.share is None else f"{100 * layer.share:.0f} %"
+            held = Text(f"{share:>5}  {shortened(layer.name, 28)}")
+            numbers = (_number(layer.sharpness), _number(layer.limit), _coloured(layer.ratio))
+            table.add_row(held, *(numbers if layer.sharpness is not None else ()))
     return table
 
 
-def layers_table(layers: Layers, most: int = 3) -> Table:
-    """Return a rich table of the layers with the largest ratios, or else shares.
-
-    >>> layers_table(Layers(("0", "2"), (10, 20), {"share": (0.25, 0.75)})).row_count
-    2
-    """
-    from rich.table import Table
+def _coloured(ratio: float | None) -> Text:
     from rich.text import Text
 
-    shown = layers.largest(most)
-    table = Table(min_width=72)
-    table.add_column("layer" if len(layers) <= most else f"layer, of {len(layers)}")
-    table.add_column("of top vector", justify="right")
-    measured = any(layer.sharpness is not None for layer in shown)
-    for heading in ("sharpness", "ratio") if measured else ():
-        table.add_column(heading, justify="right")
-    for layer in shown:
-        share = "–" if layer.share is None else f"{100 * layer.share:.0f} %"
-        numbers = (layer.sharpness, layer.ratio) if measured else ()
-        table.add_row(Text(shortened(layer.name, 34)), share, *map(_number, numbers))
-    return table
+    colour = ""
+    if ratio is not None:
+        colour = "red" if ratio > OVER else "yellow" if ratio >= NEAR else "green"
+    return Text(_number(ratio), style=colour)
 
 
 def one_line(margins: StabilityMargins) -> str:
