@@ -35,6 +35,10 @@ _FAR = 0.2
 """Movement in one step, relative to the norm of a layer's weights, that no stable training makes after
 its first steps."""
 
+_STILL = 10
+"""Steps before the trouble in which a layer that ran away moved far last: its weights may have grown so
+that further steps are short relative to them."""
+
 _HALF = 0.5
 
 
@@ -82,7 +86,8 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
     smaller = _smaller_batch(evidence)
     if smaller is not None:
         return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
-    odd, runaway = _odd_batch(evidence), _runaway_group(alarm, evidence)
+    odd = _odd_batch(evidence)
+    runaway = _runaway_group(evidence, alarm.step if odd is None else odd.step or alarm.step)
     if odd is not None and (runaway is None or (runaway.step or 0) >= (odd.step or 0)):
         return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
     scaled = _scaled_layer(evidence)
@@ -120,7 +125,7 @@ def _lr_jump(alarm: Alarm, evidence: Evidence) -> Verdict | None:
     alone = min(jump[0] if jump else 1.0 for jump in jumps) < factor / _LR_RISE
     which = f" of {_group(evidence, group)}" if alone else ""
     text = f"The learning rate{which} rose from {before:.3g} to {after:.3g} at step {step:,}."
-    layer = _most_moved(evidence, evidence.groups[group], step) if alone else None
+    layer = _most_moved(evidence, _layers_in(evidence, group), step) if alone else None
     return Verdict("learning rate", text, layer, step)
 
 
@@ -148,8 +153,12 @@ def _jump(
     return found
 
 
+def _layers_in(evidence: Evidence, group: int) -> Sequence[str]:
+    return evidence.groups[group] if group < len(evidence.groups) else ()
+
+
 def _group(evidence: Evidence, group: int) -> str:
-    layers = evidence.groups[group] if group < len(evidence.groups) else ()
+    layers = _layers_in(evidence, group)
     shown = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
     return f"group {group} ({shown})" if shown else f"group {group}"
 
@@ -181,23 +190,28 @@ def _changed_weights(alarm: Alarm, evidence: Evidence) -> Verdict | None:
     return found
 
 
-def _runaway_group(alarm: Alarm, evidence: Evidence) -> Verdict | None:
+def _runaway_group(evidence: Evidence, trouble: int) -> Verdict | None:
     """Return the group whose weights ran away first, if its learning rate is above the others'.
 
     The first layer to move far in one step is where it began. A few steps later the gradients of all
-    others contain its weights, so that curvature and gradients are largest elsewhere.
+    others contain its weights, so that curvature and gradients are largest elsewhere. A layer that has
+    stopped long before the step ``trouble``, as after the first steps of Adam, did not run away.
     """
-    for its in evidence.steps:
-        if not its.lrs or alarm.step - its.step > _LR_STEPS:
-            continue
-        far = {layer: _finite_or_inf(by) for layer, by in its.moved.items()}
-        far = {layer: by for layer, by in far.items() if by >= _FAR}
+    steps = [its for its in evidence.steps if 0 <= trouble - its.step <= _LR_STEPS and its.lrs]
+    last: dict[str, int] = {}
+    for its in steps:
+        last |= dict.fromkeys(_far(its), its.step)
+    for its in steps:
+        far = {layer: by for layer, by in _far(its).items() if trouble - last[layer] <= _STILL}
         if not far:
             continue
         layer = max(far, key=lambda each: far[each])
-        groups = [g for g, held in enumerate(evidence.groups) if layer in held]
-        group = max(groups, key=lambda each: its.lrs[each], default=None)
-        if group is None or group >= len(its.lrs):
+        group = max(
+            (g for g in range(len(its.lrs)) if layer in _layers_in(evidence, g)),
+            key=lambda each: its.lrs[each],
+            default=None,
+        )
+        if group is None:
             return None
         usual = median(lr for other, lr in enumerate(its.lrs) if other != group)
         if its.lrs[group] < _LR_RISE * usual:
@@ -209,6 +223,11 @@ def _runaway_group(alarm: Alarm, evidence: Evidence) -> Verdict | None:
         )
         return Verdict("learning rate", text, layer, its.step)
     return None
+
+
+def _far(step: StepRecord) -> dict[str, float]:
+    known = {layer: _finite_or_inf(by) for layer, by in step.moved.items()}
+    return {layer: by for layer, by in known.items() if by >= _FAR}
 
 
 def _smaller_batch(evidence: Evidence) -> Verdict | None:

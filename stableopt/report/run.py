@@ -125,7 +125,7 @@ class Run:
 
 def _recorded(margins: StabilityMargins) -> Record:
     record: dict[str, Any] = {"step": margins.step, **margins.record()}
-    layers = getattr(margins, "layers", None)
+    layers = margins.layers
     if layers is not None and "share" in layers.columns:
         pairs = zip(layers.names, layers.column("share"), strict=True)
         record["by_layer"] = {layer: {"share": share} for layer, share in pairs}

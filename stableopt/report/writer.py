@@ -99,7 +99,7 @@ def notebook(run: Run) -> str:
     drawn = charts(run)[:_IN_NOTEBOOK] if has_charts else []
     missing = "" if has_charts else f"A chart {_MISSING}."
     content = _content(run, drawn, missing)
-    return _template().render(**content, compact=True, heat=None, alarms=[])
+    return _template().render(**content, compact=True, heat=heat_map(run), alarms=[])
 
 
 def _content(run: Run, drawn: list[Chart], missing: str = "") -> Mapping[str, Any]:

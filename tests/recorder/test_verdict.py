@@ -142,6 +142,9 @@ def test_the_group_whose_rate_rose_is_named() -> None:
     found = verdict(ROSE, evidence)
     assert (found.cause, found.layer, found.step) == ("learning rate", "2", 50)
     assert "The learning rate of group 1 (2, 4) rose from 0.1 to 0.5 at step 50." in found.text
+    unnamed = verdict(ROSE, Evidence(steps, []))
+    assert "The learning rate of group 1 rose" in unnamed.text
+    assert unnamed.layer is None
 
 
 def test_a_rise_of_all_groups_names_none() -> None:
@@ -174,6 +177,19 @@ def test_the_layer_that_ran_away_first_is_named() -> None:
     assert (other.cause, other.layer) == ("batch", "0")  # the layer's rate is the lower one
     same = [replace(its, lrs=()) for its in steps]
     assert verdict(ROSE, Evidence(same, measured, groups=[["0"], ["2"]])).cause == "batch"
+
+
+def test_a_layer_that_moved_far_in_its_first_steps_did_not_run_away() -> None:
+    """Catches the first steps of Adam in a group with a larger rate, blamed for a later batch."""
+    steps = [
+        step(k, lrs=[0.1, 3.0], moved={"2": 0.5} if k < 4 else {}, norm=90.0 if k == 40 else 1.0)
+        for k in range(1, 61)
+    ]
+    found = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
+    assert (found.cause, found.step) == ("batch", 40)
+    still = [replace(its, moved={"2": 0.5} if its.step < 36 else {}) for its in steps]
+    found = verdict(ROSE, Evidence(still, [], groups=[["0"], ["2"]]))
+    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 1)
 
 
 def test_weights_that_something_else_changed_are_named() -> None:

@@ -261,6 +261,7 @@ def test_a_notebook_shows_the_monitor() -> None:
         optimizer.step()
         assert "is inside the region of stability" in monitor._repr_html_()
         assert "<html" not in monitor._repr_html_()
+        assert "Layers in the top eigenvector" in monitor._repr_html_()
         monitor.history.append(StabilityMargins(step=2, failure=HOSTILE))
         assert "the last measurement failed" in monitor._repr_html_()
         monitor.history.append(None)  # type: ignore[arg-type]
