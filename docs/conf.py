@@ -48,6 +48,7 @@ napoleon_use_ivar = True
 sphinx_gallery_conf = {
     "examples_dirs": "docs/gallery",
     "gallery_dirs": "docs/auto_gallery",
+    "ignore_pattern": "digits_runs",
     "image_scrapers": ("site_extension",),
     "reset_modules": (),
     "within_subsection_order": "FileNameSortKey",

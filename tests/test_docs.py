@@ -125,8 +125,9 @@ def test_figures_need_no_display() -> None:
 
 
 @pytest.mark.parametrize("script", GALLERY, ids=lambda script: script.stem)
-def test_gallery_runs(script: Path, capsys: pytest.CaptureFixture) -> None:
+def test_gallery_runs(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an outdated example of the gallery without building the site: sixty steps a loop."""
+    monkeypatch.syspath_prepend(script.parent)  # as sphinx-gallery does
     source, loops = re.subn(r"\b(range\(|train\(|steps=)\d{3,}", r"\g<1>60", script.read_text())
     assert loops
     namespace = {"__name__": "gallery"}

@@ -4,25 +4,22 @@ r"""Sign descent and Muon at their edge
 Steps of sign descent and Muon have a length of their own. The sharpness says little about them; the
 *generalised sharpness*, in the norm in which they descend, settles at its limit
 :math:`2\|g\|_\star/\eta`.
+
+``digits_runs.py`` in the same folder has the data and the training loop.
 """
 
 import statistics
-import warnings
 
 import torch
+from digits_runs import digits, monitored
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 
-from stableopt import StabilityMonitor, UpdateRule
+from stableopt import UpdateRule
 from stableopt.stability import NormedStep, SignNorm
 
 torch.manual_seed(0)
-images, digits = load_digits(return_X_y=True)
-rows = torch.randperm(len(images))[:100]
-x = torch.tensor(images, dtype=torch.float32)[rows] / 16
-y = nn.functional.one_hot(torch.tensor(digits)[rows], 10).float()
-loss_fn = nn.MSELoss()
+data = digits(100)
 
 # %%
 # Sign descent is not among torch's optimizers. Its reader names the norm: one radius for all entries.
@@ -51,7 +48,8 @@ UpdateRule.register(SignDescent, read)
 
 # %%
 # Muon descends in the spectral norm of all matrices together. Its default coefficients approximate polar
-# factors with singular values between 0.7 and 1.1. Those of the convergent iteration make them 1.
+# factors with singular values between 0.7 and 1.1, which the norm then takes in. Those of the convergent
+# iteration make them 1.
 
 EXACT = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 12}
 PLAIN = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
@@ -65,22 +63,8 @@ axes = figure.subplots()
 for (name, make), colour in zip(RUNS.items(), ("#0072B2", "#009E73"), strict=True):
     model = nn.Sequential(nn.Linear(64, 16, bias=False), nn.Tanh(), nn.Linear(16, 10, bias=False))
     optimizer = make(list(model.parameters()))
-    with warnings.catch_warnings():
-        # The sharpness has no limit here, which the monitor says.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with StabilityMonitor(
-            optimizer,
-            model,
-            loss_fn,
-            (x, y),
-            every=30,
-            quantities=("sharpness", "generalised_sharpness"),
-        ) as monitor:
-            for _ in range(240):
-                optimizer.zero_grad()
-                loss = loss_fn(model(x), y)
-                loss.backward()
-                optimizer.step()
+    quantities = ("sharpness", "generalised_sharpness")
+    monitor = monitored(model, [optimizer], data, steps=240, every=30, quantities=quantities)
     lr = optimizer.param_groups[0]["lr"]
     steps = [margins.step for margins in monitor.history]
     ratios = [margins["generalised_sharpness"].ratio for margins in monitor.history]
@@ -88,7 +72,8 @@ for (name, make), colour in zip(RUNS.items(), ("#0072B2", "#009E73"), strict=Tru
     axes.plot(steps, ratios, color=colour, label=f"{name}: generalised sharpness / limit")
     axes.plot(steps, sharpness, "--", color=colour, label=f"{name}: sharpness / (2/η)")
     last = statistics.median(ratios[-5:])
-    print(f"{name}: loss {loss.item():.4f}, ratio {last:.2f}, sharpness {sharpness[-1]:.4f} of 2/η")
+    loss = monitor.margins.loss
+    print(f"{name}: loss {loss:.4f}, ratio {last:.2f}, sharpness {sharpness[-1]:.4f} of 2/η")
 axes.axhline(1, color="#D55E00", linewidth=1)
 axes.set_yscale("log")
 axes.set_xlabel("step")

@@ -4,23 +4,17 @@ r"""Available and used: χ and ζ
 χ, the sharpness over its limit, says how sharp a direction is *available*. ζ, the realised edge, says
 how much of the last steps was overshoot: above 1 they raised the loss on the probe set. Optimizers
 differ in how much of χ they use.
+
+``digits_runs.py`` in the same folder has the data and the training loop.
 """
 
-import warnings
-
 import torch
+from digits_runs import digits, monitored
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
 from torch import nn
 
-from stableopt import StabilityMonitor
-
 torch.manual_seed(0)
-images, digits = load_digits(return_X_y=True)
-rows = torch.randperm(len(images))[:1000]
-x = torch.tensor(images, dtype=torch.float32)[rows] / 16
-y = nn.functional.one_hot(torch.tensor(digits)[rows], 10).float()
-loss_fn = nn.MSELoss()
+data = digits(1000)
 
 
 def muon_and_adamw(params):
@@ -32,11 +26,11 @@ def muon_and_adamw(params):
 
 
 # %%
-# Each run: its optimizers, and the samples in a step; 1,000 are all.
+# Each run: its optimizers, and the samples in a step.
 
 RUNS = {
-    "gradient descent": (lambda p: [torch.optim.SGD(p, lr=1.0)], 1000),
-    "heavy ball": (lambda p: [torch.optim.SGD(p, lr=1.0, momentum=0.9)], 1000),
+    "gradient descent": (lambda p: [torch.optim.SGD(p, lr=1.0)], None),
+    "heavy ball": (lambda p: [torch.optim.SGD(p, lr=1.0, momentum=0.9)], None),
     "AdamW, B = 64": (lambda p: [torch.optim.AdamW(p, lr=3e-3)], 64),
     "SGD, B = 16": (lambda p: [torch.optim.SGD(p, lr=0.5)], 16),
     "Muon + AdamW, B = 64": (muon_and_adamw, 64),
@@ -48,24 +42,10 @@ for row, (name, (make, size)) in enumerate(RUNS.items()):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     optimizers = make(list(model.parameters()))
-    with warnings.catch_warnings():
-        # Muon has no limit on the sharpness, which the monitor says.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with StabilityMonitor(
-            optimizers,
-            model,
-            loss_fn,
-            (x, y),
-            every=20,
-            quantities=("sharpness", "realised_edge"),
-        ) as monitor:
-            for _ in range(1000):
-                batch = torch.randperm(len(x))[:size]
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                loss_fn(model(x[batch]), y[batch]).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
+    quantities = ("sharpness", "realised_edge")
+    monitor = monitored(
+        model, optimizers, data, steps=1000, every=20, quantities=quantities, batch_size=size
+    )
     last = monitor.history[-1]
     available, used = last.edge_ratio, last.realised_edge
     shown = [f"{number:.3f}" if number is not None else "not known" for number in (available, used)]
