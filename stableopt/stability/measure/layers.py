@@ -97,6 +97,7 @@ def _summary(
         own,
         products=sum(one.products for one in every) + _PROBES,
         converged=all(one.converged for one in every),
+        upper_bound=None,  # that of one block does not bound the others
     )
     limit = sharpest[0].limit
     return QuantityResult(own.value, limit, measurement=measurement, layers=layers)
