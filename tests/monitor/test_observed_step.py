@@ -107,7 +107,7 @@ def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
             assert results == [None if kind is Delegating else "stepped"] * 3
             found = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
             assert found.passes <= 7
-            if kind is not Uninitialised:  # of which torch makes no copies
+            if kind is not Uninitialised:  # torch makes no copies of it
                 for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
                     train_alone(copied)
             assert monitor.step == 3

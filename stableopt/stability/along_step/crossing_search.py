@@ -30,7 +30,7 @@ _FARTHEST = 1000
 """The largest factor to go outside of the distances tried."""
 
 _POWERS = (0.5, 4.0)
-"""Powers of t to extrapolate with. Between trials on both sides of the root there is no bound."""
+"""Powers of t to extrapolate with. Between trials on both sides of the root any power will do."""
 
 _UPHILL = 4
 """Losses above the start, at ever shorter distances, after which it may be where the loss rises."""
@@ -97,8 +97,8 @@ def first_rise(
         certain = last is not None and root is not None and abs(math.log(root / last)) < 2 * _BESIDE
         moved = 0.0 if last is None or root is None else abs(math.log(root / last)) / 2
         near = certain or last is None or passes - spent <= 2
-        beside = _BESIDE if near else min(max(moved, _BESIDE), _FARTHEST_BESIDE)
-        t, last = _next(root, low, high, beside, tol, slopes), root
+        offset = _BESIDE if near else min(max(moved, _BESIDE), _FARTHEST_BESIDE)
+        t, last = _next(root, low, high, offset, tol, slopes), root
     root = _root(slopes, low, high) if 0 < low < high < math.inf else low or high
     return Rise(math.sqrt(low * high) if root is None else root, low, high, spent)
 
@@ -113,7 +113,7 @@ def _rises(slopes: dict[float, float]) -> bool:
 
 
 def _next(
-    root: float | None, low: float, high: float, beside: float, tol: float, tried: Container[float]
+    root: float | None, low: float, high: float, offset: float, tol: float, tried: Container[float]
 ) -> float:
     """Return the next distance to try: beyond the expected root as seen from the closer end."""
     if root is not None:
@@ -124,9 +124,9 @@ def _next(
         elif high < math.inf and ends[1] < root * (1 - _SURE * tol):
             t = ends[1]
         elif low > 0 and (high == math.inf or high / root > root / low):
-            t = root * (1 + beside)
+            t = root * (1 + offset)
         else:
-            t = root * (1 - beside)
+            t = root * (1 - offset)
         t = min(max(t, high / _FARTHEST if high < math.inf else 0.0), low * _FARTHEST or math.inf)
         if low < t < high and t not in tried:
             return t

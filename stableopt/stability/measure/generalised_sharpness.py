@@ -18,7 +18,7 @@ lower the value, since small shifts have fewer fixed points.
 At the edge a run goes back and forth by :math:`\eta d`, with gradients :math:`\pm\tfrac\eta2Hd` at both
 ends: d reproduces itself, :math:`d=\mathrm{LMO}(Hd)`, and
 :math:`\langle g,d\rangle=\tfrac\eta2d^\top Hd`. With an exact oracle such d are the local maxima. Of
-Muon's approximate polar factors, which are no oracle of a norm, they are found by repetition.
+Muon's approximate polar factors, which belong to no norm, they are found by repetition.
 """
 
 from __future__ import annotations

@@ -255,7 +255,7 @@ def test_muon_at_the_edge_has_a_ratio_of_one(coefficients: dict[str, Any]) -> No
     r"""Catches a limit of the polar factor for steps that are not: 1.42 with torch's coefficients.
 
     A run of one number and curvature h that goes back and forth between both sides of its minimum is at
-    the edge, and stays there, whatever the length of its steps.
+    the edge, and stays there at any length of its steps.
     """
     model = nn.Linear(1, 1, bias=False)
     muon = torch.optim.Muon(model.parameters(), lr=0.1, **PLAIN, **coefficients)
