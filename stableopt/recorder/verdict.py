@@ -36,8 +36,8 @@ _FAR = 0.2
 its first steps."""
 
 _STILL = 10
-"""Steps before the trouble in which a layer that ran away moved far last: its weights may have grown so
-that further steps are short relative to them."""
+"""Steps before an odd batch in which a layer that explains it moved far last: its weights may have grown
+so that further steps are short relative to them."""
 
 _HALF = 0.5
 
@@ -87,7 +87,7 @@ def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
     if smaller is not None:
         return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
     odd = _odd_batch(evidence)
-    runaway = _runaway_group(evidence, alarm.step if odd is None else odd.step or alarm.step)
+    runaway = _runaway_group(evidence, alarm.step if odd is None else odd.step or alarm.step, odd)
     if odd is not None and (runaway is None or (runaway.step or 0) >= (odd.step or 0)):
         return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
     scaled = _scaled_layer(evidence)
@@ -190,19 +190,21 @@ def _changed_weights(alarm: Alarm, evidence: Evidence) -> Verdict | None:
     return found
 
 
-def _runaway_group(evidence: Evidence, trouble: int) -> Verdict | None:
+def _runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verdict | None:
     """Return the group whose weights ran away first, if its learning rate is above the others'.
 
     The first layer to move far in one step is where it began. A few steps later the gradients of all
     others contain its weights, so that curvature and gradients are largest elsewhere. A layer that has
-    stopped long before the step ``trouble``, as after the first steps of Adam, did not run away.
+    stopped long before the step ``trouble``, as after the first steps of Adam, does not explain an odd
+    batch.
     """
+    still = _LR_STEPS if odd is None else _STILL
     steps = [its for its in evidence.steps if 0 <= trouble - its.step <= _LR_STEPS and its.lrs]
     last: dict[str, int] = {}
     for its in steps:
         last |= dict.fromkeys(_far(its), its.step)
     for its in steps:
-        far = {layer: by for layer, by in _far(its).items() if trouble - last[layer] <= _STILL}
+        far = {layer: by for layer, by in _far(its).items() if trouble - last[layer] <= still}
         if not far:
             continue
         layer = max(far, key=lambda each: far[each])

@@ -5,7 +5,7 @@ are followed, in equal distances, and their squares stand for those of all:
 
 .. math:: \|w_b\|^2 \approx \sum_{p \in b} \frac{n_p}{m_p} \sum_{j=1}^{m_p} w_{p,j}^2,
 
-for the parameters p of a layer b with :math:`n_p` numbers, of which :math:`m_p` are in the sample.
+for the parameters p of a layer b with :math:`n_p` numbers, :math:`m_p` of them in the sample.
 """
 
 from __future__ import annotations
