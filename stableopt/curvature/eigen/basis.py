@@ -57,14 +57,14 @@ class Basis:
         self.held += 1
 
     def split(self, image: Tensor, since: int = 0) -> tuple[Tensor, Dual]:
-        """Return the coordinates of a covector in the basis, and the rest outside it.
+        """Return the coordinates of a covector in the basis, and the rest outside it, in its memory.
 
         There are two passes: the second removes what rounding left of the first (twice is enough:
         Parlett). The first takes only the rows from ``since`` on, for an image that has almost
         nothing of the rows before.
         """
         coordinates = self.inner.dot(self.vectors[since:], image)
-        image = torch.addmv(image, self.covectors[since:].T, coordinates, alpha=-1)
+        image.addmv_(self.covectors[since:].T, coordinates, alpha=-1)
         correction = self.inner.dot(self.vectors, image)
         image.addmv_(self.covectors.T, correction, alpha=-1)
         correction[since:] += coordinates

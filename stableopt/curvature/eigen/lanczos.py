@@ -97,13 +97,15 @@ class LanczosIteration:
             ValueError: if P is found not to be positive definite.
         """
         inner, basis, held, row = self._inner, self.basis, self.basis.held, self.done
+        vars(self).pop("rest", None)  # of the last step: as large as all parameters
         image = self._operator @ basis.vectors[row]
         self.products += 1
         if self._magnitude is None:
             self._magnitude = inner.magnitude(image)
         # The last two rows hold nearly all that has to be removed; after a restart all do.
         since = 0 if self._restarted or row < held - 1 else max(held - 2, 0)
-        coordinates, self.rest = basis.split(image / self._magnitude, since)
+        image = image / self._magnitude  # the operator may keep what it returned
+        coordinates, self.rest = basis.split(image, since)
         column = inner.on_host(
             torch.cat([coordinates, self.rest.norm[None], self._magnitude[None]])
         )
@@ -362,6 +364,7 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
     size = search.inner.whole_size(search.operator.shape[0])
     width = min(search.most_vectors, max_iter, size)
     iteration = LanczosIteration(search.operator, search.inner, first, width, search.seed)
+    del first  # which the basis has
     while True:
         iteration.step()
         products = iteration.products

@@ -97,6 +97,13 @@ class Coordinates:
         ]
         return torch.cat(parts)
 
+    def add_to(self, total: Tensor, tensors: Sequence[Tensor | None], weight: float) -> None:
+        """Add ``weight`` times :meth:`flatten` of ``tensors`` to ``total`` ``(d,)``, in place."""
+        parts = torch.split(total, [shape.numel() for shape in self.shapes])
+        for part, t, factor in zip(parts, tensors, self.scale, strict=True):
+            if t is not None:
+                part.add_(_scaled(dense(t), factor).reshape(-1), alpha=weight)
+
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
         parts = torch.split(vector, [shape.numel() for shape in self.shapes])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stableopt.curvature.errors import SecondDerivativeError
 from stableopt.curvature.isolation.isolated import isolated
 from stableopt.curvature.isolation.plain_kernels import NOTES, UNCOMPILED, compiled
+from stableopt.curvature.isolation.precision import Precision
 from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.data.layout import BatchDim, Layout
@@ -26,7 +27,6 @@ from stableopt.curvature.problem.parameters import (
     select_parameters,
     unwrapped,
 )
-from stableopt.curvature.problem.precision import Precision
 from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
 from stableopt.distributed.collectives import Ranks
 from stableopt.distributed.fsdp import local

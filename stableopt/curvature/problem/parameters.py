@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stableopt.curvature.problem.precision import Precision
+from stableopt.curvature.isolation.precision import Precision
 
 __all__ = [
     "check_batch_norm",

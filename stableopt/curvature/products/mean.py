@@ -81,9 +81,10 @@ class MeanOverSamples(Operator):
 
         def add(passes: Any, size: int) -> None:
             for total, tangent in zip(totals, tangents, strict=True):
-                total.add_(problem.flatten(self.chunk_product(passes, tangent)), alpha=size)
+                # Part by part, since another vector as long as all parameters may not be to spare.
+                problem.coordinates.add_to(total, self.chunk_product(passes, tangent), size)
             for total in more:
-                total.add_(problem.flatten(self.collect(passes)), alpha=size)
+                problem.coordinates.add_to(total, self.collect(passes), size)
 
         means = mean_over_chunks(problem, [*totals, *more], add, self._passes)
         if more:
