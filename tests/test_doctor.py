@@ -30,6 +30,7 @@ def test_what_models_would_get() -> None:
     half = product_method(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).bfloat16())
     assert any("dtype=torch.float32" in line for line in half)
     assert any("eval mode" in line for line in half)
+    assert any("about 22 products" in line for line in half)
 
 
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
