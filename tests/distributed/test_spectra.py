@@ -10,7 +10,7 @@ from rank_workers.spectra import spectra
 
 
 def test_ranks_find_the_spectrum_of_one_process(tmp_path: Path) -> None:
-    """Catches signs drawn anew on each rank, and ranks that stop after different products."""
+    """Catches signs that each rank draws for itself, and ranks that stop after different products."""
     zero, one = run(spectra, 2, tmp_path)
     assert zero == one
     # Sums in another order, which Lanczos carries into nodes that have not converged.
