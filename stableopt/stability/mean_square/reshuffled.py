@@ -170,8 +170,8 @@ def reshuffled_critical_lr(
 ) -> ReshuffledLR:
     r"""Return the largest learning rate at which SGD with a shuffling ``DataLoader`` can stay.
 
-    It is the zero of :func:`reshuffled_growth`, between 0 and the limit of the full batch, found by
-    bisection with the same orders for every learning rate. The samples' curvature is Gauss–Newton's,
+    It is where the second moment stops to shrink in an epoch, between 0 and the limit of the full batch,
+    found by bisection with the same orders for every learning rate. The samples' curvature is Gauss–Newton's,
     which is that of the loss where all samples are fitted.
 
     Args:
@@ -180,8 +180,8 @@ def reshuffled_critical_lr(
         data: the samples, all of the training set.
         batch_size: samples B in a step. After a problem it is the second argument.
         update_rule: the rule; its ``lr`` is ignored.
-        replicas: as for :func:`reshuffled_growth`, like ``epochs`` and ``seed``.
-        epochs: that each learning rate is followed.
+        replicas: copies of the linear dynamics; the bias of the result falls as 1/``replicas``.
+        epochs: that each learning rate is followed at most.
         seed: of the orders.
 
     Raises:
