@@ -170,9 +170,9 @@ def reshuffled_critical_lr(
 ) -> ReshuffledLR:
     r"""Return the largest learning rate at which SGD with a shuffling ``DataLoader`` can stay.
 
-    It is where the second moment stops to shrink in an epoch, between 0 and the limit of the full batch,
-    found by bisection with the same orders for every learning rate. The samples' curvature is Gauss–Newton's,
-    which is that of the loss where all samples are fitted.
+    It is where the second moment stops shrinking in an epoch, found by bisection between 0 and the limit
+    of the full batch, with the same orders for every learning rate. The samples' curvature is
+    Gauss–Newton's, which is that of the loss where all samples are fitted.
 
     Args:
         model: as for :func:`~stableopt.critical_lr`, like ``loss_fn``, ``data`` and ``update_rule``.
