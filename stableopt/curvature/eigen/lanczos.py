@@ -275,21 +275,18 @@ class LanczosIteration:
         return self.basis.shrunk()
 
     def missed_outside(self, point: float) -> float:
-        """Bound the probability that B has an eigenvalue at ``point`` or above; all Ritz values of B
-        are below.
-        """
+        """Bound the probability that B has an eigenvalue from ``point`` on, above its Ritz values."""
         return float(self._with_rest().missed(torch.tensor([point], dtype=torch.float64)))
 
     def upper_bounds(self, count: int) -> Tensor | None:
         """Return upper bounds ``(count,)`` of the largest eigenvalues of H, largest first.
 
-        They are wrong with the probability of :attr:`Eigenpair.upper_bound`. ``None`` if B has no
-        bound.
+        They are as probable as :attr:`Eigenpair.upper_bound`; ``None`` if B has no bound.
         """
         if self.done == self.size:
             exact: Tensor = self.values + self.residuals + self.rounding
             return exact.flip(0)[:count]
-        if self.known is None or self.scale == 0.0:
+        if not self.known or self.scale == 0.0:
             return None
         top = self.outside()[0]
         bound = self._with_rest().upper_bound(top, self.scale, UNCERTAINTY, self.rounding)

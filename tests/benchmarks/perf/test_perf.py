@@ -143,7 +143,7 @@ def test_imports_end_to_end(tmp_path: Path) -> None:
 
 def test_spectrum_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an error relative to another reference, and a way that does not reach it."""
-    monkeypatch.setattr(spectrum, "_peers", lambda *_: iter(()))  # a minute, and not installed
+    monkeypatch.setattr(spectrum, "peers", lambda *_: iter(()))  # a minute, and not installed
     monkeypatch.setattr(spectrum, "COUNT", 2)
     monkeypatch.setattr(spectrum, "_REFERENCE", (1, 20))
     small = spectrum.Config(
