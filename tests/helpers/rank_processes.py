@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 # Forked from a server that has imported torch but never used autograd: a fork of a process that has
 # used it cannot differentiate, and a fresh interpreter takes seconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "stableopt"]
 )
 
@@ -42,7 +42,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        _CONTEXT.Process(target=_rank, args=(worker, rank, size, str(folder), answer_in, args))
+        CONTEXT.Process(target=_rank, args=(worker, rank, size, str(folder), answer_in, args))
         for rank in range(size)
     ]
     for process in processes:
@@ -65,7 +65,7 @@ def run_script(path: Path, size: int, folder: Path) -> list[str]:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     processes = [
-        _CONTEXT.Process(target=_script, args=(str(path), rank, size, port, str(folder)))
+        CONTEXT.Process(target=_script, args=(str(path), rank, size, port, str(folder)))
         for rank in range(size)
     ]
     for process in processes:

@@ -1,0 +1,32 @@
+"""Operators on an accelerator have the numbers of the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import simulated_runs
+import torch
+from simulated_device import NEEDS_SIMULATED_DEVICE, on_both
+
+pytestmark = NEEDS_SIMULATED_DEVICE
+
+# The same operations in float32 on the same processor; the devices' paths may order sums apart.
+SAME = 1e-5
+
+
+@pytest.mark.parametrize("name", list(simulated_runs.OPERATORS))
+def test_products_are_those_of_the_cpu(name: str, tmp_path: Path) -> None:
+    """Catches a tensor made on the CPU, and a path that is wrong on one device only."""
+    cpu, device, _ = on_both(simulated_runs.products, tmp_path, name)
+    torch.testing.assert_close(device, cpu, rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("name", list(simulated_runs.OPERATORS))
+def test_lanczos_takes_a_transfer_a_product(name: str, tmp_path: Path) -> None:
+    """Catches a solver that reads each inner product, and products that read numbers."""
+    cpu, device, _ = on_both(simulated_runs.eigenpair, tmp_path, name)
+    assert device["value"] == pytest.approx(cpu["value"], rel=SAME)
+    assert device["products"] == cpu["products"] > 4
+    assert cpu["reads"] == 0
+    assert device["reads"] <= device["products"]
