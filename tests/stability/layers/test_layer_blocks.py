@@ -92,7 +92,7 @@ def test_a_mapping_gives_names_and_unions() -> None:
         ([None], TypeError, "None"),
         ({1: "head"}, TypeError, "name 1"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Parameter) else str(value),
 )
 def test_clumsy_users_learn_what_is_wrong(blocks: Any, error: type[Exception], says: str) -> None:
     """Catches a typing error that measures nothing, silently."""
