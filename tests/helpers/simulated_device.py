@@ -53,6 +53,10 @@ class Transfers:
     to_device: int = 0
     places: Counter[str] = field(default_factory=Counter)
 
+    def places_in(self, path: str) -> int:
+        """Return the reads by the module at ``path``."""
+        return sum(count for place, count in self.places.items() if path in place)
+
     def read(self) -> None:
         self.to_host += 1
         frame: Any = sys._getframe()

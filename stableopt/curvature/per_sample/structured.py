@@ -345,14 +345,18 @@ class StructuredProduct:
         chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
         found = problem.flatten(_pulled(chunk, self._squares, problem.unflatten(zero)))
         expected = loop_product(self._of, batch, size, vector, zero)
-        noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * float(expected.norm())
         sizes = [shape.numel() for shape in problem.shapes]
+        # Norms of whole and parts in one host transfer.
+        lengths = torch.stack([part.norm() for part in (expected, *torch.split(expected, sizes))])
+        pairs = zip(torch.split(found, sizes), torch.split(expected, sizes), strict=True)
+        errors = torch.stack([(part - true).norm() for part, true in pairs])
+        overall, *numbers = torch.cat([lengths, errors]).tolist()
+        noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * overall
         tested = set()
-        for index, (part, true) in enumerate(
-            zip(torch.split(found, sizes), torch.split(expected, sizes), strict=True)
+        for index, (length, error) in enumerate(
+            zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
         ):
-            length = float(true.norm())
-            if not float((part - true).norm()) <= _AGREES * length + noise:
+            if not error <= _AGREES * length + noise:
                 raise UnfitError(
                     "the samples see each other, or a weight is used outside of its layer"
                 )

@@ -183,14 +183,16 @@ def _sketch(vector: Tensor) -> Tensor:
 
 def _distinct(vectors: Sequence[Tensor]) -> list[int]:
     """Return the indices of the most vectors of comparable size, no two of them alike."""
-    norms = [float(vector.norm()) for vector in vectors]
+    rows = torch.stack(list(vectors))
+    gaps = rows[:, None] - rows
+    # All in one host transfer.
+    norms, *distances = torch.cat([rows[None], gaps]).norm(dim=-1).tolist()
     best: list[int] = []
     for largest in sorted((norm for norm in norms if 0 < norm < float("inf")), reverse=True):
         chosen: list[int] = []
-        for index, vector in enumerate(vectors):
+        for index in range(len(vectors)):
             if _COMPARABLE * largest <= norms[index] <= largest and all(
-                float((vector - vectors[other]).norm())
-                > _COMPARABLE * max(norms[index], norms[other])
+                distances[index][other] > _COMPARABLE * max(norms[index], norms[other])
                 for other in chosen
             ):
                 chosen.append(index)

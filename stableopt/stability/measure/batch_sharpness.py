@@ -250,4 +250,6 @@ def _along_step(
         return hessian.chunk_product(hessian.linearise(batch, size), tangent)
 
     bent, gradient = mean_of(problem, along, parts).double(), gradient.double()
-    return float(direction.double() @ bent), float(direction.double() @ gradient)
+    direction = direction.double()
+    curvature, slope = torch.stack([direction @ bent, direction @ gradient]).tolist()
+    return curvature, slope

@@ -122,8 +122,8 @@ def balanced(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list
     parts = []
     for gradient, t in zip(gradients, like, strict=True):
         part = torch.zeros_like(t) if gradient is None else dense(gradient.detach()).to(t)
-        size = float(part.norm())
-        parts.append(part / size if size > 0 else part)
+        size = part.norm()
+        parts.append(part / size.where(size > 0, 1))  # without a host transfer for each
     length = norm(parts)
     return [part / length for part in parts]
 
@@ -136,8 +136,7 @@ def unfrozen(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list
             part.zero_()
             continue
         moves = dense(gradient.detach()) != 0
-        if bool(moves.any()):
-            part.mul_(moves)
+        part.mul_(moves.logical_or_(~moves.any()))
     length = norm(parts)
     return [part.div_(length) for part in parts] if length > 0 else None
 
@@ -180,7 +179,8 @@ def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
     if direction is None:
         return
     product = vjp(gradients, leaves, direction)
-    if not all(bool(torch.isfinite(dense(part)).all()) for part in product if part is not None):
+    finite = [torch.isfinite(dense(part)).all() for part in product if part is not None]
+    if finite and not bool(torch.stack(finite).all()):
         raise RuntimeError("its second derivative is not finite, though the first is")
 
 

@@ -103,19 +103,21 @@ def _norm(value: float | Tensor) -> float:
 def generic_point(point: Sequence[Tensor]) -> list[Tensor]:
     """Return leaves near ``point`` that lie on no kink, as zero biases behind zero padding do."""
     generator = torch.Generator().manual_seed(0)
-    overall = _overall(point)
+    overall, *sizes = _root_mean_squares(point)
     direction = []
-    for t in point:
+    for t, own in zip(point, sizes, strict=True):
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-        own = _root_mean_square(t.detach()) if t.numel() else 0.0
         direction.append((own or overall or 1.0) * noise)
     return displaced(point, direction, _AWAY)
 
 
-def _overall(point: Sequence[Tensor]) -> float:
-    squares = torch.stack([t.detach().square().sum() for t in point]).sum()
-    return float((squares / sum(t.numel() for t in point)).sqrt())
-
-
-def _root_mean_square(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+def _root_mean_squares(point: Sequence[Tensor]) -> list[float]:
+    """Return that of all entries and that of each tensor, in one host transfer."""
+    sums, means = [], []
+    for t in point:
+        squares = t.detach().square()
+        sums.append(squares.sum())
+        means.append(squares.mean() if t.numel() else sums[-1])
+    overall = torch.stack(sums).sum() / sum(t.numel() for t in point)
+    found: list[float] = torch.stack([overall, *means]).sqrt().tolist()
+    return found

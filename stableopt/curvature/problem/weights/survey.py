@@ -152,12 +152,12 @@ def difference_of_parts(gradient: Callable[[Any], Tensor], batch: Any, size: int
     True
     """
     whole = gradient(batch)
-    rest, total = torch.zeros_like(whole), 0.0
+    rest, lengths = torch.zeros_like(whole), torch.zeros_like(whole.norm())
     for start, stop in parts_of(size):
         share = (stop - start) / size
         part = gradient(cut(batch, start, stop))
         rest.add_(part, alpha=share)
-        total += share * float(part.norm())
-    difference = float((whole - rest).norm())
+        lengths += share * part.norm()
+    difference, total = torch.stack([(whole - rest).norm(), lengths]).tolist()
     # An infinity or a NaN is for the measurement to report.
     return difference / total if 0 < total < float("inf") and difference < float("inf") else 0.0
