@@ -27,7 +27,8 @@ NAME = "simulated"
 try:
     from torch.utils import backend_registration
 
-    _missing = not hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    _USED = ("_setup_privateuseone_for_python_backend", "_DummyBackendModule")
+    _missing = not all(hasattr(backend_registration, name) for name in _USED)
 except ImportError:
     _missing = True
 
@@ -44,7 +45,7 @@ class Transfers:
     """Copies between the device and the host.
 
     Attributes:
-        to_host: tensors and numbers read by the host, each of which waits for the device.
+        to_host: tensors and numbers read by the host; each read waits for the device.
         to_device: tensors sent by the host.
         places: lines of the library that made the host read, and how often.
     """
@@ -81,7 +82,7 @@ class Counting:
         return self.transfers
 
     def __exit__(self, *_: object) -> None:
-        self.active.remove(self.transfers)
+        self.active.pop()  # the innermost
 
 
 def _read() -> None:
@@ -127,6 +128,11 @@ class OnDevice(Tensor):
 
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Save as from a device read with ``map_location="cpu"``."""
+        _read()
+        return self.held.__reduce_ex__(protocol)
 
     def new_tensor(self, data: Any, *, dtype: Any = None, **_: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype).to(self.device)

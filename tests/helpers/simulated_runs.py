@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 from typing import Any
 
 import torch
 from simulated_device import Counting
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import stableopt
 from stableopt.curvature import (
@@ -48,23 +50,50 @@ OPERATORS: dict[str, Any] = {
 }
 
 
-def products(device: str, name: str, **options: Any) -> Tensor:
-    """Return products with three vectors."""
-    operator: Operator = OPERATORS[name](Problem(network(device), MSE, samples(device), **options))
+class Layers(nn.Module):
+    """Embedding, normalisation and convolution, whose products have structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.norm = nn.Embedding(5, 3), nn.LayerNorm(3)
+        self.convolution, self.head = nn.Conv1d(3, 2, 3, padding=1), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.embedding(x)).mT
+        return self.head(self.convolution(hidden).tanh().mean(2))
+
+
+def of_layers(device: str) -> dict[str, Any]:
+    """Return a structured product, and how each parameter is treated."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (
+        torch.randint(0, most, size, generator=generator) for most, size in ((5, (8, 4)), (3, (8,)))
+    )
+    data = x.to(device), y.to(device)
+    sigma = NonUniformity(
+        Problem(Layers().to(device), nn.CrossEntropyLoss(), data), method="structured"
+    )
+    vector = torch.randn(sigma.shape[0], generator=generator).to(device)
+    return {"ways": sigma.ways, "product": (sigma @ vector).cpu()}
+
+
+def eigenpair(device: str, name: str) -> dict[str, Any]:
+    """Return products with three vectors, what the solver finds, and the reads of the host."""
+    operator: Operator = OPERATORS[name](Problem(network(device), MSE, samples(device)))
     vectors = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(2))
-    return torch.stack([operator @ v for v in vectors.to(device).T]).cpu()
-
-
-def eigenpair(device: str, name: str) -> dict[str, float]:
-    """Return what the solver finds, its products and the reads of the host."""
-    operator = OPERATORS[name](Problem(network(device), MSE, samples(device)))
-    operator @ torch.ones(operator.shape[0], device=device)
+    images = torch.stack([operator @ v for v in vectors.to(device).T]).cpu()
     with Counting() as transfers:
         found = top_eigenpair(operator, tol=1e-4)
-    return {"value": found.value, "products": found.products, "reads": transfers.to_host}
+    return {
+        "images": images,
+        "value": found.value,
+        "products": found.products,
+        "reads": transfers.to_host,
+    }
 
 
-def measured(device: str, quantity: str, optimizer: str | None = None) -> dict[str, Any]:
+def _measured(device: str, quantities: list[str], optimizer: str | None) -> dict[str, float]:
     model = network(device, width=2)
     asked: dict[str, Any] = {"lr": 0.1}
     if optimizer is not None:
@@ -73,7 +102,7 @@ def measured(device: str, quantity: str, optimizer: str | None = None) -> dict[s
         stepped.step()
         asked = {"optimizer": stepped}
     margins = stableopt.measure(
-        model, MSE, samples(device), batch_size=4, quantities=(quantity,), tol=1e-5, **asked
+        model, MSE, samples(device), batch_size=4, quantities=quantities, tol=1e-5, **asked
     )
     return _numbers(margins.record())
 
@@ -86,12 +115,14 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def all_measured(device: str, names: list[tuple[str, str | None]]) -> dict[str, Any]:
-    return {name: measured(device, name, optimizer) for name, optimizer in names}
+def measured(device: str, quantities: list[str], of_adam: list[str]) -> list[dict[str, float]]:
+    return [_measured(device, quantities, None), _measured(device, of_adam, "Adam")]
 
 
 def all_reads(device: str) -> dict[str, dict[str, int]]:
     """Return how often the host reads in a first measurement, but for once a product."""
+    if device == "cpu":
+        return {}
     cases = {"4 tensors": (1, 12), "24 tensors": (11, 12), "48 samples": (1, 48)}
     return {
         quantity: {case: _reads(device, quantity, *size) for case, size in cases.items()}
@@ -109,7 +140,7 @@ def _reads(device: str, quantity: str, hidden: int, n: int) -> int:
 def trained(device: str, name: str) -> dict[str, Any]:
     """Return what a tracked optimizer measures, the weights, and the reads of a later measurement."""
     model, (x, y) = network(device), samples(device)
-    options = {"lr": 0.05} if name != "LBFGS" else {"lr": 0.5, "line_search_fn": "strong_wolfe"}
+    options: dict[str, Any] = {"lr": 0.05} if name != "LBFGS" else {"lr": 0.5, "max_iter": 4}
     if name in ("SGD", "GD", "LBFGS"):
         optimizer = getattr(stableopt, name)(model.parameters(), **options)
         monitor = optimizer.track(model, MSE, (x, y), every=2, batch_size=4, tol=1e-4)
@@ -138,3 +169,105 @@ def trained(device: str, name: str) -> dict[str, Any]:
         "products": products,
         "reads": transfers.to_host,
     }
+
+
+def from_a_loader(device: str) -> dict[str, float]:
+    """Measure a model on the device, with its data in a loader on the CPU and in chunks."""
+    ragged = DataLoader(TensorDataset(*samples("cpu", 13)), batch_size=5)  # 5, 5 and 3 samples
+    asked: dict[str, Any] = {"lr": 0.1, "quantities": ("sharpness", "non_uniformity"), "tol": 1e-5}
+    return _numbers(
+        stableopt.measure(network(device, width=2), MSE, ragged, chunk_size=4, **asked).record()
+    )
+
+
+def suggested(device: str) -> list[tuple[str, int, float]]:
+    found = stableopt.suggest(network(device, width=2), MSE, samples(device), batch_sizes=(1, 4))
+    return [(row.optimizer, row.batch_size, row.lr) for row in found.rows]
+
+
+def steered(device: str) -> tuple[list[float], dict[str, float]]:
+    """Return the learning rates of a run that a scheduler steers, and the last record."""
+    model, (x, y) = network(device), samples(device)
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05)
+    monitor = optimizer.track(model, MSE, (x, y), every=1, batch_size=12, tol=1e-4)
+    scheduler = stableopt.StabilityLR(
+        optimizer, monitor, stableopt.TargetRegion(sharpness=(0, 0.5)), loss_cap=10.0
+    )
+    rates = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates, _numbers(monitor.margins.record())
+
+
+MOMENTUM = {"SGD": {"momentum": 0.9}, "AdamW": {}, "LBFGS": {"max_iter": 3}}
+
+
+def resumed(device: str, name: str) -> dict[str, Any]:
+    """Return what three steps end with; the second is on the CPU."""
+    return _moved(name, [device, "cpu", device])
+
+
+def _moved(name: str, places: list[str]) -> dict[str, Any]:
+    """Take a step in each place, with a checkpoint from one to the next."""
+    file = io.BytesIO()
+    for place in places:
+        model, (x, y) = network(place), samples(place)
+        family = torch.optim if name == "AdamW" else stableopt
+        optimizer = getattr(family, name)(model.parameters(), lr=0.1, **MOMENTUM[name])
+        monitor = stableopt.StabilityMonitor(
+            optimizer, model, MSE, (x, y), every=1, batch_size=12, tol=1e-4
+        )
+        parts = (model, optimizer, monitor)
+        if file.tell():
+            file.seek(0)
+            for part, state in zip(parts, torch.load(file, weights_only=True), strict=True):
+                part.load_state_dict(state)
+
+        def closure(optimizer: Any = optimizer, at: Any = (model, x, y)) -> Tensor:
+            optimizer.zero_grad()
+            loss = MSE(at[0](at[1]), at[2])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in parts], file)
+        assert all(p.device.type == place for p in model.parameters())
+    return {
+        "record": _numbers(monitor.margins.record()),
+        "weights": [p.detach().cpu() for p in model.parameters()],
+    }
+
+
+def reading(device: str) -> dict[str, tuple[int, int]]:
+    """Return the transfers to host and device that ways to read and write a tensor make."""
+    two = torch.ones(2, device=device)
+    host = torch.ones(2)
+    ways: dict[str, Any] = {
+        "item": lambda: two[0].item(),
+        "float": lambda: float(two.sum()),
+        "bool": lambda: bool((two > 0).all()),
+        "tolist": two.tolist,
+        "cpu": two.cpu,
+        "copy": lambda: host.copy_(two),
+        "none": lambda: (two @ two).add_(1).sqrt().unsqueeze_(0).view(-1),
+        "send": lambda: host.to(device),
+    }
+    counted = {}
+    for way, read in ways.items():
+        with Counting() as transfers:
+            read()
+        counted[way] = (transfers.to_host, transfers.to_device)
+    return counted
+
+
+def mixing(device: str) -> str:
+    try:
+        torch.ones(2, device=device) + torch.ones(2)
+    except RuntimeError as error:
+        return str(error)
+    return ""

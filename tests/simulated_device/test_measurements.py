@@ -16,7 +16,6 @@ pytestmark = NEEDS_SIMULATED_DEVICE
 # The same operations in float32 on the same processor; the devices' paths may order sums apart.
 SAME = 1e-5
 
-PRECONDITIONED = {"preconditioned_sharpness": "Adam"}
 ELSEWHERE = {"realised_edge", "critical_sharpness", "generalised_sharpness", "block_edge"}
 """Of steps that a monitor sees, of optimizers in a norm, and of several optimizers."""
 
@@ -27,12 +26,13 @@ def agree(device: dict[str, float], cpu: dict[str, float]) -> None:
 
 def test_each_quantity_is_that_of_the_cpu(tmp_path: Path) -> None:
     """Catches a quantity with a tensor on the host among those on the device."""
-    names = [(name, PRECONDITIONED.get(name)) for name in QUANTITIES if name not in ELSEWHERE]
-    cpu, device, _ = on_both(simulated_runs.all_measured, tmp_path, names)
-    assert len(cpu) == len(names)
-    for name in cpu:
-        assert name in cpu[name]
-        agree(device[name], cpu[name])
+    of_adam = ["preconditioned_sharpness"]
+    names = [name for name in QUANTITIES if name not in {*ELSEWHERE, *of_adam}]
+    cpu, device, _ = on_both(simulated_runs.measured, tmp_path, names, of_adam)
+    for asked, of_cpu, of_device in zip((names, of_adam), cpu, device, strict=True):
+        assert not of_cpu["failed"]
+        assert set(asked) <= set(of_cpu)
+        agree(of_device, of_cpu)
 
 
 def test_checks_read_as_often_for_any_model_and_data(tmp_path: Path) -> None:
@@ -57,3 +57,33 @@ def test_tracked_training_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
         assert device["reads"] <= device["products"] + 3
     elif name == "AdamW":  # and the losses along the step
         assert device["reads"] <= device["products"] + 10
+
+
+def test_loaders_of_the_host_and_ragged_chunks(tmp_path: Path) -> None:
+    """Catches batches that stay where the loader made them, and a last chunk of another size."""
+    cpu, device, _ = on_both(simulated_runs.from_a_loader, tmp_path)
+    agree(device, cpu)
+
+
+def test_suggestions_are_those_of_the_cpu(tmp_path: Path) -> None:
+    cpu, device, _ = on_both(simulated_runs.suggested, tmp_path)
+    assert len(cpu) == len(device) == 6
+    for of_device, of_cpu in zip(device, cpu, strict=True):
+        assert of_device[:2] == of_cpu[:2]
+        assert of_device[2] == pytest.approx(of_cpu[2], rel=SAME)
+
+
+def test_steering_is_that_of_the_cpu(tmp_path: Path) -> None:
+    """Catches a scheduler whose saved weights or decisions stay on one device."""
+    cpu, device, _ = on_both(simulated_runs.steered, tmp_path)
+    assert len(set(cpu[0])) == 5
+    assert device[0] == pytest.approx(cpu[0], rel=SAME)
+    agree(device[1], cpu[1])
+
+
+@pytest.mark.parametrize("name", list(simulated_runs.MOMENTUM))
+def test_checkpoints_cross_devices(name: str, tmp_path: Path) -> None:
+    """Catches momentum, L-BFGS pairs or starts of the solver left on the device that saved them."""
+    stayed, moved, _ = on_both(simulated_runs.resumed, tmp_path, name)
+    agree(moved["record"], stayed["record"])
+    torch.testing.assert_close(moved["weights"], stayed["weights"], rtol=SAME, atol=SAME)
