@@ -353,9 +353,8 @@ class StructuredProduct:
         overall, *numbers = torch.cat([lengths, errors]).tolist()
         noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * overall
         tested = set()
-        for index, (length, error) in enumerate(
-            zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
-        ):
+        halves = zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
+        for index, (length, error) in enumerate(halves):
             if not error <= _AGREES * length + noise:
                 raise UnfitError(
                     "the samples see each other, or a weight is used outside of its layer"
