@@ -16,16 +16,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = ["Block", "Blocks", "blocks_of", "layer_of"]
 
-Part: TypeAlias = "str | re.Pattern[str] | nn.Module | Tensor"
+Part = str | re.Pattern[str] | nn.Module | Tensor
 """Names modules or parameters, or is one."""
 
-Blocks: TypeAlias = "Part | Iterable[Part] | Mapping[str, Part | Iterable[Part]]"
+Blocks = Part | Iterable[Part] | Mapping[str, Part | Iterable[Part]]
 """What ``blocks=`` takes."""
 
 
