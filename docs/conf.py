@@ -67,7 +67,7 @@ nitpick_ignore_regex = [
     # Names of other packages: their inventories need a network.
     (
         "py:.*",
-        r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|typing)\..*",
+        r"(torch|numpy|np|matplotlib|lightning|transformers|wandb|collections|contextlib|abc|os|pathlib|re|typing)\..*",
     ),
     ("py:.*", r"Axes|Console|Figure|NDArray|SummaryWriter|optional"),
     # Types of keywords and aliases of tuples, whose signatures say enough.
