@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
-from peak_memory import STATUS, peak_mib
+from peak_memory import EAGER_RETURN, STATUS, peak_mib, peak_of_process
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -262,19 +259,6 @@ def test_a_product_takes_at_most_twice_the_memory_of_a_training_step() -> None:
     peaks = {}
     for way in ("training", "product"):
         code = f"from test_cross_entropy import peak; print(peak({way!r}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            # Freed tensors go back to the system at once, so that the peak is of what is alive.
-            env={
-                **os.environ,
-                "MALLOC_MMAP_THRESHOLD_": "131072",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-        )
-        assert done.returncode == 0, done.stderr
-        peaks[way] = float(done.stdout)
+        peaks[way] = peak_of_process(code, Path(__file__).parent, **EAGER_RETURN)
     assert peaks["training"] > 50  # MiB: so much that the ratio is of logits
     assert peaks["product"] < 2 * peaks["training"]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from peak_memory import STATUS, peak_mib
+from peak_memory import STATUS, peak_mib, peak_of_process
 from torch import nn
 
 from stableopt.curvature import GaussNewton, Hessian, NonUniformity, Problem, top_eigenpair
@@ -80,15 +77,7 @@ def test_peak_memory_does_not_grow_with_samples_times_parameters(
     and as much with four times as many samples.
     """
     code = f"from test_memory import grown; print(grown({way!r}, {samples}, {memory}))"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) < ceiling < samples * per_sample_mib
+    assert peak_of_process(code, Path(__file__).parent) < ceiling < samples * per_sample_mib
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton, NonUniformity])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peak_memory import STATUS, peak_mib
+from peak_memory import EAGER_RETURN, STATUS, peak_mib, peak_of_process
 
 import stableopt
 
@@ -75,19 +72,6 @@ def test_a_measurement_takes_at_most_half_more_than_a_training_step() -> None:
     peaks = {}
     for way in ("training", "measurement"):
         code = f"from test_memory import peak; print(peak({way!r}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            # Freed tensors go back to the system at once, so that the peak is of what is alive.
-            env={
-                **os.environ,
-                "MALLOC_MMAP_THRESHOLD_": "131072",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-        )
-        assert done.returncode == 0, done.stderr
-        peaks[way] = float(done.stdout)
+        peaks[way] = peak_of_process(code, HERE, **EAGER_RETURN)
     assert peaks["training"] > 70  # MiB: so much that the ratio is of activations
     assert peaks["measurement"] < 1.5 * peaks["training"]
