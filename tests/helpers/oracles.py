@@ -20,6 +20,17 @@ def eye(operator: Operator) -> Tensor:
     return torch.eye(operator.shape[0], dtype=operator.dtype)
 
 
+class Diagonal(Operator):
+    """A diagonal matrix of any size."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(len(values), values.dtype, values.device)
+        self.values = values
+
+    def product(self, vector: Tensor) -> Tensor:
+        return self.values * vector
+
+
 class Dense(Operator):
     """A given symmetric matrix as an operator."""
 

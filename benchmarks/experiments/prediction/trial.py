@@ -22,7 +22,7 @@ class Outcome:
 
     Attributes:
         lr: learning rate of SGD.
-        full_batch: 2/a.
+        full_batch: the largest learning rate without noise: 2/a for plain SGD.
         theorem1: the largest learning rate that condition (8) allows, if it covers the step.
         critical_lr: the exact threshold.
         said: by rule, whether SGD will escape.
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial(Job):
-    """SGD from a minimum at a fraction of its 2/a: a :class:`Switch` whose rate the minimum sets.
+    """SGD from a minimum, at a fraction of its rate limit without noise: a :class:`Switch`.
 
     The first line of the trace is what each rule says, before a step is taken. The result is an
     :class:`Outcome`.
@@ -115,7 +115,7 @@ class EpochGrowth(Job):
 
     Attributes:
         thresholds: of the minimum.
-        fraction: of its 2/a.
+        fraction: of its largest learning rate without noise.
         batch_size: of SGD.
 
     The result is a :class:`Grown`.

@@ -7,24 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Dense
+from oracles import Dense, Diagonal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stableopt.curvature import Operator, top_eigenpair
+from stableopt.curvature import top_eigenpair
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.eigen.lanczos import LanczosIteration
 from stableopt.curvature.eigen.result import UNCERTAINTY
-
-
-class Diagonal(Operator):
-    def __init__(self, values: Tensor) -> None:
-        super().__init__(len(values), values.dtype, values.device)
-        self.values = values
-
-    def product(self, vector: Tensor) -> Tensor:
-        return self.values * vector
-
 
 SPECTRA = {
     "flat": torch.linspace(0, 1, 300),

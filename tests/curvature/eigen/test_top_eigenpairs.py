@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Dense
+from oracles import Dense, Diagonal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stableopt.curvature import Operator, top_eigenpairs
+from stableopt.curvature import top_eigenpairs
 from stableopt.curvature.eigen.inner_product import InnerProduct
 
 
@@ -168,17 +168,6 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, place: int, size: int) -> None:
         self._seen.discard(place)
         self.live -= size
-
-
-class Diagonal(Operator):
-    """A diagonal matrix of any size."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__(len(values), values.dtype, values.device)
-        self.values = values
-
-    def product(self, vector: Tensor) -> Tensor:
-        return self.values * vector
 
 
 @pytest.mark.parametrize("k", [3, 60])
