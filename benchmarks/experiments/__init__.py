@@ -13,8 +13,8 @@ Figure 7               ``correlation.py``
 Figures 1, 8, Table 3  ``escape/``
 Figure 9               ``quasi_newton/``
 Appendix B             ``counterexample/``
-beyond the paper       ``edge.py``, ``prediction/``, ``prediction_beyond.py``, ``steering/``,
-                       ``control_laws/``
+beyond the paper       ``after_lbfgs/``, ``edge.py``, ``prediction/``, ``prediction_beyond.py``,
+                       ``steering/``, ``control_laws/``
 =====================  ==================================================
 """
 
@@ -37,6 +37,7 @@ NAMES = (
     "escape",
     "quasi-newton",
     "counterexample",
+    "after-lbfgs",
     "edge",
     "prediction",
     "prediction-beyond",

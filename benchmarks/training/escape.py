@@ -27,11 +27,16 @@ from benchmarks.training.networks import flops_per_sample
 from benchmarks.training.spec import worth_a_line
 from benchmarks.training.update import SGD, Update
 
-__all__ = ["ESCAPED", "Escape", "Prediction", "Switch", "box"]
+__all__ = ["ESCAPED", "RETURNED", "Escape", "Prediction", "Switch", "box"]
 
 ESCAPED = 10.0
 """SGD has escaped when the training loss has risen by this factor: noise around a stable minimum
 raises it two- to fourfold, an escape at least thirtyfold."""
+
+RETURNED = 0.75
+"""It has returned when the sharpness at the end is between this share of the first one and its inverse.
+Decided on the digits: where SGD stayed it ended at 0.96 of the first one, where it left at most at 0.60,
+and this is the geometric mean."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,23 @@ class Escape:
             object.__setattr__(self, "before", Solution.typed(self.before))
 
     @property
+    def returned(self) -> bool:
+        """Whether the loss rose tenfold, but training came back to about the sharpness it began with.
+
+        That is an excursion: noise near a threshold throws the weights far, and the minimum still
+        attracts them. It is known only of runs that were measured at their end.
+        """
+        end = (self.after or {}).get("sharpness")
+        if self.escaped_at is None or end is None or self.before is None:
+            return False
+        assert self.before.sharpness is not None
+        return RETURNED <= end / self.before.sharpness <= 1 / RETURNED
+
+    @property
     def as_predicted(self) -> bool:
-        """Whether the run escaped if that was predicted, and stayed if not."""
-        return (self.predicted == "escape") == (self.escaped_at is not None)
+        """Whether the run left for good if that was predicted, and stayed or returned if not."""
+        left = self.escaped_at is not None and not self.returned
+        return (self.predicted == "escape") == left
 
 
 @dataclass(frozen=True)

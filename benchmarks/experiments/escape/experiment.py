@@ -3,8 +3,9 @@
 Gradient descent trains to a minimum, where sharpness and non-uniformity are measured. From these
 numbers the box (9) predicts, *before* a step is taken, whether SGD of several batch sizes at the same
 learning rate, and gradient descent at larger ones, can stay. Then they run, and each prediction is
-compared with what happened. All minima and ends, with others found by SGD, make a scatter of test
-accuracy against sharpness.
+compared with what happened. A run has escaped if the training loss rises tenfold, unless it then comes
+back to a minimum as sharp as the first. All minima and ends, with others found by SGD, make a scatter
+of test accuracy against sharpness.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Escape(Experiment):
             differ.
         scatter_random_labels: how many more with random ones.
         scatter_target_loss: at which their training stops.
+        scatter_seeds: their seeds; those of the other runs if none are given.
     """
 
     name = "escape"
@@ -74,8 +76,8 @@ class Escape(Experiment):
     columns: ClassVar = {
         "minima": ("random_labels", "seed", "loss", "sharpness", "non_uniformity", "test_accuracy"),
         "switches": (
-            *("how", "predicted", "escaped_at", "sharpness_after", "non_uniformity_after"),
-            "test_accuracy_after",
+            *("how", "predicted", "escaped_at", "returned", "sharpness_after"),
+            *("non_uniformity_after", "test_accuracy_after"),
         ),
         "traces": (),
         "scatter": (),
@@ -92,6 +94,7 @@ class Escape(Experiment):
             **{"lr": 0.1, "random_labels": (0, 200), "target_loss": 1e-4, "settle_loss": 3e-4},
             **{"batch_sizes": (1, 4, 100), "gd_lrs": (0.3, 0.5)},
             **{"scatter_lrs": (0.1, 0.5, 1.0), "scatter_batch_sizes": (4, 25)},
+            "scatter_seeds": (0, 1, 2, 3, 4),
         },
         ("paper", "digits"): {**PAPER, "random_labels": (0, 150)},
         ("paper", "fashion-mnist"): {
@@ -117,6 +120,7 @@ class Escape(Experiment):
     scatter_n: int = 100
     scatter_random_labels: int = 20
     scatter_target_loss: float = 1e-3
+    scatter_seeds: tuple[int, ...] = ()
 
     def _starts(self) -> list[Solution]:
         """Return gradient descent's minima."""
@@ -162,7 +166,7 @@ class Escape(Experiment):
             )
             for lr in self.scatter_lrs
             for size in self.scatter_batch_sizes
-            for seed in self.seeds
+            for seed in self.scatter_seeds or self.seeds
         ]
         return {
             "minima": [
@@ -190,7 +194,7 @@ class Escape(Experiment):
         elif name == "switches":
             keys = ("predicted", "why", "escaped_at", "settled_at", "largest_loss_ratio")
             row = one.keys | {key: getattr(found, key) for key in keys}
-            row["right"] = found.as_predicted
+            row |= {"returned": found.returned, "right": found.as_predicted}
             for when, point in (("before", vars(found.before)), ("after", found.after or {})):
                 row |= {f"{key}_{when}": point.get(key) for key in POINT}
             yield row
@@ -259,7 +263,7 @@ class Escape(Experiment):
             switches: Any = tables["switches"]
             for how, its in switches.groupby("how", sort=False):
                 yield _as_predicted(how, its)
-            left = switches.dropna(subset=["escaped_at", "sharpness_after"])
+            left = switches[~switches.returned].dropna(subset=["escaped_at", "sharpness_after"])
             if len(left):
                 yield from _ends(left)
         if len(tables.get("scatter", ())) >= 4:
@@ -271,7 +275,7 @@ def _how(switch: Switch) -> str:
 
 
 def _as_predicted(how: str, its: Any) -> Claim:
-    left = sorted(its.escaped_at.dropna())
+    left = sorted(its[~its.returned].escaped_at.dropna())
     ends = list(dict.fromkeys(left[:1] + left[-1:]))
     at = f", at step{'s' * (len(ends) - 1)} {' to '.join(map(str, ends))}" if ends else ""
     return all_of(
@@ -280,11 +284,12 @@ def _as_predicted(how: str, its: Any) -> Claim:
         theory=f"{' or '.join(sorted(set(its.predicted)))}, predicted before a step",
         ours=f"{len(left)} of {len(its)} escaped{at}",
         tolerance="each run as predicted",
-        why="; ".join(map(_miss, its[~its.right.astype(bool)].itertuples())),
+        why="; ".join(map(_remark, its[~its.right | its.returned].itertuples())),
     )
 
 
-def _miss(row: Any) -> str:
+def _remark(row: Any) -> str:
+    """Return what happened in a run that was not as predicted, or came back."""
     text = f"seed {row.seed}, {row.random_labels} random labels: the loss rose"
     text += f" {row.largest_loss_ratio:.1f} times"
     if pd.notna(row.sharpness_after):

@@ -43,7 +43,8 @@ class LossShape(Experiment):
         n: training images.
         target_loss: of the minima.
         max_steps: at which their training stops in any case.
-        course_lr: learning rate of the training by either loss.
+        course_n: training images of the training by either loss; ``None`` for all of them.
+        course_lr: its learning rate.
         course_steps: its steps.
         looks: measurements on its way.
     """
@@ -57,7 +58,12 @@ class LossShape(Experiment):
             **{"course_steps": 100, "looks": 6},
         },
         ("small", "digits"): {"target_loss": 1e-3, "lrs": (0.5, 2.0), "course_steps": 3000},
-        ("small", "fashion-mnist"): {"target_loss": 1e-3, "lrs": (0.5,), "looks": 12},
+        # A tenth of the images, so that cross-entropy gets the many steps that it takes to vanish, and
+        # a rate at which it does not diverge.
+        ("small", "fashion-mnist"): {
+            **{"target_loss": 1e-3, "lrs": (0.5,), "looks": 16},
+            **{"course_n": 100, "course_lr": 0.1, "course_steps": 40_000},
+        },
         ("paper", "digits"): {"seeds": (0, 1, 2, 3, 4), "course_steps": 40_000, "looks": 30},
         ("paper", ""): {
             **{"seeds": (0, 1, 2), "lrs": (0.1, 0.5, 1.0), "course_lr": 0.1},
@@ -69,6 +75,7 @@ class LossShape(Experiment):
     n: int = 1000
     target_loss: float = 1e-4
     max_steps: int = 1_000_000
+    course_n: int | None = None
     course_lr: float = 0.5
     course_steps: int = 4000
     looks: int = 16
@@ -80,8 +87,9 @@ class LossShape(Experiment):
             case(Line(one.job), lr=one.job.lr, seed=one.job.seed)
             for one in minima(self, data, lrs=self.lrs)
         ]
+        seen = Dataset(self.data, self.course_n or self.n)
         courses = [
-            Course(data, loss, self.course_lr, seed, self.course_steps, self.looks)
+            Course(seen, loss, self.course_lr, seed, self.course_steps, self.looks)
             for loss in LOSSES
             for seed in self.seeds
         ]

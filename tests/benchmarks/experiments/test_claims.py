@@ -18,6 +18,7 @@ import pytest
 
 import benchmarks
 from benchmarks.experiments import NAMES, experiment
+from benchmarks.experiments.after_lbfgs.experiment import AfterLBFGS
 from benchmarks.experiments.batch_size import BatchSize
 from benchmarks.experiments.control_laws.experiment import ControlLaws
 from benchmarks.experiments.control_laws.jobs import LAWS
@@ -183,10 +184,33 @@ def escape() -> dict[str, Rows]:
         {**shared, "how": "SGD, B = 100", "predicted": "stay", "escaped_at": None},
     ]
     for row in switches:
-        row["largest_loss_ratio"] = 5.0
+        row |= {"largest_loss_ratio": 5.0, "returned": False}
     scatter = [{"sharpness": 10.0**k, "test_accuracy": 0.8 - 0.1 * k} for k in range(4)]
     scatter[0]["test_accuracy"] -= 0.01  # a correlation of 1 has no interval
     return {"minima": [minimum | point], "switches": switches, "scatter": scatter}
+
+
+def after_lbfgs() -> dict[str, Rows]:
+    """Return a gain of a point over two seeds, and a limit that single steps exceed."""
+    courses = [
+        {
+            "method": "SGD",
+            "lr": 0.3,
+            "random_labels": 0,
+            "seed": seed,
+            "step": step,
+            "diverged": False,
+        }
+        | {"loss": 1e-3, "sharpness": 2.0, "gain": 0.005 * gain, "test": 0.8 + 0.005 * gain}
+        for seed in (0, 1)
+        for step, gain in ((0, 0), (100, 1), (1000, 2 + seed))
+    ]
+    ratios = (0.5, 1.5, 0.6, 0.7)
+    limits = [
+        {"random_labels": 0, "seed": 0, "step": step, "applied": ratio, "after": ratio}
+        for step, ratio in enumerate(ratios)
+    ]
+    return {"courses": courses, "limits": limits}
 
 
 def prediction() -> dict[str, Rows]:
@@ -311,6 +335,14 @@ CASES = {
         {
             "(heavy ball)": put("confusion", "right", 0.97),
             "(CNN)": put("confusion", "cases", 199, row=4),
+        },
+    ),
+    "after-lbfgs": Case(
+        AfterLBFGS(),
+        after_lbfgs,
+        {
+            "SGD after L-BFGS": put("courses", "gain", -0.02, row=2),
+            "within its own limit": put("limits", "applied", 2.0, row=2),
         },
     ),
     "escape": Case(

@@ -15,8 +15,8 @@ from benchmarks.experiments.edge import Edge
 from benchmarks.runner import Job, Place, Store, Work, run_all
 from benchmarks.training import minimum as solution
 from benchmarks.training.data import Dataset
-from benchmarks.training.escape import Switch, box
-from benchmarks.training.minimum import Solution, flops_per_sample
+from benchmarks.training.escape import Escape, Switch, box
+from benchmarks.training.minimum import Minimum, Solution, flops_per_sample
 from benchmarks.training.networks import network
 from benchmarks.training.threshold import Thresholds
 
@@ -169,6 +169,20 @@ def test_gd_leaves_beyond_its_limit_and_stays_within(minimum: tuple[Solution, St
         assert (first["step"], first["predicted"]) == (0, found.predicted)
         if leaves and found.after is not None:
             assert found.largest_loss_ratio >= 10
+
+
+@pytest.mark.parametrize(
+    ("end", "returned"), [(1.02, True), (0.76, True), (0.6, False), (1.4, False), (None, False)]
+)
+def test_an_excursion_is_not_an_escape(end: float | None, returned: bool) -> None:
+    """Catches an excursion that counts as an escape, and an escape to elsewhere that does not."""
+    before = Minimum("reached", 9, 1e-4, sharpness=20.0)
+    after = None if end is None else {"sharpness": 20.0 * end}
+    found = Escape(620, 13.4, after, predicted="stay", before=before)
+    assert found.returned == returned == found.as_predicted
+    stayed = Escape(None, 2.0, {"sharpness": 20.0}, predicted="stay", before=before)
+    assert stayed.as_predicted
+    assert not stayed.returned
 
 
 def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
