@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks list | run | status | figures | report | perf``."""
+"""The command line: ``python -m benchmarks list | run | status | figures | report | perf | gpu``."""
 
 from __future__ import annotations
 

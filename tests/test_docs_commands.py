@@ -115,6 +115,15 @@ def benchmarks_perf(words: list[str], here: Here) -> None:
     assert configured
 
 
+def benchmarks_gpu(words: list[str], here: Here) -> None:
+    """Check that its options exist, without starting a part."""
+    from benchmarks.gpu import script
+
+    here.patch.setattr(benchmarks_cli.torch.cuda, "is_available", lambda: True)
+    here.patch.setattr(script, "run", lambda *_, **__: [])
+    assert benchmarks_cli.main(words[3:]) == 0
+
+
 def benchmarks_after(words: list[str], here: Here) -> None:
     """Run it on the results of the smoke preset."""
     ran = here.request.getfixturevalue("ran")
@@ -171,6 +180,7 @@ CHECKS: dict[str, Callable[[list[str], Here], None]] = {
     r"(python -m )?pip install .+": install,
     r"python -m benchmarks (run|paper) .+": benchmarks_run,
     r"(python -m benchmarks )?perf .+": benchmarks_perf,
+    r"python -m benchmarks gpu.*": benchmarks_gpu,
     r"python -m benchmarks (list|status|figures|report)\b.*": benchmarks_after,
     r"python -m benchmarks perf": benchmarks_perf,
     r"python -m stableopt doctor.*": doctor,

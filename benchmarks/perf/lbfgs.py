@@ -161,7 +161,7 @@ def _compare_iterations(config: Config, size: int, history: int) -> dict[str, An
             for name, run_ in runs.items():
                 times[name] += run_.seconds(config.iterations)
         for name, run_ in runs.items():
-            with host_waits() as count:
+            with host_waits(config.device) as count:
                 run_.seconds(1)
             waits[name] = count["waits"]
     methods = {
@@ -199,13 +199,13 @@ def _directions(config: Config, size: int, history: int) -> dict[str, float]:
 
 
 class _Waits(TorchDispatchMode):
-    def __init__(self, count: dict[str, int]) -> None:
+    def __init__(self, count: dict[str, int], device: str) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.device = count, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        if name == "aten::_local_scalar_dense":
+        if name == "aten::_local_scalar_dense" and args[0].device.type == self.device:
             self.count["waits"] += 1
         elif name == "aten::_to_copy" and args[0].device.type != "cpu":
             target = (kwargs or {}).get("device")
@@ -216,21 +216,22 @@ class _Waits(TorchDispatchMode):
 class _Lists(TorchFunctionMode):
     """On a CPU ``tolist`` reads the memory itself; elsewhere it copies, which the other mode sees."""
 
-    def __init__(self, count: dict[str, int]) -> None:
+    def __init__(self, count: dict[str, int], device: str) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.device = count, device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist and args[0].device.type == "cpu":
+        if func is Tensor.tolist and args[0].device.type == self.device == "cpu":
             self.count["waits"] += 1
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def host_waits() -> Iterator[dict[str, int]]:
-    """Count how often the host asks for a number that a device would still be computing."""
+def host_waits(device: str = "cpu") -> Iterator[dict[str, int]]:
+    """Count how often the host asks for a number that the device would still be computing."""
     count = {"waits": 0}
-    with _Lists(count), _Waits(count):
+    kind = torch.device(device).type
+    with _Lists(count, kind), _Waits(count, kind):
         yield count
 
 

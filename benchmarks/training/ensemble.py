@@ -95,7 +95,7 @@ class Stack:
         if buffers:
             raise ValueError(f"{', '.join(buffers)}: members with buffers cannot be trained as one")
         self.params: dict[str, Tensor] = stacked
-        self.lrs = torch.tensor([job.lr for job in jobs], device=device)
+        self.lrs = torch.tensor([job.lr for job in jobs]).to(device)
         self.generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
         self.members = list(range(len(jobs)))
         self.steps = 0
@@ -117,10 +117,11 @@ class Stack:
 
     def keep(self, kept: list[int]) -> None:
         """Drop the other members."""
+        rows = torch.tensor(kept).to(self.lrs.device)
         self.params = {
-            name: p.detach()[kept].requires_grad_(True) for name, p in self.params.items()
+            name: p.detach()[rows].requires_grad_(True) for name, p in self.params.items()
         }
-        self.lrs = self.lrs[kept]
+        self.lrs = self.lrs[rows]
         self.generators = [self.generators[k] for k in kept]
         self.members = [self.members[k] for k in kept]
 
