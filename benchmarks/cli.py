@@ -24,7 +24,6 @@ from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.settings import configured
 from benchmarks.framework.terminal import LEGEND, show
-from benchmarks.gpu.setting import SIMULATED
 from benchmarks.perf import PARTS
 from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, in_order, run_all
@@ -382,10 +381,8 @@ def gpu(
 ) -> int:
     """Run everything worth knowing about a GPU, in order of value, until the time is up.
 
-    Measurements and the suite's tests beside the CPU, ensembles, CUDA graphs, NCCL on one rank,
-    Table 2 as one ensemble, and ``perf``. Each part is a process with its own time limit, and its
-    result is written when it ends; what failed or could not run is listed with the reason. The exit
-    code is 1 if a part failed.
+    Each part is a process with its own time limit, and its result is written when it ends. What failed
+    or could not run is listed with the reason; the exit code is 1 if a part failed.
 
     Args:
         parts: of the script; all by default.
@@ -397,17 +394,7 @@ def gpu(
     from benchmarks.gpu import script  # its parts import all that they time
 
     budget = seconds_of(time_budget)
-    unknown = {*parts} - {*script.PARTS}
-    if unknown:
-        known = ", ".join(script.PARTS)
-        raise ValueError(f"gpu: {', '.join(sorted(unknown))}: expected some of {known}")
-    if device != SIMULATED and torch.device(device).type != "cuda":
-        raise ValueError(f"gpu: --device {device}: expected cuda, cuda:N, or {SIMULATED}")
-    if device != SIMULATED and not torch.cuda.is_available():
-        raise ValueError(
-            f"gpu: --device {device}: torch {torch.__version__} finds no GPU here;"
-            f" --device {SIMULATED} runs the same parts in miniature without one"
-        )
+    script.check(device, parts)
     outcomes = script.run(device, out, seconds=budget, names=parts, data_dir=data_dir)
     print(f"Written: {out / 'gpu.md'}")
     return 1 if any(one.outcome in ("failed", "stopped") for one in outcomes) else 0

@@ -37,7 +37,7 @@ def _trained(setting: Setting, images: Images) -> nn.Module:
 
 
 def measure(setting: Setting) -> Found:
-    """Sharpness and non-uniformity beside the CPU's, their time, and how often the host waits."""
+    """Sharpness and non-uniformity next to the CPU's, their time, and how often the host waits."""
     images = setting.images()
     model = _trained(setting, images)
     tol = 0.1 if setting.miniature else 1e-3
@@ -99,7 +99,7 @@ def tests(setting: Setting) -> Found:
 
 
 def one_rank(setting: Setting) -> Found:
-    """Measurements by one rank of NCCL, beside those without a process group."""
+    """Measurements by one rank of NCCL, next to those without a process group."""
     images = setting.images()
     model = _trained(setting, images)
     backend, data = "nccl", images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.plan import PARTS, Part
 from benchmarks.gpu.setting import ROOT, SIMULATED
 from benchmarks.perf.timing import machine
 from benchmarks.runner.files import read_json, write_json
 
-__all__ = ["Outcome", "run", "summary"]
+__all__ = ["Outcome", "check", "run", "summary"]
 
 LEAST = 10.0
 """Seconds without which a part is not begun: importing torch takes a part of them."""
@@ -42,6 +45,23 @@ class Outcome:
     outcome: str
     seconds: float
     said: str
+
+
+def check(device: str, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for parts that do not exist, and for a device that is not there."""
+    unknown = {*names} - {*PARTS}
+    if unknown:
+        known = ", ".join(PARTS)
+        raise ValueError(f"gpu: {', '.join(sorted(unknown))}: expected some of {known}")
+    if device == SIMULATED:
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"gpu: --device {device}: expected cuda, cuda:N, or {SIMULATED}")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"gpu: --device {device}: torch {torch.__version__} finds no GPU here;"
+            f" --device {SIMULATED} runs the same parts in miniature without one"
+        )
 
 
 def run(
