@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 NAME = "simulated"
 
 DEVICE = os.environ.get("STABLEOPT_TEST_DEVICE", NAME)
-"""Where :func:`on_both` runs beside the CPU. On ``"cuda"`` both run in double precision, in which the
+"""Where :func:`on_both` runs after the CPU. On ``"cuda"`` both run in double precision, in which the
 bars leave room for the rounding of another processor, and transfers are not counted."""
 
 try:
