@@ -128,11 +128,13 @@ def trace(
         rows, most = (size if exact else _FIRST), min(most_vectors, max_iter // 2)
         while True:
             ready = min(rows, most, max_iter - len(samples.values))
+            before = iteration.done
             while iteration.done < (size if exact else ready):
                 if iteration.done:
                     iteration.extend()
                 iteration.step()
-            samples.update()
+            if iteration.done > before:
+                samples.update()
             left = 0 if exact else max_iter - iteration.done - len(samples.values)
             if left <= 0 or samples.settled(tol):
                 break
