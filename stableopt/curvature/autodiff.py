@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 __all__ = [
     "DoubleVjp",
     "central_difference",
     "dense",
     "displaced",
+    "edge_of",
     "flat",
     "gradient_along",
     "saved_bytes",
@@ -25,25 +28,71 @@ Function = Callable[[Sequence[Tensor]], Tensor]
 """A scalar function of several tensors."""
 
 
+Output = Tensor | GradientEdge | None
+"""A tensor with its graph, or its place in the graph alone; ``None`` counts as a constant."""
+
+
 def vjp(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Output],
     leaves: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
+    take: Callable[[int, Tensor], object] | None = None,
 ) -> tuple[Tensor | None, ...]:
     r"""Return the gradient of :math:`\sum_j\langle o_j, c_j\rangle` in each leaf, keeping the graph.
 
     Outputs or cotangents that are ``None``, and outputs without a graph, count as constants. A leaf
     that no output depends on gets ``None``.
 
+    Args:
+        outputs: the outputs o, or their edges (:func:`edge_of`).
+        leaves: the leaves of the graph.
+        cotangents: c.
+        take: called with the place of a leaf and its gradient as soon as that is known, so that not
+            all of them are in memory at once. Leaves that it was called for get ``None``.
+
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> vjp([x**2, None], [x], [torch.ones(2), torch.ones(3)])
     (tensor([2., 4.]),)
+    >>> vjp([x**2], [x], [torch.ones(2)], take=lambda place, gradient: print(place, gradient))
+    0 tensor([2., 4.])
+    (None,)
     """
-    return _vjp(outputs, leaves, cotangents, create_graph=False)
+    if take is None:
+        return _vjp(outputs, leaves, cotangents, create_graph=False)
+    taken: set[int] = set()
+
+    def instead(place: int, gradient: Tensor) -> Tensor | None:
+        if gradient.layout is not torch.strided:
+            return None
+        take(place, gradient)
+        taken.add(place)
+        return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns
+
+    hooks: list[Any] = []
+    for place, leaf in enumerate(leaves):
+        hooks.append(leaf.register_hook(partial(instead, place)))  # type: ignore[no-untyped-call]
+    try:
+        found = _vjp(outputs, leaves, cotangents, create_graph=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(None if place in taken else part for place, part in enumerate(found))
+
+
+def edge_of(output: Tensor | None) -> Output:
+    """Return the place of ``output`` in its graph, which does not hold its numbers.
+
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> vjp([edge_of(x**2)], [x], [torch.ones(2)])
+    (tensor([2., 4.]),)
+    """
+    if output is None or not output.requires_grad:
+        return None
+    return output if output.grad_fn is None else get_gradient_edge(output)
 
 
 def _vjp(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Output],
     leaves: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
     *,
@@ -52,7 +101,8 @@ def _vjp(
     live = [
         (output, cotangent)
         for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output is not None and output.requires_grad and cotangent is not None
+        if cotangent is not None
+        and (isinstance(output, GradientEdge) or (output is not None and output.requires_grad))
     ]
     if not live:
         return (None,) * len(leaves)
@@ -161,6 +211,8 @@ def saved_bytes(function: Callable[[], object]) -> int:
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        # With its graph a tensor would be in a cycle: the graph holds this hook, and what it returns.
+        tensor = tensor.detach()
         # A sparse gradient has no storage of its own, but its indices and values have.
         parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
         for part in parts:

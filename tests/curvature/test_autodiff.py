@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import DoubleVjp, central_difference, gradient_along, vjp
+from stableopt.curvature.autodiff import (
+    DoubleVjp,
+    central_difference,
+    gradient_along,
+    saved_bytes,
+    vjp,
+)
 
 
 def outputs_of(x: Tensor) -> Tensor:
@@ -42,6 +50,28 @@ def test_central_differences_are_of_second_order(step: float) -> None:
     """Catches a one-sided difference, whose error is of first order: f''' h^2 / 6 is left."""
     found = central_difference(math.exp, step)
     assert found - 1.0 == pytest.approx(step**2 / 6, rel=1e-2, abs=1e-11)
+
+
+def test_counting_saved_bytes_leaves_no_graph_behind() -> None:
+    """Catches a graph that holds the hook that holds the graph: it would never be freed."""
+    x = torch.ones(3, requires_grad=True)
+
+    class Held:
+        """What a node holds: it is there as long as the graph."""
+
+    left: list[weakref.ref[Held]] = []
+
+    def saving() -> Tensor:
+        held = Held()
+        left.append(weakref.ref(held))
+        y = x * x
+        assert y.grad_fn is not None
+        y.grad_fn.register_hook(lambda *_, held=held: None)
+        return torch.autograd.grad((y * y).sum(), x, create_graph=True)[0]
+
+    assert saved_bytes(saving) > 0
+    gc.collect()
+    assert left[0]() is None
 
 
 def test_gradients_along_a_direction() -> None:

@@ -48,9 +48,8 @@ class Basis:
             rows = max(_FIRST_ROWS, self.held // 2)
             if self._most is not None:
                 rows = max(min(rows, self._most - self.held), 1)
-            room = self._covectors.new_empty(rows, self._covectors.shape[1])
-            self._covectors = torch.cat([self._covectors, room])
-            self._vectors = self._covectors if self._plain else torch.cat([self._vectors, room])
+            self._covectors = _grown(self._covectors, rows)
+            self._vectors = self._covectors if self._plain else _grown(self._vectors, rows)
         self._covectors[self.held] = row.covector
         if not self._plain:
             self._vectors[self.held] = row.vector
@@ -119,4 +118,11 @@ class Basis:
     def unit_vector(self, weights: Tensor) -> Tensor:
         """Return that combination divided by its Euclidean norm."""
         vector = self.vector(weights)
-        return vector / self.inner.norm(vector)
+        return vector.div_(self.inner.norm(vector))
+
+
+def _grown(held: Tensor, rows: int) -> Tensor:
+    # Without a value in the new rows, which then take no memory of the host until they are written.
+    grown = held.new_empty(len(held) + rows, held.shape[1])
+    grown[: len(held)] = held
+    return grown

@@ -385,9 +385,10 @@ def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn:
             # The bound is found to 1 % of its distance; at the gap it has been checked exactly.
             bound = min(bound, value + search.gap(value, iteration.scale))
     if search.keep:
-        rest, best = iteration.rest, iteration.weights[:, 1 - KEPT :].T.flip(0)
-        rest = rest.normalised() if iteration.beta > 0 else rest
+        best = iteration.weights[:, 1 - KEPT :].T.flip(0)
+        rest = iteration.rest.normalised() if iteration.beta > 0 else iteration.rest
         kept = subspace_to_keep(basis.combined(best, room=1), rest.covector, search.seed)
+    del iteration  # and the rest of the last image, before there is one more vector
     return Eigenpair(
         value * unit,
         basis.unit_vector(top),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +99,20 @@ class Coordinates:
 
     def add_to(self, total: Tensor, tensors: Sequence[Tensor | None], weight: float) -> None:
         """Add ``weight`` times :meth:`flatten` of ``tensors`` to ``total`` ``(d,)``, in place."""
-        parts = torch.split(total, [shape.numel() for shape in self.shapes])
-        for part, t, factor in zip(parts, tensors, self.scale, strict=True):
+        add = self.adding_to(total, weight)
+        for place, t in enumerate(tensors):
             if t is not None:
-                part.add_(_scaled(dense(t), factor).reshape(-1), alpha=weight)
+                add(place, t)
+
+    def adding_to(self, total: Tensor, weight: float) -> Callable[[int, Tensor], None]:
+        """Return what adds one parameter's part, by its place, as :meth:`add_to` adds them all."""
+        parts = torch.split(total, [shape.numel() for shape in self.shapes])
+
+        def add(place: int, t: Tensor) -> None:
+            part = _scaled(dense(t), self.scale[place]).reshape(-1)
+            parts[place].add_(part, alpha=weight)
+
+        return add
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""

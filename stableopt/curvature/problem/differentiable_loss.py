@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from stableopt._support.arguments import positive
@@ -75,6 +77,18 @@ class DifferentiableLoss(MeanLoss):
     _samples_apart = False
     """Whether samples are known not to see each other."""
 
+    @property
+    def large(self) -> bool:
+        """Whether copies of all parameters are too many bytes to spare."""
+        return self.num_params > LARGE
+
+    def zeros(self) -> Tensor:
+        """Return zeros ``(d,)``; of a large model they take host memory as they are added to."""
+        if self.large and self.device.type == "cpu":
+            kind = np.float64 if self.dtype == torch.float64 else np.float32
+            return torch.from_numpy(np.zeros(self.num_params, dtype=kind))
+        return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+
     @abc.abstractmethod
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar."""
@@ -100,9 +114,9 @@ class DifferentiableLoss(MeanLoss):
             raise refused
 
     def _derivatives(self, batch: Any, *, twice: bool) -> _Found:
-        twin, large = self.in_double(), self.num_params > LARGE
+        twin = self.in_double()
         # Several copies of a large model, in double precision, would be more than a training step has.
-        doubles = not large and self._runs_in(twin, batch)
+        doubles = not self.large and self._runs_in(twin, batch)
         judge = twin if doubles else self
         obstacle = check_derivatives(
             lambda at: self._evaluated(at, batch),
@@ -113,7 +127,7 @@ class DifferentiableLoss(MeanLoss):
             twice=twice,
         )
         error, kinked = obstacle or (None, False)
-        if large and kinked:
+        if self.large and kinked:
             doubles = self._runs_in(twin, batch)
         return _Found(error, kinked, doubles, known=twice)
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_mean",
     "check_replicas",
     "checked_scalar",
+    "differs",
     "moved_by",
     "runs_alike",
     "try_a_part",
@@ -225,6 +226,16 @@ def moved_by(evaluate: Callable[[], Any], params: dict[str, nn.Parameter]) -> fr
         for name in moved:
             params[name].data.copy_(before[name])
     return frozenset(moved)
+
+
+def differs(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether any number of ``ones`` is not that of ``others``, in one host transfer.
+
+    >>> differs([torch.zeros(2)], [torch.zeros(2)]), differs([torch.zeros(2)], [torch.ones(2)])
+    (False, True)
+    """
+    pairs = zip(ones, others, strict=True)
+    return bool(torch.stack([(one.detach() != other).any() for one, other in pairs]).any())
 
 
 def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:

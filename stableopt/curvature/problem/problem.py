@@ -22,8 +22,8 @@ from torch.func import functional_call
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
-from stableopt.curvature.problem.derivatives.second_derivative import fresh_leaves
-from stableopt.curvature.problem.differentiable_loss import LARGE, DifferentiableLoss
+from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves, fresh_leaves
+from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.draws import RANDOM, draws, fix_draw, noisy_mean
 from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
@@ -34,6 +34,7 @@ from stableopt.curvature.problem.loss_checks import (
     check_mean,
     check_replicas,
     checked_scalar,
+    differs,
     moved_by,
     try_a_part,
     twice_over,
@@ -120,6 +121,8 @@ class Problem(DifferentiableLoss):
     sharded = False
     equal_weights = True
     _random = False
+    _writes = True
+    """Whether a forward pass may write to the parameters that count."""
     _unequal = ""
     _moved: frozenset[str] = frozenset()
 
@@ -151,6 +154,9 @@ class Problem(DifferentiableLoss):
                 )
 
         self._moved = moved_by(evaluate, others)
+        if self.large:  # a copy of it is then worth a comparison
+            self._writes, theta = differs(theta, self._values()), ()
+            theta = self.theta(lasting=False)
         with self.evaluation():
             batch, size = next(self.chunks())
             size = min(size, CHECKED_SAMPLES)
@@ -211,7 +217,7 @@ class Problem(DifferentiableLoss):
         if found <= coarse:
             # Rounding may explain it; in double precision it cannot.
             twin = self.in_double()
-            again = found > UNEQUAL and self.num_params <= LARGE
+            again = found > UNEQUAL and not self.large
             doubles = again and self._runs_in(twin, survey.batch)
             found, explained = twin._compared(survey, UNEQUAL) if doubles else (0.0, "")
             found = found if found > UNEQUAL else 0.0
@@ -225,7 +231,7 @@ class Problem(DifferentiableLoss):
             with self.evaluation():
                 return self.loss(tuple(at), self._cast(part), weights)
 
-        elsewhere, paired = displaced_at_random(self.theta()), self.loss_fn is not None
+        elsewhere, paired = displaced_at_random(self._values()), self.loss_fn is not None
         return compared_with_parts(
             loss, elsewhere, survey, self._weights, paired=paired, largest=largest
         )
@@ -276,11 +282,19 @@ class Problem(DifferentiableLoss):
         if not self.equal_weights:
             raise ValueError(f"{what} is of the samples' own Hessians. {self._unequal}")
 
-    def theta(self) -> Theta:
-        """Return a copy of the parameters as they are now: leaves that require gradients."""
+    def theta(self, *, lasting: bool = True) -> Theta:
+        """Return a copy of the parameters as they are now: leaves that require gradients.
+
+        Where they are not to be ``lasting``, those of a large model that writes to none of them are
+        the parameters' own memory.
+        """
         # Tensors made in an ambient inference mode could never be differentiated.
         with torch.inference_mode(False):
-            return tuple(t.clone().requires_grad_() for t in self._values())
+            copied = lasting or self._writes or not self.large
+            return tuple(
+                (t.clone() if copied or t.is_inference() else t).requires_grad_()
+                for t in self._values()
+            )
 
     def _values(self) -> Theta:
         return tuple(real_view(p.detach()).to(self.dtype) for p in self.params)
@@ -363,9 +377,12 @@ class Problem(DifferentiableLoss):
         self, theta: Theta | None = None, *, evaluating: bool = False
     ) -> tuple[float, Tensor]:
         """Return :meth:`value` and the gradient ``(d,)``, from one pass over the data."""
-        leaves = self.theta() if theta is None else tuple(fresh_leaves(theta))
+        if theta is None:
+            leaves = self.theta(lasting=False)
+        else:
+            leaves = tuple((fresh_leaves if self._writes else alias_leaves)(theta))
         with torch.inference_mode(False):
-            total = torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
+            total = self.zeros()
         found = [0.0, 0.0]  # losses and samples
 
         def add(batch: Any, size: int) -> None:

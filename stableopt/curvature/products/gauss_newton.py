@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.problem.problem import Problem, Theta
-from stableopt.curvature.products.mean import MeanOverSamples
+from stableopt.curvature.products.mean import MeanOverSamples, Take
 
 __all__ = ["GaussNewton", "OutputPasses"]
 
@@ -81,7 +81,8 @@ class GaussNewton(MeanOverSamples):
         return OutputPasses(outputs, forward, slope, slope_at)
 
     def chunk_product(
-        self, passes: OutputPasses, tangent: list[Tensor]
+        self, passes: OutputPasses, tangent: list[Tensor], take: Take | None = None
     ) -> tuple[Tensor | None, ...]:
         """Return the product of one chunk's mean with ``tangent``, per parameter."""
-        return vjp((passes.outputs,), self.theta, passes.bent(passes.forward.jvp(tangent)))
+        bent = passes.bent(passes.forward.jvp(tangent))
+        return vjp((passes.outputs,), self.theta, bent, take)

@@ -8,22 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import gradient_along, vjp
+from stableopt.curvature.autodiff import edge_of, gradient_along, vjp
 from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.finite_differences import CentralDifferences
-from stableopt.curvature.products.mean import MeanOverSamples
+from stableopt.curvature.products.mean import MeanOverSamples, Take
 
 __all__ = ["Hessian"]
 
 
 class _GradientPasses(NamedTuple):
-    """A chunk's loss, and its gradients with their graph, or the batch to compute them from again."""
+    """A chunk's loss, and its gradients with their graph, or the batch to compute them from again.
+
+    Of a large model there are the gradients' edges instead: their numbers would be a copy of all of it.
+    """
 
     loss: Tensor
-    gradients: tuple[Tensor | None, ...]
+    gradients: tuple[Any, ...]
     batch: Any
 
 
@@ -40,7 +43,9 @@ class Hessian(MeanOverSamples):
         problem: the mean loss.
         memory: bytes that cached passes may take: by default 1 GiB, and at most what a training step
             takes where the problem has a ``chunk_size``.
-        gradient: whether the first product also sums up the gradient, for :attr:`gradient`.
+        gradient: whether :attr:`gradient` is asked for, which the first product can sum up.
+        lasting: whether the parameters are copied, so that the matrix stays the same while training
+            moves them. ``False`` uses those of a large model as they are.
 
     Attributes:
         differences: the central differences, their step and their error; ``None`` for double
@@ -55,15 +60,26 @@ class Hessian(MeanOverSamples):
     """
 
     def __init__(
-        self, problem: Problem, *, memory: int | None = None, gradient: bool = False
+        self,
+        problem: Problem,
+        *,
+        memory: int | None = None,
+        gradient: bool = False,
+        lasting: bool = True,
     ) -> None:
-        super().__init__(problem, memory)
+        super().__init__(problem, memory, lasting=lasting)
         self.differences = CentralDifferences(kinks=problem.kinked) if problem.obstacle else None
-        self.collects = gradient and self.differences is None
+        self._gradient = gradient and self.differences is None
+        self.collects = self._gradient and not problem.large
 
     @property
     def gradient(self) -> Tensor | None:
-        """The mean gradient ``(d,)`` in the problem's coordinates, where a product has collected it."""
+        """The mean gradient ``(d,)`` in the problem's coordinates, if it was asked for.
+
+        A product has collected it, or, of a large model, it is computed when it is asked for.
+        """
+        if self._gradient and self.collected is None and self.problem.large:
+            self.collected = self.problem.loss_and_gradient(self.theta)[1]
         return self.collected
 
     def collect(self, passes: _GradientPasses) -> Sequence[Tensor | None]:
@@ -76,15 +92,17 @@ class Hessian(MeanOverSamples):
         if self.differences is not None:
             return _GradientPasses(loss.detach(), (), batch)
         gradients = torch.autograd.grad(loss, self.theta, create_graph=True, allow_unused=True)
+        if self.problem.large:
+            return _GradientPasses(loss.detach(), tuple(map(edge_of, gradients)), None)
         return _GradientPasses(loss.detach(), gradients, None)
 
     def chunk_product(
-        self, passes: _GradientPasses, tangent: list[Tensor]
+        self, passes: _GradientPasses, tangent: list[Tensor], take: Take | None = None
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients' derivative along ``tangent``, per parameter."""
         if self.differences is not None:
             return self._differenced(self.differences, passes.batch, tangent)
-        return vjp(passes.gradients, self.theta, tangent)
+        return vjp(passes.gradients, self.theta, tangent, take)
 
     def block_product(
         self, places: Sequence[int], coordinates: Coordinates, vector: Tensor

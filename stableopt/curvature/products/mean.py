@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
@@ -16,13 +15,17 @@ from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.linearization_cache import LinearizationCache
 
-__all__ = ["MeanOverSamples"]
+__all__ = ["MeanOverSamples", "Take"]
+
+Take = Callable[[int, Tensor], object]
+"""Takes the place of a parameter, and a gradient in it."""
 
 
 class MeanOverSamples(Operator):
     """A mean over samples at one point, plus the problem's weight decay.
 
-    The parameters are copied, so the matrix stays the same while training moves them.
+    The parameters are copied, so the matrix stays the same while training moves them, unless it is not
+    ``lasting`` and they are many.
 
     Attributes:
         collected: the mean over samples of :meth:`collect`, in the problem's coordinates, from the
@@ -32,7 +35,7 @@ class MeanOverSamples(Operator):
         TypeError: for a model under ``fully_shard``.
     """
 
-    def __init__(self, problem: MeanLoss, memory: int | None) -> None:
+    def __init__(self, problem: MeanLoss, memory: int | None, *, lasting: bool = True) -> None:
         if not isinstance(problem, Problem):
             raise TypeError(
                 "a model under fully_shard cannot be run at other parameters: expected ShardedHessian,"
@@ -41,7 +44,7 @@ class MeanOverSamples(Operator):
         super().__init__(problem.num_params, problem.dtype, problem.device)
         self.problem = problem
         self.inner_product = InnerProduct(ranks=problem.ranks)
-        self.theta = problem.theta()
+        self.theta = problem.theta(lasting=lasting)
         self.collected: Tensor | None = None
         self._passes = LinearizationCache(
             problem, self.linearise, memory=memory, kind=type(self).__name__
@@ -52,8 +55,13 @@ class MeanOverSamples(Operator):
         """Return the differentiable passes over ``batch`` at theta, ready for products."""
 
     @abc.abstractmethod
-    def chunk_product(self, passes: Any, tangent: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """Return the product of one chunk's mean with ``tangent``, per parameter."""
+    def chunk_product(
+        self, passes: Any, tangent: list[Tensor], take: Take | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the product of one chunk's mean with ``tangent``, per parameter.
+
+        ``take`` is that of :func:`~stableopt.curvature.autodiff.vjp`.
+        """
 
     collects = False
     """Whether the first product also takes the mean of :meth:`collect`."""
@@ -73,22 +81,24 @@ class MeanOverSamples(Operator):
         slower on a CPU, by a tenth for fully connected networks and twofold for convolutions.
         """
         problem = self.problem
+        coordinates = problem.coordinates
         tangents = [problem.unflatten(vector) for vector in vectors]
-        totals = [torch.zeros_like(vector) for vector in vectors]
+        totals = [problem.zeros() for _ in vectors]
         more: list[Tensor] = []
         if self.collects and self.collected is None:
-            more = [torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)]
+            more = [problem.zeros()]
 
         def add(passes: Any, size: int) -> None:
             for total, tangent in zip(totals, tangents, strict=True):
-                # Part by part, since another vector as long as all parameters may not be to spare.
-                problem.coordinates.add_to(total, self.chunk_product(passes, tangent), size)
+                # Another vector as long as all parameters may not be to spare.
+                take = coordinates.adding_to(total, size) if problem.large else None
+                coordinates.add_to(total, self.chunk_product(passes, tangent, take), size)
             for total in more:
-                problem.coordinates.add_to(total, self.collect(passes), size)
+                coordinates.add_to(total, self.collect(passes), size)
 
         means = mean_over_chunks(problem, [*totals, *more], add, self._passes)
         if more:
             self.collected = means.pop()
         for mean, tangent in zip(means, tangents, strict=True):
-            problem.coordinates.add_decay(mean, tangent)
+            coordinates.add_decay(mean, tangent)
         return means

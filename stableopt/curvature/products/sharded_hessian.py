@@ -144,9 +144,11 @@ class ShardedHessian(Operator):
         return self.problem.value(self.theta)
 
 
-def hessian_of(problem: MeanLoss, *, gradient: bool = False) -> Hessian | ShardedHessian:
-    """Return the Hessian of a problem, sharded if the problem is, which may collect the gradient."""
+def hessian_of(
+    problem: MeanLoss, *, gradient: bool = False, lasting: bool = True
+) -> Hessian | ShardedHessian:
+    """Return the Hessian of a problem, sharded if the problem is; options are those of a Hessian."""
     if isinstance(problem, ShardedProblem):
         return ShardedHessian(problem)
     assert isinstance(problem, Problem)
-    return Hessian(problem, gradient=gradient)
+    return Hessian(problem, gradient=gradient, lasting=lasting)

@@ -103,7 +103,7 @@ class Evaluation:
             return self.hessian()
         if self._plain is None:
             self._plain = hessian_of(
-                self.problem.transformed(sign=self.problem.sign), gradient=True
+                self.problem.transformed(sign=self.problem.sign), gradient=True, lasting=False
             )
         return self._plain
 
@@ -116,7 +116,7 @@ class Evaluation:
                 # One set of linearized passes at a time is kept in memory.
                 self._loss, self._plain = self._plain.loss(), None
         if self._own is None:
-            self._own = hessian_of(self.problem, gradient=True)
+            self._own = hessian_of(self.problem, gradient=True, lasting=False)
         return self._own
 
     def non_uniformity(self) -> NonUniformity:

@@ -36,6 +36,33 @@ def test_noise_and_jumps_say_nothing() -> None:
     assert short_difference(lambda h: h, 1.0, torch.float64, noise=1.0) is None
 
 
+def test_the_derivative_of_a_staircase_is_not_confirmed_by_its_ramp() -> None:
+    """Catches a gradient that is passed straight through a rounding, and found right over long steps."""
+
+    def stairs(h: float) -> float:
+        return math.floor(1e4 * h + 0.5) / 1e4
+
+    found = short_difference(stairs, 1.0, torch.float64, expected=1.0)
+    assert found is None or found.value == 0.0
+
+
+def test_a_right_derivative_takes_one_difference() -> None:
+    """Catches neighbours that nothing asks for, and a step within the noise."""
+    steps: list[float] = []
+
+    def smooth(h: float) -> float:
+        steps.append(abs(h))
+        return math.sin(h)
+
+    found = short_difference(smooth, 1.0, torch.float64, noise=1e-9, expected=1.0)
+    assert found is not None
+    assert steps == [1e-6, 1e-6]  # a shorter one would leave 1 % of noise
+    # A wrong one is not confirmed, and the right one is found as without it.
+    found = short_difference(smooth, 1.0, torch.float64, expected=0.9)
+    assert found is not None
+    assert abs(found.value - 1) < 1e-6
+
+
 def test_a_generic_point_moves_zeros_too() -> None:
     """Catches a bias that stays at zero, and with it a blank part of an image on its kink."""
     weight, bias = torch.full((4,), 2.0), torch.zeros(3)

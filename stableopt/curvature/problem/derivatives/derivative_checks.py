@@ -167,6 +167,7 @@ def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
             noise=_ROUNDINGS
             * torch.finfo(dtype).eps
             * max(abs(float(value.detach())), _LEAST_LOSS),
+            expected=claimed,
         )
         if found is None:
             continue

@@ -125,7 +125,7 @@ def balanced(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list
         size = part.norm()
         parts.append(part / size.where(size > 0, 1))  # without a host transfer for each
     length = norm(parts)
-    return [part / length for part in parts]
+    return [part.div_(length) for part in parts]
 
 
 def unfrozen(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor] | None:
@@ -146,17 +146,21 @@ def trusted_difference(
     leaves: Sequence[Tensor],
     direction: Sequence[Tensor],
     summary: Callable[[Sequence[Tensor | None], Sequence[Tensor]], Tensor] = flat,
+    *,
+    slope: float | None = None,
+    expected: Tensor | None = None,
 ) -> Difference[Tensor] | None:
     """Return the gradient's derivative along a unit direction, ``None`` if no two steps agree.
 
-    ``summary`` makes a vector of the gradient's parts.
+    ``summary`` makes a vector of the gradient's parts. If they are known, ``slope`` is the gradient's
+    norm at the leaves, and ``expected`` the summary of its derivative.
     """
     gradient, size = gradient_along(function, leaves, direction, summary), norm(leaves)
     dtype = leaves[0].dtype
-    least = max(float(gradient(0.0).norm()), _LEAST_LOSS / size if size > 0 else 0.0)
-    return short_difference(
-        gradient, size, dtype, noise=_ROUNDINGS * torch.finfo(dtype).eps * least
-    )
+    slope = float(gradient(0.0).norm()) if slope is None else slope
+    least = max(slope, _LEAST_LOSS / size if size > 0 else 0.0)
+    noise = _ROUNDINGS * torch.finfo(dtype).eps * least
+    return short_difference(gradient, size, dtype, noise=noise, expected=expected)
 
 
 def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
@@ -199,13 +203,15 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
         return
     custom = bool(hooks) or has_custom_function(value)
     gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    compared = False
+    compared, slope = False, _norm(gradients)
     for chosen in (balanced, unfrozen):  # one at a time: each is as large as all parameters
         direction = chosen(gradients, leaves)
         if direction is None:
             continue
         product = as_one(vjp(gradients, leaves, direction), leaves)
-        bent = trusted_difference(function, leaves, direction, as_one)
+        bent = trusted_difference(
+            function, leaves, direction, as_one, slope=slope, expected=product
+        )
         if bent is None:
             continue
         compared = True
