@@ -114,11 +114,13 @@ class LinearizationCache(Generic[P]):
                 # bytes cannot be counted.
                 self._plan = (None, int(self._problem.one_chunk))
             else:
-                # Passes of any chunk hold gradients of the parameters' size: fewer chunks hold fewer.
+                # Passes of any chunk hold gradients of the parameters' size, or, of a large model, use
+                # as much for a moment: fewer chunks take less.
                 own = self._problem.num_params * self._problem.dtype.itemsize
-                chunk_size = max(1, int(max(at_once, min(2 * own, memory - own)) / each))
+                held = 0 if self._problem.large else own
+                chunk_size = max(1, int(max(at_once, min(2 * own, memory - held)) / each))
                 size = min(chunk_size, self._problem.own_samples)
-                self._plan = (chunk_size, int(memory / (size * each + own)))
+                self._plan = (chunk_size, int(memory / (size * each + held)))
         return self._plan
 
     def _budget(self) -> tuple[int, int]:
