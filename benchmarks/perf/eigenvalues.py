@@ -2,7 +2,7 @@
 
 All use the same parameters and data and, where they take one, the same tolerance: a residual of ``tol``
 relative to the eigenvalue; for Σ twice that, since s is the root of its eigenvalue. The truth is
-Lanczos at the precision of float32; residuals are computed afterwards with our operator.
+Lanczos to a small residual; residuals are computed afterwards with our operator.
 """
 
 from __future__ import annotations
@@ -10,26 +10,55 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 import stableopt
 from benchmarks.framework.plotting import BLUE, panels
+from benchmarks.perf import timing
 from benchmarks.perf.peers import PEERS
-from benchmarks.perf.timing import Config, interleaved, report
-from benchmarks.training.data import Dataset, Images
-from benchmarks.training.loops import all_samples, gd_until, mean_squared_error, train
-from benchmarks.training.networks import WIDTHS, fully_connected
+from benchmarks.perf.timing import interleaved, report
+from benchmarks.training.data import Dataset
+from benchmarks.training.loops import gd_until, mean_squared_error, train
+from benchmarks.training.networks import WIDTHS, fully_connected, resnet18, small_gpt, small_vgg
 from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
 
-__all__ = ["Config", "run", "trained"]
+__all__ = ["Config", "Network", "run", "trained"]
+
+Network = Literal["fully-connected", "vgg", "resnet18", "gpt"]
 
 _STEPS_BETWEEN = 50
 """Steps of gradient descent between the measurement that a warm start comes from and this one."""
+
+_TRUE = 1e-5
+"""Residual of the value that counts as true, of second order in which it is wrong."""
+
+_FEW_BETWEEN = 5
+"""The same for the networks with millions of parameters, whose steps are fewer."""
+
+
+@dataclass(frozen=True)
+class Config(timing.Config):
+    """What is timed.
+
+    Attributes:
+        network: ``"fully-connected"``; ``"vgg"`` or ``"resnet18"``, of the images that ``data`` names;
+            or ``"gpt"``, with ``n`` sequences of 64 tokens of a Markov chain.
+        steps: of gradient descent, for the last two; the others train to ``target_loss``.
+        matrices: ``"H"``, the Hessian, and ``"Σ"``, which only this library has.
+        power: whether to run hessian-eigenthings' power iteration too, of up to 200 products.
+    """
+
+    network: Network = "fully-connected"
+    steps: int = 30
+    matrices: tuple[str, ...] = ("H", "Σ")
+    power: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,53 +79,96 @@ class _Row:
         return self.value / self.truth - 1
 
 
-def trained(config: Config, console: Console) -> tuple[nn.Module, nn.Module, Images]:
-    """Train by gradient descent; return the network, itself some steps before, and the data."""
-    images = Dataset(config.data, config.n).load(config.data_dir).to(config.device)
-    model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
+class Trained(NamedTuple):
+    """A trained network, itself some steps before, and its loss and data."""
+
+    before: nn.Module
+    model: nn.Module
+    loss_fn: nn.Module
+    data: tuple[Tensor, Tensor]
+
+
+def trained(
+    config: timing.Config, console: Console, network: Network = "fully-connected", steps: int = 30
+) -> Trained:
+    """Train by gradient descent, to the target loss, or the large networks so many steps."""
+    if network == "gpt":
+        data, loss_fn = _chain(config), nn.CrossEntropyLoss()
+        model: nn.Module = small_gpt(config.seed).to(config.device)
+    else:
+        images = Dataset(config.data, config.n).load(config.data_dir).to(config.device)
+        data, loss_fn = images.samples, mean_squared_error
+        classes = images.y.shape[1]
+        if network == "fully-connected":
+            model = fully_connected(WIDTHS[config.data], config.seed)
+        else:
+            model = (small_vgg if network == "vgg" else resnet18)(config.seed, classes)
+        model.to(config.device)
     optimizer = stableopt.GD(model.parameters(), lr=config.lr)
     with console.status("training"):
-        gd_until(config.target_loss, model, images, optimizer, max_steps=200_000)
-    before = copy.deepcopy(model)
-    train(model, optimizer, all_samples(images), steps=_STEPS_BETWEEN)
-    return before, model, images
+        if network in ("fully-connected", "vgg"):
+            gd_until(config.target_loss, model, images, optimizer, max_steps=200_000)
+        else:
+            train(model, optimizer, repeat(data), steps=steps, loss_fn=loss_fn)
+        before = copy.deepcopy(model)
+        later = _STEPS_BETWEEN if network in ("fully-connected", "vgg") else _FEW_BETWEEN
+        train(model, optimizer, repeat(data), steps=later, loss_fn=loss_fn)
+    return Trained(before, model, loss_fn, data)
+
+
+def _chain(config: timing.Config, vocabulary: int = 64, context: int = 64) -> tuple[Tensor, Tensor]:
+    """Return tokens ``(n, context)`` of a Markov chain with four successors each, and the next ones."""
+    generator = torch.Generator().manual_seed(config.seed)
+    successors = torch.randint(vocabulary, (vocabulary, 4), generator=generator)
+    choices = torch.randint(4, (config.n, context + 1), generator=generator)
+    tokens = [choices[:, 0]]
+    for k in range(context):
+        tokens.append(successors[tokens[-1], choices[:, k + 1]])
+    text = torch.stack(tokens, dim=1).to(config.device)
+    return text[:, :-1], text[:, 1:]
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time every way, print and write the table; return its rows."""
     console = console or Console()
-    before, model, images = trained(config, console)
-    data = (images.x, images.y)
-    problem, former = (Problem(m, mean_squared_error, data) for m in (model, before))
+    found = trained(config, console, config.network, config.steps)
+    problem, former = (Problem(m, found.loss_fn, found.data) for m in (found.model, found.before))
     with console.status("comparing"):
         rows = _compared(config, problem, former, console)
-    found = [{**asdict(row), "error": row.error} for row in rows]
-    t = pd.DataFrame(found)
+    entries = [{**asdict(row), "error": row.error} for row in rows]
+    t = pd.DataFrame(entries)
     columns = {key: t[key] for key in ("matrix", "way", "seconds", "products")}
     columns |= {"returned": t.value, "error": t.error, "residual": t.residual}
     title = (
-        f"Largest eigenvalue to a residual of {config.tol:g}: {config.data},"
+        f"Largest eigenvalue to a residual of {config.tol:g}: {config.network},"
         f" d = {problem.num_params:,}, n = {config.n:,}"
     )
-    report(config, console, "eigenvalues", title, columns, found)
-    _draw(rows, config, config.out / "perf-eigenvalues.png")
-    return found
+    own = config.network == "fully-connected"
+    name = "eigenvalues" if own else f"eigenvalues-{config.network}"
+    report(config, console, name, title, columns, entries)
+    if own:
+        _draw(rows, config, config.out / "perf-eigenvalues.png")
+    return entries
 
 
 def _compared(config: Config, problem: Problem, former: Problem, console: Console) -> list[_Row]:
     ways: dict[tuple[str, str], Callable[[], tuple[float, Tensor, int | None]]] = {}
     truths: dict[str, float] = {}
     operators: dict[str, Operator] = {}
-    for matrix, kind, tol in (("H", Hessian, config.tol), ("Σ", NonUniformity, 2 * config.tol)):
+    kinds = {"H": (Hessian, config.tol), "Σ": (NonUniformity, 2 * config.tol)}
+    for matrix in config.matrices:
+        kind, tol = kinds[matrix]
         operators[matrix] = operator = kind(problem)
-        truths[matrix] = top_eigenpair(operator, tol=3e-6, max_iter=2000).value
+        truths[matrix] = top_eigenpair(operator, tol=_TRUE, max_iter=2000).value
         start = top_eigenpair(kind(former), tol=tol, max_iter=1000, keep=True)
         ways[matrix, "stableopt, cold"] = _ours(kind, problem, tol, config.seed, None)
         ways[matrix, "stableopt, warm"] = _ours(kind, problem, tol, config.seed, start.subspace)
     for name, prepare in PEERS.items():
+        if "power" in name and not config.power:
+            continue
         try:
             ways["H", name] = prepare(problem, config.tol, config.seed)
-        except ImportError as error:
+        except Exception as error:  # another package may fail in any way
             console.print(f"{name}: left out, {error}; pip install 'stableopt[bench-peers]'")
     timings = interleaved(
         {"/".join(key): way for key, way in ways.items()},
@@ -104,11 +176,11 @@ def _compared(config: Config, problem: Problem, former: Problem, console: Consol
         device=config.device,
     )
     rows = []
-    for (matrix, way), timing in zip(ways, timings.values(), strict=True):
-        value, vector, products = timing.result
+    for (matrix, way), timed in zip(ways, timings.values(), strict=True):
+        value, vector, products = timed.result
         image = operators[matrix] @ vector
         residual = float((image - value * vector).norm()) / abs(value)
-        rows.append(_Row(matrix, way, timing.median, products, value, truths[matrix], residual))
+        rows.append(_Row(matrix, way, timed.median, products, value, truths[matrix], residual))
     return rows
 
 

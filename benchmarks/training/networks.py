@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
@@ -16,7 +18,9 @@ __all__ = [
     "fully_connected",
     "network",
     "resnet14",
+    "resnet18",
     "small_cnn",
+    "small_gpt",
     "small_transformer",
     "small_vgg",
 ]
@@ -123,24 +127,24 @@ def small_vgg(seed: int, classes: int = 2) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, and a shortcut around them."""
+    """Two 3 x 3 convolutions with norms, by default batch norm, and a shortcut around them."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         stride = 1 if inputs == outputs else 2
         self.body = nn.Sequential(
             nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            norm(outputs),
             nn.ReLU(),
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
+            norm(outputs),
         )
         self.round = (
             nn.Identity()
             if stride == 1
-            else nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,6 +170,28 @@ def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
         blocks = [Residual(*pair) for pair in pairwise((16, 16, 16, 32, 32, 64, 64))]
         return nn.Sequential(
             *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)
+        )
+
+
+def resnet18(seed: int, classes: int = 10) -> nn.Sequential:
+    """Return He et al.'s ResNet-18 for 32 x 32 colour images, with group norm.
+
+    The first convolution is 3 x 3 and there is no pooling after it, as is usual for small images.
+
+    >>> sum(p.numel() for p in resnet18(seed=0).parameters())
+    11173962
+    """
+
+    def norm(channels: int) -> nn.Module:
+        return nn.GroupNorm(32, channels)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64), nn.ReLU()]
+        widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+        blocks = [Residual(*pair, norm) for pair in pairwise(widths)]
+        return nn.Sequential(
+            *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)
         )
 
 
@@ -199,6 +225,32 @@ def small_transformer(seed: int) -> nn.Sequential:
         return nn.Sequential(*embedding, TransformerBlock(32, seed=seed))
 
 
+def small_gpt(
+    seed: int, vocabulary: int = 64, context: int = 64, width: int = 384, layers: int = 6
+) -> nn.Sequential:
+    """Return a GPT: tokens ``(n, context)`` to logits ``(n, vocabulary, context)``.
+
+    Its attention is written with a softmax, since the fused one has no second derivatives.
+
+    >>> sum(p.numel() for p in small_gpt(seed=0).parameters())
+    10721344
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        embedding = [nn.Embedding(vocabulary, width), Positions(context, width)]
+        blocks = [TransformerBlock(width, None, seed + k, causal=True) for k in range(layers)]
+        head = [nn.LayerNorm(width), nn.Linear(width, vocabulary), Turned()]
+        return nn.Sequential(*embedding, *blocks, *head)
+
+
+class Turned(nn.Module):
+    """The last two dimensions exchanged: torch's cross-entropy has classes second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x.mT``."""
+        return x.mT
+
+
 class Positions(nn.Module):
     """A learned vector for each position, added."""
 
@@ -216,17 +268,21 @@ class TransformerBlock(nn.Module):
 
     Args:
         width: features of a position; a head of attention has 16.
-        classes: outputs.
+        classes: outputs; ``None`` for a block without average and head.
         seed: of torch's default initialisation.
+        causal: whether a position attends to none after it.
 
-    Takes ``(n, positions, width)``, gives ``(n, classes)``.
+    Takes ``(n, positions, width)``, gives ``(n, classes)``, without a head ``(n, positions, width)``.
 
     >>> TransformerBlock(32)(torch.zeros(2, 5, 32)).shape
     torch.Size([2, 10])
     """
 
-    def __init__(self, width: int = 64, classes: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self, width: int = 64, classes: int | None = 10, seed: int = 0, causal: bool = False
+    ) -> None:
         super().__init__()
+        self.causal = causal
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = width // 16
@@ -237,15 +293,18 @@ class TransformerBlock(nn.Module):
             self.network = nn.Sequential(
                 nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
             )
-            self.head = nn.Linear(width, classes)
+            self.head = None if classes is None else nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs for a batch of sequences."""
         size, positions, width = x.shape
         parts = self.mix(self.before_attention(x)).view(size, positions, 3, self.heads, -1)
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        weights = torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, dim=-1)
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if self.causal:
+            later = torch.ones(positions, positions, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        weights = torch.softmax(scores, dim=-1)
         x = x + self.join((weights @ value).transpose(1, 2).reshape(size, positions, width))
         x = x + self.network(self.before_network(x))
-        out: Tensor = self.head(x.mean(1))
-        return out
+        return x if self.head is None else self.head(x.mean(1))

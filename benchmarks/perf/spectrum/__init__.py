@@ -21,7 +21,6 @@ from benchmarks.perf import timing
 from benchmarks.perf.eigenvalues import trained
 from benchmarks.perf.spectrum.peers import STARTS, TOLS, Way, peers
 from benchmarks.perf.timing import interleaved, report
-from benchmarks.training.loops import mean_squared_error
 from stableopt.curvature import Hessian, Problem, spectral_density, top_eigenpairs, trace
 
 __all__ = ["Config", "run"]
@@ -62,8 +61,8 @@ class _Task:
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time every way at the required error, print and write the table; return its rows."""
     console = console or Console()
-    _, model, images = trained(config, console)
-    problem = Problem(model, mean_squared_error, (images.x, images.y))
+    found = trained(config, console)
+    problem = Problem(found.model, found.loss_fn, found.data)
     rows: list[dict[str, Any]] = []
     for task in _tasks(config, problem, console):
         rows += _compared(task, config)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from benchmarks.perf import (
     timing,
     tracking,
 )
-from benchmarks.training.networks import TransformerBlock, small_vgg
+from benchmarks.training.networks import TransformerBlock, small_gpt, small_vgg
 from stableopt.curvature import NonUniformity, Problem
 
 
@@ -56,7 +57,10 @@ def test_products_of_all_ways_agree(tmp_path: Path) -> None:
 
 def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
     """Catches a value of one matrix compared with the truth of the other, and a wrong residual."""
-    rows = eigenvalues.run(config(tmp_path, n=60, target_loss=0.05, lr=0.5), quiet())
+    asked = eigenvalues.Config(
+        out=tmp_path, device="cpu", repeats=1, n=60, target_loss=0.05, lr=0.5
+    )
+    rows = eigenvalues.run(asked, quiet())
     own = [row for row in rows if row["way"].startswith("stableopt")]
     assert [row["matrix"] for row in own] == ["H", "H", "Σ", "Σ"]
     for row in own:
@@ -64,6 +68,21 @@ def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
         # Of second order in the residual, where the gap is not much below the value itself.
         assert abs(row["error"]) < 1e-3
     assert rows_of(tmp_path / "perf-eigenvalues.json") == rows
+
+
+def test_eigenvalues_of_another_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a loss or data of the fully connected network, and its results written over."""
+    small = partial(small_gpt, width=16, layers=1)
+    monkeypatch.setattr(eigenvalues, "small_gpt", small)
+    monkeypatch.setattr(eigenvalues, "PEERS", {"broken": lambda *_: 1 / 0})
+    options = {"out": tmp_path, "device": "cpu", "repeats": 1, "n": 2, "lr": 0.3}
+    asked = eigenvalues.Config(network="gpt", steps=2, matrices=("H",), **options)
+    console = Console(file=io.StringIO())
+    rows = eigenvalues.run(asked, console)
+    assert "broken: left out, division by zero" in console.file.getvalue()
+    assert [row["way"] for row in rows] == ["stableopt, cold", "stableopt, warm"]
+    assert all(row["residual"] <= 1e-3 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["perf-eigenvalues-gpt.json"]
 
 
 def test_tracking_end_to_end(tmp_path: Path) -> None:

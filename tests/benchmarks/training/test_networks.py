@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.training.networks import WIDTHS, fully_connected, network, resnet14, small_vgg
+from benchmarks.training.networks import (
+    WIDTHS,
+    fully_connected,
+    network,
+    resnet14,
+    small_gpt,
+    small_vgg,
+)
 
 
 def test_the_network_is_the_papers() -> None:
@@ -41,6 +48,17 @@ def test_resnet14() -> None:
         shapes.append(tuple(x.shape[1:]))
     assert shapes[3:9] == 2 * [(16, 32, 32)] + 2 * [(32, 16, 16)] + 2 * [(64, 8, 8)]
     assert x.shape == (2, 10)
+
+
+def test_the_gpt_sees_no_later_token() -> None:
+    """Catches a mask that is turned around or missing."""
+    model = small_gpt(seed=0, vocabulary=5, context=6, width=16, layers=2)
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 0]])
+    changed = tokens.clone()
+    changed[0, 3] = 1
+    apart = (model(tokens) - model(changed)).abs().amax(1)[0]
+    assert not apart[:3].any()
+    assert (apart[3:] > 0).all()
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10-2"])
