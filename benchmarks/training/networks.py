@@ -176,7 +176,7 @@ def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
 def resnet18(seed: int, classes: int = 10) -> nn.Sequential:
     """Return He et al.'s ResNet-18 for 32 x 32 colour images, with group norm.
 
-    The first convolution is 3 x 3 and there is no pooling after it, as is usual for small images.
+    The first convolution is 3 x 3, without pooling after it, as is usual for small images.
 
     >>> sum(p.numel() for p in resnet18(seed=0).parameters())
     11173962

@@ -12,6 +12,10 @@ __all__ = ["Basis"]
 _FIRST_ROWS = 8
 """Rows allocated at first: a search may end after a few."""
 
+_AT_ONCE = 2**30
+"""Bytes up to which a CPU allocates all rows at once: memory that is not written to takes none there,
+and rows need not be copied."""
+
 _COLUMNS = 2**13
 """Columns combined at a time, so that rows can be replaced by combinations without a copy of all."""
 
@@ -20,7 +24,8 @@ class Basis:
     """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
 
     Rows are contiguous, so that a projection is one matrix product. Without a preconditioner the two
-    are one tensor. Rows are allocated in blocks, up to ``most`` if given, and beyond it one by one.
+    are one tensor. Rows are allocated in blocks, up to ``most`` if given, and beyond it one by one; on a
+    CPU all ``most`` at once, unless they are long.
     """
 
     def __init__(
@@ -45,15 +50,22 @@ class Basis:
     def append(self, row: Dual) -> None:
         """Add a row that is orthonormal to the others already."""
         if self.held == len(self._covectors):
-            rows = max(_FIRST_ROWS, self.held // 2)
-            if self._most is not None:
-                rows = max(min(rows, self._most - self.held), 1)
+            rows = self._more_rows()
             self._covectors = _grown(self._covectors, rows)
             self._vectors = self._covectors if self._plain else _grown(self._vectors, rows)
         self._covectors[self.held] = row.covector
         if not self._plain:
             self._vectors[self.held] = row.vector
         self.held += 1
+
+    def _more_rows(self) -> int:
+        rows = max(_FIRST_ROWS, self.held // 2)
+        if self._most is None:
+            return rows
+        row, left = self._covectors[0], self._most - self.held
+        if row.device.type == "cpu" and self._most * row.numel() * row.itemsize <= _AT_ONCE:
+            return max(left, 1)
+        return max(min(rows, left), 1)
 
     def split(self, image: Tensor, since: int = 0) -> tuple[Tensor, Dual]:
         """Return the coordinates of a covector in the basis, and the rest outside it, in its memory.
