@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.gram.jacobian import curvature_roots, sample_rows
-from stableopt.curvature.layers.kinds import Layer, plan
 from stableopt.curvature.problem.over_chunks import drawn_samples, telling_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.distributed.collectives import Ranks
@@ -26,6 +25,13 @@ __all__ = ["fully_connected", "gram_of_layers"]
 _AGREES = 1e-3
 """Relative difference up to which two computations of a Gram matrix agree: rounding in single precision
 is below it, the part that a wrong structure leaves out is above it."""
+
+
+class Layer(NamedTuple):
+    """A linear layer, and the indices of its parameters in the problem, by their names within it."""
+
+    module: nn.Linear
+    indices: dict[str, int]
 
 
 class _Pass(NamedTuple):
@@ -41,12 +47,8 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     Checked against the rows themselves, on samples drawn over the data whose rows differ; each sample
     counts the same. Call it inside :meth:`Problem.evaluation`.
     """
-    found = plan(problem)
-    plain = all(isinstance(factor, float) for factor in problem.scale)
-    if found is None or not plain or found.expanded:
-        return None
-    layers = found.layers
-    if any(type(layer.module) is not nn.Linear or layer.kind is None for layer in layers):
+    layers = _linear_layers(problem)
+    if layers is None or not all(isinstance(factor, float) for factor in problem.scale):
         return None
 
     def rows_of(batch: Any, size: int) -> Tensor:
@@ -62,6 +64,24 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     expected = scale.unsqueeze(1) * (rows @ rows.T) * scale
     tried = scale.unsqueeze(1) * _gram(problem, layers, [passes], Ranks()) * scale
     return layers if bool((tried - expected).norm() <= _AGREES * expected.norm()) else None
+
+
+def _linear_layers(problem: Problem) -> list[Layer] | None:
+    """Return the linear layers with a parameter that counts, or ``None`` if others have one."""
+    index = {id(p): i for i, p in enumerate(problem.params)}
+    layers, held = list[Layer](), set[int]()
+    for module in problem.model.modules():
+        named = module.named_parameters(recurse=False)
+        indices = {name: index[id(p)] for name, p in named if id(p) in index}
+        if not indices:
+            continue
+        # A subclass may compute something else.
+        if type(module) is not nn.Linear or not indices.keys() <= {"weight", "bias"}:
+            return None
+        layers.append(Layer(module, indices))
+        held |= set(indices.values())
+    complex_ones = any(p.is_complex() for p in problem.params)
+    return layers if len(held) == len(index) and not complex_ones else None
 
 
 def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tensor | None:

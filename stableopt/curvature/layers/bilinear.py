@@ -1,241 +1,159 @@
-r"""`Form`: how a sample's gradient in a parameter depends on a layer's input and slope.
+r"""`first_half`: a parameter's part of a product with per-sample curvatures, from its uses in layers.
 
-With a the layer's input and :math:`\delta` the gradient of the sample's loss in its output, the
-sample's gradient in a parameter is bilinear, :math:`g_i = \Phi(a_i, \delta_i)`, in one of four forms.
-T counts positions: of a sequence, of a feature map, or of several uses of one parameter.
+A parameter w is used by layers :math:`z = B_u(w, a)`, one or several. With :math:`\Phi_u` the adjoint of
+:math:`B_u` in w, the gradient of sample i in w is :math:`\sum_u \Phi_u(a_i, \delta_i)`. The tangents
+:math:`\dot a, \dot\delta` along v give its block of :math:`w_i = H_i v`,
 
-=============== =========================================== ===============================
-form            a ``(n, ...)``, delta ``(n, ...)``          :math:`\Phi(a, \delta)`
-=============== =========================================== ===============================
-``MATRIX``      ``(groups, in, T)``, ``(groups, out, T)``   :math:`\sum_t \delta_t a_t^\top`
-``ELEMENTWISE`` ``(F, T)``, ``(F, T)``                      :math:`\sum_t \delta_t a_t`
-``LOOKUP``      row numbers ``(T,)``, ``(D, T)``            :math:`\sum_{t: a_t = r} \delta_t`
-``PLAIN``       none, ``(F, T)``                            :math:`\sum_t \delta_t`
-=============== =========================================== ===============================
+.. math:: w_i = \sum_u \Phi_u(\dot a_i, \delta_i) + \Phi_u(a_i, \dot\delta_i),
 
-The tangents :math:`\dot a, \dot\delta` along v give, per sample, the parameter's block of
-:math:`w_i = H_i v`, :math:`w_i = \Phi(\dot a, \delta) + \Phi(a, \dot\delta)`, and the cotangents
+and, with P a diagonal preconditioner, a number or a tensor of the parameter's shape, the cotangents
 
-.. math:: c^a = \partial_a \langle k_i, \Phi(a, \delta)\rangle, \qquad
-    c^\delta = \partial_\delta \langle k_i, \Phi(a, \delta)\rangle, \qquad
-    k_i = P w_i - \bar w,
+.. math:: c^\delta = B_u(k_i, a_i), \qquad c^a = \partial_a \langle\delta_i, B_u(k_i, a_i)\rangle,
+    \qquad k_i = P w_i - \bar w.
 
-with P a diagonal preconditioner, a number or a tensor of the parameter's shape. Each form decides
-whether forming :math:`k_i` or avoiding it is faster.
+:math:`w_i` has rank twice the number of positions. Either it is formed, for a few samples at a time, or
+its products with heads and slopes are taken without it (:mod:`~stableopt.curvature.layers.rows`). The
+mean :math:`\bar w` is the same for all samples, and its part is that of an ordinary layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ELEMENTWISE", "LOOKUP", "MATRIX", "PLAIN", "Cotangents", "Form", "Uses"]
+from stableopt.curvature.layers.kinds import Lookup, Matrix
+from stableopt.curvature.layers.rows import Cotangents, Use, along_rows
+
+__all__ = ["Half", "first_half"]
+
+_BLOCK = 2**22
+"""Numbers in the matrices :math:`w_i` that are formed at once: 16 MiB in single precision."""
 
 
-class Uses(NamedTuple):
-    """Inputs and slopes of all uses of a parameter, one after the other along T; no graph.
-
-    Slopes are ``(n, F, T)`` for every form, groups one after the other. ``None`` stands for missing
-    inputs, and for the tangents of inputs that do not depend on the parameters.
-    """
-
-    inputs: Tensor | None
-    slopes: Tensor
-    input_tangents: Tensor | None
-    slope_tangents: Tensor
-
-
-class Cotangents(NamedTuple):
-    """Cotangents in the shapes of inputs and slopes; ``None`` for inputs without a tangent."""
-
-    inputs: Tensor | None
-    slopes: Tensor
-
-
-class Form(NamedTuple):
-    r"""One bilinear dependence of a gradient on inputs and slopes.
+class Half(NamedTuple):
+    r"""What is known before the mean is.
 
     Attributes:
-        name: the form's name.
-        total: ``(uses, shape)`` -> the sum of :math:`w_i` over the samples, in the parameter's shape.
-        cotangents: ``(uses, P, mean)`` -> the cotangents, with ``mean`` for :math:`\bar w`.
+        total: the sum of :math:`w_i` over the samples, in the parameter's shape.
+        finish: ``mean`` -> the cotangents of each use.
     """
 
-    name: str
-    total: Callable[[Uses, torch.Size], Tensor]
-    cotangents: Callable[[Uses, Tensor | float, Tensor], Cotangents]
+    total: Tensor
+    finish: Callable[[Tensor], list[Cotangents]]
 
 
-def _plain_total(uses: Uses, shape: torch.Size) -> Tensor:
-    return uses.slope_tangents.sum(dim=(0, 2)).view(shape)
+def first_half(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
+    """Return the sum of :math:`w_i`, and how the cotangents follow from the mean.
+
+    Args:
+        uses: all uses of the parameter, by ``size`` samples.
+        scale: P.
+        shape: the parameter's.
+        size: the number of samples.
+    """
+    if not any(isinstance(use.kind, Matrix | Lookup) for use in uses):
+        return _small(uses, scale, shape, size)
+    along = along_rows(uses, scale, shape, size)
+    if along is not None:
+        return Half(_total(uses, shape), partial(_less_mean, uses, along))
+    return _formed(uses, scale, shape, size)
 
 
-def _plain_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotangents:
-    deviation = uses.slope_tangents.sum(2) * _flat(scale) - mean.reshape(-1)
-    return Cotangents(None, deviation.unsqueeze(2).expand_as(uses.slopes))
+def _total(uses: Sequence[Use], shape: torch.Size) -> Tensor:
+    """Return the sum of :math:`w_i`, by products over all samples at once."""
+    parts = [use.kind.grad(use.head, use.slope_tangent, shape) for use in uses]
+    for use in uses:
+        if use.head_tangent is not None:
+            parts.append(use.kind.grad(use.head_tangent, use.slope, shape))
+    return _sum(parts)
 
 
-PLAIN = Form("plain", _plain_total, _plain_cotangents)
-"""A bias, or a parameter that is copied for each sample."""
+def _small(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
+    """Form all :math:`w_i`, which are no larger than the slopes."""
+    formed = _sum(use.kind.dense(None, use.slope_tangent, shape, size) for use in uses)
+
+    def finish(mean: Tensor) -> list[Cotangents]:
+        deviations = formed * scale - mean
+        return [Cotangents(None, use.kind.outs(deviations, None, use.slope)) for use in uses]
+
+    return Half(formed.sum(0), finish)
 
 
-def _gains(uses: Uses) -> Tensor:
-    """Return each sample's :math:`w_i`, ``(n, F)``."""
-    assert uses.inputs is not None
-    found = (uses.slope_tangents * uses.inputs).sum(2)
-    if uses.input_tangents is not None:
-        found = found + (uses.slopes * uses.input_tangents).sum(2)
+def _formed(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
+    """Form the :math:`w_i`, of a few samples at a time."""
+    total = uses[0].slope.new_zeros(shape)
+    at_once = max(1, _BLOCK // shape.numel())
+    blocks: list[list[Cotangents]] = [[] for _ in uses]
+    for start in range(0, size, at_once):
+        count = min(at_once, size - start)
+        parts = [_samples(use, start, count, size) for use in uses]
+        kernels = _sum(_dense(part, shape, count) for part in parts)
+        total += kernels.sum(0)
+        kernels = kernels if isinstance(scale, float) and scale == 1 else kernels * scale
+        for found, part in zip(blocks, parts, strict=True):
+            found.append(_with_kernels(part, kernels))
+    return Half(total, partial(_less_mean, uses, [_joined(found) for found in blocks]))
+
+
+def _samples(use: Use, start: int, count: int, size: int) -> Use:
+    """Return the use by ``count`` of the samples."""
+
+    def cut(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        rows = len(tensor) // size
+        return tensor[start * rows : (start + count) * rows]
+
+    kind, head, slope, *tangents = use
+    if count == size:
+        return use
+    return Use(kind, cut(head), *map(cut, (slope, *tangents)))  # type: ignore[arg-type]
+
+
+def _dense(use: Use, shape: torch.Size, size: int) -> Tensor:
+    kind, head, slope, head_tangent, slope_tangent = use
+    found = kind.dense(head, slope_tangent, shape, size)
+    if head_tangent is not None:
+        found = found + kind.dense(head_tangent, slope, shape, size)
     return found
 
 
-def _elementwise_total(uses: Uses, shape: torch.Size) -> Tensor:
-    return _gains(uses).sum(0).view(shape)
+def _with_kernels(use: Use, kernels: Tensor) -> Cotangents:
+    along_head = None
+    if use.head_tangent is not None:
+        assert isinstance(use.kind, Matrix)
+        along_head = use.kind.backs(kernels, use.slope, use.head_tangent)
+    return Cotangents(along_head, use.kind.outs(kernels, use.head, use.slope))
 
 
-def _elementwise_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotangents:
-    assert uses.inputs is not None
-    kernel = (_gains(uses) * _flat(scale) - mean.reshape(-1)).unsqueeze(2)
-    along_inputs = None if uses.input_tangents is None else kernel * uses.slopes
-    return Cotangents(along_inputs, kernel * uses.inputs)
+def _joined(blocks: Sequence[Cotangents]) -> Cotangents:
+    if len(blocks) == 1:
+        return blocks[0]
+    heads = [block.head for block in blocks if block.head is not None]
+    slopes = torch.cat([block.slope for block in blocks])
+    return Cotangents(torch.cat(heads) if heads else None, slopes)
 
 
-ELEMENTWISE = Form("elementwise", _elementwise_total, _elementwise_cotangents)
-"""The gain of a normalisation: one number for each feature."""
+def _less_mean(
+    uses: Sequence[Use], cotangents: Sequence[Cotangents], mean: Tensor
+) -> list[Cotangents]:
+    """Return the cotangents of :math:`P w_i` less those of the mean."""
+    found = []
+    for use, (along_head, along_slope) in zip(uses, cotangents, strict=True):
+        along_slope = along_slope - use.kind.out(mean, use.head, use.slope)
+        if along_head is not None:
+            assert isinstance(use.kind, Matrix)
+            along_head = along_head - use.kind.back(mean, use.slope, along_head)
+        found.append(Cotangents(along_head, along_slope))
+    return found
 
 
-def _lookup_total(uses: Uses, shape: torch.Size) -> Tensor:
-    assert uses.inputs is not None
-    known = uses.inputs >= 0
-    rows = (uses.slope_tangents * known.unsqueeze(1)).mT.reshape(-1, shape[1])
-    return rows.new_zeros(shape).index_add_(0, uses.inputs.clamp(min=0).reshape(-1), rows)
-
-
-def _lookup_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotangents:
-    indices = uses.inputs
-    assert indices is not None
-    # All positions that look up a row add to it.
-    same = (indices.unsqueeze(1) == indices.unsqueeze(2)).to(uses.slopes.dtype)
-    rows = indices.clamp(min=0)
-    factor = scale[rows].mT if isinstance(scale, Tensor) else scale
-    deviation = (uses.slope_tangents @ same) * factor - mean[rows].mT
-    return Cotangents(None, deviation * (indices >= 0).unsqueeze(1))
-
-
-LOOKUP = Form("lookup", _lookup_total, _lookup_cotangents)
-"""The table of an embedding: indices have no tangent, and negative ones are ignored."""
-
-
-def _matrix_total(uses: Uses, shape: torch.Size) -> Tensor:
-    a, delta, a_dot, delta_dot = _grouped(uses)
-    found = _sum_of_outer(delta_dot, a)
-    if a_dot is not None:
-        found = found + _sum_of_outer(delta, a_dot)
-    return found.view(shape)
-
-
-def _matrix_cotangents(uses: Uses, scale: Tensor | float, mean: Tensor) -> Cotangents:
-    grouped = _grouped(uses)
-    groups, inputs, positions = grouped.inputs.shape[1:]
-    outputs = grouped.slopes.shape[2]
-    shape = (groups, outputs, inputs)
-    mean = mean.reshape(shape)
-    factor = scale.reshape(shape) if isinstance(scale, Tensor) else scale
-    if positions == 1 and groups == 1:
-        found = _one_position(grouped, factor, mean[0])
-    elif isinstance(factor, Tensor) or _kernel_is_cheaper(inputs, outputs, positions):
-        found = _materialised(grouped, factor, mean)
-    else:
-        found = _by_positions(grouped, factor, mean)
-    return Cotangents(found.inputs, found.slopes.reshape(uses.slopes.shape))
-
-
-MATRIX = Form("matrix", _matrix_total, _matrix_cotangents)
-"""A linear map at each position: fully connected layers, and convolutions by their patches."""
-
-
-class _Grouped(NamedTuple):
-    """Uses with inputs ``(n, groups, in, T)`` and slopes ``(n, groups, out, T)``."""
-
-    inputs: Tensor
-    slopes: Tensor
-    input_tangents: Tensor | None
-    slope_tangents: Tensor
-
-
-def _grouped(uses: Uses) -> _Grouped:
-    a, delta, a_dot, delta_dot = uses
-    assert a is not None
-    size, groups = a.shape[:2]
-    shape = (size, groups, delta.shape[1] // groups, delta.shape[2])
-    return _Grouped(a, delta.reshape(shape), a_dot, delta_dot.reshape(shape))
-
-
-def _kernel_is_cheaper(inputs: int, outputs: int, positions: int) -> bool:
-    """Whether a kernel for each sample costs less than the Gram matrices of the positions."""
-    return inputs * outputs <= positions * (inputs + outputs)
-
-
-def _materialised(uses: _Grouped, factor: Tensor | float, mean: Tensor) -> Cotangents:
-    a, delta, a_dot, delta_dot = uses
-    kernel = delta_dot @ a.mT
-    if a_dot is not None:
-        kernel += delta @ a_dot.mT
-    kernel = kernel.mul_(factor).sub_(mean)
-    return Cotangents(None if a_dot is None else kernel.mT @ delta, kernel @ a)
-
-
-def _by_positions(uses: _Grouped, factor: float, mean: Tensor) -> Cotangents:
-    a, delta, a_dot, delta_dot = uses
-    along_slopes = delta_dot @ (a.mT @ a)
-    along_inputs = None
-    if a_dot is not None:
-        along_slopes += delta @ (a_dot.mT @ a)
-        along_inputs = a @ (delta_dot.mT @ delta) + a_dot @ (delta.mT @ delta)
-        along_inputs = along_inputs.mul_(factor).sub_(mean.mT @ delta)
-    return Cotangents(along_inputs, along_slopes.mul_(factor).sub_(mean @ a))
-
-
-def _one_position(uses: _Grouped, factor: Tensor | float, mean: Tensor) -> Cotangents:
-    # Rank two: inner products of rows instead of Gram matrices, and one large matrix product instead
-    # of many small ones. A tensor for P becomes a part of the inner product.
-    a, delta, delta_dot = (t.flatten(1) for t in (uses.inputs, uses.slopes, uses.slope_tangents))
-    a_dot = None if uses.input_tangents is None else uses.input_tangents.flatten(1)
-    if isinstance(factor, Tensor):
-        factor = factor[0]
-
-        def along_rows(left: Tensor, right: Tensor) -> Tensor:
-            return (left * right) @ factor.T
-
-        def along_columns(left: Tensor, right: Tensor) -> Tensor:
-            return (left * right) @ factor
-    else:
-
-        def along_rows(left: Tensor, right: Tensor) -> Tensor:
-            products: Tensor = torch.linalg.vecdot(left, right)
-            return factor * products.unsqueeze(1)
-
-        along_columns = along_rows
-    along_slopes = delta_dot * along_rows(a, a)
-    if a_dot is not None:
-        along_slopes = along_slopes.addcmul_(delta, along_rows(a_dot, a))
-    along_slopes = torch.addmm(along_slopes, a, mean.T, alpha=-1)
-    if a_dot is None:
-        return Cotangents(None, along_slopes)
-    along_inputs = a * along_columns(delta_dot, delta)
-    along_inputs = along_inputs.addcmul_(a_dot, along_columns(delta, delta))
-    along_inputs = torch.addmm(along_inputs, delta, mean, alpha=-1)
-    return Cotangents(along_inputs.view_as(uses.inputs), along_slopes)
-
-
-def _sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sum over samples and positions of outer products, ``(groups, out, in)``."""
-    if left.shape[3] == 1 and left.shape[1] == 1:
-        return left.flatten(1).T @ right.flatten(1)
-    return (left @ right.mT).sum(0)
-
-
-def _flat(scale: Tensor | float) -> Tensor | float:
-    return scale.reshape(-1) if isinstance(scale, Tensor) else scale
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    for other in others:
+        first = first + other
+    return first

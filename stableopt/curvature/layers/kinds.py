@@ -1,343 +1,347 @@
-r"""`Kind`: families of layers with a known structure; `plan`: the treatment of every parameter.
+r"""`Kind`: the ways a layer depends on a parameter that are linear in it.
 
-Per-sample gradients of a layer's parameters are bilinear in a *head* a, a function of the input, and in
-the gradient in the output. A :class:`Kind` defines both for one family of modules, and lays them out for
-:mod:`~stableopt.curvature.layers.bilinear`. A new family is one new subclass, added to ``KINDS``.
+A layer's output is :math:`z = B(w, a)`, bilinear in a parameter w and in a *head* a, a function of its
+input. With :math:`\delta` the gradient of the loss in z, the trilinear form
+:math:`\langle\delta, B(w, a)\rangle` has three derivatives, which each :class:`Kind` defines: in
+:math:`\delta` (``out``), in a (``back``) and in w (``grad``). The last is the gradient in w, of the sum
+over all samples; ``dense``, ``outs`` and ``backs`` are the same with a w for each sample.
 
-:func:`plan` assigns each parameter of a problem to the kind of its layer, or, for other modules, to a
-*unit*: the module is called once for each sample, vectorised, with a copy of its parameters for each.
-This takes memory in the size of these parameters alone.
+Inputs and outputs have the samples in the leading dimension, each with one row or with several that lie
+together. The trial of the product detects other layouts.
 """
 
+# ruff: noqa: D102 - what a method returns stands in the class that declares it
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import product as grid
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from stableopt.curvature.errors import UnfitError
-from stableopt.curvature.layers.bilinear import ELEMENTWISE, LOOKUP, MATRIX, Form
-from stableopt.curvature.problem.problem import Problem
+from stableopt.curvature.layers.convolution import Convolution
 
-__all__ = ["Kind", "Layer", "Plan", "plan"]
+__all__ = ["Bias", "Conv", "Copies", "Kind", "Linear", "Lookup", "Matrix"]
+
+
+_FEW_POSITIONS = 256
+"""Positions up to which the gradients in the kernels of single samples are products with patches: with
+more, oneDNN's gradient of a convolution in groups is faster, and takes less memory."""
 
 
 class Kind(abc.ABC):
-    """A family of layers with a weight, a bias or both."""
-
-    name: ClassVar[str]
-    weight: ClassVar[Form] = MATRIX
-
-    def fits(self, module: Any) -> bool:
-        """Whether the structure holds for this module."""
-        return True
-
-    def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        """Return the head, in which the weight's gradients are linear: a function of the input."""
-        return given
+    """One bilinear dependence of an output on a parameter. Heads are ``None`` for kinds without one."""
 
     @abc.abstractmethod
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        """Return ``head`` laid out for the form of the weight: a linear map."""
-
-    def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        """Return the adjoint of :meth:`inputs`, in the head's ``shape``."""
-        raise TypeError(f"the inputs of a kind {self.name!r} have no tangent")
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        """Return :math:`B(w, a)`, in the shape of ``like``."""
 
     @abc.abstractmethod
-    def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
-        """Return the gradient in the output as ``(n, F, T)``."""
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        """Return the gradient in w, ``shape``, summed over the samples."""
 
     @abc.abstractmethod
-    def slopes_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        """Return the inverse of :meth:`slopes`."""
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        """Return the gradient in w of each of ``size`` samples."""
+
+    @abc.abstractmethod
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        """Return :math:`B(w_i, a_i)` for w ``(n, ...)``, in the shape of ``like``."""
 
 
-class _FeaturesLast(Kind):
-    """Features in the last dimension, positions between the samples' dimension and it.
+class Copies(Kind):
+    """A parameter with a copy for each sample: the slopes are those in the copies."""
 
-    Positions that were merged into the leading dimension are assumed to be contiguous for each sample;
-    the trial of the product detects other layouts.
-    """
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        return w.expand_as(like)
 
-    def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
-        return _by_sample(slope, size, slope.shape[-1]).mT
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        return slope.sum(0)
 
-    def slopes_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        return cotangent.mT.reshape(shape)
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        return slope
 
-
-class _FeaturesSecond(Kind):
-    """Features in the second dimension, positions after it."""
-
-    def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
-        return _samples_first(slope, size).reshape(size, slope.shape[1], -1)
-
-    def slopes_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        return cotangent.reshape(shape)
-
-
-class _Linear(_FeaturesLast):
-    name = "linear"
-
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        return _by_sample(head, size, module.in_features).mT.unsqueeze(1)
-
-    def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        return cotangent.squeeze(1).mT.reshape(shape)
-
-
-class _Convolution(_FeaturesSecond):
-    name = "convolution"
-
-    def fits(self, module: Any) -> bool:
-        return bool(module.padding_mode == "zeros")
-
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        # One strided view for each offset in the kernel: the patches in one copy.
-        if head.dim() != 2 + len(module.kernel_size):
-            raise UnfitError("a convolution saw a sample without its batch")
-        padded = F.pad(_samples_first(head, size), _padding(module))
-        views = [padded[where] for where in _offsets(module, padded)]
-        patches = torch.stack(views, dim=2)
-        per_group = module.in_channels // module.groups
-        return patches.reshape(size, module.groups, per_group * len(views), -1)
-
-    def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        padding = _padding(module)
-        grown = [s + b + a for s, b, a in zip(shape[2:], *_sides(padding), strict=True)]
-        padded = cotangent.new_zeros(*shape[:2], *grown)
-        offsets = _offsets(module, padded)
-        spread = cotangent.reshape(*shape[:2], len(offsets), -1)
-        for number, where in enumerate(offsets):
-            view = padded[where]
-            view += spread[:, :, number].view_as(view)
-        for axis, (length, before) in enumerate(
-            zip(shape[2:], _sides(padding)[0], strict=True), start=2
-        ):
-            padded = padded.narrow(axis, before, length)
-        return padded
-
-
-class _LayerNorm(_FeaturesLast):
-    name = "normalisation"
-    weight = ELEMENTWISE
-
-    def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        return F.layer_norm(given, module.normalized_shape, None, None, module.eps)
-
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        return _by_sample(head, size, _numel(module.normalized_shape)).mT
-
-    def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        return cotangent.mT.reshape(shape)
-
-    def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
-        return self.inputs(module, slope, size)
-
-
-class _GroupNorm(_FeaturesSecond):
-    name = "normalisation"
-    weight = ELEMENTWISE
-
-    def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        return F.group_norm(given, module.num_groups, None, None, module.eps)
-
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        return self.slopes(module, head, size)
-
-    def inputs_back(self, module: Any, cotangent: Tensor, shape: torch.Size) -> Tensor:
-        return self.slopes_back(module, cotangent, shape)
-
-
-class _BatchNorm_(_GroupNorm):  # noqa: N801 - the base class has the good name
-    def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        # In eval mode, with running statistics: the same affine map for all samples.
-        return F.batch_norm(
-            given, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
-        )
-
-
-class _InstanceNorm(_GroupNorm):
-    def head(self, module: Any, given: Tensor, size: int) -> Tensor:
-        return F.instance_norm(given, eps=module.eps)
-
-    def fits(self, module: Any) -> bool:
-        return not module.track_running_stats
-
-
-class _Embedding(_FeaturesLast):
-    name = "embedding"
-    weight = LOOKUP
-
-    def fits(self, module: Any) -> bool:
-        # Other options depend on more than the sample, or change the table in the pass.
-        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-
-    def inputs(self, module: Any, head: Tensor, size: int) -> Tensor:
-        # The row for padding has no gradient: its positions are marked.
-        words = (
-            head if module.padding_idx is None else head.masked_fill(head == module.padding_idx, -1)
-        )
-        return _by_sample(words, size, 1).squeeze(2)
-
-    def slopes(self, module: Any, slope: Tensor, size: int) -> Tensor:
-        return _by_sample(slope, size, module.embedding_dim).mT
-
-
-KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: _Linear(),
-    nn.Conv1d: _Convolution(),
-    nn.Conv2d: _Convolution(),
-    nn.Conv3d: _Convolution(),
-    nn.LayerNorm: _LayerNorm(),
-    nn.GroupNorm: _GroupNorm(),
-    nn.BatchNorm1d: _BatchNorm_(),
-    nn.BatchNorm2d: _BatchNorm_(),
-    nn.BatchNorm3d: _BatchNorm_(),
-    nn.InstanceNorm1d: _InstanceNorm(),
-    nn.InstanceNorm2d: _InstanceNorm(),
-    nn.InstanceNorm3d: _InstanceNorm(),
-    nn.Embedding: _Embedding(),
-}
-"""Kinds by exact class: a subclass, or a reparametrised module, may compute something else."""
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        return w
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A module, its kind, and the indices of its parameters in the problem.
+class Bias(Kind):
+    """A number for each feature, which is added at all positions.
 
     Attributes:
-        module: the module.
-        kind: its kind, or ``None`` for a unit.
-        indices: the index of each of its parameters that count, by name within the module.
+        axis: the dimension of the features in the output: 1, or the last.
     """
 
-    module: nn.Module
-    kind: Kind | None
-    indices: dict[str, int]
+    axis: int
+
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        return self.outs(w.unsqueeze(0), head, like)
+
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        axis = self.axis % slope.dim()
+        return slope.sum([d for d in range(slope.dim()) if d != axis])
+
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        if self.axis == 1:
+            return slope.reshape(size, -1, shape[0], slope[0, 0].numel()).sum((1, 3))
+        return slope.reshape(size, -1, shape[0]).sum(1)
+
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        where = [1] * like.dim()
+        where[self.axis] = -1
+        spread = w.view(len(w), *where[1:])
+        if len(w) in (1, len(like)):
+            return spread.expand_as(like)
+        return spread.repeat_interleave(len(like) // len(w), dim=0).expand_as(like)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The treatment of every parameter.
+class Lookup(Kind):
+    """Rows of a table ``(V, D)`` by their numbers; there is no row of a negative number."""
 
-    Attributes:
-        layers: the layers, structured ones and units.
-        expanded: indices of parameters of modules with other modules inside, with a leading
-            dimension of 1 for the samples: each sample gets a copy.
-        ways: how each parameter is treated, by name.
-        mapped: for each unit that was called, by its ``id``, which of its inputs have the samples as
-            their first dimension.
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        found = w[head.clamp(min=0)] * (head >= 0).unsqueeze(-1)
+        return found.reshape(like.shape)
+
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        assert head is not None
+        rows = (slope * (head >= 0).unsqueeze(-1)).reshape(-1, shape[1])
+        return rows.new_zeros(shape).index_add_(0, head.clamp(min=0).reshape(-1), rows)
+
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        assert head is not None
+        tables = torch.Size((size * shape[0], *shape[1:]))
+        return self.grad(self._apart(head, shape[0], size), slope, tables).view(size, *shape)
+
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        return self.out(w.flatten(0, 1), self._apart(head, w.shape[1], len(w)), like)
+
+    def _apart(self, head: Tensor, rows: int, size: int) -> Tensor:
+        """Return the numbers in the samples' tables, one below the other."""
+        starts = torch.arange(0, size * rows, rows, device=head.device).view(size, 1)
+        words = head.reshape(size, -1)
+        return torch.where(words >= 0, words + starts, words).view(head.shape)
+
+
+class Matrix(Kind):
+    r"""A linear map at each position: :math:`g_i = \sum_t l_t r_t^\top`.
+
+    l and r are rows of the slope and of the head, or the reverse.
     """
 
-    layers: list[Layer]
-    expanded: list[int]
-    ways: dict[str, str]
-    mapped: dict[int, list[bool]] = field(default_factory=dict)
+    head_is_left: bool
+
+    @abc.abstractmethod
+    def back(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        """Return the gradient in the head, in the shape of ``like``."""
+
+    @abc.abstractmethod
+    def backs(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        """Return the gradient in the head for w ``(n, ...)``."""
+
+    @abc.abstractmethod
+    def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
+        """Return the features of a row of the slope, and of one of the head, in one group."""
+
+    @abc.abstractmethod
+    def positions(self, head: Tensor | None, slope: Tensor, size: int) -> int:
+        """Return the number of positions in one of ``size`` samples."""
+
+    @abc.abstractmethod
+    def head_rows(self, head: Tensor, size: int) -> Tensor:
+        """Return the rows of the head ``(n * groups, T, F)``: a linear map."""
+
+    @abc.abstractmethod
+    def slope_rows(self, slope: Tensor, size: int) -> Tensor:
+        """Return the rows of the slope ``(n * groups, T, F)``: a linear map."""
+
+    @abc.abstractmethod
+    def head_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return the adjoint of :meth:`head_rows`, in the shape of ``like``."""
+
+    @abc.abstractmethod
+    def slope_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return the adjoint of :meth:`slope_rows`, in the shape of ``like``."""
 
 
-def plan(problem: Problem) -> Plan | None:
-    """Return the treatment of each of the problem's parameters, or ``None`` if some have none.
+class Linear(Matrix):
+    """A linear map of the last dimension.
 
-    >>> model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.PReLU(), nn.Flatten(), nn.Linear(3, 1))
-    >>> problem = Problem(model, nn.MSELoss(), (torch.ones(4, 2, 2), torch.zeros(4, 1)))
-    >>> plan(problem).ways
-    {'0.weight': 'convolution', '0.bias': 'convolution', '1.weight': 'vmap', '3.weight': 'linear', '3.bias': 'linear'}
-    """  # noqa: E501 - a doctest's output
-    if any(p.is_complex() for p in problem.params):
-        return None
-    index = {id(p): i for i, p in enumerate(problem.params)}
-    layers: list[Layer] = []
-    units: list[nn.Module] = []
-    expanded: list[int] = []
-    for module in problem.model.modules():
-        held = _indices(module, index, recurse=False)
-        if not held:
-            continue
-        kind = KINDS.get(type(module))
-        if kind is not None and held.keys() <= {"weight", "bias"} and kind.fits(module):
-            layers.append(Layer(module, kind, held))
-        elif module is not problem.model and not _holds_others(module, index):
-            units.append(module)
-        elif all(problem.shapes[i][:1] == (1,) for i in held.values()):
-            expanded += held.values()
-        elif module is not problem.model:
-            units.append(module)
-        else:
-            return None
-    # A unit includes all modules inside it.
-    inside = {id(m) for unit in units for m in unit.modules() if m is not unit}
-    layers += [Layer(unit, None, _indices(unit, index, recurse=True)) for unit in units]
-    layers = [layer for layer in layers if id(layer.module) not in inside]
-    in_units = {i for layer in layers if layer.kind is None for i in layer.indices.values()}
-    expanded = [i for i in expanded if i not in in_units]
-    ways = dict.fromkeys(problem.names, "vmap")
-    for layer in layers:
-        for i in layer.indices.values():
-            ways[problem.names[i]] = "vmap" if layer.kind is None else layer.kind.name
-    reached = {i for layer in layers for i in layer.indices.values()} | set(expanded)
-    return Plan(layers, expanded, ways) if len(reached) == len(problem.params) else None
+    Args:
+        shape: of the weight as a matrix, which it may be a reshaped view of.
+        transposed: whether that is ``(in, out)`` instead of ``(out, in)``.
+    """
 
+    def __init__(self, shape: torch.Size, *, transposed: bool) -> None:
+        self.shape, self.head_is_left = shape, transposed
 
-def _indices(module: nn.Module, index: dict[int, int], *, recurse: bool) -> dict[str, int]:
-    named = module.named_parameters(recurse=recurse)
-    return {name: index[id(p)] for name, p in named if id(p) in index}
+    def _map(self, w: Tensor) -> Tensor:
+        """Return the matrix that rows are multiplied with from the right, ``(..., in, out)``."""
+        return w if self.head_is_left else w.mT
 
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        return head @ self._map(w.reshape(self.shape))
 
-def _holds_others(module: nn.Module, index: dict[int, int]) -> bool:
-    own = _indices(module, index, recurse=False)
-    return len(_indices(module, index, recurse=True)) > len(own)
+    def back(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        return slope @ self._map(w.reshape(self.shape)).mT
 
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        assert head is not None
+        rows, columns = slope.flatten(0, -2), head.flatten(0, -2)
+        return (columns.T @ rows if self.head_is_left else rows.T @ columns).view(shape)
 
-def _samples_first(tensor: Tensor, size: int) -> Tensor:
-    if tensor.dim() < 2 or tensor.shape[0] != size:
-        raise UnfitError(f"a layer saw {tuple(tensor.shape)} in a batch of {size} samples")
-    return tensor
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        assert head is not None
+        rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
+        found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+        return found.view(size, *shape)
 
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        kernels = self._map(w.reshape(len(w), *self.shape))
+        return (self.head_rows(head, len(w)) @ kernels).view(like.shape)
 
-def _by_sample(tensor: Tensor, size: int, features: int) -> Tensor:
-    """Return ``(n, T, F)``."""
-    rows = tensor.shape[0] if tensor.dim() else 0
-    if rows == 0 or rows % size:
-        raise UnfitError(f"a layer saw {tuple(tensor.shape)} in a batch of {size} samples")
-    return tensor.reshape(size, -1, features)
+    def backs(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        kernels = self._map(w.reshape(len(w), *self.shape)).mT
+        return (self.slope_rows(slope, len(w)) @ kernels).view(like.shape)
+
+    def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
+        assert head is not None
+        return slope.shape[-1], head.shape[-1]
+
+    def positions(self, head: Tensor | None, slope: Tensor, size: int) -> int:
+        return slope.numel() // (slope.shape[-1] * size)
+
+    def head_rows(self, head: Tensor, size: int) -> Tensor:
+        return head.reshape(size, -1, head.shape[-1])
+
+    def slope_rows(self, slope: Tensor, size: int) -> Tensor:
+        return slope.reshape(size, -1, slope.shape[-1])
+
+    def head_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows.reshape(like.shape)
+
+    def slope_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows.reshape(like.shape)
 
 
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
+class Conv(Matrix):
+    """A convolution, by its patches where that is cheaper.
+
+    Args:
+        convolution: of inputs of any shape.
+        transposed: whether the head is the convolution's output, as for ``nn.ConvTranspose2d``.
+    """
+
+    def __init__(self, convolution: Convolution, *, transposed: bool) -> None:
+        self.convolution, self.head_is_left = convolution, transposed
+
+    def _of(self, head: Tensor, slope: Tensor) -> Convolution:
+        inputs = slope if self.head_is_left else head
+        return replace(self.convolution, inputs=inputs.shape)
+
+    def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        of = self._of(head, like)
+        w = w.reshape(of.kernel)
+        return of.back(head, w) if self.head_is_left else of.out(head, w)
+
+    def back(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        of = self._of(like, slope)
+        w = w.reshape(of.kernel)
+        return of.out(slope, w) if self.head_is_left else of.back(slope, w)
+
+    def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
+        assert head is not None
+        of = self._of(head, slope)
+        found = of.grad(slope, head) if self.head_is_left else of.grad(head, slope)
+        return found.view(shape)
+
+    def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
+        assert head is not None
+        of = self._of(head, slope)
+        if of.groups == 1 and self.positions(head, slope, size) <= _FEW_POSITIONS:
+            rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
+            found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+            return found.view(size, *shape)
+        of = of.by_sample(size)
+        head, slope = _channels_apart(head, size), _channels_apart(slope, size)
+        found = of.grad(slope, head) if self.head_is_left else of.grad(head, slope)
+        return found.view(size, *shape)
+
+    def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
+        assert head is not None
+        of = self._of(head, like).by_sample(len(w))
+        given, kernels = _channels_apart(head, len(w)), w.reshape(of.kernel)
+        found = of.back(given, kernels) if self.head_is_left else of.out(given, kernels)
+        return _rows_again(found, len(w), like)
+
+    def backs(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
+        of = self._of(like, slope).by_sample(len(w))
+        given, kernels = _channels_apart(slope, len(w)), w.reshape(of.kernel)
+        found = of.out(given, kernels) if self.head_is_left else of.back(given, kernels)
+        return _rows_again(found, len(w), like)
+
+    def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
+        kernel = self.convolution.kernel
+        outputs, patch = kernel[0] // self.convolution.groups, kernel[1:].numel()
+        return (patch, outputs) if self.head_is_left else (outputs, patch)
+
+    def positions(self, head: Tensor | None, slope: Tensor, size: int) -> int:
+        outputs = head if self.head_is_left else slope
+        assert outputs is not None
+        return outputs[:, 0].numel() // size
+
+    def head_rows(self, head: Tensor, size: int) -> Tensor:
+        return self._outputs(head, size) if self.head_is_left else self._patches(head, size)
+
+    def slope_rows(self, slope: Tensor, size: int) -> Tensor:
+        return self._patches(slope, size) if self.head_is_left else self._outputs(slope, size)
+
+    def head_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        return self._outputs_of(rows, like) if self.head_is_left else self._spread(rows, like)
+
+    def slope_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        return self._spread(rows, like) if self.head_is_left else self._outputs_of(rows, like)
+
+    def _outputs(self, y: Tensor, size: int) -> Tensor:
+        groups, each = self.convolution.groups, len(y) // size
+        found = y.reshape(size, each, groups, y.shape[1] // groups, -1)
+        return found.permute(0, 2, 1, 4, 3).reshape(size * groups, -1, found.shape[3])
+
+    def _outputs_of(self, rows: Tensor, like: Tensor) -> Tensor:
+        groups = self.convolution.groups
+        size, each, features = len(rows) // groups, like[0, 0].numel(), rows.shape[2]
+        found = rows.reshape(size, groups, -1, each, features).permute(0, 2, 1, 4, 3)
+        return found.reshape(like.shape)
+
+    def _patches(self, x: Tensor, size: int) -> Tensor:
+        of = replace(self.convolution, inputs=x.shape)
+        patches, each = of.patches(x), len(x) // size  # (rows, groups, in, T)
+        if each == 1:
+            return patches.flatten(0, 1).mT
+        found = patches.view(size, each, *patches.shape[1:]).permute(0, 2, 1, 4, 3)
+        return found.reshape(size * of.groups, -1, patches.shape[2])
+
+    def _spread(self, rows: Tensor, like: Tensor) -> Tensor:
+        of = replace(self.convolution, inputs=like.shape)
+        size = len(rows) // of.groups
+        each, features = len(like) // size, rows.shape[2]
+        found = rows.view(size, of.groups, each, -1, features).permute(0, 2, 1, 4, 3)
+        return of.spread(found.reshape(len(like), of.groups, features, -1))
 
 
-def _padding(module: Any) -> list[int]:
-    """Return the padding in the order of ``F.pad``: last dimension first, both sides."""
-    if module.padding == "valid":
-        return [0] * (2 * len(module.kernel_size))
-    if module.padding == "same":
-        return list(module._reversed_padding_repeated_twice)
-    return [side for p in reversed(module.padding) for side in (p, p)]
+def _channels_apart(tensor: Tensor, size: int) -> Tensor:
+    """Return ``(n * k, C, ...)`` as ``(k, n * C, ...)``."""
+    rows = tensor.reshape(size, -1, *tensor.shape[1:]).transpose(0, 1)
+    return rows.reshape(rows.shape[0], size * tensor.shape[1], *tensor.shape[2:])
 
 
-def _sides(padding: list[int]) -> tuple[list[int], list[int]]:
-    return padding[-2::-2], padding[::-2]
-
-
-def _offsets(module: Any, padded: Tensor) -> list[tuple[Any, ...]]:
-    """Return, for each offset in the kernel, the index of the positions that it covers."""
-    axes = []
-    for length, kernel, stride, dilation in zip(
-        padded.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True
-    ):
-        count = (length - dilation * (kernel - 1) - 1) // stride + 1
-        axes.append(
-            [
-                slice(k * dilation, k * dilation + (count - 1) * stride + 1, stride)
-                for k in range(kernel)
-            ]
-        )
-    return [(slice(None), slice(None), *where) for where in grid(*axes)]
+def _rows_again(tensor: Tensor, size: int, like: Tensor) -> Tensor:
+    """Return ``(k, n * C, ...)`` as ``(n * k, C, ...)``."""
+    rows = tensor.reshape(tensor.shape[0], size, *like.shape[1:]).transpose(0, 1)
+    return rows.reshape(like.shape)

@@ -43,9 +43,10 @@ class NonUniformity(Operator):
 
     Args:
         problem: the mean loss.
-        method: ``"structured"`` takes a few gradients for any n, if parameters are in layers of a
-            known kind (linear, convolution, normalisation, embedding) or in modules that can be
-            called for one sample at a time. ``"vmap"`` takes many samples at once, ``"loop"`` one at
+        method: ``"structured"`` takes a few gradients for any n, if torch's functions use the
+            parameters in a known way (linear maps, convolutions, normalisations, embeddings; in
+            modules or by hand, also one parameter in several of them) or can be called for one
+            sample at a time. ``"vmap"`` takes many samples at once, ``"loop"`` one at
             a time, for any module. ``"auto"`` picks the first that applies, by the size of the model
             between the last two, after checking the structured one against the loop on samples
             drawn over the data. ``"gauss-newton"`` replaces :math:`H_i` by

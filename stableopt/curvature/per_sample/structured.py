@@ -23,21 +23,24 @@ between products for as many chunks as the memory allows.
 
 from __future__ import annotations
 
-import abc
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.errors import UnfitError
-from stableopt.curvature.layers.bilinear import Form, Uses
-from stableopt.curvature.layers.kinds import Plan, plan
-from stableopt.curvature.layers.recorder import Part, Recorder, recorded
+from stableopt.curvature.layers.plan import Plan, UnitError, rows_seen
+from stableopt.curvature.layers.recorder import recorded
 from stableopt.curvature.per_sample.generic import loop_product
+from stableopt.curvature.per_sample.passes import (
+    Chunk,
+    GaussNewtonPasses,
+    HessianPasses,
+    Passes,
+    inner_products,
+)
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.over_chunks import (
@@ -48,6 +51,7 @@ from stableopt.curvature.problem.over_chunks import (
 from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.linearization_cache import LinearizationCache
+from stableopt.curvature.products.mean import MeanOverSamples
 
 __all__ = ["StructuredProduct"]
 
@@ -77,188 +81,6 @@ class _Trial:
 
 _TRIALS: Memo[_Trial] = Memo()
 
-Tangents = list[Tensor | None]
-
-
-class _Passes(abc.ABC):
-    """A chunk's passes at theta, ready for the two halves of a product.
-
-    ``heads`` and ``slopes`` are a and delta of every layer.
-    """
-
-    def __init__(self, recorder: Recorder, slopes: Sequence[Tensor]) -> None:
-        self.size, self.parts, self.heads = recorder.size, recorder.parts, recorder.heads
-        self.slopes = slopes
-
-    @abc.abstractmethod
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        """Return the tangents of heads and slopes along v, which make up the :math:`w_i`."""
-
-    @abc.abstractmethod
-    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        """Return the second half of the product, from the cotangents of heads and slopes."""
-
-
-class _HessianPasses(_Passes):
-    """The passes for :math:`H_i`."""
-
-    def __init__(self, recorder: Recorder, of: Hessian, batch: Any) -> None:
-        loss, theta = recorder.size * of.problem.loss(recorder.theta, batch), of.theta
-        slopes = torch.autograd.grad(
-            loss, recorder.offsets, create_graph=True, materialize_grads=True
-        )
-        super().__init__(recorder, slopes)
-        self._theta = theta
-        found = [*self.heads, *slopes]
-        # Row numbers of a table have no tangent, but keep their place, with a dummy of another dtype.
-        dummies = [torch.zeros_like(t, dtype=loss.dtype).requires_grad_() for t in found]
-        self._forward = DoubleVjp(found, theta, dummies)
-
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        found = self._forward.jvp(tangent)
-        count = len(self.heads)
-        # A head that depends on theta has a cotangent even where its tangent vanishes.
-        along_heads = [
-            torch.zeros_like(head) if dot is None and head.requires_grad else dot
-            for dot, head in zip(found[:count], self.heads, strict=True)
-        ]
-        return along_heads, list(found[count:])
-
-    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        return vjp([*self.heads, *self.slopes], self._theta, [*along_heads, *along_slopes])
-
-
-class _GaussNewtonPasses(_Passes):
-    """The passes for :math:`G_i`; slopes are linear in a dummy for the cotangent of the outputs."""
-
-    def __init__(self, recorder: Recorder, of: GaussNewton, batch: Any) -> None:
-        self._passes = of.linearise(batch, recorder.size, at=recorder.theta)
-        offsets = recorder.offsets
-        self._along_offsets = DoubleVjp(
-            [self._passes.outputs], offsets, self._passes.forward.dummies
-        )
-        found = zip(self._along_offsets.transposed, offsets, strict=True)
-        slopes = [torch.zeros_like(offset) if slope is None else slope for slope, offset in found]
-        super().__init__(recorder, slopes)
-        self._theta, self._offsets = of.theta, recorder.offsets
-
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        bent = self._bent(self._passes.forward.jvp(tangent))
-        along_slopes = vjp((self._passes.outputs,), self._offsets, bent)
-        return [None] * len(self.heads), list(along_slopes)
-
-    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        bent = self._bent(self._along_offsets.jvp(along_slopes))
-        return vjp((self._passes.outputs,), self._theta, bent)
-
-    def _bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return L_i times each sample's part; the passes have those of the chunk's mean loss."""
-        (bent,) = self._passes.bent(pushed)
-        return (None if bent is None else self.size * bent,)
-
-
-class _Chunk:
-    """A chunk's passes and its tangents along one vector: the uses of each parameter."""
-
-    def __init__(self, passes: _Passes, tangent: Sequence[Tensor]) -> None:
-        self.passes = passes
-        self._head_tangents, slope_tangents = passes.tangents(tangent)
-        self._slope_tangents = [
-            torch.zeros_like(slope) if dot is None else dot
-            for dot, slope in zip(slope_tangents, passes.slopes, strict=True)
-        ]
-
-    def by_parameter(self) -> Iterator[tuple[int, Form, list[Part], list[Uses]]]:
-        """Yield each parameter with its form and its uses."""
-        grouped: dict[int, list[Part]] = defaultdict(list)
-        for part in self.passes.parts:
-            grouped[part.parameter].append(part)
-        for index, parts in sorted(grouped.items()):
-            if any(part.form is not parts[0].form for part in parts):
-                raise UnfitError("a parameter is used by layers of two kinds")
-            yield index, parts[0].form, parts, [self._uses(part) for part in parts]
-
-    def _uses(self, part: Part) -> Uses:
-        size, kind, module = self.passes.size, part.kind, part.module
-        slope, dot = self.passes.slopes[part.slope].detach(), self._slope_tangents[part.slope]
-        if kind is None:
-            return Uses(None, slope.reshape(size, -1, 1), None, dot.reshape(size, -1, 1))
-        slope, dot = kind.slopes(module, slope, size), kind.slopes(module, dot, size)
-        if part.head is None:
-            return Uses(None, slope, None, dot)
-        head, head_dot = self.passes.heads[part.head].detach(), self._head_tangents[part.head]
-        inputs = kind.inputs(module, head, size)
-        if head_dot is None:
-            return Uses(inputs, slope, None, dot)
-        return Uses(inputs, slope, kind.inputs(module, head_dot, size), dot)
-
-
-def _joined(uses: Sequence[Uses]) -> Uses:
-    """Return several uses as one, position after position."""
-    if len(uses) == 1:
-        return uses[0]
-    dots = [use.input_tangents for use in uses]
-    inputs = [use.inputs for use in uses]
-    if any(dot is not None for dot in dots):
-        # The inputs of one use may be data, while those of another depend on theta.
-        dots = [
-            torch.zeros_like(a) if dot is None and a is not None else dot
-            for a, dot in zip(inputs, dots, strict=True)
-        ]
-    return Uses(
-        _concatenated(inputs),
-        torch.cat([use.slopes for use in uses], dim=-1),
-        _concatenated(dots),
-        torch.cat([use.slope_tangents for use in uses], dim=-1),
-    )
-
-
-def _concatenated(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    known = [t for t in tensors if t is not None]
-    return torch.cat(known, dim=-1) if known else None
-
-
-def _sum_of_products(chunk: _Chunk, shapes: Sequence[torch.Size]) -> list[Tensor | None]:
-    """Return the sum of :math:`w_i` over the chunk, for each parameter."""
-    sums: list[Tensor | None] = [None] * len(shapes)
-    for index, form, _, uses in chunk.by_parameter():
-        sums[index] = form.total(_joined(uses), shapes[index])
-    return sums
-
-
-def _pulled(
-    chunk: _Chunk, scale: Sequence[Tensor | float], mean: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """Return the sum of :math:`H_i (D^2 w_i - m)` over the chunk, for each parameter."""
-    passes = chunk.passes
-    along_heads: Tangents = [None] * len(passes.heads)
-    along_slopes: Tangents = [None] * len(passes.slopes)
-    for index, form, parts, uses in chunk.by_parameter():
-        found = form.cotangents(_joined(uses), scale[index], mean[index])
-        start = 0
-        for part, use in zip(parts, uses, strict=True):
-            stop = start + use.slopes.shape[-1]
-            cotangent = found.slopes[..., start:stop]
-            shape = passes.slopes[part.slope].shape
-            if part.kind is None or part.module is None:
-                _add(along_slopes, part.slope, cotangent.reshape(shape))
-            else:
-                back = part.kind.slopes_back(part.module, cotangent, shape)
-                _add(along_slopes, part.slope, back)
-                if part.head is not None and use.input_tangents is not None:
-                    assert found.inputs is not None
-                    back = part.kind.inputs_back(
-                        part.module, found.inputs[..., start:stop], passes.heads[part.head].shape
-                    )
-                    _add(along_heads, part.head, back)
-            start = stop
-    return passes.pulled(along_heads, along_slopes)
-
-
-def _add(to: Tangents, where: int, term: Tensor) -> None:
-    before = to[where]
-    to[where] = term if before is None else before + term
-
 
 class StructuredProduct:
     """Products with the covariance of the per-sample curvatures, for models of known layers.
@@ -282,13 +104,16 @@ class StructuredProduct:
     @property
     def ways(self) -> dict[str, str]:
         """How each parameter is treated, by name."""
-        return self._plan.ways
+        ways = self._plan.ways
+        names = enumerate(self._problem.names)
+        return {name: " + ".join(sorted(ways.get(i, ()))) or "unused" for i, name in names}
 
     def _found_fit(self, kind: str) -> Plan:
         """Return the plan, tried until each parameter had a part in a product that tells."""
         problem = self._problem
         every = set(range(len(problem.params)))
         trial = _TRIALS.on(problem).setdefault(kind, _Trial(untested=every))
+        self._plan = trial.plan or Plan()
         if trial.failure is None and (trial.plan is None or trial.untested):
             try:
                 found = problem.ranks.raise_together(self._tried)
@@ -311,7 +136,8 @@ class StructuredProduct:
     def _tried(self) -> set[int]:
         """Compare with the loop's product on a few samples; return which parameters that tells of."""
         problem = self._problem
-        self._plan = self._planned()
+        if any(p.is_complex() for p in problem.params):
+            raise UnfitError("some parameters are complex")
         generator = torch.Generator(problem.device).manual_seed(0)
         vector = torch.randn(
             problem.num_params, generator=generator, dtype=problem.dtype, device=problem.device
@@ -325,35 +151,57 @@ class StructuredProduct:
             if chosen is None:
                 return set()
             batch, size = chosen
+            seen = None
+            if size > 1:
+                run = problem.outputs if isinstance(self._of, GaussNewton) else problem.loss
+                seen = rows_seen(lambda part: run(self._of.theta, part), batch, size)
+            self._plan = Plan(seen)
             try:
                 return self._compared(batch, size, vector)
             except UnfitError:
-                # A mask may have as many rows as the batch by chance.
-                if size <= 2:
+                # A mask of a unit may have as many rows as the batch by chance.
+                if size <= 2 or not self._plan.units:
                     raise
-                self._plan = self._planned()
+                self._plan = Plan(seen)
                 return self._compared(cut(batch, 0, size - 1), size - 1, vector)
 
-    def _planned(self) -> Plan:
-        way = plan(self._problem)
-        if way is None:
-            raise UnfitError("some parameters are not in a layer that is called with a batch")
-        return way
-
     def _compared(self, batch: Any, size: int, vector: Tensor) -> set[int]:
-        problem, zero = self._problem, torch.zeros_like(vector)
-        chunk = _Chunk(self._linearised(batch, size), problem.unflatten(vector))
-        found = problem.flatten(_pulled(chunk, self._squares, problem.unflatten(zero)))
+        """Compare with the loop, each sample's :math:`w_i` first, in every parameter by itself.
+
+        In the sum of products, a parameter's own :math:`w_i` are a small part of what it receives.
+        """
+        problem, tangent = self._problem, self._problem.unflatten(vector)
+        passes = self._with_units(batch, size)
+        others = problem.unflatten(vector.flip(0))
+        found = inner_products(passes, tangent, others)
+        looped = torch.stack([self._of_sample(batch, i, tangent, others) for i in range(size)])
+        self._check(found.unbind(1), looped.unbind(1))
+        zero = torch.zeros_like(vector)
+        chunk = Chunk(passes, tangent, self._squares)
+        product = problem.flatten(chunk.pulled(problem.unflatten(zero)))
         expected = loop_product(self._of, batch, size, vector, zero)
         sizes = [shape.numel() for shape in problem.shapes]
-        # Norms of whole and parts in one host transfer.
-        lengths = torch.stack([part.norm() for part in (expected, *torch.split(expected, sizes))])
-        pairs = zip(torch.split(found, sizes), torch.split(expected, sizes), strict=True)
-        errors = torch.stack([(part - true).norm() for part, true in pairs])
-        overall, *numbers = torch.cat([lengths, errors]).tolist()
-        noise = _ROUNDINGS * torch.finfo(problem.dtype).eps * overall
+        return self._check(torch.split(product, sizes), torch.split(expected, sizes))
+
+    def _of_sample(
+        self, batch: Any, index: int, tangent: list[Tensor], others: list[Tensor]
+    ) -> Tensor:
+        """Return a sample's :func:`inner_products` by its own passes."""
+        of: MeanOverSamples = self._of
+        products = of.chunk_product(of.linearise(cut(batch, index, index + 1), 1), tangent)
+        pairs = zip(products, others, strict=True)
+        return torch.stack([u.new_zeros(()) if w is None else (w * u).sum() for w, u in pairs])
+
+    def _check(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> set[int]:
+        """Raise ``UnfitError`` if a parameter's numbers differ; return those large enough to tell."""
+        # Norms in one host transfer.
+        lengths = [part.norm() for part in expected]
+        errors = [(part - true).norm() for part, true in zip(found, expected, strict=True)]
+        numbers = torch.stack([*lengths, *errors]).tolist()
+        overall = sum(length**2 for length in numbers[: len(lengths)]) ** 0.5
+        noise = _ROUNDINGS * torch.finfo(self._problem.dtype).eps * overall
         tested = set()
-        halves = zip(numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
+        halves = zip(numbers[: len(lengths)], numbers[len(lengths) :], strict=True)
         for index, (length, error) in enumerate(halves):
             if not error <= _AGREES * length + noise:
                 raise UnfitError(
@@ -363,13 +211,34 @@ class StructuredProduct:
                 tested.add(index)
         return tested
 
-    def _linearised(self, batch: Any, size: int) -> _Passes:
+    def _with_units(self, batch: Any, size: int) -> Passes:
+        """Return the passes, after finding the modules that are to be called as a whole."""
+        while True:
+            try:
+                return self._linearised(batch, size)
+            except UnitError as error:
+                units = self._plan.units
+                names = {self._problem.names[i] for i in error.parameters}
+                more = [
+                    module
+                    for name, module in self._problem.model.named_modules()
+                    if module is not self._problem.model
+                    and any(of.rpartition(".")[0] == name for of in names)
+                    and all(module is not unit for unit in units)
+                ]
+                if not more:
+                    raise
+                more_inside = {id(m) for unit in more for m in unit.modules() if m is not unit}
+                kept = [unit for unit in (*units, *more) if id(unit) not in more_inside]
+                self._plan = Plan(self._plan.seen, kept)
+
+    def _linearised(self, batch: Any, size: int) -> Passes:
         of = self._of
         try:
             with recorded(self._plan, of.theta, size) as recorder:
                 if isinstance(of, GaussNewton):
-                    return _GaussNewtonPasses(recorder, of, batch)
-                return _HessianPasses(recorder, of, batch)
+                    return GaussNewtonPasses(recorder, of, batch)
+                return HessianPasses(recorder, of, batch)
         except (UnfitError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError) as error:  # vmap cannot follow a module
@@ -379,20 +248,23 @@ class StructuredProduct:
         """Return the product with each vector ``(d,)``, in one reading of the data."""
         problem, passes_over = self._problem, self._passes
         tangents = [problem.unflatten(vector) for vector in vectors]
-        first: list[list[_Chunk]] = []
+        first: list[list[Chunk]] = []
         totals, results = ([torch.zeros_like(vector) for vector in vectors] for _ in range(2))
 
-        def add_products(passes: _Passes, size: int) -> None:
-            chunks = [_Chunk(passes, tangent) for tangent in tangents]
+        def halves(passes: Passes) -> list[Chunk]:
+            return [Chunk(passes, tangent, self._squares) for tangent in tangents]
+
+        def add_products(passes: Passes, size: int) -> None:
+            chunks = halves(passes)
             for total, chunk in zip(totals, chunks, strict=True):
-                total.add_(problem.flatten(_sum_of_products(chunk, problem.shapes)))
+                total.add_(problem.flatten(chunk.totals))
             if len(first) < passes_over.capacity:
                 first.append(chunks)
 
-        def add_results(passes: _Passes, size: int) -> None:
-            chunks = next(known, None) or [_Chunk(passes, tangent) for tangent in tangents]
+        def add_results(passes: Passes, size: int) -> None:
+            chunks = next(known, None) or halves(passes)
             for result, chunk, mean in zip(results, chunks, means, strict=True):
-                result.add_(problem.flatten(_pulled(chunk, self._squares, mean)))
+                result.add_(problem.flatten(chunk.pulled(mean)))
 
         with problem.evaluation():
             found = mean_over_chunks(problem, totals, add_products, passes_over, evaluating=True)

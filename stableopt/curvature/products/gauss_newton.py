@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import DoubleVjp, vjp
-from stableopt.curvature.problem.problem import Problem, Theta
+from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.products.mean import MeanOverSamples, Take
 
 __all__ = ["GaussNewton", "OutputPasses"]
@@ -67,9 +68,12 @@ class GaussNewton(MeanOverSamples):
             )
         problem.check_twice()
 
-    def linearise(self, batch: Any, size: int, at: Theta | None = None) -> OutputPasses:
-        """Return the graphs over ``batch``; the model runs at ``at``, functions of theta."""
-        outputs = self.problem.outputs(self.theta if at is None else at, batch)
+    def linearise(
+        self, batch: Any, size: int, around: AbstractContextManager[Any] | None = None
+    ) -> OutputPasses:
+        """Return the graphs over ``batch``; the model runs inside ``around``."""
+        with around or nullcontext():
+            outputs = self.problem.outputs(self.theta, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"

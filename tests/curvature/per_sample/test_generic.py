@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hidden import HiddenGain
 from oracles import (
     LOSSES,
     PRODUCT,
@@ -44,7 +45,7 @@ class Unstructured(nn.Module):
         self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.gain * self.inner(x))
+        return torch.tanh(HiddenGain.apply(self.inner(x), self.gain))
 
 
 def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(

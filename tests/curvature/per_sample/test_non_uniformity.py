@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hidden import HiddenGain
 from oracles import (
     Dense,
     covariance,
@@ -38,7 +39,7 @@ class Blocks(nn.Module):
 
 
 class Shared(nn.Module):
-    """Uses a weight by hand, so that no structure holds."""
+    """Uses a bias in a custom function, so that no structure holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Shared(nn.Module):
         self.layer = nn.Linear(3, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x)) @ self.layer.weight
+        return HiddenGain.apply(torch.tanh(self.layer(x)), self.layer.bias)
 
 
 LOSSES = {

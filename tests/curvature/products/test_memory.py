@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hidden import HiddenGain
 from peak_memory import STATUS, peak_mib, peak_of_process
 from torch import nn
 
@@ -17,15 +18,16 @@ MIB = 2**20
 
 
 class Opaque(nn.Module):
-    """A model whose parameters belong to no layer: no structure is known."""
+    """A model with a gain in a custom function, so that no structure holds."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.randn(width, width) / width**0.5)
         self.second = nn.Parameter(torch.randn(width, 1) / width**0.5)
+        self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(x @ self.first) @ self.second
+        return HiddenGain.apply(torch.tanh(x @ self.first) @ self.second, self.gain)
 
 
 def grown(way: str, samples: int, memory: int) -> float:

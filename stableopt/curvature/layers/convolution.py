@@ -1,0 +1,176 @@
+r"""`Convolution`: a convolution and its two adjoints, each differentiable by the same three functions.
+
+The trilinear form :math:`\langle\delta, w * x\rangle` has three derivatives: the convolution in
+:math:`\delta`, its adjoint in x, and the gradient in w. The derivative of each of them is made of the
+other two. Torch's own second derivative of a convolution takes the gradients of a grouped one group by
+group, and that of any other by a convolution with a kernel as large as the feature map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Convolution"]
+
+_FEW_POSITIONS = 4
+"""Positions up to which a product with patches is faster than oneDNN's gradient in the weight."""
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution without bias, of inputs of one shape.
+
+    Attributes:
+        inputs: the shape of the inputs, ``(n, channels, ...)``.
+        kernel: the shape of the weight, ``(out, channels / groups, ...)``.
+        stride: for each dimension.
+        padding: zeros on both sides, for each dimension.
+        dilation: for each dimension.
+        groups: channels are in so many groups.
+
+    >>> convolution = Convolution((1, 1, 3), (1, 1, 2), (1,), (0,), (1,), 1)
+    >>> convolution.out(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.ones(1, 1, 2))
+    tensor([[[3., 5.]]])
+    """
+
+    inputs: torch.Size
+    kernel: torch.Size
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def out(self, x: Tensor, w: Tensor) -> Tensor:
+        """Return :math:`w * x`."""
+        found: Tensor = _Out.apply(self, x, w)  # type: ignore[no-untyped-call]
+        return found
+
+    def back(self, y: Tensor, w: Tensor) -> Tensor:
+        """Return the gradient of :math:`⟨y, w * x⟩` in x."""
+        found: Tensor = _Back.apply(self, y, w)  # type: ignore[no-untyped-call]
+        return found
+
+    def grad(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient of :math:`⟨y, w * x⟩` in w."""
+        found: Tensor = _Grad.apply(self, x, y)  # type: ignore[no-untyped-call]
+        return found
+
+    def by_sample(self, size: int) -> Convolution:
+        """Return the convolution in groups that gives each of ``size`` samples a kernel of its own."""
+        channels = self.inputs[1]
+        return replace(
+            self,
+            inputs=torch.Size((self.inputs[0] // size, size * channels, *self.inputs[2:])),
+            kernel=torch.Size((size * self.kernel[0], *self.kernel[1:])),
+            groups=size * self.groups,
+        )
+
+    def patches(self, x: Tensor) -> Tensor:
+        """Return what the kernel sees at each position, ``(n, groups, in, T)``: a linear map."""
+        # One strided view for each offset in the kernel: the patches in one copy.
+        padded = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        views = [padded[where] for where in self._offsets(padded)]
+        rows = self.kernel[1] * len(views)
+        return torch.stack(views, dim=2).reshape(len(x), self.groups, rows, -1)
+
+    def spread(self, cotangent: Tensor) -> Tensor:
+        """Return the adjoint of :meth:`patches`."""
+        shape = self.inputs
+        grown = [length + 2 * p for length, p in zip(shape[2:], self.padding, strict=True)]
+        padded = cotangent.new_zeros(*shape[:2], *grown)
+        offsets = self._offsets(padded)
+        parts = cotangent.reshape(*shape[:2], len(offsets), -1)
+        for number, where in enumerate(offsets):
+            view = padded[where]
+            view += parts[:, :, number].view_as(view)
+        for axis, (length, p) in enumerate(zip(shape[2:], self.padding, strict=True), start=2):
+            padded = padded.narrow(axis, p, length)
+        return padded
+
+    def _offsets(self, padded: Tensor) -> list[tuple[slice, ...]]:
+        """Return, for each offset in the kernel, the index of the positions that it covers."""
+        axes = []
+        for length, kernel, stride, dilation in zip(
+            padded.shape[2:], self.kernel[2:], self.stride, self.dilation, strict=True
+        ):
+            count = (length - dilation * (kernel - 1) - 1) // stride + 1
+            starts = [k * dilation for k in range(kernel)]
+            axes.append([slice(k, k + (count - 1) * stride + 1, stride) for k in starts])
+        return [(slice(None), slice(None), *where) for where in product(*axes)]
+
+    def _options(self) -> tuple[Any, ...]:
+        none = [0] * len(self.stride)
+        return self.stride, self.padding, self.dilation, False, none, self.groups
+
+    def _plain_out(self, x: Tensor, w: Tensor) -> Tensor:
+        found: Tensor = torch.ops.aten.convolution.default(x, w, None, *self._options())
+        return found
+
+    def _plain_back(self, y: Tensor, w: Tensor) -> Tensor:
+        like = y.new_empty(()).expand(self.inputs)
+        found: Tensor = _backward(y, like, w, None, *self._options(), [True, False, False])[0]
+        return found
+
+    def _plain_grad(self, x: Tensor, y: Tensor) -> Tensor:
+        positions = y[0, 0].numel()
+        if self.groups == 1 and positions <= _FEW_POSITIONS:
+            rows = y.flatten(2).transpose(0, 1).flatten(1)
+            patches = self.patches(x).squeeze(1).transpose(0, 1).flatten(1)
+            return (rows @ patches.T).view(self.kernel)
+        like = y.new_empty(()).expand(self.kernel)
+        found: Tensor = _backward(y, x, like, None, *self._options(), [False, True, False])[1]
+        return found
+
+
+def _where(needed: bool, function: Any, *args: Tensor) -> Tensor | None:
+    return function(*args) if needed else None
+
+
+class _Out(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, of: Convolution, x: Tensor, w: Tensor) -> Tensor:
+        ctx.of = of
+        ctx.save_for_backward(x, w)
+        return of._plain_out(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        _, in_x, in_w = ctx.needs_input_grad
+        return None, _where(in_x, ctx.of.back, y, w), _where(in_w, ctx.of.grad, x, y)
+
+
+class _Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, of: Convolution, y: Tensor, w: Tensor) -> Tensor:
+        ctx.of = of
+        ctx.save_for_backward(y, w)
+        return of._plain_back(y, w)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        y, w = ctx.saved_tensors
+        _, in_y, in_w = ctx.needs_input_grad
+        return None, _where(in_y, ctx.of.out, x, w), _where(in_w, ctx.of.grad, x, y)
+
+
+class _Grad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, of: Convolution, x: Tensor, y: Tensor) -> Tensor:
+        ctx.of = of
+        ctx.save_for_backward(x, y)
+        return of._plain_grad(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        _, in_x, in_y = ctx.needs_input_grad
+        return None, _where(in_x, ctx.of.back, y, w), _where(in_y, ctx.of.out, x, w)
