@@ -9,7 +9,6 @@ import tempfile
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -120,8 +119,6 @@ def one_rank(setting: Setting) -> Found:
 
     alone = numbers()
     with tempfile.TemporaryDirectory() as folder:
-        if not setting.miniature:
-            torch.cuda.set_device(setting.device)
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
         try:
             together = numbers()

@@ -86,3 +86,5 @@ class Setting:
                 ) from None
             simulated_device.install()
             torch.set_num_threads(1)
+        elif self.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(self.device).index or 0)  # NCCL goes by it

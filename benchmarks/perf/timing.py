@@ -87,18 +87,24 @@ def once(function: Callable[[], Any], device: str) -> Timing:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int, device: str
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    device: str,
+    called_before: bool = False,
 ) -> dict[str, Timing]:
     """Time each function ``repeats`` times, alternating, so that a drifting machine slows all alike.
 
-    Each is called once before, untimed, so that what is set up on first use does not count.
+    Each is called once before, untimed, so that what is set up on first use does not count, unless the
+    caller has called them before.
 
     >>> found = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3, device="cpu")
     >>> found["b"].result, len(found["a"].seconds)
     (2, 3)
     """
     for function in functions.values():
-        function()
+        if not called_before:
+            function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     results: dict[str, Any] = {}
     for _ in range(repeats):
