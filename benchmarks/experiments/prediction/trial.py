@@ -15,6 +15,12 @@ from stableopt.stability.mean_square.reshuffled import reshuffled_growth
 
 __all__ = ["EpochGrowth", "Grown", "Outcome", "Trial"]
 
+COPIES, FEW_COPIES = 128, 16
+"""Of the linear dynamics of an epoch. Few know the sign of the growth where it is large."""
+
+NEAR = 2.0
+"""Factor of the threshold of independent batches within which many are followed."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -135,17 +141,22 @@ class EpochGrowth(Job):
 
     @property
     def flops(self) -> float:
-        """About 20 epochs of 128 replicas; memory is slower than arithmetic here, by about 4."""
+        """About 20 epochs, one in four near; memory is slower than arithmetic here, by about 4."""
         rows = 10.0 * self.thresholds.start.data.n
-        return 4 * 20 * 128 * 4 * rows**2
+        return 4 * 20 * (FEW_COPIES + COPIES / 4) * 4 * rows**2
 
     def run(self, work: Work) -> dict[str, Any]:
         """Follow the second moment until the sign of its growth is known."""
         start, update = self.thresholds.start, self.thresholds.update
-        edge = work.result(self.thresholds).full_batch
-        step = update.rule(self.fraction * edge).linear_step
+        allowed = work.result(self.thresholds)
+        lr = self.fraction * allowed.full_batch
+        far = not 1 / NEAR < lr / allowed.at(self.batch_size).critical_lr < NEAR
         modes = curvature_of(from_minimum(start, work), update).modes
-        growth = reshuffled_growth(modes, step, self.batch_size, until_sure=True)
+        growth = reshuffled_growth(
+            *(modes, update.rule(lr).linear_step, self.batch_size),
+            replicas=FEW_COPIES if far else COPIES,
+            until_sure=True,
+        )
         finite = math.isfinite(growth.per_epoch)
         return {
             "per_epoch": growth.per_epoch if finite else None,
