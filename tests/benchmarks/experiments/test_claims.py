@@ -342,7 +342,7 @@ CASES = {
         after_lbfgs,
         {
             "SGD after L-BFGS": put("courses", "gain", -0.02, row=2),
-            "within its own limit": put("limits", "applied", 2.0, row=2),
+            "typical step of L-BFGS": put("limits", "applied", 2.0, row=2),
         },
     ),
     "escape": Case(
