@@ -24,7 +24,7 @@ from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.settings import configured
 from benchmarks.framework.terminal import LEGEND, show
-from benchmarks.perf import PARTS
+from benchmarks.perf import ON_REQUEST, PARTS
 from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
@@ -351,7 +351,7 @@ def perf(
     """Time this library and others, side by side.
 
     Args:
-        parts: of the timings; all by default.
+        parts: of the timings; all but ``large`` by default.
         data: digits, fashion-mnist, cifar10-2 or cifar10.
         data_dir: where the data are, or are downloaded to.
         device: cpu or cuda.
@@ -364,7 +364,8 @@ def perf(
         raise ValueError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
     named = {"data": data, "data_dir": data_dir, "device": device, "seed": seed, "out": out}
     given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    modules = [importlib.import_module(PARTS[name]) for name in parts or PARTS]
+    names = parts or [name for name in PARTS if name not in ON_REQUEST]
+    modules = [importlib.import_module(PARTS[name]) for name in names]
     configs = [configured(module.Config(**given), set) for module in modules]
     for module, config in zip(modules, configs, strict=True):
         module.run(config)

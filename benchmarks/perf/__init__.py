@@ -13,5 +13,9 @@ PARTS = {
     "lbfgs": "benchmarks.perf.lbfgs",
     "ensemble": "benchmarks.perf.ensemble",
     "imports": "benchmarks.perf.imports",
+    "large": "benchmarks.perf.large",
 }
 """Modules with a ``run(config)``, by name."""
+
+ON_REQUEST = frozenset(["large"])
+"""Those that take a quarter of an hour and gigabytes, and run if they are named."""

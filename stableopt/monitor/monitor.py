@@ -152,6 +152,7 @@ class StabilityMonitor:
         self.optimizers = optimizers_in(optimizer)
         self.sinks = check_sinks(sinks)
         quantities = _listed(quantities)
+        checked = isinstance(model, MeanLoss) or needs_second_derivatives(quantities)
         problem = problem_of(
             model,
             loss_fn,
@@ -162,7 +163,7 @@ class StabilityMonitor:
             dtype=dtype,
             sample_weight=sample_weight,
             batch_dim=batch_dim,
-            second_derivatives=None if needs_second_derivatives(quantities) else False,
+            second_derivatives=None if checked else False,
             process_group=process_group,
         )
         self._counter = SampleCounter(dim=problem.layout.dims[0])

@@ -65,6 +65,11 @@ def test_problem_with_arguments_that_are_its_own() -> None:
     train(model, optimizer)
     assert monitor.margins is not None
     assert (monitor.margins.batch_size, monitor.margins.failure) == (4, None)
+    # Losses and gradients suffice, for which a Problem of arguments would check no more.
+    monitor = optimizer.track(problem, every=1, quantities=("realised_edge",))
+    train(model, optimizer)
+    assert monitor.margins is not None
+    assert monitor.margins.failure is None
 
 
 def test_parameter_that_the_optimizer_does_not_hold() -> None:

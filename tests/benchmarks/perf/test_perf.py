@@ -21,6 +21,7 @@ from benchmarks.perf import (
     ensemble,
     growth,
     imports,
+    large,
     products,
     spectrum,
     timing,
@@ -111,6 +112,21 @@ def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = growth.run(config(tmp_path), quiet())
     assert [(row["series"], row["n"]) for row in rows] == [("n", 8), ("n", 16), ("d", 8)]
     assert rows_of(tmp_path / "perf-growth.json") == rows
+
+
+def test_large_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a phase that is lost, and one that measures at another point than the next."""
+    pytest.importorskip("transformers")
+    ways = {"ours": large.ours, "theirs": lambda *_: []}
+    monkeypatch.setattr(large, "_in_process", lambda way, *given: ways[way](*given))
+    small = {"layers": 1, "width": 8, "heads": 2, "vocabulary": 20, "tokens": 4, "steps": 2}
+    rows = large.run(large.Config(out=tmp_path, max_overhead=100.0, **small), quiet())
+    assert len(rows) == 7
+    assert all(row["measurements"] >= 1 for row in rows[5:])
+    search = rows[2]
+    assert search["products"] > 2
+    assert search["residual"] <= 0.03
+    assert [row["phase"] for row in rows_of(tmp_path / "perf-large.json")][2] == "sharpness"
 
 
 def test_command_line_takes_parts(

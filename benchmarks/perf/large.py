@@ -1,0 +1,235 @@
+"""A hundred million parameters: what measuring takes, next to a training step of GPT-2 small.
+
+The weights are random. This library and hessian-eigenthings run in a process each, and a phase's peak is
+that of its whole process: model, state of AdamW and Python included. It is read from Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import stableopt
+from benchmarks.perf import timing
+from benchmarks.perf.timing import report
+from stableopt.curvature import Problem
+
+__all__ = ["Config", "run"]
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+_EAGER_RETURN = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""Freed tensors go back to the system at once, so that peaks are of what is alive."""
+
+
+@dataclass(frozen=True)
+class Config(timing.Config):
+    """What is measured.
+
+    Attributes:
+        layers: of the transformer; with ``width``, ``heads`` and ``vocabulary`` GPT-2 small by default.
+        width: of the embedding.
+        heads: of an attention.
+        vocabulary: number of words.
+        samples: sequences in the probe, and in a training step.
+        tokens: of a sequence.
+        steps: of the training that is tracked.
+    """
+
+    device: str = "cpu"
+    tol: float = 0.03
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50_257
+    samples: int = 4
+    tokens: int = 64
+    steps: int = 30
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Run both packages, print and write their table; return its rows."""
+    console = console or Console()
+    with console.status("training and measuring"):
+        rows = _in_process("ours", config)
+    [products] = [row["products"] for row in rows if row["phase"] == "sharpness"]
+    with console.status("hessian-eigenthings, as many products"):
+        rows += _in_process("theirs", config, products)
+    t = pd.DataFrame(rows)
+    columns = {
+        "phase": t.phase,
+        "products": t.products,
+        "CPU s": t.cpu_seconds.round(1),
+        "peak GiB": t.peak_gib.round(2),
+        "value": t.value,
+        "residual": t.residual.round(4),
+    }
+    title = f"{rows[0]['parameters']:,} parameters, {config.samples} x {config.tokens} tokens"
+    return report(config, console, "large", title, columns, rows)
+
+
+def _in_process(way: str, config: Config, *numbers: int) -> list[dict[str, Any]]:
+    """Return the rows of ``way``, from a process of its own."""
+    given = json.dumps([{**asdict(config), "out": str(config.out), "data_dir": None}, *numbers])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.perf.large", way, given],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **_EAGER_RETURN},
+        check=False,
+    )
+    if done.returncode:
+        if "No module named" in done.stderr and way == "theirs":
+            return []
+        raise RuntimeError(done.stderr)
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+class _Phases:
+    """Rows of a table: time and peak memory of named phases."""
+
+    def __init__(self, parameters: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._parameters = parameters
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[dict[str, Any]]:
+        """Take time and peak of the block, which may add to the row."""
+        row: dict[str, Any] = {"phase": name, "parameters": self._parameters}
+        row |= dict.fromkeys(("products", "value", "residual"), float("nan"))
+        _reset_peak()
+        began, worked = time.perf_counter(), time.process_time()
+        yield row
+        row["seconds"] = time.perf_counter() - began
+        row["cpu_seconds"] = time.process_time() - worked
+        row["peak_gib"] = _peak_gib()
+        self.rows.append(row)
+
+
+def _peak_gib() -> float:
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    found = [float(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")]
+    return found[0] if found else float("nan")
+
+
+def _reset_peak() -> None:
+    if _RESET.exists():
+        _RESET.write_text("5")
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _prepared(
+    config: Config,
+) -> tuple[nn.Module, dict[str, Tensor], torch.optim.Optimizer, Callable[[], None]]:
+    """Return a model, a batch, and AdamW with its state and the function that takes a step."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(config.seed)
+    shape = transformers.GPT2Config(
+        vocab_size=config.vocabulary,
+        n_layer=config.layers,
+        n_embd=config.width,
+        n_head=config.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = transformers.GPT2LMHeadModel(shape)
+    ids = torch.randint(config.vocabulary, (config.samples, config.tokens))
+    batch = {"input_ids": ids, "labels": ids}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _loss(model, batch).backward()
+        optimizer.step()
+
+    step()  # which makes the optimizer's state
+    optimizer.zero_grad()
+    return model, batch, optimizer, step
+
+
+def ours(config: Config) -> list[dict[str, Any]]:
+    """Return the rows of this library."""
+    model, batch, optimizer, step = _prepared(config)
+    phases = _Phases(sum(p.numel() for p in model.parameters()))
+    with phases.phase("training step"):
+        step()
+    optimizer.zero_grad()
+    with phases.phase("making the Problem"):
+        problem = Problem.from_batch_loss(model, _loss, batch)
+    with phases.phase("sharpness") as row:
+        margins = stableopt.measure(problem, tol=config.tol)
+        found = margins["sharpness"].measurement
+        assert found is not None
+        row |= {"products": found.products, "value": found.value, "residual": found.residual}
+    with phases.phase("critical sharpness") as row:
+        critical = stableopt.critical_sharpness(problem, optimizer=optimizer)
+        row |= {"value": critical.value, "passes": critical.passes}
+    monitor = stableopt.StabilityMonitor(
+        optimizer, problem, every=1, batch_size=config.samples, quantities=("realised_edge",)
+    )
+    with monitor, phases.phase("a step and its edge") as row:
+        step()
+        row["value"] = monitor.history[-1]["realised_edge"].value
+    for quantities in (("sharpness",), ("realised_edge",)):
+        monitor = stableopt.StabilityMonitor(
+            optimizer,
+            problem,
+            max_overhead=config.max_overhead,
+            batch_size=config.samples,
+            quantities=quantities,
+        )
+        with monitor, phases.phase(f"{config.steps} steps, {quantities[0]}") as row:
+            for _ in range(config.steps):
+                step()
+            row |= {"measurements": len(monitor.history), "overhead": monitor.overhead}
+            if monitor.history:
+                row["value"] = monitor.history[-1][quantities[0]].value
+    return phases.rows
+
+
+def theirs(config: Config, products: int) -> list[dict[str, Any]]:
+    """Return the row of hessian-eigenthings' Lanczos, with so many products."""
+    from hessian_eigenthings import HessianOperator, lanczos
+
+    model, batch, optimizer, step = _prepared(config)
+    step()  # to the point at which ours is measured
+    optimizer.zero_grad()
+    phases = _Phases(sum(p.numel() for p in model.parameters()))
+    operator = HessianOperator(model.eval(), [batch], _loss)
+    with phases.phase("hessian-eigenthings") as row, sdpa_kernel(SDPBackend.MATH):
+        found = lanczos(
+            operator, k=1, max_iter=products, tol=config.tol, which="LA", seed=config.seed
+        )
+        value = float(found.eigenvalues[0])
+        residual = float(torch.as_tensor(found.residuals).reshape(-1)[0]) / abs(value)
+        row |= {"products": products, "value": value, "residual": residual}
+    return phases.rows
+
+
+if __name__ == "__main__":
+    options, *others = json.loads(sys.argv[2])
+    options["sizes"] = tuple(options["sizes"])
+    chosen = {"ours": ours, "theirs": theirs}[sys.argv[1]]
+    print(json.dumps(chosen(Config(**options), *others)))  # type: ignore[operator]
