@@ -93,14 +93,23 @@ def eigenpair(device: str, name: str) -> dict[str, Any]:
     }
 
 
-def _measured(device: str, quantities: list[str], optimizer: str | None) -> dict[str, float]:
+def optimizers(name: str, model: nn.Module) -> Any:
+    """Return the optimizer of that name, or two of momenta that differ."""
+    if name != "two":
+        return getattr(torch.optim, name)(model.parameters(), lr=0.01)
+    weights, biases = ([p for p in model.parameters() if p.dim() == dim] for dim in (2, 1))
+    return [torch.optim.SGD(weights, lr=0.1, momentum=0.9), torch.optim.SGD(biases, lr=0.1)]
+
+
+def _measured(device: str, quantities: list[str], name: str) -> dict[str, float]:
     model = network(device, width=2)
     asked: dict[str, Any] = {"lr": 0.1}
-    if optimizer is not None:
-        stepped = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
+    if name:
+        stepped = asked["optimizer"] = optimizers(name, model)
+        del asked["lr"]
         MSE(model(samples(device)[0]), samples(device)[1]).backward()
-        stepped.step()
-        asked = {"optimizer": stepped}
+        for optimizer in stepped if isinstance(stepped, list) else [stepped]:
+            optimizer.step()
     margins = stableopt.measure(
         model, MSE, samples(device), batch_size=4, quantities=quantities, tol=1e-5, **asked
     )
@@ -115,8 +124,9 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def measured(device: str, quantities: list[str], of_adam: list[str]) -> list[dict[str, float]]:
-    return [_measured(device, quantities, None), _measured(device, of_adam, "Adam")]
+def measured(device: str, asked: dict[str, list[str]]) -> list[dict[str, float]]:
+    """Return the quantities asked of each optimizer, or of none."""
+    return [_measured(device, quantities, name) for name, quantities in asked.items()]
 
 
 def all_reads(device: str) -> dict[str, dict[str, int]]:
@@ -169,6 +179,41 @@ def trained(device: str, name: str) -> dict[str, Any]:
         "products": products,
         "reads": transfers.to_host,
     }
+
+
+EACH = ("Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Muon")
+"""Other optimizers whose step is read; Muon, which takes matrices alone, with AdamW for the others."""
+
+
+def tracked(device: str, name: str, hidden: int = 1) -> tuple[dict[str, float], int]:
+    """Return the second measurement of steps of one optimizer, and its reads but for products."""
+    model, (x, y) = network(device, hidden, width=2), samples(device)
+    held = [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
+    several = [getattr(torch.optim, name)(held, lr=0.01)]
+    if name == "Muon":
+        biases = [p for p in model.parameters() if p.dim() != 2]
+        several.append(torch.optim.AdamW(biases, lr=0.01))
+    monitor = stableopt.StabilityMonitor(
+        several, model, MSE, (x, y), every=1, batch_size=4, tol=1e-4
+    )
+    for _ in range(2):
+        for optimizer in several:
+            optimizer.zero_grad()
+        MSE(model(x), y).backward()
+        with Counting() as transfers:
+            for optimizer in several:
+                optimizer.step()
+    assert monitor.margins is not None
+    assert monitor.margins.failure is None
+    reads = transfers.to_host - transfers.places_in("eigen/inner_product.py")
+    return _numbers(monitor.margins.record()), reads
+
+
+def by_each(device: str) -> dict[str, Any]:
+    """Return what each optimizer's run measures, and the reads with few and with many tensors."""
+    known = [name for name in EACH if hasattr(torch.optim, name)]
+    reads = {name: [tracked(device, name, hidden)[1] for hidden in (4, 8)] for name in known}
+    return {"records": {name: tracked(device, name)[0] for name in known}, "reads": reads}
 
 
 def from_a_loader(device: str) -> dict[str, float]:

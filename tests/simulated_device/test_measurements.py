@@ -16,8 +16,15 @@ pytestmark = NEEDS_SIMULATED_DEVICE
 # The same operations in float32 on the same processor; the devices' paths may order sums apart.
 SAME = 1e-5
 
-ELSEWHERE = {"realised_edge", "critical_sharpness", "generalised_sharpness", "block_edge"}
-"""Of steps that a monitor sees, of optimizers in a norm, and of several optimizers."""
+OF_OPTIMIZERS = {
+    "Adam": ["preconditioned_sharpness"],
+    "Rprop": ["generalised_sharpness"],
+    "two": ["block_edge"],
+}
+"""Quantities of a preconditioner, of steps in a norm, and of several optimizers."""
+
+ELSEWHERE = {"realised_edge", "critical_sharpness"}
+"""Of steps that a monitor sees."""
 
 
 def agree(device: dict[str, float], cpu: dict[str, float]) -> None:
@@ -26,12 +33,12 @@ def agree(device: dict[str, float], cpu: dict[str, float]) -> None:
 
 def test_each_quantity_is_that_of_the_cpu(tmp_path: Path) -> None:
     """Catches a quantity with a tensor on the host among those on the device."""
-    of_adam = ["preconditioned_sharpness"]
-    names = [name for name in QUANTITIES if name not in {*ELSEWHERE, *of_adam}]
-    cpu, device, _ = on_both(simulated_runs.measured, tmp_path, names, of_adam)
-    for asked, of_cpu, of_device in zip((names, of_adam), cpu, device, strict=True):
+    others = {*ELSEWHERE, *(name for names in OF_OPTIMIZERS.values() for name in names)}
+    asked = {"": [name for name in QUANTITIES if name not in others], **OF_OPTIMIZERS}
+    cpu, device, _ = on_both(simulated_runs.measured, tmp_path, asked)
+    for names, of_cpu, of_device in zip(asked.values(), cpu, device, strict=True):
         assert not of_cpu["failed"]
-        assert set(asked) <= set(of_cpu)
+        assert set(names) <= set(of_cpu)
         agree(of_device, of_cpu)
 
 
@@ -57,6 +64,16 @@ def test_tracked_training_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
         assert device["reads"] <= device["products"] + 3
     elif name == "AdamW":  # and the losses along the step
         assert device["reads"] <= device["products"] + 10
+
+
+def test_each_optimizer_is_tracked_as_on_the_cpu(tmp_path: Path) -> None:
+    """Catches a preconditioner that is read to the host, tensor by tensor."""
+    cpu, device, _ = on_both(simulated_runs.by_each, tmp_path)
+    assert len(cpu["records"]) >= 8
+    for name, of_cpu in cpu["records"].items():
+        agree(device["records"][name], of_cpu)
+    few, many = zip(*device["reads"].values(), strict=True)
+    assert few == many
 
 
 def test_loaders_of_the_host_and_ragged_chunks(tmp_path: Path) -> None:

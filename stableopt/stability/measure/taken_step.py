@@ -8,6 +8,7 @@ after clipping, accumulation and weight decay, of all optimizers, and the probe 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
+from stableopt.curvature.problem.loss_checks import differs
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.parameters import real_view
 from stableopt.curvature.problem.problem import Problem
@@ -42,10 +44,9 @@ class Reached:
 
     def is_at(self, params: Sequence[Tensor]) -> bool:
         """Whether ``params`` are the same ones, and have not changed since."""
-        return len(params) == len(self.params) and all(
-            one is other and torch.equal(_own(one), value)
-            for one, other, value in zip(params, self.params, self.values, strict=True)
-        )
+        if len(params) != len(self.params) or any(map(operator.is_not, params, self.params)):
+            return False
+        return not differs([_own(p) for p in params], self.values)
 
 
 @dataclass

