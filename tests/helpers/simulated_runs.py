@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -149,7 +150,8 @@ def _reads(device: str, quantity: str, hidden: int, n: int) -> int:
 
 def trained(device: str, name: str) -> dict[str, Any]:
     """Return what a tracked optimizer measures, the weights, and the reads of a later measurement."""
-    model, (x, y) = network(device), samples(device)
+    # More parameters than three times what a search keeps, so that the next one follows it.
+    model, (x, y) = network(device, hidden=3), samples(device)
     options: dict[str, Any] = {"lr": 0.05} if name != "LBFGS" else {"lr": 0.5, "max_iter": 4}
     if name in ("SGD", "GD", "LBFGS"):
         optimizer = getattr(stableopt, name)(model.parameters(), **options)
@@ -172,48 +174,57 @@ def trained(device: str, name: str) -> dict[str, Any]:
             optimizer.step(closure)
         if monitor.margins is not None:
             records.append(_numbers(monitor.margins.record()))
-    products = sum(m.products for m in monitor.margins.measurements.values())
+    found = monitor.margins.measurements
+    searches = ("sharpness", "preconditioned_sharpness")
+    passes = monitor.margins["critical_sharpness"].details["passes"] if name == "AdamW" else 0
     return {
         "records": records,
         "weights": [p.detach().cpu() for p in model.parameters()],
-        "products": products,
+        "products": sum(found[kind].products for kind in searches if kind in found),
+        "passes": passes,
         "reads": transfers.to_host,
     }
 
 
-EACH = ("Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Muon")
+EACH = ("Adagrad", "NAdam", "RMSprop", "Rprop", "Muon")
 """Other optimizers whose step is read; Muon, which takes matrices alone, with AdamW for the others."""
 
 
-def tracked(device: str, name: str, hidden: int = 1) -> tuple[dict[str, float], int]:
-    """Return the second measurement of steps of one optimizer, and its reads but for products."""
+def by_each(device: str) -> list[dict[str, tuple[dict[str, float], int]]]:
+    """Return each optimizer's second measurement, and its reads but for products.
+
+    On the device once more with twice the layers, for two whose radii and blocks are checked.
+    """
+    deeper = {} if device == "cpu" else _by(EACH[-2:], device, hidden=8)
+    return [_by(EACH, device, hidden=4), deeper]
+
+
+def _by(
+    names: Sequence[str], device: str, *, hidden: int
+) -> dict[str, tuple[dict[str, float], int]]:
     model, (x, y) = network(device, hidden, width=2), samples(device)
-    held = [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
-    several = [getattr(torch.optim, name)(held, lr=0.01)]
-    if name == "Muon":
-        biases = [p for p in model.parameters() if p.dim() != 2]
-        several.append(torch.optim.AdamW(biases, lr=0.01))
-    monitor = stableopt.StabilityMonitor(
-        several, model, MSE, (x, y), every=1, batch_size=4, tol=1e-4
-    )
-    for _ in range(2):
-        for optimizer in several:
-            optimizer.zero_grad()
-        MSE(model(x), y).backward()
-        with Counting() as transfers:
-            for optimizer in several:
-                optimizer.step()
-    assert monitor.margins is not None
-    assert monitor.margins.failure is None
-    reads = transfers.to_host - transfers.places_in("eigen/inner_product.py")
-    return _numbers(monitor.margins.record()), reads
-
-
-def by_each(device: str) -> dict[str, Any]:
-    """Return what each optimizer's run measures, and the reads with few and with many tensors."""
-    known = [name for name in EACH if hasattr(torch.optim, name)]
-    reads = {name: [tracked(device, name, hidden)[1] for hidden in (4, 8)] for name in known}
-    return {"records": {name: tracked(device, name)[0] for name in known}, "reads": reads}
+    problem, found = Problem(model, MSE, (x, y)), {}
+    for name in names:
+        held = [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
+        if not hasattr(torch.optim, name):
+            continue
+        several = [getattr(torch.optim, name)(held, lr=0.001)]
+        if name == "Muon":
+            biases = [p for p in model.parameters() if p.dim() != 2]
+            several.append(torch.optim.AdamW(biases, lr=0.001))
+        monitor = stableopt.StabilityMonitor(several, problem, every=1, batch_size=4, tol=1e-3)
+        with monitor:
+            for _ in range(2):
+                model.zero_grad()
+                MSE(model(x), y).backward()
+                with Counting() as transfers:
+                    for optimizer in several:
+                        optimizer.step()
+        assert monitor.margins is not None
+        assert monitor.margins.failure is None
+        reads = transfers.to_host - transfers.places_in("eigen/inner_product.py")
+        found[name] = _numbers(monitor.margins.record()), reads
+    return found
 
 
 def from_a_loader(device: str) -> dict[str, float]:

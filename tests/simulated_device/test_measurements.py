@@ -60,20 +60,21 @@ def test_tracked_training_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
     for of_device, of_cpu in zip(device["records"], cpu["records"], strict=True):
         agree(of_device, of_cpu)
     torch.testing.assert_close(device["weights"], cpu["weights"], rtol=SAME, atol=SAME)
-    if name in ("SGD", "GD"):  # the loss, the length of the gradient, and the end of the solver
-        assert device["reads"] <= device["products"] + 3
-    elif name == "AdamW":  # and the losses along the step
-        assert device["reads"] <= device["products"] + 10
+    if name in ("SGD", "GD"):
+        assert device["reads"] <= device["products"]
+    elif name == "AdamW":
+        # A loss a pass along the step, and one at each end, two slopes, and whether it moved.
+        assert device["reads"] <= device["products"] + device["passes"] + 5
 
 
 def test_each_optimizer_is_tracked_as_on_the_cpu(tmp_path: Path) -> None:
-    """Catches a preconditioner that is read to the host, tensor by tensor."""
-    cpu, device, _ = on_both(simulated_runs.by_each, tmp_path)
-    assert len(cpu["records"]) >= 8
-    for name, of_cpu in cpu["records"].items():
-        agree(device["records"][name], of_cpu)
-    few, many = zip(*device["reads"].values(), strict=True)
-    assert few == many
+    """Catches a preconditioner that is read to the host, and reads of each parameter tensor."""
+    [cpu, _], [device, deeper], _ = on_both(simulated_runs.by_each, tmp_path)
+    assert len(cpu) >= 4
+    for name, (of_cpu, _) in cpu.items():
+        agree(device[name][0], of_cpu)
+    for name, (_, reads) in deeper.items():
+        assert reads == device[name][1] <= 6
 
 
 def test_loaders_of_the_host_and_ragged_chunks(tmp_path: Path) -> None:

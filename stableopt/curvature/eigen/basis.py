@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "block_diagonal"]
 
 _FIRST_ROWS = 8
 """Rows allocated at first: a search may end after a few."""
@@ -138,3 +138,11 @@ def _grown(held: Tensor, rows: int) -> Tensor:
     grown = held.new_empty(len(held) + rows, held.shape[1])
     grown[: len(held)] = held
     return grown
+
+
+def block_diagonal(size: int, block: Tensor) -> Tensor:
+    """Return the identity of that size, and ``block`` below and right of it."""
+    whole = torch.zeros(size + block.shape[0], size + block.shape[1], dtype=block.dtype)
+    whole[:size, :size] = torch.eye(size, dtype=block.dtype)
+    whole[size:, size:] = block
+    return whole

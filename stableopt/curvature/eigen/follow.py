@@ -39,7 +39,10 @@ from stableopt.curvature.eigen.estimated_projection import EstimatedProjection, 
 from stableopt.curvature.eigen.kept_subspace import basis_of_kept, subspace_to_keep
 from stableopt.curvature.eigen.result import Eigenpair, Search
 
-__all__ = ["follow"]
+__all__ = ["ASKED", "follow"]
+
+ASKED = 2
+"""Products after which the subspace is known to be one to follow."""
 
 _AT_LEAST = 3
 
@@ -50,21 +53,22 @@ _PATIENCE = 9
 def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
     """Return the top eigenpair from an earlier ``subspace`` ``(k, d)``; ``max_iter`` is at least 2.
 
-    It is ``None`` if the rows of ``kept`` are linearly dependent, and not converged if ``kept`` no
-    longer helps.
+    It is ``None``, after :data:`ASKED` products, if the rows of ``kept`` are linearly dependent, and not
+    converged if ``kept`` no longer helps.
     """
-    operator, inner, basis = search.operator, search.inner, basis_of_kept(kept, search.inner)
-    if basis is None:
-        return None
+    operator, inner = search.operator, search.inner
+    basis, dependent = basis_of_kept(kept, inner)
     generator = torch.Generator().manual_seed(search.seed)
     weights = probe(len(kept), generator)
     # Neither of the first two products waits for the other.
     image, probed = (operator @ v for v in (basis.vectors[0], basis.vector(weights)))
     magnitude = inner.magnitude(image)
     columns = [_absorb(basis, image / magnitude), _absorb(basis, probed / magnitude)]
-    both = inner.on_host(torch.cat([*columns, magnitude[None]]))
-    unit = float(both[-1])
-    first, second = torch.split(both[:-1], [len(column) for column in columns])
+    both = inner.on_host(torch.cat([*columns, torch.stack([magnitude, dependent])]))
+    unit, failed = both[-2:].tolist()
+    if failed:
+        return None
+    first, second = torch.split(both[:-2], [len(column) for column in columns])
     inner.check_product(first[:-1], float(first[-1]), 1, operator)
     inner.check_product(second[:-1], float(second[-1]), 2, operator)
     projection, products = EstimatedProjection(weights, first, second, generator), 2

@@ -49,15 +49,20 @@ def ritz_rows(kept: Tensor, inner: InnerProduct) -> Tensor:
     return kept if inner.whole_size(kept.shape[1]) < _SMALL else kept[:-1]
 
 
-def basis_of_kept(kept: Tensor, inner: InnerProduct, room: int = _ROOM) -> Basis | None:
-    """Return an orthonormal basis of the rows of ``kept``; ``None`` if they are linearly dependent."""
+def basis_of_kept(kept: Tensor, inner: InnerProduct, room: int = _ROOM) -> tuple[Basis, Tensor]:
+    """Return an orthonormal basis of the rows of ``kept``, and whether they are linearly dependent.
+
+    That is a number on the device, 0 or 1; at 1 the rows are as they were. It takes no host transfer.
+    """
     P = inner.preconditioner
     vectors = kept if P is None else torch.stack([P @ row for row in kept])
-    gram = inner.on_host(torch.stack([inner.dot(vectors, row) for row in kept]))
+    gram = inner.ranks.broadcast(torch.stack([inner.dot(vectors, row) for row in kept]))
+    gram = gram.to(torch.float32 if kept.device.type == "mps" else torch.float64)
     lower, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
     # This corrects rounding, and changes of P since. A direction that was lost stays lost.
-    if int(failed) or not float(lower.diagonal().min()) > 1e-3 * float(lower.diagonal().max()):
-        return None
-    identity = torch.eye(len(kept), dtype=torch.float64)
+    diagonal = lower.diagonal()
+    dependent = (failed != 0) | ~(diagonal.min() > 1e-3 * diagonal.max())
+    identity = torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return Basis(kept, vectors, inner).combined(weights, room=room)
+    weights = torch.where(dependent, identity, weights)
+    return Basis(kept, vectors, inner).combined(weights, room=room), dependent.to(kept.dtype)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stableopt.curvature.eigen.basis import Basis
+from stableopt.curvature.eigen.basis import Basis, block_diagonal
 from stableopt.curvature.eigen.certificate import Known, StartPolynomials
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import KEPT, subspace_to_keep
@@ -56,6 +56,7 @@ class LanczosIteration:
     Attributes:
         basis: the orthonormal rows: first those that were multiplied, then those that wait.
         done: how many were multiplied.
+        unread: a number on the device, which the next step reads along with its own into ``read``.
         known: what was known of H when :meth:`renew` began with a new start; else ``None``.
         products: products so far.
         values: Ritz values in the basis, smallest first, in float64 on the host.
@@ -80,6 +81,7 @@ class LanczosIteration:
         self.known: Known | None = None
         self.size = inner.whole_size(operator.shape[0])
         self.products, self.scale, self.unit = 0, 0.0, 1.0
+        self.unread: Tensor | None = None
         self._operator, self._inner, self._width, self._seed = operator, inner, width, seed
         self._wanted = wanted
         self._eps: float = torch.finfo(operator.dtype).eps
@@ -106,10 +108,11 @@ class LanczosIteration:
         since = 0 if self._restarted or row < held - 1 else max(held - 2, 0)
         image = image / self._magnitude  # the operator may keep what it returned
         coordinates, self.rest = basis.split(image, since)
-        column = inner.on_host(
-            torch.cat([coordinates, self.rest.norm[None], self._magnitude[None]])
-        )
-        self.beta, self.unit = column[held:].tolist()
+        also = self.rest.norm if self.unread is None else self.unread
+        numbers = torch.stack([self.rest.norm, self._magnitude, also])
+        column = inner.on_host(torch.cat([coordinates, numbers]))
+        self.beta, self.unit, self.read = column[held:].tolist()
+        self.unread = None
         inner.check_product(column[:held], self.beta, self.products, self._operator)
         self._projected[:held, row] = self._projected[row, :held] = column[:held]
         self.done = done = row + 1
@@ -217,7 +220,7 @@ class LanczosIteration:
         done, waiting = self.done, self._outside()[:-1]
         directions = torch.linalg.svd(waiting @ self.weights[:, pairs])[0].T
         waiting, most = directions @ waiting, min(len(pairs), len(waiting))
-        self.basis.combine(_block_diagonal(done, directions[:most]))
+        self.basis.combine(block_diagonal(done, directions[:most]))
         self._forgotten.append(waiting[most:])
         self._projected[done:].zero_()
         self._projected[:, done:].zero_()
@@ -327,7 +330,7 @@ class LanczosIteration:
         assert self.known is not None
         inside = len(self.known.projected)
         best = self._outside_pairs()[1][:, -max((self.done - inside) // 2, 1) :].T
-        kept = _block_diagonal(inside, best)
+        kept = block_diagonal(inside, best)
         self._replace(kept, kept @ self._projected[: self.done, : self.done] @ kept.T)
         return kept
 
@@ -343,32 +346,28 @@ class LanczosIteration:
         self.done = most
 
 
-def _block_diagonal(size: int, block: Tensor) -> Tensor:
-    """Return the identity of that size, and ``block`` below and right of it."""
-    whole = torch.zeros(size + block.shape[0], size + block.shape[1], dtype=block.dtype)
-    whole[:size, :size] = torch.eye(size, dtype=block.dtype)
-    whole[size:, size:] = block
-    return whole
-
-
-def lanczos(search: Search, first: Dual, max_iter: int, *, at_least: int, drawn: bool) -> Eigenpair:
+def lanczos(
+    search: Search, first: Dual, max_iter: int, *, least: tuple[int, int], drawn: bool | Tensor
+) -> Eigenpair:
     """Return the top eigenpair of P H, from ``first``, of norm 1.
 
-    A small residual counts only after ``at_least`` products and, where ``first`` was ``drawn`` at
-    random, once a larger eigenvalue is unlikely. A basis of ``most_vectors`` is restarted with its best
-    Ritz vectors.
+    A small residual counts only after ``least[drawn]`` products and, where ``first`` was ``drawn`` at
+    random, which a number on the device may say, once a larger eigenvalue is unlikely. A basis of
+    ``most_vectors`` is restarted with its best Ritz vectors.
     """
     size = search.inner.whole_size(search.operator.shape[0])
     width = min(search.most_vectors, max_iter, size)
     iteration = LanczosIteration(search.operator, search.inner, first, width, search.seed)
     del first  # which the basis has
+    iteration.unread = drawn if isinstance(drawn, Tensor) else None
     while True:
         iteration.step()
+        drawn = bool(iteration.read) if isinstance(drawn, Tensor) else drawn
         products = iteration.products
         value, residual = float(iteration.values[-1]), float(iteration.residuals[-1])
         scale, top = iteration.scale, iteration.weights[:, -1]
         converged = iteration.exhausted or (
-            products >= at_least
+            products >= least[drawn]
             and search.small_enough(residual, value, scale)
             and (not drawn or search.unlikely(iteration.missed(search.gap(value, scale))))
         )

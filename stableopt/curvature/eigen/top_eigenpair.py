@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import positive, whole
-from stableopt.curvature.eigen.follow import follow
+from stableopt.curvature.eigen.follow import ASKED, follow
 from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 from stableopt.curvature.eigen.kept_subspace import followable
 from stableopt.curvature.eigen.lanczos import lanczos
@@ -133,9 +133,13 @@ class _Start(Search):
     """A search from each kind of start."""
 
     def random(self, max_iter: int) -> Eigenpair:
+        return lanczos(self, self._noise(), max_iter, least=self._least, drawn=True)
+
+    @property
+    def _least(self) -> tuple[int, int]:
+        """Return the fewest products from a start that is near, and from a random one."""
         start = "uniform" if self.inner.preconditioner is None else "random"
-        at_least = _AT_LEAST["followed" if self.keep else start]
-        return lanczos(self, self._noise(), max_iter, at_least=at_least, drawn=True)
+        return _AT_LEAST["near"], _AT_LEAST["followed" if self.keep else start]
 
     def near(self, vector: Tensor, max_iter: int) -> Eigenpair:
         if self.inner.preconditioner is None:
@@ -151,7 +155,8 @@ class _Start(Search):
             return self._near_covector(kept[0], max_iter)
         followed = follow(self, kept, max_iter)
         if followed is None:
-            return self.random(max_iter)
+            fresh = self.random(max_iter - ASKED)
+            return replace(fresh, products=fresh.products + ASKED)
         if followed.converged or followed.products == max_iter:
             return followed
         fresh = self.random(max_iter - followed.products)
@@ -160,13 +165,17 @@ class _Start(Search):
         return replace(best, products=followed.products + fresh.products)
 
     def _near_covector(self, covector: Tensor, max_iter: int) -> Eigenpair:
-        near = self.inner.dual(covector)
-        # A zero or non-finite start is none.
-        if not 0 < float(near.norm) < float("inf"):
-            return self.random(max_iter)
-        fresh = self._noise()
+        near, fresh = self.inner.dual(covector), self._noise()
         first = self.inner.add(near.normalised(), _FRESH, fresh).normalised()
-        return lanczos(self, first, max_iter, at_least=_AT_LEAST["near"], drawn=False)
+        # A zero or non-finite start is none. The host reads so with the first product.
+        unusable = ~((near.norm > 0) & (near.norm < torch.inf))
+        del near
+        first = Dual(*(torch.where(unusable, f, n) for f, n in zip(fresh, first, strict=True)))
+        if self.inner.preconditioner is None:
+            first = first._replace(vector=first.covector)
+        del fresh
+        drawn = unusable.to(first.norm)
+        return lanczos(self, first, max_iter, least=self._least, drawn=drawn)
 
     def _noise(self) -> Dual:
         fresh = self.inner.noise(self.operator, self.seed)

@@ -251,7 +251,8 @@ class _Pairs:
         if len(rows) > self.k:
             noise = inner.noise(search.operator, search.seed).covector
             rows = torch.cat([rows[:-1], (rows[-1] + _FRESH * noise)[None]])
-        return basis_of_kept(rows, inner, search.most_vectors - len(rows))
+        basis, dependent = basis_of_kept(rows, inner, search.most_vectors - len(rows))
+        return None if bool(inner.on_host(dependent[None])) else basis
 
     def _drawn(self) -> Basis:
         search = self.search

@@ -158,9 +158,21 @@ class Hessian(MeanOverSamples):
 
     def loss(self) -> float:
         """Return the mean loss at the point, without further passes where they are cached."""
-        problem, cached = self.problem, self._passes.cached
-        missing = sum(size for _, size in cached) < problem.own_samples
-        if problem.ranks.any(missing):
+        problem, total = self.problem, self._total_loss
+        if problem.ranks.any(total is None):
             return problem.value(self.theta, self._passes.chunk_size)
-        losses = torch.stack([size * passes.loss.double() for passes, size in cached])
-        return problem.ranks.all_reduce_sum(float(losses.sum())) / problem.num_samples
+        assert total is not None
+        return problem.ranks.all_reduce_sum(float(total)) / problem.num_samples
+
+    @property
+    def known_loss(self) -> Tensor | None:
+        """The mean loss on the device, where the passes of all samples are cached on this rank."""
+        problem, total = self.problem, self._total_loss
+        return None if total is None or problem.ranks.several else total / problem.num_samples
+
+    @property
+    def _total_loss(self) -> Tensor | None:
+        cached = self._passes.cached
+        if sum(size for _, size in cached) < self.problem.own_samples:
+            return None
+        return torch.stack([size * passes.loss.double() for passes, size in cached]).sum()

@@ -52,8 +52,11 @@ def of_directions(
     inner: InnerProduct,
     *,
     counts: Sequence[int] | None = None,
-) -> tuple[Layers, dict[str, float]]:
+    also: Tensor | None = None,
+) -> tuple[Layers, dict[str, float], float]:
     """Return the shares of the blocks, and ``gradient_share`` and ``step_share`` as far as known.
+
+    And the number ``also`` on the host.
 
     Args:
         found: the directions.
@@ -61,6 +64,7 @@ def of_directions(
         sizes: elements of each parameter, of this rank's part where vectors are sharded.
         inner: the inner product of the search, with its preconditioner.
         counts: elements of each parameter on all ranks; by default ``sizes``.
+        also: another number on the device, which the same transfer takes.
 
     Takes one transfer from the device.
     """
@@ -77,8 +81,9 @@ def of_directions(
         if pair is not None:
             names.append(name)
             parts.append(torch.stack(pair))
-    numbers = inner.on_host(torch.cat(parts))
-    own, pairs = numbers[: len(squares)], numbers[len(squares) :].view(-1, 2).tolist()
+    last = squares.new_full((1,), math.nan) if also is None else also[None]
+    numbers = inner.on_host(torch.cat([*parts, last]))
+    own, pairs = numbers[: len(squares)], numbers[len(squares) : -1].view(-1, 2).tolist()
     total = float(own.sum()) or 1.0
     by_parameter = [value / total for value in own.tolist()]
     held = {place for block in blocks for place in block.places}
@@ -88,9 +93,11 @@ def of_directions(
     layers = replace(sized(blocks, counts), columns={"share": column}, rest=rest)
     # A vector of length zero lies nowhere, and one on which P vanishes has no finite length.
     shares = zip(names, pairs, strict=True)
-    return layers, {
-        name: inside / whole for name, (inside, whole) in shares if 0 < whole < math.inf
-    }
+    return (
+        layers,
+        {name: inside / whole for name, (inside, whole) in shares if 0 < whole < math.inf},
+        float(numbers[-1]),
+    )
 
 
 def sized(blocks: Sequence[Block], sizes: Sequence[int]) -> Layers:

@@ -114,7 +114,8 @@ class Evaluation:
                 self._own = self._plain
             else:
                 # One set of linearized passes at a time is kept in memory.
-                self._loss, self._plain = self._plain.loss(), None
+                self._loss = self._plain.loss() if self._loss is None else self._loss
+                self._plain = None
         if self._own is None:
             self._own = hessian_of(self.problem, gradient=True, lasting=False)
         return self._own
@@ -218,10 +219,13 @@ class Evaluation:
             operator.gradient if isinstance(operator, Hessian) else None,
             self._change(scaled=own),
         )
-        sizes = [shape.numel() for shape in problem.shapes]
-        return of_directions(
-            directions, self.blocks, sizes, inner, counts=whole_sizes(problem.params)
+        sizes, counts = [shape.numel() for shape in problem.shapes], whole_sizes(problem.params)
+        loss = operator.known_loss if isinstance(operator, Hessian) and self._loss is None else None
+        layers, details, read = of_directions(
+            directions, self.blocks, sizes, inner, counts=counts, also=loss
         )
+        self._loss = self._loss if loss is None else read
+        return layers, details
 
     def _change(self, *, scaled: bool) -> Tensor | None:
         """Return the step just taken ``(d,)``, if known; if ``scaled`` in the rule's coordinates."""

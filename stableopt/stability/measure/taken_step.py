@@ -143,7 +143,7 @@ class AlongStep:
             pairs = zip(problem.params, self.before, strict=True)
             self.change = self.problem.flatten([_own(p).to(problem.dtype) - t for p, t in pairs])
 
-    @property
+    @cached_property
     def moved(self) -> bool:
         """Whether the step changed any parameter, on any rank."""
         # Ten times as fast as any().
