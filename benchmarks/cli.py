@@ -24,7 +24,7 @@ from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.settings import configured
 from benchmarks.framework.terminal import LEGEND, show
-from benchmarks.perf import ON_REQUEST, PARTS
+from benchmarks.perf import BY_DEFAULT, PARTS
 from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
@@ -364,8 +364,7 @@ def perf(
         raise ValueError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
     named = {"data": data, "data_dir": data_dir, "device": device, "seed": seed, "out": out}
     given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
-    names = parts or [name for name in PARTS if name not in ON_REQUEST]
-    modules = [importlib.import_module(PARTS[name]) for name in names]
+    modules = [importlib.import_module(PARTS[name]) for name in parts or BY_DEFAULT]
     configs = [configured(module.Config(**given), set) for module in modules]
     for module, config in zip(modules, configs, strict=True):
         module.run(config)

@@ -17,5 +17,5 @@ PARTS = {
 }
 """Modules with a ``run(config)``, by name."""
 
-ON_REQUEST = frozenset(["large"])
-"""Those that take a quarter of an hour and gigabytes, and run if they are named."""
+BY_DEFAULT = tuple(name for name in PARTS if name != "large")
+"""Those that run if none is named: a large model takes a quarter of an hour, and gigabytes."""

@@ -27,6 +27,7 @@ from benchmarks.perf import (
     timing,
     tracking,
 )
+from benchmarks.perf.large import phases
 from benchmarks.training.networks import TransformerBlock, small_gpt, small_vgg
 from stableopt.curvature import NonUniformity, Problem
 
@@ -117,7 +118,7 @@ def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_large_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a phase that is lost, and one that measures at another point than the next."""
     pytest.importorskip("transformers")
-    ways = {"ours": large.ours, "theirs": lambda *_: []}
+    ways = {"ours": phases.ours, "theirs": lambda *_: []}
     monkeypatch.setattr(large, "_in_process", lambda way, *given: ways[way](*given))
     small = {"layers": 1, "width": 8, "heads": 2, "vocabulary": 20, "tokens": 4, "steps": 2}
     rows = large.run(large.Config(out=tmp_path, max_overhead=100.0, **small), quiet())

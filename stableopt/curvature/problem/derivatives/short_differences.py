@@ -35,7 +35,7 @@ _TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.02}
 """Relative error of a derivative that excludes rounding: smooth networks stay below 1e-6 and 1e-3."""
 
 _MANY = 2**18
-"""Numbers that are drawn in the precision of the point: in double they take three times as long."""
+"""Numbers that are drawn in the precision of the point: in double they take four times as long."""
 
 _AWAY = 1e-3
 """Relative distance of a generic point."""

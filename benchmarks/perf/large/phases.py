@@ -1,39 +1,27 @@
-"""A hundred million parameters: what measuring takes, next to a training step of GPT-2 small.
-
-The weights are random. This library and hessian-eigenthings run in a process each, and a phase's peak is
-that of its whole process: model, state of AdamW and Python included. It is read from Linux.
-"""
+"""What one process does: time and peak memory of named phases, of this library or of another."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stableopt
 from benchmarks.perf import timing
-from benchmarks.perf.timing import report
 from stableopt.curvature import Problem
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "ours", "theirs"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-_EAGER_RETURN = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""Freed tensors go back to the system at once, so that peaks are of what is alive."""
 
 
 @dataclass(frozen=True)
@@ -59,45 +47,6 @@ class Config(timing.Config):
     samples: int = 4
     tokens: int = 64
     steps: int = 30
-
-
-def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Run both packages, print and write their table; return its rows."""
-    console = console or Console()
-    with console.status("training and measuring"):
-        rows = _in_process("ours", config)
-    [products] = [row["products"] for row in rows if row["phase"] == "sharpness"]
-    with console.status("hessian-eigenthings, as many products"):
-        rows += _in_process("theirs", config, products)
-    t = pd.DataFrame(rows)
-    columns = {
-        "phase": t.phase,
-        "products": t.products,
-        "CPU s": t.cpu_seconds.round(1),
-        "peak GiB": t.peak_gib.round(2),
-        "value": t.value,
-        "residual": t.residual.round(4),
-    }
-    title = f"{rows[0]['parameters']:,} parameters, {config.samples} x {config.tokens} tokens"
-    return report(config, console, "large", title, columns, rows)
-
-
-def _in_process(way: str, config: Config, *numbers: int) -> list[dict[str, Any]]:
-    """Return the rows of ``way``, from a process of its own."""
-    given = json.dumps([{**asdict(config), "out": str(config.out), "data_dir": None}, *numbers])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.perf.large", way, given],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **_EAGER_RETURN},
-        check=False,
-    )
-    if done.returncode:
-        if "No module named" in done.stderr and way == "theirs":
-            return []
-        raise RuntimeError(done.stderr)
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 class _Phases:
