@@ -77,13 +77,15 @@ class Timing:
         return median(self.seconds)
 
 
-def once(function: Callable[[], Any], device: str) -> Timing:
-    """Time one call, until the device has finished."""
+def once(
+    function: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter
+) -> Timing:
+    """Time one call, until the device has finished, in elapsed seconds or by another ``clock``."""
     _wait(device)
-    began = time.perf_counter()
+    began = clock()
     result = function()
     _wait(device)
-    return Timing((time.perf_counter() - began,), result)
+    return Timing((clock() - began,), result)
 
 
 def interleaved(
@@ -92,6 +94,7 @@ def interleaved(
     repeats: int,
     device: str,
     called_before: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each function ``repeats`` times, alternating, so that a drifting machine slows all alike.
 
@@ -109,7 +112,7 @@ def interleaved(
     results: dict[str, Any] = {}
     for _ in range(repeats):
         for name, function in functions.items():
-            timing = once(function, device)
+            timing = once(function, device, clock)
             seconds[name] += timing.seconds
             results[name] = timing.result
     return {name: Timing(tuple(seconds[name]), results[name]) for name in functions}
