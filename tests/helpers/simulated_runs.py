@@ -227,6 +227,25 @@ def _by(
     return found
 
 
+def searched(device: str, line_search: str | None) -> tuple[int, int, int]:
+    """Return iterations, calls of the closure, and reads of the host of a step of L-BFGS."""
+    model, (x, y) = network(device), samples(device)
+    optimizer = stableopt.LBFGS(model.parameters(), max_iter=8, line_search_fn=line_search)
+    calls: list[int] = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = MSE(model(x), y)
+        loss.backward()
+        return loss
+
+    with Counting() as transfers:
+        optimizer.step(closure)
+    iterations = optimizer.state[optimizer.param_groups[0]["params"][0]]["n_iter"]
+    return iterations, len(calls), transfers.to_host
+
+
 def from_a_loader(device: str) -> dict[str, float]:
     """Measure a model on the device, with its data in a loader on the CPU and in chunks."""
     ragged = DataLoader(TensorDataset(*samples("cpu", 13)), batch_size=5)  # 5, 5 and 3 samples

@@ -67,6 +67,19 @@ def test_tracked_training_is_that_of_the_cpu(name: str, tmp_path: Path) -> None:
         assert device["reads"] <= device["products"] + device["passes"] + 5
 
 
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_reads_once_a_direction_and_once_a_closure(
+    line_search: str | None, tmp_path: Path
+) -> None:
+    """Catches a number that decides by a transfer of its own, as of a pair after a search."""
+    cpu, device, _ = on_both(simulated_runs.searched, tmp_path, line_search)
+    iterations, calls, reads = device
+    assert (iterations, calls) == cpu[:2]
+    assert iterations == 8
+    # A search that ends at another point than its last one reads once more.
+    assert reads <= iterations + calls + (calls - iterations if line_search else 0)
+
+
 def test_each_optimizer_is_tracked_as_on_the_cpu(tmp_path: Path) -> None:
     """Catches a preconditioner that is read to the host, and reads of each parameter tensor."""
     [cpu, _], [device, deeper], _ = on_both(simulated_runs.by_each, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -252,10 +253,15 @@ class Iterations:
         fixed = self.options["line_search_fn"] is None
         line = _Line(objective, self.last.direction, float(size))
 
+        # Torch takes the products of a pair after a search, and of the point that it returns.
+        pair, latest = fixed or self._limits is not None, start
+
         def evaluate(t: Number) -> Trial:
+            nonlocal latest
             if not line.set(t):
                 return Trial(t, math.inf, math.nan, start.gradient, math.inf)
-            return self._evaluate(t, slope=True, pair=fixed)
+            latest = self._evaluate(t, slope=True, pair=pair)
+            return latest
 
         with line:
             found: Trial | None
@@ -273,6 +279,8 @@ class Iterations:
                 )
                 if found is start and not finite:
                     found = None
+                elif found is not start and found.gradient is not latest.gradient:
+                    found = replace(found, extra=())  # the memory has the change of the latest
             line.set(0.0 if found is None else found.t)
         if found is None or fixed or self._limits is None:
             return found, False
