@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PARTS = {
     "products": "benchmarks.perf.products",
+    "models": "benchmarks.perf.models",
     "eigenvalues": "benchmarks.perf.eigenvalues",
     "spectrum": "benchmarks.perf.spectrum",
     "tracking": "benchmarks.perf.tracking",

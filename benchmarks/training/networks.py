@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -173,18 +173,17 @@ def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
         )
 
 
-def resnet18(seed: int, classes: int = 10) -> nn.Sequential:
-    """Return He et al.'s ResNet-18 for 32 x 32 colour images, with group norm.
+def resnet18(
+    seed: int, classes: int = 10, norm: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
+    """Return He et al.'s ResNet-18 for 32 x 32 colour images, by default with group norm.
 
     The first convolution is 3 x 3, without pooling after it, as is usual for small images.
 
     >>> sum(p.numel() for p in resnet18(seed=0).parameters())
     11173962
     """
-
-    def norm(channels: int) -> nn.Module:
-        return nn.GroupNorm(32, channels)
-
+    norm = norm or partial(nn.GroupNorm, 32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), norm(64), nn.ReLU()]

@@ -73,7 +73,7 @@ def _total(uses: Sequence[Use], shape: torch.Size) -> Tensor:
 
 
 def _small(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
-    """Form all :math:`w_i`, which are no larger than the slopes."""
+    """Form all :math:`w_i`, which are as small as the slopes."""
     formed = _sum(use.kind.dense(None, use.slope_tangent, shape, size) for use in uses)
 
     def finish(mean: Tensor) -> list[Cotangents]:

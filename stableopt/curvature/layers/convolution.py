@@ -21,6 +21,8 @@ __all__ = ["Convolution"]
 _FEW_POSITIONS = 4
 """Positions up to which a product with patches is faster than oneDNN's gradient in the weight."""
 
+_will_run = getattr(torch._C, "_will_engine_execute_node", None)
+
 _backward = torch.ops.aten.convolution_backward.default
 
 
@@ -130,8 +132,21 @@ class Convolution:
         return found
 
 
-def _where(needed: bool, function: Any, *args: Tensor) -> Tensor | None:
-    return function(*args) if needed else None
+def _needed(ctx: Any) -> tuple[bool, bool]:
+    """Return whether the pass that runs needs the gradient in either of two tensors.
+
+    ``needs_input_grad`` tells which tensors have a graph, also where a derivative is taken in others.
+    """
+    if _will_run is None:
+        return ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    found = []
+    for has_graph, (node, _) in zip(ctx.needs_input_grad[1:], ctx.next_functions, strict=True):
+        try:
+            needed = has_graph and _will_run(node)
+        except RuntimeError:  # a leaf that the gradient is taken in
+            needed = True
+        found.append(needed)
+    return found[0], found[1]
 
 
 class _Out(torch.autograd.Function):
@@ -143,9 +158,8 @@ class _Out(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = ctx.saved_tensors
-        _, in_x, in_w = ctx.needs_input_grad
-        return None, _where(in_x, ctx.of.back, y, w), _where(in_w, ctx.of.grad, x, y)
+        (x, w), (in_x, in_w), of = ctx.saved_tensors, _needed(ctx), ctx.of
+        return None, of.back(y, w) if in_x else None, of.grad(x, y) if in_w else None
 
 
 class _Back(torch.autograd.Function):
@@ -157,9 +171,8 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-        y, w = ctx.saved_tensors
-        _, in_y, in_w = ctx.needs_input_grad
-        return None, _where(in_y, ctx.of.out, x, w), _where(in_w, ctx.of.grad, x, y)
+        (y, w), (in_y, in_w), of = ctx.saved_tensors, _needed(ctx), ctx.of
+        return None, of.out(x, w) if in_y else None, of.grad(x, y) if in_w else None
 
 
 class _Grad(torch.autograd.Function):
@@ -171,6 +184,5 @@ class _Grad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        _, in_x, in_y = ctx.needs_input_grad
-        return None, _where(in_x, ctx.of.back, y, w), _where(in_y, ctx.of.out, x, w)
+        (x, y), (in_x, in_y), of = ctx.saved_tensors, _needed(ctx), ctx.of
+        return None, of.back(y, w) if in_x else None, of.out(x, w) if in_y else None

@@ -98,7 +98,7 @@ class Bias(Kind):
 
 @dataclass(frozen=True)
 class Lookup(Kind):
-    """Rows of a table ``(V, D)`` by their numbers; there is no row of a negative number."""
+    """Rows of a table ``(V, D)`` by their numbers; a negative number is that of none."""
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None

@@ -27,6 +27,7 @@ from stableopt.curvature.layers.calls import CALLS
 from stableopt.curvature.layers.kinds import Copies, Kind
 from stableopt.curvature.layers.plan import Plan, UnitError, tensors_of
 from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
+from stableopt.curvature.problem.over_chunks import quiet_vmap
 from stableopt.curvature.problem.problem import Theta
 
 __all__ = ["Part", "Recorder", "recorded"]
@@ -293,7 +294,7 @@ class Recorder(TorchFunctionMode):
             shape[:] = [found, found_spec]
             return tuple(t for t in found if isinstance(t, Tensor))
 
-        results = list(torch.vmap(one, in_dims=tuple(dims), randomness="same")(*given))
+        results = list(quiet_vmap(one, tuple(dims), *given))
 
         def rebuilt(tensors: Sequence[Tensor]) -> Any:
             rest = iter(tensors)
@@ -327,7 +328,7 @@ class Recorder(TorchFunctionMode):
             return tuple(t.squeeze(0) for t in tensors_in(found))
 
         dims = (dict.fromkeys(owned, 0), *(0 if m else None for m in mapped))
-        found = torch.vmap(one, in_dims=dims, randomness="same")(owned, *given)
+        found = quiet_vmap(one, dims, owned, *given)
         self._again = self._paused = self._in_unit = False
         fresh = iter(found)
         return map_tensors(lambda _: next(fresh), output)

@@ -57,7 +57,7 @@ class _Maps(NamedTuple):
 
 
 class _Lookups(NamedTuple):
-    """Row numbers ``(n, S)``, and u ``(n, S, F)``, zero where there is no row."""
+    """Row numbers ``(n, S)``, and u ``(n, S, F)``, zero where nothing is looked up."""
 
     words: Tensor
     tangents: Tensor
@@ -229,7 +229,7 @@ def _terms(*terms: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
     for a, b, c in terms:
         if b is None or c is None:
             continue
-        # At one position there are no matrix products, of single numbers.
+        # One position: products of numbers instead of matrices of one.
         one = a.shape[1] == 1
         part = torch.linalg.vecdot(a, b).unsqueeze(2) * c if one else (a @ b.mT) @ c
         found = part if found is None else found.add_(part)

@@ -11,6 +11,7 @@ from torch import Tensor
 from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.gram.dense import DenseRows
 from stableopt.curvature.operator import Operator
+from stableopt.curvature.per_sample.choice import doubtful, quickest_way
 from stableopt.curvature.per_sample.generic import (
     VMAP_MEMORY,
     ChunkProduct,
@@ -30,9 +31,6 @@ Method = Literal["auto", "structured", "vmap", "loop", "gauss-newton"]
 
 _METHODS = ("auto", "structured", "vmap", "loop", "gauss-newton")
 
-_WORTH_VMAP = 16
-"""Samples at once below which the overhead of vmap outweighs what it saves."""
-
 
 class NonUniformity(Operator):
     r"""The covariance of the per-sample Hessians, :math:`\Sigma = \frac1n\sum_i H_i^2 - H^2`.
@@ -47,9 +45,10 @@ class NonUniformity(Operator):
             parameters in a known way (linear maps, convolutions, normalisations, embeddings; in
             modules or by hand, also one parameter in several of them) or can be called for one
             sample at a time. ``"vmap"`` takes many samples at once, ``"loop"`` one at
-            a time, for any module. ``"auto"`` picks the first that applies, by the size of the model
-            between the last two, after checking the structured one against the loop on samples
-            drawn over the data. ``"gauss-newton"`` replaces :math:`H_i` by
+            a time, for any module. ``"auto"`` picks the first that applies, after checking the
+            structured one against the loop on samples drawn over the data; between the last two,
+            and where many parameters would have copies for each sample, it picks the quickest, by
+            the time of a few samples. ``"gauss-newton"`` replaces :math:`H_i` by
             :math:`G_i = J_i^\top L_i J_i`: from all their rows if these are few, else by the
             structure or the loop. The result is the same at interpolation, and within
             :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
@@ -115,7 +114,12 @@ class NonUniformity(Operator):
         self._may_fall_back = method in ("auto", "gauss-newton")
         if method in ("auto", "structured", "gauss-newton") and preconditioner is None:
             self._structured = self._dense() or self._try_structured(must=method == "structured")
-        if isinstance(self._structured, StructuredProduct):
+        slower = self._slower_than() if method == "auto" else None
+        if slower is not None:
+            self._structured = None
+            self._use(slower)
+            self.ways = dict.fromkeys(self.problem.names, f"{slower}, faster than structured")
+        elif isinstance(self._structured, StructuredProduct):
             self.method: str = "structured" if method == "auto" else method
             self.ways = dict(self._structured.ways)
         elif self._structured is not None:
@@ -144,10 +148,17 @@ class NonUniformity(Operator):
                 ) from error
         return None
 
+    def _slower_than(self) -> str | None:
+        """Return the way that is quicker than the structure, where it may not pay."""
+        if not isinstance(self._structured, StructuredProduct) or not doubtful(self._structured):
+            return None
+        way = quickest_way(self._mean, self._vmap_memory, self._structured)
+        return None if way == "structured" else way
+
     def _general(self) -> str:
         if isinstance(self._mean, GaussNewton):
             return "gauss-newton"
-        return "vmap" if samples_at_once(self.problem, self._vmap_memory) >= _WORTH_VMAP else "loop"
+        return quickest_way(self._mean, self._vmap_memory, None)
 
     @property
     def _vmap_memory(self) -> int:

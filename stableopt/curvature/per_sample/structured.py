@@ -23,7 +23,7 @@ between products for as many chunks as the memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,28 @@ class StructuredProduct:
         ways = self._plan.ways
         names = enumerate(self._problem.names)
         return {name: " + ".join(sorted(ways.get(i, ()))) or "unused" for i, name in names}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return self._of.shape
+
+    @property
+    def copied(self) -> int:
+        """The number of parameters that have a copy for each sample."""
+        return sum(self._problem.shapes[i].numel() for i in self._plan.copied)
+
+    def once(self, batch: Any, size: int, vector: Tensor) -> Callable[[], Tensor]:
+        """Return a function for the sum of products of some samples, from their cached passes."""
+        problem, passes = self._problem, self._linearised(batch, size)
+        tangent = problem.unflatten(vector)
+
+        def product() -> Tensor:
+            chunk = Chunk(passes, tangent, self._squares)
+            zero = problem.unflatten(torch.zeros_like(vector))
+            return problem.flatten(chunk.pulled(zero))
+
+        return product
 
     def _found_fit(self, kind: str) -> Plan:
         """Return the plan, tried until each parameter had a part in a product that tells."""

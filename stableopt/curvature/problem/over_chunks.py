@@ -19,6 +19,7 @@ __all__ = [
     "drawn_samples",
     "gather_over_chunks",
     "mean_over_chunks",
+    "quiet_vmap",
     "telling_samples",
     "vmap_over_samples",
 ]
@@ -98,10 +99,15 @@ def vmap_over_samples(function: Callable[..., Any], batch: Any, size: int, *rows
         return function(sample, *row)
 
     indices = torch.arange(size, device=next(tensors_in(batch)).device)
+    return quiet_vmap(one, 0, indices, *rows)
+
+
+def quiet_vmap(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:
+    """Return ``torch.vmap(function, in_dims)(*args)``, with the same random numbers for all."""
     with warnings.catch_warnings():
         # torch advises to file an issue, which users of a measurement cannot act on.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        return torch.vmap(one, randomness="same")(indices, *rows)
+        return torch.vmap(function, in_dims=in_dims, randomness="same")(*args)
 
 
 class Drawn(NamedTuple):

@@ -22,6 +22,7 @@ from benchmarks.perf import (
     growth,
     imports,
     large,
+    models,
     products,
     spectrum,
     timing,
@@ -30,6 +31,11 @@ from benchmarks.perf import (
 from benchmarks.perf.large import phases
 from benchmarks.training.networks import TransformerBlock, small_gpt, small_vgg
 from stableopt.curvature import NonUniformity, Problem
+
+
+class Pixels(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(12, 10), nn.Tanh())
 
 
 def quiet() -> Console:
@@ -55,6 +61,22 @@ def test_products_of_all_ways_agree(tmp_path: Path) -> None:
     assert all(row["difference"] < 0.01 for row in rows)
     assert rows_of(tmp_path / "perf-products.json") == rows
     assert (tmp_path / "perf-products.png").exists()
+
+
+def test_models_are_timed_by_their_own_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ways timed on different samples, and a model without its package that stops all."""
+    tiny = models.Case(lambda: models._Classifier(Pixels()), models._images(2), 3, None)
+    other = models.Case(Pixels, models._images(2), package="no_such_package")
+    monkeypatch.setattr(models, "CASES", {"tiny": tiny, "other": other})
+    rows = models.run(config(tmp_path), quiet())
+    assert [(row["model"], row["method"], row["d"]) for row in rows] == [
+        ("tiny", "structured", 130)
+    ]
+    # Single precision, a hundred roundings of 6e-8.
+    assert rows[0]["difference"] < 1e-5
+    assert rows_of(tmp_path / "perf-models.json") == rows
 
 
 def test_eigenvalues_end_to_end(tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""Products with Σ for the models that people train: the automatic way against vmap and the loop.
+
+The unit is one gradient over the same samples, timed alternately. vmap and the loop cost the same for
+each sample, so they are timed on two and scaled. Models of transformers have random weights and about a
+million parameters; without transformers they are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.perf.timing import Config, interleaved, report
+from benchmarks.training.networks import resnet18
+from stableopt.curvature import Hessian, NonUniformity, Problem
+
+__all__ = ["CASES", "Case", "Config", "run"]
+
+_FEW = 2
+"""Samples that the ways without structure are timed on."""
+
+_WORDS, _LENGTH = 1000, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its data.
+
+    Attributes:
+        build: the model.
+        batch: so many samples, with the names that the model gives them.
+        n: the number of samples.
+        package: what the model needs in addition, or ``None``.
+    """
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    n: int = 16
+    package: str | None = "transformers"
+
+
+def _of_transformers(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        package = import_module("transformers")
+        model: nn.Module = getattr(package, name)(getattr(package, config)(**options))
+        return model
+
+    return build
+
+
+def _resnet(norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
+    model = resnet18(0, norm=norm)
+    if norm is not None:
+        model(torch.randn(64, 3, 32, 32))  # running statistics
+    return _Classifier(model)
+
+
+class _Classifier(nn.Module):
+    """The loss of a classifier, as models of transformers return it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+        """Return an object with the loss."""
+        loss = nn.functional.cross_entropy(self.model(pixel_values), labels)
+        return _Output(loss)
+
+
+@dataclass(frozen=True)
+class _Output:
+    loss: Tensor
+
+
+def _words(n: int) -> dict[str, Tensor]:
+    words = torch.randint(3, _WORDS, (n, _LENGTH))
+    return {"input_ids": words, "labels": words}
+
+
+def _images(size: int) -> Callable[[int], dict[str, Tensor]]:
+    def batch(n: int) -> dict[str, Tensor]:
+        labels = torch.randint(0, 10, (n,))
+        return {"pixel_values": torch.randn(n, 3, size, size), "labels": labels}
+
+    return batch
+
+
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": _WORDS}
+_GPT2 = {**_SPECIAL, "n_positions": _LENGTH, "n_embd": 128, "n_layer": 4, "n_head": 4}
+_WIDTHS = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 344,
+}
+_TEXT = {**_SPECIAL, **_WIDTHS, "max_position_embeddings": _LENGTH}
+_T5 = {
+    **_SPECIAL,
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 344,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_SWIN = {"image_size": 64, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}
+_CONVNEXT = {"hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "num_stages": 3}
+_VIT = {**_WIDTHS, "image_size": 64, "patch_size": 8}
+
+
+def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[str, Case]:
+    """Return a language model with its embedding tied to the last layer, and without."""
+    return {
+        name + ("" if tied else ", untied"): Case(
+            _of_transformers(model, config, tie_word_embeddings=tied, **options), _words
+        )
+        for tied in (True, False)
+    }
+
+
+CASES: dict[str, Case] = {
+    "ResNet-18, group norm": Case(_resnet, _images(32), 8, None),
+    "ResNet-18, batch norm": Case(lambda: _resnet(nn.BatchNorm2d), _images(32), 8, None),
+    **_both("GPT-2", "GPT2LMHeadModel", "GPT2Config", _GPT2),
+    **_both("LLaMA", "LlamaForCausalLM", "LlamaConfig", _TEXT),
+    **_both("BERT", "BertForMaskedLM", "BertConfig", _TEXT),
+    "T5": Case(_of_transformers("T5ForConditionalGeneration", "T5Config", **_T5), _words),
+    "ViT": Case(
+        _of_transformers("ViTForImageClassification", "ViTConfig", num_labels=10, **_VIT),
+        _images(64),
+    ),
+    "Swin": Case(
+        _of_transformers("SwinForImageClassification", "SwinConfig", num_labels=10, **_SWIN),
+        _images(64),
+    ),
+    "ConvNeXt": Case(
+        _of_transformers(
+            "ConvNextForImageClassification", "ConvNextConfig", num_labels=10, **_CONVNEXT
+        ),
+        _images(64),
+    ),
+}
+"""The models by name."""
+
+
+def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
+    """Time every way on every model, print and write the table; return its rows."""
+    console = console or Console()
+    rows = []
+    for name, case in CASES.items():
+        if case.package is not None and find_spec(case.package) is None:
+            console.print(f"{name}: left out, as {case.package} is not installed")
+            continue
+        with console.status(name):
+            rows.append({"model": name, **_row(config, case)})
+    t = pd.DataFrame(rows)
+    ways = {"Hv": "hessian", "ours": "auto", "vmap": "vmap", "loop": "loop"}
+    columns = {
+        **{"model": t.model, "d": t.d, "n": t.n, "gradient, ms": 1e3 * t.gradient},
+        **{name: t[way] / t.gradient for name, way in ways.items()},
+        "MiB": t.mib,
+        "MiB of a gradient": t.gradient_mib,
+        "difference": t.difference,
+    }
+    title = "One product with the covariance of per-sample Hessians, in gradients"
+    return report(config, console, "models", title, columns, rows)
+
+
+def _row(config: Config, case: Case) -> dict[str, Any]:
+    torch.manual_seed(config.seed)
+    model = case.build().eval().to(config.device)
+    batch = {name: t.to(config.device) for name, t in case.batch(case.n).items()}
+    few = {name: t[:_FEW] for name, t in batch.items()}
+    problem, part = (
+        Problem.from_batch_loss(model, lambda model, batch: model(**batch).loss, [data])
+        for data in (batch, few)
+    )
+    vector = torch.randn(problem.num_params, device=config.device)
+
+    def gradient() -> None:
+        model.zero_grad()
+        model(**batch).loss.backward()
+
+    gradient_mib = _peak_mib(gradient)
+    # Timed before the operators hold anything.
+    ours = NonUniformity(problem)
+    mib = _peak_mib(lambda: ours @ vector)
+    hessian = Hessian(problem)
+    others = {"loop": NonUniformity(part, method="loop")}
+    try:
+        by_vmap = NonUniformity(part, method="vmap")
+        _ = by_vmap @ vector
+        others["vmap"] = by_vmap
+    except RuntimeError:  # vmap cannot follow the model
+        pass
+    timings = interleaved(
+        {
+            "gradient": gradient,
+            "hessian": lambda: hessian @ vector,
+            "auto": lambda: ours @ vector,
+            **{way: (lambda of=of: of @ vector) for way, of in others.items()},
+        },
+        repeats=config.repeats,
+        device=config.device,
+    )
+    medians = {"vmap": float("nan")}
+    medians |= {name: timing.median for name, timing in timings.items()}
+    for way in others:
+        medians[way] *= case.n / min(_FEW, case.n)
+    expected = others["loop"] @ vector
+    found = NonUniformity(part) @ vector
+    return {
+        "d": problem.num_params,
+        "n": case.n,
+        "method": ours.method,
+        "few": _FEW,
+        **medians,
+        "mib": mib,
+        "gradient_mib": gradient_mib,
+        "difference": float((found - expected).norm() / expected.norm()),
+    }
+
+
+_REFERENCED, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _peak_mib(function: Callable[[], object]) -> float:
+    """Return by how much a call raises the process's memory at its peak; NaN where that is unknown."""
+
+    def read(field: str) -> float:
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+
+    try:
+        _REFERENCED.write_text("5")  # the peak starts from here
+        before = read("VmRSS")
+    except OSError:
+        function()
+        return float("nan")
+    function()
+    return read("VmHWM") - before
