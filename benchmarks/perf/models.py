@@ -7,6 +7,8 @@ million parameters; without transformers they are left out.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -121,7 +123,7 @@ _VIT = {**_WIDTHS, "image_size": 64, "patch_size": 8}
 def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[str, Case]:
     """Return a language model with its embedding tied to the last layer, and without."""
     return {
-        name + ("" if tied else ", untied"): Case(
+        name + (" tied" if tied else " untied"): Case(
             _of_transformers(model, config, tie_word_embeddings=tied, **options), _words
         )
         for tied in (True, False)
@@ -129,8 +131,8 @@ def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[s
 
 
 CASES: dict[str, Case] = {
-    "ResNet-18, group norm": Case(_resnet, _images(32), 8, None),
-    "ResNet-18, batch norm": Case(lambda: _resnet(nn.BatchNorm2d), _images(32), 8, None),
+    "ResNet-18 GN": Case(_resnet, _images(32), 8, None),
+    "ResNet-18 BN": Case(lambda: _resnet(nn.BatchNorm2d), _images(32), 8, None),
     **_both("GPT-2", "GPT2LMHeadModel", "GPT2Config", _GPT2),
     **_both("LLaMA", "LlamaForCausalLM", "LlamaConfig", _TEXT),
     **_both("BERT", "BertForMaskedLM", "BertConfig", _TEXT),
@@ -166,11 +168,9 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     t = pd.DataFrame(rows)
     ways = {"Hv": "hessian", "ours": "auto", "vmap": "vmap", "loop": "loop"}
     columns = {
-        **{"model": t.model, "d": t.d, "n": t.n, "gradient, ms": 1e3 * t.gradient},
+        **{"model": t.model, "d, M": t.d / 1e6, "gradient, ms": 1e3 * t.gradient},
         **{name: t[way] / t.gradient for name, way in ways.items()},
-        "MiB": t.mib,
-        "MiB of a gradient": t.gradient_mib,
-        "difference": t.difference,
+        **{"MiB, gradient": t.gradient_mib, "MiB, ours": t.mib},
     }
     title = "One product with the covariance of per-sample Hessians, in gradients"
     return report(config, console, "models", title, columns, rows)
@@ -236,15 +236,17 @@ _REFERENCED, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 def _peak_mib(function: Callable[[], object]) -> float:
     """Return by how much a call raises the process's memory at its peak; NaN where that is unknown."""
+    gc.collect()
 
     def read(field: str) -> float:
         (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
         _REFERENCED.write_text("5")  # the peak starts from here
         before = read("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):
         function()
         return float("nan")
     function()
