@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.perf.peers import batch_of
+from benchmarks.perf.eigenvalues.peers import batch_of
 from stableopt.curvature import Problem
 
 __all__ = ["BUDGETS", "STARTS", "STEPS", "TOLS", "Way", "peers"]

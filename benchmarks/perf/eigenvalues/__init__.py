@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import stableopt
 from benchmarks.framework.plotting import BLUE, panels
 from benchmarks.perf import timing
-from benchmarks.perf.peers import PEERS
+from benchmarks.perf.eigenvalues.peers import PEERS
 from benchmarks.perf.timing import interleaved, report
 from benchmarks.training.data import Dataset
 from benchmarks.training.loops import gd_until, mean_squared_error, train
