@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from stableopt.curvature.layers.recorder import Recorder
+from stableopt.curvature.layers.recorder import Recorder
 
 __all__ = ["self_attention"]
 

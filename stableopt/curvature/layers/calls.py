@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from torch.nn import functional as F
 from stableopt.curvature.layers.attention import self_attention
 from stableopt.curvature.layers.convolution import Convolution
 from stableopt.curvature.layers.kinds import Bias, Conv, Linear, Lookup, Matrix
-
-if TYPE_CHECKING:
-    from stableopt.curvature.layers.recorder import Recorder
+from stableopt.curvature.layers.recorder import Recorder
 
 __all__ = ["CALLS"]
 

@@ -10,8 +10,7 @@ copies where it meets the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,14 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from stableopt.curvature.errors import UnfitError
-from stableopt.curvature.layers.calls import CALLS
 from stableopt.curvature.layers.kinds import Copies, Kind
 from stableopt.curvature.layers.plan import Plan, UnitError, tensors_of
 from stableopt.curvature.problem.data.batches import map_tensors, tensors_in
 from stableopt.curvature.problem.over_chunks import quiet_vmap
 from stableopt.curvature.problem.problem import Theta
 
-__all__ = ["Part", "Recorder", "recorded"]
+__all__ = ["Call", "Part", "Recorder"]
+
+Call = Callable[..., Any]
+"""Takes the recorder and the arguments of a function; see :mod:`~stableopt.curvature.layers.calls`."""
 
 _OPAQUE = (F.multi_head_attention_forward,)
 """Functions that hide their samples in a dimension other than the first."""
@@ -72,13 +73,13 @@ class Recorder(TorchFunctionMode):
         offsets: the zeros that were added.
     """
 
-    def __init__(self, way: Plan, theta: Theta, size: int) -> None:
+    def __init__(self, way: Plan, theta: Theta, size: int, calls: Mapping[Any, Call]) -> None:
         super().__init__()
         self.size = size
         self.parts: list[Part] = []
         self.heads: list[Tensor] = []
         self.offsets: list[Tensor] = []
-        self._way, self._theta = way, theta
+        self._way, self._theta, self._known_calls = way, theta, calls
         # Tensors are held for as long as their ids are used.
         self._index = {id(t): i for i, t in enumerate(theta)}
         self._derived: dict[int, _Call] = {}
@@ -109,7 +110,7 @@ class Recorder(TorchFunctionMode):
         ):
             return function(*args, **kwargs)
         self._name, self._given = getattr(function, "__name__", ""), tensors_of((args, kwargs))
-        known = CALLS.get(function)
+        known = self._known_calls.get(function)
         found = NotImplemented if known is None else known(self, *args, **kwargs)
         return self.any_call(function, args, kwargs) if found is NotImplemented else found
 
@@ -359,35 +360,3 @@ def _out_of_place(function: Any) -> Any:
     if name.endswith("_") and not name.endswith("__"):
         return getattr(Tensor, name[:-1], function)
     return function
-
-
-@contextmanager
-def recorded(way: Plan, theta: Theta, size: int) -> Iterator[Recorder]:
-    """Return a recorder to call the model in once, with ``theta``: ``with recorder: loss(theta)``."""
-    recorder = Recorder(way, theta, size)
-    with ExitStack() as stack:
-        for unit in way.units:
-            hooks = _unit_hooks(recorder)
-            stack.callback(unit.register_forward_pre_hook(hooks[0]).remove)
-            stack.callback(unit.register_forward_hook(hooks[1], with_kwargs=True).remove)
-        yield recorder
-
-
-def _unit_hooks(recorder: Recorder) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    inside = False
-
-    def before(module: nn.Module, args: Any) -> None:
-        if not inside:
-            recorder.enter_unit(module, args)
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return None
-        inside = True
-        try:
-            return recorder.leave_unit(module, args, kwargs, output)
-        finally:
-            inside = False
-
-    return before, after

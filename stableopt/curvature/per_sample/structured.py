@@ -32,7 +32,7 @@ from torch import Tensor
 
 from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.plan import Plan, UnitError, rows_seen
-from stableopt.curvature.layers.recorder import recorded
+from stableopt.curvature.layers.recording import recorded
 from stableopt.curvature.per_sample.generic import loop_product
 from stableopt.curvature.per_sample.passes import (
     Chunk,
