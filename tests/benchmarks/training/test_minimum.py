@@ -80,7 +80,8 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
             nn.functional.mse_loss(model(images.x[rows]), images.y[rows]).backward()
             optimizer.step()
     assert (found.outcome, found.steps) == ("out of steps", 8)
-    assert all(torch.equal(p, store.tensors(job)[n]) for n, p in model.state_dict().items())
+    # To rounding, since the BLAS may take another kernel for memory that is aligned otherwise.
+    torch.testing.assert_close(model.state_dict(), dict(store.tensors(job)))
 
 
 class _KilledError(BaseException):
