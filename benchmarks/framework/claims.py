@@ -176,11 +176,13 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
     '2 ± 1 (3 seeds)'
     >>> spread([2.0])
     '2 (1 seed)'
+    >>> spread([1.0, 2.0], "+.1f")    # a sign is for the mean alone
+    '+1.5 ± 0.7 (2 seeds)'
     """
     known = list(values)
     if len(known) == 1:
         return f"{known[0]:{form}} (1 seed)"
-    return f"{mean(known):{form}} ± {stdev(known):{form}} ({len(known)} seeds)"
+    return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} seeds)"
 
 
 def _bounded(

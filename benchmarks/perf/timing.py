@@ -34,6 +34,8 @@ class Config:
         seed: of initialisations and random vectors.
         device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
         repeats: interleaved repeats; the median counts.
+        cpu_time: whether ``eigenvalues`` and ``spectrum`` count the seconds of this process alone, on a
+            machine with other work.
         sizes: samples of the comparison of products.
         n: training images of the trained network, its probe set too.
         lr: learning rate of gradient descent.
@@ -52,6 +54,7 @@ class Config:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 5
+    cpu_time: bool = False
     sizes: tuple[int, ...] = (100, 1000, 10_000)
     n: int = 1000
     lr: float = 1.0
@@ -62,6 +65,11 @@ class Config:
     segments: int = 7
     segment_steps: int = 100
     warm_up: int = 200
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The clock in seconds: of this process, or elapsed."""
+        return time.process_time if self.cpu_time else time.perf_counter
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -199,22 +200,21 @@ def _gains(method: str, count: int, its: Any, courses: Any) -> Claim:
 
 def _limit(limits: Any) -> Claim:
     above = limits.applied > 1
-    runs = [
-        max(
-            (len(part) for part in "".join("x" if a else " " for a in its.applied > 1).split()),
-            default=0,
-        )
-        for _, its in limits.groupby("seed", sort=False)
-    ]
     by_seed = limits.groupby("seed", sort=False)
     medians = by_seed.applied.median()
+    runs = [
+        len(list(steps))
+        for _, its in by_seed
+        for beyond, steps in groupby(its.applied > 1)
+        if beyond
+    ]
     return all_of(
         "The typical step of L-BFGS is within its own limit",
         medians <= 1,
         theory="a step beyond the limit grows only while the same direction stays beyond it",
         ours=f"median {spread(medians)} of it, in single steps {limits.applied.min():.2g} to"
         f" {limits.applied.max():.2g}; {above.mean():.0%} of {len(limits)} steps are above it,"
-        f" at most {max(runs)} in a row",
+        f" at most {max(runs, default=0)} in a row",
         tolerance="the median, every seed",
         why=f"with the Hessian where the step led to the median is {spread(by_seed.after.median())}",
     )

@@ -8,7 +8,6 @@ Lanczos to a small residual; residuals are computed afterwards with our operator
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -54,14 +53,12 @@ class Config(timing.Config):
             or ``"gpt"``, with ``n`` sequences of 64 tokens of a Markov chain.
         steps: of gradient descent, for the last two; the others train to ``target_loss``.
         matrices: ``"H"``, the Hessian, and ``"Σ"``, which only this library has.
-        cpu_time: whether to count the seconds of this process alone, on a machine with other work.
         power: whether to run hessian-eigenthings' power iteration too, of up to 200 products.
     """
 
     network: Network = "fully-connected"
     steps: int = 30
     matrices: tuple[str, ...] = ("H", "Σ")
-    cpu_time: bool = False
     power: bool = True
 
 
@@ -186,7 +183,7 @@ def _compared(config: Config, problem: Problem, former: Problem, console: Consol
         repeats=config.repeats,
         device=config.device,
         called_before=True,
-        clock=time.process_time if config.cpu_time else time.perf_counter,
+        clock=config.clock,
     )
     rows = []
     for (matrix, way), timed in zip(ways, timings.values(), strict=True):

@@ -87,6 +87,7 @@ def _compared(task: _Task, config: Config) -> list[dict[str, Any]]:
         },
         repeats=config.repeats,
         device=config.device,
+        clock=config.clock,
     )
     return [
         {
@@ -123,7 +124,7 @@ def _tasks(config: Config, problem: Problem, console: Console) -> Iterator[_Task
         config.trace_error,
         config.seeds,
         lambda found: float(np.sqrt(np.mean([(value / total - 1) ** 2 for value in found]))),
-        {"stableopt": ((0.03, 0.02, 0.015, 0.01, 7e-3, 5e-3), _our_trace(problem))}
+        {"stableopt": ((0.03, 0.02, 0.017, 0.014, 0.012, 0.01, 7e-3, 5e-3), _our_trace(problem))}
         | _named(others, "trace"),
     )
     with console.status("reference: density"):

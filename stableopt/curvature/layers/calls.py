@@ -17,6 +17,13 @@ from torch.nn import functional as F
 from stableopt.curvature.layers.attention import self_attention
 from stableopt.curvature.layers.convolution import Convolution
 from stableopt.curvature.layers.kinds import Bias, Conv, Linear, Lookup, Matrix
+from stableopt.curvature.layers.normalisation import (
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    rms_norm,
+)
 from stableopt.curvature.layers.recorder import Recorder
 
 __all__ = ["CALLS"]
@@ -136,12 +143,7 @@ def _convolution(dims: int) -> Callable[..., Any]:
             padding = [pad // 2 for pad in pads]
         padding = _each(0 if padding == "valid" else padding, dims)
         of = Convolution(input.shape, weight.shape, steps, padding, spread, groups)
-
-        def plain(bias: Tensor | None) -> Tensor:
-            return _with_bias(of.out(*_cast(input, weight)), bias)
-
-        kind = None if index is None else (index, Conv(of, transposed=False))
-        return _layer(recorder, "convolution", input, kind, bias, 1, plain)
+        return _convolved(recorder, index, of, input, weight, bias, transposed=False)
 
     return call
 
@@ -173,14 +175,29 @@ def _transposed_convolution(dims: int) -> Callable[..., Any]:
         ]
         shape = torch.Size((len(input), groups * weight.shape[1], *sizes))
         of = Convolution(shape, weight.shape, steps, zeros, spread, groups)
-
-        def plain(bias: Tensor | None) -> Tensor:
-            return _with_bias(of.back(*_cast(input, weight)), bias)
-
-        kind = None if index is None else (index, Conv(of, transposed=True))
-        return _layer(recorder, "convolution", input, kind, bias, 1, plain)
+        return _convolved(recorder, index, of, input, weight, bias, transposed=True)
 
     return call
+
+
+def _convolved(
+    recorder: Recorder,
+    index: int | None,
+    of: Convolution,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """Record a convolution, or its adjoint in the input; ``index`` is the weight's, if it counts."""
+    convolve = of.back if transposed else of.out
+
+    def plain(bias: Tensor | None) -> Tensor:
+        return _with_bias(convolve(*_cast(input, weight)), bias)
+
+    kind = None if index is None else (index, Conv(of, transposed=transposed))
+    return _layer(recorder, "convolution", input, kind, bias, 1, plain)
 
 
 def _index(recorder: Recorder, given: Tensor, weight: Tensor, dims: int) -> Any:
@@ -246,129 +263,6 @@ def _getitem(recorder: Recorder, table: Tensor, where: Any) -> Any:
     return _embedding(recorder, where, table)
 
 
-def _layer_norm(
-    recorder: Recorder,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    def plain() -> Tensor:
-        return F.layer_norm(input, normalized_shape, None, None, eps)
-
-    return _normalised(recorder, input, plain, weight, bias, (-1, *normalized_shape))
-
-
-def _rms_norm(
-    recorder: Recorder,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Any:
-    def plain() -> Tensor:
-        return F.rms_norm(input, normalized_shape, None, eps)
-
-    return _normalised(recorder, input, plain, weight, None, (-1, *normalized_shape))
-
-
-def _group_norm(
-    recorder: Recorder,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    def plain() -> Tensor:
-        return F.group_norm(input, num_groups, None, None, eps)
-
-    return _normalised(recorder, input, plain, weight, bias, (-1, input.shape[1], None))
-
-
-def _instance_norm(
-    recorder: Recorder,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if not use_input_stats:
-        return NotImplemented
-
-    def plain() -> Tensor:
-        return F.instance_norm(input, eps=eps)
-
-    return _normalised(recorder, input, plain, weight, bias, (-1, input.shape[1], None))
-
-
-def _batch_norm(
-    recorder: Recorder,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    if training or running_mean is None or running_var is None:
-        return NotImplemented
-    mean, variance = running_mean, running_var
-
-    def plain() -> Tensor:
-        # With running statistics: the same affine map for all samples.
-        return F.batch_norm(input, mean, variance, None, None, False, 0.0, eps)
-
-    return _normalised(recorder, input, plain, weight, bias, (-1, input.shape[1], None))
-
-
-def _normalised(
-    recorder: Recorder,
-    given: Tensor,
-    plain: Callable[[], Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    features: tuple[int | None, ...],
-) -> Any:
-    """Record a normalisation, with gains and biases for each sample.
-
-    ``features`` is the shape of one sample's rows: all positions, features, and, as ``None``, more
-    positions.
-    """
-    if recorder.known(given) or not recorder.leads("normalisation", given)[0]:
-        return NotImplemented
-    normalised = plain()
-    rows = normalised.reshape(recorder.size, *_shape(features, normalised, recorder.size))
-    one = [size if size is not None else 1 for size in features]
-    one[0] = 1
-
-    def placed(parameter: Tensor) -> Tensor:
-        if recorder.known(parameter):
-            return recorder.copies(parameter, "normalisation").reshape(recorder.size, *one)
-        return parameter.reshape(1, *one)
-
-    if weight is not None and bias is not None:
-        rows = torch.addcmul(placed(bias), rows, placed(weight))
-    elif weight is not None:
-        rows = rows * placed(weight)
-    elif bias is not None:
-        rows = rows + placed(bias)
-    return rows.reshape(normalised.shape)
-
-
-def _shape(features: tuple[int | None, ...], like: Tensor, size: int) -> list[int]:
-    if features[-1] is not None:
-        return [-1, *(n for n in features[1:] if n is not None)]
-    return [len(like) // size, like.shape[1], like[0, 0].numel()]
-
-
 CALLS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -386,11 +280,11 @@ CALLS: dict[Any, Callable[..., Any]] = {
     torch.conv_transpose3d: _transposed_convolution(3),
     F.embedding: _embedding,
     Tensor.__getitem__: _getitem,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
-    F.batch_norm: _batch_norm,
+    F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
     F.multi_head_attention_forward: partial(self_attention, _linear),
 }
 """Known calls: what modules compute, by what they call and not by their names."""
