@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from oracles import SineOnce
 from simulated_device import Counting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,6 +64,31 @@ class Layers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.norm(self.embedding(x)).mT
         return self.head(self.convolution(hidden).tanh().mean(2))
+
+
+class Sine(nn.Module):
+    """A sine that can be differentiated only once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SineOnce.apply(x)
+
+
+def differenced(device: str) -> dict[str, Any]:
+    """Return a product by finite differences in float64, and what the solver finds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Sine(), nn.Linear(4, 2)).to(device)
+    hessian = Hessian(Problem(model, MSE, samples(device), dtype=torch.float64))
+    vector = torch.randn(hessian.shape[0], generator=torch.Generator().manual_seed(2))
+    product = (hessian @ vector.to(device, torch.float64)).cpu()
+    assert hessian.differences is not None
+    with Counting() as transfers:
+        found = top_eigenpair(hessian, tol=1e-4)
+    return {
+        "product": product,
+        "value": found.value,
+        "products": found.products,
+        "reads": transfers.to_host,
+    }
 
 
 def of_layers(device: str) -> dict[str, Any]:
@@ -186,7 +212,7 @@ def trained(device: str, name: str) -> dict[str, Any]:
     }
 
 
-EACH = ("Adagrad", "NAdam", "RMSprop", "Rprop", "Muon")
+EACH = ("Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Muon")
 """Other optimizers whose step is read; Muon, which takes matrices alone, with AdamW for the others."""
 
 

@@ -31,3 +31,14 @@ def test_layers_with_structure(tmp_path: Path) -> None:
     cpu, device, _ = on_both(simulated_runs.of_layers, tmp_path)
     assert device["ways"] == cpu["ways"]
     torch.testing.assert_close(device["product"], cpu["product"], rtol=SAME, atol=SAME)
+
+
+def test_finite_differences(tmp_path: Path) -> None:
+    """Catches points along a direction that are made on the host."""
+    cpu, device, _ = on_both(simulated_runs.differenced, tmp_path)
+    # In float64: differences enlarge the rounding of gradients.
+    torch.testing.assert_close(device["product"], cpu["product"], rtol=SAME, atol=SAME)
+    assert device["value"] == pytest.approx(cpu["value"], rel=SAME)
+    assert device["products"] == cpu["products"] > 4
+    # Also the norm of each direction, and what chooses the step and checks it.
+    assert device["reads"] <= 2 * device["products"] + 10

@@ -141,20 +141,39 @@ def ours(config: Config) -> list[dict[str, Any]]:
     with monitor, phases.phase("a step and its edge") as row:
         step()
         row["value"] = monitor.history[-1]["realised_edge"].value
-    for quantities in (("sharpness",), ("realised_edge",)):
+    within, half = {"max_overhead": config.max_overhead}, {"every": config.steps // 2}
+    for quantity, when in (("sharpness", within), ("realised_edge", within), ("sharpness", half)):
         monitor = stableopt.StabilityMonitor(
-            optimizer,
-            problem,
-            max_overhead=config.max_overhead,
-            batch_size=config.samples,
-            quantities=quantities,
+            optimizer, problem, batch_size=config.samples, quantities=(quantity,), **when
         )
-        with monitor, phases.phase(f"{config.steps} steps, {quantities[0]}") as row:
+        [(schedule, number)] = when.items()
+        name = f"{config.steps} steps, {quantity}, {schedule}={number}"
+        with monitor, phases.phase(name) as row:
             for _ in range(config.steps):
                 step()
-            row |= {"measurements": len(monitor.history), "overhead": monitor.overhead}
-            if monitor.history:
-                row["value"] = monitor.history[-1][quantities[0]].value
+            row |= _tracked(monitor, quantity)
+    return phases.rows
+
+
+def _tracked(monitor: stableopt.StabilityMonitor, quantity: str) -> dict[str, Any]:
+    """Return what a monitor has done, and the last value of ``quantity``."""
+    searches = ("sharpness", "preconditioned_sharpness")
+    products = [
+        m.products
+        for margins in monitor.history
+        for name, m in margins.measurements.items()
+        if name in searches
+    ]
+    row = {"measurements": len(monitor.history), "overhead": monitor.overhead}
+    row |= {"products": sum(products)} if products else {}
+    if monitor.history:
+        last = monitor.history[-1][quantity]
+        row["value"] = last.value
+        if last.measurement is not None:
+            row["residual"] = last.measurement.residual
+    return row
+
+
     return phases.rows
 
 

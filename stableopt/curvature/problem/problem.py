@@ -388,7 +388,7 @@ class Problem(DifferentiableLoss):
         def add(batch: Any, size: int) -> None:
             loss = self.loss(leaves, batch)
             slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
-            total.add_(self.flatten(slopes), alpha=size)
+            self.coordinates.add_to(total, slopes, size)
             found[0] += size * float(loss.detach())
             found[1] += size
 

@@ -74,7 +74,7 @@ class CentralDifferences:
         self.kinks = kinks
         self.step: float | None = None
         self.error = 0.0
-        self._largest = 0.0
+        self._largest: Tensor | None = None  # the norm of the largest derivative, on the device
         self._count = 0
 
     def along(self, gradient: Along, size: float) -> Tensor:
@@ -93,9 +93,10 @@ class CentralDifferences:
         else:
             slope, disagreement = self._smooth(gradient, size or 1.0)
         # The product of a vector that the matrix nearly annihilates is all rounding.
-        self._largest = max(self._largest, float(slope.norm()))
+        self._largest = self._largest_with(slope)
         if disagreement > 0:
-            relative = disagreement / self._largest if self._largest > 0 else math.inf
+            largest = float(self._largest)
+            relative = disagreement / largest if largest > 0 else math.inf
             self.error = max(self.error, relative)
         # Written so that an error that is not a number is refused.
         if not self.error <= _TOLERATED:
@@ -106,15 +107,21 @@ class CentralDifferences:
             )
         return slope
 
+    def _largest_with(self, slope: Tensor) -> Tensor:
+        """Return the norm of the largest derivative, that of ``slope`` included."""
+        norm = slope.norm()
+        return norm if self._largest is None else torch.fmax(self._largest.to(norm), norm)
+
     def _smooth(self, gradient: Along, size: float) -> tuple[Tensor, float]:
-        """Return the derivative, and its distance from that over a second step."""
+        """Return the derivative, and its distance from that over a second step, 0 if there is none."""
         if self.step is None:
             self.step, slope, second = _chosen(gradient, size)
-        else:
-            slope = central_difference(gradient, self.step)
-            # Checking every product would double its cost.
-            checked = self._count & (self._count - 1) == 0
-            second = central_difference(gradient, 2 * self.step) if checked else slope
+            return slope, float((slope - second).norm())
+        slope = central_difference(gradient, self.step)
+        # Checking every product would double its cost.
+        if self._count & (self._count - 1):
+            return slope, 0.0
+        second = central_difference(gradient, 2 * self.step)
         return slope, float((slope - second).norm())
 
     def _between_kinks(self, gradient: Along, size: float) -> tuple[Tensor, float]:
@@ -131,7 +138,7 @@ class CentralDifferences:
         step = self.step = self.step or _SHORT * size
         while True:
             slope, jump = over(step)
-            accepted = _JUMP_FREE * max(self._largest, float(slope.norm()))
+            accepted = _JUMP_FREE * float(self._largest_with(slope))
             if jump <= accepted and checked:
                 # Jumps on both sides may cancel in the second difference.
                 shorter, other = over(step / _FACTOR)

@@ -69,6 +69,7 @@ class Hessian(MeanOverSamples):
     ) -> None:
         super().__init__(problem, memory, lasting=lasting)
         self.differences = CentralDifferences(kinks=problem.kinked) if problem.obstacle else None
+        self._size: float | None = None  # the norm of the parameters
         self._gradient = gradient and self.differences is None
         self.collects = self._gradient and not problem.large
 
@@ -129,7 +130,7 @@ class Hessian(MeanOverSamples):
                     everywhere[place] = part
                 found = self._differenced(self.differences, passes.batch, everywhere)
                 image = tuple(found[place] for place in places)
-            total.add_(coordinates.flatten(image), alpha=size)
+            coordinates.add_to(total, image, size)
 
         (mean,) = mean_over_chunks(self.problem, [total], add, self._passes)
         coordinates.add_decay(mean, tangent)
@@ -150,8 +151,9 @@ class Hessian(MeanOverSamples):
             theta,
             [cast(part) for part in tangent],
         )
-        size = float(torch.stack([t.norm() for t in theta]).norm())
-        slopes = norm * differences.along(lambda distance: gradient(distance / norm), size)
+        if self._size is None:
+            self._size = float(torch.stack([t.norm() for t in theta]).norm())
+        slopes = norm * differences.along(lambda distance: gradient(distance / norm), self._size)
         slopes = slopes.to(self.dtype)
         parts = torch.split(slopes, [part.numel() for part in tangent])
         return tuple(part.view(t.shape) for part, t in zip(parts, tangent, strict=True))

@@ -24,7 +24,7 @@ import torch
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.taken_step import AlongStep, dot
+from stableopt.stability.measure.taken_step import AlongStep
 
 __all__ = ["realised_edge"]
 
@@ -74,8 +74,7 @@ def _metric(at: Evaluation, along: AlongStep) -> float:
     rule = at.rule
     if rule is None or rule.unknown is not None or at.preconditioner is not None:
         return math.nan
-    own = at.in_own_coordinates(along)
-    return rule.max_sharpness * dot(along.problem, own, own)
+    return rule.max_sharpness * at.squared_length(along)
 
 
 def _window(at: Evaluation) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from stableopt.stability.layers.shares import Directions, of_directions, whole_s
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.taken_step import AlongStep, TakenStep
+from stableopt.stability.measure.taken_step import AlongStep, TakenStep, dot
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -238,9 +238,21 @@ class Evaluation:
         """Return the step ``(d,)`` in the rule's coordinates, divided by the root of a diagonal P."""
         if not self.preconditioned:
             return along.change
-        parts = zip(along.problem.unflatten(along.change), self.problem.scale, strict=True)
-        own = along.problem.flatten([part / factor for part, factor in parts])
-        return torch.where(along.change == 0, 0.0, own)  # 0 / 0: a parameter that never moved
+        return along.problem.flatten(list(self._own_parts(along)))
+
+    def squared_length(self, along: AlongStep) -> float:
+        r"""Return :math:`\delta^\top P^{-1}\delta` of the step, a parameter at a time for a diagonal P."""
+        if not self.preconditioned:
+            return dot(along.problem, along.change, along.change)
+        flat = (part.reshape(-1) for part in self._own_parts(along))
+        lengths = torch.stack([InnerProduct().dot(part, part) for part in flat]).sqrt()
+        return dot(along.problem, lengths, lengths)
+
+    def _own_parts(self, along: AlongStep) -> Iterator[Tensor]:
+        parts = along.problem.unflatten(along.change)
+        for part, factor in zip(parts, self.problem.scale, strict=True):
+            # 0 / 0: a parameter that never moved
+            yield (part / factor).masked_fill_(part == 0, 0.0)
 
     def error_of(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""

@@ -144,7 +144,7 @@ def test_large_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(large, "_in_process", lambda way, *given: ways[way](*given))
     small = {"layers": 1, "width": 8, "heads": 2, "vocabulary": 20, "tokens": 4, "steps": 2}
     rows = large.run(large.Config(out=tmp_path, max_overhead=100.0, **small), quiet())
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all("measurements" in row for row in rows[5:])
     search = rows[2]
     assert search["products"] > 2

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from benchmarks.perf.models.networks import Encoder, MobileNet, UNet
 from benchmarks.perf.timing import Config, interleaved, report
 from benchmarks.training.networks import resnet18
 from stableopt.curvature import Hessian, NonUniformity, Problem
@@ -60,9 +61,12 @@ def _of_transformers(name: str, config: str, **options: Any) -> Callable[[], nn.
 
 
 def _resnet(norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
-    model = resnet18(0, norm=norm)
-    if norm is not None:
-        model(torch.randn(64, 3, 32, 32))  # running statistics
+    return _settled(resnet18(0, norm=norm))
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """Return a classifier of images whose batch norms have running statistics."""
+    model(torch.randn(64, 3, 32, 32))
     return _Classifier(model)
 
 
@@ -73,10 +77,10 @@ class _Classifier(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+    def forward(self, labels: Tensor, **inputs: Tensor) -> Any:
         """Return an object with the loss."""
-        loss = nn.functional.cross_entropy(self.model(pixel_values), labels)
-        return _Output(loss)
+        [x] = inputs.values()
+        return _Output(nn.functional.cross_entropy(self.model(x), labels))
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,15 @@ def _images(size: int) -> Callable[[int], dict[str, Tensor]]:
         return {"pixel_values": torch.randn(n, 3, size, size), "labels": labels}
 
     return batch
+
+
+def _segmented(n: int) -> dict[str, Tensor]:
+    """Return images with a class for each pixel, but for a border that the loss ignores."""
+    inside, border = torch.randint(0, 10, (n, 28, 28)), nn.CrossEntropyLoss().ignore_index
+    return {
+        "pixel_values": torch.randn(n, 3, 32, 32),
+        "labels": nn.functional.pad(inside, (2, 2, 2, 2), value=border),
+    }
 
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": _WORDS}
@@ -133,6 +146,9 @@ def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[s
 CASES: dict[str, Case] = {
     "ResNet-18 GN": Case(_resnet, _images(32), 8, None),
     "ResNet-18 BN": Case(lambda: _resnet(nn.BatchNorm2d), _images(32), 8, None),
+    "MobileNet": Case(lambda: _settled(MobileNet()), _images(32), package=None),
+    "U-Net": Case(lambda: _Classifier(UNet()), _segmented, package=None),
+    "encoder": Case(lambda: _Classifier(Encoder(_WORDS)), _words, package=None),
     **_both("GPT-2", "GPT2LMHeadModel", "GPT2Config", _GPT2),
     **_both("LLaMA", "LlamaForCausalLM", "LlamaConfig", _TEXT),
     **_both("BERT", "BertForMaskedLM", "BertConfig", _TEXT),
