@@ -34,8 +34,8 @@ class Config:
         seed: of initialisations and random vectors.
         device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
         repeats: interleaved repeats; the median counts.
-        cpu_time: whether ``eigenvalues`` and ``spectrum`` count the seconds of this process alone, on a
-            machine with other work.
+        cpu_time: whether ``eigenvalues``, ``spectrum``, ``models`` and ``tracking`` count the seconds of
+            this process alone, on a machine with other work.
         sizes: samples of the comparison of products.
         n: training images of the trained network, its probe set too.
         lr: learning rate of gradient descent.

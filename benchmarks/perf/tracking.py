@@ -46,7 +46,7 @@ class _Run:
     """A run of GD that continues step by step."""
 
     def __init__(self, config: Config, images: Images) -> None:
-        self.images, self.device = images, config.device
+        self.images, self.device, self._clock = images, config.device, config.clock
         self.model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
         self.optimizer = stableopt.GD(self.model.parameters(), lr=config.lr)
         self.seconds(config.warm_up)
@@ -63,7 +63,7 @@ class _Run:
             mean_squared_error(self.model(self.images.x), self.images.y).backward()
             self.optimizer.step()
 
-        return [once(step, self.device).median for _ in range(steps)]
+        return [once(step, self.device, self._clock).median for _ in range(steps)]
 
 
 def _every(config: Config, images: Images) -> dict[str, Any]:

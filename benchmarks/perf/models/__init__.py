@@ -228,6 +228,7 @@ def _row(config: Config, case: Case) -> dict[str, Any]:
         },
         repeats=config.repeats,
         device=config.device,
+        clock=config.clock,
     )
     medians = {"vmap": float("nan")}
     medians |= {name: timing.median for name, timing in timings.items()}
