@@ -1,17 +1,19 @@
-"""`missing`: the experiments of a preset that have jobs left, in order of value."""
+"""`missing` and `Rates`: the experiments that have jobs left, in order of value, and their time."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from benchmarks.experiments import NAMES, experiment
-from benchmarks.framework.experiment import Experiment
+from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.runner import Store, in_order
 from benchmarks.runner.estimate import estimate
 
-__all__ = ["BEYOND", "Part", "missing", "seconds_of"]
+__all__ = ["BEYOND", "Part", "Rates", "missing", "seconds_of"]
 
 BEYOND = "Beyond the paper"
 """What an experiment shows that is not the paper's."""
@@ -53,6 +55,42 @@ def missing(preset: str, store: Store, results: Path, workers: int = 1) -> list[
         return published, one.shows == BEYOND, part.seconds
 
     return sorted(parts, key=rank)
+
+
+class Rates:
+    """Seconds a floating-point operation of the published runs, to tell how long others will take.
+
+    Args:
+        results: the folder of published results.
+    """
+
+    def __init__(self, results: Path) -> None:
+        self._known: dict[tuple[str, str], float] = {}
+        for preset in PRESETS[1:]:
+            for name in NAMES:
+                for data in experiment(name).datasets:
+                    file = results / preset / data / name / "about.json"
+                    flops = _flops(name, preset, data) if file.exists() else 0.0
+                    if flops:
+                        about = json.loads(file.read_text())
+                        done = about["done"] / about["jobs"]
+                        self._known[name, data] = about["seconds"] / (done * flops)
+
+    def seconds(self, name: str, preset: str, data: str) -> float | None:
+        """Return roughly how many seconds of one worker an experiment takes, or ``None`` if unknown.
+
+        By its own rate on these data, else the median of others on the same data, else of all.
+        """
+        same = [rate for (_, other), rate in self._known.items() if other == data]
+        rates = same or list(self._known.values())
+        if not rates:
+            return None
+        return self._known.get((name, data), median(rates)) * _flops(name, preset, data)
+
+
+def _flops(name: str, preset: str, data: str) -> float:
+    jobs = in_order(experiment(name).preset(preset, data).jobs())
+    return float(sum(job.flops for job in jobs))
 
 
 def seconds_of(text: str) -> float:

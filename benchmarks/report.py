@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks.agenda import BEYOND
+from benchmarks.agenda import BEYOND, Rates
 from benchmarks.experiments import NAMES, experiment
 from benchmarks.framework.claims import Claim
 from benchmarks.framework.experiment import PRESETS
@@ -54,7 +54,10 @@ def _opening(results: Path) -> Iterator[str]:
                     yield _line(first, claim.what, claim.printed, claim.ours, _verdict(claim))
                     first = ""
     yield ""
-    yield "All experiments, presets and data sets:"
+    yield (
+        "All experiments, presets and data sets. What was not run has the time that one core would take,"
+        " by the speed of what was: an order of magnitude."
+    )
     yield ""
 
 
@@ -67,6 +70,7 @@ def _published(results: Path, name: str) -> Iterator[tuple[str, str, Path]]:
 
 
 def _summary(results: Path) -> Iterator[str]:
+    rates = Rates(results)
     yield "| experiment | shows | preset, data | reproduced |"
     yield "| --- | --- | --- | --- |"
     for name in NAMES:
@@ -79,7 +83,7 @@ def _summary(results: Path) -> Iterator[str]:
             yield f"| {link} | {experiment(name).shows} | {preset}, {data} | {share} |"
         run = {(preset, data) for preset, data, _ in runs}
         left = [
-            f"{preset}, {data}"
+            f"{preset}, {data}{_expected(rates.seconds(name, preset, data))}"
             for preset in PRESETS[1:]
             for data in experiment(name).datasets
             if (preset, data) not in run
@@ -87,6 +91,10 @@ def _summary(results: Path) -> Iterator[str]:
         if left:
             yield f"| {name} | {experiment(name).shows} | {'; '.join(left)} | not run |"
     yield ""
+
+
+def _expected(seconds: float | None) -> str:
+    return "" if seconds is None else f" (about {readable(seconds)})"
 
 
 def _parts(results: Path) -> Iterator[str]:

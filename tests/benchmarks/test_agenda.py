@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import agenda
-from benchmarks.experiments import counterexample, edge
-from benchmarks.runner import Place, Store, run_all
+from benchmarks.experiments import counterexample, edge, experiment
+from benchmarks.runner import Place, Store, in_order, run_all
 
 
 def test_the_order_is_unpublished_then_the_papers_then_the_quickest(
@@ -31,6 +32,36 @@ def test_the_order_is_unpublished_then_the_papers_then_the_quickest(
     assert [part.seconds for part in found[:4]] == sorted(part.seconds for part in found[:4])
     run_all(counterexample.EXPERIMENT.preset("small").jobs()[:1], store, Place())
     assert agenda.missing("small", store, published)[0].jobs == found[0].jobs - 1
+
+
+def test_times_by_the_speed_of_what_is_published(tmp_path: Path) -> None:
+    """Catches a rate of other data, and half of the jobs taken for all of them."""
+
+    def publish(name: str, data: str, seconds: float, done: int = 4) -> None:
+        folder = tmp_path / "small" / data / name
+        folder.mkdir(parents=True)
+        about = {"seconds": seconds, "jobs": 4, "done": done}
+        (folder / "about.json").write_text(json.dumps(about))
+
+    assert agenda.Rates(tmp_path).seconds("edge", "small", "digits") is None
+    publish("edge", "digits", 30.0)
+    publish("edge", "cifar10-2", 500.0, done=2)
+    publish("steering", "fashion-mnist", 70.0)
+    rates = agenda.Rates(tmp_path)
+    assert rates.seconds("edge", "small", "digits") == pytest.approx(30)
+    assert rates.seconds("edge", "small", "cifar10-2") == pytest.approx(1000)
+    of_steering = rates.seconds("steering", "small", "fashion-mnist")
+    assert of_steering == pytest.approx(70)
+    larger = rates.seconds("edge", "paper", "digits")
+    assert larger is not None
+    assert larger > 60
+    # The only rate on these data.
+    flops = [
+        sum(job.flops for job in in_order(kind.preset("small", "fashion-mnist").jobs()))
+        for kind in (edge.EXPERIMENT, experiment("steering"))
+    ]
+    found = rates.seconds("edge", "small", "fashion-mnist")
+    assert found == pytest.approx(70 * flops[0] / flops[1])
 
 
 @pytest.mark.parametrize("text", ["", "3", "h", "-1h", "3 h", "3d", "1e9s"])

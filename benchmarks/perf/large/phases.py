@@ -174,9 +174,6 @@ def _tracked(monitor: stableopt.StabilityMonitor, quantity: str) -> dict[str, An
     return row
 
 
-    return phases.rows
-
-
 def theirs(config: Config, products: int) -> list[dict[str, Any]]:
     """Return the row of hessian-eigenthings' Lanczos, with so many products."""
     from hessian_eigenthings import HessianOperator, lanczos

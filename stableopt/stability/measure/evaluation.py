@@ -241,7 +241,7 @@ class Evaluation:
         return along.problem.flatten(list(self._own_parts(along)))
 
     def squared_length(self, along: AlongStep) -> float:
-        r"""Return :math:`\delta^\top P^{-1}\delta` of the step, a parameter at a time for a diagonal P."""
+        r"""Return :math:`\delta^\top P^{-1}\delta` of the step, a parameter at a time."""
         if not self.preconditioned:
             return dot(along.problem, along.change, along.change)
         flat = (part.reshape(-1) for part in self._own_parts(along))
