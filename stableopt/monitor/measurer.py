@@ -16,6 +16,7 @@ from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
+from stableopt.stability.measure.evaluation import ROUNDED
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
@@ -191,7 +192,7 @@ class Measurer:
         return [name for name in self.quantities if turn or not QUANTITIES[name].rare]
 
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return saved ``starts`` on the device of the problem, in its precision.
+        """Return saved ``starts`` on the device of the problem, in its precision or rounded.
 
         Raises:
             ValueError: if they are not of its size.
@@ -204,7 +205,10 @@ class Measurer:
                     f" and the model has {size} parameters"
                 )
         device, dtype = self.problem.device, self.problem.dtype
-        return {name: subspace.to(device, dtype) for name, subspace in starts.items()}
+        return {
+            name: rows.to(device, ROUNDED if rows.dtype == ROUNDED else dtype)
+            for name, rows in starts.items()
+        }
 
     def _follow(self) -> None:
         """Continue with the model's parameters where they have changed, as when layers thaw."""

@@ -244,9 +244,11 @@ class StabilityMonitor:
         """The top eigenvectors ``(d,)`` of the latest measurement by quantity, as far as found.
 
         They are in the coordinates of the update rule. Where its preconditioner is not part of these,
-        as with L-BFGS, it is the covector: the eigenvector is the preconditioner's image of it.
+        as with L-BFGS, it is the covector: the eigenvector is the preconditioner's image of it. Those
+        of models of more than three million parameters are rounded to bfloat16.
         """
-        return {name: subspace[0] for name, subspace in self._measurer.starts.items()}
+        dtype = self.problem.dtype
+        return {name: rows[0].to(dtype) for name, rows in self._measurer.starts.items()}
 
     @property
     def overhead(self) -> float:

@@ -76,5 +76,7 @@ def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
     found = measurer()
     starts = found.checked({"sharpness": torch.eye(2, dtype=torch.float64)})
     assert starts["sharpness"].dtype == torch.float32
+    rounded = found.checked({"sharpness": torch.eye(2, dtype=torch.bfloat16)})
+    assert rounded["sharpness"].dtype == torch.bfloat16  # as of a large model
     with pytest.raises(ValueError, match=r"sharpness has shape \(3, 3\).*has 2 parameters"):
         found.checked({"sharpness": torch.eye(3)})

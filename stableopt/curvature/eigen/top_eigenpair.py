@@ -122,7 +122,7 @@ def top_eigenpair(
     with torch.autocast(operator.device.type, enabled=False):
         if start is None:
             return search.random(max_iter)
-        start = start.to(operator.device, operator.dtype)
+        start = start.to(operator.device)
         if start.dim() == 1:
             return search.near(start, max_iter)
         return search.follow(start, max_iter)
@@ -146,6 +146,7 @@ class _Start(Search):
             return self._near_covector(vector, max_iter)
         if max_iter == 1:
             return self.random(max_iter)
+        vector = vector.to(self.operator.dtype)
         # Of an eigenvector x of P H, the covector is P^-1 x = H x / lambda: one product.
         found = self._near_covector(self.operator @ vector, max_iter - 1)
         return replace(found, products=found.products + 1)
@@ -153,7 +154,7 @@ class _Start(Search):
     def follow(self, kept: Tensor, max_iter: int) -> Eigenpair:
         if max_iter < 3 or not followable(kept, self.inner):
             return self._near_covector(kept[0], max_iter)
-        followed = follow(self, kept, max_iter)
+        followed = follow(self, kept.to(self.operator.dtype), max_iter)
         if followed is None:
             fresh = self.random(max_iter - ASKED)
             return replace(fresh, products=fresh.products + ASKED)
@@ -165,7 +166,15 @@ class _Start(Search):
         return replace(best, products=followed.products + fresh.products)
 
     def _near_covector(self, covector: Tensor, max_iter: int) -> Eigenpair:
-        near, fresh = self.inner.dual(covector), self._noise()
+        first, drawn = self._beginning(covector)
+        held = [first]
+        del first
+        # Popped, it is not held here while the search runs.
+        return lanczos(self, held.pop(), max_iter, least=self._least, drawn=drawn)
+
+    def _beginning(self, covector: Tensor) -> tuple[Dual, Tensor]:
+        """Return the first vector of a search near ``covector``, and whether it is all random."""
+        near, fresh = self.inner.dual(covector.to(self.operator.dtype)), self._noise()
         first = self.inner.add(near.normalised(), _FRESH, fresh).normalised()
         # A zero or non-finite start is none. The host reads so with the first product.
         unusable = ~((near.norm > 0) & (near.norm < torch.inf))
@@ -173,9 +182,7 @@ class _Start(Search):
         first = Dual(*(torch.where(unusable, f, n) for f, n in zip(fresh, first, strict=True)))
         if self.inner.preconditioner is None:
             first = first._replace(vector=first.covector)
-        del fresh
-        drawn = unusable.to(first.norm)
-        return lanczos(self, first, max_iter, least=self._least, drawn=drawn)
+        return first, unusable.to(first.norm)
 
     def _noise(self) -> Dual:
         fresh = self.inner.noise(self.operator, self.seed)

@@ -33,7 +33,10 @@ from stableopt.stability.measure.taken_step import AlongStep, TakenStep, dot
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["Evaluation"]
+__all__ = ["ROUNDED", "Evaluation"]
+
+ROUNDED = torch.bfloat16
+"""Of a warm start of a large model: noise of a tenth of its norm is added to it anyway."""
 
 
 @dataclass
@@ -193,7 +196,7 @@ class Evaluation:
         if pair.subspace is not None:
             self.subspaces[name] = pair.subspace
         elif self.starts is not None and preconditioner is None:
-            self.subspaces[name] = pair.vector[None]
+            self.subspaces[name] = pair.vector[None].to(ROUNDED)
         residual = pair.relative_residual / degree
         bound = None if pair.upper_bound is None else value(pair.upper_bound)
         found = Measurement(

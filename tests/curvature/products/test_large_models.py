@@ -138,3 +138,34 @@ def test_few_copies_of_the_parameters_are_held() -> None:
     """
     code = "from test_large_models import peak; print(peak())"
     assert peak_of_process(code, Path(__file__).parent, **EAGER_RETURN) < 11
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_rounded_starts_take_as_few_products(
+    optimizer: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a warm start whose rounding the search has to find its way out of."""
+    evaluation: Any = importlib.import_module("stableopt.stability.measure.evaluation")
+    monkeypatch.setattr(evaluation, "vectors_held", lambda *_: cost._FEWEST_VECTORS)
+
+    def tracked() -> tuple[list[int], stableopt.StabilityMonitor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 1))
+        x, y = torch.randn(50, 20), torch.randn(50, 1)
+        stepped = optimizer(model.parameters(), lr=1e-4)
+        monitor = stableopt.StabilityMonitor(stepped, model, nn.MSELoss(), (x, y), every=1)
+        for _ in range(3):
+            nn.MSELoss()(model(x), y).backward()
+            stepped.step()
+            stepped.zero_grad()
+        found = [m for margins in monitor.history for m in margins.measurements.values()]
+        return [m.products for m in found], monitor
+
+    products, monitor = tracked()
+    assert {rows.dtype for rows in monitor.state_dict()["starts"].values()} == {torch.bfloat16}
+    assert {vector.dtype for vector in monitor.eigenvectors.values()} == {torch.float32}
+    monkeypatch.setattr(evaluation, "ROUNDED", torch.float32)
+    exact, monitor = tracked()
+    assert {rows.dtype for rows in monitor.state_dict()["starts"].values()} == {torch.float32}
+    assert sum(products) <= sum(exact)
+    assert products[-1] < products[0]
