@@ -4,11 +4,11 @@ It prints them for each batch size and each of plain SGD, SGD with momentum 0.9,
 
     print(stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(1, 16, 64)))
 
-Above them training leaves this point; they do not say which rate learns best. Where all samples are
-fitted the threshold is exact in mean square if all directions are affordable; elsewhere for few
-parameters (:func:`~stableopt.critical_lr`). Otherwise, and if the model's outputs are not separate from
-its loss, it is an upper bound. Where the Hessian has negative curvature no learning rate is stable; the
-bounds are then those of the directions of positive curvature, as a note says.
+Above them training leaves this point; they do not say which rate learns best. The rate is the exact
+mean-square threshold in two cases (:func:`~stableopt.critical_lr`): all samples are fitted and all
+directions are affordable, or the model has few parameters. Otherwise it is an upper bound, as it is if
+the model's outputs are not separate from its loss. Where the Hessian has negative curvature no learning
+rate is stable; the bounds are then those of the directions of positive curvature, as a note says.
 
 A last row has the rate from which *one* step along the full-batch gradient raises the loss, by a few
 forward passes. It is not a limit of training, but for models that are too large for products with the

@@ -46,9 +46,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
     ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
     next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state, and
-    a resumed run measures as if it had not stopped. If nothing can be measured, as for an optimizer of
-    unknown rule, there is an error before the first step; a measurement that fails later is recorded,
-    and training continues.
+    a resumed run measures as if it had not stopped. If nothing can be measured, there is an error before
+    the first step; a measurement that fails later is recorded, and training continues.
 
     Samples of a step are those of the batches that Lightning passes to ``training_step``.
 

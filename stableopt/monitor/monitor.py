@@ -61,7 +61,7 @@ class StabilityMonitor:
             ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the probe set, on which curvature is measured: the training set, or a part of it.
-        every: measure after each so many steps.
+        every: measure after every so many steps, such as 50.
         max_overhead: or: measure as often as this share of the training time allows; 0.05 where
             neither is given. A first measurement that is expected to take more than a second waits
             until the training has paid for it.
@@ -94,7 +94,7 @@ class StabilityMonitor:
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: how many measurements warm-start from the last eigenvectors between two that start
             at random.
-        spectrum_every: ``"spectrum"`` is measured at the first of each so many measurements.
+        spectrum_every: ``"spectrum"`` is measured at one in so many measurements.
         seed: of the eigen-solver's random starts.
         realised_window: over how many measured steps the realised edge is averaged; by default 1 where
             steps take all samples, else 32.

@@ -30,7 +30,7 @@ MEMORY = ("old_dirs", "old_stps", "ro", "H_diag", "al", "compact")
 
 
 class LBFGS(Tracking, torch.optim.LBFGS):
-    r"""``torch.optim.LBFGS`` with ``track`` and ``margins``: same arguments, defaults and results.
+    r"""``torch.optim.LBFGS`` with ``track`` and ``margins``: same arguments and defaults.
 
     A step takes up to ``max_iter`` iterations :math:`x \leftarrow x - tPg`, with P the inverse Hessian
     of the last ``history_size`` pairs (Liu & Nocedal, 1989).
@@ -39,8 +39,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
     ``"compact"`` applies the same matrix in a few large products
     (:class:`~stableopt.curvature.InverseHessian`), equal to rounding. It has two host transfers an
     iteration, and one for each trial of a line search; torch has about twenty with ten pairs and two
-    hundred with a hundred. More parameters and pairs make it faster by comparison. Both exchange
-    state dicts with torch, both ways.
+    hundred with a hundred. Both exchange state dicts with torch, both ways.
 
     It improves on torch:
 

@@ -62,7 +62,7 @@ class CriticalLR:
         lower: a learning rate up to which no second moment grows; 0 if none is known. Gauss–Newton
             matrices show it for themselves alone; for the loss it is less by twice ``residual_share``,
             an allowance that is measured and not proven. If not all directions were used it may rest
-            on an eigen-solver's ``upper_bound``, which fails with a probability of at most 1 %.
+            on an eigen-solver's ``upper_bound``, which fails with a probability of at most 0.2 %.
         theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
             ``None`` with momentum, which it does not cover, and with too many directions.
         full_batch: the largest learning rate without noise in the directions of positive curvature,

@@ -182,7 +182,7 @@ class HessianCurvature:
         """Return a learning rate up to which no second moment grows; 0 if none is known.
 
         Beyond :data:`MAX_DENSE` parameters it relies on upper bounds that fail with a probability of
-        at most 1 % each.
+        at most 0.2 % each.
         """
         if self.obstacle(noise) is not None:
             return 0.0

@@ -181,7 +181,7 @@ def reshuffled_critical_lr(
         batch_size: samples B in a step. After a problem it is the second argument.
         update_rule: the rule; its ``lr`` is ignored.
         replicas: copies of the linear dynamics; the bias of the result falls as 1/``replicas``.
-        epochs: that each learning rate is followed at most.
+        epochs: the largest number of epochs for which each learning rate is followed.
         seed: of the orders.
 
     Raises:

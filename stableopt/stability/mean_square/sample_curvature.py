@@ -195,7 +195,7 @@ class _Rest:
     Attributes:
         samples: sizes of the single samples' matrices.
         sharpness_bound: an upper bound of the mean's largest eigenvalue; where it comes from the
-            eigen-solver, it fails with a probability of at most 1 %.
+            eigen-solver, it fails with a probability of at most 0.2 %.
         spill: of the modes, as for :func:`~stableopt.stability.mean_square.second_moments.spills`.
     """
 
