@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import stableopt
+from stableopt.__main__ import main as stableopt_cli
 from stableopt.stability import QUANTITIES
 
 ROOT = Path(__file__).parents[1]
@@ -79,10 +80,14 @@ def test_blocks_run_in_order(
                 assert printed[number] == worded[1], line
 
 
-def test_the_swap_is_a_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a diff in the README with a side that does not run, or with more than twelve lines."""
-    (diff,) = blocks(ROOT / "README.md", "diff")
-    lines = diff.splitlines()
+@pytest.mark.parametrize("which", [0, 1], ids=["SGD", "AdamW"])
+def test_the_swap_is_a_swap(which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a diff in the README with a side that does not run, or with more than twelve lines, and
+    one whose folder has nothing to report.
+    """
+    diffs = blocks(ROOT / "README.md", "diff")
+    assert len(diffs) == 2
+    lines = diffs[which].splitlines()
     assert len(lines) <= 12
     monkeypatch.chdir(tmp_path)
     results = []
@@ -96,14 +101,16 @@ def test_the_swap_is_a_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "loss_fn": nn.MSELoss(),
             "x": x,
             "y": y,
+            "probe": (x, y),
+            "stableopt": stableopt,
             "loader": list(zip(x.split(8), y.split(8), strict=True)) * 10,
         }
         code = "\n".join(line[1:] for line in lines if line[:1] in (" ", side))
         exec(compile(code, "README.md", "exec"), namespace)
         results.append(model.weight.detach().clone())
     assert torch.equal(*results)
-    assert namespace["opt"].margins.step == 50
-    assert (tmp_path / "runs").exists()
+    assert namespace.get("monitor", namespace["opt"]).margins.step == 50
+    assert stableopt_cli(["report", "runs"]) == 0
 
 
 def test_pages_link_to_files_that_exist() -> None:

@@ -30,7 +30,9 @@ class StabilityRegion:
     sufficient.
 
     Args:
-        rule: the update rule.
+        rule: the update rule. Of a preconditioned one, as of Adam, the region is one of *preconditioned*
+            sharpness and non-uniformity, those of the rule's own coordinates: the plain sharpness is
+            not comparable, and neither is a rule without its preconditioner.
         batch_size: samples in a step; ``None`` for the full batch, which has no limit on s.
         dataset_size: samples in the training set; ``None`` for infinitely many.
 

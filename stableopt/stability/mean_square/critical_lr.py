@@ -302,8 +302,10 @@ def critical_batch_size(
         seed: seed of the eigen-solver.
 
     Returns:
-        A number from 1 to n; ``None`` if even the full batch is unstable, as it is where the Hessian
-        has negative curvature. If not all directions are used, a lower bound.
+        A number from 1 to n; ``None`` if even the full batch is unstable: either ``lr`` is too large, or
+        the Hessian has negative curvature, where no learning rate is stable.
+        ``critical_lr(...).obstacle`` tells them apart: it is ``None`` in the first case, and the reason
+        in the second. If not all directions are used, a lower bound.
 
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.

@@ -220,7 +220,7 @@ class StabilityMargins:
 
     @property
     def edge_ratio(self) -> float | None:
-        """:attr:`limited_sharpness` over its limit, for any optimizer: 1 at the edge.
+        """:attr:`limited_sharpness` over its limit, 1 at the edge; ``None`` if no limit is known.
 
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).edge_ratio
         0.75

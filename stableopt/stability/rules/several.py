@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.norms import NormedStep
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -198,7 +199,13 @@ def _apart(blocks: Sequence[Block]) -> str | None:
     for block in blocks:
         p = block.rule.preconditioner
         if isinstance(p, UnknownStep):
-            return f"no limit is known for all parameters together: {p.reason}"
+            reason = f"no limit is known for all parameters together: {p.reason}"
+            if not isinstance(p, NormedStep):
+                return reason
+            return (
+                f"{reason} of its parameters alone, with a monitor of {block.name} and params=, or"
+                " realised_edge with this one"
+            )
     forms = {_form(block.rule) for block in blocks}
     if len(forms) > 1:
         momenta = ", ".join(f"{b.name} {b.rule.memory:g}" for b in blocks)
