@@ -148,6 +148,27 @@ def test_blocks_have_ratios_of_their_own() -> None:
     assert monitor.margins.edge_ratio is None
 
 
+def test_the_advice_for_muon_with_adamw_works() -> None:
+    """Catches a warning that recommends a quantity that the monitor refuses."""
+    model, data = network(), (X.double(), Y.double())
+    muon = torch.optim.Muon([model[0].weight], lr=0.01)
+    adamw = torch.optim.AdamW([model[0].bias, *model[2].parameters()], lr=0.01)
+    advice = (
+        r"generalised_sharpness of its parameters alone, .* of Muon and params=, or realised_edge"
+    )
+    with pytest.warns(RuntimeWarning, match=advice):
+        StabilityMonitor([muon, adamw], model, MSE, data).close()
+    alone = {"quantities": ["generalised_sharpness"], "params": [model[0].weight]}
+    with pytest.warns(RuntimeWarning, match="Muon takes steps of a length"):
+        StabilityMonitor(muon, model, MSE, data, **alone).close()
+    both = StabilityMonitor([muon, adamw], model, MSE, data, every=1, quantities=["realised_edge"])
+    loss_of(model).backward()
+    muon.step()
+    adamw.step()
+    assert both.margins.failure is None
+    assert both.margins["realised_edge"].details
+
+
 def test_a_step_inside_of_a_step_is_one() -> None:
     """Catches a subclass whose step calls its parent's counted twice, also after a step that raised."""
     model = network()
