@@ -33,7 +33,7 @@ from stableopt.suggest import Suggestion, Suggestions, suggest
 if TYPE_CHECKING:
     from stableopt import steering
     from stableopt.optim import LBFGS
-    from stableopt.recorder import FlightRecorder
+    from stableopt.recorder import AlarmRules, FlightRecorder
     from stableopt.stability.mean_square.reshuffled import ReshuffledLR, reshuffled_critical_lr
     from stableopt.steering import (
         AdaptiveAccumulation,
@@ -49,6 +49,7 @@ __all__ = [
     "SGD",
     "AdaptiveAccumulation",
     "AdaptiveBatchSampler",
+    "AlarmRules",
     "ConsoleSink",
     "CriticalLR",
     "CriticalSharpness",
@@ -86,6 +87,7 @@ _ON_DEMAND = {
     "LBFGS": "optim",
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
+    "AlarmRules": "recorder",
     "FlightRecorder": "recorder",
     "ReshuffledLR": "stability.mean_square.reshuffled",
     "StabilityController": "steering",

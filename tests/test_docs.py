@@ -46,7 +46,11 @@ def registry() -> Iterator[None]:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.name, marks=FRAMEWORKS if page.stem == "frameworks" else [])
+        pytest.param(
+            page,
+            id=page.name,
+            marks=FRAMEWORKS if page.stem in ("diagnosing", "frameworks") else [],
+        )
         for page in PAGES
     ],
 )

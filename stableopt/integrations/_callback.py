@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature import Problem
 from stableopt.monitor.monitor import StabilityMonitor, needs_second_derivatives
+from stableopt.recorder import FlightRecorder
 from stableopt.sinks.delivery import Sink, check_sinks
 from stableopt.stability import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
@@ -32,6 +34,7 @@ class Tracked:
         *,
         prefix: str = "stability",
         sinks: Any = (),
+        recorder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         if data is None:
@@ -40,7 +43,11 @@ class Tracked:
             raise TypeError(f"batch_loss={batch_loss!r}: expected a function of model and batch")
         self._data, self._batch_loss, self._prefix = data, batch_loss, prefix
         self._sinks, self._options = check_sinks(sinks), options
+        if not isinstance(recorder, (str, os.PathLike, type(None))):
+            raise TypeError(f"recorder={recorder!r}: expected the folder of its reports")
+        self._folder = recorder
         self.monitor: StabilityMonitor | None = None
+        self.recorder: FlightRecorder | None = None
 
     @property
     def margins(self) -> StabilityMargins | None:
@@ -78,6 +85,7 @@ class Tracked:
             monitor.close()
             raise
         self.monitor = monitor
+        self.recorder = None if self._folder is None else FlightRecorder(monitor, self._folder)
 
     @staticmethod
     def _restore(monitor: StabilityMonitor, state: dict[str, Any]) -> None:
@@ -89,6 +97,8 @@ class Tracked:
             monitor.load_state_dict({**state, "starts": {}})
 
     def _close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
         if self.monitor is not None:
             self.monitor.close()
 

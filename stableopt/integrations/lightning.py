@@ -63,12 +63,14 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             optimizers together, as Muon and AdamW.
         prefix: prefix of the names in the loggers; callbacks of one trainer need different ones.
         sinks: callables that take ``(step, record)``, in addition to the loggers.
+        recorder: the folder for the reports of a :class:`~stableopt.FlightRecorder`, if any.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
             ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
             ``chunk_size`` and the others.
 
     Attributes:
         monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``fit``, or ``None``.
+        recorder: the flight recorder of the latest run, or ``None``.
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when ``fit`` starts.

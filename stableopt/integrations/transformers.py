@@ -60,12 +60,14 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         resume_from_checkpoint: the folder passed to ``trainer.train``, where it is not in the
             trainer's own ``output_dir``.
         sinks: callables that take ``(step, record)``, in addition to the trainer's log.
+        recorder: the folder for the reports of a :class:`~stableopt.FlightRecorder`, if any.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
             ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
             ``chunk_size`` and the others.
 
     Attributes:
         monitor: the :class:`~stableopt.StabilityMonitor` of the latest ``train``, or ``None``.
+        recorder: the flight recorder of the latest run, or ``None``.
 
     Raises:
         TypeError: without a probe set, and as ``StabilityMonitor`` does when training starts.

@@ -100,8 +100,8 @@ class AlarmRules:
             return None
         losses = [its.margins.loss for its in before if its.margins.loss is not None]
         usual = losses[-1] if losses else evidence.first_loss
-        if last.margins.loss is not None and usual is not None and last.margins.loss < usual:
-            return None
+        if last.margins.loss is not None and usual is not None and last.margins.loss <= usual:
+            return None  # or it is the first loss that is known
         return Alarm(
             "ratio", last.step, f"the sharpness is {last.ratio:.3g} times what the step allows"
         )

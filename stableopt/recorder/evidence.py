@@ -30,6 +30,7 @@ class StepRecord:
         changed: the factor by which something other than the optimizers has changed the norm of a
             layer's weights since the step before. Only layers with a factor of 1.5 or more, or less
             than its inverse.
+        total_norm: the norm of the whole gradient before clipping, where the training loop reports it.
     """
 
     step: int
@@ -40,10 +41,11 @@ class StepRecord:
     lrs: Sequence[float] = ()
     moved: Mapping[str, float] = field(default_factory=dict)
     changed: Mapping[str, float] = field(default_factory=dict)
+    total_norm: float | None = None
 
     @property
     def grad_norm(self) -> float:
-        """The norm of the whole gradient.
+        """The norm of the whole gradient, as the optimizer saw it.
 
         >>> StepRecord(1, 0.1, grad_norms={"0": 3.0, "2": 4.0}).grad_norm
         5.0
@@ -85,6 +87,7 @@ class Evidence:
         first_gains: for each layer with a matrix of weights, their root mean square times the root of
             the number of inputs, when recording began: about 1 for usual initialisations.
         groups: the layers of each of the optimizers' groups.
+        precision: of the gradients, as a relative distance of neighbouring numbers.
     """
 
     steps: Sequence[StepRecord]
@@ -92,6 +95,7 @@ class Evidence:
     first_loss: float | None = None
     first_gains: Mapping[str, float] = field(default_factory=dict)
     groups: Sequence[Sequence[str]] = ()
+    precision: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts."""
@@ -104,6 +108,7 @@ class Evidence:
             "first_loss": self.first_loss,
             "first_gains": dict(self.first_gains),
             "groups": [list(layers) for layers in self.groups],
+            "precision": self.precision,
         }
 
     @classmethod
@@ -123,6 +128,7 @@ class Evidence:
             state["first_loss"],
             state["first_gains"],
             state.get("groups", ()),  # which older versions lack
+            state.get("precision", 0.0),
         )
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
-from stableopt.distributed.fsdp import local
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.alarms import Alarm, AlarmRules
 from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
+from stableopt.recorder.pending import PendingStep, Reported, changed, moved, norms_of_gradients
 from stableopt.recorder.report import write_report
 from stableopt.recorder.verdict import verdict
 from stableopt.recorder.weight_sample import WeightSample
@@ -27,12 +27,6 @@ from stableopt.sinks.events import Event, Measured
 from stableopt.stability.measure.layers import layer_of, layer_shares
 
 __all__ = ["FlightRecorder"]
-
-_MOST_INDICES = 1024
-"""Indices of a batch that are kept."""
-
-_MOVED, _CHANGED = 0.05, 1.5
-"""What is noted of weights: a step that moves them by 5 %, and a change of their norm by another."""
 
 
 class FlightRecorder:
@@ -99,6 +93,11 @@ class FlightRecorder:
         most_reports: int = 10,
         keep_weights: bool = False,
     ) -> None:
+        if monitor is None:
+            raise TypeError(
+                "monitor=None: expected a StabilityMonitor. That of a callback exists once training has"
+                " started; StabilityCallback(..., recorder=folder) makes the recorder then"
+            )
         self._monitor = instance("monitor", monitor, StabilityMonitor)
         self._rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
         self.folder = Path(folder)
@@ -107,13 +106,12 @@ class FlightRecorder:
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
         self._steps: deque[StepRecord] = deque(maxlen=window)
         self._measured: deque[MeasuredRecord] = deque(maxlen=window)
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingStep] = []
         self._weights = WeightSample(monitor.problem.params, monitor.problem.names)
         self._sampled = monitor.problem
         self._before: Tensor | None = None
         self._after: dict[str, float] = {}
-        self._loss: Tensor | None = None
-        self._batch: list[int] | None = None
+        self._next = Reported()
         self._first_loss: float | None = None
         self._quiet_until = 0
         self._good: dict[str, Tensor] | None = None
@@ -128,18 +126,28 @@ class FlightRecorder:
             *(o.register_step_post_hook(self._after_step) for o in monitor.optimizers),
         ]
 
-    def loss(self, loss: Tensor | float, batch: Sequence[int] | Tensor | None = None) -> None:
-        """Report the loss of the batch of the next step, and what identifies the batch.
+    def loss(
+        self,
+        loss: Tensor | float,
+        batch: Sequence[int] | Tensor | None = None,
+        *,
+        grad_norm: Tensor | float | None = None,
+    ) -> None:
+        """Report the loss of the batch of the next step, and what else is known of it.
+
+        Several calls before a step are its micro-batches: their losses are averaged, and their samples
+        are joined. Tensors are read later, without a wait for the device now.
 
         Args:
-            loss: a scalar; a tensor is read later, without a wait for the device now.
-            batch: such as the indices of its samples; the first 1,024 are kept.
+            loss: a scalar.
+            batch: what identifies the batch, such as the indices of its samples; the first 1,024
+                are kept.
+            grad_norm: the norm of the gradient before it is clipped, as
+                :func:`torch.nn.utils.clip_grad_norm_` returns it. The recorder sees clipped gradients
+                alone, in which an odd batch leaves no mark.
         """
         try:
-            self._loss = torch.as_tensor(loss).detach().mean().clone()
-            if batch is not None:
-                listed = batch.tolist() if isinstance(batch, Tensor) else list(batch)
-                self._batch = listed[:_MOST_INDICES]
+            self._next.add(loss, batch, grad_norm)
         except Exception as error:
             self._warn("the flight recorder cannot read a loss", f"{type(error).__name__}: {error}")
 
@@ -152,6 +160,7 @@ class FlightRecorder:
             self._first_loss,
             self._first_gains,
             self._groups(),
+            max((torch.finfo(p.dtype).eps for p in self._sampled.params), default=0.0),
         )
 
     def receive(self, event: Event) -> None:
@@ -242,17 +251,18 @@ class FlightRecorder:
         lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
         differ = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
         step = StepRecord(
-            self._monitor.step + 1, max(lrs, default=0.0), batch=self._batch, lrs=differ
+            self._monitor.step + 1, max(lrs, default=0.0), batch=self._next.batch, lrs=differ
         )
         if problem is not self._sampled:  # as when layers thaw
             self._weights, self._sampled = WeightSample(problem.params, problem.names), problem
             self._after = {}
         self._before = self._weights.take()
         before = self._weights.norms(self._before)
+        gradients = norms_of_gradients(problem.params)
         self._pending.append(
-            _Pending(step, _norms_of_gradients(problem.params), before, self._loss)
+            PendingStep(step, gradients, before, self._next.loss, self._next.total_norm)
         )
-        self._loss = self._batch = None
+        self._next = Reported()
 
     def _note_end(self) -> None:
         if self._pending and self._before is not None:
@@ -266,12 +276,11 @@ class FlightRecorder:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        known = [its.loss for its in pending if its.loss is not None]
-        losses = iter(torch.stack([loss.to(known[0]) for loss in known]).tolist() if known else [])
+        losses = _read([its.loss for its in pending])
+        total_norms = _read([its.total_norm for its in pending])
         numbers = iter(torch.cat([part for its in pending for part in its.norms]).tolist())
         layers = self._weights.layers
-        for its in pending:
-            value = None if its.loss is None else next(losses)
+        for its, value, total_norm in zip(pending, losses, total_norms, strict=True):
             if self._first_loss is None:
                 self._first_loss = value
             gradients: dict[str, float] = {}
@@ -279,17 +288,18 @@ class FlightRecorder:
                 layer = layer_of(name)
                 gradients[layer] = math.hypot(gradients.get(layer, 0.0), next(numbers))
             before = dict(zip(layers, numbers, strict=False))
-            moved, after = {}, {}
+            length, after = {}, {}
             if its.after is not None:
-                moved = dict(zip(layers, numbers, strict=False))
+                length = dict(zip(layers, numbers, strict=False))
                 after = dict(zip(layers, numbers, strict=False))
             self._steps.append(
                 replace(
                     its.step,
                     loss=value,
                     grad_norms=gradients,
-                    moved=_moved(before, moved),
-                    changed=_changed(self._after, before),
+                    moved=moved(before, length),
+                    changed=changed(self._after, before),
+                    total_norm=total_norm,
                 )
             )
             self._after = after
@@ -339,55 +349,8 @@ class FlightRecorder:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"
 
 
-@dataclass
-class _Pending:
-    """A step whose numbers are still on the device: norms of gradients by parameter, those of weights
-    before the step, of their movement and of weights after it by layer, and the loss.
-    """
-
-    step: StepRecord
-    gradients: Tensor
-    before: Tensor
-    loss: Tensor | None
-    moved: Tensor | None = None
-    after: Tensor | None = None
-
-    @property
-    def norms(self) -> list[Tensor]:
-        every = (self.gradients, self.before, self.moved, self.after)
-        return [part for part in every if part is not None]
-
-
-def _norms_of_gradients(params: Sequence[Tensor]) -> Tensor:
-    return torch.stack(
-        [
-            torch.zeros((), device=p.device, dtype=torch.float32)
-            if p.grad is None
-            else torch.linalg.vector_norm(_values(p.grad), dtype=torch.float32)
-            for p in params
-        ]
-    )
-
-
-def _values(gradient: Tensor) -> Tensor:
-    values = local(gradient.detach())
-    return values.coalesce().values() if values.is_sparse else values
-
-
-def _moved(before: Mapping[str, float], moved: Mapping[str, float]) -> dict[str, float]:
-    """Return how far a step moved each layer, relative to its norm, from 5 % on."""
-    found: dict[str, float] = {}
-    for layer, length in moved.items():
-        if before[layer] > 0 and not length < _MOVED * before[layer]:
-            found[layer] = length / before[layer]
-    return found
-
-
-def _changed(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Return by which factor the norm of each layer changed between two steps, from 1.5 on."""
-    found: dict[str, float] = {}
-    for layer, norm in before.items():
-        factor = norm / after[layer] if after.get(layer) else 1.0
-        if math.isfinite(factor) and not 1 / _CHANGED < factor < _CHANGED:
-            found[layer] = factor
-    return found
+def _read(values: Sequence[Tensor | None]) -> list[float | None]:
+    """Return numbers of scalars on a device, in one transfer."""
+    known = [value for value in values if value is not None]
+    numbers = iter(torch.stack([value.to(known[0]) for value in known]).tolist() if known else [])
+    return [None if value is None else next(numbers) for value in values]

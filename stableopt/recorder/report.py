@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stableopt.recorder.alarms import Alarm
-from stableopt.recorder.evidence import Evidence
-from stableopt.recorder.verdict import Verdict
+from stableopt.recorder.evidence import Evidence, StepRecord
+from stableopt.recorder.finding import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,11 @@ def write_report(
     # The name says what it is where a killed process leaves it behind.
     partial = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
     try:
-        content = {"alarm": vars(alarm), "verdict": vars(verdict), "evidence": evidence.to_dict()}
+        content = {
+            "alarm": vars(alarm),
+            "verdict": {**vars(verdict), "advice": verdict.advice},
+            "evidence": evidence.to_dict(),
+        }
         text = json.dumps(_strict(content), indent=1, allow_nan=False)
         (partial / "report.json").write_text(text + "\n", encoding="utf-8")
         has_figure = importlib.util.find_spec("matplotlib") is not None
@@ -109,6 +113,8 @@ def _lines(alarm: Alarm, verdict: Verdict, evidence: Evidence, figure: bool) -> 
         f", in `{verdict.layer}`." if verdict.layer else "."
     )
     yield ""
+    yield f"What to do: {verdict.advice}"
+    yield ""
     if figure:
         yield "![Loss, margins, gradient and learning rate before the alarm](report.png)"
         yield ""
@@ -136,9 +142,14 @@ def _lines(alarm: Alarm, verdict: Verdict, evidence: Evidence, figure: bool) -> 
             largest = f"`{max(norms, key=lambda name: norms[name])}`" if norms else ""
             batch = "" if step.batch is None else ", ".join(map(str, step.batch[:8]))
             more = ", …" if step.batch is not None and len(step.batch) > 8 else ""
-            cells = (step.lr, step.loss, step.grad_norm if norms else None)
+            cells = (step.lr, step.loss, _norm(step) if norms else None)
             yield f"| {step.step} | {' | '.join(map(_number, cells))} | {largest} | {batch}{more} |"
         yield ""
+
+
+def _norm(step: StepRecord) -> float:
+    """Return the norm of the gradient, that before clipping where it is known."""
+    return step.grad_norm if step.total_norm is None else step.total_norm
 
 
 def _number(value: float | None) -> str:
@@ -161,7 +172,7 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
         label = "sharpness" if name == "edge_ratio" else "non-uniformity"
         _line(panels[1], [(x, y) for x, y in points if y is not None], label, colour, "o-")
     panels[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="limit")
-    _line(panels[2], [(its.step, its.grad_norm) for its in steps], "", "#0072B2")
+    _line(panels[2], [(its.step, _norm(its)) for its in steps], "", "#0072B2")
     _line(panels[3], [(its.step, its.lr) for its in steps], "", "#0072B2")
     titles = ("loss", "value / limit", "norm of the gradient", "learning rate")
     for panel, title in zip(panels, titles, strict=True):

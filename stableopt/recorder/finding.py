@@ -1,0 +1,49 @@
+"""`Verdict`: the likely cause of an alarm, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Verdict"]
+
+_ADVICE = {
+    "learning rate": "Lower the peak of the learning rate, or warm up longer.",
+    "weights": "Find what wrote them: code outside the optimizer.",
+    "batch size": "Raise the batch size, or lower the learning rate with it.",
+    "batch": (
+        "Look at these samples. Go back to a checkpoint before them and skip them, or clip gradients."
+    ),
+    "layer": (
+        "If the layer began too large, initialise it smaller, or give its group a lower learning rate;"
+        " else lower the learning rate or β₂, or warm up longer."
+    ),
+    "edge": "Lower the learning rate or β₂, or warm up longer.",
+    "not finite": "Go back one checkpoint, and look for an overflow in the loss or in half precision.",
+    "unknown": "Go back one checkpoint and skip the data since. If it recurs, lower the learning rate.",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The likely cause of an alarm.
+
+    Attributes:
+        cause: ``"learning rate"``, ``"weights"``, ``"batch"``, ``"batch size"``, ``"layer"``,
+            ``"edge"``, ``"not finite"`` or ``"unknown"``.
+        text: sentences.
+        layer: the layer that the evidence names, or ``None``.
+        step: the step at which it began, or ``None``.
+
+    >>> Verdict("learning rate", "The loss rose.").advice
+    'Lower the peak of the learning rate, or warm up longer.'
+    """
+
+    cause: str
+    text: str
+    layer: str | None = None
+    step: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do about the cause, in words."""
+        return _ADVICE.get(self.cause, _ADVICE["unknown"])
