@@ -33,7 +33,7 @@ _LEAPS = 3.0
 _RATIOS = 2
 """Measurements that say how fast gradients grow. Adam's first ones are often far above the limit."""
 
-_LOSS_LEAP, _LOSS_RISE = 2.0, 0.1
+_LOSS_LEAP, _LOSS_RISE = 3.0, 0.1
 """Factor of an odd batch's loss over the largest of those before, and its least height as a share of the
 first loss."""
 

@@ -50,15 +50,15 @@ class Reported:
     ) -> None:
         """Add a micro-batch. The last norm counts, since it is that of the sum of gradients."""
         value = torch.as_tensor(loss).detach().mean()
+        self._sum = value.clone() if self._sum is None else self._sum + value.to(self._sum)
+        self._losses += 1
+        if batch is not None:
+            listed = batch.tolist() if isinstance(batch, Tensor) else list(batch)
+            self.batch = [*(self.batch or ()), *listed][:_MOST_INDICES]
         if grad_norm is not None:
             if hasattr(grad_norm, "full_tensor"):
                 raise TypeError("grad_norm is a DTensor: pass grad_norm.full_tensor()")
             self.total_norm = torch.as_tensor(grad_norm).detach().reshape(()).clone()
-        if batch is not None:
-            listed = batch.tolist() if isinstance(batch, Tensor) else list(batch)
-            self.batch = [*(self.batch or ()), *listed][:_MOST_INDICES]
-        self._sum = value.clone() if self._sum is None else self._sum + value.to(self._sum)
-        self._losses += 1
 
     @property
     def loss(self) -> Tensor | None:

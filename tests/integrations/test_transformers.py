@@ -388,3 +388,25 @@ def test_a_broken_state_does_not_end_the_run(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="was not read"):
         trainer_in(tmp_path, [callback], max_steps=4, **options).train(resume_from_checkpoint=True)
     assert [m.step for m in callback.history] == [4]
+
+
+def test_a_recorder_that_the_callback_makes(tmp_path: Path) -> None:
+    """Catches a recorder that is not there while training, or is never closed, or changes the run."""
+
+    class Reporting(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss = super().training_step(*args, **kwargs)
+            callback.recorder.loss(loss)
+            return loss
+
+    with pytest.raises(TypeError, match="recorder=3"):
+        StabilityCallback(batch(), recorder=3)
+    callback = StabilityCallback(batch(), every=4, recorder=tmp_path / "reports")
+    assert callback.recorder is None
+    made = trainer_in(tmp_path / "run", [callback])
+    made.__class__ = Reporting
+    made.train()
+    steps = callback.recorder.evidence.steps
+    assert [its.step for its in steps] == list(range(1, 13))
+    assert all(its.loss is not None for its in steps)
+    assert callback.recorder not in callback.monitor.sinks

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt import FlightRecorder, StabilityMonitor
-from stableopt.recorder import AlarmRules
+from stableopt.recorder import AlarmRules, Evidence
 from stableopt.recorder.weight_sample import WeightSample
 from stableopt.report import read_run
 
@@ -255,6 +255,7 @@ def test_arguments(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="window=0"):
         FlightRecorder(run.monitor, tmp_path, window=0)
     assert stableopt.FlightRecorder is FlightRecorder
+    assert stableopt.AlarmRules is AlarmRules
     assert AlarmRules(ratio=2).ratio == 2
 
 
@@ -392,3 +393,95 @@ def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> 
     assert "No space left on device" in said
     assert list(tmp_path.iterdir()) == []
     assert len(run.recorder.evidence.steps) == 10
+
+
+class Steps:
+    """Trains with AdamW, a schedule, and clipped gradients; step 71 has bad labels."""
+
+    def __init__(
+        self, folder: Path, *, norms: bool = False, bad: bool = True, warm: int = 0
+    ) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        (x, y), generator = data(), torch.Generator().manual_seed(2)
+        steps = 90 if bad else 200
+        with (
+            StabilityMonitor(optimizer, model, LOSS, (x, y), every=20) as monitor,
+            FlightRecorder(monitor, folder) as recorder,
+        ):
+            for k in range(1, steps + 1):
+                decay = 1.0 if bad else 0.5 + 0.5 * math.cos(math.pi * k / steps)
+                optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, k / max(warm, 1)) * decay
+                rows = torch.randint(128, (32,), generator=generator)
+                loss = LOSS(model(x[rows]), y[rows] + 20.0 * (bad and k == 71))
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+                recorder.loss(loss, rows, grad_norm=norm if norms else None)
+                optimizer.step()
+        self.recorder = recorder
+
+
+@pytest.mark.parametrize("warm", [0, 200])
+@pytest.mark.parametrize("norms", [True, False])
+def test_an_odd_batch_is_found_under_clipping(tmp_path: Path, norms: bool, warm: int) -> None:
+    """Catches a recorder that clipping blinds, and a warm-up that hides the batch."""
+    recorder = Steps(tmp_path, norms=norms, warm=warm).recorder
+    found = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
+    assert (found["cause"], found["step"]) == ("batch", 71)
+    assert found["advice"].startswith("Look at these samples.")
+    assert "What to do: Look at" in (recorder.reports[0] / "report.md").read_text()
+    assert ("gradient of the batch" if norms else "are clipped at 0.3") in found["text"]
+
+
+def test_a_healthy_run_with_warm_up_and_clipping_gives_no_alarm(tmp_path: Path) -> None:
+    """Catches a false alarm of a usual schedule."""
+    assert Steps(tmp_path, bad=False, warm=40).recorder.reports == []
+
+
+def test_a_warm_up_to_a_peak_that_is_too_high_is_found(run: Run) -> None:
+    """Catches the layer at the edge, blamed for the schedule that led there."""
+    while run.steps < 150 and not run.recorder.reports:
+        run.optimizer.param_groups[0]["lr"] = 0.02 * (run.steps + 1)
+        run.train(1)
+    found = run.report()["verdict"]
+    assert found["cause"] == "learning rate"
+    assert "still rising in warm-up" in found["text"]
+
+
+def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
+    """Catches the last micro-batch alone as the loss of an accumulated step, against plain means."""
+    for losses in ([1.0, 2.0, 6.0], [4.0]):
+        for at, loss in enumerate(losses):
+            run.recorder.loss(torch.tensor(loss), [at], grad_norm=10.0 * loss)
+        run.optimizer.step()
+    run.recorder.close()
+    kept = run.recorder.evidence.steps
+    assert [(its.loss, its.batch, its.total_norm) for its in kept] == [
+        (3.0, [0, 1, 2], 60.0),
+        (4.0, [0], 40.0),
+    ]
+    assert Evidence.from_dict(run.recorder.evidence.to_dict()) == run.recorder.evidence
+
+
+def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
+    """Catches a sharded norm, whose sum would wait for other ranks, and rubbish."""
+
+    class Sharded:
+        def full_tensor(self) -> None:
+            raise AssertionError
+
+    with pytest.warns(RuntimeWarning, match=r"pass grad_norm\.full_tensor\(\)"):
+        run.recorder.loss(1.0, grad_norm=Sharded())  # type: ignore[arg-type]
+    with pytest.warns(RuntimeWarning, match="cannot read a loss"):
+        run.recorder.loss(3.0, grad_norm=torch.ones(2))
+    run.optimizer.step()
+    run.recorder.close()
+    assert [(its.loss, its.total_norm) for its in run.recorder.evidence.steps] == [(2.0, None)]
+
+
+def test_a_monitor_that_is_not_there_yet_is_explained(tmp_path: Path) -> None:
+    """Catches a callback's monitor before training, with an error that names no way out."""
+    with pytest.raises(TypeError, match=r"StabilityCallback\(\.\.\., recorder=folder\)"):
+        FlightRecorder(None, tmp_path)  # type: ignore[arg-type]

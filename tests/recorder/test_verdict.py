@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -205,3 +206,101 @@ def test_weights_that_something_else_changed_are_named() -> None:
     assert said(gone, []).cause == "weights"
     small = [step(k, changed={"2": 1.6} if k == 50 else {}) for k in range(1, 61)]
     assert said(small, []).cause == "unknown"
+
+
+CLIPPED = [step(k, norm=min(1.0, 0.9 + 0.1 * (k % 3))) for k in range(1, 61)]
+
+
+def test_clipped_gradients_are_not_called_usual() -> None:
+    """Catches "gradients were as before" where clipping hides them, and the same for any other run."""
+    text = said(CLIPPED, []).text
+    assert "Learning rate and batch size were as before" in text
+    assert "Gradients are clipped at 1" in text
+    assert "grad_norm=norm" in text
+    noisy = [step(k, norm=1 + 0.01 * math.sin(k)) for k in range(1, 61)]
+    assert "and gradients were as before" in said(noisy, []).text
+    half = [step(k, norm=1 + 4e-3 * (k % 2)) for k in range(1, 61)]  # as bfloat16 rounds
+    assert "as before" in verdict(ROSE, Evidence(half, [], precision=2**-7)).text
+    assert "clipped" in verdict(ROSE, Evidence(half, [], precision=2**-7)).text
+
+
+def test_the_norm_before_clipping_shows_the_batch() -> None:
+    """Catches a handed norm that is not looked at, and an ordinary outlier that is blamed."""
+    steps = [replace(its, total_norm=1.5 + 0.2 * (its.step % 4)) for its in CLIPPED]
+    assert "gradients were as before" in said(steps, []).text
+    steps[54] = replace(steps[54], total_norm=80.0)
+    found = said(steps, [])
+    assert (found.cause, found.step) == ("batch", 55)
+    assert "was 80, where" in found.text
+    steps[54] = replace(steps[54], total_norm=3.9)  # not twice what others have
+    assert said(steps, []).cause == "unknown"
+
+
+def test_the_loss_of_a_batch_shows_it_where_gradients_are_clipped() -> None:
+    """Catches a batch that clipping hides, and an instability or an old outlier taken for one."""
+    steps = [replace(its, loss=0.4 + 0.1 * (its.step % 3)) for its in CLIPPED]
+    odd = [replace(its, loss=9.0, batch=[7, 3]) if its.step == 55 else its for its in steps]
+    found = said(odd, [])
+    assert (found.cause, found.step) == ("batch", 55)
+    assert (
+        "The loss of the batch of the samples 7, 3 at step 55 was 9, where 0.5 was usual"
+        in found.text
+    )
+    assert "Gradients are clipped at 1, so their norm shows no odd batch." in found.text
+    stays = [replace(its, loss=9.0) if its.step >= 55 else its for its in steps]
+    assert said(stays, []).cause == "unknown"
+    assert said(odd, [at(40, 0.9), at(50, 4.0)]).cause == "layer"  # the edge explains a leap by 49
+    late = verdict(replace(ROSE, step=120), Evidence(odd, [], 2.3))
+    assert late.cause == "unknown"
+
+
+WARM = [step(k, lr=1e-3 * k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
+
+
+def test_a_warm_up_is_no_change_of_the_learning_rate() -> None:
+    """Catches a schedule that goes on, blamed for what a batch does."""
+    steps = [replace(its, grad_norms={"0": 90.0}) if its.step == 55 else its for its in WARM]
+    assert (said(steps, []).cause, said(steps, []).step) == ("batch", 55)
+    smooth = {
+        "cosine": [1.0 - math.cos(math.pi * k / 200) for k in range(1, 61)],
+        "exponential": [1.05**k for k in range(60)],
+        "staircase": [1.0 + k // 8 for k in range(60)],
+        "one cycle": [0.04 + 0.48 * (1 - math.cos(math.pi * k / 60)) for k in range(60)],
+    }
+    for name, rates in smooth.items():
+        found = said([step(k, lr=lr) for k, lr in enumerate(rates, start=1)], [])
+        assert found.cause == "unknown", name
+        assert "in warm-up, from" in found.text
+
+
+def test_a_warm_up_that_reaches_the_limit_is_the_cause() -> None:
+    """Catches a peak that is too high, called unknown or the edge of a layer."""
+    found = said(WARM, [at(40, 0.7), at(60, 1.1)])
+    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 60)
+    assert "was still rising in warm-up, from 0.001 at step 1 to 0.06 at step 60" in found.text
+    near = said(WARM, [at(60, 0.95)])
+    assert near.cause == "learning rate"
+    assert "The sharpness over its limit was 0.95 at step 60." in near.text
+    below = said(WARM, [at(60, 0.5)])
+    assert below.cause == "unknown"
+    assert "The learning rate was still rising" in below.text
+    assert "Learning rate" not in below.text
+
+
+def test_a_jump_or_a_kink_in_a_schedule_is_a_change() -> None:
+    """Catches a jump that a warm-up hides, a warm restart, and a rate that begins to rise."""
+    jump = [step(k, lr=1e-3 * k * (1 if k < 50 else 2)) for k in range(1, 61)]
+    restart = [step(k, lr=0.1 * 0.95**k if k < 50 else 0.1) for k in range(1, 61)]
+    kink = [step(k, lr=0.1 + 0.01 * max(0, k - 49)) for k in range(1, 61)]
+    for steps in (jump, restart, kink):
+        found = said(steps, [])
+        assert (found.cause, found.step) == ("learning rate", 50)
+    assert "rose from 0.1 to 0.21 from step 50 to 60." in said(kink, []).text
+
+
+@pytest.mark.parametrize(
+    "cause", ["learning rate", "weights", "batch", "unknown", "edge", "another"]
+)
+def test_a_verdict_says_what_to_do(cause: str) -> None:
+    """Catches a cause without advice."""
+    assert Verdict(cause, "").advice.endswith(".")
