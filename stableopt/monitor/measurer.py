@@ -136,6 +136,10 @@ class Measurer:
         unknown = _UNKNOWN * costs["gradient"].seconds
         return sum(costs[name].seconds if name in costs else unknown for name in names)
 
+    def eigenvectors(self) -> dict[str, Tensor]:
+        """Return the top eigenvectors ``(d,)`` by quantity, in the precision of the problem."""
+        return {name: rows[0].to(self.problem.dtype) for name, rows in self.starts.items()}
+
     @property
     def steps(self) -> bool:
         """Whether a quantity needs the parameters as they were before the step."""

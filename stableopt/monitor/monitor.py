@@ -244,11 +244,10 @@ class StabilityMonitor:
         """The top eigenvectors ``(d,)`` of the latest measurement by quantity, as far as found.
 
         They are in the coordinates of the update rule. Where its preconditioner is not part of these,
-        as with L-BFGS, it is the covector: the eigenvector is the preconditioner's image of it. Those
-        of models of more than three million parameters are rounded to bfloat16.
+        as with L-BFGS, it is the covector, whose image by the preconditioner is the eigenvector.
+        Those of more than three million parameters are rounded to bfloat16.
         """
-        dtype = self.problem.dtype
-        return {name: rows[0].to(dtype) for name, rows in self._measurer.starts.items()}
+        return self._measurer.eigenvectors()
 
     @property
     def overhead(self) -> float:
