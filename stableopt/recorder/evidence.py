@@ -11,7 +11,7 @@ from typing import Any
 
 from stableopt.stability.measure.margins import StabilityMargins
 
-__all__ = ["Evidence", "MeasuredRecord", "StepRecord", "robust_score"]
+__all__ = ["Evidence", "MeasuredRecord", "StepRecord", "finite_or_inf", "robust_score"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,15 @@ class Evidence:
             state.get("groups", ()),  # which older versions lack
             state.get("precision", 0.0),
         )
+
+
+def finite_or_inf(value: float) -> float:
+    """Return ``value``, or infinity where it is not finite, so that it compares as the largest.
+
+    >>> finite_or_inf(2.0), finite_or_inf(float("nan"))
+    (2.0, inf)
+    """
+    return value if math.isfinite(value) else math.inf
 
 
 def robust_score(value: float, before: Sequence[float]) -> float:

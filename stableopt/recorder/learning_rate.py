@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from stableopt.recorder.alarms import Alarm
-from stableopt.recorder.evidence import Evidence, StepRecord
+from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf
 from stableopt.recorder.finding import Verdict
 
 __all__ = ["changed_rate", "runaway_group", "too_fast", "warming_up"]
@@ -164,7 +164,7 @@ def runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verd
 
 
 def _far(step: StepRecord) -> dict[str, float]:
-    known = {layer: _finite_or_inf(by) for layer, by in step.moved.items()}
+    known = {layer: finite_or_inf(by) for layer, by in step.moved.items()}
     return {layer: by for layer, by in known.items() if by >= _FAR}
 
 
@@ -193,9 +193,5 @@ def _most_moved(evidence: Evidence, layers: Sequence[str], step: int) -> str | N
     most: dict[str, float] = dict.fromkeys(layers, 0.0)
     for its in evidence.steps:
         for layer in most if its.step >= step else ():
-            most[layer] = max(most[layer], _finite_or_inf(its.moved.get(layer, 0.0)))
+            most[layer] = max(most[layer], finite_or_inf(its.moved.get(layer, 0.0)))
     return max(most, key=lambda layer: most[layer], default=None)
-
-
-def _finite_or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf

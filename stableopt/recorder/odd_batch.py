@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from stableopt.recorder.alarms import Alarm
-from stableopt.recorder.evidence import Evidence, StepRecord, robust_score
+from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf, robust_score
 from stableopt.recorder.finding import Verdict
 
 __all__ = ["clipped_at", "odd_batch"]
@@ -84,7 +84,7 @@ def _by_gradient(
         usual = max(_GRADIENT_LEAP, _LEAPS * _growth(evidence, its.step))
         stands_out = norm > _STANDS_OUT * max(before[-_LATELY:]) and leap > usual
         if not math.isfinite(norm) or (stands_out and robust_score(norm, before) > _SCORE):
-            layer = max(its.grad_norms, key=lambda name: _finite_or_inf(its.grad_norms[name]))
+            layer = max(its.grad_norms, key=lambda name: finite_or_inf(its.grad_norms[name]))
             text = (
                 f"The gradient of the batch{_which(its)} at step {its.step:,} was {norm:.3g}, where"
                 f" {median(before):.3g} was usual; it is largest in {layer}."
@@ -153,10 +153,6 @@ def _growth(evidence: Evidence, step: int) -> float:
     """
     ratios = [its.ratio for its in evidence.measured if its.step < step and its.ratio is not None]
     return max([1.0, *(2 * ratio - 1 for ratio in ratios[-_RATIOS:])])
-
-
-def _finite_or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _which(step: StepRecord) -> str:

@@ -104,10 +104,10 @@ def _values(gradient: Tensor) -> Tensor:
     return values.coalesce().values() if values.is_sparse else values
 
 
-def moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """Return how far a step moved each layer, relative to its norm, from 5 % on."""
+def moved(before: Mapping[str, float], lengths: Mapping[str, float]) -> dict[str, float]:
+    """Return the length of each layer's step relative to its norm before, from 5 % on."""
     found: dict[str, float] = {}
-    for layer, length in after.items():
+    for layer, length in lengths.items():
         if before[layer] > 0 and not length < _MOVED * before[layer]:
             found[layer] = length / before[layer]
     return found

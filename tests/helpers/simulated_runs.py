@@ -81,14 +81,7 @@ def differenced(device: str) -> dict[str, Any]:
     vector = torch.randn(hessian.shape[0], generator=torch.Generator().manual_seed(2))
     product = (hessian @ vector.to(device, torch.float64)).cpu()
     assert hessian.differences is not None
-    with Counting() as transfers:
-        found = top_eigenpair(hessian, tol=1e-4)
-    return {
-        "product": product,
-        "value": found.value,
-        "products": found.products,
-        "reads": transfers.to_host,
-    }
+    return {"product": product, **_top(hessian)}
 
 
 def of_layers(device: str) -> dict[str, Any]:
@@ -110,14 +103,14 @@ def eigenpair(device: str, name: str) -> dict[str, Any]:
     operator: Operator = OPERATORS[name](Problem(network(device), MSE, samples(device)))
     vectors = torch.randn(operator.shape[0], 3, generator=torch.Generator().manual_seed(2))
     images = torch.stack([operator @ v for v in vectors.to(device).T]).cpu()
+    return {"images": images, **_top(operator)}
+
+
+def _top(operator: Operator) -> dict[str, Any]:
+    """Return what the solver finds, its products, and the reads of the host."""
     with Counting() as transfers:
         found = top_eigenpair(operator, tol=1e-4)
-    return {
-        "images": images,
-        "value": found.value,
-        "products": found.products,
-        "reads": transfers.to_host,
-    }
+    return {"value": found.value, "products": found.products, "reads": transfers.to_host}
 
 
 def optimizers(name: str, model: nn.Module) -> Any:
