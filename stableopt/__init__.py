@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from stableopt import steering
     from stableopt.optim import LBFGS
     from stableopt.recorder import AlarmRules, FlightRecorder
-    from stableopt.stability.mean_square.reshuffled import ReshuffledLR, reshuffled_critical_lr
+    from stableopt.stability.simulated.almost_sure import AlmostSureLR, almost_sure_critical_lr
+    from stableopt.stability.simulated.reshuffled import ReshuffledLR, reshuffled_critical_lr
     from stableopt.steering import (
         AdaptiveAccumulation,
         AdaptiveBatchSampler,
@@ -50,6 +51,7 @@ __all__ = [
     "AdaptiveAccumulation",
     "AdaptiveBatchSampler",
     "AlarmRules",
+    "AlmostSureLR",
     "ConsoleSink",
     "CriticalLR",
     "CriticalSharpness",
@@ -69,6 +71,7 @@ __all__ = [
     "UpdateRule",
     "WandbSink",
     "__version__",
+    "almost_sure_critical_lr",
     "critical_batch_size",
     "critical_lr",
     "critical_sharpness",
@@ -88,12 +91,14 @@ _ON_DEMAND = {
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
     "AlarmRules": "recorder",
+    "AlmostSureLR": "stability.simulated.almost_sure",
     "FlightRecorder": "recorder",
-    "ReshuffledLR": "stability.mean_square.reshuffled",
+    "ReshuffledLR": "stability.simulated.reshuffled",
     "StabilityController": "steering",
     "StabilityLR": "steering",
     "TargetRegion": "steering",
-    "reshuffled_critical_lr": "stability.mean_square.reshuffled",
+    "almost_sure_critical_lr": "stability.simulated.almost_sure",
+    "reshuffled_critical_lr": "stability.simulated.reshuffled",
 }
 """What is imported when it is first asked for: a fifth of the modules."""
 

@@ -14,7 +14,7 @@ Figures 1, 8, Table 3  ``escape/``
 Figure 9               ``quasi_newton/``
 Appendix B             ``counterexample/``
 beyond the paper       ``after_lbfgs/``, ``edge.py``, ``prediction/``, ``prediction_beyond.py``,
-                       ``steering/``, ``control_laws/``
+                       ``settling.py``, ``steering/``, ``control_laws/``
 =====================  ==================================================
 """
 
@@ -41,6 +41,7 @@ NAMES = (
     "edge",
     "prediction",
     "prediction-beyond",
+    "settling",
     "steering",
     "control-laws",
 )

@@ -11,7 +11,7 @@ from benchmarks.training.escape import Switch, box
 from benchmarks.training.minimum import from_minimum
 from benchmarks.training.threshold import Thresholds, curvature_of
 from benchmarks.training.update import SGD
-from stableopt.stability.mean_square.reshuffled import reshuffled_growth
+from stableopt.stability.simulated.reshuffled import reshuffled_growth
 
 __all__ = ["EpochGrowth", "Grown", "Outcome", "Trial"]
 

@@ -33,6 +33,7 @@ from benchmarks.experiments.prediction.experiment import Prediction
 from benchmarks.experiments.prediction_beyond import PredictionBeyond
 from benchmarks.experiments.quasi_newton.experiment import QuasiNewton
 from benchmarks.experiments.selection import Selection
+from benchmarks.experiments.settling import Settling
 from benchmarks.experiments.steering.experiment import Steering
 from benchmarks.experiments.steering.methods import REGIONS
 from benchmarks.experiments.toy.experiment import Toy
@@ -240,6 +241,14 @@ def prediction_beyond() -> dict[str, Rows]:
     }
 
 
+def settling() -> dict[str, Rows]:
+    """Return a run that stays within the mean-square threshold, and one that leaves for another."""
+    shared = {"outcome": "reached", "start_sharpness": 4.0, "start_error": 1e-4, "end_error": 1e-4}
+    stays = {"start_exponent": -1e-3, "end_sharpness": 3.9, "end_exponent": -1e-3, "end_ratio": 0.8}
+    leaves = {"start_exponent": 1e-3, "end_sharpness": 2.0, "end_exponent": 2e-4, "end_ratio": 0.98}
+    return {"settled": [shared | stays, shared | leaves]}
+
+
 def edge() -> dict[str, Rows]:
     """Return a course of sharpness that ends at 2/η, and three places where SGD settles."""
     course = [
@@ -335,6 +344,16 @@ CASES = {
         {
             "(heavy ball)": put("confusion", "right", 0.97),
             "(CNN)": put("confusion", "cases", 199, row=4),
+        },
+    ),
+    "settling": Case(
+        Settling(),
+        settling,
+        {
+            "only where the Lyapunov": put("settled", "end_exponent", 4e-4, row=1),
+            "within the mean-square": put("settled", "end_ratio", 1.001, row=1),
+            "SGD leaves": put("settled", "end_sharpness", 4.1, row=1),
+            "SGD stays": put("settled", "end_sharpness", 2.9),
         },
     ),
     "after-lbfgs": Case(

@@ -34,11 +34,9 @@ from stableopt.stability.mean_square.choice import step_of
 from stableopt.stability.mean_square.critical_lr import problem_and
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.simulated.replicas import Replicas, first_zero
 
 __all__ = ["Growth", "ReshuffledLR", "reshuffled_critical_lr", "reshuffled_growth"]
-
-_BYTES = 1 << 25
-"""Size of the samples' factors that are gathered at once: a few of the processor's caches."""
 
 _BURN_IN = 4
 """One epoch in so many, at the start, while the population turns to the growing directions."""
@@ -46,17 +44,11 @@ _BURN_IN = 4
 _BLOCK = 3
 """Epochs in a block for the standard error, since neighbouring epochs depend on each other."""
 
-_SURE = 2.0
-"""Standard errors from zero at which the sign of a growth counts as known."""
-
 _EARLY = 5.0
-"""The same where the estimate stops as soon as it is sure: it has many chances to seem so."""
+"""Standard errors from zero at which the estimate stops early: it has many chances to seem sure."""
 
 _LEAST = 12
 """Epochs before it may stop: nine after those at the start, three blocks."""
-
-_BISECTIONS = 12
-"""A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
 
 
 @dataclass(frozen=True)
@@ -119,36 +111,29 @@ def reshuffled_growth(
     >>> round(reshuffled_growth(modes, LinearStep(0.5), 2).per_epoch, 6)    # log (1 - lr)^4
     -2.772589
     """
-    n, _, r = modes.factors.shape
-    size = whole("batch_size", batch_size)
-    if size > n:
-        raise ValueError(f"batch_size={batch_size} is above the {n} samples")
-    count, epochs = whole("replicas", replicas, least=2), whole("epochs", epochs, least=2 * _BLOCK)
-    dice = torch.Generator(modes.factors.device).manual_seed(seed)
-    like: dict[str, Any] = {"generator": dice, "device": modes.factors.device}
-    state = torch.zeros(2, count, r, dtype=torch.float64, device=modes.factors.device)
-    state[0] = torch.randn(count, r, dtype=torch.float64, **like)
-    state /= state[0].norm(dim=1, keepdim=True)
+    copies = Replicas(modes, step, batch_size, replicas, seed)
+    epochs = whole("epochs", epochs, least=2 * _BLOCK)
+    n = modes.factors.shape[0]
+    batches = n // copies.batch_size if drop_last else math.ceil(n / copies.batch_size)
     grown = []
     for _ in range(epochs):
         total = 0.0
-        rest = torch.rand(count, n, **like).argsort(1)
-        for _ in range(n // size if drop_last else math.ceil(n / size)):
-            own, rest = rest[:, :size], rest[:, size:]
-            state = _stepped(state, _gradients(modes, state[0], own), step)
-            weights = state.square().sum((0, 2))
-            if rest.shape[1] and _effective(weights) > count / 2:
+        copies.reshuffle()
+        for _ in range(batches):
+            copies.advance()
+            weights = copies.state.square().sum((0, 2))
+            if copies.rest.shape[1] and _effective(weights) > copies.count / 2:
                 continue
             if not bool(torch.isfinite(weights).all()):
                 return Growth(math.inf, 0.0)
             if not bool(weights.any()):
                 return Growth(-math.inf, 0.0)
             total += float(weights.mean().log())
-            kept = _resampled(weights, float(torch.rand(1, **like)))
-            state = state[:, kept] / weights[kept].sqrt().unsqueeze(1)
+            kept = _resampled(weights, float(copies.uniform(1)))
+            copies.state = copies.state[:, kept] / weights[kept].sqrt().unsqueeze(1)
             # Copies of one replica part again: what is left of their epoch is in an order of its own.
-            apart = torch.rand(rest.shape, **like).argsort(1)
-            rest = rest[kept].gather(1, apart)
+            apart = copies.uniform(*copies.rest.shape).argsort(1)
+            copies.rest = copies.rest[kept].gather(1, apart)
         grown.append(total)
         if until_sure and len(grown) >= _LEAST and len(grown) % _BLOCK == 0:
             found = _mean(grown)
@@ -202,24 +187,19 @@ def reshuffled_critical_lr(
         return ReshuffledLR(edge, edge, edge, edge)
     assert size is not None
 
-    low, high, lower, upper = 0.0, edge, 0.0, edge
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        growth = reshuffled_growth(
+    def growth(lr: float) -> tuple[float, float]:
+        found = reshuffled_growth(
             modes,
-            replace(step, lr=middle),
+            replace(step, lr=lr),
             size,
             replicas=replicas,
             epochs=epochs,
             until_sure=True,
             seed=seed,
         )
-        sure = abs(growth.per_epoch) > _SURE * growth.standard_error
-        if growth.per_epoch > 0:
-            high, upper = middle, middle if sure else upper
-        else:
-            low, lower = middle, middle if sure else lower
-    return ReshuffledLR((low + high) / 2, lower, upper, edge)
+        return found.per_epoch, found.standard_error
+
+    return ReshuffledLR(*first_zero(growth, 0.0, edge), edge)
 
 
 def _mean(grown: list[float]) -> Growth:
@@ -230,26 +210,6 @@ def _mean(grown: list[float]) -> Growth:
     )
     error = float(blocks.std() / len(blocks) ** 0.5)
     return Growth(float(kept_epochs.mean()), error)
-
-
-def _gradients(modes: Modes, x: Tensor, own: Tensor) -> Tensor:
-    """Return each replica's gradient of its own batch, ``(replicas, r)``."""
-    bytes_each = own.shape[1] * modes.factors[0].numel() * modes.factors.element_size()
-    at_once = max(1, _BYTES // bytes_each)
-    parts = []
-    for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
-        rows = modes.factors[mine].flatten(1, 2)  # (replicas, B C, r)
-        parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
-    return torch.cat(parts) / own.shape[1]
-
-
-def _stepped(state: Tensor, gradient: Tensor, step: LinearStep) -> Tensor:
-    """Return the parameter and the buffer times the learning rate, both ``(replicas, r)``."""
-    x, buffer = state
-    gradient = step.lr * (gradient + step.weight_decay * x)
-    buffer = step.momentum * buffer + step.gain * gradient
-    update = gradient + step.momentum * buffer if step.nesterov else buffer
-    return torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
 
 
 def _effective(weights: Tensor) -> float:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import stableopt
 from stableopt import UpdateRule
 from stableopt.curvature.gram.gram import DualCurvature, Modes
-from stableopt.stability.mean_square.reshuffled import reshuffled_critical_lr, reshuffled_growth
 from stableopt.stability.rules.limits import LinearStep
+from stableopt.stability.simulated.reshuffled import reshuffled_critical_lr, reshuffled_growth
 
 
 def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:

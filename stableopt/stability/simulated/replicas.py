@@ -1,0 +1,126 @@
+r"""`Replicas`: copies of the linear dynamics near a minimum; `first_zero`: where their growth begins.
+
+Near a minimum at which all samples are fitted, SGD is :math:`x \mapsto (I-\eta H_B)x` with the Hessian
+:math:`H_B` of a random batch B, or the same with momentum. Each replica follows it with batches of its
+own, in the eigenbasis of the mean curvature, in which H is diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stableopt._support.arguments import whole
+from stableopt.curvature.gram.gram import Modes
+from stableopt.stability.rules.limits import LinearStep
+
+__all__ = ["Replicas", "first_zero"]
+
+_BYTES = 1 << 25
+"""Size of the samples' factors that are gathered at once: a few of the processor's caches."""
+
+_SURE = 2.0
+"""Standard errors from zero at which the sign of a growth counts as known."""
+
+_BISECTIONS = 12
+"""A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
+
+
+class Replicas:
+    """Copies of the linear dynamics, and the orders in which they draw their samples.
+
+    Args:
+        modes: the samples' curvature, ``(n, C, r)``.
+        step: the update rule.
+        batch_size: samples B in a step.
+        count: of copies.
+        seed: of the start and the orders.
+
+    Attributes:
+        state: the parameter, and the momentum's buffer times the learning rate, ``(2, count, r)``.
+        rest: the samples that each copy has yet to draw in its epoch, ``(count, samples left)``.
+
+    Raises:
+        ValueError: for a batch size or a count out of range.
+    """
+
+    def __init__(
+        self, modes: Modes, step: LinearStep, batch_size: int, count: int, seed: int
+    ) -> None:
+        n, _, r = modes.factors.shape
+        self.modes, self.step = modes, step
+        self.batch_size = whole("batch_size", batch_size)
+        if self.batch_size > n:
+            raise ValueError(f"batch_size={batch_size} is above the {n} samples")
+        self.count = whole("replicas", count, least=2)
+        device = modes.factors.device
+        self._dice = torch.Generator(device).manual_seed(seed)
+        self._like: dict[str, Any] = {"generator": self._dice, "device": device}
+        self.state = torch.zeros(2, self.count, r, dtype=torch.float64, device=device)
+        self.state[0] = torch.randn(self.count, r, dtype=torch.float64, **self._like)
+        self.state /= self.state[0].norm(dim=1, keepdim=True)
+        self.rest = self.uniform(self.count, 0).long()
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return random numbers between 0 and 1."""
+        return torch.rand(*shape, **self._like)
+
+    def reshuffle(self) -> None:
+        """Begin an epoch: each copy has all samples to draw, in an order of its own."""
+        self.rest = self.uniform(self.count, self.modes.factors.shape[0]).argsort(1)
+
+    def draw(self) -> Tensor:
+        """Return each copy's next batch, ``(count, B)``; the last one of an epoch may be smaller."""
+        own, self.rest = self.rest[:, : self.batch_size], self.rest[:, self.batch_size :]
+        return own
+
+    def gradients(self, own: Tensor) -> Tensor:
+        """Return each copy's gradient of the batch with the samples ``own``, ``(count, r)``."""
+        factors, x = self.modes.factors, self.state[0]
+        bytes_each = own.shape[1] * factors[0].numel() * factors.element_size()
+        at_once = max(1, _BYTES // bytes_each)
+        parts = []
+        for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
+            rows = factors[mine].flatten(1, 2)  # (copies, B C, r)
+            parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
+        return torch.cat(parts) / own.shape[1]
+
+    def advance(self) -> None:
+        """Take a step with the next batch."""
+        step, (x, buffer) = self.step, self.state
+        gradient = step.lr * (self.gradients(self.draw()) + step.weight_decay * x)
+        buffer = step.momentum * buffer + step.gain * gradient
+        update = gradient + step.momentum * buffer if step.nesterov else buffer
+        self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
+
+
+def first_zero(
+    growth: Callable[[float], tuple[float, float]], low: float, high: float
+) -> tuple[float, float, float]:
+    """Return where a growth changes from falling to rising, and an interval for it, by bisection.
+
+    Args:
+        growth: takes a learning rate, and returns its growth with a standard error.
+        low: a learning rate at which it shrinks.
+        high: one at which it grows.
+
+    Returns:
+        The place; the largest learning rate tried at which the growth is negative by two standard
+        errors; and the smallest at which it is positive by as many.
+
+    >>> [round(lr, 3) for lr in first_zero(lambda lr: (lr - 0.3, 0.0), 0.0, 1.0)]
+    [0.3, 0.3, 0.3]
+    """
+    lower, upper = low, high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        value, error = growth(middle)
+        sure = abs(value) > _SURE * error
+        if value > 0:
+            high, upper = middle, middle if sure else upper
+        else:
+            low, lower = middle, middle if sure else lower
+    return (low + high) / 2, lower, upper

@@ -1,0 +1,174 @@
+"""The almost sure threshold: closed forms in one dimension, random matrices, and SGD itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import Tensor, nn
+
+import stableopt
+from stableopt import UpdateRule, almost_sure_critical_lr
+from stableopt.curvature.gram.gram import DualCurvature, Modes
+from stableopt.stability.rules.limits import LinearStep
+from stableopt.stability.simulated.almost_sure import lyapunov_exponent
+
+
+def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:
+    """Return factors of n samples' matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)
+
+
+def one_dimension(*curvatures: float) -> DualCurvature:
+    """Return samples with these second derivatives in one dimension."""
+    rows = torch.tensor(curvatures, dtype=torch.float64).sqrt().unsqueeze(1)
+    return DualCurvature(rows @ rows.T, len(curvatures))
+
+
+def product_of_matrices(modes: Modes, step: LinearStep, size: int, steps: int) -> float:
+    """Return the exponent of a long product of dense random matrices on parameter and buffer."""
+    samples = (modes.factors.mT @ modes.factors).numpy()
+    n, r, _ = samples.shape
+    eye, zero = np.eye(r), np.zeros((r, r))
+    dice = np.random.default_rng(1)
+    x, total = np.concatenate([dice.standard_normal(r), np.zeros(r)]), 0.0
+    for number in range(steps):
+        own = dice.choice(n, size, replace=False)
+        gradient = np.hstack([samples[own].mean(0) + step.weight_decay * eye, zero])
+        buffer = np.hstack([zero, step.momentum * eye]) + step.gain * gradient
+        update = gradient + step.momentum * buffer if step.nesterov else buffer
+        x = np.vstack([np.hstack([eye, zero]) - step.lr * update, buffer]) @ x
+        norm = np.linalg.norm(x)
+        x /= norm
+        if number >= steps // 10:
+            total += math.log(norm)
+    return total / (steps - steps // 10)
+
+
+@pytest.mark.parametrize(
+    ("curvatures", "low", "high"), [((0.2, 3.8), 0.53, 0.6), ((1.0, 6.0), 0.3, 0.57)]
+)
+def test_one_dimension(curvatures: tuple[float, ...], low: float, high: float) -> None:
+    """The threshold is where E log|1 - lr h| = 0. Catches a mean of squares in its place."""
+    h = np.array(curvatures)
+    exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), low, high)
+    dual = one_dimension(*curvatures)
+    found = almost_sure_critical_lr(dual, 1, replicas=64, steps=2000)
+    assert found.value == pytest.approx(exact, rel=0.01)
+    # The bracket is of two standard errors; another one on either side is sure enough for a test.
+    assert found.lower - (exact - found.lower) < exact < found.upper + (found.upper - found.value)
+    assert found.value > stableopt.critical_lr(dual, 1).value
+
+
+@pytest.mark.parametrize(
+    ("size", "step"),
+    [
+        (1, LinearStep(0.1)),
+        (1, LinearStep(0.4)),
+        (2, LinearStep(0.3, momentum=0.9, dampening=0.5)),
+        (2, LinearStep(0.2, momentum=0.5, nesterov=True, weight_decay=0.1)),
+    ],
+)
+def test_against_a_product_of_dense_matrices(size: int, step: LinearStep) -> None:
+    """Catches a wrong momentum, and a growth of the square for that of the norm."""
+    modes = Modes.from_factors(factors(5, 1, 2))
+    found = lyapunov_exponent(modes, step, size)
+    exact = product_of_matrices(modes, step, size, 20_000)
+    # Four standard errors of one estimate, and as much again for the other, of about as many steps.
+    assert abs(found.per_step - exact) < 8 * found.standard_error
+    assert found.standard_error < 0.1 * abs(exact) + 0.01
+
+
+@pytest.mark.parametrize("reshuffled", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_samples_that_are_alike(size: int, reshuffled: bool) -> None:
+    """All batches are one: log |1 - lr|, without error."""
+    modes = Modes.from_factors(torch.ones(4, 1, 1))
+    step = LinearStep(0.5)
+    found = lyapunov_exponent(modes, step, size, reshuffled=reshuffled, replicas=4, steps=40)
+    assert found.per_step == pytest.approx(math.log(0.5), rel=1e-12)
+    assert found.standard_error < 1e-12
+
+
+def test_reshuffled_batches_in_one_dimension() -> None:
+    """An epoch has every sample once: its growth is known exactly, whatever the order."""
+    dual = one_dimension(0.2, 3.8)
+    step = LinearStep(0.55)
+    found = lyapunov_exponent(dual.modes, step, 1, reshuffled=True, replicas=4, steps=160)
+    exact = (math.log(abs(1 - 0.55 * 0.2)) + math.log(abs(1 - 0.55 * 3.8))) / 2
+    assert found.per_step == pytest.approx(exact, rel=1e-10)
+
+
+def test_the_full_batch_is_gradient_descent() -> None:
+    """With B = n the threshold is 2/a."""
+    dual = DualCurvature.from_factors(factors(4, 1, 3))
+    found = almost_sure_critical_lr(dual, 4, replicas=4, steps=400)
+    # Near 2/a the growing direction overtakes the others only after many steps.
+    assert found.value == pytest.approx(2 / dual.sharpness, rel=5e-3)
+
+
+def test_a_threshold_above_that_without_noise() -> None:
+    """At lr = 1 every step with h = 1 ends at the minimum, though lr = 2/a is the limit of GD."""
+    found = almost_sure_critical_lr(one_dimension(1.0, 3.0), 1)
+    h = np.array([1.0, 3.0])
+    exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), 1.05, 3.0)
+    assert found.full_batch == pytest.approx(1.0)
+    assert found.value == pytest.approx(exact, rel=0.01)
+
+
+def test_sgd_converges_between_the_two_thresholds_and_not_above() -> None:
+    """Four fitted samples and ``torch.optim.SGD``. Catches a threshold on the wrong side."""
+    rows = factors(4, 1, 2, seed=3).squeeze(1)
+    model = nn.Linear(2, 1, bias=False).double()
+
+    def half_square(z: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * (z - y).square().mean()
+
+    y = model(rows).detach()
+    fitted = model.weight.detach().clone()
+    found = almost_sure_critical_lr(model, half_square, (rows, y), batch_size=1)
+    mean_square = stableopt.critical_lr(model, half_square, (rows, y), batch_size=1).value
+    assert mean_square < found.lower
+
+    def distance(lr: float) -> float:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model.weight.copy_(fitted + 0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        for i in torch.randint(4, (4000,)):
+            optimizer.zero_grad()
+            half_square(model(rows[i]), y[i]).backward()
+            optimizer.step()
+        return float((model.weight.detach() - fitted).norm())
+
+    assert distance((mean_square + found.value) / 2) < 1e-3
+    assert distance(1.1 * found.value) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [("batch_size", 0), ("batch_size", 5), ("replicas", 1), ("steps", 2)]
+)
+def test_arguments_out_of_range(name: str, bad: int) -> None:
+    """The message names the argument and its value."""
+    arguments = {"batch_size": 2, "replicas": 8, "steps": 40, name: bad}
+    modes = Modes.from_factors(factors(4, 1, 2))
+    size = arguments.pop("batch_size")
+    with pytest.raises(ValueError, match=f"{name}={bad}"):
+        lyapunov_exponent(modes, LinearStep(0.1), size, **arguments)
+
+
+def test_no_curvature_too_much_and_an_exact_hit() -> None:
+    """Infinite where nothing can grow; growth without end is infinite, not NaN; so is an exact hit."""
+    nothing = almost_sure_critical_lr(DualCurvature(torch.zeros(2, 2), 2), 1)
+    assert nothing.value == math.inf
+    modes = Modes.from_factors(factors(3, 1, 2))
+    assert lyapunov_exponent(modes, LinearStep(1e200), 1).per_step == math.inf
+    alike = Modes.from_factors(torch.ones(2, 1, 1))
+    assert lyapunov_exponent(alike, LinearStep(1.0), 1).per_step == -math.inf
+    rule = UpdateRule(lr=1.0, decoupled_weight_decay=0.1)
+    with pytest.raises(ValueError, match="update_rule"):
+        almost_sure_critical_lr(DualCurvature(torch.eye(2), 2), 1, update_rule=rule)
