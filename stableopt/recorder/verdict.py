@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from statistics import median
 
@@ -29,77 +31,139 @@ _HALF = 0.5
 
 
 def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
-    """Return the likely cause of ``alarm``.
-
-    A learning rate that changed comes first, since it makes every other sign, and weights that
-    something other than the optimizer has changed. A smaller batch follows, then the gradient or the
-    loss of an odd batch, a layer whose weights began far larger than the others', which makes its
-    neighbours sharp, a group whose learning rate is above the others' and whose weights ran away first,
-    a warm-up that reached the limit, and then a layer that holds a sharpness above its limit.
+    """Return the likely cause of ``alarm``: the first of :data:`_SUSPECTS` that the evidence shows.
 
     >>> from stableopt.recorder import StepRecord
     >>> steps = [StepRecord(k, 0.1 if k < 40 else 0.3) for k in range(50)]
     >>> verdict(Alarm("loss", 50, "the loss rose"), Evidence(steps, [])).text
     'The loss rose. The learning rate rose from 0.1 to 0.3 at step 40.'
     """
+    scene = _Scene(alarm, evidence)
+    found = next(filter(None, (suspect(scene) for suspect in _SUSPECTS)))
     said = alarm.text[0].upper() + alarm.text[1:] + "."
-    edge = _edge(evidence)
-    beyond = f" {edge.text}" if edge is not None else ""
-    jump = changed_rate(alarm, evidence)
-    if jump is not None:
-        layer = jump.layer or (edge.layer if edge is not None else None)
-        return Verdict("learning rate", f"{said} {jump.text}{beyond}", layer, jump.step)
-    changed = _changed_weights(alarm, evidence)
-    if changed is not None:
-        return Verdict("weights", f"{said} {changed.text}{beyond}", changed.layer, changed.step)
-    smaller = _smaller_batch(evidence)
-    if smaller is not None:
-        return Verdict("batch size", f"{said} {smaller.text}{beyond}", None, smaller.step)
-    odd = odd_batch(alarm, evidence, _WITHIN)
-    runaway = runaway_group(evidence, alarm.step if odd is None else odd.step or alarm.step, odd)
-    if odd is not None and (runaway is None or (runaway.step or 0) >= (odd.step or 0)):
-        return Verdict("batch", f"{said} {odd.text}", odd.layer, odd.step)
+    return replace(found, text=f"{said} {found.text}".rstrip())
+
+
+class _Scene:
+    """An alarm, the evidence, and the findings that several suspects share."""
+
+    def __init__(self, alarm: Alarm, evidence: Evidence) -> None:
+        self.alarm, self.evidence = alarm, evidence
+        self.edge = _edge(evidence)
+        self.beyond = "" if self.edge is None else f" {self.edge.text}"
+
+    @cached_property
+    def odd(self) -> Verdict | None:
+        """The odd batch."""
+        return odd_batch(self.alarm, self.evidence, _WITHIN)
+
+    @cached_property
+    def runaway(self) -> Verdict | None:
+        """The group whose weights ran away before the trouble began."""
+        began = self.alarm.step if self.odd is None else self.odd.step or self.alarm.step
+        return runaway_group(self.evidence, began, self.odd)
+
+    @property
+    def unseen(self) -> str:
+        """What the evidence cannot show where gradients are clipped."""
+        ceiling = clipped_at(self.evidence)
+        if ceiling is None:
+            return ""
+        return (
+            f" Gradients are clipped at {ceiling:.3g}, where an odd batch leaves no mark in them: pass"
+            " what clip_grad_norm_ returns, recorder.loss(loss, grad_norm=norm), to see it."
+        )
+
+
+def _changed_rate(scene: _Scene) -> Verdict | None:
+    found = changed_rate(scene.alarm, scene.evidence)
+    if found is None:
+        return None
+    layer = found.layer or (scene.edge.layer if scene.edge is not None else None)
+    return Verdict("learning rate", found.text + scene.beyond, layer, found.step)
+
+
+def _weights(scene: _Scene) -> Verdict | None:
+    found = _changed_weights(scene.alarm, scene.evidence)
+    return None if found is None else replace(found, text=found.text + scene.beyond)
+
+
+def _batch_size(scene: _Scene) -> Verdict | None:
+    found = _smaller_batch(scene.evidence)
+    return None if found is None else replace(found, text=found.text + scene.beyond)
+
+
+def _batch(scene: _Scene) -> Verdict | None:
+    odd, runaway = scene.odd, scene.runaway
+    if odd is None or (runaway is not None and (runaway.step or 0) < (odd.step or 0)):
+        return None
+    return replace(odd, cause="batch")
+
+
+def _layer(scene: _Scene) -> Verdict | None:
+    evidence = scene.evidence
     scaled = _scaled_layer(evidence)
     early = not evidence.steps or evidence.steps[0].step == 1
-    if scaled is not None and (early or edge is not None):
-        gain, usual = evidence.first_gains[scaled], _others(evidence, scaled)
-        began = (
-            f" The weights of {scaled} were {gain / usual:.3g} times as large as those of the other"
-            " layers when recording began, for its number of inputs."
-        )
-        return Verdict("layer", f"{said}{began}{beyond}", scaled, alarm.step)
-    if runaway is not None:
-        text = f"{said} {runaway.text}{beyond}"
-        return Verdict("learning rate", text, runaway.layer, runaway.step)
-    rising, near = warming_up(alarm, evidence), too_fast(alarm, evidence)
-    if rising is not None and near is not None:
-        text = f"{said} The learning rate {rising}. {beyond.strip() or near}{_unseen(evidence)}"
-        return Verdict("learning rate", text, edge.layer if edge else None, alarm.step)
-    if edge is not None:
-        return Verdict(edge.cause, f"{said}{beyond}{_unseen(evidence)}", edge.layer, edge.step)
-    if alarm.kind == "not finite":
-        return Verdict("not finite", said, _not_finite_layer(evidence), alarm.step)
-    unseen = _unseen(evidence)
+    if scaled is None or not (early or scene.edge is not None):
+        return None
+    times = evidence.first_gains[scaled] / _others(evidence, scaled)
+    text = (
+        f"The weights of {scaled} were {times:.3g} times as large as those of the other layers when"
+        f" recording began, for its number of inputs.{scene.beyond}"
+    )
+    return Verdict("layer", text, scaled, scene.alarm.step)
+
+
+def _runaway(scene: _Scene) -> Verdict | None:
+    found = scene.runaway
+    return found and replace(found, cause="learning rate", text=found.text + scene.beyond)
+
+
+def _warm_up(scene: _Scene) -> Verdict | None:
+    rising = warming_up(scene.alarm, scene.evidence)
+    near = too_fast(scene.alarm, scene.evidence)
+    if rising is None or near is None:
+        return None
+    text = f"The learning rate {rising}. {scene.beyond.strip() or near}{scene.unseen}"
+    layer = None if scene.edge is None else scene.edge.layer
+    return Verdict("learning rate", text, layer, scene.alarm.step)
+
+
+def _sharp(scene: _Scene) -> Verdict | None:
+    return scene.edge and replace(scene.edge, text=scene.edge.text + scene.unseen)
+
+
+def _not_finite(scene: _Scene) -> Verdict | None:
+    if scene.alarm.kind != "not finite":
+        return None
+    return Verdict("not finite", "", _not_finite_layer(scene.evidence), scene.alarm.step)
+
+
+def _unknown(scene: _Scene) -> Verdict:
+    """Return what was as before."""
+    rising = warming_up(scene.alarm, scene.evidence)
     same = ["batch size"] if rising else ["learning rate", "batch size"]
-    same += [] if unseen else ["gradients"]
+    same += [] if scene.unseen else ["gradients"]
     listed = " and ".join([", ".join(same[:-1]), same[-1]] if len(same) > 1 else same)
     verb = "were" if len(same) > 1 else "was"
-    as_before = (
-        f"{listed[0].upper()}{listed[1:]} {verb} as before, and no sharpness above its limit"
-    )
     rose = f" The learning rate {rising}." if rising else ""
-    return Verdict("unknown", f"{said} {as_before} was measured.{rose}{unseen}")
+    text = f"{listed[0].upper()}{listed[1:]} {verb} as before, and no sharpness above its limit"
+    return Verdict("unknown", f"{text} was measured.{rose}{scene.unseen}")
 
 
-def _unseen(evidence: Evidence) -> str:
-    """Return what the evidence cannot show where gradients are clipped."""
-    ceiling = clipped_at(evidence)
-    if ceiling is None:
-        return ""
-    return (
-        f" Gradients are clipped at {ceiling:.3g}, where an odd batch leaves no mark in them: pass what"
-        " clip_grad_norm_ returns, recorder.loss(loss, grad_norm=norm), to see it."
-    )
+_SUSPECTS = (
+    _changed_rate,  # first, since it makes every other sign
+    _weights,  # something other than the optimizer has changed them
+    _batch_size,
+    _batch,
+    _layer,  # its weights began far larger than the others', which makes its neighbours sharp
+    _runaway,  # a group with a higher rate, whose weights ran away first
+    _warm_up,
+    _sharp,
+    _not_finite,
+    _unknown,
+)
+"""What may have caused an alarm, in the order in which it is asked for; the last one always answers."""
 
 
 def _changed_weights(alarm: Alarm, evidence: Evidence) -> Verdict | None:
