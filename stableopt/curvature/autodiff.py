@@ -122,10 +122,6 @@ class DoubleVjp:
         leaves: the tensors to differentiate in.
         dummies: u, zeros that require gradients, in the outputs' shapes; made here if ``None``.
 
-    Attributes:
-        dummies: u.
-        transposed: :math:`J^\top u` for each leaf, with its graph.
-
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> DoubleVjp([x**2], [x]).jvp([torch.tensor([1.0, 10.0])])
     (tensor([ 2., 40.]),)
@@ -137,16 +133,16 @@ class DoubleVjp:
         leaves: Sequence[Tensor],
         dummies: Sequence[Tensor] | None = None,
     ) -> None:
-        self.dummies = (
+        self._dummies = (
             [torch.zeros_like(output, requires_grad=True) for output in outputs]
             if dummies is None
             else dummies
         )
-        self.transposed = _vjp(outputs, leaves, self.dummies, create_graph=True)
+        self._transposed = _vjp(outputs, leaves, self._dummies, create_graph=True)
 
     def jvp(self, tangent: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Return the outputs' derivatives along ``tangent``; ``None`` where they vanish."""
-        return vjp(self.transposed, self.dummies, tangent)
+        return vjp(self._transposed, self._dummies, tangent)
 
 
 def central_difference(function: Callable[[float], V], step: float) -> V:

@@ -48,7 +48,6 @@ OPERATORS: dict[str, Any] = {
     "structured": lambda problem: NonUniformity(problem, method="structured"),
     "vmap": lambda problem: NonUniformity(problem, method="vmap"),
     "loop": lambda problem: NonUniformity(problem, method="loop"),
-    "gauss-newton": lambda problem: NonUniformity(problem, method="gauss-newton"),
 }
 
 

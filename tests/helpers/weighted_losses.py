@@ -119,18 +119,35 @@ def built(name: str) -> Case:
     return case
 
 
-def sample_hessians(case: Case) -> Tensor:
-    """Return the Hessians ``(n, d, d)`` of n w_i f_i / sum(w), each by dense differentiation."""
+def sample_hessians(case: Case, *, linearised: bool = False) -> Tensor:
+    """Return the Hessians ``(n, d, d)`` of n w_i f_i / sum(w), each by dense differentiation.
+
+    Those of the ``linearised`` model are its Gauss-Newton matrices.
+    """
     shapes = {name: p.shape for name, p in case.model.named_parameters()}
     theta = torch.cat([p.detach().flatten() for p in case.model.parameters()])
+
+    def outputs_of(at: Tensor, x: Tensor) -> Tensor:
+        parts = torch.split(at, [shape.numel() for shape in shapes.values()])
+        named = {k: part.view(shapes[k]) for k, part in zip(shapes, parts, strict=True)}
+        outputs: Tensor = torch.func.functional_call(case.model, named, (x,))
+        return outputs
+
     found = []
     for index in range(N):
         x, y = (t[index : index + 1] for t in case.data)
+        jacobian = torch.func.jacrev(outputs_of)(theta, x).detach() if linearised else None
 
-        def weighted(at: Tensor, x: Tensor = x, y: Tensor = y, index: int = index) -> Tensor:
-            parts = torch.split(at, [shape.numel() for shape in shapes.values()])
-            named = {k: part.view(shapes[k]) for k, part in zip(shapes, parts, strict=True)}
-            outputs = torch.func.functional_call(case.model, named, (x,))
+        def weighted(
+            at: Tensor,
+            x: Tensor = x,
+            y: Tensor = y,
+            index: int = index,
+            jacobian: Tensor | None = jacobian,
+        ) -> Tensor:
+            outputs = outputs_of(at if jacobian is None else theta, x)
+            if jacobian is not None:
+                outputs = outputs + jacobian @ (at - theta)
             losses = [
                 w.double()[index] / w.sum() * loss(outputs, y).sum() for w, loss in case.terms
             ]

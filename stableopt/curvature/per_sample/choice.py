@@ -13,7 +13,6 @@ from stableopt.curvature.per_sample.structured import StructuredProduct
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.over_chunks import drawn_samples
-from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 
 __all__ = ["WORTH_VMAP", "doubtful", "quickest_way"]
@@ -42,13 +41,11 @@ def doubtful(structured: StructuredProduct) -> bool:
     return size >= _LARGE and structured.copied >= _COPIED * size
 
 
-def quickest_way(
-    of: Hessian | GaussNewton, memory: int, structured: StructuredProduct | None
-) -> str:
+def quickest_way(of: Hessian, memory: int, structured: StructuredProduct | None) -> str:
     """Return ``"structured"``, ``"vmap"`` or ``"loop"``.
 
     Args:
-        of: the mean of curvatures.
+        of: the mean Hessian.
         memory: bytes of a vmapped chunk.
         structured: the structure, if it holds.
     """
@@ -56,7 +53,7 @@ def quickest_way(
     at_once = samples_at_once(problem, memory)
     if structured is None and (problem.num_params < _LARGE or at_once < 2):
         return "vmap" if at_once >= WORTH_VMAP else "loop"
-    key = f"{type(of).__name__} {structured is not None} {at_once}"
+    key = f"{structured is not None} {at_once}"
     seconds = _SECONDS.on(problem)
     if key not in seconds:
         own = _seconds(of, at_once, structured)
@@ -66,9 +63,7 @@ def quickest_way(
     return min(found, key=lambda way: found[way])
 
 
-def _seconds(
-    of: Hessian | GaussNewton, at_once: int, structured: StructuredProduct | None
-) -> dict[str, float]:
+def _seconds(of: Hessian, at_once: int, structured: StructuredProduct | None) -> dict[str, float]:
     """Return what each way takes for a sample; infinity for a way that fails."""
     problem = of.problem
     vector = problem.flatten([torch.ones_like(part) for part in of.theta])
@@ -91,7 +86,7 @@ def _seconds(
             found["structured"] = timed(structured.once(part, count, vector), count)
         found["vmap"] = float("inf")
         count = min(count, at_once)
-        if count > 1 and isinstance(of, Hessian):
+        if count > 1:
             part = cut(batch, 0, count)
             try:
                 found["vmap"] = timed(lambda: vmap_product(of, part, count, vector, zero), count)

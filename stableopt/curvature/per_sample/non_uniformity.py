@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.errors import UnfitError
-from stableopt.curvature.gram.dense import DenseRows
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.per_sample.choice import doubtful, quickest_way
 from stableopt.curvature.per_sample.generic import (
@@ -22,14 +21,13 @@ from stableopt.curvature.per_sample.generic import (
 from stableopt.curvature.per_sample.structured import StructuredProduct
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.problem import Problem
-from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 
 __all__ = ["NonUniformity"]
 
-Method = Literal["auto", "structured", "vmap", "loop", "gauss-newton"]
+Method = Literal["auto", "structured", "vmap", "loop"]
 
-_METHODS = ("auto", "structured", "vmap", "loop", "gauss-newton")
+_METHODS = ("auto", "structured", "vmap", "loop")
 
 
 class NonUniformity(Operator):
@@ -48,10 +46,7 @@ class NonUniformity(Operator):
             a time, for any module. ``"auto"`` picks the first that applies, after checking the
             structured one against the loop on samples drawn over the data; between the last two,
             and where many parameters would have copies for each sample, it picks the quickest, by
-            the time of a few samples. ``"gauss-newton"`` replaces :math:`H_i` by
-            :math:`G_i = J_i^\top L_i J_i`: from all their rows if these are few, else by the
-            structure or the loop. The result is the same at interpolation, and within
-            :math:`\mathrm{rms}_i\|H_i-G_i\|` of s anywhere.
+            the time of a few samples.
         preconditioner: a symmetric positive definite P, anything with ``@`` on ``(d,)``. The matrix
             is then :math:`\frac1n\sum_i H_iPH_i - HPH`, whose largest eigenvalue in P's inner
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:
@@ -66,7 +61,7 @@ class NonUniformity(Operator):
 
     Raises:
         ValueError: for arguments out of range, ``"structured"`` if it does not apply or with a
-            preconditioner, a problem with batch statistics, and as :class:`GaussNewton` does.
+            preconditioner, and a problem with batch statistics.
         SecondDerivativeError: for a model that cannot be differentiated twice, unless ``method`` is
             ``"loop"`` or ``"auto"``.
 
@@ -107,35 +102,23 @@ class NonUniformity(Operator):
         self.problem = problem.without_weight_decay()
         self._memory = memory
         self._preconditioner = preconditioner
-        kind = GaussNewton if method == "gauss-newton" else Hessian
-        self._mean: Hessian | GaussNewton = kind(self.problem)
+        self._mean = Hessian(self.problem)
         self.inner_product = self._mean.inner_product
-        self._structured: StructuredProduct | DenseRows | None = None
-        self._may_fall_back = method in ("auto", "gauss-newton")
-        if method in ("auto", "structured", "gauss-newton") and preconditioner is None:
-            self._structured = self._dense() or self._try_structured(must=method == "structured")
+        self._structured: StructuredProduct | None = None
+        self._may_fall_back = method == "auto"
+        if method in ("auto", "structured") and preconditioner is None:
+            self._structured = self._try_structured(must=method == "structured")
         slower = self._slower_than() if method == "auto" else None
         if slower is not None:
             self._structured = None
             self._use(slower)
             self.ways = dict.fromkeys(self.problem.names, f"{slower}, faster than structured")
-        elif isinstance(self._structured, StructuredProduct):
-            self.method: str = "structured" if method == "auto" else method
-            self.ways = dict(self._structured.ways)
         elif self._structured is not None:
-            self.method, self.ways = method, dict.fromkeys(self.problem.names, "dense")
+            self.method, self.ways = "structured", dict(self._structured.ways)
         elif method == "auto":
             self._use(self._general())
         else:
             self._use(method)
-
-    def _dense(self) -> DenseRows | None:
-        if not isinstance(self._mean, GaussNewton) or not DenseRows.faster(self._mean):
-            return None
-        try:
-            return DenseRows(self._mean)
-        except ValueError:  # rows exist only if the loss is convex in the outputs
-            return None
 
     def _try_structured(self, *, must: bool) -> StructuredProduct | None:
         try:
@@ -150,14 +133,12 @@ class NonUniformity(Operator):
 
     def _slower_than(self) -> str | None:
         """Return the way that is quicker than the structure, where it may not pay."""
-        if not isinstance(self._structured, StructuredProduct) or not doubtful(self._structured):
+        if self._structured is None or not doubtful(self._structured):
             return None
         way = quickest_way(self._mean, self._vmap_memory, self._structured)
         return None if way == "structured" else way
 
     def _general(self) -> str:
-        if isinstance(self._mean, GaussNewton):
-            return "gauss-newton"
         return quickest_way(self._mean, self._vmap_memory, None)
 
     @property
@@ -166,8 +147,7 @@ class NonUniformity(Operator):
 
     def _use(self, method: str) -> None:
         self.method = method
-        way = "loop" if method == "gauss-newton" else method
-        self.ways = dict.fromkeys(self.problem.names, way)
+        self.ways = dict.fromkeys(self.problem.names, method)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return ``Sigma @ vector`` for ``(d,)``."""

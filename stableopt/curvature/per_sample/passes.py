@@ -6,7 +6,6 @@ them lies what :mod:`~stableopt.curvature.layers.bilinear` does with each parame
 
 from __future__ import annotations
 
-import abc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,52 +17,35 @@ from stableopt.curvature.autodiff import DoubleVjp, vjp
 from stableopt.curvature.layers.bilinear import Half, first_half
 from stableopt.curvature.layers.recorder import Part, Recorder
 from stableopt.curvature.layers.rows import Use
-from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 
-__all__ = ["Chunk", "GaussNewtonPasses", "HessianPasses", "Passes", "inner_products"]
+__all__ = ["Chunk", "Passes", "inner_products"]
 
 Tangents = list[Tensor | None]
 
 
-class Passes(abc.ABC):
-    """A chunk's passes at theta, ready for the two halves of a product.
+class Passes:
+    """A chunk's passes at theta, ready for the two halves of a product with its Hessians.
 
     ``heads`` and ``slopes`` are a and delta of every layer.
     """
 
-    def __init__(self, recorder: Recorder, slopes: Sequence[Tensor]) -> None:
-        self.size, self.parts, self.heads = recorder.size, recorder.parts, recorder.heads
-        self.slopes = slopes
-
-    @abc.abstractmethod
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
-        """Return the tangents of heads and slopes along v, which make up the :math:`w_i`."""
-
-    @abc.abstractmethod
-    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
-        """Return the second half of the product, from the cotangents of heads and slopes."""
-
-
-class HessianPasses(Passes):
-    """The passes for :math:`H_i`."""
-
     def __init__(self, recorder: Recorder, of: Hessian, batch: Any) -> None:
-        theta = of.theta
+        self.size, self.parts, self.heads = recorder.size, recorder.parts, recorder.heads
+        self._theta = of.theta
         with recorder:
-            loss = of.problem.loss(theta, batch)
+            loss = of.problem.loss(of.theta, batch)
         loss = recorder.size * loss
-        slopes = torch.autograd.grad(
+        self.slopes: Sequence[Tensor] = torch.autograd.grad(
             loss, recorder.offsets, create_graph=True, materialize_grads=True
         )
-        super().__init__(recorder, slopes)
-        self._theta = theta
-        found = [*self.heads, *slopes]
+        found = [*self.heads, *self.slopes]
         # Row numbers of a table have no tangent, but keep their place, with a dummy of another dtype.
         dummies = [torch.zeros_like(t, dtype=loss.dtype).requires_grad_() for t in found]
-        self._forward = DoubleVjp(found, theta, dummies)
+        self._forward = DoubleVjp(found, of.theta, dummies)
 
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:  # noqa: D102
+    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:
+        """Return the tangents of heads and slopes along v, which make up the :math:`w_i`."""
         found = self._forward.jvp(tangent)
         count = len(self.heads)
         # A head that depends on theta has a cotangent even where its tangent vanishes.
@@ -73,41 +55,9 @@ class HessianPasses(Passes):
         ]
         return along_heads, list(found[count:])
 
-    def pulled(  # noqa: D102
-        self, along_heads: Tangents, along_slopes: Tangents
-    ) -> tuple[Tensor | None, ...]:
+    def pulled(self, along_heads: Tangents, along_slopes: Tangents) -> tuple[Tensor | None, ...]:
+        """Return the second half of the product, from the cotangents of heads and slopes."""
         return vjp([*self.heads, *self.slopes], self._theta, [*along_heads, *along_slopes])
-
-
-class GaussNewtonPasses(Passes):
-    """The passes for :math:`G_i`; slopes are linear in a dummy for the cotangent of the outputs."""
-
-    def __init__(self, recorder: Recorder, of: GaussNewton, batch: Any) -> None:
-        self._passes = of.linearise(batch, recorder.size, recorder)
-        offsets = recorder.offsets
-        self._along_offsets = DoubleVjp(
-            [self._passes.outputs], offsets, self._passes.forward.dummies
-        )
-        found = zip(self._along_offsets.transposed, offsets, strict=True)
-        slopes = [torch.zeros_like(offset) if slope is None else slope for slope, offset in found]
-        super().__init__(recorder, slopes)
-        self._theta, self._offsets = of.theta, recorder.offsets
-
-    def tangents(self, tangent: Sequence[Tensor]) -> tuple[Tangents, Tangents]:  # noqa: D102
-        bent = self._bent(self._passes.forward.jvp(tangent))
-        along_slopes = vjp((self._passes.outputs,), self._offsets, bent)
-        return [None] * len(self.heads), list(along_slopes)
-
-    def pulled(  # noqa: D102
-        self, along_heads: Tangents, along_slopes: Tangents
-    ) -> tuple[Tensor | None, ...]:
-        bent = self._bent(self._along_offsets.jvp(along_slopes))
-        return vjp((self._passes.outputs,), self._theta, bent)
-
-    def _bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return L_i times each sample's part; the passes have those of the chunk's mean loss."""
-        (bent,) = self._passes.bent(pushed)
-        return (None if bent is None else self.size * bent,)
 
 
 def _uses(passes: Passes, tangent: Sequence[Tensor]) -> Iterator[tuple[int, list[Part], list[Use]]]:

@@ -13,10 +13,6 @@ is one backward pass from all :math:`a_i` and :math:`\delta_i`, with cotangents 
 passes for every n. Autograd differentiates everything between the layers. The samples must not see each
 other.
 
-For Gauss–Newton, :math:`G_i = J_i^\top L_i J_i`, it is simpler: :math:`w_i = J_i^\top q_i` with
-:math:`q_i = L_i J_i v` has rank one in each layer, :math:`\delta_i(q_i)\, a_i^\top`, and
-:math:`J_i(w_i - \bar w)` is a forward derivative along offsets behind the layers.
-
 Both the mean :math:`\bar w` over all samples and the product need the passes at theta. They are cached
 between products for as many chunks as the memory allows.
 """
@@ -34,13 +30,7 @@ from stableopt.curvature.errors import UnfitError
 from stableopt.curvature.layers.plan import Plan, UnitError, rows_seen
 from stableopt.curvature.layers.recording import recorded
 from stableopt.curvature.per_sample.generic import loop_product
-from stableopt.curvature.per_sample.passes import (
-    Chunk,
-    GaussNewtonPasses,
-    HessianPasses,
-    Passes,
-    inner_products,
-)
+from stableopt.curvature.per_sample.passes import Chunk, Passes, inner_products
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.over_chunks import (
@@ -48,10 +38,8 @@ from stableopt.curvature.problem.over_chunks import (
     mean_over_chunks,
     telling_samples,
 )
-from stableopt.curvature.products.gauss_newton import GaussNewton
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.linearization_cache import LinearizationCache
-from stableopt.curvature.products.mean import MeanOverSamples
 
 __all__ = ["StructuredProduct"]
 
@@ -83,10 +71,10 @@ _TRIALS: Memo[_Trial] = Memo()
 
 
 class StructuredProduct:
-    """Products with the covariance of the per-sample curvatures, for models of known layers.
+    """Products with the covariance of the per-sample Hessians, for models of known layers.
 
     Args:
-        of: the mean curvature, at the point; its problem without weight decay.
+        of: the mean Hessian, at the point; its problem without weight decay.
         memory: bytes that the passes at the point may take.
 
     Raises:
@@ -94,12 +82,13 @@ class StructuredProduct:
             differs from the loop's, or no samples tell whether it does.
     """
 
-    def __init__(self, of: Hessian | GaussNewton, memory: int | None) -> None:
+    def __init__(self, of: Hessian, memory: int | None) -> None:
         self._of, self._problem = of, of.problem
         self._squares = [factor**2 for factor in self._problem.scale]
-        kind = f"structured {type(of).__name__}"
-        self._plan = self._found_fit(kind)
-        self._passes = LinearizationCache(self._problem, self._linearised, memory=memory, kind=kind)
+        self._plan = self._found_fit()
+        self._passes = LinearizationCache(
+            self._problem, self._linearised, memory=memory, kind="structured"
+        )
 
     @property
     def ways(self) -> dict[str, str]:
@@ -130,11 +119,11 @@ class StructuredProduct:
 
         return product
 
-    def _found_fit(self, kind: str) -> Plan:
+    def _found_fit(self) -> Plan:
         """Return the plan, tried until each parameter had a part in a product that tells."""
         problem = self._problem
         every = set(range(len(problem.params)))
-        trial = _TRIALS.on(problem).setdefault(kind, _Trial(untested=every))
+        trial = _TRIALS.on(problem).setdefault("structured", _Trial(untested=every))
         self._plan = trial.plan or Plan()
         if trial.failure is None and (trial.plan is None or trial.untested):
             try:
@@ -175,8 +164,7 @@ class StructuredProduct:
             batch, size = chosen
             seen = None
             if size > 1:
-                run = problem.outputs if isinstance(self._of, GaussNewton) else problem.loss
-                seen = rows_seen(lambda part: run(self._of.theta, part), batch, size)
+                seen = rows_seen(lambda part: problem.loss(self._of.theta, part), batch, size)
             self._plan = Plan(seen)
             try:
                 return self._compared(batch, size, vector)
@@ -209,7 +197,7 @@ class StructuredProduct:
         self, batch: Any, index: int, tangent: list[Tensor], others: list[Tensor]
     ) -> Tensor:
         """Return a sample's :func:`inner_products` by its own passes."""
-        of: MeanOverSamples = self._of
+        of = self._of
         products = of.chunk_product(of.linearise(cut(batch, index, index + 1), 1), tangent)
         pairs = zip(products, others, strict=True)
         return torch.stack([u.new_zeros(()) if w is None else (w * u).sum() for w, u in pairs])
@@ -258,9 +246,7 @@ class StructuredProduct:
         of = self._of
         try:
             with recorded(self._plan, of.theta, size) as recorder:
-                if isinstance(of, GaussNewton):
-                    return GaussNewtonPasses(recorder, of, batch)
-                return HessianPasses(recorder, of, batch)
+                return Passes(recorder, of, batch)
         except (UnfitError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError) as error:  # vmap cannot follow a module

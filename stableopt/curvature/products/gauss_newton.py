@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +67,9 @@ class GaussNewton(MeanOverSamples):
             )
         problem.check_twice()
 
-    def linearise(
-        self, batch: Any, size: int, around: AbstractContextManager[Any] | None = None
-    ) -> OutputPasses:
-        """Return the graphs over ``batch``; the model runs inside ``around``."""
-        with around or nullcontext():
-            outputs = self.problem.outputs(self.theta, batch)
+    def linearise(self, batch: Any, size: int) -> OutputPasses:
+        """Return the graphs over ``batch``."""
+        outputs = self.problem.outputs(self.theta, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"

@@ -12,7 +12,13 @@ from oracles import SineOnce, covariance, dense_hessians, relative_error, small_
 from torch import Tensor, nn
 
 import stableopt
-from stableopt.curvature import Hessian, NonUniformity, Problem, SecondDerivativeError
+from stableopt.curvature import (
+    GaussNewton,
+    Hessian,
+    NonUniformity,
+    Problem,
+    SecondDerivativeError,
+)
 from stableopt.curvature.products.finite_differences import CentralDifferences, DifferenceError
 from stableopt.stability import batch_sharpness
 
@@ -174,7 +180,7 @@ def test_what_needs_double_backward_says_so() -> None:
     problem = Problem(twins()[0], nn.MSELoss(), small_data())
     for refused in (
         lambda: NonUniformity(problem, method="vmap"),
-        lambda: NonUniformity(problem, method="gauss-newton"),
+        lambda: GaussNewton(problem),
         lambda: stableopt.critical_lr(problem, 2),
     ):
         with pytest.raises(SecondDerivativeError, match=r"module '1' \(Sine\)"):

@@ -77,7 +77,7 @@ def _products(problem: Problem) -> dict[str, Any]:
         "project": project(problem, basis).eigenvalues.tolist(),
         "largest block": sample_sizes(problem).largest,
     }
-    for method in ("structured", "vmap", "loop", "gauss-newton"):
+    for method in ("structured", "vmap", "loop"):
         found[method] = (NonUniformity(problem, method=method) @ vector).tolist()
     return found
 
