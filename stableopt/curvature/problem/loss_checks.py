@@ -93,9 +93,7 @@ def check_mean(once: float, twice: float, *, of_batches: bool = False) -> None:
         )
 
 
-def unequal_samples(
-    difference: float, chunks: int, *, given: bool, sharded: bool = False, explained: str = ""
-) -> str:
+def unequal_samples(difference: float, chunks: int, *, given: bool, sharded: bool = False) -> str:
     """Return what to tell of a loss whose gradient is not the mean of its samples'.
 
     Args:
@@ -103,18 +101,12 @@ def unequal_samples(
         chunks: the number of chunks of the data, on all ranks.
         given: whether the user gave the weights.
         sharded: whether the model is under ``fully_shard``.
-        explained: the text of weights that leave no difference, if known.
     """
     found = _found(difference)
     if given:
         return (
             f"sample_weight: with these weights {found}: expected the weights by which loss_fn averages,"
             " as it divides by their sum over a batch"
-        )
-    if explained:
-        return (
-            f"loss_fn: {found}: it weighs samples unequally. Pass its weights: with"
-            f" sample_weight={explained} the two agree"
         )
     if sharded:
         return (
@@ -125,7 +117,8 @@ def unequal_samples(
     alone = "" if chunks == 1 else f" or chunk_size= for one chunk (now {chunks}),"
     return (
         f"loss_fn: {found}: it weighs samples unequally, or they see each other. Pass the weights as"
-        f" sample_weight=,{alone} or batch_statistics=True to measure the mean over the batches given;"
+        f" sample_weight= (often each sample's number of targets that count),{alone} or"
+        " batch_statistics=True to measure the mean over the batches given;"
         " of samples that see each other only the sharpness is defined. Time-first data need batch_dim=1"
     )
 

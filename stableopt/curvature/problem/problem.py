@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stableopt.curvature.autodiff import flat
 from stableopt.curvature.isolation.plain_kernels import AttentionSeen
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
@@ -44,10 +45,10 @@ from stableopt.curvature.problem.loss_checks import (
 from stableopt.curvature.problem.mean_loss import Theta
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.curvature.problem.parameters import real_view, swapped_state
-from stableopt.curvature.problem.weights.comparison import compared_with_parts
 from stableopt.curvature.problem.weights.survey import (
     SPREAD_SAMPLES,
     Survey,
+    difference_of_parts,
     displaced_at_random,
 )
 from stableopt.curvature.problem.weights.totals import WeightTotals, weights_of, weights_seen
@@ -207,34 +208,35 @@ class Problem(DifferentiableLoss):
             )
         complete = not self.ranks.several
         self._weights = weights_of([self._totals], self._weights, complete=complete)
-        self._difference, self._explained = 0.0, ""
+        self._difference = 0.0
         # With random numbers a sample differs between batches.
         if self._random or draws(evaluated(batch), self._objective.generators):
             return
 
         coarse = UNEQUAL_SINGLE if self.precision.autocast is None else UNEQUAL_HALF
-        found, explained = self._compared(survey, coarse)
+        found = self._compared(survey)
         if found <= coarse:
             # Rounding may explain it; in double precision it cannot.
             twin = self.in_double()
             again = found > UNEQUAL and not self.large
             doubles = again and self._runs_in(twin, survey.batch)
-            found, explained = twin._compared(survey, UNEQUAL) if doubles else (0.0, "")
+            found = twin._compared(survey) if doubles else 0.0
             found = found if found > UNEQUAL else 0.0
-        self._difference, self._explained = found, explained
+        self._difference = found
         self._samples_apart = found <= UNEQUAL
 
-    def _compared(self, survey: Survey, largest: float) -> tuple[float, str]:
-        """Return how far a batch's gradient is from its samples', and weights that explain it."""
+    def _compared(self, survey: Survey) -> float:
+        """Return how far a batch's gradient is from its samples'."""
+        elsewhere = displaced_at_random(self._values())
 
-        def loss(weights: EqualWeights, at: Sequence[Tensor], part: Any) -> Tensor:
+        def gradient(part: Any) -> Tensor:
             with self.evaluation():
-                return self.loss(tuple(at), self._cast(part), weights)
+                value = self.loss(elsewhere, self._cast(part))
+            if not value.requires_grad:  # which the check of the derivatives reports
+                return torch.zeros(1, dtype=value.dtype, device=value.device)
+            return flat(torch.autograd.grad(value, elsewhere, allow_unused=True), elsewhere)
 
-        elsewhere, paired = displaced_at_random(self._values()), self.loss_fn is not None
-        return compared_with_parts(
-            loss, elsewhere, survey, self._weights, paired=paired, largest=largest
-        )
+        return difference_of_parts(gradient, survey.batch, survey.size)
 
     def _check_weights(self) -> None:
         """Agree on the weights, and find out whether samples have curvature of their own."""
@@ -257,7 +259,7 @@ class Problem(DifferentiableLoss):
             warn_of_samples_alone(difference)
             return
         self.equal_weights = False
-        self._unequal = unequal_samples(difference, chunks, given=given, explained=self._explained)
+        self._unequal = unequal_samples(difference, chunks, given=given)
         if given or chunks > 1:
             raise ValueError(self._unequal)
 
@@ -299,10 +301,10 @@ class Problem(DifferentiableLoss):
     def _values(self) -> Theta:
         return tuple(real_view(p.detach()).to(self.dtype) for p in self.params)
 
-    def loss(self, theta: Theta, batch: Any, weights: EqualWeights | None = None) -> Tensor:
+    def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar.
 
-        By default with the problem's own weights. Call it inside :meth:`evaluation`.
+        Call it inside :meth:`evaluation`.
         """
         if self._random:
             fix_draw(self.device, self._objective.generators)
@@ -314,7 +316,7 @@ class Problem(DifferentiableLoss):
             return checked_scalar(self._called(theta, own))
 
         with self.precision.around():
-            loss = (weights or self._weights).mean(evaluate, batch)
+            loss = self._weights.mean(evaluate, batch)
         return self.sign * loss.to(self.dtype)
 
     def _called(self, theta: Sequence[Tensor], *args: Any) -> Any:

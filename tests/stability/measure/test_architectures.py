@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,9 +111,7 @@ def test_products_and_margins(name: str) -> None:
 
 
 def test_a_loss_that_divides_by_its_own_count() -> None:
-    """Catches a number for a loss of the trainer, which transformers computes without torch's losses,
-    and a refusal that leaves the reader without the line to write.
-    """
+    """Catches a number for a loss of the trainer, which transformers computes without torch's losses."""
     from transformers.trainer_pt_utils import LabelSmoother
 
     model, batch = built("GPT-2")
@@ -124,8 +121,7 @@ def test_a_loss_that_divides_by_its_own_count() -> None:
         loss: Tensor = LabelSmoother(0.0)(model(**inputs), batch["labels"], shift_labels=True)
         return loss
 
-    line = "lambda batch: (batch['labels'][:, 1:] != -100).flatten(1).sum(1)"
-    with pytest.raises(ValueError, match=re.escape(f"Pass its weights: with sample_weight={line}")):
+    with pytest.raises(ValueError, match=r"sample_weight= \(often each sample's number of targets"):
         Problem.from_batch_loss(model, smoothed, batch, chunk_size=3)
     given = Problem.from_batch_loss(
         model, smoothed, batch, chunk_size=3, sample_weight=of_next_words
