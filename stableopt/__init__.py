@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from stableopt import curvature, optim, plot, sinks, stability
+from stableopt._support.deprecation import warn_renamed
 from stableopt._version import __version__
 from stableopt.curvature import Problem
 from stableopt.monitor.monitor import StabilityMonitor
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from stableopt import steering
     from stableopt.optim import LBFGS
     from stableopt.recorder import AlarmRules, FlightRecorder
-    from stableopt.stability.simulated.almost_sure import AlmostSureLR, almost_sure_critical_lr
-    from stableopt.stability.simulated.reshuffled import ReshuffledLR, reshuffled_critical_lr
+    from stableopt.stability.simulated.almost_sure import almost_sure_critical_lr
+    from stableopt.stability.simulated.replicas import BracketedLR
+    from stableopt.stability.simulated.reshuffled import reshuffled_critical_lr
     from stableopt.steering import (
         AdaptiveAccumulation,
         AdaptiveBatchSampler,
@@ -51,14 +53,13 @@ __all__ = [
     "AdaptiveAccumulation",
     "AdaptiveBatchSampler",
     "AlarmRules",
-    "AlmostSureLR",
+    "BracketedLR",
     "ConsoleSink",
     "CriticalLR",
     "CriticalSharpness",
     "FlightRecorder",
     "JSONLinesSink",
     "Problem",
-    "ReshuffledLR",
     "StabilityController",
     "StabilityLR",
     "StabilityMargins",
@@ -91,9 +92,8 @@ _ON_DEMAND = {
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
     "AlarmRules": "recorder",
-    "AlmostSureLR": "stability.simulated.almost_sure",
+    "BracketedLR": "stability.simulated.replicas",
     "FlightRecorder": "recorder",
-    "ReshuffledLR": "stability.simulated.reshuffled",
     "StabilityController": "steering",
     "StabilityLR": "steering",
     "TargetRegion": "steering",
@@ -106,6 +106,9 @@ _ON_DEMAND = {
 if not TYPE_CHECKING:  # or every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
+        if name == "ReshuffledLR":
+            warn_renamed("stableopt.ReshuffledLR", "stableopt.BracketedLR", stacklevel=2)
+            name = "BracketedLR"
         if name in ("steering", "adapt"):  # `adapt` is the former name, and warns
             return importlib.import_module(f"stableopt.{name}")
         if name in _ON_DEMAND:

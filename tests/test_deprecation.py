@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 
+import stableopt
 from stableopt import (
     AdaptiveAccumulation,
     AdaptiveBatchSampler,
@@ -116,3 +117,10 @@ def test_dual_curvature_has_its_old_constructors() -> None:
     with pytest.warns(DeprecationWarning, match=r"use DualCurvature\.from_factors"):
         found = DualCurvature.of_factors(factors)
     assert torch.equal(found.gram, DualCurvature.from_factors(factors).gram)
+
+
+def test_the_former_name_of_a_bracketed_learning_rate() -> None:
+    """It is the same class, and says what to use."""
+    with pytest.warns(DeprecationWarning, match="use stableopt.BracketedLR") as caught:
+        assert stableopt.ReshuffledLR is stableopt.BracketedLR
+    assert caught[0].filename == __file__

@@ -87,7 +87,7 @@ class SettlingRun(Job):
         target_loss: training loss at which the run has settled.
         max_steps: at which it ends in any case.
 
-    The result is a :class:`Settled`.
+    The result is a :class:`Settled`; the weights are kept.
     """
 
     kind = "settling"
@@ -130,6 +130,7 @@ class SettlingRun(Job):
         batches = independent_batches(images, self.batch_size, generator)
         optimizer = update.optimizer(model, images, lr)
         steps = train(model, optimizer, batches, steps=self.max_steps, after_step=look)
+        work.save(model.state_dict())
         found |= {"steps": steps, "largest_loss_ratio": largest / before}
         if not loss < math.inf:
             return {**found, "outcome": "diverged", "largest_loss_ratio": None}
@@ -188,7 +189,7 @@ class Settling(Experiment):
     target_loss: float = 3e-8
     max_steps: int = 100_000
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    ratios: tuple[float, ...] = (0.8, 1.02, 1.1, 1.3, 1.7, 2.5)
+    ratios: tuple[float, ...] = (0.8, 1.05, 1.2, 1.6, 2.5)
 
     def cases(self) -> dict[str, list[Case]]:
         """Return a run for each update, minimum, batch size and ratio."""

@@ -9,8 +9,8 @@ Lyapunov exponent
 over the directions with curvature (Furstenberg & Kesten, 1960). The sign of :math:`\lambda` decides
 whether SGD can converge to the minimum (Chemnitz & Engel, *Characterizing Dynamical Stability of
 Stochastic Gradient Descent in Overparameterized Learning*, JMLR 26, 2025). By Jensen's inequality the
-threshold is never below :func:`~stableopt.critical_lr`, above which the mean of :math:`\|x_t\|^2` grows.
-Between the two rare runs carry the mean, and most runs converge.
+threshold of independent batches is never below :func:`~stableopt.critical_lr`, above which the mean of
+:math:`\|x_t\|^2` grows. Between the two rare runs carry the mean, and most runs converge.
 
 The exponent has no closed form. :func:`lyapunov_exponent` follows copies of the linear dynamics and
 averages their growth.
@@ -33,13 +33,9 @@ from stableopt.stability.mean_square.choice import step_of
 from stableopt.stability.mean_square.critical_lr import problem_and
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
-from stableopt.stability.simulated.replicas import Replicas, first_zero
+from stableopt.stability.simulated.replicas import BracketedLR, Replicas, critical
 
-__all__ = ["AlmostSureLR", "Exponent", "almost_sure_critical_lr", "lyapunov_exponent"]
-
-_START = 16
-"""Products with batches' Hessians that turn the start to directions of large curvature, which are those
-that grow: others would take longer to be overtaken than the copies are followed."""
+__all__ = ["Exponent", "almost_sure_critical_lr", "lyapunov_exponent"]
 
 _BURN_IN = 4
 """One step in so many, at the start, is left out of the mean."""
@@ -49,9 +45,6 @@ _CHECKS = 8
 
 _EARLY = 5.0
 """Standard errors from zero at which it does."""
-
-_FAR = 4
-"""Doublings of the limit without noise in which a growing learning rate is looked for."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +60,6 @@ class Exponent:
     standard_error: float
 
 
-@dataclass(frozen=True)
-class AlmostSureLR:
-    """The largest learning rate at which SGD converges to a minimum almost surely.
-
-    Attributes:
-        value: where the estimated exponent is zero; infinity if no learning rate up to 16 times
-            ``full_batch`` grows.
-        lower: the largest learning rate tried at which runs surely shrink.
-        upper: the smallest at which they surely grow. Surely means by two standard errors.
-        full_batch: the largest learning rate without noise. With noise the threshold may be above it.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    full_batch: float
-
-
 def lyapunov_exponent(
     modes: Modes,
     step: LinearStep,
@@ -92,7 +67,7 @@ def lyapunov_exponent(
     *,
     reshuffled: bool = False,
     replicas: int = 32,
-    steps: int = 1000,
+    steps: int = 2000,
     until_sure: bool = False,
     seed: int = 0,
 ) -> Exponent:
@@ -108,7 +83,9 @@ def lyapunov_exponent(
         reshuffled: whether batches are drawn without replacement within an epoch, as a shuffling
             ``DataLoader`` does, and not independently.
         replicas: copies of the dynamics; the standard error falls as the root of their number.
-        steps: for which each is followed, a quarter of them to forget the start.
+        steps: for which each is followed, a quarter of them to forget the start. Growth that is slower
+            than about 1/``steps`` a step is taken for shrinking, since it has not yet overtaken the
+            directions of little curvature, which hardly shrink; the standard error does not tell.
         until_sure: stop as soon as the exponent is five standard errors from zero.
         seed: of the start and of the batches.
 
@@ -122,11 +99,9 @@ def lyapunov_exponent(
     copies = Replicas(modes, step, batch_size, replicas, seed)
     steps = whole("steps", steps, least=2 * _CHECKS)
     weights = modes.eigenvalues.sqrt()
-    for _ in range(_START):
-        copies.reshuffle()
-        copies.state[0] = copies.gradients(copies.draw())
-        copies.state = copies.state / _norms(copies.state, weights)
-    copies.rest = copies.rest[:, :0]
+    # A start along large curvature, where growth begins: it overtakes other directions only slowly.
+    copies.state[0] *= modes.eigenvalues / modes.eigenvalues[-1]
+    copies.state = copies.state / _norms(copies.state, weights)
     grown, counted = torch.zeros(copies.count, dtype=torch.float64, device=weights.device), 0
     found = Exponent(math.nan, math.inf)
     for number in range(1, steps + 1):
@@ -159,9 +134,9 @@ def almost_sure_critical_lr(
     update_rule: UpdateRule | None = None,
     reshuffled: bool = False,
     replicas: int = 32,
-    steps: int = 1000,
+    steps: int = 2000,
     seed: int = 0,
-) -> AlmostSureLR:
+) -> BracketedLR:
     r"""Return the largest learning rate at which SGD converges to a minimum almost surely.
 
     It is where the Lyapunov exponent changes sign, found by bisection with the same batches for every
@@ -177,7 +152,8 @@ def almost_sure_critical_lr(
         update_rule: the rule; its ``lr`` is ignored.
         reshuffled: whether batches are drawn as a shuffling ``DataLoader`` does.
         replicas: copies of the linear dynamics.
-        steps: for which each learning rate is followed at most.
+        steps: for which each learning rate is followed at most. With a wide spectrum the threshold of
+            runs of that length is several percent above that of runs without end.
         seed: of the batches.
 
     Raises:
@@ -193,8 +169,8 @@ def almost_sure_critical_lr(
     positive("batch_size", size)
     dual = problem if isinstance(problem, DualCurvature) else DualCurvature.from_problem(problem)
     modes, edge = dual.modes, step.max_lr(dual.sharpness)
-    if not math.isfinite(edge):
-        return AlmostSureLR(edge, edge, edge, edge)
+    if not len(modes.eigenvalues) or size == dual.num_samples:  # without noise
+        return BracketedLR(edge, edge, edge, edge)
     assert size is not None
 
     def growth(lr: float) -> tuple[float, float]:
@@ -210,12 +186,7 @@ def almost_sure_critical_lr(
         )
         return found.per_step, found.standard_error
 
-    low, high = 0.0, edge
-    for _ in range(_FAR):
-        if growth(high)[0] > 0:
-            return AlmostSureLR(*first_zero(growth, low, high), edge)
-        low, high = high, 2 * high
-    return AlmostSureLR(math.inf, low, math.inf, edge)
+    return critical(growth, edge)
 
 
 def _norms(state: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""`Replicas`: copies of the linear dynamics near a minimum; `first_zero`: where their growth begins.
+r"""`Replicas`: copies of the linear dynamics near a minimum; `critical`: where their growth begins.
 
 Near a minimum at which all samples are fitted, SGD is :math:`x \mapsto (I-\eta H_B)x` with the Hessian
 :math:`H_B` of a random batch B, or the same with momentum. Each replica follows it with batches of its
@@ -7,7 +7,9 @@ own, in the eigenbasis of the mean curvature, in which H is diagonal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from stableopt._support.arguments import whole
 from stableopt.curvature.gram.gram import Modes
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["Replicas", "first_zero"]
+__all__ = ["BracketedLR", "Replicas", "critical"]
 
 _BYTES = 1 << 25
 """Size of the samples' factors that are gathered at once: a few of the processor's caches."""
@@ -28,13 +30,16 @@ _SURE = 2.0
 _BISECTIONS = 12
 """A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
 
+_DOUBLINGS = 5
+"""Learning rates of 1, 2, 4, 8 and 16 times the limit without noise are tried for one that grows."""
+
 
 class Replicas:
     """Copies of the linear dynamics, and the orders in which they draw their samples.
 
     Args:
         modes: the samples' curvature, ``(n, C, r)``.
-        step: the update rule.
+        step: plain SGD, or with momentum, dampening, Nesterov's momentum and coupled weight decay.
         batch_size: samples B in a step.
         count: of copies.
         seed: of the start and the orders.
@@ -44,20 +49,24 @@ class Replicas:
         rest: the samples that each copy has yet to draw in its epoch, ``(count, samples left)``.
 
     Raises:
-        ValueError: for a batch size or a count out of range.
+        ValueError: for a batch size, a count or a seed out of range, and for other steps.
     """
 
     def __init__(
         self, modes: Modes, step: LinearStep, batch_size: int, count: int, seed: int
     ) -> None:
         n, _, r = modes.factors.shape
+        if step.filter or step.decoupled_weight_decay or step.momentum_share != 1:
+            raise ValueError(
+                f"step={step}: expected one without filter, decoupled_weight_decay, momentum_share"
+            )
         self.modes, self.step = modes, step
         self.batch_size = whole("batch_size", batch_size)
         if self.batch_size > n:
             raise ValueError(f"batch_size={batch_size} is above the {n} samples")
-        self.count = whole("replicas", count, least=2)
+        self.count = whole("replicas", count, least=8)  # fewer do not know their own spread
         device = modes.factors.device
-        self._dice = torch.Generator(device).manual_seed(seed)
+        self._dice = torch.Generator(device).manual_seed(whole("seed", seed, least=0))
         self._like: dict[str, Any] = {"generator": self._dice, "device": device}
         self.state = torch.zeros(2, self.count, r, dtype=torch.float64, device=device)
         self.state[0] = torch.randn(self.count, r, dtype=torch.float64, **self._like)
@@ -97,30 +106,48 @@ class Replicas:
         self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
 
 
-def first_zero(
-    growth: Callable[[float], tuple[float, float]], low: float, high: float
-) -> tuple[float, float, float]:
-    """Return where a growth changes from falling to rising, and an interval for it, by bisection.
+@dataclass(frozen=True)
+class BracketedLR:
+    """A critical learning rate that copies of the linear dynamics have found, with its bracket.
+
+    Attributes:
+        value: where the estimated growth is zero; infinity if none of 1, 2, 4, 8 and 16 times
+            ``full_batch`` grows.
+        lower: the largest learning rate tried that surely shrinks, or 0.
+        upper: the smallest that surely grows, or infinity. Surely means by two standard errors.
+        full_batch: the largest learning rate without noise. With noise the threshold may be above it.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    full_batch: float
+
+
+def critical(growth: Callable[[float], tuple[float, float]], full_batch: float) -> BracketedLR:
+    """Return where a growth changes from falling to rising, and a bracket for it, by bisection.
 
     Args:
-        growth: takes a learning rate, and returns its growth with a standard error.
-        low: a learning rate at which it shrinks.
-        high: one at which it grows.
+        growth: takes a learning rate, and returns its growth with a standard error. 0 does not grow.
+        full_batch: the learning rate from which on one that grows is looked for.
 
-    Returns:
-        The place; the largest learning rate tried at which the growth is negative by two standard
-        errors; and the smallest at which it is positive by as many.
-
-    >>> [round(lr, 3) for lr in first_zero(lambda lr: (lr - 0.3, 0.0), 0.0, 1.0)]
-    [0.3, 0.3, 0.3]
+    >>> found = critical(lambda lr: (lr - 0.3, 0.01), 1.0)
+    >>> round(found.value, 2), round(found.lower, 2), round(found.upper, 2)
+    (0.3, 0.25, 0.38)
     """
-    lower, upper = low, high
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        value, error = growth(middle)
-        sure = abs(value) > _SURE * error
-        if value > 0:
-            high, upper = middle, middle if sure else upper
-        else:
-            low, lower = middle, middle if sure else lower
-    return (low + high) / 2, lower, upper
+    low, lower, upper = 0.0, 0.0, math.inf
+
+    def grows(lr: float) -> bool:
+        nonlocal lower, upper
+        value, error = growth(lr)
+        if abs(value) > _SURE * error:
+            lower, upper = (lower, lr) if value > 0 else (lr, upper)
+        return value > 0
+
+    high = next((lr for k in range(_DOUBLINGS) if grows(lr := 2**k * full_batch)), math.inf)
+    if high < math.inf:
+        low = high / 2 if high > full_batch else 0.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if grows(middle) else (middle, high)
+    return BracketedLR(min(high, (low + high) / 2), lower, upper, full_batch)

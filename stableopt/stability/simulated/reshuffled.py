@@ -34,9 +34,9 @@ from stableopt.stability.mean_square.choice import step_of
 from stableopt.stability.mean_square.critical_lr import problem_and
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
-from stableopt.stability.simulated.replicas import Replicas, first_zero
+from stableopt.stability.simulated.replicas import BracketedLR, Replicas, critical
 
-__all__ = ["Growth", "ReshuffledLR", "reshuffled_critical_lr", "reshuffled_growth"]
+__all__ = ["Growth", "reshuffled_critical_lr", "reshuffled_growth"]
 
 _BURN_IN = 4
 """One epoch in so many, at the start, while the population turns to the growing directions."""
@@ -62,23 +62,6 @@ class Growth:
 
     per_epoch: float
     standard_error: float
-
-
-@dataclass(frozen=True)
-class ReshuffledLR:
-    """The largest learning rate at which SGD with reshuffled batches is stable in mean square.
-
-    Attributes:
-        value: where the estimated growth is zero.
-        lower: the largest learning rate tried at which the second moment surely shrinks.
-        upper: the smallest at which it surely grows. Surely means by two standard errors.
-        full_batch: the largest learning rate without noise.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    full_batch: float
 
 
 def reshuffled_growth(
@@ -152,12 +135,13 @@ def reshuffled_critical_lr(
     replicas: int = 128,
     epochs: int = 48,
     seed: int = 0,
-) -> ReshuffledLR:
+) -> BracketedLR:
     r"""Return the largest learning rate at which SGD with a shuffling ``DataLoader`` can stay.
 
-    It is where the second moment stops shrinking in an epoch, found by bisection between 0 and the limit
-    of the full batch, with the same orders for every learning rate. The samples' curvature is
-    Gauss–Newton's, which is that of the loss where all samples are fitted.
+    It is where the second moment stops shrinking in an epoch, found by bisection with the same
+    orders for every learning rate. It may be above the limit of the full batch: what one batch of an
+    epoch makes grow another may shrink. The samples' curvature is Gauss–Newton's, which is that of the
+    loss where all samples are fitted.
 
     Args:
         model: as for :func:`~stableopt.critical_lr`, like ``loss_fn``, ``data`` and ``update_rule``.
@@ -183,8 +167,8 @@ def reshuffled_critical_lr(
     positive("batch_size", size)
     dual = problem if isinstance(problem, DualCurvature) else DualCurvature.from_problem(problem)
     modes, edge = dual.modes, step.max_lr(dual.sharpness)
-    if not math.isfinite(edge):
-        return ReshuffledLR(edge, edge, edge, edge)
+    if not len(modes.eigenvalues) or size == dual.num_samples:  # without noise
+        return BracketedLR(edge, edge, edge, edge)
     assert size is not None
 
     def growth(lr: float) -> tuple[float, float]:
@@ -199,7 +183,7 @@ def reshuffled_critical_lr(
         )
         return found.per_epoch, found.standard_error
 
-    return ReshuffledLR(*first_zero(growth, 0.0, edge), edge)
+    return critical(growth, edge)
 
 
 def _mean(grown: list[float]) -> Growth:

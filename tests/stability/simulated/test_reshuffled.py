@@ -68,7 +68,7 @@ def test_growth_against_all_orders(
 def test_samples_that_are_alike(batch_size: int) -> None:
     """All orders are one: K log (1 - lr)^2, without error."""
     modes = Modes.from_factors(torch.ones(4, 1, 1))
-    found = reshuffled_growth(modes, LinearStep(0.5), batch_size, replicas=4, epochs=8)
+    found = reshuffled_growth(modes, LinearStep(0.5), batch_size, replicas=8, epochs=8)
     assert found.per_epoch == pytest.approx(
         2 * math.ceil(4 / batch_size) * math.log(0.5), rel=1e-12
     )
@@ -78,9 +78,18 @@ def test_samples_that_are_alike(batch_size: int) -> None:
 def test_the_full_batch_is_gradient_descent() -> None:
     """With B = n the threshold is 2/a."""
     dual = DualCurvature.from_factors(factors(4, 1, 3))
-    found = reshuffled_critical_lr(dual, 4, replicas=4, epochs=8)
-    # Bisection leaves 2^-12 of the bracket.
-    assert found.value == pytest.approx(2 / dual.sharpness, rel=1e-3)
+    found = reshuffled_critical_lr(dual, 4, replicas=8, epochs=8)
+    assert found.value == found.lower == found.upper == pytest.approx(2 / dual.sharpness)
+
+
+def test_a_threshold_above_that_without_noise() -> None:
+    """With h = 1 and 3 an epoch is (1 - lr)(1 - 3 lr): it shrinks up to 4/3, and GD up to 1."""
+    rows = torch.tensor([[1.0], [3.0]], dtype=torch.float64).sqrt()
+    found = reshuffled_critical_lr(DualCurvature(rows @ rows.T, 2), 1, replicas=128)
+    assert found.full_batch == pytest.approx(1)
+    # The bias of a finite population.
+    assert found.value == pytest.approx(4 / 3, rel=2 / 128)
+    assert found.lower < 4 / 3 < found.upper
 
 
 def test_threshold_of_a_model_brackets_that_of_all_orders() -> None:
@@ -93,7 +102,7 @@ def test_threshold_of_a_model_brackets_that_of_all_orders() -> None:
 
     found = reshuffled_critical_lr(model, half_square, (rows, model(rows).detach()), batch_size=1)
     modes = DualCurvature(rows @ rows.T, 4).modes
-    assert found.lower < found.value < found.upper <= found.full_batch
+    assert found.lower < found.value < found.upper
     assert enumerated(modes, LinearStep(found.lower), 1) < 0
     assert enumerated(modes, LinearStep(found.upper), 1) > 0
 
@@ -109,7 +118,8 @@ def test_reshuffling_allows_more_than_independent_batches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"), [("batch_size", 0), ("batch_size", 5), ("replicas", 1), ("epochs", 2)]
+    ("name", "bad"),
+    [("batch_size", 0), ("batch_size", 5), ("replicas", 7), ("epochs", 2), ("seed", -1)],
 )
 def test_arguments_out_of_range(name: str, bad: int) -> None:
     """The message names the argument and its value."""
@@ -122,8 +132,10 @@ def test_arguments_out_of_range(name: str, bad: int) -> None:
 
 def test_no_curvature_and_too_much() -> None:
     """Infinite where nothing can grow; growth without end is infinite, not NaN."""
-    nothing = reshuffled_critical_lr(DualCurvature(torch.zeros(2, 2), 2), 1)
-    assert nothing.value == math.inf
+    flat = DualCurvature(torch.zeros(2, 2), 2)
+    assert reshuffled_critical_lr(flat, 1).value == math.inf
+    decayed = UpdateRule(lr=1.0, weight_decay=0.1)
+    assert reshuffled_critical_lr(flat, 1, update_rule=decayed).value == pytest.approx(20)
     modes = Modes.from_factors(factors(3, 1, 2))
     assert reshuffled_growth(modes, LinearStep(1e200), 1).per_epoch == math.inf
     rule = UpdateRule(lr=1.0, decoupled_weight_decay=0.1)
