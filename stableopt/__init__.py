@@ -107,7 +107,7 @@ if not TYPE_CHECKING:  # or every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name == "ReshuffledLR":
-            warn_renamed("stableopt.ReshuffledLR", "stableopt.BracketedLR", stacklevel=2)
+            warn_renamed("stableopt.ReshuffledLR", "stableopt.BracketedLR")
             name = "BracketedLR"
         if name in ("steering", "adapt"):  # `adapt` is the former name, and warns
             return importlib.import_module(f"stableopt.{name}")
