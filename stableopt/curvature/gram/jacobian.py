@@ -8,15 +8,13 @@ cross-entropy :math:`\mathrm{diag}(\pi) - \pi\pi^\top`; here autograd computes i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import DoubleVjp, vjp
-from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.over_chunks import vmap_over_samples
+from stableopt.curvature.problem.over_chunks import over_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 
 __all__ = ["check_outputs", "curvature_roots", "pushed_rows", "sample_rows"]
@@ -70,7 +68,7 @@ def curvature_roots(problem: Problem, theta: Theta, batch: Any, size: int) -> Te
         rows = [vjp([entry], [at], [torch.ones_like(entry)])[0] for entry in slope]
         return torch.stack([torch.zeros_like(at) if row is None else row for row in rows])
 
-    second = _over_samples(one, one_alone, batch, size, outputs.reshape(size, -1)).double()
+    second = over_samples(one, one_alone, batch, size, outputs.reshape(size, -1)).double()
     values, vectors = torch.linalg.eigh((second + second.mT) / 2)
     if bool((values[:, 0] < -_INDEFINITE * values[:, -1].abs()).any()):
         raise ValueError(
@@ -116,7 +114,7 @@ def sample_rows(problem: Problem, theta: Theta, batch: Any, size: int) -> list[T
         ]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
-    found = _over_samples(one, one_alone, batch, size, roots)
+    found = over_samples(one, one_alone, batch, size, roots)
     scaled = zip(found, problem.scale, strict=True)
     return [(part.detach() * factor).reshape(*part.shape[:2], -1) for part, factor in scaled]
 
@@ -137,26 +135,6 @@ def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Te
         pushed = torch.zeros_like(outputs) if pushed is None else pushed
         columns.append(pushed.reshape(size, -1).double())
     return roots @ torch.stack(columns, dim=2)
-
-
-def _over_samples(
-    one: Callable[[Any, Tensor], Any],
-    one_alone: Callable[[Any, Tensor], Any],
-    batch: Any,
-    size: int,
-    given: Tensor,
-) -> Any:
-    """Return ``one`` of every sample, stacked: at once, or one by one if vmap fails."""
-    try:
-        return vmap_over_samples(one, batch, size, given)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        samples = (cut(batch, index, index + 1) for index in range(size))
-        found = [one_alone(*pair) for pair in zip(samples, given, strict=True)]
-    if isinstance(found[0], Tensor):
-        return torch.stack(found)
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
 def _checked(outputs: Any, size: int) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from stableopt.curvature.autodiff import vjp
 from stableopt.curvature.per_sample.generic import VMAP_MEMORY, samples_at_once
-from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.over_chunks import gather_over_chunks, vmap_over_samples
+from stableopt.curvature.problem.over_chunks import gather_over_chunks, over_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 
 __all__ = ["hessian_blocks", "residual_share"]
@@ -113,12 +112,7 @@ def _products(
         )
 
     def rows(batch: Any, size: int) -> Tensor:
-        try:
-            found: Tensor = vmap_over_samples(one, batch, size)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            found = torch.stack([one_alone(cut(batch, i, i + 1)) for i in range(size)])
+        found: Tensor = over_samples(one, one_alone, batch, size)
         return found.detach()
 
     return gather_over_chunks(problem, rows, max(1, samples_at_once(problem, VMAP_MEMORY)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature.isolation.reachable import GENERATORS, HeldState, reachable
 from stableopt.curvature.problem.data.layout import Layout
+from stableopt.curvature.problem.derivatives.graphs import nodes_of
 from stableopt.curvature.problem.parameters import real_view
 
 __all__ = [
@@ -144,7 +145,8 @@ def check_leaves(
     for module in objective.held_modules:  # type: ignore[union-attr]
         kind = type(module).__name__
         named.update((id(p), f"{kind}.{name}") for name, p in module.named_parameters())
-    leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in copies]
+    variables = (getattr(node, "variable", None) for node in nodes_of(loss))
+    leaves = [v for v in variables if isinstance(v, Tensor) and id(v) not in copies]
     besides = {id(leaf) for leaf in leaves}
     for key, name in names.items():
         if key in besides:
@@ -168,20 +170,6 @@ def check_leaves(
             " them in params= as parameters of a module that loss_fn holds, or of the model",
             stacklevel=2,
         )
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves that require gradients in the graph of ``loss``."""
-    pending, seen = [loss.grad_fn], set[Any]()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            yield leaf
-        pending.extend(following for following, _ in node.next_functions)
 
 
 def masks_of_hooks(params: Mapping[str, Tensor]) -> list[Tensor | None]:

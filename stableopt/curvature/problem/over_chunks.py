@@ -1,4 +1,4 @@
-"""One reading of the data: means, rows, and a draw of samples; `vmap_over_samples`."""
+"""One reading of the data: means, rows, and a draw of samples; functions over samples."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "drawn_samples",
     "gather_over_chunks",
     "mean_over_chunks",
+    "over_samples",
     "quiet_vmap",
     "telling_samples",
     "vmap_over_samples",
@@ -100,6 +101,22 @@ def vmap_over_samples(function: Callable[..., Any], batch: Any, size: int, *rows
 
     indices = torch.arange(size, device=next(tensors_in(batch)).device)
     return quiet_vmap(one, 0, indices, *rows)
+
+
+def over_samples(
+    one: Callable[..., Any], one_alone: Callable[..., Any], batch: Any, size: int, *rows: Tensor
+) -> Any:
+    """Return ``one`` of every sample, stacked: at once, or ``one_alone`` of each if vmap fails."""
+    try:
+        return vmap_over_samples(one, batch, size, *rows)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        samples = (cut(batch, index, index + 1) for index in range(size))
+        found = [one_alone(*given) for given in zip(samples, *rows, strict=True)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found)
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
 def quiet_vmap(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:

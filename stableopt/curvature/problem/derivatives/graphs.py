@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.curvature.isolation.cross_entropy import OWN
 
-__all__ = ["HooksSeen", "has_custom_function", "has_kinks", "lacks_derivative"]
+__all__ = ["HooksSeen", "has_custom_function", "has_kinks", "lacks_derivative", "nodes_of"]
 
 _KINKS = re.compile(
     r"[Rr]elu|Threshold|Hardtanh|Hardswish|Hardsigmoid|Hardshrink|Softshrink|Clamp|Abs"
@@ -22,7 +22,13 @@ _KINKS = re.compile(
 """Functions of torch's whose derivative jumps, by the names of their nodes."""
 
 
-def _nodes(*tensors: Tensor | None) -> Iterator[Node]:
+def nodes_of(*tensors: Tensor | None) -> Iterator[Node]:
+    """Yield each node of the graphs once.
+
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> [node.name() for node in nodes_of(x.exp())]
+    ['ExpBackward0', 'torch::autograd::AccumulateGrad']
+    """
     pending = [t.grad_fn for t in tensors if t is not None]
     seen: set[Node] = set()
     while pending:
@@ -38,7 +44,7 @@ def lacks_derivative(*tensors: Tensor | None) -> bool:
     """Return whether a part of the graphs is marked ``@once_differentiable``."""
     # It raises only when it is reached, and a search for particular leaves avoids it: their second
     # derivative would silently lack a part.
-    return any(node.name() == "torch::autograd::Error" for node in _nodes(*tensors))
+    return any(node.name() == "torch::autograd::Error" for node in nodes_of(*tensors))
 
 
 def has_custom_function(*tensors: Tensor | None) -> bool:
@@ -53,7 +59,7 @@ def has_custom_function(*tensors: Tensor | None) -> bool:
             and getattr(node, "_forward_cls", None) not in OWN
         )
         or "CppNode" in node.name()
-        for node in _nodes(*tensors)
+        for node in nodes_of(*tensors)
     )
 
 
@@ -64,7 +70,7 @@ def has_kinks(*tensors: Tensor | None) -> bool:
     >>> has_kinks(x.tanh()), has_kinks(x.relu())
     (False, True)
     """
-    return any(_KINKS.search(node.name()) for node in _nodes(*tensors))
+    return any(_KINKS.search(node.name()) for node in nodes_of(*tensors))
 
 
 class HooksSeen(TorchFunctionMode):
