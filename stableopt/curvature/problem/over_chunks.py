@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.data.batches import cut, map_tensors, tensors_in
+from stableopt.curvature.problem.derivatives.sketch import sketch
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.weights.survey import SPREAD_SAMPLES, Survey, joined
 
@@ -30,12 +31,12 @@ C = TypeVar("C")
 _TELLING = 4
 """Samples that a fast product is tried on: two may be alike in one respect, and more cost more."""
 
+_SHORT = 1024
+"""Numbers of a contribution up to which it is compared whole."""
+
 _COMPARABLE = 0.1
 """Least ratio of two samples' contributions at which a sum shows both, and their least relative distance
 at which it shows that one was taken for the other."""
-
-_SKETCH = 1024
-"""Numbers in a sketch of a vector: its norm is then right to about 4 %."""
 
 
 def mean_over_chunks(
@@ -181,7 +182,8 @@ def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tupl
     found: list[Tensor] = []
     count, chosen = min(_TELLING, drawn.largest), list[int]()
     for index in range(drawn.size):
-        found.append(_sketch(contribution(cut(drawn.batch, index, index + 1))))
+        vector = contribution(cut(drawn.batch, index, index + 1))
+        found.append(sketch([vector], vector.device) if len(vector) > _SHORT else vector)
         chosen = _distinct(found)[:count]
         if len(chosen) == count:
             break
@@ -191,17 +193,6 @@ def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tupl
         others = [index for index in range(drawn.size) if index not in chosen]
         chosen = [*chosen, *others][:count]
     return joined([cut(drawn.batch, at, at + 1) for at in chosen])
-
-
-def _sketch(vector: Tensor) -> Tensor:
-    """Return sums with random signs, whose norms and distances are about those of the vectors."""
-    if len(vector) <= _SKETCH:
-        return vector
-    generator = torch.Generator(vector.device).manual_seed(0)
-    signs = torch.randint(0, 2, vector.shape, generator=generator, device=vector.device)
-    signed = torch.where(signs.bool(), vector, -vector)
-    padded = torch.nn.functional.pad(signed, (0, -len(vector) % _SKETCH))
-    return padded.view(-1, _SKETCH).sum(0)
 
 
 def _distinct(vectors: Sequence[Tensor]) -> list[int]:

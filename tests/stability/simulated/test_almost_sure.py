@@ -96,7 +96,7 @@ def test_samples_that_are_alike(size: int, reshuffled: bool) -> None:
 
 
 def test_reshuffled_batches_in_one_dimension() -> None:
-    """An epoch has every sample once: its growth is known exactly, whatever the order."""
+    """An epoch has every sample once: its growth is the same in every order."""
     dual = one_dimension(0.2, 3.8)
     step = LinearStep(0.55)
     found = lyapunov_exponent(dual.modes, step, 1, reshuffled=True, replicas=8, steps=160)
@@ -116,7 +116,7 @@ def test_the_full_batch_is_gradient_descent() -> None:
     [
         ([[1.0, 0.0], [0.0, 1.0]], 2.0),  # the product of both samples' matrices is 0
         ([[0.0, 0.0], [1.0, 0.0]], 2.0),
-        ([[1.0, 0.0], [0.0, 3.0**0.5]], 2 / 3),  # two exponents, of which the larger one counts
+        ([[1.0, 0.0], [0.0, 3.0**0.5]], 2 / 3),  # two exponents; the larger one counts
     ],
 )
 def test_samples_without_common_directions(rows: list[list[float]], exact: float) -> None:
