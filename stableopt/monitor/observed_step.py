@@ -13,7 +13,7 @@ from stableopt._support.torch_internals import eager
 
 __all__ = ["observe_steps"]
 
-Hook = Callable[[Any, Any, Any], None]
+Hook = Callable[[Any, Any, Any], Any]
 
 
 class ObservedStep:
@@ -39,10 +39,12 @@ class ObservedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the step."""
         if self.active and self._before is not None:
-            self._before(self._optimizer, args, kwargs)
+            replaced = self._before(self._optimizer, (self._optimizer, *args), kwargs)
+            if replaced is not None:
+                (_, *args), kwargs = replaced
         result = self._own(*args, **kwargs)
         if self.active:
-            self._after(self._optimizer, args, kwargs)
+            self._after(self._optimizer, (self._optimizer, *args), kwargs)
         return result
 
     def remove(self) -> None:
@@ -73,7 +75,8 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
 
     Args:
         optimizer: anything with ``param_groups`` and ``step``.
-        before: called with optimizer, arguments and keyword arguments, as torch's hooks are.
+        before: called with optimizer, arguments and keyword arguments, as torch's hooks are; it may
+            return other arguments, as they may.
         after: the same after the step.
 
     Raises:

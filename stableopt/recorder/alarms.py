@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 
 from stableopt._support.arguments import positive, whole
 from stableopt.recorder.evidence import Evidence, robust_score
@@ -17,6 +17,12 @@ _BLOCK = 5
 
 _FEWEST = 8
 """Means, or measurements, with which one is compared; with fewer means the spread is not known."""
+
+_ERRORS = 6.0
+"""Standard errors of a mean of losses above the first ones. Those of single samples have long tails."""
+
+_FAR = 0.5
+"""Movement of a layer in one step, relative to its norm, that explains a loss which explodes at once."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class AlarmRules:
         loss_rise: the least rise of the loss that counts, as a share of the first loss of the run:
             near a minimum single samples make the losses of batches leap by less.
         loss_factor: the least factor between the loss and the median of the losses before; so many
-            times the first loss of the run is a spike by itself.
+            times the first loss of the run is a spike by itself, where the spread of the first losses
+            does not explain it.
         ratio: (preconditioned) sharpness over its limit, where the loss on the probe set does not fall
             meanwhile. Runs at the edge of stability hover around 1, in full batches up to about 1.5,
             without harm, and a sharpness above its limit that training leaves behind is none either.
@@ -109,16 +116,25 @@ class AlarmRules:
     def _loss(self, evidence: Evidence) -> Alarm | None:
         losses = [(its.step, its.loss) for its in evidence.steps if its.loss is not None]
         blocks = [
-            fmean(loss for _, loss in losses[end - _BLOCK : end])
+            sum(loss / _BLOCK for _, loss in losses[end - _BLOCK : end])  # no sum can overflow
             for end in range(len(losses), _BLOCK - 1, -_BLOCK)
         ][::-1]
         first, name = evidence.first_loss, "the batches' loss"
-        if blocks and first is not None and blocks[-1] > self.loss_factor * first > 0:
+        high = blocks and first is not None and blocks[-1] > self.loss_factor * first > 0
+        if high and first is not None and self._beyond_noise(evidence, blocks[-1] - first):
             text = f"{name} is {blocks[-1]:.3g}, above the {first:.3g} at the start"
             return Alarm("loss", losses[-1][0], text)
         if len(blocks) <= _FEWEST:
             return None
         return self._rise(blocks, losses[-1][0], first, name)
+
+    @staticmethod
+    def _beyond_noise(evidence: Evidence, rise: float) -> bool:
+        """Whether a rise above the first losses is more than their spread explains."""
+        if math.isfinite(evidence.first_spread):
+            return rise > _ERRORS * evidence.first_spread / math.sqrt(_BLOCK)
+        # The spread is not known yet: losses explode where weights do.
+        return any(by > _FAR for its in evidence.steps for by in its.moved.values())
 
     def _probe_loss(self, evidence: Evidence) -> Alarm | None:
         known = [its for its in evidence.measured if its.margins.loss is not None]

@@ -6,12 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from stableopt.stability.measure.margins import StabilityMargins
 
-__all__ = ["Evidence", "MeasuredRecord", "StepRecord", "finite_or_inf", "robust_score"]
+__all__ = [
+    "FIRST_LOSSES",
+    "Evidence",
+    "MeasuredRecord",
+    "StepRecord",
+    "finite_or_inf",
+    "first_level",
+    "robust_score",
+]
+
+FIRST_LOSSES = 20
+"""Losses of batches that make the first level: with batches of one sample a single one says little."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +94,12 @@ class Evidence:
     Attributes:
         steps: the last steps.
         measured: the last measurements.
-        first_loss: the first loss of the run that was seen, or ``None``.
+        first_loss: the loss at the start of the run, or ``None``: see :func:`first_level`.
         first_gains: for each layer with a matrix of weights, their root mean square times the root of
             the number of inputs, when recording began: about 1 for usual initialisations.
         groups: the layers of each of the optimizers' groups.
         precision: of the gradients, as a relative distance of neighbouring numbers.
+        first_losses: the first finite losses of batches, up to 20.
     """
 
     steps: Sequence[StepRecord]
@@ -96,6 +108,18 @@ class Evidence:
     first_gains: Mapping[str, float] = field(default_factory=dict)
     groups: Sequence[Sequence[str]] = ()
     precision: float = 0.0
+    first_losses: Sequence[float] = ()
+
+    @property
+    def first_spread(self) -> float:
+        """The standard deviation of the first losses; infinite while they are too few, 0 without any.
+
+        >>> Evidence([], []).first_spread, Evidence([], [], first_losses=[1.0]).first_spread
+        (0.0, inf)
+        """
+        if not self.first_losses:
+            return 0.0
+        return stdev(self.first_losses) if len(self.first_losses) >= FIRST_LOSSES else math.inf
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts."""
@@ -109,6 +133,7 @@ class Evidence:
             "first_gains": dict(self.first_gains),
             "groups": [list(layers) for layers in self.groups],
             "precision": self.precision,
+            "first_losses": list(self.first_losses),
         }
 
     @classmethod
@@ -129,6 +154,7 @@ class Evidence:
             state["first_gains"],
             state.get("groups", ()),  # which older versions lack
             state.get("precision", 0.0),
+            tuple(state.get("first_losses", ())),
         )
 
 
@@ -139,6 +165,21 @@ def finite_or_inf(value: float) -> float:
     (2.0, inf)
     """
     return value if math.isfinite(value) else math.inf
+
+
+def first_level(losses: Sequence[float], probe: float | None = None) -> float | None:
+    """Return the loss at the start of a run: the mean of the first 20 of batches, until then the first.
+
+    Args:
+        losses: of batches, those that are finite.
+        probe: the loss on the probe set, where there are none of batches.
+
+    >>> first_level([3.0, 1.0]), first_level([3.0, 1.0] * 10), first_level([], 2.0)
+    (3.0, 2.0, 2.0)
+    """
+    if not losses:
+        return probe
+    return fmean(losses) if len(losses) >= FIRST_LOSSES else losses[0]
 
 
 def robust_score(value: float, before: Sequence[float]) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,18 @@ from torch import Tensor
 from stableopt._support.arguments import instance, require_keys, whole
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.monitor.observed_step import observe_steps
 from stableopt.recorder.alarms import Alarm, AlarmRules
-from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
-from stableopt.recorder.pending import PendingStep, Reported, changed, moved, norms_of_gradients
-from stableopt.recorder.report import write_report
-from stableopt.recorder.verdict import verdict
-from stableopt.recorder.weight_sample import WeightSample
+from stableopt.recorder.evidence import (
+    FIRST_LOSSES,
+    Evidence,
+    MeasuredRecord,
+    StepRecord,
+    first_level,
+)
+from stableopt.recorder.pending import PendingSteps
+from stableopt.recorder.report import why, write_report
+from stableopt.recorder.verdict import Verdict, verdict
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.measure.layers import layer_of, layer_shares
@@ -60,7 +65,8 @@ class FlightRecorder:
         reports: the folders of the reports, oldest first.
 
     Raises:
-        TypeError: for a ``monitor`` or ``rules`` of another kind.
+        TypeError: for a ``monitor`` or ``rules`` of another kind, and for optimizers whose steps cannot
+            be observed.
         ValueError: for numbers out of range.
 
     >>> import tempfile
@@ -104,52 +110,53 @@ class FlightRecorder:
         self._window, self._check_every = whole("window", window), whole("check_every", check_every)
         self._measure = measure and not monitor.problem.ranks.several
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
-        self._steps: deque[StepRecord] = deque(maxlen=window)
-        self._measured: deque[MeasuredRecord] = deque(maxlen=window)
-        self._pending: list[PendingStep] = []
-        self._weights = WeightSample(monitor.problem.params, monitor.problem.names)
-        self._sampled = monitor.problem
-        self._before: Tensor | None = None
-        self._after: dict[str, float] = {}
-        self._next = Reported()
-        self._first_loss: float | None = None
-        self._quiet_until = 0
+        self._steps: deque[StepRecord] = deque(maxlen=self._window)
+        self._measured: deque[MeasuredRecord] = deque(maxlen=self._window)
+        self._pending = PendingSteps(monitor)
+        self._first_losses: list[float] = []
+        self._first_probe: float | None = None
+        self._quiet_until = self._measures_from = 0
+        self._reporting = False
         self._good: dict[str, Tensor] | None = None
         self._first_gains = self._gains()
         self._warn = WarnOnce(active=monitor.problem.ranks.rank == 0)
         self._writes = monitor.problem.ranks.rank == 0
         self.reports: list[Path] = []
         self._joint = JointStep(monitor.optimizers)
+        self._handles: list[Any] = []
+        try:
+            for each in monitor.optimizers:
+                self._handles += observe_steps(each, self._before_step, self._after_step)
+        except Exception:
+            self.close()
+            raise
         monitor.sinks.append(self)
-        self._handles = [
-            *(o.register_step_pre_hook(self._before_step) for o in monitor.optimizers),
-            *(o.register_step_post_hook(self._after_step) for o in monitor.optimizers),
-        ]
 
     def loss(
         self,
         loss: Tensor | float,
-        batch: Sequence[int] | Tensor | None = None,
+        batch: Any = None,
         *,
         grad_norm: Tensor | float | None = None,
     ) -> None:
         """Report the loss of the batch of the next step, and what else is known of it.
 
         Several calls before a step are its micro-batches: their losses are averaged, and their samples
-        are joined. Tensors are read later, without a wait for the device now.
+        are joined. Tensors are read later, without a wait for the device now. With a closure, the first
+        evaluation of a step counts; the monitor's own evaluations do not.
 
         Args:
-            loss: a scalar.
-            batch: what identifies the batch, such as the indices of its samples; the first 1,024
-                are kept.
+            loss: a scalar: of a micro-batch its own mean loss, not its share of the step's.
+            batch: what identifies the batch, such as the indices of its samples, or names of files;
+                the first 1,024 are kept.
             grad_norm: the norm of the gradient before it is clipped, as
                 :func:`torch.nn.utils.clip_grad_norm_` returns it. The recorder sees clipped gradients
                 alone, in which an odd batch leaves no mark.
         """
         try:
-            self._next.add(loss, batch, grad_norm)
+            self._pending.report(loss, batch, grad_norm)
         except Exception as error:
-            self._warn("the flight recorder cannot read a loss", f"{type(error).__name__}: {error}")
+            self._warn("the flight recorder cannot read a loss", why(error))
 
     @property
     def evidence(self) -> Evidence:
@@ -157,10 +164,11 @@ class FlightRecorder:
         return Evidence(
             list(self._steps),
             list(self._measured),
-            self._first_loss,
+            first_level(self._first_losses, self._first_probe),
             self._first_gains,
             self._groups(),
-            max((torch.finfo(p.dtype).eps for p in self._sampled.params), default=0.0),
+            max((torch.finfo(p.dtype).eps for p in self._monitor.problem.params), default=0.0),
+            tuple(self._first_losses),
         )
 
     def receive(self, event: Event) -> None:
@@ -169,7 +177,7 @@ class FlightRecorder:
             self._guarded(lambda: self._take(event))
 
     def _take(self, event: Measured) -> None:
-        self._note_end()  # the monitor's hook comes before the recorder's
+        self._pending.end()  # the monitor's hook comes before the recorder's
         self._drain()
         problem = self._monitor.problem
         margins, shares = event.margins, {}
@@ -178,8 +186,8 @@ class FlightRecorder:
         sizes = [shape.numel() for shape in problem.shapes]
         if margins.failure is None and vector is not None and not problem.sharded:
             shares = layer_shares(vector, problem.names, sizes)
-        if self._first_loss is None and margins.loss is not None:
-            self._first_loss = margins.loss
+        if self._first_probe is None and math.isfinite(margins.loss or math.nan):
+            self._first_probe = margins.loss
         self._measured.append(MeasuredRecord(margins, shares))
         alarm = self._look()
         if alarm is None and self._keep_weights and margins.failure is None:
@@ -224,7 +232,8 @@ class FlightRecorder:
         known = Evidence.from_dict(state["evidence"])
         self._steps = deque(known.steps, maxlen=self._window)
         self._measured = deque(known.measured, maxlen=self._window)
-        self._first_loss, self._first_gains = known.first_loss, dict(known.first_gains)
+        self._first_losses, self._first_probe = list(known.first_losses), known.first_loss
+        self._first_gains = dict(known.first_gains)
         self._quiet_until = int(state["quiet_until"])
         self.reports = [Path(path) for path in state["reports"]]
 
@@ -232,77 +241,54 @@ class FlightRecorder:
         try:
             action()
         except Exception as error:
-            self._warn("the flight recorder failed", f"{type(error).__name__}: {error}")
+            self._warn("the flight recorder failed", why(error))
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not nested(optimizer) and self._joint.begins(optimizer):
-            self._guarded(self._note)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        if nested(optimizer) or not self._joint.begins(optimizer):
+            return None
+        self._guarded(self._pending.begin)
+        at = next((k for k, each in enumerate(args) if k and callable(each)), None)
+        closure = kwargs.get("closure") if at is None else args[at]
+        if closure is None:
+            self._guarded(self._pending.gradients)
+            return None
+        seen = self._seen(closure)
+        if at is None:
+            return args, {**kwargs, "closure": seen}
+        return (*args[:at], seen, *args[at + 1 :]), kwargs
+
+    def _seen(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return ``closure``, whose first evaluation gives the step its loss and gradients.
+
+        A line search evaluates it at further points, whose losses are not those of the step.
+        """
+        evaluated = False
+
+        def seen() -> Any:
+            nonlocal evaluated
+            if evaluated:
+                with self._pending.repeated():
+                    return closure()
+            loss = closure()
+            evaluated = True
+            self._guarded(self._pending.gradients)
+            return loss
+
+        return seen
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if nested(optimizer) or not self._joint.ends(optimizer):
             return
-        self._guarded(self._note_end)
+        self._guarded(self._pending.end)
         if len(self._pending) >= self._check_every:
             self._guarded(self._look)
 
-    def _note(self) -> None:
-        problem = self._monitor.problem
-        groups = [group for o in self._monitor.optimizers for group in o.param_groups]
-        lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
-        differ = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
-        step = StepRecord(
-            self._monitor.step + 1, max(lrs, default=0.0), batch=self._next.batch, lrs=differ
-        )
-        if problem is not self._sampled:  # as when layers thaw
-            self._weights, self._sampled = WeightSample(problem.params, problem.names), problem
-            self._after = {}
-        self._before = self._weights.take()
-        before = self._weights.norms(self._before)
-        gradients = norms_of_gradients(problem.params)
-        self._pending.append(
-            PendingStep(step, gradients, before, self._next.loss, self._next.total_norm)
-        )
-        self._next = Reported()
-
-    def _note_end(self) -> None:
-        if self._pending and self._before is not None:
-            before, self._before = self._before, None
-            now = self._weights.take()
-            self._pending[-1].moved = self._weights.norms(now - before)
-            self._pending[-1].after = self._weights.norms(now)
-
     def _drain(self) -> None:
-        """Read the pending steps from the device: one transfer for all norms, one for all losses."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        losses = _read([its.loss for its in pending])
-        total_norms = _read([its.total_norm for its in pending])
-        numbers = iter(torch.cat([part for its in pending for part in its.norms]).tolist())
-        layers = self._weights.layers
-        for its, value, total_norm in zip(pending, losses, total_norms, strict=True):
-            if self._first_loss is None:
-                self._first_loss = value
-            gradients: dict[str, float] = {}
-            for name in self._sampled.names:
-                layer = layer_of(name)
-                gradients[layer] = math.hypot(gradients.get(layer, 0.0), next(numbers))
-            before = dict(zip(layers, numbers, strict=False))
-            length, after = {}, {}
-            if its.after is not None:
-                length = dict(zip(layers, numbers, strict=False))
-                after = dict(zip(layers, numbers, strict=False))
-            self._steps.append(
-                replace(
-                    its.step,
-                    loss=value,
-                    grad_norms=gradients,
-                    moved=moved(before, length),
-                    changed=changed(self._after, before),
-                    total_norm=total_norm,
-                )
-            )
-            self._after = after
+        """Read the pending steps from the device."""
+        steps = self._pending.read()
+        self._steps.extend(steps)
+        finite = [its.loss for its in steps if its.loss is not None and math.isfinite(its.loss)]
+        self._first_losses += finite[: FIRST_LOSSES - len(self._first_losses)]
 
     def _groups(self) -> list[list[str]]:
         problem = self._monitor.problem
@@ -328,29 +314,41 @@ class FlightRecorder:
     def _look(self) -> Alarm | None:
         """Write a report if there is an alarm; return the alarm."""
         self._drain()
-        evidence = self.evidence
-        alarm = self._rules.alarm(evidence)
-        if alarm is None:
-            return None
-        if self._writes and alarm.step >= self._quiet_until:
-            self._quiet_until = alarm.step + self._window
-            if len(self.reports) < self._most_reports:
-                if self._measure and self._last_measured() < self._monitor.step:
-                    self._monitor.measure()  # which comes back by `receive`, and is quiet now
-                    evidence = self.evidence
-                found = verdict(alarm, evidence)
-                self.reports.append(write_report(self.folder, alarm, found, evidence, self._good))
+        alarm = self._rules.alarm(self.evidence)
+        quiet = alarm is None or self._reporting or alarm.step < self._quiet_until
+        if alarm is None or quiet or not self._writes or len(self.reports) >= self._most_reports:
+            return alarm
+        self._reporting = True
+        try:
+            self.reports.append(self._report(alarm))
+        finally:
+            self._reporting = False
+        self._quiet_until = alarm.step + self._window
         return alarm
+
+    def _report(self, alarm: Alarm) -> Path:
+        """Write the report of ``alarm``; what fails is named in it."""
+        missing: dict[str, str] = {}
+        if self._measure and self._last_measured() < self._monitor.step >= self._measures_from:
+            # A report that cannot be written is tried again, and the measurement is not.
+            self._measures_from = self._monitor.step + self._window
+            try:
+                self._monitor.measure()  # which comes back by `receive`
+            except Exception as error:
+                missing["the measurement at the alarm"] = why(error)
+        evidence = self.evidence
+        try:
+            found = verdict(alarm, evidence)
+        except Exception as error:
+            found = Verdict("unknown", f"{alarm.text[0].upper()}{alarm.text[1:]}.")
+            missing["the cause"] = why(error)
+        path = write_report(self.folder, alarm, found, evidence, self._good, missing)
+        for part, reason in missing.items():
+            self._warn(f"the report of step {alarm.step} lacks {part}", reason)
+        return path
 
     def _last_measured(self) -> int:
         return self._measured[-1].step if self._measured else -1
 
     def __repr__(self) -> str:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"
-
-
-def _read(values: Sequence[Tensor | None]) -> list[float | None]:
-    """Return numbers of scalars on a device, in one transfer."""
-    known = [value for value in values if value is not None]
-    numbers = iter(torch.stack([value.to(known[0]) for value in known]).tolist() if known else [])
-    return [None if value is None else next(numbers) for value in values]

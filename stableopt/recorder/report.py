@@ -8,8 +8,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,10 @@ from stableopt.recorder.finding import Verdict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "markdown", "write_report"]
+__all__ = ["draw", "markdown", "why", "write_report"]
+
+_LONGEST = 300
+"""Characters of a reason: LaTeX's errors have pages."""
 
 _SHOWN = 10
 """Steps and measurements that the Markdown shows."""
@@ -37,8 +42,11 @@ def write_report(
     verdict: Verdict,
     evidence: Evidence,
     weights: Mapping[str, Tensor] | None = None,
+    missing: dict[str, str] | None = None,
 ) -> Path:
     """Write a report into a new folder ``step-<step>`` of ``folder``; return its path.
+
+    A part that fails is left out, and named in the others.
 
     Args:
         folder: created if it does not exist.
@@ -46,26 +54,46 @@ def write_report(
         verdict: its likely cause.
         evidence: the steps and measurements before.
         weights: written as ``last_good.pt`` if there are any.
+        missing: what the report lacks already, and why. Parts that fail are added.
+
+    Raises:
+        Exception: if neither ``report.json`` nor ``report.md`` can be written.
     """
+    missing = {} if missing is None else missing
     folder.mkdir(parents=True, exist_ok=True)
     # The name says what it is where a killed process leaves it behind.
     partial = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
+
+    def written(name: str, write: Callable[[Path], object]) -> bool:
+        try:
+            write(partial / "part")
+            os.replace(partial / "part", partial / name)
+        except Exception as error:
+            missing[name] = why(error)
+            with suppress(OSError):
+                (partial / "part").unlink()
+        return name not in missing
+
+    def texts(figure: bool) -> None:
+        def json_text(path: Path) -> None:
+            path.write_text(_json(alarm, verdict, evidence, missing) + "\n", encoding="utf-8")
+
+        def markdown_text(path: Path) -> None:
+            text = markdown(alarm, verdict, evidence, figure=figure, missing=missing)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+        # Both are tried, and one of them is enough.
+        if not (written("report.json", json_text) | written("report.md", markdown_text)):
+            raise OSError(missing["report.json"])
+
     try:
-        content = {
-            "alarm": vars(alarm),
-            "verdict": {**vars(verdict), "advice": verdict.advice},
-            "evidence": evidence.to_dict(),
-        }
-        text = json.dumps(_strict(content), indent=1, allow_nan=False)
-        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
-        has_figure = importlib.util.find_spec("matplotlib") is not None
-        if has_figure:
-            draw(alarm, evidence).savefig(partial / "report.png", dpi=120)
-        (partial / "report.md").write_text(
-            markdown(alarm, verdict, evidence, figure=has_figure), encoding="utf-8"
-        )
+        texts(figure=False)  # first, so that a full disk costs no figure
+        wanted = importlib.util.find_spec("matplotlib") is not None
+        has_figure = wanted and written("report.png", lambda path: _save(alarm, evidence, path))
         if weights is not None:
-            torch.save(dict(weights), partial / "last_good.pt")
+            written("last_good.pt", lambda path: torch.save(dict(weights), path))
+        if has_figure or missing:
+            texts(figure=has_figure)
         partial.chmod(0o755)
         path = _free(folder / f"step-{alarm.step}")
         os.rename(partial, path)
@@ -73,6 +101,26 @@ def write_report(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return path
+
+
+def why(error: Exception) -> str:
+    r"""Return an error in one line, and without the names of temporary files, which differ each time.
+
+    >>> why(OSError(28, "No space left on device", "/tmp/x")), why(ValueError("so\n  long"))
+    ('OSError: No space left on device', 'ValueError: so long')
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return shorten(f"{type(error).__name__}: {text}", _LONGEST)
+
+
+def _json(alarm: Alarm, verdict: Verdict, evidence: Evidence, missing: Mapping[str, str]) -> str:
+    content = {
+        "alarm": vars(alarm),
+        "verdict": {**vars(verdict), "advice": verdict.advice},
+        "evidence": evidence.to_dict(),
+        "missing": missing,
+    }
+    return json.dumps(_strict(content), indent=1, allow_nan=False)
 
 
 def _free(path: Path) -> Path:
@@ -85,15 +133,24 @@ def _free(path: Path) -> Path:
 
 
 def _strict(value: Any) -> Any:
-    """Return ``value`` with ``None`` for what JSON has no number for."""
+    """Return ``value`` with ``None`` for what JSON has no number for, and words for other things."""
     if isinstance(value, Mapping):
         return {str(key): _strict(its) for key, its in value.items()}
     if isinstance(value, (list, tuple)):
         return [_strict(its) for its in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, type(None))) else str(value)
 
 
-def markdown(alarm: Alarm, verdict: Verdict, evidence: Evidence, *, figure: bool = True) -> str:
+def markdown(
+    alarm: Alarm,
+    verdict: Verdict,
+    evidence: Evidence,
+    *,
+    figure: bool = True,
+    missing: Mapping[str, str] | None = None,
+) -> str:
     """Return the report as Markdown.
 
     >>> text = markdown(Alarm("loss", 9, "the loss rose"), Verdict("unknown", "The loss rose."),
@@ -101,10 +158,12 @@ def markdown(alarm: Alarm, verdict: Verdict, evidence: Evidence, *, figure: bool
     >>> text.splitlines()[0]
     '# Step 9: the loss rose'
     """
-    return "\n".join(_lines(alarm, verdict, evidence, figure)) + "\n"
+    return "\n".join(_lines(alarm, verdict, evidence, figure, missing or {})) + "\n"
 
 
-def _lines(alarm: Alarm, verdict: Verdict, evidence: Evidence, figure: bool) -> Iterator[str]:
+def _lines(
+    alarm: Alarm, verdict: Verdict, evidence: Evidence, figure: bool, missing: Mapping[str, str]
+) -> Iterator[str]:
     yield f"# Step {alarm.step:,}: {alarm.text}"
     yield ""
     yield verdict.text
@@ -115,6 +174,9 @@ def _lines(alarm: Alarm, verdict: Verdict, evidence: Evidence, figure: bool) -> 
     yield ""
     yield f"What to do: {verdict.advice}"
     yield ""
+    for part, reason in missing.items():
+        yield f"Missing: {part} ({reason})."
+        yield ""
     if figure:
         yield "![Loss, margins, gradient and learning rate before the alarm](report.png)"
         yield ""
@@ -154,6 +216,15 @@ def _norm(step: StepRecord) -> float:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _save(alarm: Alarm, evidence: Evidence, path: Path) -> None:
+    import matplotlib
+
+    # What the user set, LaTeX included, is for the user's own figures.
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        draw(alarm, evidence).savefig(path, format="png", dpi=120)
 
 
 def draw(alarm: Alarm, evidence: Evidence) -> Figure:

@@ -50,7 +50,6 @@ class WeightSample:
         self._every = [max(-(-whole // _MOST), 1) for whole in wholes]
         sizes = [-(-whole // every) for whole, every in zip(wholes, self._every, strict=True)]
         device = self._params[0].device
-        self._as_it_is = all(p.dtype == torch.float32 and p.device == device for p in self._params)
         places = [self.layers.index(layer_of(name)) for name in names]
         counts = torch.tensor(sizes, device=device)
         self._layer = torch.repeat_interleave(torch.tensor(places, device=device), counts)
@@ -58,19 +57,19 @@ class WeightSample:
         self._stands_for = torch.repeat_interleave(torch.tensor(shares, device=device), counts)
 
     def take(self) -> Tensor:
-        """Return the sample as it is now, in single precision."""
+        """Return the sample as it is now, in single precision, or double where weights are."""
         device = self._params[0].device
+        kinds = {p.dtype for p in self._params}
+        dtype = torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
         with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self._params, self._every, strict=True)
             parts = [_values(p)[::every] for p, every in pairs]
-            if not self._as_it_is:
-                parts = [part.to(device, torch.float32) for part in parts]
-            return torch.cat(parts)
+            return torch.cat([part.to(device, dtype) for part in parts])
 
     def norms(self, sample: Tensor) -> Tensor:
         """Return the norm of each layer of a sample, or of a difference of two."""
         squares = self._stands_for * sample.square()
-        zeros = torch.zeros(len(self.layers), device=sample.device)
+        zeros = torch.zeros(len(self.layers), device=sample.device, dtype=squares.dtype)
         return zeros.index_add(0, self._layer, squares).sqrt()
 
 

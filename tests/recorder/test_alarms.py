@@ -10,7 +10,7 @@ import pytest
 
 from stableopt import StabilityMargins
 from stableopt.recorder import AlarmRules, Evidence, StepRecord
-from stableopt.recorder.evidence import MeasuredRecord, robust_score
+from stableopt.recorder.evidence import MeasuredRecord, first_level, robust_score
 from stableopt.stability import Measurement, QuantityResult
 
 
@@ -150,3 +150,42 @@ def test_a_spike_while_the_loss_still_falls() -> None:
     rules = AlarmRules()
     assert rules.alarm(Evidence(steps[:60], [], 2.3)) is None
     assert rules.alarm(Evidence(steps, [], 2.3)) is not None
+
+
+def alarms(losses: Sequence[float], moved: float = 0.0) -> list[int]:
+    """Return the steps at which a run gives an alarm since its loss is above that at the start."""
+    records = [StepRecord(k, 0.1, its, moved={"0": moved}) for k, its in enumerate(losses, 1)]
+    found = []
+    for end in range(5, len(losses) + 1, 5):
+        first = losses[: min(end, 20)]
+        known = Evidence(records[:end][-200:], [], first_level(first), first_losses=first)
+        alarm = AlarmRules().alarm(known)
+        if alarm is not None and "at the start" in alarm.text:
+            found.append(end)
+    return found
+
+
+def test_losses_of_single_samples_give_no_alarm() -> None:
+    """Catches twice the loss of one lucky batch as a spike: 48 healthy runs on one or two samples, whose
+    losses are those of normal errors that fall to a third.
+    """
+    for samples in (1, 2):
+        generator = random.Random(samples)
+        for _ in range(24):
+            levels = [0.3 + 0.7 * math.exp(-k / 100) for k in range(400)]
+            means = [
+                level * sum(generator.gauss(0, 1) ** 2 for _ in range(2 * samples)) / 2 / samples
+                for level in levels
+            ]
+            assert alarms(means) == []
+
+
+def test_a_loss_that_explodes_is_found_in_the_first_steps_if_weights_do() -> None:
+    """Catches a first level that the explosion itself raises, and losses that vary as much by chance."""
+    losses = [11.0, 370.0, 120.0, 50.0, 35.0]
+    assert alarms(losses, moved=0.6) == [5]
+    assert alarms(losses) == []
+    # Later the first losses say what is usual: here from 9 to 11.
+    usual = [10.0 + (-1) ** k for k in range(20)]
+    assert alarms([*usual, *[25.0] * 5]) == [25]
+    assert alarms([*usual, *[19.0] * 5]) == []

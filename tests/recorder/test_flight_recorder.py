@@ -11,12 +11,12 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from recorded_runs import LOSS, Run, data
+from torch import nn
 
 import stableopt
 from stableopt import FlightRecorder, StabilityMonitor
@@ -24,52 +24,8 @@ from stableopt.recorder import AlarmRules, Evidence
 from stableopt.recorder.weight_sample import WeightSample
 from stableopt.report import read_run
 
-LOSS = nn.MSELoss()
-
 # Runs that spike may end where the loss is not finite, and the monitor then says so.
 pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(128, 8, generator=generator)
-    return x, torch.stack([x[:, :4].sum(1).sin(), x[:, 4:].sum(1).cos()], dim=1)
-
-
-class Run:
-    """A small network that trains on batches of 32 with a recorder."""
-
-    def __init__(self, folder: Path, *, lr: float = 0.1, record: bool = True, **options: Any):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)
-        )
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
-        self.x, self.y = data()
-        self.monitor = StabilityMonitor(
-            self.optimizer, self.model, LOSS, (self.x, self.y), every=10
-        )
-        self.recorder = FlightRecorder(self.monitor, folder, **options) if record else None
-        self.generator = torch.Generator().manual_seed(2)
-        self.steps = 0
-        self.good: dict[str, Tensor] = {}
-
-    def train(self, steps: int, *, spoil: float = 1.0) -> None:
-        for _ in range(steps):
-            self.steps += 1
-            rows = torch.randint(128, (32,), generator=self.generator)
-            loss = LOSS(self.model(self.x[rows]), self.y[rows] * spoil)
-            if self.recorder is not None:
-                self.recorder.loss(loss, rows)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-
-    def report(self) -> dict[str, Any]:
-        assert self.recorder is not None
-        (path,) = self.recorder.reports
-        found: dict[str, Any] = json.loads((path / "report.json").read_text())
-        return found
 
 
 @pytest.fixture

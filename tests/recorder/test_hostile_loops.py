@@ -1,0 +1,238 @@
+"""The flight recorder in training loops of other kinds: closures, precisions, batches, optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recorded_runs import LOSS, Run, data
+from torch import Tensor, nn
+
+from stableopt import FlightRecorder, StabilityMonitor
+from stableopt.recorder.pending import norms_of_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
+
+
+class Loop:
+    """A linear model whose optimizer steps with a closure, or without."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        make: Callable[[Any], Any],
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        self.x, self.y = (each.to(dtype) for each in data())
+        self.model = nn.Linear(8, 2).to(dtype)
+        self.optimizer = make(self.model.parameters())
+        self.monitor = StabilityMonitor(
+            self.optimizer, self.model, self.loss_fn, (self.x, self.y), every=10**6, **options
+        )
+        self.recorder = None if folder is None else FlightRecorder(self.monitor, folder)
+        self.evaluations: list[tuple[float, float]] = []
+
+    def loss_fn(self, prediction: Tensor, y: Tensor) -> Tensor:
+        loss = LOSS(prediction, y)
+        if getattr(self, "recorder", None) is not None:
+            self.recorder.loss(loss)  # also where the monitor evaluates the probe set
+        return loss
+
+    def evaluate(self) -> Tensor:
+        """Accumulate two micro-batches, as a closure does; return the mean loss."""
+        self.optimizer.zero_grad()
+        losses = [self.loss_fn(self.model(self.x[k::2]), self.y[k::2]) / 2 for k in (0, 1)]
+        for loss in losses:
+            loss.backward()
+        square = sum(p.grad.square().sum() for p in self.model.parameters())
+        loss = losses[0] + losses[1]
+        self.evaluations.append((float(loss.detach()), float(square) ** 0.5))
+        return loss
+
+    def records(self) -> list[tuple[int, float, float]]:
+        self.recorder.close()
+        return [(its.step, its.loss, its.grad_norm) for its in self.recorder.evidence.steps]
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def lbfgs(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(params, lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize("make", [sgd, lbfgs])
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_closure_gives_its_own_step_loss_and_gradient(
+    tmp_path: Path, make: Callable[[Any], Any], keyword: bool
+) -> None:
+    """Catches losses that are a step late, gradients of the step before or of a trial point, and a
+    mean over the points of a line search: against what each first evaluation computed.
+    """
+    loop, bare = Loop(tmp_path, make), Loop(None, make)
+    first = []
+    for _ in range(3):
+        first.append(len(loop.evaluations))
+        if keyword:
+            loop.optimizer.step(closure=loop.evaluate)
+        else:
+            loop.optimizer.step(loop.evaluate)
+        bare.optimizer.step(bare.evaluate)
+        loop.monitor.measure()  # which evaluates the loss, and reports it
+    assert torch.equal(loop.model.weight, bare.model.weight)
+    expected = [(k + 1, *loop.evaluations[at]) for k, at in enumerate(first)]
+    # 1e-6: means and norms in single precision, in another order.
+    assert loop.records() == [pytest.approx(each, rel=1e-6) for each in expected]
+
+
+class Twice(torch.optim.SGD):
+    """An optimizer that evaluates its closure twice in a step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for _ in range(2):
+            with torch.enable_grad():
+                loss = closure()
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+def test_a_closure_that_raises_ends_its_step_alone(tmp_path: Path) -> None:
+    """Catches a recorder that ignores losses from then on, or keeps those of the step that failed."""
+    loop = Loop(tmp_path, Twice)
+
+    def failing() -> Tensor:
+        if loop.evaluations:
+            raise ArithmeticError
+        return loop.evaluate()
+
+    with pytest.raises(ArithmeticError):
+        loop.optimizer.step(failing)
+    loop.optimizer.step(loop.evaluate)
+    found = loop.records()[-1]
+    assert found[1] == pytest.approx(loop.evaluations[1][0], rel=1e-6)
+
+
+class Wrapper:
+    """An optimizer without torch's hooks."""
+
+    def __init__(self, params: Any) -> None:
+        self.optimizer = sgd(params)
+        self.param_groups, self.zero_grad = self.optimizer.param_groups, self.optimizer.zero_grad
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        self.optimizer.step(closure)
+
+
+class Fixed(torch.optim.SGD):
+    """An optimizer that refuses the recorder's hooks, and not the monitor's."""
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        raise TypeError("no hooks")
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+@pytest.mark.parametrize("closure", [True, False])
+def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) -> None:
+    """Catches a recorder that fails where the monitor does not, and one that stays behind."""
+    loop = Loop(tmp_path, Wrapper, quantities=["realised_edge"])
+    for _ in range(2):
+        if closure:
+            loop.optimizer.step(loop.evaluate)
+        else:
+            loop.evaluate()
+            loop.optimizer.step()
+    expected = [(k + 1, *its) for k, its in enumerate(loop.evaluations)]
+    assert loop.records() == [pytest.approx(each, rel=1e-6) for each in expected]
+    assert loop.optimizer.step.__self__ is loop.optimizer
+    refused = Loop(None, lambda params: Fixed(params, lr=0.1))
+    with pytest.raises(TypeError, match="no hooks"):
+        FlightRecorder(refused.monitor, tmp_path)
+    assert refused.monitor.sinks == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_double_precision_is_recorded(tmp_path: Path, moment: str) -> None:
+    """Catches a recorder that notes nothing in double precision, or once a model has it."""
+    single = Loop(tmp_path, sgd)
+    double = Loop(tmp_path, sgd, torch.float64 if moment == "before" else torch.float32)
+    double.model.double()
+    double.x, double.y = double.x.double(), double.y.double()
+    for loop in (single, double):
+        for _ in range(3):
+            loop.evaluate()
+            loop.optimizer.step()
+    # 1e-5: a few steps in single precision.
+    assert double.records() == [pytest.approx(each, rel=1e-5) for each in single.records()]
+
+
+def test_gradients_of_all_dtypes_have_norms() -> None:
+    """Catches a norm that refuses a dtype, overflows in it, or stacks several dtypes."""
+    values = {
+        torch.float16: 3e4,
+        torch.bfloat16: 3e4,
+        torch.float32: 3.0,
+        torch.float64: 1e100,
+        torch.complex64: 3.0,
+    }
+    params = [nn.Parameter(torch.ones(8, dtype=dtype)) for dtype in values]
+    for p, value in zip(params, values.values(), strict=True):
+        p.grad = torch.full_like(p, value)
+    expected = [value * math.sqrt(8) for value in values.values()]
+    # 1e-2: three digits of bfloat16.
+    assert norms_of_gradients(params).tolist() == pytest.approx(expected, rel=1e-2)
+
+
+def test_losses_of_all_dtypes_are_numbers(tmp_path: Path) -> None:
+    """Catches sums that overflow or round in half precision, integers, and a first value whose dtype
+    all others of the window take.
+    """
+    loop = Loop(tmp_path, sgd)
+    half = torch.tensor(5000.0, dtype=torch.float16)
+    one = torch.tensor(1.0, dtype=torch.bfloat16)
+    steps: list[tuple[list[Any], Any]] = [
+        ([half] * 16, 0),
+        ([one] * 600, torch.tensor(0.5)),
+        ([3], True),
+        ([torch.tensor(3)], torch.tensor(2)),
+        ([np.float64(1e300), 1e300], 1e300),
+        ([np.int64(7), torch.tensor(8.0, dtype=torch.float64)], np.float32(0.25)),
+    ]
+    for losses, norm in steps:
+        for loss in losses:
+            loop.recorder.loss(loss, grad_norm=norm)
+        loop.optimizer.step()
+    with pytest.warns(RuntimeWarning, match="expected a real number"):
+        loop.recorder.loss(torch.tensor(1j))
+    loop.recorder.close()
+    kept = loop.recorder.evidence.steps
+    assert [its.loss for its in kept] == [5000.0, 1.0, 3.0, 3.0, 1e300, 7.5]
+    assert [its.total_norm for its in kept] == [0.0, 0.5, 1.0, 2.0, 1e300, 0.25]
+
+
+def test_numbers_of_numpy_are_arguments(tmp_path: Path) -> None:
+    """Catches a window that only Python's integers can have."""
+    run = Run(tmp_path, window=np.int64(5), check_every=np.int64(2), most_reports=np.int64(1))
+    run.train(8)
+    assert len(run.recorder.evidence.steps) == 5
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_first_loss_that_is_not_finite_blinds_no_rule(tmp_path: Path, bad: float) -> None:
+    """Catches a comparison with infinity, or with NaN, for the rest of the run."""
+    run = Run(tmp_path, window=25)
+    run.recorder.loss(bad)
+    run.optimizer.step()
+    run.train(40)
+    assert len(run.recorder.reports) == 1
+    assert 0 < run.recorder.evidence.first_loss < 5
+    run.train(5, spoil=30.0)
+    assert len(run.recorder.reports) == 2

@@ -1,0 +1,149 @@
+"""Reports of the flight recorder where one of their parts fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from recorded_runs import Run
+
+from stableopt.recorder import flight_recorder
+from stableopt.report import read_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
+
+
+def alarm(run: Run, batch: Any = None, steps: int = 5) -> None:
+    """Take steps whose losses are not finite."""
+    for _ in range(steps):
+        run.recorder.loss(torch.nan, batch)
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("batch", "kept"),
+    [
+        (np.arange(3), [0, 1, 2]),
+        (list(np.arange(2)), [0, 1]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (list(torch.arange(2)), [0, 1]),
+        (torch.tensor(3), [3]),
+        ([np.float32(0.5), np.bool_(True), None], [0.5, True, None]),
+        ("a.png", ["a.png"]),
+        (["a\udcff.png"], ["a\udcff.png"]),
+        (7, [7]),
+        ((torch.ones(4, 8), np.ones((4, 2))), ["Tensor[4, 8]", "ndarray[4, 2]"]),
+        ([1j, {1: 2}, (3, np.int64(4))], ["1j", "{1: 2}", [3, 4]]),
+        (torch.ones(2, 2, dtype=torch.int64), [[1, 1], [1, 1]]),
+        (range(10**9), list(range(1024))),
+    ],
+)
+def test_batches_of_any_kind_reach_the_report(tmp_path: Path, batch: Any, kept: list[Any]) -> None:
+    """Catches a report that is lost, since JSON or UTF-8 cannot hold what identifies its batch."""
+    run = Run(tmp_path, measure=False)
+    with mock.patch("importlib.util.find_spec", return_value=None):  # without a figure
+        alarm(run, batch)
+    assert run.report()["evidence"]["steps"][0]["batch"] == kept
+    assert (run.recorder.reports[0] / "report.md").stat().st_size > 100
+
+
+def failing(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no\nway")
+
+
+def fail_to_measure(run: Run) -> Any:
+    return mock.patch.object(run.monitor, "measure", failing)
+
+
+def fail_to_judge(run: Run) -> Any:
+    return mock.patch.object(flight_recorder, "verdict", failing)
+
+
+def fail_to_draw(run: Run) -> Any:
+    return mock.patch.object(Figure, "savefig", failing)
+
+
+def fail_to_save(run: Run) -> Any:
+    return mock.patch.object(torch, "save", side_effect=OSError(28, "No space left on device"))
+
+
+def fail_to_write_json(run: Run) -> Any:
+    return mock.patch("stableopt.recorder.report.json.dumps", failing)
+
+
+@pytest.mark.parametrize(
+    ("fail", "part"),
+    [
+        (fail_to_measure, "the measurement at the alarm"),
+        (fail_to_judge, "the cause"),
+        (fail_to_draw, "report.png"),
+        (fail_to_save, "last_good.pt"),
+        (fail_to_write_json, "report.json"),
+    ],
+)
+def test_a_part_that_fails_is_named_in_the_others(
+    tmp_path: Path, fail: Callable[[Run], Any], part: str
+) -> None:
+    """Catches a report that is lost with one of its parts, and a part that is lost silently."""
+    run = Run(tmp_path, keep_weights=True)
+    run.train(10)
+    with fail(run), pytest.warns(RuntimeWarning, match=f"step 11 lacks {part}"):
+        alarm(run)
+    (path,) = run.recorder.reports
+    reason = "OSError: No space" if part == "last_good.pt" else "RuntimeError: no way"
+    assert f"Missing: {part} ({reason}" in (path / "report.md").read_text()
+    parts = {"report.json", "report.md", "report.png", "last_good.pt"} - {part}
+    assert {its.name for its in path.iterdir()} == parts
+    if part != "report.json":
+        assert list(run.report()["missing"]) == [part]
+        assert len(read_run(tmp_path).reports) == 1
+
+
+def test_what_the_user_set_in_matplotlib_changes_no_report(tmp_path: Path) -> None:
+    """Catches LaTeX that is not installed."""
+    run = Run(tmp_path, measure=False)
+    with matplotlib.rc_context({"text.usetex": True}):
+        alarm(run)
+    assert (run.recorder.reports[0] / "report.png").exists()
+
+
+def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
+    """Catches a recorder that is quiet for 200 steps after a report that does not exist, measures at
+    each attempt, or warns of each.
+    """
+    run = Run(tmp_path / "file" / "flight")
+    (tmp_path / "file").write_text("")
+    with pytest.warns(RuntimeWarning) as seen:
+        alarm(run, steps=15)
+    assert len([its for its in seen if "flight recorder failed" in str(its.message)]) == 1
+    assert len(run.monitor.history) == 2  # that at the alarm, and that of step 10
+    assert run.recorder.reports == []
+    (tmp_path / "file").unlink()
+    alarm(run)
+    assert len(run.recorder.reports) == 1
+    alarm(run)
+    assert len(run.recorder.reports) == 1
+
+
+def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:
+    """Catches a file that is cut short, against one that is not there."""
+    run = Run(tmp_path, keep_weights=True)
+    run.train(10)
+
+    def cut_short(_: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with mock.patch.object(torch, "save", cut_short), pytest.warns(RuntimeWarning, match="lacks"):
+        alarm(run)
+    names = {its.name for its in run.recorder.reports[0].iterdir()}
+    assert names == {"report.json", "report.md", "report.png"}
+    json.loads((run.recorder.reports[0] / "report.json").read_text())
