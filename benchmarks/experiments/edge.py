@@ -20,6 +20,7 @@ from benchmarks.framework.tables import Row
 from benchmarks.runner import Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Solution
+from benchmarks.training.spec import LOST, lost_runs
 from benchmarks.training.threshold import Thresholds
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Edge(Experiment):
             return
         end = store.result(one.job.start)
         ended = {**one.keys, "outcome": end.outcome, "loss": end.loss}
-        if end.outcome == "diverged":
+        if end.outcome in LOST:
             yield ended
             return
         threshold = found.at(one.keys["batch_size"])
@@ -196,7 +197,6 @@ class Edge(Experiment):
         if "settled" not in tables:
             return
         all_runs: Any = tables["settled"]
-        lost = int((all_runs.outcome == "diverged").sum())
         known = all_runs[all_runs.outcome == "reached"]
         if len(known):
             alone = known.sharpness_ratio[known.batch_size == known.batch_size.min()]
@@ -209,7 +209,7 @@ class Edge(Experiment):
                 theory="η/η* at most 1",
                 ours=f"η/η* from {first:.2f} to {last:.2f} in {len(known)} runs",
                 why=f"ηa/2 is {alone.min():.2f} to {alone.max():.2f} at the smallest batch"
-                + (f"; {lost} diverged" if lost else ""),
+                + "".join(f"; {lost}" for lost in lost_runs(all_runs.outcome)),
             )
 
 

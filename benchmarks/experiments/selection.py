@@ -15,6 +15,7 @@ from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import finish, limit, panels, points
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import minima
+from benchmarks.training.spec import lost_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,9 +113,7 @@ class Selection(Experiment):
             for row, share in zip(known.itertuples(), shares, strict=True)
             if share > 1
         ]
-        lost = int((its.outcome == "diverged").sum())
-        if lost:
-            notes.append(f"{lost} diverged and have no point")
+        notes += [f"{lost} and have no point" for lost in lost_runs(its.outcome)]
         yield all_of(
             "Figure 6, non-uniformity of SGD's minima",
             shares <= 1,

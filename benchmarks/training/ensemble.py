@@ -26,6 +26,7 @@ from torch.func import functional_call, stack_module_state
 
 from benchmarks.runner import Work
 from benchmarks.training.data import Images
+from benchmarks.training.loops import collapsed
 from benchmarks.training.spec import Spec, outcome, report, worth_a_line
 
 __all__ = ["Ending", "Stack", "train"]
@@ -36,7 +37,7 @@ class Ending:
     """How a member ended.
 
     Attributes:
-        outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``.
+        outcome: ``"reached"``, ``"diverged"``, ``"out of steps"`` or ``"collapsed"``.
         steps: until then.
         loss: training loss after them.
         weights: the network's parameters by name.
@@ -71,6 +72,8 @@ def train(jobs: Sequence[Spec], works: Sequence[Work], images: Images) -> list[E
             if worth_a_line(stack.epochs):
                 work.trace(step=stack.steps, loss=loss)
             ended = outcome(job, stack.steps, loss)
+            if ended is None and worth_a_line(stack.epochs) and stack.collapsed(k):
+                ended = "collapsed"
             if ended is not None:
                 endings[member] = Ending(ended, stack.steps, loss, stack.weights(k))
             else:
@@ -114,6 +117,11 @@ class Stack:
     def weights(self, k: int) -> dict[str, Tensor]:
         """Return a copy of the k-th one's parameters."""
         return {name: p[k].detach().clone() for name, p in self.params.items()}
+
+    def collapsed(self, k: int) -> bool:
+        """Say whether all samples have the same outputs of the k-th one."""
+        own = self.weights(k)
+        return collapsed(lambda x: functional_call(self.model, own, (x,)), self.images)
 
     def keep(self, kept: list[int]) -> None:
         """Drop the other members."""

@@ -15,6 +15,7 @@ from benchmarks.training.data import Images
 __all__ = [
     "DivergedError",
     "all_samples",
+    "collapsed",
     "evaluate",
     "gd_until",
     "independent_batches",
@@ -89,6 +90,17 @@ def evaluate(model: nn.Module, images: Images) -> float:
     with torch.no_grad():
         out = torch.cat([model(x) for x in images.x.split(1000)])
         return float(mean_squared_error(out, images.y))
+
+
+def collapsed(model: Callable[[Tensor], Tensor], images: Images) -> bool:
+    """Say whether all samples have exactly the same outputs.
+
+    Then no unit of some ReLU layer is active for any of them: all gradients before it are zero, and
+    training can only move the bias behind it, however long it goes on.
+    """
+    with torch.no_grad():
+        first = model(images.x[:1])
+        return all(bool((model(x) == first).all()) for x in images.x.split(1000))
 
 
 def gd_until(

@@ -15,10 +15,10 @@ from benchmarks.framework.experiment import Case, Experiment, case
 from benchmarks.runner import Job, Work
 from benchmarks.training import ensemble
 from benchmarks.training.data import Dataset, Images, images_for
-from benchmarks.training.loops import evaluate
+from benchmarks.training.loops import collapsed, evaluate
 from benchmarks.training.measured import measured
 from benchmarks.training.networks import flops_per_sample, network
-from benchmarks.training.spec import outcome, report, worth_a_line
+from benchmarks.training.spec import LOST, outcome, report, worth_a_line
 from benchmarks.training.stepping import due, walk
 
 __all__ = ["Minimum", "Solution", "Start", "from_minimum", "minima", "passes_to"]
@@ -32,7 +32,8 @@ class Minimum:
     """Where training ended.
 
     Attributes:
-        outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``.
+        outcome: ``"reached"``, ``"diverged"``, ``"out of steps"``, or ``"collapsed"`` where all samples
+            have the same outputs.
         steps: that were taken.
         loss: training loss at the end; ``None`` if it is not finite.
         test_accuracy: share of the test images that are classified correctly.
@@ -41,7 +42,7 @@ class Minimum:
         non_uniformity: of the samples' Hessians, if it was measured.
         non_uniformity_limit: its bound for the batch size, √B/η for many samples.
 
-    What was not measured is ``None``: all but the first three of a run that diverged.
+    What was not measured is ``None``: all but the first three of a run that diverged or collapsed.
     """
 
     outcome: str
@@ -133,7 +134,7 @@ class Solution(Job):
     ) -> dict[str, Any]:
         work.save(model.state_dict())
         found = {"outcome": outcome, "steps": steps, "loss": loss}
-        if outcome == "diverged":
+        if outcome in LOST:
             return found
         images = images_for(self.data, work)
         at_end = measured(
@@ -158,7 +159,7 @@ def from_minimum(start: Solution, work: Work, *, allow_unfinished: bool = False)
     """Return the network, the weights and the images of a solution that a job needs.
 
     Raises:
-        ValueError: if training diverged or, unless ``allow_unfinished``, ran out of steps.
+        ValueError: if training diverged, collapsed or, unless ``allow_unfinished``, ran out of steps.
     """
     found = work.result(start)
     if found.outcome != "reached" and not (allow_unfinished and found.outcome == "out of steps"):
@@ -234,6 +235,8 @@ def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple
             now = measured(model, images, lr=job.lr, non_uniformity=False)
             work.trace(step=going.steps, loss=loss, sharpness=now["sharpness"])
         ended = outcome(job, going.steps, loss)
+        if ended is None and worth_a_line(going.epochs) and collapsed(model.eval(), images):
+            ended = "collapsed"
         if ended is not None:
             return ended, going.steps, loss
         report(job, work, going.steps, loss, first)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Protocol
 
 from torch import nn
 
 from benchmarks.runner import Work
 
-__all__ = ["Spec", "outcome", "report", "worth_a_line"]
+__all__ = ["LOST", "Spec", "lost_runs", "outcome", "report", "worth_a_line"]
+
+
+LOST = ("diverged", "collapsed")
+"""Outcomes of runs that have no minimum to measure."""
 
 
 class Spec(Protocol):
@@ -32,6 +38,16 @@ def outcome(spec: Spec, steps: int, loss: float) -> str | None:
     if loss <= spec.target_loss:
         return "reached"
     return "out of steps" if steps >= spec.max_steps else None
+
+
+def lost_runs(outcomes: Iterable[str]) -> list[str]:
+    """Return in words how many runs have no minimum.
+
+    >>> lost_runs(["reached", "diverged", "diverged"])
+    ['2 diverged']
+    """
+    counts = Counter(outcomes)
+    return [f"{counts[lost]} {lost}" for lost in LOST if counts[lost]]
 
 
 def report(spec: Spec, work: Work, steps: int, loss: float, first: float) -> None:

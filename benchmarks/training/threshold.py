@@ -9,6 +9,7 @@ import stableopt
 from benchmarks.runner import Job, Work
 from benchmarks.training.loops import mean_squared_error
 from benchmarks.training.minimum import Solution, Start, from_minimum
+from benchmarks.training.spec import LOST
 from benchmarks.training.update import SGD, Update
 from stableopt import UpdateRule
 from stableopt.curvature import DualCurvature
@@ -38,8 +39,9 @@ class Threshold:
 class Allowed:
     """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size.
 
-    Where training diverged no minimum exists: ``full_batch`` is ``None``, and the others are missing.
-    Sharpness and non-uniformity are those of Gauss–Newton matrices in the update's coordinates.
+    Where training diverged or collapsed no minimum exists: ``full_batch`` is ``None``, and the others
+    are missing. Sharpness and non-uniformity are those of Gauss–Newton matrices in the update's
+    coordinates.
     """
 
     full_batch: float | None
@@ -83,7 +85,7 @@ class Thresholds(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Compute all from the same Gram matrix."""
-        if work.result(self.start).outcome == "diverged":
+        if work.result(self.start).outcome in LOST:
             return {"full_batch": None, "by_batch_size": {}}
         begun = from_minimum(self.start, work, allow_unfinished=True)
         dual = curvature_of(begun, self.update)

@@ -84,6 +84,33 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
     torch.testing.assert_close(model.state_dict(), dict(store.tensors(job)))
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_network_without_active_units_has_collapsed(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would train the last bias until it is out of steps. Catches one that counts as a minimum."""
+
+    def dead(job: Solution, device: str = "cpu") -> nn.Module:
+        model = network("digits", seed=job.seed)
+        with torch.no_grad():
+            model[2].weight.zero_()
+            model[2].bias.fill_(-1)
+        return model.to(device)
+
+    monkeypatch.setattr(Solution, "model", dead)
+    job, store = replace(QUICK, batch_size=4, max_steps=1000), Store(tmp_path)
+    if together:
+        jobs = [job, replace(job, lr=0.5)]
+        works = [Work(one, store, Place()) for one in jobs]
+        for one in jobs:
+            store.part(one).mkdir(parents=True)
+        ends = [Minimum(**found) for found in Solution.run_together(jobs, works)]
+    else:
+        ends = [done(job, store)]
+    assert [end.outcome for end in ends] == ["collapsed"] * len(ends)
+    assert all(end.steps < 1000 and end.sharpness is None for end in ends)
+
+
 class _KilledError(BaseException):
     """Stands for a signal: nothing in a job may catch it."""
 
