@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from stableopt.doctor import diagnosis
@@ -34,10 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--out", metavar="FILE", help="the page; by default FOLDER/report.html")
     chosen = parser.parse_args(arguments)
     if chosen.command == "report":
-        from stableopt.report import write_page
+        from stableopt.report import read_run
+        from stableopt.report.writer import write_run
 
         try:
-            print(write_page(chosen.path, chosen.out))
+            run = read_run(chosen.path)
+            for text in run.skipped:
+                print(f"skipped {text}", file=sys.stderr)
+            print(write_run(run, chosen.path, chosen.out))
         except (ImportError, OSError, ValueError) as error:
             parser.error(str(error))
         return 0

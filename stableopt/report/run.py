@@ -17,6 +17,15 @@ __all__ = ["FlightReport", "Record", "Run", "number", "read_run"]
 Record = Mapping[str, Any]
 """A measurement: its ``step``, and numbers by name, as :class:`~stableopt.JSONLinesSink` writes them."""
 
+_OF_ANOTHER_FORM = (
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 @dataclass(frozen=True)
 class FlightReport:
@@ -45,23 +54,26 @@ class FlightReport:
         """Return the report that a ``report.json`` holds.
 
         Raises:
-            KeyError, TypeError, ValueError: if it is of another form.
+            AttributeError, KeyError, OverflowError, TypeError, ValueError: if it is of another form.
         """
         alarm, verdict, evidence = (content[key] for key in ("alarm", "verdict", "evidence"))
         measured = []
         for its in evidence["measured"]:
             margins = StabilityMargins.from_dict(its["margins"])
-            shares = {str(name): number(share) for name, share in its["shares"].items()}
-            measured.append(
-                (margins.step, number(margins.loss), number(margins.edge_ratio), shares)
+            shares = {str(name): _share(share) for name, share in its["shares"].items()}
+            step, loss, ratio = (
+                _step(margins.step),
+                number(margins.loss),
+                number(margins.edge_ratio),
             )
+            measured.append((step, loss, ratio, shares))
         return cls(
-            int(alarm["step"]),
+            _step(alarm["step"]),
             str(alarm["text"]),
             str(verdict["cause"]),
             str(verdict["layer"] or ""),
             str(verdict["text"]),
-            [{**its, "step": int(its["step"])} for its in evidence["steps"]],
+            [{**its, "step": _step(its["step"])} for its in evidence["steps"]],
             measured,
         )
 
@@ -77,6 +89,7 @@ class Run:
         reports: of the flight recorder, oldest first.
         unreadable: lines, and reports, that could not be read, as a crash leaves them.
         superseded: measurements that a run which was resumed has made again.
+        skipped: files that were not read, and why.
     """
 
     name: str
@@ -85,6 +98,7 @@ class Run:
     reports: Sequence[FlightReport] = ()
     unreadable: int = 0
     superseded: int = 0
+    skipped: Sequence[str] = ()
 
     @classmethod
     def of_history(cls, name: str, history: Iterable[StabilityMargins]) -> Run:
@@ -110,7 +124,7 @@ class Run:
             layers = record.get("by_layer")
             numbers = layers.items() if isinstance(layers, Mapping) else ()
             shares = {
-                str(layer): number(its.get("share"))
+                str(layer): _share(its.get("share"))
                 for layer, its in numbers
                 if isinstance(its, Mapping) and its.get("share") is not None
             }
@@ -146,11 +160,24 @@ def number(value: Any) -> float:
     return math.nan
 
 
+def _step(value: Any) -> int:
+    """Return a step that a chart can show; raise an error for infinity and the like."""
+    step = int(value)
+    float(step)
+    return step
+
+
+def _share(value: Any) -> float:
+    share = number(value)
+    return share if math.isfinite(share) else math.nan
+
+
 def read_run(path: str | os.PathLike[str]) -> Run:
     """Return the run in a folder, or of one file of JSON lines with the reports in its folder.
 
     Lines that a crash cut short are read over, and so are lines of other loggers. Where a run that
-    was resumed wrote a step again, the later line counts.
+    was resumed wrote a step again, the later line counts. Named pipes and broken links are skipped, and
+    so are reports of another form.
 
     Args:
         path: a folder with a file ``*.jsonl`` that :class:`~stableopt.JSONLinesSink` wrote, with
@@ -158,14 +185,26 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
     Raises:
         FileNotFoundError: if there is nothing of either kind.
-        ValueError: for a folder with several such files.
+        ValueError: for a folder with several such files, and for a file of one report.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder")
-    files = [path] if path.is_file() else sorted(folder.rglob("*.jsonl"))
-    every = {file: _Lines(file) for file in files}
+        kind = "not a regular file" if path.exists() else "no such folder"
+        raise FileNotFoundError(f"{path}: {kind}")
+    of_a_report = folder.name.startswith("step-") and (folder / "report.json").is_file()
+    if of_a_report and path.suffix != ".jsonl":
+        raise ValueError(f"{path} is of one report: pass the folder of the run, {folder.parent}")
+    skipped: list[str] = []
+    files = [path] if path.is_file() else _regular(folder, "*.jsonl", skipped)
+    every: dict[Path, _Lines] = {}
+    for file in files:
+        try:
+            every[file] = _Lines(file)
+        except OSError as error:
+            if file == path:
+                raise
+            skipped.append(f"{file}: {error.strerror}")
     found = {file: its for file, its in every.items() if its.records or its.notes}
     if len(found) > 1:
         listed = ", ".join(str(file.relative_to(folder)) for file in found)
@@ -173,24 +212,32 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             f"{path}: expected the JSON lines of one run, and it has {listed}; pass one"
         )
     lines = next(iter(found.values()), None)
-    places = sorted(folder.rglob("step-*/report.json"))
-    if not files and not places:
+    places = _regular(folder, "step-*/report.json", skipped)
+    if not every and not places:
         raise FileNotFoundError(
             f"{path}: expected a file *.jsonl of a JSONLinesSink, or reports step-*/report.json of a"
-            " FlightRecorder"
+            f" FlightRecorder{'; skipped ' if skipped else ''}{', '.join(skipped)}"
         )
-    reports, broken = [], 0
+    reports, unreadable = [], sum(its.unreadable for its in every.values())
     for place in places:
         try:
             reports.append(FlightReport.of(json.loads(place.read_text("utf-8", "replace"))))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            broken += 1
+        except (OSError, *_OF_ANOTHER_FORM) as error:
+            unreadable += 1
+            skipped.append(f"{place}: not a report ({type(error).__name__})")
     reports.sort(key=lambda report: report.step)
     name = path.resolve().name
-    unreadable = broken + sum(its.unreadable for its in every.values())
     if lines is None:
-        return Run(name, reports=reports, unreadable=unreadable)
-    return Run(name, lines.records, lines.notes, reports, unreadable, lines.superseded)
+        return Run(name, reports=reports, unreadable=unreadable, skipped=skipped)
+    notes, superseded = lines.notes, lines.superseded
+    return Run(name, lines.records, notes, reports, unreadable, superseded, skipped)
+
+
+def _regular(folder: Path, pattern: str, skipped: list[str]) -> list[Path]:
+    """Return the files of a pattern; a named pipe would never end, and a broken link does not begin."""
+    found = sorted(folder.rglob(pattern))
+    skipped += [f"{file}: not a regular file" for file in found if not file.is_file()]
+    return [file for file in found if file.is_file()]
 
 
 class _Lines:
@@ -203,6 +250,9 @@ class _Lines:
         for line in self._objects(path):
             step = line.get("step")
             if not isinstance(step, int):
+                continue
+            if number(step) == math.inf:
+                self.unreadable += 1
                 continue
             if isinstance(line.get("note"), str):
                 self.notes.append((step, line["note"]))

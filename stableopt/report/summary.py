@@ -146,8 +146,10 @@ def counts(run: Run) -> Iterator[tuple[str, str]]:
         yield "measured again after a resume", f"{run.superseded:,}"
     if run.unreadable:
         yield "unreadable", f"{run.unreadable:,}"
+    if run.skipped:
+        yield "skipped", f"{len(run.skipped):,}"
     for name, title in (("lr", "learning rate"), ("batch_size", "batch size")):
         if name in last:
             yield title, shown(number(last[name]))
-    seconds = math.fsum(its for _, its in run.numbers("seconds") if math.isfinite(its))
+    seconds = sum(its for _, its in run.numbers("seconds") if math.isfinite(its))
     yield "time measuring", f"{seconds:,.1f} s"

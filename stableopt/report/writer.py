@@ -19,7 +19,7 @@ from stableopt.report.summary import counts, level, rows, sentence, shown, with_
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["notebook", "page", "write_page"]
+__all__ = ["notebook", "page", "write_page", "write_run"]
 
 _DARK = (
     "--so-muted: #9a9a9a; --so-blue: #56b4e9; --so-red: #ff8b3d; --so-mark: #e39bd0;"
@@ -54,8 +54,14 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str] | None 
     ...     write_page(folder).name
     'report.html'
     """
-    path = Path(path)
-    text = page(read_run(path))
+    return write_run(read_run(path), path, out)
+
+
+def write_run(
+    run: Run, path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the page of ``run``, read from ``path``, as :func:`write_page` does; return its path."""
+    path, text = Path(path), page(run)
     folder = path.parent if path.is_file() else path
     target = folder if out is None else Path(out)
     if target.is_dir():

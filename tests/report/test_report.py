@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from functools import partial
@@ -119,6 +120,86 @@ def test_what_a_crash_leaves_is_read_over(tmp_path: Path) -> None:
     assert [record["step"] for record in run.records] == [50, 100]
     assert run.unreadable == 5
     assert sentence(run).startswith("Step 100 is inside")
+
+
+def replaced(text: str, at: str, value: Any) -> str:
+    """Return a report with another value at a place such as ``alarm.step``."""
+    content = json.loads(text)
+    *parents, last = at.split(".")
+    place = content
+    for key in parents:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("value", [math.inf, 10**400, None, "x", [1]])
+@pytest.mark.parametrize(
+    "at", ["alarm.step", "evidence.steps.0.step", "evidence.measured.0.margins.step"]
+)
+def test_a_report_with_impossible_steps_is_skipped_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture, at: str, value: Any
+) -> None:
+    """Catches a traceback, and a report that is left out silently."""
+    with mock.patch("importlib.util.find_spec", return_value=None):  # figures take most of the time
+        alarm(tmp_path, "b")
+        (place,) = tmp_path.rglob("report.json")
+        write(tmp_path, margins(50))
+        place.write_text(replaced(place.read_text(), at, value))
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert f"skipped {place}: not a report" in said
+    assert "Traceback" not in said
+    run = read_run(tmp_path)
+    assert (len(run.records), len(run.reports), run.unreadable) == (1, 0, 1)
+
+
+def test_infinite_numbers_make_a_page(tmp_path: Path) -> None:
+    """Catches shares, sums and steps that no chart can show."""
+    alarm(tmp_path, "b")
+    (place,) = tmp_path.rglob("report.json")
+    text = replaced(place.read_text(), "evidence.measured.0.shares", {"a": math.inf, "b": 10**400})
+    place.write_text(text)
+    known = '"failed": 0, "converged": 1, "seconds": 1e308, "by_layer": {"a": {"share": Infinity}}'
+    steps = (5, 6, 10**400)
+    (tmp_path / "margins.jsonl").write_text("".join(f'{{"step": {k}, {known}}}\n' for k in steps))
+    assert "<html" in write_page(tmp_path).read_text()
+    assert [record["step"] for record in read_run(tmp_path).records] == [5, 6]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes and links are POSIX's")
+def test_pipes_folders_and_broken_links_are_skipped_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Catches a pipe whose reader never returns, and a folder or a broken link that ends the command."""
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    os.mkfifo(strange / "pipe.jsonl")
+    (strange / "folder.jsonl").mkdir()
+    (strange / "link.jsonl").symlink_to(tmp_path / "none")
+    (strange / "step-3").mkdir()
+    os.mkfifo(strange / "step-3" / "report.json")
+    with pytest.raises(FileNotFoundError, match=r"skipped .*pipe\.jsonl: not a regular file"):
+        read_run(strange)
+    with pytest.raises(FileNotFoundError, match=r"pipe\.jsonl: not a regular file"):
+        read_run(strange / "pipe.jsonl")
+    write(strange, margins(50))
+    assert main(["report", str(strange)]) == 0
+    said = capsys.readouterr().err
+    for name in ("pipe.jsonl", "folder.jsonl", "link.jsonl", "step-3/report.json"):
+        assert f"{name}: not a regular file" in said
+    assert [record["step"] for record in read_run(strange).records] == [50]
+
+
+def test_a_part_of_a_report_names_the_folder_of_the_run(tmp_path: Path) -> None:
+    """Catches an empty page inside a report."""
+    alarm(tmp_path, "b")
+    (place,) = tmp_path.rglob("report.json")
+    for path in (place, place.parent, place.with_suffix(".md")):
+        path.touch()
+        with pytest.raises(ValueError, match=f"pass the folder of the run, {place.parent.parent}"):
+            read_run(path)
 
 
 @pytest.mark.parametrize("end", range(0, 400, 37))
