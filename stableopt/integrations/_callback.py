@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from stableopt.stability import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
 
 __all__ = ["Tracked"]
+
+
+class _Waiting:
+    """Stands for the recorder while the probe set is first evaluated, before there is a monitor."""
+
+    def loss(self, *args: Any, **kwargs: Any) -> None:
+        """Ignore a loss, which is not that of a step."""
+
 
 _OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "sample_weight", "batch_dim", "process_group")
 
@@ -48,6 +56,7 @@ class Tracked:
         self._folder = recorder
         self.monitor: StabilityMonitor | None = None
         self.recorder: FlightRecorder | None = None
+        self._evidence: dict[str, Any] = {}
 
     @property
     def margins(self) -> StabilityMargins | None:
@@ -76,25 +85,48 @@ class Tracked:
         own["second_derivatives"] = needs_second_derivatives(
             options.get("quantities", DEFAULT_QUANTITIES)
         )
-        problem = Problem.from_batch_loss(model, batch_loss, data, **own)
-        monitor = StabilityMonitor(optimizer, problem, **options)
+        # The loss of a training step may report to the recorder.
+        self.recorder = None if self._folder is None else cast(FlightRecorder, _Waiting())
+        monitor = None
         try:
+            problem = Problem.from_batch_loss(model, batch_loss, data, **own)
+            monitor = StabilityMonitor(optimizer, problem, **options)
             monitor.step = step
+            self._evidence = {}
             load(monitor)
+            recorder = None if self._folder is None else FlightRecorder(monitor, self._folder)
+            if recorder is not None and self._evidence:
+                self._resume(recorder, self._evidence["kept"])
         except BaseException:
-            monitor.close()
+            self.recorder = None
+            if monitor is not None:
+                monitor.close()
             raise
-        self.monitor = monitor
-        self.recorder = None if self._folder is None else FlightRecorder(monitor, self._folder)
+        self.monitor, self.recorder = monitor, recorder
 
-    @staticmethod
-    def _restore(monitor: StabilityMonitor, state: dict[str, Any]) -> None:
+    def _saved(self) -> dict[str, Any]:
+        """Return the state of the monitor, and that of the recorder."""
+        assert self.monitor is not None
+        state = self.monitor.state_dict()
+        return state if self.recorder is None else {**state, "recorder": self.recorder.state_dict()}
+
+    def _restore(self, monitor: StabilityMonitor, state: dict[str, Any]) -> None:
         """Load ``state``, without its eigenvectors where they are of other parameters."""
+        self._evidence = {"kept": state["recorder"]} if "recorder" in state else {}
         try:
             monitor.load_state_dict(state)
         except ValueError as error:
             warnings.warn(f"searches start at random: {error}", RuntimeWarning, stacklevel=2)
             monitor.load_state_dict({**state, "starts": {}})
+
+    @staticmethod
+    def _resume(recorder: FlightRecorder, evidence: dict[str, Any]) -> None:
+        try:
+            recorder.load_state_dict(evidence)
+        except Exception as error:  # a broken file must not stop training
+            reason = f"{type(error).__name__}: {error}"
+            message = f"the flight recorder starts without evidence of the run before: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _close(self) -> None:
         if self.recorder is not None:

@@ -157,8 +157,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the monitor's state, as plain numbers, lists, dicts and tensors."""
-        return self._state if self.monitor is None else self.monitor.state_dict()
+        """Return the state of monitor and recorder, as plain numbers, lists, dicts and tensors."""
+        return self._state if self.monitor is None else self._saved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep ``state_dict`` for the monitor that the start of training makes."""
@@ -168,7 +168,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         super()._close()
         if self.monitor is not None:
             # A second fit of the trainer continues from here.
-            self._state = self.monitor.state_dict()
+            self._state = self._saved()
 
     def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         index = self._index

@@ -12,6 +12,7 @@ TensorBoard, Weights & Biases and other reporters only through :meth:`StabilityC
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 import weakref
@@ -93,7 +94,10 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         self._trainer: Callable[[], Any] = lambda: None
 
     def attach(self, trainer: Any) -> StabilityCallback:
-        """Join the callbacks of ``trainer``, and log through it; return the callback."""
+        """Join the callbacks of ``trainer``, and log through it; return the callback.
+
+        An error in ``trainer.train`` then also closes the recorder, which reports what it has seen.
+        """
         if not hasattr(trainer, "callback_handler"):
             raise TypeError(f"trainer={trainer!r}: expected a transformers.Trainer")
         there = trainer.callback_handler.callbacks
@@ -102,8 +106,23 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
             raise ValueError(f"prefix={self._prefix!r} is that of another callback of the trainer")
         if self not in there:
             trainer.add_callback(self)
-        self._trainer = weakref.ref(trainer)  # which holds the callback
+        if self._trainer() is not trainer:
+            self._trainer = weakref.ref(trainer)  # which holds the callback
+            trainer.train = self._closing(trainer.train)
         return self
+
+    def _closing(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``train``, which has no event for an error, with one: the recorder looks once more."""
+
+        @functools.wraps(train)
+        def closing(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except BaseException:
+                self._close()
+                raise
+
+        return closing
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the monitor, now that optimizer and checkpoint are ready."""
@@ -147,7 +166,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         path = self._own_folder(args, state) / self._file
         try:
             # Atomically: a resumed run could not read half a file.
-            torch.save(self.monitor.state_dict(), path.with_suffix(".part"))
+            torch.save(self._saved(), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
         except (OSError, RuntimeError) as error:
             _warn(f"the state of the margins was not saved to {path}: {error}")
