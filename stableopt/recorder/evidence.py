@@ -33,7 +33,8 @@ class StepRecord:
         step: its number, from 1.
         lr: the largest learning rate among the groups.
         loss: of the batch, where the training loop reports it.
-        grad_norms: the norm of the gradient of each layer that has one.
+        grad_norms: the norm of the gradient of each layer that has one. None of a step that a gradient
+            scaler skips.
         batch: what identifies the batch, where the training loop reports it.
         lrs: the learning rate of each group, where they differ.
         moved: how far the step moved the weights of a layer, relative to their norm. Only layers that

@@ -246,7 +246,7 @@ class FlightRecorder:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if nested(optimizer) or not self._joint.begins(optimizer):
             return None
-        self._guarded(self._pending.begin)
+        self._guarded(lambda: self._pending.begin(optimizer))
         at = next((k for k, each in enumerate(args) if k and callable(each)), None)
         closure = kwargs.get("closure") if at is None else args[at]
         if closure is None:

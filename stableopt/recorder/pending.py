@@ -128,7 +128,8 @@ def _plain(value: Any) -> Any:
 @dataclass
 class PendingStep:
     """A step whose numbers are still on the device: norms of gradients by parameter, those of weights
-    before the step, of their movement and of weights after it by layer, loss and reported norm.
+    before the step, of their movement and of weights after it by layer, loss and reported norm; and
+    whether a gradient scaler skips it.
     """
 
     step: StepRecord
@@ -136,6 +137,7 @@ class PendingStep:
     gradients: Tensor | None = None
     loss: Scalar | None = None
     total_norm: Scalar | None = None
+    skipped: Scalar | None = None
     moved: Tensor | None = None
     after: Tensor | None = None
 
@@ -159,6 +161,7 @@ class PendingSteps:
         self._pending: list[PendingStep] = []
         self._open: PendingStep | None = None
         self._sample: Tensor | None = None
+        self._scale: Tensor | None = None
         self._next = Reported()
         self._again = False
         self._after: dict[str, float] = {}
@@ -174,8 +177,12 @@ class PendingSteps:
         if not (self._again or measuring()):
             self._next.add(loss, batch, grad_norm)
 
-    def begin(self) -> None:
-        """Note the weights before a step."""
+    def begin(self, optimizer: Any) -> None:
+        """Note the weights before a step of ``optimizer``.
+
+        A gradient scaler leaves it to a fused optimizer to divide gradients by the scale, and to skip a
+        step whose gradients overflow.
+        """
         problem = self._monitor.problem
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
         lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
@@ -185,7 +192,10 @@ class PendingSteps:
             self._after = {}
         self._sample = self._weights.take()
         step = StepRecord(self._monitor.step + 1, max(lrs, default=0.0), lrs=differ)
-        self._open = PendingStep(step, self._weights.norms(self._sample))
+        self._scale, skipped = (
+            getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")
+        )
+        self._open = PendingStep(step, self._weights.norms(self._sample), skipped=skipped)
 
     def gradients(self) -> None:
         """Note the gradients of the step that has begun, and what the training loop said of it."""
@@ -194,7 +204,9 @@ class PendingSteps:
         said, self._next = self._next, Reported()
         self._open.step = replace(self._open.step, batch=said.batch)
         self._open.loss, self._open.total_norm = said.loss, said.total_norm
-        self._open.gradients = norms_of_gradients(self._problem.params)
+        norms = norms_of_gradients(self._problem.params)
+        scale = self._scale
+        self._open.gradients = norms if scale is None else norms / scale.to(norms.device)
         self._pending.append(self._open)
 
     def end(self) -> None:
@@ -222,9 +234,12 @@ class PendingSteps:
         pending, self._pending = self._pending, []
         losses = _read([its.loss for its in pending])
         total_norms = _read([its.total_norm for its in pending])
+        skipped = _read([its.skipped for its in pending])
         numbers = iter(torch.cat([part for its in pending for part in its.norms]).tolist())
         layers, records = self._weights.layers, []
-        for its, value, total_norm in zip(pending, losses, total_norms, strict=True):
+        for its, value, total_norm, skips in zip(
+            pending, losses, total_norms, skipped, strict=True
+        ):
             gradients: dict[str, float] = {}
             for name in self._problem.names:
                 layer = layer_of(name)
@@ -238,7 +253,7 @@ class PendingSteps:
                 replace(
                     its.step,
                     loss=value,
-                    grad_norms=gradients,
+                    grad_norms={} if skips else gradients,
                     moved=moved(before, length),
                     changed=changed(self._after, before),
                     total_norm=total_norm,

@@ -243,7 +243,7 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
         label = "sharpness" if name == "edge_ratio" else "non-uniformity"
         _line(panels[1], [(x, y) for x, y in points if y is not None], label, colour, "o-")
     panels[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="limit")
-    _line(panels[2], [(its.step, _norm(its)) for its in steps], "", "#0072B2")
+    _line(panels[2], [(its.step, _norm(its)) for its in steps if its.grad_norms], "", "#0072B2")
     _line(panels[3], [(its.step, its.lr) for its in steps], "", "#0072B2")
     titles = ("loss", "value / limit", "norm of the gradient", "learning rate")
     for panel, title in zip(panels, titles, strict=True):

@@ -236,3 +236,32 @@ def test_a_first_loss_that_is_not_finite_blinds_no_rule(tmp_path: Path, bad: flo
     assert 0 < run.recorder.evidence.first_loss < 5
     run.train(5, spoil=30.0)
     assert len(run.recorder.reports) == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("unscale", [True, False])
+def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale: bool) -> None:
+    """Catches gradients that are 65,536 times too large, and an alarm for a step that the scaler skips,
+    as it does whenever they overflow.
+    """
+    loop = Loop(tmp_path, lambda params: torch.optim.SGD(params, lr=0.1, fused=fused))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    expected = []
+    for step in range(6):
+        loop.optimizer.zero_grad()
+        loss = loop.loss_fn(loop.model(loop.x), loop.y)
+        scaler.scale(loss).backward()
+        squares = [p.grad.square().sum() for p in loop.model.parameters()]
+        expected.append(float(torch.stack(squares).sum().sqrt()) / scaler.get_scale())
+        if step == 2:
+            loop.model.weight.grad[0, 0] = torch.inf
+        if unscale:
+            scaler.unscale_(loop.optimizer)
+        scaler.step(loop.optimizer)
+        scaler.update()
+    loop.recorder.close()
+    assert loop.recorder.reports == []
+    norms = [its.grad_norm for its in loop.recorder.evidence.steps if its.grad_norms]
+    del expected[2]
+    # 1e-6: in single precision.
+    assert norms == pytest.approx(expected, rel=1e-6)
