@@ -246,7 +246,7 @@ class Settling(Experiment):
         if not len(ends):
             return
         others = its.outcome[its.outcome != "reached"].value_counts().to_dict()
-        lost = "; ".join(f"{count} runs: {outcome}" for outcome, count in others.items())
+        lost = "; ".join(f"{outcome}: {count}" for outcome, count in others.items())
         beyond = ends[ends.end_exponent > SURE * ends.end_error]
         above = ends[ends.end_ratio > 1]
         yield all_of(
