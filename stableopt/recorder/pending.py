@@ -75,7 +75,7 @@ class Reported:
 
 def _scalar(value: Any) -> Scalar:
     """Return a number as a float, and a tensor as its mean, in single precision or better."""
-    if isinstance(value, Real):
+    if not isinstance(value, Tensor) and isinstance(value, Real):
         return float(value)
     tensor = torch.as_tensor(value).detach()
     if tensor.is_complex():
@@ -105,6 +105,9 @@ def _identifiers(batch: Any) -> list[Any]:
     >>> _identifiers(np.arange(2)), _identifiers([np.int64(3), torch.tensor(4)]), _identifiers("a.png")
     ([0, 1], [3, 4], ['a.png'])
     """
+    if isinstance(batch, Tensor) and batch.dim() and not batch.is_complex():
+        listed: list[Any] = batch[:_MOST_INDICES].tolist()
+        return listed  # plain numbers
     if isinstance(batch, (str, bytes, Real)) or getattr(batch, "ndim", None) == 0:
         batch = [batch]
     elif hasattr(batch, "tolist"):  # a tensor, or an array of NumPy: all numbers at once
@@ -282,13 +285,12 @@ def norms_of_gradients(params: Sequence[Tensor]) -> Tensor:
 
     In single precision, and in double precision where a gradient is.
     """
-    device = params[0].device
-    norms = [
-        torch.zeros((), device=device) if p.grad is None else _norm(p.grad).to(device)
-        for p in params
-    ]
-    exact = any(norm.dtype == torch.float64 for norm in norms)
-    return torch.stack([norm.to(torch.float64 if exact else torch.float32) for norm in norms])
+    norms = [torch.zeros((), device=p.device) if p.grad is None else _norm(p.grad) for p in params]
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        exact = any(norm.dtype == torch.float64 for norm in norms)
+        dtype = torch.float64 if exact else torch.float32
+        norms = [norm.to(norms[0].device, dtype) for norm in norms]
+    return torch.stack(norms)
 
 
 def _norm(gradient: Tensor) -> Tensor:

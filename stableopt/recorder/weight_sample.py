@@ -59,12 +59,15 @@ class WeightSample:
     def take(self) -> Tensor:
         """Return the sample as it is now, in single precision, or double where weights are."""
         device = self._params[0].device
-        kinds = {p.dtype for p in self._params}
-        dtype = torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
+        kinds = {(p.dtype, p.device) for p in self._params}
         with torch.inference_mode(False), torch.no_grad():
             pairs = zip(self._params, self._every, strict=True)
             parts = [_values(p)[::every] for p, every in pairs]
-            return torch.cat([part.to(device, dtype) for part in parts])
+            if kinds != {(torch.float32, device)}:
+                exact = any(part.dtype == torch.float64 for part in parts)
+                dtype = torch.float64 if exact else torch.float32
+                parts = [part.to(device, dtype) for part in parts]
+            return torch.cat(parts)
 
     def norms(self, sample: Tensor) -> Tensor:
         """Return the norm of each layer of a sample, or of a difference of two."""
