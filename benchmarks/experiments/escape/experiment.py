@@ -224,9 +224,12 @@ class Escape(Experiment):
         """Return what was predicted of a run and what happened, or what a minimum is like."""
         if isinstance(job, Switch):
             found = store.result(job)
-            at, largest = found.escaped_at, found.largest_loss_ratio
-            stayed = f"stayed, the loss at most × {largest:.1f}"
-            done = stayed if at is None else f"escaped at step {at}"
+            at = found.escaped_at
+            done = (
+                f"stayed, the loss at most × {found.largest_loss_ratio:.1f}"
+                if at is None
+                else f"escaped at step {at}"
+            )
             mark = "[green]✓[/green]" if found.as_predicted else "[red]✗[/red]"
             outcome = f"predicted: {found.predicted} · observed: {done}"
             return f"{mark} {_how(job)}, seed {job.seed}\n  {outcome}\n  {found.why}"
