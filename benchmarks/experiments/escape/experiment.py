@@ -293,8 +293,9 @@ def _as_predicted(how: str, its: Any) -> Claim:
 
 def _remark(row: Any) -> str:
     """Return what happened in a run that was not as predicted, or came back."""
-    text = f"seed {row.seed}, {row.random_labels} random labels: the loss rose"
-    text += f" {row.largest_loss_ratio:.1f} times"
+    largest = row.largest_loss_ratio
+    rose = "beyond all bounds" if pd.isna(largest) else f"{largest:.1f} times"
+    text = f"seed {row.seed}, {row.random_labels} random labels: the loss rose {rose}"
     if pd.notna(row.sharpness_after):
         ratio = row.sharpness_after / row.sharpness_before
         text += f", and where it ended the sharpness is {ratio:.2f} of what it was"

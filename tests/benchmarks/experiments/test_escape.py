@@ -1,0 +1,60 @@
+"""Escapes in words: runs that stay, that leave, and that diverge."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.experiments.escape.experiment import Escape, _remark
+from benchmarks.training.escape import Escape as Found
+from benchmarks.training.escape import Switch
+from benchmarks.training.minimum import Minimum, Solution
+
+
+class Done:
+    """Stands for a store with one result."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+
+    def result(self, job: Any) -> Found:
+        """Return it."""
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (Found(None, 8.24, {}, predicted="stay"), "observed: stayed, the loss at most × 8.2"),
+        (Found(20, 31.0, {}, predicted="escape"), "observed: escaped at step 20"),
+        (Found(10, None, None, predicted="escape"), "observed: escaped at step 10"),
+    ],
+)
+def test_a_line_for_every_end(found: Found, says: str) -> None:
+    """Catches a number that a run which diverged does not have."""
+    one = Escape()
+    switch = next(job for job in one.jobs() if isinstance(job, Switch))
+    line = one.headline(switch, Done(found))  # type: ignore[arg-type]
+    assert line is not None
+    assert says in line
+
+
+def test_a_minimum_has_a_line_too() -> None:
+    """Catches a headline of switches alone."""
+    one = Escape()
+    start = next(job for job in one.jobs() if isinstance(job, Solution))
+    found: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
+    line = one.headline(start, Done(found))  # type: ignore[arg-type]
+    assert line is not None
+    assert "a = 3.50" in line
+
+
+@pytest.mark.parametrize(("ratio", "says"), [(13.4, "13.4 times"), (None, "beyond all bounds")])
+def test_remarks_on_runs_that_diverged(ratio: float | None, says: str) -> None:
+    """Catches "nan times"."""
+    row = SimpleNamespace(
+        seed=0, random_labels=200, largest_loss_ratio=ratio, sharpness_after=float("nan")
+    )
+    assert _remark(row) == f"seed 0, 200 random labels: the loss rose {says}"
