@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from stableopt.optim import LBFGS
     from stableopt.recorder import AlarmRules, FlightRecorder
     from stableopt.stability.simulated.almost_sure import almost_sure_critical_lr
-    from stableopt.stability.simulated.replicas import BracketedLR
+    from stableopt.stability.simulated.bracketed import BracketedLR
     from stableopt.stability.simulated.reshuffled import reshuffled_critical_lr
     from stableopt.steering import (
         AdaptiveAccumulation,
@@ -92,7 +92,7 @@ _ON_DEMAND = {
     "AdaptiveAccumulation": "steering",
     "AdaptiveBatchSampler": "steering",
     "AlarmRules": "recorder",
-    "BracketedLR": "stability.simulated.replicas",
+    "BracketedLR": "stability.simulated.bracketed",
     "FlightRecorder": "recorder",
     "StabilityController": "steering",
     "StabilityLR": "steering",

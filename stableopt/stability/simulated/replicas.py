@@ -1,4 +1,4 @@
-r"""`Replicas`: copies of the linear dynamics near a minimum; `critical`: where their growth begins.
+r"""`Replicas`: copies of the linear dynamics of SGD near a minimum.
 
 Near a minimum at which all samples are fitted, SGD is :math:`x \mapsto (I-\eta H_B)x` with the Hessian
 :math:`H_B` of a random batch B, or the same with momentum. Each replica follows it with batches of its
@@ -7,9 +7,6 @@ own, in the eigenbasis of the mean curvature, in which H is diagonal.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +16,10 @@ from stableopt._support.arguments import whole
 from stableopt.curvature.gram.gram import Modes
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["BracketedLR", "Replicas", "critical"]
+__all__ = ["Replicas"]
 
 _BYTES = 1 << 25
 """Size of the samples' factors that are gathered at once: a few of the processor's caches."""
-
-_SURE = 2.0
-"""Standard errors from zero at which the sign of a growth counts as known."""
-
-_BISECTIONS = 12
-"""A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
-
-_DOUBLINGS = 5
-"""Learning rates of 1, 2, 4, 8 and 16 times the limit without noise are tried for one that grows."""
 
 
 class Replicas:
@@ -104,50 +92,3 @@ class Replicas:
         buffer = step.momentum * buffer + step.gain * gradient
         update = gradient + step.momentum * buffer if step.nesterov else buffer
         self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
-
-
-@dataclass(frozen=True)
-class BracketedLR:
-    """A critical learning rate that copies of the linear dynamics have found, with its bracket.
-
-    Attributes:
-        value: where the estimated growth is zero; infinity if none of 1, 2, 4, 8 and 16 times
-            ``full_batch`` grows.
-        lower: the largest learning rate tried that surely shrinks, or 0.
-        upper: the smallest that surely grows, or infinity. Surely means by two standard errors.
-        full_batch: the largest learning rate without noise. With noise the threshold may be above it.
-    """
-
-    value: float
-    lower: float
-    upper: float
-    full_batch: float
-
-
-def critical(growth: Callable[[float], tuple[float, float]], full_batch: float) -> BracketedLR:
-    """Return where a growth changes from falling to rising, and a bracket for it, by bisection.
-
-    Args:
-        growth: takes a learning rate, and returns its growth with a standard error. 0 does not grow.
-        full_batch: the learning rate from which on one that grows is looked for.
-
-    >>> found = critical(lambda lr: (lr - 0.3, 0.01), 1.0)
-    >>> round(found.value, 2), round(found.lower, 2), round(found.upper, 2)
-    (0.3, 0.25, 0.38)
-    """
-    low, lower, upper = 0.0, 0.0, math.inf
-
-    def grows(lr: float) -> bool:
-        nonlocal lower, upper
-        value, error = growth(lr)
-        if abs(value) > _SURE * error:
-            lower, upper = (lower, lr) if value > 0 else (lr, upper)
-        return value > 0
-
-    high = next((lr for k in range(_DOUBLINGS) if grows(lr := 2**k * full_batch)), math.inf)
-    if high < math.inf:
-        low = high / 2 if high > full_batch else 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if grows(middle) else (middle, high)
-    return BracketedLR(min(high, (low + high) / 2), lower, upper, full_batch)

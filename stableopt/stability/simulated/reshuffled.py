@@ -21,20 +21,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import whole
 from stableopt.curvature import Problem
 from stableopt.curvature.gram.gram import DualCurvature, Modes
-from stableopt.stability.mean_square.choice import step_of
-from stableopt.stability.mean_square.critical_lr import problem_and
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
-from stableopt.stability.simulated.replicas import BracketedLR, Replicas, critical
+from stableopt.stability.simulated.bracketed import BracketedLR, bracketed
+from stableopt.stability.simulated.replicas import Replicas
 
 __all__ = ["Growth", "reshuffled_critical_lr", "reshuffled_growth"]
 
@@ -162,28 +161,14 @@ def reshuffled_critical_lr(
     >>> round(found.value, 1), round(found.full_batch, 2)
     (0.9, 1.14)
     """
-    problem, size = problem_and(batch_size, model, loss_fn, data, update_rule)
-    step = step_of(problem, update_rule)
-    positive("batch_size", size)
-    dual = problem if isinstance(problem, DualCurvature) else DualCurvature.from_problem(problem)
-    modes, edge = dual.modes, step.max_lr(dual.sharpness)
-    if not len(modes.eigenvalues) or size == dual.num_samples:  # without noise
-        return BracketedLR(edge, edge, edge, edge)
-    assert size is not None
 
-    def growth(lr: float) -> tuple[float, float]:
+    def growth(modes: Modes, step: LinearStep, size: int) -> tuple[float, float]:
         found = reshuffled_growth(
-            modes,
-            replace(step, lr=lr),
-            size,
-            replicas=replicas,
-            epochs=epochs,
-            until_sure=True,
-            seed=seed,
+            modes, step, size, replicas=replicas, epochs=epochs, until_sure=True, seed=seed
         )
         return found.per_epoch, found.standard_error
 
-    return critical(growth, edge)
+    return bracketed(growth, model, loss_fn, data, batch_size, update_rule)
 
 
 def _mean(grown: list[float]) -> Growth:
