@@ -85,17 +85,9 @@ def _scalar(value: Any) -> Scalar:
 
 def _sum(one: Scalar, other: Scalar) -> Scalar:
     """Return the sum, on a device if one of them is there."""
-    if (
-        isinstance(one, Tensor)
-        and isinstance(other, Tensor)
-        and "cpu"
-        not in (
-            one.device.type,
-            other.device.type,
-        )
-    ):
-        other = other.to(one.device)
-    return one + other
+    devices = [each.device for each in (one, other) if isinstance(each, Tensor) and not each.is_cpu]
+    # Scalars of the CPU mix with those of any device, and those of two devices do not.
+    return one + (other.to(devices[0]) if isinstance(other, Tensor) and devices[1:] else other)
 
 
 def _identifiers(batch: Any) -> list[Any]:
