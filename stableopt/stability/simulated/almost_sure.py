@@ -138,8 +138,10 @@ def almost_sure_critical_lr(
 ) -> BracketedLR:
     r"""Return the largest learning rate at which SGD converges to a minimum almost surely.
 
-    It is where the Lyapunov exponent changes sign, found by bisection with the same batches for every
-    learning rate. The samples' curvature is Gauss–Newton's, which is that of the loss where all samples
+    It is where the top Lyapunov exponent of the linear dynamics,
+    :math:`\lambda = \lim\frac1t\,\mathrm{E}\log\|(I-\eta H_{B_t})\cdots(I-\eta H_{B_1})x\|`, changes
+    sign (Chemnitz & Engel, JMLR 26, 2025). Bisection finds it, with the same batches for every learning
+    rate. The samples' curvature is Gauss–Newton's, which is that of the loss where all samples
     are fitted. Elsewhere SGD does not converge with a fixed learning rate, and the exponent is that
     of the linear dynamics alone. It may change sign more than once: the result is one of the changes.
 
@@ -158,7 +160,7 @@ def almost_sure_critical_lr(
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`~stableopt.critical_lr`.
 
-    >>> rows = torch.tensor([[0.2], [3.8]]).sqrt()                # h = 0.2 or 3.8, in one dimension
+    >>> rows = torch.tensor([[0.2], [3.8]]).sqrt()                # h = 0.2 or 3.8
     >>> found = almost_sure_critical_lr(DualCurvature(rows @ rows.T, 2), 1)
     >>> round(found.value, 2), round(found.full_batch, 2)         # critical_lr is 0.5525
     (0.56, 1.0)
