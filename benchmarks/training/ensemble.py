@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -71,9 +72,8 @@ def train(jobs: Sequence[Spec], works: Sequence[Work], images: Images) -> list[E
             job, work = jobs[member], works[member]
             if worth_a_line(stack.epochs):
                 work.trace(step=stack.steps, loss=loss)
-            ended = outcome(job, stack.steps, loss)
-            if ended is None and worth_a_line(stack.epochs) and stack.collapsed(k):
-                ended = "collapsed"
+            dead = partial(stack.collapsed, k)
+            ended = outcome(job, stack.steps, loss, epochs=stack.epochs, dead=dead)
             if ended is not None:
                 endings[member] = Ending(ended, stack.steps, loss, stack.weights(k))
             else:

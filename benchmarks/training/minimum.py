@@ -234,9 +234,13 @@ def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple
         if due(job.sharpness_every, going) and loss < math.inf:
             now = measured(model, images, lr=job.lr, non_uniformity=False)
             work.trace(step=going.steps, loss=loss, sharpness=now["sharpness"])
-        ended = outcome(job, going.steps, loss)
-        if ended is None and worth_a_line(going.epochs) and collapsed(model.eval(), images):
-            ended = "collapsed"
+        ended = outcome(
+            job,
+            going.steps,
+            loss,
+            epochs=going.epochs,
+            dead=lambda: collapsed(model.eval(), images),
+        )
         if ended is not None:
             return ended, going.steps, loss
         report(job, work, going.steps, loss, first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import nn
@@ -31,13 +31,26 @@ class Spec(Protocol):
         """Return the network before its first step."""
 
 
-def outcome(spec: Spec, steps: int, loss: float) -> str | None:
-    """Return how training ends at this loss, or ``None`` if it continues."""
+def outcome(
+    spec: Spec, steps: int, loss: float, *, epochs: int, dead: Callable[[], bool]
+) -> str | None:
+    """Return how training ends at this loss, or ``None`` if it continues.
+
+    Args:
+        spec: the target, and the most steps.
+        steps: that were taken.
+        loss: the training loss after them.
+        epochs: that were taken.
+        dead: whether all samples have the same outputs. It is asked now and then, and not before the
+            first step, since a last layer may start at zero.
+    """
     if not loss < math.inf:
         return "diverged"
     if loss <= spec.target_loss:
         return "reached"
-    return "out of steps" if steps >= spec.max_steps else None
+    if steps >= spec.max_steps:
+        return "out of steps"
+    return "collapsed" if steps and worth_a_line(epochs) and dead() else None
 
 
 def lost_runs(outcomes: Iterable[str]) -> list[str]:

@@ -111,6 +111,22 @@ def test_a_network_without_active_units_has_collapsed(
     assert all(end.steps < 1000 and end.sharpness is None for end in ends)
 
 
+def test_a_last_layer_that_starts_at_zero_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an end before the first step: all outputs are zero then, and the gradient is not."""
+
+    def silent(job: Solution, device: str = "cpu") -> nn.Module:
+        model = network("digits", seed=job.seed)
+        nn.init.zeros_(model[-1].weight)
+        return model.to(device)
+
+    monkeypatch.setattr(Solution, "model", silent)
+    for batch_size in (None, 4):
+        job = replace(QUICK, batch_size=batch_size, non_uniformity=False)
+        assert done(job, Store(tmp_path)).outcome == "reached"
+
+
 class _KilledError(BaseException):
     """Stands for a signal: nothing in a job may catch it."""
 
