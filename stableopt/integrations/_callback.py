@@ -56,7 +56,7 @@ class Tracked:
         self._folder = recorder
         self.monitor: StabilityMonitor | None = None
         self.recorder: FlightRecorder | None = None
-        self._evidence: dict[str, Any] = {}
+        self._evidence: dict[str, Any] | None = None
 
     @property
     def margins(self) -> StabilityMargins | None:
@@ -92,11 +92,10 @@ class Tracked:
             problem = Problem.from_batch_loss(model, batch_loss, data, **own)
             monitor = StabilityMonitor(optimizer, problem, **options)
             monitor.step = step
-            self._evidence = {}
             load(monitor)
             recorder = None if self._folder is None else FlightRecorder(monitor, self._folder)
-            if recorder is not None and self._evidence:
-                self._resume(recorder, self._evidence["kept"])
+            if recorder is not None:
+                self._resume(recorder)
         except BaseException:
             self.recorder = None
             if monitor is not None:
@@ -112,15 +111,18 @@ class Tracked:
 
     def _restore(self, monitor: StabilityMonitor, state: dict[str, Any]) -> None:
         """Load ``state``, without its eigenvectors where they are of other parameters."""
-        self._evidence = {"kept": state["recorder"]} if "recorder" in state else {}
+        self._evidence = state.get("recorder")
         try:
             monitor.load_state_dict(state)
         except ValueError as error:
             warnings.warn(f"searches start at random: {error}", RuntimeWarning, stacklevel=2)
             monitor.load_state_dict({**state, "starts": {}})
 
-    @staticmethod
-    def _resume(recorder: FlightRecorder, evidence: dict[str, Any]) -> None:
+    def _resume(self, recorder: FlightRecorder) -> None:
+        """Give the recorder the evidence of the run before, once."""
+        evidence, self._evidence = self._evidence, None
+        if evidence is None:
+            return
         try:
             recorder.load_state_dict(evidence)
         except Exception as error:  # a broken file must not stop training
