@@ -16,12 +16,7 @@ from stableopt import UpdateRule, almost_sure_critical_lr
 from stableopt.curvature.gram.gram import DualCurvature, Modes
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.simulated.almost_sure import lyapunov_exponent
-
-
-def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:
-    """Return factors of n samples' matrices."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)
+from tests.helpers.sample_factors import factors
 
 
 def one_dimension(*curvatures: float) -> DualCurvature:

@@ -14,12 +14,7 @@ from stableopt import UpdateRule
 from stableopt.curvature.gram.gram import DualCurvature, Modes
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.simulated.reshuffled import reshuffled_critical_lr, reshuffled_growth
-
-
-def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:
-    """Return factors of n samples' matrices."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)
+from tests.helpers.sample_factors import factors
 
 
 def enumerated(modes: Modes, step: LinearStep, batch_size: int) -> float:
