@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_factors import factors
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from stableopt import UpdateRule, almost_sure_critical_lr
 from stableopt.curvature.gram.gram import DualCurvature, Modes
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.simulated.almost_sure import lyapunov_exponent
-from tests.helpers.sample_factors import factors
 
 
 def one_dimension(*curvatures: float) -> DualCurvature:

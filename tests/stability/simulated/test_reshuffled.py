@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from sample_factors import factors
 from torch import Tensor, nn
 
 import stableopt
@@ -14,7 +15,6 @@ from stableopt import UpdateRule
 from stableopt.curvature.gram.gram import DualCurvature, Modes
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.simulated.reshuffled import reshuffled_critical_lr, reshuffled_growth
-from tests.helpers.sample_factors import factors
 
 
 def enumerated(modes: Modes, step: LinearStep, batch_size: int) -> float:
