@@ -1,7 +1,6 @@
 """Largest eigenvalues of symmetric operators known only by their products."""
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
-from stableopt.curvature.eigen.leading import LeadingEigenpairs, leading_eigenpairs
 from stableopt.curvature.eigen.result import Eigenpair
 from stableopt.curvature.eigen.top_eigenpair import top_eigenpair
 from stableopt.curvature.eigen.top_eigenpairs import Eigenpairs, top_eigenpairs
@@ -10,8 +9,6 @@ __all__ = [
     "Eigenpair",
     "Eigenpairs",
     "InnerProduct",
-    "LeadingEigenpairs",
-    "leading_eigenpairs",
     "top_eigenpair",
     "top_eigenpairs",
 ]

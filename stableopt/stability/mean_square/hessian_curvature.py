@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_eigenpair
-from stableopt.curvature.eigen.leading import leading_eigenpairs
 from stableopt.curvature.per_sample.blocks import hessian_blocks
 from stableopt.stability.mean_square.crossing import BlockFamily, Crossing, Weights, root
+from stableopt.stability.mean_square.leading import leading_directions
 from stableopt.stability.mean_square.second_moments import HessianModes, mode_weights, spills
 from stableopt.stability.rules.limits import LinearStep
 
@@ -107,15 +107,8 @@ class HessianCurvature:
             blocks = blocks + weight_decay * torch.eye(d).to(blocks)
             return cls._from_blocks(problem, blocks, weight_decay, seed)
         hessian, spread = Hessian(problem), NonUniformity(problem)
-        mean_pairs = leading_eigenpairs(hessian, min(directions, d), seed=seed)
-        more = leading_eigenpairs(spread, min(directions, d), seed=seed + 1)
-        basis = torch.cat([mean_pairs.vectors, more.vectors], dim=1)
-        # Twice, since the remainders of nearly dependent columns are orthogonal only then.
-        basis = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
-        modes, least = _restricted(hessian, basis, weight_decay)
-        top = float(mean_pairs.values[0])
-        if len(modes.eigenvalues):
-            top = max(top, float(modes.eigenvalues[-1]) - weight_decay)
+        basis = leading_directions([hessian, spread], min(directions, d), seed=seed)
+        modes, least, top = _restricted(hessian, basis, weight_decay)
         dense = None
         if eye is not None:
             mean = (hessian @ eye).double() + weight_decay * eye.double()
@@ -291,8 +284,13 @@ def _floor(dtype: torch.dtype, d: int, scale: float) -> float:
     return _ROUNDING * d * torch.finfo(dtype).eps * abs(scale)
 
 
-def _restricted(hessian: Hessian, basis: Tensor, weight_decay: float) -> tuple[HessianModes, float]:
-    """Return the positive modes of the Hessians in the span of ``basis``, and the least curvature."""
+def _restricted(
+    hessian: Hessian, basis: Tensor, weight_decay: float
+) -> tuple[HessianModes, float, float]:
+    """Return the positive modes of the Hessians in the span of ``basis``, and extremes of the mean.
+
+    These are its least curvature there, with the weight decay, and its largest, without.
+    """
     blocks = hessian_blocks(hessian.problem, basis)
     k = blocks.shape[1]
     values, vectors = torch.linalg.eigh(blocks.mean(0))
@@ -304,4 +302,4 @@ def _restricted(hessian: Hessian, basis: Tensor, weight_decay: float) -> tuple[H
     # A Gram matrix of k vectors is at most k times its diagonal.
     spill = turned.shape[1] * residuals.square().sum(0)
     modes = HessianModes(values[kept] + weight_decay, blocks, spill)
-    return modes, float(values[0]) + weight_decay
+    return modes, float(values[0]) + weight_decay, float(values[-1])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature import GaussNewton, NonUniformity, Problem, top_eigenpair
-from stableopt.curvature.eigen.leading import leading_eigenpairs
 from stableopt.curvature.gram.gram import (
     DualCurvature,
     Modes,
@@ -21,6 +20,7 @@ from stableopt.curvature.gram.gram import (
 )
 from stableopt.curvature.gram.jacobian import check_outputs
 from stableopt.stability.mean_square.crossing import Crossing, FactorFamily, Weights, root
+from stableopt.stability.mean_square.leading import leading_directions
 from stableopt.stability.mean_square.second_moments import gather, mode_weights, spills
 from stableopt.stability.rules.limits import LinearStep
 
@@ -79,13 +79,8 @@ class SampleCurvature:
         cls, problem: Problem, directions: int, differences: bool, seed: int
     ) -> SampleCurvature:
         gauss_newton = GaussNewton(problem)
-        mean = leading_eigenpairs(gauss_newton, directions, seed=seed)
-        basis = mean.vectors
-        if differences:
-            more = leading_eigenpairs(NonUniformity(problem), directions, seed=seed + 1)
-            basis = torch.cat([basis, more.vectors], dim=1)
-        # Twice, since the remainders of nearly dependent columns are orthogonal only then.
-        basis = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
+        operators = [gauss_newton, NonUniformity(problem)] if differences else [gauss_newton]
+        basis = leading_directions(operators, directions, seed=seed)
         values, vectors = torch.linalg.eigh((basis.T @ (gauss_newton @ basis)).double())
         basis = basis @ vectors[:, values > 0].to(basis)
         modes = project(problem, basis)

@@ -11,7 +11,7 @@ from oracles import Dense, Diagonal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stableopt.curvature import top_eigenpairs
+from stableopt.curvature import NonFiniteError, Operator, top_eigenpair, top_eigenpairs
 from stableopt.curvature.eigen.inner_product import InnerProduct
 
 
@@ -208,3 +208,35 @@ def test_a_start_of_dependent_rows_is_none() -> None:
     for start in (torch.zeros(3, 80).double(), torch.ones(3, 80).double()):
         found = top_eigenpairs(operator, 2, start=start)
         assert found.values.tolist() == pytest.approx([9.0, 5.0], rel=1e-5)
+
+
+def test_one_of_many_is_the_top_after_as_many_products() -> None:
+    """Limiting case: before a restart both read one iteration, from the same start."""
+    operator = Dense(with_spectrum(SPECTRA["flat"]))
+    pairs = top_eigenpairs(operator, 5, tol=1e-14, max_iter=10)
+    top = top_eigenpair(operator, tol=1e-14, max_iter=10)
+    assert pairs.products == top.products == 10
+    assert not pairs.converged
+    # The same arithmetic: only the signs of vectors, and the order of one sum, may differ.
+    assert float(pairs.values[0]) == pytest.approx(top.value, rel=1e-14)
+    assert float(pairs.absolute_residuals[0]) == pytest.approx(top.absolute_residual, rel=1e-9)
+
+
+def test_small_values_in_single_precision_do_not_underflow() -> None:
+    """Catches norms whose squares vanish: below 1e-23 in float32."""
+    values = 1e-30 * torch.linspace(-1, 1, 200)
+    values[3] = 2e-30
+    pairs = top_eigenpairs(Dense(torch.diag(values)), 3)
+    # As accurate as the residual squared over the gap, and float32.
+    assert float(pairs.values[0]) == pytest.approx(2e-30, rel=1e-5)
+
+
+def test_products_that_are_not_finite_are_reported() -> None:
+    """Catches a NaN that LAPACK would turn into an obscure error."""
+
+    class Broken(Operator):
+        def product(self, vector: Tensor) -> Tensor:
+            return vector * float("nan")
+
+    with pytest.raises(NonFiniteError, match="product 1 with Broken"):
+        top_eigenpairs(Broken(3, torch.float32, torch.device("cpu")), 2)
