@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENT", "Selection"]
 
+VGG_SCALES = (1.0, 1.5, 2.0)
+"""From v = 0.5 the small VGG does not train: its seven layers shrink the images until outputs differ by
+3e-6 between samples. After 22,000 steps of SGD they still do, and gradients are 1e-5 of the weights."""
+
 
 @dataclass(frozen=True)
 class Selection(Experiment):
@@ -55,7 +59,7 @@ class Selection(Experiment):
         },
         ("small", "digits"): {"seeds": (0, 1)},
         ("small", "fashion-mnist"): {"scales": (1.0, 2.0, 3.0)},
-        ("small", "cifar10-2"): {"lr": 0.05, "scales": (0.5, 1.0, 1.5)},
+        ("small", "cifar10-2"): {"lr": 0.05, "scales": VGG_SCALES},
         ("paper", "digits"): {"seeds": (0, 1, 2, 3, 4), "target_loss": 1e-4},
         ("paper", "fashion-mnist"): {
             "seeds": (0, 1, 2, 3, 4),
@@ -67,7 +71,7 @@ class Selection(Experiment):
             "seeds": (0, 1, 2, 3, 4),
             "lr": 0.01,
             "batch_sizes": (4, 9, 25, 64, 100),
-            "scales": (0.5, 1.0, 1.5),
+            "scales": VGG_SCALES,
             "target_loss": 1e-4,
         },
     }
