@@ -59,6 +59,8 @@ class Settled:
         start_exponent: the Lyapunov exponent of this step there, per step.
         start_error: its standard error.
         end_sharpness: where training ended.
+        end_non_uniformity: likewise.
+        end_box: the larger one of their shares of the box's sides at this learning rate.
         end_ratio: the learning rate over the exact mean-square threshold there.
         end_exponent: the Lyapunov exponent there.
         end_error: its standard error.
@@ -72,6 +74,8 @@ class Settled:
     start_exponent: float
     start_error: float
     end_sharpness: float | None = None
+    end_non_uniformity: float | None = None
+    end_box: float | None = None
     end_ratio: float | None = None
     end_exponent: float | None = None
     end_error: float | None = None
@@ -150,9 +154,16 @@ class SettlingRun(Job):
             dual, batch_size=self.batch_size, update_rule=update.rule(1.0)
         )
         last = self._exponent(dual, lr)
-        found |= {"end_sharpness": dual.sharpness, "end_ratio": lr / allowed.value}
+        found |= {**self.of_end(dual, lr), "end_ratio": lr / allowed.value}
         found |= {"end_exponent": last.per_step, "end_error": last.standard_error}
         return {**found, "outcome": "reached"}
+
+    def of_end(self, dual: stableopt.curvature.DualCurvature, lr: float) -> dict[str, float]:
+        """Return what the box (9) is about, where training ended."""
+        rule, n = self.thresholds.update.rule(lr), self.thresholds.start.data.n
+        a, s = dual.sharpness, dual.non_uniformity
+        share = max(a / rule.max_sharpness, s / rule.max_non_uniformity(self.batch_size, n))
+        return {"end_sharpness": a, "end_non_uniformity": s, "end_box": share}
 
     def _exponent(self, dual: stableopt.curvature.DualCurvature, lr: float) -> Exponent:
         step = self.thresholds.update.rule(lr).linear_step
@@ -273,6 +284,15 @@ class Settling(Experiment):
             ours=f"{len(ends) - len(above)} of {len(ends)} ends; largest η/η*"
             f" {ends.end_ratio.max():.3f}",
             why="" if above.empty else "above it the mean grows, but a typical run need not",
+        )
+        boxed = ends.end_box
+        yield at_most(
+            "SGD settles within the box (9)",
+            boxed,
+            1.0,
+            "share of its nearest side",
+            ours=f"{(boxed <= 1).sum()} of {len(ends)} ends; at {boxed.median():.2f} of the nearest"
+            f" side in the median, {boxed.min():.2f} to {boxed.max():.2f}",
         )
         change = ends.end_sharpness / ends.start_sharpness
         grows = ends.start_exponent > SURE * ends.start_error

@@ -246,7 +246,7 @@ def settling() -> dict[str, Rows]:
     shared = {"outcome": "reached", "start_sharpness": 4.0, "start_error": 1e-4, "end_error": 1e-4}
     stays = {"start_exponent": -1e-3, "end_sharpness": 3.9, "end_exponent": -1e-3, "end_ratio": 0.8}
     leaves = {"start_exponent": 1e-3, "end_sharpness": 2.0, "end_exponent": 2e-4, "end_ratio": 0.98}
-    return {"settled": [shared | stays, shared | leaves]}
+    return {"settled": [shared | stays | {"end_box": 0.7}, shared | leaves | {"end_box": 0.9}]}
 
 
 def edge() -> dict[str, Rows]:
@@ -352,6 +352,7 @@ CASES = {
         {
             "only where the Lyapunov": put("settled", "end_exponent", 4e-4, row=1),
             "within the mean-square": put("settled", "end_ratio", 1.001, row=1),
+            "within the box": put("settled", "end_box", 1.01, row=1),
             "SGD leaves": put("settled", "end_sharpness", 4.1, row=1),
             "SGD stays": put("settled", "end_sharpness", 2.9),
         },
