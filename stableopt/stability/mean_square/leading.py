@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ _TOL = 1e-6
 """Relative residual at which a search ends before all products are used."""
 
 
-def leading_directions(operators: list[Operator], count: int, *, seed: int) -> Tensor:
+def leading_directions(operators: Sequence[Operator], count: int, *, seed: int) -> Tensor:
     """Return an orthonormal basis ``(d, k)`` of each operator's ``count`` leading eigenvectors.
 
     The vectors are as accurate as ``2 count`` products make them: what is computed from them has to be
