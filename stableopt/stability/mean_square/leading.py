@@ -38,4 +38,5 @@ def leading_directions(operators: Sequence[Operator], count: int, *, seed: int) 
     ]
     basis = torch.cat(found, dim=1)
     # Twice, since the remainders of nearly dependent columns are orthogonal only then.
-    return torch.linalg.qr(torch.linalg.qr(basis).Q).Q
+    orthonormal: Tensor = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
+    return orthonormal
