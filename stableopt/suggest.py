@@ -53,6 +53,8 @@ from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 __all__ = ["Suggestion", "Suggestions", "suggest"]
 
 _SGD, _MOMENTUM, _ADAMW = "SGD", "SGD, momentum 0.9", "AdamW"
+_RUNNING = "SGD, running"
+"""A running SGD, whose momentum and weight decay are those of its groups."""
 
 _BETA, _EPSILON = 0.9, 1e-8
 """AdamW's defaults, used without an optimizer."""
@@ -101,8 +103,9 @@ class Suggestions:
         notes: assumptions.
         method: how products with the Hessian were computed.
         one_step: by optimizer, the learning rate from which one full-batch step raises the loss:
-            :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`. For plain SGD, and the running
-            optimizer if it can take a trial step; infinity where no rate tried does.
+            :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`. For plain SGD, ``"SGD"``, and
+            the running optimizer if it can take a trial step, ``"SGD, running"`` if that is SGD too;
+            infinity where no rate tried does.
     """
 
     rows: tuple[Suggestion, ...]
@@ -254,7 +257,10 @@ def suggest(
 
 def _one_step(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
     """Return the learning rates from which one step raises the loss."""
-    steps = {_SGD: None} if optimizer is None else {_SGD: None, _name(optimizer): optimizer}
+    steps: dict[str, torch.optim.Optimizer | None] = {_SGD: None}
+    if optimizer is not None:
+        name = _name(optimizer)
+        steps[_RUNNING if name == _SGD else name] = optimizer
     found = {name: critical_sharpness(problem, optimizer=its) for name, its in steps.items()}
     return {name: at.lr if at.bracket[1] < math.inf else math.inf for name, at in found.items()}
 

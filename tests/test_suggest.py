@@ -256,6 +256,16 @@ def test_the_rate_of_one_step_is_that_of_a_scan() -> None:
         assert after(found.one_step[name] * 0.93) < start < after(found.one_step[name] * 1.07)
 
 
+def test_a_running_sgd_has_a_name_of_its_own() -> None:
+    """Catches an answer for the running optimizer in the place of plain SGD's."""
+    model = nn.Linear(1, 1, bias=False)
+    data = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)  # curvature 5, with the decay 7
+    running = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=2.0)
+    found = stableopt.suggest(model, nn.MSELoss(), data, curvature=False, optimizer=running)
+    # The bracket's width.
+    assert found.one_step == pytest.approx({"SGD": 2 / 5, "SGD, running": 2 / 7}, rel=1 / 16)
+
+
 def test_models_without_a_second_derivative_have_the_rate_of_one_step() -> None:
     """Catches a second derivative that is needed for what forward passes tell."""
 

@@ -22,7 +22,7 @@ from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, marks
 from stableopt.steering.lr_laws import State, new_state
 from stableopt.steering.samplers import Resizable
 from stableopt.steering.scheduler import StabilityLR
-from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr
+from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 from stableopt.steering.verdict import Situation, verdict
 
 __all__ = ["StabilityController"]
@@ -180,8 +180,7 @@ class StabilityController:
         if margins is None or margins.step == self._seen:
             return []
         self._seen = margins.step
-        if margins.failure is None and margins.converged:
-            self._target = self._target.resolve(margins)
+        self._target = resolved(self._target, margins)
         if self._target.unit == "present":
             if self.scheduler is not None:
                 return []  # the scheduler has said so

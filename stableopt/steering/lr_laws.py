@@ -39,6 +39,9 @@ State: TypeAlias = Mapping[str, float]
 
 UNCONVERGED = "the measurement did not converge"
 
+_STEPS = ("step", "held_until", "escaping", "arrived")
+"""Entries of a law's state that are steps of the monitor's counter."""
+
 TRIES = 3
 """Failures after which a law stops to move towards what failed."""
 
@@ -182,7 +185,7 @@ def gated_staircase(
     if wait is not None:
         return measured.decide("hold", lr, wait), state
     gate = momentum_gate(measured.rule, 1 + (gate - 1) / 2 ** state.get("cuts", 0))
-    raised = min(goal, lr * (1 + rate) ** passed)
+    raised = min(goal, lr * _compound(1 + rate, passed))
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
@@ -260,7 +263,7 @@ def keep_margin(
         return measured.decide("hold", lr, wait), state
     if measured.ratio >= share * (1 - band) or lr >= measured.max_lr:
         return measured.decide("keep", lr, why), state
-    raised = lr * (1 + rate) ** passed
+    raised = lr * _compound(1 + rate, passed)
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / (share * (1 - band))))
     return measured.decide("raise", max(raised, lr), why), state
@@ -315,6 +318,19 @@ def why_unusable(margins: StabilityMargins, name: str, value: float | None) -> s
     return f"the {name} was not measured" if value is None else None
 
 
+def _compound(factor: float, steps: float) -> float:
+    """Return ``factor`` to the power of ``steps``; infinity beyond the largest float."""
+    try:
+        return float(factor**steps)
+    except OverflowError:
+        return math.inf
+
+
+def after_restore(state: State) -> State:
+    """Return the law's state once good weights are back: another diverging loss is a new one."""
+    return {name: value for name, value in state.items() if name not in ("lost", "held_until")}
+
+
 def _why_not_raise(measured: LRMeasured, state: State, tries: int) -> str | None:
     """Return why no measurement, or not this one, permits to raise the rate; else ``None``."""
     if state.get("cuts", 0) >= tries:
@@ -330,7 +346,8 @@ def _cut_or_wait(
     With it come the number of steps since the last call, 1 at the first, and the new state.
     """
     margins, step = measured.margins, measured.margins.step
-    # Also 1 if the counter went back, because it was not restored with a checkpoint.
+    if step < state.get("step", -math.inf):  # the counter was not restored with a checkpoint
+        state = {name: value for name, value in state.items() if name not in _STEPS}
     passed = max(step - state.get("step", step - 1), 1)
     held_until = state.get("held_until", -math.inf)
     state = {**state, "step": step}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.parameters import real_view
 
 __all__ = ["LastGood", "kick_along"]
@@ -53,10 +53,9 @@ class LastGood:
                 self._optimizer.state.pop(p, None)
 
 
-def kick_along(problem: MeanLoss, direction: Tensor, size: float) -> None:
-    """Move the parameters along ``direction`` ``(d,)``, by ``size`` times their norm, in place."""
-    tangents = problem.unflatten(direction)
-    params = [real_view(p.detach()) for p in problem.params]
+def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
+    """Move parameters along ``tangents``, one for each, by ``size`` times their norm, in place."""
+    params = [real_view(p.detach()) for p in params]
     norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
     length = torch.sqrt(sum((t.square().sum() for t in tangents), torch.tensor(0.0)))
     with torch.no_grad():

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from stableopt._support.arguments import instance, positive, require_keys
 from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.stability.rules.coordinates import as_seen_by
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import broadcast_tensors, decide_together
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
@@ -20,12 +22,13 @@ from stableopt.steering.lr_laws import (
     Law,
     LRMeasured,
     State,
+    after_restore,
     gated_staircase,
     keep_margin,
     new_state,
 )
 from stableopt.steering.rollback import LastGood, kick_along
-from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr
+from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
 
@@ -54,8 +57,9 @@ class StabilityLR(LRScheduler):
             :func:`~stableopt.steering.lr_laws.gated_staircase`, or for a share of the limits
             :func:`~stableopt.steering.lr_laws.keep_margin`.
         min_lr: the smallest rate, of the fastest group; by default 0, or for a share of the limits
-            a tenth of the present rate.
-        max_lr: the largest rate; by default unbounded, or for a share of the limits the present one.
+            a tenth of the initial rate.
+        max_lr: the largest rate; by default unbounded, or for a share of the limits the initial
+            one: torch's ``initial_lr`` where another scheduler has set it, else the present rate.
         loss_cap: the probe loss above which training counts as diverging; by default only a loss
             that is not finite does. The loss at initialisation is a good cap: escapes stay below.
         restore: after a diverging loss, restore weights, buffers and optimizer state of the last
@@ -115,18 +119,18 @@ class StabilityLR(LRScheduler):
             )
         if restore is None:
             restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
-        present = _fastest(optimizer)
+        initial = _fastest(optimizer, "initial_lr")
         margin = target.share is not None
         self.monitor = monitor
         self.target = target
         self.law: Law = law or (keep_margin if margin else gated_staircase)
         self.dry_run = dry_run
         self.decisions = DecisionLog(maxlen=REMEMBERED)
-        self.min_lr = _bound("min_lr", min_lr, present / 10 if margin else 0.0)
-        self.max_lr = _bound("max_lr", max_lr, present if margin else math.inf)
+        self.min_lr = _bound("min_lr", min_lr, initial / 10 if margin else 0.0, open_end=0.0)
+        self.max_lr = _bound("max_lr", max_lr, initial if margin else math.inf, open_end=math.inf)
         if not self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr={self.min_lr} is above max_lr={self.max_lr}")
-        self.loss_cap = math.inf if loss_cap == math.inf else positive("loss_cap", loss_cap)
+        self.loss_cap = _bound("loss_cap", loss_cap, math.inf, open_end=math.inf)
         self._kick = 0.0 if kick == 0 else positive("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._state: State = new_state()
@@ -151,6 +155,7 @@ class StabilityLR(LRScheduler):
             "step_count": self._step_count,
             "seen": self._seen,
             "law": dict(self._state),
+            "bounds": {name: getattr(self, name) for name in _BOUNDS},
             "target": {
                 "sharpness": list(self.target.sharpness),
                 "non_uniformity": list(self.target.non_uniformity),
@@ -173,6 +178,8 @@ class StabilityLR(LRScheduler):
         self._last_lr = list(state_dict["last_lr"])
         self._step_count = state_dict["step_count"]
         self._seen, self._state = state_dict["seen"], dict(state_dict["law"])
+        for name in _BOUNDS:
+            setattr(self, name, state_dict["bounds"][name])
 
     def _act(self) -> list[Decision]:
         """Decide, change the weights if so decided, and return the changes of the rates."""
@@ -226,8 +233,7 @@ class StabilityLR(LRScheduler):
         if margins is None or margins.step == self._seen:
             return []
         self._seen = margins.step
-        if margins.limited_sharpness is not None and margins.converged:
-            self.target = self.target.resolve(margins)
+        self.target = resolved(self.target, margins)
         if self.target.unit == "present":
             return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)]
         rule = at_lr(self.monitor.update_rule, lr)
@@ -241,15 +247,16 @@ class StabilityLR(LRScheduler):
             if self._last_good is not None and self._last_good.step is not None:
                 old, new = float(margins.step), float(self._last_good.step)
                 why = f"back to the weights of step {self._last_good.step}: {decision.why}"
+                if not self.dry_run:
+                    self._state = after_restore(self._state)
                 return [Decision("weights", "restore", old, new, why, step=margins.step)]
             return []
         good = margins.failure is None and (margins.loss or 0.0) <= self.loss_cap
         if self._last_good is not None and good and not self.dry_run:
             self._last_good.keep(margins.step)
-        if not self._kick or not good or "sharpness" not in self.monitor.eigenvectors:
-            return []
         a = margins.limited_sharpness
-        assert a is not None
+        if not self._kick or not good or a is None:
+            return []
         after = a / at_lr(measured.rule, decision.new).max_sharpness
         kicked = bool(self._state.get("kicked"))
         self._state = {**self._state, "kicked": float(after > 1)}
@@ -264,16 +271,33 @@ class StabilityLR(LRScheduler):
             if decision.kind == "restore" and self._last_good is not None:
                 self._last_good.put_back()
             elif decision.kind == "kick":
-                kick_along(problem, self.monitor.eigenvectors["sharpness"], decision.new)
+                kick_along(problem.params, self._top_direction(), decision.new)
         broadcast_tensors([*problem.params, *problem.model.buffers()])
 
+    def _top_direction(self) -> list[Tensor]:
+        """Return the direction of the parameters in which the step is the least stable."""
+        rule, found = self.monitor.update_rule, self.monitor.eigenvectors
+        name = "preconditioned_sharpness"
+        problem = as_seen_by(self.monitor.problem, rule, self.monitor.optimizers)
+        if name not in found:
+            return problem.unflatten(found["sharpness"])
+        own = None if rule.preconditioner is None else rule.preconditioner.over(problem.params)
+        if own is not None and not isinstance(own, DiagonalPreconditioner):
+            return problem.unflatten(own @ found[name])  # a covector
+        return problem.unflatten(found[name])
 
-def _fastest(optimizer: torch.optim.Optimizer) -> float:
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+_BOUNDS = ("min_lr", "max_lr", "loss_cap")
 
 
-def _bound(name: str, value: float | None, default: float) -> float:
-    return default if value is None else positive(name, value)
+def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
+    return max(float(group.get(key, group["lr"])) for group in optimizer.param_groups)
+
+
+def _bound(name: str, value: float | None, default: float, *, open_end: float) -> float:
+    if value is None or value == open_end:
+        return default if value is None else open_end
+    return positive(name, value)
 
 
 def _check(

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["OPEN", "UNRESOLVED", "Bounds", "TargetRegion", "at_lr", "bounded_values", "lr_at_limit"]
+__all__ = [
+    "OPEN",
+    "UNRESOLVED",
+    "Bounds",
+    "TargetRegion",
+    "at_lr",
+    "bounded_values",
+    "lr_at_limit",
+    "resolved",
+]
 
 Bounds = tuple[float, float]
 """The lower and the upper bound; 0 and infinity are open ends."""
@@ -263,6 +272,16 @@ class TargetRegion:
             raise ValueError(f"{what} of a region relative to the present: resolve(margins) first")
         if self.unit == "limit":
             raise ValueError(f"{what} of a share of the limits: expected an absolute region")
+
+
+def resolved(target: TargetRegion, margins: StabilityMargins) -> TargetRegion:
+    """Return ``target`` in absolute numbers as soon as ``margins`` have what it is relative to."""
+    if margins.failure is not None or not margins.converged:
+        return target
+    for name, value in bounded_values(margins).items():
+        if target.bounds(name) != OPEN and not (value is not None and value > 0):
+            return target
+    return target.resolve(margins)
 
 
 def bounded_values(margins: StabilityMargins) -> dict[str, float | None]:

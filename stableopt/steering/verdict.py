@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.lr_laws import TRIES, State
-from stableopt.steering.target import TargetRegion, bounded_values
+from stableopt.steering.target import OPEN, TargetRegion, bounded_values
 
 __all__ = ["Situation", "verdict"]
 
@@ -56,7 +56,11 @@ def verdict(
     'reached'
     """
     margins, target = situation.margins, situation.target
-    if margins.failure is not None or not margins.converged:
+    known = all(
+        value is not None or target.bounds(name) == OPEN
+        for name, value in bounded_values(margins).items()
+    )
+    if margins.failure is not None or not margins.converged or not known:
         return None, state
     # Training hovers about the edge, so a reached target is missed only at twice the band.
     misses = _misses(margins, target, 2 * band if state.get("reached") else band)

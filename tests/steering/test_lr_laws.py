@@ -396,6 +396,24 @@ def test_laws_are_pure() -> None:
             assert after["other"] == 7.0  # kept there by a scheduler
 
 
+def test_a_counter_that_went_back_ends_all_waits() -> None:
+    """Catches a hold until a step of the counter before, which is far in the future now."""
+    for name in ("held_until", "escaping", "arrived"):
+        state = {"step": 50_000.0, name: 50_010.0}
+        decision, after = gated_staircase(at(0.1, step=10), state)
+        assert decision.kind == "raise"
+        assert name not in after
+
+
+@pytest.mark.parametrize("law", [gated_staircase, keep_margin])
+def test_a_measurement_after_a_very_long_time_raises_to_the_goal(law: Law) -> None:
+    """Catches an overflow of the rate's growth over all the steps in between."""
+    target = TARGET if law is gated_staircase else TargetRegion.within_limits(0.8)
+    margins = StabilityMargins(step=1_000_000, sharpness=1.0, loss=0.01)
+    measured = LRMeasured(margins, UpdateRule(lr=0.01), target, min_lr=1e-3, max_lr=0.02)
+    assert law(measured, {"step": 0.0})[0].new == 0.02
+
+
 def test_a_first_call_and_a_counter_that_went_back_count_one_step() -> None:
     """Catches a leap after a resumed run whose monitor started from zero."""
     for state in (new_state(), {"step": 5000.0}):

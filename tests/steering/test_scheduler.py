@@ -293,6 +293,81 @@ def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
         assert run.monitor.margins.converged
 
 
+def test_each_divergence_after_a_restore_is_cut_and_restored() -> None:
+    """Catches a law that takes restored weights for lost ones: the second divergence is then final."""
+    run = Run(momentum=0.9)
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.go(scheduler, 3)
+    good = run.weights()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        run.go(scheduler, 4, Y * math.nan)
+    kinds = [decision.kind for decision in scheduler.decisions]
+    assert kinds[-8:] == ["cut", "restore"] * 4
+    assert all(map(torch.equal, run.weights(), good))
+    assert run.rates()[0] == pytest.approx(0.7**4 * 0.05 * 1.01**3)
+
+
+def test_an_adaptive_optimizer_is_not_steered_by_its_plain_sharpness() -> None:
+    """Catches a target, relative to the first measurement, in other units than the later ones."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=5, batch_size=16)
+    with pytest.warns(RuntimeWarning, match="has not taken a step yet"):
+        first = monitor.measure()
+    assert first.sharpness is not None
+    assert first.limited_sharpness is None
+    scheduler = StabilityLR(optimizer, monitor, TargetRegion.flatter(by=2))
+    for _ in range(5):
+        optimizer.zero_grad()
+        MSE(model(X), Y).backward()
+        optimizer.step()
+        scheduler.step()
+    assert [decision.kind for decision in scheduler.decisions] == ["hold", "raise"]
+    own = monitor.margins.preconditioned_sharpness
+    assert scheduler.target.sharpness == (0.0, pytest.approx(own / 2))
+    monitor.close()
+
+
+def test_bounds_come_from_the_initial_rate_and_are_saved() -> None:
+    """Catches bounds of a rate that a warm-up, or a loaded optimizer, has just then."""
+    run = Run(lr=0.5)
+    warmup = LinearLR(run.optimizer, start_factor=0.01, total_iters=5)
+    steered = StabilityLR(run.optimizer, run.monitor, TargetRegion.within_limits(0.8))
+    assert (steered.min_lr, steered.max_lr) == (0.05, 0.5)
+    SequentialLR(run.optimizer, [warmup, steered], milestones=[5])
+    other = Run(lr=0.1)
+    resumed = StabilityLR(other.optimizer, other.monitor, TargetRegion.within_limits(0.8))
+    resumed.load_state_dict(steered.state_dict())
+    assert (resumed.min_lr, resumed.max_lr, resumed.loss_cap) == (0.05, 0.5, math.inf)
+    open_ends = {"min_lr": 0.0, "max_lr": math.inf, "loss_cap": math.inf}
+    free = StabilityLR(other.optimizer, other.monitor, FLAT, **open_ends)
+    assert {name: getattr(free, name) for name in open_ends} == open_ends
+
+
+def test_a_kick_is_along_the_direction_of_the_optimizers_own_limit() -> None:
+    """Catches the eigenvector of the loss: with rates of 0.01 and 1 another direction is unstable.
+
+    f = (10 (a - 1)^2 + (b - 1)^2) / 2, whose Hessian has its top eigenvector along a.
+    """
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    model = nn.ParameterList([a, b])
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 0.01}, {"params": [b], "lr": 2.1}])
+
+    def loss(model: nn.ParameterList, batch: Tensor) -> Tensor:
+        return (10 * (model[0] - 1) ** 2 + (model[1] - 1) ** 2).mean() / 2 + 0 * batch.mean()
+
+    problem = stableopt.Problem.from_batch_loss(model, loss, torch.zeros(4, 1))
+    monitor = StabilityMonitor(optimizer, problem, every=1, batch_size=4)
+    scheduler = StabilityLR(optimizer, monitor, TargetRegion(sharpness=(0, 0.9)), kick=0.01)
+    loss(model, torch.zeros(4, 1)).backward()
+    optimizer.step()
+    scheduler.step()
+    assert "kick" in [decision.kind for decision in scheduler.decisions]
+    assert float(a.detach()) == pytest.approx(1.0, abs=1e-6)
+    assert abs(float(b.detach()) - 1) == pytest.approx(0.01 * math.sqrt(2), rel=1e-3)
+    monitor.close()
+
+
 def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstable() -> None:
     """Catches a kick at a stable point, a kick at every measurement, and one across the valley's
     floor. The loss is quadratic, so nothing else moves the weights at its minimum.

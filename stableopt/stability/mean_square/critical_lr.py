@@ -184,9 +184,8 @@ def critical_lr(
     problem, batch_size = problem_and(batch_size, model, loss_fn, data, update_rule)
     step = step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
-    full_batch = batch_size is None or (update_rule is not None and update_rule.full_batch)
     size = _dataset_size(problem, dataset_size)
-    noise = 0.0 if full_batch or batch_size is None else noise_factor(batch_size, size)
+    noise = 0.0 if batch_size is None else noise_factor(batch_size, size)
     curvature, share = curvature_of(
         problem,
         hessians,

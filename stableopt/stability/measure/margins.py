@@ -214,9 +214,14 @@ class StabilityMargins:
 
     @property
     def limited_sharpness(self) -> float | None:
-        """The sharpness that has the limit: the preconditioned one, if there is one."""
-        own = self.preconditioned_sharpness
-        return self.sharpness if own is None else own
+        """The sharpness that has the limit: the preconditioned one, if the step is preconditioned.
+
+        ``None`` if that was not measured, as before the first step of an adaptive optimizer.
+        """
+        own = self["preconditioned_sharpness"]
+        if own.failure is not None:
+            return None
+        return self.sharpness if own.value is None else own.value
 
     @property
     def edge_ratio(self) -> float | None:

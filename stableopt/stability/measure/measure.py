@@ -209,12 +209,14 @@ def measure_at(
     ``memory``, ``window`` and ``blocks`` are those of an :class:`Evaluation`.
     """
     samples = dataset_size if rule is not None and rule.full_batch else batch_size
-    names = _measurable(quantities, rule)
+    names, without_step = _measurable(quantities, rule)
     results = {
         name: QuantityResult(limit=quantity.limit_of(rule, batch_size, dataset_size))
         for name, quantity in QUANTITIES.items()
         if quantity.in_box or name in names
     }
+    if rule is not None:
+        results |= {name: QuantityResult(failure=rule.unknown) for name in without_step}
     evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
     evaluation.results = results
     evaluation.taken, evaluation.window = taken, window
@@ -270,8 +272,11 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
     return dataclasses.replace(found, limit=limit, measurement=measurement)
 
 
-def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]:
-    """Return the quantities that are defined for ``rule`` now, and the preconditioned sharpness."""
+def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
+    """Return the quantities that are defined for ``rule`` now, and those that wait for its first step.
+
+    With a preconditioned rule the preconditioned sharpness is among them.
+    """
     wanted = set(quantities)
     if "layers" in wanted:
         wanted.add("sharpness")  # whose eigenvector they share
@@ -288,11 +293,9 @@ def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> list[str]
     unknown = {name for name in wanted if "step" in QUANTITIES[name].needs}
     if rule is not None and isinstance(rule.preconditioner, UnknownStep):
         unknown = set()  # then they are measured as without a preconditioner
-    if rule is not None and rule.unknown is not None and unknown:
-        wanted -= unknown
-        warnings.warn(
-            f"the preconditioned margins are not known: {rule.unknown}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return [name for name in QUANTITIES if name in wanted]
+    if rule is None or rule.unknown is None:
+        unknown = set()
+    return (
+        [name for name in QUANTITIES if name in wanted - unknown],
+        [name for name in QUANTITIES if name in unknown],
+    )

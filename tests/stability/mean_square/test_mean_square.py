@@ -147,8 +147,8 @@ def test_the_box_is_not_necessary() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_full_batch_has_the_rules_own_limit(name: str) -> None:
-    """Catches noise where there is none, and a limit that is not that of max_sharpness: at B = n, with
-    batch_size None, and with a rule of full batches.
+    """Catches noise where there is none, and a limit that is not that of max_sharpness: at B = n, and
+    with batch_size None. A batch size that is given counts also for a rule of full batches.
     """
     rule, rows = RULES[name], factors()
     full = critical_lr(dual(rows), 6, update_rule=rule)
@@ -159,7 +159,8 @@ def test_the_full_batch_has_the_rules_own_limit(name: str) -> None:
     assert full.lower == full.value == full.full_batch
     assert critical_lr(dual(rows), None, update_rule=rule).value == full.value
     descent = UpdateRule(1.0, full_batch=True)
-    assert critical_lr(dual(rows), 1, update_rule=descent).value == 2 / dual(rows).sharpness
+    assert critical_lr(dual(rows), None, update_rule=descent).value == 2 / dual(rows).sharpness
+    assert critical_lr(dual(rows), 1, update_rule=descent) == critical_lr(dual(rows), 1)
 
 
 @pytest.mark.parametrize("name", RULES)
