@@ -304,10 +304,11 @@ class StabilityMonitor:
             for name, reason in margins.failures.items():
                 self._warn(f"{name} was not measured at step {margins.step}", reason)
         elif not margins.converged:
-            self._warn(
-                f"the measurement at step {margins.step} did not converge",
-                f"in {self._measurer.max_iter} products; raise max_iter or tol",
-            )
+            late = {name for name, its in margins.measurements.items() if not its.converged}
+            reason = "the bracket of critical_sharpness is wide"
+            if late != {"critical_sharpness"}:
+                reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
+            self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ class GD(SGD):
     ) -> float:
         r"""Set ``.grad`` to the gradient of the mean loss over all of ``data``; return that loss.
 
+        Only that of the optimizer's own parameters changes.
+
         .. math:: \nabla f = \sum_b \frac{w_b}{w} \nabla f_b
 
         over chunks b of weight :math:`w_b`: the number of samples, or the sum of their weights for a
@@ -101,10 +104,13 @@ class GD(SGD):
         batches = Batches(data, chunk_size=chunk_size)
         weigher = ChunkWeights(model, loss_fn, batches, sample_weight)
         losses: list[Tensor] = []
+        own = [p for group in self.param_groups for p in group["params"]]
+        counted = [p for p in own if p.requires_grad]
         first = total = 0.0
         with torch.enable_grad():
             for batch, size in batches:
-                loss, weight = weigher.loss_and_weight(self._moved(batch), size)
+                moved = map_tensors(partial(_to, device=own[0].device), batch)
+                loss, weight = weigher.loss_and_weight(moved, size)
                 if not total:
                     self.zero_grad()
                     first = weight
@@ -112,18 +118,17 @@ class GD(SGD):
                     continue
                 # The sum is unknown until all data are read; until then the first chunk is the unit.
                 part = loss * (weight / first)
-                torch.autograd.backward(part)
+                torch.autograd.backward(part, inputs=counted)
                 losses.append(part.detach())
                 total += weight
         if not total:
             raise ValueError(f"data: all {batches.num_samples} samples have weight zero")
         if total != first:
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.mul_(first / total)
+            for p in own:
+                if p.grad is not None:
+                    p.grad.mul_(first / total)
         return float(torch.stack(losses).sum()) * (first / total)
 
-    def _moved(self, batch: Any) -> Any:
-        device = self.param_groups[0]["params"][0].device
-        return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

@@ -275,3 +275,21 @@ def test_sums_are_refused() -> None:
     labels = torch.full((N,), -100)
     with pytest.raises(ValueError, match="all 11 samples have weight zero"):
         optimizer.full_gradient(nn.Linear(3, 2).double(), nn.CrossEntropyLoss(), (X, labels))
+
+
+def test_other_parameters_of_the_model_keep_their_gradients() -> None:
+    """Catches gradients of another optimizer's parameters, summed over chunks and never zeroed."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    x, y = torch.ones(8, 2), torch.zeros(8, 1)
+    groups = [{"params": []}, {"params": model[0].parameters()}]  # an empty group has no device
+    optimizer = stableopt.GD(groups, lr=0.1)
+    nn.MSELoss()(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model[1].weight.grad = None
+    for _ in range(2):
+        optimizer.full_gradient(model, nn.MSELoss(), (x, y), chunk_size=2)
+    assert model[1].weight.grad is None
+    assert torch.equal(model[1].bias.grad, expected[3])
+    for p, gradient in zip(model[0].parameters(), expected, strict=False):
+        # Sums of four chunks, in single precision.
+        assert torch.allclose(p.grad, gradient, rtol=1e-5)

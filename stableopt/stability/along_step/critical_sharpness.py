@@ -7,6 +7,9 @@ along the direction u of a step :math:`\theta - \eta u` (Kalra et al., arXiv:260
 2.1). On a quadratic :math:`\lambda_c = u^\top Hu/u^\top g \le \lambda_{\max}(PH)` for u = Pg, equal
 along the top eigenvector. It takes losses alone, and so no second derivative. It is a threshold of one
 step, :math:`2/\eta`: with momentum, sharpness has another limit.
+
+Near a minimum with loss left the dip of the loss is rounding, and no crossing is found. There the loss
+is a parabola, whose crossing follows from its slopes at two points: two gradients.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.stability.along_step.crossing_search import Rise, first_rise
+from stableopt.stability.along_step.realised_edge import loss_rounding
 from stableopt.stability.along_step.trial_step import trial_step
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -39,6 +43,15 @@ TOL = 1 / 16
 MAX_PASSES = 7
 """Forward passes, that for the loss at the start included."""
 
+_ROUNDINGS = 20
+"""Rounding errors of the loss that it has to fall by, at some distance tried."""
+
+_DIP = 100
+"""Those of a parabola's dip: five times as many, if all distances tried are near the crossing."""
+
+_SHIFT = 5e-3
+"""Length of the step between two gradients, relative to the weights: the third root of the precision."""
+
 
 @dataclass(frozen=True)
 class CriticalSharpness:
@@ -50,7 +63,8 @@ class CriticalSharpness:
         bracket: the largest learning rate tried that did not raise the loss, and the smallest that did;
             0 or infinity where none was found.
         passes: forward passes over the data.
-        converged: whether the bracket is as narrow as asked for.
+        converged: whether the bracket is as narrow as asked for; or, where the loss changes by rounding
+            alone, whether two gradients gave the learning rate. The bracket is then open.
 
     >>> found = CriticalSharpness(4.0, 0.5, (0.49, 0.51), 5, True)
     >>> found.value * found.lr
@@ -88,7 +102,8 @@ def critical_sharpness(
     :math:`\eta_c` is the smallest learning rate at which the step raises the loss (Kalra et al.,
     arXiv:2601.16979, 2026). It takes at most seven forward passes, and for a direction that is not
     given one gradient; no second derivative, so that compiled and fused models, and models under
-    ``fully_shard``, can be measured.
+    ``fully_shard``, can be measured. Near a minimum, where the loss changes by rounding alone, it takes
+    one more gradient, and no crossing is searched for: the loss is a parabola there.
 
     Args:
         model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
@@ -193,6 +208,17 @@ def critical_sharpness(
     # The gradient is that of the loss that counts, or of another.
     own = slope if counted is problem else None
     rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=own)
+    rounding = loss_rounding(counted, base)
+    if own is not None and rise.depth < _ROUNDINGS * rounding:
+        own_norms = (_flat(along), problem.flatten([t.detach() for t in theta]))
+        step, weights = (math.sqrt(dot(problem, v, v)) for v in own_norms)
+        shift = _SHIFT * max(weights, 1.0) / step
+        there = [t.detach() - shift * u for t, u in zip(theta, along, strict=True)]
+        _, gradient = problem.loss_and_gradient(tuple(there))
+        crossing = _of_parabola(own, -dot(problem, gradient, _flat(along)), rounding / shift)
+        if crossing is not None:
+            lr, spent = crossing * shift, passes + rise.passes + 1
+            return CriticalSharpness(2 / lr, lr, (0.0, math.inf), spent, True)
     return CriticalSharpness(
         2 / rise.share,
         rise.share,
@@ -222,6 +248,13 @@ def along_taken_step(at: Evaluation) -> QuantityResult:
         along.loss_at, base, last / rate, tol=TOL, passes=MAX_PASSES - spent, slope=slope
     )
     details = {"passes": float(rise.passes)}
+    rounding = loss_rounding(along.problem, base)
+    if rise.depth < _ROUNDINGS * rounding:
+        crossing = _of_parabola(along.slope, along.slope_after, rounding)
+        if crossing is not None:
+            value = 2 / (crossing * rate)
+            measurement = Measurement(value, 0.0, rise.passes, 0.0, True)
+            return QuantityResult(value, measurement=measurement, details=details)
     if rise.low == 0:
         return QuantityResult(details=details)  # the step goes uphill
     eta = rise.share * rate
@@ -229,6 +262,17 @@ def along_taken_step(at: Evaluation) -> QuantityResult:
     width = 1 - rise.low / rise.high
     measurement = Measurement(2 / eta, width, rise.passes, 0.0, _converged(rise, TOL))
     return QuantityResult(2 / eta, measurement=measurement, details=details)
+
+
+def _of_parabola(slope: float, slope_after: float, rounding: float) -> float | None:
+    """Return where a parabola with these slopes at 0 and 1 is back at its start.
+
+    ``None`` if it is not, or if its dip is deep enough for a search.
+    """
+    if not slope < min(0.0, slope_after):
+        return None
+    crossing = 2 * slope / (slope - slope_after)
+    return crossing if -slope * crossing / 4 < _DIP * rounding else None
 
 
 def _converged(rise: Rise, tol: float) -> bool:

@@ -45,12 +45,14 @@ class Rise:
         low: the largest distance tried below it where the loss had not risen; 0 if there is none.
         high: the smallest distance tried where the loss had risen; infinity if there is none.
         passes: losses evaluated.
+        depth: how far the loss fell below its start at most, at the distances tried.
     """
 
     share: float
     low: float
     high: float
     passes: int
+    depth: float = 0.0
 
 
 def first_rise(
@@ -79,11 +81,11 @@ def first_rise(
     (2.0, 4)
     """
     slopes = {} if slope is None else {0.0: slope}
-    low, high, spent = 0.0, math.inf, 0
+    low, high, spent, depth = 0.0, math.inf, 0, 0.0
     t, last, widths = start, None, [math.inf]
     while spent < passes and 0 < t < math.inf:
         slopes[t] = (loss_at(t) - base) / t
-        spent += 1
+        spent, depth = spent + 1, max(depth, -slopes[t] * t)
         risen = not slopes[t] <= 0  # as a loss that is not a number
         low, high = (low, min(high, t)) if risen else (max(low, t), high)
         if low > 0 and 1 - low / high < tol:
@@ -100,7 +102,7 @@ def first_rise(
         offset = _BESIDE if near else min(max(moved, _BESIDE), _FARTHEST_BESIDE)
         t, last = _next(root, low, high, offset, tol, slopes), root
     root = _root(slopes, low, high) if 0 < low < high < math.inf else low or high
-    return Rise(math.sqrt(low * high) if root is None else root, low, high, spent)
+    return Rise(math.sqrt(low * high) if root is None else root, low, high, spent, depth)
 
 
 def _rises(slopes: dict[float, float]) -> bool:

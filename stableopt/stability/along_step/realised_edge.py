@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.taken_step import AlongStep
 
-__all__ = ["realised_edge"]
+__all__ = ["loss_rounding", "realised_edge"]
 
 WINDOW = 32
 """Measured steps in an average with mini-batches; with full batches, one."""
@@ -59,14 +60,20 @@ def realised_edge(at: Evaluation) -> QuantityResult:
 def _fall(along: AlongStep) -> tuple[float, float]:
     """Return the change of the loss over the step, and its rounding error."""
     change = along.loss_after - along.loss_before
-    problem = along.problem
-    dtype = problem.precision.autocast or problem.dtype
-    scale = max(abs(along.loss_before), abs(along.loss_after), _LEAST_LOSS)
-    rounding = torch.finfo(dtype).eps * scale
+    rounding = loss_rounding(along.problem, along.loss_before, along.loss_after)
     if not math.isfinite(change) or abs(change) >= _ROUNDINGS * rounding:
         return change, rounding
     half = (along.slope_after - along.slope) / 2
-    return along.slope + half, torch.finfo(dtype).eps * abs(along.slope)
+    return along.slope + half, _eps(along.problem) * abs(along.slope)
+
+
+def loss_rounding(problem: MeanLoss, *losses: float) -> float:
+    """Return the rounding error of losses of this size."""
+    return _eps(problem) * max(_LEAST_LOSS, *map(abs, losses))
+
+
+def _eps(problem: MeanLoss) -> float:
+    return torch.finfo(problem.precision.autocast or problem.dtype).eps
 
 
 def _metric(at: Evaluation, along: AlongStep) -> float:

@@ -82,8 +82,11 @@ def _step(optimizer: torch.optim.Optimizer, twins: dict[int, Tensor]) -> None:
             vars(twin)[name] = OrderedDict()
         elif name not in _LEFT_OUT:
             vars(twin)[name] = copy.deepcopy(value, memo)
+    # Without torch's global hooks, which count the steps of training.
+    step = type(twin).step
+    step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
     try:
-        twin.step()
+        step(twin)
     except Exception as error:
         raise TypeError(
             f"optimizer={type(optimizer).__name__} cannot take a trial step"

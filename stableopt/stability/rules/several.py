@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+_DIGITS = 12
+"""Decimals to which settings that must agree are compared."""
+
 _MAY_DIFFER = {
     "lr",
     "maximize",
@@ -142,14 +145,42 @@ def rule_of(optimizers: Sequence[torch.optim.Optimizer]) -> UpdateRule:
         TypeError, ValueError: as ``UpdateRule.of`` does.
     """
     if len(optimizers) == 1:
-        return UpdateRule.from_optimizer(optimizers[0])
+        return _read(optimizers[0])
     blocks, seen = [], Counter[str]()
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         seen[kind] += 1
         name = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
-        blocks.append(Block(name, optimizer, UpdateRule.from_optimizer(optimizer)))
+        blocks.append(Block(name, optimizer, _read(optimizer)))
     return _joint(blocks)
+
+
+def _read(optimizer: torch.optim.Optimizer) -> UpdateRule:
+    """Return the rule; where groups differ in their momentum, that of optimizers of one group each.
+
+    What has no rule, such as a momentum of 1, is a rule without limits: a monitor that was made must
+    not end the training when groups or steps begin to differ.
+    """
+    try:
+        return UpdateRule.from_optimizer(optimizer)
+    except ValueError as error:
+        unknown = UpdateRule.unknown_step(optimizer, str(error))
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    try:
+        blocks = [
+            Block(f"{kind}, group {index}", part, UpdateRule.from_optimizer(part))
+            for index, part in enumerate(_of_one_group(optimizer, group) for group in groups)
+        ]
+        return _joint(blocks) if len(blocks) > 1 else unknown
+    except ValueError:
+        return unknown
+
+
+def _of_one_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return an optimizer for reading, with one group and the state of ``optimizer``."""
+    part = object.__new__(type(optimizer))
+    vars(part).update({**vars(optimizer), "param_groups": [group]})
+    return part
 
 
 def _joint(blocks: Sequence[Block]) -> UpdateRule:
@@ -208,8 +239,8 @@ def _apart(blocks: Sequence[Block]) -> str | None:
             )
     forms = {_form(block.rule) for block in blocks}
     if len(forms) > 1:
-        momenta = ", ".join(f"{b.name} {b.rule.memory:g}" for b in blocks)
-        return f"the optimizers' momenta differ ({momenta}), so each has a limit of its own"
+        momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
+        return f"the momenta differ ({momenta}), so each has a limit of its own"
     return None
 
 
@@ -217,7 +248,16 @@ def _form(rule: UpdateRule) -> tuple[Any, ...]:
     """Return what must agree for blocks to have a common limit."""
     heavy_ball = not rule.nesterov and rule.momentum_share == 1
     apart = _MAY_DIFFER | ({"dampening"} if heavy_ball else set())
-    return tuple(getattr(rule, field.name) for field in fields(rule) if field.name not in apart)
+    return tuple(
+        _rounded(getattr(rule, field.name)) for field in fields(rule) if field.name not in apart
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Return numbers without the rounding errors of averages that are computed at each step."""
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return round(value, _DIGITS) if isinstance(value, float) else value
 
 
 def _speed(rule: UpdateRule) -> float:

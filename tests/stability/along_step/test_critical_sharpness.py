@@ -10,6 +10,7 @@ import pytest
 import torch
 from first_order import half_squares, quadratic
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import stableopt
 from stableopt import Problem, StabilityMonitor, critical_sharpness
@@ -241,3 +242,45 @@ def test_a_monitor_measures_it_along_the_step_taken(monkeypatch: pytest.MonkeyPa
         assert found.value == pytest.approx(exact, rel=1e-7)
         assert found.limit == pytest.approx(2 / 0.1)
         assert monitor.margins.critical_sharpness_ratio == pytest.approx(exact * 0.05, rel=1e-7)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-4, 3e-5])
+def test_near_a_minimum_with_loss_left_it_comes_from_two_gradients(distance: float) -> None:
+    """Catches a crossing that is rounding: the loss, of 0.9, changes by 1e-7 to 1e-10 along the step."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(200, 5, generator=generator), torch.randn(200, 1, generator=generator)
+    y = x.sum(1, keepdim=True) + noise
+    hessian = 2 / 200 * x.double().T @ x.double()
+    minimum = torch.linalg.lstsq(x.double(), y.double()).solution
+    model, loss_fn = nn.Linear(5, 1, bias=False), nn.MSELoss()
+    with torch.no_grad():
+        model.weight.copy_((minimum + distance * torch.linalg.eigh(hessian)[1][:, 3:4]).T)
+    gradient = hessian @ (model.weight.detach().double().T - minimum)
+    exact = float(gradient.T @ hessian @ gradient / gradient.square().sum())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = critical_sharpness(model, loss_fn, (x, y))
+    quantities = ("critical_sharpness",)
+    with StabilityMonitor(
+        optimizer, model, loss_fn, (x, y), every=1, quantities=quantities
+    ) as monitor:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+    # Gradients of 6e-5 to 2e-3 have rounding errors of about 1e-6, of terms of size 1.
+    assert found.value == pytest.approx(exact, rel=0.02)
+    assert monitor.margins.critical_sharpness == pytest.approx(exact, rel=0.02)
+    assert found.converged
+    assert monitor.margins.converged
+    assert found.bracket == (0.0, math.inf)
+
+
+def test_a_trial_step_is_not_counted_by_global_hooks() -> None:
+    """Catches a step that torch's global hooks, such as a profiler's, see and no optimizer took."""
+    model, data, _ = quadratic()
+    steps: list[Any] = []
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, args, kwargs: steps.append(optimizer)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    critical_sharpness(model, half_squares, data, optimizer=optimizer)
+    hook.remove()
+    assert steps == []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stableopt import UpdateRule
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
-from stableopt.stability.rules.several import BlockPreconditioner
+from stableopt.stability.rules.several import BlockPreconditioner, SeparateBlocks, rule_of
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -118,3 +118,64 @@ def test_before_a_step_the_joint_preconditioner_is_not_known_yet() -> None:
     assert rule.momentum == 0.9
     alike = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in (one, two)]
     assert UpdateRule.of(alike) == UpdateRule.from_optimizer(alike[0])
+
+
+GROUPS: dict[str, Callable[[list[dict[str, object]]], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_with_other_momenta_are_blocks_with_limits_of_their_own(name: str) -> None:
+    """Catches an error that ends a monitor, also of quantities that need no rule."""
+    key, values = (
+        ("momentum", (0.9, 0.0)) if name == "SGD" else ("betas", ((0.9, 0.99), (0.8, 0.99)))
+    )
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    groups: list[dict[str, object]] = [
+        {"params": [p], key: value} for p, value in zip(params, values, strict=True)
+    ]
+    optimizer = GROUPS[name](groups)
+    for p in params:
+        p.grad = torch.ones(2)
+    optimizer.step()
+    rule = rule_of([optimizer])
+    assert rule.unknown is not None
+    assert "the momenta differ" in rule.unknown
+    assert isinstance(rule.preconditioner, SeparateBlocks)
+    blocks = rule.preconditioner.blocks
+    assert [block.name for block in blocks] == [f"{name}, group 0", f"{name}, group 1"]
+    for block, p, value in zip(blocks, params, values, strict=True):
+        alone = torch.optim.SGD([p], lr=0.1, momentum=value) if name == "SGD" else optimizer
+        assert block.params == [p]
+        if name == "SGD":
+            assert block.rule == UpdateRule.from_optimizer(alone)
+        else:
+            assert block.rule.momentum == value[0]
+
+
+def test_settings_without_a_limit_are_a_rule_without_one() -> None:
+    """Catches an error of the constructor that ends a monitor; the reason names the setting."""
+    rule = rule_of([torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1, momentum=1.0)])
+    assert rule.unknown == "momentum=1.0: expected at least 0 and below 1"
+
+
+def test_rounding_of_computed_settings_does_not_set_groups_apart() -> None:
+    """Catches averages of schedule-free SGD whose weights differ by one unit in the last place."""
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    pairs = list(zip(params, (0.1, 0.3), strict=True))
+    one = [schedulefree.SGDScheduleFree([{"params": [p], "lr": lr} for p, lr in pairs])]
+    two = [schedulefree.SGDScheduleFree([p], lr=lr) for p, lr in pairs]
+    inner = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in pairs])
+    wrapped = [schedulefree.ScheduleFreeWrapper(inner)]
+    for optimizers in (one, two, wrapped):
+        for optimizer in optimizers:
+            optimizer.train()
+        for _ in range(12):
+            for p in params:
+                p.grad = torch.ones(1)
+            for optimizer in optimizers:
+                optimizer.step()
+            assert rule_of(optimizers).unknown is None

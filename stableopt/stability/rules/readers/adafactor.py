@@ -7,7 +7,8 @@ only, and shrink the update to a root mean square of at most d:
     \qquad \kappa = \max\bigl(1, \mathrm{rms}(\hat V^{-1/2}g)/d\bigr),
 
 where :math:`\alpha` contains the root mean square of the parameters before the step. :math:`\kappa`
-needs the gradient of the step: after ``zero_grad`` P is not known.
+needs the gradient of the step: after ``zero_grad`` P is not known. After the next backward pass it is
+that of another step, which cannot be seen here: monitors read the rule right after a step.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ def _rms(tensor: Tensor) -> float:
 
 
 def without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    """Return a rule that is not known, if a parameter has stepped and has no gradient."""
+    """Return a rule that is not known, if a parameter has stepped and has no gradient any more."""
     held = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)
     ]
-    if all(p.grad is not None for p in held):
+    gradients = [p.grad for p in held if p.grad is not None]
+    zeroed = bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+    if len(gradients) == len(held) and not zeroed:
         return None
     reason = (
         f"{type(optimizer).__name__} scales its update by the gradient, which is gone: measure between"

@@ -185,7 +185,8 @@ def read_adadelta(optimizer: torch.optim.Optimizer) -> UpdateRule:
         group, state, rho = step.group, step.state, float(step.group["rho"])
         below, deltas = state["square_avg"] + group["eps"], state["acc_delta"]
         if step.param is not None and step.param.grad is not None:
-            g = real_view(step.param.grad) + group["weight_decay"] * real_view(step.param)
+            sign = -1.0 if group["maximize"] else 1.0
+            g = sign * real_view(step.param.grad) + group["weight_decay"] * real_view(step.param)
             own = (1 - rho) * g.square() / below
             deltas = (deltas - own * group["eps"]) / (rho + own)
         entry: Tensor = ((deltas + group["eps"]) / below).sqrt()

@@ -33,6 +33,7 @@ from stableopt.stability.rules.preconditioner import (
 )
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
+    SAME,
     decay_of,
     one,
     params_of,
@@ -43,10 +44,6 @@ from stableopt.stability.rules.update_rule import UpdateRule
 __all__ = ["Step", "diagonal_rule", "stepped_rule"]
 
 Group = dict[str, Any]
-
-_SAME = 1e-12
-"""Difference of momenta, and relative one of shrinkages, up to which they are one: bias corrections
-near 1 have rounding errors."""
 
 
 class Step(NamedTuple):
@@ -124,13 +121,13 @@ def stepped_rule(
     asked = known or [Step(group, {}, 1.0) for group in groups]
     lr = max(rate(step) for step in asked)
     shrinks = [shrink(step) for step in asked]
-    in_limit = max(shrinks) - min(shrinks) <= _SAME * max(shrinks)
+    in_limit = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
     filters = None if filter is None else [filter(step) for step in asked]
     joining = {filtered_decay(step.group) * (rate(step) / lr if lr else 1.0) for step in asked}
     for what, several in (
         (
             "filters of the gradients",
-            filters and not all(same(filters[0], f, _SAME) for f in filters),
+            filters and not all(same(filters[0], f, SAME) for f in filters),
         ),
         ("decoupled weight decay", filters and not in_limit),
         ("weight decay", len(joining) > 1),
@@ -184,7 +181,7 @@ def _fold(shrink: float) -> float:
 def _same_momentum(forms: list[tuple[float, float, float]]) -> tuple[float, float, float]:
     beta, tau, share = forms[0]
     for other in forms[1:]:
-        if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > _SAME:
+        if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > SAME:
             raise ValueError(
                 f"parameters have momentum (beta, tau, nu) of {forms[0]} and {other}: expected one"
                 " for all, so the same betas in all groups, and as many steps where the momentum"

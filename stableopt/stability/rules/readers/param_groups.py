@@ -9,20 +9,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_STEPPED", "decay_of", "one", "params_of", "step_counts"]
+__all__ = ["NOT_STEPPED", "SAME", "decay_of", "one", "params_of", "step_counts"]
 
 T = TypeVar("T")
+
+SAME = 1e-12
+"""Difference of momenta, and relative one of shrinkages, up to which they are one: bias corrections
+near 1, and weights of averages, have rounding errors."""
 
 NOT_STEPPED = "{} has not taken a step yet, and its preconditioner depends on its steps"
 
 
-def one(name: str, values: list[T]) -> T:
-    """Return the common value of ``values``.
+def one(name: str, values: list[T], within: float = 0.0) -> T:
+    """Return the common value of ``values``, the first one if they are numbers that were computed.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if they differ, by more than ``within``.
     """
-    if any(value != values[0] for value in values):
+    first: Any = values[0]
+    if any(value != first and not (within and abs(value - first) <= within) for value in values):
         raise ValueError(
             f"param_groups have {name} {values}: expected one value; groups may differ in lr,"
             " weight_decay and settings of the preconditioner; or pass update_rule="

@@ -15,7 +15,7 @@ parameters are x, and the rule is not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stableopt.stability.rules.readers.adaptive import rectified
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
-from stableopt.stability.rules.readers.param_groups import one, params_of
+from stableopt.stability.rules.readers.param_groups import SAME, one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adamw", "read_radam", "read_sgd", "read_wrapper"]
@@ -47,6 +47,10 @@ def _weight(group: Group) -> float:
     total = float(group["weight_sum"])
     newest = group["k"] ** group["r"] * float(group["lr_max"]) ** group["weight_lr_power"]
     return float(newest / total) if total else 0.0
+
+
+def _newest(groups: Sequence[Group]) -> float:
+    return one("the weight of the newest point", [_weight(group) for group in groups], within=SAME)
 
 
 def _rate(group: Group) -> float:
@@ -75,7 +79,7 @@ def read_sgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
     lrs = tuple(_rate(group) for group in groups)
     decays = tuple(float(group["weight_decay"]) for group in groups)
     in_limit = len(set(lrs)) == len(set(decays)) == 1
-    past = 1 - one("the weight of the newest point", [_weight(group) for group in groups])
+    past = 1 - _newest(groups)
     return _not_read(optimizer) or UpdateRule(
         lr=max(lrs),
         momentum=past,
@@ -133,11 +137,11 @@ def read_wrapper(optimizer: Any) -> UpdateRule:
     if any(group.get("k") for group in groups) and not optimizer.train_mode:
         return UpdateRule.unknown_step(optimizer, _EVAL.format(name))
     decays = optimizer.weight_decay_at_y, inner.weight_decay, inner.decoupled_weight_decay
-    if any(decays) or inner.group_weight_decays or inner.lookahead is not None:
+    if any((*decays, *inner.group_weight_decays)) or inner.lookahead is not None:
         reason = f"{name} with weight decay, or over Lookahead, takes steps that are not read"
         return UpdateRule.unknown_step(optimizer, reason)
     own = {"r": optimizer.r, "weight_lr_power": optimizer.weight_lr_power}
-    c = one("the weight of the newest point", [_weight({**group, **own}) for group in groups])
+    c = _newest([{**group, **own} for group in groups])
     num, den = inner.linear_step.as_filter
     return replace(
         inner,
