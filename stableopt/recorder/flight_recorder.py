@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
+from stableopt._support.torch_internals import eager
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.monitor.observed_step import observe_steps
@@ -136,6 +137,7 @@ class FlightRecorder:
             raise
         monitor.sinks.append(self)
 
+    @eager
     def loss(
         self,
         loss: Tensor | float,
@@ -247,6 +249,7 @@ class FlightRecorder:
         except Exception as error:
             self._warn("the flight recorder failed", why(error))
 
+    @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if nested(optimizer) or not self._joint.begins(optimizer):
             return None
@@ -268,6 +271,7 @@ class FlightRecorder:
         """
         evaluated = False
 
+        @eager
         def seen() -> Any:
             nonlocal evaluated
             if evaluated:
@@ -280,6 +284,7 @@ class FlightRecorder:
 
         return seen
 
+    @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if nested(optimizer) or not self._joint.ends(optimizer):
             return
