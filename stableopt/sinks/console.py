@@ -31,9 +31,9 @@ class ConsoleSink:
 
     What training prints appears above the table. The last decision of steering, or the reason of a
     failed measurement, is the line below it; the table then keeps the last that succeeded. Where the
-    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Next to a
-    progress bar of tqdm or another display of rich, each measurement and decision is one line instead. The table
-    ends with the monitor, or with the program.
+    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Next to a progress
+    bar of tqdm or another display of rich, each measurement and decision is one line instead. The
+    table ends with the monitor, or with the program.
 
     Args:
         console: a ``rich.console.Console``; by default one that writes to standard error, so that
