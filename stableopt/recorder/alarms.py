@@ -10,10 +10,11 @@ from statistics import median
 from stableopt._support.arguments import positive, whole
 from stableopt.recorder.evidence import Evidence, robust_score
 
-__all__ = ["Alarm", "AlarmRules"]
+__all__ = ["BLOCK", "Alarm", "AlarmRules"]
 
-_BLOCK = 5
-"""Losses of batches are judged by means of so many, since a single one may be an odd batch."""
+BLOCK = 5
+"""Losses of batches are judged by means of so many, since a single one may be an odd batch. The rules
+see what happened in the last so many steps, and are to be asked as often."""
 
 _FEWEST = 8
 """Means, or measurements, with which one is compared; with fewer means the spread is not known."""
@@ -87,7 +88,7 @@ class AlarmRules:
         return None
 
     def _not_finite(self, evidence: Evidence) -> Alarm | None:
-        for its in evidence.steps[-_BLOCK:]:
+        for its in evidence.steps[-BLOCK:]:
             loss = 0.0 if its.loss is None else its.loss
             if not math.isfinite(loss):
                 return Alarm("not finite", its.step, f"the loss of the batch is {loss}")
@@ -116,8 +117,8 @@ class AlarmRules:
     def _loss(self, evidence: Evidence) -> Alarm | None:
         losses = [(its.step, its.loss) for its in evidence.steps if its.loss is not None]
         blocks = [
-            sum(loss / _BLOCK for _, loss in losses[end - _BLOCK : end])  # no sum can overflow
-            for end in range(len(losses), _BLOCK - 1, -_BLOCK)
+            sum(loss / BLOCK for _, loss in losses[end - BLOCK : end])  # no sum can overflow
+            for end in range(len(losses), BLOCK - 1, -BLOCK)
         ][::-1]
         first, name = evidence.first_loss, "the batches' loss"
         high = blocks and first is not None and blocks[-1] > self.loss_factor * first > 0
@@ -132,7 +133,7 @@ class AlarmRules:
     def _beyond_noise(evidence: Evidence, rise: float) -> bool:
         """Whether a rise above the first losses is more than their spread explains."""
         if math.isfinite(evidence.first_spread):
-            return rise > _ERRORS * evidence.first_spread / math.sqrt(_BLOCK)
+            return rise > _ERRORS * evidence.first_spread / math.sqrt(BLOCK)
         # The spread is not known yet: losses explode where weights do.
         return any(by > _FAR for its in evidence.steps for by in its.moved.values())
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
+from stableopt._support.torch_internals import eager
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.monitor.observed_step import observe_steps
-from stableopt.recorder.alarms import Alarm, AlarmRules
+from stableopt.recorder.alarms import BLOCK, Alarm, AlarmRules
 from stableopt.recorder.evidence import (
     FIRST_LOSSES,
     Evidence,
@@ -52,7 +54,8 @@ class FlightRecorder:
         monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
         folder: where reports go; it is created with the first.
         window: steps, and measurements, that are kept.
-        check_every: steps between two looks at losses and gradients. Each look waits for the device.
+        check_every: steps between two looks at losses and gradients. Each look waits for the device. A
+            late look finds what earlier ones would have found.
         rules: what counts as a spike.
         measure: whether to measure at an alarm that no measurement gave, so that the report shows
             the curvature at that moment. Not where several ranks train: all of them would have to.
@@ -117,6 +120,8 @@ class FlightRecorder:
         self._first_probe: float | None = None
         self._quiet_until = self._measures_from = 0
         self._reporting = False
+        self._unjudged = 0  # steps of the evidence that the rules have not seen
+        self._earlier: tuple[Alarm, Evidence] | None = None
         self._good: dict[str, Tensor] | None = None
         self._first_gains = self._gains()
         self._warn = WarnOnce(active=monitor.problem.ranks.rank == 0)
@@ -132,6 +137,7 @@ class FlightRecorder:
             raise
         monitor.sinks.append(self)
 
+    @eager
     def loss(
         self,
         loss: Tensor | float,
@@ -243,6 +249,7 @@ class FlightRecorder:
         except Exception as error:
             self._warn("the flight recorder failed", why(error))
 
+    @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if nested(optimizer) or not self._joint.begins(optimizer):
             return None
@@ -264,6 +271,7 @@ class FlightRecorder:
         """
         evaluated = False
 
+        @eager
         def seen() -> Any:
             nonlocal evaluated
             if evaluated:
@@ -276,6 +284,7 @@ class FlightRecorder:
 
         return seen
 
+    @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if nested(optimizer) or not self._joint.ends(optimizer):
             return
@@ -284,11 +293,22 @@ class FlightRecorder:
             self._guarded(self._look)
 
     def _drain(self) -> None:
-        """Read the pending steps from the device."""
-        steps = self._pending.read()
-        self._steps.extend(steps)
-        finite = [its.loss for its in steps if its.loss is not None and math.isfinite(its.loss)]
-        self._first_losses += finite[: FIRST_LOSSES - len(self._first_losses)]
+        """Read the pending steps from the device; of many, ask the rules among them too."""
+        for step in self._pending.read():
+            if self._unjudged == BLOCK:
+                self._guarded(self._judge)
+            self._steps.append(step)
+            self._unjudged += 1
+            known = step.loss is not None and math.isfinite(step.loss)
+            if known and len(self._first_losses) < FIRST_LOSSES:
+                self._first_losses.append(float(step.loss or 0.0))
+
+    def _judge(self) -> None:
+        """Keep the first alarm for the next look, with the evidence of that moment."""
+        self._unjudged, evidence = 0, self.evidence
+        alarm = self._rules.alarm(evidence)
+        if self._earlier is None and alarm is not None and alarm.step >= self._quiet_until:
+            self._earlier = alarm, evidence
 
     def _groups(self) -> list[list[str]]:
         problem = self._monitor.problem
@@ -314,20 +334,24 @@ class FlightRecorder:
     def _look(self) -> Alarm | None:
         """Write a report if there is an alarm; return the alarm."""
         self._drain()
-        alarm = self._rules.alarm(self.evidence)
+        earlier, self._earlier, self._unjudged = self._earlier, None, 0
+        alarm, past = earlier or (self._rules.alarm(self.evidence), None)
         quiet = alarm is None or self._reporting or alarm.step < self._quiet_until
         if alarm is None or quiet or not self._writes or len(self.reports) >= self._most_reports:
             return alarm
         self._reporting = True
         try:
-            self.reports.append(self._report(alarm))
+            self.reports.append(self._report(alarm, past))
         finally:
             self._reporting = False
         self._quiet_until = alarm.step + self._window
         return alarm
 
-    def _report(self, alarm: Alarm) -> Path:
-        """Write the report of ``alarm``; what fails is named in it."""
+    def _report(self, alarm: Alarm, past: Evidence | None) -> Path:
+        """Write the report of ``alarm``; what fails is named in it.
+
+        ``past`` is the evidence at the alarm where that was before now.
+        """
         missing: dict[str, str] = {}
         if self._measure and self._last_measured() < self._monitor.step >= self._measures_from:
             # A report that cannot be written is tried again, and the measurement is not.
@@ -337,6 +361,8 @@ class FlightRecorder:
             except Exception as error:
                 missing["the measurement at the alarm"] = why(error)
         evidence = self.evidence
+        if past is not None:
+            evidence = replace(past, measured=evidence.measured)
         try:
             found = verdict(alarm, evidence)
         except Exception as error:

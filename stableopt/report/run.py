@@ -88,7 +88,8 @@ class Run:
         decisions: of steering: step and reason.
         reports: of the flight recorder, oldest first.
         unreadable: lines, and reports, that could not be read, as a crash leaves them.
-        superseded: measurements that a run which was resumed has made again.
+        superseded: measurements, decisions and reports that a later run in the same folder replaced: it
+            was resumed before them, or began again.
         skipped: files that were not read, and why.
     """
 
@@ -167,6 +168,10 @@ def _step(value: Any) -> int:
     return step
 
 
+def _alarm(report: FlightReport) -> tuple[int, str]:
+    return report.step, report.alarm
+
+
 def _share(value: Any) -> float:
     share = number(value)
     return share if math.isfinite(share) else math.nan
@@ -175,9 +180,10 @@ def _share(value: Any) -> float:
 def read_run(path: str | os.PathLike[str]) -> Run:
     """Return the run in a folder, or of one file of JSON lines with the reports in its folder.
 
-    Lines that a crash cut short are read over, and so are lines of other loggers. Where a run that
-    was resumed wrote a step again, the later line counts. Named pipes and broken links are skipped, and
-    so are reports of another form.
+    Lines that a crash cut short are read over, and so are lines of other loggers. Where a run was
+    resumed or began again, its lines replace those of the same and later steps, and only reports whose
+    measurements are among the lines that remain count. Named pipes and broken links are skipped, and so
+    are reports of another form.
 
     Args:
         path: a folder with a file ``*.jsonl`` that :class:`~stableopt.JSONLinesSink` wrote, with
@@ -229,8 +235,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     name = path.resolve().name
     if lines is None:
         return Run(name, reports=reports, unreadable=unreadable, skipped=skipped)
-    notes, superseded = lines.notes, lines.superseded
-    return Run(name, lines.records, notes, reports, unreadable, superseded, skipped)
+    kept = lines.reports(reports)
+    superseded = lines.superseded + len(reports) - len(kept)
+    return Run(name, lines.records, lines.notes, kept, unreadable, superseded, skipped)
 
 
 def _regular(folder: Path, pattern: str, skipped: list[str]) -> list[Path]:
@@ -255,12 +262,50 @@ class _Lines:
                 self.unreadable += 1
                 continue
             if isinstance(line.get("note"), str):
+                if self._last > step:  # the run went back, and may not have measured since
+                    self._drop(step + 1, step)
                 self.notes.append((step, line["note"]))
             elif "failed" in line and "converged" in line:
-                while self.records and self.records[-1]["step"] >= step:
-                    self.records.pop()
-                    self.superseded += 1
+                again = bool(self.records) and self.records[-1]["step"] >= step
+                # A decision may come before the measurement of its step, as of an alarm.
+                self._drop(step, step if again or self._last > step else step + 1)
                 self.records.append(line)
+
+    @property
+    def _last(self) -> int:
+        """The last step of a line that remains."""
+        steps = [line["step"] for line in self.records[-1:]] + [step for step, _ in self.notes[-1:]]
+        return max(steps, default=-1)
+
+    def _drop(self, records_from: int, notes_from: int) -> None:
+        while self.records and self.records[-1]["step"] >= records_from:
+            self.records.pop()
+            self.superseded += 1
+        while self.notes and self.notes[-1][0] >= notes_from:
+            self.notes.pop()
+            self.superseded += 1
+
+    def reports(self, reports: Iterable[FlightReport]) -> list[FlightReport]:
+        """Return the reports whose measurements are those of the lines, each alarm once."""
+        kept: list[FlightReport] = []
+        for report in filter(self._agrees, reports):
+            # A resumed run that repeats the one before to the bit writes its reports again.
+            if self.superseded and kept and _alarm(kept[-1]) == _alarm(report):
+                kept.pop()
+            kept.append(report)
+        return kept
+
+    def _agrees(self, report: FlightReport) -> bool:
+        losses = {line["step"]: number(line["loss"]) for line in self.records if "loss" in line}
+        steps = {line["step"] for line in self.records}
+        for step, loss, *_ in report.measured:
+            known = losses.get(step, loss)
+            if known != loss and (math.isfinite(known) or math.isfinite(loss)):
+                return False
+            # Without a way back, lines may be missing for other reasons, such as a full disk.
+            if self.superseded and step not in steps and step > min(steps, default=step):
+                return False
+        return True
 
     def _objects(self, path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8", errors="replace") as file:

@@ -143,7 +143,7 @@ def counts(run: Run) -> Iterator[tuple[str, str]]:
     if run.reports:
         yield "alarms", f"{len(run.reports):,}"
     if run.superseded:
-        yield "measured again after a resume", f"{run.superseded:,}"
+        yield "replaced by a later run", f"{run.superseded:,}"
     if run.unreadable:
         yield "unreadable", f"{run.unreadable:,}"
     if run.skipped:

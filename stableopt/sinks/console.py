@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stableopt.sinks.events import Event, Measured
@@ -29,8 +31,9 @@ class ConsoleSink:
 
     What training prints appears above the table. The last decision of steering, or the reason of a
     failed measurement, is the line below it; the table then keeps the last that succeeded. Where the
-    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Where another live
-    display is active, such as a progress bar of rich, each measurement is one line instead.
+    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Next to a progress
+    bar of tqdm or another display of rich, each measurement and decision is one line instead. The
+    table ends with the monitor, or with the program.
 
     Args:
         console: a ``rich.console.Console``; by default one that writes to standard error, so that
@@ -57,6 +60,8 @@ class ConsoleSink:
         """Show the margins of a measurement, or the reason of a decision."""
         if not self.console.is_terminal:
             return
+        from stableopt.sinks.terminal import progress_bars
+
         if isinstance(event, Measured):
             failure = event.margins.failure
             self._failure = f"step {event.step:,} failed: {failure}" if failure else ""
@@ -64,30 +69,52 @@ class ConsoleSink:
                 self._margins = event.margins
         else:
             self._said = f"step {event.step:,}: {event.decision}"
-        if self._live is None and not self._begin():
-            latest = event.margins if isinstance(event, Measured) else self._margins
-            self.console.print(one_line(latest), highlight=False, markup=False)
+        if bars := progress_bars():
+            self.flush()
+        if self._live is None and (bars or not self._begin()):
+            text = one_line(event.margins) if isinstance(event, Measured) else self._said
+            self._print(text, bars)
             return
         self._live.update(margins_table(self._margins, self._failure or self._said), refresh=True)
 
     def flush(self) -> None:
         """Leave the table as it is; a later measurement begins another one."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            atexit.unregister(self.flush)
+            live.stop()
 
     def _begin(self) -> bool:
         """Start the live display; return whether there can be one."""
         from rich.errors import LiveError
         from rich.live import Live
 
+        from stableopt.sinks.terminal import other_display, redirect
+
+        if other_display() is not None:
+            return False
         live = Live(console=self.console, auto_refresh=False)
         try:
             live.start()
         except LiveError:
             return False
         self._live = live
+        redirect(self.console, lambda: self._live is live, self.flush)
+        atexit.register(self.flush)  # or a program that closes no monitor leaves a hidden cursor
         return True
+
+    def _print(self, text: str, bars: Sequence[Any]) -> None:
+        """Print a line above what else is drawn in the terminal."""
+        from stableopt.sinks.terminal import other_display
+
+        for bar in bars:
+            bar.clear()
+        if (stream := other_display()) is not None:
+            print(text, file=stream)
+        else:
+            self.console.print(text, highlight=False, markup=False)
+        for bar in bars:
+            bar.refresh()
 
     def __repr__(self) -> str:
         return "ConsoleSink()"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import shlex
@@ -80,7 +81,8 @@ class TensorBoardSink:
     - *Images*: the sharpness / non-uniformity diagram, if both are measured, with the region of the
       optimizer's own update rule and the decisions of steering as marks; and heat maps of all layers,
       :func:`stableopt.plot.layers`. They are drawn after the first measurement and then ever less
-      often, and at the first :meth:`flush` or :meth:`close` that finds something new.
+      often, and at the first :meth:`flush` or :meth:`close` that finds something new, or else when the
+      program ends.
     - *Histograms*: each measured spectrum, as ``spectra/<name>``.
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
@@ -130,7 +132,7 @@ class TensorBoardSink:
             )
         self.writer: Any = _new_writer(writer_or_dir) if self._owned else writer_or_dir
         self._announce = announce
-        self._records = 0
+        self._records, self._at_exit = 0, False
         self._names: dict[str, str] = {}
         self._diagrams, self._maps = Diagrams(max_diagrams), LayerMaps(max_diagrams)
         self._layers = LayerScalars()
@@ -171,9 +173,16 @@ class TensorBoardSink:
 
     def flush(self) -> None:
         """Write everything to disk; the first time with a diagram of the newest point."""
+        atexit.unregister(self._finish)
+        self._at_exit = False
         for pictures in (self._diagrams, self._maps):
             pictures.finish(self.writer)
         self.writer.flush()
+
+    def _finish(self) -> None:
+        """Flush at the end of a program that has not, unless its writer has been closed."""
+        if getattr(self.writer, "all_writers", ()) is not None:
+            self.flush()
 
     def close(self) -> None:
         """Flush, and close the writer if the sink made it."""
@@ -196,6 +205,9 @@ class TensorBoardSink:
             self._lay_out({split(key)[0] for key in record})
             if self._announce:
                 print(f"{self.command}\n{self.link}")
+        if not self._at_exit:
+            atexit.register(self._finish)
+            self._at_exit = True
         self._records += 1
         of_layers = {} if layers is None else self._layers.of(layers)
         for tag, value in {**self._scalars(record), **of_layers}.items():

@@ -110,6 +110,36 @@ def test_the_report_reads_well(spiked: Run) -> None:
     assert (path / "report.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("kind", ["spike", "infinite"])
+def test_a_late_look_finds_what_earlier_ones_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Catches a spike, or a loss that is not finite, that is over when the recorder looks: also where a
+    checkpoint or a measurement has read the steps before, and where the window is shorter.
+    """
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # figures take most of the time
+    found = []
+    for at, options in enumerate(({}, {"check_every": 50}, {"check_every": 50, "window": 60})):
+        run = Run(tmp_path / str(at), lr=1e-3, record=False)
+        run.monitor.close()
+        monitor = StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10**6)
+        with (
+            monitor,
+            FlightRecorder(monitor, tmp_path / str(at), measure=False, **options) as recorder,
+        ):
+            for k in range(1, 201):
+                bad = {"spike": 105 <= k < 120, "infinite": k == 112}[kind]
+                level = {"spike": 10.0, "infinite": math.inf}[kind] if bad else 1.0
+                recorder.loss(level * (1 + 0.1 * math.sin(k)))
+                run.optimizer.step()
+                if k == 133:
+                    recorder.state_dict()
+        (path,) = recorder.reports
+        content = json.loads((path / "report.json").read_text())
+        found.append((content["alarm"], content["evidence"]["steps"][-1]["step"]))
+    assert found[0] == found[1] == found[2]
+
+
 def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     """Catches a recorder that changes gradients, the random state, or the order of anything."""
     recorded, bare = Run(tmp_path), Run(tmp_path, record=False)

@@ -265,3 +265,22 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
     del expected[2]
     # 1e-6: in single precision.
     assert norms == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_compiled_step_has_the_report_of_an_eager_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a recorder that the compiler traces, which then cannot measure at the alarm."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # no figure
+    found = []
+    for compiled in (False, True):
+        run = Run(tmp_path / str(compiled), lr=30.0)
+        if compiled:
+            # The eager backend: the graph is what tracing is about, code generation is torch's own.
+            run.optimizer.step = torch.compile(run.optimizer.step, backend="eager")
+        run.train(9)
+        torch._dynamo.reset()
+        found.append([run.report()["alarm"], [m.step for m in run.monitor.history]])
+        run.monitor.close()
+    assert found[0] == found[1]
+    assert found[0][1] == [5]

@@ -218,6 +218,56 @@ def test_a_resumed_run_counts_once(tmp_path: Path) -> None:
     assert run.superseded == 2
 
 
+def test_decisions_of_a_run_that_went_back_count_once(tmp_path: Path) -> None:
+    """Catches a decision that is listed twice, or that was never carried out in the run that remains;
+    and one that is lost because an alarm measures its step after it.
+    """
+    sink = JSONLinesSink(tmp_path / "margins.jsonl")
+    from_the_checkpoint_at_20 = (30, 40)
+    for resumed, steps in ((False, (10, 20, 30, 40)), (True, from_the_checkpoint_at_20)):
+        for step in steps:
+            sink(step, margins(step).record())
+            sink.note(step, f"{resumed}")
+    expected = [(10, "False"), (20, "False"), (30, "True"), (40, "True")]
+    run = read_run(tmp_path)
+    assert run.decisions == expected
+    assert [record["step"] for record in run.records] == [10, 20, 30, 40]
+    assert run.superseded == 4
+    sink.note(45, "at the alarm")
+    sink(45, margins(45).record())
+    assert read_run(tmp_path).decisions == [*expected, (45, "at the alarm")]
+    sink.note(25, "before a measurement")
+    run = read_run(tmp_path)
+    assert run.decisions == [*expected[:2], (25, "before a measurement")]
+    assert [record["step"] for record in run.records] == [10, 20]
+
+
+def test_alarms_of_a_run_that_was_replaced_are_superseded(tmp_path: Path) -> None:
+    """Catches the spike of a run that was repaired and run again into the same folder, an alarm that a
+    resumed run repeats, and one that is lost with lines that are missing.
+    """
+    losses = {2: 1.0, 3: 1.0, 4: 1.0}
+    with mock.patch("importlib.util.find_spec", return_value=None):  # figures take most of the time
+        alarm(tmp_path)  # measured at 2 and at 4, with a loss of 1
+        sink = JSONLinesSink(tmp_path / "margins.jsonl")
+
+        def ran(steps: dict[int, float]) -> Run:
+            for step, loss in steps.items():
+                sink(step, {"loss": loss, "failed": 0.0, "converged": 1.0})
+            return read_run(tmp_path)
+
+        assert len(ran({2: 1.0, 3: 1.0}).reports) == 1  # the line of step 4 is missing
+        assert len(ran({4: 1.0}).reports) == 1
+        assert len(ran(losses).reports) == 1  # the same again
+        alarm(tmp_path)
+        run = read_run(tmp_path)
+        assert len(run.reports) == 1
+        assert run.superseded == 3 + 1
+        assert len(ran(losses | {4: 0.9}).reports) == 0
+        run = ran({2: 1.0, 3: 1.0})  # it has not come to the alarm's measurement
+        assert (len(run.reports), run.superseded) == (0, 9 + 2)
+
+
 def test_wrong_folders_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Catches a page of the wrong run, and a message without the way out."""
     with pytest.raises(FileNotFoundError, match="no such folder"):

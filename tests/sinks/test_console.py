@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import struct
+import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -152,6 +156,60 @@ def test_beside_a_progress_bar_each_measurement_is_a_line() -> None:
     text = written(console)
     assert "step 1,250" in text
     assert "sharpness" in text
+
+
+SCRIPT = """
+from rich.progress import Progress
+from tqdm import tqdm
+from stableopt import ConsoleSink, StabilityMargins
+from stableopt.sinks import Measured
+
+sink = ConsoleSink()
+def see(step):
+    sink.receive(Measured(step, StabilityMargins(step=step, sharpness=1.0)))
+see(1)
+print("a print")
+for k in tqdm(range(4), desc="BAR", mininterval=0):
+    if k == 2:
+        see(2)
+with Progress() as progress:
+    progress.add_task("training")
+    see(3)
+see(4)  # and the program ends
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
+def test_progress_bars_stay_one_line_and_the_cursor_comes_back() -> None:
+    """Catches a line for each drawing of a bar that was made while the table was there, a table that a
+    bar tears, and a terminal without a cursor where the program closes no monitor.
+    """
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    # Rows, columns, and pixels, that nothing here reads.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color"}
+    command = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(command, env=environment, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        parts = []
+        with suppress(OSError):  # Linux's end of file
+            while part := os.read(ours, 65536):
+                parts.append(part)
+    os.close(ours)
+    assert process.returncode == 0
+    text = b"".join(parts).decode()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 3  # two tables, and rich's bar
+    lines = text.replace("\r\n", "\n").split("\n")
+    # One until the line of step 2, and one after it.
+    assert len([line for line in lines if "BAR" in line]) == 2
+    assert any(line.endswith("\rstep 2, sharpness 1") for line in lines)
+    assert any(line.endswith("step 3, sharpness 1") for line in lines)
+    assert text.index("a print") < text.index("BAR")
+    assert len([line for line in lines if "quantity" in line]) >= 2
 
 
 def test_in_training(recwarn: pytest.WarningsRecorder) -> None:

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,24 @@ def test_diagrams_get_rarer(tmp_path: Path) -> None:
     steps = [event.step for event in read(tmp_path).Images("stability/diagram")]
     # The powers of 1000^(1/8), and the last measurement.
     assert [step // 2 for step in steps] == [1, 2, 6, 13, 32, 75, 178, 422, 480]
+
+
+def test_a_program_that_closes_nothing_has_the_last_diagram(tmp_path: Path) -> None:
+    """Catches a run whose diagram is that of its first measurements, a diagram after the end, and a new
+    file of a writer that its owner has closed.
+    """
+    with mock.patch("atexit.register") as register:
+        sink = TensorBoardSink(tmp_path)
+        for step in range(1, 6):
+            sink(step, sgd(step).record())
+        (at_exit,) = {call.args[0] for call in register.call_args_list}
+        at_exit()
+        assert [event.step for event in read(tmp_path).Images("stability/diagram")][-1] == 5
+        sink(6, sgd(6).record())
+        sink.writer.close()
+        files = sorted(tmp_path.iterdir())
+        at_exit()
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_diagrams_are_pictures(tmp_path: Path) -> None:

@@ -98,6 +98,41 @@ def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, nam
     assert rows[-1]["stability/note"] == "lower the rate"
 
 
+@pytest.mark.parametrize(("every", "decides"), [(1, False), (2, True)])
+def test_rows_of_training_survive(run: Any, tmp_path: Path, every: int, decides: bool) -> None:
+    """Catches a record that moves the run's count past the step of training's next row: steps of
+    training begin at 0, and a measurement and two decisions come between two of them.
+    """
+    sink = WandbSink(run)
+    for step in range(6):
+        if (step + 1) % every == 0:
+            sink(step + 1, {"sharpness": float(step)})
+            for what in ("lr", "batch size") if decides else ():
+                sink(step + 1, {"decision": 1.0})
+                sink.note(step + 1, f"raise {what}")
+        run.log({"loss": float(step)}, step=step)
+    run.finish()
+    rows = logged(tmp_path)
+    assert [row["_step"] for row in rows if "loss" in row] == list(range(6))
+    own = [row for row in rows if "stability/step" in row]
+    assert [row["stability/step"] for row in own] == list(range(every, 7, every))
+    assert all("stability/sharpness" in row for row in own)
+    if decides:
+        assert {row["stability/note"] for row in own} == {"raise lr\nraise batch size"}
+
+
+def test_records_of_two_monitors_are_rows_of_their_own(run: Any, tmp_path: Path) -> None:
+    """Catches a record that replaces the one of another monitor, or of the step before."""
+    sinks = [WandbSink(run), WandbSink(run)]
+    for step in (1, 2):
+        for at, sink in enumerate(sinks):
+            sink(step, {"sharpness": float(at)})
+    run.finish()
+    rows = logged(tmp_path)
+    found = [(r["stability/step"], r["stability/sharpness"]) for r in rows]
+    assert found == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
 def test_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an error that does not say what is missing."""
     with pytest.raises(RuntimeError, match=r"no run is active; expected wandb\.init\(\)"):
