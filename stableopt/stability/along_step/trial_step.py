@@ -83,10 +83,10 @@ def _step(optimizer: torch.optim.Optimizer, twins: dict[int, Tensor]) -> None:
         elif name not in _LEFT_OUT:
             vars(twin)[name] = copy.deepcopy(value, memo)
     # Without torch's global hooks, which count the steps of training.
-    step = type(twin).step
-    step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+    method: Any = getattr(type(twin), "step", None)
+    hooked = getattr(method, "hooked", False)
     try:
-        step(twin)
+        method.__wrapped__(twin) if hooked else twin.step()
     except Exception as error:
         raise TypeError(
             f"optimizer={type(optimizer).__name__} cannot take a trial step"

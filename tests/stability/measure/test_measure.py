@@ -326,18 +326,6 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str
         ValueError,
         "needs a learning rate and a batch size",
     ),
-    "groups that differ": (
-        lambda m, d: measure(
-            m,
-            nn.MSELoss(),
-            d,
-            optimizer=torch.optim.SGD(
-                [{"params": [m[0].weight], "momentum": 0.9}, {"params": [m[2].weight]}], lr=0.1
-            ),
-        ),
-        ValueError,
-        r"momentum \[0.9, 0\]",
-    ),
     "chunks of nothing": (
         lambda m, d: measure(m, nn.MSELoss(), d, chunk_size=0),
         ValueError,

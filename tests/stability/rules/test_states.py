@@ -32,7 +32,8 @@ def test_before_its_first_step_nothing_is_known_and_said_to_be(
     with pytest.raises(ValueError, match="has not taken a step"):
         rule.preconditioner @ torch.ones(38)
     both = ("sharpness", "non_uniformity")
-    with pytest.warns(RuntimeWarning, match="not known: .* has not taken a step"):
+    says = r"(preconditioned_sharpness|non_uniformity) was not measured: .* has not taken a step"
+    with pytest.warns(RuntimeWarning, match=says):
         found = measure(
             network,
             MSE,
@@ -47,7 +48,8 @@ def test_before_its_first_step_nothing_is_known_and_said_to_be(
     assert found.failure is None
     for name in ("sharpness", "preconditioned_sharpness", "non_uniformity"):
         assert getattr(found, f"{name}_limit") is None
-    assert (found.preconditioned_sharpness, found.non_uniformity, found.stable) == (None,) * 3
+    unknown = (found.preconditioned_sharpness, found.limited_sharpness, found.non_uniformity)
+    assert (*unknown, found.stable) == (None,) * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,13 +29,11 @@ def _rms(tensor: Tensor) -> float:
 
 
 def without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    """Return a rule that is not known, if a parameter has stepped and has no gradient any more."""
+    """Return a rule that is not known, if a parameter has stepped and has no gradient."""
     held = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)
     ]
-    gradients = [p.grad for p in held if p.grad is not None]
-    zeroed = bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
-    if len(gradients) == len(held) and not zeroed:
+    if all(p.grad is not None for p in held):
         return None
     reason = (
         f"{type(optimizer).__name__} scales its update by the gradient, which is gone: measure between"
