@@ -110,7 +110,7 @@ class Measurer:
         """Return the update rule as it stands now.
 
         Raises:
-            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.of`` does.
+            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.from_optimizer`` does.
         """
         if self._update_rule is None:
             return rule_of(self._optimizers)

@@ -108,7 +108,7 @@ class StabilityMonitor:
     Raises:
         ValueError: for arguments out of range, parameters that the optimizer does not hold, and as
             ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -102,7 +102,7 @@ def measure(
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
-        TypeError: as ``Problem`` and ``UpdateRule.of`` do.
+        TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
         Exception: if no quantity could be measured, the first one's error.
 
     >>> model = nn.Linear(2, 1, bias=False)

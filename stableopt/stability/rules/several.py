@@ -142,7 +142,7 @@ def rule_of(optimizers: Sequence[torch.optim.Optimizer]) -> UpdateRule:
     """Return the rule of one optimizer, or the joint rule of several.
 
     Raises:
-        TypeError, ValueError: as ``UpdateRule.of`` does.
+        TypeError: as ``UpdateRule.from_optimizer`` does.
     """
     if len(optimizers) == 1:
         return _read(optimizers[0])
