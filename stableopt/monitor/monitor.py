@@ -200,16 +200,15 @@ class StabilityMonitor:
         self._handles: list[Any] = []
         if batch_size is None:
             # This one first: torch.jit modules refuse it, and then no hook must be left behind.
-            self._handles.append(
-                observed.register_forward_pre_hook(self._counter, with_kwargs=True)
-            )
+            hook = observed.register_forward_pre_hook(self._counter, with_kwargs=True)
+            self._handles.append(hook)
         before = self._before_step if begins else None
-        for each in self.optimizers:
-            try:
+        try:
+            for each in self.optimizers:
                 self._handles += observe_steps(each, before, self._after_step)
-            except TypeError:
-                self.close()
-                raise
+        except TypeError:
+            self.close()
+            raise
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -304,10 +303,10 @@ class StabilityMonitor:
             for name, reason in margins.failures.items():
                 self._warn(f"{name} was not measured at step {margins.step}", reason)
         elif not margins.converged:
+            reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
             late = {name for name, its in margins.measurements.items() if not its.converged}
-            reason = "the bracket of critical_sharpness is wide"
-            if late != {"critical_sharpness"}:
-                reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
+            if late == {"critical_sharpness"}:
+                reason = "the bracket of critical_sharpness is wide"
             self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     @eager
