@@ -206,6 +206,8 @@ def suggest(
     options: dict[str, Any] = {"batch_dim": batch_dim}
     if isinstance(model, nn.Module) and not curvature:
         options["second_derivatives"] = False
+    if isinstance(optimizer, (list, tuple)):
+        raise TypeError(f"optimizer={optimizer!r}: expected one optimizer")
     given = problem_of(model, loss_fn, data, **options)
     notes: list[str] = []
     try:

@@ -256,6 +256,14 @@ def test_the_rate_of_one_step_is_that_of_a_scan() -> None:
         assert after(found.one_step[name] * 0.93) < start < after(found.one_step[name] * 1.07)
 
 
+def test_several_optimizers_are_refused() -> None:
+    """Catches an error from deep inside: the limits of a joint step have no column in the table."""
+    model = nn.Linear(1, 1)
+    both = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+    with pytest.raises(TypeError, match="expected one optimizer"):
+        stableopt.suggest(model, nn.MSELoss(), (torch.ones(2, 1), torch.ones(2, 1)), optimizer=both)
+
+
 def test_a_running_sgd_has_a_name_of_its_own() -> None:
     """Catches an answer for the running optimizer in the place of plain SGD's."""
     model = nn.Linear(1, 1, bias=False)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-__all__ = ["eager"]
+__all__ = ["eager", "in_backward"]
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -19,3 +19,12 @@ def eager(function: _Function) -> _Function:
     The public ``torch.compiler.disable`` would import the whole compiler here.
     """
     return cast("_Function", torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
+def in_backward() -> bool:
+    """Return whether the caller runs inside a backward pass, as recomputed forward passes do.
+
+    >>> in_backward()
+    False
+    """
+    return bool(torch._C._current_graph_task_id() != -1)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stableopt._support.torch_internals import eager
+from stableopt._support.torch_internals import eager, in_backward
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
 
@@ -34,7 +34,7 @@ class SampleCounter:
     def __init__(self, active: bool = True, dim: int = 0) -> None:
         self.active, self.dim = active, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
-        self._count = 0
+        self._count, self._forward = 0, False
 
     @property
     def __name__(self) -> str:
@@ -54,8 +54,13 @@ class SampleCounter:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
         # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
-        if self.active and torch.is_grad_enabled() and not measuring():
+        if not self.active or not torch.is_grad_enabled() or measuring():
+            return
+        # Activation checkpointing runs a pass again in the backward pass, or there alone.
+        again = in_backward()
+        if not (again and self._forward):
             self.add((args, kwargs))
+        self._forward = self._forward or not again
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch`` by its first tensor."""
@@ -73,7 +78,7 @@ class SampleCounter:
         """Take the samples since the last call, if any, as those of one step."""
         if self._count:
             self.observed.append(self._count)
-        self._count = 0
+        self._count, self._forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
         return SampleCounter(active=False)

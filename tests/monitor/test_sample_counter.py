@@ -10,6 +10,7 @@ import pytest
 import torch
 from monitored_runs import MSE, X, Y, linear, start, train
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import stableopt
 from stableopt import StabilityMonitor
@@ -159,3 +160,26 @@ def test_a_tracked_model_can_be_scripted() -> None:
     optimizer.step()
     assert optimizer.margins is not None
     assert optimizer.margins.batch_size == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_pass_counts_once(reentrant: bool) -> None:
+    """Catches a batch of twice the size where activation checkpointing runs the whole model again."""
+    model, optimizer, monitor = start()
+    x = X[:4].clone().requires_grad_()  # which reentrant checkpoints need
+    for _ in range(2):
+        optimizer.zero_grad()
+        MSE(checkpoint(model, x, use_reentrant=reentrant), Y[:4]).backward()
+        optimizer.step()
+        assert monitor.batch_size == 4
+
+
+def test_samples_that_are_not_counted_are_reported() -> None:
+    """Catches a run without a hook, as of code compiled before, that looks stable by half of the box."""
+    model, optimizer, monitor = start(quantities=("sharpness", "non_uniformity"))
+    MSE(model.forward(X), Y).backward()
+    with pytest.warns(RuntimeWarning, match="no samples of a step were counted; pass batch_size="):
+        optimizer.step()
+    assert monitor.margins.non_uniformity is not None
+    assert monitor.margins.sharpness_ratio < 1
+    assert monitor.margins.stable is None

@@ -83,10 +83,14 @@ def _step(optimizer: torch.optim.Optimizer, twins: dict[int, Tensor]) -> None:
         elif name not in _LEFT_OUT:
             vars(twin)[name] = copy.deepcopy(value, memo)
     # Without torch's global hooks, which count the steps of training.
+    kind = next(iter(twins.values())).device.type
+    devices = list({t.device for t in twins.values()} - {torch.device("cpu")})
     method: Any = getattr(type(twin), "step", None)
     hooked = getattr(method, "hooked", False)
     try:
-        method.__wrapped__(twin) if hooked else twin.step()
+        # Some optimizers draw random numbers, which training then has still to draw.
+        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+            method.__wrapped__(twin) if hooked else twin.step()
     except Exception as error:
         raise TypeError(
             f"optimizer={type(optimizer).__name__} cannot take a trial step"

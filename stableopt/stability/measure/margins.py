@@ -260,9 +260,10 @@ class StabilityMargins:
 
     @property
     def stable(self) -> bool | None:
-        """Whether every known ratio is at most 1, the box (9); ``None`` if none is known."""
+        """Whether all ratios are at most 1, the box (9); ``None`` if that, or a limit, is not known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
-        return all(r <= 1 for r in ratios) if ratios else None
+        half = self.non_uniformity is not None and self.non_uniformity_ratio is None
+        return None if (half and max(ratios, default=0) <= 1) or not ratios else max(ratios) <= 1
 
     @property
     def converged(self) -> bool:

@@ -28,7 +28,7 @@ from stableopt.stability.rules.preconditioner import (
     UnknownStep,
 )
 
-__all__ = ["UpdateRule", "base_optimizer"]
+__all__ = ["UpdateRule", "base_optimizer", "maximizes"]
 
 Reader = Callable[[Any], "UpdateRule"]
 
@@ -50,6 +50,12 @@ def _names(kind: type) -> list[str]:
 def _step(kind: type) -> Any:
     """Return the function ``step`` of a class, without the wrappers that torch puts around it."""
     return inspect.unwrap(getattr(kind, "step", None))  # type: ignore[arg-type]
+
+
+def maximizes(optimizer: torch.optim.Optimizer) -> list[bool]:
+    """Return for each group whether it ascends; some packages say so once for the optimizer."""
+    default = getattr(optimizer, "maximize", False)
+    return [bool(group.get("maximize", default)) for group in optimizer.param_groups]
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -334,9 +340,10 @@ class UpdateRule:
         """
         rates = [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
         known = [rate for rate in rates if 0 <= rate < math.inf]
-        maximize = any(bool(group.get("maximize")) for group in optimizer.param_groups)
         return cls(
-            lr=max(known, default=0.0), maximize=maximize, preconditioner=UnknownStep(reason)
+            lr=max(known, default=0.0),
+            maximize=any(maximizes(optimizer)),
+            preconditioner=UnknownStep(reason),
         )
 
     @classmethod

@@ -284,3 +284,17 @@ def test_a_trial_step_is_not_counted_by_global_hooks() -> None:
     critical_sharpness(model, half_squares, data, optimizer=optimizer)
     hook.remove()
     assert steps == []
+
+
+def test_a_trial_step_draws_no_random_numbers_of_training() -> None:
+    """Catches an optimizer with noise of its own, whose trial step moves torch's generator."""
+
+    class Noisy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad + 0.01 * torch.randn_like(p), alpha=-0.1)
+
+    model, data, _ = quadratic()
+    before = torch.get_rng_state()
+    critical_sharpness(model, half_squares, data, optimizer=Noisy(model.parameters(), lr=0.1))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -308,3 +308,24 @@ def test_complex_parameters_are_read_as_their_real_view(kind: str) -> None:
     rules = [UpdateRule.from_optimizer(optimizer) for optimizer in optimizers]
     entries = [rule.preconditioner.entries[0] for rule in rules]  # type: ignore[union-attr]
     assert torch.equal(*entries)
+
+
+@pytest.mark.parametrize("name", ["Lion", "AdaBelief", "Lamb"])
+def test_ascent_that_the_optimizer_says_once_is_read(name: str) -> None:
+    """Catches the Hessian of the loss for that of its negative, where groups do not say it."""
+    kind = getattr(needs("pytorch_optimizer"), name)
+    params = [nn.Parameter(torch.ones(2))]
+    assert UpdateRule.from_optimizer(kind(params, lr=0.1, maximize=True)).maximize
+    assert not UpdateRule.from_optimizer(kind(params, lr=0.1)).maximize
+
+
+@pytest.mark.parametrize("option", ["cautious", "use_gc"])
+def test_options_that_make_lion_another_step_are_named(option: str) -> None:
+    """Catches the norm of plain signs for steps that are none."""
+    lion = needs("pytorch_optimizer").Lion(
+        [nn.Parameter(torch.ones(2, 2))], lr=0.1, **{option: True}
+    )
+    rule = UpdateRule.from_optimizer(lion)
+    assert rule.norm is None
+    assert rule.unknown is not None
+    assert f"{option}=True" in rule.unknown

@@ -39,7 +39,7 @@ from stableopt.stability.rules.readers.param_groups import (
     params_of,
     step_counts,
 )
-from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule, maximizes
 
 __all__ = ["Step", "diagonal_rule", "stepped_rule"]
 
@@ -93,7 +93,6 @@ def stepped_rule(
     shrink: Callable[[Step], float] = lambda step: 0.0,
     weight_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"]),
     filtered_decay: Callable[[Group], float] = lambda group: 0.0,
-    maximize: bool = False,
 ) -> UpdateRule:
     """Return the rule of an optimizer from the last step of each parameter.
 
@@ -107,7 +106,6 @@ def stepped_rule(
         shrink: the share 1 - c of the parameter that decoupled weight decay removes.
         weight_decay: coupled weight decay.
         filtered_decay: decay that joins the preconditioned gradient.
-        maximize: whether the optimizer ascends, if its groups do not say so.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
@@ -161,7 +159,7 @@ def stepped_rule(
         **decay_of([weight_decay(group) for group in groups]),
         decoupled_weight_decay=shrinks[0] / lr if in_limit and lr else 0.0,
         filtered_weight_decay=joining.pop(),
-        maximize=bool(one("maximize", [group.get("maximize", maximize) for group in groups])),
+        maximize=one("maximize", maximizes(optimizer)),
         preconditioner=preconditioner,
     )
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stableopt.stability.rules.norms import NewtonSchulzNorm, NormedStep, SignNorm, SpectralNorm
 from stableopt.stability.rules.readers.param_groups import one, params_of
-from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.rules.readers.pytorch_optimizer import special
+from stableopt.stability.rules.update_rule import UpdateRule, maximizes
 
 __all__ = ["read_lion", "read_muon", "read_rprop"]
 
@@ -84,8 +85,14 @@ def read_rprop(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 def read_lion(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """Read Lion (Chen et al., 2023): signs of an average; decay is not a part of the norm."""
+    if (other := special(optimizer)) is not None:
+        return other
     groups = optimizer.param_groups
     lr = max(float(group["lr"]) for group in groups)
     radii = [float(group["lr"]) / lr if lr else 1.0 for group in groups for _ in group["params"]]
     norm = SignNorm(params_of(optimizer), radii, lr=lr)
-    return UpdateRule(lr=lr, preconditioner=NormedStep(norm, type(optimizer).__name__))
+    return UpdateRule(
+        lr=lr,
+        maximize=one("maximize", maximizes(optimizer)),
+        preconditioner=NormedStep(norm, type(optimizer).__name__),
+    )

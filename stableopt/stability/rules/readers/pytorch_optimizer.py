@@ -18,13 +18,13 @@ from stableopt.stability.rules.readers.adaptive import averaged
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_adan", "read_ademamix", "read_prodigy", "read_sophia"]
+__all__ = ["read_adan", "read_ademamix", "read_prodigy", "read_sophia", "special"]
 
 _NOT_LINEAR = ("use_gc", "adanorm", "cautious", "stable_adamw")
 """Options that change the gradient or the update beyond a filter and a diagonal matrix."""
 
 
-def _special(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+def special(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
     """Return a rule that is not known, if an option makes the step another one."""
     for name in _NOT_LINEAR:
         if any(group.get(name) for group in optimizer.param_groups):
@@ -91,14 +91,13 @@ def read_adan(optimizer: Any) -> UpdateRule:
             (beta1, 1 / corrections[0], (1.0,)), (beta2, beta2 / corrections[1], (1.0, -1.0))
         )
 
-    return _special(optimizer) or diagonal_rule(
+    return special(optimizer) or diagonal_rule(
         optimizer,
         lambda step: _inverse_root(step, float(step.group["betas"][2])),
         filter=averages,
         rate=rate,
         shrink=lambda step: 1 - kept(step),
         weight_decay=lambda group: 0.0,
-        maximize=bool(optimizer.maximize),
     )
 
 
@@ -115,13 +114,12 @@ def read_ademamix(optimizer: Any) -> UpdateRule:
         alpha = float(optimizer.schedule_alpha(warm, step.steps, float(step.group["alpha"])))
         return _two_averages((beta1, 1 / (1 - beta1**step.steps), (1.0,)), (beta3, alpha, (1.0,)))
 
-    return _special(optimizer) or diagonal_rule(
+    return special(optimizer) or diagonal_rule(
         optimizer,
         lambda step: _inverse_root(step, float(step.group["betas"][1])),
         filter=averages,
         shrink=_shrink,
         weight_decay=_coupled,
-        maximize=bool(optimizer.maximize),
     )
 
 
@@ -169,7 +167,6 @@ def read_prodigy(optimizer: Any) -> UpdateRule:
         weight_decay=lambda group: (
             float(group["weight_decay"]) if of_package and not group[apart] else 0.0
         ),
-        maximize=bool(getattr(optimizer, "maximize", False)),
     )
 
 
@@ -190,5 +187,4 @@ def read_sophia(optimizer: Any) -> UpdateRule:
         momentum=averaged,
         shrink=_shrink,
         weight_decay=_coupled,
-        maximize=bool(optimizer.maximize),
     )

@@ -171,5 +171,4 @@ def read_soap(optimizer: Any) -> UpdateRule:
         rate=lambda step: float(step.group["lr"]) * (1 - decayed_apart(step)),
         shrink=decayed_apart,
         weight_decay=lambda group: 0.0,
-        maximize=bool(optimizer.maximize),
     )
