@@ -71,8 +71,8 @@ class Rates:
                 for data in experiment(name).datasets:
                     file = results / preset / data / name / "about.json"
                     flops = _flops(name, preset, data) if file.exists() else 0.0
-                    if flops:
-                        about = json.loads(file.read_text())
+                    about = json.loads(file.read_text()) if flops else {"done": 0}
+                    if about["done"]:
                         done = about["done"] / about["jobs"]
                         self._known[name, data] = about["seconds"] / (done * flops)
 

@@ -220,6 +220,8 @@ class _Runner:
                 seconds=seconds,
                 watch=bars,
             )
+        # Published first: what is shown, claims, may need jobs that are not done.
+        files = publish(one, preset, store, store.root)
         show(console, one, one.tables(store))
         if summary.failed:
             console.print(
@@ -227,7 +229,6 @@ class _Runner:
                 f" --retry runs them again. The errors are in {store.jobs}/ID.part/failed.json",
                 highlight=False,
             )
-        files = publish(one, preset, store, store.root)
         console.print(
             f"Tables and figures in {files[-1].parent}\n", highlight=False, soft_wrap=True
         )
@@ -273,9 +274,17 @@ def _remember(one: Experiment, preset: str, store: Store) -> None:
 
 
 def _remembered(root: Path) -> Iterator[tuple[str, Experiment]]:
-    sweeps = [read_json(path) for path in (root / "sweeps").glob("*.json")]
-    for sweep in sorted(sweeps, key=lambda s: (NAMES.index(s["experiment"]), s["preset"])):
-        yield sweep["preset"], experiment(sweep["experiment"]).from_json(sweep["settings"])
+    """Return preset and experiment of each sweep, but of those that this version cannot read."""
+    sweeps = []
+    for path in (root / "sweeps").glob("*.json"):
+        try:
+            sweep = read_json(path)
+            one = experiment(sweep["experiment"]).from_json(sweep["settings"])
+            sweeps.append((NAMES.index(one.name), sweep["preset"], path.name, one))
+        except (ValueError, TypeError, KeyError) as error:
+            Console(stderr=True).print(f"skipped {path}: {error}", soft_wrap=True, markup=False)
+    for _, preset, _, one in sorted(sweeps, key=lambda sweep: sweep[:3]):
+        yield preset, one
 
 
 @app.command

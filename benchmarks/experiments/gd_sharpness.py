@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.claims import Claim, at_most, close_to
+from benchmarks.framework.claims import Claim, all_of, at_most, close_to
 from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import VERMILION, finish, limit, panels, points
 from benchmarks.framework.tables import Row
@@ -99,13 +99,18 @@ class GDSharpness(Experiment):
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
         """Return Table 2 line by line; on digits, which it does not have, the limit itself."""
-        for lr, its in tables["sharpness"].dropna(subset="sharpness").groupby("lr"):
-            values = list(its.sharpness)
+        for lr, its in tables["sharpness"].groupby("lr"):
+            values = list(its.sharpness.dropna())
             unreached = int((its.outcome != "reached").sum())
             why = f"{unreached} stopped above the target loss" if unreached else ""
             what = f"Table 2, sharpness of GD's minimum at η = {lr:g}"
             printed, behind = self._printed(lr)
-            if printed is None:
+            if len(values) < len(its):
+                lost = f"{len(its) - len(values)} of {len(its)} diverged"
+                yield all_of(
+                    what, [False], printed="" if printed is None else f"{printed:g}", ours=lost
+                )
+            elif printed is None:
                 away = f"{mean(values) * lr / 2 - 1:+.1%}"
                 why = "; ".join(filter(None, [away, why]))
                 yield at_most(what, values, 2 / lr, "2/η", rel=TOLERANCE, of_mean=True, why=why)

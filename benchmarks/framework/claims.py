@@ -169,8 +169,8 @@ def all_of(what: str, held: Iterable[object], **texts: str) -> Claim:
     return _claim(bool(each) and all(each), texts, what=what, ours=ours, tolerance="every one")
 
 
-def spread(values: Iterable[float], form: str = ".3g") -> str:
-    """Return mean and standard deviation over seeds.
+def spread(values: Iterable[float], form: str = ".3g", of: str = "seed") -> str:
+    """Return mean and standard deviation over seeds, or what ``of`` names in the singular.
 
     >>> spread([1.0, 2.0, 3.0])
     '2 ± 1 (3 seeds)'
@@ -178,11 +178,13 @@ def spread(values: Iterable[float], form: str = ".3g") -> str:
     '2 (1 seed)'
     >>> spread([1.0, 2.0], "+.1f")    # a sign is for the mean alone
     '+1.5 ± 0.7 (2 seeds)'
+    >>> spread([1.0, 2.0, 3.0], of="run")
+    '2 ± 1 (3 runs)'
     """
     known = list(values)
     if len(known) == 1:
-        return f"{known[0]:{form}} (1 seed)"
-    return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} seeds)"
+        return f"{known[0]:{form}} (1 {of})"
+    return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} {of}s)"
 
 
 def _bounded(

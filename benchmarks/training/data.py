@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -251,8 +252,11 @@ def read_idx(path: Path) -> np.ndarray:
     Raises:
         ValueError: if it is not such a file, or cut short.
     """
-    with gzip.open(path) as file:
-        content = file.read()
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError(f"{path}: expected an IDX file of unsigned bytes")
     start = 4 + 4 * content[3]

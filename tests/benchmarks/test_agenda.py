@@ -47,6 +47,7 @@ def test_times_by_the_speed_of_what_is_published(tmp_path: Path) -> None:
     publish("edge", "digits", 30.0)
     publish("edge", "cifar10-2", 500.0, done=2)
     publish("steering", "fashion-mnist", 70.0)
+    publish("quasi-newton", "fashion-mnist", 0.0, done=0)  # all failed: no rate
     rates = agenda.Rates(tmp_path)
     assert rates.seconds("edge", "small", "digits") == pytest.approx(30)
     assert rates.seconds("edge", "small", "cifar10-2") == pytest.approx(1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,23 @@ def test_figures_are_drawn_from_what_there_is_and_come_out_the_same(
     assert len(files) == 5
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("broken", ["", '{"experiment": "renamed"}', "a removed setting"])
+def test_a_sweep_that_cannot_be_read_is_named_and_skipped(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    """Catches one file of an older version that hides all other sweeps."""
+    shutil.copytree(ran, tmp_path / "runs")
+    (sweep,) = (tmp_path / "runs" / "sweeps").glob("*.json")
+    saved = json.loads(sweep.read_text())
+    saved["settings"]["gone"] = 3
+    text = json.dumps(saved) if broken == "a removed setting" else broken
+    (sweep.parent / "broken.json").write_text(text)
+    assert cli.main(["status", "--out", str(tmp_path / "runs")]) == 0
+    out, err = capsys.readouterr()
+    assert "gd-sharpness" in out
+    assert "broken.json" in err.replace("\n", "")
 
 
 def test_the_report_holds_every_claim(

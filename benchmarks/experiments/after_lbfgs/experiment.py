@@ -177,24 +177,27 @@ def _ends(courses: Any) -> Any:
 
 
 def _gains(method: str, count: int, its: Any, courses: Any) -> Claim:
-    by_rate = its.groupby("lr", sort=False)
-    best = max(by_rate, key=lambda pair: pair[1].gain.mean())[1]
+    """Return the gain at the best of the rates at which the fewest seeds diverge."""
+    own: Any = courses[(courses.method == method) & (courses.random_labels == count)]
+    lost = own[own.diverged].groupby("lr").seed.nunique()
+    rates = [(-lost.get(lr, 0), at.gain.mean(), at) for lr, at in its.groupby("lr", sort=False)]
+    minus, _, best = max(rates, key=lambda rate: rate[:2])
     gains = 100 * best.gain
     error = gains.std() / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     rate, last = best.lr.iloc[0], int(best.step.iloc[0])
-    same = (courses.method == method) & (courses.random_labels == count) & (courses.lr == rate)
-    kept: Any = courses[same & ~courses.diverged]
+    kept: Any = own[(own.lr == rate) & ~own.diverged]
     highest = int(kept.groupby("step").gain.mean().idxmax())
     on_the_way = spread(100 * kept[kept.step == highest].gain, "+.2f")
     return all_of(
         f"{method} after L-BFGS tests better in the end, {count} labels random",
-        [gains.mean() > 2 * error],
+        [gains.mean() > 2 * error and not minus],
         theory="the flatter minimum tests better, Figure 9",
         ours=f"{spread(gains, '+.2f')} points after {last:,} steps at η = {rate:g}; most after"
         f" {highest:,}: {on_the_way}",
-        tolerance="the mean gain is two standard errors above 0",
+        tolerance="the mean gain is two standard errors above 0, and no seed diverges",
         why=f"training loss {best.loss.mean():.1e} at the end; from"
-        f" {spread(100 * (best.test - best.gain), '.1f')} %",
+        f" {spread(100 * (best.test - best.gain), '.1f')} %"
+        + (f"; {-minus} of {len(gains) - minus} seeds diverged" if minus else ""),
     )
 
 

@@ -325,7 +325,7 @@ def _ends(left: Any) -> Iterator[Claim]:
         "Figure 8, and they test better",
         [mean(gains) > 0],
         printed="test accuracy rises",
-        ours=f"{spread(gains, '+.2f')} percentage points",
+        ours=f"{spread(gains, '+.2f', of='run')} percentage points",
         tolerance="mean above 0",
         why=f"{(gains < 0).sum()} of {len(gains)} test worse; at training losses of {after}, those"
         f" before were {before}",

@@ -342,6 +342,6 @@ def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
 def _positive_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenpairs of a positive semi-definite matrix that exceed rounding."""
     values, vectors = torch.linalg.eigh(matrix)
-    floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1]
+    floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1:].sum()  # of none, 0
     kept = values > floor.clamp(min=0)
     return values[kept], vectors[:, kept]

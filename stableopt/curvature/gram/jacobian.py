@@ -134,6 +134,8 @@ def pushed_rows(problem: Problem, theta: Theta, batch: Any, size: int, basis: Te
         (pushed,) = forward.jvp(problem.unflatten(vector))
         pushed = torch.zeros_like(outputs) if pushed is None else pushed
         columns.append(pushed.reshape(size, -1).double())
+    if not columns:  # an empty basis
+        return roots.new_zeros(size, roots.shape[1], 0, dtype=torch.float64)
     return roots @ torch.stack(columns, dim=2)
 
 

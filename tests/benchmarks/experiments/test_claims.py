@@ -8,6 +8,7 @@ published result.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -497,6 +498,32 @@ def test_claims_fail_on_tables_made_to_fail(name: str, part: str) -> None:
     claims = CASES[name].claims(CASES[name].refuted[part])
     (claim,) = (claim for claim in claims if part in claim.what)
     assert not claim.reproduced, claim
+
+
+def test_seeds_that_diverged_refute_a_claim_and_are_named() -> None:
+    """Catches verdicts over the seeds that are left, as if the others had not been run."""
+    tables = {name: table(rows) for name, rows in after_lbfgs().items()}
+    courses = tables["courses"]
+    again = courses.assign(seed=courses.seed + 10, diverged=True, gain=math.nan)
+    tables["courses"] = pd.concat([courses, again], ignore_index=True)
+    for claim in AfterLBFGS().claims(tables):
+        if "after L-BFGS" in claim.what:
+            assert not claim.reproduced
+            assert "seeds diverged" in claim.why
+    its = {name: table(rows) for name, rows in sharpness((0.5, 3.9), (0.5, math.nan))().items()}
+    (claim,) = GDSharpness(data="digits", lrs=(0.5,)).claims(its)
+    assert (claim.reproduced, claim.ours) == (False, "2 of 4 diverged")
+
+
+@pytest.mark.parametrize("name", ["escapes", "trajectories"])
+def test_a_shard_of_the_toy_makes_the_claims_that_it_can(name: str) -> None:
+    """Catches a shard that ends with an error, because the other tables are on other machines."""
+    rows = toy()[name]
+    assert list(Toy().claims({name: table(rows)}))
+    other = {"escapes": ("derivatives", "halved", 1), "trajectories": ("optimizer", "SGD", 0)}
+    key, value, claims = other[name]
+    kept = [row | {key: value} for row in rows]
+    assert len(list(Toy().claims({name: table(kept)}))) == claims
 
 
 PUBLISHED = sorted(RESULTS.glob("*/*/*/about.json"))

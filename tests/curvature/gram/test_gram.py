@@ -271,6 +271,8 @@ def test_a_loss_without_curvature_has_none() -> None:
     assert found.sharpness == 0.0
     assert found.non_uniformity == 0.0
     assert Modes.from_factors(torch.zeros(2, 1, 3)).eigenvalues.numel() == 0
+    basis = torch.zeros(8, 0, dtype=torch.float64)  # of the leading directions there are none
+    assert project(Problem(model, nn.MSELoss(), (x, y)), basis).eigenvalues.numel() == 0
 
 
 def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
