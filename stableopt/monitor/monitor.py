@@ -65,8 +65,8 @@ class StabilityMonitor:
         max_overhead: or: measure as often as this share of the training time allows; 0.05 where
             neither is given. A first measurement that is expected to take more than a second waits
             until the training has paid for it.
-        batch_size: samples in a step, of all ranks; by default counted in the model's forward passes,
-            as the median of the last five steps. ``torch.jit.script(model)`` works if it is given.
+        batch_size: samples in a step, of all ranks; by default the median of the last five steps, from
+            the model's forward passes: not in ``torch.jit.script`` and ``fullgraph=True`` around it.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, which
             ``docs/reading-margins.md`` lists. Sharpness, the default, comes with the preconditioned one
