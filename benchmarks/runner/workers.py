@@ -35,6 +35,9 @@ def executor(name: str, workers: int) -> Callable[[], Executor]:
         raise ValueError(f"workers={workers}: expected at least 1")
     kind, _, where = name.partition(":")
     if kind == "processes" and not where:
+        # Threads that spin while they wait for each other make a run take ten times as long where
+        # another program has one of the cores.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         # Forked processes would share torch's threads, which do not survive a fork.
         context = multiprocessing.get_context("spawn")
         return lambda: _Processes(workers, mp_context=context, initializer=_die_with_parent)

@@ -212,3 +212,14 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("dask:tcp://127.0.0.1:1", "slurm:logs"):
         with pytest.raises(ValueError, match=r"pip install 'stableopt\[bench-cluster\]'"):
             executor(name, 1)
+
+
+def test_threads_of_workers_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches threads that spin: beside another busy program `make demo` took over ten minutes."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # what the test changes is then undone
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    with executor("processes", 1)() as pool:  # type: ignore[attr-defined]
+        assert pool.submit(os.getenv, "OMP_WAIT_POLICY").result() == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    executor("processes", 1)
+    assert os.environ["OMP_WAIT_POLICY"] == "active"  # a user's choice stays
