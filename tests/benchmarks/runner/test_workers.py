@@ -215,7 +215,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_of_workers_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches threads that spin: beside another busy program `make demo` took over ten minutes."""
+    """Catches threads that spin: next to another busy program `make demo` took over ten minutes."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # what the test changes is then undone
     monkeypatch.delenv("OMP_WAIT_POLICY")
     with executor("processes", 1)() as pool:  # type: ignore[attr-defined]
