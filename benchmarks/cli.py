@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,10 +29,10 @@ from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
 from benchmarks.runner.estimate import estimate, readable
-from benchmarks.runner.files import read_json, write_json
 from benchmarks.runner.schedule import Summary
 from benchmarks.runner.schedule import shard as jobs_of_shard
 from benchmarks.runner.workers import executor as made_executor
+from benchmarks.sweeps import remember, remembered
 
 __all__ = ["main"]
 
@@ -206,7 +206,7 @@ class _Runner:
     ) -> Summary:
         """Run the jobs; print and publish what came out."""
         store, console = self.store, self.console
-        _remember(one, preset, store)
+        remember(one, preset, store)
         headline = partial(one.headline, store=store)
         with Bars(in_order(jobs), store, console, headline, self.device) as bars:
             summary = run_all(
@@ -266,25 +266,9 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index) - 1, int(count)
 
 
-def _remember(one: Experiment, preset: str, store: Store) -> None:
-    sweeps = store.root / "sweeps"
-    sweeps.mkdir(parents=True, exist_ok=True)
-    path = sweeps / f"{preset}-{one.data}-{one.name}.json"
-    write_json(path, {"experiment": one.name, "preset": preset, "settings": one.settings})
-
-
-def _remembered(root: Path) -> Iterator[tuple[str, Experiment]]:
-    """Return preset and experiment of each sweep, but of those that this version cannot read."""
-    sweeps = []
-    for path in (root / "sweeps").glob("*.json"):
-        try:
-            sweep = read_json(path)
-            one = experiment(sweep["experiment"]).from_json(sweep["settings"])
-            sweeps.append((NAMES.index(one.name), sweep["preset"], path.name, one))
-        except (ValueError, TypeError, KeyError) as error:
-            Console(stderr=True).print(f"skipped {path}: {error}", soft_wrap=True, markup=False)
-    for _, preset, _, one in sorted(sweeps, key=lambda sweep: sweep[:3]):
-        yield preset, one
+def _say_skipped(path: Path, error: Exception) -> None:
+    """Name the file of a sweep that this version cannot read."""
+    Console(stderr=True).print(f"skipped {path}: {error}", soft_wrap=True, markup=False)
 
 
 @app.command
@@ -299,7 +283,7 @@ def status(out: Path = RUNS) -> int:
     for heading in ("experiment", "preset", "data", "jobs", "done", "running", "failed", "left"):
         table.add_column(heading, min_width=len(heading))
     errors = []
-    for preset, one in _remembered(out):
+    for preset, one in remembered(out, _say_skipped):
         jobs = in_order(one.jobs())
         left = [job for job in jobs if not store.done(job)]
         failed = {job.id: failure for job in left if (failure := store.failure(job))}
@@ -322,7 +306,9 @@ def figures(names: Names = (), into: Path | None = None, out: Path = RUNS) -> in
         into: folder to write to; by default that of the runs.
         out: folder of the runs.
     """
-    chosen = [(p, one) for p, one in _remembered(out) if not names or one.name in names]
+    chosen = [
+        (p, one) for p, one in remembered(out, _say_skipped) if not names or one.name in names
+    ]
     if not chosen:
         raise ValueError(f"figures: nothing was run in {out}")
     for preset, one in chosen:

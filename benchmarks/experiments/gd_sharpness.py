@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from benchmarks.framework.claims import Claim, all_of, at_most, close_to
+from benchmarks.framework.claims import Claim, all_of, at_most, close_to, spread
 from benchmarks.framework.experiment import Case, Experiment, Tables
 from benchmarks.framework.plotting import VERMILION, finish, limit, panels, points
 from benchmarks.framework.tables import Row
 from benchmarks.runner import Store
 from benchmarks.training.data import Dataset
 from benchmarks.training.minimum import Minimum, minima
+from benchmarks.training.spec import lost_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,11 +106,10 @@ class GDSharpness(Experiment):
             why = f"{unreached} stopped above the target loss" if unreached else ""
             what = f"Table 2, sharpness of GD's minimum at η = {lr:g}"
             printed, behind = self._printed(lr)
-            if len(values) < len(its):
-                lost = f"{len(its) - len(values)} of {len(its)} diverged"
-                yield all_of(
-                    what, [False], printed="" if printed is None else f"{printed:g}", ours=lost
-                )
+            if lost := lost_runs(its.outcome):
+                kept = [spread(values, ".4g")] if values else []
+                texts = {"printed": "" if printed is None else f"{printed:g}"}
+                yield all_of(what, [False], ours="; ".join([*kept, *lost]), **texts)
             elif printed is None:
                 away = f"{mean(values) * lr / 2 - 1:+.1%}"
                 why = "; ".join(filter(None, [away, why]))

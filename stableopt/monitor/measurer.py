@@ -168,7 +168,8 @@ class Measurer:
         # A rule of the full batch may evaluate it many times a step: the count is not a batch size.
         batch_size = None if rule.full_batch else self.batch_size
         dataset_size = self._dataset_size if rule.full_batch else self._known_dataset_size()
-        if step and batch_size is None and not rule.full_batch and self._needs_batch_size:
+        wanted = "non_uniformity" in self.quantities and not rule.full_batch
+        if step and wanted and batch_size is None:
             self._warn(
                 "the limit of the non-uniformity is not known",
                 "no samples of a step were counted; pass batch_size=, or call count_samples",
@@ -194,10 +195,6 @@ class Measurer:
         self.measured += 1
         self.starts = subspaces
         return Measured(step, margins, rule)
-
-    @property
-    def _needs_batch_size(self) -> bool:
-        return "non_uniformity" in self.quantities
 
     def _now(self) -> list[str]:
         """Return the quantities of this measurement: rare ones have their turn now and then."""

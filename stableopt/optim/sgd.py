@@ -106,11 +106,11 @@ class GD(SGD):
         losses: list[Tensor] = []
         own = [p for group in self.param_groups for p in group["params"]]
         counted = [p for p in own if p.requires_grad]
+        to_device = partial(_to, device=own[0].device)
         first = total = 0.0
         with torch.enable_grad():
             for batch, size in batches:
-                moved = map_tensors(partial(_to, device=own[0].device), batch)
-                loss, weight = weigher.loss_and_weight(moved, size)
+                loss, weight = weigher.loss_and_weight(map_tensors(to_device, batch), size)
                 if not total:
                     self.zero_grad()
                     first = weight

@@ -288,16 +288,18 @@ class _Lines:
     def reports(self, reports: Iterable[FlightReport]) -> list[FlightReport]:
         """Return the reports whose measurements are those of the lines, each alarm once."""
         kept: list[FlightReport] = []
-        for report in filter(self._agrees, reports):
+        losses = {line["step"]: number(line["loss"]) for line in self.records if "loss" in line}
+        steps = {line["step"] for line in self.records}
+        for report in reports:
+            if not self._agrees(report, losses, steps):
+                continue
             # A resumed run that repeats the one before to the bit writes its reports again.
             if self.superseded and kept and _alarm(kept[-1]) == _alarm(report):
                 kept.pop()
             kept.append(report)
         return kept
 
-    def _agrees(self, report: FlightReport) -> bool:
-        losses = {line["step"]: number(line["loss"]) for line in self.records if "loss" in line}
-        steps = {line["step"] for line in self.records}
+    def _agrees(self, report: FlightReport, losses: dict[int, float], steps: set[int]) -> bool:
         for step, loss, *_ in report.measured:
             known = losses.get(step, loss)
             if known != loss and (math.isfinite(known) or math.isfinite(loss)):

@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stableopt._support.arguments import instance, positive, require_keys
 from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.stability.rules.coordinates import as_seen_by
-from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
+from stableopt.stability.rules.coordinates import as_seen_by, outside_coordinates
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import broadcast_tensors, decide_together
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
@@ -31,6 +30,8 @@ from stableopt.steering.rollback import LastGood, kick_along
 from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
+
+_BOUNDS = ("min_lr", "max_lr", "loss_cap")
 
 
 class StabilityLR(LRScheduler):
@@ -281,13 +282,9 @@ class StabilityLR(LRScheduler):
         problem = as_seen_by(self.monitor.problem, rule, self.monitor.optimizers)
         if name not in found:
             return problem.unflatten(found["sharpness"])
-        own = None if rule.preconditioner is None else rule.preconditioner.over(problem.params)
-        if own is not None and not isinstance(own, DiagonalPreconditioner):
-            return problem.unflatten(own @ found[name])  # a covector
-        return problem.unflatten(found[name])
-
-
-_BOUNDS = ("min_lr", "max_lr", "loss_cap")
+        own = outside_coordinates(rule, problem.params)
+        # With P outside of the coordinates it is a covector.
+        return problem.unflatten(found[name] if own is None else own @ found[name])
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
@@ -295,9 +292,9 @@ def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
 
 
 def _bound(name: str, value: float | None, default: float, *, open_end: float) -> float:
-    if value is None or value == open_end:
-        return default if value is None else open_end
-    return positive(name, value)
+    if value is None:
+        return default
+    return open_end if value == open_end else positive(name, value)
 
 
 def _check(

@@ -196,7 +196,7 @@ def _escapes(name: str, its: pd.DataFrame, before: pd.DataFrame) -> Iterator[Cla
 def _at_its_limit(name: str, its: pd.DataFrame) -> Iterator[Claim]:
     shares = (its.preconditioned_sharpness / its.preconditioned_sharpness_limit).dropna()
     lost = int(its.sharpness.isna().sum())
-    if not len(shares) and (lost < len(its) or name.endswith("GD")):  # without a preconditioner
+    if not len(shares) and not (METHODS[name].preconditioned and lost):
         return
     exceeded = (
         "the preconditioner changes from step to step, and a limit that is exceeded for some steps"

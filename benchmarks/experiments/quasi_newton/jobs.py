@@ -70,6 +70,11 @@ class Method:
     closure: bool = False
     twice: bool = False
 
+    @property
+    def preconditioned(self) -> bool:
+        """Whether its limit is on a preconditioned sharpness."""
+        return self.make not in (stableopt.GD, stableopt.SGD)
+
 
 def _external(name: str, **options: Any) -> Maker:
     def make(params: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:

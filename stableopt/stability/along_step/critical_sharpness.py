@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stableopt._support.arguments import positive, whole
 from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
-from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.stability.along_step.crossing_search import Rise, first_rise
 from stableopt.stability.along_step.realised_edge import loss_rounding
 from stableopt.stability.along_step.trial_step import trial_step
@@ -210,15 +210,10 @@ def critical_sharpness(
     rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=own)
     rounding = loss_rounding(counted, base)
     if own is not None and rise.depth < _ROUNDINGS * rounding:
-        own_norms = (_flat(along), problem.flatten([t.detach() for t in theta]))
-        step, weights = (math.sqrt(dot(problem, v, v)) for v in own_norms)
-        shift = _SHIFT * max(weights, 1.0) / step
-        there = [t.detach() - shift * u for t, u in zip(theta, along, strict=True)]
-        _, gradient = problem.loss_and_gradient(tuple(there))
-        crossing = _of_parabola(own, -dot(problem, gradient, _flat(along)), rounding / shift)
-        if crossing is not None:
-            lr, spent = crossing * shift, passes + rise.passes + 1
-            return CriticalSharpness(2 / lr, lr, (0.0, math.inf), spent, True)
+        eta = _by_two_gradients(problem, theta, along, own, rounding)
+        if eta is not None:
+            spent = passes + rise.passes + 1
+            return CriticalSharpness(2 / eta, eta, (0.0, math.inf), spent, True)
     return CriticalSharpness(
         2 / rise.share,
         rise.share,
@@ -262,6 +257,27 @@ def along_taken_step(at: Evaluation) -> QuantityResult:
     width = 1 - rise.low / rise.high
     measurement = Measurement(2 / eta, width, rise.passes, 0.0, _converged(rise, TOL))
     return QuantityResult(2 / eta, measurement=measurement, details=details)
+
+
+def _by_two_gradients(
+    problem: MeanLoss, theta: Theta, along: Sequence[Tensor], slope: float, rounding: float
+) -> float | None:
+    """Return the learning rate at which the parabola of two slopes is back at its start, or ``None``.
+
+    Args:
+        problem: the loss.
+        theta: the point.
+        along: u, a tensor for each parameter.
+        slope: the slope of the loss in the learning rate at 0.
+        rounding: rounding error of the loss.
+    """
+    direction, weights = _flat(along), problem.flatten([t.detach() for t in theta])
+    step, size = (math.sqrt(dot(problem, v, v)) for v in (direction, weights))
+    shift = _SHIFT * max(size, 1.0) / step
+    there = tuple(t.detach() - shift * u for t, u in zip(theta, along, strict=True))
+    _, gradient = problem.loss_and_gradient(there)
+    crossing = _of_parabola(slope, -dot(problem, gradient, direction), rounding / shift)
+    return None if crossing is None else crossing * shift
 
 
 def _of_parabola(slope: float, slope_after: float, rounding: float) -> float | None:

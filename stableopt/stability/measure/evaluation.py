@@ -30,7 +30,8 @@ from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.taken_step import AlongStep, TakenStep, dot
-from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
+from stableopt.stability.rules.coordinates import outside_coordinates
+from stableopt.stability.rules.preconditioner import StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["ROUNDED", "Evaluation"]
@@ -96,9 +97,7 @@ class Evaluation:
     @property
     def preconditioner(self) -> StepPreconditioner | None:
         """The P of ``P @ hessian`` where the problem's coordinates do not contain it."""
-        known = None if self.rule is None else self.rule.preconditioner
-        own = None if known is None else known.over(self.problem.params)
-        return None if isinstance(own, DiagonalPreconditioner) else own
+        return None if self.rule is None else outside_coordinates(self.rule, self.problem.params)
 
     def plain_hessian(self) -> Hessian | ShardedHessian:
         """Return the Hessian of the loss, without preconditioner and weight decay of groups."""

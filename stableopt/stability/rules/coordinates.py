@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.curvature.problem.sharded import problem_for
-from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
+from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["as_seen_by", "check_params", "problem_of"]
+__all__ = ["as_seen_by", "check_params", "outside_coordinates", "problem_of"]
 
 P = TypeVar("P", bound=MeanLoss)
 
@@ -96,6 +96,12 @@ def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Op
         if isinstance(own, DiagonalPreconditioner):
             scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in own.roots()]
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
+
+
+def outside_coordinates(rule: UpdateRule, params: Sequence[Tensor]) -> StepPreconditioner | None:
+    """Return the P over ``params`` that the coordinates of :func:`as_seen_by` do not contain."""
+    own = None if rule.preconditioner is None else rule.preconditioner.over(params)
+    return None if isinstance(own, DiagonalPreconditioner) else own
 
 
 def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 __all__ = [
+    "SAME",
     "Filter",
     "checked",
     "largest_variance",
@@ -36,6 +37,10 @@ __all__ = [
     "same",
     "stable_range",
 ]
+
+SAME = 1e-12
+"""Difference of momenta, and relative one of shrinkages, up to which they are one: bias corrections
+near 1, and weights of averages, have rounding errors."""
 
 Filter = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.filters import SAME
 from stableopt.stability.rules.norms import NormedStep
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
@@ -35,9 +36,6 @@ __all__ = [
     "rule_of",
 ]
 
-
-_DIGITS = 12
-"""Decimals to which settings that must agree are compared."""
 
 _MAY_DIFFER = {
     "lr",
@@ -237,8 +235,8 @@ def _apart(blocks: Sequence[Block]) -> str | None:
                 f"{reason} of its parameters alone, with a monitor of {block.name} and params=, or"
                 " realised_edge with this one"
             )
-    forms = {_form(block.rule) for block in blocks}
-    if len(forms) > 1:
+    first, *rest = (_form(block.rule) for block in blocks)
+    if not all(_agree(first, other) for other in rest):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has a limit of its own"
     return None
@@ -248,16 +246,15 @@ def _form(rule: UpdateRule) -> tuple[Any, ...]:
     """Return what must agree for blocks to have a common limit."""
     heavy_ball = not rule.nesterov and rule.momentum_share == 1
     apart = _MAY_DIFFER | ({"dampening"} if heavy_ball else set())
-    return tuple(
-        _rounded(getattr(rule, field.name)) for field in fields(rule) if field.name not in apart
-    )
+    return tuple(getattr(rule, field.name) for field in fields(rule) if field.name not in apart)
 
 
-def _rounded(value: Any) -> Any:
-    """Return numbers without the rounding errors of averages that are computed at each step."""
-    if isinstance(value, tuple):
-        return tuple(map(_rounded, value))
-    return round(value, _DIGITS) if isinstance(value, float) else value
+def _agree(one: Any, other: Any) -> bool:
+    """Whether settings are the same, up to the rounding errors of those computed at each step."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_agree, one, other))
+    floats = isinstance(one, float) and isinstance(other, float)
+    return bool(one == other or (floats and abs(one - other) <= SAME))
 
 
 def _speed(rule: UpdateRule) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.parameters import real_view
-from stableopt.stability.rules.filters import Filter, same
+from stableopt.stability.rules.filters import SAME, Filter, same
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -33,7 +33,6 @@ from stableopt.stability.rules.preconditioner import (
 )
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
-    SAME,
     decay_of,
     one,
     params_of,

@@ -9,13 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_STEPPED", "SAME", "decay_of", "one", "params_of", "step_counts"]
+__all__ = ["NOT_STEPPED", "decay_of", "one", "params_of", "step_counts"]
 
 T = TypeVar("T")
-
-SAME = 1e-12
-"""Difference of momenta, and relative one of shrinkages, up to which they are one: bias corrections
-near 1, and weights of averages, have rounding errors."""
 
 NOT_STEPPED = "{} has not taken a step yet, and its preconditioner depends on its steps"
 

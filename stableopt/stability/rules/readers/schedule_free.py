@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.filters import SAME
 from stableopt.stability.rules.readers.adaptive import rectified
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
-from stableopt.stability.rules.readers.param_groups import SAME, one, params_of
+from stableopt.stability.rules.readers.param_groups import one, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adamw", "read_radam", "read_sgd", "read_wrapper"]
