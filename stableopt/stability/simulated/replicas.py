@@ -7,6 +7,7 @@ own, in the eigenbasis of the mean curvature, in which H is diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ __all__ = ["Replicas"]
 
 _BYTES = 1 << 25
 """Size of the samples' factors that are gathered at once: a few of the processor's caches."""
+
+_WORTH_A_CALL = 1 << 15
+"""Bytes of factors whose copying takes as long as the calls for one sample, measured on a CPU."""
 
 
 class Replicas:
@@ -77,13 +81,15 @@ class Replicas:
     def gradients(self, own: Tensor) -> Tensor:
         """Return each copy's gradient of the batch with the samples ``own``, ``(count, r)``."""
         factors, x = self.modes.factors, self.state[0]
-        bytes_each = own.shape[1] * factors[0].numel() * factors.element_size()
-        at_once = max(1, _BYTES // bytes_each)
-        parts = []
-        for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
-            rows = factors[mine].flatten(1, 2)  # (copies, B C, r)
-            parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
-        return torch.cat(parts) / own.shape[1]
+        drawn, order = own.flatten().sort(stable=True)
+        samples, times = drawn.unique_consecutive(return_counts=True)
+        bytes_each = factors[0].numel() * factors.element_size()
+        if own.numel() * bytes_each > len(samples) * _WORTH_A_CALL:
+            copies = (order // own.shape[1]).split(times.tolist())
+            total = _by_sample(factors, x, samples, copies)
+        else:
+            total = _by_copy(factors, x, own)
+        return total / own.shape[1]
 
     def advance(self) -> None:
         """Take a step with the next batch."""
@@ -92,3 +98,29 @@ class Replicas:
         buffer = step.momentum * buffer + step.gain * gradient
         update = gradient + step.momentum * buffer if step.nesterov else buffer
         self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
+
+
+def _by_sample(factors: Tensor, x: Tensor, samples: Tensor, copies: Sequence[Tensor]) -> Tensor:
+    """Return each copy's sum of gradients: for each sample, those of the copies that drew it.
+
+    The factors are read in place, once for all copies.
+    """
+    total = torch.zeros_like(x)
+    for sample, mine in zip(samples.tolist(), copies, strict=True):
+        rows = factors[sample]
+        total.index_add_(0, mine, (x[mine] @ rows.mT) @ rows)
+    return total
+
+
+def _by_copy(factors: Tensor, x: Tensor, own: Tensor) -> Tensor:
+    """Return the same from the factors of all samples that a copy drew, gathered for many copies.
+
+    It takes few calls, but four times the memory traffic.
+    """
+    bytes_each = own.shape[1] * factors[0].numel() * factors.element_size()
+    at_once = max(1, _BYTES // bytes_each)
+    parts = []
+    for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
+        rows = factors[mine].flatten(1, 2)  # (copies, B C, r)
+        parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
+    return torch.cat(parts)

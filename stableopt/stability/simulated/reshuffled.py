@@ -43,6 +43,9 @@ _BURN_IN = 4
 _BLOCK = 3
 """Epochs in a block for the standard error, since neighbouring epochs depend on each other."""
 
+_LEAST_EPOCHS = 8
+"""Those after the start are two blocks: one has no spread."""
+
 _EARLY = 5.0
 """Standard errors from zero at which the estimate stops early: it has many chances to seem sure."""
 
@@ -94,7 +97,7 @@ def reshuffled_growth(
     -2.772589
     """
     copies = Replicas(modes, step, batch_size, replicas, seed)
-    epochs = whole("epochs", epochs, least=2 * _BLOCK)
+    epochs = whole("epochs", epochs, least=_LEAST_EPOCHS)
     n = modes.factors.shape[0]
     batches = n // copies.batch_size if drop_last else math.ceil(n / copies.batch_size)
     grown = []
