@@ -166,7 +166,7 @@ class StabilityMonitor:
             second_derivatives=None if checked else False,
             process_group=process_group,
         )
-        self._counter = SampleCounter(dim=problem.layout.dims[0])
+        self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
         self._measurer = Measurer(
             self.optimizers,

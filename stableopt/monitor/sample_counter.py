@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median_low
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._support.torch_internals import eager, in_backward
@@ -25,15 +25,22 @@ step, whose samples are counted with the next."""
 class SampleCounter:
     """A forward pre-hook that counts samples; a copy made with its module counts nothing.
 
+    A step may evaluate its batch at several points, as a line search and SAM do. Only passes at the
+    first one are counted: later ones follow an in-place change of a parameter.
+
+    Args:
+        params: returns the trained parameters.
+        dim: the dimension that counts samples, if a tensor has it, and else the first.
+
     Attributes:
         active: whether forward passes are counted.
-        dim: the dimension that counts samples, if a tensor has it, and else the first.
         observed: samples of each of the latest five steps, oldest first.
     """
 
-    def __init__(self, active: bool = True, dim: int = 0) -> None:
-        self.active, self.dim = active, dim
+    def __init__(self, params: Callable[[], Sequence[Tensor]] = list, dim: int = 0) -> None:
+        self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
+        self._params, self._first_point = params, 0
         self._count, self._forward = 0, False
 
     @property
@@ -55,6 +62,11 @@ class SampleCounter:
         """Count the samples of a training forward pass."""
         # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
         if not self.active or not torch.is_grad_enabled() or measuring():
+            return
+        point = sum(p._version for p in self._params())
+        if not self._count:
+            self._first_point = point
+        if point != self._first_point:
             return
         # Activation checkpointing runs a pass again in the backward pass, or there alone.
         again = in_backward()
@@ -81,10 +93,16 @@ class SampleCounter:
         self._count, self._forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
-        return SampleCounter(active=False)
+        return _inactive()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SampleCounter, (False,))
+        return (_inactive, ())
+
+
+def _inactive() -> SampleCounter:
+    counter = SampleCounter()
+    counter.active = False
+    return counter
 
 
 def _packed_in(batch: Any) -> Iterator[PackedSequence]:
