@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from stableopt._support.torch_internals import eager, in_backward
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
+from stableopt.curvature.problem.mean_loss import MeanLoss
 
 __all__ = ["SampleCounter"]
 
@@ -34,14 +35,16 @@ class SampleCounter:
 
     Attributes:
         active: whether forward passes are counted.
+        passed: samples that pass the model for one of the loss: two in a loss of pairs.
         observed: samples of each of the latest five steps, oldest first.
     """
 
     def __init__(self, params: Callable[[], Sequence[Tensor]] = list, dim: int = 0) -> None:
         self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
+        self.passed = 1
         self._params, self._first_point = params, 0
-        self._count, self._forward = 0, False
+        self._count, self._forward, self._calibrating = 0, False, False
 
     @property
     def __name__(self) -> str:
@@ -55,11 +58,26 @@ class SampleCounter:
     @property
     def batch_size(self) -> int | None:
         """The median of :attr:`observed`; ``None`` before the first step with samples."""
-        return median_low(self.observed) if self.observed else None
+        return max(1, median_low(self.observed) // self.passed) if self.observed else None
+
+    def calibrate(self, problem: MeanLoss) -> None:
+        """Find :attr:`passed` by one evaluation of a batch loss, which may call the model at will."""
+        if problem.loss_fn is not None:
+            return  # loss_fn(model(x), y) passes each sample once
+        self._calibrating = True
+        try:
+            problem.value()
+            passed, rest = divmod(self._count, problem.own_samples)
+        finally:
+            self._count, self._calibrating = 0, False
+        self.passed = passed if passed and not rest else 1
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
+        if self._calibrating:
+            self.add((args, kwargs))
+            return
         # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
         if not self.active or not torch.is_grad_enabled() or measuring():
             return
@@ -73,6 +91,13 @@ class SampleCounter:
         if not (again and self._forward):
             self.add((args, kwargs))
         self._forward = self._forward or not again
+
+    def count_only(self, batch: Any) -> None:
+        """Count ``batch``, and no forward pass from now on."""
+        if self.active:
+            self.observed.clear()
+        self.active, self.passed = False, 1
+        self.add(batch)
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch`` by its first tensor."""

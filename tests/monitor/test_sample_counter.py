@@ -207,3 +207,28 @@ def test_a_batch_evaluated_at_several_points_counts_once(kind: type) -> None:
     assert evaluations > 2 * 3
     assert monitor.batch_size == 7
     assert list(monitor._counter.observed) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("form", ["two passes", "one pass of both"])
+def test_a_loss_of_pairs_counts_pairs(form: str) -> None:
+    """Catches a preference loss, of a chosen and a rejected sample, whose batch counts double."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if form == "two passes":
+            chosen, rejected = model(batch["chosen"]), model(batch["rejected"])
+        else:
+            chosen, rejected = model(torch.cat([batch["chosen"], batch["rejected"]])).chunk(2)
+        return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+    pairs = {"chosen": X, "rejected": -X.roll(1, 0)}
+    monitor = optimizer.track(stableopt.Problem.from_batch_loss(model, loss, pairs), every=1)
+    for rows in (slice(0, 4), slice(4, 8)):
+        optimizer.zero_grad()
+        loss(model, {name: x[rows] for name, x in pairs.items()}).backward()
+        optimizer.step()
+    assert [m.batch_size for m in monitor.history] == [4, 4]
+    monitor.count_samples(X[:5])
+    optimizer.step()
+    assert monitor.batch_size == 5
