@@ -37,14 +37,13 @@ docs/auto_gallery/index
 :glob:
 :caption: Use
 
-docs/steering
+docs/models
+docs/frameworks
+docs/distributed
+docs/performance
 docs/optimizers
 docs/along_the_step
-docs/models
-docs/distributed
-docs/frameworks
-docs/performance
-docs/defaults
+docs/steering
 ```
 
 ```{toctree}
@@ -63,6 +62,7 @@ The report <benchmarks/REPORT>
 :caption: Look up
 
 docs/api
+docs/defaults
 CHANGELOG
 CONTRIBUTING
 {others}
