@@ -284,7 +284,8 @@ def status(out: Path = RUNS) -> int:
     for preset, experiment in remembered(out, _warn_skipped):
         jobs = in_order(experiment.jobs())
         remaining = [job for job in jobs if not store.done(job)]
-        failed = {job.id: failure for job in remaining if (failure := store.failure(job))}
+        failures = {job.id: store.failure(job) for job in remaining}
+        failed = {name: failure for name, failure in failures.items() if failure}
         done, left = len(jobs) - len(remaining), len(remaining) - len(failed)
         running = sum(map(store.running, remaining))
         counts = (len(jobs), done, running, len(failed), left)

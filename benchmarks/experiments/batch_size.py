@@ -1,7 +1,7 @@
 """The batch size chooses the minimum: Figure 5 of the paper.
 
 At one learning rate, SGD with smaller batches settles in minima that are flatter and more uniform,
-below the bound √B/η on the non-uniformity; gradient descent is held by 2/η alone.
+below the bound √B/η on the non-uniformity; gradient descent is limited by 2/η alone.
 """
 
 from __future__ import annotations

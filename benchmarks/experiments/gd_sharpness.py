@@ -106,7 +106,8 @@ class GDSharpness(Experiment):
             why = f"{unreached} stopped above the target loss" if unreached else ""
             what = f"Table 2, sharpness of GD's minimum at η = {lr:g}"
             printed, printed_spread = self._printed(lr)
-            if lost := lost_runs(group.outcome):
+            lost = lost_runs(group.outcome)
+            if lost:
                 measured = [spread(values, ".4g")] if values else []
                 texts = {"printed": "" if printed is None else f"{printed:g}"}
                 yield all_of(what, [False], ours="; ".join([*measured, *lost]), **texts)

@@ -10,6 +10,7 @@ other. The rules from theory have nothing to fit.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -110,25 +111,16 @@ class PredictionBeyond(Experiment):
 
     def cases(self) -> dict[str, list[Case]]:
         """Return a trial for each setting, minimum, batch size and fraction."""
-        return {
-            "cases": [
-                Case(
-                    Trial(
-                        Thresholds(start, self.batch_sizes, SETTINGS[name].update),
-                        fraction=fraction,
-                        batch_size=size,
-                        steps=self.steps,
-                        independent=True,
-                    ),
-                    {"setting": name, "minimum_lr": start.lr, "seed": start.seed}
-                    | {"batch_size": size, "half": "fix" if start.seed % 2 == 0 else "judge"},
-                )
-                for name in self.kinds
-                for start in self._minima(SETTINGS[name])
-                for size in self.batch_sizes
-                for fraction in self.fractions
-            ]
-        }
+        cases = []
+        for name in self.kinds:
+            for start in self._minima(SETTINGS[name]):
+                thresholds = Thresholds(start, self.batch_sizes, SETTINGS[name].update)
+                half = "fix" if start.seed % 2 == 0 else "judge"
+                for size, fraction in itertools.product(self.batch_sizes, self.fractions):
+                    trial = Trial(thresholds, fraction, size, self.steps, independent=True)
+                    keys = {"setting": name, "minimum_lr": start.lr, "seed": start.seed}
+                    cases.append(Case(trial, {**keys, "batch_size": size, "half": half}))
+        return {"cases": cases}
 
     def _minima(self, setting: Setting) -> list[Solution]:
         data = Dataset(self.data, self.n)

@@ -1,6 +1,6 @@
 """From every initialisation the non-uniformity ends below its bound: Figure 6 of the paper.
 
-SGD at one learning rate, from initialisations U[-v/√n_in, v/√n_in] of several scales v; each
+SGD runs at one learning rate from initialisations U[-v/√n_in, v/√n_in] of several scales v. Each
 minimum's non-uniformity is compared with the bound √B/η of its batch size.
 """
 

@@ -9,6 +9,7 @@ as long as that is negative: the exponent, not the second moment, should limit w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,27 +219,14 @@ class Settling(Experiment):
             for lr in self.lrs
             for seed in self.seeds
         ]
-        return {
-            "settled": [
-                case_of(
-                    SettlingRun(
-                        Thresholds(start, self.batch_sizes, update),
-                        ratio=ratio,
-                        batch_size=size,
-                        target_loss=self.target_loss,
-                        max_steps=self.max_steps,
-                    ),
-                    *("batch_size", "ratio"),
-                    update=name,
-                    minimum_lr=start.lr,
-                    seed=start.seed,
-                )
-                for name, update in UPDATES.items()
-                for start in starts
-                for size in self.batch_sizes
-                for ratio in self.ratios
-            ]
-        }
+        cases = []
+        for (name, update), start in itertools.product(UPDATES.items(), starts):
+            thresholds = Thresholds(start, self.batch_sizes, update)
+            keys = {"update": name, "minimum_lr": start.lr, "seed": start.seed}
+            for size, ratio in itertools.product(self.batch_sizes, self.ratios):
+                run = SettlingRun(thresholds, ratio, size, self.target_loss, self.max_steps)
+                cases.append(case_of(run, "batch_size", "ratio", **keys))
+        return {"settled": cases}
 
     def draw(self, name: str, frame: pd.DataFrame) -> Figure:
         """Return learning rate over threshold at the end, against the same ratio at the start."""

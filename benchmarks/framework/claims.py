@@ -1,13 +1,13 @@
-"""`Claim` and its constructors: a statement of the paper or the theory, our result, and a verdict.
+"""`Claim` and its constructors: what is printed or predicted, what came out, and the verdict.
 
-The constructors format printed value, theory, our value, tolerance and verdict alike:
+Each constructor writes printed value, theory, our value, tolerance and verdict in the same way:
 
     close_to("sharpness at η = 0.1", [19.2, 19.4], 19.6, rel=0.05)
     at_most("sharpness at η = 0.5", [3.1, 3.3], 4.0, "2/η", rel=0.05)
     increasing("sharpness by batch size", {"B = 4": [0.7], "GD": [3.1]}, printed="rises with B")
     all_of("SGD leaves as predicted", [True, True, False])
 
-A keyword argument replaces any text of the claim, as in ``at_most(…, why="at a loss of 1e-4")``.
+Any text of the claim can be given instead, as in ``at_most(…, why="at a loss of 1e-4")``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ __all__ = ["Claim", "all_of", "at_least", "at_most", "close_to", "increasing", "
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper or of the theory, and our result.
+    """A statement of the paper or of the theory, and what came out here.
 
     Attributes:
         what: the subject, with its place in the paper.
-        printed: the paper's value or statement; empty if the paper has none.
-        ours: our value with its spread, or our observation.
-        tolerance: the largest difference that counts as agreement.
-        reproduced: whether the two agree.
-        why: a remark; if the claim is not reproduced, the reason.
-        theory: the theory's value or statement, if it is not the printed one.
+        printed: the paper's value or statement; empty where it has none.
+        ours: the value here with its spread, or what was observed.
+        tolerance: within which the two count as the same.
+        reproduced: whether they are the same.
+        why: a remark; where the claim is not reproduced, the reason.
+        theory: the value or statement that follows from theory, where it is not the printed one.
     """
 
     what: str
@@ -58,29 +58,29 @@ def close_to(
 
     Args:
         what: see :class:`Claim`.
-        values: our values, one per seed.
+        values: ours, one for each seed.
         printed: the paper's value.
         rel: relative tolerance.
         printed_spread: the paper's standard deviation.
         form: format of our values.
         why: added to the relative difference.
-        texts: fields of the claim that replace the default texts.
+        texts: fields of the claim to use instead.
 
     >>> claim = close_to("a", [1.9, 1.95], 2.0, rel=0.05)
     >>> claim.printed, claim.ours, claim.tolerance, claim.reproduced, claim.why
     ('2', '1.925 ± 0.03536 (2 seeds)', '5%', True, '-3.8%')
     """
-    numbers = list(values)
-    difference = mean(numbers) / printed - 1
-    printed_suffix = "" if printed_spread is None else f" ± {printed_spread:g}"
+    known = list(values)
+    away = mean(known) / printed - 1
+    more = "" if printed_spread is None else f" ± {printed_spread:g}"
     return _claim(
-        abs(difference) <= rel,
+        abs(away) <= rel,
         texts,
         what=what,
-        printed=f"{printed:g}{printed_suffix}",
-        ours=spread(numbers, form),
+        printed=f"{printed:g}{more}",
+        ours=spread(known, form),
         tolerance=f"{rel:.0%}",
-        why="; ".join(filter(None, [f"{difference:+.1%}", why])),
+        why="; ".join(filter(None, [f"{away:+.1%}", why])),
     )
 
 
@@ -99,22 +99,22 @@ def at_most(
 
     Args:
         what: see :class:`Claim`.
-        values: our values, one per seed or run.
-        bound: the theory's bound.
+        values: ours, one for each seed or run.
+        bound: the theory's.
         bound_is: its formula, such as ``"2/η"``.
-        rel: tolerance, relative to the bound.
-        of_mean: compare the mean instead of each value.
+        rel: share of the bound by which it may be exceeded.
+        of_mean: compare the mean, not each value.
         form: format of our values.
-        texts: fields of the claim that replace the default texts.
+        texts: fields of the claim to use instead.
 
     >>> claim = at_most("a", [3.9, 4.1], 4.0, "2/η", rel=0.05)
     >>> claim.theory, claim.tolerance, claim.reproduced
     ('at most 2/η = 4', '5%', True)
     """
-    numbers = list(values)
-    compared = mean(numbers) if of_mean else max(numbers)
+    known = list(values)
+    compared = mean(known) if of_mean else max(known)
     held = compared <= bound * (1 + rel)
-    return _bounded(held, "most", what, numbers, bound, bound_is, rel, form, texts)
+    return _bounded(held, "most", what, known, bound, bound_is, rel, form, texts)
 
 
 def at_least(
@@ -133,16 +133,16 @@ def at_least(
     >>> at_least("correlation", [0.79], 0.8).reproduced
     False
     """
-    numbers = list(values)
-    compared = mean(numbers) if of_mean else min(numbers)
+    known = list(values)
+    compared = mean(known) if of_mean else min(known)
     held = compared >= bound * (1 - rel)
-    return _bounded(held, "least", what, numbers, bound, bound_is, rel, form, texts)
+    return _bounded(held, "least", what, known, bound, bound_is, rel, form, texts)
 
 
 def increasing(
     what: str, groups: Mapping[str, Sequence[float]], *, form: str = ".3g", **texts: str
 ) -> Claim:
-    """Return the claim that the groups' means are in nondecreasing order.
+    """Return the claim that the means of groups, in their order, do not fall.
 
     >>> increasing("a", {"B = 4": [0.7, 0.8], "GD": [3.0]}).ours
     'B = 4: 0.75 ± 0.0707 (2 seeds), GD: 3 (1 seed)'
@@ -158,35 +158,33 @@ def increasing(
 
 
 def all_of(what: str, held: Iterable[object], **texts: str) -> Claim:
-    """Return the claim that every verdict is true and that there is at least one.
+    """Return the claim that something held in every case, and that there was one.
 
     >>> claim = all_of("stays", [True, False])
     >>> claim.ours, claim.tolerance, claim.reproduced
     ('1 of 2', 'every one', False)
     """
-    verdicts = [bool(verdict) for verdict in held]
-    ours = f"{sum(verdicts)} of {len(verdicts)}"
-    return _claim(
-        bool(verdicts) and all(verdicts), texts, what=what, ours=ours, tolerance="every one"
-    )
+    each = [bool(one) for one in held]
+    ours = f"{sum(each)} of {len(each)}"
+    return _claim(bool(each) and all(each), texts, what=what, ours=ours, tolerance="every one")
 
 
 def spread(values: Iterable[float], form: str = ".3g", of: str = "seed") -> str:
-    """Return mean ± standard deviation, and the number of seeds, or of what ``of`` names.
+    """Return mean and standard deviation over seeds, or what ``of`` names in the singular.
 
     >>> spread([1.0, 2.0, 3.0])
     '2 ± 1 (3 seeds)'
     >>> spread([2.0])
     '2 (1 seed)'
-    >>> spread([1.0, 2.0], "+.1f")    # the sign applies to the mean only
+    >>> spread([1.0, 2.0], "+.1f")    # a sign is for the mean alone
     '+1.5 ± 0.7 (2 seeds)'
     >>> spread([1.0, 2.0, 3.0], of="run")
     '2 ± 1 (3 runs)'
     """
-    numbers = list(values)
-    if len(numbers) == 1:
-        return f"{numbers[0]:{form}} (1 {of})"
-    return f"{mean(numbers):{form}} ± {stdev(numbers):{form.lstrip('+')}} ({len(numbers)} {of}s)"
+    known = list(values)
+    if len(known) == 1:
+        return f"{known[0]:{form}} (1 {of})"
+    return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} {of}s)"
 
 
 def _bounded(

@@ -41,8 +41,9 @@ def configured(default: T, texts: Iterable[str]) -> T:
             raise ValueError(f"--set {text}: expected KEY=VALUE")
         if key not in types:
             raise ValueError(f"{text}: expected one of {', '.join(types)}")
-        several = str(types[key]).startswith("tuple")
-        values = (value.split(",") if value else []) if several else [value]
+        values = [value]
+        if str(types[key]).startswith("tuple"):
+            values = value.split(",") if value else []
         words = [WORDS.get(word.lower(), word) for word in values]
         try:
             with redirect_stderr(StringIO()):  # the ValueError below replaces tyro's page

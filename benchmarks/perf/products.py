@@ -37,7 +37,7 @@ def cases(seed: int) -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way on every network and size, print and write the table; return its rows."""
+    """Time every method on every network and size, print and write the table; return its rows."""
     console = console or Console()
     rows = []
     for name, (model, shape, outputs) in cases(config.seed).items():

@@ -133,7 +133,7 @@ def _wait(device: str) -> None:
 def machine(device: str) -> dict[str, Any]:
     """Return the machine's description: device, threads and versions."""
     peers = ("curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings", "scipy")
-    versions = {name: version for name in peers if (version := _version(name)) is not None}
+    versions = {name: _version(name) for name in peers}
     on_gpu = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
@@ -141,7 +141,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **versions,
+        **{name: version for name, version in versions.items() if version is not None},
     }
 
 

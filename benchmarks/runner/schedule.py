@@ -24,7 +24,7 @@ __all__ = ["Executor", "Summary", "Watch", "run_all", "shard"]
 
 POLL_SECONDS = 0.02
 WORKER_DIED = (
-    "WorkerDied: the process of this job ended without an error, out of memory or by a signal"
+    "WorkerDied: the worker process ended during this job, out of memory or killed by a signal?"
 )
 
 

@@ -189,25 +189,15 @@ def minima(
     >>> [(c.job.lr, c.job.seed) for c in minima(experiment, Dataset(), lrs=(0.5, 1.0))]
     [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
     """
-    return [
-        case_of(
-            Solution(
-                data,
-                lr=lr,
-                seed=seed,
-                batch_size=size,
-                scale=scale,
-                target_loss=experiment.target_loss,
-                max_steps=experiment.max_steps,
-                **shared,
-            ),
-            *("lr", "batch_size", "scale", "seed"),
-        )
+    shared |= {"target_loss": experiment.target_loss, "max_steps": experiment.max_steps}
+    jobs = [
+        Solution(data, lr=lr, seed=seed, batch_size=size, scale=scale, **shared)
         for scale in scales
         for lr in lrs
         for size in batch_sizes
         for seed in experiment.seeds
     ]
+    return [case_of(job, "lr", "batch_size", "scale", "seed") for job in jobs]
 
 
 def passes_to(loss: float, lr: float) -> float:

@@ -130,7 +130,7 @@ def _chain(config: timing.Config, vocabulary: int = 64, context: int = 64) -> tu
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way, print and write the table; return its rows."""
+    """Time every method, print and write the table; return its rows."""
     console = console or Console()
     start = trained(config, console, config.network, config.steps)
     problem, problem_before = (

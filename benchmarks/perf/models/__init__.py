@@ -174,7 +174,7 @@ CASES: dict[str, Case] = {
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way on every model, print and write the table; return its rows."""
+    """Time every method on every model, print and write the table; return its rows."""
     console = console or Console()
     rows = []
     for name, case in CASES.items():

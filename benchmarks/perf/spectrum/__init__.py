@@ -61,7 +61,7 @@ class _Task:
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way at the required error, print and write the table; return its rows."""
+    """Time every method at the required error, print and write the table; return its rows."""
     console = console or Console()
     start = trained(config, console)
     problem = Problem(start.model, start.loss_fn, start.data)
@@ -161,7 +161,7 @@ def _distance(first: tuple[Any, Any], reference: tuple[Any, Any]) -> float:
     return float(max((low - middle).max(), (middle - high).max(), 0.0))
 
 
-# -- ours, each from a new operator, as a user has it --------------------------------------------------
+# -- this library's methods, each with a new operator, so that nothing is cached ---------------------
 
 
 def _our_values(problem: Problem) -> Way:
