@@ -105,7 +105,7 @@ def run(
         out: folder for runs, tables and figures.
     """
     if not names:
-        raise ValueError(f"run: NAME is missing, expected all, or some of {', '.join(NAMES)}")
+        raise ValueError(f"run: expected NAME, one or more of {', '.join(NAMES)}, or all")
     all_names = "all" in names
     settings = [*set, *([f"seeds={seeds}"] if seeds else [])]
     experiments = [
@@ -312,7 +312,7 @@ def figures(names: Names = (), into: Path | None = None, out: Path = RUNS) -> in
         if not names or experiment.name in names
     ]
     if not sweeps:
-        raise ValueError(f"figures: {out} has no such runs, 'run NAME --out {out}' makes some")
+        raise ValueError(f"figures: nothing was run in {out}, 'run NAME --out {out}' comes first")
     for preset, experiment in sweeps:
         files = publish(experiment, preset, Store(out), into or out)
         text = f"{experiment.name}: {len(files)} files in {files[-1].parent}"
@@ -329,9 +329,7 @@ def report(results: Path = RESULTS, to: Path | None = None) -> int:
         to: file to write; by default REPORT.md next to the results.
     """
     if not any((results / preset).is_dir() for preset in PRESETS):
-        raise ValueError(
-            f"report: {results} has no results, 'figures --into {results}' writes them"
-        )
+        raise ValueError(f"report: {results} is empty, 'figures --into {results}' fills it")
     path = to or results.parent / "REPORT.md"
     path.write_text(written_report(results, results.name))
     Console().print(f"Written: {path}", soft_wrap=True)

@@ -183,8 +183,8 @@ def _split(
 ) -> Images:
     if n < 1 or len(x) < n or not len(test_x):
         raise ValueError(
-            f"n={n}: {name} leaves {len(x)} training and {len(test_x)} test images, expected {n} and"
-            " at least 1"
+            f"n={n}: {name} has {len(x)} training and {len(test_x)} test images, expected at least"
+            f" {n} and 1"
         )
     return Images(
         x=torch.tensor(x, dtype=torch.float32),
