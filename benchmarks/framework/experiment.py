@@ -55,8 +55,8 @@ class Experiment(ABC):
         name: its name on the command line.
         shows: the table or figure of the paper, or "Beyond the paper".
         datasets: names of the data sets that it supports, the default first.
-        columns: the columns that the terminal shows, by table; all columns of a table by default,
-            and an empty tuple hides it. CSV files always have all columns.
+        columns: the columns that the terminal shows, by table, all by default; an empty tuple hides
+            the table. CSV files always have all columns.
         presets: settings that differ from the defaults, by ``(preset, data)``; ``(preset, "")``
             applies to data sets without their own entry.
 

@@ -100,12 +100,11 @@ def _max_overhead(config: Config, images: Images) -> dict[str, Any]:
         pending += run.seconds(1)
         if len(monitor.history) == before:
             unmeasured.append(pending[-1])
-        elif before > 1:
+            continue
+        if before > 1:
             times += pending[:-1]
             counted += 1
-            pending = pending[-1:]
-        else:
-            pending = pending[-1:]
+        pending = pending[-1:]
     history = list(monitor.history)[1 : 1 + counted]
     row = _row(
         f"max_overhead={config.max_overhead:g}",

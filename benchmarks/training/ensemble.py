@@ -65,9 +65,8 @@ def train(jobs: Sequence[Spec], works: Sequence[Work], images: Images) -> list[E
     while len(endings) < len(jobs):
         if stack.active(endings) <= len(stack.members) // 2:
             stack.keep_only([k for k, member in enumerate(stack.members) if member not in endings])
-        for k, (member, loss) in enumerate(
-            zip(stack.members, stack.training_losses(), strict=True)
-        ):
+        losses = stack.training_losses()
+        for k, (member, loss) in enumerate(zip(stack.members, losses, strict=True)):
             if member in endings:
                 continue
             job, work = jobs[member], works[member]
