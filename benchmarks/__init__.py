@@ -1,1 +1,1 @@
-"""The experiments of Wu, Ma & E (NeurIPS 2018) by one command each: ``python -m benchmarks list``."""
+"""One command for each experiment of Wu, Ma & E (NeurIPS 2018): ``python -m benchmarks list``."""

@@ -19,7 +19,8 @@ from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
 from benchmarks.agenda import Part, missing, seconds_of
-from benchmarks.experiments import NAMES, experiment
+from benchmarks.experiments import NAMES
+from benchmarks.experiments import experiment as experiment_class
 from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
 from benchmarks.framework.settings import configured
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 def list_all() -> int:
     """List the experiments and the timings."""
     for name in NAMES:
-        print(f"{name:<16}{experiment(name).about()[0]}")
+        print(f"{name:<16}{experiment_class(name).about()[0]}")
     for name, path in PARTS.items():
         print(f"perf {name:<11}{(importlib.import_module(path).__doc__ or '').splitlines()[0]}")
     return 0
@@ -88,43 +89,43 @@ def run(
     """Run experiments, or continue them: jobs that are done are kept.
 
     Args:
-        names: of experiments, or ``all``.
+        names: experiments to run, or ``all``.
         preset: smoke takes seconds, small minutes; paper has the paper's sizes.
-        seeds: as in 0,1,2: instead of the preset's.
-        data: digits, which are embedded; fashion-mnist, cifar10-2 or cifar10.
-        set: any other setting, several values with commas; may be repeated.
-        workers: jobs at a time.
-        executor: or dask:ADDRESS, slurm:FOLDER.
-        shard: as in 1/4: the first of four parts of the jobs.
-        ensemble: how many runs of the same shapes to train as one.
+        seeds: as in 0,1,2: replaces the preset's seeds.
+        data: digits, which come with scikit-learn; fashion-mnist, cifar10-2 or cifar10.
+        set: any other setting, several values separated by commas; may be repeated.
+        workers: number of parallel jobs.
+        executor: processes, dask:ADDRESS or slurm:FOLDER.
+        shard: as in 1/4: run the first of four parts of the jobs.
+        ensemble: number of runs with equal shapes to train as one.
         retry: run failed jobs again.
         dry_run: list the jobs and start nothing.
         device: cpu or cuda.
-        data_dir: where the data are, or are downloaded to.
-        out: folder for everything.
+        data_dir: folder of the data; missing files are downloaded into it.
+        out: folder for runs, tables and figures.
     """
     if not names:
         raise ValueError(f"run: expected NAME, one or more of {', '.join(NAMES)}, or all")
-    several = "all" in names
+    all_names = "all" in names
     settings = [*set, *([f"seeds={seeds}"] if seeds else [])]
-    chosen = [
-        _configured(name, preset, data, settings, any_data=several)
-        for name in (NAMES if several else names)
+    experiments = [
+        _configured(name, preset, data, settings, any_data=all_names)
+        for name in (NAMES if all_names else names)
     ]
     runner = _Runner(Store(out), workers, executor, device, data_dir)
     runner.console.print(LEGEND, highlight=False)
-    lost = 0
-    for one in chosen:
-        jobs = jobs_of_shard(one.jobs(), *_shard(shard)) if shard else one.jobs()
-        left = runner.announce(one, preset, jobs)
+    unsuccessful = 0
+    for experiment in experiments:
+        jobs = jobs_of_shard(experiment.jobs(), *_shard(shard)) if shard else experiment.jobs()
+        remaining = runner.announce(experiment, preset, jobs)
         if dry_run:
-            for job in left:
+            for job in remaining:
                 runner.console.print(f"  {job.id}  {job.config}", highlight=False, soft_wrap=True)
             continue
         members = ensemble or (ENSEMBLE_ON_CUDA if device.startswith("cuda") else 1)
-        summary = runner.run(one, preset, jobs, members=members, retry=retry)
-        lost += len(summary.failed) + len(summary.blocked)
-    return 1 if lost else 0
+        summary = runner.run(experiment, preset, jobs, members=members, retry=retry)
+        unsuccessful += len(summary.failed) + len(summary.blocked)
+    return 1 if unsuccessful else 0
 
 
 @app.command
@@ -137,18 +138,18 @@ def paper(
     out: Path = RUNS,
     results: Path = RESULTS,
 ) -> int:
-    """Run what is missing of a preset in order of value, until the time is up.
+    """Run the unfinished experiments of a preset, in order of value, until the time is up.
 
-    First what is not published yet, and of this the paper's own tables and figures; then the
-    quickest. What the time does not suffice for continues from its checkpoints the next time.
+    Unpublished experiments come first, and among these the paper's own tables and figures; then
+    the quickest. An interrupted job continues from its checkpoint the next time.
 
     Args:
         preset: smoke takes seconds, small minutes to hours; paper has the paper's sizes.
         time_budget: as in 90s, 20m or 3h.
-        workers: jobs at a time.
+        workers: number of parallel jobs.
         dry_run: print the order and start nothing.
-        data_dir: where the data are, or are downloaded to.
-        out: folder for everything.
+        data_dir: folder of the data; missing files are downloaded into it.
+        out: folder for runs, tables and figures.
         results: the published results.
     """
     budget = seconds_of(time_budget)
@@ -157,21 +158,21 @@ def paper(
     runner.show_agenda(agenda, preset)
     if dry_run:
         return 0
-    end, lost = time.monotonic() + budget, 0
+    end, unsuccessful = time.monotonic() + budget, 0
     runner.console.print(LEGEND, highlight=False)
     for part in agenda:
-        left = end - time.monotonic()
-        if left <= 0:
+        seconds_left = end - time.monotonic()
+        if seconds_left <= 0:
             break
         runner.announce(part.experiment, preset, part.experiment.jobs())
-        summary = runner.run(part.experiment, preset, part.experiment.jobs(), seconds=left)
-        lost += len(summary.failed) + len(summary.blocked)
+        summary = runner.run(part.experiment, preset, part.experiment.jobs(), seconds=seconds_left)
+        unsuccessful += len(summary.failed) + len(summary.blocked)
     runner.show_agenda(missing(preset, runner.store, results, workers), preset)
-    return 1 if lost else 0
+    return 1 if unsuccessful else 0
 
 
 class _Runner:
-    """Runs the jobs of experiments, and prints and publishes what comes of them."""
+    """Runs the jobs of experiments, and prints and publishes the results."""
 
     def __init__(
         self, store: Store, workers: int, executor: str, device: str, data_dir: Path | None
@@ -182,21 +183,21 @@ class _Runner:
         threads = max(1, torch.get_num_threads() // workers) if self.local else None
         self.place = Place(device, data_dir, threads)
 
-    def announce(self, one: Experiment, preset: str, jobs: Sequence[Job]) -> list[Job]:
-        """Print what is to do; return it."""
-        everything = in_order(jobs)
-        left = [job for job in everything if not self.store.done(job)]
-        time_left = readable(estimate(everything, self.store, self.workers, self.device))
+    def announce(self, experiment: Experiment, preset: str, jobs: Sequence[Job]) -> list[Job]:
+        """Print how many jobs remain; return them."""
+        all_jobs = in_order(jobs)
+        remaining = [job for job in all_jobs if not self.store.done(job)]
+        estimated = readable(estimate(all_jobs, self.store, self.workers, self.device))
         self.console.print(
-            f"[bold]{one.name}[/bold]: {one.shows}\n{preset} preset, {one.data}:"
-            f" {len(everything)} jobs, {len(left)} to do ({time_left})",
+            f"[bold]{experiment.name}[/bold]: {experiment.shows}\n{preset} preset, {experiment.data}:"
+            f" {len(all_jobs)} jobs, {len(remaining)} to do ({estimated})",
             highlight=False,
         )
-        return left
+        return remaining
 
     def run(
         self,
-        one: Experiment,
+        experiment: Experiment,
         preset: str,
         jobs: Sequence[Job],
         *,
@@ -204,10 +205,10 @@ class _Runner:
         retry: bool = False,
         seconds: float = math.inf,
     ) -> Summary:
-        """Run the jobs; print and publish what came out."""
+        """Run the jobs; print and publish the results."""
         store, console = self.store, self.console
-        remember(one, preset, store)
-        headline = partial(one.headline, store=store)
+        remember(experiment, preset, store)
+        headline = partial(experiment.headline, store=store)
         with Bars(in_order(jobs), store, console, headline, self.device) as bars:
             summary = run_all(
                 jobs,
@@ -220,9 +221,9 @@ class _Runner:
                 seconds=seconds,
                 watch=bars,
             )
-        # Published first: what is shown, claims, may need jobs that are not done.
-        files = publish(one, preset, store, store.root)
-        show(console, one, one.tables(store))
+        # Publish first: claims may raise an error while jobs are missing.
+        files = publish(experiment, preset, store, store.root)
+        show(console, experiment, experiment.tables(store))
         if summary.failed:
             console.print(
                 f"[red]{len(summary.failed)} failed[/red], {len(summary.blocked)} wait for these;"
@@ -235,23 +236,20 @@ class _Runner:
         return summary
 
     def show_agenda(self, agenda: Sequence[Part], preset: str) -> None:
-        """Print what is missing, in order."""
+        """Print the experiments with jobs left, in order."""
         table = Table(title=f"Missing of the {preset} preset in {self.store.root}")
         for heading in ("experiment", "shows", "data", "jobs left", "time, roughly"):
             table.add_column(heading, overflow="fold")
         for part in agenda:
-            one = part.experiment
-            table.add_row(one.name, one.shows, one.data, str(part.jobs), readable(part.seconds))
-        if agenda:
-            self.console.print(table)
-        else:
-            self.console.print(f"Nothing of the {preset} preset is missing.")
+            names = (part.experiment.name, part.experiment.shows, part.experiment.data)
+            table.add_row(*names, str(part.jobs), readable(part.seconds))
+        self.console.print(table if agenda else f"Nothing of the {preset} preset is missing.")
 
 
 def _configured(
     name: str, preset: str, data: str | None, settings: list[str], *, any_data: bool
 ) -> Experiment:
-    kind = experiment(name)
+    kind = experiment_class(name)
     if data not in (None, *kind.datasets):
         if not any_data:
             raise ValueError(f"{name}: --data {data}, expected {' or '.join(kind.datasets)}")
@@ -266,14 +264,14 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index) - 1, int(count)
 
 
-def _say_skipped(path: Path, error: Exception) -> None:
-    """Name the file of a sweep that this version cannot read."""
+def _warn_skipped(path: Path, error: Exception) -> None:
+    """Print the path of a sweep's file that this version cannot read, and the error."""
     Console(stderr=True).print(f"skipped {path}: {error}", soft_wrap=True, markup=False)
 
 
 @app.command
 def status(out: Path = RUNS) -> int:
-    """Print for each sweep what is done, runs and has failed.
+    """Print the number of done, running and failed jobs of each sweep.
 
     Args:
         out: folder of the runs.
@@ -283,13 +281,15 @@ def status(out: Path = RUNS) -> int:
     for heading in ("experiment", "preset", "data", "jobs", "done", "running", "failed", "left"):
         table.add_column(heading, min_width=len(heading))
     errors = []
-    for preset, one in remembered(out, _say_skipped):
-        jobs = in_order(one.jobs())
-        left = [job for job in jobs if not store.done(job)]
-        failed = {job.id: failure for job in left if (failure := store.failure(job))}
-        running = sum(map(store.running, left))
-        counts = (len(jobs), len(jobs) - len(left), running, len(failed), len(left) - len(failed))
-        table.add_row(one.name, preset, one.data, *map(str, counts))
+    for preset, experiment in remembered(out, _warn_skipped):
+        jobs = in_order(experiment.jobs())
+        remaining = [job for job in jobs if not store.done(job)]
+        failures = {job.id: store.failure(job) for job in remaining}
+        failed = {name: failure for name, failure in failures.items() if failure}
+        done, left = len(jobs) - len(remaining), len(remaining) - len(failed)
+        running = sum(map(store.running, remaining))
+        counts = (len(jobs), done, running, len(failed), left)
+        table.add_row(experiment.name, preset, experiment.data, *map(str, counts))
         errors += [f"{name}: {escape(failure['error'])}" for name, failure in failed.items()]
     console.print(table)
     for error in errors:
@@ -299,34 +299,37 @@ def status(out: Path = RUNS) -> int:
 
 @app.command
 def figures(names: Names = (), into: Path | None = None, out: Path = RUNS) -> int:
-    """Write the tables and pictures of what is done; trains nothing.
+    """Write tables and pictures of the finished jobs, without training.
 
     Args:
-        names: of experiments; all by default.
-        into: folder to write to; by default that of the runs.
+        names: experiments; all by default.
+        into: folder to write to; by default the folder of the runs.
         out: folder of the runs.
     """
-    chosen = [
-        (p, one) for p, one in remembered(out, _say_skipped) if not names or one.name in names
+    sweeps = [
+        (preset, experiment)
+        for preset, experiment in remembered(out, _warn_skipped)
+        if not names or experiment.name in names
     ]
-    if not chosen:
-        raise ValueError(f"figures: nothing was run in {out}")
-    for preset, one in chosen:
-        files = publish(one, preset, Store(out), into or out)
-        Console().print(f"{one.name}: {len(files)} files in {files[-1].parent}", soft_wrap=True)
+    if not sweeps:
+        raise ValueError(f"figures: nothing was run in {out}, 'run NAME --out {out}' comes first")
+    for preset, experiment in sweeps:
+        files = publish(experiment, preset, Store(out), into or out)
+        text = f"{experiment.name}: {len(files)} files in {files[-1].parent}"
+        Console().print(text, soft_wrap=True)
     return 0
 
 
 @app.command
 def report(results: Path = RESULTS, to: Path | None = None) -> int:
-    """Write the report: what is printed, and what came out.
+    """Write the report: the paper's numbers next to ours.
 
     Args:
-        results: what ``figures`` wrote.
-        to: file; by default REPORT.md in the folder above the results.
+        results: folder that ``figures --into`` wrote.
+        to: file to write; by default REPORT.md next to the results.
     """
     if not any((results / preset).is_dir() for preset in PRESETS):
-        raise ValueError(f"report: {results} is empty: 'figures --into' fills it")
+        raise ValueError(f"report: {results} is empty, 'figures --into {results}' fills it")
     path = to or results.parent / "REPORT.md"
     path.write_text(written_report(results, results.name))
     Console().print(f"Written: {path}", soft_wrap=True)
@@ -346,21 +349,21 @@ def perf(
     """Time this library and others, side by side.
 
     Args:
-        parts: of the timings; all but ``large`` by default.
+        parts: timings to run; all but ``large`` by default.
         data: digits, fashion-mnist, cifar10-2 or cifar10.
-        data_dir: where the data are, or are downloaded to.
+        data_dir: folder of the data; missing files are downloaded into it.
         device: cpu or cuda.
-        seed: of networks and data.
-        set: any other setting, several values with commas; may be repeated.
+        seed: seed of networks and data.
+        set: any other setting, several values separated by commas; may be repeated.
         out: folder for numbers and figures.
     """
     unknown = {*parts} - {*PARTS}
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
-    named = {"data": data, "data_dir": data_dir, "device": device, "seed": seed, "out": out}
-    given: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    options = {"data": data, "data_dir": data_dir, "device": device, "seed": seed, "out": out}
+    chosen: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     modules = [importlib.import_module(PARTS[name]) for name in parts or BY_DEFAULT]
-    configs = [configured(module.Config(**given), set) for module in modules]
+    configs = [configured(module.Config(**chosen), set) for module in modules]
     for module, config in zip(modules, configs, strict=True):
         module.run(config)
     return 0
@@ -374,22 +377,22 @@ def gpu(
     data_dir: Path | None = None,
     out: Path = Path("gpu"),
 ) -> int:
-    """Run everything worth knowing about a GPU, in order of value, until the time is up.
+    """Run the GPU checks and timings, in order of value, until the time is up.
 
-    Each part is a process with its own time limit, and its result is written when it ends. What failed
-    or could not run is listed with the reason; the exit code is 1 if a part failed.
+    Each part is a process with its own time limit, and its result is written when it ends. Parts that
+    failed or could not run are listed with the reason; the exit code is 1 if a part failed.
 
     Args:
-        parts: of the script; all by default.
+        parts: parts to run; all by default.
         time_budget: as in 90s or 8m.
-        device: cuda, cuda:1, or simulated: all parts in miniature, on the accelerator of the tests.
-        data_dir: where the data are; by default the environment's ``STABLEOPT_DATA``.
+        device: cuda, cuda:1, or simulated, the tests' accelerator, on which parts run in miniature.
+        data_dir: folder of the data; by default the environment's ``STABLEOPT_DATA``.
         out: folder for gpu.md, gpu.json, and the results and the output of each part.
     """
-    from benchmarks.gpu import script  # its parts import all that they time
+    from benchmarks.gpu import script  # imports every package that it times
 
     budget = seconds_of(time_budget)
     script.check(device, parts)
     outcomes = script.run(device, out, seconds=budget, names=parts, data_dir=data_dir)
     print(f"Written: {out / 'gpu.md'}")
-    return 1 if any(one.outcome in ("failed", "stopped") for one in outcomes) else 0
+    return 1 if any(part.outcome in ("failed", "stopped") for part in outcomes) else 0

@@ -1,9 +1,9 @@
-"""`report`: REPORT.md, with what the paper prints, what came out here, and what was not run."""
+"""`report`: REPORT.md, with the paper's numbers, ours, and the runs that are missing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,27 +27,29 @@ a subset of it whose images were once JPEG-compressed.
 
 
 def report(results: Path, shown: str) -> str:
-    """Return the report on what was published in a folder.
+    """Return the report on the published results.
 
     Args:
-        results: the folder.
-        shown: what to call it.
+        results: their folder.
+        shown: the folder's name in the report.
     """
     parts = (_opening(results), _summary(results), _parts(results))
     return "\n".join([HEAD.format(results=shown), *chain.from_iterable(parts)]) + "\n"
 
 
 def _opening(results: Path) -> Iterator[str]:
-    """Yield the lines of each table and figure of the paper, on the paper's data."""
+    """Yield the claims on each table and figure of the paper, on the paper's data sets."""
     yield _line("of the paper", "", "printed", "here", "reproduced")
     yield "| --- | --- | --- | --- | --- |"
     for name in NAMES:
         shows = experiment(name).shows
         if shows == BEYOND:
             continue
-        # The larger preset of each data set; digits are not the paper's.
-        found = {data: folder for _, data, folder in _published(results, name) if data != "digits"}
-        for data, folder in found.items():
+        # The dict keeps the last, largest preset of each data set. Digits are not in the paper.
+        folders = {
+            data: folder for _, data, folder in _published(results, name) if data != "digits"
+        }
+        for data, folder in folders.items():
             first = f"[{shows}](#{name}), {data}"
             for claim in claims_in(folder):
                 if claim.printed:
@@ -55,8 +57,8 @@ def _opening(results: Path) -> Iterator[str]:
                     first = ""
     yield ""
     yield (
-        "All experiments, presets and data sets. What was not run has the time that one core would take,"
-        " by the speed of what was: an order of magnitude."
+        "All experiments, presets and data sets. For those not run, the estimated time on one core is"
+        " given, to an order of magnitude, from the speed of the published runs."
     )
     yield ""
 
@@ -77,19 +79,19 @@ def _summary(results: Path) -> Iterator[str]:
         runs = list(_published(results, name))
         for preset, data, folder in runs:
             claims = claims_in(folder)
-            kept = sum(claim.reproduced for claim in claims)
-            share = f"{kept} of {len(claims)}" if claims else "no claims"
+            reproduced = sum(claim.reproduced for claim in claims)
+            share = f"{reproduced} of {len(claims)}" if claims else "no claims"
             link = f"[{name}](#{name})"
             yield f"| {link} | {experiment(name).shows} | {preset}, {data} | {share} |"
-        run = {(preset, data) for preset, data, _ in runs}
-        left = [
+        published = {(preset, data) for preset, data, _ in runs}
+        unpublished = [
             f"{preset}, {data}{_expected(rates.seconds(name, preset, data))}"
             for preset in PRESETS[1:]
             for data in experiment(name).datasets
-            if (preset, data) not in run
+            if (preset, data) not in published
         ]
-        if left:
-            yield f"| {name} | {experiment(name).shows} | {'; '.join(left)} | not run |"
+        if unpublished:
+            yield f"| {name} | {experiment(name).shows} | {'; '.join(unpublished)} | not run |"
     yield ""
 
 
@@ -110,31 +112,28 @@ def _parts(results: Path) -> Iterator[str]:
             about = json.loads((folder / "about.json").read_text())
             yield f"### {preset}, {data}"
             yield ""
-            yield _run(about)
+            yield _run_details(about)
             yield ""
             yield from _table(claims_in(folder))
             for picture in sorted(folder.glob("*.png")):
-                at = picture.relative_to(results.parent).as_posix()
-                yield f"![{picture.stem}]({at})"
+                link = picture.relative_to(results.parent).as_posix()
+                yield f"![{picture.stem}]({link})"
                 yield ""
 
 
-def _run(about: dict[str, Any]) -> str:
+def _run_details(about: dict[str, Any]) -> str:
     machine = f"{' and '.join(map(str, about['device']))}, torch {' and '.join(about['torch'])}"
-    left = about["jobs"] - about["done"] - about["failed"]
-    lost = "".join(
-        f"; **{count} {word}**"
-        for count, word in ((about["failed"], "failed"), (left, "not run"))
-        if count
-    )
+    not_run = about["jobs"] - about["done"] - about["failed"]
+    missing = f"; **{about['failed']} failed**" if about["failed"] else ""
+    missing += f"; **{not_run} not run**" if not_run else ""
     seeds = ", ".join(map(str, about["settings"]["seeds"]))
     return (
-        f"{about['done']} of {about['jobs']} jobs{lost}; {readable(about['seconds'])} of one worker"
+        f"{about['done']} of {about['jobs']} jobs{missing}; {readable(about['seconds'])} of one worker"
         f" in all, {machine}. Seeds {seeds}."
     )
 
 
-def _table(claims: list[Claim] | Any) -> Iterator[str]:
+def _table(claims: Sequence[Claim]) -> Iterator[str]:
     if not claims:
         return
     yield "| | printed | theory | here | tolerance | reproduced | |"
@@ -150,5 +149,5 @@ def _verdict(claim: Claim) -> str:
 
 
 def _line(*cells: str) -> str:
-    plain = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
-    return "| " + " | ".join(plain) + " |"
+    escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    return "| " + " | ".join(escaped) + " |"

@@ -1,11 +1,12 @@
-"""`remember`, `remembered`: which experiments, with which settings, were run in a folder."""
+"""`remember` and `remembered`: the experiments that were run in a folder, with their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.experiments import NAMES, experiment
+from benchmarks.experiments import NAMES
+from benchmarks.experiments import experiment as experiment_class
 from benchmarks.framework.experiment import Experiment
 from benchmarks.runner import Store
 from benchmarks.runner.files import read_json, write_json
@@ -13,28 +14,30 @@ from benchmarks.runner.files import read_json, write_json
 __all__ = ["remember", "remembered"]
 
 
-def remember(one: Experiment, preset: str, store: Store) -> None:
-    """Write an experiment and its settings into ``sweeps`` of the store."""
+def remember(experiment: Experiment, preset: str, store: Store) -> None:
+    """Write an experiment and its settings into the store's folder ``sweeps``."""
     sweeps = store.root / "sweeps"
     sweeps.mkdir(parents=True, exist_ok=True)
-    path = sweeps / f"{preset}-{one.data}-{one.name}.json"
-    write_json(path, {"experiment": one.name, "preset": preset, "settings": one.settings})
+    path = sweeps / f"{preset}-{experiment.data}-{experiment.name}.json"
+    write_json(
+        path, {"experiment": experiment.name, "preset": preset, "settings": experiment.settings}
+    )
 
 
 def remembered(
     root: Path, skipped: Callable[[Path, Exception], object]
 ) -> Iterator[tuple[str, Experiment]]:
-    """Yield preset and experiment of each sweep below ``root``, in the order of the experiments.
+    """Yield the preset and the experiment of each sweep in ``root``, in the order of ``NAMES``.
 
-    ``skipped`` receives each file that this version cannot read, and why.
+    ``skipped`` receives the path of each file that this version cannot read, and the error.
     """
     sweeps = []
     for path in (root / "sweeps").glob("*.json"):
         try:
             sweep = read_json(path)
-            one = experiment(sweep["experiment"]).from_json(sweep["settings"])
-            sweeps.append((NAMES.index(one.name), sweep["preset"], path.name, one))
+            experiment = experiment_class(sweep["experiment"]).from_json(sweep["settings"])
+            sweeps.append((NAMES.index(experiment.name), sweep["preset"], path.name, experiment))
         except (ValueError, TypeError, KeyError) as error:
             skipped(path, error)
-    for _, preset, _, one in sorted(sweeps, key=lambda sweep: sweep[:3]):
-        yield preset, one
+    for _, preset, _, experiment in sorted(sweeps, key=lambda sweep: sweep[:3]):
+        yield preset, experiment

@@ -50,16 +50,16 @@ class GPT(nn.Module):
         self, vocabulary: int, context: int, width: int = 32, layers: int = 2, heads: int = 4
     ) -> None:
         super().__init__()
-        self.embed, self.place = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.normal_(self.place.weight, std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits for ``ids`` ``(batch, time)``."""
-        x = self.embed(ids) + self.place(torch.arange(ids.shape[1], device=ids.device))
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -87,11 +87,11 @@ def train(
     torch.manual_seed(0)
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    letters = sorted(set(text))
-    number = {letter: index for index, letter in enumerate(letters)}
-    ids = torch.tensor([number[letter] for letter in text])
+    characters = sorted(set(text))
+    id_of = {character: index for index, character in enumerate(characters)}
+    ids = torch.tensor([id_of[character] for character in text])
 
-    model = GPT(len(letters), context)
+    model = GPT(len(characters), context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     probe = windows(ids, torch.linspace(0, len(ids) - context - 1, 32).long(), context)
     sinks = [] if logdir is None else [stableopt.TensorBoardSink(logdir)]
@@ -105,7 +105,7 @@ def train(
         quantities=("sharpness", "preconditioned_sharpness", "batch_sharpness"),
         sinks=sinks,
     ) as monitor:
-        seen = 0
+        measurements = 0
         for step in range(1, steps + 1):
             starts = torch.randint(len(ids) - context, (batch_size,))
             inputs, targets = windows(ids, starts, context)
@@ -113,13 +113,13 @@ def train(
             loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
-            if len(monitor.history) > seen:
-                seen, found = len(monitor.history), monitor.margins
+            if len(monitor.history) > measurements:
+                measurements, margins = len(monitor.history), monitor.margins
                 print(
-                    f"step {step:4d}  loss {loss.item():.3f}  sharpness {found.sharpness:8.2f}"
-                    f"  preconditioned {found.preconditioned_sharpness:9.0f}"
-                    f" of {found.preconditioned_sharpness_limit:.0f}"
-                    f"  batch sharpness {found.batch_sharpness:8.0f}  ({found.method})"
+                    f"step {step:4d}  loss {loss.item():.3f}  sharpness {margins.sharpness:8.2f}"
+                    f"  preconditioned {margins.preconditioned_sharpness:9.0f}"
+                    f" of {margins.preconditioned_sharpness_limit:.0f}"
+                    f"  batch sharpness {margins.batch_sharpness:8.0f}  ({margins.method})"
                 )
         return list(monitor.history)
 
@@ -130,5 +130,5 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--logdir", default="runs/gpt")
-    chosen = parser.parse_args()
-    train(chosen.steps, lr=chosen.lr, every=chosen.every, logdir=chosen.logdir)
+    options = parser.parse_args()
+    train(options.steps, lr=options.lr, every=options.every, logdir=options.logdir)

@@ -1,4 +1,4 @@
-"""Finds worn words in prose and code, and names plain ones: ``python tools/worn_words.py``."""
+"""Finds worn words in prose and code, and suggests plain ones: ``python tools/worn_words.py``."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ PLAIN = {
     "nobody": "no one, or name the reader",
     "nothing but": "only",
 }
-# A phrase may be broken over two lines, also of a comment.
+# A phrase may span two lines, also of a comment.
 WORN = re.compile(r"\b(" + "|".join(PLAIN).replace(" ", r"(?:\s|\n\s*#)+") + r")\b", re.IGNORECASE)
 EXEMPT = ("tools/worn_words.py", "tests/test_worn_words.py", "benchmarks/REPORT.md")
 
 
 def worn_words(text: str) -> list[tuple[int, str]]:
-    """Return the line number of each worn word or phrase of a text, and the word."""
+    """Return the line number and the text of each worn word or phrase."""
     return [
-        (text.count("\n", 0, found.start()) + 1, re.sub(r"[\s#]+", " ", found[0].lower()))
-        for found in WORN.finditer(text)
+        (text.count("\n", 0, match.start()) + 1, re.sub(r"[\s#]+", " ", match[0].lower()))
+        for match in WORN.finditer(text)
     ]
 
 
 def main() -> int:
-    """Print the worn words of every Python and Markdown file under version control."""
+    """Print the worn words in all tracked Python and Markdown files; return whether there are any."""
     root = Path(__file__).parents[1]
-    listed = subprocess.check_output(["git", "ls-files", "*.py", "*.md"], cwd=root, text=True)
-    found = [
+    files = subprocess.check_output(["git", "ls-files", "*.py", "*.md"], cwd=root, text=True)
+    findings = [
         f"{name}:{line}: '{word}': better {PLAIN[word]}"
-        for name in listed.splitlines()
+        for name in files.splitlines()
         if name not in EXEMPT and (root / name).exists()
         for line, word in worn_words((root / name).read_text())
     ]
-    print("\n".join(found) or "No worn words.")
-    return bool(found)
+    print("\n".join(findings) or "No worn words.")
+    return bool(findings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`experiment`: the experiments by name, each in a module or a folder of its own.
+"""`experiment`: returns an experiment by its name; each has its own module or folder.
 
 The paper's tables and figures are in
 
@@ -45,11 +45,11 @@ NAMES = (
     "steering",
     "control-laws",
 )
-"""In the order of the paper; those that go beyond it follow."""
+"""The paper's in its order, then those beyond the paper."""
 
 
 def experiment(name: str) -> type[Experiment]:
-    """Return the experiment with this name: the ``EXPERIMENT`` of its module.
+    """Return the class of the experiment with this name, its module's ``EXPERIMENT``.
 
     Raises:
         ValueError: for an unknown name.
@@ -57,5 +57,5 @@ def experiment(name: str) -> type[Experiment]:
     if name not in NAMES:
         raise ValueError(f"{name!r}: expected one of {', '.join(NAMES)}")
     module = importlib.import_module(f"benchmarks.experiments.{name.replace('-', '_')}")
-    found: type[Experiment] = module.EXPERIMENT
-    return found
+    experiment_class: type[Experiment] = module.EXPERIMENT
+    return experiment_class

@@ -1,7 +1,7 @@
 """The batch size chooses the minimum: Figure 5 of the paper.
 
 At one learning rate, SGD with smaller batches settles in minima that are flatter and more uniform,
-below the bound √B/η on the non-uniformity; gradient descent is held by 2/η alone.
+below the bound √B/η on the non-uniformity; gradient descent is limited by 2/η alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class BatchSize(Experiment):
 
     Attributes:
         lr: learning rate of SGD and GD.
-        batch_sizes: of SGD; GD always runs too.
-        n: training images.
-        target_loss: at which training stops.
-        max_steps: at which it stops in any case.
+        batch_sizes: batch sizes of SGD; GD always runs too.
+        n: number of training images.
+        target_loss: training loss at which a run stops.
+        max_steps: largest number of steps.
     """
 
     name = "batch-size"
@@ -66,14 +66,14 @@ class BatchSize(Experiment):
         data = Dataset(self.data, self.n)
         return {"batch-size": minima(self, data, lrs=(self.lr,), batch_sizes=sizes)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
         """Return sharpness and non-uniformity against batch size, with their bounds."""
         figure, axes = panels(2, width=4.5, height=3.6, title=f"{self.data}, η = {self.lr:g}")
-        sizes = its.batch_size.fillna(self.n)
-        points(axes[0], sizes, its.sharpness)
+        sizes = frame.batch_size.fillna(self.n)
+        points(axes[0], sizes, frame.sharpness)
         limit(axes[0], y=2 / self.lr, label="2/η")
-        points(axes[1], sizes, its.non_uniformity)
-        bounds: Any = its.dropna(subset=["batch_size", "non_uniformity_limit"])
+        points(axes[1], sizes, frame.non_uniformity)
+        bounds: Any = frame.dropna(subset=["batch_size", "non_uniformity_limit"])
         bounds = bounds.drop_duplicates("batch_size").sort_values("batch_size")
         limit(axes[1], bounds.batch_size, bounds.non_uniformity_limit, "√B/η, at finite n")
         x = f"batch size B (GD at {self.n:,})"
@@ -82,16 +82,21 @@ class BatchSize(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return that both fall with B, and that s keeps its bound."""
-        its = tables["batch-size"].dropna(subset="sharpness")
-        by_size: dict[str, Any] = {f"B = {b}": its[its.batch_size == b] for b in self.batch_sizes}
-        by_size["GD"] = its[its.batch_size.isna()]
+        """Yield the claims that both fall with B, and that s is below its bound."""
+        minima = tables["batch-size"].dropna(subset="sharpness")
+        by_size: dict[str, Any] = {
+            f"B = {b}": minima[minima.batch_size == b] for b in self.batch_sizes
+        }
+        by_size["GD"] = minima[minima.batch_size.isna()]
         if not all(map(len, by_size.values())):
             return
-        for what, key in (("a, sharpness", "sharpness"), ("b, non-uniformity", "non_uniformity")):
+        for panel, column in (
+            ("a, sharpness", "sharpness"),
+            ("b, non-uniformity", "non_uniformity"),
+        ):
             yield increasing(
-                f"Figure 5{what} against batch size",
-                {name: list(rows[key]) for name, rows in by_size.items()},
+                f"Figure 5{panel} against batch size",
+                {name: list(group[column]) for name, group in by_size.items()},
                 printed="falls as B falls",
             )
         smallest = by_size[f"B = {min(self.batch_sizes)}"]

@@ -1,9 +1,9 @@
 """Non-uniformity goes with sharpness: Figure 7 of the paper.
 
-Minima found at several learning rates and batch sizes: their non-uniformity is roughly proportional
-to their sharpness. On `cifar10` the network is a 14-layer ResNet and the images 10,000: batch norm
-couples the samples of a batch in training, so the network is measured in evaluation mode, with
-running statistics, where each sample has a Hessian of its own.
+Over minima found at several learning rates and batch sizes, non-uniformity is roughly proportional to
+sharpness. On `cifar10` the network is a 14-layer ResNet, trained on 10,000 images. In training its batch
+norm couples the samples of a batch, so the network is measured in evaluation mode, with running
+statistics, where each sample has its own Hessian.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "Correlation"]
 
 PROPORTIONAL = 0.8
-"""The least correlation of log a and log s that is called "roughly proportional"."""
+"""Smallest correlation of log a and log s that counts as "roughly proportional"."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Correlation(Experiment):
 
     Attributes:
         lrs: learning rates.
-        batch_sizes: of SGD.
-        full_batch: run GD too.
-        n: training images.
-        target_loss: at which training stops.
-        max_steps: at which it stops in any case.
+        batch_sizes: batch sizes of SGD.
+        full_batch: whether to run GD too.
+        n: number of training images.
+        target_loss: training loss at which a run stops.
+        max_steps: largest number of steps.
         network: see :func:`benchmarks.training.networks.network`.
     """
 
@@ -93,15 +93,15 @@ class Correlation(Experiment):
         grid = {"lrs": self.lrs, "batch_sizes": sizes}
         return {"correlation": minima(self, data, **grid, network=self.network)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
-        """Return non-uniformity against sharpness, a colour for each batch size."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
+        """Return non-uniformity against sharpness, coloured by batch size."""
         figure, (axes,) = panels()
-        names = its.batch_size.map(lambda b: "GD" if pd.isna(b) else f"B = {b}")
+        names = frame.batch_size.map(lambda b: "GD" if pd.isna(b) else f"B = {b}")
         for label, colour in coloured(names):
             points(
                 axes,
-                its.sharpness[names == label],
-                its.non_uniformity[names == label],
+                frame.sharpness[names == label],
+                frame.non_uniformity[names == label],
                 label,
                 colour,
             )
@@ -109,23 +109,23 @@ class Correlation(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return the correlation of the logarithms with its confidence interval, and the slope."""
+        """Yield the correlation of the logarithms, with its confidence interval and the slope."""
         from scipy.stats import linregress, pearsonr
 
-        known = tables["correlation"].dropna(subset="non_uniformity")
-        if len(known) < 4:
+        minima = tables["correlation"].dropna(subset="non_uniformity")
+        if len(minima) < 4:
             return
-        a, s = np.log(known.sharpness), np.log(known.non_uniformity)
-        found = pearsonr(a, s)
-        low, high = found.confidence_interval()
+        a, s = np.log(minima.sharpness), np.log(minima.non_uniformity)
+        correlation = pearsonr(a, s)
+        low, high = correlation.confidence_interval()
         yield at_least(
             "Figure 7, non-uniformity against sharpness",
-            [float(found.statistic)],
+            [float(correlation.statistic)],
             PROPORTIONAL,
             printed="roughly proportional",
             theory="",
-            ours=f"correlation of the logarithms {found.statistic:.3f} (95 %: {low:.3f} to"
-            f" {high:.3f}), slope {linregress(a, s).slope:.2f}, {len(known)} minima",
+            ours=f"correlation of the logarithms {correlation.statistic:.3f} (95 %: {low:.3f} to"
+            f" {high:.3f}), slope {linregress(a, s).slope:.2f}, {len(minima)} minima",
             tolerance=f"correlation at least {PROPORTIONAL}",
             why="proportional is slope 1",
         )

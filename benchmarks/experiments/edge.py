@@ -1,8 +1,8 @@
 """Sharpness rises to 2/η, and SGD settles within its own threshold. Beyond the paper.
 
-Gradient descent's sharpness along the way, for several learning rates (Cohen et al., 2021), rises
-until it reaches 2/η, the edge of stability, and stays about there. SGD has an edge too: where its
-training ends, the learning rate is compared with the exact mean-square threshold of that place.
+During gradient descent the sharpness rises until it reaches 2/η, the edge of stability, and stays about
+there (Cohen et al., 2021); here for several learning rates. SGD has an edge too: its learning rate is
+compared with the exact mean-square threshold at the point where training ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.framework.claims import Claim, all_of, at_most
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import coloured, finish, limit, panels, points, trace
 from benchmarks.framework.tables import Row
 from benchmarks.runner import Store
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "Edge"]
 
 AT_THE_EDGE = 0.1
-"""How far the last sharpness may be from 2/η to count as at it: it swings by a few per cent."""
+"""Largest relative distance of the final sharpness from 2/η: it oscillates by a few per cent."""
 
 SETTLED = 0.1
-"""Share by which the learning rate may exceed the threshold where SGD has settled: the threshold is
-that of iid batches in the Gauss-Newton form, and training ends at a small loss, not at zero."""
+"""Fraction by which the learning rate may exceed the threshold where SGD has settled. The threshold
+assumes independent batches and the Gauss-Newton form, and training ends at a small loss, not at zero."""
 
 
 @dataclass(frozen=True)
 class Edge(Experiment):
-    """Sharpness along the way, and where SGD settles.
+    """Sharpness during training, and where SGD settles.
 
     Attributes:
         lrs: learning rates of gradient descent.
-        n: its training images.
-        target_loss: at which it stops.
-        max_steps: at which it stops in any case.
+        n: training images of gradient descent.
+        target_loss: training loss at which it stops.
+        max_steps: largest number of its steps.
         sharpness_every: steps between two measurements.
-        sgd_lrs: learning rates of SGD; none where nC is too large for the exact threshold.
-        batch_sizes: of SGD.
-        sgd_n: its training images: few, since the exact threshold takes time as (nC)^3.
-        sgd_target_loss: at which it stops.
+        sgd_lrs: learning rates of SGD; empty if nC is too large for the exact threshold.
+        batch_sizes: batch sizes of SGD.
+        sgd_n: training images of SGD: few, since the cost of the exact threshold grows as (nC)^3.
+        sgd_target_loss: training loss at which SGD stops.
     """
 
     name = "edge"
@@ -71,7 +71,7 @@ class Edge(Experiment):
             "sgd_n": 16,
             "sgd_target_loss": 1e-2,
         },
-        # At a loss of 1e-3 a learning rate of 5 still swings: its sharpness ended at 1.29 of 2/η.
+        # With η = 5, training still oscillates at a loss of 1e-3: the sharpness ended at 1.29 of 2/η.
         ("small", "fashion-mnist"): {
             **{"lrs": (1.0, 5.0), "sharpness_every": 100, "target_loss": 1e-4},
         },
@@ -108,7 +108,7 @@ class Edge(Experiment):
     sgd_target_loss: float = 1e-4
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return gradient descents, and the thresholds where SGD ends."""
+        """Return runs of gradient descent, and the thresholds where SGD ends."""
         descents = [
             Solution(
                 Dataset(self.data, self.n),
@@ -131,25 +131,25 @@ class Edge(Experiment):
             )
             for lr, size, seed in grid
         ]
-        return {"sharpness": [case(job, "lr") for job in descents], "settled": settled}
+        return {"sharpness": [case_of(job, "lr") for job in descents], "settled": settled}
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return sharpness along the way, or the limits where SGD has settled."""
-        lr = one.keys["lr"]
+    def rows(self, name: str, case: Case, allowed: Any, store: Store) -> Iterable[Row]:
+        """Return the sharpness during training, or the thresholds where SGD has settled."""
+        lr = case.keys["lr"]
         if name == "sharpness":
-            for record in store.trace(one.job):
+            for record in store.trace(case.job):
                 if "sharpness" in record:
-                    kept = {key: record[key] for key in ("step", "loss", "sharpness")}
-                    yield {**one.keys, **kept, "limit": 2 / lr}
+                    margins = {key: record[key] for key in ("step", "loss", "sharpness")}
+                    yield {**case.keys, **margins, "limit": 2 / lr}
             return
-        end = store.result(one.job.start)
-        ended = {**one.keys, "outcome": end.outcome, "loss": end.loss}
+        end = store.result(case.job.start)
+        shared = {**case.keys, "outcome": end.outcome, "loss": end.loss}
         if end.outcome in LOST:
-            yield ended
+            yield shared
             return
-        threshold = found.at(one.keys["batch_size"])
+        threshold = allowed.at(case.keys["batch_size"])
         yield {
-            **ended,
+            **shared,
             "sharpness": end.sharpness,
             "non_uniformity": end.non_uniformity,
             **{"critical_lr": threshold.critical_lr, "theorem1": threshold.theorem1},
@@ -157,11 +157,11 @@ class Edge(Experiment):
             "sharpness_ratio": end.sharpness * lr / 2,
         }
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
         """Return sharpness against η times steps, or the ratios to the thresholds."""
         figure, (axes,) = panels(width=5.5)
-        for lr, colour in coloured(its.lr):
-            run: Any = its[its.lr == lr]
+        for lr, colour in coloured(frame.lr):
+            run: Any = frame[frame.lr == lr]
             if name == "sharpness":
                 trace(axes, run.step * lr, run.sharpness, f"η = {lr:g}", colour)
                 limit(axes, y=2 / lr, colour=colour)
@@ -170,7 +170,7 @@ class Edge(Experiment):
                 ratio = {"label": f"η = {lr:g}: ηa/2", "colour": colour, "marker": "x"}
                 points(axes, run.batch_size, run.sharpness_ratio, **ratio)
         if name == "sharpness":
-            top: Any = 1.5 * its.limit.max()
+            top: Any = 1.5 * frame.limit.max()
             x, y, ticks = "η × steps", "sharpness a, limits 2/η", ()
         else:
             limit(axes, y=1)
@@ -180,36 +180,36 @@ class Edge(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return that sharpness reaches 2/η, and that SGD settles within its threshold."""
+        """Yield the claims that sharpness reaches 2/η, and that SGD settles within its threshold."""
         if "sharpness" in tables:
-            for lr, its in tables["sharpness"].groupby("lr", sort=False):
-                shares = its.sharpness / its.limit
-                last = mean(shares.iloc[-3:])
+            for lr, run in tables["sharpness"].groupby("lr", sort=False):
+                ratios = run.sharpness / run.limit
+                highest = mean(ratios.iloc[-3:])
                 yield all_of(
                     f"Sharpness of GD at η = {lr:g} ends at 2/η",
-                    [abs(last - 1) <= AT_THE_EDGE],
+                    [abs(highest - 1) <= AT_THE_EDGE],
                     printed="1 (Cohen et al.)",
-                    ours=f"{last:.3f} of 2/η, from {shares.iloc[0]:.3f} at the start; at most"
-                    f" {shares.max():.2f}",
+                    ours=f"{highest:.3f} of 2/η, from {ratios.iloc[0]:.3f} at the start; at most"
+                    f" {ratios.max():.2f}",
                     tolerance=f"{AT_THE_EDGE:.0%}",
-                    why=f"loss {its.loss.iloc[-1]:.1e} at the end",
+                    why=f"loss {run.loss.iloc[-1]:.1e} at the end",
                 )
         if "settled" not in tables:
             return
         all_runs: Any = tables["settled"]
-        known = all_runs[all_runs.outcome == "reached"]
-        if len(known):
-            alone = known.sharpness_ratio[known.batch_size == known.batch_size.min()]
-            first, last = known.ratio.min(), known.ratio.max()
+        reached = all_runs[all_runs.outcome == "reached"]
+        if len(reached):
+            at_smallest = reached.sharpness_ratio[reached.batch_size == reached.batch_size.min()]
+            lowest, highest = reached.ratio.min(), reached.ratio.max()
             yield at_most(
                 "SGD settles where its learning rate is below the exact threshold",
-                known.ratio,
+                reached.ratio,
                 1,
                 rel=SETTLED,
                 theory="η/η* at most 1",
-                ours=f"η/η* from {first:.2f} to {last:.2f} in {len(known)} runs",
-                why=f"ηa/2 is {alone.min():.2f} to {alone.max():.2f} at the smallest batch"
-                + "".join(f"; {lost}" for lost in lost_runs(all_runs.outcome)),
+                ours=f"η/η* from {lowest:.2f} to {highest:.2f} in {len(reached)} runs",
+                why=f"ηa/2 is {at_smallest.min():.2f} to {at_smallest.max():.2f} at the smallest batch"
+                + "".join(f"; {text}" for text in lost_runs(all_runs.outcome)),
             )
 
 

@@ -32,7 +32,7 @@ PRINTED: Mapping[str, Mapping[float, tuple[float, float | None]]] = {
     },
     "cifar10-2": {0.01: (198.9, 0.6), 0.05: (39.8, 0.2), 0.1: (19.8, 0.1), 0.5: (3.6, 0.4)},
 }
-"""Table 2: sharpness by learning rate, and the number behind its ±, if it has one."""
+"""Table 2: the sharpness and its standard deviation, if printed, by learning rate."""
 
 TOLERANCE = 0.05
 
@@ -43,9 +43,9 @@ class GDSharpness(Experiment):
 
     Attributes:
         lrs: learning rates.
-        n: training images.
-        target_loss: at which GD stops.
-        max_steps: at which it stops in any case.
+        n: number of training images.
+        target_loss: training loss at which GD stops.
+        max_steps: largest number of steps.
     """
 
     name = "gd-sharpness"
@@ -69,53 +69,56 @@ class GDSharpness(Experiment):
     max_steps: int = 1_000_000
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return a minimum for each rate and seed."""
+        """Return a minimum for each learning rate and seed."""
         return {"sharpness": minima(self, Dataset(self.data, self.n), lrs=self.lrs)}
 
-    def rows(self, name: str, one: Case, found: Minimum, store: Store) -> Iterable[Row]:
+    def rows(self, name: str, case: Case, minimum: Minimum, store: Store) -> Iterable[Row]:
         """Return a row with 2/η and the printed sharpness."""
-        lr = one.job.lr
+        lr = case.job.lr
         yield {
-            **{"lr": lr, "seed": one.job.seed, "outcome": found.outcome, "steps": found.steps},
-            **{"loss": found.loss, "sharpness": found.sharpness, "limit": 2 / lr},
+            **{"lr": lr, "seed": case.job.seed, "outcome": minimum.outcome, "steps": minimum.steps},
+            **{"loss": minimum.loss, "sharpness": minimum.sharpness, "limit": 2 / lr},
             "printed": self._printed(lr)[0],
-            "non_uniformity": found.non_uniformity,
-            "test_accuracy": found.test_accuracy,
+            "non_uniformity": minimum.non_uniformity,
+            "test_accuracy": minimum.test_accuracy,
         }
 
     def _printed(self, lr: float) -> tuple[float | None, float | None]:
         return PRINTED.get(self.data, {}).get(lr, (None, None))
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
         """Return sharpness against learning rate, with 2/η and the paper's values."""
         figure, (axes,) = panels()
-        by_lr: Any = its.drop_duplicates("lr").sort_values("lr")
+        by_lr: Any = frame.drop_duplicates("lr").sort_values("lr")
         limit(axes, by_lr.lr, by_lr.limit, "2/η")
-        points(axes, its.lr, its.sharpness, "here")
-        known = by_lr[by_lr.printed.notna()]
-        if len(known):
-            points(axes, known.lr, known.printed, "the paper's Table 2", VERMILION, marker="x")
+        points(axes, frame.lr, frame.sharpness, "here")
+        printed = by_lr[by_lr.printed.notna()]
+        if len(printed):
+            points(axes, printed.lr, printed.printed, "the paper's Table 2", VERMILION, marker="x")
         finish(axes, "learning rate η", "sharpness a", log="xy")
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return Table 2 line by line; on digits, which it does not have, the limit itself."""
-        for lr, its in tables["sharpness"].groupby("lr"):
-            values = list(its.sharpness.dropna())
-            unreached = int((its.outcome != "reached").sum())
+        """Yield a claim per line of Table 2; on digits, which are not in it, the limit 2/η."""
+        for lr, group in tables["sharpness"].groupby("lr"):
+            values = list(group.sharpness.dropna())
+            unreached = int((group.outcome != "reached").sum())
             why = f"{unreached} stopped above the target loss" if unreached else ""
             what = f"Table 2, sharpness of GD's minimum at η = {lr:g}"
-            printed, behind = self._printed(lr)
-            if lost := lost_runs(its.outcome):
-                kept = [spread(values, ".4g")] if values else []
+            printed, printed_spread = self._printed(lr)
+            lost = lost_runs(group.outcome)
+            if lost:
+                measured = [spread(values, ".4g")] if values else []
                 texts = {"printed": "" if printed is None else f"{printed:g}"}
-                yield all_of(what, [False], ours="; ".join([*kept, *lost]), **texts)
+                yield all_of(what, [False], ours="; ".join([*measured, *lost]), **texts)
             elif printed is None:
-                away = f"{mean(values) * lr / 2 - 1:+.1%}"
-                why = "; ".join(filter(None, [away, why]))
+                difference = f"{mean(values) * lr / 2 - 1:+.1%}"
+                why = "; ".join(filter(None, [difference, why]))
                 yield at_most(what, values, 2 / lr, "2/η", rel=TOLERANCE, of_mean=True, why=why)
             else:
-                yield close_to(what, values, printed, rel=TOLERANCE, printed_spread=behind, why=why)
+                yield close_to(
+                    what, values, printed, rel=TOLERANCE, printed_spread=printed_spread, why=why
+                )
 
 
 EXPERIMENT = GDSharpness

@@ -1,15 +1,16 @@
 """Which rule predicts SGD with momentum, Adam's step, a CNN and a transformer? Beyond the paper.
 
-The question of `prediction`, in five settings that the paper does not treat: heavy ball and Nesterov's
-momentum of 0.9, and the gradient times Adam's preconditioner, held fixed, on the fully connected
-network; plain SGD on a small CNN with group norm, and on a block of a transformer. Learning rates are
-fractions of the largest that is stable without noise. Batches are drawn independently, as in the
-theory. Minima are in two halves: the best threshold on η/B is found on one, and every rule is judged
-on the other. The rules with a theory have nothing to fit.
+The question of `prediction` in five settings that the paper does not treat. On the fully connected
+network: heavy-ball momentum of 0.9, Nesterov's, and gradients times Adam's preconditioner, held fixed.
+Plain SGD on a small CNN with group norm, and on a transformer block. Learning rates are fractions of the
+largest that is stable without noise. Batches are drawn independently, as in the theory. The minima are
+split into halves: the best threshold on η/B is fitted on one half, and all rules are judged on the
+other. The rules from theory have nothing to fit.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "PredictionBeyond"]
 
 AHEAD = 0.03
-"""By how much the exact threshold is to be right more often than the best other rule."""
+"""Margin in accuracy by which the exact threshold must beat the best other rule."""
 
 RIGHT = 0.97
-"""How often it is to be right."""
+"""Accuracy that it must reach."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, how its minima are found, and the step that continues from them."""
+    """A network, the learning rates that find its minima, and the update rule from there."""
 
     network: str | None
     lrs: tuple[float, ...]
@@ -59,8 +60,8 @@ SETTINGS = {
     "CNN": Setting("cnn", (0.03, 0.05, 0.08, 0.12), Update()),
     "transformer": Setting("transformer", (0.2, 0.3, 0.4, 0.5), Update()),
 }
-"""Learning rates are of the gradient descents that find the minima: as large as each network trains
-with, and less, so that the minima differ in sharpness."""
+"""The learning rates of the gradient descents range up to the largest at which each network trains, so
+that the minima differ in sharpness."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class PredictionBeyond(Experiment):
 
     Attributes:
         kinds: names of :data:`SETTINGS`.
-        n: training images.
-        target_loss: at which gradient descent stops.
-        batch_sizes: of SGD.
-        fractions: learning rates, as fractions of the minimum's largest without noise.
-        steps: within which a run must leave to count as escaped.
+        n: number of training images.
+        target_loss: training loss at which gradient descent stops.
+        batch_sizes: batch sizes of SGD.
+        fractions: learning rates, relative to the largest that is stable without noise.
+        steps: number of steps within which a run must escape.
     """
 
     name = "prediction-beyond"
@@ -110,25 +111,16 @@ class PredictionBeyond(Experiment):
 
     def cases(self) -> dict[str, list[Case]]:
         """Return a trial for each setting, minimum, batch size and fraction."""
-        return {
-            "cases": [
-                Case(
-                    Trial(
-                        Thresholds(start, self.batch_sizes, SETTINGS[name].update),
-                        fraction=fraction,
-                        batch_size=size,
-                        steps=self.steps,
-                        independent=True,
-                    ),
-                    {"setting": name, "minimum_lr": start.lr, "seed": start.seed}
-                    | {"batch_size": size, "half": "fix" if start.seed % 2 == 0 else "judge"},
-                )
-                for name in self.kinds
-                for start in self._minima(SETTINGS[name])
-                for size in self.batch_sizes
-                for fraction in self.fractions
-            ]
-        }
+        cases = []
+        for name in self.kinds:
+            for start in self._minima(SETTINGS[name]):
+                thresholds = Thresholds(start, self.batch_sizes, SETTINGS[name].update)
+                half = "fix" if start.seed % 2 == 0 else "judge"
+                for size, fraction in itertools.product(self.batch_sizes, self.fractions):
+                    trial = Trial(thresholds, fraction, size, self.steps, independent=True)
+                    keys = {"setting": name, "minimum_lr": start.lr, "seed": start.seed}
+                    cases.append(Case(trial, {**keys, "batch_size": size, "half": half}))
+        return {"cases": cases}
 
     def _minima(self, setting: Setting) -> list[Solution]:
         data = Dataset(self.data, self.n)
@@ -139,38 +131,38 @@ class PredictionBeyond(Experiment):
             for seed in self.seeds
         ]
 
-    def rows(self, name: str, one: Case, found: Outcome, store: Store) -> Iterable[Row]:
-        """Return what each rule said, and what SGD did."""
-        yield {**one.keys, **as_row(found)}
+    def rows(self, name: str, case: Case, outcome: Outcome, store: Store) -> Iterable[Row]:
+        """Return each rule's prediction, and what SGD did."""
+        yield {**case.keys, **as_row(outcome)}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return ``confusion`` and ``calibration`` of the half that judges, for each setting."""
+        """Return ``confusion`` and ``calibration`` on the judging half of each setting."""
         if "cases" not in tables:
             return {}
         confusions, curves = [], []
-        for name, its in tables["cases"].groupby("setting", sort=False):
-            fix, judge = its[its.half == "fix"], its[its.half == "judge"]
+        for name, group in tables["cases"].groupby("setting", sort=False):
+            fix, judge = group[group.half == "fix"], group[group.half == "judge"]
             if not len(fix) or not len(judge):
                 continue
             for row in confusion(judge, fixed_on=fix):
                 row.pop("sampling")
                 confusions.append({"setting": name, **row})
             curves += [{"setting": name, **row} for row in calibration(judge)]
-        known = {"confusion": table(confusions), "calibration": table(curves)}
-        return {name: content for name, content in known.items() if len(content)}
+        derived = {"confusion": table(confusions), "calibration": table(curves)}
+        return {name: content for name, content in derived.items() if len(content)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return the share of runs that escape against η/η*."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return the fraction of runs that escape against η/η*."""
         if name != "calibration":
             return None
         figure, (panel,) = panels(1, width=6.0)
-        for setting, colour in coloured(its.setting):
-            its_own = its[its.setting == setting]
-            trace(panel, its_own.ratio, its_own.escaped, setting, colour, marker="o", markersize=4)
+        for setting, colour in coloured(frame.setting):
+            curve = frame[frame.setting == setting]
+            trace(panel, curve.ratio, curve.escaped, setting, colour, marker="o", markersize=4)
             panel.fill_between(
-                its_own.ratio,
-                its_own.lowest,
-                its_own.highest,
+                curve.ratio,
+                curve.lowest,
+                curve.highest,
                 color=colour,
                 alpha=0.12,
                 linewidth=0,
@@ -180,12 +172,12 @@ class PredictionBeyond(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return how often the exact threshold was right, against the best other rule."""
+        """Yield the accuracy of the exact threshold, compared with the best other rule."""
         if "confusion" not in tables:
             return
-        for name, its in tables["confusion"].groupby("setting", sort=False):
-            is_exact = its.rule == "exact threshold"
-            exact, others = its[is_exact].iloc[0], its[~is_exact]
+        for name, group in tables["confusion"].groupby("setting", sort=False):
+            is_exact = group.rule == "exact threshold"
+            exact, others = group[is_exact].iloc[0], group[~is_exact]
             rival = others.loc[others.right.idxmax()]
             enough = bool(exact.cases >= LEAST_CASES)
             yield all_of(
@@ -195,7 +187,7 @@ class PredictionBeyond(Experiment):
                 ours="; ".join(
                     f"{row.rule}: {row.right:.1%} right ({row.said_escape_stayed} false alarms,"
                     f" {row.said_stay_escaped} missed)"
-                    for row in its.itertuples()
+                    for row in group.itertuples()
                 ),
                 tolerance=f"right in {RIGHT:.0%}, and {AHEAD:.0%} more than the best other rule; at"
                 f" least {LEAST_CASES} cases",

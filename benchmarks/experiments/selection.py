@@ -1,6 +1,6 @@
 """From every initialisation the non-uniformity ends below its bound: Figure 6 of the paper.
 
-SGD at one learning rate, from initialisations U[-v/√n_in, v/√n_in] of several scales v; each
+SGD runs at one learning rate from initialisations U[-v/√n_in, v/√n_in] of several scales v. Each
 minimum's non-uniformity is compared with the bound √B/η of its batch size.
 """
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "Selection"]
 
 VGG_SCALES = (1.0, 1.5, 2.0)
-"""From v = 0.5 the small VGG does not train: its seven layers shrink the images until outputs differ by
-3e-6 between samples. After 22,000 steps of SGD they still do, and gradients are 1e-5 of the weights."""
+"""With v = 0.5 the small VGG does not train: after its seven layers the samples' outputs differ by only
+3e-6. They still do after 22,000 steps of SGD, with gradients of 1e-5 of the weights."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Selection(Experiment):
 
     Attributes:
         lr: learning rate of SGD.
-        batch_sizes: of SGD.
-        scales: v of the initialisation.
-        n: training images.
-        target_loss: at which training stops.
-        max_steps: at which it stops in any case.
+        batch_sizes: batch sizes of SGD.
+        scales: values of v of the initialisation.
+        n: number of training images.
+        target_loss: training loss at which a run stops.
+        max_steps: largest number of steps.
     """
 
     name = "selection"
@@ -89,41 +89,41 @@ class Selection(Experiment):
         data = Dataset(self.data, self.n)
         return {"selection": minima(self, data, lrs=(self.lr,), **grid)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
-        """Return the non-uniformity against batch size for each scale, below the bound."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
+        """Return non-uniformity against batch size for each scale, with the bound."""
         title = f"{self.data}, η = {self.lr:g}"
         figure, axes = panels(len(self.scales), width=3.4, height=3.4, title=title, sharey=True)
-        for number, (panel, scale) in enumerate(zip(axes, self.scales, strict=True)):
-            known: Any = its[its.scale == scale].dropna(subset="non_uniformity")
-            points(panel, known.batch_size, known.non_uniformity)
-            bounds = known.drop_duplicates("batch_size").sort_values("batch_size")
+        for index, (panel, scale) in enumerate(zip(axes, self.scales, strict=True)):
+            minima: Any = frame[frame.scale == scale].dropna(subset="non_uniformity")
+            points(panel, minima.batch_size, minima.non_uniformity)
+            bounds = minima.drop_duplicates("batch_size").sort_values("batch_size")
             limit(panel, bounds.batch_size, bounds.non_uniformity_limit, "√B/η, at finite n")
-            if not len(known):
-                at = {"transform": panel.transAxes, "ha": "center", "va": "center"}
-                panel.text(0.5, 0.5, "all runs diverge", **at)
-            y = "" if number else "non-uniformity s"
-            finish(panel, "batch size B", y, log="xy", title=f"v = {scale:g}", legend=not number)
+            if not len(minima):
+                centred = {"transform": panel.transAxes, "ha": "center", "va": "center"}
+                panel.text(0.5, 0.5, "all runs diverge", **centred)
+            y = "" if index else "non-uniformity s"
+            finish(panel, "batch size B", y, log="xy", title=f"v = {scale:g}", legend=not index)
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return that every point is below its line, with those that are not."""
-        its = tables["selection"]
-        known: Any = its.dropna(subset="non_uniformity")
-        if not len(known):
+        """Yield the claim that every point is below its line, naming the exceptions."""
+        runs = tables["selection"]
+        minima: Any = runs.dropna(subset="non_uniformity")
+        if not len(minima):
             return
-        shares = known.non_uniformity / known.non_uniformity_limit
+        ratios = minima.non_uniformity / minima.non_uniformity_limit
         notes = [
-            f"v = {row.scale:g}, B = {row.batch_size}, seed {row.seed}: {share:.2f} of the bound"
-            for row, share in zip(known.itertuples(), shares, strict=True)
-            if share > 1
+            f"v = {row.scale:g}, B = {row.batch_size}, seed {row.seed}: {ratio:.2f} of the bound"
+            for row, ratio in zip(minima.itertuples(), ratios, strict=True)
+            if ratio > 1
         ]
-        notes += [f"{lost} and have no point" for lost in lost_runs(its.outcome)]
+        notes += [f"{text} and have no point" for text in lost_runs(runs.outcome)]
         yield all_of(
             "Figure 6, non-uniformity of SGD's minima",
-            shares <= 1,
+            ratios <= 1,
             printed="every point below its dashed line √B/η",
-            ours=f"{(shares <= 1).sum()} of {len(known)} below; largest s / bound"
-            f" {shares.max():.2f}",
+            ours=f"{(ratios <= 1).sum()} of {len(minima)} below; largest s / bound"
+            f" {ratios.max():.2f}",
             tolerance="none",
             why="; ".join(notes),
         )

@@ -1,14 +1,15 @@
 """Does the mean-square threshold limit where SGD settles, or the almost sure one? Beyond the paper.
 
 From each of several minima SGD continues, with and without momentum, at learning rates around the
-minimum's exact mean-square threshold, until the loss is a thousandth of the first. Where it ends the
-threshold is computed again, and so is the Lyapunov exponent. Above the mean-square threshold the second
-moment grows, but it is carried by rare runs; SGD can converge as long as the exponent, the growth of a
-typical run, is negative. So the exponent, not the second moment, is what should limit where SGD settles.
+minimum's exact mean-square threshold, until the loss is a thousandth of the initial one. At the end, the
+threshold and the Lyapunov exponent are computed again. Above the mean-square threshold the second moment
+grows, but only through rare runs. A typical run grows at the rate of the exponent, so SGD can converge
+as long as that is negative: the exponent, not the second moment, should limit where SGD settles.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 
 import stableopt
 from benchmarks.framework.claims import Claim, all_of, at_most
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import coloured, finish, limit, panels, points
 from benchmarks.runner import Job, Work
 from benchmarks.training.data import Dataset
@@ -42,27 +43,27 @@ LOOK_EVERY = 10
 """Steps between two evaluations of the training loss."""
 
 SURE = 3.0
-"""Standard errors of an exponent from zero at which its sign counts as known, one of a hundred."""
+"""Standard errors from zero at which an exponent's sign counts as known; about a hundred are judged."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Where SGD began and where it ended.
+    """The start and the end of a run of SGD.
 
     Attributes:
         lr: learning rate.
-        outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``. Numbers of the end are ``None`` for
-            all but the first.
-        steps: that were taken.
-        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
-        start_sharpness: of the Gauss–Newton matrix at the start.
-        start_exponent: the Lyapunov exponent of this step there, per step.
+        outcome: ``"reached"``, ``"diverged"`` or ``"out of steps"``. The ``end_`` numbers exist only for
+            the first.
+        steps: number of steps taken.
+        largest_loss_ratio: largest over initial training loss; ``None`` if not finite.
+        start_sharpness: sharpness of the Gauss–Newton matrix at the start.
+        start_exponent: Lyapunov exponent of the update at the start, per step.
         start_error: its standard error.
-        end_sharpness: where training ended.
-        end_non_uniformity: likewise.
-        end_box: the larger one of their shares of the box's sides at this learning rate.
-        end_ratio: the learning rate over the exact mean-square threshold there.
-        end_exponent: the Lyapunov exponent there.
+        end_sharpness: sharpness at the end.
+        end_non_uniformity: non-uniformity at the end.
+        end_box: the larger of the two, relative to their limits in the box (9) at this learning rate.
+        end_ratio: learning rate over the exact mean-square threshold at the end.
+        end_exponent: Lyapunov exponent at the end.
         end_error: its standard error.
     """
 
@@ -86,13 +87,13 @@ class SettlingRun(Job):
     """SGD from a minimum, with batches drawn independently, until the loss is small again.
 
     Attributes:
-        thresholds: of the minimum, with the update.
-        ratio: the learning rate, over the exact threshold of the minimum.
-        batch_size: of SGD.
+        thresholds: thresholds of the minimum, with the update rule.
+        ratio: learning rate over the exact threshold of the minimum.
+        batch_size: batch size.
         target_loss: training loss at which the run has settled.
-        max_steps: at which it ends in any case.
+        max_steps: largest number of steps.
 
-    The result is a :class:`Settled`; the weights are kept.
+    The result is a :class:`Settled`; the weights are saved.
     """
 
     kind = "settling"
@@ -111,7 +112,7 @@ class SettlingRun(Job):
 
     @property
     def flops(self) -> float:
-        """Of some 20,000 steps, and of the evaluations of the loss, which cost a third of a gradient."""
+        """About 20,000 steps, and the evaluations of the loss, each a third of a gradient."""
         data = self.thresholds.start.data
         samples = 20_000 * (self.batch_size + data.n / LOOK_EVERY / 3)
         return samples * flops_per_sample(data.name, self.thresholds.start.network)
@@ -122,44 +123,44 @@ class SettlingRun(Job):
         lr = self.ratio * work.result(self.thresholds).at(self.batch_size).critical_lr
         start = from_minimum(self.thresholds.start, work)
         dual = curvature_of(start, update)
-        first = self._exponent(dual, lr)
-        found = {"lr": lr, "start_sharpness": dual.sharpness}
-        found |= {"start_exponent": first.per_step, "start_error": first.standard_error}
+        exponent = self._exponent(dual, lr)
+        result = {"lr": lr, "start_sharpness": dual.sharpness}
+        result |= {"start_exponent": exponent.per_step, "start_error": exponent.standard_error}
 
         _, model, images = start
-        before = loss = largest = evaluate(model, images)
+        first_loss = loss = largest_loss = evaluate(model, images)
 
-        def look(step: int, batch_loss: float) -> bool:
-            nonlocal loss, largest
+        def after_step(step: int, batch_loss: float) -> bool:
+            nonlocal loss, largest_loss
             if step % LOOK_EVERY:
                 return False
             loss = evaluate(model, images)
-            largest = max(largest, loss) if loss < math.inf else math.inf
+            largest_loss = max(largest_loss, loss) if loss < math.inf else math.inf
             work.progress(step / self.max_steps, f"step {step:,}, loss {loss:.1e}")
             return loss <= self.target_loss or not loss < math.inf
 
         generator = torch.Generator().manual_seed(0)
         batches = independent_batches(images, self.batch_size, generator)
         optimizer = update.optimizer(model, images, lr)
-        steps = train(model, optimizer, batches, steps=self.max_steps, after_step=look)
+        steps = train(model, optimizer, batches, steps=self.max_steps, after_step=after_step)
         work.save(model.state_dict())
-        found |= {"steps": steps, "largest_loss_ratio": largest / before}
+        result |= {"steps": steps, "largest_loss_ratio": largest_loss / first_loss}
         if not loss < math.inf:
-            return {**found, "outcome": "diverged", "largest_loss_ratio": None}
+            return {**result, "outcome": "diverged", "largest_loss_ratio": None}
         if loss > self.target_loss:
-            return {**found, "outcome": "out of steps"}
+            return {**result, "outcome": "out of steps"}
 
         dual = curvature_of(start, update)
-        allowed = stableopt.critical_lr(
+        critical = stableopt.critical_lr(
             dual, batch_size=self.batch_size, update_rule=update.rule(1.0)
         )
-        last = self._exponent(dual, lr)
-        found |= {**self.of_end(dual, lr), "end_ratio": lr / allowed.value}
-        found |= {"end_exponent": last.per_step, "end_error": last.standard_error}
-        return {**found, "outcome": "reached"}
+        end_exponent = self._exponent(dual, lr)
+        result |= {**self.of_end(dual, lr), "end_ratio": lr / critical.value}
+        result |= {"end_exponent": end_exponent.per_step, "end_error": end_exponent.standard_error}
+        return {**result, "outcome": "reached"}
 
     def of_end(self, dual: stableopt.curvature.DualCurvature, lr: float) -> dict[str, float]:
-        """Return what the box (9) is about, where training ended."""
+        """Return sharpness and non-uniformity at the end, and the larger relative to its limit."""
         rule, n = self.thresholds.update.rule(lr), self.thresholds.start.data.n
         a, s = dual.sharpness, dual.non_uniformity
         share = max(a / rule.max_sharpness, s / rule.max_non_uniformity(self.batch_size, n))
@@ -175,13 +176,13 @@ class Settling(Experiment):
     """Thresholds where SGD begins, and where it settles.
 
     Attributes:
-        lrs: of the gradient descents that find the minima.
-        n: training images: few, since the thresholds take time as (nC)^3.
-        start_loss: at which gradient descent stops.
-        target_loss: at which SGD does.
-        max_steps: at which SGD stops in any case.
-        batch_sizes: of SGD.
-        ratios: its learning rates, over the exact threshold of the minimum.
+        lrs: learning rates of the gradient descents that find the minima.
+        n: training images: few, since the cost of the thresholds grows as (nC)^3.
+        start_loss: training loss at which gradient descent stops.
+        target_loss: training loss at which SGD stops.
+        max_steps: largest number of SGD's steps.
+        batch_sizes: batch sizes of SGD.
+        ratios: learning rates of SGD, over the exact threshold of the minimum.
     """
 
     name = "settling"
@@ -218,54 +219,41 @@ class Settling(Experiment):
             for lr in self.lrs
             for seed in self.seeds
         ]
-        return {
-            "settled": [
-                case(
-                    SettlingRun(
-                        Thresholds(start, self.batch_sizes, update),
-                        ratio=ratio,
-                        batch_size=size,
-                        target_loss=self.target_loss,
-                        max_steps=self.max_steps,
-                    ),
-                    *("batch_size", "ratio"),
-                    update=name,
-                    minimum_lr=start.lr,
-                    seed=start.seed,
-                )
-                for name, update in UPDATES.items()
-                for start in starts
-                for size in self.batch_sizes
-                for ratio in self.ratios
-            ]
-        }
+        cases = []
+        for (name, update), start in itertools.product(UPDATES.items(), starts):
+            thresholds = Thresholds(start, self.batch_sizes, update)
+            keys = {"update": name, "minimum_lr": start.lr, "seed": start.seed}
+            for size, ratio in itertools.product(self.batch_sizes, self.ratios):
+                run = SettlingRun(thresholds, ratio, size, self.target_loss, self.max_steps)
+                cases.append(case_of(run, "batch_size", "ratio", **keys))
+        return {"settled": cases}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
-        """Return the learning rate over the threshold where a run settled, against where it began."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
+        """Return learning rate over threshold at the end, against the same ratio at the start."""
         figure, axes = panels(len(UPDATES), height=3.8, sharey=True)
-        for number, (panel, update) in enumerate(zip(axes, UPDATES, strict=True)):
-            known: Any = its[its["update"] == update].dropna(subset="end_ratio")
-            for size, colour in coloured(sorted(known.batch_size.unique())):
-                own = known[known.batch_size == size]
-                # A little sideways, so that marks do not hide each other.
-                x = own.ratio * (1 + 0.02 * (list(self.batch_sizes).index(size) - 1))
+        for index, (panel, update) in enumerate(zip(axes, UPDATES, strict=True)):
+            settled: Any = frame[frame["update"] == update].dropna(subset="end_ratio")
+            for size, colour in coloured(sorted(settled.batch_size.unique())):
+                runs = settled[settled.batch_size == size]
+                # A small horizontal offset, so that marks do not overlap.
+                x = runs.ratio * (1 + 0.02 * (list(self.batch_sizes).index(size) - 1))
                 style = {"markersize": 5, "fillstyle": "none"}
-                points(panel, x, own.end_ratio, f"B = {size}", colour, **style)
+                points(panel, x, runs.end_ratio, f"B = {size}", colour, **style)
             limit(panel, y=1, label="mean-square threshold")
-            y = "" if number else "η/η* where it settled"
+            y = "" if index else "η/η* where it settled"
             finish(panel, "η/η* at the start", y, log="x", title=update, ticks=self.ratios)
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return which threshold holds where SGD settles, and which says that it leaves."""
+        """Yield which thresholds hold where SGD settles, and whether the exponent predicts escapes."""
         if "settled" not in tables:
             return
-        its = tables["settled"]
-        ends: Any = its.dropna(subset="end_ratio")
+        runs = tables["settled"]
+        ends: Any = runs.dropna(subset="end_ratio")
         if not len(ends):
             return
-        others = its.outcome[its.outcome != "reached"].value_counts().to_dict()
-        lost = "; ".join(f"{outcome}: {count}" for outcome, count in others.items())
+        counts = runs.outcome[runs.outcome != "reached"].value_counts().to_dict()
+        lost = "; ".join(f"{outcome}: {count}" for outcome, count in counts.items())
         beyond = ends[ends.end_exponent > SURE * ends.end_error]
         above = ends[ends.end_ratio > 1]
         yield all_of(
@@ -285,14 +273,14 @@ class Settling(Experiment):
             f" {ends.end_ratio.max():.3f}",
             why="" if above.empty else "above it the mean grows, but a typical run need not",
         )
-        boxed = ends.end_box
+        shares = ends.end_box
         yield at_most(
             "SGD settles within the box (9)",
-            boxed,
+            shares,
             1.0,
             "share of its nearest side",
-            ours=f"{(boxed <= 1).sum()} of {len(ends)} ends; at {boxed.median():.2f} of the nearest"
-            f" side in the median, {boxed.min():.2f} to {boxed.max():.2f}",
+            ours=f"{(shares <= 1).sum()} of {len(ends)} ends; at {shares.median():.2f} of the nearest"
+            f" side in the median, {shares.min():.2f} to {shares.max():.2f}",
         )
         change = ends.end_sharpness / ends.start_sharpness
         grows = ends.start_exponent > SURE * ends.start_error

@@ -1,4 +1,4 @@
-"""`Experiment`: settings, the jobs that they ask for, and the tables, figures and claims they give."""
+"""`Experiment`: settings, the jobs that they require, and the resulting tables, figures and claims."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from benchmarks.runner import Job, Store
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PRESETS", "Case", "Experiment", "Tables", "case"]
+__all__ = ["PRESETS", "Case", "Experiment", "Tables", "case_of"]
 
 PRESETS = ("smoke", "small", "paper")
-"""Smoke: that it runs. Small: minutes to an hour of two cores. Paper: the paper's sizes, for a GPU."""
+"""Smoke: a test that it runs. Small: up to an hour on two cores. Paper: the paper's sizes, for a GPU."""
 
 Tables = Mapping[str, pd.DataFrame]
-"""Tables by name, without those that have no rows yet."""
+"""Tables by name; tables without rows are left out."""
 
 
 class Case(NamedTuple):
-    """A job, and the columns that tell it from the others in its table."""
+    """A job, and the columns that identify it in its table."""
 
     job: Any
     keys: dict[str, Any]
 
 
-def case(job: Job, *fields: str, **keys: Any) -> Case:
-    """Return a case whose keys are fields of the job, and others.
+def case_of(job: Job, *fields: str, **keys: Any) -> Case:
+    """Return a case whose keys are the named fields of the job, and ``keys``.
 
     >>> from benchmarks.training.data import Dataset
     >>> from benchmarks.training.minimum import Solution
-    >>> case(Solution(Dataset(), lr=0.5), "lr", "seed", start="random").keys
+    >>> case_of(Solution(Dataset(), lr=0.5), "lr", "seed", start="random").keys
     {'lr': 0.5, 'seed': 0, 'start': 'random'}
     """
     return Case(job, {name: getattr(job, name) for name in fields} | keys)
@@ -46,23 +46,23 @@ def case(job: Job, *fields: str, **keys: Any) -> Case:
 
 @dataclass(frozen=True)
 class Experiment(ABC):
-    """An experiment with its settings, which are its fields.
+    """An experiment; its fields are its settings.
 
-    A subclass has :meth:`cases`; jobs and tables follow from these. What the report says about it is
-    the second paragraph of its module's docstring.
+    A subclass defines :meth:`cases`, from which jobs and tables follow. The second paragraph of its
+    module's docstring is its text in the report.
 
     Class attributes:
-        name: on the command line.
-        shows: which table or figure of the paper, or that it goes beyond the paper.
-        datasets: the names of the data sets that it can be run on, the default first.
-        columns: the columns of a table that the terminal shows, by the table's name: all by default,
-            and none of a table with an empty tuple. The CSV files always have all.
-        presets: what differs from the defaults, by ``(preset, data)``; ``(preset, "")`` is for data
-            sets without an entry of their own.
+        name: its name on the command line.
+        shows: the table or figure of the paper, or "Beyond the paper".
+        datasets: names of the data sets that it supports, the default first.
+        columns: the columns that the terminal shows, by table, all by default; an empty tuple hides
+            the table. CSV files always have all columns.
+        presets: settings that differ from the defaults, by ``(preset, data)``; ``(preset, "")``
+            applies to data sets without their own entry.
 
     Attributes:
-        data: the data set.
-        seeds: one run of everything for each.
+        data: name of the data set.
+        seeds: every run is repeated for each seed.
     """
 
     name: ClassVar[str]
@@ -75,26 +75,26 @@ class Experiment(ABC):
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        """Raise ``ValueError`` for data that the experiment cannot be run on."""
+        """Raise ``ValueError`` for a data set that the experiment does not support."""
         if self.data not in self.datasets:
-            known = " or ".join(self.datasets)
-            raise ValueError(f"{self.name}: data={self.data!r}, expected {known}")
+            supported = " or ".join(self.datasets)
+            raise ValueError(f"{self.name}: data={self.data!r}, expected {supported}")
 
     @classmethod
     def preset(cls, preset: str, data: str | None = None, **settings: Any) -> Experiment:
-        """Return the experiment with a preset's settings, and then the ones given."""
+        """Return the experiment with a preset's settings; ``settings`` override them."""
         data = data or cls.datasets[0]
-        chosen = cls.presets.get((preset, data), cls.presets.get((preset, ""), {}))
-        return cls(**{**chosen, **settings, "data": data})
+        of_preset = cls.presets.get((preset, data), cls.presets.get((preset, ""), {}))
+        return cls(**{**of_preset, **settings, "data": data})
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> Experiment:
-        """Return the experiment whose :attr:`settings` were written to a file."""
+        """Return the experiment with :attr:`settings` as read from a JSON file."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
     @classmethod
     def about(cls) -> list[str]:
-        """Return the paragraphs of the module's docstring: a headline, and what the report says."""
+        """Return the paragraphs of the module's docstring: a headline, then the report's text."""
         text = sys.modules[cls.__module__].__doc__ or ""
         return [" ".join(part.split()) for part in text.strip().split("\n\n")]
 
@@ -105,55 +105,53 @@ class Experiment(ABC):
 
     @abstractmethod
     def cases(self) -> Mapping[str, Sequence[Case]]:
-        """Return the cases of each table. Jobs that these need are added."""
+        """Return the cases of each table, without the jobs that they only need."""
 
     def jobs(self) -> list[Job]:
-        """Return the jobs of all cases, each once."""
-        return list(dict.fromkeys(one.job for its in self.cases().values() for one in its))
+        """Return the jobs of all cases, without duplicates."""
+        return list(dict.fromkeys(case.job for cases in self.cases().values() for case in cases))
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return what a case adds to a table: by default one row, of its keys and its result.
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return a case's rows in a table: by default one, with its keys and its result.
 
         Args:
-            name: the table's.
-            one: the case, whose job is done.
-            found: its job's result.
-            store: for the job's trace, and the results of jobs that it needs.
+            name: the table's name.
+            case: the case; its job is done.
+            result: the job's result.
+            store: gives the job's trace and the results of the jobs that it needs.
         """
-        return [{**one.keys, **(vars(found) if is_dataclass(found) else found)}]
+        return [{**case.keys, **(vars(result) if is_dataclass(result) else result)}]
 
     def tables(self, store: Store) -> Tables:
-        """Return the tables of the cases that are done, and those derived from them."""
-        found = {
-            name: table(
-                row
-                for one in its
-                if store.done(one.job)
-                for row in self.rows(name, one, store.result(one.job), store)
-            )
-            for name, its in self.cases().items()
-        }
-        known = {name: content for name, content in found.items() if len(content)}
-        return {**known, **self.derived(known)}
+        """Return the tables of the finished cases, and those derived from them."""
+        tables = {}
+        for name, cases in self.cases().items():
+            rows: list[Row] = []
+            for case in cases:
+                if store.done(case.job):
+                    rows += self.rows(name, case, store.result(case.job), store)
+            if rows:
+                tables[name] = table(rows)
+        return {**tables, **self.derived(tables)}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return tables that are computed from those of the cases; some of these may be missing."""
+        """Return tables computed from the cases' tables; some of these may be missing."""
         return {}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return the picture of a table, from that alone; ``None`` for a table that has none."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return the figure of a table, or ``None`` if it has no figure."""
         return None
 
     def claims(self, tables: Tables) -> Iterable[Claim]:
-        """Return what the paper prints and the theory predicts, compared with the tables."""
+        """Return the claims of the paper and the theory, checked against the tables."""
         return []
 
     def headline(self, job: Job, store: Store) -> str | None:
-        """Return what to print when ``job`` is done, if it is worth a line."""
+        """Return the text to print when ``job`` is done, or ``None`` to print nothing."""
         return None
 
     def summary(self, tables: Tables) -> Tables:
-        """Return what the terminal shows: all tables, with the columns of :attr:`columns`."""
+        """Return the tables that the terminal shows, with the columns of :attr:`columns`."""
         return {
             name: content[list(self.columns.get(name, content.columns))]
             for name, content in tables.items()

@@ -1,4 +1,4 @@
-"""The figures' vocabulary: one palette, panels, points, traces, and dashed lines for limits."""
+"""Building blocks of the figures: a palette, panels, points, traces, and dashed lines for limits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 GREY, BLACK = "#555555", "#000000"
 
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)
-"""The colours of Okabe and Ito, which colour-blind readers can tell apart."""
+"""The colour-blind safe palette of Okabe and Ito."""
 
 
 def coloured(names: Iterable[Any]) -> Iterator[tuple[Any, str]]:
-    """Yield different names, in the order in which they come, each with its colour.
+    """Yield each distinct name with its colour, in order of first occurrence.
 
     >>> list(coloured(["GD", "SGD", "GD"])) == [("GD", BLUE), ("SGD", VERMILION)]
     True
@@ -56,14 +56,14 @@ def panels(
     title: str = "",
     **shared: Any,
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, side by side, in one row or several.
+    """Return a figure and the list of its panels, row by row.
 
     Args:
-        count: of panels in a row.
-        rows: of panels; the first row's come first.
-        width: of each, in inches.
-        height: of each, in inches.
-        title: of the figure.
+        count: panels per row.
+        rows: number of rows.
+        width: width of a panel in inches.
+        height: height of a panel in inches.
+        title: title of the figure.
         shared: ``sharex``, ``sharey``.
     """
     from matplotlib.figure import Figure
@@ -82,9 +82,9 @@ def points(axes: Axes, x: Any, y: Any, label: str = "", colour: str = BLUE, **st
 
 
 def trace(axes: Axes, x: Any, y: Any, label: str = "", colour: str = BLUE, **style: Any) -> None:
-    """Draw values that follow one another as a line; missing ones are left out."""
+    """Draw values as a line; NaNs are skipped without a gap."""
     pairs = [(a, b) for a, b in zip(_plain(x), _plain(y), strict=True) if b == b]
-    axes.plot(*zip(*pairs, strict=True) if pairs else ([], []), color=colour, label=label, **style)
+    axes.plot([a for a, _ in pairs], [b for _, b in pairs], color=colour, label=label, **style)
 
 
 def limit(
@@ -94,14 +94,14 @@ def limit(
     label: str = "",
     colour: str = BLACK,
 ) -> None:
-    """Draw a limit as a dashed line: across the panel at one value, or through several points.
+    """Draw a limit as a dashed line: across the panel at one value, or through points.
 
     Args:
         axes: the panel.
-        x: where a vertical line stands; with ``y`` too, the points' coordinates.
-        y: where a horizontal line lies.
-        label: for the legend.
-        colour: of the line. The same value is drawn once, in the first colour.
+        x: position of a vertical line; together with ``y``, the points' coordinates.
+        y: position of a horizontal line.
+        label: label in the legend.
+        colour: colour of the line. A value is drawn only once, in its first colour.
     """
     style = {"color": colour, "linestyle": "--", "linewidth": 1.0, "label": label}
     if x is not None and y is not None:
@@ -127,21 +127,21 @@ def finish(
     ticks: Sequence[float] = (),
     **settings: Any,
 ) -> None:
-    """Label a panel, and give it a grid and a legend if anything in it has a label.
+    """Label a panel, add a grid, and add a legend if any of its artists has a label.
 
     Args:
         axes: the panel.
         x: label of the x-axis.
         y: label of the y-axis.
         log: the logarithmic axes: ``"x"``, ``"y"`` or ``"xy"``.
-        title: of the panel.
-        legend: whether there is one.
-        ticks: the only values that the x-axis labels, such as batch sizes.
-        settings: others of ``axes.set``, such as ``ylim``.
+        title: title of the panel.
+        legend: whether to add a legend.
+        ticks: all tick labels of the x-axis, such as batch sizes.
+        settings: other arguments of ``axes.set``, such as ``ylim``.
     """
-    scales = {f"{each}scale": "log" for each in log}
+    scales = {f"{axis}scale": "log" for axis in log}
     axes.set(xlabel=x, ylabel=y, title=title, **scales, **settings)
-    plain_log(*(getattr(axes, f"{each}axis") for each in log))
+    plain_log(*(getattr(axes, f"{axis}axis") for axis in log))
     if ticks:
         axes.set_xticks(list(ticks), [f"{value:g}" for value in ticks])
         axes.xaxis.minorticks_off()
@@ -151,9 +151,9 @@ def finish(
 
 
 def plain_log(*axes: Axis) -> None:
-    """Label logarithmic axes by plain numbers: at 1, 2, 5 times powers of ten, or only at these.
+    """Label logarithmic axes of up to three decades with plain numbers at 1, 2, 5 × 10^k.
 
-    matplotlib's own labels of less than a decade, 3 x 10^-1 next to 4 x 10^-1, overlap.
+    On short axes matplotlib's own labels, such as 3 x 10^-1 and 4 x 10^-1, overlap.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -167,6 +167,6 @@ def plain_log(*axes: Axis) -> None:
 
 
 def _plain(values: Any) -> Any:
-    """Return a column with missing values as NaN, which matplotlib leaves out."""
-    numpy = getattr(values, "to_numpy", None)
-    return values if numpy is None else numpy(dtype=float, na_value=float("nan"))
+    """Return a column as floats; missing values become NaN, which matplotlib skips."""
+    to_numpy = getattr(values, "to_numpy", None)
+    return values if to_numpy is None else to_numpy(dtype=float, na_value=float("nan"))

@@ -1,4 +1,4 @@
-"""`publish`: writes tables, figures and claims of results that are there; nothing here trains."""
+"""`publish`: writes the tables, figures and claims of finished jobs, without training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ __all__ = ["claims_in", "publish"]
 
 
 def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> list[Path]:
-    """Write the tables of an experiment, their pictures, and how they compare with the paper.
+    """Write an experiment's tables, figures and claims.
 
-    Into ``folder/PRESET/DATA/NAME``: ``TABLE.csv``, and, drawn from that file's content,
-    ``TABLE.png`` and ``TABLE.svg``; ``claims.json``; and ``about.json`` with settings, machine,
-    versions and time.
+    The folder ``folder/PRESET/DATA/NAME`` gets ``TABLE.csv``, and ``TABLE.png`` and ``TABLE.svg`` as
+    drawn from that file; ``claims.json``; and ``about.json`` with settings, machine, versions and time.
 
     Returns:
-        The files.
+        The paths of the files.
     """
     target = folder / preset / experiment.data / experiment.name
     target.mkdir(parents=True, exist_ok=True)
@@ -45,7 +44,7 @@ def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> 
 
 
 def claims_in(folder: Path) -> Sequence[Claim]:
-    """Return the claims that were published in a folder."""
+    """Return the claims published in a folder."""
     path = folder / "claims.json"
     return [Claim(**claim) for claim in json.loads(path.read_text())] if path.exists() else []
 
@@ -55,7 +54,7 @@ def _save(figure: Any, path: Path) -> list[Path]:
 
     paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
     figure.savefig(paths[0], dpi=120)
-    # So that the same numbers give the same file.
+    # Fixed ids and no date, so that the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
@@ -65,7 +64,7 @@ def _about(experiment: Experiment, preset: str, store: Store) -> dict[str, Any]:
     jobs = in_order(experiment.jobs())
     done = [store.about(job) for job in jobs if store.done(job)]
 
-    def all_of(key: str) -> list[Any]:
+    def distinct(key: str) -> list[Any]:
         return sorted({about[key] for about in done if about[key] is not None})
 
     return {
@@ -76,5 +75,5 @@ def _about(experiment: Experiment, preset: str, store: Store) -> dict[str, Any]:
         "done": len(done),
         "failed": sum(store.failure(job) is not None for job in jobs),
         "seconds": sum(about["seconds"] for about in done),
-        **{key: all_of(key) for key in ("device", "threads", "torch", "revision")},
+        **{key: distinct(key) for key in ("device", "threads", "torch", "revision")},
     }

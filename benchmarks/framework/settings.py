@@ -1,4 +1,4 @@
-"""`configured`: ``KEY=VALUE`` from a command line, for the fields of a dataclass, by tyro."""
+"""`configured`: sets fields of a dataclass from the command line's ``KEY=VALUE``, by tyro."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["configured"]
 T = TypeVar("T")
 
 WORDS = {"none": "None", "true": "True", "false": "False"}
-"""Values that may be written in lower case."""
+"""Values that may be written in lower case, as Python spells them."""
 
 
 def configured(default: T, texts: Iterable[str]) -> T:
-    """Return a dataclass instance with the fields that ``KEY=VALUE`` texts set.
+    """Return a copy of a dataclass instance with the fields set by ``KEY=VALUE`` texts.
 
     Several values are separated by commas.
 
     Raises:
-        ValueError: for a key that it does not have, or a value that does not fit.
+        ValueError: for an unknown key, or a value of the wrong type.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -41,11 +41,12 @@ def configured(default: T, texts: Iterable[str]) -> T:
             raise ValueError(f"--set {text}: expected KEY=VALUE")
         if key not in types:
             raise ValueError(f"{text}: expected one of {', '.join(types)}")
-        several = str(types[key]).startswith("tuple")
-        values = (value.split(",") if value else []) if several else [value]
-        words = [WORDS.get(each.lower(), each) for each in values]
+        values = [value]
+        if str(types[key]).startswith("tuple"):
+            values = value.split(",") if value else []
+        words = [WORDS.get(word.lower(), word) for word in values]
         try:
-            with redirect_stderr(StringIO()):  # one line says what is wrong
+            with redirect_stderr(StringIO()):  # the ValueError below replaces tyro's page
                 default = tyro.cli(
                     type(default),
                     default=default,

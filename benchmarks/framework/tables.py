@@ -14,56 +14,56 @@ __all__ = ["Row", "cell", "read_table", "records", "table", "write_table"]
 Row = Mapping[str, Any]
 """Numbers and strings by column; ``None`` where a value is missing."""
 
-
 OLD = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
 EXACT = {"float_precision": "round_trip"} if OLD else {}
-"""Read back the number that was written: what pandas does from 3.1 on."""
+"""Arguments to read back exactly the number that was written, the default from pandas 3.1 on."""
 
 
 def table(rows: Iterable[Row]) -> pd.DataFrame:
-    """Return rows as a DataFrame, with the types that it would have if read from its CSV file.
+    """Return rows as a DataFrame with the dtypes that its CSV file would give.
 
-    >>> found = table([{"B": 4, "a": 0.5}, {"B": None, "a": None}])
-    >>> found.dtypes.astype(str).to_dict()
+    >>> frame = table([{"B": 4, "a": 0.5}, {"B": None, "a": None}])
+    >>> frame.dtypes.astype(str).to_dict()
     {'B': 'Int64', 'a': 'float64'}
     """
     rows = list(rows)
-    text = pd.DataFrame(rows, dtype=object).to_csv(index=False) if rows else ""
-    return _read(StringIO(text)) if rows else pd.DataFrame()
+    if not rows:
+        return pd.DataFrame()
+    return _read(StringIO(pd.DataFrame(rows, dtype=object).to_csv(index=False)))
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return the table of a CSV file: integers stay integers where values are missing."""
+    """Return the table of a CSV file; integer columns with missing values stay integers."""
     return _read(path)
 
 
 def write_table(path: Path, content: pd.DataFrame) -> None:
-    """Write a table as CSV, complete or not at all; missing values as empty fields."""
+    """Write a table as CSV, atomically; missing values become empty fields."""
     partial = path.with_suffix(".partial")
     content.astype(object).to_csv(partial, index=False, lineterminator="\n")
     partial.replace(path)
 
 
 def _read(source: Any) -> pd.DataFrame:
-    found = pd.read_csv(
+    frame = pd.read_csv(
         source,
         keep_default_na=False,
         na_values=[""],
         dtype_backend="numpy_nullable",
         **EXACT,
     )
-    # Floats need no mask: NaN says that a value is missing, and matplotlib understands it.
-    return found.astype(dict.fromkeys(found.select_dtypes("Float64"), "float64"))
+    # Missing floats are NaN, which matplotlib skips, instead of pd.NA.
+    return frame.astype(dict.fromkeys(frame.select_dtypes("Float64"), "float64"))
 
 
 def records(content: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a table's rows as dictionaries of Python's own types, missing values as ``None``."""
+    """Return a table's rows as dictionaries of Python scalars; missing values are ``None``."""
     plain = content.astype(object)
     return plain.where(content.notna(), None).to_dict("records")
 
 
 def cell(value: Any) -> str:
-    """Return ``value`` as the terminal shows it.
+    """Return the text of ``value`` in the terminal's tables.
 
     >>> cell(0.123456), cell(None), cell(12), cell("B = 4")
     ('0.1235', '–', '12', 'B = 4')

@@ -17,13 +17,13 @@ __all__ = ["LEGEND", "show"]
 LEGEND = """\
 a: sharpness, λmax of the Hessian · s: non-uniformity of the samples' Hessians
 η: learning rate · B: batch size · stable only if a ≤ 2/η and s ≤ √B/η, about"""
-"""What the letters in tables and claims mean."""
+"""The symbols in tables and claims."""
 
-MOST_ROWS = 40
-"""Of a table on a terminal."""
+MAX_ROWS = 40
+"""The most rows of a table that are printed."""
 
 GAP = 3
-"""Blanks between two columns."""
+"""Number of blanks between two columns."""
 
 HEADINGS = {
     "lr": "η",
@@ -50,41 +50,42 @@ HEADINGS = {
 
 
 def show(console: Console, experiment: Experiment, tables: Tables) -> None:
-    """Print the summary of the tables, and each claim with what is printed and predicted."""
-    shown = {name: its for name, its in experiment.summary(tables).items() if len(its)}
-    for name, its in shown.items():
-        _show_table(console, name.replace("-", " "), its)
+    """Print the summary of the tables, and each claim."""
+    summary = {name: frame for name, frame in experiment.summary(tables).items() if len(frame)}
+    for name, frame in summary.items():
+        _show_table(console, name.replace("-", " "), frame)
     claims = list(experiment.claims(tables)) if tables else []
     if claims:
         console.print(_claims(claims))
 
 
-def _show_table(console: Console, title: str, its: pd.DataFrame) -> None:
-    rows = its.head(MOST_ROWS)
+def _show_table(console: Console, title: str, frame: pd.DataFrame) -> None:
+    rows = frame.head(MAX_ROWS)
     texts = {
         HEADINGS.get(name, name.replace("_", " ")): [cell(v) for v in rows[name].astype(object)]
-        for name in its
+        for name in frame
     }
-    # Text wraps between words, never within one; room that is left goes to columns from the left.
+    # Each column gets the width of its longest word; columns that do not fit are dropped. The
+    # remaining room goes to the columns from the left.
     widths, room = {}, console.width + GAP
     for name, cells in texts.items():
-        least = max(map(_longest_word, (name, *cells)))
-        if room < least + GAP:
+        width = max(map(_longest_word, (name, *cells)))
+        if room < width + GAP:
             break
-        widths[name] = least
-        room -= least + GAP
+        widths[name] = width
+        room -= width + GAP
     lines = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, least in widths.items():
-        more = min(room, max(map(len, (name, *texts[name]))) - least)
-        room -= more
-        lines.add_column(name, justify="right", width=least + more)
+    for name, width in widths.items():
+        extra = min(room, max(map(len, (name, *texts[name]))) - width)
+        room -= extra
+        lines.add_column(name, justify="right", width=width + extra)
     values = [texts[name] for name in widths]
     for row in zip(*values, strict=True):
         lines.add_row(*map(escape, row))
     console.print(lines, "", sep="\n")
-    for more, what in ((len(its) - len(rows), "rows"), (len(texts) - len(widths), "columns")):
-        if more:
-            console.print(f"more {what} in the CSV file: {more}", highlight=False)
+    for extra, kind in ((len(frame) - len(rows), "rows"), (len(texts) - len(widths), "columns")):
+        if extra:
+            console.print(f"more {kind} in the CSV file: {extra}", highlight=False)
 
 
 def _longest_word(text: str) -> int:

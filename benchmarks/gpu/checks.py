@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import stableopt
-from benchmarks.gpu.setting import ROOT, Found, Setting
+from benchmarks.gpu.setting import ROOT, PartResult, Setting
 from benchmarks.perf.lbfgs import host_waits
 from benchmarks.training.data import Images
 from benchmarks.training.loops import all_samples, mean_squared_error, train
@@ -23,7 +23,7 @@ from stableopt.curvature import Hessian, NonUniformity, Problem, top_eigenpair
 __all__ = ["measure", "one_rank", "tests"]
 
 _STEPS = 200
-"""Of gradient descent before what is measured."""
+"""Steps of gradient descent before a measurement."""
 
 _KINDS = {"sharpness": Hessian, "non-uniformity": NonUniformity}
 
@@ -35,36 +35,38 @@ def _trained(setting: Setting, images: Images) -> nn.Module:
     return model
 
 
-def measure(setting: Setting) -> Found:
+def measure(setting: Setting) -> PartResult:
     """Sharpness and non-uniformity next to the CPU's, their time, and how often the host waits."""
     images = setting.images()
     model = _trained(setting, images)
     tol = 0.1 if setting.miniature else 1e-3
     rows = []
-    for name, kind in _KINDS.items():
+    for name, operator_type in _KINDS.items():
         problem = Problem(model, mean_squared_error, images.samples)
 
-        def search(problem: Problem = problem, kind: Any = kind) -> Any:
-            return top_eigenpair(kind(problem), tol=tol, max_iter=300)
+        def search(problem: Problem = problem, operator_type: Any = operator_type) -> Any:
+            return top_eigenpair(operator_type(problem), tol=tol, max_iter=300)
 
-        search()  # what is set up on first use
+        search()  # warm-up
         setting.wait()
-        began = time.perf_counter()
-        found = search()
+        start = time.perf_counter()
+        pair = search()
         setting.wait()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         with host_waits(setting.device) as count:
             search()
-        on_cpu = images.to("cpu")
+        cpu_images = images.to("cpu")
         model.to("cpu")
         expected = top_eigenpair(
-            kind(Problem(model, mean_squared_error, on_cpu.samples)), tol=tol, max_iter=300
+            operator_type(Problem(model, mean_squared_error, cpu_images.samples)),
+            tol=tol,
+            max_iter=300,
         )
         model.to(setting.device)
-        row = {"quantity": name, "value": found.value, "on_cpu": expected.value}
-        row |= {"difference": abs(found.value / expected.value - 1), "products": found.products}
-        rows.append({**row, "seconds": seconds, "waits_a_product": count["waits"] / found.products})
-    return Found(
+        row = {"quantity": name, "value": pair.value, "on_cpu": expected.value}
+        row |= {"difference": abs(pair.value / expected.value - 1), "products": pair.products}
+        rows.append({**row, "seconds": seconds, "waits_a_product": count["waits"] / pair.products})
+    return PartResult(
         "; ".join(
             f"{row['quantity']} in {row['products']} products and {row['seconds']:.3g} s,"
             f" {row['waits_a_product']:.2f} waits a product, {row['difference']:.0e} from the CPU's"
@@ -74,15 +76,18 @@ def measure(setting: Setting) -> Found:
     )
 
 
-def tests(setting: Setting) -> Found:
+def tests(setting: Setting) -> PartResult:
     """The suite's tests of accelerators, on this one."""
-    which = ["test_measurements.py", "test_products.py"]  # without those of the simulation itself
+    test_files = [
+        "test_measurements.py",
+        "test_products.py",
+    ]  # without the tests of the simulation itself
     if setting.miniature:
-        which = ["test_products.py::test_layers_with_structure"]
+        test_files = ["test_products.py::test_layers_with_structure"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-n", "0" if setting.miniature else "4"]
-    command += [f"tests/simulated_device/{name}" for name in which]
-    done = subprocess.run(
+    command += [f"tests/simulated_device/{name}" for name in test_files]
+    process = subprocess.run(
         command,
         cwd=ROOT,
         env={**os.environ, "STABLEOPT_TEST_DEVICE": setting.device},
@@ -90,19 +95,19 @@ def tests(setting: Setting) -> Found:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    print(done.stdout)
-    last = done.stdout.strip().splitlines()[-1].strip("= ")
-    if done.returncode:
+    print(process.stdout)
+    last = process.stdout.strip().splitlines()[-1].strip("= ")
+    if process.returncode:
         raise RuntimeError(f"pytest: {last}")
-    return Found(last, [{"pytest": last}])
+    return PartResult(last, [{"pytest": last}])
 
 
-def one_rank(setting: Setting) -> Found:
+def one_rank(setting: Setting) -> PartResult:
     """Measurements by one rank of NCCL, next to those without a process group."""
     images = setting.images()
     model = _trained(setting, images)
     backend, data = "nccl", images
-    if setting.miniature:  # on which gloo has no collectives
+    if setting.miniature:  # gloo has no collectives on the simulated device
         backend, data = "gloo", images.to("cpu")
         model.to("cpu")
 
@@ -128,7 +133,7 @@ def one_rank(setting: Setting) -> Found:
         {"quantity": name, "alone": alone[name], "one_rank": value, "backend": backend}
         for name, value in together.items()
     ]
-    apart = max(abs(row["one_rank"] / row["alone"] - 1) for row in rows)
-    if not apart < 1e-3:  # the tolerance of both measurements
+    difference = max(abs(row["one_rank"] / row["alone"] - 1) for row in rows)
+    if not difference < 1e-3:  # the tolerance of both measurements
         raise RuntimeError(f"one rank of {backend} differs from a lone process: {rows}")
-    return Found(f"{backend}: within {apart:.0e} of a lone process", rows)
+    return PartResult(f"{backend}: within {difference:.0e} of a lone process", rows)

@@ -1,4 +1,4 @@
-"""`PARTS`: what to run on a GPU, in order of value, each with the time that it may take."""
+"""`PARTS`: the parts to run on a GPU, in order of value, with their time limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.gpu import checks, timings
-from benchmarks.gpu.setting import Found, Setting
+from benchmarks.gpu.setting import PartResult, Setting
 
 __all__ = ["PARTS", "Part"]
 
@@ -16,16 +16,16 @@ class Part:
     """A part of the script.
 
     Attributes:
-        seconds: the most that it may take.
-        run: the part itself; the first line of its docstring is its title.
+        seconds: its time limit.
+        run: its function; the first line of the docstring is the title.
     """
 
     seconds: float
-    run: Callable[[Setting], Found]
+    run: Callable[[Setting], PartResult]
 
     @property
     def title(self) -> str:
-        """What it does, in one line."""
+        """Description in one line."""
         return (self.run.__doc__ or "").splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""`run`: the parts of the plan one after the other, each in a process, and what came out of them."""
+"""`run`: runs the parts of the plan one after the other, each in a process, and writes their results."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from benchmarks.runner.files import read_json, write_json
 
 __all__ = ["Outcome", "check", "run", "summary"]
 
-LEAST = 10.0
-"""Seconds without which a part is not begun: importing torch takes a part of them."""
+MIN_SECONDS = 10.0
+"""Remaining time below which no part starts: importing torch alone takes seconds."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended.
+    """The outcome of a part.
 
     Attributes:
         part: its name.
-        title: what it does.
-        outcome: ``"done"``, ``"failed"``, ``"stopped"`` at its limit, ``"cannot run"`` here, or
-            ``"no time"`` left to begin.
-        seconds: that it took.
-        said: its headline, or the reason.
+        title: its description.
+        outcome: ``"done"``, ``"failed"``, ``"stopped"`` at its time limit, ``"cannot run"`` on this
+            machine, or ``"no time"`` left to start.
+        seconds: its duration.
+        said: its headline, or the reason for another outcome.
     """
 
     part: str
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def check(device: str, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` for parts that do not exist, and for a device that is not there."""
+    """Raise ``ValueError`` for unknown parts, or for a device that does not exist."""
     unknown = {*names} - {*PARTS}
     if unknown:
         known = ", ".join(PARTS)
@@ -79,32 +79,32 @@ def run(
 
     Args:
         device: see :class:`~benchmarks.gpu.setting.Setting`.
-        out: folder of the results; what a part prints is in ``NAME.log``.
-        seconds: for all of them.
-        names: of the parts; all by default.
-        data_dir: where the data are.
-        parts: by name.
-        command: the command line that runs a part, by its name; by default this package's own.
-        say: takes a line at a time.
+        out: folder of the results; a part's output is in ``NAME.log``.
+        seconds: time limit for all parts together.
+        names: names of the parts to run; all by default.
+        data_dir: folder of the data.
+        parts: the parts by name.
+        command: returns the command line that runs a part; by default ``python -m benchmarks.gpu``.
+        say: prints a line of progress.
 
     Returns:
-        How each part ended.
+        The outcome of each part.
     """
     out.mkdir(parents=True, exist_ok=True)
-    where = [device, str(out.resolve()), *([str(data_dir.resolve())] if data_dir else [])]
-    command = command or (lambda name: [sys.executable, "-m", "benchmarks.gpu", name, *where])
+    arguments = [device, str(out.resolve()), *([str(data_dir.resolve())] if data_dir else [])]
+    command = command or (lambda name: [sys.executable, "-m", "benchmarks.gpu", name, *arguments])
     about = {**machine(device), "device": SIMULATED} if device == SIMULATED else machine(device)
     end, outcomes = time.monotonic() + seconds, []
     for name in names or parts:
-        part, left = parts[name], end - time.monotonic()
-        if left < min(LEAST, seconds):
-            said = f"{max(left, 0):.0f} s of the time budget were left"
+        part, seconds_left = parts[name], end - time.monotonic()
+        if seconds_left < min(MIN_SECONDS, seconds):
+            said = f"{max(seconds_left, 0):.0f} s of the time budget were left"
             outcomes.append(Outcome(name, part.title, "no time", 0.0, said))
         else:
-            say(f"{name}: {part.title} (at most {min(part.seconds, left):.0f} s)")
-            began = time.monotonic()
-            how, said = _run(command(name), out, name, min(part.seconds, left))
-            outcomes.append(Outcome(name, part.title, how, time.monotonic() - began, said))
+            say(f"{name}: {part.title} (at most {min(part.seconds, seconds_left):.0f} s)")
+            start = time.monotonic()
+            outcome, said = _run(command(name), out, name, min(part.seconds, seconds_left))
+            outcomes.append(Outcome(name, part.title, outcome, time.monotonic() - start, said))
         say(f"  {outcomes[-1].outcome}, {outcomes[-1].seconds:.0f} s: {said}")
         write_json(out / "gpu.json", {"machine": about, "parts": list(map(asdict, outcomes))})
         (out / "gpu.md").write_text(summary(about, outcomes))
@@ -112,7 +112,7 @@ def run(
 
 
 def _run(command: Sequence[str], out: Path, name: str, limit: float) -> tuple[str, str]:
-    """Run one process; return how it ended, and its headline or the reason."""
+    """Run a part's process; return its outcome, and its headline or the reason."""
     result, log = out / f"{name}.json", out / f"{name}.log"
     result.unlink(missing_ok=True)
     with log.open("w") as file:
@@ -125,25 +125,27 @@ def _run(command: Sequence[str], out: Path, name: str, limit: float) -> tuple[st
             code = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+                os.killpg(process.pid, signal.SIGKILL)  # including its child processes
             process.wait()
     if code is None:
         return "stopped", f"not finished after {limit:.0f} s; what it printed is in {log.name}"
     if result.exists():
-        found = read_json(result)
-        return found["outcome"], found["said"]
+        part_result = read_json(result)
+        return part_result["outcome"], part_result["said"]
     lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
     return "failed", f"{lines[-1]} (exit code {code}; see {log.name})"
 
 
 def summary(about: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
-    """Return a page of Markdown: the machine, a table of the parts, and what did not run."""
+    """Return a page of Markdown: the machine, a table of the parts, and those that are not done."""
     lines = [f"# {about['device']}", "", "| | |", "| --- | --- |"]
     lines += [f"| {key} | {value} |" for key, value in about.items() if key != "device"]
     lines += ["", "| part | outcome | seconds | what came out |", "| --- | --- | --- | --- |"]
-    for one in outcomes:
-        said = one.said.replace("|", "\\|")
-        lines.append(f"| {one.part}: {one.title} | {one.outcome} | {one.seconds:.0f} | {said} |")
-    missing = [one.part for one in outcomes if one.outcome != "done"]
-    lines += ["", f"Not done: {', '.join(missing) or 'nothing'}."]
+    for outcome in outcomes:
+        said = outcome.said.replace("|", "\\|")
+        lines.append(
+            f"| {outcome.part}: {outcome.title} | {outcome.outcome} | {outcome.seconds:.0f} | {said} |"
+        )
+    not_done = [outcome.part for outcome in outcomes if outcome.outcome != "done"]
+    lines += ["", f"Not done: {', '.join(not_done) or 'nothing'}."]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""`Setting`: the device, data and folder that a part runs with, and what a part returns."""
+"""`Setting`: device, data and folder of a part; `PartResult`: its result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.training.data import Dataset, Images
 
-__all__ = ["SIMULATED", "CannotRunError", "Found", "Setting"]
+__all__ = ["SIMULATED", "CannotRunError", "PartResult", "Setting"]
 
 SIMULATED = "simulated"
-"""The accelerator of the tests, in Python; on it every part runs in miniature."""
+"""Name of the tests' simulated accelerator, on which every part runs in miniature."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,12 +25,12 @@ class CannotRunError(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a part found.
+class PartResult:
+    """The result of a part.
 
     Attributes:
-        headline: in one line.
-        rows: in full, for a JSON file.
+        headline: a summary in one line.
+        rows: all numbers, for the JSON file.
     """
 
     headline: str
@@ -39,12 +39,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a part runs with.
+    """Device, data and folder of a part.
 
     Attributes:
         device: ``"cuda"``, ``"cuda:1"``, or :data:`SIMULATED`.
-        out: its folder.
-        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
+        out: the part's folder.
+        data_dir: folder of the data; see :meth:`benchmarks.training.data.Dataset.load`.
     """
 
     device: str
@@ -53,15 +53,17 @@ class Setting:
 
     @property
     def miniature(self) -> bool:
-        """Whether to run with the smallest sizes."""
+        """Whether to use the smallest sizes."""
         return self.device == SIMULATED
 
     @property
     def data(self) -> str:
-        """Fashion-MNIST where it is, else the digits, which come with scikit-learn."""
-        named = self.data_dir or os.environ.get("STABLEOPT_DATA")
-        there = named is not None and any(Path(named).glob("**/train-images-idx3-ubyte.gz"))
-        return "fashion-mnist" if there and not self.miniature else "digits"
+        """Fashion-MNIST if its files are there, else scikit-learn's digits."""
+        folder = self.data_dir or os.environ.get("STABLEOPT_DATA")
+        has_fashion_mnist = folder is not None and any(
+            Path(folder).glob("**/train-images-idx3-ubyte.gz")
+        )
+        return "fashion-mnist" if has_fashion_mnist and not self.miniature else "digits"
 
     def images(self) -> Images:
         """Return 1,000 images on the device, in miniature 40."""
@@ -70,12 +72,12 @@ class Setting:
         )
 
     def wait(self) -> None:
-        """Wait until the device has finished."""
+        """Synchronize with the device."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
     def prepare(self) -> None:
-        """Set this process up for the device, before anything is differentiated."""
+        """Set up this process for the device; call it before autograd is used."""
         if self.miniature:
             sys.path.insert(0, str(ROOT / "tests" / "helpers"))
             try:
@@ -87,4 +89,6 @@ class Setting:
             simulated_device.install()
             torch.set_num_threads(1)
         elif self.device.startswith("cuda"):
-            torch.cuda.set_device(torch.device(self.device).index or 0)  # NCCL goes by it
+            torch.cuda.set_device(
+                torch.device(self.device).index or 0
+            )  # NCCL uses the current device

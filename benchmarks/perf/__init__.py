@@ -16,7 +16,7 @@ PARTS = {
     "imports": "benchmarks.perf.imports",
     "large": "benchmarks.perf.large",
 }
-"""Modules with a ``run(config)``, by name."""
+"""The modules of the parts, each with ``Config`` and ``run(config)``."""
 
 BY_DEFAULT = tuple(name for name in PARTS if name != "large")
-"""Those that run if none is named: a large model takes a quarter of an hour, and gigabytes."""
+"""The parts that run by default: ``large`` takes a quarter of an hour, and gigabytes."""

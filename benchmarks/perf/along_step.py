@@ -1,7 +1,7 @@
 """The cost of margins along the step, in training steps and forward passes of the same run.
 
-Steps with and without a monitor alternate, on copies of one run with full batches; the ratio of the
-medians is what counts.
+Segments of steps with and without a monitor alternate, on copies of one run with full batches. The
+result is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from benchmarks.training.networks import fully_connected
 __all__ = ["Config", "run"]
 
 _WIDTH = 512
-"""Of the hidden layers: steps long enough that passes count, and not the fixed cost of a measurement."""
+"""Width of the hidden layers: passes should outweigh the fixed cost of a measurement."""
 
 _STEPS = 8
-"""The most steps in a segment: all of it ends within a minute of one idle core."""
+"""Largest number of steps in a segment, so that the part takes a minute on one idle core."""
 
 _QUANTITIES: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -39,22 +39,22 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time steps with each set of quantities, print and write their table; return its rows."""
     console = console or Console()
     x, y = random_data(config, config.n, (64,), 10)
-    count = min(_STEPS, config.segment_steps)
+    steps_per_segment = min(_STEPS, config.segment_steps)
     monitors: dict[str, stableopt.StabilityMonitor] = {}
 
-    def steps(name: str) -> Callable[[], None]:
+    def segment(name: str) -> Callable[[], None]:
         torch.manual_seed(config.seed)
         model = fully_connected((64, _WIDTH, _WIDTH, 10), config.seed).to(config.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
         def step() -> None:
-            for _ in range(count):
+            for _ in range(steps_per_segment):
                 optimizer.zero_grad()
                 mean_squared_error(model(x), y).backward()
                 optimizer.step()
 
         if _QUANTITIES[name]:
-            step()  # so that what is set up on first use does not count
+            step()  # warm-up
             data = (x, y)
             monitors[name] = stableopt.StabilityMonitor(
                 optimizer,
@@ -67,15 +67,15 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
             )
         return step
 
-    functions = {name: steps(name) for name in _QUANTITIES}
+    functions = {name: segment(name) for name in _QUANTITIES}
     with console.status("stepping with and without margins along the step"):
-        found = interleaved(functions, repeats=config.segments, device=config.device)
-    each = {name: timing.median / count for name, timing in found.items()}
+        timings = interleaved(functions, repeats=config.segments, device=config.device)
+    step_seconds = {name: timing.median / steps_per_segment for name, timing in timings.items()}
     rows = [
         {
             "quantities": name,
-            "step_ms": 1e3 * each[name],
-            "training_steps": each[name] / each["plain"] - 1,
+            "step_ms": 1e3 * step_seconds[name],
+            "training_steps": step_seconds[name] / step_seconds["plain"] - 1,
             "passes": _passes(monitors.get(name)),
         }
         for name in _QUANTITIES
@@ -92,8 +92,8 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
 
 
 def _passes(monitor: stableopt.StabilityMonitor | None) -> float:
-    """Return the median number of losses along the step, not a number where none is taken."""
+    """Return the median number of forward passes of a search, NaN without a search."""
     history = [] if monitor is None else list(monitor.history)
     counts = [m["critical_sharpness"].details.get("passes") for m in history]
-    known = [count for count in counts if count is not None]
-    return median(known) if known else float("nan")
+    passes = [count for count in counts if count is not None]
+    return median(passes) if passes else float("nan")

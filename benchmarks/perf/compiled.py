@@ -1,8 +1,8 @@
 """The cost of a product with the Hessian, compiled by ``torch.compile`` and not.
 
-What torch compiles cannot be differentiated twice afterwards, so a compiled product is one compiled
-function of the vector, forward-over-reverse from the parameters on, instead of passes that are kept
-from product to product. The time to compile is shown too: a measurement takes only a few products.
+A compiled function cannot be differentiated twice, so the compiled product is one function of the vector
+that computes forward-over-reverse derivatives, instead of graphs that are kept between products. The
+time to compile is also shown, since a measurement takes only a few products.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
 
     t = pd.DataFrame(rows)
     names = {"kept passes (ours)": "kept", "torch.func": "eager", "compiled": "compiled"}
-    costs = {name: t[way] / t.gradient for name, way in names.items()}
+    costs = {name: t[column] / t.gradient for name, column in names.items()}
     columns = {"network": t.network, **costs, "seconds to compile": t.compile_seconds}
     title = "One product with the Hessian, in gradients"
     return report(config, console, "compiled", title, columns, rows)
@@ -48,13 +48,13 @@ def _row(config: Config, model: nn.Module, shape: tuple[int, ...], outputs: int)
     theta = {name: p.detach() for name, p in model.named_parameters()}
     tangent = dict(zip(problem.names, problem.unflatten(vector), strict=True))
 
-    def loss(at: dict[str, Tensor]) -> Tensor:
-        # Written out: forward mode through mse_loss is not implemented.
-        return (functional_call(model, at, (x,)) - y).square().mean()
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        # Spelt out, since mse_loss has no forward-mode derivative.
+        return (functional_call(model, params, (x,)) - y).square().mean()
 
     def product(along: dict[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = torch.func.jvp(torch.func.grad(loss), (theta,), (along,))[1]
-        return found
+        image: dict[str, Tensor] = torch.func.jvp(torch.func.grad(loss), (theta,), (along,))[1]
+        return image
 
     torch.compiler.reset()
     compiled = torch.compile(product, dynamic=False)

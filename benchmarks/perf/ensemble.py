@@ -1,7 +1,7 @@
 """The gain from training several runs as one network with stacked weights.
 
-The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take
-the same steps; the first few are compared before anything is timed.
+The members differ in learning rate and seed; see :mod:`benchmarks.training.ensemble`. Both ways take the
+same steps; the weights after the first few are compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.perf.timing import interleaved, report
 from benchmarks.training import ensemble
 from benchmarks.training.data import Dataset, Images
 from benchmarks.training.minimum import Solution
-from benchmarks.training.stepping import walk
+from benchmarks.training.stepping import training_run
 
 __all__ = ["Config", "run"]
 
@@ -29,9 +29,9 @@ class Config(timing.Config):
     """What is timed.
 
     Attributes:
-        members: trained as one.
-        steps: of each, under GD and under SGD.
-        batch_size: of SGD.
+        members: number of runs trained as one.
+        steps: steps of each, under GD and under SGD.
+        batch_size: batch size of SGD.
     """
 
     repeats: int = 3
@@ -70,23 +70,23 @@ def _row(config: Config, jobs: Sequence[Solution], images: Images) -> dict[str, 
         weights = []
         for job in jobs:
             model = job.model(config.device)
-            going = walk(job, model, images)
-            while going.steps < steps:
-                going.look()
-                going.on()
+            run = training_run(job, model, images)
+            while run.steps < steps:
+                run.training_loss()
+                run.advance()
             weights.append([p.detach() for p in model.parameters()])
         return weights
 
     def as_one(steps: int) -> list[list[torch.Tensor]]:
         stack = ensemble.Stack(jobs, images, config.device)
         while stack.steps < steps:
-            stack.look()
-            stack.on()
+            stack.training_losses()
+            stack.advance()
         return [list(stack.weights(k).values()) for k in range(len(jobs))]
 
-    some = zip(one_by_one(10), as_one(10), strict=True)
+    pairs = zip(one_by_one(10), as_one(10), strict=True)
     difference = max(
-        float((p - q).norm() / p.norm()) for member in some for p, q in zip(*member, strict=True)
+        float((p - q).norm() / p.norm()) for member in pairs for p, q in zip(*member, strict=True)
     )
     timings = interleaved(
         {"one_by_one": lambda: one_by_one(config.steps), "as_one": lambda: as_one(config.steps)},
@@ -99,7 +99,7 @@ def _row(config: Config, jobs: Sequence[Solution], images: Images) -> dict[str, 
         "data": config.data,
         "members": len(jobs),
         "batch_size": size,
-        "steps": -(-config.steps // epoch) * epoch,  # SGD ends with an epoch
-        **{way: timing.median for way, timing in timings.items()},
+        "steps": -(-config.steps // epoch) * epoch,  # SGD takes whole epochs
+        **{method: timing.median for method, timing in timings.items()},
         "difference": difference,
     }

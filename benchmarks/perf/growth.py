@@ -73,11 +73,11 @@ def _row(config: Config, n: int, width: int, batch: int) -> dict[str, Any]:
 def _draw(table: pd.DataFrame, folder: Path) -> None:
     figure, axes = panels(len(SERIES), width=3, height=3)
     labels = {"hessian": "one Hv", "non_uniformity": "one Σv", "step": "one training step"}
-    for number, (panel, series) in enumerate(zip(axes, SERIES, strict=True)):
+    for index, (panel, series) in enumerate(zip(axes, SERIES, strict=True)):
         chosen = table[table.series == series]
         for (key, label), (_, colour) in zip(labels.items(), coloured(labels), strict=True):
             trace(panel, chosen[series], 1e3 * chosen[key], label, colour, marker="o")
         x = {"n": "samples n", "d": "parameters d"}.get(series, "batch of a step")
-        finish(panel, x, "" if number else "milliseconds", log="xy", legend=not number)
+        finish(panel, x, "" if index else "milliseconds", log="xy", legend=not index)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "perf-growth.png", dpi=150)

@@ -1,7 +1,7 @@
 """How long ``import stableopt`` takes, relative to ``import torch``, which every user pays for.
 
-Fresh processes alternate, so that a machine whose speed drifts slows both alike. The ratio of the
-medians counts; a torch that is imported alone has the same modules on disk and in its caches.
+Fresh processes alternate, so that drifts in the machine's speed affect both alike. The result is the
+ratio of the medians.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     """Time the imports in fresh processes, print and write their table; return its rows."""
     console = console or Console()
     with console.status("imports"):
-        for module in MODULES:  # compiled, and in the disk's cache
+        for module in MODULES:  # fills __pycache__ and the disk's cache
             _seconds(module)
         turns = [[_seconds(module) for module in MODULES] for _ in range(3 * config.repeats)]
-    of_torch = median(turn[0] for turn in turns)
+    torch_seconds = median(turn[0] for turn in turns)
     rows = [
-        {"module": module, "seconds": median(times), "of_torch": median(times) / of_torch}
+        {"module": module, "seconds": median(times), "of_torch": median(times) / torch_seconds}
         for module, times in zip(MODULES, zip(*turns, strict=True), strict=True)
     ]
-    rows[1]["of_torch_in_turns"] = [own / torch for torch, own in turns]
+    rows[1]["of_torch_in_turns"] = [seconds / torch_import for torch_import, seconds in turns]
     t = pd.DataFrame(rows)
     columns = {"module": t.module, "seconds": t.seconds, "relative to torch": t.of_torch}
     title = f"Imports, median of {len(turns)} processes"
@@ -44,5 +44,5 @@ def _seconds(module: str) -> float:
     code = f"import time; began = time.perf_counter(); import {module};"
     code += " print(time.perf_counter() - began)"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(process.stdout)

@@ -1,9 +1,9 @@
 """The cost of an L-BFGS iteration: compact and two-loop directions against torch.optim.LBFGS.
 
-Three measurements on a quadratic, without its own cost: a whole iteration without line search, the
-direction alone (update with a pair, and -Pg), and how often the host waits for a number. The methods
-alternate, so that a machine whose speed drifts slows all alike. Then the time to a given loss on the
-fully connected network, including the closure.
+Three measurements on a quadratic, without the time of its closure: a whole iteration without line
+search, the direction alone (update with a pair, and -Pg), and the number of host synchronizations. The
+methods alternate, so that drifts in the machine's speed affect all alike. Finally, the time to a given
+loss on the fully connected network, including the closure.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Config(timing.Config):
 
     Attributes:
         sizes: numbers of parameters.
-        histories: numbers of pairs.
-        rounds: turns of each method.
-        iterations: timed iterations in each turn, after the memory has filled once.
-        memory_limit: the most gigabytes that the pairs of one method may take.
-        max_steps: the most steps of 20 iterations towards the loss.
+        histories: history sizes, in pairs.
+        rounds: number of turns of each method.
+        iterations: timed iterations per turn, once the history is full.
+        memory_limit: largest size of one method's pairs, in gigabytes.
+        max_steps: largest number of steps, of 20 iterations each, to the target loss.
     """
 
     device: str = "cpu"
@@ -87,9 +87,9 @@ def run(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 def _print(config: Config, results: dict[str, Any], console: Console) -> None:
     t = pd.DataFrame(
-        {**row, **found, "method": name, "faster": row["methods"]["torch"]["iteration_ms"]}
+        {**row, **timing, "method": name, "faster": row["methods"]["torch"]["iteration_ms"]}
         for row in results["iterations"]
-        for name, found in row["methods"].items()
+        for name, timing in row["methods"].items()
     )
     columns = {
         **{"parameters": t["size"], "pairs": t.history, "method": t.method, "ms": t.iteration_ms},
@@ -105,14 +105,14 @@ def _print(config: Config, results: dict[str, Any], console: Console) -> None:
 
 
 class _Quadratic:
-    """A diagonal quadratic and an optimizer on it; the time of the closure is taken off."""
+    """A diagonal quadratic and an optimizer on it, timed without the closure."""
 
     def __init__(self, config: Config, size: int, name: str, history: int) -> None:
         generator = torch.Generator().manual_seed(config.seed)
         self._scales = torch.logspace(0, 2, size, device=config.device)
         start = torch.randn(size, generator=generator).to(config.device)
         self.x = nn.Parameter(start)
-        self._inside = 0.0
+        self._closure_seconds = 0.0
         self.optimizer = METHODS[name](
             [self.x],
             max_iter=1,
@@ -123,22 +123,22 @@ class _Quadratic:
         )
 
     def _closure(self) -> Tensor:
-        began = _now(self.x.device)
+        start = _now(self.x.device)
         x = self.x.detach()
-        # A little noise, or the quadratic would be solved before the memory is full.
+        # Without a little noise, the quadratic would be solved before the history is full.
         x.add_(torch.rand_like(x), alpha=1e-2)
         self.x.grad = self._scales * x
         loss = 0.5 * x.dot(self.x.grad)
-        self._inside += _now(self.x.device) - began
+        self._closure_seconds += _now(self.x.device) - start
         return loss
 
     def seconds(self, iterations: int) -> list[float]:
-        """Take iterations; return the time of each, without the closure's."""
+        """Take iterations; return the time of each without its closure."""
         times = []
         for _ in range(iterations):
-            self._inside, began = 0.0, _now(self.x.device)
+            self._closure_seconds, start = 0.0, _now(self.x.device)
             self.optimizer.step(self._closure)
-            times.append(_now(self.x.device) - began - self._inside)
+            times.append(_now(self.x.device) - start - self._closure_seconds)
         return times
 
 
@@ -149,20 +149,20 @@ def _now(device: torch.device) -> float:
 
 
 def _compare_iterations(config: Config, size: int, history: int) -> dict[str, Any]:
-    """Fill the memories, then let the methods take turns."""
+    """Fill the histories, then time the methods in turns."""
     directions = _directions(config, size, history)
-    runs = {name: _Quadratic(config, size, name, history) for name in METHODS}
+    quadratics = {name: _Quadratic(config, size, name, history) for name in METHODS}
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     waits = {}
     with torch.random.fork_rng(devices=[]):
-        for run_ in runs.values():
-            run_.seconds(history + 2)
+        for quadratic in quadratics.values():
+            quadratic.seconds(history + 2)
         for _ in range(config.rounds):
-            for name, run_ in runs.items():
-                times[name] += run_.seconds(config.iterations)
-        for name, run_ in runs.items():
+            for name, quadratic in quadratics.items():
+                times[name] += quadratic.seconds(config.iterations)
+        for name, quadratic in quadratics.items():
             with host_waits(config.device) as count:
-                run_.seconds(1)
+                quadratic.seconds(1)
             waits[name] = count["waits"]
     methods = {
         name: {
@@ -176,7 +176,7 @@ def _compare_iterations(config: Config, size: int, history: int) -> dict[str, An
 
 
 def _directions(config: Config, size: int, history: int) -> dict[str, float]:
-    """Return the median milliseconds of taking a pair in and giving a direction."""
+    """Return the median milliseconds of an update with a pair and a direction."""
     generator = torch.Generator().manual_seed(config.seed)
     kinds: dict[str, type[Any]] = {"two_loop": TwoLoopPairs, "compact": CompactPairs}
     memories = {name: kind(history, {}) for name, kind in kinds.items()}
@@ -187,18 +187,20 @@ def _directions(config: Config, size: int, history: int) -> dict[str, float]:
         step = torch.randn(size, generator=generator).to(config.device)
         gradient = previous + scales * step
         for name, memory in memories.items():
-            began = _now(step.device)
+            start = _now(step.device)
             last = Move(step, 1.0, previous, loss=0.0)
             products = memory.numbers(*memory.products(last, gradient))
             memory.update(last, gradient, products, 0.0)
             memory.descent(gradient)
             if turn > history:
-                times[name].append(_now(step.device) - began)
+                times[name].append(_now(step.device) - start)
         previous = gradient
     return {name: 1e3 * median(values) for name, values in times.items()}
 
 
 class _Waits(TorchDispatchMode):
+    """Counts reads of a scalar, and copies from a device to the CPU."""
+
     def __init__(self, count: dict[str, int], device: str) -> None:
         super().__init__()
         self.count, self.device = count, device
@@ -214,7 +216,7 @@ class _Waits(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """On a CPU ``tolist`` reads the memory itself; elsewhere it copies, which the other mode sees."""
+    """Counts ``tolist`` on a CPU, which dispatches nothing; elsewhere ``_Waits`` sees its copy."""
 
     def __init__(self, count: dict[str, int], device: str) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ class _Lists(TorchFunctionMode):
 
 @contextmanager
 def host_waits(device: str = "cpu") -> Iterator[dict[str, int]]:
-    """Count how often the host asks for a number that the device would still be computing."""
+    """Count how often the host reads a number from the device, which synchronizes the two."""
     count = {"waits": 0}
     kind = torch.device(device).type
     with _Lists(count, kind), _Waits(count, kind):
@@ -236,7 +238,7 @@ def host_waits(device: str = "cpu") -> Iterator[dict[str, int]]:
 
 
 def _time_to_loss(config: Config, name: str) -> dict[str, Any]:
-    """Train the fully connected network to the target; compare with a loss at the end of a step."""
+    """Train the fully connected network to the target, checked with the loss that ``step`` returns."""
     images = Dataset(config.data, config.n).load(config.data_dir)
     model = fully_connected(WIDTHS[config.data], config.seed).to(config.device)
     x, y = images.x.to(config.device), images.y.to(config.device)
@@ -251,14 +253,14 @@ def _time_to_loss(config: Config, name: str) -> dict[str, Any]:
         value.backward()
         return value.detach()
 
-    began = _now(x.device)
+    start = _now(x.device)
     for _ in range(config.max_steps):
         loss = float(optimizer.step(closure))
         if not loss > config.target_loss:
             break
     return {
         "method": name,
-        "seconds": _now(x.device) - began,
+        "seconds": _now(x.device) - start,
         "calls": calls,
         "loss": loss,
         "reached": loss <= config.target_loss,

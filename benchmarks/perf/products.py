@@ -1,7 +1,8 @@
 """Products with the covariance of per-sample Hessians: the structured way against the others.
 
-The unit is one gradient over the same samples, timed alternately. Ways that take samples one by one
-cost the same for each, so they are timed on the first few and scaled; the results say how many.
+The unit is the time of one gradient over the same samples, measured in alternation. Methods that process
+samples one by one cost the same for each, so they are timed on a few samples, given in the results, and
+scaled.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from stableopt.curvature import Hessian, NonUniformity, Problem
 __all__ = ["Config", "cases", "run"]
 
 _FEW = 50
-"""Samples that the ways without structure are timed on."""
+"""Number of samples on which the unstructured methods are timed."""
 
 
 def cases(seed: int) -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
-    """Return, by name, a network, the shape of one input, and the number of outputs."""
+    """Return networks by name, each with the shape of an input and the number of outputs."""
     return {
         "FNN": (fully_connected(WIDTHS["fashion-mnist"], seed), (784,), 10),
         "VGG": (small_vgg(seed), (3, 32, 32), 2),
@@ -36,7 +37,7 @@ def cases(seed: int) -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way on every network and size, print and write the table; return its rows."""
+    """Time every method on every network and size, print and write the table; return its rows."""
     console = console or Console()
     rows = []
     for name, (model, shape, outputs) in cases(config.seed).items():
@@ -46,10 +47,10 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
                 rows.append({"network": name, "n": n, **_row(config, model, shape, outputs, n)})
 
     t = pd.DataFrame(rows)
-    ways = {"Hv": "hessian", "structured": "structured", "vmap": "vmap", "loop": "loop"}
+    methods = {"Hv": "hessian", "structured": "structured", "vmap": "vmap", "loop": "loop"}
     columns = {
         **{"network": t.network, "d": t.d, "n": t.n, "gradient, ms": 1e3 * t.gradient},
-        **{name: t[way] / t.gradient for name, way in ways.items()},
+        **{name: t[column] / t.gradient for name, column in methods.items()},
         "loop / ours": t.loop / t.structured,
     }
     _draw(t, config.out)
@@ -63,12 +64,12 @@ def _row(
     x, y = random_data(config, n, shape, outputs)
     loss_fn, few = nn.MSELoss(), min(_FEW, n)
     problem = Problem(model, loss_fn, (x, y))
-    part = Problem(model, loss_fn, (x[:few], y[:few]))
+    few_problem = Problem(model, loss_fn, (x[:few], y[:few]))
     vector = torch.randn(problem.num_params, device=config.device)
     structured, hessian = NonUniformity(problem, method="structured"), Hessian(problem)
-    ways = {
-        way: NonUniformity(part, method=way)  # type: ignore[arg-type]
-        for way in ("vmap", "loop")
+    unstructured = {
+        method: NonUniformity(few_problem, method=method)  # type: ignore[arg-type]
+        for method in ("vmap", "loop")
     }
 
     def gradient() -> None:
@@ -77,26 +78,26 @@ def _row(
             rows = slice(start, start + 1000)
             loss_fn(model(x[rows]), y[rows]).backward()
 
-    def times(operator: Any) -> Callable[[], Tensor]:
+    def product(operator: Any) -> Callable[[], Tensor]:
         return lambda: operator @ vector
 
     timings = interleaved(
         {
             "gradient": gradient,
-            "hessian": times(hessian),
-            "structured": times(structured),
-            **{way: times(operator) for way, operator in ways.items()},
+            "hessian": product(hessian),
+            "structured": product(structured),
+            **{method: product(operator) for method, operator in unstructured.items()},
         },
         repeats=config.repeats,
         device=config.device,
     )
     medians = {name: timing.median for name, timing in timings.items()}
-    for way in ways:
-        medians[way] *= n / few
-    # On the same few samples, how far the ways are apart: ReLU's kinks, and rounding.
-    expected = ways["loop"] @ vector
-    own = NonUniformity(part, method="structured") @ vector
-    difference = float((own - expected).norm() / expected.norm())
+    for method in unstructured:
+        medians[method] *= n / few
+    # The methods differ on the same few samples by rounding, and at ReLU's kinks.
+    loop_product = unstructured["loop"] @ vector
+    structured_product = NonUniformity(few_problem, method="structured") @ vector
+    difference = float((structured_product - loop_product).norm() / loop_product.norm())
     return {"d": problem.num_params, "few": few, **medians, "difference": difference}
 
 
@@ -109,12 +110,12 @@ def _draw(table: pd.DataFrame, folder: Path) -> None:
         "structured": "structured (ours)",
         "hessian": "one Hv",
     }
-    for number, (panel, name) in enumerate(zip(axes, names, strict=True)):
-        its = table[table.network == name]
-        for (way, label), (_, colour) in zip(labels.items(), coloured(labels), strict=True):
-            trace(panel, its.n, its[way] / its.gradient, label, colour, marker="o")
-        title, y = f"{name}, d = {its.d.iloc[0]:,}", "cost of a product, in gradients"
-        y = "" if number else y
-        finish(panel, "samples n", y, log="xy", title=title, legend=not number)
+    for index, (panel, name) in enumerate(zip(axes, names, strict=True)):
+        group = table[table.network == name]
+        for (column, label), (_, colour) in zip(labels.items(), coloured(labels), strict=True):
+            trace(panel, group.n, group[column] / group.gradient, label, colour, marker="o")
+        title, y = f"{name}, d = {group.d.iloc[0]:,}", "cost of a product, in gradients"
+        y = "" if index else y
+        finish(panel, "samples n", y, log="xy", title=title, legend=not index)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "perf-products.png", dpi=150)

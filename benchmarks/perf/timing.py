@@ -1,4 +1,4 @@
-"""Fair timing of several ways to do one thing, and the tables and files of what was timed."""
+"""Interleaved timing of alternatives, and the tables and files of the results."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ __all__ = ["Config", "Timing", "interleaved", "once", "random_data", "report", "
 
 @dataclass(frozen=True)
 class Config:
-    """What is timed.
+    """Settings of the timings.
 
     Attributes:
-        data: ``"digits"`` or ``"fashion-mnist"``, of the trained network.
-        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
-        out: the folder for numbers and figures.
-        seed: of initialisations and random vectors.
-        device: ``"cpu"`` or ``"cuda"``; by default the GPU where there is one.
-        repeats: interleaved repeats; the median counts.
-        cpu_time: whether ``eigenvalues``, ``spectrum``, ``models`` and ``tracking`` count the seconds of
-            this process alone, on a machine with other work.
-        sizes: samples of the comparison of products.
-        n: training images of the trained network, its probe set too.
+        data: data set of the trained network: ``"digits"`` or ``"fashion-mnist"``.
+        data_dir: folder of the data; see :meth:`benchmarks.training.data.Dataset.load`.
+        out: folder for numbers and figures.
+        seed: seed of initialisations and random vectors.
+        device: ``"cpu"`` or ``"cuda"``; by default the GPU if there is one.
+        repeats: number of interleaved repeats; the median is reported.
+        cpu_time: whether ``eigenvalues``, ``spectrum``, ``models`` and ``tracking`` measure CPU time of
+            this process instead of elapsed time, for a machine with other load.
+        sizes: numbers of samples in the comparison of products.
+        n: number of training images, which are also the probe set.
         lr: learning rate of gradient descent.
         target_loss: training loss at which it stops.
         tol: certified residual relative to the eigenvalue.
-        every: steps between measurements, when tracking.
-        max_overhead: share of the training time, when tracking.
-        segments: pairs of segments with and without tracking.
-        segment_steps: steps in each.
-        warm_up: steps before, untimed.
+        every: steps between measurements when tracking.
+        max_overhead: limit on the share of training time when tracking.
+        segments: number of pairs of segments with and without tracking.
+        segment_steps: steps of a segment.
+        warm_up: untimed steps before the first segment.
     """
 
     data: str = "digits"
@@ -68,32 +68,32 @@ class Config:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """The clock in seconds: of this process, or elapsed."""
+        """The clock in seconds: this process's CPU time, or elapsed time."""
         return time.process_time if self.cpu_time else time.perf_counter
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of repeated runs, and what the last of them returned."""
+    """The seconds of repeated calls, and the result of the last one."""
 
     seconds: tuple[float, ...]
     result: Any
 
     @property
     def median(self) -> float:
-        """The median of the repeats."""
+        """The median of the seconds."""
         return median(self.seconds)
 
 
 def once(
     function: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter
 ) -> Timing:
-    """Time one call, until the device has finished, in elapsed seconds or by another ``clock``."""
+    """Time one call by ``clock``, including the device's work."""
     _wait(device)
-    began = clock()
+    start = clock()
     result = function()
     _wait(device)
-    return Timing((clock() - began,), result)
+    return Timing((clock() - start,), result)
 
 
 def interleaved(
@@ -104,13 +104,12 @@ def interleaved(
     called_before: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time each function ``repeats`` times, alternating, so that a drifting machine slows all alike.
+    """Time each function ``repeats`` times, in turns, so that drifts in speed affect all alike.
 
-    Each is called once before, untimed, so that what is set up on first use does not count, unless the
-    caller has called them before.
+    Each function is first called once as a warm-up, unless ``called_before``.
 
-    >>> found = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3, device="cpu")
-    >>> found["b"].result, len(found["a"].seconds)
+    >>> timings = interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3, device="cpu")
+    >>> timings["b"].result, len(timings["a"].seconds)
     (2, 3)
     """
     for function in functions.values():
@@ -132,9 +131,9 @@ def _wait(device: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what a timing depends on: device, threads and versions."""
+    """Return the machine's description: device, threads and versions."""
     peers = ("curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings", "scipy")
-    versions = {name: found for name in peers if (found := _version(name)) is not None}
+    versions = {name: _version(name) for name in peers}
     on_gpu = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
@@ -142,7 +141,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **versions,
+        **{name: version for name, version in versions.items() if version is not None},
     }
 
 
@@ -154,7 +153,7 @@ def _version(package: str) -> str | None:
 
 
 def write(path: Path, rows: Any, device: str) -> None:
-    """Write ``rows`` and the machine's description as JSON, complete or not at all."""
+    """Write ``rows`` and the machine's description as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n")
@@ -172,7 +171,7 @@ def random_data(
 
 
 Columns = Mapping[str, Iterable[Any]]
-"""The values of a table by heading: numbers are shown with four digits."""
+"""The columns of a table by heading; numbers are shown with four digits."""
 
 
 def show(console: Console, title: str, columns: Columns) -> None:

@@ -1,7 +1,7 @@
 """The cost of tracking: training time with and without it, alternating in one process.
 
-Segments of training with tracking and without alternate, on two copies of the same run, so that a
-machine whose speed drifts slows both alike; the ratio of the medians is what counts.
+Segments of training with and without tracking alternate, on two copies of the same run, so that drifts
+in the machine's speed affect both alike. The result is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _every(config: Config, images: Images) -> dict[str, Any]:
     plain, tracked = _Run(config, images), _Run(config, images)
     monitor = tracked.track(every=config.every)
     steps = config.segment_steps
-    tracked.seconds(steps)  # the first measurement starts cold
+    tracked.seconds(steps)  # the first measurement has no warm start
     first = len(monitor.history)
     pairs = [
         (sum(plain.seconds(steps)), sum(tracked.seconds(steps))) for _ in range(config.segments)
@@ -82,34 +82,35 @@ def _every(config: Config, images: Images) -> dict[str, Any]:
 
 
 def _max_overhead(config: Config, images: Images) -> dict[str, Any]:
-    """Compare the steps of one stretch with the median of those in it that measured nothing.
+    """Compare the mean step of one run with its median step without a measurement.
 
-    The monitor measures elapsed time, so segments of another run in between would count as its own.
+    The monitor measures elapsed time, which would include segments of a second, alternating run.
     """
     run = _Run(config, images)
     monitor = run.track(max_overhead=config.max_overhead)
-    # From the first measurement, which nothing has paid for, to just before the next one that
-    # comes after so many steps: every measurement counted has its training time counted.
+    # Each counted measurement comes with the steps up to the next one, whose time budget pays for it.
+    # The first measurement is not counted.
     run.seconds(1)
     times: list[float] = []
-    quiet: list[float] = []
+    unmeasured: list[float] = []
     counted = 0
     pending: list[float] = []
     while len(times) < config.segments * config.segment_steps:
         before = len(monitor.history)
         pending += run.seconds(1)
         if len(monitor.history) == before:
-            quiet.append(pending[-1])
-        elif before > 1:
-            # A measurement, and the training up to the next one, which it is paid for by.
+            unmeasured.append(pending[-1])
+            continue
+        if before > 1:
             times += pending[:-1]
             counted += 1
-            pending = pending[-1:]
-        else:
-            pending = pending[-1:]
+        pending = pending[-1:]
     history = list(monitor.history)[1 : 1 + counted]
     row = _row(
-        f"max_overhead={config.max_overhead:g}", median(quiet), sum(times) / len(times), history
+        f"max_overhead={config.max_overhead:g}",
+        median(unmeasured),
+        sum(times) / len(times),
+        history,
     )
     return {**row, "accounted": monitor.overhead}
 

@@ -1,8 +1,8 @@
-"""Sweeps of jobs that can be killed at any moment and continue where they were.
+"""Sweeps of jobs that can be killed at any moment and resume from their checkpoints.
 
 A :class:`~benchmarks.runner.job.Job` is a frozen configuration with a ``run`` method; its id is a
-hash of it. :func:`~benchmarks.runner.schedule.run_all` runs many on any
-``concurrent.futures.Executor``, each in a folder of its own in a
+hash of it. :func:`~benchmarks.runner.schedule.run_all` runs jobs on any
+``concurrent.futures.Executor``, each in its own folder of a
 :class:`~benchmarks.runner.store.Store`. Results are read back by configuration:
 
     store = Store(Path("runs"))

@@ -1,4 +1,4 @@
-"""`Bars`: progress bars for the jobs that run, and a line for each that has ended."""
+"""`Bars`: progress bars of the running jobs, and a line for each finished one."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from benchmarks.runner.store import Store
 
 __all__ = ["Bars"]
 
-LOOK_SECONDS = 0.5
-"""Between two looks at the jobs' progress files."""
+READ_SECONDS = 0.5
+"""Seconds between two reads of the jobs' progress files."""
 
-ALL_DAY = 24 * 3600.0
-"""Seconds of progress that the time left is estimated from: all of it."""
+SPEED_PERIOD = 24 * 3600.0
+"""Seconds of past progress from which rich estimates the time left: a day, in effect all."""
 
 
 class Bars(Watch):
-    """Bars on a terminal: one for all jobs, with the time left, and one for each that runs.
+    """Progress bars: one for the whole sweep, with the time left, and one for each running job.
 
-    The first measures the cost of jobs, not their number: the last may be the longest.
+    The sweep's bar weights jobs by their estimated cost, since jobs differ much in length.
 
     Args:
-        jobs: all there are, with what they need.
-        store: where they report their progress.
-        console: where to draw.
-        headline: gives a line to print when a job is done, or ``None``.
-        device: that they run on.
-        clock: tells the time in seconds.
+        jobs: all jobs of the sweep, with those that they need.
+        store: the store in which they report their progress.
+        console: the console to draw on.
+        headline: returns the line to print when a job is done, or ``None``.
+        device: device of the jobs.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Bars(Watch):
             transient=True,
             expand=True,
             get_time=clock,
-            speed_estimate_period=ALL_DAY,
+            speed_estimate_period=SPEED_PERIOD,
         )
-        known = costs(jobs, store, device)
-        # Where no job says what it costs, all count alike.
-        self.costs = known if any(known.values()) else dict.fromkeys(known, 1.0)
+        seconds = costs(jobs, store, device)
+        # If no job states its cost, all count alike.
+        self.costs = seconds if any(seconds.values()) else dict.fromkeys(seconds, 1.0)
         ended = [job for job in jobs if store.done(job)]
         self.ended, self.count, self.lost = len(ended), len(jobs), 0
         self.spent = sum(self.costs[job.id] for job in ended)
         self.total = sum(self.costs.values())
         self.bars: dict[str, tuple[Job, TaskID]] = {}
-        self.looked = 0.0
-        # The bar starts at what was done another day, so that the pace is that of today.
+        self.last_read = 0.0
+        # Work done in earlier sessions is where the bar starts, so that it does not count as speed.
         self.all = self.progress.add_task("", total=1.0, completed=self._share())
         self._show()
 
@@ -117,23 +117,23 @@ class Bars(Watch):
         self.console.print(f"[red]failed[/red] {job.id}: {escape(error)}", highlight=False)
 
     def blocked(self, job: Job) -> None:
-        """Stop counting the job."""
+        """Exclude the job from the total."""
         self.lost += 1
         self.total -= self.costs[job.id]
         self._end(job)
 
     def tick(self) -> None:
-        """Read the progress of the jobs, now and then."""
-        if time.monotonic() - self.looked < LOOK_SECONDS:
+        """Update the bars from the jobs' progress files, at most every ``READ_SECONDS``."""
+        if time.monotonic() - self.last_read < READ_SECONDS:
             return
-        self.looked = time.monotonic()
+        self.last_read = time.monotonic()
         for job, bar in self.bars.values():
             try:
-                found = read_json(self.store.part(job) / "progress.json")
-            except (OSError, ValueError):  # not yet there, or just gone
+                progress = read_json(self.store.part(job) / "progress.json")
+            except (OSError, ValueError):  # not written yet, or already removed
                 continue
-            share = min(max(float(found["share"]), 0.0), 1.0)
-            self._move(bar, share, escape(found["text"] or job.id))
+            share = min(max(float(progress["share"]), 0.0), 1.0)
+            self._move(bar, share, escape(progress["text"] or job.id))
         self._show()
 
     def _move(self, bar: TaskID, share: float, text: str) -> None:

@@ -1,4 +1,4 @@
-"""`costs` and `estimate`: roughly how long jobs will take."""
+"""`costs` and `estimate`: estimated run times of jobs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from benchmarks.runner.store import Store
 __all__ = ["costs", "estimate", "readable"]
 
 OVERHEAD = 2.0
-"""Roughly how much slower training is than a product of two large matrices."""
+"""Time of a training FLOP relative to one of a large matrix product, roughly."""
 
 
 def estimate(jobs: Sequence[Job], store: Store, workers: int, device: str = "cpu") -> float:
-    """Return roughly how many seconds ``jobs`` will take: an order of magnitude."""
-    known = costs(jobs, store, device)
-    return sum(known[job.id] for job in jobs if not store.done(job)) / workers
+    """Return the estimated seconds for the unfinished ones of ``jobs``, to an order of magnitude."""
+    seconds = costs(jobs, store, device)
+    return sum(seconds[job.id] for job in jobs if not store.done(job)) / workers
 
 
 def costs(jobs: Sequence[Job], store: Store, device: str = "cpu") -> dict[str, float]:
-    """Return roughly how many seconds each job takes one worker, by id.
+    """Return the seconds of one worker for each job, by id.
 
-    Known for jobs that are done; for others, from their operations and the speed of done jobs of the
-    same kind, or else of a product of two matrices. A job that states no operations takes no time.
+    They are measured for finished jobs. For others, they are FLOPs times the seconds per FLOP of
+    finished jobs of the same kind, or else of a matrix product. A job without FLOPs counts as zero.
     """
     seconds: dict[str, float] = {}
     rates: dict[str, list[float]] = {}
@@ -36,10 +36,12 @@ def costs(jobs: Sequence[Job], store: Store, device: str = "cpu") -> dict[str, f
             seconds[job.id] = store.about(job)["seconds"]
             if job.flops:
                 rates.setdefault(job.kind, []).append(seconds[job.id] / job.flops)
-    left = [job for job in jobs if job.id not in seconds]
-    machine = _seconds_per_flop(device) * OVERHEAD if any(job.flops for job in left) else 0.0
-    for job in left:
-        seconds[job.id] = job.flops * median(rates.get(job.kind, [machine]))
+    remaining = [job for job in jobs if job.id not in seconds]
+    machine_rate = (
+        _seconds_per_flop(device) * OVERHEAD if any(job.flops for job in remaining) else 0.0
+    )
+    for job in remaining:
+        seconds[job.id] = job.flops * median(rates.get(job.kind, [machine_rate]))
     return seconds
 
 
@@ -47,14 +49,14 @@ def _seconds_per_flop(device: str) -> float:
     a = torch.ones(512, 512, device=device)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        start = time.perf_counter()
         float((a @ a)[0, 0])
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return min(times) / (2 * 512**3)
 
 
 def readable(seconds: float) -> str:
-    """Return a time in words.
+    """Return a duration in words.
 
     >>> readable(20), readable(400), readable(9000)
     ('under a minute', '7 minutes', '2.5 hours')

@@ -1,4 +1,4 @@
-"""`work`: runs jobs in this process and records what came of them; the call that workers make."""
+"""`work`: runs jobs in the calling process and records their results or errors."""
 
 from __future__ import annotations
 
@@ -26,63 +26,63 @@ from benchmarks.runner.store import Store
 __all__ = ["work"]
 
 ONE_AT_A_TIME = threading.Lock()
-"""One job runs at a time in a process: threads share torch's global generator and thread count."""
+"""Jobs in one process run one at a time: threads share torch's global generator and thread count."""
 
 
 def work(jobs: Sequence[Job], root: Path, place: Place) -> dict[str, float | None]:
-    """Run jobs in this process, as one ensemble if there are several; what a worker calls.
+    """Run jobs in this process, several jobs as one ensemble. Workers call this function.
 
     Returns:
-        The seconds each took, in an ensemble its share, by id; ``None`` for one that was done
-        already, or whose error was recorded in its folder.
+        The seconds of each job by id, in an ensemble its equal share; ``None`` for a job that was
+        already done or that failed, whose error is recorded in its folder.
     """
     store = Store(root)
     with ExitStack() as locks:
-        # In one order everywhere, so that two processes cannot deadlock.
+        # All processes lock in the same order, so that no two can deadlock.
         for job in sorted(jobs, key=lambda job: job.id):
             locks.enter_context(store.lock(job))
         locks.enter_context(ONE_AT_A_TIME)
-        # Another process that shares the folder may have been quicker.
-        left = [job for job in jobs if not store.done(job) and store.failure(job) is None]
+        # Another process that shares the folder may have finished some of them.
+        remaining = [job for job in jobs if not store.done(job) and store.failure(job) is None]
         times: dict[str, float | None] = dict.fromkeys((job.id for job in jobs), None)
-        if left:
-            times.update(_run(left, store, place))
+        if remaining:
+            times.update(_run(remaining, store, place))
         return times
 
 
 def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
     if place.threads is not None:
         torch.set_num_threads(place.threads)
-    works, abouts = [], []
+    workspaces, abouts = [], []
     for job in jobs:
-        _prepare(store.part(job), go_on=len(jobs) == 1)
-        works.append(Work(job, store, place))
+        _prepare(store.part(job), resume=len(jobs) == 1)
+        workspaces.append(Work(job, store, place))
         abouts.append(_about(job, place, len(jobs)))
-        write_json(works[-1].folder / "job.json", abouts[-1])
-    began = time.perf_counter()
+        write_json(workspaces[-1].folder / "job.json", abouts[-1])
+    start = time.perf_counter()
     try:
         if len(jobs) == 1:
-            results = [jobs[0].run(works[0])]
+            results = [jobs[0].run(workspaces[0])]
         else:
-            results = type(jobs[0]).run_together(list(jobs), works)
-        seconds = (time.perf_counter() - began) / len(jobs)
-        for its, about, result in zip(works, abouts, results, strict=True):
-            write_json(its.folder / "result.json", result)
-            write_json(its.folder / "job.json", {**about, "seconds": seconds})
+            results = type(jobs[0]).run_together(list(jobs), workspaces)
+        seconds = (time.perf_counter() - start) / len(jobs)
+        for workspace, about, result in zip(workspaces, abouts, results, strict=True):
+            write_json(workspace.folder / "result.json", result)
+            write_json(workspace.folder / "job.json", {**about, "seconds": seconds})
     except (Exception, SystemExit) as error:
-        for job, its in zip(jobs, works, strict=True):
+        for job, workspace in zip(jobs, workspaces, strict=True):
             store.fail(job, f"{type(error).__name__}: {error}", traceback.format_exc())
-            its.drop_checkpoint()
+            workspace.drop_checkpoint()
         return {}
-    for job, its in zip(jobs, works, strict=True):
-        its.close()
+    for job, workspace in zip(jobs, workspaces, strict=True):
+        workspace.close()
         store.finish(job)
     return {job.id: seconds for job in jobs}
 
 
-def _prepare(folder: Path, go_on: bool) -> None:
-    """Empty the folder, unless it holds the checkpoint of a killed process."""
-    if folder.exists() and not (go_on and (folder / "checkpoint.pt").exists()):
+def _prepare(folder: Path, resume: bool) -> None:
+    """Create or empty the folder; to ``resume``, keep one that holds a checkpoint."""
+    if folder.exists() and not (resume and (folder / "checkpoint.pt").exists()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -117,15 +117,15 @@ def _processor() -> str:
 
 @cache
 def revision() -> str | None:
-    """Return the git revision of this code, with a ``+`` if files differ from it."""
-    here = Path(__file__).parent
+    """Return the git revision of this code, with a ``+`` if the working tree differs from it."""
+    folder = Path(__file__).parent
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True
         )
         changed = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no", "--", "../..", ":!../results"],
-            cwd=here,
+            cwd=folder,
             capture_output=True,
             text=True,
         )

@@ -1,4 +1,4 @@
-"""JSON files that are complete or absent, even after a crash."""
+"""Atomic, durable writes of JSON files, and their reading."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ __all__ = ["plain", "read_json", "read_lines", "to_disk", "write_json"]
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` in JSON's types: numbers that are not finite become ``None``.
+    """Return ``value`` in JSON's types; non-finite numbers become ``None``.
 
     >>> plain({"a": (1, float("inf"))})
     {'a': [1, None]}
     """
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
-    """Write a file atomically; if ``durable``, a power cut does not lose it either."""
+    """Write a JSON file atomically; if ``durable``, it survives a power failure."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(
         json.dumps(plain(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -38,7 +38,7 @@ def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, without an incomplete last one."""
+    """Return the records of a JSON Lines file, without an incomplete last line."""
     if not path.exists():
         return []
     return [

@@ -1,4 +1,4 @@
-"""`Job`: a frozen configuration of something to compute, with an id that is a hash of it."""
+"""`Job`: a frozen configuration of a computation, with a hash of it as id."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Job", "in_order"]
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """A frozen configuration: the fields of a dataclass that inherits this.
+    """A computation, configured by the fields of a frozen dataclass that inherits this class.
 
-    Fields hold strings, numbers, booleans, ``None``, tuples of these and other jobs. The same
-    fields must give the same result: draw from generators that a field seeds.
+    Fields hold strings, numbers, booleans, ``None``, tuples of these, and other jobs. Equal fields
+    must give equal results, so random numbers come from generators that a field seeds.
 
     Class attributes:
         kind: the first part of the id.
-        schema: raise it when the same fields come to mean something else, so that old results are
-            not reused.
-        Result: a dataclass for what ``run`` returns; without one, results stay dictionaries. A
-            field may have a default for results in which it is absent.
+        schema: version of the meaning of the fields. Increase it when that meaning changes, so that
+            old results are not reused.
+        Result: dataclass of the result; ``None`` leaves it a dictionary. Defaults of its fields
+            apply to stored results that lack them.
 
     >>> @dataclass(frozen=True)
     ... class Square(Job):
@@ -48,60 +48,60 @@ class Job(ABC):
 
     @abstractmethod
     def run(self, work: Work) -> dict[str, Any]:
-        """Compute the result; :class:`~benchmarks.runner.context.Work` has what it needs."""
+        """Compute the result. ``work`` gives inputs, folder, trace and checkpoints."""
 
     @property
     def needs(self) -> tuple[Job, ...]:
-        """Jobs that are done before this one, whose results and tensors ``run`` may read."""
+        """Jobs that must be done before this one; ``run`` may read their results and tensors."""
         return ()
 
     @property
     def flops(self) -> float:
-        """Rough number of floating-point operations, for the time estimate; 0 for hardly any."""
+        """Rough number of floating-point operations, for the time estimate; 0 if negligible."""
         return 0.0
 
     @property
     def together(self) -> tuple[object, ...] | None:
-        """Jobs of one class with equal values here can run as one ensemble; ``None`` runs alone."""
+        """Jobs of one class with equal values can run as one ensemble; ``None`` means alone."""
         return None
 
     @classmethod
     def run_together(cls, jobs: list[Job], works: list[Work]) -> list[dict[str, Any]]:
-        """Compute the results of jobs whose ``together`` is equal, to rounding those of ``run``.
+        """Compute the results of jobs with equal ``together``; they equal those of ``run`` to rounding.
 
-        By default one after the other.
+        By default the jobs run one after the other.
         """
         return [job.run(work) for job, work in zip(jobs, works, strict=True)]
 
     @classmethod
-    def typed(cls, found: dict[str, Any]) -> Any:
-        """Return what ``run`` returned, as read from a file, as a ``Result`` if the job has one."""
+    def typed(cls, content: dict[str, Any]) -> Any:
+        """Convert the content of ``result.json`` to ``Result``, if the job declares one."""
         if cls.Result is None:
-            return found
-        known = {field.name for field in fields(cls.Result)}
-        return cls.Result(**{key: value for key, value in found.items() if key in known})
+            return content
+        names = {field.name for field in fields(cls.Result)}
+        return cls.Result(**{key: value for key, value in content.items() if key in names})
 
     @property
     def config(self) -> dict[str, Any]:
         """The fields in JSON's types."""
-        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return fields
+        config: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return config
 
-    @cached_property  # hashing jobs that need jobs that need jobs takes a while
+    @cached_property  # nested jobs are slow to hash
     def id(self) -> str:
-        """The kind and 48 bits of a hash of kind, schema and fields.
+        """The kind, and 48 bits of a hash of kind, schema and fields.
 
-        Fields at their default are left out, so that results stay valid when a field is added.
-        Raise ``schema`` when a default changes.
+        Fields at their default are left out, so that adding a field keeps results valid. Increase
+        ``schema`` when a default changes.
         """
         content = json.dumps(_identity(self), sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def _identity(value: Any) -> Any:
-    """Return what identifies a value."""
+    """Return the part of a value that is hashed: its fields that differ from their default."""
     if isinstance(value, tuple):
-        return [_identity(part) for part in value]
+        return [_identity(item) for item in value]
     if not is_dataclass(value):
         return value
     identity = {
@@ -113,15 +113,15 @@ def _identity(value: Any) -> Any:
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
-    """Return ``jobs`` and all that they need, each once and after its own needs."""
-    found: dict[str, Job] = {}
+    """Return ``jobs`` and all jobs that they need, each once, in topological order."""
+    ordered: dict[str, Job] = {}
 
     def visit(job: Job) -> None:
-        if job.id not in found:
+        if job.id not in ordered:
             for need in job.needs:
                 visit(need)
-            found[job.id] = job
+            ordered[job.id] = job
 
     for job in jobs:
         visit(job)
-    return list(found.values())
+    return list(ordered.values())

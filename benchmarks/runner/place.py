@@ -10,12 +10,12 @@ __all__ = ["Place"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job is run; no part of what it is.
+    """Where a job runs; not part of its configuration.
 
     Attributes:
-        device: that tensors lie on.
-        data_dir: where the data are; see :func:`benchmarks.training.data.load`.
-        threads: of torch in each worker; ``None`` leaves it.
+        device: device of the tensors.
+        data_dir: folder of the data; see :meth:`benchmarks.training.data.Dataset.load`.
+        threads: torch threads in each worker; ``None`` keeps torch's setting.
     """
 
     device: str = "cpu"

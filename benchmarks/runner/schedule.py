@@ -1,8 +1,8 @@
-"""`run_all`: runs jobs on an executor in the order of their needs, even if some of them fail.
+"""`run_all`: runs jobs on an executor in the order of their needs; failures do not stop the others.
 
 An executor has ``submit(function, *arguments)``, which returns a handle with ``done()``, ``result()``
-and ``cancel()``: those of ``concurrent.futures``, Dask (``client.get_executor()``), mpi4py and submitit.
-Handles are polled, never waited for. Workers write their own results and return only times.
+and ``cancel()``, as in ``concurrent.futures``, Dask (``client.get_executor()``), mpi4py and submitit.
+Handles are polled. Workers write their own results and return only times.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ __all__ = ["Executor", "Summary", "Watch", "run_all", "shard"]
 
 POLL_SECONDS = 0.02
 WORKER_DIED = (
-    "WorkerDied: the process that ran this job ended without an error; memory, or a signal?"
+    "WorkerDied: the worker process ended during this job, out of memory or killed by a signal?"
 )
 
 
 class Executor(Protocol):
-    """Runs jobs; ``shutdown()`` is called if it has one, and before it ``stop()`` if time is up."""
+    """Runs jobs. If it has ``stop()``, that is called when time is up; then ``shutdown()``, if any."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
-        """Begin a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""
+        """Schedule a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""
 
 
 class Watch:
-    """Receives what happens to jobs; the base class ignores it."""
+    """Receives the events of a sweep; the base class ignores them."""
 
     def started(self, jobs: Sequence[Job]) -> None:
         """Jobs were handed to a worker."""
 
     def finished(self, job: Job, seconds: float | None) -> None:
-        """A job is done; ``None`` seconds if another process did it."""
+        """A job is done; ``seconds`` is ``None`` if another process ran it."""
 
     def failed(self, job: Job, error: str) -> None:
-        """A job has ended with an error."""
+        """A job failed."""
 
     def blocked(self, job: Job) -> None:
-        """A job will not be run, because one that it needs has failed."""
+        """A job cannot run, because a job that it needs failed."""
 
     def tick(self) -> None:
-        """Some time has passed."""
+        """Called on each pass of the scheduler's loop."""
 
 
 @dataclass
 class Summary:
-    """The jobs by how they ended.
+    """The jobs by outcome.
 
     Attributes:
-        found: were done before.
-        done: have been done now.
-        failed: have ended with an error, now or before.
-        blocked: need one that failed.
-        left: were not begun, or not ended, when the time was up.
+        already_done: done before this call.
+        done: done by this call.
+        failed: failed, now or before.
+        blocked: not run, because a job that they need failed.
+        left: not started, or not finished, when the time was up.
     """
 
-    found: list[Job] = field(default_factory=list)
+    already_done: list[Job] = field(default_factory=list)
     done: list[Job] = field(default_factory=list)
     failed: list[Job] = field(default_factory=list)
     blocked: list[Job] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Summary:
 def shard(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
     """Return the ``index``-th (from 0) of ``count`` parts of ``jobs``.
 
-    Jobs with the same first need stay together, so that only one machine computes it.
+    Jobs with the same first need stay in one part, so that only one machine computes it.
 
     Raises:
         ValueError: unless 0 <= index < count.
@@ -102,32 +102,38 @@ def run_all(
     seconds: float = math.inf,
     watch: Watch | None = None,
 ) -> Summary:
-    """Run jobs and what they need, except those that are done.
+    """Run jobs and the jobs that they need, except those that are done.
 
     Args:
         jobs: in any order.
-        store: where their folders are.
-        place: where they run.
-        make_executor: makes what runs them; called again if it breaks, as a process pool does when
-            one of its processes dies. The jobs that it was running are then run one at a time, so
-            that only the job at fault is lost.
-        in_flight: the most that are handed to the executor at a time; all by default.
-        members: the most that may be run as one ensemble.
-        retry: run those that failed again.
-        seconds: after which nothing more begins, and what runs is stopped if the executor can, as a
-            process pool can. The next run continues it from its last checkpoint.
-        watch: receives what happens.
+        store: the store of their folders.
+        place: device, data folder and threads.
+        make_executor: creates the executor, and a new one if it breaks, as a process pool does when
+            a process dies. The jobs that it was running are then rerun one at a time, so that only
+            the job at fault fails.
+        in_flight: largest number of groups submitted at a time; unlimited by default.
+        members: largest number of jobs in an ensemble.
+        retry: run failed jobs again.
+        seconds: time limit. After it no job starts, and running jobs are stopped if the executor has
+            ``stop``. The next call resumes these from their last checkpoint.
+        watch: receives the events.
 
     Returns:
-        The jobs by how they ended. Failures are recorded in their folders, not raised.
+        The jobs by outcome. Errors are recorded in the jobs' folders, not raised.
     """
     end = time.monotonic() + seconds
-    return _Run(store, place, make_executor, in_flight, members, end, watch or Watch()).of(
+    return _Run(store, place, make_executor, in_flight, members, end, watch or Watch()).run(
         in_order(list(jobs)), retry
     )
 
 
 class _Run:
+    """The state of one call of :func:`run_all`.
+
+    ``lost`` holds the ids of failed and blocked jobs. ``suspects`` were running when an executor
+    broke; they run alone, one after the other.
+    """
+
     def __init__(
         self,
         store: Store,
@@ -147,11 +153,11 @@ class _Run:
         self.running: dict[Any, list[Job]] = {}
         self.suspects: deque[Job] = deque()
 
-    def of(self, jobs: list[Job], retry: bool) -> Summary:
+    def run(self, jobs: list[Job], retry: bool) -> Summary:
         waiting: dict[str, Job] = {}
         for job in jobs:
             if self.store.done(job):
-                self.summary.found.append(job)
+                self.summary.already_done.append(job)
                 self.done.add(job.id)
                 continue
             failure = self.store.failure(job)
@@ -159,7 +165,7 @@ class _Run:
                 self._fail(job, failure["error"])
                 continue
             if failure is not None:
-                self.store.forgive(job)
+                self.store.clear_failure(job)
             waiting[job.id] = job
         self._block(waiting)
         executor = self.make_executor() if waiting else None
@@ -175,16 +181,16 @@ class _Run:
                     break
                 broken = self._submit(executor, waiting) or self._collect()
                 if broken:
-                    _call(executor, "shutdown")
+                    _shut_down(executor)
                     executor = self.make_executor()
                 self._block(waiting)
                 self.watch.tick()
         finally:
-            # Some are left only after an interruption.
+            # Handles remain only after an interruption.
             for handle in self.running:
                 handle.cancel()
             if executor is not None:
-                _call(executor, "shutdown")
+                _shut_down(executor)
         return self.summary
 
     def _fail(self, job: Job, error: str) -> None:
@@ -202,7 +208,7 @@ class _Run:
                 self.watch.blocked(job)
 
     def _submit(self, executor: Executor, waiting: dict[str, Job]) -> bool:
-        """Submit what is ready; say whether the executor is broken."""
+        """Submit the jobs that are ready; return whether the executor is broken."""
         if self.suspects:
             if self.running:
                 return False
@@ -210,8 +216,8 @@ class _Run:
         room = self.in_flight - len(self.running)
         if room <= 0:
             return False
-        ready = [j for j in waiting.values() if self.done.issuperset(n.id for n in j.needs)]
-        # Jobs that others wait for go first, since the longest chain decides when all is done.
+        ready = [job for job in waiting.values() if all(need.id in self.done for need in job.needs)]
+        # Jobs that others need go first, since the longest chain determines the total time.
         needed = {need.id for job in waiting.values() for need in job.needs}
         ready.sort(key=lambda job: job.id not in needed)
         for group in self._grouped(ready)[:room]:
@@ -222,11 +228,11 @@ class _Run:
         return False
 
     def _grouped(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Return jobs in their order, in ensembles where they can run together."""
+        """Return jobs in groups of at most ``members`` that can run as one ensemble, in order."""
         groups: list[list[Job]] = []
         unfilled: dict[tuple[object, ...], list[Job]] = {}
         for job in jobs:
-            alone = self.members < 2 or job.together is None or self.store.begun(job)
+            alone = self.members < 2 or job.together is None or self.store.has_checkpoint(job)
             key = None if alone else (type(job), job.together)
             if key is not None and len(unfilled.get(key, ())) in range(1, self.members):
                 unfilled[key].append(job)
@@ -246,7 +252,7 @@ class _Run:
         return True
 
     def _collect(self) -> bool:
-        """Collect what has ended; say whether the executor is broken."""
+        """Record the calls that have ended; return whether the executor is broken."""
         ended = [handle for handle in self.running if handle.done()]
         if not ended:
             time.sleep(POLL_SECONDS)
@@ -262,25 +268,25 @@ class _Run:
                 if not alone:
                     self.suspects.extend(group)
                     continue
-                self._record(group, WORKER_DIED)
+                self._record_error(group, WORKER_DIED)
                 times = {}
             except Exception as error:
-                # The executor's own: a KilledWorker of Dask, a job lost by Slurm, one not pickled.
-                first = str(error).partition("\n")[0]
-                self._record(group, f"{type(error).__name__}: {first}", str(error))
+                # An error of the executor itself: Dask's KilledWorker, a lost Slurm job, pickling.
+                first_line = str(error).partition("\n")[0]
+                self._record_error(group, f"{type(error).__name__}: {first_line}", str(error))
                 times = {}
             if alone:
                 self.suspects.popleft()
             for job in group:
-                self._take(job, times.get(job.id))
+                self._record_end(job, times.get(job.id))
         return broken
 
-    def _record(self, group: list[Job], error: str, details: str = "") -> None:
+    def _record_error(self, group: list[Job], error: str, details: str = "") -> None:
         for job in group:
-            if not self.store.done(job):  # the worker may have ended after its work
+            if not self.store.done(job):  # the worker may have died after finishing the job
                 self.store.fail(job, error, details)
 
-    def _take(self, job: Job, seconds: float | None) -> None:
+    def _record_end(self, job: Job, seconds: float | None) -> None:
         if self.store.done(job):
             self.done.add(job.id)
             self.summary.done.append(job)
@@ -290,7 +296,6 @@ class _Run:
         self._fail(job, failure["error"])
 
 
-def _call(executor: Executor, name: str) -> None:
-    method = getattr(executor, name, None)
-    if method is not None:
-        method()
+def _shut_down(executor: Executor) -> None:
+    if hasattr(executor, "shutdown"):
+        executor.shutdown()

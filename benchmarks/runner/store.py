@@ -1,15 +1,15 @@
-"""`Store`: the folders of jobs, what lies where, and when a job counts as done.
+"""`Store`: the folders of jobs and their files.
 
-A job works in ``jobs/ID.part`` and is done when that is renamed to ``jobs/ID``. The rename is
-atomic, so a folder without the suffix is always complete. In both:
+A job works in ``jobs/ID.part``. When it is done, the folder is renamed to ``jobs/ID``, atomically, so
+that a folder without the suffix is always complete. Its files are
 
-    job.json       configuration, versions, git revision, device, when it began, how long it took
-    trace.jsonl    what the job reported along the way, a line each
-    result.json    what it found
+    job.json       configuration, versions, git revision, device, start and duration
+    trace.jsonl    records written during the run, one per line
+    result.json    the result
     tensors.pt     weights, if other jobs need them
-    failed.json    in a .part only: the error with which it ended
+    failed.json    only in a .part folder: the error of a failed job
 
-Only ``job.json`` depends on time and place: the other files are the same whenever a job is run.
+Only ``job.json`` depends on when and where the job runs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Store"]
 
 
 class Named(Protocol):
-    """What the store needs of a job."""
+    """The part of a job that the store uses."""
 
     @property
     def id(self) -> str:
-        """The folder's name."""
+        """The name of the job's folder."""
 
-    def typed(self, found: dict[str, Any]) -> Any:
-        """Return the content of ``result.json`` as the type that the job declares."""
+    def typed(self, content: dict[str, Any]) -> Any:
+        """Convert the content of ``result.json`` to the type that the job declares."""
 
 
 class Store:
@@ -46,20 +46,20 @@ class Store:
         self.jobs = root / "jobs"
 
     def folder(self, job: Named) -> Path:
-        """Return the folder of the results of a job that is done."""
+        """Return the folder of a finished job."""
         return self.jobs / job.id
 
     def part(self, job: Named) -> Path:
-        """Return the folder that the job works in until then."""
+        """Return the folder that an unfinished job works in."""
         return self.jobs / f"{job.id}.part"
 
     def lock(self, job: Named) -> FileLock:
-        """Return the lock that a job's process holds. The system releases it if the process dies."""
+        """Return the lock that the job's process holds. The system releases it if the process dies."""
         (self.jobs / ".locks").mkdir(parents=True, exist_ok=True)
         return FileLock(self.jobs / ".locks" / f"{job.id}.lock")
 
     def running(self, job: Named) -> bool:
-        """Say whether a process works on the job now."""
+        """Return whether a process is running the job."""
         if not self.part(job).exists():
             return False
         lock = self.lock(job)
@@ -71,50 +71,50 @@ class Store:
         return False
 
     def done(self, job: Named) -> bool:
-        """Say whether there is a result."""
+        """Return whether the job is done."""
         return self.folder(job).is_dir()
 
     def failure(self, job: Named) -> dict[str, Any] | None:
-        """Return the error with which the job ended, if it did."""
+        """Return the error of a failed job, or ``None``."""
         path = self.part(job) / "failed.json"
         return read_json(path) if path.exists() else None
 
     def fail(self, job: Named, error: str, details: str = "") -> None:
-        """Record that the job ended with an error."""
+        """Record the error of a failed job."""
         self.part(job).mkdir(parents=True, exist_ok=True)
         write_json(self.part(job) / "failed.json", {"error": error, "details": details})
 
-    def forgive(self, job: Named) -> None:
-        """Allow a failed job to run again, from its checkpoint if it has one."""
+    def clear_failure(self, job: Named) -> None:
+        """Remove a job's error, so that it runs again, from its checkpoint if it has one."""
         (self.part(job) / "failed.json").unlink(missing_ok=True)
 
-    def begun(self, job: Named) -> bool:
-        """Say whether the job has a checkpoint to continue from."""
+    def has_checkpoint(self, job: Named) -> bool:
+        """Return whether the job can resume from a checkpoint."""
         return (self.part(job) / "checkpoint.pt").exists()
 
     def finish(self, job: Named) -> None:
-        """Count the job as done: its files reach the disk before the folder is renamed."""
+        """Mark the job as done: flush its files to disk, then rename its folder."""
         for path in (*self.part(job).iterdir(), self.part(job)):
             to_disk(path)
         os.replace(self.part(job), self.folder(job))
         to_disk(self.jobs)
 
     def result(self, job: Named) -> Any:
-        """Return what a job found: its ``Result``, or a dictionary if it declares none.
+        """Return a job's result: its ``Result``, or a dictionary if it declares none.
 
         Raises:
-            FileNotFoundError: if it is not done.
+            FileNotFoundError: if the job is not done.
         """
         return job.typed(read_json(self.folder(job) / "result.json"))
 
     def trace(self, job: Named) -> list[dict[str, Any]]:
-        """Return what a job that is done reported along the way."""
+        """Return the trace of a finished job."""
         return read_lines(self.folder(job) / "trace.jsonl")
 
     def about(self, job: Named) -> dict[str, Any]:
-        """Return configuration, versions, device and time of a job that is done."""
-        found: dict[str, Any] = read_json(self.folder(job) / "job.json")
-        return found
+        """Return configuration, versions, device and duration of a finished job."""
+        about: dict[str, Any] = read_json(self.folder(job) / "job.json")
+        return about
 
     def tensors(self, job: Named) -> dict[str, Tensor]:
         """Return the tensors that a job saved."""

@@ -1,4 +1,4 @@
-"""`executor`: processes of this machine, Dask's workers or Slurm's jobs, by name."""
+"""`executor`: an executor by name: local processes, Dask workers or Slurm jobs."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from benchmarks.runner.schedule import Executor
 
 __all__ = ["executor"]
 
-MINUTES = 24 * 60
-"""Time limit of a Slurm job by default; submitit's own default is 5."""
+TIMEOUT_MINUTES = 24 * 60
+"""Default time limit of a Slurm job; submitit's own default is 5."""
 
 
 def executor(name: str, workers: int) -> Callable[[], Executor]:
     """Return a function that makes an executor.
 
     Args:
-        name: ``"processes"``; ``"dask:ADDRESS"``, of a scheduler; ``"slurm:FOLDER"``, where
-            submitit keeps its files, or ``"local:FOLDER"``, which is submitit's imitation of it on
+        name: ``"processes"``; ``"dask:ADDRESS"``, the address of a scheduler; ``"slurm:FOLDER"``,
+            the folder of submitit's files; or ``"local:FOLDER"``, submitit's emulation of Slurm on
             this machine. The last two take submitit's parameters after the folder, as in
             ``"slurm:logs,timeout_min=600,slurm_partition=gpu,gpus_per_node=1"``.
-        workers: processes.
+        workers: number of processes.
 
     Raises:
-        ValueError: for another name, less than one worker, or a package that is not installed.
+        ValueError: for an unknown name, ``workers < 1``, or a package that is not installed.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: expected at least 1")
-    kind, _, where = name.partition(":")
-    if kind == "processes" and not where:
-        # Threads that spin while they wait for each other make a run take ten times as long where
-        # another program has one of the cores.
+    kind, _, location = name.partition(":")
+    if kind == "processes" and not location:
+        # OpenMP threads that spin while waiting make a run ten times slower if another program uses
+        # one of the cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        # Forked processes would share torch's threads, which do not survive a fork.
+        # Torch's thread pool does not survive a fork.
         context = multiprocessing.get_context("spawn")
         return lambda: _Processes(workers, mp_context=context, initializer=_die_with_parent)
-    if kind == "dask" and where:
-        _installed("distributed")
-        return lambda: _Dask(where)
-    if kind in ("slurm", "local") and where:
-        _installed("submitit")
-        folder, *texts = where.split(",")
-        parameters = {"timeout_min": MINUTES, **dict(map(_parameter, texts))}
+    if kind == "dask" and location:
+        _require("distributed")
+        return lambda: _Dask(location)
+    if kind in ("slurm", "local") and location:
+        _require("submitit")
+        folder, *texts = location.split(",")
+        parameters = {"timeout_min": TIMEOUT_MINUTES, **dict(map(_parameter, texts))}
         return lambda: _submitit(kind, Path(folder), parameters)
     raise ValueError(
         f"executor={name!r}: expected processes, dask:ADDRESS, slurm:FOLDER or local:FOLDER"
     )
 
 
-def _installed(package: str) -> None:
+def _require(package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
@@ -69,7 +69,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def _die_with_parent() -> None:
-    """End this process when its parent does: a pool's processes outlive one that was killed."""
+    """Exit when the parent process exits: pool processes would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -84,14 +84,14 @@ class _Processes(ProcessPoolExecutor):
     """A pool whose processes can be stopped."""
 
     def stop(self) -> None:
-        """Stop the processes in the middle of their jobs, which have checkpoints."""
+        """Kill the processes; their jobs resume from checkpoints."""
         for process in multiprocessing.active_children():
             process.kill()
         self.shutdown()
 
 
 class _Dask:
-    """Dask's own executor, whose client is closed with it."""
+    """Dask's executor; ``shutdown`` also closes its client."""
 
     def __init__(self, address: str) -> None:
         from distributed import Client
@@ -114,9 +114,9 @@ def _submitit(cluster: str, folder: Path, parameters: dict[str, Any]) -> Executo
     import submitit
 
     try:
-        made = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        made.update_parameters(**parameters)
-    except (AssertionError, NameError, RuntimeError) as error:  # no srun here, say
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**parameters)
+    except (AssertionError, NameError, RuntimeError) as error:  # for example without srun
         raise ValueError(f"executor={cluster}:{folder}: {error}") from None
-    found: Executor = made
-    return found
+    made: Executor = executor
+    return made

@@ -1,1 +1,1 @@
-"""Data, networks, training loops and the jobs that several experiments share."""
+"""Data, networks, training loops and jobs shared by several experiments."""

@@ -1,4 +1,4 @@
-"""`Dataset` and `Images`: the images of the experiments, scaled to [0, 1], with one-hot targets."""
+"""`Dataset` and `Images`: the experiments' images, scaled to [0, 1], with one-hot targets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_FOLDER = "cifar-10-batches-bin"
 
 COLOUR_CHUNK = 250
-"""Colour images of a pass: activations are many times as large, and should stay in the cache."""
+"""Colour images per forward pass: more would push their activations out of the CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Images:
 
     @property
     def chunk_size(self) -> int | None:
-        """Training images of a pass: all, or :data:`COLOUR_CHUNK`."""
+        """Training images per forward pass: ``None`` for all, or :data:`COLOUR_CHUNK`."""
         return None if self.x.ndim == 2 else COLOUR_CHUNK
 
     def chunks(self) -> list[tuple[Tensor, Tensor]]:
@@ -68,31 +68,31 @@ class Images:
         return list(zip(self.x.split(size), self.y.split(size), strict=True))
 
     def accuracy(self, model: Callable[[Tensor], Tensor]) -> float:
-        """Return the share of test images that ``model`` classifies correctly."""
+        """Return the fraction of test images that ``model`` classifies correctly."""
         with torch.no_grad():
             parts = [model(x).argmax(1) for x in self.test_x.split(1000)]
         return float((torch.cat(parts) == self.test_labels).double().mean())
 
     def to(self, device: str) -> Images:
-        """Return the same on another device; colour images with their channels last in memory."""
+        """Return the images on another device; colour images in channels-last memory format."""
         tensors = (getattr(self, field.name) for field in fields(self))
-        return Images(*(_laid_out(t.to(device)) for t in tensors))
+        return Images(*(_channels_last(t.to(device)) for t in tensors))
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    # The small VGG's convolutions take 0.6 of the time in this layout on a CPU.
+def _channels_last(x: Tensor) -> Tensor:
+    # On a CPU this layout reduces the time of the small VGG's convolutions to 0.6.
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Which images: a data set's first ones for training, the others for testing.
+    """A data set: its first ``n`` training images, and its test images.
 
     Attributes:
         name: ``"digits"`` (comes with scikit-learn), ``"fashion-mnist"``, ``"cifar10"``, or
             ``"cifar10-2"``: its airplanes and automobiles.
-        n: training images.
-        random_labels: how many of them get a label drawn at random.
+        n: number of training images. The digits have no test set: their other images serve for testing.
+        random_labels: how many training images get a random label.
 
     >>> images = Dataset("digits", n=100).load()
     >>> images.x.shape, images.y.shape
@@ -107,11 +107,11 @@ class Dataset:
         """Return the images.
 
         Args:
-            folder: where the files are, or are downloaded to; by default the environment's
-                ``STABLEOPT_DATA``, else the user's cache folder.
+            folder: folder of the files, into which missing ones are downloaded; by default the
+                environment's ``STABLEOPT_DATA``, else the user's cache folder.
 
         Raises:
-            ValueError: for an unknown name, or more images than there are.
+            ValueError: for an unknown name, or if the data set has fewer than ``n`` images.
         """
         if self.name not in DATASETS:
             raise ValueError(f"data={self.name!r}: expected one of {sorted(DATASETS)}")
@@ -128,7 +128,7 @@ class Dataset:
 
 
 def images_for(data: Dataset, work: Work) -> Images:
-    """Return the images on the job's device, loaded once in a process."""
+    """Return the images on the job's device; they are loaded once per process."""
     return _images(data, work.place.data_dir, work.place.device)
 
 
@@ -141,7 +141,7 @@ def _digits(n: int, folder: Path | None) -> Images:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    # They come sorted by writer; the paper's sets are in random order.
+    # scikit-learn sorts them by writer; the paper's data sets are in random order.
     order = np.random.RandomState(0).permutation(len(images))
     x, labels = images[order] / 16, labels[order]
     return _split("digits", x[:n], labels[:n], x[n:], labels[n:], n, classes=10)
@@ -160,13 +160,13 @@ def _cifar10(n: int, folder: Path | None, classes: int) -> Images:
         np.concatenate(parts) for parts in zip(*map(read_cifar10, paths[:-1]), strict=True)
     )
     test_x, test_labels = read_cifar10(paths[-1])
-    kept, test_kept = labels < classes, test_labels < classes
+    selected, test_selected = labels < classes, test_labels < classes
     return _split(
         f"cifar10 with {classes} classes",
-        x[kept][:n] / 255,
-        labels[kept][:n],
-        test_x[test_kept] / 255,
-        test_labels[test_kept],
+        x[selected][:n] / 255,
+        labels[selected][:n],
+        test_x[test_selected] / 255,
+        test_labels[test_selected],
         n,
         classes,
     )
@@ -182,7 +182,10 @@ def _split(
     classes: int,
 ) -> Images:
     if n < 1 or len(x) < n or not len(test_x):
-        raise ValueError(f"n={n}: {name} has {len(x)} training and {len(test_x)} test images left")
+        raise ValueError(
+            f"n={n}: {name} has {len(x)} training and {len(test_x)} test images, expected at least"
+            f" {n} and 1"
+        )
     return Images(
         x=torch.tensor(x, dtype=torch.float32),
         y=nn.functional.one_hot(torch.tensor(labels, dtype=torch.int64), classes).float(),
@@ -192,11 +195,10 @@ def _split(
 
 
 def _fashion_mnist_files(folder: Path | None) -> list[Path]:
-    for place in (folder, folder and folder / "FashionMNIST" / "raw"):
-        # A folder that the user named may hold a part of the data: its row counts decide, and the
-        # checksums are for what is downloaded.
-        if place is not None and all((place / name).exists() for name in FASHION_MNIST_MD5):
-            return [place / name for name in FASHION_MNIST_MD5]
+    for candidate in (folder, folder and folder / "FashionMNIST" / "raw"):
+        # No checksums here: a folder that the user named may hold a part of the data.
+        if candidate is not None and all((candidate / name).exists() for name in FASHION_MNIST_MD5):
+            return [candidate / name for name in FASHION_MNIST_MD5]
     import pooch
 
     target = folder / "FashionMNIST" / "raw" if folder else pooch.os_cache("stableopt")
@@ -207,10 +209,10 @@ def _fashion_mnist_files(folder: Path | None) -> list[Path]:
 
 
 def _cifar10_files(folder: Path | None) -> list[Path]:
-    """Return the training batches there are, and last the test batch."""
-    for place in (folder, folder and folder / CIFAR10_FOLDER):
-        if place is not None and (place / "test_batch.bin").exists():
-            return [*sorted(place.glob("data_batch_*.bin")), place / "test_batch.bin"]
+    """Return the paths of the training batches, followed by the test batch."""
+    for candidate in (folder, folder and folder / CIFAR10_FOLDER):
+        if candidate is not None and (candidate / "test_batch.bin").exists():
+            return [*sorted(candidate.glob("data_batch_*.bin")), candidate / "test_batch.bin"]
     import pooch
 
     names = [*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]
@@ -222,17 +224,17 @@ def _cifar10_files(folder: Path | None) -> list[Path]:
         path=folder or pooch.os_cache("stableopt"),
         processor=pooch.Untar(members=members, extract_dir="."),
     )
-    found = {Path(path).name: Path(path) for path in unpacked}
-    return [found[name] for name in names]
+    paths = {Path(path).name: Path(path) for path in unpacked}
+    return [paths[name] for name in names]
 
 
 def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return images ``(n, 3, 32, 32)`` and labels of a CIFAR-10 binary file.
 
-    The format: for each image a byte with its label, then 3,072 bytes of red, green and blue rows.
+    Each image is one byte with its label, then 3,072 bytes: the red, green and blue planes.
 
     Raises:
-        ValueError: if it is not such a file, or cut short.
+        ValueError: if the file has another format or is truncated.
     """
     content = np.fromfile(path, dtype=np.uint8)
     if content.size == 0 or content.size % 3073:
@@ -246,11 +248,11 @@ def read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_idx(path: Path) -> np.ndarray:
     """Return the array of a gzipped IDX file of unsigned bytes.
 
-    The format: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, each as
-    a big-endian 32-bit integer, then the data.
+    The header is two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and each
+    dimension as a big-endian 32-bit integer. The data follow.
 
     Raises:
-        ValueError: if it is not such a file, or cut short.
+        ValueError: if the file has another format or is truncated.
     """
     try:
         with gzip.open(path) as file:

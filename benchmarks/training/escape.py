@@ -1,4 +1,4 @@
-"""`Switch`: the job that continues from a minimum by SGD or GD and sees whether it escapes."""
+"""`Switch`: the job that continues from a minimum by SGD or GD and records whether it escapes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,23 @@ from benchmarks.training.loops import (
 from benchmarks.training.measured import BOTH, measured
 from benchmarks.training.minimum import Minimum, Solution, Start, from_minimum, passes_to
 from benchmarks.training.networks import flops_per_sample
-from benchmarks.training.spec import worth_a_line
+from benchmarks.training.spec import is_traced
 from benchmarks.training.update import SGD, Update
 
 __all__ = ["ESCAPED", "RETURNED", "Escape", "Prediction", "Switch", "box"]
 
 ESCAPED = 10.0
-"""SGD has escaped when the training loss has risen by this factor: noise around a stable minimum
-raises it two- to fourfold, an escape at least thirtyfold."""
+"""SGD has escaped when the training loss has risen by this factor. Noise around a stable minimum raises
+it two- to fourfold, an escape at least thirtyfold."""
 
 RETURNED = 0.75
-"""It has returned when the sharpness at the end is between this share of the first one and its inverse.
-Decided on the digits: where SGD stayed it ended at 0.96 of the first one, where it left at most at 0.60,
-and this is the geometric mean."""
+"""It has returned when final over initial sharpness is between this number and its inverse. Chosen on
+the digits as the geometric mean of 0.96, where SGD stayed, and 0.60, the largest ratio where it left."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a rule says about one learning rate and batch size, from measurements at the minimum."""
+    """A rule's prediction for one learning rate and batch size, from measurements at the minimum."""
 
     escapes: bool
     why: str
@@ -56,9 +55,9 @@ def box(
     n: int,
     update: Update = SGD,
 ) -> Prediction:
-    """Predict whether SGD will leave a minimum, by the paper's necessary conditions (9).
+    """Predict by the paper's necessary conditions (9) whether SGD leaves a minimum.
 
-    With momentum both limits are those of its step.
+    With momentum, the limits are those of the step with momentum.
 
     >>> box(3.5, 5.6, lr=0.5, batch_size=4, n=1000).why
     's = 5.60 > √B/η = 4.01: unstable, will escape'
@@ -79,14 +78,14 @@ def box(
 
 @dataclass(frozen=True)
 class Escape:
-    """What was predicted, and what SGD did.
+    """The prediction for a run from a minimum, and the run's outcome.
 
     Attributes:
-        escaped_at: the first step looked at by which the training loss had risen tenfold, or
+        escaped_at: the first evaluated step at which the training loss had risen tenfold, or
             ``None``.
-        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
-        after: training loss, test accuracy and margins at the end; ``None`` for a run that diverged.
-        settled_at: the step after which the loss was small again, if the run waited for that.
+        largest_loss_ratio: largest over initial training loss; ``None`` if not finite.
+        after: training loss, test accuracy and margins at the end; ``None`` if the run diverged.
+        settled_at: step at which the loss was small again, if the run continued until then.
         predicted: ``"escape"`` or ``"stay"``.
         why: the measured numbers and their limits.
         before: the minimum.
@@ -101,49 +100,48 @@ class Escape:
     before: Minimum | None = None
 
     def __post_init__(self) -> None:
-        """Read ``before`` from JSON."""
+        """Convert ``before``, if it comes from JSON."""
         if isinstance(self.before, dict):
             object.__setattr__(self, "before", Solution.typed(self.before))
 
     @property
     def returned(self) -> bool:
-        """Whether the loss rose tenfold, but training came back to about the sharpness it began with.
+        """Whether the loss rose tenfold, but training ended at about the initial sharpness.
 
-        That is an excursion: noise near a threshold throws the weights far, and the minimum still
-        attracts them. It is known only of runs that were measured at their end.
+        Such an excursion happens near a threshold: noise moves the weights far away, and the minimum
+        still attracts them. ``False`` for runs that were not measured at their end.
         """
-        end = (self.after or {}).get("sharpness")
-        if self.escaped_at is None or end is None or self.before is None:
+        final_sharpness = (self.after or {}).get("sharpness")
+        if self.escaped_at is None or final_sharpness is None or self.before is None:
             return False
         assert self.before.sharpness is not None
-        return RETURNED <= end / self.before.sharpness <= 1 / RETURNED
+        return RETURNED <= final_sharpness / self.before.sharpness <= 1 / RETURNED
 
     @property
     def as_predicted(self) -> bool:
-        """Whether the run left for good if that was predicted, and stayed or returned if not."""
-        left = self.escaped_at is not None and not self.returned
-        return (self.predicted == "escape") == left
+        """Whether the run escaped without returning if and only if that was predicted."""
+        left_for_good = self.escaped_at is not None and not self.returned
+        return (self.predicted == "escape") == left_for_good
 
 
 @dataclass(frozen=True)
 class Switch(Job):
-    """SGD, or GD, from a minimum.
+    """A run of SGD or GD from a minimum.
 
     Attributes:
         start: the minimum.
         lr: learning rate.
-        batch_size: of SGD with random reshuffling, ``None`` for GD.
-        steps: how many.
-        seed: of the batches' order.
+        batch_size: batch size of SGD with random reshuffling; ``None`` for GD.
+        steps: number of steps.
+        seed: seed of the batches' order.
         look_every: steps between two evaluations of the training loss.
-        measure_every: steps between two measurements of the margins; ``None`` measures at the end
-            only.
-        independent: whether batches are drawn independently, not from an order of the samples.
-        measure_after: whether the margins at the end are measured.
-        settle_loss: after an escape, training continues until the training loss is at most this;
-            ``None`` ends after ``steps``. Only then do minima compare with one another.
-        settle_steps: at which it ends in any case.
-        update: the step; plain SGD by default.
+        measure_every: steps between two measurements of the margins; ``None`` for none on the way.
+        independent: whether each batch is drawn independently, instead of random reshuffling.
+        measure_after: whether the margins are measured at the end.
+        settle_loss: after an escape, training continues down to this training loss, so that the end
+            is comparable with other minima; ``None`` stops after ``steps``.
+        settle_steps: largest total number of steps.
+        update: the update rule; plain SGD by default.
 
     The first line of the trace is the prediction of :func:`box`, written before the first step. The
     result is an :class:`Escape`.
@@ -172,7 +170,7 @@ class Switch(Job):
 
     @property
     def flops(self) -> float:
-        """Of the steps, and of the evaluations of the loss, which cost a third of a gradient."""
+        """The steps, and the evaluations of the loss, each a third of a gradient."""
         data = self.start.data
         samples = (
             self.steps * (self.batch_size or data.n) + self.steps / self.look_every * data.n / 3
@@ -183,30 +181,30 @@ class Switch(Job):
 
     @property
     def how(self) -> str:
-        """The optimizer in words."""
+        """The optimizer's name and batch size."""
         return "GD" if self.batch_size is None else f"SGD, B = {self.batch_size}"
 
     def run(self, work: Work) -> dict[str, Any]:
         """Predict, train, measure."""
         start = from_minimum(self.start, work)
-        n, before = self.start.data.n, start.found
+        n, before = self.start.data.n, start.minimum
         assert before.sharpness is not None
         assert before.non_uniformity is not None
-        said = box(
+        prediction = box(
             before.sharpness,
             before.non_uniformity,
             lr=self.lr,
             batch_size=self.batch_size or n,
             n=n,
         )
-        predicted = "escape" if said.escapes else "stay"
+        predicted = "escape" if prediction.escapes else "stay"
         work.restored()
-        work.trace(step=0, predicted=predicted, why=said.why)
-        seen = self.go(start, work)
-        return asdict(replace(seen, predicted=predicted, why=said.why, before=before))
+        work.trace(step=0, predicted=predicted, why=prediction.why)
+        escape = self.train_from(start, work)
+        return asdict(replace(escape, predicted=predicted, why=prediction.why, before=before))
 
-    def go(self, start: Start, work: Work) -> Escape:
-        """Train from the minimum and say what happened."""
+    def train_from(self, start: Start, work: Work) -> Escape:
+        """Train from the minimum; return the outcome, without a prediction."""
         _, model, images = start
         run = _Run(self, start, work)
         with ExitStack() as tracking:
@@ -236,12 +234,12 @@ class Switch(Job):
     def _batches(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         size = self.batch_size or len(images.x)
-        kind = independent_batches if self.independent else reshuffled_batches
-        return kind(images, size, generator)
+        draw = independent_batches if self.independent else reshuffled_batches
+        return draw(images, size, generator)
 
 
 class _Run:
-    """The training of a switch: its state, and the hooks that look at the loss."""
+    """The training of a switch: its state, and the hooks that evaluate the loss."""
 
     def __init__(self, job: Switch, start: Start, work: Work) -> None:
         self.job, self.work = job, work
@@ -266,10 +264,10 @@ class _Run:
         train(self.model, self.optimizer, self.batches, steps=steps, after_step=after_step)
 
     def watch(self) -> bool:
-        """Look for an escape; end at a loss that is not finite."""
+        """Hook: record an escape; stop at a non-finite loss."""
         if self.taken % self.job.look_every:
             return False
-        self._look(self.job.steps)
+        self._evaluate(self.job.steps)
         self.work.trace(step=self.taken, loss=self.loss)
         if not self.loss < ESCAPED * self.first and self.escaped_at is None:
             self.escaped_at = self.taken
@@ -280,11 +278,11 @@ class _Run:
         return False
 
     def settle(self) -> bool:
-        """Look once in an epoch; end when the loss is small again, or not finite."""
+        """Hook: evaluate once per epoch; stop when the loss is small again or not finite."""
         if self.taken % self.epoch:
             return False
-        self._look(self.job.settle_steps)
-        if worth_a_line(self.taken // self.epoch):
+        self._evaluate(self.job.settle_steps)
+        if is_traced(self.taken // self.epoch):
             self.work.trace(step=self.taken, loss=self.loss)
         assert self.job.settle_loss is not None
         if self.loss <= self.job.settle_loss:
@@ -292,11 +290,11 @@ class _Run:
         return self.settled_at is not None or not self.loss < math.inf
 
     def record(self, step: int, record: Any) -> None:
-        """Write margins to the trace, as a sink."""
-        known = {name: record.get(name) for name in BOTH}
-        self.work.trace(step=step, **known)
+        """Sink: write the margins to the trace."""
+        margins = {name: record.get(name) for name in BOTH}
+        self.work.trace(step=step, **margins)
 
-    def _look(self, steps: int) -> None:
+    def _evaluate(self, steps: int) -> None:
         self.loss = evaluate(self.model, self.images)
         text = f"{self.job.how}: step {self.taken:,}, loss {self.loss:.1e}"
         self.work.progress(self.taken / steps, text)

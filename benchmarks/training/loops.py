@@ -1,4 +1,4 @@
-"""`train`: the training loop that the experiments share, its batches, and the loss."""
+"""`train`: the training loop shared by the experiments, its batches, and the loss."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 Hook = Callable[[int, float], object]
-"""Called with the steps that were taken and a batch's loss; ``True`` ends the training."""
+"""Called with the number of steps taken and a batch's loss; ``True`` stops the training."""
 
 mean_squared_error = nn.MSELoss()
 """The paper's loss: the mean over samples and outputs."""
 
 
 class DivergedError(ArithmeticError):
-    """The training loss is not finite."""
+    """Training did not reach its target loss."""
 
 
 def train(
@@ -47,42 +47,42 @@ def train(
     closure: bool = False,
     create_graph: bool = False,
 ) -> int:
-    """Take a step for each batch, until they or ``steps`` run out or a hook returns ``True``.
+    """Take a step for each batch, until batches or ``steps`` are exhausted or a hook returns ``True``.
 
     Args:
-        model: in the mode that it is trained in.
-        optimizer: of its parameters.
-        batches: taken only as far as they are used, so that training may continue with the rest.
+        model: the model, in training or evaluation mode as it is to be trained.
+        optimizer: optimizer of its parameters.
+        batches: inputs and targets. Later calls can continue with the unused batches.
         loss_fn: mean loss of outputs and targets.
-        steps: the most that are taken.
-        before_step: called with the batch's loss when its gradient is ready; not with ``closure``.
+        steps: largest number of steps.
+        before_step: called with the batch's loss once its gradient is ready; not with ``closure``.
         after_step: called with the same loss after the step, before the next batch is drawn.
-        closure: hand the loss to ``optimizer.step`` as a closure.
-        create_graph: keep the graph of the gradient, for optimizers that differentiate twice.
+        closure: pass a closure to ``optimizer.step``.
+        create_graph: keep the gradient's graph, for optimizers that differentiate twice.
 
     Returns:
         The number of steps taken.
     """
-    taken = 0
+    steps_taken = 0
     for x, y in islice(batches, steps):
 
-        def compute(x: Tensor = x, y: Tensor = y) -> Tensor:
+        def compute_loss(x: Tensor = x, y: Tensor = y) -> Tensor:
             optimizer.zero_grad()
             loss = loss_fn(model(x), y)
             torch.autograd.backward(loss, create_graph=create_graph)
             return loss
 
-        loss = optimizer.step(compute) if closure else compute()
-        # Reading the loss makes the host wait for the device: only for a hook.
-        value = float(loss.detach()) if before_step or after_step else math.nan
+        loss = optimizer.step(compute_loss) if closure else compute_loss()
+        # Reading the loss synchronizes with the device, so it is read only for a hook.
+        batch_loss = float(loss.detach()) if before_step or after_step else math.nan
         if not closure:
-            if before_step and before_step(taken, value) is True:
-                return taken
+            if before_step and before_step(steps_taken, batch_loss) is True:
+                return steps_taken
             optimizer.step()
-        taken += 1
-        if after_step and after_step(taken, value) is True:
-            return taken
-    return taken
+        steps_taken += 1
+        if after_step and after_step(steps_taken, batch_loss) is True:
+            return steps_taken
+    return steps_taken
 
 
 def evaluate(model: nn.Module, images: Images) -> float:
@@ -93,10 +93,10 @@ def evaluate(model: nn.Module, images: Images) -> float:
 
 
 def collapsed(model: Callable[[Tensor], Tensor], images: Images) -> bool:
-    """Say whether all samples have exactly the same outputs.
+    """Return whether the outputs are exactly the same for all samples.
 
-    Then no unit of some ReLU layer is active for any of them: all gradients before it are zero, and
-    training can only move the bias behind it, however long it goes on.
+    Then no unit of some ReLU layer is active for any sample: all gradients before it are zero, and
+    further training only changes biases after it.
     """
     with torch.no_grad():
         first = model(images.x[:1])
@@ -108,33 +108,35 @@ def gd_until(
 ) -> int:
     """Train by gradient descent until the training loss is at most ``target_loss``.
 
-    Returns the number of steps. Raises ``DivergedError`` for a loss that is not finite or is still
-    above the target after ``max_steps``.
+    Returns the number of steps. Raises ``DivergedError`` if the loss is not finite, or is still above
+    the target after ``max_steps``.
     """
-    last = math.inf
+    last_loss = math.inf
 
-    def look(step: int, loss: float) -> bool:
-        nonlocal last
-        last = loss
+    def reached_target(step: int, loss: float) -> bool:
+        nonlocal last_loss
+        last_loss = loss
         if not loss < math.inf:
             raise DivergedError(f"the loss is {loss} after {step} steps")
         return loss <= target_loss
 
-    steps = train(model, optimizer, all_samples(images), steps=max_steps, before_step=look)
-    if last <= target_loss:
+    steps = train(
+        model, optimizer, all_samples(images), steps=max_steps, before_step=reached_target
+    )
+    if last_loss <= target_loss:
         return steps
-    raise DivergedError(f"the loss is {last} after {max_steps} steps, above {target_loss}")
+    raise DivergedError(f"the loss is {last_loss} after {max_steps} steps, above {target_loss}")
 
 
 def all_samples(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all training samples as one batch, again and again."""
+    """Yield all training samples as one batch, endlessly."""
     return repeat(images.samples)
 
 
 def reshuffled_batches(
     images: Images, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end, in a new order each epoch, as a shuffling DataLoader does."""
+    """Yield batches endlessly, in a new random order each epoch, like a shuffling DataLoader."""
     while True:
         for rows in torch.randperm(len(images.x), generator=generator).split(batch_size):
             yield images.x[rows], images.y[rows]
@@ -143,7 +145,7 @@ def reshuffled_batches(
 def independent_batches(
     images: Images, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end, each drawn without replacement and independently of the others."""
+    """Yield batches endlessly; each is an independent draw without replacement."""
     while True:
         rows = torch.randperm(len(images.x), generator=generator)[:batch_size]
         yield images.x[rows], images.y[rows]

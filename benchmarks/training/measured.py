@@ -1,4 +1,4 @@
-"""`measured`: sharpness and non-uniformity of a trained network, with residuals and limits."""
+"""`measured`: sharpness and non-uniformity of a network, with residuals and limits."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def measured(
         chunk_size=images.chunk_size,
         max_iter=300,
     )
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     for name, measurement in margins.measurements.items():
-        found[name] = getattr(margins, name)
-        found[f"{name}_relative_residual"] = measurement.residual
-        found[f"{name}_limit"] = getattr(margins, f"{name}_limit")
-    return found
+        row[name] = getattr(margins, name)
+        row[f"{name}_relative_residual"] = measurement.residual
+        row[f"{name}_limit"] = getattr(margins, f"{name}_limit")
+    return row

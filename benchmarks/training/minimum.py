@@ -11,38 +11,38 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.framework.experiment import Case, Experiment, case
+from benchmarks.framework.experiment import Case, Experiment, case_of
 from benchmarks.runner import Job, Work
 from benchmarks.training import ensemble
 from benchmarks.training.data import Dataset, Images, images_for
 from benchmarks.training.loops import collapsed, evaluate
 from benchmarks.training.measured import measured
 from benchmarks.training.networks import flops_per_sample, network
-from benchmarks.training.spec import LOST, outcome, report, worth_a_line
-from benchmarks.training.stepping import due, walk
+from benchmarks.training.spec import LOST, is_traced, outcome, report
+from benchmarks.training.stepping import is_sharpness_due, training_run
 
 __all__ = ["Minimum", "Solution", "Start", "from_minimum", "minima", "passes_to"]
 
 CHECKPOINT_SECONDS = 60.0
-"""Between two checkpoints: what a killed run may lose."""
+"""Time between two checkpoints, the most that a killed run loses."""
 
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where training ended.
+    """The end of a training run.
 
     Attributes:
-        outcome: ``"reached"``, ``"diverged"``, ``"out of steps"``, or ``"collapsed"`` where all samples
-            have the same outputs.
-        steps: that were taken.
+        outcome: ``"reached"``, ``"diverged"``, ``"out of steps"``, or ``"collapsed"`` if the outputs are
+            the same for all samples.
+        steps: number of steps taken.
         loss: training loss at the end; ``None`` if it is not finite.
-        test_accuracy: share of the test images that are classified correctly.
+        test_accuracy: fraction of the test images that are classified correctly.
         sharpness: λmax of the Hessian.
         sharpness_limit: 2/η.
-        non_uniformity: of the samples' Hessians, if it was measured.
+        non_uniformity: non-uniformity of the samples' Hessians.
         non_uniformity_limit: its bound for the batch size, √B/η for many samples.
 
-    What was not measured is ``None``: all but the first three of a run that diverged or collapsed.
+    Unmeasured quantities are ``None``. Runs that diverged or collapsed have only the first three.
     """
 
     outcome: str
@@ -59,22 +59,22 @@ class Minimum:
 
 @dataclass(frozen=True)
 class Solution(Job):
-    """GD or SGD from a random start until the training loss is small, and measurements there.
+    """GD or SGD from initialisation to a small training loss, and measurements at the end.
 
     Attributes:
         data: the images.
         lr: learning rate.
-        seed: of the initialisation and of the batches' order.
-        batch_size: of SGD with random reshuffling, ``None`` for GD.
+        seed: seed of the initialisation and of the batches' order.
+        batch_size: batch size of SGD with random reshuffling; ``None`` for GD.
         target_loss: training loss at which to stop.
-        max_steps: at which it stops in any case.
+        max_steps: largest number of steps.
         network: see :func:`benchmarks.training.networks.network`.
-        scale: of the initialisation; see there.
-        non_uniformity: whether to measure it; sharpness always is.
-        sharpness_every: steps between measurements of the sharpness for the trace, which are also
-            made at powers of two; ``None`` for none.
+        scale: scale of the initialisation; see there.
+        non_uniformity: whether to measure the non-uniformity; the sharpness is always measured.
+        sharpness_every: steps between measurements of the sharpness for the trace, in addition to
+            those at powers of two; ``None`` for none.
 
-    The result is a :class:`Minimum`; the weights are kept.
+    The result is a :class:`Minimum`; the weights are saved.
     """
 
     kind = "solution"
@@ -92,7 +92,7 @@ class Solution(Job):
     sharpness_every: int | None = None
 
     def model(self, device: str = "cpu") -> nn.Module:
-        """Return the network before its first step."""
+        """Return the initialised network."""
         model = network(self.data.name, seed=self.seed, kind=self.network, scale=self.scale)
         return model.to(device, memory_format=torch.channels_last)
 
@@ -105,9 +105,9 @@ class Solution(Job):
 
     @property
     def together(self) -> tuple[object, ...] | None:
-        """Learning rate, seed and scale may differ.
+        """All fields but learning rate, seed and scale must agree.
 
-        Batch norm's averages cannot be stacked, and sharpness on the way is for lone runs.
+        Not for batch norm, whose running averages are not stacked, nor with ``sharpness_every``.
         """
         if self.network == "resnet" or self.sharpness_every is not None:
             return None
@@ -115,58 +115,60 @@ class Solution(Job):
 
     @classmethod
     def run_together(cls, jobs: list[Any], works: list[Work]) -> list[dict[str, Any]]:
-        """Train as one; see :mod:`benchmarks.training.ensemble`. Measurements follow one by one."""
-        ends = ensemble.train(jobs, works, images_for(jobs[0].data, works[0]))
+        """Train as one; see :mod:`benchmarks.training.ensemble`. Then measure one by one."""
+        endings = ensemble.train(jobs, works, images_for(jobs[0].data, works[0]))
         results = []
-        for job, work, end in zip(jobs, works, ends, strict=True):
+        for job, work, ending in zip(jobs, works, endings, strict=True):
             model = job.model(work.place.device)
-            model.load_state_dict(end.weights)
-            results.append(job._found(model, work, end.outcome, end.steps, end.loss))
+            model.load_state_dict(ending.weights)
+            results.append(job._result(model, work, ending.outcome, ending.steps, ending.loss))
         return results
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train, measure, keep the weights."""
+        """Train, measure, save the weights."""
         model = self.model(work.place.device)
-        return self._found(model, work, *_train(self, model, images_for(self.data, work), work))
+        return self._result(model, work, *_train(self, model, images_for(self.data, work), work))
 
-    def _found(
+    def _result(
         self, model: nn.Module, work: Work, outcome: str, steps: int, loss: float
     ) -> dict[str, Any]:
         work.save(model.state_dict())
-        found = {"outcome": outcome, "steps": steps, "loss": loss}
+        result = {"outcome": outcome, "steps": steps, "loss": loss}
         if outcome in LOST:
-            return found
+            return result
         images = images_for(self.data, work)
-        at_end = measured(
+        margins = measured(
             model,
             images,
             lr=self.lr,
             batch_size=self.batch_size,
             non_uniformity=self.non_uniformity,
         )
-        return {**found, "test_accuracy": images.accuracy(model), **at_end}
+        return {**result, "test_accuracy": images.accuracy(model), **margins}
 
 
 class Start(NamedTuple):
-    """A minimum to continue from: its network with the weights of the end, on the job's device."""
+    """A minimum to continue from, its trained network and its images, on the job's device."""
 
-    found: Minimum
+    minimum: Minimum
     model: nn.Module
     images: Images
 
 
 def from_minimum(start: Solution, work: Work, *, allow_unfinished: bool = False) -> Start:
-    """Return the network, the weights and the images of a solution that a job needs.
+    """Return a needed solution's minimum, trained network and images.
 
     Raises:
         ValueError: if training diverged, collapsed or, unless ``allow_unfinished``, ran out of steps.
     """
-    found = work.result(start)
-    if found.outcome != "reached" and not (allow_unfinished and found.outcome == "out of steps"):
-        raise ValueError(f"{start.id} has not reached a minimum: {found.outcome}")
+    minimum = work.result(start)
+    if minimum.outcome != "reached" and not (
+        allow_unfinished and minimum.outcome == "out of steps"
+    ):
+        raise ValueError(f"{start.id} has not reached a minimum: {minimum.outcome}")
     model = start.model(work.place.device)
     model.load_state_dict(work.tensors(start))
-    return Start(found, model, images_for(start.data, work))
+    return Start(minimum, model, images_for(start.data, work))
 
 
 def minima(
@@ -178,38 +180,28 @@ def minima(
     scales: Sequence[float | None] = (None,),
     **shared: Any,
 ) -> list[Case]:
-    """Return a solution for each scale, learning rate, batch size and seed.
+    """Return a case for each scale, learning rate, batch size and seed.
 
-    ``target_loss``, ``max_steps`` and the seeds are the experiment's settings.
+    ``target_loss``, ``max_steps`` and ``seeds`` are the experiment's.
 
     >>> from benchmarks.experiments.gd_sharpness import GDSharpness
-    >>> one = GDSharpness(seeds=(0, 1))
-    >>> [(c.job.lr, c.job.seed) for c in minima(one, Dataset(), lrs=(0.5, 1.0))]
+    >>> experiment = GDSharpness(seeds=(0, 1))
+    >>> [(c.job.lr, c.job.seed) for c in minima(experiment, Dataset(), lrs=(0.5, 1.0))]
     [(0.5, 0), (0.5, 1), (1.0, 0), (1.0, 1)]
     """
-    return [
-        case(
-            Solution(
-                data,
-                lr=lr,
-                seed=seed,
-                batch_size=size,
-                scale=scale,
-                target_loss=experiment.target_loss,
-                max_steps=experiment.max_steps,
-                **shared,
-            ),
-            *("lr", "batch_size", "scale", "seed"),
-        )
+    shared |= {"target_loss": experiment.target_loss, "max_steps": experiment.max_steps}
+    jobs = [
+        Solution(data, lr=lr, seed=seed, batch_size=size, scale=scale, **shared)
         for scale in scales
         for lr in lrs
         for size in batch_sizes
         for seed in experiment.seeds
     ]
+    return [case_of(job, "lr", "batch_size", "scale", "seed") for job in jobs]
 
 
 def passes_to(loss: float, lr: float) -> float:
-    """Return roughly how many passes over the data training takes, within a factor of four or so.
+    """Return the number of epochs that training to a loss takes, within a factor of about four.
 
     >>> passes_to(0.01, lr=0.5)
     1600.0
@@ -219,33 +211,36 @@ def passes_to(loss: float, lr: float) -> float:
 
 def _train(job: Solution, model: nn.Module, images: Images, work: Work) -> tuple[str, int, float]:
     """Return the outcome, the number of steps, and the training loss after them."""
-    going = walk(job, model, images)
+    run = training_run(job, model, images)
     state = work.restored()
     if state is not None:
         model.load_state_dict(state["model"])
-        going.generator.set_state(state["generator"].cpu())
-        going.steps = state["steps"]
-    first = state["first"] if state is not None else evaluate(model.eval(), images)
+        run.generator.set_state(state["generator"].cpu())
+        run.steps = state["steps"]
+    initial_loss = state["first"] if state is not None else evaluate(model.eval(), images)
     saved = time.monotonic()
     while True:
-        loss = going.look()
-        if worth_a_line(going.epochs):
-            work.trace(step=going.steps, loss=loss)
-        if due(job.sharpness_every, going) and loss < math.inf:
-            now = measured(model, images, lr=job.lr, non_uniformity=False)
-            work.trace(step=going.steps, loss=loss, sharpness=now["sharpness"])
-        ended = outcome(
+        loss = run.training_loss()
+        if is_traced(run.epochs):
+            work.trace(step=run.steps, loss=loss)
+        if is_sharpness_due(job.sharpness_every, run) and loss < math.inf:
+            measurement = measured(model, images, lr=job.lr, non_uniformity=False)
+            work.trace(step=run.steps, loss=loss, sharpness=measurement["sharpness"])
+        result = outcome(
             job,
-            going.steps,
+            run.steps,
             loss,
-            epochs=going.epochs,
-            dead=lambda: collapsed(model.eval(), images),
+            epochs=run.epochs,
+            has_collapsed=lambda: collapsed(model.eval(), images),
         )
-        if ended is not None:
-            return ended, going.steps, loss
-        report(job, work, going.steps, loss, first)
-        going.on()
+        if result is not None:
+            return result, run.steps, loss
+        report(job, work, run.steps, loss, initial_loss)
+        run.advance()
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             saved = time.monotonic()
-            kept = {"model": model.state_dict(), "generator": going.generator.get_state()}
-            work.checkpoint({**kept, "steps": going.steps, "first": first})
+            weights_and_generator = {
+                "model": model.state_dict(),
+                "generator": run.generator.get_state(),
+            }
+            work.checkpoint({**weights_and_generator, "steps": run.steps, "first": initial_loss})

@@ -1,4 +1,4 @@
-"""`network`: the networks of the experiments, and what a gradient of them costs."""
+"""`network`: the networks of the experiments, and the FLOPs of their gradients."""
 
 from __future__ import annotations
 
@@ -38,17 +38,16 @@ def network(
     r"""Return the network that the paper trains on a data set.
 
     Args:
-        data: the data set's name.
-        seed: of the initialisation.
-        kind: ``"fully-connected"``, ``"vgg"`` or ``"resnet"``; by default the first for images
-            without colour, and the second for those with. Not the paper's, and for the digits:
-            ``"cnn"`` and ``"transformer"``.
+        data: name of the data set.
+        seed: seed of the initialisation.
+        kind: ``"fully-connected"``, the default for grey images; ``"vgg"``, the default for colour;
+            or ``"resnet"``. Beyond the paper, for the digits: ``"cnn"`` and ``"transformer"``.
         scale: draw all weights and biases from :math:`U[-v/\sqrt{n_{in}}, v/\sqrt{n_{in}}]` with
-            this v, as the paper's Figure 6 does; by default as each network is drawn otherwise,
-            which for the fully connected ones is v = 1.
+            this v, as in the paper's Figure 6. By default each network has its own initialisation,
+            which for fully connected ones is v = 1.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for an unknown kind.
     """
     kind = kind or ("fully-connected" if data in WIDTHS else "vgg")
     classes = 2 if data == "cifar10-2" else 10
@@ -63,10 +62,10 @@ def network(
     elif kind == "transformer":
         model = small_transformer(seed)
     else:
-        known = "fully-connected, vgg, resnet, cnn or transformer"
-        raise ValueError(f"network={kind!r}: expected {known}")
+        kinds = "fully-connected, vgg, resnet, cnn or transformer"
+        raise ValueError(f"network={kind!r}: expected {kinds}")
     if scale is not None:
-        _draw(model, scale, seed)
+        _redraw_uniform(model, scale, seed)
     return model
 
 
@@ -81,7 +80,7 @@ def flops_per_sample(data: str, kind: str | None) -> float:
     return float(counter.get_total_flops())
 
 
-def _draw(model: nn.Module, scale: float, seed: int) -> None:
+def _redraw_uniform(model: nn.Module, scale: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -105,7 +104,7 @@ def fully_connected(widths: tuple[int, ...], seed: int) -> nn.Sequential:
 
 
 def small_vgg(seed: int, classes: int = 2) -> nn.Sequential:
-    r"""Return the paper's small VGG for 32 x 32 colour images, convolutions drawn as there.
+    r"""Return the paper's small VGG for 32 x 32 colour images, with the paper's initialisation.
 
     Five 3 x 3 convolutions, each with ReLU and a 2 x 2 max-pool, then 64-128-``classes``;
     convolution weights are :math:`N(0, 2/(9\cdot\mathrm{channels\ out}))`, their biases 0.
@@ -156,12 +155,11 @@ def resnet14(seed: int, classes: int = 10) -> nn.Sequential:
     """Return a residual network for 32 x 32 colour images: 13 convolutions, one linear layer.
 
     Three stages of two blocks with 16, 32 and 64 channels, as in He et al. (2016), section 4.2,
-    with n = 2. Batch norm couples the samples of a batch, so that a sample has no Hessian of its
-    own while it trains; what is measured is the network in evaluation mode, with running
-    statistics.
+    with n = 2. In training mode batch norm couples the samples of a batch, so that a sample has no
+    Hessian of its own. Measurements are therefore made in evaluation mode, with running statistics.
 
     >>> layers = [m for m in resnet14(seed=0).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    >>> len(layers) - 2  # without those of the two shortcuts
+    >>> len(layers) - 2  # without the two shortcuts' convolutions
     14
     """
     with torch.random.fork_rng(devices=[]):
@@ -178,7 +176,7 @@ def resnet18(
 ) -> nn.Sequential:
     """Return He et al.'s ResNet-18 for 32 x 32 colour images, by default with group norm.
 
-    The first convolution is 3 x 3, without pooling after it, as is usual for small images.
+    The first convolution is 3 x 3, and no pooling follows it, as is usual for small images.
 
     >>> sum(p.numel() for p in resnet18(seed=0).parameters())
     11173962
@@ -213,7 +211,7 @@ def small_cnn(seed: int) -> nn.Sequential:
 
 
 def small_transformer(seed: int) -> nn.Sequential:
-    """Return a block of a transformer over the eight rows of the digits' images.
+    """Return one transformer block over the eight rows of the digits' images.
 
     >>> small_transformer(seed=0)(torch.zeros(2, 64)).shape
     torch.Size([2, 10])
@@ -229,7 +227,7 @@ def small_gpt(
 ) -> nn.Sequential:
     """Return a GPT: tokens ``(n, context)`` to logits ``(n, vocabulary, context)``.
 
-    Its attention is written with a softmax, since the fused one has no second derivatives.
+    Its attention is an explicit softmax, since the fused kernels have no second derivatives.
 
     >>> sum(p.numel() for p in small_gpt(seed=0).parameters())
     10721344
@@ -238,12 +236,12 @@ def small_gpt(
         torch.manual_seed(seed)
         embedding = [nn.Embedding(vocabulary, width), Positions(context, width)]
         blocks = [TransformerBlock(width, None, seed + k, causal=True) for k in range(layers)]
-        head = [nn.LayerNorm(width), nn.Linear(width, vocabulary), Turned()]
+        head = [nn.LayerNorm(width), nn.Linear(width, vocabulary), Transpose()]
         return nn.Sequential(*embedding, *blocks, *head)
 
 
-class Turned(nn.Module):
-    """The last two dimensions exchanged: torch's cross-entropy has classes second."""
+class Transpose(nn.Module):
+    """Swaps the last two dimensions: torch's cross-entropy expects classes second."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x.mT``."""
@@ -251,7 +249,7 @@ class Turned(nn.Module):
 
 
 class Positions(nn.Module):
-    """A learned vector for each position, added."""
+    """Adds a learned vector to each position."""
 
     def __init__(self, positions: int, width: int) -> None:
         super().__init__()
@@ -263,15 +261,15 @@ class Positions(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One pre-norm block of self-attention and a GELU network, its positions averaged for a head.
+    """One pre-norm transformer block, followed by an average over positions and a linear head.
 
     Args:
-        width: features of a position; a head of attention has 16.
-        classes: outputs; ``None`` for a block without average and head.
-        seed: of torch's default initialisation.
-        causal: whether a position attends to none after it.
+        width: features per position; an attention head has 16.
+        classes: number of outputs; ``None`` for a block without average and head.
+        seed: seed of torch's default initialisation.
+        causal: whether positions attend only to themselves and earlier ones.
 
-    Takes ``(n, positions, width)``, gives ``(n, classes)``, without a head ``(n, positions, width)``.
+    Maps ``(n, positions, width)`` to ``(n, classes)``, or to the same shape without a head.
 
     >>> TransformerBlock(32)(torch.zeros(2, 5, 32)).shape
     torch.Size([2, 10])

@@ -1,4 +1,4 @@
-"""`Spec`: what to train and when to stop, and the bookkeeping that all ways of training share."""
+"""`Spec`: what to train and when to stop; the stopping rule and progress that all runs share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 from benchmarks.runner import Work
 
-__all__ = ["LOST", "Spec", "lost_runs", "outcome", "report", "worth_a_line"]
+__all__ = ["LOST", "Spec", "is_traced", "lost_runs", "outcome", "report"]
 
 
 LOST = ("diverged", "collapsed")
-"""Outcomes of runs that have no minimum to measure."""
+"""Outcomes without a minimum to measure."""
 
 
 class Spec(Protocol):
-    """What the steps of a training run need to know about it."""
+    """The settings of a training run that its steps use."""
 
     lr: float
     seed: int
@@ -28,21 +28,21 @@ class Spec(Protocol):
     max_steps: int
 
     def model(self, device: str = "cpu") -> nn.Module:
-        """Return the network before its first step."""
+        """Return the initialised network."""
 
 
 def outcome(
-    spec: Spec, steps: int, loss: float, *, epochs: int, dead: Callable[[], bool]
+    spec: Spec, steps: int, loss: float, *, epochs: int, has_collapsed: Callable[[], bool]
 ) -> str | None:
-    """Return how training ends at this loss, or ``None`` if it continues.
+    """Return the outcome of training if it ends here, or ``None`` if it continues.
 
     Args:
-        spec: the target, and the most steps.
-        steps: that were taken.
+        spec: the target loss, and the largest number of steps.
+        steps: number of steps taken.
         loss: the training loss after them.
-        epochs: that were taken.
-        dead: whether all samples have the same outputs. It is asked now and then, and not before the
-            first step, since a last layer may start at zero.
+        epochs: number of epochs taken.
+        has_collapsed: returns whether the outputs are the same for all samples. It is called at
+            traced epochs only, and not before the first step: a last layer may start at zero.
     """
     if not loss < math.inf:
         return "diverged"
@@ -50,27 +50,27 @@ def outcome(
         return "reached"
     if steps >= spec.max_steps:
         return "out of steps"
-    return "collapsed" if steps and worth_a_line(epochs) and dead() else None
+    return "collapsed" if steps and is_traced(epochs) and has_collapsed() else None
 
 
 def lost_runs(outcomes: Iterable[str]) -> list[str]:
-    """Return in words how many runs have no minimum.
+    """Return the numbers of runs without a minimum, in words.
 
     >>> lost_runs(["reached", "diverged", "diverged"])
     ['2 diverged']
     """
     counts = Counter(outcomes)
-    return [f"{counts[lost]} {lost}" for lost in LOST if counts[lost]]
+    return [f"{counts[outcome]} {outcome}" for outcome in LOST if counts[outcome]]
 
 
-def report(spec: Spec, work: Work, steps: int, loss: float, first: float) -> None:
-    """Report progress by the logarithm of the loss, which falls about as a power of time."""
+def report(spec: Spec, work: Work, steps: int, loss: float, initial_loss: float) -> None:
+    """Report progress on the scale of the log loss: the loss falls roughly as a power of time."""
     work.progress(
-        math.log(first / loss) / math.log(first / spec.target_loss),
+        math.log(initial_loss / loss) / math.log(initial_loss / spec.target_loss),
         f"η = {spec.lr:g}, step {steps:,}, loss {loss:.1e}",
     )
 
 
-def worth_a_line(epochs: int) -> bool:
-    """Say whether the trace records this epoch: powers of two and multiples of 100."""
+def is_traced(epochs: int) -> bool:
+    """Return whether the trace records this epoch: powers of two and multiples of 100."""
     return epochs & (epochs - 1) == 0 or epochs % 100 == 0

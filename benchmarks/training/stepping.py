@@ -1,4 +1,4 @@
-"""`walk`: the steps of one training run, which can stop and continue at any epoch."""
+"""`training_run`: a run of GD or SGD that can stop and resume after any epoch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from benchmarks.training.data import Images
 from benchmarks.training.loops import evaluate, mean_squared_error, train
 from benchmarks.training.spec import Spec
 
-__all__ = ["GDWalk", "SGDWalk", "due", "walk"]
+__all__ = ["GDRun", "SGDRun", "is_sharpness_due", "training_run"]
 
 
-def walk(spec: Spec, model: nn.Module, images: Images) -> GDWalk | SGDWalk:
-    """Return the steps that ``spec`` asks for."""
-    return GDWalk(spec, model, images) if spec.batch_size is None else SGDWalk(spec, model, images)
+def training_run(spec: Spec, model: nn.Module, images: Images) -> GDRun | SGDRun:
+    """Return the run of ``spec``: GD without a batch size, else SGD."""
+    return GDRun(spec, model, images) if spec.batch_size is None else SGDRun(spec, model, images)
 
 
-def due(every: int | None, going: GDWalk | SGDWalk) -> bool:
-    """Say whether to measure the sharpness: each ``every`` steps and at powers of two."""
+def is_sharpness_due(every: int | None, run: GDRun | SGDRun) -> bool:
+    """Return whether the last epoch passed a multiple of ``every`` steps or a power of two."""
     if every is None:
         return False
-    before = going.steps - going.steps_in_epoch
-    return before // every < going.steps // every or going.steps.bit_length() > before.bit_length()
+    previous = run.steps - run.steps_in_epoch
+    return previous // every < run.steps // every or run.steps.bit_length() > previous.bit_length()
 
 
-class GDWalk:
-    """Steps of gradient descent; an epoch is one."""
+class GDRun:
+    """Gradient descent; an epoch is one step."""
 
     steps_in_epoch = 1
 
@@ -42,21 +42,21 @@ class GDWalk:
 
     @property
     def epochs(self) -> int:
-        """The number taken."""
+        """Number of epochs taken."""
         return self.steps
 
-    def look(self) -> float:
-        """Return the training loss, and keep its gradient for the step."""
+    def training_loss(self) -> float:
+        """Return the training loss, and leave its gradient in ``.grad`` for the step."""
         return self.optimizer.full_gradient(self.model.train(), mean_squared_error, self.data)
 
-    def on(self) -> None:
-        """Take a step along the gradient of the last look."""
+    def advance(self) -> None:
+        """Take a step with the gradient from :meth:`training_loss`."""
         self.optimizer.step()
         self.steps += 1
 
 
-class SGDWalk:
-    """Epochs of SGD, each in a new order, as a shuffling DataLoader does."""
+class SGDRun:
+    """SGD with a new random order each epoch, like a shuffling DataLoader."""
 
     def __init__(self, spec: Spec, model: nn.Module, images: Images) -> None:
         assert spec.batch_size is not None
@@ -68,17 +68,17 @@ class SGDWalk:
 
     @property
     def epochs(self) -> int:
-        """The number taken."""
+        """Number of epochs taken."""
         return self.steps // self.steps_in_epoch
 
-    def look(self) -> float:
+    def training_loss(self) -> float:
         """Return the training loss."""
         return evaluate(self.model.eval(), self.images)
 
-    def on(self) -> None:
+    def advance(self) -> None:
         """Take the steps of an epoch."""
         self.model.train()
         order = torch.randperm(len(self.images.x), generator=self.generator)
-        chosen = order.to(self.images.x.device).split(self.batch_size)
-        batches = ((self.images.x[rows], self.images.y[rows]) for rows in chosen)
+        index_batches = order.to(self.images.x.device).split(self.batch_size)
+        batches = ((self.images.x[rows], self.images.y[rows]) for rows in index_batches)
         self.steps += train(self.model, self.optimizer, batches)

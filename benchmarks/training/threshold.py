@@ -20,11 +20,11 @@ __all__ = ["Allowed", "Threshold", "Thresholds", "curvature_of"]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Largest learning rates for a batch size.
+    """The largest stable learning rates for a batch size.
 
     Attributes:
-        theorem1: that condition (8) allows; ``None`` with momentum, which it does not cover.
-        critical_lr: the exact mean-square threshold.
+        theorem1: by condition (8); ``None`` with momentum, which it does not cover.
+        critical_lr: the mean-square threshold, or the upper end of its interval.
         critical_lr_lower: the lower end of its interval.
         exact: whether the interval is a point.
     """
@@ -37,11 +37,10 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the theory allows at a minimum: ``full_batch`` is 2/a, the others are by batch size.
+    """The stable learning rates at a minimum: ``full_batch``, which is 2/a for SGD, and by batch size.
 
-    Where training diverged or collapsed no minimum exists: ``full_batch`` is ``None``, and the others
-    are missing. Sharpness and non-uniformity are those of Gauss–Newton matrices in the update's
-    coordinates.
+    If training diverged or collapsed, ``full_batch`` is ``None`` and ``by_batch_size`` is empty.
+    Sharpness and non-uniformity are those of Gauss–Newton matrices in the update's coordinates.
     """
 
     full_batch: float | None
@@ -56,12 +55,12 @@ class Allowed:
 
 @dataclass(frozen=True)
 class Thresholds(Job):
-    """The learning rates that the theory allows SGD at a minimum.
+    """The thresholds of SGD's learning rate at a minimum.
 
     Attributes:
         start: the minimum.
         batch_sizes: one threshold for each.
-        update: the step that continues from there.
+        update: the update rule from the minimum on.
 
     The result is an :class:`Allowed`.
     """
@@ -80,33 +79,33 @@ class Thresholds(Job):
 
     @property
     def flops(self) -> float:
-        """About 15 products with the second moments, 4 (nC)^3 each."""
+        """About 15 applications of the second-moment operator, 4 (nC)^3 each."""
         return 15 * 4 * len(self.batch_sizes) * (10.0 * self.start.data.n) ** 3
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Compute all from the same Gram matrix."""
+        """Compute all thresholds from one Gram matrix."""
         if work.result(self.start).outcome in LOST:
             return {"full_batch": None, "by_batch_size": {}}
-        begun = from_minimum(self.start, work, allow_unfinished=True)
-        dual = curvature_of(begun, self.update)
-        found: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}
-        found |= {"sharpness": dual.sharpness, "non_uniformity": dual.non_uniformity}
-        for number, size in enumerate(self.batch_sizes):
-            work.progress(number / len(self.batch_sizes), f"thresholds, B = {size}")
+        start = from_minimum(self.start, work, allow_unfinished=True)
+        dual = curvature_of(start, self.update)
+        result: dict[str, Any] = {"full_batch": None, "by_batch_size": {}}
+        result |= {"sharpness": dual.sharpness, "non_uniformity": dual.non_uniformity}
+        for index, size in enumerate(self.batch_sizes):
+            work.progress(index / len(self.batch_sizes), f"thresholds, B = {size}")
             rule = self.update.rule(1.0)
             critical = stableopt.critical_lr(dual, batch_size=size, update_rule=rule)
-            found["full_batch"] = critical.full_batch
-            found["by_batch_size"][size] = {
+            result["full_batch"] = critical.full_batch
+            result["by_batch_size"][size] = {
                 "theorem1": critical.theorem1,
                 "critical_lr": critical.value,
                 "critical_lr_lower": critical.lower,
                 "exact": critical.exact,
             }
-        return found
+        return result
 
 
 def curvature_of(start: Start, update: Update) -> DualCurvature:
-    """Return the samples' curvature at a minimum, in the coordinates of the update."""
+    """Return the per-sample curvature at a minimum, in the coordinates of the update."""
     _, model, images = start
     problem = stableopt.Problem(model, mean_squared_error, images.samples)
     preconditioner = update.preconditioner(model, images)

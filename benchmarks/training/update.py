@@ -1,4 +1,4 @@
-"""`Update`: the step that continues from a minimum, with what it takes from there."""
+"""`Update`: the update rule of a run from a minimum, with a preconditioner fixed there."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stableopt.stability.rules.preconditioner import DiagonalPreconditioner
 __all__ = ["SGD", "Update"]
 
 FLOOR = 0.1
-"""Adam's epsilon, relative to the root mean square of all entries of the square root of v. Adam's own
-1e-8 would give parameters that no sample reaches a factor of 1e8."""
+"""Adam's epsilon, relative to the root mean square of the entries of √v. Adam's own 1e-8 would scale
+parameters without gradient by 1e8."""
 
 
 @dataclass(frozen=True)
 class Update:
-    r"""A step of SGD, or of one with momentum or with Adam's preconditioner at the minimum.
+    r"""SGD, optionally with momentum or with Adam's preconditioner at the minimum.
 
     Attributes:
-        momentum: beta.
-        nesterov: whether it is Nesterov's.
+        momentum: coefficient beta.
+        nesterov: whether the momentum is Nesterov's.
         adaptive: multiply gradients by a fixed :math:`P = 1/(\sqrt v + \epsilon)`. v is the mean of the
-            samples' squared gradients at the minimum, and epsilon :data:`FLOOR` times their root mean
-            square.
+            samples' squared gradients at the minimum, and epsilon is :data:`FLOOR` times the root mean
+            square of :math:`\sqrt v`.
     """
 
     momentum: float = 0.0
@@ -37,29 +37,29 @@ class Update:
     adaptive: bool = False
 
     def rule(self, lr: float) -> UpdateRule:
-        """Return the rule in the coordinates of P."""
+        """Return the update rule in the coordinates of P."""
         return UpdateRule(lr=lr, momentum=self.momentum, nesterov=self.nesterov)
 
     def preconditioner(self, model: nn.Module, images: Images) -> DiagonalPreconditioner | None:
-        """Return P at the model's present parameters, or ``None`` for 1."""
+        """Return P at the model's current parameters, or ``None`` for P = 1."""
         if not self.adaptive:
             return None
         params = list(model.parameters())
         squares = [torch.zeros_like(p) for p in params]
         for x, y in zip(images.x.split(1), images.y.split(1), strict=True):
-            own = torch.autograd.grad(mean_squared_error(model(x), y), params)
-            for square, gradient in zip(squares, own, strict=True):
+            gradients = torch.autograd.grad(mean_squared_error(model(x), y), params)
+            for square, gradient in zip(squares, gradients, strict=True):
                 square += gradient**2 / len(images.x)
-        every = torch.cat([square.flatten() for square in squares])
-        floor = FLOOR * every.mean().sqrt()
+        all_squares = torch.cat([square.flatten() for square in squares])
+        floor = FLOOR * all_squares.mean().sqrt()
         return DiagonalPreconditioner(params, [1 / (square.sqrt() + floor) for square in squares])
 
     def optimizer(self, model: nn.Module, images: Images, lr: float) -> stableopt.SGD:
-        """Return the optimizer; P is applied to each gradient as it is made."""
+        """Return the optimizer; hooks on the parameters multiply each gradient by P."""
         preconditioner = self.preconditioner(model, images)
         if preconditioner is not None:
             for p, entry in zip(model.parameters(), preconditioner.entries, strict=True):
-                p.register_hook(_times(entry))
+                p.register_hook(_multiplier(entry))
         momentum, nesterov = self.momentum, self.nesterov
         return stableopt.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=nesterov)
 
@@ -68,5 +68,5 @@ SGD = Update()
 """Plain SGD."""
 
 
-def _times(entry: Tensor | float) -> object:
+def _multiplier(entry: Tensor | float) -> object:
     return lambda gradient: gradient * entry

@@ -1,4 +1,4 @@
-"""What follows L-BFGS: the gain of GD and SGD by steps, and L-BFGS's own limit."""
+"""What follows L-BFGS: how accuracy grows with the steps of GD and SGD, and L-BFGS's own limit."""
 
 from benchmarks.experiments.after_lbfgs.experiment import EXPERIMENT
 

@@ -1,10 +1,10 @@
 """What follows L-BFGS: how accuracy grows with the steps of GD and SGD, and L-BFGS's own limit.
 
-Two questions that Figure 9 leaves open. Does SGD gain accuracy after L-BFGS, and if not, is the budget
-too short or are the data too clean? From L-BFGS's minima, with and without random labels, GD and SGD
-train on for many more steps at every rate. And is L-BFGS within its own limit, on preconditioned
-sharpness? One measurement at the end cannot say, since the preconditioner changes with each step: here
-each of the last steps is measured, where the preconditioner was applied and where it led to.
+Figure 9 leaves two questions open. Does SGD gain accuracy after L-BFGS, and if not, is the budget too
+small or are the data too clean? From L-BFGS's minima, with and without random labels, GD and SGD train
+for many more steps at several learning rates. And does L-BFGS stay within its own limit, which is on
+preconditioned sharpness? A measurement at the end cannot tell, since the preconditioner changes with
+each step. Here each of the last steps is measured, with the Hessian before the step and the one after.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 from benchmarks.experiments.after_lbfgs.jobs import Continued, LimitCourse
 from benchmarks.experiments.quasi_newton.jobs import Budget, Training
 from benchmarks.framework.claims import Claim, all_of, spread
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import coloured, finish, limit, panels, trace
 from benchmarks.framework.tables import Row
 from benchmarks.runner import Store
@@ -36,17 +36,17 @@ class AfterLBFGS(Experiment):
     """Training after L-BFGS.
 
     Attributes:
-        n: training images.
-        random_labels: how many of them get a random label; one minimum for each number.
-        target_loss: training loss at which L-BFGS ends.
-        max_steps: at which it ends in any case.
-        lbfgs_lr: its rate.
-        gd_lrs: rates of GD from its minimum.
+        n: number of training images.
+        random_labels: numbers of random labels, each with its own minimum.
+        target_loss: training loss at which L-BFGS stops.
+        max_steps: largest number of its steps.
+        lbfgs_lr: learning rate of L-BFGS.
+        gd_lrs: learning rates of GD from its minimum.
         gd_steps: steps of GD.
-        sgd_lrs: rates of SGD.
+        sgd_lrs: learning rates of SGD.
         sgd_steps: steps of SGD.
-        batch_size: of SGD.
-        last: steps of L-BFGS whose limit is measured.
+        batch_size: batch size of SGD.
+        last: number of last L-BFGS steps that are measured.
     """
 
     name = "after-lbfgs"
@@ -79,7 +79,7 @@ class AfterLBFGS(Experiment):
     last: int = 60
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return the courses from each minimum, and those of L-BFGS's limit."""
+        """Return the runs from each minimum, and the measurements of L-BFGS's last steps."""
         budget = Budget(self.target_loss, self.max_steps, batch_size=self.batch_size)
         starts = [
             (
@@ -94,7 +94,7 @@ class AfterLBFGS(Experiment):
             *(("SGD", lr, self.batch_size, self.sgd_steps) for lr in self.sgd_lrs),
         ]
         courses = [
-            case(
+            case_of(
                 Continued(start, lr, size, steps),
                 "lr",
                 method=method,
@@ -105,46 +105,46 @@ class AfterLBFGS(Experiment):
             for method, lr, size, steps in runs
         ]
         limits = [
-            case(LimitCourse(start, self.last), random_labels=count, seed=start.seed)
+            case_of(LimitCourse(start, self.last), random_labels=count, seed=start.seed)
             for count, start in starts
             if count == self.random_labels[-1]
         ]
         return {"courses": courses, "limits": limits}
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return the looks on the way; of the courses also the gain since the start."""
-        course = found["course"]
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return a row per measurement; for ``courses`` with the gain in accuracy since the start."""
+        course = result["course"]
         if name == "limits":
-            return [one.keys | at for at in course]
-        shared = one.keys | {"diverged": found["diverged"]}
-        return [shared | at | {"gain": at["test"] - course[0]["test"]} for at in course]
+            return [case.keys | record for record in course]
+        shared = case.keys | {"diverged": result["diverged"]}
+        return [shared | record | {"gain": record["test"] - course[0]["test"]} for record in course]
 
     def summary(self, tables: Tables) -> Tables:
-        """Return the gains at the end, as means over seeds."""
+        """Return the final gains, averaged over seeds."""
         if "courses" not in tables:
             return {}
         keys = ["method", "lr", "random_labels"]
-        its = _ends(tables["courses"]).groupby(keys, sort=False)
-        return {"gains": its[["loss", "sharpness", "test", "gain"]].mean().reset_index()}
+        groups = _ends(tables["courses"]).groupby(keys, sort=False)
+        return {"gains": groups[["loss", "sharpness", "test", "gain"]].mean().reset_index()}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure:
-        """Return accuracy against steps, a panel for each number of random labels; or the limits."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure:
+        """Return accuracy against steps, a panel per number of random labels; or the limits."""
         if name == "limits":
             figure, (axes,) = panels(width=5.5)
-            for seed, colour in coloured(its.seed):
-                run = its[its.seed == seed]
+            for seed, colour in coloured(frame.seed):
+                run = frame[frame.seed == seed]
                 back = run.step - run.step.max()
                 trace(axes, back, run.applied, f"seed {seed}", colour)
             limit(axes, y=1.0)
             finish(axes, "steps before the end", "preconditioned sharpness / its limit", log="y")
             return figure
-        counts = list(dict.fromkeys(its.random_labels))
+        counts = list(dict.fromkeys(frame.random_labels))
         figure, axes = panels(len(counts), sharey=False)
         for panel, count in zip(axes, counts, strict=True):
-            here = its[(its.random_labels == count) & ~its.diverged]
-            names = here.method + ", η = " + here.lr.map("{:g}".format)
+            courses = frame[(frame.random_labels == count) & ~frame.diverged]
+            names = courses.method + ", η = " + courses.lr.map("{:g}".format)
             for label, colour in coloured(names):
-                mean = here[names == label].groupby("step").gain.mean()
+                mean = courses[names == label].groupby("step").gain.mean()
                 trace(
                     panel,
                     mean.index.to_numpy(),
@@ -161,43 +161,48 @@ class AfterLBFGS(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return the gain of each method, with random labels and without, and the limit's course."""
+        """Yield the gain of each method, with and without random labels, and L-BFGS's limit."""
         if "courses" in tables:
             ends = _ends(tables["courses"])
-            for (method, count), its in ends.groupby(["method", "random_labels"], sort=False):
-                yield _gains(str(method), int(count), its, tables["courses"])
+            for (method, count), group in ends.groupby(["method", "random_labels"], sort=False):
+                yield _gains(str(method), int(count), group, tables["courses"])
         if "limits" in tables:
             yield _limit(tables["limits"])
 
 
 def _ends(courses: Any) -> Any:
+    """Return the last record of each run that did not diverge."""
     keys = ["method", "lr", "random_labels", "seed"]
-    kept = courses[~courses.diverged]
-    return kept.loc[kept.groupby(keys, sort=False).step.idxmax()]
+    finite = courses[~courses.diverged]
+    return finite.loc[finite.groupby(keys, sort=False).step.idxmax()]
 
 
-def _gains(method: str, count: int, its: Any, courses: Any) -> Claim:
-    """Return the gain at the best of the rates at which the fewest seeds diverge."""
-    own: Any = courses[(courses.method == method) & (courses.random_labels == count)]
-    lost = own[own.diverged].groupby("lr").seed.nunique()
-    rates = [(-lost.get(lr, 0), at.gain.mean(), at) for lr, at in its.groupby("lr", sort=False)]
-    minus, _, best = max(rates, key=lambda rate: rate[:2])
+def _gains(method: str, count: int, ends: Any, courses: Any) -> Claim:
+    """Return the largest mean gain among the learning rates at which the fewest seeds diverge."""
+    all_runs: Any = courses[(courses.method == method) & (courses.random_labels == count)]
+    diverged_by_lr = all_runs[all_runs.diverged].groupby("lr").seed.nunique()
+    by_lr = [
+        (-diverged_by_lr.get(lr, 0), runs.gain.mean(), runs)
+        for lr, runs in ends.groupby("lr", sort=False)
+    ]
+    minus_diverged, _, best = max(by_lr, key=lambda candidate: candidate[:2])
+    diverged = -minus_diverged
     gains = 100 * best.gain
     error = gains.std() / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    rate, last = best.lr.iloc[0], int(best.step.iloc[0])
-    kept: Any = own[(own.lr == rate) & ~own.diverged]
-    highest = int(kept.groupby("step").gain.mean().idxmax())
-    on_the_way = spread(100 * kept[kept.step == highest].gain, "+.2f")
+    lr, last_step = best.lr.iloc[0], int(best.step.iloc[0])
+    at_best_lr: Any = all_runs[(all_runs.lr == lr) & ~all_runs.diverged]
+    best_step = int(at_best_lr.groupby("step").gain.mean().idxmax())
+    gain_at_best_step = spread(100 * at_best_lr[at_best_lr.step == best_step].gain, "+.2f")
     return all_of(
         f"{method} after L-BFGS tests better in the end, {count} labels random",
-        [gains.mean() > 2 * error and not minus],
+        [gains.mean() > 2 * error and not diverged],
         theory="the flatter minimum tests better, Figure 9",
-        ours=f"{spread(gains, '+.2f')} points after {last:,} steps at η = {rate:g}; most after"
-        f" {highest:,}: {on_the_way}",
+        ours=f"{spread(gains, '+.2f')} points after {last_step:,} steps at η = {lr:g}; most after"
+        f" {best_step:,}: {gain_at_best_step}",
         tolerance="the mean gain is two standard errors above 0, and no seed diverges",
         why=f"training loss {best.loss.mean():.1e} at the end; from"
         f" {spread(100 * (best.test - best.gain), '.1f')} %"
-        + (f"; {-minus} of {len(gains) - minus} seeds diverged" if minus else ""),
+        + (f"; {diverged} of {len(gains) + diverged} seeds diverged" if diverged else ""),
     )
 
 
@@ -205,11 +210,11 @@ def _limit(limits: Any) -> Claim:
     above = limits.applied > 1
     by_seed = limits.groupby("seed", sort=False)
     medians = by_seed.applied.median()
-    runs = [
-        len(list(steps))
-        for _, its in by_seed
-        for beyond, steps in groupby(its.applied > 1)
-        if beyond
+    run_lengths = [
+        len(list(run))
+        for _, steps in by_seed
+        for is_above, run in groupby(steps.applied > 1)
+        if is_above
     ]
     return all_of(
         "The typical step of L-BFGS is within its own limit",
@@ -217,7 +222,7 @@ def _limit(limits: Any) -> Claim:
         theory="a step beyond the limit grows only while the same direction stays beyond it",
         ours=f"median {spread(medians)} of it, in single steps {limits.applied.min():.2g} to"
         f" {limits.applied.max():.2g}; {above.mean():.0%} of {len(limits)} steps are above it,"
-        f" at most {max(runs, default=0)} in a row",
+        f" at most {max(run_lengths, default=0)} in a row",
         tolerance="the median, every seed",
         why=f"with the Hessian where the step led to the median is {spread(by_seed.after.median())}",
     )

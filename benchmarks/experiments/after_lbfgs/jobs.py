@@ -1,4 +1,4 @@
-"""`Continued`: training after L-BFGS, with accuracy on the way; `LimitCourse`: L-BFGS's own limit."""
+"""`Continued`: GD or SGD after L-BFGS, measured along the way; `LimitCourse`: L-BFGS's own limit."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["Continued", "LimitCourse"]
 
 @dataclass(frozen=True)
 class Continued(Job):
-    """GD or SGD from where L-BFGS ended, and what it is like on the way.
+    """GD or SGD from the end of an L-BFGS run, with measurements along the way.
 
     Attributes:
         start: the L-BFGS run.
         lr: learning rate.
-        batch_size: of SGD with random reshuffling, ``None`` for GD.
-        steps: how many.
-        looks: how many measurements, at equal distances of the logarithm of the step.
+        batch_size: batch size of SGD with random reshuffling; ``None`` for GD.
+        steps: number of steps.
+        looks: number of measurements, evenly spaced in the logarithm of the step.
 
-    The result has ``course``: at the start and at each look ``step``, training ``loss``, ``test``
-    accuracy on the half of the test images by which no rate was chosen, and ``sharpness``; up to
-    where it diverged, should it.
+    The result has ``course``, a record for the start and for each measurement: ``step``, training
+    ``loss``, ``test`` accuracy on the half of the test images that chose no learning rate, and
+    ``sharpness``. It ends where training diverges.
     """
 
     kind = "after-lbfgs"
@@ -56,13 +56,13 @@ class Continued(Job):
 
     @property
     def flops(self) -> float:
-        """Of the steps, and of some thirty products at a look, each of three gradients."""
+        """The steps, and per measurement about thirty products of three gradients each."""
         n = self.start.data.n
         samples = self.steps * (self.batch_size or n) + 90.0 * self.looks * n
         return samples * flops_per_sample(self.start.data.name, None)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train, and look."""
+        """Train, with measurements along the way."""
         images = images_for(self.start.data, work)
         model = network(self.start.data.name, seed=self.start.seed).to(work.place.device)
         model.load_state_dict(work.tensors(self.start))
@@ -70,29 +70,29 @@ class Continued(Job):
         looks = {0, *np.geomspace(100, self.steps, self.looks).round().astype(int).tolist()}
         course: list[dict[str, Any]] = []
 
-        def look(step: int) -> None:
-            found = {"step": step, "loss": evaluate(model, images)}
-            if found["loss"] < math.inf:
-                found |= {
+        def measure(step: int) -> None:
+            record = {"step": step, "loss": evaluate(model, images)}
+            if record["loss"] < math.inf:
+                record |= {
                     "test": reported_on.accuracy(model),
                     "sharpness": self._sharpness(model, images),
                 }
-                course.append(found)
+                course.append(record)
 
         def after_step(step: int, loss: float) -> bool:
             if step in looks:
-                look(step)
+                measure(step)
             work.progress(step / self.steps, f"η = {self.lr:g}, step {step:,}, loss {loss:.1e}")
             return not loss < math.inf
 
-        look(0)
+        measure(0)
         batches = all_samples(images)
         if self.batch_size is not None:
             generator = torch.Generator().manual_seed(self.start.seed)
             batches = reshuffled_batches(images, self.batch_size, generator)
         optimizer = stableopt.SGD(model.parameters(), lr=self.lr)
-        taken = train(model, optimizer, batches, steps=self.steps, after_step=after_step)
-        return {"course": course, "diverged": taken < self.steps}
+        steps_taken = train(model, optimizer, batches, steps=self.steps, after_step=after_step)
+        return {"course": course, "diverged": steps_taken < self.steps}
 
     def _sharpness(self, model: torch.nn.Module, images: Images) -> float | None:
         margins = stableopt.measure(
@@ -105,16 +105,16 @@ class Continued(Job):
 class LimitCourse(Job):
     r"""L-BFGS's preconditioned sharpness over its limit, at each of its last steps.
 
-    Step t multiplies the gradient at :math:`\theta_t` by :math:`P_t`. The same :math:`P_t` is compared
-    with the Hessian where it was applied, :math:`\lambda_{\max}(P_tH(\theta_t))`, and where it led to,
-    :math:`\lambda_{\max}(P_tH(\theta_{t+1}))`, which is what a measurement after a step sees.
+    Step t multiplies the gradient at :math:`\theta_t` by :math:`P_t`. Two ratios are measured: with the
+    Hessian before the step, :math:`\lambda_{\max}(P_tH(\theta_t))`, and with the one after it,
+    :math:`\lambda_{\max}(P_tH(\theta_{t+1}))`, as a measurement in a step hook does.
 
     Attributes:
-        start: the run, which is repeated.
-        last: steps before its end that are measured.
+        start: the L-BFGS run, which is repeated.
+        last: number of its last steps that are measured.
 
-    The result has ``course``: ``step``, training ``loss``, the ratios ``applied`` and ``after``, and
-    ``sharpness``.
+    The result has ``course``, a record for each measured step: ``step``, training ``loss``, the ratio
+    before the step (``applied``) and ``after`` it, and ``sharpness`` before it.
     """
 
     kind = "lbfgs-limit"
@@ -129,18 +129,18 @@ class LimitCourse(Job):
 
     @property
     def flops(self) -> float:
-        """Of the run, and of two measurements a step, some thirty products each."""
+        """The run, and per measured step two measurements of about thirty products each."""
         return self.start.flops + 180.0 * self.last * self.start.data.n * flops_per_sample(
             self.start.data.name, None
         )
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train again, and measure each of the last steps."""
-        found = work.result(self.start)
+        """Repeat the run, and measure each of its last steps."""
+        trained = work.result(self.start)
         images = images_for(self.start.data, work)
         model = network(self.start.data.name, seed=self.start.seed).to(work.place.device)
-        optimizer = METHODS[self.start.method].make(model.parameters(), found.lr)
-        before: dict[str, torch.Tensor] = {}
+        optimizer = METHODS[self.start.method].make(model.parameters(), trained.lr)
+        previous_weights: dict[str, torch.Tensor] = {}
         course: list[dict[str, Any]] = []
 
         def ratio() -> tuple[float, float | None]:
@@ -158,21 +158,21 @@ class LimitCourse(Job):
             return margins.preconditioned_sharpness / limit, margins.sharpness
 
         def after_step(step: int, loss: float) -> bool:
-            nonlocal before
-            here = {name: value.clone() for name, value in model.state_dict().items()}
-            if step > found.steps - self.last:
+            nonlocal previous_weights
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            if step > trained.steps - self.last:
                 after, _ = ratio()
-                model.load_state_dict(before)
+                model.load_state_dict(previous_weights)
                 applied, sharpness = ratio()
-                model.load_state_dict(here)
+                model.load_state_dict(weights)
                 course.append(
                     {"step": step, "loss": loss, "applied": applied, "after": after}
                     | {"sharpness": sharpness}
                 )
-            before = here
-            work.progress(step / found.steps, f"L-BFGS, step {step:,}, loss {loss:.1e}")
+            previous_weights = weights
+            work.progress(step / trained.steps, f"L-BFGS, step {step:,}, loss {loss:.1e}")
             return not loss < math.inf
 
         batches = all_samples(images)
-        train(model, optimizer, batches, steps=found.steps, after_step=after_step, closure=True)
+        train(model, optimizer, batches, steps=trained.steps, after_step=after_step, closure=True)
         return {"course": course}

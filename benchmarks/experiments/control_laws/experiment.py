@@ -1,8 +1,8 @@
 """Control laws that fail, and the one that works: why the learning rate follows the target.
 
-From one point of gradient descent, on its way to a minimum, each law is given the
-same target for the same number of steps. Each failure is of its own kind: the sharpness runs away,
-the rate vanishes, the escape is cancelled, or the loss leaps.
+All laws start from the same point of gradient descent, on its way to a minimum, with the same target
+and number of steps. They fail in different ways: the sharpness grows without end, the learning rate
+vanishes, the escape is cancelled, or the loss jumps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from benchmarks.experiments.control_laws.jobs import LAWS, Laws
 from benchmarks.framework.claims import Claim, all_of, spread
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import (
     BLACK,
     coloured,
@@ -35,7 +35,7 @@ __all__ = ["EXPERIMENT", "ControlLaws"]
 
 STAIRCASE = "gated staircase"
 WITHIN = 0.1
-"""Relative distance to the target that counts as there."""
+"""Largest relative distance to the target that counts as reaching it."""
 
 FAILURES = {
     "0.8 of the measured limit": "the sharpness rises as the rate falls",
@@ -44,7 +44,7 @@ FAILURES = {
     "cut when the loss rises": "cancels the escape that is wanted",
     "jump": "and may diverge",
 }
-"""How each law that does not work is expected to fail."""
+"""The expected failure of each law that does not work."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ControlLaws(Experiment):
         n: training images.
         lr: learning rate at the start.
         start_loss: training loss at which the laws take over.
-        flatter: how many times flatter the target is than the start.
-        steps: of each law.
+        flatter: factor by which the target's sharpness is below that of the start.
+        steps: steps of each law.
         measure_every: steps between measurements.
     """
 
@@ -79,7 +79,7 @@ class ControlLaws(Experiment):
     measure_every: int = 10
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return all the laws from each seed's start, in both tables."""
+        """Return a job with all laws for each seed, in both tables."""
         jobs = [
             Laws(
                 Dataset(self.data, self.n),
@@ -92,31 +92,31 @@ class ControlLaws(Experiment):
             )
             for seed in self.seeds
         ]
-        return {name: [case(job, "seed") for job in jobs] for name in ("ends", "history")}
+        return {name: [case_of(job, "seed") for job in jobs] for name in ("ends", "history")}
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return where each law ends, or each of its measurements."""
-        start = found["start"]
-        for law, its in found["laws"].items():
-            keys = {"law": law, **one.keys, "start": start, "target": start / self.flatter}
-            for row in [its["end"]] if name == "ends" else its["history"]:
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return the end of each law's run, or all its measurements."""
+        start = result["start"]
+        for law, run in result["laws"].items():
+            keys = {"law": law, **case.keys, "start": start, "target": start / self.flatter}
+            for row in [run["end"]] if name == "ends" else run["history"]:
                 yield {**keys, **row}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return sharpness and learning rate over the steps, of the first seed."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return sharpness and learning rate against steps, for the first seed."""
         if name != "history":
             return None
         figure, (sharpness, rate) = panels(2, width=4.75, height=3.6)
-        first = its[its.seed == its.seed.iloc[0]]
+        first = frame[frame.seed == frame.seed.iloc[0]]
         for law, colour in coloured(first.law):
-            each = first[first.law == law]
-            # After a divergence nothing is drawn: its loss is out of scale.
-            good = each[~each.failed.astype(bool) & (each.loss.fillna(0.0) < 1.0)]
+            run = first[first.law == law]
+            # Diverged records are left out, and marked by a cross at the last point.
+            finite = run[~run.failed.astype(bool) & (run.loss.fillna(0.0) < 1.0)]
             width = 2.4 if law == STAIRCASE else 1.2
-            trace(sharpness, good.step, good.sharpness, law, colour, linewidth=width)
-            trace(rate, good.step, good.lr, law, colour, linewidth=width)
-            if len(good) < len(each):
-                end = good.tail(1)
+            trace(sharpness, finite.step, finite.sharpness, law, colour, linewidth=width)
+            trace(rate, finite.step, finite.lr, law, colour, linewidth=width)
+            if len(finite) < len(run):
+                end = finite.tail(1)
                 points(sharpness, end.step, end.sharpness, colour=BLACK, marker="x")
         limit(sharpness, y=first.target.iloc[0], label="target")
         finish(sharpness, "step", "sharpness", log="y", legend=False)
@@ -124,50 +124,51 @@ class ControlLaws(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return that the staircase arrives, and how each of the others fails, if it does."""
+        """Yield the claims that the staircase reaches the target and that the other laws fail."""
         ends = tables["ends"]
         for law in LAWS:
-            its = ends[ends.law == law]
-            if not len(its):
+            runs = ends[ends.law == law]
+            if not len(runs):
                 continue
             if law == STAIRCASE:
                 yield all_of(
                     "the gated staircase reaches the target",
-                    _close(its),
+                    _at_target(runs),
                     theory="sharpness / target 1",
-                    ours=_summary(its),
+                    ours=_summary(runs),
                     tolerance=f"{WITHIN:.0%}, every seed",
                 )
             else:
-                yield _fails(law, its, ends[ends.law == STAIRCASE])
+                yield _fails(law, runs, ends[ends.law == STAIRCASE])
 
 
-def _close(its: Any) -> Any:
+def _at_target(runs: Any) -> Any:
     """Return for each seed whether its law ended at the target."""
-    return (its.diverged_at.isna() & ((its.sharpness / its.target - 1).abs() <= WITHIN)).fillna(
-        False
-    )
+    is_near = (runs.sharpness / runs.target - 1).abs() <= WITHIN
+    return (runs.diverged_at.isna() & is_near).fillna(False)
 
 
-def _summary(its: Any) -> str:
-    ended = its[its.diverged_at.isna() & its.sharpness.notna()]
-    lost = len(its) - len(ended)
-    losses = its.largest_loss.dropna()
+def _summary(runs: Any) -> str:
+    ended = runs[runs.diverged_at.isna() & runs.sharpness.notna()]
+    diverged = len(runs) - len(ended)
+    losses = runs.largest_loss.dropna()
     parts = [f"sharpness / target {spread(ended.sharpness / ended.target)}"] if len(ended) else []
-    parts += [f"{lost} of {len(its)} diverged"] if lost else []
-    parts += [f"rate at the end {spread(its.lr)}"]
+    parts += [f"{diverged} of {len(runs)} diverged"] if diverged else []
+    parts += [f"rate at the end {spread(runs.lr)}"]
     parts += [f"largest loss {losses.max():.2g}"] if len(losses) else []
     return "; ".join(parts)
 
 
-def _fails(law: str, its: Any, stairs: Any) -> Claim:
-    diverged = bool((its.diverged_at.notna() | its.sharpness.isna()).any())
-    missed = not _close(its).all()
+def _fails(law: str, runs: Any, staircase: Any) -> Claim:
+    diverged = bool((runs.diverged_at.notna() | runs.sharpness.isna()).any())
+    missed = not _at_target(runs).all()
     tolerance = f"diverged, or {WITHIN:.0%} off the target, any seed"
     if law == "jump":
-        pairs = its.merge(stairs, on="seed", suffixes=("", "_stairs")).dropna(subset="largest_loss")
+        pairs = runs.merge(staircase, on="seed", suffixes=("", "_stairs")).dropna(
+            subset="largest_loss"
+        )
         leaps = pairs.largest_loss > 2 * pairs.largest_loss_stairs
-        missed = diverged or (len(its) > 0 and bool(leaps.all()))
+        missed = diverged or (len(runs) > 0 and bool(leaps.all()))
         tolerance = "twice the staircase's largest loss"
     why = "" if missed else "here it reaches the target"
     if law.startswith("1.05") and not diverged:
@@ -176,7 +177,7 @@ def _fails(law: str, its: Any, stairs: Any) -> Claim:
         "jump: the loss leaps" if law == "jump" else f"{law}: fails",
         [missed],
         theory=FAILURES[law],
-        ours=_summary(its),
+        ours=_summary(runs),
         tolerance=tolerance,
         why=why,
     )

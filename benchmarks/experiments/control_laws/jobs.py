@@ -1,4 +1,4 @@
-"""`LAWS`: the control laws that are compared, and the job that gives each the same start."""
+"""`LAWS`: the compared control laws; `Laws`: the job that runs all of them from the same start."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cut_while_sharp(measured: LRMeasured, state: State) -> tuple[Decision, State
 
 
 def cut_on_a_rise(measured: LRMeasured, state: State) -> tuple[Decision, State]:
-    """Climb as the staircase does, and go back to the first rate whenever the loss has doubled."""
+    """Follow the gated staircase, but return to the first rate whenever the loss has doubled."""
     loss = measured.margins.loss
     best = min(state.get("best", math.inf), math.inf if loss is None else loss)
     first = state.get("first", measured.lr)
@@ -51,7 +51,7 @@ def cut_on_a_rise(measured: LRMeasured, state: State) -> tuple[Decision, State]:
 
 
 def jump(measured: LRMeasured, state: State) -> tuple[Decision, State]:
-    """Take the target's rate at once."""
+    """Set the target's learning rate at once."""
     return measured.decide("raise", measured.target.lr_for(measured.rule), "at once"), state
 
 
@@ -67,19 +67,19 @@ LAWS: Mapping[str, Law] = {
 
 @dataclass(frozen=True)
 class Laws(Job):
-    """Gradient descent towards a minimum, and every law from there.
+    """Gradient descent towards a minimum, and a run of every law from there.
 
     Attributes:
         data: the images.
-        seed: of the initialisation.
+        seed: seed of the initialisation.
         lr: learning rate at the start.
         start_loss: training loss at which the laws take over.
-        flatter: how many times flatter the target is than the start.
-        steps: of each law.
+        flatter: factor by which the target's sharpness is below that of the start.
+        steps: steps of each law.
         measure_every: steps between measurements.
 
-    The result has the sharpness at the ``start``, and for each of the ``laws`` its ``history``, a
-    record for each measurement, and its ``end``.
+    The result has the sharpness at the ``start``, and for each of the ``laws`` its ``history`` of
+    measurements and its ``end``.
     """
 
     kind = "control-laws"
@@ -94,13 +94,13 @@ class Laws(Job):
 
     @property
     def flops(self) -> float:
-        """Of some thousand steps to the start, and of the laws' steps and measurements."""
+        """The steps to the start, and the steps and measurements of the laws."""
         products = 15 / self.measure_every
         steps = 2 / (self.lr * self.start_loss) + len(LAWS) * self.steps * (1 + 3 * products)
         return steps * self.data.n * flops_per_sample(self.data.name, None)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train, and give every law its turn."""
+        """Train, and run every law."""
         images = images_for(self.data, work)
         model = network(self.data.name, seed=self.seed).to(work.place.device)
         initial_loss = evaluate(model, images)
@@ -109,10 +109,10 @@ class Laws(Job):
         laws = {}
         for index, (name, law) in enumerate(LAWS.items()):
             work.progress(index / len(LAWS), name)
-            laws[name] = _summary(self._under(law, model, images, initial_loss))
+            laws[name] = _summary(self._run_law(law, model, images, initial_loss))
         return {"start": laws["gated staircase"]["history"][0]["sharpness"], "laws": laws}
 
-    def _under(
+    def _run_law(
         self, law: Law, start: nn.Module, images: Images, loss_cap: float
     ) -> list[StabilityMargins]:
         model = copy.deepcopy(start)
@@ -123,7 +123,7 @@ class Laws(Job):
                 model, mean_squared_error, images.samples, every=self.measure_every
             ) as monitor,
         ):
-            warnings.simplefilter("ignore", RuntimeWarning)  # those that diverge, do
+            warnings.simplefilter("ignore", RuntimeWarning)  # divergence is expected here
             monitor.measure()
             scheduler = StabilityLR(
                 optimizer,
@@ -143,9 +143,9 @@ class Laws(Job):
 
 
 def _summary(history: list[StabilityMargins]) -> dict[str, Any]:
-    """Return a law's history and its end, as the result holds them."""
-    good = [m for m in history if m.failure is None]
-    end = good[-1]
+    """Return a law's history and its end, as stored in the result."""
+    finite = [m for m in history if m.failure is None]
+    end = finite[-1]
     diverged = next((m.step for m in history if m.failure is not None), None)
     return {
         "history": [
@@ -158,7 +158,7 @@ def _summary(history: list[StabilityMargins]) -> dict[str, Any]:
             "lr": end.lr,
             "limit": end.sharpness_limit,
             "loss": end.loss,
-            "largest_loss": None if diverged is not None else max(m.loss or 0.0 for m in good),
+            "largest_loss": None if diverged is not None else max(m.loss or 0.0 for m in finite),
             "diverged_at": diverged,
         },
     }

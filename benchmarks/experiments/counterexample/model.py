@@ -1,10 +1,9 @@
-r"""A model whose global minima form a curve on which the sharper of two tests better; and a proof.
+r"""A model whose global minima form a curve on which sharper minima test better, with a proof.
 
-**Model.** Two weights, :math:`f(x) = p\,x_1 + q^2 x_2`: one coordinate is linear, the other deep.
-The truth is :math:`y = x_2`, which is p = 0, q = 1. Test inputs are standard normal in both
-coordinates, but the n training inputs see only their sum, :math:`x_i = \alpha_i (1, 1)`, so that
-:math:`y_i = \alpha_i`. With the mean squared error, :math:`m_k = \tfrac1n\sum_i\alpha_i^k`, and
-:math:`r = p + q^2 - 1`,
+**Model.** :math:`f(x) = p\,x_1 + q^2 x_2` with weights p and q. The truth is :math:`y = x_2`, which is
+p = 0, q = 1. Test inputs are standard normal in both coordinates, but the n training inputs are
+:math:`x_i = \alpha_i (1, 1)`, so that :math:`y_i = \alpha_i`, and determine only :math:`p + q^2`. With
+the mean squared error, :math:`m_k = \tfrac1n\sum_i\alpha_i^k`, and :math:`r = p + q^2 - 1`,
 
 .. math:: L = m_2 r^2, \qquad \text{global minima}: \; p = 1 - q^2.
 
@@ -21,15 +20,15 @@ coordinates, but the n training inputs see only their sum, :math:`x_i = \alpha_i
 
 .. math:: R(a) = 2\left(\frac{10\,m_2 - a}{8\,m_2}\right)^2, \qquad 2m_2 \le a \le 10\,m_2,
 
-with :math:`R'(a) = -(10 m_2 - a)/(16 m_2^2) < 0` below the right end: of any two minima with
-:math:`0 \le q^2 \le 1` the flatter one tests worse; the truth is the sharpest, R = 0, and the flattest,
-q = 0, which puts everything on the wrong coordinate, the worst, R = 2.
+with :math:`R'(a) = -(10 m_2 - a)/(16 m_2^2) < 0` below the right end: of any two minima with :math:`0
+\le q^2 \le 1` the flatter one tests worse. The truth is the sharpest, with R = 0. The flattest, q = 0,
+uses only the wrong coordinate and is the worst, with R = 2.
 
-**Selection.** Linear stability bars GD from minima with a > 2/η, and SGD with batches of B from
-those with :math:`\eta > 2a/(a^2 + ps^2)`: since :math:`s/a = \sqrt{m_4 - m_2^2}/m_2` is constant on
-the curve, from those with :math:`a > (2/\eta)/(1 + p\,s^2/a^2)`. The larger the rate, or the smaller
-the batch, the flatter the minimum, and the worse it tests. With the truth
-y = x₁ it would be the other way round: by itself flatness says nothing.
+**Selection.** Minima with a > 2/η are unstable under GD, and under SGD with batches of B those with
+:math:`\eta > 2a/(a^2 + ps^2)`. Since :math:`s/a = \sqrt{m_4 - m_2^2}/m_2` is constant on the curve,
+these are the minima with :math:`a > (2/\eta)/(1 + p\,s^2/a^2)`. So a larger learning rate, or a
+smaller batch, selects a flatter minimum, which tests worse. With the truth y = x₁ it would test
+better: flatness alone does not determine the test error.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ __all__ = ["Curve", "Descent", "Measured", "Model", "scales"]
 
 
 def scales(n: int, contrast: float) -> Tensor:
-    """Return n values of α, an even number, whose squares are 1 − contrast and 1 + contrast in turn.
+    """Return n values of α whose squares alternate between 1 − contrast and 1 + contrast; n is even.
 
     >>> [round(square, 9) for square in scales(4, 0.75).square().tolist()]
     [0.25, 1.75, 0.25, 1.75]
@@ -62,7 +61,7 @@ def scales(n: int, contrast: float) -> Tensor:
 
 
 class Model(nn.Module):
-    """f(x) = p x₁ + q² x₂ in double precision: ``(n, 2)`` to ``(n, 1)``."""
+    """f(x) = p x₁ + q² x₂ in double precision, from ``(n, 2)`` to ``(n, 1)``."""
 
     def __init__(self, p: float, q: float) -> None:
         super().__init__()
@@ -76,11 +75,11 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Curve:
-    """The closed forms on the curve of minima.
+    """Closed forms along the curve of minima.
 
     Attributes:
-        n: training samples.
-        contrast: s/a, the same everywhere; see :func:`scales`.
+        n: number of training samples.
+        contrast: the ratio s/a, constant along the curve; see :func:`scales`.
 
     >>> curve = Curve(10, 0.9)
     >>> curve.sharpness(1.0), curve.risk(1.0), curve.sharpness(0.0), curve.risk(0.0)
@@ -113,8 +112,10 @@ class Curve:
         return alpha.expand(-1, 2).contiguous(), alpha
 
 
-def at(curve: Curve, model: Model, lr: float, batch_size: int | None) -> dict[str, Any]:
-    """Return loss, test error, and what the library measures."""
+def measure_minimum(
+    curve: Curve, model: Model, lr: float, batch_size: int | None
+) -> dict[str, Any]:
+    """Return the weights, loss, test error, and measured sharpness and non-uniformity."""
     x, y = curve.data()
     margins = stableopt.measure(
         model,
@@ -138,12 +139,12 @@ def at(curve: Curve, model: Model, lr: float, batch_size: int | None) -> dict[st
 
 @dataclass(frozen=True)
 class Measured(Job):
-    """What the library measures along the curve of minima, for comparison with the closed forms.
+    """Measurements along the curve of minima, for comparison with the closed forms.
 
     Attributes:
-        n: training samples.
+        n: number of training samples.
         contrast: see :func:`scales`.
-        points: from q = 0 to q = 1.
+        points: number of points from q = 0 to q = 1.
     """
 
     kind = "counterexample-curve"
@@ -156,25 +157,29 @@ class Measured(Job):
         """Measure."""
         curve = Curve(self.n, self.contrast)
         squares = [k / (self.points - 1) for k in range(self.points)]
-        return {"points": [at(curve, Model(1 - q2, math.sqrt(q2)), 0.1, None) for q2 in squares]}
+        return {
+            "points": [
+                measure_minimum(curve, Model(1 - q2, math.sqrt(q2)), 0.1, None) for q2 in squares
+            ]
+        }
 
 
 @dataclass(frozen=True)
 class Descent(Job):
-    """GD or SGD from near the truth until the loss is small, or has been for long enough.
+    """GD or SGD from near the truth until the loss is small.
 
     Attributes:
         lr: learning rate.
-        batch_size: of SGD, drawn without replacement, independently at each step; ``None`` for GD.
-        seed: of the start and of the batches.
-        n: training samples.
+        batch_size: size of SGD's batches, drawn independently without replacement; ``None`` for GD.
+        seed: seed of the start and of the batches.
+        n: number of training samples.
         contrast: see :func:`scales`.
-        spread: standard deviation of p at the start, and of q − 1, whose sign is minus.
-        steps: how many at most.
-        target_loss: at which it stops.
+        spread: at the start, p is normal with this standard deviation, and 1 − q is half-normal.
+        steps: largest number of steps.
+        target_loss: training loss at which it stops.
 
     The result has ``outcome`` (``"reached"``, ``"out of steps"`` or ``"diverged"``), ``steps``, and,
-    unless it diverged, what :func:`at` returns of the end.
+    unless it diverged, the measurements of :func:`measure_minimum` at the end.
     """
 
     kind = "counterexample-descent"
@@ -209,4 +214,8 @@ class Descent(Job):
                 break
             squares[rows].mean().backward()
             optimizer.step()
-        return {"outcome": outcome, "steps": step, **at(curve, model, self.lr, self.batch_size)}
+        return {
+            "outcome": outcome,
+            "steps": step,
+            **measure_minimum(curve, model, self.lr, self.batch_size),
+        }

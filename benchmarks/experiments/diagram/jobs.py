@@ -1,4 +1,4 @@
-"""Jobs of the diagram: SGD on samples whose losses are quadratic."""
+"""Jobs of the diagram: stability of SGD on quadratic losses, in one dimension and in two."""
 
 from __future__ import annotations
 
@@ -30,24 +30,23 @@ Array = NDArray[np.float64]
 class Plane(Job):
     r"""One-dimensional problems on a grid of sharpness a and non-uniformity s.
 
-    Half of the n samples have curvature a + s, half a − s, which are the mean and the standard
-    deviation of these; only these two numbers decide stability in mean square.
-    Batches are drawn without replacement, a new one at each step, independently. The first factor of
-    the grid's extent is of 2/η, the second of the box's limit on s, and points lie in the middle of
-    their cells, so that none is on a border.
+    Half of the n samples have curvature a + s, half a − s. Stability in mean square depends only on
+    their mean a and standard deviation s. Each step draws an independent batch without replacement.
+    The grid extends to 1.25 of the box's limits on a and s. Its points are the centres of cells, so
+    that none is on a boundary.
 
     Attributes:
         lr: learning rate η.
-        batch_size: B.
-        n: samples, an even number.
-        points: in each direction.
-        runs: of SGD in each cell.
-        steps: of each run. Few: :math:`x_t^2` is a product of t random factors, whose mean soon
-            rests on runs so rare that none of a few thousand is one.
-        seed: of the batches.
+        batch_size: batch size B.
+        n: number of samples, even.
+        points: cells per direction.
+        runs: runs of SGD per cell.
+        steps: steps of a run. Few, since :math:`x_t^2` is a product of t random factors, whose mean
+            is soon dominated by runs rarer than one in a few thousand.
+        seed: seed of the batches.
 
-    The result has ``cells`` with ``a``, ``s``, whether it is ``in_box``, the exact ``growth`` of
-    :math:`E x^2` in a step, and the one that was ``simulated``.
+    The result has ``cells``: ``a``, ``s``, whether the point is ``in_box``, the exact ``growth`` of
+    :math:`E x^2` per step, and the ``simulated`` growth.
     """
 
     kind = "diagram-plane"
@@ -61,15 +60,15 @@ class Plane(Job):
     seed: int = 0
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Go through the cells."""
+        """Compute and simulate the growth in every cell."""
         region = StabilityRegion(UpdateRule(lr=self.lr), self.batch_size, self.n)
         noise = noise_factor(self.batch_size, self.n)
-        middles = (np.arange(self.points) + 0.5) / self.points
+        centres = (np.arange(self.points) + 0.5) / self.points
         generator = np.random.default_rng(self.seed)
         cells = []
         for a, s in itertools.product(
-            (1.25 * region.max_sharpness * middles).tolist(),
-            (1.25 * region.max_non_uniformity * middles).tolist(),
+            (1.25 * region.max_sharpness * centres).tolist(),
+            (1.25 * region.max_non_uniformity * centres).tolist(),
         ):
             work.progress(len(cells) / self.points**2, f"B = {self.batch_size}")
             cells.append(
@@ -85,7 +84,7 @@ class Plane(Job):
 
 
 def growth(job: Plane, a: float, s: float, generator: np.random.Generator) -> float:
-    """Return by which factor in a step the mean of x² has grown over a job's runs and steps."""
+    """Return the simulated growth factor per step of the mean of x²."""
     half = job.n // 2
     sharp = generator.hypergeometric(half, half, job.batch_size, size=(job.runs, job.steps))
     curvature = a + s * (2 * sharp / job.batch_size - 1)
@@ -102,11 +101,11 @@ class Family(Job):
 
     Attributes:
         widths: the values of w.
-        batch_size: B, 1 or 2.
+        batch_size: batch size B, 1 or 2.
 
-    The result has for each w ``sharpness``, ``non_uniformity``, and the largest learning rates by
-    Theorem 1 (8), by the box (9), and exactly (``theorem1``, ``box``, ``exact``); and
-    ``radius_at_box``, by which second moments grow in a step at the box's, from all batches.
+    The result has ``cells``, one for each ``w``: ``sharpness``, ``non_uniformity``, the largest stable
+    learning rates by Theorem 1 (8), by the box (9), and exactly (``theorem1``, ``box``, ``exact``), and
+    ``radius_at_box``, the growth of second moments per step at the box's rate, from all batches.
     """
 
     kind = "diagram-family"
@@ -115,14 +114,14 @@ class Family(Job):
     batch_size: int = 1
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Go through the widths."""
+        """Compute the learning rates for every width."""
         cells = []
         for width in self.widths:
             work.progress(len(cells) / len(self.widths))
             j = rows(width)
             dual = DualCurvature(torch.from_numpy(j @ j.T), len(j))
             critical = critical_lr(dual, self.batch_size)
-            # The box is homogeneous: both limits go as 1/η.
+            # Both limits of the box are proportional to 1/η.
             unit = StabilityRegion(UpdateRule(lr=1.0), self.batch_size, len(j))
             s = dual.non_uniformity
             box = min(
@@ -149,7 +148,7 @@ def rows(width: float) -> Array:
 
 
 def second_moment_radius(j: Array, lr: float, batch_size: int) -> float:
-    r"""Return by which :math:`E xx^\top` grows in a step, from all batches of the rows of J.
+    r"""Return the growth of :math:`E xx^\top` per step, from all batches of the rows of J.
 
     >>> second_moment_radius(np.array([[1.0], [2.0]]), 0.25, 1)      # (0.75² + 0²) / 2
     0.28125

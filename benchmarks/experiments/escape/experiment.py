@@ -1,11 +1,11 @@
 """Escape from a sharp minimum: Figures 1 and 8, and Table 3, of the paper.
 
 Gradient descent trains to a minimum, where sharpness and non-uniformity are measured. From these
-numbers the box (9) predicts, *before* a step is taken, whether SGD of several batch sizes at the same
+numbers the box (9) predicts, *before* a step is taken, whether SGD with several batch sizes at the same
 learning rate, and gradient descent at larger ones, can stay. Then they run, and each prediction is
-compared with what happened. A run has escaped if the training loss rises tenfold, unless it then comes
-back to a minimum as sharp as the first. All minima and ends, with others found by SGD, make a scatter
-of test accuracy against sharpness.
+compared with the outcome. A run has escaped if the training loss rises tenfold, unless it returns to a
+minimum as sharp as the first. All these minima and others found by SGD form a scatter plot of test
+accuracy against sharpness.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOLERANCE = 0.1
 PAPER = {"seeds": (0, 1, 2, 3, 4), "target_loss": 1e-4, "settle_loss": 1e-4}
 
 POINT = ["loss", "sharpness", "non_uniformity", "test_accuracy"]
-"""What is measured of a minimum."""
+"""The measurements of a minimum."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,22 @@ class Escape(Experiment):
 
     Attributes:
         lr: learning rate of gradient descent to the minimum, and of SGD from there.
-        n: training images with their own labels.
-        random_labels: how many more with random ones; one minimum for each number.
-        target_loss: at which gradient descent stops.
-        batch_sizes: of SGD from the minimum.
+        n: training images with true labels.
+        random_labels: numbers of additional images with random labels, each with its own minimum.
+        target_loss: training loss at which gradient descent stops.
+        batch_sizes: batch sizes of SGD from the minimum.
         gd_lrs: learning rates of gradient descent from the minimum.
-        steps: of SGD from the minimum.
-        gd_steps: of gradient descent from the minimum.
+        steps: steps of SGD from the minimum.
+        gd_steps: steps of gradient descent from the minimum.
         measure_every: steps between measurements along the way.
-        settle_loss: to which a run that escaped trains on, so that its end is a minimum; ``None``
-            does not.
-        scatter_lrs: learning rates of the further minima of the scatter.
+        settle_loss: training loss to which an escaped run continues, so that it ends in a minimum;
+            ``None`` stops it after ``steps``.
+        scatter_lrs: learning rates of the additional minima of the scatter plot.
         scatter_batch_sizes: their batch sizes.
-        scatter_n: their training images with their own labels, few enough for test accuracy to
-            differ.
-        scatter_random_labels: how many more with random ones.
-        scatter_target_loss: at which their training stops.
-        scatter_seeds: their seeds; those of the other runs if none are given.
+        scatter_n: their training images with true labels: few, so that test accuracies differ.
+        scatter_random_labels: their additional images with random labels.
+        scatter_target_loss: training loss at which their training stops.
+        scatter_seeds: their seeds; empty for ``seeds``.
     """
 
     name = "escape"
@@ -123,7 +122,7 @@ class Escape(Experiment):
     scatter_seeds: tuple[int, ...] = ()
 
     def _starts(self) -> list[Solution]:
-        """Return gradient descent's minima."""
+        """Return the jobs of gradient descent's minima."""
         return [
             Solution(
                 Dataset(self.data, self.n + count, count),
@@ -136,7 +135,7 @@ class Escape(Experiment):
         ]
 
     def _switches(self, start: Solution) -> list[Switch]:
-        """Return the runs from a minimum."""
+        """Return the jobs of the runs from a minimum."""
         shared = {"measure_every": self.measure_every, "settle_loss": self.settle_loss}
         by_sgd = {"lr": self.lr, "steps": self.steps, "seed": start.seed}
         by_gd = {"batch_size": None, "steps": self.gd_steps, "look_every": 2}
@@ -146,16 +145,15 @@ class Escape(Experiment):
         ]
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return minima, the runs from there, traces of the first seed's, and further minima."""
+        """Return the minima, the runs from them, the first seed's traces, and the additional minima."""
         starts = self._starts()
-        found = [(start.data.random_labels, start) for start in starts]
         switches = [
-            (count, s, {"how": _how(s), "lr": s.lr, "batch_size": s.batch_size})
-            for count, start in found
-            for s in self._switches(start)
+            (switch, {"how": _how(switch), "lr": switch.lr, "batch_size": switch.batch_size})
+            for start in starts
+            for switch in self._switches(start)
         ]
         count = self.scatter_random_labels
-        others = [
+        additional = [
             Solution(
                 Dataset(self.data, self.scatter_n + count, count),
                 lr=lr,
@@ -170,50 +168,50 @@ class Escape(Experiment):
         ]
         return {
             "minima": [
-                Case(job, {"random_labels": count, "seed": job.seed, "lr": job.lr})
-                for count, job in found
+                Case(job, {"random_labels": job.data.random_labels, "seed": job.seed, "lr": job.lr})
+                for job in starts
             ],
             "switches": [
-                Case(job, {"random_labels": count, "seed": job.start.seed, **keys})
-                for count, job, keys in switches
+                Case(job, {**_labels(job), "seed": job.start.seed, **keys})
+                for job, keys in switches
             ],
             "traces": [
-                Case(job, {"random_labels": count, **keys, "n": job.start.data.n})
-                for count, job, keys in switches
+                Case(job, {**_labels(job), **keys, "n": job.start.data.n})
+                for job, keys in switches
                 if job.start.seed == self.seeds[0]
             ],
-            "scatter": [Case(job, {"from": "SGD from scratch"}) for job in others],
+            "scatter": [Case(job, {"from": "SGD from scratch"}) for job in additional],
         }
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return a minimum, a run with what was measured before and after, or each step of it."""
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return a minimum, a run with the measurements before and after it, or its trace."""
         if name == "traces":
-            for record in [{**vars(found.before), "step": 0}, *store.trace(one.job)]:
-                if "why" not in record and record["step"] <= one.job.steps:
-                    yield one.keys | {key: record.get(key) for key in ("step", *POINT[:3])}
+            for record in [{**vars(result.before), "step": 0}, *store.trace(case.job)]:
+                if "why" not in record and record["step"] <= case.job.steps:
+                    yield case.keys | {key: record.get(key) for key in ("step", *POINT[:3])}
         elif name == "switches":
             keys = ("predicted", "why", "escaped_at", "settled_at", "largest_loss_ratio")
-            row = one.keys | {key: getattr(found, key) for key in keys}
-            row |= {"returned": found.returned, "right": found.as_predicted}
-            for when, point in (("before", vars(found.before)), ("after", found.after or {})):
+            row = case.keys | {key: getattr(result, key) for key in keys}
+            row |= {"returned": result.returned, "right": result.as_predicted}
+            for when, point in (("before", vars(result.before)), ("after", result.after or {})):
                 row |= {f"{key}_{when}": point.get(key) for key in POINT}
             yield row
-        elif name == "minima" or found.outcome == "reached":
-            steps = {"steps": found.steps} if name == "minima" else {}
-            yield one.keys | steps | {key: getattr(found, key) for key in POINT}
+        elif name == "minima" or result.outcome == "reached":
+            steps = {"steps": result.steps} if name == "minima" else {}
+            yield case.keys | steps | {key: getattr(result, key) for key in POINT}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return the scatter with the minima and ends of models that saw the same images."""
+        """Return the scatter plot's table with the minima and ends for the same training images."""
         count = self.scatter_random_labels
         if self.scatter_n != self.n or count not in self.random_labels:
-            return {}  # accuracies compare only among models of the same images
+            return {}  # accuracies are comparable only for the same training images
         parts = [tables["scatter"]] if "scatter" in tables else []
         for name, end in (("minima", ""), ("switches", "_after")):
             if name in tables:
-                its: Any = tables[name]
-                its = its[its.random_labels == count].dropna(subset=f"sharpness{end}")
-                source = its.how if end else "GD from scratch"
-                point = its[[f"{key}{end}" for key in POINT]].set_axis(POINT, axis=1)
+                runs: Any = tables[name]
+                runs = runs[runs.random_labels == count].dropna(subset=f"sharpness{end}")
+                source = runs.how if end else "GD from scratch"
+                point = runs[[f"{key}{end}" for key in POINT]].set_axis(POINT, axis=1)
                 parts.append(point.assign(**{"from": source}))
         parts = [part for part in parts if len(part)]
         if not parts:
@@ -221,54 +219,51 @@ class Escape(Experiment):
         return {"scatter": pd.concat(parts, ignore_index=True)[["from", *POINT]]}
 
     def headline(self, job: Job, store: Store) -> str | None:
-        """Return what was predicted of a run and what happened, or what a minimum is like."""
+        """Return the prediction and outcome of a run, or the margins of a minimum."""
         if isinstance(job, Switch):
-            found = store.result(job)
-            at = found.escaped_at
-            done = (
-                f"stayed, the loss at most × {found.largest_loss_ratio:.1f}"
-                if at is None
-                else f"escaped at step {at}"
-            )
-            mark = "[green]✓[/green]" if found.as_predicted else "[red]✗[/red]"
-            outcome = f"predicted: {found.predicted} · observed: {done}"
-            return f"{mark} {_how(job)}, seed {job.seed}\n  {outcome}\n  {found.why}"
+            result = store.result(job)
+            observed = f"escaped at step {result.escaped_at}"
+            if result.escaped_at is None:
+                observed = f"stayed, the loss at most × {result.largest_loss_ratio:.1f}"
+            mark = "[green]✓[/green]" if result.as_predicted else "[red]✗[/red]"
+            outcome = f"predicted: {result.predicted} · observed: {observed}"
+            return f"{mark} {_how(job)}, seed {job.seed}\n  {outcome}\n  {result.why}"
         if isinstance(job, Solution) and job in self._starts():
-            found = store.result(job)
-            a, s, limit = found.sharpness, found.non_uniformity, 2 / job.lr
-            reached = f"loss {found.loss:.1e} in {found.steps:,} steps"
+            result = store.result(job)
+            a, s, limit = result.sharpness, result.non_uniformity, 2 / job.lr
+            reached = f"loss {result.loss:.1e} in {result.steps:,} steps"
             return (
                 f"GD, η = {job.lr:g}, seed {job.seed}: {reached}\n"
                 f"    a = {a:.2f} (2/η = {limit:g}), s = {s:.2f}"
             )
         return None
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return loss and margins along the way, or the scatter."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return loss and margins during the runs, or the scatter plot."""
         if name == "traces":
-            return figures.traces(its, self.lr)
-        return figures.scatter(its, self.data) if name == "scatter" else None
+            return figures.traces(frame, self.lr)
+        return figures.scatter(frame, self.data) if name == "scatter" else None
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return Table 3, which runs escaped, what their ends are like, and the correlation."""
+        """Yield Table 3, the predictions, the ends of the escapes, and the correlation."""
         if "minima" in tables and self.lr == 0.1:
-            for count, its in tables["minima"].groupby("random_labels", sort=False):
+            for count, group in tables["minima"].groupby("random_labels", sort=False):
                 for key, value in PRINTED.get((self.data, count), {}).items():
                     yield close_to(
                         f"Table 3, {key.replace('_', ' ')} of GD's minimum at η = 0.1,"
                         f" {count} random labels",
-                        its[key],
+                        group[key],
                         value,
                         rel=TOLERANCE,
                         why="on the test images at hand" if key == "test_accuracy" else "",
                     )
         if "switches" in tables:
             switches: Any = tables["switches"]
-            for how, its in switches.groupby("how", sort=False):
-                yield _as_predicted(how, its)
-            left = switches[~switches.returned].dropna(subset=["escaped_at", "sharpness_after"])
-            if len(left):
-                yield from _ends(left)
+            for how, group in switches.groupby("how", sort=False):
+                yield _as_predicted(how, group)
+            escapes = switches[~switches.returned].dropna(subset=["escaped_at", "sharpness_after"])
+            if len(escapes):
+                yield from _ends(escapes)
         if len(tables.get("scatter", ())) >= 4:
             yield _correlated(tables["scatter"])
 
@@ -277,22 +272,29 @@ def _how(switch: Switch) -> str:
     return f"{switch.how}, η = {switch.lr:g}"
 
 
-def _as_predicted(how: str, its: Any) -> Claim:
-    left = sorted(its[~its.returned].escaped_at.dropna())
-    ends = list(dict.fromkeys(left[:1] + left[-1:]))
-    at = f", at step{'s' * (len(ends) - 1)} {' to '.join(map(str, ends))}" if ends else ""
+def _labels(switch: Switch) -> dict[str, int]:
+    return {"random_labels": switch.start.data.random_labels}
+
+
+def _as_predicted(how: str, runs: Any) -> Claim:
+    escape_steps = sorted(runs[~runs.returned].escaped_at.dropna())
+    first_and_last = list(dict.fromkeys(escape_steps[:1] + escape_steps[-1:]))
+    at = ""
+    if first_and_last:
+        plural = "s" if len(first_and_last) == 2 else ""
+        at = f", at step{plural} {' to '.join(map(str, first_and_last))}"
     return all_of(
         f"Figure 8, {how} from GD's minimum",
-        its.right,
-        theory=f"{' or '.join(sorted(set(its.predicted)))}, predicted before a step",
-        ours=f"{len(left)} of {len(its)} escaped{at}",
+        runs.right,
+        theory=f"{' or '.join(sorted(set(runs.predicted)))}, predicted before a step",
+        ours=f"{len(escape_steps)} of {len(runs)} escaped{at}",
         tolerance="each run as predicted",
-        why="; ".join(map(_remark, its[~its.right | its.returned].itertuples())),
+        why="; ".join(map(_remark, runs[~runs.right | runs.returned].itertuples())),
     )
 
 
 def _remark(row: Any) -> str:
-    """Return what happened in a run that was not as predicted, or came back."""
+    """Return a description of a run that was mispredicted, or that returned."""
     largest = row.largest_loss_ratio
     rose = "beyond all bounds" if pd.isna(largest) else f"{largest:.1f} times"
     text = f"seed {row.seed}, {row.random_labels} random labels: the loss rose {rose}"
@@ -303,23 +305,24 @@ def _remark(row: Any) -> str:
     return text
 
 
-def _ends(left: Any) -> Iterator[Claim]:
-    by = left.sharpness_after / left.sharpness_before
+def _ends(escapes: Any) -> Iterator[Claim]:
+    ratios = escapes.sharpness_after / escapes.sharpness_before
     yield all_of(
         "Figure 8, escapes end in flatter minima",
-        by < 1,
+        ratios < 1,
         printed="sharpness falls",
-        ours=f"sharpness after / before {by.min():.2f} to {by.max():.2f} in {len(by)} escapes",
+        ours=f"sharpness after / before {ratios.min():.2f} to {ratios.max():.2f} in"
+        f" {len(ratios)} escapes",
         why="; ".join(
             f"{row.how}, {row.random_labels} random labels: {ratio:.2f}"
-            for row, ratio in zip(left.itertuples(), by, strict=True)
+            for row, ratio in zip(escapes.itertuples(), ratios, strict=True)
             if ratio >= 1
         ),
     )
-    gains = 100 * (left.test_accuracy_after - left.test_accuracy_before)
+    gains = 100 * (escapes.test_accuracy_after - escapes.test_accuracy_before)
     after, before = (
         f"{losses.min():.1e} to {losses.max():.1e}"
-        for losses in (left.loss_after, left.loss_before)
+        for losses in (escapes.loss_after, escapes.loss_before)
     )
     yield all_of(
         "Figure 8, and they test better",
@@ -332,16 +335,17 @@ def _ends(left: Any) -> Iterator[Claim]:
     )
 
 
-def _correlated(its: Any) -> Claim:
+def _correlated(models: Any) -> Claim:
     from scipy.stats import pearsonr
 
-    found = pearsonr(np.log(its.sharpness), its.test_accuracy)
-    low, high = found.confidence_interval()
+    correlation = pearsonr(np.log(models.sharpness), models.test_accuracy)
+    low, high = correlation.confidence_interval()
     return all_of(
         "Figure 1, test accuracy against the logarithm of sharpness",
         [high < 0],
         printed="flatter minima test better",
-        ours=f"correlation {found.statistic:.2f} (95 %: {low:.2f} to {high:.2f}), {len(its)} models",
+        ours=f"correlation {correlation.statistic:.2f} (95 %: {low:.2f} to {high:.2f}),"
+        f" {len(models)} models",
         tolerance="the interval is below 0",
     )
 

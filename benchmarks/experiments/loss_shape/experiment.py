@@ -1,11 +1,11 @@
 """The loss around its minima, a quadratic or vanishing with cross-entropy: Figure 4 of the paper.
 
-We read that figure as: what the loss looks like around a minimum. At minima of gradient descent with
-the squared loss, the loss along the top eigenvector of the Hessian is compared with its quadratic, which
-is what linear stability speaks of: how much may it rise before the two part by a tenth? And gradient
-descent trains with either loss: with the squared one the sharpness rises towards 2/η while the loss
-falls; with cross-entropy it falls to zero together with the loss, so that at its infimum no learning
-rate is too large, and linear stability selects nothing.
+We read that figure as showing the loss around a minimum. At minima of gradient descent with the squared
+loss, the loss along the Hessian's top eigenvector is compared with its quadratic approximation, which
+linear stability assumes: how much does it rise before the two differ by a tenth? Then gradient descent
+trains with either loss. With the squared loss the sharpness rises towards 2/η while the loss falls. With
+cross-entropy the sharpness falls to zero with the loss, so that in the limit every learning rate is
+stable, and linear stability selects nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 
 from benchmarks.experiments.loss_shape.jobs import LOSSES, WITHIN, Course, Line
 from benchmarks.framework.claims import Claim, all_of, at_least, spread
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, trace
 from benchmarks.framework.tables import Row, table
 from benchmarks.runner import Store
@@ -40,13 +40,13 @@ class LossShape(Experiment):
 
     Attributes:
         lrs: learning rates of the minima.
-        n: training images.
-        target_loss: of the minima.
-        max_steps: at which their training stops in any case.
-        course_n: training images of the training by either loss; ``None`` for all of them.
-        course_lr: its learning rate.
-        course_steps: its steps.
-        looks: measurements on its way.
+        n: number of training images.
+        target_loss: training loss of the minima.
+        max_steps: largest number of steps to a minimum.
+        course_n: training images of the runs with either loss; ``None`` for ``n``.
+        course_lr: learning rate of these runs.
+        course_steps: their steps.
+        looks: number of measurements during each.
     """
 
     name = "loss-shape"
@@ -58,8 +58,8 @@ class LossShape(Experiment):
             **{"course_steps": 100, "looks": 6},
         },
         ("small", "digits"): {"target_loss": 1e-3, "lrs": (0.5, 2.0), "course_steps": 3000},
-        # A tenth of the images, so that cross-entropy gets the many steps that it takes to vanish, and
-        # a rate at which it does not diverge.
+        # With a tenth of the images cross-entropy can take the many steps in which it vanishes. At
+        # this learning rate it does not diverge.
         ("small", "fashion-mnist"): {
             **{"target_loss": 1e-3, "lrs": (0.5,), "looks": 16},
             **{"course_n": 100, "course_lr": 0.1, "course_steps": 40_000},
@@ -81,58 +81,60 @@ class LossShape(Experiment):
     looks: int = 16
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return a line through each minimum, in two tables, and the courses."""
+        """Return a line through each minimum, in two tables, and the runs with either loss."""
         data = Dataset(self.data, self.n)
         lines = [
-            case(Line(one.job), lr=one.job.lr, seed=one.job.seed)
-            for one in minima(self, data, lrs=self.lrs)
+            case_of(Line(minimum.job), lr=minimum.job.lr, seed=minimum.job.seed)
+            for minimum in minima(self, data, lrs=self.lrs)
         ]
-        seen = Dataset(self.data, self.course_n or self.n)
+        course_data = Dataset(self.data, self.course_n or self.n)
         courses = [
-            Course(seen, loss, self.course_lr, seed, self.course_steps, self.looks)
+            Course(course_data, loss, self.course_lr, seed, self.course_steps, self.looks)
             for loss in LOSSES
             for seed in self.seeds
         ]
-        course = [case(job, trained_by=job.loss, lr=job.lr, seed=job.seed) for job in courses]
-        return {"minima": lines, "line": lines, "course": course}
+        course_cases = [
+            case_of(job, trained_by=job.loss, lr=job.lr, seed=job.seed) for job in courses
+        ]
+        return {"minima": lines, "line": lines, "course": course_cases}
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return the minimum, the points of the line, or the measurements of a course."""
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return the minimum, the points of the line, or the measurements of a run."""
         if name == "minima":
             keys = ("loss", "sharpness", "slope", "trusted_rise")
-            return [one.keys | {key: found[key] for key in keys}]
+            return [case.keys | {key: result[key] for key in keys}]
         if name == "course":
-            return [one.keys | at for at in found["course"]]
-        along = zip(found["t"], found["losses"], found["quadratic"], strict=True)
-        return [one.keys | {"t": t, "loss": loss, "quadratic": q} for t, loss, q in along]
+            return [case.keys | record for record in result["course"]]
+        points = zip(result["t"], result["losses"], result["quadratic"], strict=True)
+        return [case.keys | {"t": t, "loss": loss, "quadratic": q} for t, loss, q in points]
 
     def summary(self, tables: Tables) -> Tables:
-        """Return the minima, and where the courses end."""
+        """Return the minima, and the ends of the runs."""
         ends = {"course-ends": _ends(tables["course"])} if "course" in tables else {}
         return {**super().summary(tables), **ends}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return the loss and its quadratic, or sharpness against loss on the way."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return the loss and its quadratic, or sharpness against loss during training."""
         if name == "minima":
             return None
         if name == "course":
-            return _draw_course(its)
-        its = its[its.seed == its.seed.iloc[0]]
-        lrs = list(dict.fromkeys(its.lr))
+            return _draw_course(frame)
+        frame = frame[frame.seed == frame.seed.iloc[0]]
+        lrs = list(dict.fromkeys(frame.lr))
         figure, axes = panels(len(lrs), width=3.6, height=3.4)
         for panel, lr in zip(axes, lrs, strict=True):
-            each = its[its.lr == lr]
-            trace(panel, each.t, each.loss, "loss")
-            limit(panel, each.t, each.quadratic, "quadratic")
-            first = panel is axes[0]
-            y = "squared loss" if first else ""
-            finish(panel, "along the top eigenvector", y, title=f"η = {lr:g}", legend=first)
+            line = frame[frame.lr == lr]
+            trace(panel, line.t, line.loss, "loss")
+            limit(panel, line.t, line.quadratic, "quadratic")
+            is_first = panel is axes[0]
+            y = "squared loss" if is_first else ""
+            finish(panel, "along the top eigenvector", y, title=f"η = {lr:g}", legend=is_first)
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return how far the quadratic holds, and where sharpness goes by either loss."""
+        """Yield the range of the quadratic, and the trend of the sharpness with either loss."""
         if "minima" in tables:
-            rises = tables["minima"].trusted_rise.fillna(np.inf)  # it holds all the way
+            rises = tables["minima"].trusted_rise.fillna(np.inf)  # missing: no limit found
             yield at_least(
                 "around a minimum the loss is its quadratic, along the top eigenvector",
                 rises,
@@ -146,30 +148,30 @@ class LossShape(Experiment):
                 f" {(rises >= 9).sum()} of {len(rises)}",
             )
         if "course" in tables:
-            for loss, its in _ends(tables["course"]).groupby("trained_by", sort=False):
-                yield _on_courses(str(loss), its)
+            for loss, ends in _ends(tables["course"]).groupby("trained_by", sort=False):
+                yield _on_courses(str(loss), ends)
 
 
 def _ends(course: Any) -> pd.DataFrame:
-    """Return where each course of training ended, and its sharpest point."""
+    """Return the end of each run, its largest sharpness, and the slope against the loss."""
     rows = []
-    known = course.dropna(subset="sharpness")
-    for _, its in known.groupby(["trained_by", "seed"], sort=False):
-        end = its.iloc[-1]
+    measured = course.dropna(subset="sharpness")
+    for _, run in measured.groupby(["trained_by", "seed"], sort=False):
+        end = run.iloc[-1]
         keys = ("trained_by", "seed", "step", "loss", "sharpness")
         rows.append(
             {key: end[key] for key in keys}
-            | {"limit": 2 / end.lr, "highest": its.sharpness.max(), "slope": _slope(its)}
+            | {"limit": 2 / end.lr, "highest": run.sharpness.max(), "slope": _slope(run)}
         )
     return table(rows)
 
 
-def _slope(its: Any) -> float | None:
+def _slope(run: Any) -> float | None:
     """Return d log(sharpness)/d log(loss) over the last decade of the loss."""
-    last = its[its.loss <= 10 * its.loss.iloc[-1]]
-    if len(last) < 3:
+    last_decade = run[run.loss <= 10 * run.loss.iloc[-1]]
+    if len(last_decade) < 3:
         return None
-    logs = (np.log(last[key].to_numpy(float)) for key in ("loss", "sharpness"))
+    logs = (np.log(last_decade[key].to_numpy(float)) for key in ("loss", "sharpness"))
     return float(np.polyfit(*logs, 1)[0])
 
 
@@ -202,13 +204,13 @@ def _on_courses(loss: str, ends: Any) -> Claim:
     )
 
 
-def _draw_course(its: Any) -> Figure:
+def _draw_course(courses: Any) -> Figure:
     figure, (axes,) = panels(width=5.5)
-    lr, first = its.lr.iloc[0], its.seed.iloc[0]
-    for (loss, seed), each in its.groupby(["trained_by", "seed"], sort=False):
+    lr, first = courses.lr.iloc[0], courses.seed.iloc[0]
+    for (loss, seed), run in courses.groupby(["trained_by", "seed"], sort=False):
         label = loss if seed == first else ""
         style = {"marker": "o", "markersize": 3, "linewidth": 1}
-        trace(axes, each.loss, each.sharpness, label, COLOURS[loss], **style)
+        trace(axes, run.loss, run.sharpness, label, COLOURS[loss], **style)
     limit(axes, y=2 / lr, label=f"2/η, η = {lr:g}")
     finish(axes, "training loss", "sharpness a", log="xy")
     axes.invert_xaxis()

@@ -1,4 +1,4 @@
-"""Jobs of the loss's shape: the loss along its sharpest direction, and sharpness during training."""
+"""`Line`: the loss along its sharpest direction; `Course`: sharpness during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.training.networks import flops_per_sample, network
 from stableopt import Problem
 from stableopt.curvature import Hessian, top_eigenpair
 
-__all__ = ["LOSSES", "Course", "Line", "along", "trusted"]
+__all__ = ["LOSSES", "Course", "Line", "loss_along", "trusted_rise"]
 
 LOSSES: dict[str, nn.Module] = {
     "squared": mean_squared_error,
@@ -29,26 +29,25 @@ LOSSES: dict[str, nn.Module] = {
 }
 
 WITHIN = 0.1
-"""Share by which the loss may be off the quadratic."""
+"""Relative difference up to which the loss agrees with its quadratic."""
 
 LEAST_RISE, MOST_RISE = 1e-2, 1e4
-"""Of the quadratic over the loss at the minimum, between which its validity is searched."""
+"""Smallest and largest rise that is tested, relative to the loss at the minimum."""
 
 
 @dataclass(frozen=True)
 class Line(Job):
     r"""The loss along the top eigenvector v of the Hessian at a minimum θ, in double precision.
 
-    Its quadratic is :math:`q(t) = L(\theta) + t\,v^\top\nabla L(\theta) + \tfrac12 a t^2`.
+    Its quadratic approximation is :math:`q(t) = L(\theta) + t\,v^\top\nabla L(\theta) + \tfrac12 a t^2`.
 
     Attributes:
         start: the minimum.
-        rise: of the quadratic, as a multiple of the loss there, at the ends of the line.
-        points: of the line.
+        rise: rise of the quadratic at the ends of the line, relative to the loss at the minimum.
+        points: number of points on the line.
 
-    The result has ``loss`` and ``sharpness`` at the minimum, ``t``, ``losses`` and ``quadratic``
-    along the line, and ``trusted_rise``: the multiple of the loss by which the quadratic rises on
-    either side before the loss departs from it by more than a tenth.
+    The result has ``loss``, ``sharpness`` and ``slope`` at the minimum; ``t``, ``losses`` and
+    ``quadratic`` along the line; and ``trusted_rise``, see :func:`trusted_rise`.
     """
 
     kind = "loss-line"
@@ -64,33 +63,33 @@ class Line(Job):
 
     @property
     def flops(self) -> float:
-        """Of the losses along the line and some hundred products, in double precision."""
+        """The losses along the line and about a hundred products, in double precision."""
         data = self.start.data
         return 2 * (self.points + 400.0) * data.n * flops_per_sample(data.name, self.start.network)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Find the eigenvector, and walk along it."""
+        """Find the eigenvector, and evaluate the loss along it."""
         _, model, images = from_minimum(self.start, work, allow_unfinished=True)
         model = model.double().eval()
         data = (images.x.double(), images.y.double())
         problem = Problem(model, mean_squared_error, data)
         top = top_eigenpair(Hessian(problem), tol=1e-6, max_iter=1000)
-        loss_at, slope = along(model, mean_squared_error, data, top.vector)
-        first = loss_at(0.0)
-        end = math.sqrt(2 * self.rise * first / top.value)
-        t = np.linspace(-end, end, self.points).tolist()
+        loss_at, slope = loss_along(model, mean_squared_error, data, top.vector)
+        minimum_loss = loss_at(0.0)
+        end = math.sqrt(2 * self.rise * minimum_loss / top.value)
+        distances = np.linspace(-end, end, self.points).tolist()
         return {
-            "loss": first,
+            "loss": minimum_loss,
             "sharpness": top.value,
             "slope": slope,
-            "t": t,
-            "losses": [loss_at(each) for each in t],
-            "quadratic": [first + slope * each + top.value * each**2 / 2 for each in t],
-            "trusted_rise": trusted(loss_at, first, slope, top.value),
+            "t": distances,
+            "losses": [loss_at(t) for t in distances],
+            "quadratic": [minimum_loss + slope * t + top.value * t**2 / 2 for t in distances],
+            "trusted_rise": trusted_rise(loss_at, minimum_loss, slope, top.value),
         }
 
 
-def along(
+def loss_along(
     model: nn.Module,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     data: tuple[Tensor, Tensor],
@@ -113,46 +112,48 @@ def along(
     return loss_at, slope
 
 
-def trusted(
-    loss_at: Callable[[float], float], first: float, slope: float, sharpness: float
+def trusted_rise(
+    loss_at: Callable[[float], float], minimum_loss: float, slope: float, sharpness: float
 ) -> float:
-    r"""Return the rise :math:`at^2/2`, over the first loss, up to which the quadratic holds.
+    r"""Return the rise :math:`at^2/2`, relative to the minimum's loss, up to which the quadratic holds.
 
-    Within a tenth of first loss and rise together, on both sides, to the nearest of 20 steps a
-    decade; infinity where it holds all the way. A tenth of the rise alone would ask of ReLU networks
-    what they do not have: next to a kink the loss departs from its quadratic by as much as it rises.
+    It holds if on both sides it differs from the loss by at most a tenth of minimum's loss plus rise.
+    A tenth of the rise alone would be too strict for ReLU networks: next to a kink the loss differs
+    from its quadratic by as much as it rises. Rises are tested at 20 points per decade; infinity if
+    all of them pass.
 
-    >>> round(trusted(lambda t: 1 + t**2 / 2 + 0.049 * t**4, 1.0, 0.0, 1.0), 2)  # at t² = 2: Q/10
+    >>> round(trusted_rise(lambda t: 1 + t**2 / 2 + 0.049 * t**4, 1.0, 0.0, 1.0), 2)  # at t² = 2: Q/10
     1.0
-    >>> trusted(lambda t: 1 + t**2 / 2, 1.0, 0.0, 1.0)
+    >>> trusted_rise(lambda t: 1 + t**2 / 2, 1.0, 0.0, 1.0)
     inf
     """
     decades = math.log10(MOST_RISE / LEAST_RISE)
-    last = 0.0
+    trusted = 0.0
     for rise in np.logspace(math.log10(LEAST_RISE), math.log10(MOST_RISE), round(20 * decades) + 1):
-        half = rise * first
-        t = math.sqrt(2 * half / sharpness)
-        for signed in (-t, t):
-            if abs(loss_at(signed) - first - slope * signed - half) > WITHIN * (first + half):
-                return last
-        last = float(rise)
+        quadratic_rise = rise * minimum_loss
+        t = math.sqrt(2 * quadratic_rise / sharpness)
+        for offset in (-t, t):
+            error = abs(loss_at(offset) - minimum_loss - slope * offset - quadratic_rise)
+            if error > WITHIN * (minimum_loss + quadratic_rise):
+                return trusted
+        trusted = float(rise)
     return math.inf
 
 
 @dataclass(frozen=True)
 class Course(Job):
-    """Gradient descent for a number of steps, and the sharpness on the way.
+    """Gradient descent for a number of steps, with measurements of the sharpness.
 
     Attributes:
         data: the images.
         loss: ``"squared"`` or ``"cross-entropy"``.
         lr: learning rate.
-        seed: of the initialisation.
-        steps: how many.
-        looks: how many measurements, at equal distances of the logarithm of the step.
+        seed: seed of the initialisation.
+        steps: number of steps.
+        looks: number of measurements, evenly spaced in the logarithm of the step.
 
-    The result has ``course``: at each look ``step``, ``loss``, ``sharpness`` and its
-    ``relative_residual``, and ``accuracy`` on the training set; up to where it diverged, should it.
+    The result has ``course``, a record per measurement: ``step``, ``loss``, ``sharpness`` and its
+    ``relative_residual``, and ``accuracy`` on the training set. It ends where training diverges.
     """
 
     kind = "loss-course"
@@ -166,12 +167,12 @@ class Course(Job):
 
     @property
     def flops(self) -> float:
-        """Of the steps, and of some fifty products at a look, each of three gradients."""
+        """The steps, and per measurement about fifty products of three gradients each."""
         samples = (self.steps + 150.0 * self.looks) * self.data.n
         return samples * flops_per_sample(self.data.name, None)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train, and look."""
+        """Train, with measurements along the way."""
         loss_fn = LOSSES[self.loss]
         images = images_for(self.data, work)
         model = network(self.data.name, seed=self.seed).to(work.place.device)
@@ -179,20 +180,20 @@ class Course(Job):
         looks = {0, *np.geomspace(1, self.steps, self.looks).round().astype(int).tolist()}
         course: list[dict[str, Any]] = []
 
-        def look(step: int, loss: float) -> bool:
+        def measure(step: int, loss: float) -> bool:
             if not loss < math.inf:
                 return True
             if step in looks:
-                course.append({"step": step, "loss": loss, **self._look(model, images)})
+                course.append({"step": step, "loss": loss, **self._measure(model, images)})
             work.progress(step / self.steps, f"{self.loss}, step {step:,}, loss {loss:.1e}")
             return False
 
         steps = self.steps + 1
         batches = all_samples(images)
-        train(model, optimizer, batches, loss_fn=loss_fn, steps=steps, before_step=look)
+        train(model, optimizer, batches, loss_fn=loss_fn, steps=steps, before_step=measure)
         return {"course": course}
 
-    def _look(self, model: nn.Module, images: Any) -> dict[str, Any]:
+    def _measure(self, model: nn.Module, images: Any) -> dict[str, Any]:
         margins = stableopt.measure(
             model,
             LOSSES[self.loss],
@@ -201,11 +202,11 @@ class Course(Job):
             quantities=("sharpness",),
             max_iter=300,
         )
-        measured = margins.measurements.get("sharpness")
+        measurement = margins.measurements.get("sharpness")
         with torch.no_grad():
-            right = model(images.x).argmax(1) == images.y.argmax(1)
+            correct = model(images.x).argmax(1) == images.y.argmax(1)
         return {
             "sharpness": margins.sharpness,
-            "relative_residual": measured.residual if measured is not None else None,
-            "accuracy": float(right.double().mean()),
+            "relative_residual": measurement.residual if measurement is not None else None,
+            "accuracy": float(correct.double().mean()),
         }

@@ -1,4 +1,4 @@
-"""What the rules say before a run, against what SGD then does. Beyond the paper."""
+"""Which rule predicts what SGD will do? Every rule against every outcome. Beyond the paper."""
 
 from benchmarks.experiments.prediction.experiment import EXPERIMENT
 

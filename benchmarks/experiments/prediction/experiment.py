@@ -1,12 +1,11 @@
 """Which rule predicts what SGD will do? Every rule against every outcome. Beyond the paper.
 
-From each of several minima SGD runs at each batch size and learning rate of a grid that is chosen
-without regard to the rules. Before a run each rule says "stay" or "escape"; the run has escaped if
-the training loss rises tenfold. The rules are condition (8), which is sufficient for stability; the
-box (9); the exact mean-square threshold; 2/η alone; and, for comparison with not measuring at all,
-the best threshold on η/B, which is chosen with hindsight, in its favour. All of them take batches for
-independent; where these are reshuffled each epoch, the threshold of the epoch's own second-moment
-operator is one more rule.
+From each of several minima SGD runs at every batch size and learning rate of a grid, which is chosen
+independently of the rules. Before a run each rule predicts "stay" or "escape"; a run has escaped if the
+training loss rises tenfold. The rules are condition (8), which is sufficient for stability; the box (9);
+the exact mean-square threshold; 2/η alone; and, as a baseline without measurements, the best threshold
+on η/B, fitted in hindsight. All of them assume independent batches. Where batches are reshuffled each
+epoch, a further rule is the threshold of the second-moment operator of a whole epoch.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "Prediction", "as_row"]
 
 LEAST_CASES = 200
-"""So that the shares in the confusion matrices mean something."""
+"""Fewest cases for which the confusion matrices are conclusive."""
 
 
 @dataclass(frozen=True)
 class Prediction(Experiment):
-    """Confusion matrices.
+    """Confusion matrices of the rules.
 
     Attributes:
-        lrs: of the gradient descents that find the minima.
-        n: training images: few, since the exact threshold takes time as (nC)^3.
-        target_loss: at which gradient descent stops.
-        batch_sizes: of SGD.
-        fractions: learning rates of SGD, as fractions of the minimum's 2/a.
-        steps: of SGD, within which it must leave to count as escaped.
+        lrs: learning rates of the gradient descents that find the minima.
+        n: training images: few, since the cost of the exact threshold grows as (nC)^3.
+        target_loss: training loss at which gradient descent stops.
+        batch_sizes: batch sizes of SGD.
+        fractions: learning rates of SGD, relative to the minimum's 2/a.
+        steps: number of SGD steps within which a run must escape.
         samplings: how batches are drawn: ``"independent"``, as in the theory, or ``"reshuffled"``.
     """
 
@@ -96,105 +95,108 @@ class Prediction(Experiment):
             for lr in self.lrs
             for seed in self.seeds
         ]
-        places = [
+        grid = [
             (Thresholds(start, self.batch_sizes), fraction, size)
             for start in starts
             for size in self.batch_sizes
             for fraction in self.fractions
         ]
-        found = {
+        tables = {
             "cases": [
                 Case(
-                    Trial(*place, steps=self.steps, independent=sampling == "independent"),
-                    {"sampling": sampling, **_keys(*place)},
+                    Trial(*point, steps=self.steps, independent=sampling == "independent"),
+                    {"sampling": sampling, **_keys(*point)},
                 )
                 for sampling in self.samplings
-                for place in places
+                for point in grid
             ]
         }
         if "reshuffled" in self.samplings:
-            found["growths"] = [
-                Case(EpochGrowth(*place), {**_keys(*place), "fraction": place[1]})
-                for place in places
+            tables["growths"] = [
+                Case(EpochGrowth(*point), {**_keys(*point), "fraction": point[1]}) for point in grid
             ]
-        return found
+        return tables
 
-    def rows(self, name: str, one: Case, found: Outcome | Grown, store: Store) -> Iterable[Row]:
-        """Return what each rule said, and what SGD did; or how fast the second moment grows."""
-        if isinstance(found, Grown):
-            yield {**one.keys, **asdict(found)}
+    def rows(self, name: str, case: Case, result: Outcome | Grown, store: Store) -> Iterable[Row]:
+        """Return the rules' predictions and the run's outcome; or the growth of the second moment."""
+        if isinstance(result, Grown):
+            yield {**case.keys, **asdict(result)}
             return
-        trial = one.job
-        said = dict(found.said)
+        trial = case.job
+        said = dict(result.said)
         growth = EpochGrowth(trial.thresholds, trial.fraction, trial.batch_size)
         if not trial.independent and store.done(growth):
             per_epoch = store.result(growth).per_epoch
             said["threshold of the epoch"] = per_epoch is None or per_epoch > 0
-        yield {**one.keys, **as_row(replace(found, said=said))}
+        yield {**case.keys, **as_row(replace(result, said=said))}
 
     def derived(self, tables: Tables) -> Tables:
-        """Return ``confusion``: a row for each sampling and rule."""
+        """Return the table ``confusion``, with a row for each sampling and rule."""
         if "cases" not in tables:
             return {}
         by_sampling = tables["cases"].groupby("sampling", sort=False)
-        rows = (row for sampling, its in by_sampling for row in confusion(its, str(sampling)))
+        rows = (row for sampling, group in by_sampling for row in confusion(group, str(sampling)))
         return {"confusion": table(rows)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return, for the cases, η/η* against batch size, marked by what SGD did."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return η/η* of the runs against batch size, marked by outcome."""
         if name != "cases":
             return None
         figure, axes = panels(len(self.samplings), sharey=True)
-        for number, (panel, sampling) in enumerate(zip(axes, self.samplings, strict=True)):
+        for index, (panel, sampling) in enumerate(zip(axes, self.samplings, strict=True)):
             for label, colour, marker in (("stayed", BLUE, "o"), ("escaped", VERMILION, "x")):
                 escaped = label == "escaped"
-                known: Any = its[(its.sampling == sampling) & (its.escaped_at.notna() == escaped)]
-                # A little sideways, so that marks do not hide each other.
-                x = known.batch_size * (1 + 0.03 * (known.seed - 0.5) + 0.05 * escaped)
+                runs: Any = frame[
+                    (frame.sampling == sampling) & (frame.escaped_at.notna() == escaped)
+                ]
+                # A small horizontal offset, so that marks do not overlap.
+                x = runs.batch_size * (1 + 0.03 * (runs.seed - 0.5) + 0.05 * escaped)
                 style = {"marker": marker, "markersize": 5, "fillstyle": "none"}
-                points(panel, x, known.lr / known.critical_lr, label, colour, **style)
+                points(panel, x, runs.lr / runs.critical_lr, label, colour, **style)
             limit(panel, y=1, label="exact threshold η*")
             y, title = "learning rate / exact threshold", f"{sampling} batches"
             finish(
                 panel,
                 "batch size B",
-                "" if number else y,
+                "" if index else y,
                 log="xy",
                 title=title,
-                legend=not number,
+                legend=not index,
                 ticks=self.batch_sizes,
             )
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return how often each rule was right, the exact threshold against the others."""
+        """Yield the accuracy of the rules, and whether the exact threshold's is the highest."""
         if "confusion" not in tables:
             return
-        for sampling, its in tables["confusion"].groupby("sampling", sort=False):
-            rules = set(its.rule)
-            own = "threshold of the epoch"
-            judged = own if sampling == "reshuffled" and own in rules else "exact threshold"
-            best, others = its[its.rule == judged].iloc[0], its[its.rule != judged]
+        for sampling, group in tables["confusion"].groupby("sampling", sort=False):
+            rules = set(group.rule)
+            epoch_rule = "threshold of the epoch"
+            judged = "exact threshold"
+            if sampling == "reshuffled" and epoch_rule in rules:
+                judged = epoch_rule
+            best, others = group[group.rule == judged].iloc[0], group[group.rule != judged]
             enough = best.cases >= LEAST_CASES
-            level = others[others.right >= best.right].rule
+            not_beaten = others[others.right >= best.right].rule
             yield all_of(
                 f"The {judged} says what SGD does ({sampling} batches)",
-                [enough and not len(level)],
+                [enough and not len(not_beaten)],
                 theory="right more often than every other rule",
                 ours="; ".join(
                     f"{row.rule}: {row.right:.1%} right ({row.said_escape_stayed} false alarms,"
                     f" {row.said_stay_escaped} missed)"
-                    for row in its.itertuples()
+                    for row in group.itertuples()
                 ),
                 tolerance=f"none; at least {LEAST_CASES} cases",
                 why=f"{best.cases} cases{'' if enough else ': too few to say'}"
-                + "".join(f"; {rule} is right as often, or more" for rule in level),
+                + "".join(f"; {rule} is right as often, or more" for rule in not_beaten),
             )
 
 
-def as_row(found: Outcome) -> dict[str, Any]:
-    """Return a trial's numbers, a column for each rule, and what SGD did."""
-    result = asdict(found)
+def as_row(outcome: Outcome) -> dict[str, Any]:
+    """Return a trial's numbers, each rule's prediction, and the outcome of the run."""
+    result = asdict(outcome)
     said = result.pop("said")
     ends = {key: result.pop(key) for key in ("escaped_at", "largest_loss_ratio")}
     return {**result, **{RULES[rule]: said.get(rule) for rule in RULES if rule in said}, **ends}

@@ -1,4 +1,4 @@
-"""`confusion`: what each rule said, against what SGD did; `calibration`: how often, by distance."""
+"""`confusion`: the rules' predictions against outcomes; `calibration`: escapes against η/η*."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ RULES = {
     "threshold of the epoch": "reshuffled",
     "η/B alone": "",
 }
-"""The rules, and the columns in which they say whether SGD escapes; η/B is judged afterwards."""
+"""The rules, and the columns of their predictions of an escape; η/B has none, as it is fitted."""
 
 EDGES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.4, 2.0, 4.0, np.inf)
-"""Of the bins of η/η*: finer at the threshold."""
+"""Edges of the bins of η/η*, finer near the threshold."""
 
 
 def confusion(
     cases: pd.DataFrame, sampling: str = "", *, fixed_on: pd.DataFrame | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each rule: how often it said what, and what SGD did.
+    """Yield a row for each rule: its confusion matrix and its accuracy.
 
-    The threshold on η/B is the one that is right most often on ``fixed_on``, by default these very
-    cases. A rule that did not speak in every case is left out.
+    The threshold on η/B is the most accurate one on ``fixed_on``, by default on the same cases. Rules
+    without a prediction in some case are left out.
 
     >>> from benchmarks.framework.tables import table
     >>> cases = table(
@@ -43,25 +43,25 @@ def confusion(
     [0.33, 0.67, 0.67, 1.0, 1.0]
     """
     escaped = cases.escaped_at.notna().to_numpy()
-    best = _best_noise(cases if fixed_on is None else fixed_on)
+    noise_threshold = _best_noise(cases if fixed_on is None else fixed_on)
     for rule, column in RULES.items():
         if column and (column not in cases or cases[column].isna().any()):
             continue
-        says = cases[column].to_numpy(bool) if column else _noise(cases) > best
+        predicted = cases[column].to_numpy(bool) if column else _noise(cases) > noise_threshold
         yield {
             "sampling": sampling,
             "rule": rule,
             "cases": len(cases),
-            "said_escape_escaped": int((says & escaped).sum()),
-            "said_escape_stayed": int((says & ~escaped).sum()),
-            "said_stay_escaped": int((~says & escaped).sum()),
-            "said_stay_stayed": int((~says & ~escaped).sum()),
-            "right": float((says == escaped).mean()),
+            "said_escape_escaped": int((predicted & escaped).sum()),
+            "said_escape_stayed": int((predicted & ~escaped).sum()),
+            "said_stay_escaped": int((~predicted & escaped).sum()),
+            "said_stay_stayed": int((~predicted & ~escaped).sum()),
+            "right": float((predicted == escaped).mean()),
         }
 
 
 def calibration(cases: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield, by bins of η/η*, the share of runs that escaped, with its 95 % interval (Wilson).
+    """Yield the fraction of escaped runs, with its 95 % Wilson interval, for each bin of η/η*.
 
     >>> from benchmarks.framework.tables import table
     >>> cases = table({"lr": lr, "critical_lr": 1.0, "escaped_at": None} for lr in (0.4, 0.45, 3.0))
@@ -70,26 +70,26 @@ def calibration(cases: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """
     ratio = (cases.lr / cases.critical_lr).to_numpy(float)
     escaped = cases.escaped_at.notna().to_numpy()
-    place = np.digitize(ratio, EDGES)
-    for number in np.unique(place):
-        here = place == number
-        found = binomtest(int(escaped[here].sum()), int(here.sum()))
-        interval = found.proportion_ci(method="wilson")
+    bins = np.digitize(ratio, EDGES)
+    for bin_index in np.unique(bins):
+        in_bin = bins == bin_index
+        test = binomtest(int(escaped[in_bin].sum()), int(in_bin.sum()))
+        interval = test.proportion_ci(method="wilson")
         yield {
-            "ratio": float(np.exp(np.log(ratio[here]).mean())),
-            "cases": int(here.sum()),
-            "escaped": float(escaped[here].mean()),
+            "ratio": float(np.exp(np.log(ratio[in_bin]).mean())),
+            "cases": int(in_bin.sum()),
+            "escaped": float(escaped[in_bin].mean()),
             "lowest": float(interval.low),
             "highest": float(interval.high),
         }
 
 
 def _noise(cases: pd.DataFrame) -> np.ndarray:
-    found: np.ndarray = cases.lr.to_numpy() / cases.batch_size.to_numpy()
-    return found
+    noise: np.ndarray = cases.lr.to_numpy() / cases.batch_size.to_numpy()
+    return noise
 
 
 def _best_noise(cases: pd.DataFrame) -> float:
-    """Return the threshold on η/B that is right most often."""
+    """Return the most accurate threshold on η/B."""
     escaped, noise = cases.escaped_at.notna().to_numpy(), _noise(cases)
     return max([0.0, *np.unique(noise)], key=lambda bound: ((noise > bound) == escaped).sum())

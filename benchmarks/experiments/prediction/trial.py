@@ -1,4 +1,4 @@
-"""`Trial`: SGD from a minimum, and what each rule says before; `EpochGrowth`: a rule for reshuffling."""
+"""`Trial`: each rule's prediction, and SGD from a minimum; `EpochGrowth`: the rule for reshuffling."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from stableopt.stability.simulated.reshuffled import reshuffled_growth
 __all__ = ["EpochGrowth", "Grown", "Outcome", "Trial"]
 
 COPIES, FEW_COPIES = 128, 16
-"""Of the linear dynamics of an epoch. Few know the sign of the growth where it is large."""
+"""Replicas of the linear dynamics. Few suffice to know the sign of a growth far from zero."""
 
 NEAR = 2.0
-"""Factor of the threshold of independent batches within which many are followed."""
+"""Within this factor of the threshold for independent batches, all ``COPIES`` are simulated."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the rules said of a trial, and what SGD did.
+    """The rules' predictions for a trial, and the run's outcome.
 
     Attributes:
         lr: learning rate of SGD.
-        full_batch: the largest learning rate without noise: 2/a for plain SGD.
-        theorem1: the largest learning rate that condition (8) allows, if it covers the step.
+        full_batch: the largest stable learning rate without noise, which is 2/a for plain SGD.
+        theorem1: the largest by condition (8), if it covers the update rule.
         critical_lr: the exact threshold.
-        said: by rule, whether SGD will escape.
-        escaped_at: the first step looked at by which it had, or ``None``.
-        largest_loss_ratio: the largest training loss over the first; ``None`` if not finite.
+        said: whether SGD escapes, as predicted by each rule.
+        escaped_at: the first evaluated step at which it had escaped, or ``None``.
+        largest_loss_ratio: largest over initial training loss; ``None`` if not finite.
     """
 
     lr: float
@@ -47,9 +47,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial(Job):
-    """SGD from a minimum, at a fraction of its rate limit without noise: a :class:`Switch`.
+    """A :class:`Switch` at a fraction of the largest stable learning rate without noise.
 
-    The first line of the trace is what each rule says, before a step is taken. The result is an
+    The first line of the trace has each rule's prediction, before the first step. The result is an
     :class:`Outcome`.
     """
 
@@ -69,24 +69,26 @@ class Trial(Job):
 
     def run(self, work: Work) -> dict[str, Any]:
         """Predict by every rule, then run SGD."""
-        start = self.thresholds.start
-        begun = from_minimum(start, work)
+        solution = self.thresholds.start
+        start = from_minimum(solution, work)
         allowed = work.result(self.thresholds)
-        mine = allowed.at(self.batch_size)
+        threshold = allowed.at(self.batch_size)
         lr = self.fraction * allowed.full_batch
         update = self.thresholds.update
-        a, s = begun.found.sharpness, begun.found.non_uniformity
-        if update != SGD:  # those that were measured are the Hessian's, without P
+        a, s = start.minimum.sharpness, start.minimum.non_uniformity
+        if update != SGD:  # the measured ones are those of the Hessian without P
             a, s = allowed.sharpness, allowed.non_uniformity
-        in_box = box(a, s, lr=lr, batch_size=self.batch_size, n=start.data.n, update=update)
-        said = {"sharpness alone": lr > allowed.full_batch, "box (9)": in_box.escapes}
-        if mine.theorem1 is not None:
-            said["condition (8)"] = lr > mine.theorem1
-        said["exact threshold"] = lr > mine.critical_lr
+        box_prediction = box(
+            a, s, lr=lr, batch_size=self.batch_size, n=solution.data.n, update=update
+        )
+        said = {"sharpness alone": lr > allowed.full_batch, "box (9)": box_prediction.escapes}
+        if threshold.theorem1 is not None:
+            said["condition (8)"] = lr > threshold.theorem1
+        said["exact threshold"] = lr > threshold.critical_lr
         work.restored()
         work.trace(lr=lr, said=said)
         switch = Switch(
-            start,
+            solution,
             lr=lr,
             batch_size=self.batch_size,
             steps=self.steps,
@@ -94,20 +96,20 @@ class Trial(Job):
             measure_after=False,
             update=update,
         )
-        done = switch.go(begun, work)
+        escape = switch.train_from(start, work)
         return {
             **{"lr": lr, "said": said, "full_batch": allowed.full_batch},
-            **{"theorem1": mine.theorem1, "critical_lr": mine.critical_lr},
-            **{"escaped_at": done.escaped_at, "largest_loss_ratio": done.largest_loss_ratio},
+            **{"theorem1": threshold.theorem1, "critical_lr": threshold.critical_lr},
+            **{"escaped_at": escape.escaped_at, "largest_loss_ratio": escape.largest_loss_ratio},
         }
 
 
 @dataclass(frozen=True)
 class Grown:
-    """How the second moment grows at a learning rate, if batches are reshuffled each epoch.
+    """The growth of the second moment at a learning rate with batches reshuffled each epoch.
 
     Attributes:
-        per_epoch: logarithm of the factor in an epoch; ``None`` if not finite.
+        per_epoch: logarithm of the growth factor per epoch; ``None`` if not finite.
         standard_error: of ``per_epoch``.
     """
 
@@ -120,9 +122,9 @@ class EpochGrowth(Job):
     """The growth of the second moment at the learning rate of a trial with reshuffled batches.
 
     Attributes:
-        thresholds: of the minimum.
-        fraction: of its largest learning rate without noise.
-        batch_size: of SGD.
+        thresholds: thresholds of the minimum.
+        fraction: learning rate over the largest stable one without noise.
+        batch_size: batch size of SGD.
 
     The result is a :class:`Grown`.
     """
@@ -141,20 +143,20 @@ class EpochGrowth(Job):
 
     @property
     def flops(self) -> float:
-        """About 20 epochs, one in four near; memory is slower than arithmetic here, by about 4."""
+        """About 20 epochs, a quarter of the jobs near the threshold; memory-bound by a factor of 4."""
         rows = 10.0 * self.thresholds.start.data.n
         return 4 * 20 * (FEW_COPIES + COPIES / 4) * 4 * rows**2
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Follow the second moment until the sign of its growth is known."""
-        start, update = self.thresholds.start, self.thresholds.update
+        """Simulate the second moment until the sign of its growth is known."""
+        solution, update = self.thresholds.start, self.thresholds.update
         allowed = work.result(self.thresholds)
         lr = self.fraction * allowed.full_batch
-        far = not 1 / NEAR < lr / allowed.at(self.batch_size).critical_lr < NEAR
-        modes = curvature_of(from_minimum(start, work), update).modes
+        is_far = not 1 / NEAR < lr / allowed.at(self.batch_size).critical_lr < NEAR
+        modes = curvature_of(from_minimum(solution, work), update).modes
         growth = reshuffled_growth(
             *(modes, update.rule(lr).linear_step, self.batch_size),
-            replicas=FEW_COPIES if far else COPIES,
+            replicas=FEW_COPIES if is_far else COPIES,
             until_sure=True,
         )
         finite = math.isfinite(growth.per_epoch)

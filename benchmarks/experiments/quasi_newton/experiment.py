@@ -1,10 +1,10 @@
 """Quasi-Newton methods settle in sharper minima: Figure 9 of the paper, and other preconditioners.
 
-An L-BFGS of tuned rate trains to a minimum; gradient descent and SGD, each of tuned rate too, start
-there. Where the minimum is sharper than 2/η they have to leave, for one that is flatter. Beyond the
-paper, Adam, Adahessian, Apollo and Shampoo train from scratch: their limit is on the *preconditioned*
-sharpness, and leaves the sharpness itself free. Rates are chosen by one half of the test images, and
-accuracies reported on the other. A part of the labels is random, so that there is something to gain.
+L-BFGS trains to a minimum, from which gradient descent and SGD continue, all with tuned learning rates.
+If the minimum is sharper than 2/η, they leave it for a flatter one. Beyond the paper, Adam, Adahessian,
+Apollo and Shampoo train from scratch. Their limit is on the *preconditioned* sharpness, and does not
+bound the sharpness itself. One half of the test images chooses the learning rates, and accuracies are
+reported on the other. Some of the labels are random, so that there is accuracy to gain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 
 from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training
 from benchmarks.framework.claims import Claim, all_of, spread
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import coloured, finish, limit, panels, points
 from benchmarks.training.data import Dataset
 
@@ -34,13 +34,13 @@ class QuasiNewton(Experiment):
     """Figure 9.
 
     Attributes:
-        n: training images.
+        n: number of training images.
         random_labels: how many of them get a random label.
-        target_loss: training loss at which a run ends.
-        max_steps: at which it ends in any case.
-        min_steps: of GD and SGD from the minimum, so that they have time to leave.
-        batch_size: of SGD.
-        lbfgs_lrs: rates that are tried with the first seed, and so on.
+        target_loss: training loss at which a run stops.
+        max_steps: largest number of steps.
+        min_steps: fewest steps of GD and SGD from the minimum, so that they have time to leave.
+        batch_size: batch size of SGD.
+        lbfgs_lrs: learning rates tried with the first seed; likewise for the other methods.
     """
 
     name = "quasi-newton"
@@ -78,7 +78,7 @@ class QuasiNewton(Experiment):
 
     @property
     def lrs(self) -> dict[str, tuple[float, ...]]:
-        """The rates of each method."""
+        """The learning rates that are tried, by method."""
         return {
             LBFGS: self.lbfgs_lrs,
             "L-BFGS, then GD": self.gd_lrs,
@@ -91,7 +91,7 @@ class QuasiNewton(Experiment):
         }
 
     def _plan(self) -> dict[str, tuple[Search, list[Training]]]:
-        """Return for each method its search, and a run for each seed at the rate that this finds."""
+        """Return each method's search, and its runs at the chosen learning rate, one per seed."""
         data = Dataset(self.data, self.n, self.random_labels)
         budget = Budget(self.target_loss, self.max_steps, self.min_steps, self.batch_size)
         plan: dict[str, tuple[Search, list[Training]]] = {}
@@ -114,16 +114,18 @@ class QuasiNewton(Experiment):
         return plan
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return each search's trials, and a run of each method for each seed."""
+        """Return the trials of the searches, and a run for each method and seed."""
         plan = self._plan().values()
         tables = {
             "searched": [job for search, _ in plan for job in search.trials],
             "solutions": [job for _, runs in plan for job in runs],
         }
-        return {name: [case(job, "method", "seed") for job in its] for name, its in tables.items()}
+        return {
+            name: [case_of(job, "method", "seed") for job in jobs] for name, jobs in tables.items()
+        }
 
     def summary(self, tables: Tables) -> Tables:
-        """Return where the methods settle, as means over seeds."""
+        """Return the measurements at the end of each method, averaged over seeds."""
         if "solutions" not in tables:
             return {}
         keys = ["lr", "loss", "sharpness", "sharpness_limit"]
@@ -131,16 +133,16 @@ class QuasiNewton(Experiment):
         means = tables["solutions"].groupby("method", sort=False)[keys].mean().reset_index()
         return {"where-they-settle": means}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return accuracy by sharpness, and preconditioned sharpness relative to its limit."""
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return accuracy, and preconditioned sharpness over its limit, against sharpness."""
         if name != "solutions":
             return None
         figure, (escape, edge) = panels(2, title="Where they settle")
-        for method, colour in coloured(its.method):
-            known = its[its.method == method].dropna(subset="sharpness")
-            points(escape, known.sharpness, 100 * known.test, str(method), colour)
-            shares = known.preconditioned_sharpness / known.preconditioned_sharpness_limit
-            points(edge, known.sharpness, shares, "", colour)
+        for method, colour in coloured(frame.method):
+            runs = frame[frame.method == method].dropna(subset="sharpness")
+            points(escape, runs.sharpness, 100 * runs.test, str(method), colour)
+            shares = runs.preconditioned_sharpness / runs.preconditioned_sharpness_limit
+            points(edge, runs.sharpness, shares, "", colour)
         limit(edge, y=1.0)
         finish(escape, "sharpness a", "test accuracy, %", log="x")
         title = "what the optimizer's own limit is on"
@@ -148,7 +150,7 @@ class QuasiNewton(Experiment):
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return whether GD and SGD leave L-BFGS's minimum for one that is flatter and tests better."""
+        """Yield whether GD and SGD find flatter, better minima, and whether all keep their limits."""
         if "solutions" not in tables:
             return
         methods = dict(iter(tables["solutions"].groupby("method", sort=False)))
@@ -156,22 +158,22 @@ class QuasiNewton(Experiment):
             for name, method in METHODS.items():
                 if method.from_minimum and name in methods:
                     yield from _escapes(name, methods[name], methods[LBFGS])
-        for name, its in methods.items():
-            yield from _at_its_limit(name, its)
+        for name, runs in methods.items():
+            yield from _at_its_limit(name, runs)
 
 
 def _spread(values: pd.Series, form: str = ".3g") -> str | None:
-    known = values.dropna()
-    return spread(known, form) if len(known) else None
+    values = values.dropna()
+    return spread(values, form) if len(values) else None
 
 
-def _escapes(name: str, its: pd.DataFrame, before: pd.DataFrame) -> Iterator[Claim]:
-    pairs = its.merge(before, on="seed", suffixes=("", "_before"))
+def _escapes(name: str, runs: pd.DataFrame, before: pd.DataFrame) -> Iterator[Claim]:
+    pairs = runs.merge(before, on="seed", suffixes=("", "_before"))
     pairs = pairs.dropna(subset=["sharpness", "sharpness_before"])
     if not len(pairs):
         return
-    lost = len(its) - len(pairs)
-    diverged = f"{lost} of {len(its)} diverged" if lost else ""
+    lost = len(runs) - len(pairs)
+    diverged = f"{lost} of {len(runs)} diverged" if lost else ""
     yield all_of(
         f"{name}: escapes to a flatter minimum, Figure 9",
         [*(pairs.sharpness < pairs.sharpness_before), *[False] * lost],
@@ -193,28 +195,29 @@ def _escapes(name: str, its: pd.DataFrame, before: pd.DataFrame) -> Iterator[Cla
     )
 
 
-def _at_its_limit(name: str, its: pd.DataFrame) -> Iterator[Claim]:
-    shares = (its.preconditioned_sharpness / its.preconditioned_sharpness_limit).dropna()
-    lost = int(its.sharpness.isna().sum())
-    if not len(shares) and not (METHODS[name].preconditioned and lost):
+def _at_its_limit(name: str, runs: pd.DataFrame) -> Iterator[Claim]:
+    ratios = (runs.preconditioned_sharpness / runs.preconditioned_sharpness_limit).dropna()
+    lost = int(runs.sharpness.isna().sum())
+    if not len(ratios) and not (METHODS[name].preconditioned and lost):
         return
-    exceeded = (
-        "the preconditioner changes from step to step, and a limit that is exceeded for some steps"
-        " need not end in divergence"
-    )
+    remarks = []
+    if (ratios > 1.1).any():
+        remarks.append(
+            "the preconditioner changes from step to step, and a limit that is exceeded for some steps"
+            " need not end in divergence"
+        )
+    if lost:
+        remarks.append(f"{lost} of {len(runs)} diverged")
     yield all_of(
         f"{name} ends within its own limit, which is on preconditioned sharpness",
-        [*(shares <= 1.1), *[False] * lost],
+        [*(ratios <= 1.1), *[False] * lost],
         printed="at most 1, section 5" if name == LBFGS else "",
         theory="" if name == LBFGS else "at most 1 (beyond the paper)",
-        ours=f"{spread(shares)} of it, at a sharpness of {_spread(its.sharpness)}"
-        if len(shares)
+        ours=f"{spread(ratios)} of it, at a sharpness of {_spread(runs.sharpness)}"
+        if len(ratios)
         else "no minimum",
         tolerance="10 %, every seed",
-        why="; ".join(
-            [exceeded] * bool((shares > 1.1).any())
-            + [f"{lost} of {len(its)} diverged"] * bool(lost)
-        ),
+        why="; ".join(remarks),
     )
 
 

@@ -1,4 +1,4 @@
-"""`Training` and `Search`: runs of many optimizers, measured at their end, and the choice of a rate."""
+"""`Training`: a run of an optimizer, measured at its end; `Search`: the choice of a learning rate."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = ["METHODS", "Budget", "Chosen", "Method", "Search", "Trained", "Traini
 Maker = Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]
 
 LOOK_EVERY = 50
-"""Steps between two looks at the training loss, where a step sees only a batch."""
+"""Steps between two evaluations of the training loss, for methods with batches."""
 
 HISTORY = 10
-"""Pairs that L-BFGS remembers."""
+"""History size of L-BFGS."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take.
+    """When a run stops, and its batch size.
 
     Attributes:
-        target_loss: training loss at which it ends.
-        max_steps: at which it ends in any case.
-        min_steps: of what starts at a minimum, so that it has time to leave.
-        batch_size: of SGD.
+        target_loss: training loss at which it stops.
+        max_steps: largest number of steps.
+        min_steps: fewest steps of a run from a minimum, so that it has time to leave.
+        batch_size: batch size of SGD.
     """
 
     target_loss: float = 1e-3
@@ -54,14 +54,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Method:
-    """How to make the optimizer, and what feeds it.
+    """An optimizer, and how it is run.
 
     Attributes:
-        make: makes it from parameters and a learning rate.
-        small_batches: whether it takes batches.
-        from_minimum: whether it starts where L-BFGS ended.
-        closure: whether its step takes a closure.
-        twice: whether it differentiates twice.
+        make: creates it from parameters and a learning rate.
+        small_batches: whether it trains on batches instead of all samples.
+        from_minimum: whether it starts from L-BFGS's minimum.
+        closure: whether its ``step`` takes a closure.
+        twice: whether it differentiates the gradient.
     """
 
     make: Maker
@@ -86,7 +86,7 @@ def _external(name: str, **options: Any) -> Maker:
     return make
 
 
-# One iteration a step: each costs one gradient.
+# With one iteration per step, a step costs one gradient.
 _lbfgs = partial(stableopt.LBFGS, max_iter=1, history_size=HISTORY)
 
 METHODS = {
@@ -103,18 +103,18 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a run ended.
+    """The end of a run.
 
     Attributes:
         lr: learning rate.
-        steps: that were taken.
+        steps: number of steps taken.
         loss: training loss; ``None`` if it is not finite.
-        validation: accuracy on the half of the test images by which rates are chosen.
+        validation: accuracy on the half of the test images that chooses learning rates.
         test: accuracy on the other half.
         sharpness: λmax of the Hessian.
         sharpness_limit: 2/η, for GD and SGD.
-        preconditioned_sharpness: the same in the optimizer's own geometry.
-        preconditioned_sharpness_limit: of that.
+        preconditioned_sharpness: λmax of the preconditioned Hessian.
+        preconditioned_sharpness_limit: its limit.
     """
 
     lr: float
@@ -130,25 +130,25 @@ class Trained:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The learning rate that a search found."""
+    """The learning rate that a search chose."""
 
     lr: float
 
 
 @dataclass(frozen=True)
 class Training(Job):
-    """One run of one method.
+    """A run of a method.
 
     Attributes:
         data: the images.
-        method: of :data:`METHODS`.
-        seed: of initialisation and batches.
-        budget: what it may take.
-        lr: learning rate, or ``None`` for the one that ``search`` has chosen.
-        search: that chose it.
-        start: the L-BFGS run at whose end it begins, for a method that does.
+        method: a key of :data:`METHODS`.
+        seed: seed of initialisation and batches.
+        budget: when it stops, and its batch size.
+        lr: learning rate, or ``None`` for the one that ``search`` chooses.
+        search: the search that chooses the learning rate.
+        start: the L-BFGS run from whose minimum it starts, if the method does so.
 
-    The result is a :class:`Trained`; the weights are kept.
+    The result is a :class:`Trained`; the weights are saved.
     """
 
     kind = "quasi-newton"
@@ -164,19 +164,19 @@ class Training(Job):
 
     @property
     def needs(self) -> tuple[Job, ...]:
-        """The search and the start."""
+        """The search and the L-BFGS run, if any."""
         return tuple(job for job in (self.search, self.start) if job is not None)
 
     @property
     def flops(self) -> float:
-        """Of the most steps, and a hundred products."""
+        """The largest number of steps, and a hundred products."""
         method = METHODS[self.method]
         size = self.budget.batch_size if method.small_batches else self.data.n
         samples = self.budget.max_steps * size * (3 if method.twice else 1) + 300 * self.data.n
         return samples * flops_per_sample(self.data.name, None)
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Train and measure, or take the search's own run at this rate and seed."""
+        """Train and measure, or copy the search's own run with this learning rate and seed."""
         lr = self.lr
         if self.search is not None:
             lr = work.result(self.search).lr
@@ -190,25 +190,25 @@ class Training(Job):
         if self.start is not None:
             model.load_state_dict(work.tensors(self.start))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # About a graph that leaks, which _train removes, and old calls in torch_optimizer.
+            # Warnings of a graph kept in .grad, which _train removes, and of torch_optimizer's calls.
             warnings.filterwarnings("ignore", "Using backward|This overload", UserWarning)
             torch.manual_seed(self.seed)  # Adahessian draws from the global generator
             optimizer = METHODS[self.method].make(model.parameters(), lr)
-            steps, lost = _train(self, model, optimizer, images, work)
+            steps, failed = _train(self, model, optimizer, images, work)
         work.save(model.state_dict())
-        loss = math.nan if lost else evaluate(model, images)
+        loss = math.nan if failed else evaluate(model, images)
         chosen_on, reported_on = halves(images)
         accuracies = {"validation": chosen_on.accuracy(model), "test": reported_on.accuracy(model)}
-        found = {"lr": lr, "steps": steps, "loss": loss, **accuracies}
-        return {**found, **_measured(self, model, optimizer, images, loss)}
+        result = {"lr": lr, "steps": steps, "loss": loss, **accuracies}
+        return {**result, **_measured(self, model, optimizer, images, loss)}
 
 
 @dataclass(frozen=True)
 class Search(Job):
-    """The choice of a learning rate: the best of the runs whose loss came near the target.
+    """The choice of a learning rate: the best accuracy among runs that came near the target loss.
 
     Attributes:
-        trials: runs that differ in their rates.
+        trials: runs that differ only in their learning rate.
 
     The result is a :class:`Chosen`.
     """
@@ -224,16 +224,16 @@ class Search(Job):
         return self.trials
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Choose."""
-        return {"lr": max((work.result(trial) for trial in self.trials), key=self._worth).lr}
+        """Choose the learning rate."""
+        return {"lr": max((work.result(trial) for trial in self.trials), key=self._rank).lr}
 
-    def _worth(self, found: Trained) -> tuple[bool, float]:
-        near = 10 * self.trials[0].budget.target_loss
-        return found.loss is not None and found.loss <= near, found.validation
+    def _rank(self, result: Trained) -> tuple[bool, float]:
+        largest_loss = 10 * self.trials[0].budget.target_loss
+        return result.loss is not None and result.loss <= largest_loss, result.validation
 
 
 def halves(images: Images) -> tuple[Images, Images]:
-    """Return the images with every other test image, and with the others."""
+    """Return the images with the even-numbered, and with the odd-numbered, test images."""
     first, second = (
         replace(images, test_x=images.test_x[k::2], test_labels=images.test_labels[k::2])
         for k in (0, 1)
@@ -244,25 +244,27 @@ def halves(images: Images) -> tuple[Images, Images]:
 def _train(
     job: Training, model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, work: Work
 ) -> tuple[int, bool]:
-    """Train; return the number of steps, and whether the optimizer failed on the way."""
+    """Train; return the number of steps, and whether the optimizer raised an error."""
     method, budget = METHODS[job.method], job.budget
-    least = budget.min_steps if method.from_minimum else 0
+    min_steps = budget.min_steps if method.from_minimum else 0
     batches, steps, failed = all_samples(images), 0, False
     if method.small_batches:
         generator = torch.Generator().manual_seed(job.seed)
         batches = reshuffled_batches(images, budget.batch_size, generator)
 
-    def look(step: int, loss: float) -> bool:
+    def after_step(step: int, loss: float) -> bool:
         nonlocal steps
         steps = step
-        # A batch's loss is not the training loss.
+        # With batches, the training loss must be evaluated.
         evaluates = method.small_batches and step % LOOK_EVERY == 0
         value = evaluate(model, images) if evaluates else loss
         if step % LOOK_EVERY == 0:
             work.trace(step=step, loss=value)
             work.progress(step / budget.max_steps, f"{job.method}, {step:,}, {value:.1e}")
-        known = evaluates or not method.small_batches
-        return not value < math.inf or (known and step >= least and value <= budget.target_loss)
+        has_training_loss = evaluates or not method.small_batches
+        return not value < math.inf or (
+            has_training_loss and step >= min_steps and value <= budget.target_loss
+        )
 
     try:
         train(
@@ -270,14 +272,14 @@ def _train(
             optimizer,
             batches,
             steps=budget.max_steps,
-            after_step=look,
+            after_step=after_step,
             closure=method.closure,
             create_graph=method.twice,
         )
-    except torch.linalg.LinAlgError:  # Shampoo decomposes its statistics, good or bad
+    except torch.linalg.LinAlgError:  # Shampoo, on statistics that are not finite
         steps, failed = steps + 1, True
     for p in model.parameters():
-        p.grad = None  # and with it the graph that double backward leaves there
+        p.grad = None  # frees the graph that double backward keeps there
     return steps, failed
 
 

@@ -1,4 +1,4 @@
-"""`Steered`: the job that trains to a seed's minimum and runs all methods from there."""
+"""`Steered`: the job that trains to a minimum and runs all methods from there."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ __all__ = ["Steered"]
 
 @dataclass(frozen=True)
 class Steered(Job):
-    """Gradient descent to a minimum; steering to every region from there, and its rivals.
+    """Gradient descent to a minimum; from there, steering to every region, and the baselines.
 
     Attributes:
         data: the images.
-        seed: of the initialisation and of the batches' order.
-        budget: what each method may take.
+        seed: seed of the initialisation and of the batches' order.
+        budget: settings of the runs.
 
-    The result has ``runs``, a row for each run, and ``paths``, by region the rows of the
-    measurements on the way there.
+    The result has ``runs``, a row per run, and ``paths``, a row per measurement by region.
     """
 
     kind = "steering"
@@ -34,7 +33,7 @@ class Steered(Job):
 
     @property
     def flops(self) -> float:
-        """Of the runs' steps, and of about as much again for measurements."""
+        """The runs' steps, times two for the measurements."""
         budget = self.budget
         grid = len(budget.grid_lrs) * len(budget.grid_ramps)
         full = 2 / (budget.lr * budget.start_loss) + budget.steps * (grid + 6)

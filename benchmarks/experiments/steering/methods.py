@@ -1,4 +1,4 @@
-"""`Contest`: steering and its rivals, which all continue from the same minimum."""
+"""`Contest`: steering and its baselines, all from the same minimum."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ REGIONS = {
     "both": TargetRegion(sharpness=(0, 1 / 2), non_uniformity=(0, 1 / 2), unit="present"),
     "sharper": TargetRegion.sharper(by=1.25),
 }
-"""Targets, relative to gradient descent's minimum."""
+"""Targets relative to gradient descent's minimum."""
 
 UNBOUNDED = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the methods may take.
+    """Settings of the runs.
 
     Attributes:
-        lr: learning rate of gradient descent, and of what starts from its minimum.
+        lr: learning rate of gradient descent, and initial one of runs from its minimum.
         start_loss: training loss at which gradient descent stops and steering begins.
-        steps: of a run with full batches.
-        sgd_steps: of a run with smaller ones.
-        batch_size: of a steered run with smaller ones, at its start.
+        steps: steps of a run with full batches.
+        sgd_steps: steps of a run with smaller batches.
+        batch_size: initial batch size of such a run.
         measure_every: steps between measurements with full batches; five times as many otherwise.
-        grid_lrs: last learning rates of the grid-searched schedules, as multiples of ``lr``.
-        grid_ramps: steps of their ramps.
-        scratch_steps: of a run from initialisation; none are run if it is 0.
-        scratch_sharpness: the highest sharpness that such a run is steered to.
-        scratch_lrs: the constant rates that it is compared with.
+        grid_lrs: final learning rates of the grid-searched schedules, as multiples of ``lr``.
+        grid_ramps: lengths of their ramps in steps.
+        scratch_steps: steps of a run from initialisation; 0 for no such runs.
+        scratch_sharpness: upper bound on the sharpness to which such a run is steered.
+        scratch_lrs: constant learning rates of its baselines.
     """
 
     lr: float = 0.5
@@ -76,14 +76,14 @@ class Budget:
 
 
 class Run:
-    """The training of one method, by GD or, with a batch size, by SGD.
+    """A training run by GD or, with a batch size, by SGD.
 
     Args:
-        start: the network; a copy is trained.
+        start: the initial network; a copy is trained.
         images: the training and test set.
-        seed: of the batches' order.
-        lr: learning rate at the start.
-        batch_size: at the start, ``None`` for GD.
+        seed: seed of the batches' order.
+        lr: initial learning rate.
+        batch_size: initial batch size; ``None`` for GD.
     """
 
     def __init__(
@@ -103,16 +103,16 @@ class Run:
     def train(
         self, steps: int, after_step: Callable[[int], object] = lambda step: None, **hooks: Any
     ) -> Run:
-        """Take steps, and record the largest loss of a batch."""
+        """Take steps, and record the largest batch loss."""
 
-        def seen(step: int, loss: float) -> None:
+        def record_loss(step: int, loss: float) -> None:
             self.largest_loss = max(self.largest_loss, loss if math.isfinite(loss) else math.inf)
             after_step(step)
 
-        # The order of a full batch does not matter, and copying it costs as much as a step.
-        full = self.sampler.batch_size == len(self.images.x)
-        batches = all_samples(self.images) if full else self._batches()
-        train(self.model, self.optimizer, batches, steps=steps, after_step=seen, **hooks)
+        # A full batch needs no shuffled copy, which would cost as much as a step.
+        is_full_batch = self.sampler.batch_size == len(self.images.x)
+        batches = all_samples(self.images) if is_full_batch else self._batches()
+        train(self.model, self.optimizer, batches, steps=steps, after_step=record_loss, **hooks)
         self.steps += steps
         return self
 
@@ -133,7 +133,7 @@ class Run:
 
     @cached_property
     def end(self) -> StabilityMargins:
-        """The margins after the last step, with a small tolerance."""
+        """The margins after the last step, to a tolerance of 1e-3."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             return stableopt.measure(
@@ -146,23 +146,23 @@ class Run:
             )
 
     def row(
-        self, method: str, region: str, target: TargetRegion | None = None, **other: Any
+        self, method: str, region: str, target: TargetRegion | None = None, **overrides: Any
     ) -> Row:
         """Return a row of the table of runs.
 
         Args:
-            method: what chose the learning rate and the batch size.
-            region: the name of the region to reach, or of the comparison.
-            target: the region in numbers, if there is one.
-            other: columns with another value than the run's.
+            method: name of the method.
+            region: name of the target region, or of the comparison.
+            target: the target region, if any.
+            overrides: columns whose values replace the run's.
         """
         names = ("lr", "batch_size", "loss", "sharpness", "non_uniformity", "failed")
-        end, (low, high), (s_low, s_high) = self.end.record(), (None, None), (None, None)
-        aim = None
+        end = self.end.record()
+        low = high = s_low = s_high = aim = None
         if target is not None:
             (low, high), (s_low, s_high) = target.sharpness, target.non_uniformity
             aim = target.aim
-        known = aim is not None and self.end.sharpness is not None
+        has_ratio = aim is not None and self.end.sharpness is not None
         return {
             **{"method": method, "region": region, "seed": self.seed, "steps": self.steps},
             "products": self.products,
@@ -171,13 +171,13 @@ class Run:
             "largest_loss": self.largest_loss,
             **{"target_sharpness": high, "least_sharpness": low, "aim": aim},
             **{"least_non_uniformity": s_low, "target_non_uniformity": s_high},
-            "sharpness_to_target": self.end.sharpness / aim if known else None,
+            "sharpness_to_target": self.end.sharpness / aim if has_ratio else None,
             "said": "",
-            **other,
+            **overrides,
         }
 
     def steered_row(self, region: str) -> Row:
-        """Return the row of a run under a controller, with what its monitor saw."""
+        """Return the row of a run with a controller, with its monitor's measurements."""
         assert self.controller is not None
         monitor = self.controller.monitor
         said = (str(d) for d in self.controller.decisions if d.what == "target")
@@ -192,30 +192,30 @@ class Run:
         )
 
     def path(self) -> list[Row]:
-        """Return a row for each measurement of the controller, with what was decided after it."""
+        """Return a row for each measurement, marked with the controller's decision after it."""
         assert self.controller is not None
-        good = [m for m in self.controller.monitor.history if m.failure is None]
+        finite = [m for m in self.controller.monitor.history if m.failure is None]
         notes: dict[int, str] = {}
         for step, label in marks(d for d in self.controller.decisions if d.changes):
-            at = max((m.step for m in good if m.step <= step), default=0)
-            notes.setdefault(at, label)
+            measured_at = max((m.step for m in finite if m.step <= step), default=0)
+            notes.setdefault(measured_at, label)
         names = ("lr", "batch_size", "loss", "sharpness", "sharpness_limit", "non_uniformity")
         return [
             {"step": m.step, **{name: getattr(m, name) for name in names}}
             | {"mark": notes.get(m.step)}
-            for m in good
+            for m in finite
         ]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Runs from the same minimum, and from initialisation, within the same budget.
+    """Runs from the same minimum, and from the same initialisation, with the same budget.
 
     Attributes:
-        initial: the network before training.
+        initial: the network at initialisation.
         images: the training and test set.
-        seed: of the batches' order.
-        budget: what each run may take.
+        seed: seed of the batches' order.
+        budget: settings of the runs.
     """
 
     initial: nn.Module
@@ -225,7 +225,7 @@ class Contest:
 
     @cached_property
     def minimum(self) -> Run:
-        """Gradient descent until the loss is small."""
+        """The run of gradient descent to the minimum."""
         budget, run = self.budget, Run(self.initial, self.images, self.seed, self.budget.lr)
         run.largest_loss = evaluate(run.model, run.images)
         run.steps = gd_until(
@@ -234,7 +234,7 @@ class Contest:
         return run
 
     def rows(self) -> Iterator[tuple[Row, list[Row]]]:
-        """Yield each run's row, and the path of a run that was steered from the minimum."""
+        """Yield each run's row, and its path if it is steered from the minimum, else an empty list."""
         budget = self.budget
         yield self.minimum.row("GD", "the minimum"), []
         for region in REGIONS:
@@ -258,24 +258,24 @@ class Contest:
         return Run(self.initial, self.images, self.seed, lr, batch_size=32)
 
     def _steered(self, region: str) -> Run:
-        """Steer towards a region: with full batches if it bounds only the sharpness."""
+        """Steer to a region, with full batches if it bounds only the sharpness."""
         budget, target = self.budget, REGIONS[region]
-        noisy = target.non_uniformity != UNBOUNDED
-        run = self._from_minimum(budget.batch_size if noisy else None)
-        every = budget.measure_every * (5 if noisy else 1)
-        with run.tracked(every, BOTH if noisy else ("sharpness",)) as monitor:
+        is_sgd = target.non_uniformity != UNBOUNDED
+        run = self._from_minimum(budget.batch_size if is_sgd else None)
+        every = budget.measure_every * (5 if is_sgd else 1)
+        with run.tracked(every, BOTH if is_sgd else ("sharpness",)) as monitor:
             monitor.measure()
             run.controller = controller = StabilityController(
                 monitor,
                 target,
                 lr=target.sharpness != UNBOUNDED and {"loss_cap": self.minimum.largest_loss},
-                batch=run.sampler if noisy else None,
+                batch=run.sampler if is_sgd else None,
             )
-            steps = budget.sgd_steps if noisy else budget.steps
+            steps = budget.sgd_steps if is_sgd else budget.steps
             return run.train(steps, lambda step: controller.step())
 
     def _steered_from_scratch(self) -> Row:
-        """Train from initialisation; the user gives the highest sharpness and nothing else."""
+        """Steer from initialisation, given only an upper bound on the sharpness."""
         budget, run = self.budget, self._from_scratch(lr=0.01)
         with run.tracked(budget.measure_every, ("sharpness",)) as monitor:
             run.controller = controller = StabilityController(
@@ -287,7 +287,7 @@ class Contest:
         return run.steered_row("from scratch")
 
     def _grid_searched(self) -> Iterator[Row]:
-        """Try ramps of the learning rate; take for each flatter region the one that ended nearest."""
+        """Yield, for each flatter region, the learning-rate ramp that ended nearest to it."""
         runs = [
             self._ramp(factor, ramp)
             for factor in self.budget.grid_lrs
@@ -298,7 +298,7 @@ class Contest:
             target = REGIONS[region].resolve(self.minimum.end)
             aim = target.aim
             assert aim is not None
-            best = min(runs, key=lambda run: _miss(run.end.sharpness, aim))
+            best = min(runs, key=lambda run: _log_distance(run.end.sharpness, aim))
             yield best.row("grid-searched", region, target, steps=steps)
 
     def _ramp(self, factor: float, ramp: int) -> Run:
@@ -309,7 +309,7 @@ class Contest:
         return run.train(self.budget.steps, lambda step: schedule.step())
 
     def _curvature_aware(self, scale: float = 2.0) -> Row:
-        r"""Set the rate as CDAT does (Roulet et al., "Stepping on the edge", 2024).
+        r"""Set the learning rate by CDAT (Roulet et al., "Stepping on the edge", 2024).
 
         :math:`\eta_t = \sigma\,n_t/d_t` with n and d the running means, at 0.9, of
         :math:`\|g\|^2` and :math:`|g^\top H g|`; σ = 2 is "on the edge".
@@ -333,7 +333,7 @@ class Contest:
                 p.grad = f
 
         with warnings.catch_warnings():
-            # The graph that a gradient refers to is dropped in each step.
+            # set_rate replaces each gradient by a detached one, which frees its graph.
             warnings.filterwarnings("ignore", "Using backward", UserWarning)
             run.train(self.budget.steps, before_step=set_rate, create_graph=True)
         return run.row("CDAT", "none", products=run.steps)
@@ -352,22 +352,24 @@ class Contest:
         return run.row("noise scale", "none", batch_size=float(run.sampler.batch_size))
 
 
-def _miss(sharpness: float | None, aim: float) -> float:
-    return math.inf if sharpness is None or not sharpness > 0 else abs(math.log(sharpness / aim))
+def _log_distance(sharpness: float | None, aim: float) -> float:
+    if sharpness is None or not sharpness > 0:
+        return math.inf
+    return abs(math.log(sharpness / aim))
 
 
 def noise_scale(model: nn.Module, images: Images) -> float:
-    r"""Return the simple noise scale of all samples' gradients (McCandlish et al., 2018).
+    r"""Return the simple noise scale of per-sample gradients (McCandlish et al., 2018), a batch size.
 
-    :math:`\mathrm{tr}\,\mathrm{Cov}(g_i)/\|\bar g\|^2`, as a batch size.
+    It is :math:`\mathrm{tr}\,\mathrm{Cov}(g_i)/\|\bar g\|^2`.
     """
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return mean_squared_error(functional_call(model, parameters, (x,)), y)
 
-    each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images.x, images.y)
-    flat = torch.cat([g.flatten(1) for g in each.values()], dim=1).double()
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images.x, images.y)
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1).double()
     mean = flat.mean(0)
     square = float(mean.square().sum())
     return float((flat - mean).square().sum()) / len(flat) / max(square, 1e-300)

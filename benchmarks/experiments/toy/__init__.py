@@ -1,4 +1,4 @@
-"""Two parabolas and a minimum that SGD leaves and gradient descent does not: Figure 2 of the paper."""
+"""SGD leaves a minimum of one dimension in which gradient descent stays: Figure 2 of the paper."""
 
 from benchmarks.experiments.toy.experiment import EXPERIMENT
 

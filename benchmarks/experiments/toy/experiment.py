@@ -1,12 +1,11 @@
 """SGD leaves a minimum of one dimension in which gradient descent stays: Figure 2 of the paper.
 
 f is the mean of min{x², 0.1(x − 1)²} and min{x², 1.9(x − 1)²}, with global minima at 0 and at 1.
-Thousands of runs of SGD with batches of one start near 1, at learning rates around the two
-thresholds of the theory: in mean square 2a/(a² + s²) = 0.5525, and almost surely, where
-E log|1 − ηh| = 0, 0.5595. Gradient descent stays up to 2/a = 1. All this is with the true second
-derivatives at 1, which are 0.2 and 3.8: a = 2 and s = 1.8. The paper's text quotes a = 1 and 0.1 and
-1.9, half of these, next to s = 1.8, which belongs to the true ones; with halved derivatives all
-thresholds double, and η = 0.7 would not escape.
+Thousands of runs of SGD with batches of one start near 1, at learning rates around the theory's two
+thresholds: 2a/(a² + s²) = 0.5525 in mean square, and 0.5595 almost surely, where E log|1 − ηh| = 0.
+Gradient descent stays up to 2/a = 1. These numbers use the true second derivatives at 1, which are 0.2
+and 3.8: a = 2 and s = 1.8. The paper's text quotes half of these, a = 1, 0.1 and 1.9, but the true
+s = 1.8. With halved derivatives all thresholds double, and SGD would not escape at η = 0.7.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from scipy.stats import binomtest
 
 from benchmarks.experiments.toy.model import COEFFICIENTS, Path, Thresholds, Walks, losses
 from benchmarks.framework.claims import Claim, all_of, at_least
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import (
     BLUE,
     GREEN,
@@ -45,7 +44,7 @@ TRUE = Thresholds(*(2 * c for c in COEFFICIENTS))
 HALVED = Thresholds(*COEFFICIENTS)
 PAPER_LR = 0.7
 MAX_PATH = 60
-"""Steps of a trajectory that is drawn."""
+"""Number of steps of a trajectory in the figure."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Toy(Experiment):
 
     Attributes:
         lrs: learning rates.
-        runs: of SGD at each rate, for each seed.
-        steps: of each run.
-        offset: x − 1 at the start.
+        runs: runs of SGD per learning rate and seed.
+        steps: steps of a run.
+        offset: initial x − 1.
     """
 
     name = "toy"
@@ -82,15 +81,15 @@ class Toy(Experiment):
     offset: float = 1e-3
 
     def cases(self) -> dict[str, list[Case]]:
-        """Return the runs at each rate, and a few trajectories."""
-        derivatives = [("true", lr) for lr in self.lrs] + [("halved", PAPER_LR)]
+        """Return the runs at each learning rate, and a few trajectories."""
+        grid = [("true", lr) for lr in self.lrs] + [("halved", PAPER_LR)]
         walks = [
             Case(
-                Walks(lr, self.runs, self.steps, self.offset, seed, which == "halved"),
-                {"derivatives": which, "lr": lr, "seed": seed}
+                Walks(lr, self.runs, self.steps, self.offset, seed, derivatives == "halved"),
+                {"derivatives": derivatives, "lr": lr, "seed": seed}
                 | {"runs": self.runs, "steps": self.steps},
             )
-            for which, lr in derivatives
+            for derivatives, lr in grid
             for seed in self.seeds
         ]
         first = self.seeds[0]
@@ -100,64 +99,68 @@ class Toy(Experiment):
             Path(0.5, MAX_PATH, self.offset, first),
         ]
         trajectories = [
-            case(path, optimizer="GD" if path.full_batch else "SGD", lr=path.lr, run=run)
+            case_of(path, optimizer="GD" if path.full_batch else "SGD", lr=path.lr, run=run)
             for run, path in enumerate(paths)
         ]
         return {"escapes": walks, "trajectories": trajectories}
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterable[Row]:
-        """Return the share of runs that escape with its interval, or each step of a trajectory."""
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterable[Row]:
+        """Return the fraction of runs that escape with its interval, or a trajectory's steps."""
         if name == "trajectories":
-            return [{**one.keys, "step": step, "x": at} for step, at in enumerate(found["x"])]
-        test = binomtest(found["escaped"], self.runs)
+            return [{**case.keys, "step": step, "x": x} for step, x in enumerate(result["x"])]
+        test = binomtest(result["escaped"], self.runs)
         low, high = test.proportion_ci(method="wilson")
-        row = {**one.keys, "escaped": found["escaped"], "share": found["escaped"] / self.runs}
-        row |= {"low": low, "high": high, "median_step": found["median_step"]}
-        return [row | {"late": found["late"]}]
+        row = {**case.keys, "escaped": result["escaped"], "share": result["escaped"] / self.runs}
+        row |= {"low": low, "high": high, "median_step": result["median_step"]}
+        return [row | {"late": result["late"]}]
 
     def derived(self, tables: Tables) -> Tables:
-        """Return the losses, from their formula."""
+        """Return the loss functions on a grid."""
         x = np.linspace(-0.6, 1.6, 221)
         first, second = losses(x)
         columns = np.stack([x, first, second, (first + second) / 2], axis=1).round(12)
         rows = (dict(zip(("x", "f1", "f2", "f"), row, strict=True)) for row in columns.tolist())
         return {"functions": table(rows)}
 
-    def draw(self, name: str, its: pd.DataFrame) -> Figure | None:
-        """Return the losses, the share of runs that escape by learning rate, or trajectories."""
-        if name == "escapes" and not (its.derivatives == "true").any():
+    def draw(self, name: str, frame: pd.DataFrame) -> Figure | None:
+        """Return the losses, the fraction of escapes against learning rate, or trajectories."""
+        if name == "escapes" and not (frame.derivatives == "true").any():
             return None
         figure, (axes,) = panels(width=5.5)
         if name == "functions":
-            trace(axes, its.x, its.f1, "$f_1$", GREY, linestyle="--")
-            trace(axes, its.x, its.f2, "$f_2$", GREY, linestyle=":")
-            trace(axes, its.x, its.f, "$f = (f_1 + f_2)/2$", linewidth=2)
+            trace(axes, frame.x, frame.f1, "$f_1$", GREY, linestyle="--")
+            trace(axes, frame.x, frame.f2, "$f_2$", GREY, linestyle=":")
+            trace(axes, frame.x, frame.f, "$f = (f_1 + f_2)/2$", linewidth=2)
             finish(axes, "x", "loss", ylim=(0, 0.6))
         elif name == "escapes":
-            _draw_escapes(axes, its[its.derivatives == "true"])
+            _draw_escapes(axes, frame[frame.derivatives == "true"])
         else:
-            for run, steps in its.groupby("run", sort=False):
+            for run, steps in frame.groupby("run", sort=False):
                 optimizer, lr = steps.optimizer.iloc[0], steps.lr.iloc[0]
-                gd, again = optimizer == "GD", run in (2, 3)  # repetitions have no label
-                label = "" if again else f"{optimizer}, η = {lr:g}"
-                colour = BLUE if gd else VERMILION if lr == PAPER_LR else GREY
-                trace(axes, steps.step, steps.x, label, colour, linewidth=2 if gd else 1)
+                is_repetition = run in (2, 3)
+                label = "" if is_repetition else f"{optimizer}, η = {lr:g}"
+                colour = VERMILION if lr == PAPER_LR else GREY
+                if optimizer == "GD":
+                    colour = BLUE
+                width = 2 if optimizer == "GD" else 1
+                trace(axes, steps.step, steps.x, label, colour, linewidth=width)
             finish(axes, "step", "x")
         return figure
 
     def claims(self, tables: Tables) -> Iterator[Claim]:
-        """Return what the paper says of η = 0.7, and whether escapes begin where theory says."""
+        """Yield the paper's claims at η = 0.7, and whether escapes begin at the thresholds."""
         if "escapes" in tables:
             yield from self._escapes(tables["escapes"])
         paths: Any = tables.get("trajectories")
         if paths is not None and (paths.optimizer == "GD").any():
-            away = list((paths[paths.optimizer == "GD"].x - 1).abs())
+            distances = list((paths[paths.optimizer == "GD"].x - 1).abs())
             yield all_of(
                 "gradient descent at η = 0.7 stays at x = 1, Figure 2",
-                [away[-1] < away[0]],
+                [distances[-1] < distances[0]],
                 printed="stays",
                 theory=f"stable up to 2/a = {TRUE.gd:g}",
-                ours=f"|x − 1| from {away[0]:.0e} to {away[-1]:.0e} in {len(away) - 1} steps",
+                ours=f"|x − 1| from {distances[0]:.0e} to {distances[-1]:.0e} in"
+                f" {len(distances) - 1} steps",
                 tolerance="must shrink",
             )
         if "escapes" in tables:
@@ -220,16 +223,18 @@ def _share(row: Any) -> str:
     return f"{row.share:.2%} escape, at η = {row.lr:g} ({interval})"
 
 
-def _draw_escapes(axes: Axes, its: pd.DataFrame) -> None:
-    runs, steps = its.runs.iloc[0], its.steps.iloc[0]
-    share = its.share.to_numpy(float)
+def _draw_escapes(axes: Axes, escapes: pd.DataFrame) -> None:
+    runs, steps = escapes.runs.iloc[0], escapes.steps.iloc[0]
+    share = escapes.share.to_numpy(float)
     # Rounding may put a share past the end of its interval by one unit in the last place.
-    errors = np.maximum([share - its.low.to_numpy(), its.high.to_numpy() - share], 0)
+    errors = np.maximum([share - escapes.low.to_numpy(), escapes.high.to_numpy() - share], 0)
     label = f"share of {runs:,} runs, 95 % interval"
-    axes.errorbar(its.lr, share, errors, fmt="o", markersize=4, color=BLUE, capsize=2, label=label)
+    axes.errorbar(
+        escapes.lr, share, errors, fmt="o", markersize=4, color=BLUE, capsize=2, label=label
+    )
     limit(axes, TRUE.mean_square, label=f"mean square: {TRUE.mean_square:.4f}", colour=GREEN)
     limit(axes, TRUE.almost_sure, label=f"almost sure: {TRUE.almost_sure:.4f}", colour=VERMILION)
-    edges = (its.lr.min() - 0.01, min(its.lr.max(), 0.66) + 0.01)
+    edges = (escapes.lr.min() - 0.01, min(escapes.lr.max(), 0.66) + 0.01)
     finish(axes, "learning rate η", f"escaped from x = 1 within {steps:,} steps", xlim=edges)
 
 

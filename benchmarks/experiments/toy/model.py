@@ -3,8 +3,8 @@ r"""Jobs of the toy: many runs of SGD on two parabolas, and the thresholds of it
 .. math:: f_1(x) = \min\{x^2, 0.1(x-1)^2\}, \quad f_2(x) = \min\{x^2, 1.9(x-1)^2\}
 
 At x = 1 the second derivatives are :math:`h_1 = 0.2` and :math:`h_2 = 3.8`. Each step of SGD takes one
-of the two, so that next to the minimum y = x − 1 is multiplied by 1 − ηh₁ or 1 − ηh₂ with equal
-chances. y is what the simulation keeps, not x, which near 1 would be rounded to it.
+of the two, so that near the minimum y = x − 1 is multiplied by 1 − ηh₁ or 1 − ηh₂ with equal
+probability. The simulation stores y instead of x, which would be rounded to 1 near the minimum.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from benchmarks.runner import Job, Work
 __all__ = ["COEFFICIENTS", "Path", "Thresholds", "Walks", "gradient", "losses"]
 
 COEFFICIENTS = (0.1, 1.9)
-"""Of (x − 1)² in the two losses."""
+"""Coefficients of (x − 1)² in the two losses."""
 
 CAUGHT = 0.24
-"""Within this of x = 0 both losses are x², and a step with η < 1 stays within: nothing leads back.
-The nearer of the borders is at √0.1/(1 + √0.1) = 0.2403."""
+"""Within this distance of x = 0 both losses are x², so that steps with η < 1 never leave again. The
+losses switch at 0.2403 = √0.1/(1 + √0.1) or farther."""
 
 Array = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def losses(x: Array) -> tuple[Array, Array]:
 
 
 def gradient(y: Array, coefficient: Array | float) -> Array:
-    """Return the derivative of min{x², c(x − 1)²} at x = 1 + y, true to the factor 2.
+    """Return the derivative of min{x², c(x − 1)²} at x = 1 + y, including the factor 2.
 
     >>> gradient(np.array([-1.0, -0.875, 0.5]), 0.1).tolist()
     [0.0, 0.25, 0.1]
@@ -76,18 +76,18 @@ class Thresholds:
 
     @property
     def gd(self) -> float:
-        """Of gradient descent: 2/a."""
+        """The threshold of gradient descent, 2/a."""
         return 2 / self.sharpness
 
     @property
     def mean_square(self) -> float:
-        """Where E (1 − ηh)² = 1, for batches of one: 2a/(a² + s²)."""
+        """The threshold for batches of one in mean square, where E (1 − ηh)² = 1: 2a/(a² + s²)."""
         a, s = self.sharpness, self.non_uniformity
         return 2 * a / (a**2 + s**2)
 
     @property
     def almost_sure(self) -> float:
-        """Where E log|1 − ηh| = 0, the smallest such η > 0: the smaller root of
+        """The almost sure threshold, the smallest η > 0 with E log|1 − ηh| = 0: the smaller root of
         (1 − ηh₁)(ηh₂ − 1) = 1.
         """
         total, product = self.h1 + self.h2, self.h1 * self.h2
@@ -100,16 +100,15 @@ class Walks(Job):
 
     Attributes:
         lr: learning rate.
-        runs: how many.
-        steps: of each.
-        offset: the first x − 1.
-        seed: of the batches.
-        halved: whether the derivatives are half the true ones, as those that the paper's text
-            quotes.
+        runs: number of runs.
+        steps: steps of a run.
+        offset: initial x − 1.
+        seed: seed of the batches.
+        halved: whether to use half the true derivatives, which the paper's text quotes.
 
-    The result has ``escaped``, the number of runs that came to x = 0, ``median_step`` at which they
-    did, ``None`` if fewer than half did, and ``late``, the number of those that did in the last
-    tenth of the steps.
+    The result has ``escaped``, the number of runs that reached x = 0; ``median_step``, the median over
+    all runs of the step at which they did, ``None`` if fewer than half did; and ``late``, the number of
+    escapes in the last tenth of the steps.
     """
 
     kind = "toy-walks"
@@ -122,9 +121,9 @@ class Walks(Job):
     halved: bool = False
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Step the runs side by side, and take out those that have escaped."""
-        at = escape_steps(self, work)
-        escaped = at[at > 0]
+        """Simulate the runs, and count the escapes."""
+        steps = escape_steps(self, work)
+        escaped = steps[steps > 0]
         half = math.ceil(self.runs / 2)
         return {
             "escaped": len(escaped),
@@ -134,19 +133,19 @@ class Walks(Job):
 
 
 def escape_steps(job: Walks, work: Work | None = None) -> NDArray[np.int64]:
-    """Return for each run the step after which it was caught by x = 0, and 0 for those that stay."""
+    """Return for each run the step after which it was caught by x = 0, or 0 if it never was."""
     generator = np.random.default_rng(job.seed)
     y = np.full(job.runs, job.offset)
     rate = job.lr / 2 if job.halved else job.lr
     caught = np.zeros(job.runs, dtype=np.int64)
-    left = np.arange(job.runs)
+    remaining = np.arange(job.runs)
     for step in range(1, job.steps + 1):
-        drawn = np.where(generator.random(len(y)) < 0.5, *COEFFICIENTS)
-        y = y - rate * gradient(y, drawn)
-        out = np.abs(1 + y) < CAUGHT
-        if out.any():
-            caught[left[out]] = step
-            left, y = left[~out], y[~out]
+        coefficients = np.where(generator.random(len(y)) < 0.5, *COEFFICIENTS)
+        y = y - rate * gradient(y, coefficients)
+        just_caught = np.abs(1 + y) < CAUGHT
+        if just_caught.any():
+            caught[remaining[just_caught]] = step
+            remaining, y = remaining[~just_caught], y[~just_caught]
             if not len(y):
                 break
         if work is not None:
@@ -156,16 +155,16 @@ def escape_steps(job: Walks, work: Work | None = None) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Path(Job):
-    """One run, step by step, of SGD or of gradient descent.
+    """A single run of SGD or of gradient descent.
 
     Attributes:
         lr: learning rate.
-        steps: how many.
-        offset: the first x − 1.
-        seed: of the batches.
+        steps: number of steps.
+        offset: initial x − 1.
+        seed: seed of the batches.
         full_batch: whether it is gradient descent.
 
-    The result has the ``x`` of each step.
+    The result has ``x`` before the first and after each step.
     """
 
     kind = "toy-path"
@@ -177,14 +176,14 @@ class Path(Job):
     full_batch: bool = False
 
     def run(self, work: Work) -> dict[str, Any]:
-        """Step."""
+        """Simulate the run."""
         generator = np.random.default_rng(self.seed)
         y = np.array(self.offset)
         xs = [float(1 + y)]
         for _ in range(self.steps):
-            drawn = COEFFICIENTS
+            coefficients = COEFFICIENTS
             if not self.full_batch:
-                drawn = (COEFFICIENTS[int(generator.random() >= 0.5)],)
-            y = y - self.lr * np.mean([gradient(y, c) for c in drawn], axis=0)
+                coefficients = (COEFFICIENTS[int(generator.random() >= 0.5)],)
+            y = y - self.lr * np.mean([gradient(y, c) for c in coefficients], axis=0)
             xs.append(float(1 + y))
         return {"x": xs}

@@ -1,8 +1,8 @@
 """The largest eigenvalue of the Hessian at a trained network: ours and other packages', and s.
 
-All use the same parameters and data and, where they take one, the same tolerance: a residual of ``tol``
-relative to the eigenvalue; for Σ twice that, since s is the root of its eigenvalue. The truth is
-Lanczos to a small residual; residuals are computed afterwards with our operator.
+All use the same parameters, data and, if they take one, tolerance: a residual of ``tol`` relative to
+the eigenvalue, or twice that for Σ, since s is the square root of its eigenvalue. The reference is
+Lanczos to a small residual. Residuals are computed afterwards with our operator.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = ["Config", "Network", "run", "trained"]
 Network = Literal["fully-connected", "vgg", "resnet18", "gpt"]
 
 _STEPS_BETWEEN = 50
-"""Steps of gradient descent between the measurement that a warm start comes from and this one."""
+"""Steps of gradient descent between the measurement that gives the warm start and this one."""
 
 _TRUE = 1e-5
-"""Residual of the value that counts as true, of second order in which it is wrong."""
+"""Residual of the reference value, whose error is of second order in it."""
 
 _FEW_BETWEEN = 5
-"""The same for the networks with millions of parameters, whose steps are fewer."""
+"""The same for the networks with millions of parameters, which train for fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Config(timing.Config):
     """What is timed.
 
     Attributes:
-        network: ``"fully-connected"``; ``"vgg"`` or ``"resnet18"``, of the images that ``data`` names;
-            or ``"gpt"``, with ``n`` sequences of 64 tokens of a Markov chain.
-        steps: of gradient descent, for the last two; the others train to ``target_loss``.
+        network: ``"fully-connected"``, ``"vgg"`` or ``"resnet18"`` on the images of ``data``; or
+            ``"gpt"`` on ``n`` sequences of 64 tokens from a Markov chain.
+        steps: training steps of the last two; the others train to ``target_loss``.
         matrices: ``"H"``, the Hessian, and ``"Σ"``, which only this library has.
-        power: whether to run hessian-eigenthings' power iteration too, of up to 200 products.
+        power: whether to run hessian-eigenthings' power iteration too, with up to 200 products.
     """
 
     network: Network = "fully-connected"
@@ -64,7 +64,7 @@ class Config(timing.Config):
 
 @dataclass(frozen=True)
 class _Row:
-    """The result of one way, and its cost."""
+    """The result of a method, and its cost."""
 
     matrix: str
     way: str
@@ -76,12 +76,12 @@ class _Row:
 
     @property
     def error(self) -> float:
-        """Relative to the truth, with its sign."""
+        """The signed error relative to the reference."""
         return self.value / self.truth - 1
 
 
 class Trained(NamedTuple):
-    """A trained network, itself some steps before, and its loss and data."""
+    """A trained network, its copy some steps earlier, its loss and its data."""
 
     before: nn.Module
     model: nn.Module
@@ -92,7 +92,7 @@ class Trained(NamedTuple):
 def trained(
     config: timing.Config, console: Console, network: Network = "fully-connected", steps: int = 30
 ) -> Trained:
-    """Train by gradient descent, to the target loss, or the large networks so many steps."""
+    """Train by gradient descent to the target loss, or large networks for ``steps`` steps."""
     if network == "gpt":
         data, loss_fn = _chain(config), nn.CrossEntropyLoss()
         model: nn.Module = small_gpt(config.seed).to(config.device)
@@ -118,7 +118,7 @@ def trained(
 
 
 def _chain(config: timing.Config, vocabulary: int = 64, context: int = 64) -> tuple[Tensor, Tensor]:
-    """Return tokens ``(n, context)`` of a Markov chain with four successors each, and the next ones."""
+    """Return tokens ``(n, context)`` of a Markov chain, four successors each, and the next tokens."""
     generator = torch.Generator().manual_seed(config.seed)
     successors = torch.randint(vocabulary, (vocabulary, 4), generator=generator)
     choices = torch.randint(4, (config.n, context + 1), generator=generator)
@@ -130,12 +130,14 @@ def _chain(config: timing.Config, vocabulary: int = 64, context: int = 64) -> tu
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way, print and write the table; return its rows."""
+    """Time every method, print and write the table; return its rows."""
     console = console or Console()
-    found = trained(config, console, config.network, config.steps)
-    problem, former = (Problem(m, found.loss_fn, found.data) for m in (found.model, found.before))
+    start = trained(config, console, config.network, config.steps)
+    problem, problem_before = (
+        Problem(m, start.loss_fn, start.data) for m in (start.model, start.before)
+    )
     with console.status("comparing"):
-        rows = _compared(config, problem, former, console)
+        rows = _compared(config, problem, problem_before, console)
     entries = [{**asdict(row), "error": row.error} for row in rows]
     t = pd.DataFrame(entries)
     columns = {key: t[key] for key in ("matrix", "way", "seconds", "products")}
@@ -144,16 +146,18 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         f"Largest eigenvalue to a residual of {config.tol:g}: {config.network},"
         f" d = {problem.num_params:,}, n = {config.n:,}"
     )
-    own = config.network == "fully-connected"
-    name = "eigenvalues" if own else f"eigenvalues-{config.network}"
+    is_default_network = config.network == "fully-connected"
+    name = "eigenvalues" if is_default_network else f"eigenvalues-{config.network}"
     report(config, console, name, title, columns, entries)
-    if own:
+    if is_default_network:
         _draw(rows, config, config.out / "perf-eigenvalues.png")
     return entries
 
 
-def _compared(config: Config, problem: Problem, former: Problem, console: Console) -> list[_Row]:
-    ways: dict[tuple[str, str], Callable[[], tuple[float, Tensor, int | None]]] = {}
+def _compared(
+    config: Config, problem: Problem, problem_before: Problem, console: Console
+) -> list[_Row]:
+    methods: dict[tuple[str, str], Callable[[], tuple[float, Tensor, int | None]]] = {}
     truths: dict[str, float] = {}
     operators: dict[str, Operator] = {}
     kinds = {"H": (Hessian, config.tol), "Σ": (NonUniformity, 2 * config.tol)}
@@ -161,36 +165,38 @@ def _compared(config: Config, problem: Problem, former: Problem, console: Consol
         kind, tol = kinds[matrix]
         operators[matrix] = operator = kind(problem)
         truths[matrix] = top_eigenpair(operator, tol=_TRUE, max_iter=2000).value
-        start = top_eigenpair(kind(former), tol=tol, max_iter=1000, keep=True)
-        ways[matrix, "stableopt, cold"] = _ours(kind, problem, tol, config.seed, None)
-        ways[matrix, "stableopt, warm"] = _ours(kind, problem, tol, config.seed, start.subspace)
-    for find in ways.values():
-        find()  # untimed, as of the others
+        start = top_eigenpair(kind(problem_before), tol=tol, max_iter=1000, keep=True)
+        methods[matrix, "stableopt, cold"] = _ours(kind, problem, tol, config.seed, None)
+        methods[matrix, "stableopt, warm"] = _ours(kind, problem, tol, config.seed, start.subspace)
+    for find in methods.values():
+        find()  # warm-up, as for the others
     for name, prepare in PEERS.items() if "H" in config.matrices else ():
         if "power" in name and not config.power:
             continue
         try:
             find = prepare(problem, config.tol, config.seed)
             find()
-            ways["H", name] = find
+            methods["H", name] = find
         except ImportError as error:
             console.print(f"{name}: left out, {error}; pip install 'stableopt\\[bench-peers]'")
         except Exception as error:  # another package may fail in any way
             reason = escape(str(error).splitlines()[0] if str(error) else type(error).__name__)
             console.print(f"{name}: left out, {reason}")
     timings = interleaved(
-        {"/".join(key): way for key, way in ways.items()},
+        {"/".join(key): method for key, method in methods.items()},
         repeats=config.repeats,
         device=config.device,
         called_before=True,
         clock=config.clock,
     )
     rows = []
-    for (matrix, way), timed in zip(ways, timings.values(), strict=True):
-        value, vector, products = timed.result
+    for (matrix, method), measured in zip(methods, timings.values(), strict=True):
+        value, vector, products = measured.result
         image = operators[matrix] @ vector
         residual = float((image - value * vector).norm()) / abs(value)
-        rows.append(_Row(matrix, way, timed.median, products, value, truths[matrix], residual))
+        rows.append(
+            _Row(matrix, method, measured.median, products, value, truths[matrix], residual)
+        )
     return rows
 
 

@@ -1,7 +1,7 @@
-"""Other packages that find the largest eigenvalue of a Hessian, used as their documentation says.
+"""Other packages' largest eigenvalue of a Hessian, used as in their documentation.
 
-Each entry of ``PEERS`` prepares a function that returns value, unit vector and the number of products
-(``None`` if unknown), or raises ``ImportError``.
+Each entry of ``PEERS`` returns a function that returns eigenvalue, unit eigenvector and the number of
+products (``None`` if unknown), or raises ``ImportError``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ Find = Callable[[], tuple[float, Tensor, int | None]]
 
 
 def batch_of(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return all data of a problem, as inputs and targets."""
-    (batch, _), *rest = problem.chunks()
-    if rest:
-        raise ValueError("expected a problem of one chunk, the same for all packages")
+    """Return all data of a problem as inputs and targets."""
+    (batch, _), *more_chunks = problem.chunks()
+    if more_chunks:
+        raise ValueError(
+            "problem: expected a single chunk, as other packages take all data at once"
+        )
     x, y = batch
     return x, y
 
@@ -33,7 +35,7 @@ def _flat(tensors: Any) -> Tensor:
 
 
 def curvlinops_eigsh(problem: Problem, tol: float, seed: int) -> Find:
-    """Prepare curvlinops' operator with SciPy's ``eigsh``, whose tolerance is a Ritz residual's."""
+    """Prepare curvlinops' operator with SciPy's ``eigsh``, whose tolerance is on the Ritz residual."""
     from curvlinops import HessianLinearOperator
     from scipy.sparse.linalg import eigsh
 
@@ -59,9 +61,9 @@ def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
 
     def find() -> tuple[float, Tensor, int | None]:
         torch.manual_seed(seed)
-        # It leaves the graph of its own gradients in .grad.
-        found = hessian(problem.model, problem.loss_fn, data=batch, cuda=cuda)
-        values, vectors = found.eigenvalues(maxIter=200, tol=tol, top_n=1)
+        # It leaves gradients with their graph in .grad, removed below.
+        computer = hessian(problem.model, problem.loss_fn, data=batch, cuda=cuda)
+        values, vectors = computer.eigenvalues(maxIter=200, tol=tol, top_n=1)
         for p in problem.params:
             p.grad = None
         return float(values[0]), _flat(vectors[0]).detach(), None
@@ -72,8 +74,8 @@ def pyhessian(problem: Problem, tol: float, seed: int) -> Find:
 def eigenthings_lanczos(problem: Problem, tol: float, seed: int) -> Find:
     """Prepare hessian-eigenthings' Lanczos.
 
-    It takes a fixed number of steps and certifies afterwards, so it gets the smallest multiple of 5
-    steps that it certifies as converged.
+    It takes a fixed number of steps and checks convergence afterwards. It therefore gets the smallest
+    multiple of 5 steps after which it reports convergence.
     """
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 

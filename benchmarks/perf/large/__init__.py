@@ -1,7 +1,7 @@
 """A hundred million parameters: what measuring takes, next to a training step of GPT-2 small.
 
-The weights are random. This library and hessian-eigenthings run in a process each, and a phase's peak is
-that of its whole process: model, state of AdamW and Python included. It is read from Linux.
+The weights are random. This library and hessian-eigenthings run in one process each. Peak memory is that
+of the process as Linux reports it, including the model, AdamW's state and Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.perf.timing import report
 __all__ = ["Config", "run"]
 
 _EAGER_RETURN = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""Freed tensors go back to the system at once, so that peaks are of what is alive."""
+"""Freed tensors are returned to the system at once, so that peaks count live tensors only."""
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
@@ -46,19 +46,19 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     return report(config, console, "large", title, columns, rows)
 
 
-def _in_process(way: str, config: Config, *numbers: int) -> list[dict[str, Any]]:
-    """Return the rows of ``way``, from a process of its own."""
+def _in_process(package: str, config: Config, *numbers: int) -> list[dict[str, Any]]:
+    """Return the rows of ``way``, run in a new process."""
     given = json.dumps([{**asdict(config), "out": str(config.out), "data_dir": None}, *numbers])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.perf.large.phases", way, given],
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.perf.large.phases", package, given],
         capture_output=True,
         text=True,
         env={**os.environ, **_EAGER_RETURN},
         check=False,
     )
-    if done.returncode:
-        if "No module named" in done.stderr and way == "theirs":
+    if process.returncode:
+        if "No module named" in process.stderr and package == "theirs":
             return []
-        raise RuntimeError(done.stderr)
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RuntimeError(process.stderr)
+    rows: list[dict[str, Any]] = json.loads(process.stdout.splitlines()[-1])
+    return rows

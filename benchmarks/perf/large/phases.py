@@ -1,4 +1,4 @@
-"""What one process does: time and peak memory of named phases, of this library or of another."""
+"""Time and peak memory of the phases of one process, of this library or of another."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Config(timing.Config):
     """What is measured.
 
     Attributes:
-        layers: of the transformer; with ``width``, ``heads`` and ``vocabulary`` GPT-2 small by default.
-        width: of the embedding.
-        heads: of an attention.
-        vocabulary: number of words.
-        samples: sequences in the probe, and in a training step.
-        tokens: of a sequence.
-        steps: of the training that is tracked.
+        layers: transformer layers. The default network is GPT-2 small.
+        width: width of the embedding.
+        heads: attention heads per layer.
+        vocabulary: size of the vocabulary.
+        samples: sequences in the probe set, and in a training step.
+        tokens: tokens per sequence.
+        steps: tracked training steps.
     """
 
     device: str = "cpu"
@@ -50,7 +50,7 @@ class Config(timing.Config):
 
 
 class _Phases:
-    """Rows of a table: time and peak memory of named phases."""
+    """Records time and peak memory of named phases as rows of a table."""
 
     def __init__(self, parameters: int) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -58,22 +58,22 @@ class _Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
-        """Take time and peak of the block, which may add to the row."""
+        """Measure time and peak memory of the block, which may add to the row."""
         row: dict[str, Any] = {"phase": name, "parameters": self._parameters}
         row |= dict.fromkeys(("products", "value", "residual"), float("nan"))
         _reset_peak()
-        began, worked = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield row
-        row["seconds"] = time.perf_counter() - began
-        row["cpu_seconds"] = time.process_time() - worked
+        row["seconds"] = time.perf_counter() - start
+        row["cpu_seconds"] = time.process_time() - cpu_start
         row["peak_gib"] = _peak_gib()
         self.rows.append(row)
 
 
 def _peak_gib() -> float:
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
-    found = [float(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")]
-    return found[0] if found else float("nan")
+    peaks = [float(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else float("nan")
 
 
 def _reset_peak() -> None:
@@ -89,7 +89,7 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _prepared(
     config: Config,
 ) -> tuple[nn.Module, dict[str, Tensor], torch.optim.Optimizer, Callable[[], None]]:
-    """Return a model, a batch, and AdamW with its state and the function that takes a step."""
+    """Return a model, a batch, AdamW with initialised state, and a function that takes a step."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -113,7 +113,7 @@ def _prepared(
         _loss(model, batch).backward()
         optimizer.step()
 
-    step()  # which makes the optimizer's state
+    step()  # initialises the optimizer's state
     optimizer.zero_grad()
     return model, batch, optimizer, step
 
@@ -129,9 +129,9 @@ def ours(config: Config) -> list[dict[str, Any]]:
         problem = Problem.from_batch_loss(model, _loss, batch)
     with phases.phase("sharpness") as row:
         margins = stableopt.measure(problem, tol=config.tol)
-        found = margins["sharpness"].measurement
-        assert found is not None
-        row |= {"products": found.products, "value": found.value, "residual": found.residual}
+        search = margins["sharpness"].measurement
+        assert search is not None
+        row |= {"products": search.products, "value": search.value, "residual": search.residual}
     with phases.phase("critical sharpness") as row:
         critical = stableopt.critical_sharpness(problem, optimizer=optimizer)
         row |= {"value": critical.value, "passes": critical.passes}
@@ -156,7 +156,7 @@ def ours(config: Config) -> list[dict[str, Any]]:
 
 
 def _tracked(monitor: stableopt.StabilityMonitor, quantity: str) -> dict[str, Any]:
-    """Return what a monitor has done, and the last value of ``quantity``."""
+    """Return a monitor's cost, and the last value of ``quantity``."""
     searches = ("sharpness", "preconditioned_sharpness")
     products = [
         m.products
@@ -175,20 +175,20 @@ def _tracked(monitor: stableopt.StabilityMonitor, quantity: str) -> dict[str, An
 
 
 def theirs(config: Config, products: int) -> list[dict[str, Any]]:
-    """Return the row of hessian-eigenthings' Lanczos, with so many products."""
+    """Return the row of hessian-eigenthings' Lanczos, with the same number of products."""
     from hessian_eigenthings import HessianOperator, lanczos
 
     model, batch, optimizer, step = _prepared(config)
-    step()  # to the point at which ours is measured
+    step()  # the weights at which ours is measured
     optimizer.zero_grad()
     phases = _Phases(sum(p.numel() for p in model.parameters()))
     operator = HessianOperator(model.eval(), [batch], _loss)
     with phases.phase("hessian-eigenthings") as row, sdpa_kernel(SDPBackend.MATH):
-        found = lanczos(
+        result = lanczos(
             operator, k=1, max_iter=products, tol=config.tol, which="LA", seed=config.seed
         )
-        value = float(found.eigenvalues[0])
-        residual = float(torch.as_tensor(found.residuals).reshape(-1)[0]) / abs(value)
+        value = float(result.eigenvalues[0])
+        residual = float(torch.as_tensor(result.residuals).reshape(-1)[0]) / abs(value)
         row |= {"products": products, "value": value, "residual": residual}
     return phases.rows
 

@@ -1,8 +1,8 @@
 """Products with Σ for the models that people train: the automatic way against vmap and the loop.
 
-The unit is one gradient over the same samples, timed alternately. vmap and the loop cost the same for
-each sample, so they are timed on two and scaled. Models of transformers have random weights and about a
-million parameters; without transformers they are left out.
+The unit is the time of one gradient over the same samples, measured in alternation. vmap and the loop
+cost the same for each sample, so they are timed on two samples and scaled. Models of the package
+transformers have random weights and about a million parameters; without the package they are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stableopt.curvature import Hessian, NonUniformity, Problem
 __all__ = ["CASES", "Case", "Config", "run"]
 
 _FEW = 2
-"""Samples that the ways without structure are timed on."""
+"""Number of samples on which the unstructured methods are timed."""
 
 _WORDS, _LENGTH = 1000, 64
 
@@ -39,10 +39,10 @@ class Case:
     """A model and its data.
 
     Attributes:
-        build: the model.
-        batch: so many samples, with the names that the model gives them.
-        n: the number of samples.
-        package: what the model needs in addition, or ``None``.
+        build: returns the model.
+        batch: returns a number of samples, as the model's keyword arguments.
+        n: number of samples.
+        package: a package that the model requires, or ``None``.
     """
 
     build: Callable[[], nn.Module]
@@ -61,17 +61,17 @@ def _of_transformers(name: str, config: str, **options: Any) -> Callable[[], nn.
 
 
 def _resnet(norm: Callable[[int], nn.Module] | None = None) -> nn.Module:
-    return _settled(resnet18(0, norm=norm))
+    return _with_statistics(resnet18(0, norm=norm))
 
 
-def _settled(model: nn.Module) -> nn.Module:
-    """Return a classifier of images whose batch norms have running statistics."""
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """Return an image classifier whose batch norms have running statistics."""
     model(torch.randn(64, 3, 32, 32))
     return _Classifier(model)
 
 
 class _Classifier(nn.Module):
-    """The loss of a classifier, as models of transformers return it."""
+    """Returns a classifier's loss in the format of transformers' models."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def _images(size: int) -> Callable[[int], dict[str, Tensor]]:
 
 
 def _segmented(n: int) -> dict[str, Tensor]:
-    """Return images with a class for each pixel, but for a border that the loss ignores."""
+    """Return images with a class per pixel, and a border that the loss ignores."""
     inside, border = torch.randint(0, 10, (n, 28, 28)), nn.CrossEntropyLoss().ignore_index
     return {
         "pixel_values": torch.randn(n, 3, 32, 32),
@@ -133,8 +133,10 @@ _CONVNEXT = {"hidden_sizes": [48, 96, 192], "depths": [2, 2, 2], "num_stages": 3
 _VIT = {**_WIDTHS, "image_size": 64, "patch_size": 8}
 
 
-def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[str, Case]:
-    """Return a language model with its embedding tied to the last layer, and without."""
+def _tied_and_untied(
+    name: str, model: str, config: str, options: dict[str, Any]
+) -> dict[str, Case]:
+    """Return a language model with tied and with untied embeddings."""
     return {
         name + (" tied" if tied else " untied"): Case(
             _of_transformers(model, config, tie_word_embeddings=tied, **options), _words
@@ -146,12 +148,12 @@ def _both(name: str, model: str, config: str, options: dict[str, Any]) -> dict[s
 CASES: dict[str, Case] = {
     "ResNet-18 GN": Case(_resnet, _images(32), 8, None),
     "ResNet-18 BN": Case(lambda: _resnet(nn.BatchNorm2d), _images(32), 8, None),
-    "MobileNet": Case(lambda: _settled(MobileNet()), _images(32), package=None),
+    "MobileNet": Case(lambda: _with_statistics(MobileNet()), _images(32), package=None),
     "U-Net": Case(lambda: _Classifier(UNet()), _segmented, package=None),
     "encoder": Case(lambda: _Classifier(Encoder(_WORDS)), _words, package=None),
-    **_both("GPT-2", "GPT2LMHeadModel", "GPT2Config", _GPT2),
-    **_both("LLaMA", "LlamaForCausalLM", "LlamaConfig", _TEXT),
-    **_both("BERT", "BertForMaskedLM", "BertConfig", _TEXT),
+    **_tied_and_untied("GPT-2", "GPT2LMHeadModel", "GPT2Config", _GPT2),
+    **_tied_and_untied("LLaMA", "LlamaForCausalLM", "LlamaConfig", _TEXT),
+    **_tied_and_untied("BERT", "BertForMaskedLM", "BertConfig", _TEXT),
     "T5": Case(_of_transformers("T5ForConditionalGeneration", "T5Config", **_T5), _words),
     "ViT": Case(
         _of_transformers("ViTForImageClassification", "ViTConfig", num_labels=10, **_VIT),
@@ -172,7 +174,7 @@ CASES: dict[str, Case] = {
 
 
 def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time every way on every model, print and write the table; return its rows."""
+    """Time every method on every model, print and write the table; return its rows."""
     console = console or Console()
     rows = []
     for name, case in CASES.items():
@@ -182,10 +184,10 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
         with console.status(name):
             rows.append({"model": name, **_row(config, case)})
     t = pd.DataFrame(rows)
-    ways = {"Hv": "hessian", "ours": "auto", "vmap": "vmap", "loop": "loop"}
+    methods = {"Hv": "hessian", "ours": "auto", "vmap": "vmap", "loop": "loop"}
     columns = {
         **{"model": t.model, "d, M": t.d / 1e6, "gradient, ms": 1e3 * t.gradient},
-        **{name: t[way] / t.gradient for name, way in ways.items()},
+        **{name: t[column] / t.gradient for name, column in methods.items()},
         **{"MiB, gradient": t.gradient_mib, "MiB, ours": t.mib},
     }
     title = "One product with the covariance of per-sample Hessians, in gradients"
@@ -197,7 +199,7 @@ def _row(config: Config, case: Case) -> dict[str, Any]:
     model = case.build().eval().to(config.device)
     batch = {name: t.to(config.device) for name, t in case.batch(case.n).items()}
     few = {name: t[:_FEW] for name, t in batch.items()}
-    problem, part = (
+    problem, few_problem = (
         Problem.from_batch_loss(model, lambda model, batch: model(**batch).loss, [data])
         for data in (batch, few)
     )
@@ -208,23 +210,26 @@ def _row(config: Config, case: Case) -> dict[str, Any]:
         model(**batch).loss.backward()
 
     gradient_mib = _peak_mib(gradient)
-    # Timed before the operators hold anything.
+    # Before the operators fill their caches.
     ours = NonUniformity(problem)
     mib = _peak_mib(lambda: ours @ vector)
     hessian = Hessian(problem)
-    others = {"loop": NonUniformity(part, method="loop")}
+    peers = {"loop": NonUniformity(few_problem, method="loop")}
     try:
-        by_vmap = NonUniformity(part, method="vmap")
+        by_vmap = NonUniformity(few_problem, method="vmap")
         _ = by_vmap @ vector
-        others["vmap"] = by_vmap
-    except RuntimeError:  # vmap cannot follow the model
+        peers["vmap"] = by_vmap
+    except RuntimeError:  # vmap does not support the model
         pass
     timings = interleaved(
         {
             "gradient": gradient,
             "hessian": lambda: hessian @ vector,
             "auto": lambda: ours @ vector,
-            **{way: (lambda of=of: of @ vector) for way, of in others.items()},
+            **{
+                method: (lambda operator=operator: operator @ vector)
+                for method, operator in peers.items()
+            },
         },
         repeats=config.repeats,
         device=config.device,
@@ -232,10 +237,10 @@ def _row(config: Config, case: Case) -> dict[str, Any]:
     )
     medians = {"vmap": float("nan")}
     medians |= {name: timing.median for name, timing in timings.items()}
-    for way in others:
-        medians[way] *= case.n / min(_FEW, case.n)
-    expected = others["loop"] @ vector
-    found = NonUniformity(part) @ vector
+    for method in peers:
+        medians[method] *= case.n / min(_FEW, case.n)
+    expected = peers["loop"] @ vector
+    image = NonUniformity(few_problem) @ vector
     return {
         "d": problem.num_params,
         "n": case.n,
@@ -244,7 +249,7 @@ def _row(config: Config, case: Case) -> dict[str, Any]:
         **medians,
         "mib": mib,
         "gradient_mib": gradient_mib,
-        "difference": float((found - expected).norm() / expected.norm()),
+        "difference": float((image - expected).norm() / expected.norm()),
     }
 
 
@@ -252,7 +257,7 @@ _REFERENCED, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def _peak_mib(function: Callable[[], object]) -> float:
-    """Return by how much a call raises the process's memory at its peak; NaN where that is unknown."""
+    """Return the rise of the process's peak memory during a call, or NaN if it cannot be read."""
     gc.collect()
 
     def read(field: str) -> float:
@@ -260,8 +265,8 @@ def _peak_mib(function: Callable[[], object]) -> float:
         return int(line.split()[1]) / 1024
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
-        _REFERENCED.write_text("5")  # the peak starts from here
+        ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
+        _REFERENCED.write_text("5")  # resets the peak
         before = read("VmRSS")
     except (OSError, AttributeError):
         function()

@@ -1,4 +1,4 @@
-"""`MobileNet`, `UNet` and `Encoder`: small models of kinds that transformers lacks."""
+"""`MobileNet`, `UNet` and `Encoder`: small models of kinds that the package transformers lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _normed(convolution: nn.Conv2d, *, active: bool = True) -> list[nn.Module]:
 
 
 class _Excitation(nn.Module):
-    """Squeeze and excitation: each channel times a gate of all channels' means."""
+    """Squeeze and excitation: scales each channel by a gate computed from all channels' means."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Excitation(nn.Module):
 
 
 class _InvertedResidual(nn.Module):
-    """A wider depthwise convolution between two of width one, with a shortcut where shapes agree."""
+    """A wide depthwise convolution between two pointwise ones, with a shortcut if shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int = 1) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def _pair(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """A U-Net (Ronneberger et al., 2015) of three levels: a class for each pixel."""
+    """A three-level U-Net (Ronneberger et al., 2015), which classifies each pixel."""
 
     def __init__(self, width: int = 16, classes: int = 10) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class UNet(nn.Module):
 
 
 class Encoder(nn.Module):
-    """torch's own encoder layers: a class for each word."""
+    """torch's transformer encoder, which classifies each token."""
 
     def __init__(self, words: int, width: int = 128, layers: int = 4) -> None:
         super().__init__()

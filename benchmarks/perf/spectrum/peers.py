@@ -1,4 +1,4 @@
-"""Spectra by other packages, as their documentation says, with ladders of settings."""
+"""Other packages' spectra, used as in their documentation, with lists of settings to try."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STARTS = ((1, 40), (2, 40), (4, 40), (8, 40))
 
 
 def peers(problem: Problem, console: Console, count: int) -> Iterator[tuple[str, str, Any, Way]]:
-    """Yield the name, the task, a ladder of settings and the way of each package that is installed."""
-    for name, ways in (("hessian-eigenthings", _eigenthings), ("curvlinops", _curvlinops)):
+    """Yield name, task, settings and function of each method of the installed packages."""
+    for name, methods in (("hessian-eigenthings", _eigenthings), ("curvlinops", _curvlinops)):
         try:
-            yield from ways(problem, count)
+            yield from methods(problem, count)
         except ImportError as error:
             console.print(f"{name}: left out, {error}; pip install 'stableopt[bench-peers]'")
 
@@ -41,21 +41,23 @@ def _eigenthings(problem: Problem, count: int) -> Iterator[tuple[str, str, Any, 
         return package.HessianOperator(problem.model, [batch_of(problem)], loss)
 
     def values(steps: int, seed: int) -> tuple[Tensor, int]:
-        found = package.lanczos(operator(), k=count, max_iter=steps, which="LA", seed=seed)
-        return torch.as_tensor(found.eigenvalues).double().cpu().sort(descending=True).values, steps
+        result = package.lanczos(operator(), k=count, max_iter=steps, which="LA", seed=seed)
+        return torch.as_tensor(result.eigenvalues).double().cpu().sort(
+            descending=True
+        ).values, steps
 
     def total(budget: int, seed: int) -> tuple[float, int]:
-        found = package.hutch_plus_plus(operator(), num_matvecs=budget, seed=seed)
-        return float(found.estimate), budget
+        result = package.hutch_plus_plus(operator(), num_matvecs=budget, seed=seed)
+        return float(result.estimate), budget
 
     def density(setting: tuple[int, int], seed: int) -> tuple[Any, int]:
         starts, steps = setting
-        found = package.spectral_density(
+        result = package.spectral_density(
             operator(), num_runs=starts, lanczos_steps=steps, seed=seed
         )
-        nodes, weights = found.raw_eigenvalues.reshape(-1), found.raw_weights.reshape(-1) / starts
-        known = ~torch.isnan(nodes)
-        return (nodes[known].cpu().numpy(), weights[known].cpu().numpy()), starts * steps
+        nodes, weights = result.raw_eigenvalues.reshape(-1), result.raw_weights.reshape(-1) / starts
+        valid = ~torch.isnan(nodes)
+        return (nodes[valid].cpu().numpy(), weights[valid].cpu().numpy()), starts * steps
 
     yield "hessian-eigenthings, Lanczos", "values", STEPS, values
     yield "hessian-eigenthings, Hutch++", "trace", BUDGETS, total
@@ -86,10 +88,10 @@ def _curvlinops(problem: Problem, count: int) -> Iterator[tuple[str, str, Any, W
 
         counted = LinearOperator(matrix.shape, matvec=product, dtype=matrix.dtype)
         start = torch.randn(problem.num_params, generator=torch.Generator().manual_seed(seed))
-        found = eigsh(
+        parts = eigsh(
             counted, k=count, which="LA", tol=tol, v0=start.numpy(), return_eigenvectors=False
         )
-        return torch.from_numpy(np.sort(found)[::-1].astype(float).copy()), products
+        return torch.from_numpy(np.sort(parts)[::-1].astype(float).copy()), products
 
     def hutchpp(budget: int, seed: int) -> tuple[float, int]:
         torch.manual_seed(seed)
@@ -102,12 +104,12 @@ def _curvlinops(problem: Problem, count: int) -> Iterator[tuple[str, str, Any, W
     def density(setting: tuple[int, int], seed: int) -> tuple[Any, int]:
         torch.manual_seed(seed)
         starts, steps = setting
-        matrix, found = operator(), []
+        matrix, parts = operator(), []
         for _ in range(starts):
             nodes, vectors = fast_lanczos(matrix, steps)
-            found.append((nodes.cpu().numpy(), vectors[0].square().cpu().numpy() / starts))
-        parts = zip(*found, strict=True)
-        return tuple(np.concatenate(part) for part in parts), starts * steps
+            parts.append((nodes.cpu().numpy(), vectors[0].square().cpu().numpy() / starts))
+        columns = zip(*parts, strict=True)
+        return tuple(np.concatenate(part) for part in columns), starts * steps
 
     yield "curvlinops, SciPy eigsh", "values", TOLS, values
     yield "curvlinops, Hutch++", "trace", BUDGETS, hutchpp

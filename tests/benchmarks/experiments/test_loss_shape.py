@@ -11,7 +11,7 @@ from torch import nn
 
 import stableopt
 from benchmarks.experiments.loss_shape.experiment import LossShape
-from benchmarks.experiments.loss_shape.jobs import Course, along, trusted
+from benchmarks.experiments.loss_shape.jobs import Course, loss_along, trusted_rise
 from benchmarks.runner import Place, Store, run_all
 from benchmarks.training.data import Dataset
 from benchmarks.training.networks import network
@@ -23,7 +23,7 @@ def test_the_line_is_the_loss_and_comes_back() -> None:
     x, y = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[0.5]]).double()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     direction = torch.tensor([0.6, 0.0, 0.8]).double()  # two weights, then the bias
-    loss_at, slope = along(model, nn.MSELoss(), (x, y), direction)
+    loss_at, slope = loss_along(model, nn.MSELoss(), (x, y), direction)
     residual = float(before @ torch.tensor([1.0, 2.0, 1.0]).double()) - 0.5
     assert loss_at(0.3) == pytest.approx((residual + 0.3 * (0.6 + 0.8)) ** 2)
     assert slope == pytest.approx(2 * residual * 1.4)
@@ -38,7 +38,7 @@ def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
 
     # Off at t = −1, where the rise is 2 = 2/3 of the first loss; by a tenth of 5 just after it:
     # 10 |t + 1| = 0.1 (3 + 2 t²) at t = −1.0522, a rise of 0.738. Steps are 12 % apart.
-    assert 0.738 / 10**0.05 <= trusted(loss, 3.0, 0.2, 4.0) <= 0.738
+    assert 0.738 / 10**0.05 <= trusted_rise(loss, 3.0, 0.2, 4.0) <= 0.738
 
 
 def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> None:

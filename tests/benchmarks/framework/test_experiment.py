@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from runner_jobs import Number
 
-from benchmarks.framework.experiment import Case, Experiment, Tables, case
+from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.tables import Row, records, table
 from benchmarks.runner import Job, Place, Store, Work, run_all
 
@@ -48,7 +48,7 @@ class Powers(Experiment):
 
     def cases(self) -> Mapping[str, Sequence[Case]]:
         return {
-            "squares": [case(Raised(base), "base", kind="square") for base in self.bases],
+            "squares": [case_of(Raised(base), "base", kind="square") for base in self.bases],
             "numbers": [Case(Number(base), {"number": base}) for base in self.bases],
         }
 

@@ -15,7 +15,7 @@ from simulated_device import NEEDS_SIMULATED_DEVICE
 from benchmarks import cli
 from benchmarks.gpu import script
 from benchmarks.gpu.plan import PARTS, Part
-from benchmarks.gpu.setting import Found
+from benchmarks.gpu.setting import PartResult
 
 IN_MINIATURE = ["measure", "ensemble", "graphs", "nccl", "table-2"]
 """The others run tests, and parts of ``perf`` that have tests of their own."""
@@ -62,7 +62,7 @@ def test_command_line_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def _part(seconds: float) -> Part:
-    def title(_: object) -> Found:
+    def title(_: object) -> PartResult:
         """Do something."""
         raise AssertionError
 

@@ -43,7 +43,7 @@ def test_the_time_left_is_that_of_the_work_seen(tmp_path: Path) -> None:
 
     def report(share: float) -> None:
         write_json(store.part(job) / "progress.json", {"share": share, "text": ""})
-        bars.looked = 0.0
+        bars.last_read = 0.0
         bars.tick()
 
     now = 160.0

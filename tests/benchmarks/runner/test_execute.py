@@ -94,7 +94,7 @@ def test_an_error_is_recorded_and_does_not_count_as_done(tmp_path: Path) -> None
     cure.touch()
     work([failing], tmp_path, HERE)
     assert not store.done(failing)
-    store.forgive(failing)
+    store.clear_failure(failing)
     work([failing], tmp_path, HERE)
     assert store.done(failing)
 
@@ -108,15 +108,15 @@ def test_an_error_ends_its_checkpoint_and_a_death_does_not(
         kill_at(patch, 30)
         with pytest.raises(KilledError):
             work([job], tmp_path, HERE)
-    assert store.begun(job)
+    assert store.has_checkpoint(job)
     store.fail(job, "WorkerDied")
-    store.forgive(job)
-    assert store.begun(job)
+    store.clear_failure(job)
+    assert store.has_checkpoint(job)
     with monkeypatch.context() as patch:
         patch.setattr(Work, "save", lambda self, tensors: 1 / 0)
         work([job], tmp_path, HERE)
     assert store.failure(job) is not None
-    assert not store.begun(job)
+    assert not store.has_checkpoint(job)
 
 
 def test_a_checkpoint_without_a_trace(tmp_path: Path) -> None:

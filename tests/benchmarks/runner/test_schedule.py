@@ -72,11 +72,11 @@ def test_needs_are_run_before_and_only_what_is_left_is_run(tmp_path: Path) -> No
     run_all([one], store, HERE)
     log = Log()
     summary = run_all([total], store, HERE, watch=log)
-    assert (summary.found, summary.done) == ([one], [two, total])
+    assert (summary.already_done, summary.done) == ([one], [two, total])
     assert log.lines == [(word, job.id) for job in (two, total) for word in ("started", "finished")]
     assert store.result(total) == {"value": 3.0}
     again = run_all([total], store, HERE, make_executor=lambda: pytest.fail("nothing to run"))
-    assert again.found == [one, two, total]
+    assert again.already_done == [one, two, total]
 
 
 def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_failure_costs_what_stands_on_it_and_is_not_run_again_unasked(tmp_path
     ]
     cure.touch()
     unasked = run_all(jobs, store, HERE, watch=(log := Log()))
-    assert (unasked.found, unasked.failed, unasked.blocked) == (
+    assert (unasked.already_done, unasked.failed, unasked.blocked) == (
         [fine],
         [failing, Unwritable()],
         [total, over],

@@ -28,7 +28,7 @@ def test_a_job_is_done_with_the_rename_and_not_before(tmp_path: Path) -> None:
     assert store.failure(job) == {"error": "E: no", "details": "where"}
     with pytest.raises(FileNotFoundError):
         store.result(job)
-    store.forgive(job)
+    store.clear_failure(job)
     assert store.failure(job) is None
     store.finish(job)
     assert store.done(job)
@@ -41,7 +41,7 @@ def test_a_failure_can_be_recorded_before_there_is_a_folder(tmp_path: Path) -> N
     store = Store(tmp_path)
     store.fail(Number(1.0), "gone")
     assert store.failure(Number(1.0)) == {"error": "gone", "details": ""}
-    store.forgive(Number(2.0))  # nothing to forgive
+    store.clear_failure(Number(2.0))  # nothing to forgive
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

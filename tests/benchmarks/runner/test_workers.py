@@ -95,7 +95,7 @@ def test_a_sweep_that_was_killed_is_finished_as_if_it_had_not_been(
     """
     store = Store(tmp_path)
     process = begin(workers)
-    until(lambda: process.poll() is not None or sum(map(store.begun, WALKS)) == workers)
+    until(lambda: process.poll() is not None or sum(map(store.has_checkpoint, WALKS)) == workers)
     assert len(alive(process.pid)) > workers
     if target == "the group":
         os.killpg(process.pid, signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_a_sweep_that_was_killed_is_finished_as_if_it_had_not_been(
         process.kill()
     assert process.wait() == -signal.SIGKILL
     until(lambda: not alive(process.pid))
-    begun = [job for job in WALKS if store.begun(job)]
+    begun = [job for job in WALKS if store.has_checkpoint(job)]
     assert begun
     assert not [job for job in WALKS if store.failure(job)]
     summary = run_all(list(WALKS), store, HERE)

@@ -80,13 +80,13 @@ def test_each_member_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     stack that is cut down to the wrong ones: four of five end, at different steps, in two ways.
     """
     sizes = []
-    look = ensemble.Stack.look
+    training_losses = ensemble.Stack.training_losses
 
     def watched(self: Any) -> list[float]:
         sizes.append(len(self.members))
-        return look(self)
+        return training_losses(self)
 
-    monkeypatch.setattr(ensemble.Stack, "look", watched)
+    monkeypatch.setattr(ensemble.Stack, "training_losses", watched)
     jobs = [
         Solution(DIGITS, lr=lr, target_loss=0.08, max_steps=60, non_uniformity=False)
         for lr in (0.02, 1e6, 0.5, 3e5, 0.3)
@@ -115,7 +115,7 @@ def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch
     data = Dataset("cifar10-2", 10)
     jobs = [Solution(data, lr=0.1, seed=0), Solution(data, lr=0.2, seed=1)]
     stack = ensemble.Stack(jobs, Images(x, y, x, y.argmax(1)), "cpu")
-    losses = stack.look()
+    losses = stack.training_losses()
     assert losses == pytest.approx(stack.losses())
     for k, job in enumerate(jobs):
         model = job.model()

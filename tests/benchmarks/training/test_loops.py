@@ -120,7 +120,7 @@ def test_a_minimum_is_loaded_only_if_it_is_one(tmp_path: Path) -> None:
     work = Work(reached, store, Place())
     found, model, images = from_minimum(reached, work)
     assert evaluate(model, images) == pytest.approx(found.loss, rel=1e-6)  # summed in other chunks
-    assert from_minimum(unfinished, work, allow_unfinished=True).found.outcome == "out of steps"
+    assert from_minimum(unfinished, work, allow_unfinished=True).minimum.outcome == "out of steps"
     for job, allowed in ((unfinished, False), (lost, False), (lost, True)):
         with pytest.raises(ValueError, match="has not reached a minimum"):
             from_minimum(job, work, allow_unfinished=allowed)
