@@ -81,7 +81,7 @@ class Bars(Watch):
         self.total = sum(self.costs.values())
         self.bars: dict[str, tuple[Job, TaskID]] = {}
         self.last_read = 0.0
-        # Work done in earlier sessions is where the bar starts, so that it does not count as speed.
+        # Work of earlier runs is where the bar starts, so that it does not count as speed.
         self.all = self.progress.add_task("", total=1.0, completed=self._share())
         self._show()
 
