@@ -1,4 +1,4 @@
-"""`observe_steps`: calls before and after each step of an optimizer, by torch's hooks or without."""
+"""`observe_steps`: calls functions before and after each step of an optimizer."""
 
 from __future__ import annotations
 
@@ -17,70 +17,71 @@ Hook = Callable[[Any, Any, Any], Any]
 
 
 class ObservedStep:
-    """The ``step`` of one optimizer that has no hooks; a copy of that optimizer has its own step.
+    """A wrapper around the ``step`` of one optimizer without hooks; copies are not observed.
 
     Attributes:
-        active: whether the hooks are called. A scheduler may have wrapped this step, and keep it.
+        active: whether the functions are called. It ends observation where a scheduler has wrapped
+            this object and keeps it.
     """
 
     def __init__(self, optimizer: Any, before: Hook | None, after: Hook) -> None:
         self._optimizer, self._before, self._after = optimizer, before, after
-        self._own = optimizer.step
-        # What the instance had before, as of a scheduler that counts calls.
-        self._instance = vars(optimizer).get("step")
+        self._wrapped_step = optimizer.step
+        # An earlier wrapper on the instance, such as a scheduler's call counter.
+        self._former_attribute = vars(optimizer).get("step")
         self.active = True
-        # A scheduler reads attributes of the method, such as __func__.
-        functools.update_wrapper(self, self._own, updated=())
-        if isinstance(self._own, MethodType):
-            self.__self__, self.__func__ = self._own.__self__, self._own.__func__
+        # Schedulers read attributes of the bound method, such as __func__.
+        functools.update_wrapper(self, self._wrapped_step, updated=())
+        if isinstance(self._wrapped_step, MethodType):
+            self.__self__, self.__func__ = self._wrapped_step.__self__, self._wrapped_step.__func__
         optimizer.step = self
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the step."""
+        """Take the step, with the calls before and after it."""
         if self.active and self._before is not None:
             replaced = self._before(self._optimizer, (self._optimizer, *args), kwargs)
             if replaced is not None:
                 (_, *args), kwargs = replaced
-        result = self._own(*args, **kwargs)
+        result = self._wrapped_step(*args, **kwargs)
         if self.active:
             self._after(self._optimizer, (self._optimizer, *args), kwargs)
         return result
 
     def remove(self) -> None:
-        """Give the optimizer its own step again."""
+        """Restore the optimizer's former ``step``."""
         self.active = False
         if vars(self._optimizer).get("step") is not self:
-            return  # another wrapper lies around it, and stays
-        if self._instance is None:
+            return  # another wrapper replaced this one, and stays
+        if self._former_attribute is None:
             del self._optimizer.step
         else:
-            self._optimizer.step = self._instance
+            self._optimizer.step = self._former_attribute
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = self._own
-        if self._instance is None and isinstance(own, MethodType):
-            return getattr, (own.__self__, own.__name__)
-        return _same, (own,)
+        step = self._wrapped_step
+        if self._former_attribute is None and isinstance(step, MethodType):
+            return getattr, (step.__self__, step.__name__)
+        return _identity, (step,)
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
-    Hooks of torch are used where the optimizer has them, and else ``step`` is replaced on the instance.
+    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance.
 
     Args:
-        optimizer: anything with ``param_groups`` and ``step``.
-        before: called with optimizer, arguments and keyword arguments, as torch's hooks are; it may
-            return other arguments, as they may.
-        after: the same after the step.
+        optimizer: any object with ``param_groups`` and ``step``.
+        before: called like torch's pre-hooks, with optimizer, arguments and keyword arguments; it may
+            return replaced arguments and keyword arguments.
+        after: called like torch's post-hooks.
 
     Raises:
-        TypeError: for an optimizer without ``step``, or that refuses an attribute.
+        TypeError: for an optimizer without ``step``, or whose ``step`` cannot be set.
 
     >>> class Wrapper:
     ...     def __init__(self, optimizer):
@@ -97,8 +98,8 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
     ['optimizer', 'param_groups']
     """
     if _has_hooks(optimizer):
-        first = [] if before is None else [optimizer.register_step_pre_hook(before)]
-        return [*first, optimizer.register_step_post_hook(after)]
+        handles = [] if before is None else [optimizer.register_step_pre_hook(before)]
+        return [*handles, optimizer.register_step_post_hook(after)]
     if not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer={optimizer!r}: expected an optimizer with a method step")
     try:
@@ -111,7 +112,7 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
 
 
 def _has_hooks(optimizer: Any) -> bool:
-    """Whether torch calls hooks of ``optimizer``: a subclass may not have run its initialisation."""
+    """Whether ``optimizer`` has torch's hooks; a subclass may not have called ``super().__init__``."""
     return isinstance(optimizer, torch.optim.Optimizer) and all(
         hasattr(optimizer, f"_optimizer_step_{kind}_hooks") for kind in ("pre", "post")
     )

@@ -1,4 +1,4 @@
-"""`SampleCounter`: observes the batch size of training from the model's forward passes."""
+"""`SampleCounter`: counts the samples of each training step in the model's forward passes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stableopt.curvature.problem.data.batches import tensors_in
 __all__ = ["SampleCounter"]
 
 _OBSERVED_STEPS = 5
-"""Steps whose median is the batch size. One ragged batch does not change it, nor does one skipped
-step, whose samples are counted with the next."""
+"""The batch size is the median over so many steps: one ragged batch does not change it, nor does one
+skipped step, whose samples are counted with the next step."""
 
 
 class SampleCounter:
@@ -27,22 +27,22 @@ class SampleCounter:
 
     Attributes:
         active: whether forward passes are counted.
-        dim: the dimension that counts samples, if a tensor has it, and else the first.
-        observed: samples of each of the latest five steps, oldest first.
+        dim: the dimension that counts samples; the first dimension for tensors without it.
+        observed: the samples of each of the last five steps, oldest first.
     """
 
     def __init__(self, active: bool = True, dim: int = 0) -> None:
         self.active, self.dim = active, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
-        self._count, self._forward = 0, False
+        self._count, self._seen_forward = 0, False
 
     @property
     def __name__(self) -> str:
-        """What torch.jit.script asks a hook for, before it compiles it."""
+        """Refuses ``torch.jit.script``, which reads the name of a hook before compiling it."""
         raise AttributeError(
-            "torch.jit.script cannot compile the hook by which a monitor counts the samples of a step:"
-            " pass batch_size= to track() or StabilityMonitor, which then needs no hook in the model, or"
-            " close() the monitor before"
+            "torch.jit.script cannot compile the hook that counts the samples of a step: pass"
+            " batch_size= to track() or StabilityMonitor, which then adds no hook, or close() the"
+            " monitor before"
         )
 
     @property
@@ -53,19 +53,19 @@ class SampleCounter:
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
-        # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
+        # Skip validation, which runs without gradients, and the passes of measurements.
         if not self.active or not torch.is_grad_enabled() or measuring():
             return
-        # Activation checkpointing runs a pass again in the backward pass, or there alone.
-        again = in_backward()
-        if not (again and self._forward):
+        # Activation checkpointing repeats a forward pass in the backward pass, or runs it only there.
+        recomputed = in_backward()
+        if not (recomputed and self._seen_forward):
             self.add((args, kwargs))
-        self._forward = self._forward or not again
+        self._seen_forward = self._seen_forward or not recomputed
 
     def add(self, batch: Any) -> None:
-        """Count the samples of ``batch`` by its first tensor."""
-        # A packed sequence holds rows of several samples: its first batch size is that of all.
-        packed = next(_packed_in(batch), None)
+        """Count the samples of ``batch``: the size of its first tensor."""
+        # The first batch size of a packed sequence is the number of its samples.
+        packed = next(_packed_sequences(batch), None)
         if packed is not None:
             self._count += int(packed.batch_sizes[0])
         else:
@@ -75,10 +75,10 @@ class SampleCounter:
             self._count += next(sizes, 0)
 
     def end_step(self) -> None:
-        """Take the samples since the last call, if any, as those of one step."""
+        """Record the samples since the last call, if any, as one step."""
         if self._count:
             self.observed.append(self._count)
-        self._count, self._forward = 0, False
+        self._count, self._seen_forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
         return SampleCounter(active=False)
@@ -87,9 +87,9 @@ class SampleCounter:
         return (SampleCounter, (False,))
 
 
-def _packed_in(batch: Any) -> Iterator[PackedSequence]:
+def _packed_sequences(batch: Any) -> Iterator[PackedSequence]:
     if isinstance(batch, PackedSequence):
         yield batch
     elif isinstance(batch, (tuple, list, Mapping)):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _packed_in(value)
+            yield from _packed_sequences(value)

@@ -18,15 +18,15 @@ __all__ = ["CompactPairs"]
 
 
 class CompactPairs:
-    """A memory of ring buffers, with the inner products of the pairs in them.
+    """A memory of pairs in ring buffers, with their inner products.
 
-    An iteration reads the buffers twice: for the products with the new gradient change and the
-    gradient, and for the direction. Only the direction is a new vector of length d.
+    An iteration reads the buffers twice: for the products with gradient change and gradient, and for
+    the direction. It allocates one vector of length d, the direction.
     """
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
-        # Row 0 is the latest gradient change, row 1 the gradient: one reading of the pairs serves both.
+        # Row 0 is the last gradient change, row 1 the gradient: both take one pass over the pairs.
         self._latest: Tensor | None = None
         self.clear()
         if state.get("old_dirs"):
@@ -59,7 +59,7 @@ class CompactPairs:
             and kept.get("count") == len(changes)
             and (kept["oldest"] == 0 or len(changes) == self.capacity)
         ):
-            # This class wrote the state last. Its own numbers make a resumed run bit for bit the same.
+            # This class wrote the state: its numbers make a resumed run bit for bit the same.
             self._oldest, self._count = kept["oldest"], len(changes)
             for i, (y, s) in enumerate(zip(changes, steps, strict=True)):
                 self._write(self._slot(i), y, s, 1.0)
@@ -79,15 +79,15 @@ class CompactPairs:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             return [float(value) for value in values]
-        # A loss may have another device or dtype; the last tensor is computed from gradients.
+        # The loss may have another device or dtype than the last tensor, which is from gradients.
         last = tensors[-1]
         if any(value.dtype != last.dtype or value.device != last.device for value in tensors):
             tensors = [value.to(last.device, widest(last.device)) for value in tensors]
-        found = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
-        return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
+        floats = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
+        return [next(floats) if isinstance(v, Tensor) else float(v) for v in values]
 
     def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
-        """Return the products that decide whether :meth:`update` keeps the pair."""
+        """Return the inner products by which :meth:`update` accepts the pair."""
         if self._latest is None or self._latest.shape[1] != len(gradient):
             self._latest = gradient.new_empty(2, len(gradient))
         y, direction = torch.sub(gradient, move.gradient, out=self._latest[0]), move.direction
@@ -108,7 +108,7 @@ class CompactPairs:
                 curvature = share * curvature + rest * step
         self._allocate(y)
         threshold = self._smallest_cosine * math.sqrt(change) * math.sqrt(step)
-        # Products below the smallest normal number have lost their digits: they are rounding noise.
+        # Subnormal products have lost digits: they are rounding noise.
         normal = min(curvature, change) >= self._smallest_product
         if curvature > threshold and normal and math.isfinite(curvature + change):
             self._append(y, direction, t)
@@ -132,15 +132,15 @@ class CompactPairs:
         self._pending = True
 
     def _settle(self, vector: Tensor | None = None) -> Tensor:
-        """Store the products of a pair just appended; return those of ``vector``, if given."""
+        """Store the inner products of a pair just appended; return those of ``vector``, if given."""
         pending, self._pending = self._pending, False
         if self._latest is not None and vector is not None:
             self._latest[1] = vector
-        wanted = slice(0 if pending else 1, 1 if vector is None else 2)
-        if wanted.start == wanted.stop:
+        rows = slice(0 if pending else 1, 1 if vector is None else 2)
+        if rows.start == rows.stop:
             return self._triangle.new_zeros(0)
         assert self._latest is not None
-        inner = self._rows.inner(self._latest[wanted], 2 * self._count)
+        inner = self._rows.inner(self._latest[rows], 2 * self._count)
         if pending:
             last, part = self._count - 1, slice(0, self._count)
             small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
