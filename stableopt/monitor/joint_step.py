@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-__all__ = ["JointStep", "nested"]
+__all__ = ["JointStep", "nested", "running_steps"]
 
 _STEP_WRAPPER_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
@@ -50,13 +50,17 @@ class JointStep:
 def nested(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a hook of ``optimizer`` runs inside another ``step`` of the same optimizer.
 
-    If a class's ``step`` calls the ``step`` of its parent, torch runs the hooks for both. The stack
-    shows which call is the inner one, also after a step that raised.
+    If a class's ``step`` calls the ``step`` of its parent, torch runs the hooks for both.
     """
+    return running_steps(optimizer) > 1
+
+
+def running_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Count the calls of ``optimizer.step`` on the stack, which is right also after a step that raised."""
     frame: FrameType | None = sys._getframe(1)
     steps = 0
     while frame is not None:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _STEP_WRAPPER_FILE:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return steps > 1
+    return steps

@@ -165,7 +165,7 @@ class StabilityMonitor:
             second_derivatives=None if check_derivatives else False,
             process_group=process_group,
         )
-        self._counter = SampleCounter(dim=problem.layout.dims[0])
+        self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
         self._measurer = Measurer(
             self.optimizers,
@@ -198,6 +198,7 @@ class StabilityMonitor:
             module = model if isinstance(model, nn.Module) else problem.model
             hook = module.register_forward_pre_hook(self._counter, with_kwargs=True)
             self._handles.append(hook)
+            self._counter.calibrate(problem)
         needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
         before = self._before_step if needs_start else None
         try:
@@ -265,8 +266,7 @@ class StabilityMonitor:
         >>> monitor.batch_size
         4
         """
-        self._counter.active = False
-        self._counter.add(batch)
+        self._counter.count_only(batch)
 
     def measure(self) -> StabilityMargins:
         """Measure now, record the result and send it to the sinks; call it on every rank.

@@ -10,59 +10,78 @@ from typing import Any
 import torch
 
 from stableopt._support.torch_internals import eager
+from stableopt.monitor.joint_step import running_steps
 
 __all__ = ["observe_steps"]
+
+_STEP_PARTS = ("first_step", "second_step", "third_step")
+"""Parts of a step of SAM (Foret et al., 2021) and its variants; each takes a new gradient."""
 
 Hook = Callable[[Any, Any, Any], Any]
 
 
-class ObservedStep:
-    """A wrapper around the ``step`` of one optimizer without hooks; copies are not observed.
+class ObservedMethod:
+    """A wrapper around a method of one optimizer; copies of the optimizer are not observed.
 
     Attributes:
-        active: whether the functions are called. It ends observation where a scheduler has wrapped
-            this object and keeps it.
+        active: whether the functions are called; false ends observation also if a scheduler has
+            wrapped this object and keeps it.
     """
 
-    def __init__(self, optimizer: Any, before: Hook | None, after: Hook) -> None:
-        self._optimizer, self._before, self._after = optimizer, before, after
-        self._wrapped_step = optimizer.step
+    def __init__(self, optimizer: Any, name: str, before: Hook | None, after: Hook | None) -> None:
+        self._optimizer, self._name, self._before, self._after = optimizer, name, before, after
+        self._method = getattr(optimizer, name)
         # An earlier wrapper on the instance, such as a scheduler's call counter.
-        self._former_attribute = vars(optimizer).get("step")
+        self._former_attribute = vars(optimizer).get(name)
         self.active = True
         # Schedulers read attributes of the bound method, such as __func__.
-        functools.update_wrapper(self, self._wrapped_step, updated=())
-        if isinstance(self._wrapped_step, MethodType):
-            self.__self__, self.__func__ = self._wrapped_step.__self__, self._wrapped_step.__func__
-        optimizer.step = self
+        functools.update_wrapper(self, self._method, updated=())
+        if isinstance(self._method, MethodType):
+            self.__self__, self.__func__ = self._method.__self__, self._method.__func__
+        setattr(optimizer, name, self)
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the step, with the calls before and after it."""
+        """Call the method, with the calls before and after it."""
         if self.active and self._before is not None:
             replaced = self._before(self._optimizer, (self._optimizer, *args), kwargs)
             if replaced is not None:
                 (_, *args), kwargs = replaced
-        result = self._wrapped_step(*args, **kwargs)
-        if self.active:
+        result = self._method(*args, **kwargs)
+        if self.active and self._after is not None:
             self._after(self._optimizer, (self._optimizer, *args), kwargs)
         return result
 
     def remove(self) -> None:
-        """Restore the optimizer's former ``step``."""
+        """Restore the optimizer's former method."""
         self.active = False
-        if vars(self._optimizer).get("step") is not self:
+        if vars(self._optimizer).get(self._name) is not self:
             return  # another wrapper replaced this one, and stays
         if self._former_attribute is None:
-            del self._optimizer.step
+            delattr(self._optimizer, self._name)
         else:
-            self._optimizer.step = self._former_attribute
+            setattr(self._optimizer, self._name, self._former_attribute)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        step = self._wrapped_step
-        if self._former_attribute is None and isinstance(step, MethodType):
-            return getattr, (step.__self__, step.__name__)
-        return _identity, (step,)
+        method = self._method
+        if self._former_attribute is None and isinstance(method, MethodType):
+            return getattr, (method.__self__, method.__name__)
+        return _identity, (method,)
+
+
+class ObservedStepPart(ObservedMethod):
+    """A wrapper around a part of a step, which the training loop calls, or ``step`` itself."""
+
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the part; outside ``step`` also call the functions, without the part's arguments."""
+        alone = self.active and not running_steps(self._optimizer)
+        if alone and self._before is not None:
+            self._before(self._optimizer, (self._optimizer,), {})
+        result = self._method(*args, **kwargs)
+        if alone and self._after is not None:
+            self._after(self._optimizer, (self._optimizer,), {})
+        return result
 
 
 def _identity(value: Any) -> Any:
@@ -72,7 +91,8 @@ def _identity(value: Any) -> Any:
 def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
-    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance.
+    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance. A
+    step in parts, such as SAM's ``first_step`` and ``second_step``, is observed as one step.
 
     Args:
         optimizer: any object with ``param_groups`` and ``step``.
@@ -98,12 +118,19 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
     ['optimizer', 'param_groups']
     """
     if _has_hooks(optimizer):
-        handles = [] if before is None else [optimizer.register_step_pre_hook(before)]
-        return [*handles, optimizer.register_step_post_hook(after)]
+        handles: list[Any] = []
+        if before is not None:
+            handles.append(optimizer.register_step_pre_hook(before))
+        handles.append(optimizer.register_step_post_hook(after))
+        names = [name for name in _STEP_PARTS if callable(getattr(optimizer, name, None))]
+        if len(names) > 1:
+            handles.append(ObservedStepPart(optimizer, names[0], before, None))
+            handles.append(ObservedStepPart(optimizer, names[-1], None, after))
+        return handles
     if not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer={optimizer!r}: expected an optimizer with a method step")
     try:
-        return [ObservedStep(optimizer, before, after)]
+        return [ObservedMethod(optimizer, "step", before, after)]
     except (AttributeError, TypeError) as error:
         raise TypeError(
             f"optimizer={type(optimizer).__name__} has no step hooks, and its step cannot be observed"

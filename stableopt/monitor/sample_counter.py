@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median_low
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._support.torch_internals import eager, in_backward
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
+from stableopt.curvature.problem.mean_loss import MeanLoss
 
 __all__ = ["SampleCounter"]
 
@@ -25,16 +26,25 @@ skipped step, whose samples are counted with the next step."""
 class SampleCounter:
     """A forward pre-hook that counts samples; a copy made with its module counts nothing.
 
+    A line search or SAM evaluates the batch at several points in a step. Only passes at the first point
+    are counted; passes at later points follow an in-place change of a parameter.
+
+    Args:
+        params: returns the trained parameters.
+        dim: the dimension that counts samples; the first dimension for tensors without it.
+
     Attributes:
         active: whether forward passes are counted.
-        dim: the dimension that counts samples; the first dimension for tensors without it.
-        observed: the samples of each of the last five steps, oldest first.
+        passed: the model's samples for each sample of the loss: two in a loss of pairs.
+        observed: the model's samples in each of the last five steps, oldest first.
     """
 
-    def __init__(self, active: bool = True, dim: int = 0) -> None:
-        self.active, self.dim = active, dim
+    def __init__(self, params: Callable[[], Sequence[Tensor]] = list, dim: int = 0) -> None:
+        self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
-        self._count, self._seen_forward = 0, False
+        self.passed = 1
+        self._params, self._first_version = params, 0
+        self._count, self._seen_forward, self._calibrating = 0, False, False
 
     @property
     def __name__(self) -> str:
@@ -47,20 +57,47 @@ class SampleCounter:
 
     @property
     def batch_size(self) -> int | None:
-        """The median of :attr:`observed`; ``None`` before the first step with samples."""
-        return median_low(self.observed) if self.observed else None
+        """The median of :attr:`observed`, in the loss's samples; ``None`` before the first step."""
+        return max(1, median_low(self.observed) // self.passed) if self.observed else None
+
+    def calibrate(self, problem: MeanLoss) -> None:
+        """Determine :attr:`passed` from one evaluation of a batch loss, which calls the model itself."""
+        if problem.loss_fn is not None:
+            return  # loss_fn(model(x), y) passes each sample once
+        self._calibrating = True
+        try:
+            problem.value()
+            passed, remainder = divmod(self._count, problem.own_samples)
+        finally:
+            self._count, self._calibrating = 0, False
+        self.passed = passed if passed and not remainder else 1
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
+        if self._calibrating:
+            self.add((args, kwargs))
+            return
         # Skip validation, which runs without gradients, and the passes of measurements.
         if not self.active or not torch.is_grad_enabled() or measuring():
+            return
+        version = sum(p._version for p in self._params())
+        if not self._count:
+            self._first_version = version
+        if version != self._first_version:
             return
         # Activation checkpointing repeats a forward pass in the backward pass, or runs it only there.
         recomputed = in_backward()
         if not (recomputed and self._seen_forward):
             self.add((args, kwargs))
         self._seen_forward = self._seen_forward or not recomputed
+
+    def count_only(self, batch: Any) -> None:
+        """Count ``batch``, and stop counting forward passes."""
+        if self.active:
+            self.observed.clear()
+        self.active, self.passed = False, 1
+        self.add(batch)
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch``: the size of its first tensor."""
@@ -81,10 +118,16 @@ class SampleCounter:
         self._count, self._seen_forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
-        return SampleCounter(active=False)
+        return _inactive()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SampleCounter, (False,))
+        return (_inactive, ())
+
+
+def _inactive() -> SampleCounter:
+    counter = SampleCounter()
+    counter.active = False
+    return counter
 
 
 def _packed_sequences(batch: Any) -> Iterator[PackedSequence]:

@@ -208,14 +208,16 @@ def moved_by(evaluate: Callable[[], Any], params: dict[str, nn.Parameter]) -> fr
     """Return which of ``params`` a forward pass changes, after restoring them.
 
     A teacher or a key encoder may follow the model in its forward pass. Values are compared, since
-    updates by ``data`` leave version counters alone.
+    updates by ``data`` leave version counters alone. Integers are the codes of quantized weights:
+    a kernel may repack them, in another shape, without a change of the weights.
     """
-    before = {name: p.detach().clone() for name, p in params.items()}
+    numbers = {name: p for name, p in params.items() if p.is_floating_point() or p.is_complex()}
+    before = {name: p.detach().clone() for name, p in numbers.items()}
     moved: set[str] = set()
     try:
         evaluate()
     finally:
-        moved = {name for name, p in params.items() if not torch.equal(p.detach(), before[name])}
+        moved = {name for name, p in numbers.items() if not torch.equal(p.detach(), before[name])}
         for name in moved:
             params[name].data.copy_(before[name])
     return frozenset(moved)
