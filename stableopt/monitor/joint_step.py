@@ -56,7 +56,7 @@ def nested(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def running_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Count the calls of ``optimizer.step`` on the stack, which is right also after a step that raised."""
+    """Count the calls of ``optimizer.step`` on the stack; it is right also after a step that raised."""
     frame: FrameType | None = sys._getframe(1)
     steps = 0
     while frame is not None:

@@ -159,7 +159,7 @@ class Iterations:
     def _already_searched(self, trial: Trial) -> bool:
         """Return whether the last step searched from this point, and found no lower one.
 
-        The same search would follow: without a move there is no new pair, and the direction is the same.
+        The same search would follow: without a move the pairs and the direction are the same.
         """
         last_move, last_end = self.last_move, self.last_end
         return (
@@ -180,7 +180,7 @@ class Iterations:
     def _first_trial(self) -> Trial | None:
         """Evaluate at the parameters; if the loss is not finite, shorten the last move.
 
-        Return ``None`` if there is no finite point.
+        Return ``None`` without a finite point.
         """
         last_move = self.last_move
         trial = self._evaluate(0.0 if last_move is None else last_move.t, pair=True)
@@ -204,8 +204,8 @@ class Iterations:
         budget = self.options["max_eval"] - self.objective.evaluations
         with line:
             end = shortened(evaluate, trial, budget=budget)
-            last_move.t = 0.0 if end is None else end.t
-            line.set(last_move.t)
+            line.set(0.0 if end is None else end.t)
+        last_move.t = 0.0 if end is None else end.t
         if end is None:
             self._reset_memory(trial)
         return end

@@ -35,11 +35,11 @@ class Block:
 
     Attributes:
         name: the name of the layer in the model, or the user's.
-        places: the indices of its parameters in the problem, ascending.
+        indices: the indices of its parameters in the problem, ascending.
     """
 
     name: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
 def layer_of(parameter: str) -> str:
@@ -84,9 +84,9 @@ def blocks_of(
     >>> [block.name for block in blocks_of(model, names, params)]
     ['0', '1.0', '1.1']
     >>> blocks_of(model, names, params, "*")
-    (Block(name='0', places=(0, 1)), Block(name='1', places=(2, 3, 4, 5)))
+    (Block(name='0', indices=(0, 1)), Block(name='1', indices=(2, 3, 4, 5)))
     >>> blocks_of(model, names, params, {"weights": ["*.weight", "*.*.weight"]})
-    (Block(name='weights', places=(0, 2, 4)),)
+    (Block(name='weights', indices=(0, 2, 4)),)
     """
     lookup = _Lookup(model, names, params)
     members: dict[str, set[int]] = {}

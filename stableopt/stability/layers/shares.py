@@ -80,9 +80,9 @@ def shares_of(
     host_squares = numbers[: len(squares)]
     total = float(host_squares.sum()) or 1.0
     by_parameter = [value / total for value in host_squares.tolist()]
-    in_blocks = {place for block in blocks for place in block.places}
-    rest = math.fsum(value for place, value in enumerate(by_parameter) if place not in in_blocks)
-    column = tuple(math.fsum(by_parameter[p] for p in block.places) for block in blocks)
+    in_blocks = {index for block in blocks for index in block.indices}
+    rest = math.fsum(value for index, value in enumerate(by_parameter) if index not in in_blocks)
+    column = tuple(math.fsum(by_parameter[p] for p in block.indices) for block in blocks)
     table = without_columns(blocks, sizes if counts is None else counts)
     shares = {}
     host_pairs = numbers[len(squares) : -1].view(-1, 2).tolist()
@@ -95,7 +95,7 @@ def shares_of(
 
 def without_columns(blocks: Sequence[Block], sizes: Sequence[int]) -> Layers:
     """Return the table of ``blocks`` without columns, from the elements of each parameter."""
-    counts = (sum(sizes[place] for place in block.places) for block in blocks)
+    counts = (sum(sizes[index] for index in block.indices) for block in blocks)
     return Layers(tuple(block.name for block in blocks), tuple(counts))
 
 
@@ -151,10 +151,10 @@ def layer_shares(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> 
     """
     if sum(sizes) != vector.numel():
         raise ValueError(f"sizes sum to {sum(sizes)}: expected the {vector.numel()} of the vector")
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(layer_of(name), []).append(place)
-    blocks = [Block(layer, tuple(indices)) for layer, indices in places.items()]
+    indices_of: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        indices_of.setdefault(layer_of(name), []).append(index)
+    blocks = [Block(layer, tuple(indices)) for layer, indices in indices_of.items()]
     layers, _, _ = shares_of(Directions(vector), blocks, sizes, InnerProduct())
     pairs = zip(layers.names, layers.columns["share"], strict=True)
     return dict(sorted(pairs, key=lambda item: -item[1]))

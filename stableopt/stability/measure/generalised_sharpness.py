@@ -194,8 +194,8 @@ def search(
 def measured_generalised_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the quantity ``"generalised_sharpness"``, with its limit at the present gradient.
 
-    With tracking, the search also starts at this measurement's top eigenvector and at the last
-    maximiser. It has random starts only if there is no last maximiser.
+    The search also starts at this measurement's top eigenvector and at the last maximiser. It has
+    random starts only without a last maximiser, as in a cold start.
     """
     assert evaluation.rule is not None
     assert evaluation.rule.norm is not None
@@ -203,7 +203,7 @@ def measured_generalised_sharpness(evaluation: Evaluation) -> QuantityResult:
     problem = evaluation.problem
     eigenvectors = evaluation.subspaces.get("sharpness")
     last = (evaluation.starts or {}).get(name)
-    found = search(
+    result = search(
         hessian,
         problem.gradient(),
         evaluation.rule.norm.over(problem.params),
@@ -214,10 +214,10 @@ def measured_generalised_sharpness(evaluation: Evaluation) -> QuantityResult:
         seed=evaluation.seed,
     )
     if evaluation.starts is not None:
-        evaluation.subspaces[name] = found.maximiser[None]
+        evaluation.subspaces[name] = result.maximiser[None]
     # An ascent has no residual.
-    measurement = Measurement(found.value, 0.0, found.products, 0.0, found.converged)
-    return QuantityResult(value=found.value, limit=found.limit, measurement=measurement)
+    measurement = Measurement(result.value, 0.0, result.products, 0.0, result.converged)
+    return QuantityResult(value=result.value, limit=result.limit, measurement=measurement)
 
 
 class _Ball:
@@ -247,9 +247,9 @@ class _Ball:
     def oracle(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point with the largest inner product with ``vector``, and that product."""
         parts = zip(torch.split(vector, self._sizes), self._shapes, strict=True)
-        found = [self._norm.unit_oracle(part.view(shape)) for part, shape in parts]
-        points = torch.cat([point.reshape(-1) for point, _ in found])
-        return points, torch.stack([dual.double() for _, dual in found]).sum()
+        oracles = [self._norm.unit_oracle(part.view(shape)) for part, shape in parts]
+        points = torch.cat([point.reshape(-1) for point, _ in oracles])
+        return points, torch.stack([dual.double() for _, dual in oracles]).sum()
 
 
 @dataclass(frozen=True)

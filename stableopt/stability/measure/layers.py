@@ -122,24 +122,24 @@ def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
     if rule is None or rule.unknown is None:
         whole = problem.coordinates
         return [
-            _block_rule(evaluation, rule, block, coordinates_of(whole, block.places))
+            _block_rule(evaluation, rule, block, coordinates_of(whole, block.indices))
             for block in evaluation.blocks
         ]
     plain = problem.transformed(sign=problem.sign).coordinates
-    block_rules = [_BlockRule(coordinates_of(plain, block.places)) for block in evaluation.blocks]
+    block_rules = [_BlockRule(coordinates_of(plain, block.indices)) for block in evaluation.blocks]
     if not isinstance(rule.preconditioner, SeparateBlocks):
         return block_rules
     for part in rule.preconditioner.blocks:  # one for each optimizer
         trained = {id(p) for p in part.params}
-        indices = [index for index, p in enumerate(problem.params) if id(p) in trained]
-        if part.rule.unknown is not None or not indices:
+        in_part = [index for index, p in enumerate(problem.params) if id(p) in trained]
+        if part.rule.unknown is not None or not in_part:
             continue
         restricted = problem.restricted(part.params)
         whole = as_seen_by(restricted, part.rule, [part.optimizer]).coordinates
         for number, block in enumerate(evaluation.blocks):
-            if set(block.places) <= set(indices):  # otherwise no single optimizer trains the block
-                own = coordinates_of(whole, [indices.index(place) for place in block.places])
-                block_rules[number] = _block_rule(evaluation, part.rule, block, own)
+            if set(block.indices) <= set(in_part):  # otherwise no single optimizer trains the block
+                coordinates = coordinates_of(whole, [in_part.index(i) for i in block.indices])
+                block_rules[number] = _block_rule(evaluation, part.rule, block, coordinates)
     return block_rules
 
 
@@ -151,7 +151,7 @@ def _block_rule(
         return _BlockRule(coordinates)
     preconditioner = None
     if rule.preconditioner is not None:
-        params = [evaluation.problem.params[place] for place in block.places]
+        params = [evaluation.problem.params[index] for index in block.indices]
         preconditioner = rule.preconditioner.over(params)
         if isinstance(preconditioner, DiagonalPreconditioner):
             preconditioner = None  # the coordinates include it
@@ -167,7 +167,7 @@ def _sharpness(
     vectors: int,
 ) -> Measurement | None:
     """Measure the largest eigenvalue of a block; ``None`` if its parameters are empty."""
-    operator = PrincipalBlock(hessian, block.places, rule.coordinates)
+    operator = PrincipalBlock(hessian, block.indices, rule.coordinates)
     if operator.inner_product.whole_size(operator.shape[0]) == 0:
         return None
     warm_start = _WarmStart(evaluation, block)
@@ -205,8 +205,8 @@ class _WarmStart:
 
     def __init__(self, evaluation: Evaluation, block: Block) -> None:
         self._evaluation, self._block = evaluation, block
-        places = [place for other in evaluation.blocks for place in other.places]
-        disjoint = len(set(places)) == len(places)
+        indices = [index for other in evaluation.blocks for index in other.indices]
+        disjoint = len(set(indices)) == len(indices)
         tracked = evaluation.starts is not None
         self.keeps = tracked and disjoint and not evaluation.problem.sharded
 
@@ -214,7 +214,7 @@ class _WarmStart:
         """Return the columns of the block, as a view for each parameter."""
         sizes = [shape.numel() for shape in self._evaluation.problem.shapes]
         parts = torch.split(rows, sizes, dim=1)
-        return [parts[place] for place in self._block.places]
+        return [parts[index] for index in self._block.indices]
 
     @property
     def start(self) -> Tensor | None:
@@ -261,7 +261,7 @@ def _mean_curvatures(
     means: list[float | None] = []
     errors: list[float | None] = []
     for block, size in zip(evaluation.blocks, _shares(evaluation).parameters, strict=True):
-        traces = table[:, list(block.places)].sum(1)
+        traces = table[:, list(block.indices)].sum(1)
         means.append(float(traces.mean()) / size if size else None)
         errors.append(float(traces.std()) / math.sqrt(_PROBES) / size if size else None)
     return means, errors
@@ -274,7 +274,7 @@ def _non_uniformity(evaluation: Evaluation, block: Block, rule: _BlockRule) -> M
     if evaluation.non_uniformity().method != "structured":
         return None
     coordinates = rule.coordinates
-    params = [evaluation.problem.params[place] for place in block.places]
+    params = [evaluation.problem.params[index] for index in block.indices]
     problem = evaluation.problem.restricted(params).transformed(
         sign=coordinates.sign,
         scale=coordinates.scale,
