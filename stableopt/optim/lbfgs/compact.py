@@ -33,10 +33,10 @@ class CompactPairs:
             self._load(state)
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self._count = self._oldest = 0
         self._gamma = 1.0
-        self._pending = False
+        self._products_missing = False
 
     def _allocate(self, like: Tensor) -> None:
         """Allocate the buffers, once."""
@@ -71,7 +71,7 @@ class CompactPairs:
         for y, s in zip(changes, steps, strict=True):
             self._latest[0] = y
             self._append(y, s, 1.0)
-            self._settle()
+            self._update_products()
         self._gamma = float(state.get("H_diag", 1.0))
 
     def numbers(self, *values: Any) -> list[Number]:
@@ -129,19 +129,19 @@ class CompactPairs:
                 small[:-1, :-1] = small[1:, 1:].clone()
         self._write(self._slot(self._count), y, direction, t)
         self._count += 1
-        self._pending = True
+        self._products_missing = True
 
-    def _settle(self, vector: Tensor | None = None) -> Tensor:
+    def _update_products(self, vector: Tensor | None = None) -> Tensor:
         """Store the inner products of a pair just appended; return those of ``vector``, if given."""
-        pending, self._pending = self._pending, False
+        missing, self._products_missing = self._products_missing, False
         if self._latest is not None and vector is not None:
             self._latest[1] = vector
-        rows = slice(0 if pending else 1, 1 if vector is None else 2)
+        rows = slice(0 if missing else 1, 1 if vector is None else 2)
         if rows.start == rows.stop:
             return self._triangle.new_zeros(0)
         assert self._latest is not None
         inner = self._rows.inner(self._latest[rows], 2 * self._count)
-        if pending:
+        if missing:
             last, part = self._count - 1, slice(0, self._count)
             small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
             self._triangle[part, last] = small[:, 0]
@@ -164,21 +164,21 @@ class CompactPairs:
         """Return -P times ``gradient``, which does not change."""
         if not self._count:
             return gradient.mul(-self._gamma)
-        inner = self._settle(gradient)
+        inner = self._update_products(gradient)
         return self.inverse_hessian().from_inner(gradient, inner, sign=-1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return P times ``(d,)`` or ``(d, k)``."""
         if not self._count:
             return vectors * self._gamma
-        self._settle()
+        self._update_products()
         return self.inverse_hessian() @ vectors
 
     def export(self) -> dict[str, Any]:
         """Return the pairs in the form of the state of ``torch.optim.LBFGS``."""
         if not self._count:
             return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
-        self._settle()
+        self._update_products()
         part, slots = slice(0, self._count), [self._slot(i) for i in range(self._count)]
         diagonal = self._triangle.diagonal()[part].to(self._rows.dtype)
         return {

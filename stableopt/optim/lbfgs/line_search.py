@@ -102,7 +102,7 @@ def strong_wolfe(
     """
     finite = True
 
-    def tried(t: Number) -> Trial:
+    def trial_at(t: Number) -> Trial:
         nonlocal finite
         trial = evaluate(t)
         finite = finite and trial.finite
@@ -112,40 +112,40 @@ def strong_wolfe(
             return replace(trial, slope_height=start.loss + trial.t * mean_slope)
         return trial
 
-    def too_high(trial: Trial) -> bool:
+    def is_too_high(trial: Trial) -> bool:
         return bool(trial.height > (start.loss + SUFFICIENT * trial.t * start.slope))
 
-    def flat(trial: Trial) -> bool:
+    def is_flat(trial: Trial) -> bool:
         return bool(abs(trial.slope) <= -CURVATURE * start.slope)
 
-    previous, trial = start, tried(t)
+    previous, trial = start, trial_at(t)
     spent = 0
     while True:
         if spent >= budget:
             return _lower_of(start, trial), finite
-        if too_high(trial) or (spent > 1 and trial.height >= previous.height):
+        if is_too_high(trial) or (spent > 1 and trial.height >= previous.height):
             break
-        if flat(trial):
+        if is_flat(trial):
             return trial, finite
         if trial.slope >= 0:
             break
         nearest, farthest = trial.t + 0.01 * (trial.t - previous.t), trial.t * 10
-        previous, trial = trial, tried(_cubic_minimum(previous, trial, nearest, farthest))
+        previous, trial = trial, trial_at(_cubic_minimum(previous, trial, nearest, farthest))
         spent += 1
 
     ends, stuck = [previous, trial], False
     low = 0 if previous.height <= trial.height else 1
     while spent < budget and not abs(ends[1].t - ends[0].t) * largest < NARROWEST:
         t, stuck = _between(ends, low, stuck)
-        trial = tried(t)
+        trial = trial_at(t)
         spent += 1
         if rounding and (trial.loss, trial.slope) == (ends[low].loss, ends[low].slope):
             break  # the parameters have rounded to the same point
-        if too_high(trial) or trial.height >= ends[low].height:
+        if is_too_high(trial) or trial.height >= ends[low].height:
             ends[1 - low] = trial
             low = 0 if ends[0].height <= ends[1].height else 1
             continue
-        if flat(trial):
+        if is_flat(trial):
             return trial, finite
         if trial.slope * (ends[1 - low].t - ends[low].t) >= 0:
             ends[1 - low] = ends[low]

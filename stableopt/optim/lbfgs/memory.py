@@ -55,7 +55,7 @@ class PairMemory(Protocol):
         """Return the values as floats, by one host transfer, or unchanged for torch's arithmetic."""
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
 
     def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
         """Return the inner products that :meth:`update` takes as numbers."""

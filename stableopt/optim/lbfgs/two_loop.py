@@ -29,7 +29,7 @@ class TwoLoopPairs:
         self._gamma: Number = state.get("H_diag", 1)
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self._changes, self._steps, self._inverses, self._gamma = [], [], [], 1
 
     def numbers(self, *values: Any) -> list[Number]:
