@@ -253,7 +253,7 @@ def _along_step(
     direction = gradient if step is None else step(gradient)
     if direction.shape != gradient.shape:
         raise ValueError(
-            f"step returned shape {tuple(direction.shape)} for a gradient of shape"
+            f"step: returned {tuple(direction.shape)} for a gradient of shape"
             f" {tuple(gradient.shape)}: expected the same shape"
         )
     tangent = problem.unflatten(direction)

@@ -164,7 +164,7 @@ class Quantity:
             )
         if "taken_step" in self.needs and not steps:
             raise ValueError(
-                f"quantities: {self.name} belongs to a step, and measure() sees no step; use a"
+                f"quantities: {self.name} belongs to a step, and measure() sees no step: expected a"
                 " StabilityMonitor, which records steps, or critical_sharpness(), which tries one"
             )
         unreadable = rule is not None and isinstance(rule.preconditioner, UnknownStep)
@@ -180,13 +180,13 @@ class Quantity:
             )
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
-                f"quantities: {self.name} is defined for SGD without momentum and decoupled weight"
-                f" decay, which are {rule.memory} and {rule.decoupled_weight_decay}; leave it out"
+                f"quantities: {self.name} is defined for plain SGD, but momentum is {rule.memory} and"
+                f" decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
             )
         if "per_sample" in self.needs and not (rule is None or rule.diagonal):
             raise ValueError(
-                f"quantities: {self.name} needs a diagonal preconditioner, and this one is not"
-                " diagonal; leave it out"
+                f"quantities: {self.name} needs a preconditioner with a root to multiply by, and this"
+                " one is not diagonal; leave it out"
             )
         if "per_sample" in self.needs and sharded:
             raise ValueError(
