@@ -1,11 +1,11 @@
 """Drop-in PyTorch optimizers that measure how far training stands from the edge of stability.
 
-Swap ``torch.optim.SGD`` for :class:`stableopt.SGD`, add one line, and the training loop stays::
+Swap ``torch.optim.SGD`` for :class:`stableopt.SGD` and add one line; the training loop stays as it is::
 
     opt = stableopt.SGD(model.parameters(), lr=0.1)
     opt.track(model, loss_fn, (x, y), every=50, sinks=[stableopt.TensorBoardSink("runs/demo")])
     ...
-    opt.margins        # sharpness, non-uniformity, and the largest values that the step allows
+    opt.margins        # sharpness, non-uniformity, and their largest stable values
 """
 
 import importlib
@@ -100,10 +100,10 @@ _ON_DEMAND = {
     "almost_sure_critical_lr": "stability.simulated.almost_sure",
     "reshuffled_critical_lr": "stability.simulated.reshuffled",
 }
-"""What is imported when it is first asked for: a fifth of the modules."""
+"""Names imported on first access, by submodule: a fifth of all modules."""
 
 
-if not TYPE_CHECKING:  # or every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         if name == "ReshuffledLR":

@@ -1,4 +1,4 @@
-"""`diagnosis`: what stableopt finds here, and how it would measure a model and an optimizer.
+"""`diagnosis`: the installed packages and devices, and how a model and an optimizer are measured.
 
 python -m stableopt doctor
 python -m stableopt doctor package.module:make_model
@@ -36,7 +36,7 @@ _OPTIONAL = {
 }
 
 _STEPS = 500
-"""Steps with an optimizer whose limit is asked for: bias corrections then change it by little."""
+"""Steps before an optimizer's limit is shown: bias corrections then change it only a little."""
 
 
 def machine() -> list[str]:
@@ -61,10 +61,10 @@ def _accelerators() -> Iterator[str]:
 
 
 def product_method(model: nn.Module) -> list[str]:
-    """Return lines on how products with the curvature of ``model`` would be computed.
+    """Return lines on how Hessian-vector products of ``model`` would be computed, and their cost.
 
-    They follow from its modules. Whether a custom backward can be differentiated again depends on
-    data: a measurement reports it as ``margins.method``.
+    The answer follows from its modules. Whether a custom backward can be differentiated again depends
+    on the data: ``margins.method`` of a measurement reports it.
 
     >>> product_method(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))[0]
     'Hessian: double backward'
@@ -81,14 +81,14 @@ def product_method(model: nn.Module) -> list[str]:
         ways = ["central differences, unless this torch has the second derivative"]
     lines = [f"Hessian: {', '.join(ways)}"]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    lines.append(f"parameters: {sum(p.numel() for p in trainable):,} trainable")
     size = sum(p.numel() for p in trainable)
+    lines.append(f"parameters: {size:,} trainable")
     if size:
         vectors = vectors_held(size, 4)
         products = expected_products(1e-3, restarts=vectors < MOST_VECTORS)
-        held = (vectors + 4) * 4 * size / 2**20
+        mebibytes = (vectors + 4) * 4 * size / 2**20
         lines.append(
-            f"sharpness to 1e-3: about {products} products, and up to {held:,.0f} MiB of vectors;"
+            f"sharpness to 1e-3: about {products} products, and up to {mebibytes:,.0f} MiB of vectors;"
             " Problem(...).cost() adds times and passes"
         )
     dtypes = sorted({str(p.dtype) for p in trainable})
@@ -102,9 +102,9 @@ def product_method(model: nn.Module) -> list[str]:
 
 
 def optimizer_rule(kind: type) -> list[str]:
-    r"""Return lines on how the optimizer class ``kind`` is read, and its limit with default settings.
+    r"""Return lines on the reader of the optimizer class ``kind``, and on its limit.
 
-    The limit is that after 500 steps on a small problem, at the class's default learning rate.
+    The limit is the one after 500 steps on a small problem, with the class's default settings.
 
     >>> print(*optimizer_rule(torch.optim.RMSprop), sep="\n")    # doctest: +NORMALIZE_WHITESPACE
     known: stableopt.stability.rules.readers.adaptive.read_rmsprop
@@ -113,22 +113,22 @@ def optimizer_rule(kind: type) -> list[str]:
     """
     base, reader = UpdateRule.reader_of(kind)
     if reader is None:
-        why = f"overrides the step of {base.__name__}" if base else "has no reader"
+        reason = f"overrides the step of {base.__name__}" if base else "has no reader"
         return [
-            f"not known: {kind.__name__} {why}",
-            "measured all the same: the sharpness, and margins along the step; no limit",
-            f"to give it one: UpdateRule.register({kind.__name__}, reader), or update_rule=",
+            f"not known: {kind.__name__} {reason}",
+            "measured without a limit: the sharpness, and margins along the step",
+            f"to add a limit: UpdateRule.register({kind.__name__}, reader), or pass update_rule=",
         ]
     lines = [f"known: {reader.__module__}.{reader.__qualname__}"]
     try:
         rule = UpdateRule.from_optimizer(_stepped(kind))
     except Exception as error:  # arguments that only the user knows
-        return [*lines, f"limit: not shown, since a sample of it failed: {error}"]
+        return [*lines, f"limit: not shown, since a trial run failed: {error}"]
     if rule.unknown is not None:
         return [*lines, f"limit: not known: {rule.unknown}"]
-    of = "lambda_max(PH)" if rule.preconditioned else "lambda_max(H)"
-    limit = rule.max_sharpness
-    lines.append(f"limit: {limit:.4g} on {of} = {limit * rule.lr:.4g}/lr at lr={rule.lr:.4g}")
+    eigenvalue = "lambda_max(PH)" if rule.preconditioned else "lambda_max(H)"
+    limit, lr = rule.max_sharpness, rule.lr
+    lines.append(f"limit: {limit:.4g} on {eigenvalue} = {limit * lr:.4g}/lr at lr={lr:.4g}")
     if rule.preconditioner is not None:
         lines.append(f"preconditioner: {'diagonal' if rule.diagonal else 'not diagonal'}")
     return lines
@@ -149,7 +149,7 @@ def _stepped(kind: type) -> Any:
     def closure() -> torch.Tensor:
         with torch.enable_grad():
             loss = p.square().sum() / 2
-            # With a graph, for those that estimate the Hessian.
+            # Optimizers that estimate the Hessian need the graph.
             (gradient,) = torch.autograd.grad(loss, p, create_graph=not sparse)
         p.grad = gradient.to_sparse() if sparse else gradient
         return loss
@@ -159,32 +159,32 @@ def _stepped(kind: type) -> Any:
             closure()
             optimizer.step(closure)
         except RuntimeError:
-            sparse = True  # as SparseAdam wants them
+            sparse = True  # SparseAdam requires it
             closure()
             optimizer.step(closure)
     return optimizer
 
 
 def diagnosis(target: str | None = None, optimizer: str | None = None) -> str:
-    """Return all lines.
+    """Return the report of ``python -m stableopt doctor``.
 
     Args:
-        target: the ``"module:name"`` of a model or its factory, to add how it would be measured.
-        optimizer: that of an optimizer class, to add how it is read, and its limit.
+        target: ``"module:name"`` of a model or its factory; adds how it would be measured.
+        optimizer: ``"module:name"`` of an optimizer class; adds how it is read, and its limit.
     """
     lines = machine()
     if target is not None:
-        lines += ["", f"{target}:", *(f"  {line}" for line in product_method(_found(target)))]
+        lines += ["", f"{target}:", *(f"  {line}" for line in product_method(_model_named(target)))]
     if optimizer is not None:
-        kind = _named(optimizer)
+        kind = _imported(optimizer)
         if not (isinstance(kind, type) and callable(getattr(kind, "step", None))):
             raise ValueError(f"{optimizer!r} is {kind!r}: expected a class of optimizers")
         lines += ["", f"{optimizer}:", *(f"  {line}" for line in optimizer_rule(kind))]
     return "\n".join(lines)
 
 
-def _named(target: str) -> Any:
-    """Return what ``"module:name"`` names."""
+def _imported(target: str) -> Any:
+    """Import and return the object that ``"module:name"`` names."""
     name, colon, attribute = target.partition(":")
     if not colon:
         raise ValueError(f"{target!r}: expected module:name, such as torchvision.models:resnet18")
@@ -193,14 +193,14 @@ def _named(target: str) -> Any:
     return getattr(importlib.import_module(name), attribute)
 
 
-def _found(target: str) -> nn.Module:
-    """Return the model that ``target`` names; a function or class is called.
+def _model_named(target: str) -> nn.Module:
+    """Return the model that ``target`` names, or that the named function or class returns.
 
     Raises:
         ValueError: if it is not a model.
     """
-    value = _named(target)
-    model = value if isinstance(value, nn.Module) else value()
+    named = _imported(target)
+    model = named if isinstance(named, nn.Module) else named()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} is a {type(model).__name__}: expected a torch.nn.Module")
     return model

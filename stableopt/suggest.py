@@ -1,18 +1,16 @@
-r"""`suggest`: the largest learning rates that are linearly stable at a point.
-
-It prints them for each batch size and each of plain SGD, SGD with momentum 0.9, and AdamW::
+r"""`suggest`: the largest linearly stable learning rates of SGD and AdamW at a point, by batch size::
 
     print(stableopt.suggest(model, loss_fn, (x, y), batch_sizes=(1, 16, 64)))
 
-Above them training leaves this point; they do not say which rate learns best. The rate is the exact
-mean-square threshold in two cases (:func:`~stableopt.critical_lr`): all samples are fitted and all
-directions are affordable, or the model has few parameters. Otherwise it is an upper bound, as it is if
-the model's outputs are not separate from its loss. Where the Hessian has negative curvature no learning
-rate is stable; the bounds are then those of the directions of positive curvature, as a note says.
+Above these rates training leaves the point; which rate learns best is another question. A rate is the
+exact mean-square threshold in two cases (:func:`~stableopt.critical_lr`): all samples are fitted and all
+directions are affordable, or the model has few parameters. Otherwise it is an upper bound, also if the
+model's outputs are not separate from its loss. If the Hessian has negative curvature, no learning rate
+is stable: the bounds then concern the directions of positive curvature, and a note says so.
 
-A last row has the rate from which *one* step along the full-batch gradient raises the loss, by a few
-forward passes. It is not a limit of training, but for models that are too large for products with the
-Hessian, or have no second derivative, it is what can be had: ``curvature=False`` finds it alone.
+The last row has the rate from which *one* step along the full-batch gradient raises the loss, by a few
+forward passes. It is not a limit of training, but it is available for models that are too large for
+Hessian-vector products or have no second derivative: ``curvature=False`` computes only this row.
 """
 
 from __future__ import annotations
@@ -54,10 +52,10 @@ __all__ = ["Suggestion", "Suggestions", "suggest"]
 
 _SGD, _MOMENTUM, _ADAMW = "SGD", "SGD, momentum 0.9", "AdamW"
 _RUNNING = "SGD, running"
-"""A running SGD, whose momentum and weight decay are those of its groups."""
+"""The label of a given SGD, with the momentum and weight decay of its groups."""
 
 _BETA, _EPSILON = 0.9, 1e-8
-"""AdamW's defaults, used without an optimizer."""
+"""AdamW's defaults, used if no optimizer is given."""
 
 _SAMPLES = 64
 """Samples whose gradients estimate the second moments of AdamW."""
@@ -65,7 +63,7 @@ _SAMPLES = 64
 _UNSTABLE = "no rate is stable"
 
 _DIRECTIONS = 8
-"""Number of leading directions if all are too many."""
+"""Leading directions used if there are too many directions for all."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,8 @@ class Suggestion:
         lr: the largest stable learning rate, or an upper bound.
         lower: a learning rate up to which no second moment grows, as for
             :class:`~stableopt.stability.CriticalLR`; ``None`` if none is known.
-        exact: whether ``lr`` is the threshold itself rather than a bound.
-        seconds: wall time, without the part that all answers share.
+        exact: whether ``lr`` is the threshold rather than a bound.
+        seconds: wall time, without the work that all answers share.
     """
 
     optimizer: str
@@ -100,12 +98,11 @@ class Suggestions:
         sharpness: sharpness of the Hessian at the point; ``None`` with ``curvature=False``.
         num_samples: number of samples evaluated.
         seconds: total wall time.
-        notes: assumptions.
-        method: how products with the Hessian were computed.
+        notes: the assumptions, one sentence each.
+        method: how Hessian-vector products were computed.
         one_step: by optimizer, the learning rate from which one full-batch step raises the loss:
-            :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`. For plain SGD, ``"SGD"``, and
-            the running optimizer if it can take a trial step, ``"SGD, running"`` if that is SGD too;
-            infinity where no rate tried does.
+            :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`, infinite if no rate tried
+            does. Keys are ``"SGD"`` and the given optimizer, ``"SGD, running"`` if it is an SGD.
     """
 
     rows: tuple[Suggestion, ...]
@@ -136,25 +133,24 @@ class Suggestions:
         names = list(dict.fromkeys([*(row.optimizer for row in self.rows), *self.one_step]))
         sizes = list(dict.fromkeys(row.batch_size for row in self.rows))
         lines = [["batch size", *names]]
-        lines += [
-            [str(size), *(_shown(self.answer(name, size)) for name in names)] for size in sizes
-        ]
+        for size in sizes:
+            lines.append([str(size), *(_cell(self.answer(name, size)) for name in names)])
         if self.one_step:
-            known = [self.one_step.get(name) for name in names]
-            lines.append(["one step", *("–" if lr is None else f"{lr:.3g}" for lr in known)])
+            rates = [self.one_step.get(name) for name in names]
+            lines.append(["one step", *("–" if lr is None else f"{lr:.3g}" for lr in rates)])
         widths = [max(len(line[k]) for line in lines) for k in range(len(names) + 1)]
         table = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in lines
         ]
         head = f"Largest linearly stable learning rate, by {self.num_samples} samples"
-        found = f"found in {self.seconds:.1f} s"
+        cost = f"found in {self.seconds:.1f} s"
         if self.sharpness is not None:
-            found = f"sharpness {self.sharpness:.4g} ({self.method}); {found}"
-        return "\n".join([head, *table, found, *self.notes])
+            cost = f"sharpness {self.sharpness:.4g} ({self.method}); {cost}"
+        return "\n".join([head, *table, cost, *self.notes])
 
 
-def _shown(row: Suggestion) -> str:
+def _cell(row: Suggestion) -> str:
     return f"{'' if row.exact else '<= '}{row.lr:.3g}"
 
 
@@ -174,21 +170,20 @@ def suggest(
     r"""Return the largest learning rates that are linearly stable here, by optimizer and batch size.
 
     Args:
-        model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
+        model: the model, at the point to examine; or, for ``model``, ``loss_fn`` and ``data``, a
             ``Problem``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
         batch_sizes: the batch sizes; by default 1, 4, 16, ... and all samples.
-        optimizer: a running optimizer with a diagonal preconditioner, such as AdamW, whose second
-            moments and betas are used; one whose second moments under noise are not known, such as
-            NAdam, has the bound of the full batch. Without it, AdamW has the second moments that it
-            would reach by staying at this point, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`,
-            estimated from 64 samples. Its weight decay, which changes the limit by a factor
-            :math:`1-\eta\lambda/2`, is ignored.
+        optimizer: an optimizer with a diagonal preconditioner that has taken a step, such as AdamW,
+            whose second moments and betas are used. Its weight decay, which changes the limit by a
+            factor :math:`1-\eta\lambda/2`, is ignored. If its dynamics under noise are not known, as for
+            NAdam, the bound is that of the full batch. By default AdamW with the second moments that it
+            would reach here, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, from 64 samples.
         dataset_size: samples in the training set, if ``data`` is a part of it.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
-        curvature: ``False`` finds ``one_step`` of the answer alone, by one gradient and a few forward
-            passes for each optimizer, which then may be any that can take a trial step.
+        curvature: ``False`` computes only ``one_step``, by one gradient and a few forward passes for
+            each optimizer; ``optimizer`` can then be any that can take a trial step.
         batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
         seed: seed of the eigen-solvers.
 
@@ -208,10 +203,10 @@ def suggest(
         options["second_derivatives"] = False
     if isinstance(optimizer, (list, tuple)):
         raise TypeError(f"optimizer={optimizer!r}: expected one optimizer")
-    given = problem_of(model, loss_fn, data, **options)
+    mean_loss = problem_of(model, loss_fn, data, **options)
     notes: list[str] = []
     try:
-        one_step = _one_step(given, optimizer)
+        one_step = _one_step_rates(mean_loss, optimizer)
     except (ValueError, TypeError, NonFiniteError) as error:
         if not curvature:
             raise
@@ -219,22 +214,22 @@ def suggest(
         notes.append(f"no rate of one step: {error}")
     if not curvature:
         seconds = time.perf_counter() - began
-        return Suggestions((), None, given.num_samples, seconds, (), given.method, one_step)
-    problem = require_samples(given, "a learning rate for each batch size")
+        return Suggestions((), None, mean_loss.num_samples, seconds, (), mean_loss.method, one_step)
+    problem = require_samples(mean_loss, "a learning rate for each batch size")
     n = problem.num_samples
-    size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
-    sizes = _sizes(batch_sizes, size)
+    dataset_size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
+    sizes = _sizes(batch_sizes, dataset_size)
     rows: list[Suggestion] = []
-    search = _Search(problem, size, whole("max_rows", max_rows), seed, notes)
-    plain = search.at(problem)
+    search = _Search(problem, dataset_size, whole("max_rows", max_rows), seed, notes)
+    plain = search.curvature_at(problem)
     for name, step in ((_SGD, LinearStep(1.0)), (_MOMENTUM, LinearStep(1.0, momentum=0.9))):
         rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
     if optimizer is not None:
-        seen, step = _as_adam_sees(problem, optimizer)
-        name = _name(optimizer)
+        preconditioned, step = _adam_problem(problem, optimizer)
+        name = _label(optimizer)
         notes.append(f"{name}: with the second moments of the optimizer's last step")
-        adam = search.at(seen)
-        rows += [search.answer(name, adam, step, batch_size) for batch_size in sizes]
+        curvature_in_adam = search.curvature_at(preconditioned)
+        rows += [search.answer(name, curvature_in_adam, step, size) for size in sizes]
     else:
         notes.append("AdamW: with the second moments that batches have here, beta1 = 0.9")
         if _stride(problem) > 1:
@@ -242,10 +237,10 @@ def suggest(
         mean, variance = _gradient_moments(problem)
         step = LinearStep(1.0, momentum=_BETA, dampening=_BETA)
         for batch_size in sizes:
-            second = mean**2 + noise_factor(batch_size, size) * variance
+            second = mean**2 + noise_factor(batch_size, dataset_size) * variance
             roots = [1 / (part.sqrt() + _EPSILON).sqrt() for part in problem.unflatten(second)]
-            at = search.at(problem.transformed(scale=roots))
-            rows.append(search.answer(_ADAMW, at, step, batch_size))
+            curvature_in_adam = search.curvature_at(problem.transformed(scale=roots))
+            rows.append(search.answer(_ADAMW, curvature_in_adam, step, batch_size))
     return Suggestions(
         tuple(rows),
         plain.sharpness,
@@ -257,28 +252,28 @@ def suggest(
     )
 
 
-def _one_step(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
-    """Return the learning rates from which one step raises the loss."""
-    steps: dict[str, torch.optim.Optimizer | None] = {_SGD: None}
+def _one_step_rates(problem: MeanLoss, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+    """Return the learning rates from which one step raises the loss, by optimizer."""
+    optimizers: dict[str, torch.optim.Optimizer | None] = {_SGD: None}
     if optimizer is not None:
-        name = _name(optimizer)
-        steps[_RUNNING if name == _SGD else name] = optimizer
-    found = {name: critical_sharpness(problem, optimizer=its) for name, its in steps.items()}
-    return {name: at.lr if at.bracket[1] < math.inf else math.inf for name, at in found.items()}
+        name = _label(optimizer)
+        optimizers[_RUNNING if name == _SGD else name] = optimizer
+    results = {name: critical_sharpness(problem, optimizer=o) for name, o in optimizers.items()}
+    return {name: r.lr if r.bracket[1] < math.inf else math.inf for name, r in results.items()}
 
 
-def _name(optimizer: torch.optim.Optimizer) -> str:
-    """Return the name in the table."""
+def _label(optimizer: torch.optim.Optimizer) -> str:
+    """Return the optimizer's name in the table."""
     name = type(base_optimizer(optimizer)).__name__
-    return _ADAMW if name == "Adam" else name  # without weight decay they are one
+    return _ADAMW if name == "Adam" else name  # they agree without weight decay
 
 
 @dataclass(frozen=True)
-class _Point:
+class _Curvature:
     """The curvature at the point, in an optimizer's coordinates."""
 
     sharpness: float
-    least: float
+    smallest: float  # eigenvalue of the Hessian; 0 if `samples` is known
     samples: SampleCurvature | HessianCurvature | None
     share: float | None
 
@@ -291,8 +286,8 @@ class _Search:
     seed: int
     notes: list[str]
 
-    def at(self, problem: Problem) -> _Point:
-        """Measure a problem in its coordinates."""
+    def curvature_at(self, problem: Problem) -> _Curvature:
+        """Measure the curvature of a problem in its coordinates."""
         hessian = Hessian(problem)
         sharpness = top_eigenpair(hessian, tol=1e-2, seed=self.seed).value
         try:
@@ -307,69 +302,70 @@ class _Search:
             )
         except (ValueError, TypeError, SecondDerivativeError) as error:
             self.notes.append(f"bounds by the sharpness alone: {error}")
-            least = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
-            if least < -FITTED * abs(sharpness):
-                self.unstable(leaves(least))
-            return _Point(sharpness, least, None, None)
-        return _Point(sharpness, 0.0, samples, share)
+            smallest = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
+            if smallest < -FITTED * abs(sharpness):
+                self.note_unstable(leaves(smallest))
+            return _Curvature(sharpness, smallest, None, None)
+        return _Curvature(sharpness, 0.0, samples, share)
 
-    def unstable(self, reason: Any) -> None:
-        """Say once why no rate is stable: AdamW has other numbers for each batch size."""
+    def note_unstable(self, reason: Any) -> None:
+        """Note why no rate is stable, once: AdamW would give a reason for each batch size."""
         if not any(note.startswith(_UNSTABLE) for note in self.notes):
             self.notes.append(f"{_UNSTABLE}: {reason}")
 
-    def answer(self, name: str, at: _Point, step: LinearStep, batch_size: int) -> Suggestion:
+    def answer(self, name: str, point: _Curvature, step: LinearStep, batch_size: int) -> Suggestion:
         """Return the threshold for one batch size."""
         began = time.perf_counter()
-        edge = step.max_lr(at.sharpness)
+        edge = step.max_lr(point.sharpness)
         noise = noise_factor(batch_size, self.dataset_size)
-        if at.samples is None or (noise and not (step.momentum_share == 1 and step.filter is None)):
-            if at.samples is not None:
+        noise_known = not noise or (step.momentum_share == 1 and step.filter is None)
+        if point.samples is None or not noise_known:
+            if point.samples is not None:
                 self.notes.append(
                     f"{name}: bounds of the full batch, since its second moments are not known"
                 )
-            # Without noise the edge of the Hessian is the threshold itself, if it has a minimum.
-            exact = noise == 0 and at.least >= -FITTED * abs(at.sharpness)
+            # Without noise, and at a minimum, the edge of the Hessian is the threshold.
+            exact = noise == 0 and point.smallest >= -FITTED * abs(point.sharpness)
             seconds = time.perf_counter() - began
             return Suggestion(name, batch_size, edge, edge if exact else None, exact, seconds)
-        found = threshold(at.samples, step, noise, share=at.share, seed=self.seed)
-        if found.obstacle is not None:
-            self.unstable(found.obstacle)
+        result = threshold(point.samples, step, noise, share=point.share, seed=self.seed)
+        if result.obstacle is not None:
+            self.note_unstable(result.obstacle)
         return Suggestion(
             name,
             batch_size,
-            # The search of the sharpness may end below it by its tolerance.
-            found.value if found.exact else min(found.value, edge),
-            found.lower or None,
-            found.exact and found.converged,
+            # An exact value can be above the edge, whose sharpness is found to a tolerance.
+            result.value if result.exact else min(result.value, edge),
+            result.lower or None,
+            result.exact and result.converged,
             time.perf_counter() - began,
         )
 
 
-def _sizes(given: Iterable[int] | None, n: int) -> Sequence[int]:
-    if given is None:
+def _sizes(batch_sizes: Iterable[int] | None, n: int) -> Sequence[int]:
+    if batch_sizes is None:
         powers = [4**k for k in range(4) if 4**k < n]
         return [*powers, n]
-    if isinstance(given, int):
-        given = [given]
-    sizes = [whole("batch_sizes", size) for size in given]
+    if isinstance(batch_sizes, int):
+        batch_sizes = [batch_sizes]
+    sizes = [whole("batch_sizes", size) for size in batch_sizes]
     if not sizes or max(sizes) > n:
-        raise ValueError(f"batch_sizes={sizes}: expected some, each at most the {n} samples in all")
+        raise ValueError(f"batch_sizes={sizes}: expected at least one, each at most {n} samples")
     return list(dict.fromkeys(sizes))
 
 
-def _as_adam_sees(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, LinearStep]:
+def _adam_problem(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Problem, LinearStep]:
     rule = UpdateRule.from_optimizer(optimizer)
     check_params([optimizer], problem, explicit=True)
     known = rule.preconditioner is not None and rule.unknown is None and rule.noise_known
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
         raise TypeError(
             f"optimizer={type(optimizer).__name__}: expected an Adam or AdamW that has taken a step, so"
-            " that its second moments are known; leave it out for those of this point"
+            " that its second moments are known; leave it out to use those at this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
-    seen = as_seen_by(problem, rule, [optimizer]).without_weight_decay()
-    return seen, dataclasses.replace(rule.linear_step, lr=1.0)
+    preconditioned = as_seen_by(problem, rule, [optimizer]).without_weight_decay()
+    return preconditioned, dataclasses.replace(rule.linear_step, lr=1.0)
 
 
 def _stride(problem: Problem) -> int:
@@ -377,9 +373,9 @@ def _stride(problem: Problem) -> int:
 
 
 def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return the mean and the variance of the gradient over samples, entry by entry.
+    """Return the elementwise mean and variance of the gradient over samples.
 
-    The variance is that of samples spread over the data, which may be sorted by class.
+    The variance is that of samples at equal distances in the data, which may be sorted by class.
     """
     theta, mean = problem.theta(), problem.gradient()
     with torch.inference_mode(False):
@@ -387,11 +383,11 @@ def _gradient_moments(problem: Problem) -> tuple[Tensor, Tensor]:
     stride = _stride(problem)
 
     def samples() -> Iterator[tuple[Any, int]]:
-        seen = 0
+        start = 0
         for batch, size in problem.chunks():
-            for index in range(-seen % stride, size, stride):
+            for index in range(-start % stride, size, stride):
                 yield cut(batch, index, index + 1), 1
-            seen += size
+            start += size
 
     def add(sample: Any, size: int) -> None:
         slopes = torch.autograd.grad(problem.loss(theta, sample), theta, allow_unused=True)

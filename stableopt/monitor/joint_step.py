@@ -1,4 +1,4 @@
-"""`JointStep`: when several optimizers have taken one step together."""
+"""`JointStep`: the beginning and end of a step that several optimizers take together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 __all__ = ["JointStep", "nested", "running_steps"]
 
-_OF_STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
+_STEP_WRAPPER_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
 
 class JointStep:
-    """Follows the steps of optimizers that share a model: a step is complete when each has stepped.
+    """Tracks the joint steps of optimizers that share a model: each optimizer steps once.
 
-    An optimizer that steps again before the others have, as after a step that a gradient scaler
-    skipped, begins a new joint step.
+    If an optimizer steps again before the others, as after a step that a gradient scaler skipped, it
+    begins a new joint step.
 
     Args:
         optimizers: the optimizers.
@@ -33,13 +33,13 @@ class JointStep:
         self._stepped: set[int] = set()
 
     def begins(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the joint step begins with the step that ``optimizer`` is about to take."""
+        """Whether the next step of ``optimizer`` begins a joint step."""
         if id(optimizer) in self._stepped:
             self._stepped.clear()
         return not self._stepped
 
     def ends(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the joint step ends with the step that ``optimizer`` has taken."""
+        """Whether the last step of ``optimizer`` completes the joint step."""
         self._stepped.add(id(optimizer))
         if self._stepped != self._all:
             return False
@@ -50,20 +50,17 @@ class JointStep:
 def nested(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a hook of ``optimizer`` runs inside another ``step`` of the same optimizer.
 
-    A class whose ``step`` calls that of its parent has two of them, and torch calls the hooks for each.
+    If a class's ``step`` calls the ``step`` of its parent, torch runs the hooks for both.
     """
     return running_steps(optimizer) > 1
 
 
 def running_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Count the calls of ``optimizer.step`` that have not returned, from the stack.
-
-    The stack is right even after a step that raised.
-    """
+    """Count the calls of ``optimizer.step`` on the stack; it is right also after a step that raised."""
     frame: FrameType | None = sys._getframe(1)
     steps = 0
     while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OF_STEPS:
+        if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _STEP_WRAPPER_FILE:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps

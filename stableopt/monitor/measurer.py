@@ -1,4 +1,4 @@
-"""`Measurer`: measures the margins of one training run again and again, with warm starts."""
+"""`Measurer`: repeated measurements of one training run's margins, with warm starts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
-from stableopt.stability.measure.evaluation import ROUNDED
+from stableopt.stability.measure.evaluation import WARM_START_DTYPE
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
-from stableopt.stability.measure.taken_step import TakenStep, Trail
+from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import as_seen_by, check_params
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
@@ -30,22 +30,22 @@ from stableopt.stability.rules.update_rule import UpdateRule
 __all__ = ["Measurer"]
 
 _UNKNOWN = 60
-"""Gradients that a quantity without an estimate is taken for: a dozen structured products."""
+"""Assumed cost, in gradients, of a quantity without a cost estimate: a dozen structured products."""
 
 
 class Measurer:
-    """Measures an optimizer's problem as it stands, warm-started from the last eigenvectors.
+    """Measures the problem at the present parameters, warm-started from the last eigenvectors.
 
-    Arguments are those of :class:`~stableopt.StabilityMonitor`, and ``explicit``: whether the user
-    chose the parameters that count.
+    The arguments are those of :class:`~stableopt.StabilityMonitor`, and ``explicit``: whether the user
+    chose the parameters to measure.
 
     Attributes:
-        problem: the problem; another one once the model's trainable parameters change.
-        quantities: what is measured, in the order in which it is.
-        starts: the eigenvectors to start from ``(k, d)`` by quantity, the top one first.
-        memory: plain numbers that quantities keep between measurements.
-        trail: the end of the last measured step, if every step is measured.
-        measured: how many measurements there were.
+        problem: the problem; a new one after the model's trainable parameters change.
+        quantities: the names of the quantities, in the order of measurement.
+        starts: the warm starts ``(k, d)`` by quantity, the top eigenvector first.
+        memory: numbers that quantities keep between measurements.
+        step_end_cache: the end of the last measured step, if every step is measured.
+        measured: the number of measurements so far.
     """
 
     def __init__(
@@ -78,39 +78,41 @@ class Measurer:
         check_params(optimizers, problem, explicit=explicit)
         rule = self.rule()
         if isinstance(rule.preconditioner, UnknownStep) and quantities is DEFAULT_QUANTITIES:
-            quantities = (*quantities, "realised_edge")  # the one margin that needs no rule
+            quantities = (*quantities, "realised_edge")  # the only margin that needs no rule
         self.quantities = check_quantities(quantities, rule, sharded=problem.sharded, steps=True)
-        limited = not all(QUANTITIES[name].any_rule for name in self.quantities)
-        if limited and isinstance(rule.preconditioner, UnknownStep):
+        needs_limits = not all(QUANTITIES[name].any_rule for name in self.quantities)
+        if needs_limits and isinstance(rule.preconditioner, UnknownStep):
             warn("limits are not known", rule.preconditioner.reason)
-        as_seen_by(problem, rule, optimizers)  # raises where the groups do not fit
-        self._probe_is_all = dataset_size is None
+        as_seen_by(problem, rule, optimizers)  # raises if groups and problem do not match
+        self._probe_is_dataset = dataset_size is None
         size = problem.num_samples if dataset_size is None else dataset_size
         self._dataset_size = whole("dataset_size", size)
         self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
         if self._batch_size is not None:
             noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
         self._window = None if window is None else whole("realised_window", window)
-        self._chosen = list(blocks) if isinstance(blocks, Iterator) else blocks
-        self._blocks = blocks_of(problem.model, problem.names, problem.params, self._chosen)
+        self._blocks_argument = list(blocks) if isinstance(blocks, Iterator) else blocks
+        self._blocks = blocks_of(
+            problem.model, problem.names, problem.params, self._blocks_argument
+        )
         self.starts: dict[str, Tensor] = {}
         self.memory: dict[str, Any] = {}
-        self.trail = Trail()
+        self.step_end_cache = StepEndCache()
         self.measured = 0
-        self._of_all_ranks: int | None = None
+        self._summed_batch_size: int | None = None
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in a step, as given or observed; of all ranks, as of the last measurement."""
+        """Samples in a step, as given or observed; with several ranks, the last measurement's sum."""
         if self._batch_size is not None:
             return self._batch_size
-        return self._of_all_ranks if self.problem.ranks.several else self._counter.batch_size
+        return self._summed_batch_size if self.problem.ranks.several else self._counter.batch_size
 
     def rule(self) -> UpdateRule:
-        """Return the update rule as it stands now.
+        """Return the present update rule.
 
         Raises:
-            TypeError: for an ``update_rule`` of another kind, and as ``UpdateRule.from_optimizer`` does.
+            TypeError: for an invalid ``update_rule``, and as ``UpdateRule.from_optimizer`` does.
         """
         if self._update_rule is None:
             return rule_of(self._optimizers)
@@ -126,50 +128,51 @@ class Measurer:
         return rule
 
     def expected_seconds(self) -> float:
-        """Return what a measurement is expected to take, from the time of one gradient."""
+        """Return the expected seconds of a measurement, from the time of one gradient."""
         if not isinstance(self.problem, DifferentiableLoss) or self.problem.sharded:
             return 0.0
         costs = self.problem.cost(tol=self.tol)
         rule, names = self.rule(), list(self.quantities)
         if "sharpness" in names and rule.preconditioned:
             names.append("preconditioned_sharpness")
-        unknown = _UNKNOWN * costs["gradient"].seconds
-        return sum(costs[name].seconds if name in costs else unknown for name in names)
+        assumed = _UNKNOWN * costs["gradient"].seconds
+        return sum(costs[name].seconds if name in costs else assumed for name in names)
 
     def eigenvectors(self) -> dict[str, Tensor]:
-        """Return the top eigenvectors ``(d,)`` by quantity, in the precision of the problem."""
+        """Return the top eigenvectors ``(d,)`` by quantity, in the problem's precision."""
         return {name: rows[0].to(self.problem.dtype) for name, rows in self.starts.items()}
 
     @property
-    def steps(self) -> bool:
-        """Whether a quantity needs the parameters as they were before the step."""
+    def needs_steps(self) -> bool:
+        """Whether a quantity needs the parameters before the step."""
         return any("taken_step" in QUANTITIES[name].needs for name in self.quantities)
 
-    def measure_or_fail(self, step: int, taken: TakenStep | None = None) -> Measured:
+    def measure_or_fail(self, step: int, taken_step: TakenStep | None = None) -> Measured:
         """Measure after ``step``; an error becomes the ``failure`` of the margins."""
         try:
-            return self.measure(step, taken)
-        except LostRankError:  # training cannot continue either, and would hang
-            raise
-        except Exception as error:  # measuring must not end the training
+            return self.measure(step, taken_step)
+        except LostRankError:
+            raise  # training would hang
+        except Exception as error:  # training must continue
             failure = f"{type(error).__name__}: {error}"
             return Measured(step, StabilityMargins(step=step, failure=failure))
 
-    def measure(self, step: int, taken: TakenStep | None = None) -> Measured:
-        """Measure after ``step``; errors are raised, other than curvature that is not finite.
+    def measure(self, step: int, taken_step: TakenStep | None = None) -> Measured:
+        """Measure after ``step``, given ``taken_step`` if it was recorded.
 
-        ``taken`` has the parameters before the step.
+        A loss or curvature that is not finite becomes the ``failure`` of the margins; other errors
+        are raised.
         """
         rule = self.rule()
-        self._follow()
-        self._of_all_ranks = (
+        self._update_problem()
+        self._summed_batch_size = (
             int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
         )
-        # A rule of the full batch may evaluate it many times a step: the count is not a batch size.
+        # A full-batch rule may evaluate the batch several times a step, which the counter sums.
         batch_size = None if rule.full_batch else self.batch_size
-        dataset_size = self._dataset_size if rule.full_batch else self._known_dataset_size()
-        wanted = "non_uniformity" in self.quantities and not rule.full_batch
-        if step and wanted and batch_size is None:
+        dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
+        needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
+        if step and needs_batch_size and batch_size is None:
             self._warn(
                 "the limit of the non-uniformity is not known",
                 "no samples of a step were counted; pass batch_size=, or call count_samples",
@@ -180,14 +183,14 @@ class Measurer:
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,
-            quantities=self._now(),
+            quantities=self._current_quantities(),
             tol=self.tol,
             max_iter=self.max_iter,
-            # A new seed each time: the same noise would always miss the same direction.
+            # A new seed for each measurement: the same noise would always miss the same direction.
             seed=self._seed + self.measured,
             starts={} if cold else self.starts,
             step=step,
-            taken=taken,
+            taken_step=taken_step,
             memory=self.memory,
             window=self._window,
             blocks=self._blocks,
@@ -196,16 +199,16 @@ class Measurer:
         self.starts = subspaces
         return Measured(step, margins, rule)
 
-    def _now(self) -> list[str]:
-        """Return the quantities of this measurement: rare ones have their turn now and then."""
-        turn = self.measured % self._spectrum_every == 0
-        return [name for name in self.quantities if turn or not QUANTITIES[name].rare]
+    def _current_quantities(self) -> list[str]:
+        """Return the quantities of this measurement; rare ones only once in ``spectrum_every``."""
+        with_rare = self.measured % self._spectrum_every == 0
+        return [name for name in self.quantities if with_rare or not QUANTITIES[name].rare]
 
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return saved ``starts`` on the device of the problem, in its precision or rounded.
+        """Return saved ``starts`` on the problem's device, in its precision or rounded.
 
         Raises:
-            ValueError: if they are not of its size.
+            ValueError: if they do not have the problem's size.
         """
         size = self.problem.num_params
         for name, subspace in starts.items():
@@ -216,26 +219,28 @@ class Measurer:
                 )
         device, dtype = self.problem.device, self.problem.dtype
         return {
-            name: rows.to(device, ROUNDED if rows.dtype == ROUNDED else dtype)
+            name: rows.to(device, WARM_START_DTYPE if rows.dtype == WARM_START_DTYPE else dtype)
             for name, rows in starts.items()
         }
 
-    def _follow(self) -> None:
-        """Continue with the model's parameters where they have changed, as when layers thaw."""
+    def _update_problem(self) -> None:
+        """Replace the problem if the model's trainable parameters have changed, as by unfreezing."""
         problem = self.problem.current()
         if problem is not self.problem:
             check_params(self._optimizers, problem, explicit=self._explicit)
             self.problem, self.starts = problem, {}
             self._blocks = blocks_of(
-                problem.model, problem.names, problem.params, self._chosen, strict=False
+                problem.model, problem.names, problem.params, self._blocks_argument, strict=False
             )
 
-    def _known_dataset_size(self) -> int | None:
+    def _effective_dataset_size(self) -> int | None:
+        """Return the dataset size, or ``None``, infinite, if observed steps exceed the probe set."""
         batch_size, size = self.batch_size, self._dataset_size
         if self._batch_size is None and batch_size is not None and batch_size > size:
-            if not self._probe_is_all:
+            if not self._probe_is_dataset:
                 raise ValueError(
-                    f"steps of {batch_size} samples were observed, above dataset_size={size}"
+                    f"dataset_size={size} is below the {batch_size} samples observed in a step: pass"
+                    " the size of the training set, or batch_size="
                 )
             self._warn(
                 f"steps have more samples than the {size} probe samples",

@@ -6,7 +6,8 @@ Three examples::
     StabilityMonitor(optimizer, model, loss_fn, (x, y), max_overhead=0.05) # 5 % of training time
     with StabilityMonitor(optimizer, Problem.from_batch_loss(model, loss, data), every=10): ...
 
-A monitor is a step hook, a schedule, a measurer and sinks.
+A monitor combines a step hook, a :class:`~stableopt.monitor.schedule.Schedule`, a
+:class:`~stableopt.monitor.measurer.Measurer` and sinks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.observed_step import observe_steps
 from stableopt.monitor.sample_counter import SampleCounter
-from stableopt.monitor.schedule import Schedule, moved
+from stableopt.monitor.schedule import Schedule, step_moved
 from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.blocks import Blocks
@@ -46,62 +47,60 @@ _HISTORY = 10_000
 class StabilityMonitor:
     r"""Measures the stability margins of a run after steps of any optimizer.
 
-    Training with a monitor is bit for bit the training without it. A measurement that fails, because
-    the loss is not finite or by an error, is recorded with its reason and warned of once; training
-    continues.
+    Training with a monitor is bit for bit the training without it. If a measurement fails, by an error
+    or at a loss that is not finite, the monitor records the reason and warns once; training continues.
 
     Args:
-        optimizer: the optimizer whose steps count, or a list of those that train the model together,
-            such as Muon and AdamW: a step is complete when each has stepped. One that Accelerate
-            prepared stands for the optimizer inside. Of an optimizer without torch's step hooks, as of
-            a wrapper that only has ``param_groups`` and ``step``, the instance's ``step`` is observed
-            until :meth:`close`. If its rule is not known, the monitor says so once, and measures the
-            sharpness and the realised edge, which need none.
-        model: the model; or a ready :class:`~stableopt.curvature.Problem`, without ``loss_fn`` and
-            ``data``.
+        optimizer: the optimizer to watch, or a list of optimizers that train the model together, such
+            as Muon and AdamW: a step is complete when each has stepped. For one prepared by Accelerate,
+            the optimizer inside is read. If it lacks torch's step hooks, such as a wrapper with only
+            ``param_groups`` and ``step``, the instance's ``step`` is wrapped until :meth:`close`. If
+            its update rule is not known, the monitor warns once, and measures the sharpness and the
+            realised edge, which need no rule.
+        model: the model; or a :class:`~stableopt.curvature.Problem`, without ``loss_fn`` and ``data``.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the probe set, on which curvature is measured: the training set, or a part of it.
-        every: measure after every so many steps, such as 50.
-        max_overhead: or: measure as often as this share of the training time allows; 0.05 where
-            neither is given. A first measurement that is expected to take more than a second waits
-            until the training has paid for it.
-        batch_size: samples in a step, of all ranks; by default the median of the last five steps, from
-            the model's forward passes: not in ``torch.jit.script`` and ``fullgraph=True`` around it.
+        every: the number of steps between measurements, such as 50.
+        max_overhead: instead of ``every``, the largest share of the training time spent measuring; 0.05
+            if neither is given. A first measurement of more than an expected second waits until the
+            training time allows it.
+        batch_size: samples in a step, of all ranks. By default the median of the last five steps,
+            counted in the model's forward passes, except under ``torch.jit.script`` or with
+            ``fullgraph=True`` around the model.
         dataset_size: samples in the training set, by default those of the probe set.
-        quantities: names of :data:`~stableopt.stability.QUANTITIES`, which
-            ``docs/reading-margins.md`` lists. Sharpness, the default, comes with the preconditioned one
-            where the optimizer has a preconditioner, since its limit is on that, and with the ratio of
-            each block where several have no common limit. ``"realised_edge"`` and
+        quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
+            ``docs/reading-margins.md``. The default, sharpness, adds the preconditioned sharpness if
+            the optimizer has a preconditioner, since the limit is on it, and the edge ratio of each
+            block if several optimizers have no common limit. ``"realised_edge"`` and
             ``"critical_sharpness"`` need no second derivative; they copy the parameters before each
-            step that is measured.
-        sinks: where measurements go, see :mod:`stableopt.sinks`: callables that take ``(step, record)``.
-        update_rule: the rule, or a function of the optimizer that returns it: for optimizers that are
-            not known, with their preconditioner if they have one.
-        params: the parameters that count; all trainable ones of the model by default.
+            measured step.
+        sinks: callables that receive ``(step, record)``, see :mod:`stableopt.sinks`.
+        update_rule: the rule, or a function that returns it given the optimizer: for optimizers that
+            stableopt does not know, with their preconditioner if they have one.
+        params: the parameters to measure; by default all trainable ones of the model.
         chunk_size: the largest number of samples evaluated at once.
-        max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
-        dtype: the precision to measure in, as for ``Problem``: the parameters' own by default.
-        sample_weight: the weights of samples in a loss that averages unequally, where they are not
-            those of torch's losses; see :class:`~stableopt.curvature.Problem`.
+        max_samples: the largest number of samples of ``data`` to use; by default all.
+        dtype: the precision to measure in, as for ``Problem``; by default that of the parameters.
+        sample_weight: the weights of the samples, for a loss that averages with weights and is not
+            one of torch's; see :class:`~stableopt.curvature.Problem`.
         batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
-        blocks: the blocks of parameters that ``margins.layers`` shows, by default the layers; see
+        blocks: the blocks of parameters in ``margins.layers``, by default the layers; see
             :func:`~stableopt.measure`.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
-            as ``data``; by default that of a ``DistributedDataParallel`` model, or of one under
-            ``fully_shard``. Every rank must then make the monitor: to measure replicas on one rank
-            alone, pass ``model.module`` there. Rank 0 decides when to measure, and sends to the sinks.
-        tol: the largest residual relative to the eigenvalue.
+            as ``data``; by default the group of a ``DistributedDataParallel`` model or of a model under
+            ``fully_shard``. Every rank must create the monitor; to measure on one rank alone, pass
+            ``model.module`` there. Rank 0 decides when to measure, and sends to the sinks.
+        tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
-        cold_every: how many measurements warm-start from the last eigenvectors between two that start
-            at random.
-        spectrum_every: ``"spectrum"`` is measured at one in so many measurements.
-        seed: of the eigen-solver's random starts.
-        realised_window: over how many measured steps the realised edge is averaged; by default 1 where
-            steps take all samples, else 32.
+        cold_every: the number of warm-started measurements between two that start at random.
+        spectrum_every: the number of measurements from one ``"spectrum"`` to the next.
+        seed: seed of the eigen-solver's random starts.
+        realised_window: the number of measured steps over which the realised edge is averaged; by
+            default 1 for full-batch steps, else 32.
 
     Attributes:
         optimizers: the optimizers; ``optimizer`` is the first.
-        step: steps of the optimizer seen so far.
+        step: the number of steps so far.
         history: the latest 10,000 :class:`StabilityMargins`, oldest first.
         sinks: the sinks, as a list.
 
@@ -151,8 +150,8 @@ class StabilityMonitor:
     ) -> None:
         self.optimizers = optimizers_in(optimizer)
         self.sinks = check_sinks(sinks)
-        quantities = _listed(quantities)
-        checked = isinstance(model, MeanLoss) or needs_second_derivatives(quantities)
+        quantities = _reusable(quantities)
+        check_derivatives = isinstance(model, MeanLoss) or needs_second_derivatives(quantities)
         problem = problem_of(
             model,
             loss_fn,
@@ -163,7 +162,7 @@ class StabilityMonitor:
             dtype=dtype,
             sample_weight=sample_weight,
             batch_dim=batch_dim,
-            second_derivatives=None if checked else False,
+            second_derivatives=None if check_derivatives else False,
             process_group=process_group,
         )
         self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
@@ -189,21 +188,19 @@ class StabilityMonitor:
         self.quantities = self._measurer.quantities
         self.step = 0
         self.history: deque[StabilityMargins] = deque(maxlen=_HISTORY)
-        self._joint = JointStep(self.optimizers)
-        self._taken: TakenStep | None = None
-        # Its clock starts now.
+        self._joint_step = JointStep(self.optimizers)
+        self._step_start: TakenStep | None = None
+        # The schedule's clock starts here.
         self._schedule = Schedule(every, max_overhead, self._measurer.expected_seconds)
-
-        # Only where a joint step or the parameters before it are needed.
-        begins = self._measurer.steps or len(self.optimizers) > 1
-        observed = model if isinstance(model, nn.Module) else problem.model
         self._handles: list[Any] = []
         if batch_size is None:
-            # This one first: torch.jit modules refuse it, and then no hook must be left behind.
-            hook = observed.register_forward_pre_hook(self._counter, with_kwargs=True)
+            # First of all hooks: torch.jit modules refuse it, and then no other hook remains.
+            module = model if isinstance(model, nn.Module) else problem.model
+            hook = module.register_forward_pre_hook(self._counter, with_kwargs=True)
             self._handles.append(hook)
             self._counter.calibrate(problem)
-        before = self._before_step if begins else None
+        needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
+        before = self._before_step if needs_start else None
         try:
             for each in self.optimizers:
                 self._handles += observe_steps(each, before, self._after_step)
@@ -223,41 +220,41 @@ class StabilityMonitor:
 
     @property
     def problem(self) -> MeanLoss:
-        """The problem that is measured; another one once the model's parameters change."""
+        """The measured problem; a new one after the model's trainable parameters change."""
         return self._measurer.problem
 
     @property
     def batch_size(self) -> int | None:
         """Samples in a step, as given or observed; ``None`` before the first step.
 
-        Where several ranks train, those of all of them, as of the last measurement.
+        With several ranks it is their sum at the last measurement.
         """
         return self._measurer.batch_size
 
     @property
     def update_rule(self) -> UpdateRule:
-        """The update rule, read from the optimizer as it stands now."""
+        """The update rule, read from the optimizer's present state."""
         return self._measurer.rule()
 
     @property
     def eigenvectors(self) -> dict[str, Tensor]:
-        """The top eigenvectors ``(d,)`` of the latest measurement by quantity, as far as found.
+        """The top eigenvectors ``(d,)`` of the latest measurement, by quantity.
 
-        They are in the coordinates of the update rule. Where its preconditioner is not part of these,
-        as with L-BFGS, it is the covector, whose image by the preconditioner is the eigenvector.
-        Those of more than three million parameters are rounded to bfloat16.
+        They are in the coordinates of the update rule. If these do not include the preconditioner P,
+        as with L-BFGS, they are covectors: P times a covector is the eigenvector. Above three million
+        parameters they are rounded to bfloat16.
         """
         return self._measurer.eigenvectors()
 
     @property
     def overhead(self) -> float:
-        """Time spent measuring, as a share of the time spent training since the monitor began."""
+        """Time spent measuring over time spent training, since the monitor was created."""
         return self._schedule.overhead
 
     def count_samples(self, batch: Any) -> None:
-        """Count the samples of ``batch`` for the next step, and from now on none of forward passes.
+        """Count the samples of ``batch`` for the next step, and stop counting in forward passes.
 
-        This is for loops that call parts of the model rather than the model itself.
+        Call it in loops that call parts of the model rather than the model itself.
 
         >>> model = nn.Sequential(nn.Linear(2, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -272,21 +269,21 @@ class StabilityMonitor:
         self._counter.count_only(batch)
 
     def measure(self) -> StabilityMargins:
-        """Measure now, at any step; record the result and send it to the sinks. On every rank.
+        """Measure now, record the result and send it to the sinks; call it on every rank.
 
         Raises:
-            Exception: any error, other than curvature that is not finite.
+            Exception: any error except a loss or curvature that is not finite.
         """
         return self._record(self._measurer.measure)
 
     def deliver(self, event: Event) -> None:
-        """Send ``event`` to the sinks; a sink that fails is warned of once for each reason."""
+        """Send ``event`` to the sinks; warn once for each reason why a sink fails."""
         deliver(event, self.sinks, self._warn)
 
     def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
         problem = self.problem
         if problem.device.type == "cuda":
-            # The time of work that training has queued is not the measurement's.
+            # Kernels that training has queued do not count as measuring time.
             torch.cuda.synchronize(problem.device)
         with self._schedule.timed(self.step):
             event = measure(self.step)
@@ -304,51 +301,51 @@ class StabilityMonitor:
                 self._warn(f"{name} was not measured at step {margins.step}", reason)
         elif not margins.converged:
             reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
-            late = {name for name, its in margins.measurements.items() if not its.converged}
-            if late == {"critical_sharpness"}:
+            failed = {name for name, m in margins.measurements.items() if not m.converged}
+            if failed == {"critical_sharpness"}:
                 reason = "the bracket of critical_sharpness is wide"
             self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or not self._joint.begins(optimizer):
+        if nested(optimizer) or not self._joint_step.begins(optimizer):
             return
-        self._taken = None  # of a step that raised, or that one of several did not complete
+        self._step_start = None  # drops that of a step that raised or remained incomplete
         ranks = self.problem.ranks
-        if self._measurer.steps and self._schedule.expects(self.step + 1, ranks):
-            trail = self._measurer.trail if self._schedule.each_step else None
-            self._taken = TakenStep.begins(self._measurer.problem.params, trail)
+        if self._measurer.needs_steps and self._schedule.may_measure(self.step + 1, ranks):
+            cache = self._measurer.step_end_cache if self._schedule.each_step else None
+            self._step_start = TakenStep.begin(self._measurer.problem.params, cache)
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or not self._joint.ends(optimizer):
+        if nested(optimizer) or not self._joint_step.ends(optimizer):
             return
         self._counter.end_step()
         self.step += 1
-        taken, self._taken = self._taken, None
-        recorded = taken is not None or not self._measurer.steps
+        taken_step, self._step_start = self._step_start, None
+        measurable = taken_step is not None or not self._measurer.needs_steps
 
-        def ready() -> bool:
-            return recorded and any(moved(optimizer) for optimizer in self.optimizers)
+        def moved() -> bool:
+            return measurable and any(step_moved(optimizer) for optimizer in self.optimizers)
 
-        if self._schedule.turn(self.step, ready, self.problem.ranks):
-            self._record(lambda step: self._measurer.measure_or_fail(step, taken))
+        if self._schedule.should_measure(self.step, moved, self.problem.ranks):
+            self._record(lambda step: self._measurer.measure_or_fail(step, taken_step))
 
     def _repr_html_(self) -> str | None:
-        """Return what a notebook shows: the page of ``python -m stableopt report`` in short."""
+        """Return a short form of the page of ``python -m stableopt report``, for notebooks."""
         from stableopt.report import Run, notebook
 
         try:
             return notebook(Run.of_history(type(self).__name__, self.history))
-        except Exception:  # the notebook then shows repr(monitor)
+        except Exception:  # notebooks then show repr(monitor)
             return None
 
     def close(self) -> None:
-        """Detach from optimizer and model, and flush the sinks; ``history`` remains."""
+        """Remove the hooks from optimizer and model, and flush the sinks; keep ``history``."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._measurer.trail.end = None
+        self._measurer.step_end_cache.end = None
         flush(self.sinks, self._warn)
 
     def __enter__(self) -> StabilityMonitor:
@@ -373,10 +370,10 @@ class StabilityMonitor:
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: if something is missing, or its subspaces are not of this model's size.
+            ValueError: if a key is missing, or the subspaces do not have this model's size.
         """
-        require_keys(state, self.state_dict().keys() - {"memory"})  # which older versions lack
-        # Nothing changes before all of it has been read.
+        require_keys(state, self.state_dict().keys() - {"memory"})  # older checkpoints lack it
+        # Read everything that can raise before changing anything.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
         self.step, self.history = state["step"], deque(history, maxlen=_HISTORY)
@@ -387,14 +384,13 @@ class StabilityMonitor:
         self._counter.observed.extend(state["observed"])
 
 
-def _listed(quantities: Iterable[str]) -> Iterable[str]:
-    """Return quantities that can be read twice, DEFAULT_QUANTITIES itself where they are these."""
-    once = isinstance(quantities, Iterator)
-    return tuple(quantities) if once else quantities
+def _reusable(quantities: Iterable[str]) -> Iterable[str]:
+    """Return ``quantities``, an iterator as a tuple; keep the identity of DEFAULT_QUANTITIES."""
+    return tuple(quantities) if isinstance(quantities, Iterator) else quantities
 
 
 def needs_second_derivatives(quantities: Iterable[str]) -> bool:
-    """Return whether one of ``quantities`` takes more than losses and gradients."""
-    listed = quantities if isinstance(quantities, Iterable) else ()
-    known = [QUANTITIES[name] for name in listed if name in QUANTITIES]
-    return not known or not all(quantity.first_order for quantity in known)
+    """Return whether a quantity needs more than losses and gradients; true if none is valid."""
+    names = quantities if isinstance(quantities, Iterable) else ()
+    valid = [QUANTITIES[name] for name in names if name in QUANTITIES]
+    return not valid or not all(quantity.first_order for quantity in valid)

@@ -1,4 +1,4 @@
-"""`observe_steps`: calls before and after each step of an optimizer, by torch's hooks or without."""
+"""`observe_steps`: calls functions before and after each step of an optimizer."""
 
 from __future__ import annotations
 
@@ -14,93 +14,94 @@ from stableopt.monitor.joint_step import running_steps
 
 __all__ = ["observe_steps"]
 
-_PARTS = ("first_step", "second_step", "third_step")
-"""Of SAM (Foret et al., 2021) and its variants: a loop computes a gradient before each of them."""
+_STEP_PARTS = ("first_step", "second_step", "third_step")
+"""Parts of a step of SAM (Foret et al., 2021) and its variants; each takes a new gradient."""
 
 Hook = Callable[[Any, Any, Any], Any]
 
 
 class ObservedMethod:
-    """A method of one optimizer, with calls before and after; a copy of the optimizer has its own.
+    """A wrapper around a method of one optimizer; copies of the optimizer are not observed.
 
     Attributes:
-        active: whether the hooks are called. A scheduler may have wrapped this method, and keep it.
+        active: whether the functions are called; false ends observation also if a scheduler has
+            wrapped this object and keeps it.
     """
 
     def __init__(self, optimizer: Any, name: str, before: Hook | None, after: Hook | None) -> None:
         self._optimizer, self._name, self._before, self._after = optimizer, name, before, after
-        self._own = getattr(optimizer, name)
-        # What the instance had before, as of a scheduler that counts calls.
-        self._instance = vars(optimizer).get(name)
+        self._method = getattr(optimizer, name)
+        # An earlier wrapper on the instance, such as a scheduler's call counter.
+        self._former_attribute = vars(optimizer).get(name)
         self.active = True
-        # A scheduler reads attributes of the method, such as __func__.
-        functools.update_wrapper(self, self._own, updated=())
-        if isinstance(self._own, MethodType):
-            self.__self__, self.__func__ = self._own.__self__, self._own.__func__
+        # Schedulers read attributes of the bound method, such as __func__.
+        functools.update_wrapper(self, self._method, updated=())
+        if isinstance(self._method, MethodType):
+            self.__self__, self.__func__ = self._method.__self__, self._method.__func__
         setattr(optimizer, name, self)
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method."""
+        """Call the method, with the calls before and after it."""
         if self.active and self._before is not None:
             replaced = self._before(self._optimizer, (self._optimizer, *args), kwargs)
             if replaced is not None:
                 (_, *args), kwargs = replaced
-        result = self._own(*args, **kwargs)
+        result = self._method(*args, **kwargs)
         if self.active and self._after is not None:
             self._after(self._optimizer, (self._optimizer, *args), kwargs)
         return result
 
     def remove(self) -> None:
-        """Give the optimizer its own method again."""
+        """Restore the optimizer's former method."""
         self.active = False
         if vars(self._optimizer).get(self._name) is not self:
-            return  # another wrapper lies around it, and stays
-        if self._instance is None:
+            return  # another wrapper replaced this one, and stays
+        if self._former_attribute is None:
             delattr(self._optimizer, self._name)
         else:
-            setattr(self._optimizer, self._name, self._instance)
+            setattr(self._optimizer, self._name, self._former_attribute)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = self._own
-        if self._instance is None and isinstance(own, MethodType):
-            return getattr, (own.__self__, own.__name__)
-        return _same, (own,)
+        method = self._method
+        if self._former_attribute is None and isinstance(method, MethodType):
+            return getattr, (method.__self__, method.__name__)
+        return _identity, (method,)
 
 
-class ObservedPart(ObservedMethod):
-    """A part of a step that a training loop may call instead of ``step``, which calls it too."""
+class ObservedStepPart(ObservedMethod):
+    """A wrapper around a part of a step, which the training loop calls, or ``step`` itself."""
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the part; its hooks see no arguments, since those are not of a step."""
+        """Call the part; outside ``step`` also call the functions, without the part's arguments."""
         alone = self.active and not running_steps(self._optimizer)
         if alone and self._before is not None:
             self._before(self._optimizer, (self._optimizer,), {})
-        result = self._own(*args, **kwargs)
+        result = self._method(*args, **kwargs)
         if alone and self._after is not None:
             self._after(self._optimizer, (self._optimizer,), {})
         return result
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
-    Hooks of torch are used where the optimizer has them, and else ``step`` is replaced on the instance.
-    A step in parts, SAM's ``first_step`` and ``second_step``, is observed as one.
+    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance. A
+    step in parts, such as SAM's ``first_step`` and ``second_step``, is observed as one step.
 
     Args:
-        optimizer: anything with ``param_groups`` and ``step``.
-        before: called with optimizer, arguments and keyword arguments, as torch's hooks are; it may
-            return other arguments, as they may.
-        after: the same after the step.
+        optimizer: any object with ``param_groups`` and ``step``.
+        before: called like torch's pre-hooks, with optimizer, arguments and keyword arguments; it may
+            return replaced arguments and keyword arguments.
+        after: called like torch's post-hooks.
 
     Raises:
-        TypeError: for an optimizer without ``step``, or that refuses an attribute.
+        TypeError: for an optimizer without ``step``, or whose ``step`` cannot be set.
 
     >>> class Wrapper:
     ...     def __init__(self, optimizer):
@@ -117,12 +118,14 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
     ['optimizer', 'param_groups']
     """
     if _has_hooks(optimizer):
-        first = [] if before is None else [optimizer.register_step_pre_hook(before)]
-        handles = [*first, optimizer.register_step_post_hook(after)]
-        parts = [name for name in _PARTS if callable(getattr(optimizer, name, None))]
-        if len(parts) > 1:
-            handles.append(ObservedPart(optimizer, parts[0], before, None))
-            handles.append(ObservedPart(optimizer, parts[-1], None, after))
+        handles: list[Any] = []
+        if before is not None:
+            handles.append(optimizer.register_step_pre_hook(before))
+        handles.append(optimizer.register_step_post_hook(after))
+        names = [name for name in _STEP_PARTS if callable(getattr(optimizer, name, None))]
+        if len(names) > 1:
+            handles.append(ObservedStepPart(optimizer, names[0], before, None))
+            handles.append(ObservedStepPart(optimizer, names[-1], None, after))
         return handles
     if not callable(getattr(optimizer, "step", None)):
         raise TypeError(f"optimizer={optimizer!r}: expected an optimizer with a method step")
@@ -136,7 +139,7 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
 
 
 def _has_hooks(optimizer: Any) -> bool:
-    """Whether torch calls hooks of ``optimizer``: a subclass may not have run its initialisation."""
+    """Whether ``optimizer`` has torch's hooks; a subclass may not have called ``super().__init__``."""
     return isinstance(optimizer, torch.optim.Optimizer) and all(
         hasattr(optimizer, f"_optimizer_step_{kind}_hooks") for kind in ("pre", "post")
     )

@@ -1,4 +1,4 @@
-"""`SampleCounter`: observes the batch size of training from the model's forward passes."""
+"""`SampleCounter`: counts the samples of each training step in the model's forward passes."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 __all__ = ["SampleCounter"]
 
 _OBSERVED_STEPS = 5
-"""Steps whose median is the batch size. One ragged batch does not change it, nor does one skipped
-step, whose samples are counted with the next."""
+"""The batch size is the median over so many steps: one ragged batch does not change it, nor does one
+skipped step, whose samples are counted with the next step."""
 
 
 class SampleCounter:
     """A forward pre-hook that counts samples; a copy made with its module counts nothing.
 
-    A step may evaluate its batch at several points, as a line search and SAM do. Only passes at the
-    first one are counted: later ones follow an in-place change of a parameter.
+    A line search or SAM evaluates the batch at several points in a step. Only passes at the first point
+    are counted; passes at later points follow an in-place change of a parameter.
 
     Args:
         params: returns the trained parameters.
-        dim: the dimension that counts samples, if a tensor has it, and else the first.
+        dim: the dimension that counts samples; the first dimension for tensors without it.
 
     Attributes:
         active: whether forward passes are counted.
-        passed: samples that pass the model for one of the loss: two in a loss of pairs.
-        observed: samples of each of the latest five steps, oldest first.
+        passed: the model's samples for each sample of the loss: two in a loss of pairs.
+        observed: the model's samples in each of the last five steps, oldest first.
     """
 
     def __init__(self, params: Callable[[], Sequence[Tensor]] = list, dim: int = 0) -> None:
         self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
         self.passed = 1
-        self._params, self._first_point = params, 0
-        self._count, self._forward, self._calibrating = 0, False, False
+        self._params, self._first_version = params, 0
+        self._count, self._seen_forward, self._calibrating = 0, False, False
 
     @property
     def __name__(self) -> str:
-        """What torch.jit.script asks a hook for, before it compiles it."""
+        """Refuses ``torch.jit.script``, which reads the name of a hook before compiling it."""
         raise AttributeError(
-            "torch.jit.script cannot compile the hook by which a monitor counts the samples of a step:"
-            " pass batch_size= to track() or StabilityMonitor, which then needs no hook in the model, or"
-            " close() the monitor before"
+            "torch.jit.script cannot compile the hook that counts the samples of a step: pass"
+            " batch_size= to track() or StabilityMonitor, which then adds no hook, or close() the"
+            " monitor before"
         )
 
     @property
     def batch_size(self) -> int | None:
-        """The median of :attr:`observed`; ``None`` before the first step with samples."""
+        """The median of :attr:`observed`, in the loss's samples; ``None`` before the first step."""
         return max(1, median_low(self.observed) // self.passed) if self.observed else None
 
     def calibrate(self, problem: MeanLoss) -> None:
-        """Find :attr:`passed` by one evaluation of a batch loss, which may call the model at will."""
+        """Determine :attr:`passed` from one evaluation of a batch loss, which calls the model itself."""
         if problem.loss_fn is not None:
             return  # loss_fn(model(x), y) passes each sample once
         self._calibrating = True
         try:
             problem.value()
-            passed, rest = divmod(self._count, problem.own_samples)
+            passed, remainder = divmod(self._count, problem.own_samples)
         finally:
             self._count, self._calibrating = 0, False
-        self.passed = passed if passed and not rest else 1
+        self.passed = passed if passed and not remainder else 1
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -78,31 +78,31 @@ class SampleCounter:
         if self._calibrating:
             self.add((args, kwargs))
             return
-        # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
+        # Skip validation, which runs without gradients, and the passes of measurements.
         if not self.active or not torch.is_grad_enabled() or measuring():
             return
-        point = sum(p._version for p in self._params())
+        version = sum(p._version for p in self._params())
         if not self._count:
-            self._first_point = point
-        if point != self._first_point:
+            self._first_version = version
+        if version != self._first_version:
             return
-        # Activation checkpointing runs a pass again in the backward pass, or there alone.
-        again = in_backward()
-        if not (again and self._forward):
+        # Activation checkpointing repeats a forward pass in the backward pass, or runs it only there.
+        recomputed = in_backward()
+        if not (recomputed and self._seen_forward):
             self.add((args, kwargs))
-        self._forward = self._forward or not again
+        self._seen_forward = self._seen_forward or not recomputed
 
     def count_only(self, batch: Any) -> None:
-        """Count ``batch``, and no forward pass from now on."""
+        """Count ``batch``, and stop counting forward passes."""
         if self.active:
             self.observed.clear()
         self.active, self.passed = False, 1
         self.add(batch)
 
     def add(self, batch: Any) -> None:
-        """Count the samples of ``batch`` by its first tensor."""
-        # A packed sequence holds rows of several samples: its first batch size is that of all.
-        packed = next(_packed_in(batch), None)
+        """Count the samples of ``batch``: the size of its first tensor."""
+        # The first batch size of a packed sequence is the number of its samples.
+        packed = next(_packed_sequences(batch), None)
         if packed is not None:
             self._count += int(packed.batch_sizes[0])
         else:
@@ -112,10 +112,10 @@ class SampleCounter:
             self._count += next(sizes, 0)
 
     def end_step(self) -> None:
-        """Take the samples since the last call, if any, as those of one step."""
+        """Record the samples since the last call, if any, as one step."""
         if self._count:
             self.observed.append(self._count)
-        self._count, self._forward = 0, False
+        self._count, self._seen_forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
         return _inactive()
@@ -130,9 +130,9 @@ def _inactive() -> SampleCounter:
     return counter
 
 
-def _packed_in(batch: Any) -> Iterator[PackedSequence]:
+def _packed_sequences(batch: Any) -> Iterator[PackedSequence]:
     if isinstance(batch, PackedSequence):
         yield batch
     elif isinstance(batch, (tuple, list, Mapping)):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _packed_in(value)
+            yield from _packed_sequences(value)

@@ -1,4 +1,4 @@
-"""`Schedule`: decides after which steps to measure, and accounts for the time that it takes."""
+"""`Schedule`: decides after which steps to measure, and records the time spent measuring."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ import torch
 from stableopt._support.arguments import positive, whole
 from stableopt.distributed.collectives import Ranks
 
-__all__ = ["Schedule", "moved"]
+__all__ = ["Schedule", "step_moved"]
 
 DEFAULT_OVERHEAD = 0.05
+"""Share of the training time for measurements, if neither ``every`` nor ``max_overhead`` is given."""
 
 _FREE = 1.0
-"""Seconds that the first measurement may take without waiting: a run is longer than that."""
+"""Seconds that the first measurement may take without waiting: short compared with any run."""
 
 
 class Schedule:
-    """Measures every so many steps, or as often as a share of the training time allows.
+    """Selects every k-th step, or as many steps as a share of the training time allows.
 
     Args:
-        every: measure after each so many steps.
-        max_overhead: or: the largest share of the training time spent measuring; 0.05 by default.
-        first: returns the seconds that the first measurement is expected to take. With ``max_overhead``
-            it waits until the training time has paid for them, unless they are less than one.
+        every: the number k of steps between measurements.
+        max_overhead: instead of ``every``, the largest share of the training time spent measuring; 0.05
+            by default.
+        first_seconds: returns the expected seconds of the first measurement. With ``max_overhead``, a
+            first measurement of more than one second waits until the training time allows it.
 
     Attributes:
-        pending: whether a measurement is due that waits for a step that moves something.
+        pending: whether a measurement is due, and waits for a step that changes the parameters.
 
     Raises:
-        ValueError: for numbers out of range, or both.
+        ValueError: for numbers out of range, or if both are given.
 
     >>> schedule = Schedule(every=2)
-    >>> [schedule.turn(step, lambda: step != 2, Ranks()) for step in range(1, 6)]
+    >>> [schedule.should_measure(step, lambda: step != 2, Ranks()) for step in range(1, 6)]
     [False, False, True, True, False]
     """
 
@@ -44,7 +46,7 @@ class Schedule:
         self,
         every: int | None = None,
         max_overhead: float | None = None,
-        first: Callable[[], float] = lambda: 0.0,
+        first_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         if every is not None and max_overhead is not None:
             raise ValueError("every and max_overhead: expected at most one of them")
@@ -53,14 +55,15 @@ class Schedule:
         self._max_overhead = positive("max_overhead", share)
         self.restore(pending=False)
         self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
-        if self._every is None and (expected := first()) > _FREE:
-            # As if there had been one like it, which the training has yet to pay for.
-            self._last_seconds = expected
+        if self._every is None:
+            expected = first_seconds()
+            # Counted as if it had just been taken: the training time must now pay for it.
+            self._last_seconds = expected if expected > _FREE else 0.0
         self._began = self._last_end = time.perf_counter()
 
     def restore(self, *, pending: bool) -> None:
-        """Continue from an earlier run, which left a measurement pending or not."""
-        self.pending, self._next_question = pending, 0
+        """Continue a resumed run, in which a measurement was ``pending`` or not."""
+        self.pending, self._next_broadcast = pending, 0
 
     @property
     def each_step(self) -> bool:
@@ -75,7 +78,7 @@ class Schedule:
 
     @contextmanager
     def timed(self, step: int) -> Iterator[None]:
-        """Take the time of the block as that of a measurement after ``step``, failed ones too."""
+        """Record the wall time of the block as a measurement after ``step``, also if it raises."""
         began = time.perf_counter()
         try:
             yield
@@ -84,55 +87,59 @@ class Schedule:
             self._last_seconds, self._last_step = self._last_end - began, step
             self._seconds += self._last_seconds
 
-    def expects(self, step: int, ranks: Ranks) -> bool:
-        """Whether :meth:`turn` may be true after ``step``, the next one; the same on all ranks.
+    def may_measure(self, step: int, ranks: Ranks) -> bool:
+        """Whether :meth:`should_measure` can be true after the next step; the same on all ranks.
 
         >>> schedule = Schedule(every=2)
-        >>> [schedule.expects(step, Ranks()) for step in (1, 2, 3)]
+        >>> [schedule.may_measure(step, Ranks()) for step in (1, 2, 3)]
         [False, True, False]
         """
         if ranks.several:
-            return step >= self._next_question
+            return step >= self._next_broadcast
         return self.pending or self._due(step)
 
-    def turn(self, step: int, moved: Callable[[], bool], ranks: Ranks) -> bool:
-        """Whether to measure after ``step``, which ``moved`` something; rank 0 decides for all.
+    def should_measure(self, step: int, moved: Callable[[], bool], ranks: Ranks) -> bool:
+        """Whether to measure after ``step``; rank 0 decides for all.
 
-        What is due after a step that moved nothing waits for the next that does.
+        ``moved`` returns whether the step changed the parameters. If it did not, a measurement that is
+        due waits for the next step that does.
         """
-        if ranks.several and step < self._next_question:
+        if ranks.several and step < self._next_broadcast:
             return False
         self.pending = self.pending or self._due(step)
-        turn = self.pending and moved()
-        self.pending = self.pending and not turn
+        measure_now = self.pending and moved()
+        self.pending = self.pending and not measure_now
         if ranks.several:
-            found = turn, self.pending, step + self._steps_to_go(step)
-            turn, self.pending, self._next_question = ranks.broadcast_object(found)
-        return turn
+            decision = measure_now, self.pending, step + self._steps_to_next_broadcast(step)
+            measure_now, self.pending, self._next_broadcast = ranks.broadcast_object(decision)
+        return measure_now
 
     def _due(self, step: int) -> bool:
         if self._every is not None:
             return step % self._every == 0
-        # The training time since the last measurement has paid for one like it.
+        # Due once the training time since the last measurement allows another of the same length.
         waited = time.perf_counter() - self._last_end
         return waited >= self._last_seconds / self._max_overhead
 
-    def _steps_to_go(self, step: int) -> int:
-        """Return after how many steps to ask rank 0 again: to ask at each costs a broadcast a step."""
+    def _steps_to_next_broadcast(self, step: int) -> int:
+        """Return the number of steps until rank 0 broadcasts again, which saves a broadcast a step."""
         if self.pending:
             return 1
         if self._every is not None:
             return self._every - step % self._every
         waited = time.perf_counter() - self._last_end
-        each = waited / max(step - self._last_step, 1)
-        left = self._last_seconds / self._max_overhead - waited
-        # Half of what seems to be left, since steps differ: after a few questions, none is.
-        return max(1, int(left / each / 2))
+        step_seconds = waited / max(step - self._last_step, 1)
+        remaining = self._last_seconds / self._max_overhead - waited
+        # Half the estimate, since steps differ in length: a few broadcasts lead to the due step.
+        return max(1, int(remaining / step_seconds / 2))
 
 
-def moved(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the last step moved anything: not at rate zero, nor skipped by a grad scaler."""
-    # Some optimizers choose their rate themselves, and have None.
+def step_moved(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the last step can have moved parameters.
+
+    It cannot at learning rate zero, nor if a gradient scaler skipped it.
+    """
+    # Optimizers that choose their own learning rate have None.
     rates = [group.get("lr") for group in optimizer.param_groups]
     if all(rate is not None and float(rate) == 0 for rate in rates):
         return False

@@ -27,17 +27,19 @@ from stableopt.curvature.problem.weights.weights import (
 __all__ = ["ChunkWeights"]
 
 _ALIKE = 1e-12
-"""Relative difference of the same weight for each sample in two chunks, in double precision."""
+"""Largest relative difference, by rounding, of the mean weight of a sample in two chunks."""
 
 
 class ChunkWeights:
-    """Losses of chunks, and the weights that make their mean that of all samples.
+    """Losses of chunks, and the weights for which their weighted mean is the mean over all samples.
 
-    - A loss that is one of torch's weighted means has the sum of its weights.
-    - A loss that adds others to such a mean has several weights. They are summed in a first reading,
-      without gradients and without a trace in the model, if the first chunk has unequal ones.
-    - With ``sample_weight`` the weight is the sum over the chunk's samples.
-    - Otherwise it is the number of samples.
+    The weight of a chunk depends on the loss:
+
+    - one of torch's weighted means: the sum of its weights;
+    - a weighted mean plus other terms: there are several weights. If they are unequal in the first
+      chunk, a first reading of all data sums them, without gradients or side effects on the model;
+    - with ``sample_weight``: the sum over the chunk's samples;
+    - otherwise: the number of samples.
 
     Args:
         model: the model, which stays in its mode.
@@ -54,28 +56,30 @@ class ChunkWeights:
         sample_weight: Tensor | Callable[[Any], Tensor] | None,
     ) -> None:
         self._model, self._loss_fn, self._batches = model, loss_fn, batches
-        self._given = None if sample_weight is None else GivenWeights(sample_weight, paired=True)
-        if self._given is not None and isinstance(sample_weight, Tensor):
-            self._given.check_number(batches.num_samples)
-        self._weights: LossWeights | None = None
-        self._rates: list[float] | None = None
-        self._seen = 0
+        self._given_weights = (
+            None if sample_weight is None else GivenWeights(sample_weight, paired=True)
+        )
+        if self._given_weights is not None and isinstance(sample_weight, Tensor):
+            self._given_weights.check_number(batches.num_samples)
+        self._loss_weights: LossWeights | None = None
+        self._first_rates: list[float] | None = None
+        self._samples_read = 0
 
     def loss_and_weight(self, batch: Any, size: int) -> tuple[Tensor, float]:
-        """Return the mean loss of a chunk, and its weight; the loss of weight zero has no meaning.
+        """Return the mean loss of a chunk, and its weight; with weight zero the loss is undefined.
 
         Raises:
             ValueError: for a loss that is not a scalar or not a mean, or whose weights become unequal
-                behind the first chunk, so that the first reading was left out.
+                only after the first chunk, when the sums of all weights are not available.
         """
         x, y = batch
         outputs = self._model(x)
-        if self._given is not None:
-            weight = self._given.attached(batch, self._seen, size).weight
-        first, self._seen = self._seen == 0, self._seen + size
+        if self._given_weights is not None:
+            weight = self._given_weights.attached(batch, self._samples_read, size).weight
+        first, self._samples_read = self._samples_read == 0, self._samples_read + size
         if first and isinstance(outputs, Tensor) and outputs.dim() and outputs.shape[0] == size:
             self._check_mean(outputs, y)
-        if self._given is not None:
+        if self._given_weights is not None:
             return self._loss(outputs, y), float(weight.sum())
         values: list[Tensor] = []
 
@@ -89,47 +93,50 @@ class ChunkWeights:
         totals = [float(mean.total()) for mean in means.seen]
         if len(values) == 1 and loss is values[0]:
             return loss, totals[0]
-        if first and any(
-            mean.weighs or total != mean.entries
-            for mean, total in zip(means.seen, totals, strict=True)
-        ):
-            self._weights = self._summed(batch)
-        if self._weights is not None:
-            return self._weights.mean(lambda own: self._loss(outputs, own[1]), batch), float(size)
-        self._check_rates([total / size for total in totals])
+        pairs = zip(means.seen, totals, strict=True)
+        if first and any(mean.weighs or total != mean.entries for mean, total in pairs):
+            self._loss_weights = self._average_weights()
+        if self._loss_weights is not None:
+            loss = self._loss_weights.mean(lambda xy: self._loss(outputs, xy[1]), batch)
+            return loss, float(size)
+        self._check_equal_weights([total / size for total in totals])
         return loss, float(size)
 
     def _loss(self, outputs: Any, y: Any) -> Tensor:
         return checked_scalar(self._loss_fn(outputs, y))
 
     def _check_mean(self, outputs: Tensor, y: Any) -> None:
+        """Raise ``ValueError`` if the loss of doubled samples differs from that of the samples."""
         few = map_tensors(lambda t: t[:CHECKED_SAMPLES] if t.dim() else t, (outputs.detach(), y))
         devices = [outputs.device] if outputs.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            once, twice = (float(self._loss(*tried)) for tried in (few, twice_over(few)))
+            once, twice = (float(self._loss(*batch)) for batch in (few, twice_over(few)))
         check_mean(once, twice)
 
-    def _summed(self, like: Any) -> LossWeights:
-        """Read all data once, and return the average weights of a sample."""
+    def _average_weights(self) -> LossWeights:
+        """Read all data once; return the average weights of a sample."""
         device = next(self._model.parameters()).device
         sums: Tensor | None = None
         with isolated(self._model, device), torch.no_grad():
             for batch, _ in self._batches:
                 x, y = map_tensors(lambda t: t.to(device), batch)
-                seen = weights_seen(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
-                totals = torch.stack([mean.total().cpu() for mean in seen])
+                means = weights_seen(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
+                totals = torch.stack([mean.total().cpu() for mean in means])
                 sums = totals if sums is None else sums + totals
         assert sums is not None
         return LossWeights(tuple((sums / self._batches.num_samples).tolist()))
 
-    def _check_rates(self, rates: list[float]) -> None:
-        before = self._rates = rates if self._rates is None else self._rates
-        alike = len(before) == len(rates) and all(
-            abs(rate - first) <= _ALIKE * first for rate, first in zip(rates, before, strict=True)
+    def _check_equal_weights(self, rates: list[float]) -> None:
+        """Raise ``ValueError`` if the mean weights of a sample differ from the first chunk's."""
+        if self._first_rates is None:
+            self._first_rates = rates
+        equal = len(self._first_rates) == len(rates) and all(
+            abs(rate - first) <= _ALIKE * first
+            for rate, first in zip(rates, self._first_rates, strict=True)
         )
-        if not alike:
+        if not equal:
             raise ValueError(
-                "loss_fn adds other terms to a mean that weighs samples unequally, but equally in the"
-                " first chunk: put a sample with an ignored target first, or raise chunk_size to hold"
+                "loss_fn adds other terms to a weighted mean whose weights are equal in the first chunk"
+                " but not later: put a sample with an ignored target first, or raise chunk_size to hold"
                 " all data"
             )

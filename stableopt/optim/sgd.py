@@ -19,9 +19,9 @@ __all__ = ["GD", "SGD"]
 class SGD(Tracking, torch.optim.SGD):
     """``torch.optim.SGD`` with ``track`` and ``margins``; same arguments, same numbers.
 
-    ``step`` is torch's own, so hooks, schedulers, scalers and compilation work as usual. One
-    difference: if a gradient scaler skips the first fused step, momentum buffers stay unset; torch
-    2.13 leaves uninitialised memory in them.
+    ``step`` is torch's own: hooks, schedulers, scalers and compilation work as usual. There is one
+    difference: if a gradient scaler skips the first fused step, momentum buffers stay unset, while
+    torch 2.13 leaves uninitialised memory in them.
 
     >>> import stableopt
     >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -44,19 +44,19 @@ class SGD(Tracking, torch.optim.SGD):
         )
         found_inf = getattr(self, "found_inf", None)
         unset = any(buffer is None for buffer in momentum_buffer_list)
-        # The kernel leaves new buffers unwritten if the scaler found an infinity. The check costs
-        # one host transfer, and only until the buffers exist.
+        # If the scaler found an infinity, the fused kernel would leave new buffers uninitialised.
+        # Until the buffers exist, the check costs one host transfer a step.
         if group["fused"] and unset and found_inf is not None and bool(found_inf):
-            for empty in (params, grads, momentum_buffer_list):
-                empty.clear()
+            for tensors in (params, grads, momentum_buffer_list):
+                tensors.clear()
         return sparse
 
 
 class GD(SGD):
     r"""Gradient descent: SGD with the gradient of the *whole* training set in every step.
 
-    :meth:`full_gradient` computes the gradient in chunks, so the data need not fit one batch. The
-    limit on the non-uniformity is infinite.
+    :meth:`full_gradient` computes the gradient in chunks: the data need not fit in one batch. The
+    limit of the non-uniformity is infinite.
 
     >>> import stableopt
     >>> model = nn.Linear(2, 1)
@@ -80,33 +80,32 @@ class GD(SGD):
     ) -> float:
         r"""Set ``.grad`` to the gradient of the mean loss over all of ``data``; return that loss.
 
-        Only that of the optimizer's own parameters changes.
-
         .. math:: \nabla f = \sum_b \frac{w_b}{w} \nabla f_b
 
-        over chunks b of weight :math:`w_b`: the number of samples, or the sum of their weights for a
-        loss that weighs them. Earlier gradients are zeroed by ``zero_grad``. The model stays in its
-        mode, so batch norm and dropout act on each chunk as in training.
+        over chunks b of weight :math:`w_b`, with :math:`w = \sum_b w_b`: the number of samples, or the
+        sum of their weights if the loss weighs samples. Only the optimizer's parameters get gradients;
+        ``zero_grad`` clears the earlier ones. The model stays in its mode, so that batch norm and
+        dropout act on each chunk as in training.
 
         Args:
             model: the model.
             loss_fn: ``loss_fn(model(x), y)``, the mean over a chunk.
             data: an ``(x, y)`` pair, a ``Dataset``, a ``DataLoader`` or a re-iterable of batches.
-            chunk_size: the largest number of samples at once; by default the batches of a loader,
+            chunk_size: the largest number of samples at once; by default the batch size of a loader,
                 and 1,024 for pairs.
-            sample_weight: the samples' weights, as for :class:`~stableopt.Problem`; those of torch's
-                own losses are known.
+            sample_weight: the samples' weights, as for :class:`~stableopt.Problem`; not needed for
+                torch's losses.
 
         Raises:
             TypeError: for data that can be read only once.
-            ValueError: for empty data, or a loss that is not a scalar, or a sum.
+            ValueError: for empty data, a loss that is not a scalar, and a loss that sums over samples.
         """
         batches = Batches(data, chunk_size=chunk_size)
         weigher = ChunkWeights(model, loss_fn, batches, sample_weight)
         losses: list[Tensor] = []
-        own = [p for group in self.param_groups for p in group["params"]]
-        counted = [p for p in own if p.requires_grad]
-        to_device = partial(_to, device=own[0].device)
+        params = [p for group in self.param_groups for p in group["params"]]
+        trainable = [p for p in params if p.requires_grad]
+        to_device = partial(_to, device=params[0].device)
         first = total = 0.0
         with torch.enable_grad():
             for batch, size in batches:
@@ -116,15 +115,15 @@ class GD(SGD):
                     first = weight
                 if not weight:
                     continue
-                # The sum is unknown until all data are read; until then the first chunk is the unit.
-                part = loss * (weight / first)
-                torch.autograd.backward(part, inputs=counted)
-                losses.append(part.detach())
+                # Weights are relative to the first chunk's until all data are read.
+                weighted = loss * (weight / first)
+                torch.autograd.backward(weighted, inputs=trainable)
+                losses.append(weighted.detach())
                 total += weight
         if not total:
             raise ValueError(f"data: all {batches.num_samples} samples have weight zero")
         if total != first:
-            for p in own:
+            for p in params:
                 if p.grad is not None:
                     p.grad.mul_(first / total)
         return float(torch.stack(losses).sum()) * (first / total)

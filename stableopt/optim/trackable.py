@@ -1,4 +1,4 @@
-"""`Tracking`: the methods ``track`` and ``margins`` of the optimizers in this package."""
+"""`Tracking`: adds ``track``, ``monitor`` and ``margins`` to the optimizers of this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Tracking"]
 
 
 class Tracking:
-    """Mixin for subclasses of ``torch.optim.Optimizer``; copies and pickles are not tracked."""
+    """Mixin for subclasses of ``torch.optim.Optimizer``; copies and pickles have no monitor."""
 
     def track(
         self,
@@ -42,8 +42,8 @@ class Tracking:
         optimizer = cast(torch.optim.Optimizer, self)
         monitor = StabilityMonitor(optimizer, model, loss_fn, data, **options)
         former = self.monitor
-        # Not in `state`, since checkpoints must stay torch.optim's. Optimizer.__getstate__ leaves
-        # the attribute out of copies and pickles.
+        # Not in `state`: checkpoints must stay those of torch.optim. Optimizer.__getstate__ excludes
+        # the attribute from copies and pickles.
         self._stability_monitor = monitor
         if former is not None:
             former.close()

@@ -15,7 +15,7 @@ import stableopt.monitor.schedule
 from stableopt import StabilityMonitor
 from stableopt.curvature import Cost, Problem
 from stableopt.distributed.collectives import Ranks
-from stableopt.monitor.schedule import Schedule, moved
+from stableopt.monitor.schedule import Schedule, step_moved
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
@@ -139,16 +139,20 @@ def test_a_measurement_that_is_due_waits_for_a_step_that_moves() -> None:
     """Catches one that is forgotten, and one that is made up for twice."""
     schedule = Schedule(every=3)
     moves = [step not in (3, 4) for step in range(10)]
-    turns = [step for step in range(1, 10) if schedule.turn(step, lambda s=step: moves[s], Ranks())]
+    turns = [
+        step
+        for step in range(1, 10)
+        if schedule.should_measure(step, lambda s=step: moves[s], Ranks())
+    ]
     assert turns == [5, 6, 9]
 
 
 def test_what_is_pending_survives_a_checkpoint() -> None:
     """Catches a resumed run that skips the measurement it owed."""
     first, second = Schedule(every=3), Schedule(every=3)
-    assert not first.turn(3, lambda: False, Ranks())
+    assert not first.should_measure(3, lambda: False, Ranks())
     second.restore(pending=first.pending)
-    assert second.turn(4, lambda: True, Ranks())
+    assert second.should_measure(4, lambda: True, Ranks())
 
 
 def test_moving_is_looked_at_only_when_due() -> None:
@@ -156,14 +160,14 @@ def test_moving_is_looked_at_only_when_due() -> None:
     looked = []
     schedule = Schedule(every=4)
     for step in range(1, 9):
-        schedule.turn(step, lambda s=step: bool(looked.append(s)) or True, Ranks())
+        schedule.should_measure(step, lambda s=step: bool(looked.append(s)) or True, Ranks())
     assert looked == [4, 8]
 
 
 def test_ranks_ask_rank_0_only_when_it_may_be_time() -> None:
     """Catches a broadcast in each step."""
     schedule, ranks = Schedule(every=4), TwoRanks()
-    turns = [step for step in range(1, 14) if schedule.turn(step, lambda: True, ranks)]
+    turns = [step for step in range(1, 14) if schedule.should_measure(step, lambda: True, ranks)]
     assert turns == [4, 8, 12]
     assert ranks.asked == 4  # at the first step, to learn when to ask again, and each time
 
@@ -175,7 +179,7 @@ def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, f
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
     schedule = Schedule(max_overhead=0.25)
-    assert schedule.turn(1, lambda: True, Ranks())
+    assert schedule.should_measure(1, lambda: True, Ranks())
     try:
         with schedule.timed(1):
             clock.now += 2.0
@@ -186,7 +190,7 @@ def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, f
     turns = []
     for step in range(2, 12):
         clock.now += 1.0
-        turns.append(schedule.turn(step, lambda: True, Ranks()))
+        turns.append(schedule.should_measure(step, lambda: True, Ranks()))
     assert turns.index(True) == 7  # the eighth second pays for two at a quarter
     assert schedule.overhead == 0.2
 
@@ -199,13 +203,13 @@ def test_the_first_measurement_waits_until_it_is_affordable(
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
-    schedule, turns = Schedule(max_overhead=0.25, first=lambda: expected), []
+    schedule, turns = Schedule(max_overhead=0.25, first_seconds=lambda: expected), []
     for step in range(1, 10):
         clock.now += 1.0
-        turns.append(schedule.turn(step, lambda: True, Ranks()))
+        turns.append(schedule.should_measure(step, lambda: True, Ranks()))
     assert turns.index(True) + 1 == turn
     # With a fixed number of steps nothing is estimated.
-    Schedule(every=1, first=lambda: pytest.fail("it was asked"))
+    Schedule(every=1, first_seconds=lambda: pytest.fail("it was asked"))
 
 
 def test_a_monitor_estimates_its_first_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +235,10 @@ def test_a_monitor_estimates_its_first_measurement(monkeypatch: pytest.MonkeyPat
 def test_a_step_moves_unless_its_rates_are_zero_or_a_scaler_skipped_it() -> None:
     """Catches curvature measured after a step that did nothing."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    assert moved(optimizer)
+    assert step_moved(optimizer)
     optimizer.found_inf = torch.tensor(1.0)
-    assert not moved(optimizer)
+    assert not step_moved(optimizer)
     optimizer.found_inf = torch.tensor(0.0)
-    assert moved(optimizer)
+    assert step_moved(optimizer)
     optimizer.param_groups[0]["lr"] = 0.0
-    assert not moved(optimizer)
+    assert not step_moved(optimizer)

@@ -18,25 +18,25 @@ __all__ = ["CompactPairs"]
 
 
 class CompactPairs:
-    """A memory of ring buffers, with the inner products of the pairs in them.
+    """A memory of pairs in ring buffers, with their inner products.
 
-    An iteration reads the buffers twice: for the products with the new gradient change and the
-    gradient, and for the direction. Only the direction is a new vector of length d.
+    An iteration reads the buffers twice: for the products with gradient change and gradient, and for
+    the direction. It allocates one vector of length d, the direction.
     """
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
-        # Row 0 is the latest gradient change, row 1 the gradient: one reading of the pairs serves both.
+        # Row 0 is the last gradient change, row 1 the gradient: both take one pass over the pairs.
         self._latest: Tensor | None = None
         self.clear()
         if state.get("old_dirs"):
             self._load(state)
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self._count = self._oldest = 0
         self._gamma = 1.0
-        self._pending = False
+        self._products_missing = False
 
     def _allocate(self, like: Tensor) -> None:
         """Allocate the buffers, once."""
@@ -59,7 +59,7 @@ class CompactPairs:
             and kept.get("count") == len(changes)
             and (kept["oldest"] == 0 or len(changes) == self.capacity)
         ):
-            # This class wrote the state last. Its own numbers make a resumed run bit for bit the same.
+            # This class wrote the state: its numbers make a resumed run bit for bit the same.
             self._oldest, self._count = kept["oldest"], len(changes)
             for i, (y, s) in enumerate(zip(changes, steps, strict=True)):
                 self._write(self._slot(i), y, s, 1.0)
@@ -71,7 +71,7 @@ class CompactPairs:
         for y, s in zip(changes, steps, strict=True):
             self._latest[0] = y
             self._append(y, s, 1.0)
-            self._settle()
+            self._update_products()
         self._gamma = float(state.get("H_diag", 1.0))
 
     def numbers(self, *values: Any) -> list[Number]:
@@ -79,15 +79,15 @@ class CompactPairs:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors:
             return [float(value) for value in values]
-        # A loss may have another device or dtype; the last tensor is computed from gradients.
+        # The loss may have another device or dtype than the last tensor, which is from gradients.
         last = tensors[-1]
         if any(value.dtype != last.dtype or value.device != last.device for value in tensors):
             tensors = [value.to(last.device, widest(last.device)) for value in tensors]
-        found = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
-        return [next(found) if isinstance(v, Tensor) else float(v) for v in values]
+        floats = iter(torch.stack([value.reshape(()) for value in tensors]).tolist())
+        return [next(floats) if isinstance(v, Tensor) else float(v) for v in values]
 
     def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
-        """Return the products that decide whether :meth:`update` keeps the pair."""
+        """Return the inner products by which :meth:`update` accepts the pair."""
         if self._latest is None or self._latest.shape[1] != len(gradient):
             self._latest = gradient.new_empty(2, len(gradient))
         y, direction = torch.sub(gradient, move.gradient, out=self._latest[0]), move.direction
@@ -108,7 +108,7 @@ class CompactPairs:
                 curvature = share * curvature + rest * step
         self._allocate(y)
         threshold = self._smallest_cosine * math.sqrt(change) * math.sqrt(step)
-        # Products below the smallest normal number have lost their digits: they are rounding noise.
+        # Subnormal products have lost digits: they are rounding noise.
         normal = min(curvature, change) >= self._smallest_product
         if curvature > threshold and normal and math.isfinite(curvature + change):
             self._append(y, direction, t)
@@ -129,19 +129,19 @@ class CompactPairs:
                 small[:-1, :-1] = small[1:, 1:].clone()
         self._write(self._slot(self._count), y, direction, t)
         self._count += 1
-        self._pending = True
+        self._products_missing = True
 
-    def _settle(self, vector: Tensor | None = None) -> Tensor:
-        """Store the products of a pair just appended; return those of ``vector``, if given."""
-        pending, self._pending = self._pending, False
+    def _update_products(self, vector: Tensor | None = None) -> Tensor:
+        """Store the inner products of a pair just appended; return those of ``vector``, if given."""
+        missing, self._products_missing = self._products_missing, False
         if self._latest is not None and vector is not None:
             self._latest[1] = vector
-        wanted = slice(0 if pending else 1, 1 if vector is None else 2)
-        if wanted.start == wanted.stop:
+        rows = slice(0 if missing else 1, 1 if vector is None else 2)
+        if rows.start == rows.stop:
             return self._triangle.new_zeros(0)
         assert self._latest is not None
-        inner = self._rows.inner(self._latest[wanted], 2 * self._count)
-        if pending:
+        inner = self._rows.inner(self._latest[rows], 2 * self._count)
+        if missing:
             last, part = self._count - 1, slice(0, self._count)
             small = inner[0].view(-1, 2).roll(-self._oldest, dims=0)
             self._triangle[part, last] = small[:, 0]
@@ -164,21 +164,21 @@ class CompactPairs:
         """Return -P times ``gradient``, which does not change."""
         if not self._count:
             return gradient.mul(-self._gamma)
-        inner = self._settle(gradient)
+        inner = self._update_products(gradient)
         return self.inverse_hessian().from_inner(gradient, inner, sign=-1)
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return P times ``(d,)`` or ``(d, k)``."""
         if not self._count:
             return vectors * self._gamma
-        self._settle()
+        self._update_products()
         return self.inverse_hessian() @ vectors
 
     def export(self) -> dict[str, Any]:
         """Return the pairs in the form of the state of ``torch.optim.LBFGS``."""
         if not self._count:
             return {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": self._gamma}
-        self._settle()
+        self._update_products()
         part, slots = slice(0, self._count), [self._slot(i) for i in range(self._count)]
         diagonal = self._triangle.diagonal()[part].to(self._rows.dtype)
         return {

@@ -1,4 +1,4 @@
-"""`Iterations`: one call of L-BFGS's ``step``, with its directions, step lengths and stopping rules."""
+"""`Iterations`: one ``step`` of L-BFGS, with its directions, step lengths and stopping rules."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from stableopt.optim.lbfgs.line_search import Number, Trial, quotient, shortened
 from stableopt.optim.lbfgs.memory import Move, PairMemory
 from stableopt.optim.lbfgs.objective import Objective, largest, wide_dot
 
-__all__ = ["Ending", "Iterations"]
+__all__ = ["Iterations", "StepEnd"]
 
 
-class Ending(NamedTuple):
-    """Where a step ended.
+class StepEnd(NamedTuple):
+    """The end of a step.
 
     Attributes:
-        loss: the loss there, ``None`` if unknown.
-        versions: of the parameters there.
-        searched: the options with which a search ended without a lower point; ``None`` after a move.
+        loss: the loss at the end, ``None`` if it was not evaluated.
+        versions: the :meth:`Objective.versions` at the end.
+        searched_options: the options of a line search that found no lower point; ``None`` after a move.
     """
 
     loss: float | None
     versions: list[tuple[int, int]]
-    searched: list[Any] | None = None
+    searched_options: list[Any] | None = None
 
 
 _ROUNDINGS = 10
-"""Rounding errors of a loss, in units of the precision times the loss: those of a sum of terms."""
+"""Rounding error of a loss, a sum of many terms, in units of the precision times the loss."""
 
 SAME_LOSS = 1e-4
-"""Relative difference of two losses at one point that the order of parallel sums cannot cause."""
+"""Relative difference of two losses at the same point above which the order of sums is not the cause."""
 
 NON_FINITE = (
     "the closure's loss or gradient is not finite",
@@ -57,8 +57,8 @@ class Iterations:
         options: the options of the first group of parameters.
         rates: the learning rate of each parameter.
         state: the optimizer's state, which :meth:`run` reads and updates.
-        memory: the pairs.
-        ending: the ending of the last step.
+        memory: the memory of pairs.
+        last_end: the end of the last step, or ``None``.
         warn: called with an event and its consequence.
     """
 
@@ -69,125 +69,133 @@ class Iterations:
         rates: list[Number],
         state: dict[str, Any],
         memory: PairMemory,
-        ending: Ending | None,
+        last_end: StepEnd | None,
         warn: Callable[[str, str], None],
     ) -> None:
         self.objective, self.options, self.state = objective, options, state
         self.memory, self.warn = memory, warn
-        same = ending is not None and ending.versions == objective.versions()
-        self.ending = ending if same else None
-        # Torch's arithmetic overflows in half precision.
-        own = options["direction"] == "compact"
-        self._dot = wide_dot if own else Tensor.dot
-        kind = objective.dtype
-        self._sum = torch.float32 if own and kind in (torch.float16, torch.bfloat16) else kind
-        self._limits = torch.finfo(kind) if own else None
+        unchanged = last_end is not None and last_end.versions == objective.versions()
+        self.last_end = last_end if unchanged else None
+        # The two-loop recursion keeps torch's arithmetic, which overflows in half precision.
+        compact = options["direction"] == "compact"
+        dtype = objective.dtype
+        half = dtype in (torch.float16, torch.bfloat16)
+        self._dot = wide_dot if compact else Tensor.dot
+        self._sum_dtype = torch.float32 if compact and half else dtype
+        self._limits = torch.finfo(dtype) if compact else None
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
-        self._ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
+        self._root_ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
         direction, gradient = state.get("d"), state.get("prev_flat_grad")
-        self._searched: list[Any] | None = None
-        self.last: Move | None = None
+        self._searched_options: list[Any] | None = None
+        self.last_move: Move | None = None
         if direction is not None and gradient is not None:
-            self.last = Move(direction, state.get("t", 0.0), gradient, state.get("prev_loss"))
+            self.last_move = Move(direction, state.get("t", 0.0), gradient, state.get("prev_loss"))
 
-    def run(self) -> Ending | None:
-        """Iterate, store the last move in the state, and return the ending."""
+    def run(self) -> StepEnd | None:
+        """Iterate, and store the last move in the state; return ``None`` without a finite point."""
         try:
-            loss = self._run()
+            return self._iterate()
         finally:
-            if (last := self.last) is not None:
+            if self.last_move is not None:
                 self.state.update(
-                    d=last.direction, t=last.t, prev_flat_grad=last.gradient, prev_loss=last.loss
+                    d=self.last_move.direction,
+                    t=self.last_move.t,
+                    prev_flat_grad=self.last_move.gradient,
+                    prev_loss=self.last_move.loss,
                 )
-        if loss is None:
-            return None
-        return Ending(loss[0], self.objective.versions(), self._searched)
 
-    def _run(self) -> tuple[float | None] | None:
-        """Return the loss at the last point, as a tuple, or ``None`` without a finite point."""
+    def _end(self, loss: Number | None) -> StepEnd:
+        """Return the end of this step, at the present parameters."""
+        loss = None if loss is None else float(loss)
+        return StepEnd(loss, self.objective.versions(), self._searched_options)
+
+    def _iterate(self) -> StepEnd | None:
         options, state = self.options, self.state
-        trial = self._first()
+        trial = self._first_trial()
         if trial is None:
             return None
         if trial.largest <= options["tolerance_grad"]:
-            return (float(trial.loss),)
+            return self._end(trial.loss)
         if self._already_searched(trial):
-            self._searched = self._choices()
-            return (float(trial.loss),)
+            self._searched_options = self._search_options()
+            return self._end(trial.loss)
         for iteration in range(1, options["max_iter"] + 1):
             state["n_iter"] += 1
             direction, slope, size, t = self._direction(trial)
-            # Of length 0 until it is made: the closure may raise.
-            last = self.last = Move(direction, 0.0, trial.gradient, trial.loss)
+            # Its length is 0 until the parameters move: the closure may raise.
+            last_move = self.last_move = Move(direction, 0.0, trial.gradient, trial.loss)
             if slope > -options["tolerance_change"]:
-                # Torch stores a move that was not made, which noise could turn into a pair.
-                last.t = t if options["direction"] == "two_loop" else 0.0
+                # Torch stores the length although it does not move; noise could make that a pair.
+                last_move.t = t if options["direction"] == "two_loop" else 0.0
                 break
             start = Trial(0, trial.loss, slope, trial.gradient, trial.largest)
             if options["line_search_fn"] is None and iteration == options["max_iter"]:
-                if not self.objective.can_move(float(t * size)):
-                    return self._start_afresh(trial)
+                if not self.objective.stays_finite(float(t * size)):
+                    return self._reset_memory(trial)
                 self.objective.move(direction, t)
-                last.t = t
-                return (None,)
-            found, stayed = self._move(start, t, size)
-            if found is None:
-                return self._start_afresh(trial)
-            trial, last.t = found, found.t
-            spent = self.objective.evaluations >= options["max_eval"]
-            self._searched = self._choices() if stayed and not spent else None
+                last_move.t = t
+                return self._end(None)
+            end, stayed = self._move(start, t, size)
+            if end is None:
+                return self._reset_memory(trial)
+            trial, last_move.t = end, end.t
+            exhausted = self.objective.evaluations >= options["max_eval"]
+            self._searched_options = self._search_options() if stayed and not exhausted else None
             if (
-                spent
+                exhausted
                 or trial.largest <= options["tolerance_grad"]
                 or size * trial.t <= options["tolerance_change"]
-                or abs(trial.loss - last.loss) < options["tolerance_change"]
+                or abs(trial.loss - last_move.loss) < options["tolerance_change"]
             ):
                 break
-        return (float(trial.loss),)
+        return self._end(trial.loss)
 
-    def _choices(self) -> list[Any]:
-        """Return what a search depends on besides the loss and the memory."""
+    def _search_options(self) -> list[Any]:
+        """Return the options that a line search depends on."""
         others = [value for name, value in self.options.items() if name not in ("params", "lr")]
-        return [self.lr, self._ratios, *others]
+        return [self.lr, self._root_ratios, *others]
 
     def _already_searched(self, trial: Trial) -> bool:
-        """Return whether the last step has searched from here, and found no lower point.
+        """Return whether the last step searched from this point, and found no lower one.
 
-        The search would be the same once more: the same direction, since a point that is not left gives
-        no pair.
+        The same search would follow: without a move the pairs and the direction are the same.
         """
-        last, ending = self.last, self.ending
+        last_move, last_end = self.last_move, self.last_end
         return (
-            last is not None
-            and ending is not None
-            and ending.searched == self._choices()
-            and trial.loss == last.loss
-            and torch.equal(trial.gradient, last.gradient)
+            last_move is not None
+            and last_end is not None
+            and last_end.searched_options == self._search_options()
+            and trial.loss == last_move.loss
+            and torch.equal(trial.gradient, last_move.gradient)
         )
 
-    def _start_afresh(self, trial: Trial) -> tuple[float | None]:
+    def _reset_memory(self, trial: Trial) -> StepEnd:
+        """Warn, empty the memory, and return the end of the step at ``trial``."""
         self.warn(*NON_FINITE)
         self.memory.clear()
         self.state["n_iter"] = 0
-        return (float(trial.loss),)
+        return self._end(trial.loss)
 
-    def _first(self) -> Trial | None:
-        """Evaluate at the parameters; shorten the last move if its loss is not finite."""
-        last = self.last
-        trial = self._evaluate(0.0 if last is None else last.t, pair=True)
-        known = None if self.ending is None else self.ending.loss
+    def _first_trial(self) -> Trial | None:
+        """Evaluate at the parameters; if the loss is not finite, shorten the last move.
+
+        Return ``None`` without a finite point.
+        """
+        last_move = self.last_move
+        trial = self._evaluate(0.0 if last_move is None else last_move.t, pair=True)
+        last_loss = None if self.last_end is None else self.last_end.loss
         if trial.finite:
-            scale = SAME_LOSS * max(abs(float(trial.loss)), abs(known or 0.0))
-            if known is not None and abs(float(trial.loss) - known) > scale:
+            scale = SAME_LOSS * max(abs(float(trial.loss)), abs(last_loss or 0.0))
+            if last_loss is not None and abs(float(trial.loss) - last_loss) > scale:
                 self.warn(*NOISE)
             return trial
-        if self.ending is None or known is not None or last is None:
+        if self.last_end is None or last_loss is not None or last_move is None:
             self.warn(*NON_FINITE)
             return None
-        # The last step of fixed length was never evaluated: it was too long.
-        self.objective.move(last.direction, -last.t)
-        line = _Line(self.objective, last.direction, 0.0)
+        # The end of the last move, of fixed length, was not evaluated: the move was too long.
+        self.objective.move(last_move.direction, -last_move.t)
+        line = _Line(self.objective, last_move.direction, 0.0)
 
         def evaluate(t: Number) -> Trial:
             line.set(t)
@@ -195,20 +203,20 @@ class Iterations:
 
         budget = self.options["max_eval"] - self.objective.evaluations
         with line:
-            found = shortened(evaluate, trial, budget=budget)
-            line.set(0.0 if found is None else found.t)
-        last.t = 0.0 if found is None else found.t
-        if found is None:
-            self._start_afresh(trial)
-        return found
+            end = shortened(evaluate, trial, budget=budget)
+            line.set(0.0 if end is None else end.t)
+        last_move.t = 0.0 if end is None else end.t
+        if end is None:
+            self._reset_memory(trial)
+        return end
 
     def _direction(self, trial: Trial) -> tuple[Tensor, Number, Number, Number]:
         """Return the direction, its slope, its largest entry and the first step length."""
         gradient, memory = trial.gradient, self.memory
-        if self.state["n_iter"] > 1 and self.last is not None:
-            products = list(trial.extra)
-            products = products or memory.numbers(*memory.products(self.last, gradient))
-            memory.update(self.last, gradient, products, self.options["damping"])
+        if self.state["n_iter"] > 1 and self.last_move is not None:
+            products = list(trial.products)
+            products = products or memory.numbers(*memory.products(self.last_move, gradient))
+            memory.update(self.last_move, gradient, products, self.options["damping"])
             direction = self._scaled(memory.descent(self._scaled(gradient, copy=True)))
             slope, size = memory.numbers(self._dot(gradient, direction), largest(direction))
             if math.isfinite(slope) and math.isfinite(size) and not slope > 0:
@@ -217,43 +225,51 @@ class Iterations:
         memory.clear()
         direction = self._scaled(self._scaled(gradient.neg()))
         slope, size, total = memory.numbers(
-            self._dot(gradient, direction), largest(direction), gradient.abs().sum(dtype=self._sum)
+            self._dot(gradient, direction),
+            largest(direction),
+            gradient.abs().sum(dtype=self._sum_dtype),
         )
         return direction, slope, size, min(1.0, quotient(1.0, total)) * self.lr
 
     def _scaled(self, vector: Tensor, *, copy: bool = False) -> Tensor:
         """Multiply by the square roots of the groups' rates, relative to the largest."""
-        if self._ratios:
+        if self._root_ratios:
             vector = vector.clone() if copy else vector
-            for part, ratio in zip(self.objective.split(vector), self._ratios, strict=True):
+            for part, ratio in zip(self.objective.split(vector), self._root_ratios, strict=True):
                 part.mul_(ratio)
         return vector
 
     def _evaluate(self, t: Number, *, slope: bool = False, pair: bool = False) -> Trial:
-        """Call the closure at the parameters, which are ``t`` along the direction."""
+        """Call the closure at the parameters, which are ``t`` along the direction.
+
+        With ``slope`` the trial has the slope along the direction, with ``pair`` the products for
+        :meth:`PairMemory.update`; all numbers take one host transfer.
+        """
         loss, gradient = self.objective.evaluate()
-        last = self.last
-        products = [self._dot(gradient, last.direction)] if slope and last is not None else []
-        if pair and last is not None:
-            products += self.memory.products(last, gradient)
+        move = self.last_move
+        products: list[Tensor] = []
+        if slope and move is not None:
+            products.append(self._dot(gradient, move.direction))
+        if pair and move is not None:
+            products += self.memory.products(move, gradient)
         numbers = self.memory.numbers(loss, largest(gradient), *products)
-        loss, height, found = float(numbers[0]), numbers[1], numbers[2:]
-        along = found.pop(0) if slope else math.nan
+        loss, height, others = float(numbers[0]), numbers[1], numbers[2:]
+        along = others.pop(0) if slope else math.nan
         if math.isfinite(loss) and math.isfinite(height) and (not slope or math.isfinite(along)):
-            return Trial(t, loss, along, gradient, height, tuple(found))
+            return Trial(t, loss, along, gradient, height, tuple(others))
         return Trial(t, math.inf, math.nan, gradient, height)
 
     def _move(self, start: Trial, t: Number, size: Number) -> tuple[Trial | None, bool]:
-        """Move along the direction and return the point; return ``None``, and stay, without one.
+        """Move along the direction to a finite point and return it; ``None`` if there is none.
 
-        Also return whether a search found no lower point, up to rounding of the parameters.
+        Also return whether a search left the parameters where they were, up to rounding.
         """
         objective = self.objective
-        assert self.last is not None
+        assert self.last_move is not None
         fixed = self.options["line_search_fn"] is None
-        line = _Line(objective, self.last.direction, float(size))
+        line = _Line(objective, self.last_move.direction, float(size))
 
-        # Torch takes the products of a pair after a search, and of the point that it returns.
+        # As in torch, the two-loop recursion computes the pair's products only at the search's end.
         pair, latest = fixed or self._limits is not None, start
 
         def evaluate(t: Number) -> Trial:
@@ -264,59 +280,60 @@ class Iterations:
             return latest
 
         with line:
-            found: Trial | None
+            end: Trial | None
             if fixed:
-                found = evaluate(t)
+                trial = evaluate(t)
                 budget = self.options["max_eval"] - objective.evaluations
-                found = shortened(evaluate, found, budget=budget)
+                end = shortened(evaluate, trial, budget=budget)
             else:
                 budget = self.options["max_eval"] - objective.evaluations
                 rounding = 0.0
-                if (limits := self._limits) is not None:
-                    rounding = _ROUNDINGS * limits.eps * (abs(start.loss) + limits.tiny)
-                found, finite = strong_wolfe(
+                if self._limits is not None:
+                    rounding = _ROUNDINGS * self._limits.eps * (abs(start.loss) + self._limits.tiny)
+                end, finite = strong_wolfe(
                     evaluate, start, t, size, budget=budget, rounding=rounding
                 )
-                if found is start and not finite:
-                    found = None
-                elif found is not start and found.gradient is not latest.gradient:
-                    found = replace(found, extra=())  # the memory has the change of the latest
-            line.set(0.0 if found is None else found.t)
-        if found is None or fixed or self._limits is None:
-            return found, False
-        # Most searches lower the loss, which is known already.
-        return found, found is start or (found.loss == start.loss and line.stayed())
+                if end is start and not finite:
+                    end = None
+                elif end is not start and end.gradient is not latest.gradient:
+                    # The memory holds the gradient change of the latest trial, not of this one.
+                    end = replace(end, products=())
+            line.set(0.0 if end is None else end.t)
+        if end is None or fixed or self._limits is None:
+            return end, False
+        # Parameters are compared only if the loss is the same, which is rare.
+        return end, end is start or (end.loss == start.loss and line.stayed())
 
 
 class _Line:
-    """Parameters on a line through their present position, which an error restores.
+    """Moves the parameters on a line through their position; an error restores the position.
 
     Args:
         objective: the owner of the parameters.
         direction: the direction of the line.
-        size: the largest entry of the direction, which bounds the steps before parameters overflow;
-            0 if all steps are known to be safe. A loss that saturates would hide an overflow.
+        size: the largest entry of the direction, by which :meth:`set` refuses steps that overflow the
+            parameters, since a loss that saturates would hide an overflow; 0 allows all steps.
     """
 
     def __init__(self, objective: Objective, direction: Tensor, size: float) -> None:
         self._objective, self._direction, self._size = objective, direction, size
         self._position = objective.position()
-        self._at: Number = 0.0
+        self._t: Number = 0.0
 
     def set(self, t: Number) -> bool:
         """Move to ``t`` if the parameters stay finite; return whether they do."""
-        if not self._objective.can_move(float(t) * self._size, self._position):
+        if not self._objective.stays_finite(float(t) * self._size, self._position):
             return False
-        if t is not self._at:
-            if float(self._at):
+        if t is not self._t:
+            if float(self._t):
                 self._objective.restore(self._position)
             if float(t):
                 self._objective.move(self._direction, t)
-            self._at = t
+            self._t = t
         return True
 
     def stayed(self) -> bool:
-        """Return whether the parameters are, after rounding, where the line began."""
+        """Return whether the parameters equal their position at the start, after rounding."""
         return all(map(torch.equal, self._position, self._objective.position()))
 
     def __enter__(self) -> _Line:

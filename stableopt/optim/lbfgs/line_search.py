@@ -6,12 +6,12 @@ The strong Wolfe conditions accept a step t if the loss falls enough and the slo
     f(t) \le f(0) + c_1 t f'(0), \qquad |f'(t)| \le c_2 |f'(0)|
 
 (Nocedal & Wright, Numerical Optimization, 2nd edition, algorithms 3.5 and 3.6). Cubic interpolation
-and its safeguards are those of ``torch.optim.LBFGS``: both evaluate the same points while numbers are
-finite and losses differ by more than their rounding, below which slopes decide. A point whose loss or
-gradient is not finite counts as infinitely high, and the next point is close to the finite end of the
-bracket.
+and its safeguards are those of ``torch.optim.LBFGS``: both searches evaluate the same points while
+numbers are finite and losses differ by more than rounding. Below rounding, slopes decide. A point whose
+loss or gradient is not finite counts as infinitely high, and the next trial is close to the finite end
+of the bracket.
 
-Numbers are floats, or 0-dimensional tensors if torch has those: then every operation is torch's.
+Numbers are floats, or 0-dimensional tensors where torch has tensors, so that every operation is torch's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Number: TypeAlias = Any
 SUFFICIENT = 1e-4
 CURVATURE = 0.9
 NARROWEST = 1e-9
-"""Largest change of a parameter within a bracket that ends the search."""
+"""A search ends if no parameter changes by more than this within the bracket."""
 
 SHORTENING = 0.1
-"""Factor of a step length that led to no finite point, which may be many powers of ten away."""
+"""Factor that shortens a step to a point that is not finite: finite ones may be far closer."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Trial:
         slope: the derivative of the loss in t.
         gradient: the flat gradient ``(d,)``.
         largest: the largest absolute entry of the gradient.
-        extra: other numbers from the same host transfer.
-        by_slopes: what a search compares instead of the loss, whose differences are rounding.
+        products: the products for :meth:`PairMemory.update`, if the same host transfer had them.
+        slope_height: a height from slopes, if differences of losses are below rounding.
     """
 
     t: Number
@@ -56,8 +56,8 @@ class Trial:
     slope: Number
     gradient: Tensor
     largest: Number
-    extra: tuple[Number, ...] = ()
-    by_slopes: Number | None = None
+    products: tuple[Number, ...] = ()
+    slope_height: Number | None = None
 
     @property
     def finite(self) -> bool:
@@ -66,8 +66,8 @@ class Trial:
 
     @property
     def height(self) -> Number:
-        """What a search compares."""
-        return self.loss if self.by_slopes is None else self.by_slopes
+        """The number that a search compares: ``slope_height``, or the loss."""
+        return self.loss if self.slope_height is None else self.slope_height
 
 
 def strong_wolfe(
@@ -79,21 +79,21 @@ def strong_wolfe(
     budget: int,
     rounding: float = 0.0,
 ) -> tuple[Trial, bool]:
-    r"""Search for a step that meets the strong Wolfe conditions; else return the lowest known point.
+    r"""Search for a step that meets the strong Wolfe conditions; else return the lowest point.
 
     Args:
         evaluate: returns the point at a step length.
         start: the point at zero, with a negative slope.
         t: the first step length to try.
         largest: the largest absolute entry of the direction.
-        budget: the number of evaluations after the first.
-        rounding: the rounding error of losses. Points whose loss cannot differ by more from that of
-            ``start``, as their slopes say, are compared by :math:`f(0) + t\,(f'(0) + f'(t))/2`: close
-            to a minimum slopes still have digits when differences of losses have none (Hager & Zhang,
-            SIAM J. Optim. 2005).
+        budget: the largest number of evaluations after the first.
+        rounding: the rounding error of losses. If the slopes show that a point's loss differs by less
+            from that of ``start``, its height is :math:`f(0) + t\,(f'(0) + f'(t))/2`: close to a
+            minimum slopes still have correct digits when differences of losses have none (Hager &
+            Zhang, SIAM J. Optim. 2005).
 
     Returns:
-        The point, which is ``start`` if none was lower, and whether all points were finite.
+        The point, ``start`` if no point was lower, and whether all points were finite.
 
     >>> def parabola(t):
     ...     return Trial(t, (t - 3) ** 2, 2 * (t - 3), None, 0.0)
@@ -102,50 +102,50 @@ def strong_wolfe(
     """
     finite = True
 
-    def tried(t: Number) -> Trial:
+    def trial_at(t: Number) -> Trial:
         nonlocal finite
         trial = evaluate(t)
         finite = finite and trial.finite
         steepest = max(-start.slope, abs(trial.slope))
         if rounding and trial.finite and steepest * trial.t <= rounding:
             mean_slope = (start.slope + trial.slope) / 2
-            return replace(trial, by_slopes=start.loss + trial.t * mean_slope)
+            return replace(trial, slope_height=start.loss + trial.t * mean_slope)
         return trial
 
-    def too_high(trial: Trial) -> bool:
+    def is_too_high(trial: Trial) -> bool:
         return bool(trial.height > (start.loss + SUFFICIENT * trial.t * start.slope))
 
-    def flat(trial: Trial) -> bool:
+    def is_flat(trial: Trial) -> bool:
         return bool(abs(trial.slope) <= -CURVATURE * start.slope)
 
-    previous, trial = start, tried(t)
+    previous, trial = start, trial_at(t)
     spent = 0
     while True:
         if spent >= budget:
-            return _lower(start, trial), finite
-        if too_high(trial) or (spent > 1 and trial.height >= previous.height):
+            return _lower_of(start, trial), finite
+        if is_too_high(trial) or (spent > 1 and trial.height >= previous.height):
             break
-        if flat(trial):
+        if is_flat(trial):
             return trial, finite
         if trial.slope >= 0:
             break
         nearest, farthest = trial.t + 0.01 * (trial.t - previous.t), trial.t * 10
-        previous, trial = trial, tried(_cubic_minimum(previous, trial, nearest, farthest))
+        previous, trial = trial, trial_at(_cubic_minimum(previous, trial, nearest, farthest))
         spent += 1
 
     ends, stuck = [previous, trial], False
     low = 0 if previous.height <= trial.height else 1
     while spent < budget and not abs(ends[1].t - ends[0].t) * largest < NARROWEST:
         t, stuck = _between(ends, low, stuck)
-        trial = tried(t)
+        trial = trial_at(t)
         spent += 1
         if rounding and (trial.loss, trial.slope) == (ends[low].loss, ends[low].slope):
             break  # the parameters have rounded to the same point
-        if too_high(trial) or trial.height >= ends[low].height:
+        if is_too_high(trial) or trial.height >= ends[low].height:
             ends[1 - low] = trial
             low = 0 if ends[0].height <= ends[1].height else 1
             continue
-        if flat(trial):
+        if is_flat(trial):
             return trial, finite
         if trial.slope * (ends[1 - low].t - ends[low].t) >= 0:
             ends[1 - low] = ends[low]
@@ -154,7 +154,7 @@ def strong_wolfe(
 
 
 def shortened(evaluate: Callable[[Number], Trial], trial: Trial, *, budget: int) -> Trial | None:
-    """Return the first finite point at tenths of the step of ``trial``; ``None`` without one.
+    """Return ``trial`` or the first finite point at 1/10, 1/100, ... of its step; else ``None``.
 
     >>> barrier = lambda t: Trial(t, -t if t < 0.05 else math.inf, -1.0, None, 0.0)
     >>> round(shortened(barrier, barrier(1.0), budget=5).t, 3)
@@ -168,12 +168,12 @@ def shortened(evaluate: Callable[[Number], Trial], trial: Trial, *, budget: int)
     return trial
 
 
-def _lower(one: Trial, other: Trial) -> Trial:
-    return one if one.height <= other.height else other
+def _lower_of(first: Trial, second: Trial) -> Trial:
+    return first if first.height <= second.height else second
 
 
 def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
-    """Return the next step within the bracket, and whether it is near one of the ends."""
+    """Return the next step in the bracket, and whether it is ``stuck`` near an end."""
     if not (ends[0].finite and ends[1].finite):
         return ends[low].t + SHORTENING * (ends[1 - low].t - ends[low].t), False
     left, right = min(ends[0].t, ends[1].t), max(ends[0].t, ends[1].t)
@@ -183,31 +183,32 @@ def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
         return t, False
     if not (stuck or t >= right or t <= left):
         return t, True
-    # The second time in a row, or at the end itself: a tenth of the bracket away from it.
+    # Near an end for the second time in a row, or beyond it: move a tenth of the bracket inwards.
     return (right - margin if abs(t - right) < abs(t - left) else left + margin), False
 
 
-def _cubic_minimum(one: Trial, other: Trial, nearest: Number, farthest: Number) -> Number:
-    """Return the minimum of the cubic through two points with their slopes, within bounds.
+def _cubic_minimum(first: Trial, second: Trial, nearest: Number, farthest: Number) -> Number:
+    """Return the minimum of the cubic through two points with their slopes, clipped to bounds.
 
-    Nocedal & Wright, equation 3.59; the middle if the cubic has no minimum.
+    Nocedal & Wright, equation 3.59; the middle of the bounds if the cubic has no minimum.
     """
-    if one.t != other.t:
-        bend = one.slope + other.slope - 3 * (one.height - other.height) / (one.t - other.t)
-        square = bend * bend - one.slope * other.slope
+    if first.t != second.t:
+        rise, run = first.height - second.height, first.t - second.t
+        d1 = first.slope + second.slope - 3 * rise / run
+        square = d1 * d1 - first.slope * second.slope
         if square >= 0:
             root = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
-            left, right = (one, other) if one.t <= other.t else (other, one)
-            share = quotient(right.slope + root - bend, right.slope - left.slope + 2 * root)
+            left, right = (first, second) if first.t <= second.t else (second, first)
+            share = quotient(right.slope + root - d1, right.slope - left.slope + 2 * root)
             t = right.t - (right.t - left.t) * share
-            # NaN is zero divided by zero, if slopes vanish or overflow; torch would step to NaN.
+            # 0 / 0 if slopes vanish or overflow; torch would step to NaN.
             if not math.isnan(t):
                 return min(max(t, nearest), farthest)
     return (nearest + farthest) / 2.0
 
 
 def quotient(dividend: Number, divisor: Number) -> Number:
-    """Divide as tensors do: by zero to infinity.
+    """Divide like tensors: by zero to infinity.
 
     >>> quotient(-1.0, 0.0)
     -inf

@@ -1,8 +1,8 @@
-r"""`PairMemory`: the interface of the memories of L-BFGS; `Move`, their input; Powell's damping.
+r"""`PairMemory`: the interface of L-BFGS memories; `Move`: their input; `damped_share`: damping.
 
-A memory receives each move, keeps the pair of its step s and gradient change y if it has curvature,
-and returns :math:`-Pg`. :mod:`~stableopt.optim.lbfgs.two_loop` has torch's arithmetic, bit for bit;
-:mod:`~stableopt.optim.lbfgs.compact` applies the same matrix in a few large products.
+A memory receives each move, keeps the pair of step s and gradient change y if it has curvature, and
+returns the direction :math:`-Pg`. :mod:`~stableopt.optim.lbfgs.two_loop` has torch's arithmetic, bit for
+bit; :mod:`~stableopt.optim.lbfgs.compact` applies the same matrix in a few large products.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Move", "PairMemory", "damped_share"]
 
 @dataclass
 class Move:
-    """A step ``t * direction``, and gradient and loss at the point where it began."""
+    """A step ``t * direction``, with the gradient and the loss before it."""
 
     direction: Tensor
     t: Number
@@ -52,10 +52,10 @@ class PairMemory(Protocol):
     capacity: int
 
     def numbers(self, *values: Any) -> list[Number]:
-        """Return the numbers that decide: floats, in one host transfer, or torch's tensors."""
+        """Return the values as floats, by one host transfer, or unchanged for torch's arithmetic."""
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
 
     def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
         """Return the inner products that :meth:`update` takes as numbers."""

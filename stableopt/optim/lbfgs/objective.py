@@ -1,4 +1,4 @@
-"""`Objective`: a closure as a function of one flat vector, which a line search evaluates."""
+"""`Objective`: the closure's loss as a function of the flat vector of parameters."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Objective", "kind_of", "largest", "wide_dot"]
+__all__ = ["Objective", "flat_kind", "largest", "wide_dot"]
 
 
 def largest(vector: Tensor) -> Tensor:
-    """Return the largest absolute entry, or NaN if an entry is NaN; in a single pass.
+    """Return the largest absolute entry, or NaN if an entry is NaN, in a single pass.
 
     >>> largest(torch.tensor([1.0, -3.0]))
     tensor(3.)
     """
-    least, most = torch.aminmax(vector)
-    return torch.maximum(most, -least)
+    minimum, maximum = torch.aminmax(vector)
+    return torch.maximum(maximum, -minimum)
 
 
 def wide_dot(one: Tensor, other: Tensor) -> Tensor:
-    """Return the inner product of two vectors, those of half precision in single precision.
+    """Return the inner product of two vectors; half-precision vectors are multiplied in float32.
 
     Squares of float16 overflow from 256 on and underflow below 2e-4.
 
@@ -35,13 +35,13 @@ def wide_dot(one: Tensor, other: Tensor) -> Tensor:
     return one.dot(other)
 
 
-def kind_of(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] | None:
-    """Return length, dtype and device of the flat gradient of ``params``, ``None`` if it is empty.
+def flat_kind(params: Sequence[Tensor]) -> tuple[int, torch.dtype, torch.device] | None:
+    """Return length, dtype and device of the flat gradient of ``params``; ``None`` if it is empty.
 
     Raises:
         ValueError: for parameters on several devices.
 
-    >>> kind_of([torch.zeros(2), torch.zeros(3, dtype=torch.complex128)])
+    >>> flat_kind([torch.zeros(2), torch.zeros(3, dtype=torch.complex128)])
     (8, torch.float64, device(type='cpu'))
     """
     views = [torch.view_as_real(p) if p.is_complex() else p for p in params]
@@ -59,13 +59,13 @@ class Objective:
 
     .. math:: \pm f(x) + \sum_g \tfrac{\lambda_g}{2} \|x_g\|^2,
 
-    with minus for ``maximize``. Complex parameters count as pairs of real ones, and a missing
-    gradient as zero.
+    with minus for ``maximize``. Complex parameters are pairs of real ones, and a missing gradient is
+    zero.
 
     Args:
         closure: computes the gradients and returns the loss.
         groups: the optimizer's groups of parameters.
-        reduce_loss: maps the detached loss to the number that decides, such as its mean over ranks.
+        reduce_loss: maps the detached loss to the number to compare, such as its mean over ranks.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Objective:
         return torch.cat(parts)
 
     def _penalty(self, gradient: Tensor) -> Tensor:
-        """Add the gradient of the weight decay to ``gradient``; return the value of the decay."""
+        """Add the gradient of the weight decay to ``gradient``; return its loss."""
         total = gradient.new_zeros(())
         for part, view, decay in zip(self.split(gradient), self._views, self._decays, strict=True):
             if decay:
@@ -143,19 +143,19 @@ class Objective:
         """Add t times the flat ``direction`` to the parameters."""
         torch._foreach_add_(self._views, self.split(direction), alpha=float(t))
 
-    def can_move(self, length: float, position: list[Tensor] | None = None) -> bool:
+    def stays_finite(self, length: float, position: list[Tensor] | None = None) -> bool:
         """Return whether parameters at ``position`` stay finite if none moves by more than ``length``.
 
-        Ordinary lengths are below the rounding of the largest finite number, and need no pass over
-        the parameters.
+        A length below the rounding of the largest finite number is safe without a look at the
+        parameters, and almost all are.
         """
-        for at in position or self._views:
-            limits = torch.finfo(at.dtype)
-            lost = length <= limits.max * limits.eps / 4
-            if not lost and at.numel() and not float(largest(at)) + length <= limits.max:
+        for tensor in position or self._views:
+            limits = torch.finfo(tensor.dtype)
+            safe = length <= limits.max * limits.eps / 4
+            if not safe and tensor.numel() and not float(largest(tensor)) + length <= limits.max:
                 return False
         return True
 
     def versions(self) -> list[tuple[int, int]]:
-        """Return memory addresses and version counters, which change with writes from elsewhere."""
+        """Return addresses and version counters, by which writes of others are detected."""
         return [(p.data_ptr(), p._version) for p in self.params]

@@ -1,4 +1,4 @@
-"""`TwoLoopPairs`: L-BFGS directions by the two-loop recursion, torch's operation for operation."""
+"""`TwoLoopPairs`: L-BFGS directions by the two-loop recursion, in the same operations as torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from stableopt.optim.lbfgs.memory import Move, damped_share
 __all__ = ["TwoLoopPairs"]
 
 TORCHS_CURVATURE = 1e-10
+"""Smallest curvature ``y @ s`` of a pair that is kept, as in torch."""
 
 
 class TwoLoopPairs:
-    """A memory of lists of pairs, with the two-loop recursion (Nocedal, 1980)."""
+    """A memory of pairs in lists, with the two-loop recursion (Nocedal, 1980)."""
 
     def __init__(self, capacity: int, state: dict[str, Any]) -> None:
         self.capacity = capacity
@@ -28,15 +29,15 @@ class TwoLoopPairs:
         self._gamma: Number = state.get("H_diag", 1)
 
     def clear(self) -> None:
-        """Forget all pairs."""
+        """Remove all pairs."""
         self._changes, self._steps, self._inverses, self._gamma = [], [], [], 1
 
     def numbers(self, *values: Any) -> list[Number]:
-        """Return the tensors themselves, which torch compares."""
+        """Return the values unchanged: torch compares tensors."""
         return list(values)
 
     def products(self, move: Move, gradient: Tensor) -> list[Tensor]:
-        """Return no products: :meth:`update` makes its own."""
+        """Return no products: :meth:`update` computes its own."""
         return []
 
     def update(self, move: Move, gradient: Tensor, products: list[Number], damping: float) -> None:

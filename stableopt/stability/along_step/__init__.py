@@ -1,1 +1,1 @@
-"""Margins along the step that an optimizer took or would take: no reader, no eigen-solver."""
+"""Quantities along the step that an optimizer took or would take."""

@@ -4,12 +4,12 @@ r"""The critical sharpness: the learning rate at which one step stops lowering t
     \eta_c = \min\{\eta > 0 : L(\theta - \eta u) > L(\theta)\}, \qquad \lambda_c = 2/\eta_c
 
 along the direction u of a step :math:`\theta - \eta u` (Kalra et al., arXiv:2601.16979, 2026, definition
-2.1). On a quadratic :math:`\lambda_c = u^\top Hu/u^\top g \le \lambda_{\max}(PH)` for u = Pg, equal
-along the top eigenvector. It takes losses alone, and so no second derivative. It is a threshold of one
-step, :math:`2/\eta`: with momentum, sharpness has another limit.
+2.1). On a quadratic :math:`\lambda_c = u^\top Hu/u^\top g \le \lambda_{\max}(PH)` for u = Pg, with
+equality along the top eigenvector. It takes only losses, no second derivative. Its limit :math:`2/\eta`
+is that of one step; with momentum, the limit of the sharpness is another.
 
-Near a minimum with loss left the dip of the loss is rounding, and no crossing is found. There the loss
-is a parabola, whose crossing follows from its slopes at two points: two gradients.
+Near a minimum with positive loss, the fall of the loss along the step is below rounding, and a search
+finds no crossing. The loss is a parabola there, and its slopes at two points give the crossing.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ TOL = 1 / 16
 """Relative width of the bracket, that of Kalra et al."""
 
 MAX_PASSES = 7
-"""Forward passes, that for the loss at the start included."""
+"""The largest number of forward passes, including the one for the loss at the start."""
 
 _ROUNDINGS = 20
-"""Rounding errors of the loss that it has to fall by, at some distance tried."""
+"""The loss must fall by so many rounding errors at some distance tried; else gradients are used."""
 
 _DIP = 100
-"""Those of a parabola's dip: five times as many, if all distances tried are near the crossing."""
+"""Largest fall of a parabola, in rounding errors, for which gradients are used. It is five times
+``_ROUNDINGS``, since all distances tried can be near the crossing."""
 
 _SHIFT = 5e-3
-"""Length of the step between two gradients, relative to the weights: the third root of the precision."""
+"""Step between two gradients, relative to the weights: the third root of single precision."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class CriticalSharpness:
         value: :math:`\lambda_c = 2/\eta_c`.
         lr: :math:`\eta_c`, interpolated in the bracket.
         bracket: the largest learning rate tried that did not raise the loss, and the smallest that did;
-            0 or infinity where none was found.
-        passes: forward passes over the data.
-        converged: whether the bracket is as narrow as asked for; or, where the loss changes by rounding
-            alone, whether two gradients gave the learning rate. The bracket is then open.
+            0 or infinity if there is none.
+        passes: the number of forward passes over the data.
+        converged: whether the bracket is narrower than ``tol``, or, with the loss constant up to
+            rounding, two gradients gave the learning rate; the bracket is then (0, infinity).
 
     >>> found = CriticalSharpness(4.0, 0.5, (0.49, 0.51), 5, True)
     >>> found.value * found.lr
@@ -100,40 +101,41 @@ def critical_sharpness(
     r"""Return the critical sharpness :math:`\lambda_c = 2/\eta_c` along a step from here.
 
     :math:`\eta_c` is the smallest learning rate at which the step raises the loss (Kalra et al.,
-    arXiv:2601.16979, 2026). It takes at most seven forward passes, and for a direction that is not
-    given one gradient; no second derivative, so that compiled and fused models, and models under
-    ``fully_shard``, can be measured. Near a minimum, where the loss changes by rounding alone, it takes
-    one more gradient, and no crossing is searched for: the loss is a parabola there.
+    arXiv:2601.16979, 2026). It takes at most seven forward passes, one of them with its gradient unless
+    ``direction`` is given. It takes no second derivative: compiled and fused models, and models under
+    ``fully_shard``, can be measured. Near a minimum, if the loss along the step is constant up to
+    rounding, one more gradient replaces the search: the loss is a parabola there.
 
     Args:
-        model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
+        model: the model, at the point to measure; or, for ``model``, ``loss_fn`` and ``data``, a
             :class:`~stableopt.curvature.Problem`.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
-        optimizer: the optimizer, or several, whose next step on the gradient of ``data`` is the
-            direction. Copies of it step: it does not change. By default gradient descent.
-        direction: alternatively, u itself, the descent direction of the step
-            :math:`\theta - \eta u`: flat ``(d,)``, or a tensor for each parameter.
-        reference: a problem of the same model whose loss counts, for the relative form: along the step
-            that lowers the loss of fine-tuning, the loss of the data trained on before. Fine-tuning
-            stays in its basin if the learning rate is below ``lr``.
-        lr: the first learning rate tried: a former ``result.lr`` saves passes. By default the
-            optimizer's, or :math:`-2L/g^\top u` at a loss L.
+        optimizer: the optimizer, or a list of optimizers, whose next step with the gradient of ``data``
+            is the direction. A copy takes the step; the optimizer does not change. By default gradient
+            descent.
+        direction: instead of ``optimizer``, the direction u of the step :math:`\theta - \eta u`: flat
+            ``(d,)``, or a tensor for each parameter.
+        reference: a problem of the same model whose loss is evaluated along the step, for the relative
+            form: the loss on the earlier training data along the step of fine-tuning. Fine-tuning stays
+            in the basin of the earlier training if its learning rate is below ``lr``.
+        lr: the first learning rate to try; an earlier ``result.lr`` saves passes. By default that of
+            the optimizer, or :math:`-2L/g^\top u` at a loss L.
         tol: the largest relative width of the bracket.
-        max_passes: the most forward passes. Where they do not suffice, the bracket is wider than asked
-            for, and ``converged`` is ``False``: with trained networks in about one of six.
-        params: the parameters that move; by default all trainable ones.
+        max_passes: the largest number of forward passes. If they do not suffice, as for one in six
+            trained networks, the bracket is wider than ``tol`` and ``converged`` is ``False``.
+        params: the parameters that the step changes; by default all trainable ones.
         chunk_size: the largest number of samples evaluated at once.
-        max_samples: the most samples of ``data`` that count.
+        max_samples: the largest number of samples of ``data`` to use.
         dtype: the precision, as for :class:`~stableopt.curvature.Problem`.
         sample_weight: the weights of samples, as for :class:`~stableopt.curvature.Problem`.
         batch_dim: the dimension that counts the samples, as for :class:`~stableopt.curvature.Problem`.
         process_group: the ranks that measure together, as for :func:`~stableopt.measure`.
 
     Returns:
-        The result. Where no learning rate tried raises the loss, ``lr`` is the largest tried and
-        ``value`` an upper bound; where all do, as when u does not descend, ``lr`` is the smallest
-        tried and ``value`` a lower bound. ``converged`` is then ``False``.
+        The result. If no learning rate tried raises the loss, ``lr`` is the largest tried and
+        ``value`` an upper bound. If all raise it, as when u is not a descent direction, ``lr`` is the
+        smallest tried and ``value`` a lower bound. ``converged`` is ``False`` in both cases.
 
     Raises:
         ValueError: for arguments out of range, a direction that is zero, and as ``Problem`` does.
@@ -148,13 +150,13 @@ def critical_sharpness(
     4.0
     """
     if optimizer is not None and direction is not None:
-        raise ValueError("optimizer and direction: expected at most one of them")
+        raise ValueError("optimizer and direction: expected at most one of the two")
     tol = positive("tol", tol)
     if not tol < 1:
         raise ValueError(f"tol={tol!r}: expected a number below 1")
     whole("max_passes", max_passes, least=2)
     optimizers = () if optimizer is None else optimizers_in(optimizer)
-    given = isinstance(model, MeanLoss)
+    is_problem = isinstance(model, MeanLoss)
     problem = problem_of(
         model,
         loss_fn,
@@ -165,52 +167,52 @@ def critical_sharpness(
         dtype=dtype,
         sample_weight=sample_weight,
         batch_dim=batch_dim,
-        second_derivatives=None if given else False,
+        second_derivatives=None if is_problem else False,
         process_group=process_group,
     )
     rule = rule_of(optimizers) if optimizers else None
     if optimizers:
-        check_params(optimizers, problem, explicit=given or params is not None)
-    sign = problem.sign if rule is None else (-1.0 if rule.maximize else 1.0)
-    problem = problem.transformed(sign=sign)
-    counted = (
-        problem if reference is None else _reference(reference, problem).transformed(sign=sign)
-    )
+        check_params(optimizers, problem, explicit=is_problem or params is not None)
+    sign = problem.sign
+    if rule is not None:
+        sign = -1.0 if rule.maximize else 1.0
+    problem = evaluated = problem.transformed(sign=sign)
+    if reference is not None:
+        evaluated = _checked_reference(reference, problem).transformed(sign=sign)
     rate = 1.0 if rule is None or not rule.lr else rule.lr
     passes, base, slope = 0, None, None
     if direction is not None:
-        along = _given(direction, problem)
+        along = _direction_parts(direction, problem)
     else:
         loss, gradient = problem.loss_and_gradient()
         if optimizers:
-            # The optimizer turns the gradient of f itself around where it maximizes.
+            # An optimizer that maximizes changes the sign of the gradient itself.
             change = trial_step(optimizers, problem, sign * gradient)
             along = [part.to(problem.dtype) / -rate for part in change]
         else:
             along = problem.unflatten(gradient)
-        # The pass forward of the gradient has the loss.
-        passes, base = 1, loss if counted is problem else None
+        # The forward pass of the gradient also returns the loss.
+        passes, base = 1, loss if evaluated is problem else None
         slope = -dot(problem, gradient, _flat(along))
     _check_direction(along, problem)
     theta = problem.theta()
     if base is None:
-        passes, base = passes + 1, counted.value()
+        passes, base = passes + 1, evaluated.value()
     if not math.isfinite(base):
         raise NonFiniteError(f"the loss is {base}")
-    start = _start(lr, rule, base, slope)
+    start = _first_lr(lr, rule, base, slope)
 
     def loss_at(eta: float) -> float:
         with torch.no_grad():
-            return counted.value(
-                tuple(t.detach() - eta * u for t, u in zip(theta, along, strict=True))
-            )
+            moved = tuple(t.detach() - eta * u for t, u in zip(theta, along, strict=True))
+            return evaluated.value(moved)
 
-    # The gradient is that of the loss that counts, or of another.
-    own = slope if counted is problem else None
-    rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=own)
-    rounding = loss_rounding(counted, base)
-    if own is not None and rise.depth < _ROUNDINGS * rounding:
-        eta = _by_two_gradients(problem, theta, along, own, rounding)
+    # With a reference, the gradient is not that of the evaluated loss.
+    known_slope = slope if evaluated is problem else None
+    rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=known_slope)
+    rounding = loss_rounding(evaluated, base)
+    if known_slope is not None and rise.depth < _ROUNDINGS * rounding:
+        eta = _crossing_from_gradients(problem, theta, along, known_slope, rounding)
         if eta is not None:
             spent = passes + rise.passes + 1
             return CriticalSharpness(2 / eta, eta, (0.0, math.inf), spent, True)
@@ -223,21 +225,21 @@ def critical_sharpness(
     )
 
 
-def along_taken_step(at: Evaluation) -> QuantityResult:
+def along_taken_step(evaluation: Evaluation) -> QuantityResult:
     """Measure the critical sharpness along the step just taken, from the parameters before it.
 
-    The search starts at the learning rate that it found last.
+    The search starts at the last result.
     """
-    along, rule = at.along_step(), at.rule
+    along, rule = evaluation.along_step(), evaluation.rule
     if not along.moved:
         return QuantityResult()
     base = along.loss_before
     if not math.isfinite(base):
         raise NonFiniteError(f"the loss before the step is {base}")
     rate = 1.0 if rule is None or not rule.lr else rule.lr
-    last = at.memory.get("critical_lr_along_step", rate)
+    last = evaluation.memory.get("critical_lr_along_step", rate)
     slope = along.known_slope
-    # The losses before the step and after it count too, and the latter may be the first tried.
+    # Passes for the losses before and after the step; the latter is the first trial if last == rate.
     spent = 1 if last == rate else 2
     rise = first_rise(
         along.loss_at, base, last / rate, tol=TOL, passes=MAX_PASSES - spent, slope=slope
@@ -245,45 +247,47 @@ def along_taken_step(at: Evaluation) -> QuantityResult:
     details = {"passes": float(rise.passes)}
     rounding = loss_rounding(along.problem, base)
     if rise.depth < _ROUNDINGS * rounding:
-        crossing = _of_parabola(along.slope, along.slope_after, rounding)
+        crossing = _parabola_crossing(along.slope, along.slope_after, rounding)
         if crossing is not None:
             value = 2 / (crossing * rate)
             measurement = Measurement(value, 0.0, rise.passes, 0.0, True)
             return QuantityResult(value, measurement=measurement, details=details)
     if rise.low == 0:
-        return QuantityResult(details=details)  # the step goes uphill
+        return QuantityResult(details=details)  # the step is not a descent step
     eta = rise.share * rate
-    at.memory["critical_lr_along_step"] = eta
+    evaluation.memory["critical_lr_along_step"] = eta
     width = 1 - rise.low / rise.high
     measurement = Measurement(2 / eta, width, rise.passes, 0.0, _converged(rise, TOL))
     return QuantityResult(2 / eta, measurement=measurement, details=details)
 
 
-def _by_two_gradients(
+def _crossing_from_gradients(
     problem: MeanLoss, theta: Theta, along: Sequence[Tensor], slope: float, rounding: float
 ) -> float | None:
-    """Return the learning rate at which the parabola of two slopes is back at its start, or ``None``.
+    """Return the learning rate at which the parabola through two slopes returns to the loss at 0.
+
+    ``None`` as for :func:`_parabola_crossing`.
 
     Args:
         problem: the loss.
         theta: the point.
-        along: u, a tensor for each parameter.
-        slope: the slope of the loss in the learning rate at 0.
+        along: the direction u, a tensor for each parameter.
+        slope: the derivative of the loss in the learning rate, at 0.
         rounding: rounding error of the loss.
     """
     direction, weights = _flat(along), problem.flatten([t.detach() for t in theta])
-    step, size = (math.sqrt(dot(problem, v, v)) for v in (direction, weights))
-    shift = _SHIFT * max(size, 1.0) / step
-    there = tuple(t.detach() - shift * u for t, u in zip(theta, along, strict=True))
-    _, gradient = problem.loss_and_gradient(there)
-    crossing = _of_parabola(slope, -dot(problem, gradient, direction), rounding / shift)
+    length, size = (math.sqrt(dot(problem, v, v)) for v in (direction, weights))
+    shift = _SHIFT * max(size, 1.0) / length
+    shifted = tuple(t.detach() - shift * u for t, u in zip(theta, along, strict=True))
+    _, gradient = problem.loss_and_gradient(shifted)
+    crossing = _parabola_crossing(slope, -dot(problem, gradient, direction), rounding / shift)
     return None if crossing is None else crossing * shift
 
 
-def _of_parabola(slope: float, slope_after: float, rounding: float) -> float | None:
-    """Return where a parabola with these slopes at 0 and 1 is back at its start.
+def _parabola_crossing(slope: float, slope_after: float, rounding: float) -> float | None:
+    """Return where a parabola with these slopes at 0 and 1 returns to its value at 0.
 
-    ``None`` if it is not, or if its dip is deep enough for a search.
+    ``None`` if it does not return, or falls far enough below that value for a search.
     """
     if not slope < min(0.0, slope_after):
         return None
@@ -295,17 +299,15 @@ def _converged(rise: Rise, tol: float) -> bool:
     return rise.low > 0 and 1 - rise.low / rise.high < tol
 
 
-def _reference(reference: Any, problem: MeanLoss) -> MeanLoss:
+def _checked_reference(reference: Any, problem: MeanLoss) -> MeanLoss:
     if not isinstance(reference, MeanLoss):
-        raise TypeError(
-            f"reference={reference!r}: expected a Problem of the same model, whose loss counts"
-        )
+        raise TypeError(f"reference={reference!r}: expected a Problem of the same model")
     if [id(p) for p in reference.params] != [id(p) for p in problem.params]:
         raise ValueError("reference: expected a Problem over the same parameters of the same model")
     return reference
 
 
-def _given(direction: Tensor | Sequence[Tensor], problem: MeanLoss) -> list[Tensor]:
+def _direction_parts(direction: Tensor | Sequence[Tensor], problem: MeanLoss) -> list[Tensor]:
     if isinstance(direction, Tensor):
         if direction.shape != (problem.num_params,):
             raise ValueError(
@@ -327,20 +329,22 @@ def _check_direction(along: Sequence[Tensor], problem: MeanLoss) -> None:
     if problem.ranks.any(not bool(torch.isfinite(flat).all())):
         raise NonFiniteError("the direction of the step is not finite")
     if not problem.ranks.any(bool(flat.any())):
-        raise ValueError("the step is zero: expected a point that is not a minimum, or a direction")
+        raise ValueError(
+            "the step is zero: expected a point with a gradient, or a nonzero direction="
+        )
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _start(lr: float | None, rule: Any, base: float, slope: float | None) -> float:
+def _first_lr(lr: float | None, rule: Any, base: float, slope: float | None) -> float:
     """Return the first learning rate to try."""
     if lr is not None:
         return positive("lr", lr)
     if rule is not None and rule.lr:
         return float(rule.lr)
     if slope is not None and slope < 0 and base > 0:
-        # Where a parabola that falls to zero is back at its start would be at 4 L / |slope|.
+        # Half of 4 L / |slope|, where a parabola that falls to zero would return to L.
         return -2 * base / slope
     return 1.0

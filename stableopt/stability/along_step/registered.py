@@ -1,4 +1,4 @@
-"""The registry's entries for quantities along the step, registered on import."""
+"""Registers the quantities along the step."""
 
 from stableopt.stability.along_step.block_edge import block_edge
 from stableopt.stability.along_step.critical_sharpness import along_taken_step

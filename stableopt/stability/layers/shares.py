@@ -1,12 +1,12 @@
-r"""What a top eigenvector says at no further product: layers' shares, and the gradient's and step's.
+r"""Shares of the top eigenvector by layer, and of gradient and step in the tracked subspace.
 
-With the unit top eigenvector v and the orthonormal directions :math:`V_k` that a search tracks,
+With the unit top eigenvector v and an orthonormal basis :math:`V_k` of the tracked subspace, these are
 
 .. math:: \sum_{j\in b} v_j^2, \qquad \|V_k^\top g\|^2/\|g\|^2, \qquad \|V_k^\top\delta\|^2/\|\delta\|^2,
 
 for each block b, the gradient g, and the last step :math:`\delta`, all in the coordinates in which the
 step is gradient descent: v is the eigenvector of :math:`P^{1/2}HP^{1/2}`, g becomes :math:`P^{1/2}g` and
-:math:`\delta` becomes :math:`P^{-1/2}\delta`.
+:math:`\delta` becomes :math:`P^{-1/2}\delta`. They take no further Hessian-vector product.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.stability.layers.blocks import Block, layer_of
 from stableopt.stability.layers.table import Layers
 
-__all__ = ["Directions", "layer_shares", "of_directions", "sized", "whole_sizes"]
+__all__ = ["Directions", "full_sizes", "layer_shares", "shares_of", "without_columns"]
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The directions that one search found.
+    """The result of one eigen-search, with the gradient and the last step.
 
     Attributes:
-        vector: the top eigenvector x ``(d,)``, of any length.
-        covector: r with ``x = P r``, up to its length, where there is a preconditioner.
-        tracked: orthonormal rows ``(k, d)``, covectors where there is a preconditioner; the top
-            eigenvector alone if ``None``.
-        gradient: the mean gradient ``(d,)``, if known.
-        change: the last step ``(d,)``, if known.
+        vector: the top eigenvector x ``(d,)``, of any norm.
+        covector: with a preconditioner P, the r of ``x = P r``, of any norm; else ``None``.
+        tracked: orthonormal rows ``(k, d)``, covectors if there is a preconditioner; ``None`` for the
+            top eigenvector alone.
+        gradient: the mean gradient ``(d,)``, or ``None``.
+        change: the last step ``(d,)``, or ``None``.
     """
 
     vector: Tensor
@@ -45,97 +45,94 @@ class Directions:
     change: Tensor | None = None
 
 
-def of_directions(
-    found: Directions,
+def shares_of(
+    directions: Directions,
     blocks: Sequence[Block],
     sizes: Sequence[int],
     inner: InnerProduct,
     *,
     counts: Sequence[int] | None = None,
-    also: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Layers, dict[str, float], float]:
-    """Return the shares of the blocks, and ``gradient_share`` and ``step_share`` as far as known.
-
-    And the number ``also`` on the host.
+    """Return the blocks' shares; ``gradient_share`` and ``step_share`` if known; ``extra`` as a float.
 
     Args:
-        found: the directions.
+        directions: the eigenvector, the tracked subspace, the gradient and the step.
         blocks: the blocks.
-        sizes: elements of each parameter, of this rank's part where vectors are sharded.
+        sizes: elements of each parameter, those on this rank if vectors are sharded.
         inner: the inner product of the search, with its preconditioner.
         counts: elements of each parameter on all ranks; by default ``sizes``.
-        also: another number on the device, which the same transfer takes.
-
-    Takes one transfer from the device.
+        extra: another number on the device, which joins the single host transfer.
     """
-    other = found.vector if found.covector is None else found.covector
-    products = found.vector * other
+    dual = directions.vector if directions.covector is None else directions.covector
+    products = directions.vector * dual
     squares = torch.stack([part.sum() for part in torch.split(products, list(sizes))])
     if inner.sharded_size is not None:
         squares = inner.ranks.all_reduce_sum(squares)
-    names, parts = [], [squares]
-    for name, pair in (
-        ("gradient_share", _of_gradient(found, inner)),
-        ("step_share", _of_change(found, inner)),
-    ):
-        if pair is not None:
-            names.append(name)
-            parts.append(torch.stack(pair))
-    last = squares.new_full((1,), math.nan) if also is None else also[None]
-    numbers = inner.on_host(torch.cat([*parts, last]))
-    own, pairs = numbers[: len(squares)], numbers[len(squares) : -1].view(-1, 2).tolist()
-    total = float(own.sum()) or 1.0
-    by_parameter = [value / total for value in own.tolist()]
-    held = {place for block in blocks for place in block.places}
-    rest = math.fsum(value for place, value in enumerate(by_parameter) if place not in held)
-    counts = sizes if counts is None else counts
-    column = tuple(math.fsum(by_parameter[p] for p in block.places) for block in blocks)
-    layers = replace(sized(blocks, counts), columns={"share": column}, rest=rest)
-    # A vector of length zero lies nowhere, and one on which P vanishes has no finite length.
-    shares = zip(names, pairs, strict=True)
-    return (
-        layers,
-        {name: inside / whole for name, (inside, whole) in shares if 0 < whole < math.inf},
-        float(numbers[-1]),
-    )
+    projections = {
+        "gradient_share": _projected_gradient(directions, inner),
+        "step_share": _projected_change(directions, inner),
+    }
+    names = [name for name, pair in projections.items() if pair is not None]
+    pairs = [torch.stack(pair) for pair in projections.values() if pair is not None]
+    last = squares.new_full((1,), math.nan) if extra is None else extra[None]
+    numbers = inner.on_host(torch.cat([squares, *pairs, last]))
+    host_squares = numbers[: len(squares)]
+    total = float(host_squares.sum()) or 1.0
+    by_parameter = [value / total for value in host_squares.tolist()]
+    in_blocks = {index for block in blocks for index in block.indices}
+    rest = math.fsum(value for index, value in enumerate(by_parameter) if index not in in_blocks)
+    column = tuple(math.fsum(by_parameter[p] for p in block.indices) for block in blocks)
+    table = without_columns(blocks, sizes if counts is None else counts)
+    shares = {}
+    host_pairs = numbers[len(squares) : -1].view(-1, 2).tolist()
+    for name, (projected, whole) in zip(names, host_pairs, strict=True):
+        # The norm is infinite if P vanishes on the vector.
+        if 0 < whole < math.inf:
+            shares[name] = projected / whole
+    return replace(table, columns={"share": column}, rest=rest), shares, float(numbers[-1])
 
 
-def sized(blocks: Sequence[Block], sizes: Sequence[int]) -> Layers:
+def without_columns(blocks: Sequence[Block], sizes: Sequence[int]) -> Layers:
     """Return the table of ``blocks`` without columns, from the elements of each parameter."""
-    counts = (sum(sizes[place] for place in block.places) for block in blocks)
+    counts = (sum(sizes[index] for index in block.indices) for block in blocks)
     return Layers(tuple(block.name for block in blocks), tuple(counts))
 
 
-def whole_sizes(params: Iterable[Tensor]) -> list[int]:
-    """Return the elements of each parameter on all ranks, a complex one's real and imaginary parts.
+def full_sizes(params: Iterable[Tensor]) -> list[int]:
+    """Return the number of real elements of each parameter on all ranks; two for a complex element.
 
-    >>> whole_sizes([torch.zeros(2, 3), torch.zeros(2, dtype=torch.complex64)])
+    >>> full_sizes([torch.zeros(2, 3), torch.zeros(2, dtype=torch.complex64)])
     [6, 4]
     """
     return [p.numel() * (2 if p.is_complex() else 1) for p in params]
 
 
-def _rows(found: Directions, inner: InnerProduct) -> Tensor:
-    """Return orthonormal rows: vectors, or covectors where there is a preconditioner."""
-    if found.tracked is not None:
-        return found.tracked
-    row = found.vector if found.covector is None else found.covector
+def _basis(directions: Directions, inner: InnerProduct) -> Tensor:
+    """Return orthonormal rows ``(k, d)``: vectors, or covectors if there is a preconditioner."""
+    if directions.tracked is not None:
+        return directions.tracked
+    row = directions.vector if directions.covector is None else directions.covector
     return inner.dual(row).normalised().covector[None]
 
 
-def _of_gradient(found: Directions, inner: InnerProduct) -> tuple[Tensor, Tensor] | None:
-    """Return the squared lengths of the gradient within the directions, and of all of it."""
-    if found.gradient is None:
+def _projected_gradient(
+    directions: Directions, inner: InnerProduct
+) -> tuple[Tensor, Tensor] | None:
+    """Return the squared norms of the gradient's projection on the basis, and of the gradient."""
+    if directions.gradient is None:
         return None
-    own = inner.dual(found.gradient)
-    return inner.dot(_rows(found, inner), own.vector).square().sum(), own.norm.square()
+    gradient = inner.dual(directions.gradient)
+    projection = inner.dot(_basis(directions, inner), gradient.vector)
+    return projection.square().sum(), gradient.norm.square()
 
 
-def _of_change(found: Directions, inner: InnerProduct) -> tuple[Tensor, Tensor] | None:
-    if found.change is None or inner.preconditioner is not None:
-        return None  # with P not diagonal its length needs the inverse of P
-    inside = inner.dot(_rows(found, inner), found.change).square().sum()
-    return inside, inner.norm(found.change).square()
+def _projected_change(directions: Directions, inner: InnerProduct) -> tuple[Tensor, Tensor] | None:
+    """Return the squared norms of the step's projection on the basis, and of the step."""
+    if directions.change is None or inner.preconditioner is not None:
+        return None  # the step's norm would need the inverse of P
+    projection = inner.dot(_basis(directions, inner), directions.change)
+    return projection.square().sum(), inner.norm(directions.change).square()
 
 
 def layer_shares(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
@@ -143,8 +140,8 @@ def layer_shares(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> 
 
     Args:
         vector: a vector ``(d,)``, such as an eigenvector.
-        names: of the parameters, in the order of the vector.
-        sizes: their numbers of elements, which sum to d.
+        names: names of the parameters, in the order of the vector.
+        sizes: the number of elements of each parameter; they sum to d.
 
     Raises:
         ValueError: if the sizes do not sum to d.
@@ -154,10 +151,10 @@ def layer_shares(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> 
     """
     if sum(sizes) != vector.numel():
         raise ValueError(f"sizes sum to {sum(sizes)}: expected the {vector.numel()} of the vector")
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(layer_of(name), []).append(place)
-    blocks = [Block(layer, tuple(at)) for layer, at in places.items()]
-    shares = of_directions(Directions(vector), blocks, sizes, InnerProduct())[0]
-    pairs = zip(shares.names, shares.columns["share"], strict=True)
+    indices_of: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        indices_of.setdefault(layer_of(name), []).append(index)
+    blocks = [Block(layer, tuple(indices)) for layer, indices in indices_of.items()]
+    layers, _, _ = shares_of(Directions(vector), blocks, sizes, InnerProduct())
+    pairs = zip(layers.names, layers.columns["share"], strict=True)
     return dict(sorted(pairs, key=lambda item: -item[1]))

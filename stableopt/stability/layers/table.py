@@ -1,4 +1,4 @@
-"""`Layers`: what was measured of each block of parameters, as columns, rows, or a table of text."""
+"""`Layers`: the measured numbers of each block of parameters, as columns, rows, or printed table."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["COLUMNS", "Layer", "Layers"]
 
 @dataclass(frozen=True)
 class Layer:
-    r"""One block of parameters; ``None`` is what was not measured, or is not known.
+    r"""The numbers of one block of parameters; ``None`` means not measured, or not known.
 
     Attributes:
-        name: of the module, as the model names it.
-        parameters: their number.
+        name: the name of the module in the model, or the user's name of the block.
+        parameters: the number of parameters.
         share: :math:`\sum_{j\in b} v_j^2` of the unit top eigenvector v.
         sharpness: :math:`\lambda_{\max}(P_bH_{bb})`, with the optimizer's preconditioner, if it has one.
-        limit: the largest that the update rule allows, :math:`2/\eta` for plain SGD.
+        limit: the largest stable sharpness under the update rule, :math:`2/\eta` for plain SGD.
         ratio: sharpness over limit.
         residual: the eigen-solver's residual, relative to the sharpness.
         converged: whether the sharpness reached its tolerance.
         mean_curvature: :math:`\mathrm{tr}(H_{bb})` over the number of parameters, without P.
-        mean_curvature_error: its standard error.
+        mean_curvature_error: the standard error of ``mean_curvature``.
         non_uniformity: :math:`\lambda_{\max}(\Sigma_b)^{1/2}` of the per-sample
             :math:`P_b^{1/2}H_{i,bb}P_b^{1/2}`.
-        non_uniformity_limit: the largest that the update rule allows.
+        non_uniformity_limit: the largest stable non-uniformity under the update rule.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Layer:
         return self.sharpness / self.limit if self.limit > 0 else math.inf
 
 
-COLUMNS = tuple(one.name for one in fields(Layer) if one.name not in ("name", "parameters"))
-"""The columns that a measurement may have."""
+COLUMNS = tuple(item.name for item in fields(Layer) if item.name not in ("name", "parameters"))
+"""The possible columns of a table: the measured attributes of :class:`Layer`."""
 
 _HEADINGS = {
     "share": "share",
@@ -68,16 +68,16 @@ _WIDTH = 80
 
 @dataclass(frozen=True)
 class Layers:
-    """What was measured of each block at one step: ``margins.layers``.
+    """The measured numbers of each block at one step: ``margins.layers``.
 
-    ``layers["blocks.3.mlp.fc2"]`` is a :class:`Layer`, iteration yields all of them in the order of
-    the model, ``column("share")`` is one number of each, and ``print(layers)`` shows a table.
+    ``layers["blocks.3.mlp.fc2"]`` is a :class:`Layer`. Iteration yields all of them in the order of
+    the model, ``column("share")`` returns one number of each, and ``print(layers)`` shows a table.
 
     Attributes:
-        names: of the blocks.
-        parameters: the number of parameters in each.
-        columns: what was measured, by the name of the attribute of :class:`Layer`.
-        rest: the share of the top eigenvector on parameters that are in no block.
+        names: the names of the blocks.
+        parameters: the number of parameters in each block.
+        columns: one number of each block, by the name of the attribute of :class:`Layer`.
+        rest: the share of the top eigenvector on parameters outside all blocks.
 
     >>> layers = Layers(("0", "2"), (10, 20), {"share": (0.25, 0.75), "sharpness": (3.0, 5.0)})
     >>> layers["2"].sharpness, layers.largest(1)[0].name
@@ -112,7 +112,7 @@ class Layers:
         """Return one block.
 
         Raises:
-            KeyError: for a name that is none.
+            KeyError: for an unknown name.
         """
         if name not in self.names:
             raise KeyError(f"{name!r}: expected one of {', '.join(self.names)}")
@@ -122,7 +122,7 @@ class Layers:
         """Return an attribute of :class:`Layer` for each block.
 
         Raises:
-            ValueError: for a name that is none.
+            ValueError: for an unknown name.
         """
         if name not in (*COLUMNS, "ratio", "parameters"):
             raise ValueError(f"column={name!r}: expected one of {', '.join((*COLUMNS, 'ratio'))}")
@@ -131,20 +131,23 @@ class Layers:
     def largest(self, most: int, by: str | None = None) -> list[Layer]:
         """Return the blocks with the largest values of a column, the largest first.
 
-        By default that is the ratio to the limit, else the sharpness, else the share.
+        The default is the ratio to the limit, else the sharpness, else the share, as far as measured.
         """
-        by = by or next(
-            (n for n in ("ratio", "sharpness") if any(v is not None for v in self.column(n))),
-            "share",
-        )
-        known = [layer for layer in self if getattr(layer, by) is not None]
-        return sorted(known, key=lambda layer: -getattr(layer, by))[:most]
+        column = by or self._main_column()
+        measured = [layer for layer in self if getattr(layer, column) is not None]
+        return sorted(measured, key=lambda layer: -getattr(layer, column))[:most]
+
+    def _main_column(self) -> str:
+        for name in ("ratio", "sharpness"):
+            if any(value is not None for value in self.column(name)):
+                return name
+        return "share"
 
     def by_kind(self) -> Layers:
-        """Return the blocks whose names differ in numbers alone as one, such as ``blocks.*.attn``.
+        """Return a table that merges blocks whose names differ only in numbers, as ``blocks.*.attn``.
 
-        Shares are summed, the mean curvatures averaged over the parameters; of the others the largest
-        ratio counts.
+        Shares are summed, and mean curvatures averaged over the parameters. The other columns are
+        those of the member with the largest ratio.
 
         >>> names = ("embed", "blocks.0.fc", "blocks.1.fc")
         >>> Layers(names, (8, 4, 4), {"share": (0.5, 0.25, 0.25)}).by_kind().column("share")
@@ -169,7 +172,7 @@ class Layers:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Layers:
-        """Return what :meth:`to_dict` wrote; columns that are not known here are left out.
+        """Return the table that :meth:`to_dict` wrote; unknown columns are left out.
 
         >>> layers = Layers(("0",), (3,), {"share": (1.0,)}, rest=0.0)
         >>> Layers.from_dict(layers.to_dict()) == layers
@@ -186,7 +189,7 @@ class Layers:
     def to_text(self, most: int | None = None) -> str:
         """Return the table, at most 80 columns wide, of the ``most`` largest blocks or of all.
 
-        A limit that is the same for all blocks is a line below it.
+        A limit that all blocks share is printed below the table.
         """
         shown = list(self) if most is None else self.largest(most)
         limits = {layer.limit for layer in shown}
@@ -213,7 +216,7 @@ class Layers:
 
 
 def compact(count: int) -> str:
-    """Return a number of parameters in at most five characters.
+    """Return ``count`` in at most five characters.
 
     >>> compact(640), compact(12_345), compact(124_000_000), compact(7_300_000_000)
     ('640', '12.3K', '124M', '7.3B')
@@ -226,14 +229,14 @@ def compact(count: int) -> str:
 
 
 def shortened(name: str, width: int) -> str:
-    """Return ``name`` with its middle left out where it is longer than ``width``.
+    """Return ``name``, its middle left out if it is longer than ``width``.
 
     >>> shortened("transformer.h.11.mlp.c_fc", 16)
     'tra….11.mlp.c_fc'
     """
     if len(name) <= width:
         return name
-    front = (width - 1) // 4  # names differ at their ends
+    front = (width - 1) // 4  # the end of a name tells more than its beginning
     return f"{name[:front]}…{name[len(name) - (width - 1 - front) :]}"
 
 
@@ -242,16 +245,16 @@ def _merged(members: Sequence[Layer]) -> dict[str, Any]:
     row = {name: getattr(leading, name) for name in COLUMNS}
     shares = [layer.share for layer in members if layer.share is not None]
     row["share"] = math.fsum(shares) if shares else None
-    known = [layer for layer in members if layer.mean_curvature is not None]
-    if known:
-        size = sum(layer.parameters for layer in known)
-        row["mean_curvature"] = math.fsum(_total(layer) for layer in known) / size
-        errors = [layer.parameters * (layer.mean_curvature_error or 0.0) for layer in known]
+    measured = [layer for layer in members if layer.mean_curvature is not None]
+    if measured:
+        size = sum(layer.parameters for layer in measured)
+        row["mean_curvature"] = math.fsum(_trace(layer) for layer in measured) / size
+        errors = [layer.parameters * (layer.mean_curvature_error or 0.0) for layer in measured]
         row["mean_curvature_error"] = math.hypot(*errors) / size
     return row
 
 
-def _total(layer: Layer) -> float:
+def _trace(layer: Layer) -> float:
     assert layer.mean_curvature is not None
     return layer.parameters * layer.mean_curvature
 

@@ -1,4 +1,4 @@
-"""Measurements of the quantities of mini-batches, with limits that need the measured sharpness."""
+"""The measured quantities of mini-batches, with limits that need the measured sharpness."""
 
 from __future__ import annotations
 
@@ -21,48 +21,59 @@ __all__ = [
 ]
 
 
-def measured_batch_sharpness(at: Evaluation) -> QuantityResult:
-    """Measure the ratio of means; draws stop at a relative error of ``tol``, and at 64."""
-    found = _over_batches(at)
-    return _average(at, found.value, found.standard_error)
+def measured_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
+    """Measure the ratio of means, over batches up to a relative error of ``tol``, and at most 64."""
+    averages = _batch_averages(evaluation)
+    return _average(evaluation, averages.value, averages.standard_error)
 
 
-def measured_mean_batch_sharpness(at: Evaluation) -> QuantityResult:
+def measured_mean_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the mean of ratios, over the same batches."""
-    found = _over_batches(at)
-    return _average(at, found.mean_of_ratios, found.mean_of_ratios_error)
+    averages = _batch_averages(evaluation)
+    return _average(evaluation, averages.mean_of_ratios, averages.mean_of_ratios_error)
 
 
-def measured_largest_batch_sharpness(at: Evaluation) -> QuantityResult:
+def measured_largest_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the bounds of the sharpest batch."""
-    assert at.batch_size is not None
-    problem = require_samples(at.problem, "largest_batch_sharpness")
-    found = largest_batch_sharpness(
-        problem, at.batch_size, tol=at.tol, max_iter=at.max_iter, seed=at.seed
+    assert evaluation.batch_size is not None
+    problem = require_samples(evaluation.problem, "largest_batch_sharpness")
+    bounds = largest_batch_sharpness(
+        problem,
+        evaluation.batch_size,
+        tol=evaluation.tol,
+        max_iter=evaluation.max_iter,
+        seed=evaluation.seed,
     )
-    measurement = Measurement(found.upper, 0.0, found.products, 0.0, math.isfinite(found.upper))
-    return QuantityResult.from_measurement(measurement, lower=found.lower)
+    measurement = Measurement(bounds.upper, 0.0, bounds.products, 0.0, math.isfinite(bounds.upper))
+    return QuantityResult.from_measurement(measurement, lower=bounds.lower)
 
 
-def _over_batches(at: Evaluation) -> BatchSharpness:
-    assert at.batch_size is not None
-    if at.over_batches is None:
-        problem = require_samples(at.problem, "batch_sharpness")
-        at.over_batches = batch_sharpness(problem, at.batch_size, rel_error=at.tol, seed=at.seed)
-    return at.over_batches
+def _batch_averages(evaluation: Evaluation) -> BatchSharpness:
+    assert evaluation.batch_size is not None
+    if evaluation.batch_averages is None:
+        problem = require_samples(evaluation.problem, "batch_sharpness")
+        evaluation.batch_averages = batch_sharpness(
+            problem, evaluation.batch_size, rel_error=evaluation.tol, seed=evaluation.seed
+        )
+    return evaluation.batch_averages
 
 
-def _average(at: Evaluation, value: float | None, error: float) -> QuantityResult:
+def _average(evaluation: Evaluation, value: float | None, error: float) -> QuantityResult:
     if value is None:
         return QuantityResult()
-    # An average has a standard error, and no tolerance to reach.
+    # An average has a standard error instead of a residual, and counts as converged.
     relative = error / abs(value) if value else 0.0
-    measurement = Measurement(value, relative, _over_batches(at).batches, 0.0, True)
-    return QuantityResult(value, _limit(at), measurement=measurement)
+    measurement = Measurement(value, relative, _batch_averages(evaluation).batches, 0.0, True)
+    return QuantityResult(value, _limit(evaluation), measurement=measurement)
 
 
-def _limit(at: Evaluation) -> float | None:
-    if at.rule is None or at.rule.unknown is not None or not at.rule.noise_known:
+def _limit(evaluation: Evaluation) -> float | None:
+    if (
+        evaluation.rule is None
+        or evaluation.rule.unknown is not None
+        or not evaluation.rule.noise_known
+    ):
         return None
-    sharpest = at.results.get("preconditioned_sharpness" if at.preconditioned else "sharpness")
-    return batch_sharpness_limit(at.rule.linear_step, None if sharpest is None else sharpest.value)
+    name = "preconditioned_sharpness" if evaluation.preconditioned else "sharpness"
+    sharpness = evaluation.results.get(name, QuantityResult()).value
+    return batch_sharpness_limit(evaluation.rule.linear_step, sharpness)

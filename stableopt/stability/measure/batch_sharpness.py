@@ -24,13 +24,19 @@ from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.over_chunks import mean_over_chunks
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["BatchSharpness", "batch_sharpness", "batch_sharpness_limit", "batches_of", "mean_of"]
+__all__ = [
+    "BatchSharpness",
+    "batch_mean",
+    "batch_sharpness",
+    "batch_sharpness_limit",
+    "random_batches",
+]
 
 NUM_BATCHES = 64
-"""Default number of batches to average."""
+"""Default of the largest number of batches to average."""
 
 _FEWEST = 8
-"""Batches before a sequential stop: the standard error of fewer is itself off by a third."""
+"""Fewest batches before an early stop: the standard error of fewer is itself off by a third."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,9 @@ class BatchSharpness:
         value: the ratio of means; ``None`` if all gradients are zero.
         standard_error: standard error of ``value``, from the spread of the batches; 0 for one batch.
         batches: number of batches averaged.
-        mean_of_ratios: the mean of the batches' own ratios; ``None`` if a gradient is zero.
-        mean_of_ratios_error: its standard error.
-        converged: whether the relative error asked for was reached; true if none was.
+        mean_of_ratios: the mean of the batches' ratios; ``None`` if a gradient is zero.
+        mean_of_ratios_error: the standard error of ``mean_of_ratios``.
+        converged: whether ``rel_error`` was reached; true without it.
     """
 
     value: float | None
@@ -74,9 +80,9 @@ def batch_sharpness(
     Args:
         problem: the problem; its weight decay is ignored.
         batch_size: samples in a batch, at most those of the problem.
-        num_batches: the largest number of batches to average. They are cut from random permutations
-            of the samples. If the permutation makes no difference, with the full batch or with
-            ``batch_size`` 1 and enough batches for all samples, one permutation is averaged.
+        num_batches: the largest number of batches to average, cut from random permutations of the
+            samples. One permutation suffices if the order does not matter: for the full batch, and for
+            ``batch_size`` 1 if there are batches for all samples.
         rel_error: stop once the standard error is below this share of the value, after 8 batches at the
             earliest; by default all batches are drawn.
         step: maps the gradient ``(d,)`` of a batch to the direction s of its step, such as ``lambda g:
@@ -85,8 +91,8 @@ def batch_sharpness(
             model of its batch below :math:`2/\eta` (Andreyev et al., arXiv:2604.14108).
         seed: seed of the permutations, which have their own generator.
 
-    Numerator and denominator are averaged separately, since a mean of ratios is another quantity, which
-    the result has too. Each batch costs one Hessian product over its own samples.
+    ``value`` averages numerator and denominator separately; ``mean_of_ratios`` is the other definition.
+    Each batch costs one Hessian-vector product over its own samples.
 
     Raises:
         ValueError: for a batch size above the problem's number of samples, arguments out of range, or
@@ -100,34 +106,39 @@ def batch_sharpness(
     >>> round(found.value, 6), round(found.mean_of_ratios, 6)   # (2^3 + 8^3) / (2^2 + 8^2), (2 + 8) / 2
     (7.647059, 5.0)
     """
-    wanted = None if rel_error is None else positive("rel_error", rel_error)
+    if rel_error is not None:
+        rel_error = positive("rel_error", rel_error)
     hessian, terms = Hessian(problem), []
     with problem.evaluation():
-        for parts in batches_of(problem, batch_size, num_batches, seed):
+        for parts in random_batches(problem, batch_size, num_batches, seed):
             terms.append(_along_step(hessian, parts, step))
             if not all(map(math.isfinite, terms[-1])):
                 raise NonFiniteError(
-                    "the gradient of a batch, or its Hessian product, is not finite"
+                    "the gradient of a batch, or its Hessian-vector product, is not finite"
                 )
-            if wanted is not None and len(terms) >= _FEWEST and _averaged(terms, wanted).converged:
+            may_stop = rel_error is not None and len(terms) >= _FEWEST
+            if may_stop and _average(terms, rel_error).converged:
                 break
-    return _averaged(terms, wanted)
+    return _average(terms, rel_error)
 
 
-def _averaged(terms: list[tuple[float, float]], rel_error: float | None) -> BatchSharpness:
-    bent, slopes = torch.tensor(terms, dtype=torch.float64).T
-    count, mean = len(terms), float(slopes.mean())
-    if mean == 0:
+def _average(terms: list[tuple[float, float]], rel_error: float | None) -> BatchSharpness:
+    """Average the pairs of ``s @ H @ s`` and ``s @ g``, one for each batch."""
+    curvatures, slopes = torch.tensor(terms, dtype=torch.float64).T
+    count, mean_slope = len(terms), float(slopes.mean())
+    if mean_slope == 0:
         return BatchSharpness(None, 0.0, count)
-    value = float(bent.mean()) / mean
-    spread = float((bent - value * slopes).std()) if count > 1 else 0.0
-    error, own, own_error = abs(spread / mean) / math.sqrt(count), None, 0.0
+    value = float(curvatures.mean()) / mean_slope
+    spread = float((curvatures - value * slopes).std()) if count > 1 else 0.0
+    error = abs(spread / mean_slope) / math.sqrt(count)
+    mean_of_ratios, mean_of_ratios_error = None, 0.0
     if bool((slopes != 0).all()):
-        ratios = bent / slopes
-        own = float(ratios.mean())
-        own_error = float(ratios.std()) / math.sqrt(count) if count > 1 else 0.0
-    reached = rel_error is None or error <= rel_error * abs(value)
-    return BatchSharpness(value, error, count, own, own_error, reached)
+        ratios = curvatures / slopes
+        mean_of_ratios = float(ratios.mean())
+        if count > 1:
+            mean_of_ratios_error = float(ratios.std()) / math.sqrt(count)
+    converged = rel_error is None or error <= rel_error * abs(value)
+    return BatchSharpness(value, error, count, mean_of_ratios, mean_of_ratios_error, converged)
 
 
 def batch_sharpness_limit(rule: LinearStep, sharpness: float | None) -> float | None:
@@ -139,17 +150,16 @@ def batch_sharpness_limit(rule: LinearStep, sharpness: float | None) -> float | 
 
     .. math:: \frac{2(1-\beta)}{\eta} + \frac{2\beta a}{1+\beta},
 
-    which is :math:`2/\eta` without momentum, and joins the plateaus :math:`2(1-\beta)/\eta` of small
-    batches and :math:`2(1+\beta)/\eta` of large ones. As a limit on batch sharpness it is a guide: in
-    one dimension neither definition is :math:`E[h^2]/E[h]`.
+    which is :math:`2/\eta` without momentum. It lies between :math:`2(1-\beta)/\eta`, where small
+    batches settle, and :math:`2(1+\beta)/\eta`, where large ones do. It is a guide, not a bound: in
+    one dimension neither definition of batch sharpness is :math:`E[h^2]/E[h]`.
 
     Args:
         rule: the coefficients of the step, such as ``UpdateRule.linear_step``.
-        sharpness: the sharpness a; one above the rule's own limit counts as that limit. It may
-            be ``None`` without momentum.
+        sharpness: the sharpness a, clipped at the rule's own limit; may be ``None`` without momentum.
 
     Returns:
-        The limit; ``None`` where it needs a sharpness above 0, and there is none.
+        The limit; ``None`` if it depends on the sharpness, and that is ``None`` or not above 0.
 
     >>> round(batch_sharpness_limit(LinearStep(0.1, momentum=0.9), 10.0), 6)
     11.473684
@@ -166,60 +176,62 @@ def batch_sharpness_limit(rule: LinearStep, sharpness: float | None) -> float | 
     return a + rule.max_non_uniformity(1.0, a) ** 2 / a if a > 0 else None
 
 
-def batches_of(
+def random_batches(
     problem: Problem, batch_size: int, num_batches: int, seed: int
 ) -> Iterator[list[tuple[Any, int]]]:
-    """Yield random batches, each as this rank's samples of it chunk by chunk: ``(batch, size)``.
+    """Yield random batches, each as a list of this rank's samples: ``(samples, size)`` per chunk.
 
-    To be read within :meth:`Problem.evaluation`. Errors are those of :func:`batch_sharpness`.
+    Iterate within :meth:`Problem.evaluation`. Errors are those of :func:`batch_sharpness`.
     """
     batch_size, n = whole("batch_size", batch_size), problem.num_samples
     if batch_size > n:
         raise ValueError(
             f"batch_size={batch_size} is above the {n} samples of the problem, from which batches are"
-            " drawn"
+            " drawn; pass at most that many"
         )
     problem.check_samples("the batch sharpness")
     generator = torch.Generator().manual_seed(whole("seed", seed, least=0))
-    most, ranks = whole("num_batches", num_batches), problem.ranks
-    before = sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
+    num_batches, ranks = whole("num_batches", num_batches), problem.ranks
+    first_row = sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
     chunks = ranks.raise_together(lambda: list(problem.chunks()))
-    for rows in _orders(n, batch_size, most, generator):
-        yield list(_parts(chunks, rows - before))
+    for rows in _batch_rows(n, batch_size, num_batches, generator):
+        yield list(_samples(chunks, rows - first_row))
 
 
-def _orders(n: int, batch_size: int, most: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the rows of each batch, sorted."""
-    each = n // batch_size
-    whole_orders = each * batch_size == n and (batch_size in (1, n)) and each <= most
-    left = each if whole_orders else most
-    while left > 0:
+def _batch_rows(
+    n: int, batch_size: int, num_batches: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield the row indices of each batch, sorted."""
+    per_order = n // batch_size
+    one_order_suffices = batch_size in (1, n) and per_order <= num_batches
+    remaining = per_order if one_order_suffices else num_batches
+    while remaining > 0:
         order = torch.randperm(n, generator=generator)
-        for number in range(min(each, left)):
+        for number in range(min(per_order, remaining)):
             yield order[number * batch_size : (number + 1) * batch_size].sort().values
-        left -= each
+        remaining -= per_order
 
 
-def _parts(chunks: list[tuple[Any, int]], rows: Tensor) -> Iterator[tuple[Any, int]]:
-    """Yield the samples ``rows`` chunk by chunk, as ``(batch, size)``."""
+def _samples(chunks: list[tuple[Any, int]], rows: Tensor) -> Iterator[tuple[Any, int]]:
+    """Yield the samples ``rows`` of this rank chunk by chunk, as ``(samples, size)``."""
     start = 0
     for batch, size in chunks:
-        inside = rows[(rows >= start) & (rows < start + size)] - start
-        if len(inside):
-            yield _take(batch, inside), len(inside)
+        in_chunk = rows[(rows >= start) & (rows < start + size)] - start
+        if len(in_chunk):
+            yield _rows_of(batch, in_chunk), len(in_chunk)
         start += size
 
 
-def _take(batch: Any, rows: Tensor) -> Any:
+def _rows_of(batch: Any, rows: Tensor) -> Any:
     return map_tensors(lambda t: t.index_select(0, rows.to(t.device)) if t.dim() else t, batch)
 
 
-def mean_of(
+def batch_mean(
     problem: Problem,
     term: Callable[[Any, int], tuple[Tensor | None, ...]],
     parts: list[tuple[Any, int]],
 ) -> Tensor:
-    """Return the mean ``(d,)`` of a batch's ``term``; ``parts`` are this rank's samples of it."""
+    """Return the mean ``(d,)`` of ``term`` over a batch, whose samples on this rank are ``parts``."""
     total = torch.zeros(problem.num_params, dtype=problem.dtype, device=problem.device)
 
     def add(batch: Any, size: int) -> None:
@@ -231,25 +243,25 @@ def mean_of(
 def _along_step(
     hessian: Hessian, parts: list[tuple[Any, int]], step: Callable[[Tensor], Tensor] | None
 ) -> tuple[float, float]:
-    r"""Return :math:`s^\top Hs` and :math:`s^\top g` of a batch; ``parts`` are this rank's samples."""
+    r"""Return :math:`s^\top Hs` and :math:`s^\top g` of a batch, given its samples on this rank."""
     problem, theta = hessian.problem, hessian.theta
 
     def slopes(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(problem.loss(theta, batch), theta, allow_unused=True)
 
-    gradient = mean_of(problem, slopes, parts)
+    gradient = batch_mean(problem, slopes, parts)
     direction = gradient if step is None else step(gradient)
     if direction.shape != gradient.shape:
         raise ValueError(
-            f"step: returned {tuple(direction.shape)} for a gradient of {tuple(gradient.shape)}:"
-            " expected the same"
+            f"step: returned {tuple(direction.shape)} for a gradient of shape"
+            f" {tuple(gradient.shape)}: expected the same shape"
         )
     tangent = problem.unflatten(direction)
 
-    def along(batch: Any, size: int) -> tuple[Tensor | None, ...]:
+    def product(batch: Any, size: int) -> tuple[Tensor | None, ...]:
         return hessian.chunk_product(hessian.linearise(batch, size), tangent)
 
-    bent, gradient = mean_of(problem, along, parts).double(), gradient.double()
+    image, gradient = batch_mean(problem, product, parts).double(), gradient.double()
     direction = direction.double()
-    curvature, slope = torch.stack([direction @ bent, direction @ gradient]).tolist()
+    curvature, slope = torch.stack([direction @ image, direction @ gradient]).tolist()
     return curvature, slope

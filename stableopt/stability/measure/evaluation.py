@@ -1,4 +1,4 @@
-"""`Evaluation`: one measurement in progress, with the operators that its quantities share."""
+"""`Evaluation`: one measurement at one point, with the operators that its quantities share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
 from stableopt.stability.layers.blocks import Block, blocks_of
-from stableopt.stability.layers.shares import Directions, of_directions, whole_sizes
+from stableopt.stability.layers.shares import Directions, full_sizes, shares_of
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -34,33 +34,33 @@ from stableopt.stability.rules.coordinates import outside_coordinates
 from stableopt.stability.rules.preconditioner import StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["ROUNDED", "Evaluation"]
+__all__ = ["WARM_START_DTYPE", "Evaluation"]
 
-ROUNDED = torch.bfloat16
-"""Of a warm start of a large model: noise of a tenth of its norm is added to it anyway."""
+WARM_START_DTYPE = torch.bfloat16
+"""Precision of a large model's warm start, to which a search adds noise of a tenth of its norm."""
 
 
 @dataclass
 class Evaluation:
-    """A problem in the coordinates of an update rule, and how its quantities are measured.
+    """A problem in the coordinates of an update rule, with the settings and caches of one measurement.
 
     Attributes:
         problem: the problem, in the rule's coordinates.
         rule: the update rule, or ``None``.
-        batch_size: samples in a step, where known; for a full batch those of the data set.
+        batch_size: samples in a step, ``None`` if not known; the data set's size for full batches.
         dataset_size: samples in the training set; ``None`` for infinitely many.
         tol: the largest relative residual.
         max_iter: the largest number of products for each quantity.
-        seed: of the random starts.
-        starts: the subspaces of an earlier measurement by quantity, as warm starts; ``None`` for
-            none, and then none are kept.
+        seed: seed of the random starts.
+        starts: the last measurement's subspaces by quantity, as warm starts; ``None`` without
+            tracking, and then no subspaces are kept.
         subspaces: the subspaces of this measurement by quantity.
         results: the results so far by quantity.
-        over_batches: the averages over batches, once a quantity has drawn them.
-        taken: the step just taken, where there is one.
-        memory: what quantities keep from one measurement of a run to the next: plain numbers and lists.
-        window: the steps over which quantities of single steps are averaged; ``None`` for the default.
-        blocks: the blocks whose shares and values are measured; the layers by default.
+        batch_averages: the batch sharpness, once a quantity has computed it.
+        taken_step: the step just taken, or ``None``.
+        memory: numbers and lists that quantities keep from one measurement of a run to the next.
+        window: the number of measured steps in an average along steps; ``None`` for the default.
+        blocks: the blocks of parameters to measure, by default the layers.
     """
 
     problem: MeanLoss
@@ -73,14 +73,14 @@ class Evaluation:
     starts: Mapping[str, Tensor] | None = None
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
     results: Mapping[str, QuantityResult] = field(default_factory=dict, init=False)
-    over_batches: BatchSharpness | None = field(default=None, init=False)
-    taken: TakenStep | None = field(default=None, init=False)
+    batch_averages: BatchSharpness | None = field(default=None, init=False)
+    taken_step: TakenStep | None = field(default=None, init=False)
     memory: dict[str, Any] = field(default_factory=dict, init=False)
     window: int | None = field(default=None, init=False)
     blocks: tuple[Block, ...] = field(default=(), init=False)
     _along: AlongStep | None = field(default=None, init=False)
-    _plain: Hessian | ShardedHessian | None = field(default=None, init=False)
-    _own: Hessian | ShardedHessian | None = field(default=None, init=False)
+    _plain_hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
+    _hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)
     _gauss_newton: GaussNewton | None = field(default=None, init=False)
     _loss: float | None = field(default=None, init=False)
@@ -96,31 +96,31 @@ class Evaluation:
 
     @property
     def preconditioner(self) -> StepPreconditioner | None:
-        """The P of ``P @ hessian`` where the problem's coordinates do not contain it."""
+        """P, if the problem's coordinates do not include it: the step follows ``P @ hessian``."""
         return None if self.rule is None else outside_coordinates(self.rule, self.problem.params)
 
     def plain_hessian(self) -> Hessian | ShardedHessian:
-        """Return the Hessian of the loss, without preconditioner and weight decay of groups."""
+        """Return the Hessian of the loss, without preconditioner and the groups' weight decay."""
         if not self.preconditioned:
             return self.hessian()
-        if self._plain is None:
-            self._plain = hessian_of(
+        if self._plain_hessian is None:
+            self._plain_hessian = hessian_of(
                 self.problem.transformed(sign=self.problem.sign), gradient=True, lasting=False
             )
-        return self._plain
+        return self._plain_hessian
 
     def hessian(self) -> Hessian | ShardedHessian:
         """Return the Hessian in the rule's coordinates."""
-        if self._own is None and self._plain is not None:
+        if self._hessian is None and self._plain_hessian is not None:
             if self.preconditioner and not any(self.problem.weight_decay):
-                self._own = self._plain
+                self._hessian = self._plain_hessian
             else:
-                # One set of linearized passes at a time is kept in memory.
-                self._loss = self._plain.loss() if self._loss is None else self._loss
-                self._plain = None
-        if self._own is None:
-            self._own = hessian_of(self.problem, gradient=True, lasting=False)
-        return self._own
+                # Drop the cached passes of the plain Hessian: two sets may not fit in memory.
+                self._loss = self._plain_hessian.loss() if self._loss is None else self._loss
+                self._plain_hessian = None
+        if self._hessian is None:
+            self._hessian = hessian_of(self.problem, gradient=True, lasting=False)
+        return self._hessian
 
     def non_uniformity(self) -> NonUniformity:
         """Return the covariance of the per-sample Hessians, in the rule's coordinates."""
@@ -140,25 +140,27 @@ class Evaluation:
         """Return losses and gradients along the step just taken.
 
         Raises:
-            ValueError: if none was recorded.
+            ValueError: if no step was recorded.
         """
-        if self.taken is None:
+        if self.taken_step is None:
             raise ValueError(
-                "no step was recorded to measure along: this takes a step after which the monitor's"
-                " schedule measures, by every= or max_overhead="
+                "no step was recorded: quantities along a step are measured after steps that the"
+                " monitor's schedule selects, by every= or max_overhead="
             )
         if self._along is None:
-            self._along = AlongStep(self.problem, self.taken)
+            self._along = AlongStep(self.problem, self.taken_step)
         return self._along
 
     def loss(self) -> float:
-        """Return the mean loss, from a Hessian's cached passes or along the step if it is known."""
+        """Return the mean loss, if possible from a Hessian's cached passes or from the step's end."""
         if self._loss is None:
-            hessian = self._own if self._plain is None else self._plain
+            hessian = self._hessian if self._plain_hessian is None else self._plain_hessian
             if hessian is not None:
                 self._loss = hessian.loss()
+            elif self._along is not None:
+                self._loss = self._along.loss_after
             else:
-                self._loss = self.problem.value() if self._along is None else self._along.loss_after
+                self._loss = self.problem.value()
         return self.problem.sign * self._loss
 
     def top_eigenvalue(
@@ -174,12 +176,12 @@ class Evaluation:
         """Measure the quantity ``name``, a function of the operator's largest eigenvalue.
 
         Args:
-            name: the quantity, by which warm starts are found.
+            name: the quantity, the key of its warm start.
             operator: its operator.
             preconditioner: P, for the eigenvalue of P times the operator.
             value: the quantity as a function of the eigenvalue.
-            degree: powers of the quantity in the eigenvalue: a root has half its relative error.
-            shares: whether the result says where the eigenvector lies; the operator is a Hessian.
+            degree: the eigenvalue's relative error over the quantity's: 2 for a square root.
+            shares: whether to add the eigenvector's shares, which takes a Hessian as operator.
         """
         vectors = self.vectors_held()
         pair = top_eigenpair(
@@ -195,13 +197,16 @@ class Evaluation:
         if pair.subspace is not None:
             self.subspaces[name] = pair.subspace
         elif self.starts is not None and preconditioner is None:
-            self.subspaces[name] = pair.vector[None].to(ROUNDED)
-        residual = pair.relative_residual / degree
-        bound = None if pair.upper_bound is None else value(pair.upper_bound)
-        found = Measurement(
-            value(pair.value), residual, pair.products, 0.0, pair.converged, upper_bound=bound
-        )
-        result = QuantityResult.from_measurement(found.within(self.error_of(operator), self.tol))
+            self.subspaces[name] = pair.vector[None].to(WARM_START_DTYPE)
+        measurement = Measurement(
+            value(pair.value),
+            pair.relative_residual / degree,
+            pair.products,
+            0.0,
+            pair.converged,
+            upper_bound=None if pair.upper_bound is None else value(pair.upper_bound),
+        ).within(self.difference_error(operator), self.tol)
+        result = QuantityResult.from_measurement(measurement)
         if not shares:
             return result
         layers, details = self._shares(pair, operator, preconditioner)
@@ -210,64 +215,69 @@ class Evaluation:
     def _shares(
         self, pair: Eigenpair, operator: Operator, preconditioner: StepPreconditioner | None
     ) -> tuple[Layers, dict[str, float]]:
-        """Return what the eigenvector says of layers, gradient and step, at no further product."""
+        """Return the eigenvector's shares by layer, and the gradient's and the step's along it."""
         problem = self.problem
         inner = InnerProduct.for_operator(operator, preconditioner)
-        own = operator is self._own and operator is not self._plain
+        in_rule = operator is self._hessian and operator is not self._plain_hessian
         directions = Directions(
             pair.vector,
             pair.covector,
             None if pair.subspace is None else ritz_rows(pair.subspace, inner),
             operator.gradient if isinstance(operator, Hessian) else None,
-            self._change(scaled=own),
+            self._change(scaled=in_rule),
         )
-        sizes, counts = [shape.numel() for shape in problem.shapes], whole_sizes(problem.params)
         loss = operator.known_loss if isinstance(operator, Hessian) and self._loss is None else None
-        layers, details, read = of_directions(
-            directions, self.blocks, sizes, inner, counts=counts, also=loss
+        layers, details, loss_on_host = shares_of(
+            directions,
+            self.blocks,
+            [shape.numel() for shape in problem.shapes],
+            inner,
+            counts=full_sizes(problem.params),
+            extra=loss,
         )
-        self._loss = self._loss if loss is None else read
+        if loss is not None:
+            self._loss = loss_on_host
         return layers, details
 
     def _change(self, *, scaled: bool) -> Tensor | None:
-        """Return the step just taken ``(d,)``, if known; if ``scaled`` in the rule's coordinates."""
-        if self.taken is None or not self.taken.holds(self.problem.params):
+        """Return the step just taken ``(d,)``, ``scaled`` to the rule's coordinates; else ``None``."""
+        if self.taken_step is None or not self.taken_step.contains(self.problem.params):
             return None
         along = self.along_step()
-        return self.in_own_coordinates(along) if scaled else along.change
+        return self.scaled_change(along) if scaled else along.change
 
-    def in_own_coordinates(self, along: AlongStep) -> Tensor:
-        """Return the step ``(d,)`` in the rule's coordinates, divided by the root of a diagonal P."""
+    def scaled_change(self, along: AlongStep) -> Tensor:
+        """Return the step ``(d,)`` in the rule's coordinates: divided by the root of a diagonal P."""
         if not self.preconditioned:
             return along.change
-        return along.problem.flatten(list(self._own_parts(along)))
+        return along.problem.flatten(list(self._scaled_parts(along)))
 
     def squared_length(self, along: AlongStep) -> float:
-        r"""Return :math:`\delta^\top P^{-1}\delta` of the step, a parameter at a time."""
+        r"""Return :math:`\delta^\top P^{-1}\delta` of the step, one parameter at a time."""
         if not self.preconditioned:
             return dot(along.problem, along.change, along.change)
-        flat = (part.reshape(-1) for part in self._own_parts(along))
-        lengths = torch.stack([InnerProduct().dot(part, part) for part in flat]).sqrt()
+        parts = (part.reshape(-1) for part in self._scaled_parts(along))
+        lengths = torch.stack([InnerProduct().dot(part, part) for part in parts]).sqrt()
         return dot(along.problem, lengths, lengths)
 
-    def _own_parts(self, along: AlongStep) -> Iterator[Tensor]:
+    def _scaled_parts(self, along: AlongStep) -> Iterator[Tensor]:
         parts = along.problem.unflatten(along.change)
         for part, factor in zip(parts, self.problem.scale, strict=True):
-            # 0 / 0: a parameter that never moved
+            # 0 / 0 becomes 0: the entry did not move.
             yield (part / factor).masked_fill_(part == 0, 0.0)
 
-    def error_of(self, operator: Operator) -> float:
+    def difference_error(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""
         differences = operator.differences if isinstance(operator, Hessian) else None
         if differences is None:
             return 0.0
-        # Each rank takes differences of its own samples, and all must report the same error.
-        found = torch.tensor([differences.error], dtype=torch.float64)
-        return float(self.problem.ranks.all_gather(found).max())
+        # Each rank differentiates its own samples; all report the largest error.
+        error = torch.tensor([differences.error], dtype=torch.float64)
+        return float(self.problem.ranks.all_gather(error).max())
 
     def vectors_held(self) -> int:
         """Return the number of vectors of the parameters' size that a search may hold at once."""
-        # Ranks hold different parts of a sharded problem, and must run the same search.
+        # Shards differ in size; the largest decides, since all ranks run the same search.
         ranks = self.problem.ranks
-        most = max(ranks.all_gather_object(self.problem.num_params))
-        return vectors_held(most, self.problem.dtype.itemsize)
+        largest_shard = max(ranks.all_gather_object(self.problem.num_params))
+        return vectors_held(largest_shard, self.problem.dtype.itemsize)

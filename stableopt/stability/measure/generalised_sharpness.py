@@ -10,20 +10,20 @@ Two examples::
     generalised_sharpness(problem, UpdateRule.from_optimizer(muon).norm).ratio    # 1 at the edge
     generalised_sharpness(problem, SignNorm(model.parameters(), lr=1e-3))
 
-The maximum is hard to find, and the value at any point of the ball bounds it from below. The search
-replaces d by :math:`\mathrm{LMO}(Hd+\alpha d)`, which never lowers :math:`d^\top Hd` once
-:math:`H+\alpha I\succeq0`. It starts at :math:`\alpha=0`, and raises :math:`\alpha` where a step would
-lower the value, since small shifts have fewer fixed points.
+The maximum is hard to find; :math:`d^\top Hd` at any d of the unit ball is a lower bound. The search
+replaces d by :math:`\mathrm{LMO}(Hd+\alpha d)`, with the linear maximisation oracle (LMO) of the ball.
+This never lowers :math:`d^\top Hd` if :math:`H+\alpha I\succeq0`. The shift :math:`\alpha` starts at 0
+and rises only when a replacement would lower the value, since small shifts have fewer fixed points.
 
-At the edge a run goes back and forth by :math:`\eta d`, with gradients :math:`\pm\tfrac\eta2Hd` at both
-ends: d reproduces itself, :math:`d=\mathrm{LMO}(Hd)`, and
-:math:`\langle g,d\rangle=\tfrac\eta2d^\top Hd`. With an exact oracle such d are the local maxima. Of
-Muon's approximate polar factors, which belong to no norm, they are found by repetition.
+At the edge of stability a run oscillates by :math:`\eta d`, with gradients :math:`\pm\tfrac\eta2Hd` at
+the two ends: :math:`d=\mathrm{LMO}(Hd)` is a fixed point, and
+:math:`\langle g,d\rangle=\tfrac\eta2d^\top Hd`. With an exact oracle the fixed points are the local
+maxima. Muon's oracle is approximate and belongs to no norm; its fixed point is found by iteration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,44 +37,43 @@ from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.norms import StepNorm
 
-__all__ = ["GeneralisedSharpness", "generalised_sharpness", "measured_in_norm"]
+__all__ = ["GeneralisedSharpness", "generalised_sharpness", "measured_generalised_sharpness"]
 
 _RANDOM_STARTS = 3
-"""Random starts in many dimensions: on networks they seldom find more than the gradient's start."""
+"""Random starts in many dimensions: on networks they rarely exceed the start at the gradient."""
 
 _FEW, _STARTS_IF_FEW = 16, 64
-"""Random starts in up to 16 dimensions, where products are cheap: the maximum over all vectors of signs
-was found for 99 of 100 random symmetric matrices of 16 rows, and with 32 starts for 92."""
+"""Random starts in up to 16 dimensions, where products are cheap. 64 starts find the maximum over all
+sign vectors for 99 of 100 random symmetric 16 x 16 matrices, 32 starts for 92."""
 
 _LEAST_SHIFT = 1e-12
-"""Smallest shift, relative to the curvature along a step that failed."""
+"""Smallest shift, relative to the curvature along a step that lowered the value."""
 
 _SETTLED = 0.1
-"""A start ends at a gain below this share of ``tol``: all later ones are about ten times the last."""
-
+"""An ascent ends at a gain below this share of ``tol``: later gains sum to about ten times the last."""
 
 _REPEATS, _AVERAGED = 16, 8
-"""Repetitions of an approximate oracle, and how many of the last are averaged: small singular values do
-not come to rest, which moves the value by some percent."""
+"""Iterations of an approximate oracle, and how many of the last are averaged: small singular values keep
+fluctuating, which moves the value by some percent."""
 
 _RESTLESS = 0.25
-"""Largest relative spread of these values that counts as converged: their mean is then right to 3 %, had
-they been independent."""
+"""Largest relative spread of these values that counts as converged: if they were independent, their mean
+would be accurate to 3 %."""
 
 
 @dataclass(frozen=True)
 class GeneralisedSharpness:
-    r"""The generalised sharpness at one point: at least ``value``.
+    r"""The generalised sharpness at one point.
 
     Attributes:
-        value: the largest :math:`d^\top Hd` found in the unit ball, a bound of S from below. For a norm
-            that is not ``exact``, that of the d which reproduces itself, from the gradient's on.
+        value: the largest :math:`d^\top Hd` found in the unit ball, a lower bound of S. For a norm
+            that is not ``exact``, its mean near the fixed point reached from the gradient's oracle.
         dual_norm: :math:`\|g\|_\star` of the gradient.
         limit: :math:`2\|g\|_\star/\eta`, the largest S at which a full-batch step without momentum
             lowers the quadratic model of the loss; infinite for a learning rate of 0.
-        maximiser: the d that attains ``value``, ``(d,)``.
-        products: products with the Hessian.
-        converged: whether every start reached its tolerance.
+        maximiser: the d ``(d,)`` that attains ``value``.
+        products: the number of Hessian-vector products.
+        converged: whether the ascent from every start reached its tolerance.
     """
 
     value: float
@@ -86,7 +85,7 @@ class GeneralisedSharpness:
 
     @property
     def ratio(self) -> float:
-        """Value over limit, Z, at least: 1 at the edge, infinite where the gradient is zero."""
+        """Value over limit: 1 at the edge, infinite at zero gradient; a lower bound, as ``value``."""
         return self.value / self.limit if self.limit > 0 else float("inf")
 
 
@@ -102,20 +101,20 @@ def generalised_sharpness(
     r"""Return the largest :math:`d^\top Hd` found in the unit ball of ``norm``, and its limit.
 
     The step :math:`-\eta\,\mathrm{LMO}(g)` lowers the quadratic model of the loss if
-    :math:`S \le 2\|g\|_\star/\eta`, where full-batch runs without momentum settle. With momentum or
-    mini-batches the ratio to the limit is a diagnostic: the momentum's oracle is not the gradient's.
+    :math:`S \le 2\|g\|_\star/\eta`; full-batch runs without momentum settle at this limit. With
+    momentum or mini-batches the ratio is only a diagnostic, since steps are not along the gradient.
 
     Args:
         problem: the problem; parameters without a radius in ``norm`` are held fixed.
         norm: the norm in which the optimizer descends, such as ``UpdateRule.from_optimizer(muon).norm``.
-        starts: random starts, in addition to the gradient's oracle; by default 3, and 64 in at most 16
-            dimensions.
-        tol: relative accuracy with which each start follows its ascent.
-        max_iter: the largest number of products for each start; the result says if it was not enough.
+        starts: the number of random starts, in addition to the gradient's oracle; by default 3, and 64
+            in at most 16 dimensions.
+        tol: relative accuracy of each ascent.
+        max_iter: the largest number of products for each start; ``converged`` says if it sufficed.
         seed: seed of the random starts.
 
-    Each start takes about six products for signs, and two dozen for singular values; an approximate
-    oracle takes 16 from its only start.
+    Each start takes about six products for signs, and two dozen for singular values. An approximate
+    oracle has one start, and takes 16.
 
     Raises:
         ValueError: for arguments out of range, and if no parameter has a radius above 0.
@@ -148,13 +147,13 @@ def search(
     gradient: Tensor,
     norm: StepNorm,
     *,
-    known: Sequence[Tensor] = (),
+    warm_starts: Sequence[Tensor] = (),
     starts: int | None = None,
     tol: float,
     max_iter: int,
     seed: int,
 ) -> GeneralisedSharpness:
-    """Search with any operator; ``known`` are maximisers ``(d,)`` to start from.
+    """Search with any operator; ``warm_starts`` are further directions ``(d,)`` to start from.
 
     ``norm`` is over the operator's parameters, in their order.
     """
@@ -167,70 +166,70 @@ def search(
     slope, dual = ball.oracle(ball.radii * gradient)
     if not bool(torch.isfinite(dual)):
         raise NonFiniteError("the gradient is not finite")
-    climb = _Climb(hessian, ball, inner, tol, max_iter)
+    ascent = _Ascent(hessian, ball, inner, tol, max_iter)
     (size,) = inner.on_host(dual[None]).tolist()
     limit = 2 * size / norm.lr if norm.lr else float("inf")
     if not norm.exact:
-        end = climb.repeated(slope)
+        end = ascent.repeat_oracle(slope)
         maximiser = ball.radii * end.point
         return GeneralisedSharpness(
-            end.value, size, limit, maximiser, climb.products, end.converged
+            end.value, size, limit, maximiser, ascent.products, end.converged
         )
-    firsts: list[Callable[[], Tensor]] = [lambda: slope]
-    firsts += [lambda d=d: ball.oracle(ball.radii * d)[0] for d in known]  # type: ignore[misc]
-    firsts += [
-        lambda draw=draw: ball.oracle(inner.noise(gradient, seed, draw).vector)[0]  # type: ignore[misc]
-        for draw in range(1, starts + 1)
-    ]
-    found = [climb.from_(first()) for first in firsts]
-    best = max(found, key=lambda end: end.value)
+    ends = [ascent.ascend(slope)]
+    for direction in warm_starts:
+        ends.append(ascent.ascend(ball.oracle(ball.radii * direction)[0]))
+    for draw in range(1, starts + 1):
+        ends.append(ascent.ascend(ball.oracle(inner.noise(gradient, seed, draw).vector)[0]))
+    best = max(ends, key=lambda end: end.value)
     return GeneralisedSharpness(
         value=best.value,
         dual_norm=size,
         limit=limit,
         maximiser=ball.radii * best.point,
-        products=climb.products,
-        converged=all(end.converged for end in found),
+        products=ascent.products,
+        converged=all(end.converged for end in ends),
     )
 
 
-def measured_in_norm(at: Evaluation) -> QuantityResult:
+def measured_generalised_sharpness(evaluation: Evaluation) -> QuantityResult:
     """Measure the quantity ``"generalised_sharpness"``, with its limit at the present gradient.
 
-    While a run is tracked, searches start at the last maximiser; those that the eigen-solvers start at
-    random also have random starts.
+    The search also starts at this measurement's top eigenvector and at the last maximiser. It has
+    random starts only without a last maximiser, as in a cold start.
     """
-    assert at.rule is not None
-    assert at.rule.norm is not None
-    name, hessian = "generalised_sharpness", at.plain_hessian()
-    problem = at.problem
-    known = [subspace[0] for subspace in (at.subspaces.get("sharpness"),) if subspace is not None]
-    last = (at.starts or {}).get(name)
-    found = search(
+    assert evaluation.rule is not None
+    assert evaluation.rule.norm is not None
+    name, hessian = "generalised_sharpness", evaluation.plain_hessian()
+    problem = evaluation.problem
+    eigenvectors = evaluation.subspaces.get("sharpness")
+    last = (evaluation.starts or {}).get(name)
+    result = search(
         hessian,
         problem.gradient(),
-        at.rule.norm.over(problem.params),
-        known=known if last is None else [*known, last[0]],
+        evaluation.rule.norm.over(problem.params),
+        warm_starts=[rows[0] for rows in (eigenvectors, last) if rows is not None],
         starts=None if last is None else 0,
-        tol=at.tol,
-        max_iter=at.max_iter,
-        seed=at.seed,
+        tol=evaluation.tol,
+        max_iter=evaluation.max_iter,
+        seed=evaluation.seed,
     )
-    if at.starts is not None:
-        at.subspaces[name] = found.maximiser[None]
+    if evaluation.starts is not None:
+        evaluation.subspaces[name] = result.maximiser[None]
     # An ascent has no residual.
-    measurement = Measurement(found.value, 0.0, found.products, 0.0, found.converged)
-    return QuantityResult(value=found.value, limit=found.limit, measurement=measurement)
+    measurement = Measurement(result.value, 0.0, result.products, 0.0, result.converged)
+    return QuantityResult(value=result.value, limit=result.limit, measurement=measurement)
 
 
 class _Ball:
-    """The unit ball of a norm in flat vectors, in units of the radii: d is ``radii * point``."""
+    """The unit ball of a norm, in flat vectors scaled by the radii: d is ``radii * point``."""
 
     def __init__(self, norm: StepNorm, like: Tensor) -> None:
         self._norm, self._shapes = norm, [p.shape for p in norm.params]
         self._sizes = [p.numel() for p in norm.params]
         if sum(self._sizes) != len(like):
-            raise ValueError(f"norm has {sum(self._sizes)} entries: expected {len(like)}")
+            raise ValueError(
+                f"norm has {sum(self._sizes)} entries: expected the {len(like)} of the parameters"
+            )
         parts = zip(norm.radii, self._sizes, strict=True)
         self.radii = torch.cat(
             [
@@ -248,13 +247,13 @@ class _Ball:
     def oracle(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point with the largest inner product with ``vector``, and that product."""
         parts = zip(torch.split(vector, self._sizes), self._shapes, strict=True)
-        found = [self._norm.unit_oracle(part.view(shape)) for part, shape in parts]
-        points = torch.cat([point.reshape(-1) for point, _ in found])
-        return points, torch.stack([dual.double() for _, dual in found]).sum()
+        oracles = [self._norm.unit_oracle(part.view(shape)) for part, shape in parts]
+        points = torch.cat([point.reshape(-1) for point, _ in oracles])
+        return points, torch.stack([dual.double() for _, dual in oracles]).sum()
 
 
 @dataclass(frozen=True)
-class _End:
+class _AscentEnd:
     """Where an ascent ended."""
 
     value: float
@@ -262,8 +261,8 @@ class _End:
     converged: bool
 
 
-class _Climb:
-    """The ascent from one point, with a matrix scaled by the radii on both sides."""
+class _Ascent:
+    """Ascents of ``d @ H @ d`` in the ball, with the Hessian scaled by the radii on both sides."""
 
     def __init__(
         self, hessian: Any, ball: _Ball, inner: InnerProduct, tol: float, max_iter: int
@@ -272,45 +271,47 @@ class _Climb:
         self._tol, self._max_iter = tol, max_iter
         self.products = 0
 
-    def from_(self, point: Tensor) -> _End:
-        """Climb while the quadratic form rises."""
-        image, value = self._form(point)
+    def ascend(self, point: Tensor) -> _AscentEnd:
+        """Ascend from ``point`` until the gain is small."""
+        image, value = self._product_and_form(point)
         shift, spent = 0.0, 1
         while spent < self._max_iter:
-            ahead, _ = self._ball.oracle(image + shift * point)
-            if bool((ahead == point).all()):
-                return _End(value, point, True)
-            image_ahead, value_ahead = self._form(ahead)
+            candidate, _ = self._ball.oracle(image + shift * point)
+            if bool((candidate == point).all()):
+                return _AscentEnd(value, point, True)
+            candidate_image, candidate_value = self._product_and_form(candidate)
             spent += 1
-            if value_ahead > value:
-                gain = value_ahead - value
-                point, image, value, shift = ahead, image_ahead, value_ahead, shift / 2
+            if candidate_value > value:
+                gain = candidate_value - value
+                point, image, value = candidate, candidate_image, candidate_value
+                shift /= 2
                 if gain <= _SETTLED * self._tol * abs(value):
-                    return _End(value, point, True)
+                    return _AscentEnd(value, point, True)
                 continue
-            step = ahead - point
-            numbers = torch.stack([step @ (image_ahead - image), step @ step])
-            bent, square = self._inner.on_host(numbers).tolist()
-            if value - value_ahead <= _SETTLED * self._tol * abs(value):
-                return _End(value, point, True)
-            # Convex along the step once the shift exceeds minus the curvature there.
-            shift = max(2 * shift, -bent / square, _LEAST_SHIFT * abs(bent / square))
-        return _End(value, point, False)
+            step = candidate - point
+            numbers = torch.stack([step @ (candidate_image - image), step @ step])
+            step_form, square = self._inner.on_host(numbers).tolist()
+            if value - candidate_value <= _SETTLED * self._tol * abs(value):
+                return _AscentEnd(value, point, True)
+            # Above minus the curvature along the step, the shifted form is convex there, and rises.
+            curvature = step_form / square
+            shift = max(2 * shift, -curvature, _LEAST_SHIFT * abs(curvature))
+        return _AscentEnd(value, point, False)
 
-    def repeated(self, point: Tensor) -> _End:
-        """Replace the point by the oracle of its image; return the mean value of the last ones."""
+    def repeat_oracle(self, point: Tensor) -> _AscentEnd:
+        """Iterate the oracle from ``point``; return the mean value of the last iterations."""
         values: list[float] = []
         for _ in range(min(_REPEATS, self._max_iter)):
-            image, value = self._form(point)
+            image, value = self._product_and_form(point)
             values.append(value)
             last, (point, _) = point, self._ball.oracle(image)
-        rest = values[-_AVERAGED:]
-        mean = sum(rest) / len(rest)
-        still = len(values) > _AVERAGED and max(rest) - min(rest) <= _RESTLESS * abs(mean)
-        return _End(mean, last, still)
+        latest = values[-_AVERAGED:]
+        mean = sum(latest) / len(latest)
+        settled = max(latest) - min(latest) <= _RESTLESS * abs(mean)
+        return _AscentEnd(mean, last, settled and len(values) > _AVERAGED)
 
-    def _form(self, point: Tensor) -> tuple[Tensor, float]:
-        """Return the product with ``point`` and the quadratic form."""
+    def _product_and_form(self, point: Tensor) -> tuple[Tensor, float]:
+        """Return the scaled Hessian times ``point``, and the quadratic form at ``point``."""
         radii = self._ball.radii
         image = radii * (self._hessian @ (radii * point))
         self.products += 1

@@ -1,4 +1,4 @@
-"""`largest_batch_sharpness`: bounds of the sharpest batch, a certificate for SGD of that batch size."""
+"""`largest_batch_sharpness`: bounds of the largest sharpness of any batch, a certificate for SGD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from stableopt._support.arguments import whole
 from stableopt.curvature import Hessian, Operator, Problem, top_eigenpair
 from stableopt.curvature.eigen.inner_product import InnerProduct
-from stableopt.stability.measure.batch_sharpness import batches_of, mean_of
+from stableopt.stability.measure.batch_sharpness import batch_mean, random_batches
 
 __all__ = ["LargestBatchSharpness", "largest_batch_sharpness"]
 
@@ -22,9 +22,9 @@ class LargestBatchSharpness:
     r"""Bounds of :math:`\max_B\lambda_{\max}(H_B)` over all batches of one size.
 
     Attributes:
-        lower: the largest among the batches that were drawn.
-        upper: the mean of the B largest bounds of single samples' :math:`\lambda_{\max}(H_i)`.
-        products: products with Hessians of samples and batches.
+        lower: the largest sharpness among the batches drawn.
+        upper: the mean of the B largest upper bounds of :math:`\lambda_{\max}(H_i)` of single samples.
+        products: the number of products with Hessians of samples and batches.
     """
 
     lower: float
@@ -49,20 +49,20 @@ def largest_batch_sharpness(
 
     Plain SGD at a minimum that all samples share is stable, in any order of its batches, if
     :math:`\max_B\lambda_{\max}(H_B) \le 2/\eta`, also for the nonlinear loss close to the minimum
-    (Mulayoff & Stich, arXiv:2602.14789). It is sufficient, and far from necessary for small batches.
-    Since :math:`\lambda_{\max}` is convex, the mean of the B largest :math:`\lambda_{\max}(H_i)` is an
-    upper bound.
+    (Mulayoff & Stich, arXiv:2602.14789). The condition is sufficient, but far from necessary for small
+    batches. Since :math:`\lambda_{\max}` is convex, the mean of the B largest
+    :math:`\lambda_{\max}(H_i)` is an upper bound.
 
     Args:
         problem: the problem.
         batch_size: samples in a batch, at most those of the problem.
-        num_batches: batches to draw for the lower bound.
+        num_batches: the number of batches to draw for the lower bound.
         tol: relative residual of each eigen-search.
-        max_iter: the largest number of products of each.
+        max_iter: the largest number of products of each eigen-search.
         seed: seed of batches and searches.
 
-    It takes an eigen-search for each sample, which is affordable for thousands of samples of a small
-    network. The upper bounds of the searches are wrong with a probability of at most 0.2 % each.
+    The cost is one eigen-search for each sample: affordable for thousands of samples of a small
+    network. Each search's upper bound is wrong with a probability of at most 0.2 %.
 
     Raises:
         ValueError: for arguments out of range, or a problem with batch statistics.
@@ -74,26 +74,31 @@ def largest_batch_sharpness(
     >>> round(found.lower, 6), round(found.upper, 6), found.certifies(0.15)    # (8 + 18) / 2
     (13.0, 13.0, True)
     """
-    hessian, each, products, lower = Hessian(problem), [], 0, -math.inf
-    batch_size = whole("batch_size", batch_size)
-    options: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "seed": seed}
-    # A batch of all samples has one order, and its own bound is the sharper one.
-    alone = batch_size == problem.num_samples
+    hessian, n = Hessian(problem), problem.num_samples
+    batch_size, num_batches = whole("batch_size", batch_size), whole("num_batches", num_batches)
+
+    products = 0
+
+    def search(parts: list[tuple[Any, int]]) -> tuple[float, float]:
+        """Return the sharpness of a batch and its upper bound."""
+        nonlocal products
+        operator = _BatchHessian(hessian, parts)
+        pair = top_eigenpair(operator, tol=tol, max_iter=max_iter, seed=seed)
+        products += pair.products
+        return pair.value, math.inf if pair.upper_bound is None else pair.upper_bound
+
     with problem.evaluation():
-        for parts in batches_of(problem, batch_size, whole("num_batches", num_batches), seed):
-            pair = top_eigenpair(_OfBatch(hessian, parts), **options)
-            lower, products = max(lower, pair.value), products + pair.products
-            bound = math.inf if pair.upper_bound is None else pair.upper_bound
-        for parts in [] if alone else batches_of(problem, 1, problem.num_samples, seed):
-            pair = top_eigenpair(_OfBatch(hessian, parts), **options)
-            products += pair.products
-            each.append(math.inf if pair.upper_bound is None else pair.upper_bound)
-    largest = sorted(each, reverse=True)[:batch_size]
-    return LargestBatchSharpness(lower, bound if alone else sum(largest) / batch_size, products)
+        drawn = [search(parts) for parts in random_batches(problem, batch_size, num_batches, seed)]
+        lower = max(value for value, _ in drawn)
+        if batch_size == n:  # the only batch: its own bound is lower than the samples' mean
+            return LargestBatchSharpness(lower, drawn[0][1], products)
+        bounds = [search(parts)[1] for parts in random_batches(problem, 1, n, seed)]
+    largest = sorted(bounds, reverse=True)[:batch_size]
+    return LargestBatchSharpness(lower, sum(largest) / batch_size, products)
 
 
-class _OfBatch(Operator):
-    """The Hessian of a batch; ``parts`` are this rank's samples of it."""
+class _BatchHessian(Operator):
+    """The Hessian of a batch, whose samples on this rank are ``parts``."""
 
     def __init__(self, hessian: Hessian, parts: list[tuple[Any, int]]) -> None:
         super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
@@ -106,7 +111,7 @@ class _OfBatch(Operator):
         problem = self._hessian.problem
         tangent = problem.unflatten(vector)
         with torch.inference_mode(False):
-            return mean_of(
+            return batch_mean(
                 problem,
                 lambda passes, size: self._hessian.chunk_product(passes, tangent),
                 self._passes,

@@ -3,16 +3,15 @@ r"""The quantity ``"layers"``: sharpness, mean curvature and non-uniformity of e
 .. math:: \lambda_{\max}(P_bH_{bb}), \qquad \mathrm{tr}(H_{bb})/\#b, \qquad
     \lambda_{\max}(\Sigma_b)^{1/2}
 
-for each block b, with the other parameters held constant. They are not parts of the joint values: the
-joint sharpness is at least that of every block, and may be above their sum. Mean curvatures are those of
-Wang et al., *The Sharpness Disparity Principle in Transformers for Accelerating Language Model
-Pre-Training* (ICML 2025, arXiv:2502.19002).
+for each block b, with the other parameters held constant. The joint sharpness is at least that of every
+block; it can be above their sum. Mean curvatures follow Wang et al., *The Sharpness Disparity Principle
+in Transformers for Accelerating Language Model Pre-Training* (ICML 2025, arXiv:2502.19002).
 
-The sharpness takes a search for each block, of products that differentiate the block's gradients alone.
-Blocks cannot share these, but follow the last measurement's eigenvectors as the whole does. The mean
-curvatures take 16 whole products, which serve all blocks: by Hutchinson's estimate,
-:math:`E[z_b^\top(Hz)_b] = \mathrm{tr}(H_{bb})` for random signs z. The non-uniformity is measured where
-that of the whole is, by structured products.
+The sharpness takes an eigen-search for each block, whose products differentiate only the gradient of
+the block, warm-started from the last measurement. The mean curvatures take 16 products with the full
+Hessian for all blocks, by Hutchinson's estimate :math:`E[z_b^\top(Hz)_b] = \mathrm{tr}(H_{bb})` with
+random signs z. The non-uniformity of blocks is measured if the joint non-uniformity is, by structured
+products.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from stableopt.curvature.problem.cost import MOST_VECTORS
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.principal_block import PrincipalBlock, coordinates_of
 from stableopt.stability.layers.blocks import Block, layer_of
-from stableopt.stability.layers.shares import layer_shares, sized, whole_sizes
+from stableopt.stability.layers.shares import full_sizes, layer_shares, without_columns
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -43,144 +42,149 @@ from stableopt.stability.rules.update_rule import UpdateRule
 __all__ = ["layer_of", "layer_shares", "measured_layers"]
 
 _PROBES = 16
-"""Random signs in an estimate of the traces. A block whose curvature is one direction has a standard
-error of a third, one of many equal directions a small one."""
+"""Random sign vectors in an estimate of the traces. The standard error is a third for a block whose
+curvature is in one direction, and small for one with many equal directions."""
 
 
 @dataclass(frozen=True)
-class _View:
-    """How the update rule sees one block."""
+class _BlockRule:
+    """Coordinates, preconditioner and sharpness limit of the update rule on one block."""
 
     coordinates: Coordinates
     preconditioner: StepPreconditioner | None = None
     limit: float | None = None
 
 
-def measured_layers(at: Evaluation) -> QuantityResult:
-    """Measure each block; the value is the sharpness of the block that is nearest to its limit."""
-    hessian = at.hessian()
-    views, vectors = _views(at), at.vectors_held()
-    pairs = list(zip(at.blocks, views, strict=True))
-    found = [_sharpness(at, hessian, *pair, vectors=vectors) for pair in pairs]
-    means, errors = _mean_curvatures(at, hessian)
-    spreads = [_non_uniformity(at, *pair) for pair in pairs]
-    whole = at.results.get("non_uniformity", QuantityResult())
+def measured_layers(evaluation: Evaluation) -> QuantityResult:
+    """Measure each block; the value is the sharpness of the block nearest to its limit."""
+    hessian = evaluation.hessian()
+    rules, vectors = _block_rules(evaluation), evaluation.vectors_held()
+    pairs = list(zip(evaluation.blocks, rules, strict=True))
+    sharpnesses = [_sharpness(evaluation, hessian, *pair, vectors=vectors) for pair in pairs]
+    means, errors = _mean_curvatures(evaluation, hessian)
+    spreads = [_non_uniformity(evaluation, *pair) for pair in pairs]
+    joint_limit = evaluation.results.get("non_uniformity", QuantityResult()).limit
     columns: dict[str, list[Any]] = {
-        "sharpness": [None if one is None else one.value for one in found],
-        "limit": [view.limit for view in views],
-        "residual": [None if one is None else one.residual for one in found],
-        "converged": [None if one is None else one.converged for one in found],
+        "sharpness": [None if m is None else m.value for m in sharpnesses],
+        "limit": [rule.limit for rule in rules],
+        "residual": [None if m is None else m.residual for m in sharpnesses],
+        "converged": [None if m is None else m.converged for m in sharpnesses],
         "mean_curvature": means,
         "mean_curvature_error": errors,
-        "non_uniformity": [None if one is None else one.value for one in spreads],
-        "non_uniformity_limit": [None if one is None else whole.limit for one in spreads],
+        "non_uniformity": [None if m is None else m.value for m in spreads],
+        "non_uniformity_limit": [None if m is None else joint_limit for m in spreads],
     }
-    known = {
+    measured = {
         name: tuple(values)
         for name, values in columns.items()
         if any(value is not None for value in values)
     }
-    shares = _shares(at)
-    layers = replace(shares, columns={**shares.columns, **known})
-    return _summary(layers, [one for one in found if one is not None], spreads)
+    shares = _shares(evaluation)
+    layers = replace(shares, columns={**shares.columns, **measured})
+    return _summary(
+        layers,
+        [measurement for measurement in sharpnesses if measurement is not None],
+        [measurement for measurement in spreads if measurement is not None],
+    )
 
 
 def _summary(
-    layers: Layers, found: list[Measurement], spreads: list[Measurement | None]
+    layers: Layers, sharpnesses: list[Measurement], spreads: list[Measurement]
 ) -> QuantityResult:
+    """Return the sharpness of the block nearest to its limit, with the cost of all blocks."""
     sharpest = layers.largest(1, "ratio") or layers.largest(1, "sharpness")
     if not sharpest:
         return QuantityResult(layers=layers)
-    own = next(one for one in found if one.value == sharpest[0].sharpness)
-    every = [*found, *(one for one in spreads if one is not None)]
+    measurement = next(m for m in sharpnesses if m.value == sharpest[0].sharpness)
     measurement = replace(
-        own,
-        products=sum(one.products for one in every) + _PROBES,
-        converged=all(one.converged for one in every),
-        upper_bound=None,  # that of one block does not bound the others
+        measurement,
+        products=sum(m.products for m in [*sharpnesses, *spreads]) + _PROBES,
+        converged=all(m.converged for m in [*sharpnesses, *spreads]),
+        upper_bound=None,  # one block's bound does not hold for the others
     )
-    limit = sharpest[0].limit
-    return QuantityResult(own.value, limit, measurement=measurement, layers=layers)
+    return QuantityResult(
+        measurement.value, sharpest[0].limit, measurement=measurement, layers=layers
+    )
 
 
-def _shares(at: Evaluation) -> Layers:
-    """Return names, sizes and shares, of the eigenvector that was found with the joint sharpness."""
+def _shares(evaluation: Evaluation) -> Layers:
+    """Return names, sizes and shares of the blocks, from the measurement of the joint sharpness."""
     for name in ("preconditioned_sharpness", "sharpness"):
-        layers = at.results.get(name, QuantityResult()).layers
+        layers = evaluation.results.get(name, QuantityResult()).layers
         if layers is not None:
             return layers
-    return sized(at.blocks, whole_sizes(at.problem.params))
+    return without_columns(evaluation.blocks, full_sizes(evaluation.problem.params))
 
 
-def _views(at: Evaluation) -> list[_View]:
-    rule, problem = at.rule, at.problem
+def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
+    """Return the update rule of each block: the common one, else that of the block's optimizer."""
+    rule, problem = evaluation.rule, evaluation.problem
     if rule is None or rule.unknown is None:
-        return [_in_rule(at, rule, block, problem.coordinates) for block in at.blocks]
+        whole = problem.coordinates
+        return [
+            _block_rule(evaluation, rule, block, coordinates_of(whole, block.indices))
+            for block in evaluation.blocks
+        ]
     plain = problem.transformed(sign=problem.sign).coordinates
-    views = [_View(coordinates_of(plain, block.places)) for block in at.blocks]
+    block_rules = [_BlockRule(coordinates_of(plain, block.indices)) for block in evaluation.blocks]
     if not isinstance(rule.preconditioner, SeparateBlocks):
-        return views
-    for one in rule.preconditioner.blocks:
-        if one.rule.unknown is not None:
+        return block_rules
+    for part in rule.preconditioner.blocks:  # one for each optimizer
+        trained = {id(p) for p in part.params}
+        in_part = [index for index, p in enumerate(problem.params) if id(p) in trained]
+        if part.rule.unknown is not None or not in_part:
             continue
-        held = {id(p) for p in one.params}
-        inside = [place for place, p in enumerate(problem.params) if id(p) in held]
-        if not inside:
-            continue
-        part = as_seen_by(problem.restricted(one.params), one.rule, [one.optimizer]).coordinates
-        for at_block, block in enumerate(at.blocks):
-            if set(block.places) <= set(inside):  # else no optimizer alone has its limit
-                own = coordinates_of(part, [inside.index(place) for place in block.places])
-                views[at_block] = _in_rule(at, one.rule, block, own, taken=True)
-    return views
+        restricted = problem.restricted(part.params)
+        whole = as_seen_by(restricted, part.rule, [part.optimizer]).coordinates
+        for number, block in enumerate(evaluation.blocks):
+            if set(block.indices) <= set(in_part):  # otherwise no single optimizer trains the block
+                coordinates = coordinates_of(whole, [in_part.index(i) for i in block.indices])
+                block_rules[number] = _block_rule(evaluation, part.rule, block, coordinates)
+    return block_rules
 
 
-def _in_rule(
-    at: Evaluation,
-    rule: UpdateRule | None,
-    block: Block,
-    coordinates: Coordinates,
-    *,
-    taken: bool = False,
-) -> _View:
-    """Return the view of one rule; ``taken`` says that the coordinates are the block's already."""
-    own = coordinates if taken else coordinates_of(coordinates, block.places)
+def _block_rule(
+    evaluation: Evaluation, rule: UpdateRule | None, block: Block, coordinates: Coordinates
+) -> _BlockRule:
+    """Return ``rule`` on one block, whose ``coordinates`` they are."""
+    if rule is None:
+        return _BlockRule(coordinates)
     preconditioner = None
-    if rule is not None and rule.preconditioner is not None:
-        params = [at.problem.params[place] for place in block.places]
+    if rule.preconditioner is not None:
+        params = [evaluation.problem.params[index] for index in block.indices]
         preconditioner = rule.preconditioner.over(params)
         if isinstance(preconditioner, DiagonalPreconditioner):
-            preconditioner = None  # which is part of the coordinates
-    return _View(own, preconditioner, None if rule is None else rule.max_sharpness)
+            preconditioner = None  # the coordinates include it
+    return _BlockRule(coordinates, preconditioner, rule.max_sharpness)
 
 
 def _sharpness(
-    at: Evaluation,
+    evaluation: Evaluation,
     hessian: Hessian | ShardedHessian,
     block: Block,
-    view: _View,
+    rule: _BlockRule,
     *,
     vectors: int,
 ) -> Measurement | None:
-    """Measure the largest eigenvalue of a block; ``None`` if it holds no number."""
-    operator = PrincipalBlock(hessian, block.places, view.coordinates)
+    """Measure the largest eigenvalue of a block; ``None`` if its parameters are empty."""
+    operator = PrincipalBlock(hessian, block.indices, rule.coordinates)
     if operator.inner_product.whole_size(operator.shape[0]) == 0:
         return None
-    warm = _Warm(at, block)
+    warm_start = _WarmStart(evaluation, block)
     pair = top_eigenpair(
         operator,
-        preconditioner=view.preconditioner,
-        start=warm.start,
-        keep=warm.keeps and vectors == MOST_VECTORS,
+        preconditioner=rule.preconditioner,
+        start=warm_start.start,
+        keep=warm_start.keeps and vectors == MOST_VECTORS,
         most_vectors=vectors,
-        tol=at.tol,
-        max_iter=at.max_iter,
-        seed=at.seed,
+        tol=evaluation.tol,
+        max_iter=evaluation.max_iter,
+        seed=evaluation.seed,
     )
     if pair.subspace is not None:
-        warm.keep(pair.subspace)
-    elif view.preconditioner is None:
-        warm.keep(pair.vector[None])
+        warm_start.keep(pair.subspace)
+    elif rule.preconditioner is None:
+        warm_start.keep(pair.vector[None])
     measurement = Measurement(
         pair.value,
         pair.relative_residual,
@@ -189,87 +193,98 @@ def _sharpness(
         pair.converged,
         upper_bound=pair.upper_bound,
     )
-    return measurement.within(at.error_of(hessian), at.tol)
+    return measurement.within(evaluation.difference_error(hessian), evaluation.tol)
 
 
-class _Warm:
-    """The subspaces of all blocks, side by side in the rows of one: blocks must not overlap."""
+class _WarmStart:
+    """The warm start of one block.
 
-    def __init__(self, at: Evaluation, block: Block) -> None:
-        self._at, self._block = at, block
-        every = [place for each in at.blocks for place in each.places]
-        self.keeps = (
-            at.starts is not None and not at.problem.sharded and len(set(every)) == len(every)
-        )
+    The subspaces of all blocks share one matrix ``(k, d)``, each in the columns of its parameters.
+    Without tracking, and for blocks that overlap or are sharded, nothing is kept.
+    """
 
-    def _own(self, rows: Tensor) -> list[Tensor]:
+    def __init__(self, evaluation: Evaluation, block: Block) -> None:
+        self._evaluation, self._block = evaluation, block
+        indices = [index for other in evaluation.blocks for index in other.indices]
+        disjoint = len(set(indices)) == len(indices)
+        tracked = evaluation.starts is not None
+        self.keeps = tracked and disjoint and not evaluation.problem.sharded
+
+    def _columns(self, rows: Tensor) -> list[Tensor]:
         """Return the columns of the block, as a view for each parameter."""
-        parts = torch.split(rows, [shape.numel() for shape in self._at.problem.shapes], dim=1)
-        return [parts[place] for place in self._block.places]
+        sizes = [shape.numel() for shape in self._evaluation.problem.shapes]
+        parts = torch.split(rows, sizes, dim=1)
+        return [parts[index] for index in self._block.indices]
 
     @property
     def start(self) -> Tensor | None:
-        """What the last measurement kept of the block."""
-        rows = (self._at.starts or {}).get("layers") if self.keeps else None
+        """The block's subspace from the last measurement, or ``None``."""
+        rows = (self._evaluation.starts or {}).get("layers") if self.keeps else None
         if rows is None:
             return None
-        own = torch.cat(self._own(rows), dim=1)
-        own = own[own.abs().amax(1) > 0]  # a block may have kept fewer rows than others
-        return own if len(own) else None
+        subspace = torch.cat(self._columns(rows), dim=1)
+        subspace = subspace[subspace.abs().amax(1) > 0]  # zero rows pad to the largest block's k
+        return subspace if len(subspace) else None
 
     def keep(self, rows: Tensor) -> None:
-        """Keep the ``rows`` of a search for the next measurement."""
+        """Keep the subspace ``rows`` of a search for the next measurement."""
         if not self.keeps:
             return
-        held = self._at.subspaces.get("layers", rows.new_zeros(0, self._at.problem.num_params))
-        if len(held) < len(rows):
-            held = torch.cat([held, held.new_zeros(len(rows) - len(held), held.shape[1])])
-            self._at.subspaces["layers"] = held
-        own = self._own(held[: len(rows)])
-        for part, piece in zip(
-            own, torch.split(rows, [p.shape[1] for p in own], dim=1), strict=True
-        ):
-            part.copy_(piece)
+        subspaces, size = self._evaluation.subspaces, self._evaluation.problem.num_params
+        matrix = subspaces.get("layers", rows.new_zeros(0, size))
+        if len(matrix) < len(rows):
+            matrix = torch.cat([matrix, matrix.new_zeros(len(rows) - len(matrix), size)])
+            subspaces["layers"] = matrix
+        columns = self._columns(matrix[: len(rows)])
+        pieces = torch.split(rows, [view.shape[1] for view in columns], dim=1)
+        for view, piece in zip(columns, pieces, strict=True):
+            view.copy_(piece)
 
 
 def _mean_curvatures(
-    at: Evaluation, hessian: Hessian | ShardedHessian
+    evaluation: Evaluation, hessian: Hessian | ShardedHessian
 ) -> tuple[list[float | None], list[float | None]]:
     """Return the mean diagonal entry of the Hessian in each block, and its standard error."""
-    problem = at.problem
+    problem = evaluation.problem
     plain = problem.transformed(sign=problem.sign).coordinates
     whole = PrincipalBlock(hessian, range(len(problem.params)), plain)
-    sizes, inner, rows = [shape.numel() for shape in plain.shapes], whole.inner_product, []
+    sizes, inner = [shape.numel() for shape in plain.shapes], whole.inner_product
+    estimates = []  # of the trace on each parameter, one row for each draw
     for draw in range(_PROBES):
-        signs = inner.noise(whole, at.seed, draw).covector.sign()
+        signs = inner.noise(whole, evaluation.seed, draw).covector.sign()
         diagonal = signs * (whole @ signs)
-        rows.append(torch.stack([part.sum() for part in torch.split(diagonal, sizes)]))
-    table = torch.stack(rows)
+        estimates.append(torch.stack([part.sum() for part in torch.split(diagonal, sizes)]))
+    table = torch.stack(estimates)
     if inner.sharded_size is not None:
         table = inner.ranks.all_reduce_sum(table)
-    numbers = inner.on_host(table)
+    table = inner.on_host(table)
     means: list[float | None] = []
     errors: list[float | None] = []
-    for block, size in zip(at.blocks, _shares(at).parameters, strict=True):
-        traces = numbers[:, list(block.places)].sum(1)
+    for block, size in zip(evaluation.blocks, _shares(evaluation).parameters, strict=True):
+        traces = table[:, list(block.indices)].sum(1)
         means.append(float(traces.mean()) / size if size else None)
         errors.append(float(traces.std()) / math.sqrt(_PROBES) / size if size else None)
     return means, errors
 
 
-def _non_uniformity(at: Evaluation, block: Block, view: _View) -> Measurement | None:
-    """Measure the non-uniformity of a block, where that of the whole is from structured products."""
-    if at.results.get("non_uniformity", QuantityResult()).value is None:
+def _non_uniformity(evaluation: Evaluation, block: Block, rule: _BlockRule) -> Measurement | None:
+    """Measure the non-uniformity of a block, if the joint one was measured by structured products."""
+    if evaluation.results.get("non_uniformity", QuantityResult()).value is None:
         return None
-    if at.non_uniformity().method != "structured":
+    if evaluation.non_uniformity().method != "structured":
         return None
-    own = view.coordinates
-    part = at.problem.restricted([at.problem.params[place] for place in block.places])
-    part = part.transformed(sign=own.sign, scale=own.scale, weight_decay=own.weight_decay)
-    problem = require_samples(part, "the non-uniformity")
-    operator = NonUniformity(problem, method="structured")
-    pair = top_eigenpair(operator, tol=2 * at.tol, max_iter=at.max_iter, seed=at.seed)
-    root = max(pair.value, 0.0) ** 0.5  # rounding may leave it below zero
+    coordinates = rule.coordinates
+    params = [evaluation.problem.params[index] for index in block.indices]
+    problem = evaluation.problem.restricted(params).transformed(
+        sign=coordinates.sign,
+        scale=coordinates.scale,
+        weight_decay=coordinates.weight_decay,
+    )
+    operator = NonUniformity(require_samples(problem, "the non-uniformity"), method="structured")
+    pair = top_eigenpair(
+        operator, tol=2 * evaluation.tol, max_iter=evaluation.max_iter, seed=evaluation.seed
+    )
+    root = max(pair.value, 0.0) ** 0.5  # rounding can make the eigenvalue negative
     return Measurement(root, pair.relative_residual / 2, pair.products, 0.0, pair.converged)
 
 

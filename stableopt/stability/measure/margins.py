@@ -1,4 +1,4 @@
-"""`StabilityMargins`: the quantities of one measurement and their limits."""
+"""`StabilityMargins`: the quantities of one measurement, with their limits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class EdgeSplit(NamedTuple):
     Attributes:
         available: :math:`\chi`, the sharpness over its limit: ``margins.edge_ratio``.
         used: :math:`\varsigma`, the curvature along the step over the sharpness, both in the
-            coordinates of the preconditioner: how much of the step lies in the sharp directions.
+            coordinates of the preconditioner: the share of the step in the sharp directions.
         calibration: :math:`\tau = -2g^\top\delta/(k\,\delta^\top P^{-1}\delta)` with the limit k of
-            the sharpness: 1 for gradient descent, else the effect of momentum.
+            the sharpness: 1 for gradient descent; momentum changes it.
     """
 
     available: float
@@ -31,17 +31,17 @@ class EdgeSplit(NamedTuple):
     calibration: float
 
 
-class _Part:
-    """A number of one quantity under a name of its own, such as ``margins.sharpness_limit``."""
+class _Shorthand:
+    """An attribute for one number of a quantity, such as ``margins.sharpness_limit``."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._quantity, self._part = split(name)
 
     @overload
-    def __get__(self, margins: None, owner: type) -> _Part: ...
+    def __get__(self, margins: None, owner: type) -> _Shorthand: ...
     @overload
     def __get__(self, margins: StabilityMargins, owner: type) -> float | None: ...
-    def __get__(self, margins: StabilityMargins | None, owner: type) -> _Part | float | None:
+    def __get__(self, margins: StabilityMargins | None, owner: type) -> _Shorthand | float | None:
         if margins is None:
             return self
         number: float | None = getattr(margins[self._quantity], self._part)
@@ -50,12 +50,12 @@ class _Part:
 
 @dataclass(frozen=True, init=False)
 class StabilityMargins:
-    r"""Sharpness and non-uniformity at one step, and the largest values that the update rule allows.
+    r"""Sharpness, non-uniformity and other quantities at one step, and their limits of stability.
 
-    ``margins["sharpness"]`` has ``value``, ``limit``, ``ratio``, ``margin`` and ``measurement``, and
-    so has each quantity of :data:`~stableopt.stability.QUANTITIES`; the attributes below are
-    shorthands. ``None`` means "not measured" or "not known"; infinity means "no limit", as for the
-    non-uniformity of full-batch gradient descent.
+    ``margins["sharpness"]`` has ``value``, ``limit``, ``ratio``, ``margin`` and ``measurement``; so has
+    each quantity of :data:`~stableopt.stability.QUANTITIES`. The attributes below are shorthands.
+    ``None`` means "not measured" or "not known"; infinity means "no limit", as for the non-uniformity
+    of full-batch gradient descent.
 
     Attributes:
         step: optimizer steps done.
@@ -66,14 +66,14 @@ class StabilityMargins:
         sharpness: :math:`a = \lambda_{\max}(H)`.
         sharpness_limit: the largest a at which gradient descent is stable, :math:`2/\eta` for
             plain SGD; ``None`` for a preconditioned step, whose limit is not on H alone.
-        preconditioned_sharpness: :math:`\lambda_{\max}(P(H+\Lambda))`, P the preconditioner of the
-            optimizer's last step and :math:`\Lambda` its coupled weight decay; ``None`` if the step is
+        preconditioned_sharpness: :math:`\lambda_{\max}(P(H+\Lambda))` with the preconditioner P of the
+            optimizer's last step and its coupled weight decay :math:`\Lambda`; ``None`` if the step is
             not preconditioned, or P is not known. Groups with different learning rates or weight
             decays count as preconditioned.
         preconditioned_sharpness_limit: the largest at which the step with constant P is stable,
             :math:`(2+2\beta_1)/((1-\beta_1)\eta)` for Adam.
-        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}`, for a preconditioned step that of
-            the per-sample :math:`P^{1/2}H_iP^{1/2}`.
+        non_uniformity: :math:`s = \lambda_{\max}(\Sigma)^{1/2}` of the per-sample Hessians
+            :math:`H_i`, or of :math:`P^{1/2}H_iP^{1/2}` for a preconditioned step.
         non_uniformity_limit: the side of the box (9), :math:`\sqrt{B(n-1)/(n-B)}/\eta` for plain
             SGD.
         theorem1: the left side of condition (8), stable up to 1.
@@ -81,29 +81,28 @@ class StabilityMargins:
             there are too many directions or the Hessian has negative curvature:
             :func:`~stableopt.stability.critical_lr`.
         critical_lr_lower: a learning rate up to which no second moment grows; 0 if none is known.
-        critical_lr_ratio: learning rate over ``critical_lr``: above 1 it is unstable, and below 1
-            stable only if it is also below ``critical_lr_lower``.
-        batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, about its limit or below where
+        critical_lr_ratio: learning rate over ``critical_lr``. Above 1 the step is unstable; it is
+            known to be stable only if the learning rate is also below ``critical_lr_lower``.
+        batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most about its limit where
             SGD stays; ``margins["mean_batch_sharpness"]`` is the other published definition.
         batch_sharpness_limit: :func:`~stableopt.stability.batch_sharpness_limit` at the measured
             sharpness, :math:`2/\eta` for plain SGD.
-        generalised_sharpness: :func:`~stableopt.stability.generalised_sharpness`, at least, for
+        generalised_sharpness: a lower bound of :func:`~stableopt.stability.generalised_sharpness`, for
             optimizers that descend in a norm, such as Muon.
         realised_edge: :math:`\zeta = 1 - \Delta L/(g^\top\delta)` of the step just taken, on the
-            probe set; above 1 it raised the loss. ``margins["realised_edge"].details`` has the window's
-            ``steps``, the ``standard_error``, and how many measured steps went ``uphill`` so far.
+            probe set; above 1 the step raised the loss. ``margins["realised_edge"].details`` has the
+            window's ``steps``, the ``standard_error``, and how many measured steps went ``uphill``.
         critical_sharpness: :math:`2/\eta_c` along the step just taken, with the one-step limit
             :math:`2/\eta`: :func:`~stableopt.critical_sharpness`.
         sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also
             ``preconditioned_sharpness_ratio`` and ``non_uniformity_ratio``.
         sharpness_margin: limit minus value; also ``preconditioned_sharpness_margin`` and
             ``non_uniformity_margin``.
-        results: the :class:`~stableopt.stability.QuantityResult` of each quantity, measured or
-            limited, by name.
+        results: the :class:`~stableopt.stability.QuantityResult` of each quantity that was measured or
+            has a limit, by name.
         failure: why the whole measurement failed, or ``None``.
-        method: how products with the Hessian were computed, ``"double backward"`` or ``"central
-            differences"``, and, separated by commas, what differed from training, such as ``"math
-            attention"`` or ``"without autocast"``.
+        method: how Hessian-vector products were computed, ``"double backward"`` or ``"central
+            differences"``, and what differed from training, such as ``", without autocast"``.
 
     >>> margins = StabilityMargins(lr=0.1, sharpness=15.0, sharpness_limit=20.0)
     >>> margins.sharpness_ratio, margins.sharpness_margin, margins.stable
@@ -119,32 +118,32 @@ class StabilityMargins:
     failure: str | None = None
     method: str | None = None
 
-    sharpness = _Part()
-    sharpness_limit = _Part()
-    sharpness_ratio = _Part()
-    sharpness_margin = _Part()
-    preconditioned_sharpness = _Part()
-    preconditioned_sharpness_limit = _Part()
-    preconditioned_sharpness_ratio = _Part()
-    preconditioned_sharpness_margin = _Part()
-    non_uniformity = _Part()
-    non_uniformity_limit = _Part()
-    non_uniformity_ratio = _Part()
-    non_uniformity_margin = _Part()
-    theorem1 = _Part()
-    critical_lr = _Part()
-    critical_lr_lower = _Part()
-    critical_lr_ratio = _Part()
-    batch_sharpness = _Part()
-    batch_sharpness_limit = _Part()
-    batch_sharpness_ratio = _Part()
-    generalised_sharpness = _Part()
-    generalised_sharpness_limit = _Part()
-    generalised_sharpness_ratio = _Part()
-    realised_edge = _Part()
-    critical_sharpness = _Part()
-    critical_sharpness_limit = _Part()
-    critical_sharpness_ratio = _Part()
+    sharpness = _Shorthand()
+    sharpness_limit = _Shorthand()
+    sharpness_ratio = _Shorthand()
+    sharpness_margin = _Shorthand()
+    preconditioned_sharpness = _Shorthand()
+    preconditioned_sharpness_limit = _Shorthand()
+    preconditioned_sharpness_ratio = _Shorthand()
+    preconditioned_sharpness_margin = _Shorthand()
+    non_uniformity = _Shorthand()
+    non_uniformity_limit = _Shorthand()
+    non_uniformity_ratio = _Shorthand()
+    non_uniformity_margin = _Shorthand()
+    theorem1 = _Shorthand()
+    critical_lr = _Shorthand()
+    critical_lr_lower = _Shorthand()
+    critical_lr_ratio = _Shorthand()
+    batch_sharpness = _Shorthand()
+    batch_sharpness_limit = _Shorthand()
+    batch_sharpness_ratio = _Shorthand()
+    generalised_sharpness = _Shorthand()
+    generalised_sharpness_limit = _Shorthand()
+    generalised_sharpness_ratio = _Shorthand()
+    realised_edge = _Shorthand()
+    critical_sharpness = _Shorthand()
+    critical_sharpness_limit = _Shorthand()
+    critical_sharpness_ratio = _Shorthand()
 
     def __init__(
         self,
@@ -162,28 +161,26 @@ class StabilityMargins:
     ) -> None:
         for key in numbers:
             name, part = split(key)
-            if name not in QUANTITIES or part not in _STORED:
+            if name not in QUANTITIES or part not in _STORED_PARTS:
                 raise TypeError(
                     f"{key}={numbers[key]!r}: expected some of {', '.join(QUANTITIES)}, and"
                     " <quantity>_limit"
                 )
-        found = _with(results or {}, numbers, measurements or {})
-        known = {
+        results = {
+            name: result.compared(lr, limits_lr=name in QUANTITIES and QUANTITIES[name].limits_lr)
+            for name, result in _with_numbers(results or {}, numbers, measurements or {}).items()
+        }
+        fields = {
             "step": step,
             "lr": lr,
             "batch_size": batch_size,
             "dataset_size": dataset_size,
             "loss": loss,
-            "results": {
-                name: result.compared(
-                    lr, limits_lr=name in QUANTITIES and QUANTITIES[name].limits_lr
-                )
-                for name, result in found.items()
-            },
+            "results": results,
             "failure": failure,
             "method": method,
         }
-        for name, value in known.items():
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     def __getitem__(self, name: str) -> QuantityResult:
@@ -203,25 +200,25 @@ class StabilityMargins:
     @property
     def measurements(self) -> dict[str, Measurement]:
         """Residual, products, seconds and convergence of each measured quantity."""
-        found = ((name, result.measurement) for name, result in self.results.items())
-        return {name: measurement for name, measurement in found if measurement is not None}
+        pairs = ((name, result.measurement) for name, result in self.results.items())
+        return {name: measurement for name, measurement in pairs if measurement is not None}
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why single quantities were not measured, by name; the others stand."""
-        found = ((name, result.failure) for name, result in self.results.items())
-        return {name: failure for name, failure in found if failure is not None}
+        """Why single quantities were not measured, by name; the others are valid."""
+        pairs = ((name, result.failure) for name, result in self.results.items())
+        return {name: failure for name, failure in pairs if failure is not None}
 
     @property
     def limited_sharpness(self) -> float | None:
-        """The sharpness that has the limit: the preconditioned one, if the step is preconditioned.
+        """The sharpness that the limit applies to: the preconditioned one for a preconditioned step.
 
-        ``None`` if that was not measured, as before the first step of an adaptive optimizer.
+        ``None`` if it was not measured, as before the first step of an adaptive optimizer.
         """
-        own = self["preconditioned_sharpness"]
-        if own.failure is not None:
+        preconditioned = self["preconditioned_sharpness"]
+        if preconditioned.failure is not None:
             return None
-        return self.sharpness if own.value is None else own.value
+        return self.sharpness if preconditioned.value is None else preconditioned.value
 
     @property
     def edge_ratio(self) -> float | None:
@@ -230,16 +227,16 @@ class StabilityMargins:
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).edge_ratio
         0.75
         """
-        own = self.preconditioned_sharpness_ratio
-        return self.sharpness_ratio if own is None else own
+        preconditioned = self.preconditioned_sharpness_ratio
+        return self.sharpness_ratio if preconditioned is None else preconditioned
 
     @property
     def edge_split(self) -> EdgeSplit | None:
-        """What the realised edge consists of; ``None`` unless it, sharpness and limit are known.
+        """The factors of the realised edge; ``None`` unless it, sharpness and limit are known.
 
         >>> from stableopt.stability import QuantityResult
-        >>> steep = {"realised_edge": QuantityResult(0.5, details={"calibration": 1.0})}
-        >>> StabilityMargins(results=steep, sharpness=20.0, sharpness_limit=20.0).edge_split
+        >>> results = {"realised_edge": QuantityResult(0.5, details={"calibration": 1.0})}
+        >>> StabilityMargins(results=results, sharpness=20.0, sharpness_limit=20.0).edge_split
         EdgeSplit(available=1.0, used=0.5, calibration=1.0)
         """
         calibration = self["realised_edge"].details.get("calibration")
@@ -250,36 +247,39 @@ class StabilityMargins:
 
     @property
     def layers(self) -> Layers | None:
-        """What is known of each layer: the quantity ``"layers"``, else shares of the top eigenvector.
+        """The quantity ``"layers"``, else each layer's share of the top eigenvector.
 
         The eigenvector is that of :attr:`limited_sharpness`. ``None`` if neither was measured.
         """
-        own = ("layers", "preconditioned_sharpness", "sharpness")
-        found = (self.results[name].layers for name in own if name in self.results)
-        return next((layers for layers in found if layers is not None), None)
+        for name in ("layers", "preconditioned_sharpness", "sharpness"):
+            if (layers := self[name].layers) is not None:
+                return layers
+        return None
 
     @property
     def stable(self) -> bool | None:
-        """Whether all ratios are at most 1, the box (9); ``None`` if that, or a limit, is not known."""
+        """Whether the point is in the box (9): both ratios are at most 1; ``None`` if not known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
-        half = self.non_uniformity is not None and self.non_uniformity_ratio is None
-        return None if (half and max(ratios, default=0) <= 1) or not ratios else max(ratios) <= 1
+        limit_missing = self.non_uniformity is not None and self.non_uniformity_ratio is None
+        if not ratios or (limit_missing and max(ratios) <= 1):
+            return None
+        return max(ratios) <= 1
 
     @property
     def converged(self) -> bool:
         """Whether the measurement succeeded and every value reached its tolerance."""
-        whole = self.failure is None and not self.failures
-        return whole and all(m.converged for m in self.measurements.values())
+        succeeded = self.failure is None and not self.failures
+        return succeeded and all(m.converged for m in self.measurements.values())
 
     @property
     def certified(self) -> bool:
-        """Whether each of the sharpnesses and the non-uniformity that was measured is certified.
+        """Whether the measured sharpnesses and non-uniformity are all certified.
 
-        :attr:`~stableopt.stability.Measurement.certified` says what that is.
+        See :attr:`~stableopt.stability.Measurement.certified`.
         """
-        found = [self[name].measurement for name, q in QUANTITIES.items() if q.in_box]
-        known = [measurement for measurement in found if measurement is not None]
-        return self.failure is None and bool(known) and all(m.certified for m in known)
+        in_box = [self[name].measurement for name, q in QUANTITIES.items() if q.in_box]
+        measured = [measurement for measurement in in_box if measurement is not None]
+        return self.failure is None and bool(measured) and all(m.certified for m in measured)
 
     @property
     def seconds(self) -> float:
@@ -287,17 +287,17 @@ class StabilityMargins:
         return sum(m.seconds for m in self.measurements.values())
 
     def record(self) -> dict[str, float]:
-        """Return what a sink receives: every known number by name, ratios included.
+        """Return the record that sinks receive: every known number by name, ratios included.
 
-        ``<quantity>_upper_bound`` is included where the search started at random.
-        Infinite limits are included. A failed measurement has no values, and ``failed`` is 1.
+        ``<quantity>_upper_bound`` is included after a random start, and infinite limits always. A
+        failed measurement has no values, and ``failed`` is 1.
 
         >>> StabilityMargins(sharpness=15.0, sharpness_limit=20.0).record()["sharpness_ratio"]
         0.75
         """
-        common = {name: getattr(self, name) for name in _COMMON if name != "step"}
-        known = common | self._numbers(*_STORED, "ratio", "upper_bound")
-        record = {name: float(value) for name, value in known.items() if value is not None}
+        numbers = {name: getattr(self, name) for name in _RUN_FIELDS if name != "step"}
+        numbers |= self._numbers(*_STORED_PARTS, "ratio", "upper_bound")
+        record = {name: float(value) for name, value in numbers.items() if value is not None}
         for name, result in self.results.items():
             record |= {f"{name}_{key}": float(value) for key, value in result.details.items()}
         record["seconds"] = self.seconds
@@ -307,21 +307,22 @@ class StabilityMargins:
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and dicts, for checkpoints; :meth:`from_dict` reads them."""
+        """Return numbers and dicts for checkpoints; :meth:`from_dict` reads them."""
         measurements = {
             name: {key: part for key, part in dataclasses.asdict(m).items() if part is not None}
             for name, m in self.measurements.items()
         }
-        details = {n: dict(result.details) for n, result in self.results.items() if result.details}
+        results = self.results.items()
+        details = {name: dict(result.details) for name, result in results if result.details}
         densities = {
             name: dataclasses.asdict(result.density)
-            for name, result in self.results.items()
+            for name, result in results
             if result.density is not None
         }
-        layers = {n: its.layers.to_dict() for n, its in self.results.items() if its.layers}
+        layers = {name: result.layers.to_dict() for name, result in results if result.layers}
         return {
-            **{name: getattr(self, name) for name in _COMMON},
-            **self._numbers(*_STORED),
+            **{name: getattr(self, name) for name in _RUN_FIELDS},
+            **self._numbers(*_STORED_PARTS),
             "measurements": measurements,
             **({"failures": self.failures} if self.failures else {}),
             **({"details": details} if details else {}),
@@ -339,17 +340,15 @@ class StabilityMargins:
         >>> StabilityMargins.from_dict(margins.to_dict()) == margins
         True
         """
-        common = {name: state[name] for name in state if name in (*_COMMON, "failure", "method")}
-        # Quantities of a checkpoint are kept where they are not registered here.
-        apart = (*common, "measurements", "failures", "details", "densities", "layers_of")
-        numbers = {name: state[name] for name in state if name not in apart}
+        fields = (*_RUN_FIELDS, "failure", "method")
+        common = {name: state[name] for name in fields if name in state}
+        # All other keys are numbers, also of quantities that are not registered here.
+        others = (*common, "measurements", "failures", "details", "densities", "layers_of")
+        numbers = {name: state[name] for name in state if name not in others}
         measurements = {name: Measurement(**m) for name, m in state["measurements"].items()}
         failures, details = state.get("failures", {}), state.get("details", {})
-        layers = {name: Layers.from_dict(its) for name, its in state.get("layers_of", {}).items()}
-        densities = {
-            name: SpectralDensity(**{**kept, **_tuples(kept)})
-            for name, kept in state.get("densities", {}).items()
-        }
+        layers = {name: Layers.from_dict(t) for name, t in state.get("layers_of", {}).items()}
+        densities = {name: _density(d) for name, d in state.get("densities", {}).items()}
         results = {
             name: QuantityResult(
                 failure=failures.get(name),
@@ -359,7 +358,7 @@ class StabilityMargins:
             )
             for name in {**failures, **details, **densities, **layers}
         }
-        return cls(**common, results=_with(results, numbers, measurements))
+        return cls(**common, results=_with_numbers(results, numbers, measurements))
 
     def _numbers(self, *parts: str) -> dict[str, float | None]:
         return {
@@ -370,31 +369,32 @@ class StabilityMargins:
         }
 
 
-_COMMON = ("step", "lr", "batch_size", "dataset_size", "loss")
+_RUN_FIELDS = ("step", "lr", "batch_size", "dataset_size", "loss")
 
-_STORED = ("value", "limit", "lower")
-"""Parts of a result that are not derived from others."""
-
-
-def _tuples(density: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return the sequences of a stored density, which JSON makes lists, as tuples."""
-    return {name: tuple(density[name]) for name in ("nodes", "weights")}
+_STORED_PARTS = ("value", "limit", "lower")
+"""The parts of a result that are stored; the others are derived."""
 
 
-def _with(
+def _density(stored: Mapping[str, Any]) -> SpectralDensity:
+    """Return a stored density; JSON has made its tuples lists."""
+    tuples = {name: tuple(stored[name]) for name in ("nodes", "weights")}
+    return SpectralDensity(**{**stored, **tuples})
+
+
+def _with_numbers(
     results: Mapping[str, QuantityResult],
     numbers: Mapping[str, float | None],
     measurements: Mapping[str, Measurement],
 ) -> dict[str, QuantityResult]:
-    """Return ``results`` with the numbers, named as in a record, and measurements; none empty."""
+    """Add numbers, named as in a record, and measurements to ``results``; drop empty results."""
     changes: dict[str, dict[str, Any]] = {name: {} for name in results}
     for key, number in numbers.items():
         name, part = split(key)
         changes.setdefault(name, {})[part] = number
     for name, measurement in measurements.items():
         changes.setdefault(name, {})["measurement"] = measurement
-    found = {
+    changed = {
         name: dataclasses.replace(results.get(name, QuantityResult()), **parts)
         for name, parts in changes.items()
     }
-    return {name: result for name, result in found.items() if result != QuantityResult()}
+    return {name: result for name, result in changed.items() if result != QuantityResult()}

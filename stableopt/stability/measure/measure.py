@@ -1,4 +1,4 @@
-"""`measure`: the stability margins of a model at one point."""
+"""`measure`: measures the stability margins of a model once."""
 
 from __future__ import annotations
 
@@ -62,48 +62,49 @@ def measure(
             :class:`~stableopt.curvature.Problem`.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the training set or a part of it; see :class:`~stableopt.curvature.Problem`.
-        optimizer: the optimizer whose learning rate, momentum and so on give the limits, or a list of
-            those that train the model together. Without a known rule a
-            ``RuntimeWarning`` says that the limits are not known.
-        lr: alternatively, the learning rate of plain SGD.
-        update_rule: alternatively, the rule itself. Without any of the three, limits are not known.
-        batch_size: samples in a step. Without it the limit of the non-uniformity is not known, unless
+        optimizer: the optimizer whose learning rate, momentum and other options set the limits, or a
+            list of optimizers that train the model together. If its update rule is not known, a
+            ``RuntimeWarning`` says so, and the limits are ``None``.
+        lr: instead of ``optimizer``, the learning rate of plain SGD.
+        update_rule: instead of ``optimizer``, the rule itself. Without any of the three, the limits
+            are ``None``.
+        batch_size: samples in a step. Without it the limit of the non-uniformity is ``None``, unless
             the optimizer is :class:`stableopt.GD`.
         dataset_size: samples in the training set, if ``data`` is only a part of it.
-        quantities: names of :data:`~stableopt.stability.QUANTITIES`, which
-            ``docs/reading-margins.md`` lists, and registered ones
-            (:func:`~stableopt.stability.register`); by default the sharpness alone, the cheapest, as
-            in the monitor. Those along a step, such as the realised edge, need a monitor. With a
-            preconditioner, sharpness includes the preconditioned sharpness.
+        quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
+            ``docs/reading-margins.md``, or of quantities that you register
+            (:func:`~stableopt.stability.register`). The default is the sharpness, the cheapest; with
+            a preconditioner it includes the preconditioned sharpness. Quantities along a step, such as
+            the realised edge, need a monitor.
         params: the parameters to measure; by default all trainable ones.
         chunk_size: the largest number of samples evaluated at once.
-        max_samples: the most samples of ``data`` that count, as for ``Problem``. All by default.
+        max_samples: the largest number of samples of ``data`` to use; by default all.
         dtype: the precision to measure in, as for :class:`~stableopt.curvature.Problem`.
-        sample_weight: the weights of samples in a loss that averages unequally, where they are not
-            those of torch's losses; see :class:`~stableopt.curvature.Problem`.
+        sample_weight: the weights of the samples, for a loss that averages with weights and is not
+            one of torch's; see :class:`~stableopt.curvature.Problem`.
         batch_dim: the dimension that counts the samples, as for ``Problem``: 1 for time-first batches.
-        blocks: the blocks of parameters that ``margins.layers`` shows, by default each module that has
-            parameters of its own: a pattern of names such as ``"blocks.*"``, where ``*`` is one level
+        blocks: the blocks of parameters in ``margins.layers``, by default each module that holds
+            parameters directly: a pattern of names such as ``"blocks.*"``, where ``*`` is one level
             of a name, a compiled regular expression, a module, a parameter, or several of these; or a
-            mapping from names to them. A module stands for all parameters in it.
+            mapping from names to these. A module stands for all parameters in it.
         process_group: a ``torch.distributed`` group whose ranks call this together, each with its
-            shard as ``data``; by default that of a ``DistributedDataParallel`` model or of a model
+            shard as ``data``; by default the group of a ``DistributedDataParallel`` model or of a model
             under ``fully_shard``. See :class:`~stableopt.curvature.Problem`.
         tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products for each quantity.
         seed: seed of the eigen-solver's random start.
 
-    The preconditioner of an adaptive optimizer is not known before its first step: quantities that
+    The preconditioner of an adaptive optimizer is not known before its first step. Quantities that
     depend on it are then ``None``, with a ``RuntimeWarning``.
 
     Returns:
-        The margins; ``failure`` says why if a loss or a curvature was not finite, ``failures`` why
+        The margins. ``failure`` is set if a loss or a curvature is not finite; ``failures`` says why
         single quantities were not measured.
 
     Raises:
         ValueError: for contradicting or out-of-range arguments, and as ``Problem`` does.
         TypeError: as ``Problem`` and ``UpdateRule.from_optimizer`` do.
-        Exception: if no quantity could be measured, the first one's error.
+        Exception: the error of the first quantity, if all quantities fail.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
@@ -112,7 +113,7 @@ def measure(
     (4.0, 8.0)
     """
     if sum(given is not None for given in (optimizer, lr, update_rule)) > 1:
-        raise ValueError("optimizer, lr and update_rule: expected at most one of them")
+        raise ValueError("optimizer, lr and update_rule: expected at most one of the three")
     rule = update_rule
     if rule is not None and not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
@@ -121,7 +122,6 @@ def measure(
         rule = rule_of(optimizers)
     elif lr is not None:
         rule = UpdateRule(lr=positive("lr", lr))
-    given = isinstance(model, MeanLoss)
     problem = problem_of(
         model,
         loss_fn,
@@ -137,12 +137,13 @@ def measure(
     if rule is not None and isinstance(rule.preconditioner, UnknownStep):
         warnings.warn(f"limits are not known: {rule.unknown}", RuntimeWarning, stacklevel=2)
     if optimizers:
-        check_params(optimizers, problem, explicit=given or params is not None)
+        chosen = params is not None or isinstance(model, MeanLoss)
+        check_params(optimizers, problem, explicit=chosen)
     if rule is not None:
         problem = as_seen_by(problem, rule, optimizers)
-    dataset_size = (
-        problem.num_samples if dataset_size is None else whole("dataset_size", dataset_size)
-    )
+    if dataset_size is None:
+        dataset_size = problem.num_samples
+    dataset_size = whole("dataset_size", dataset_size)
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
@@ -171,18 +172,18 @@ def check_quantities(
 ) -> tuple[str, ...]:
     """Return ``quantities`` in the order of measurement, or raise ``ValueError``.
 
-    ``steps``: whether they are measured after steps, as by a monitor.
+    ``steps`` says that they are measured after steps, as by a monitor.
     """
-    listed = isinstance(quantities, Iterable) and not isinstance(quantities, str)
-    wanted = list(quantities) if listed else []
-    if not wanted or any(name not in QUANTITIES for name in wanted):
+    is_sequence = isinstance(quantities, Iterable) and not isinstance(quantities, str)
+    names = list(quantities) if is_sequence else []
+    if not names or any(name not in QUANTITIES for name in names):
         raise ValueError(
-            f"quantities={quantities!r}: expected a sequence of some of {tuple(QUANTITIES)}"
+            f"quantities={quantities!r}: expected a sequence of names among {tuple(QUANTITIES)}"
         )
-    known = [quantity for name, quantity in QUANTITIES.items() if name in wanted]
-    for quantity in known:
+    selected = [quantity for name, quantity in QUANTITIES.items() if name in names]
+    for quantity in selected:
         quantity.check(rule, sharded=sharded, steps=steps)
-    return tuple(quantity.name for quantity in known)
+    return tuple(quantity.name for quantity in selected)
 
 
 def measure_at(
@@ -197,16 +198,16 @@ def measure_at(
     seed: int,
     starts: Mapping[str, Tensor] | None = None,
     step: int = 0,
-    taken: TakenStep | None = None,
+    taken_step: TakenStep | None = None,
     memory: dict[str, Any] | None = None,
     window: int | None = None,
     blocks: tuple[Block, ...] = (),
 ) -> tuple[StabilityMargins, dict[str, Tensor]]:
-    """Measure ``problem``, already in the rule's coordinates; return margins and subspaces.
+    """Measure ``problem``, which is in the rule's coordinates; return margins and subspaces.
 
-    ``starts`` are the subspaces of an earlier measurement by quantity; if it is ``None``, no subspaces
-    are returned. With a preconditioned rule, sharpness includes the preconditioned sharpness. ``taken``,
-    ``memory``, ``window`` and ``blocks`` are those of an :class:`Evaluation`.
+    ``starts`` has the subspaces of the last measurement by quantity; with ``None``, no subspaces are
+    returned. With a preconditioned rule, sharpness includes the preconditioned sharpness.
+    ``taken_step``, ``memory``, ``window`` and ``blocks`` are those of :class:`Evaluation`.
     """
     samples = dataset_size if rule is not None and rule.full_batch else batch_size
     names, without_step = _measurable(quantities, rule)
@@ -219,7 +220,7 @@ def measure_at(
         results |= {name: QuantityResult(failure=rule.unknown) for name in without_step}
     evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
     evaluation.results = results
-    evaluation.taken, evaluation.window = taken, window
+    evaluation.taken_step, evaluation.window = taken_step, window
     evaluation.memory = {} if memory is None else memory
     evaluation.blocks = blocks or evaluation.blocks
     margins = StabilityMargins(
@@ -233,19 +234,19 @@ def measure_at(
     failure: str | None = None
     errors: dict[str, Exception] = {}
     try:
-        # Vectors made in a surrounding inference mode could not be changed inside the evaluation.
+        # Tensors of a surrounding inference mode do not allow in-place changes.
         with torch.inference_mode(False):
             for name in names:
                 QUANTITIES[name].check_known(rule, samples)
                 timed = partial(_timed, name, evaluation, results[name].limit)
                 try:
-                    # An error of one rank must not leave the ranks in different quantities.
+                    # If one rank fails, `attempt` makes all fail: they go on with the same quantity.
                     results[name] = timed() if problem.sharded else problem.ranks.attempt(timed)
                 except (NonFiniteError, LostRankError):
                     raise
                 except Exception as error:
-                    if problem.sharded and problem.ranks.several:  # FSDP is out of step
-                        raise
+                    if problem.sharded and problem.ranks.several:
+                        raise  # FSDP's collectives no longer match
                     errors[name] = error
                     reason = f"{type(error).__name__}: {error}"
                     results[name] = dataclasses.replace(results[name], failure=reason)
@@ -262,40 +263,37 @@ def measure_at(
 
 
 def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityResult:
+    """Measure one quantity; return its result with limit and wall time."""
     began = time.perf_counter()
-    found = QUANTITIES[name].measured(evaluation)
-    seconds, measurement = time.perf_counter() - began, found.measurement
+    result = QUANTITIES[name].measured(evaluation)
+    seconds, measurement = time.perf_counter() - began, result.measurement
     if measurement is not None:
         measurement = dataclasses.replace(measurement, seconds=seconds)
-    # Some limits are known only with the measurement, such as those that the gradient sets.
-    limit = limit if found.limit is None else found.limit
-    return dataclasses.replace(found, limit=limit, measurement=measurement)
+    # Some limits come with the measurement: that of the generalised sharpness needs the gradient.
+    limit = limit if result.limit is None else result.limit
+    return dataclasses.replace(result, limit=limit, measurement=measurement)
 
 
 def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
-    """Return the quantities that are defined for ``rule`` now, and those that wait for its first step.
+    """Return the quantities to measure now, and those that need the optimizer's first step.
 
-    With a preconditioned rule the preconditioned sharpness is among them.
+    Sharpness adds the preconditioned sharpness and the edge ratios of blocks, as the rule has them.
     """
-    wanted = set(quantities)
-    if "layers" in wanted:
-        wanted.add("sharpness")  # whose eigenvector they share
-    if rule is not None and rule.preconditioned and "sharpness" in wanted:
-        wanted.add("preconditioned_sharpness")
-    if (
-        rule is not None
-        and isinstance(rule.preconditioner, SeparateBlocks)
-        and "sharpness" in wanted
-    ):
-        wanted.add("block_edge")
-    if rule is None or not rule.preconditioned or isinstance(rule.preconditioner, UnknownStep):
-        wanted = {name for name in wanted if "preconditioner" not in QUANTITIES[name].needs}
-    unknown = {name for name in wanted if "step" in QUANTITIES[name].needs}
-    if rule is not None and isinstance(rule.preconditioner, UnknownStep):
-        unknown = set()  # then they are measured as without a preconditioner
-    if rule is None or rule.unknown is None:
-        unknown = set()
+    names = set(quantities)
+    if "layers" in names:
+        names.add("sharpness")  # shares are those of its eigenvector
+    if "sharpness" in names and rule is not None:
+        if rule.preconditioned:
+            names.add("preconditioned_sharpness")
+        if isinstance(rule.preconditioner, SeparateBlocks):
+            names.add("block_edge")
+    unreadable = rule is not None and isinstance(rule.preconditioner, UnknownStep)
+    if rule is None or unreadable or not rule.preconditioned:
+        names = {name for name in names if "preconditioner" not in QUANTITIES[name].needs}
+    waiting: set[str] = set()
+    if rule is not None and rule.unknown is not None and not unreadable:
+        waiting = {name for name in names if "step" in QUANTITIES[name].needs}
     return (
-        [name for name in QUANTITIES if name in wanted - unknown],
-        [name for name in QUANTITIES if name in unknown],
+        [name for name in QUANTITIES if name in names - waiting],
+        [name for name in QUANTITIES if name in waiting],
     )

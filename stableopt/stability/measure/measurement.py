@@ -1,4 +1,4 @@
-"""`Measurement` and `QuantityResult`: a measured value with its accuracy, and with its limit."""
+"""`Measurement`: a value with its accuracy and cost; `QuantityResult`: a measurement with its limit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Measurement:
 
     Attributes:
         value: the value itself.
-        residual: the eigen-solver's residual ``|Av - xv|``, relative to the eigenvalue x, and half
-            of that for a value that is its root; of an average, its relative standard error.
-        products: operator products used.
+        residual: the relative residual ``|Av - xv| / |x|`` of the eigenpair; half of it if the value
+            is the root of the eigenvalue x. For an average, the relative standard error.
+        products: the number of operator products.
         seconds: wall time.
-        converged: whether the residual fell below the tolerance and, from a random start, a value more
+        converged: whether the residual is below the tolerance and, after a random start, a value more
             than 5 % higher is improbable.
         upper_bound: an upper bound of the value, wrong for at most 0.2 % of random starts; ``None``
-            where none is known, as after a warm start.
+            if it is not known, as after a warm start.
 
     >>> Measurement(10.0, 1e-3, 12, 0.1, converged=True, upper_bound=10.3).certified
     True
@@ -42,17 +42,21 @@ class Measurement:
 
     @property
     def certified(self) -> bool:
-        """Whether ``upper_bound`` is at most 5 % above the value; if not, a larger one may be missed.
+        """Whether ``upper_bound`` is at most 5 % above the value.
 
-        A value is otherwise only known to be near *an* eigenvalue. Tracking certifies its cold starts.
+        Otherwise the value is near *an* eigenvalue, perhaps not the largest. A monitor certifies its
+        measurements from random starts.
         """
-        # 1e-6: the bound is often 5 % above the value itself, up to rounding.
+        # 1e-6: many bounds are exactly 5 % above the value, up to rounding.
         return self.upper_bound is not None and (
             self.upper_bound - self.value <= (1 + 1e-6) * GAP * abs(self.value)
         )
 
     def within(self, error: float, tol: float) -> Measurement:
-        """Return it for products that have a relative error themselves, as finite differences do."""
+        """Return the measurement with the relative ``error`` of its products, as of finite differences.
+
+        The residual is at least the error, the upper bound grows by it.
+        """
         if error == 0:
             return self
         residual, bound = max(self.residual, error), self.upper_bound
@@ -69,17 +73,17 @@ class QuantityResult:
     """One quantity at one step: ``margins["sharpness"]``.
 
     Attributes:
-        value: what was measured; ``None`` if it was not.
-        limit: the largest value that the update rule allows; ``None`` if it is not known, infinity
-            if there is none.
-        ratio: value over limit, 1 at the edge of stability. For a value that is itself a limit on
-            the learning rate: learning rate over value.
-        lower: where the value is an upper bound, a bound from below.
+        value: the measured value; ``None`` if it was not measured.
+        limit: the largest stable value under the update rule; ``None`` if it is not known, infinity
+            if every value is stable.
+        ratio: value over limit, 1 at the edge of stability. If the value is itself a limit on the
+            learning rate: learning rate over value.
+        lower: a lower bound, if the value is an upper bound.
         measurement: residual, products, seconds and convergence.
-        failure: why this quantity alone was not measured, or ``None``.
-        details: further numbers by name; in records as ``<quantity>_<name>``.
-        density: the distribution of eigenvalues, where that was measured; not in records.
-        layers: what is known of each layer: with a sharpness its share of the top eigenvector.
+        failure: why this quantity was not measured, or ``None``.
+        details: further numbers by name; records have them as ``<quantity>_<name>``.
+        density: the spectral density, if it was measured; not in records.
+        layers: the measured columns of each layer; for a sharpness, shares of the top eigenvector.
 
     >>> QuantityResult(value=15.0, limit=20.0).compared().ratio
     0.75
@@ -99,7 +103,7 @@ class QuantityResult:
     def from_measurement(
         cls, measurement: Measurement, lower: float | None = None
     ) -> QuantityResult:
-        """Return the result of one measurement, without limit and ratio."""
+        """Return the result of ``measurement``, without limit and ratio."""
         return cls(value=measurement.value, lower=lower, measurement=measurement)
 
     @property
@@ -113,13 +117,13 @@ class QuantityResult:
         return None if self.value is None or self.limit is None else self.limit - self.value
 
     def compared(self, lr: float | None = None, *, limits_lr: bool = False) -> QuantityResult:
-        """Return it with its ratio, with ``limits_lr`` that of ``lr`` to the value."""
-        pair = (lr, self.value) if limits_lr else (self.value, self.limit)
-        return dataclasses.replace(self, ratio=_ratio(*pair))
+        """Return the result with its ratio: value over limit or, with ``limits_lr``, lr over value."""
+        ratio = _ratio(lr, self.value) if limits_lr else _ratio(self.value, self.limit)
+        return dataclasses.replace(self, ratio=ratio)
 
 
 def _ratio(value: float | None, limit: float | None) -> float | None:
     if value is None or limit is None:
         return None
-    # A limit of zero or less allows no value: every step is beyond the edge.
+    # Under a limit of zero or less, no value is stable.
     return value / limit if limit > 0 else math.inf

@@ -1,9 +1,9 @@
 r"""The registry of quantities: what each needs, how it is measured, its limit and its chart.
 
-:func:`~stableopt.measure`, the monitor, :class:`~stableopt.StabilityMargins`, sinks and plots take
-quantities from here, so that a new one is one entry::
+:func:`~stableopt.measure`, the monitor, :class:`~stableopt.StabilityMargins`, sinks and plots read this
+registry. A new quantity is one entry::
 
-    def trace(at):                                  # at: an Evaluation, with at.problem, at.rule, ...
+    def trace(evaluation):                          # has evaluation.problem, evaluation.rule, ...
         return QuantityResult(value=float(...))
 
     register(Quantity("trace", trace))
@@ -26,7 +26,7 @@ from stableopt.stability.measure.batch_quantities import (
     measured_mean_batch_sharpness,
 )
 from stableopt.stability.measure.evaluation import Evaluation
-from stableopt.stability.measure.generalised_sharpness import measured_in_norm
+from stableopt.stability.measure.generalised_sharpness import measured_generalised_sharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
@@ -48,8 +48,8 @@ Need = Literal[
 ]
 
 DEFAULT_QUANTITIES = ("sharpness",)
-"""What :func:`~stableopt.measure` and the monitor measure unless asked for more: it costs a few
-gradients, needs no batch size, and is defined for every optimizer, precision and sharding."""
+"""The default of :func:`~stableopt.measure` and the monitor. The sharpness costs a few gradients, needs
+no batch size, and is defined for every optimizer, precision and sharding."""
 
 _PARTS = ("limit", "lower", "ratio", "margin", "upper_bound")
 
@@ -62,12 +62,12 @@ class Chart:
 
     Attributes:
         title: the quantity in words.
-        symbol: in LaTeX, for axis labels.
-        tag: its tag in TensorBoard, at most 9 characters, since legends have room for 25:
-            ``stability/<tag>_value``.
-        short_tag: at most 5 characters, by default the first of ``tag``:
-            ``stability/<short_tag>_ratio_low``.
-        band: half the width of the band around the limit, as a share of it.
+        symbol: its symbol in LaTeX, for axis labels.
+        tag: its tag in TensorBoard, ``stability/<tag>_value``: at most 9 characters, since legends
+            have room for 25.
+        short_tag: its tag in ``stability/<short_tag>_ratio_low``: at most 5 characters, by default
+            the first ones of ``tag``.
+        band: half the width of the band around the limit, relative to the limit.
 
     Raises:
         ValueError: for a tag that is too long.
@@ -88,7 +88,7 @@ class Chart:
 
     @property
     def label(self) -> str:
-        """The label of an axis."""
+        """The axis label: title and symbol."""
         return f"{self.title} {self.symbol}"
 
 
@@ -97,30 +97,29 @@ class Quantity:
     """One quantity that can be measured.
 
     Attributes:
-        name: its name in ``quantities=``, in ``margins[...]`` and in records, which also have
-            ``<name>_limit``, ``<name>_lower`` and ``<name>_ratio`` if they are known.
+        name: its name in ``quantities=``, ``margins[...]`` and records. Records also have
+            ``<name>_limit``, ``<name>_lower`` and ``<name>_ratio``, if known.
         measured: takes an :class:`~stableopt.stability.measure.evaluation.Evaluation` and returns the
             result without limit and seconds.
-        needs: what it requires. ``"rule"``: an update rule. ``"batch_size"``: the samples in a step.
+        needs: its requirements. ``"rule"``: an update rule. ``"batch_size"``: the samples in a step.
             ``"per_sample"``: derivatives of single samples, which ``fully_shard`` cannot provide, and
-            a diagonal preconditioner, since its root enters them. ``"no_momentum"``: a rule without
-            momentum. ``"preconditioner"``: a preconditioned rule. ``"step"``: that an adaptive
-            optimizer has taken a step, which makes its preconditioner known. ``"norm"``: an optimizer
-            that descends in a norm, and whole parameters. ``"taken_step"``: a step whose beginning was
-            recorded, as by a monitor. ``"blocks"``: several optimizers without a common limit.
-        limit: maps ``(rule, batch_size, dataset_size)`` to the largest value that the rule allows, or
-            to ``None`` if it is not known. A ``batch_size`` of ``None`` is not known.
-        any_rule: whether ``limit`` also holds for rules that are not known, and takes ``None``.
-        first_order: whether losses and gradients suffice, so that second derivatives need no check.
+            a diagonal preconditioner, whose root multiplies them. ``"no_momentum"``: a rule without
+            momentum. ``"preconditioner"``: a preconditioned rule. ``"step"``: a first step of an
+            adaptive optimizer, which makes its preconditioner known. ``"norm"``: an optimizer that
+            descends in a norm, and unsharded parameters. ``"taken_step"``: the parameters before the
+            last step, which a monitor records. ``"blocks"``: optimizers without a common limit.
+        limit: maps ``(rule, batch_size, dataset_size)`` to the largest stable value, or to ``None`` if
+            it is not known. ``batch_size`` is ``None`` if it is not known.
+        any_rule: whether ``limit`` also accepts unknown rules, and ``None`` as the rule.
+        first_order: whether losses and gradients suffice: second derivatives are then not checked.
         limits_lr: whether the value is itself a limit on the learning rate.
-        rare: whether a monitor measures it once in ``spectrum_every`` measurements only.
+        rare: whether a monitor measures it only once in ``spectrum_every`` measurements.
         in_box: whether it is a side of the box (9) of Wu, Ma & E: margins contain its limit even if
             it is not measured.
         chart: its chart, or ``None``.
 
     Raises:
-        ValueError: for a name that is not an identifier, or has the ending of a part such as
-            ``_limit``.
+        ValueError: for a name that is not an identifier, or ends like a part, such as ``_limit``.
     """
 
     name: str
@@ -152,68 +151,68 @@ class Quantity:
         return self.limit(rule, batch_size, dataset_size)
 
     def check(self, rule: UpdateRule | None, *, sharded: bool, steps: bool) -> None:
-        """Raise ``ValueError`` if it is undefined for the rule, a sharded problem, or without steps."""
+        """Raise ``ValueError`` if the rule, a ``sharded`` problem or a lack of ``steps`` excludes it."""
         if "norm" in self.needs and (rule is None or rule.norm is None):
             raise ValueError(
-                f"quantities: {self.name} needs an optimizer whose steps have a length of their own,"
-                " such as Muon, Lion or Rprop; for others the limit is on the sharpness"
+                f"quantities: {self.name} needs an optimizer whose steps have a length that does not"
+                " depend on the gradient, such as Muon, Lion or Rprop; measure the sharpness instead"
             )
         if "norm" in self.needs and sharded:
             raise ValueError(
-                f"quantities: {self.name} needs whole matrices, and fully_shard holds parts of them;"
-                " measure a replica"
+                f"quantities: {self.name} needs whole matrices, but fully_shard splits them; measure"
+                " an unsharded copy of the model"
             )
         if "taken_step" in self.needs and not steps:
             raise ValueError(
-                f"quantities: {self.name} belongs to a step, and measure() sees none: expected a"
-                " StabilityMonitor, which records steps; critical_sharpness() tries one"
+                f"quantities: {self.name} belongs to a step, and measure() sees no step: expected a"
+                " StabilityMonitor, which records steps, or critical_sharpness(), which tries one"
             )
-        of_rule = self.needs & {"rule", "preconditioner"}
-        unread = rule is not None and isinstance(rule.preconditioner, UnknownStep)
-        if of_rule and rule is not None and unread and rule.norm is None:
+        unreadable = rule is not None and isinstance(rule.preconditioner, UnknownStep)
+        needs_rule = bool(self.needs & {"rule", "preconditioner"})
+        if needs_rule and rule is not None and unreadable and rule.norm is None:
             raise ValueError(f"quantities: {self.name} needs the update rule. {rule.unknown}")
         if "blocks" in self.needs and not (
             rule is not None and isinstance(rule.preconditioner, SeparateBlocks)
         ):
             raise ValueError(
-                f"quantities: {self.name} needs several optimizers whose momenta differ; for others"
-                " the limit is on the sharpness, or the preconditioned sharpness"
+                f"quantities: {self.name} needs several optimizers whose momenta differ; measure the"
+                " sharpness instead"
             )
         if "no_momentum" in self.needs and rule is not None and not rule.plain:
             raise ValueError(
-                f"quantities: {self.name} is a condition on SGD without momentum, and momentum is"
-                f" {rule.memory}, decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
+                f"quantities: {self.name} is defined for plain SGD, but momentum is {rule.memory} and"
+                f" decoupled weight decay {rule.decoupled_weight_decay}; leave it out"
             )
         if "per_sample" in self.needs and not (rule is None or rule.diagonal):
             raise ValueError(
-                f"quantities: {self.name} needs a preconditioner with a root that can be multiplied"
-                " by, and this one is not diagonal; leave it out"
+                f"quantities: {self.name} needs a preconditioner with a root to multiply by, and this"
+                " one is not diagonal; leave it out"
             )
         if "per_sample" in self.needs and sharded:
             raise ValueError(
-                f"quantities: {self.name} needs the gradients of single samples, and fully_shard sums"
-                " them over samples and ranks; expected sharpness alone. Measure a replica for the"
-                " others"
+                f"quantities: {self.name} needs the gradients of single samples, but fully_shard sums"
+                " them over samples and ranks; measure the sharpness alone, or an unsharded copy of"
+                " the model"
             )
         if "preconditioner" in self.needs and (rule is None or not rule.preconditioned):
             raise ValueError(
-                f"quantities: {self.name} needs an optimizer with a preconditioner; for others the"
-                " limit is on the sharpness"
+                f"quantities: {self.name} needs an optimizer with a preconditioner; measure the"
+                " sharpness instead"
             )
 
     def check_known(self, rule: UpdateRule | None, batch_size: int | None) -> None:
-        """Raise ``ValueError`` if the rule or the batch size is needed and not known."""
+        """Raise ``ValueError`` if it needs a rule or a batch size that is ``None``."""
         needed = {"a learning rate": ("rule", rule), "a batch size": ("batch_size", batch_size)}
-        names = [name for name, (need, _) in needed.items() if need in self.needs]
-        if any(need in self.needs and known is None for need, known in needed.values()):
+        arguments = {name: value for name, (need, value) in needed.items() if need in self.needs}
+        if None in arguments.values():
             raise ValueError(
-                f"quantities: {self.name} needs {' and '.join(names)}; pass optimizer= or lr=, and"
-                " batch_size="
+                f"quantities: {self.name} needs {' and '.join(arguments)}; pass optimizer= or lr=,"
+                " and batch_size="
             )
 
 
 QUANTITIES: dict[str, Quantity] = {}
-"""All quantities by name, in the order in which they are measured."""
+"""All quantities by name, in the order of measurement."""
 
 
 def register(quantity: Quantity) -> Quantity:
@@ -222,7 +221,7 @@ def register(quantity: Quantity) -> Quantity:
     Raises:
         ValueError: if the name is taken.
 
-    >>> register(Quantity("parameters", lambda at: QuantityResult(at.problem.num_params))).name
+    >>> register(Quantity("parameters", lambda e: QuantityResult(e.problem.num_params))).name
     'parameters'
     >>> QUANTITIES.pop("parameters").limit is None
     True
@@ -234,7 +233,7 @@ def register(quantity: Quantity) -> Quantity:
 
 
 def split(key: str) -> tuple[str, str]:
-    """Return the quantity and the part of its result that a key of a record names.
+    """Split a key of a record into the name of a quantity and the part of its result.
 
     >>> split("sharpness"), split("sharpness_limit")
     (('sharpness', 'value'), ('sharpness', 'limit'))
@@ -248,67 +247,72 @@ def split(key: str) -> tuple[str, str]:
 # -- the top eigenvalue of an operator -------------------------------------------------------------
 
 
-def _sharpness(at: Evaluation) -> QuantityResult:
-    return at.top_eigenvalue("sharpness", at.plain_hessian(), shares=True)
+def _sharpness(evaluation: Evaluation) -> QuantityResult:
+    return evaluation.top_eigenvalue("sharpness", evaluation.plain_hessian(), shares=True)
 
 
-def _preconditioned_sharpness(at: Evaluation) -> QuantityResult:
-    name, preconditioner = "preconditioned_sharpness", at.preconditioner
-    return at.top_eigenvalue(name, at.hessian(), preconditioner=preconditioner, shares=True)
+def _preconditioned_sharpness(evaluation: Evaluation) -> QuantityResult:
+    name, preconditioner = "preconditioned_sharpness", evaluation.preconditioner
+    return evaluation.top_eigenvalue(
+        name, evaluation.hessian(), preconditioner=preconditioner, shares=True
+    )
 
 
-def _non_uniformity(at: Evaluation) -> QuantityResult:
+def _non_uniformity(evaluation: Evaluation) -> QuantityResult:
     def root(eigenvalue: float) -> float:
-        return float(max(eigenvalue, 0.0) ** 0.5)  # rounding may leave it below zero
+        return float(max(eigenvalue, 0.0) ** 0.5)  # rounding can make it negative
 
-    return at.top_eigenvalue("non_uniformity", at.non_uniformity(), value=root, degree=2)
+    return evaluation.top_eigenvalue(
+        "non_uniformity", evaluation.non_uniformity(), value=root, degree=2
+    )
 
 
 def _non_uniformity_limit(
     rule: UpdateRule, batch_size: int | None, dataset_size: int | None
 ) -> float | None:
-    known = rule.full_batch or (batch_size is not None and rule.diagonal and rule.noise_known)
+    noise_known = batch_size is not None and rule.diagonal and rule.noise_known
+    known = rule.full_batch or noise_known
     return rule.max_non_uniformity(batch_size, dataset_size) if known else None
 
 
-def _theorem1(at: Evaluation) -> QuantityResult:
-    rule, hessian = at.rule, at.hessian()
+def _theorem1(evaluation: Evaluation) -> QuantityResult:
+    rule, hessian = evaluation.rule, evaluation.hessian()
     assert rule is not None
     assert isinstance(hessian, Hessian)
     noise = 0.0
-    if not rule.full_batch and at.batch_size is not None:
-        noise = noise_factor(at.batch_size, at.dataset_size)
+    if not rule.full_batch and evaluation.batch_size is not None:
+        noise = noise_factor(evaluation.batch_size, evaluation.dataset_size)
     excess = SecondMomentExcess(
         hessian,
-        at.non_uniformity(),
+        evaluation.non_uniformity(),
         lr=rule.lr,
         noise=noise,
         weight_decay=0.0 if rule.preconditioned else rule.weight_decay,
     )
-    # The operator is the left side of (8) minus 1.
-    return at.top_eigenvalue("theorem1", excess, value=lambda excess: excess + 1.0)
+    # The operator's largest eigenvalue is the left side of (8) minus 1.
+    return evaluation.top_eigenvalue("theorem1", excess, value=lambda excess: excess + 1.0)
 
 
 # -- other searches and averages -------------------------------------------------------------------
 
 _MANY = 10**12
-"""Number of batches in a finite data set that represents an infinite one, with p = 1/B."""
+"""Batches in the finite data set that stands for an infinite one; its noise factor p is 1/B."""
 
 
-def _critical_lr(at: Evaluation) -> QuantityResult:
-    size = at.dataset_size
-    if size is None and at.batch_size is not None:
-        size = _MANY * at.batch_size
-    found = critical_lr(
-        require_samples(at.problem, "critical_lr"),
-        at.batch_size,
-        update_rule=at.rule,
-        dataset_size=size,
+def _critical_lr(evaluation: Evaluation) -> QuantityResult:
+    dataset_size = evaluation.dataset_size
+    if dataset_size is None and evaluation.batch_size is not None:
+        dataset_size = _MANY * evaluation.batch_size
+    rate = critical_lr(
+        require_samples(evaluation.problem, "critical_lr"),
+        evaluation.batch_size,
+        update_rule=evaluation.rule,
+        dataset_size=dataset_size,
         with_hessian=False,
-        seed=at.seed,
+        seed=evaluation.seed,
     )
-    measurement = Measurement(found.value, found.residual, found.products, 0.0, found.converged)
-    return QuantityResult.from_measurement(measurement, lower=found.lower)
+    measurement = Measurement(rate.value, rate.residual, rate.products, 0.0, rate.converged)
+    return QuantityResult.from_measurement(measurement, lower=rate.lower)
 
 
 # -- the registry ----------------------------------------------------------------------------------
@@ -387,7 +391,7 @@ register(
 register(
     Quantity(
         "generalised_sharpness",
-        measured_in_norm,
+        measured_generalised_sharpness,
         needs={"norm"},
         chart=Chart(
             "generalised sharpness, at least", r"$\max_{\|d\|=1}d^\top Hd$", "gen_sharp", "gen"

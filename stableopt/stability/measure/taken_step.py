@@ -1,8 +1,8 @@
 r"""`TakenStep` and `AlongStep`: a step of the optimizers, and the probe loss along it.
 
-With :math:`\theta` the parameters before the step, :math:`\delta` their whole change,
-after clipping, accumulation and weight decay, of all optimizers, and the probe loss L. A
-:class:`Trail` hands loss and gradient at the end of a step to the next one, which begins there.
+:math:`\theta` are the parameters before the step, :math:`\delta` is their change by all optimizers,
+after clipping, accumulation and weight decay, and L is the probe loss. A :class:`StepEndCache` passes
+loss and gradient from the end of one step to the next step, which starts there.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from stableopt.curvature.problem.parameters import real_view
 from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.fsdp import local
 
-__all__ = ["AlongStep", "TakenStep", "Trail", "dot"]
+__all__ = ["AlongStep", "StepEndCache", "TakenStep", "dot"]
 
 
 @dataclass(frozen=True)
-class Reached:
-    """The end of a measured step.
+class StepEnd:
+    """The parameters, loss and gradient at the end of a measured step.
 
     Attributes:
         params: the parameters.
-        values: a copy of each.
-        loss: the probe loss there.
+        values: a copy of each parameter.
+        loss: the probe loss.
         gradient: its gradient ``(d,)``.
     """
 
@@ -42,28 +42,28 @@ class Reached:
     loss: float
     gradient: Tensor
 
-    def is_at(self, params: Sequence[Tensor]) -> bool:
-        """Whether ``params`` are the same ones, and have not changed since."""
+    def matches(self, params: Sequence[Tensor]) -> bool:
+        """Whether ``params`` are the same tensors, with unchanged values."""
         if len(params) != len(self.params) or any(map(operator.is_not, params, self.params)):
             return False
-        return not differs([_own(p) for p in params], self.values)
+        return not differs([_local_view(p) for p in params], self.values)
 
 
 @dataclass
-class Trail:
-    """The end of the last measured step, for a run whose every step is measured.
+class StepEndCache:
+    """The end of the last measured step, for runs in which every step is measured.
 
     Attributes:
-        end: the end, from a measurement until the next step begins.
-        useful: whether steps begin where the last one ended, at the loss that it had there. Not so
-            where something else changes too, such as the running statistics of batch norm or the weight
-            of a penalty: after the first such step nothing is kept.
-        begun: whether an end was kept before.
+        end: the end, from a measurement until the next step starts.
+        enabled: whether ends are kept. A step whose loss at the start differs from the loss at the
+            last end disables the cache: something besides the parameters changes, such as the running
+            statistics of batch norm or the weight of a penalty.
+        used: whether an end was stored before.
     """
 
-    end: Reached | None = None
-    useful: bool = True
-    begun: bool = False
+    end: StepEnd | None = None
+    enabled: bool = True
+    used: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,167 +72,170 @@ class TakenStep:
 
     Attributes:
         params: the parameters.
-        before: a copy of each, of this rank's part where they are sharded.
-        trail: takes loss and gradient at the end of the step, if the next step is measured too.
-        known: loss and gradient where the step began, as of the last measurement.
+        before: a copy of each, or of this rank's shard.
+        cache: stores loss and gradient at the end of the step, if the next step is measured too.
+        start: loss and gradient where the step started, from the last measurement; else ``None``.
     """
 
     params: tuple[Tensor, ...]
     before: tuple[Tensor, ...]
-    trail: Trail | None = None
-    known: Reached | None = None
+    cache: StepEndCache | None = None
+    start: StepEnd | None = None
 
     @classmethod
-    def begins(cls, params: Iterable[Tensor], trail: Trail | None = None) -> TakenStep:
-        """Copy the parameters, now that a step begins.
+    def begin(cls, params: Iterable[Tensor], cache: StepEndCache | None = None) -> TakenStep:
+        """Copy the parameters before a step.
 
         >>> weight = torch.ones(1)
-        >>> step = TakenStep.begins([weight])
+        >>> step = TakenStep.begin([weight])
         >>> weight += 1
         >>> step.before
         (tensor([1.]),)
         """
         params = tuple(params)
         with torch.inference_mode(False), torch.no_grad():
-            if trail is not None and trail.end is not None:
-                end, trail.end = trail.end, None
-                if end.is_at(params):
-                    return cls(params, end.values, trail, end)
-            return cls(params, tuple(_own(p).clone() for p in params), trail)
+            if cache is not None and cache.end is not None:
+                end, cache.end = cache.end, None
+                if end.matches(params):
+                    return cls(params, end.values, cache, end)
+            return cls(params, tuple(_local_view(p).clone() for p in params), cache)
 
-    def holds(self, params: Sequence[Tensor]) -> bool:
+    def contains(self, params: Sequence[Tensor]) -> bool:
         """Return whether all of ``params`` were copied."""
-        held = {id(p) for p in self.params}
-        return all(id(p) in held for p in params)
+        copied = {id(p) for p in self.params}
+        return all(id(p) in copied for p in params)
 
-    def of(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def values_before(self, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the copies of ``params``, in their order.
 
         Raises:
             ValueError: if one was not copied.
         """
-        held = {id(p): before for p, before in zip(self.params, self.before, strict=True)}
-        missing = sum(id(p) not in held for p in params)
+        copies = {id(p): before for p, before in zip(self.params, self.before, strict=True)}
+        missing = sum(id(p) not in copies for p in params)
         if missing:
             raise ValueError(
-                f"{missing} of the parameters joined during the step: it is measured from the next"
-                " step on"
+                f"{missing} of the parameters joined during the step: measurements along the step"
+                " resume with the next one"
             )
-        return tuple(held[id(p)] for p in params)
+        return tuple(copies[id(p)] for p in params)
 
 
 class AlongStep:
     """The probe loss and its gradient along a step; each is computed once, on all ranks together.
 
-    On the trail of the last step, its gradient there is taken once the loss is found to be the same, bit
-    for bit: a step then takes one loss and one gradient.
+    If the loss before the step equals the cached loss at the end of the last step, bit for bit, the
+    cached gradient is used: a step then takes one loss and one gradient.
 
     Attributes:
         problem: the loss in the parameters' own coordinates.
         before: the parameters before the step, in the problem's precision.
-        change: the step ``(d,)``, of this rank's parts where parameters are sharded.
+        change: the step ``(d,)``, or this rank's shard of it.
     """
 
     def __init__(self, problem: MeanLoss, step: TakenStep) -> None:
         self.problem = problem.transformed(sign=problem.sign)
         self._step = step
-        before = step.of(problem.params)
+        before = step.values_before(problem.params)
         with torch.inference_mode(False), torch.no_grad():
             self.before = tuple(t.to(problem.dtype) for t in before)
-            # Taken in the precision of the problem: close numbers subtract without rounding.
+            # Subtract in the problem's precision: differences of close numbers are exact.
             pairs = zip(problem.params, self.before, strict=True)
-            self.change = self.problem.flatten([_own(p).to(problem.dtype) - t for p, t in pairs])
+            changes = [_local_view(p).to(problem.dtype) - t for p, t in pairs]
+            self.change = self.problem.flatten(changes)
 
     @cached_property
     def moved(self) -> bool:
         """Whether the step changed any parameter, on any rank."""
-        # Ten times as fast as any().
-        own = self.change.numel() and float(torch.linalg.vector_norm(self.change, math.inf)) != 0
-        return self.problem.ranks.any(bool(own))
+        # The largest entry is ten times as fast as any().
+        largest = float(torch.linalg.vector_norm(self.change, math.inf)) if len(self.change) else 0
+        return self.problem.ranks.any(largest != 0)
 
     @cached_property
-    def _first(self) -> tuple[float, Tensor]:
-        known, trail = self._step.known, self._step.trail
-        if trail is not None and trail.useful and trail.begun:
-            # The same on all ranks, as is the loss.
-            if not self.problem.ranks.any(known is None):
-                assert known is not None
-                if self._through_both_ends() == known.loss:
-                    return known.loss, known.gradient
-            trail.useful, trail.end = False, None
+    def _start(self) -> tuple[float, Tensor]:
+        """Loss and gradient before the step."""
+        start, cache = self._step.start, self._step.cache
+        # All ranks agree on these conditions and on the loss.
+        if cache is not None and cache.enabled and cache.used:
+            if not self.problem.ranks.any(start is None):
+                assert start is not None
+                if self._loss_before_then_end() == start.loss:
+                    return start.loss, start.gradient
+            cache.enabled, cache.end = False, None
         return self.problem.loss_and_gradient(self.before)
 
-    def _through_both_ends(self) -> float:
-        """Return the loss before the step, and keep loss and gradient after it."""
+    def _loss_before_then_end(self) -> float:
+        """Return the loss before the step; also compute :attr:`_end`, in the same evaluation."""
         problem = self.problem
         if not isinstance(problem, Problem) or problem.ranks.several:
             return self.loss_before
         with problem.evaluation() as again:
             loss = problem.value(self.before, evaluating=True)
             again()
-            self._last = self._kept(problem.loss_and_gradient(evaluating=True))
+            self._end = self._stored(problem.loss_and_gradient(evaluating=True))
         return loss
 
     @cached_property
-    def _last(self) -> tuple[float, Tensor]:
-        return self._kept(self.problem.loss_and_gradient())
+    def _end(self) -> tuple[float, Tensor]:
+        """Loss and gradient after the step."""
+        return self._stored(self.problem.loss_and_gradient())
 
-    def _kept(self, last: tuple[float, Tensor]) -> tuple[float, Tensor]:
-        """Leave loss and gradient after the step on the trail, if there is one."""
-        trail, params = self._step.trail, tuple(self.problem.params)
-        if trail is not None and trail.useful:
+    def _stored(self, end: tuple[float, Tensor]) -> tuple[float, Tensor]:
+        """Store the loss and gradient after the step in the cache, if there is one; return them."""
+        cache, params = self._step.cache, tuple(self.problem.params)
+        if cache is not None and cache.enabled:
             with torch.inference_mode(False), torch.no_grad():
-                values = tuple(_own(p).clone() for p in params)
-            trail.end, trail.begun = Reached(params, values, *last), True
-        return last
+                values = tuple(_local_view(p).clone() for p in params)
+            cache.end, cache.used = StepEnd(params, values, *end), True
+        return end
 
     @property
-    def _has_gradient(self) -> bool:
-        return "_first" in vars(self)
+    def _start_computed(self) -> bool:
+        return "_start" in vars(self)
 
     @cached_property
     def loss_before(self) -> float:
         """The loss at the parameters before the step."""
-        return self._first[0] if self._has_gradient else self.problem.value(self.before)
+        return self._start[0] if self._start_computed else self.problem.value(self.before)
 
     @cached_property
     def loss_after(self) -> float:
-        """The loss at the parameters as they are."""
-        trail = self._step.trail
-        continues = self._has_gradient and trail is not None and trail.useful
-        return self._last[0] if continues or "_last" in vars(self) else self.problem.value()
+        """The loss at the present parameters."""
+        cache = self._step.cache
+        next_needs_end = self._start_computed and cache is not None and cache.enabled
+        return self._end[0] if next_needs_end or "_end" in vars(self) else self.problem.value()
 
     @property
     def known_slope(self) -> float | None:
-        """:attr:`slope`, if the gradient was computed already."""
-        return self.slope if self._has_gradient else None
+        """:attr:`slope`, if the gradient before the step is already computed; else ``None``."""
+        return self.slope if self._start_computed else None
 
     @cached_property
     def slope(self) -> float:
         r""":math:`g^\top\delta`, with the gradient g before the step."""
-        return dot(self.problem, self._first[1], self.change)
+        return dot(self.problem, self._start[1], self.change)
 
     @cached_property
     def slope_after(self) -> float:
-        r""":math:`g^\top\delta`, with the gradient after the step."""
-        return dot(self.problem, self._last[1], self.change)
+        r""":math:`g^\top\delta`, with the gradient g after the step."""
+        return dot(self.problem, self._end[1], self.change)
 
     def loss_at(self, share: float) -> float:
-        """Return the loss after ``share`` times the step: 0 before it, 1 after it."""
+        """Return the loss at the parameters before the step plus ``share`` times the step."""
         if share in (0.0, 1.0):
             return self.loss_after if share else self.loss_before
         with torch.inference_mode(False), torch.no_grad():
             parts = zip(self.before, self.problem.unflatten(self.change), strict=True)
-            at = tuple(torch.add(t, part, alpha=share) for t, part in parts)
-        return self.problem.value(at)
+            theta = tuple(torch.add(t, part, alpha=share) for t, part in parts)
+        return self.problem.value(theta)
 
 
-def dot(problem: MeanLoss, one: Tensor, other: Tensor) -> float:
+def dot(problem: MeanLoss, first: Tensor, second: Tensor) -> float:
     """Return the inner product of vectors ``(d,)`` of a problem, the same number on all ranks."""
     inner = InnerProduct(ranks=problem.ranks, sharded_size=1 if problem.sharded else None)
-    return float(inner.on_host(inner.dot(one, other)))
+    return float(inner.on_host(inner.dot(first, second)))
 
 
-def _own(p: Tensor) -> Tensor:
-    """Return the real view of this rank's part of a parameter."""
+def _local_view(p: Tensor) -> Tensor:
+    """Return the real view of a parameter, or of this rank's shard of it."""
     return real_view(local(p.detach()))

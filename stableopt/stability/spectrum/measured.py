@@ -1,4 +1,4 @@
-"""Measurements of several top eigenvalues, traces and spectra, for any matrix of an evaluation."""
+"""Measurements of top eigenvalues, traces and spectral densities of an evaluation's operators."""
 
 from __future__ import annotations
 
@@ -18,104 +18,123 @@ from stableopt.stability.spectrum.zeroth_order import zeroth_order_lr
 
 __all__ = ["measured_density", "measured_eigenvalues", "measured_trace"]
 
-Matrix = Callable[[Evaluation], Operator]
+OperatorOf = Callable[[Evaluation], Operator]
 
 FEWEST, MOST, WITHOUT_LIMIT = 3, 20, 5
-"""Eigenvalues measured at least and at most, and where no limit is known."""
+"""Fewest and most eigenvalues measured, and their number if no limit is known."""
 
 CLOSE = 0.75
-"""Share of the limit below which the last of them lies."""
+"""Eigenvalues are measured down to this share of the limit."""
 
 STARTS, STEPS = 5, 50
-"""Random starts of a spectrum, and products of each."""
+"""Random starts of a spectral density, and products for each."""
 
 
 def measured_eigenvalues(
-    name: str, at: Evaluation, of: Matrix, limit: float | None, preconditioner: bool = True
+    name: str,
+    evaluation: Evaluation,
+    operator_of: OperatorOf,
+    limit: float | None,
+    preconditioner: bool = True,
 ) -> QuantityResult:
-    """Measure the largest eigenvalues of a matrix, down to 0.75 of ``limit``, and count those above."""
-    known = limit if limit is not None and 0 < limit < math.inf else None
-    vectors = at.vectors_held()
+    """Measure the largest eigenvalues down to 0.75 of ``limit``, and count those above the limit."""
+    if limit is not None and not 0 < limit < math.inf:
+        limit = None
+    vectors = evaluation.vectors_held()
     most = max(min(MOST, vectors - FEWEST_MORE), 1)
-    # As many as in the last measurement, so that curves do not end.
-    least = min(max(FEWEST, int(at.memory.get(name, 0))), most)
-    operator = of(at)
-    found = top_eigenpairs(
+    # At least as many as in the last measurement, so that their curves continue.
+    least = min(max(FEWEST, int(evaluation.memory.get(name, 0))), most)
+    operator = operator_of(evaluation)
+    eigenpairs = top_eigenpairs(
         operator,
-        min(WITHOUT_LIMIT, most) if known is None else most,
-        down_to=None if known is None else CLOSE * known,
+        min(WITHOUT_LIMIT, most) if limit is None else most,
+        down_to=None if limit is None else CLOSE * limit,
         least=least,
-        preconditioner=_kept(at) if preconditioner else None,
-        start=(at.starts or {}).get(name),
-        tol=at.tol,
-        # Each pair takes about two products, the second start a dozen.
-        max_iter=4 * at.max_iter,
-        seed=at.seed,
+        preconditioner=_separate_preconditioner(evaluation) if preconditioner else None,
+        start=(evaluation.starts or {}).get(name),
+        tol=evaluation.tol,
+        # Each eigenpair takes about two products, the second random start a dozen.
+        max_iter=4 * evaluation.max_iter,
+        seed=evaluation.seed,
         most_vectors=max(most + FEWEST_MORE, min(most + MORE, vectors)),
     )
-    if at.starts is not None:
-        at.subspaces[name] = found.subspace
-        at.memory[name] = len(found.values)
-    values, error = found.values.tolist(), at.error_of(operator)
-    relative = found.absolute_residuals / found.values.abs().clamp(min=1e-300)
-    bound = None if found.upper_bounds is None else float(found.upper_bounds[0])
+    if evaluation.starts is not None:
+        evaluation.subspaces[name] = eigenpairs.subspace
+        evaluation.memory[name] = len(eigenpairs.values)
+    values, error = eigenpairs.values.tolist(), evaluation.difference_error(operator)
+    relative = eigenpairs.absolute_residuals / eigenpairs.values.abs().clamp(min=1e-300)
+    bound = None if eigenpairs.upper_bounds is None else float(eigenpairs.upper_bounds[0])
     measurement = Measurement(
-        values[0], float(relative[0]), found.products, 0.0, found.converged, upper_bound=bound
+        values[0],
+        float(relative[0]),
+        eigenpairs.products,
+        0.0,
+        eigenpairs.converged,
+        upper_bound=bound,
     )
     details = {str(index): value for index, value in enumerate(values[1:], start=2)}
-    if known is not None:
-        details["above"] = found.above(known)
-    result = QuantityResult.from_measurement(measurement.within(error, at.tol))
+    if limit is not None:
+        details["above"] = eigenpairs.above(limit)
+    result = QuantityResult.from_measurement(measurement.within(error, evaluation.tol))
     return dataclasses.replace(result, details=details)
 
 
-def measured_trace(name: str, at: Evaluation, of: Matrix, *, of_hessian: bool) -> QuantityResult:
+def measured_trace(
+    name: str, evaluation: Evaluation, operator_of: OperatorOf, *, of_hessian: bool
+) -> QuantityResult:
     """Measure a trace, with its standard error and the effective rank."""
-    operator, preconditioner = of(at), _kept(at) if of_hessian else None
-    found = trace(
+    operator = operator_of(evaluation)
+    estimate = trace(
         operator,
-        preconditioner=preconditioner,
-        tol=at.tol,
-        max_iter=4 * at.max_iter,
-        seed=at.seed,
-        most_vectors=at.vectors_held(),
+        preconditioner=_separate_preconditioner(evaluation) if of_hessian else None,
+        tol=evaluation.tol,
+        max_iter=4 * evaluation.max_iter,
+        seed=evaluation.seed,
+        most_vectors=evaluation.vectors_held(),
     )
-    relative = found.standard_error / abs(found.value) if found.value else 0.0
-    measurement = Measurement(found.value, relative, found.products, 0.0, found.converged)
-    details = {"standard_error": found.standard_error}
-    if found.largest > 0:
-        details["effective_rank"] = found.effective_rank
-    if of_hessian and not at.preconditioned and found.value > 0:
-        bounds = zeroth_order_lr(found.value, found.largest)
+    relative = estimate.standard_error / abs(estimate.value) if estimate.value else 0.0
+    measurement = Measurement(estimate.value, relative, estimate.products, 0.0, estimate.converged)
+    details = {"standard_error": estimate.standard_error}
+    if estimate.largest > 0:
+        details["effective_rank"] = estimate.effective_rank
+    if of_hessian and not evaluation.preconditioned and estimate.value > 0:
+        bounds = zeroth_order_lr(estimate.value, estimate.largest)
         details |= {"zeroth_order_lr": bounds.upper, "zeroth_order_lr_lower": bounds.lower}
-    result = QuantityResult.from_measurement(measurement.within(at.error_of(operator), at.tol))
+    result = QuantityResult.from_measurement(
+        measurement.within(evaluation.difference_error(operator), evaluation.tol)
+    )
     return dataclasses.replace(result, details=details)
 
 
-def measured_density(at: Evaluation, of: Matrix, *, of_hessian: bool) -> QuantityResult:
+def measured_density(
+    evaluation: Evaluation, operator_of: OperatorOf, *, of_hessian: bool
+) -> QuantityResult:
     """Measure the distribution of the eigenvalues; the value is the smallest node.
 
     Raises:
-        ValueError: with a preconditioner that has no root to multiply by.
+        ValueError: with a preconditioner that is not diagonal.
     """
-    if of_hessian and _kept(at) is not None:
+    if of_hessian and _separate_preconditioner(evaluation) is not None:
         raise ValueError(
-            "the spectrum needs a preconditioner with a root that can be multiplied by, and this one"
-            " is not diagonal: expected top_eigenvalues and trace instead"
+            "the spectrum needs a diagonal preconditioner, and this one is not diagonal: expected"
+            " top_eigenvalues and trace instead"
         )
-    # Large models have room for few vectors, and then for a coarse spectrum.
-    steps = STEPS if at.vectors_held() >= MOST_VECTORS else at.vectors_held()
-    found = spectral_density(of(at), starts=STARTS, steps=steps, seed=at.seed)
-    low, high = found.nodes[0], found.nodes[-1]
-    measurement = Measurement(low, 0.0, found.products, 0.0, converged=True)
-    # Of a matrix with many zero eigenvalues rounding leaves some on either side.
-    zero = 1e-6 * max(abs(low), abs(high))
-    negative = float(found.cumulative(torch.tensor([-zero])))
+    operator, vectors = operator_of(evaluation), evaluation.vectors_held()
+    # With room for few vectors, as for large models, the density is coarse.
+    steps = STEPS if vectors >= MOST_VECTORS else vectors
+    density = spectral_density(operator, starts=STARTS, steps=steps, seed=evaluation.seed)
+    low, high = density.nodes[0], density.nodes[-1]
+    measurement = Measurement(low, 0.0, density.products, 0.0, converged=True)
+    # Rounding moves zero eigenvalues to both sides of 0.
+    rounding = 1e-6 * max(abs(low), abs(high))
+    negative = float(density.cumulative(torch.tensor([-rounding])))
     details = {"largest": high, "negative": negative}
-    return QuantityResult(low, measurement=measurement, details=details, density=found)
+    return QuantityResult(low, measurement=measurement, details=details, density=density)
 
 
-def _kept(at: Evaluation) -> StepPreconditioner | None:
-    """Return the preconditioner that the coordinates do not contain."""
-    known = at.preconditioned and at.rule is not None and at.rule.unknown is None
-    return at.preconditioner if known else None
+def _separate_preconditioner(evaluation: Evaluation) -> StepPreconditioner | None:
+    """Return the preconditioner that the coordinates do not include; ``None`` if not known."""
+    rule = evaluation.rule
+    if rule is None or not rule.preconditioned or rule.unknown is not None:
+        return None
+    return evaluation.preconditioner

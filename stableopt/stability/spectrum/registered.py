@@ -1,8 +1,10 @@
-"""The registry's entries for the spectrum of each matrix, registered on import."""
+"""Registers top eigenvalues, trace and spectrum of Hessian, Gauss-Newton matrix and covariance."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from stableopt.curvature import Operator
 from stableopt.stability.measure.evaluation import Evaluation
@@ -10,7 +12,7 @@ from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import QUANTITIES, Need, Quantity, register
 from stableopt.stability.rules.update_rule import UpdateRule
 from stableopt.stability.spectrum.measured import (
-    Matrix,
+    OperatorOf,
     measured_density,
     measured_eigenvalues,
     measured_trace,
@@ -18,53 +20,53 @@ from stableopt.stability.spectrum.measured import (
 
 __all__: list[str] = []
 
-_Limit = tuple[UpdateRule, int | None, int | None]
+_Limit = Callable[[UpdateRule, int | None, int | None], float | None]
 
 
-def _of_hessian(rule: UpdateRule, batch_size: int | None, dataset_size: int | None) -> float | None:
+def _hessian_limit(
+    rule: UpdateRule, batch_size: int | None, dataset_size: int | None
+) -> float | None:
     return rule.max_sharpness
 
 
-def _of_sigma(rule: UpdateRule, batch_size: int | None, dataset_size: int | None) -> float | None:
+def _sigma_limit(
+    rule: UpdateRule, batch_size: int | None, dataset_size: int | None
+) -> float | None:
     limit = QUANTITIES["non_uniformity"].limit_of(rule, batch_size, dataset_size)
     return None if limit is None else limit**2
 
 
-def _hessian(at: Evaluation) -> Operator:
-    return at.hessian()
+def _hessian(evaluation: Evaluation) -> Operator:
+    return evaluation.hessian()
 
 
-def _gauss_newton(at: Evaluation) -> Operator:
-    return at.gauss_newton()
+def _gauss_newton(evaluation: Evaluation) -> Operator:
+    return evaluation.gauss_newton()
 
 
-def _sigma(at: Evaluation) -> Operator:
-    return at.non_uniformity()
+def _sigma(evaluation: Evaluation) -> Operator:
+    return evaluation.non_uniformity()
 
 
-def _eigenvalues(name: str, of: Matrix, at: Evaluation) -> QuantityResult:
-    limit = at.results[name].limit if name in at.results else None
-    return measured_eigenvalues(name, at, of, limit, preconditioner=of is _hessian)
+def _eigenvalues(name: str, operator_of: OperatorOf, evaluation: Evaluation) -> QuantityResult:
+    limit = evaluation.results[name].limit if name in evaluation.results else None
+    preconditioned = operator_of is _hessian
+    return measured_eigenvalues(name, evaluation, operator_of, limit, preconditioned)
 
 
-for _prefix, _of, _limit in (
-    ("", _hessian, _of_hessian),
-    ("gauss_newton_", _gauss_newton, _of_hessian),
-    ("sigma_", _sigma, _of_sigma),
-):
-    _plain = _of is _hessian
-    _needs: frozenset[Need] = frozenset({"step"} if _plain else {"step", "per_sample"})
-    _name = f"{_prefix}top_eigenvalues"
-    register(Quantity(_name, partial(_eigenvalues, _name, _of), needs=_needs, limit=_limit))
-    _name = f"{_prefix}trace"
-    register(
-        Quantity(_name, partial(measured_trace, _name, of=_of, of_hessian=_plain), needs=_needs)
-    )
-    register(
-        Quantity(
-            f"{_prefix}spectrum",
-            partial(measured_density, of=_of, of_hessian=_plain),
-            needs=_needs,
-            rare=True,
-        )
-    )
+def _register_spectrum(prefix: str, operator_of: OperatorOf, limit: _Limit) -> None:
+    """Register top eigenvalues, trace and spectrum of one operator."""
+    of_hessian = operator_of is _hessian
+    needs: frozenset[Need] = frozenset({"step"} if of_hessian else {"step", "per_sample"})
+    options: dict[str, Any] = {"operator_of": operator_of, "of_hessian": of_hessian}
+    name = f"{prefix}top_eigenvalues"
+    register(Quantity(name, partial(_eigenvalues, name, operator_of), needs=needs, limit=limit))
+    name = f"{prefix}trace"
+    register(Quantity(name, partial(measured_trace, name, **options), needs=needs))
+    name = f"{prefix}spectrum"
+    register(Quantity(name, partial(measured_density, **options), needs=needs, rare=True))
+
+
+_register_spectrum("", _hessian, _hessian_limit)
+_register_spectrum("gauss_newton_", _gauss_newton, _hessian_limit)
+_register_spectrum("sigma_", _sigma, _sigma_limit)

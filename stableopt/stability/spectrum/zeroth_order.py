@@ -1,4 +1,4 @@
-r"""`zeroth_order_lr`: the learning rates that zeroth-order gradient descent allows, from a trace."""
+"""`zeroth_order_lr`: bounds of the critical learning rate of zeroth-order gradient descent."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["ZerothOrderLR", "zeroth_order_lr"]
 
 
 class ZerothOrderLR(NamedTuple):
-    """The critical learning rate of zeroth-order gradient descent lies between the two.
+    """Bounds of the critical learning rate of zeroth-order gradient descent.
 
     Attributes:
-        lower: up to this rate it is stable in mean square.
-        upper: from this rate on it is not.
+        lower: at or below this learning rate it is stable in mean square.
+        upper: at or above this learning rate it is unstable.
     """
 
     lower: float
@@ -29,17 +29,20 @@ def zeroth_order_lr(trace: float, sharpness: float) -> ZerothOrderLR:
 
     .. math:: \frac{2}{\mathrm{tr}\,H + 2\lambda_{\max}} \le \eta^\star \le \frac{2}{\mathrm{tr}\,H}
 
-    (Song et al., *Zeroth-order optimization at the edge of stability*, arXiv:2604.14669): a limit
-    :math:`2/\eta` on the trace, where gradient descent has it on the largest eigenvalue.
+    (Song et al., *Zeroth-order optimization at the edge of stability*, arXiv:2604.14669). The limit
+    :math:`2/\eta` is on the trace; that of gradient descent is on the largest eigenvalue.
 
     Args:
-        trace: of the Hessian: ``margins["trace"].value``.
-        sharpness: its largest eigenvalue.
+        trace: the trace of the Hessian, ``margins["trace"].value``.
+        sharpness: the largest eigenvalue of the Hessian.
 
-    Both are infinite where neither number is positive.
+    Both bounds are infinite if neither number is positive.
 
     >>> zeroth_order_lr(trace=90.0, sharpness=5.0)
     ZerothOrderLR(lower=0.02, upper=0.022222222222222223)
     """
-    least = trace + 2 * max(sharpness, 0.0)
-    return ZerothOrderLR(*(2 / number if number > 0 else math.inf for number in (least, trace)))
+    total = trace + 2 * max(sharpness, 0.0)
+    return ZerothOrderLR(
+        lower=2 / total if total > 0 else math.inf,
+        upper=2 / trace if trace > 0 else math.inf,
+    )

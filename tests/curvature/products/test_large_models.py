@@ -164,7 +164,7 @@ def test_rounded_starts_take_as_few_products(
     products, monitor = tracked()
     assert {rows.dtype for rows in monitor.state_dict()["starts"].values()} == {torch.bfloat16}
     assert {vector.dtype for vector in monitor.eigenvectors.values()} == {torch.float32}
-    monkeypatch.setattr(evaluation, "ROUNDED", torch.float32)
+    monkeypatch.setattr(evaluation, "WARM_START_DTYPE", torch.float32)
     exact, monitor = tracked()
     assert {rows.dtype for rows in monitor.state_dict()["starts"].values()} == {torch.float32}
     assert sum(products) <= sum(exact)

@@ -33,7 +33,7 @@ NAMES, PARAMS = zip(*((n, p) for n, p in MODEL.named_parameters() if p.requires_
 
 def names_in(blocks: Any) -> dict[str, list[str]]:
     found = blocks_of(MODEL, NAMES, PARAMS, blocks)
-    return {block.name: [NAMES[place] for place in block.places] for block in found}
+    return {block.name: [NAMES[index] for index in block.indices] for block in found}
 
 
 def test_layers_are_the_modules_that_hold_parameters() -> None:
