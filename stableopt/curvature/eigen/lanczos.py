@@ -11,9 +11,9 @@ With covectors r and vectors q = P r, orthonormal in that :math:`q_i^\top r_j = 
 2000). It is Lanczos on :math:`P^{1/2}HP^{1/2}`, and the residual :math:`\beta_j|s_j|` is that matrix's.
 
 From several rows at once it is band Lanczos (Aliaga, Boley, Freund & Hernández, 2000). Pending rows are
-basis rows not yet multiplied by H; each step multiplies the first of them and appends the component of
-the product orthogonal to the basis. The residual of a Ritz pair is the norm of the component of H x in
-the pending rows, for the Ritz vector x. Components in discarded pending rows still count in it.
+rows of the basis not yet multiplied by H. A step multiplies the first of them; the component of the
+product orthogonal to the basis becomes another pending row. The residual of a Ritz vector x is the norm
+of the component of Hx in the pending rows. Pending rows that are discarded still count in the residuals.
 """
 
 from __future__ import annotations

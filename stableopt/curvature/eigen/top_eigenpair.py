@@ -211,7 +211,7 @@ def _lanczos(
     size = search.inner.whole_size(search.operator.shape[0])
     width = min(search.most_vectors, max_iter, size)
     iteration = LanczosIteration(search.operator, search.inner, first, width, search.seed)
-    del first  # the basis has a copy
+    del first  # now the first row of the basis
     iteration.device_flag = random_start if isinstance(random_start, Tensor) else None
     while True:
         iteration.step()

@@ -136,9 +136,7 @@ class StructuredProduct:
                 tested = set[int]().union(*problem.ranks.all_gather_object(tested_here))
                 if not tested and trial.plan is None:
                     # Not recorded as a failure: at other parameters, samples may differ.
-                    raise UnfitError(
-                        "no samples differ enough in curvature to tell whether it holds"
-                    )
+                    raise UnfitError("no samples differ enough in curvature to check the structure")
                 trial.plan = self._plan
                 trial.untested -= tested
         if trial.failure is not None:

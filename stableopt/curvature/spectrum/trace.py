@@ -61,7 +61,7 @@ class Trace:
         value: the estimate, without bias.
         standard_error: its standard error, widened for few samples by Student's distribution: the trace
             is within two standard errors with a probability of about 0.95. 0 if the value is exact.
-        largest: the largest Ritz value in the sketch, at most the largest eigenvalue.
+        largest: the largest Ritz value in Q, at most the largest eigenvalue.
         products: products with the operator.
         converged: whether the standard error is at most ``tol`` times the value.
     """
