@@ -84,8 +84,8 @@ class InverseHessian(Operator):
         """
         if len(s) != len(y) or not len(s):
             raise ValueError(
-                f"y has {len(y)} gradient changes and s has {len(s)} steps: expected equal, positive"
-                " numbers"
+                f"{len(y)} gradient changes and {len(s)} steps: expected the same number of each,"
+                " at least one"
             )
         steps, changes = (torch.stack(list(p)).detach() for p in (s, y))
         rows = Rows(2 * len(steps), steps[0])
