@@ -1,4 +1,4 @@
-"""Curvature matrices that are never formed: their top eigenpairs, traces and spectra."""
+"""Curvature matrices as products with vectors: top eigenpairs, traces and spectra."""
 
 from stableopt.curvature.eigen.result import Eigenpair
 from stableopt.curvature.eigen.top_eigenpair import top_eigenpair

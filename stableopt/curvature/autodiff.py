@@ -1,4 +1,4 @@
-"""Derivatives of functions of tensors: `vjp`, `DoubleVjp` and `central_difference`."""
+"""Derivatives of functions of several tensors: `vjp`, `DoubleVjp` and `central_difference`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Function = Callable[[Sequence[Tensor]], Tensor]
 
 
 Output = Tensor | GradientEdge | None
-"""A tensor with its graph, or its place in the graph alone; ``None`` counts as a constant."""
+"""A tensor with its autograd graph, or only its edge in the graph; ``None`` counts as a constant."""
 
 
 def vjp(
@@ -40,20 +40,20 @@ def vjp(
 ) -> tuple[Tensor | None, ...]:
     r"""Return the gradient of :math:`\sum_j\langle o_j, c_j\rangle` in each leaf, keeping the graph.
 
-    Outputs or cotangents that are ``None``, and outputs without a graph, count as constants. A leaf
-    that no output depends on gets ``None``.
+    Outputs or cotangents that are ``None``, and outputs without a graph, count as constants. The
+    gradient in a leaf that no output depends on is ``None``.
 
     Args:
         outputs: the outputs o, or their edges (:func:`edge_of`).
         leaves: the leaves of the graph.
-        cotangents: c.
-        take: called with the place of a leaf and its gradient as soon as that is known, so that not
-            all of them are in memory at once. Leaves that it was called for get ``None``.
+        cotangents: the cotangents c.
+        take: called with the index of a leaf and its gradient as soon as that is computed, so that not
+            all gradients are in memory at once. The gradients that it takes are returned as ``None``.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> vjp([x**2, None], [x], [torch.ones(2), torch.ones(3)])
     (tensor([2., 4.]),)
-    >>> vjp([x**2], [x], [torch.ones(2)], take=lambda place, gradient: print(place, gradient))
+    >>> vjp([x**2], [x], [torch.ones(2)], take=lambda index, gradient: print(index, gradient))
     0 tensor([2., 4.])
     (None,)
     """
@@ -61,26 +61,27 @@ def vjp(
         return _vjp(outputs, leaves, cotangents, create_graph=False)
     taken: set[int] = set()
 
-    def instead(place: int, gradient: Tensor) -> Tensor | None:
+    def take_gradient(index: int, gradient: Tensor) -> Tensor | None:
         if gradient.layout is not torch.strided:
             return None
-        take(place, gradient)
-        taken.add(place)
+        take(index, gradient)
+        taken.add(index)
         return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps what a hook returns
 
     hooks: list[Any] = []
-    for place, leaf in enumerate(leaves):
-        hooks.append(leaf.register_hook(partial(instead, place)))  # type: ignore[no-untyped-call]
+    for index, leaf in enumerate(leaves):
+        hook = partial(take_gradient, index)
+        hooks.append(leaf.register_hook(hook))  # type: ignore[no-untyped-call]
     try:
-        found = _vjp(outputs, leaves, cotangents, create_graph=False)
+        gradients = _vjp(outputs, leaves, cotangents, create_graph=False)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(None if place in taken else part for place, part in enumerate(found))
+        for handle in hooks:
+            handle.remove()
+    return tuple(None if index in taken else part for index, part in enumerate(gradients))
 
 
 def edge_of(output: Tensor | None) -> Output:
-    """Return the place of ``output`` in its graph, which does not hold its numbers.
+    """Return the edge of ``output`` in its graph, which does not keep its numbers in memory.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> vjp([edge_of(x**2)], [x], [torch.ones(2)])
@@ -106,21 +107,27 @@ def _vjp(
     ]
     if not live:
         return (None,) * len(leaves)
-    heads, weights = zip(*live, strict=True)
+    live_outputs, live_cotangents = zip(*live, strict=True)
     return torch.autograd.grad(
-        heads, leaves, weights, retain_graph=True, create_graph=create_graph, allow_unused=True
+        live_outputs,
+        leaves,
+        live_cotangents,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
     )
 
 
 class DoubleVjp:
-    r"""Jacobian-vector products by reverse mode alone, which every module supports.
+    r"""Jacobian-vector products by reverse mode only, which every module supports.
 
-    :math:`J^\top u` is linear in u, so its derivative in u, pulled back along v, is :math:`Jv`.
+    :math:`J^\top u` is linear in u, so the gradient of :math:`\langle J^\top u, v\rangle` in u is
+    :math:`Jv`.
 
     Args:
-        outputs: the outputs, with their graphs; those without one count as constants.
+        outputs: the outputs, with their graphs; outputs without a graph count as constants.
         leaves: the tensors to differentiate in.
-        dummies: u, zeros that require gradients, in the outputs' shapes; made here if ``None``.
+        dummies: u, zeros of the outputs' shapes that require gradients; made here if ``None``.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> DoubleVjp([x**2], [x]).jvp([torch.tensor([1.0, 10.0])])
@@ -138,11 +145,11 @@ class DoubleVjp:
             if dummies is None
             else dummies
         )
-        self._transposed = _vjp(outputs, leaves, self._dummies, create_graph=True)
+        self._transposed_product = _vjp(outputs, leaves, self._dummies, create_graph=True)
 
     def jvp(self, tangent: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """Return the outputs' derivatives along ``tangent``; ``None`` where they vanish."""
-        return vjp(self._transposed, self._dummies, tangent)
+        """Return the outputs' derivatives along ``tangent``; ``None`` for outputs that are constant."""
+        return vjp(self._transposed_product, self._dummies, tangent)
 
 
 def central_difference(function: Callable[[float], V], step: float) -> V:
@@ -155,7 +162,7 @@ def central_difference(function: Callable[[float], V], step: float) -> V:
 
 
 def displaced(point: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> list[Tensor]:
-    """Return ``point + step * direction`` as leaves that require gradients."""
+    """Return ``point + step * direction``, as leaves that require gradients."""
     return [(t.detach() + step * d).requires_grad_() for t, d in zip(point, direction, strict=True)]
 
 
@@ -165,19 +172,19 @@ def gradient_along(
     direction: Sequence[Tensor],
     as_one: Callable[[Sequence[Tensor | None], Sequence[Tensor]], Tensor] | None = None,
 ) -> Callable[[float], Tensor]:
-    """Return the flat gradient ``(d,)`` of ``function`` as a function of the distance from ``point``.
+    """Return the gradient ``(d,)`` of ``function`` as a function of the distance from ``point``.
 
-    ``as_one`` makes another vector of the gradient's parts than :func:`flat` does.
+    ``as_one`` concatenates the gradient's parts; by default, :func:`flat`.
 
-    >>> slope = gradient_along(lambda at: at[0].square().sum(), [torch.zeros(2)], [torch.ones(2)])
-    >>> slope(0.5)
+    >>> gradient = gradient_along(lambda x: x[0].square().sum(), [torch.zeros(2)], [torch.ones(2)])
+    >>> gradient(0.5)
     tensor([1., 1.])
     """
 
     def gradient(distance: float) -> Tensor:
-        at = displaced(point, direction, distance)
-        slopes = torch.autograd.grad(function(at), at, allow_unused=True)
-        return (as_one or flat)(slopes, at)
+        leaves = displaced(point, direction, distance)
+        parts = torch.autograd.grad(function(leaves), leaves, allow_unused=True)
+        return (as_one or flat)(parts, leaves)
 
     return gradient
 
@@ -188,7 +195,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """Return the concatenation of ``tensors``, with zeros shaped as in ``like`` for ``None``."""
+    """Return ``tensors``, flattened and concatenated; ``None`` becomes zeros as in ``like``."""
     parts = [
         torch.zeros_like(t) if g is None else dense(g.detach())
         for g, t in zip(tensors, like, strict=True)
@@ -203,13 +210,13 @@ def saved_bytes(function: Callable[[], object]) -> int:
     >>> saved_bytes(lambda: x.exp())
     40
     """
-    # The tensors are held, or their addresses would be used again.
+    # The tensors are kept alive, so that no address is reused.
     storages: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # With its graph a tensor would be in a cycle: the graph holds this hook, and what it returns.
+        # With its graph, the tensor would be in a cycle: the graph refers to this hook and its result.
         tensor = tensor.detach()
-        # A sparse gradient has no storage of its own, but its indices and values have.
+        # A sparse tensor has no storage itself; its indices and values have.
         parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
         for part in parts:
             storage = part.untyped_storage()

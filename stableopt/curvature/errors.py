@@ -1,4 +1,4 @@
-"""Errors that curvature products and eigen-solvers raise."""
+"""Errors of curvature products and eigen-solvers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["DifferenceError", "NonFiniteError", "SecondDerivativeError", "UnfitE
 
 
 class DifferenceError(RuntimeError):
-    """Central differences at two steps disagree: the gradient jumps, or is mostly noise."""
+    """Central differences over two steps disagree: the gradient jumps, or is mostly noise."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -14,11 +14,11 @@ class NonFiniteError(ArithmeticError):
 
 
 class UnfitError(Exception):
-    """The model does not call its layers as their known structure requires."""
+    """The structured method does not apply: the model does not use its layers in a known way."""
 
 
 class SecondDerivativeError(RuntimeError):
-    """A model has no second derivative; the message names the module and the way out."""
+    """A model has no second derivative; the message names the module and the remedy."""
 
     def __init__(self, culprit: str | None, error: Exception) -> None:
         where = f"module {culprit}" if culprit else "the loss, or an operation between modules,"

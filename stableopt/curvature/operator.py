@@ -1,4 +1,4 @@
-"""`Operator` and `Preconditioner`: symmetric matrices known only by their products."""
+"""`Operator` and `Preconditioner`: symmetric matrices given by their products with vectors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Operator", "Preconditioner"]
 
 
 class Operator(abc.ABC):
-    """A real symmetric matrix of shape ``(d, d)`` known only by its products.
+    """A real symmetric matrix of shape ``(d, d)``, given by its products with vectors.
 
     ``operator @ v`` takes ``(d,)`` or ``(d, k)`` of the operator's dtype and device, and raises
-    ``ValueError`` for anything else. A subclass defines :meth:`product`. Where several processes
-    compute a product, or hold shards of the vectors, its attribute ``inner_product``
-    (:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`) says so to eigen-solvers.
+    ``ValueError`` for anything else. A subclass defines :meth:`product`. If several processes compute a
+    product together, or hold shards of the vectors, the subclass also has an attribute ``inner_product``
+    (:class:`~stableopt.curvature.eigen.inner_product.InnerProduct`) for the eigen-solvers.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,12 +28,12 @@ class Operator(abc.ABC):
 
     @abc.abstractmethod
     def product(self, vector: Tensor) -> Tensor:
-        """Return the matrix times ``vector`` ``(d,)``, without a graph."""
+        """Return the matrix times ``vector`` ``(d,)``, without an autograd graph."""
 
     def products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the matrix times each vector; ``@`` calls it with the columns of a block.
+        """Return the matrix times each vector; ``@`` calls it with the columns of a ``(d, k)`` matrix.
 
-        A subclass overrides it where several products together cost less.
+        A subclass overrides it if several products are cheaper together.
         """
         return [self.product(vector) for vector in vectors]
 
@@ -48,7 +48,7 @@ class Operator(abc.ABC):
                 f"{type(self).__name__} is {self.dtype} on {self.device}, but the vector is"
                 f" {vectors.dtype} on {vectors.device}: expected the same"
             )
-        # Sums begun in an ambient inference mode could not be added to inside an evaluation.
+        # Tensors created in an ambient inference mode could not be updated in place outside of it.
         with torch.inference_mode(False):
             if vectors.dim() == 1:
                 return self.product(vectors)
@@ -57,7 +57,7 @@ class Operator(abc.ABC):
 
 
 class Preconditioner(Protocol):
-    """A symmetric positive definite matrix ``(d, d)`` known only by its products."""
+    """A symmetric positive definite matrix ``(d, d)``, given by its products with vectors."""
 
     def __matmul__(self, vector: Tensor, /) -> Tensor:
         """Return the matrix times ``vector`` ``(d,)``."""

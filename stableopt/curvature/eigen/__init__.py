@@ -1,4 +1,4 @@
-"""Largest eigenvalues of symmetric operators known only by their products."""
+"""Largest eigenvalues of symmetric operators, from products with vectors."""
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.eigen.result import Eigenpair

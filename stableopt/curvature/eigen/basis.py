@@ -1,4 +1,4 @@
-"""`Basis`: an orthonormal basis that grows by one row at a time, on the operator's device."""
+"""`Basis`: an orthonormal basis on the operator's device, extended one row at a time."""
 
 from __future__ import annotations
 
@@ -10,69 +10,75 @@ from stableopt.curvature.eigen.inner_product import Dual, InnerProduct
 __all__ = ["Basis", "block_diagonal"]
 
 _FIRST_ROWS = 8
-"""Rows allocated at first: a search may end after a few."""
+"""Rows allocated at first: many searches end after a few."""
 
 _AT_ONCE = 2**30
-"""Bytes up to which a CPU allocates all rows at once: memory that is not written to takes none there,
-and rows need not be copied."""
+"""Bytes up to which all rows are allocated at once on a CPU, where unwritten pages take no memory. Rows
+are then never copied."""
 
 _COLUMNS = 2**13
-"""Columns combined at a time, so that rows can be replaced by combinations without a copy of all."""
+"""Columns combined at a time, so that a restart needs no second copy of the basis."""
 
 
 class Basis:
     """Covectors r and vectors q = P r, as rows, with :math:`q_i^T r_j = 1` for i = j, else 0.
 
-    Rows are contiguous, so that a projection is one matrix product. Without a preconditioner the two
-    are one tensor. Rows are allocated in blocks, up to ``most`` if given, and beyond it one by one; on a
-    CPU all ``most`` at once, unless they are long.
+    Rows are contiguous, so that a projection is one matrix product. Without a preconditioner, covectors
+    and vectors are one tensor.
+
+    Args:
+        covectors: the covectors ``(num_rows, d)``.
+        vectors: the vectors ``(num_rows, d)``.
+        inner: the inner product.
+        capacity: the expected number of rows. Rows are allocated in blocks up to it, and one by one
+            beyond it; on a CPU all at once, if they take at most 1 GiB.
     """
 
     def __init__(
-        self, covectors: Tensor, vectors: Tensor, inner: InnerProduct, most: int | None = None
+        self, covectors: Tensor, vectors: Tensor, inner: InnerProduct, capacity: int | None = None
     ) -> None:
-        self._most = most
+        self._capacity = capacity
         self.inner = inner
-        self._plain = inner.preconditioner is None
-        self._covectors, self._vectors = covectors, covectors if self._plain else vectors
-        self.held = len(covectors)
+        self._euclidean = inner.preconditioner is None
+        self._covectors, self._vectors = covectors, covectors if self._euclidean else vectors
+        self.num_rows = len(covectors)
 
     @property
     def covectors(self) -> Tensor:
-        """The covectors ``(held, d)``."""
-        return self._covectors[: self.held]
+        """The covectors ``(num_rows, d)``."""
+        return self._covectors[: self.num_rows]
 
     @property
     def vectors(self) -> Tensor:
-        """The vectors ``(held, d)``."""
-        return self._vectors[: self.held]
+        """The vectors ``(num_rows, d)``."""
+        return self._vectors[: self.num_rows]
 
     def append(self, row: Dual) -> None:
         """Add a row that is orthonormal to the others already."""
-        if self.held == len(self._covectors):
-            rows = self._more_rows()
-            self._covectors = _grown(self._covectors, rows)
-            self._vectors = self._covectors if self._plain else _grown(self._vectors, rows)
-        self._covectors[self.held] = row.covector
-        if not self._plain:
-            self._vectors[self.held] = row.vector
-        self.held += 1
+        if self.num_rows == len(self._covectors):
+            more = self._rows_to_allocate()
+            self._covectors = _enlarged(self._covectors, more)
+            self._vectors = self._covectors if self._euclidean else _enlarged(self._vectors, more)
+        self._covectors[self.num_rows] = row.covector
+        if not self._euclidean:
+            self._vectors[self.num_rows] = row.vector
+        self.num_rows += 1
 
-    def _more_rows(self) -> int:
-        rows = max(_FIRST_ROWS, self.held // 2)
-        if self._most is None:
-            return rows
-        row, left = self._covectors[0], self._most - self.held
-        if row.device.type == "cpu" and self._most * row.numel() * row.itemsize <= _AT_ONCE:
-            return max(left, 1)
-        return max(min(rows, left), 1)
+    def _rows_to_allocate(self) -> int:
+        block = max(_FIRST_ROWS, self.num_rows // 2)
+        if self._capacity is None:
+            return block
+        row, remaining = self._covectors[0], self._capacity - self.num_rows
+        if row.device.type == "cpu" and self._capacity * row.numel() * row.itemsize <= _AT_ONCE:
+            return max(remaining, 1)
+        return max(min(block, remaining), 1)
 
     def split(self, image: Tensor, since: int = 0) -> tuple[Tensor, Dual]:
-        """Return the coordinates of a covector in the basis, and the rest outside it, in its memory.
+        """Return a covector's coordinates in the basis, and its component orthogonal to the basis.
 
-        There are two passes: the second removes what rounding left of the first (twice is enough:
-        Parlett). The first takes only the rows from ``since`` on, for an image that has almost
-        nothing of the rows before.
+        ``image`` is overwritten. Gram–Schmidt is applied twice, since the first pass leaves rounding
+        errors (twice is enough: Parlett). The first pass uses only the rows from ``since`` on: use it
+        for an image that is nearly orthogonal to the rows before.
         """
         coordinates = self.inner.dot(self.vectors[since:], image)
         image.addmv_(self.covectors[since:].T, coordinates, alpha=-1)
@@ -82,67 +88,68 @@ class Basis:
         return correction, self.inner.dual(image)
 
     def orthogonal(self, covector: Tensor) -> Dual:
-        """Return the part of a covector outside the basis, however small, scaled to norm 1."""
+        """Return the component of a covector orthogonal to the basis, scaled to norm 1."""
         for _ in range(2):
             covector = covector - self.inner.dot(self.vectors, covector) @ self.covectors
             covector = covector / self.inner.norm(covector)
         return self.inner.dual(covector).normalised()
 
     def combined(self, weights: Tensor, room: int = 0) -> Basis:
-        """Return the basis of the combinations ``weights`` ``(k, held)``, with room for more rows."""
+        """Return a new basis of combinations ``weights`` ``(k, num_rows)``, with ``room`` free rows."""
         weights = weights.to(self._covectors)
 
-        def of(rows: Tensor) -> Tensor:
-            made = rows.new_empty(len(weights) + room, rows.shape[1])
-            torch.mm(weights, rows, out=made[: len(weights)])
-            return made
+        def combine(rows: Tensor) -> Tensor:
+            combined = rows.new_empty(len(weights) + room, rows.shape[1])
+            torch.mm(weights, rows, out=combined[: len(weights)])
+            return combined
 
-        covectors = of(self.covectors)
-        vectors = covectors if self._plain else of(self.vectors)
+        covectors = combine(self.covectors)
+        vectors = covectors if self._euclidean else combine(self.vectors)
         basis = Basis(covectors, vectors, self.inner)
-        basis.held = len(weights)
+        basis.num_rows = len(weights)
         return basis
 
     def combine(self, weights: Tensor) -> None:
         """Replace the first n rows by combinations ``weights`` ``(k, n)``, k <= n, in place."""
-        weights, (most, n) = weights.to(self._covectors), weights.shape
-        held = self.held - n + most
-        for rows in [self._covectors] if self._plain else [self._covectors, self._vectors]:
+        k, n = weights.shape
+        weights = weights.to(self._covectors)
+        remaining = self.num_rows - n + k
+        for rows in [self._covectors] if self._euclidean else [self._covectors, self._vectors]:
             for block in torch.split(rows, _COLUMNS, dim=1):
-                block[:held] = torch.cat([weights @ block[:n], block[n : self.held]])
-        self.held = held
+                block[:remaining] = torch.cat([weights @ block[:n], block[n : self.num_rows]])
+        self.num_rows = remaining
 
     def shrunk(self) -> Basis:
-        """Return it in memory of its own, where that takes less than the rows that it frees."""
-        if len(self._covectors) <= 2 * self.held:
+        """Return a copy without free rows if more than half are free, else the basis itself."""
+        if len(self._covectors) <= 2 * self.num_rows:
             return self
         covectors = self.covectors.clone()
-        return Basis(covectors, covectors if self._plain else self.vectors.clone(), self.inner)
+        return Basis(covectors, covectors if self._euclidean else self.vectors.clone(), self.inner)
 
     def vector(self, weights: Tensor) -> Tensor:
-        """Return the combination ``weights`` ``(held,)`` of the vectors ``(d,)``."""
+        """Return the combination of the vectors with ``weights`` ``(num_rows,)``."""
         return weights.to(self._vectors) @ self.vectors
 
     def covector(self, weights: Tensor) -> Tensor | None:
-        """Return the same combination of the covectors; ``None`` where they are the vectors."""
-        return None if self._plain else weights.to(self._covectors) @ self.covectors
+        """Return that combination of the covectors; ``None`` without a preconditioner."""
+        return None if self._euclidean else weights.to(self._covectors) @ self.covectors
 
     def unit_vector(self, weights: Tensor) -> Tensor:
-        """Return that combination divided by its Euclidean norm."""
+        """Return that combination of the vectors, divided by its Euclidean norm."""
         vector = self.vector(weights)
         return vector.div_(self.inner.norm(vector))
 
 
-def _grown(held: Tensor, rows: int) -> Tensor:
-    # Without a value in the new rows, which then take no memory of the host until they are written.
-    grown = held.new_empty(len(held) + rows, held.shape[1])
-    grown[: len(held)] = held
-    return grown
+def _enlarged(rows: Tensor, more: int) -> Tensor:
+    # Uninitialised rows take no host memory until they are written.
+    enlarged = rows.new_empty(len(rows) + more, rows.shape[1])
+    enlarged[: len(rows)] = rows
+    return enlarged
 
 
 def block_diagonal(size: int, block: Tensor) -> Tensor:
-    """Return the identity of that size, and ``block`` below and right of it."""
-    whole = torch.zeros(size + block.shape[0], size + block.shape[1], dtype=block.dtype)
-    whole[:size, :size] = torch.eye(size, dtype=block.dtype)
-    whole[size:, size:] = block
-    return whole
+    """Return the block diagonal matrix of the identity of ``size`` and ``block``."""
+    matrix = torch.zeros(size + block.shape[0], size + block.shape[1], dtype=block.dtype)
+    matrix[:size, :size] = torch.eye(size, dtype=block.dtype)
+    matrix[size:, size:] = block
+    return matrix

@@ -1,33 +1,34 @@
 r"""`StartPolynomials`: the probability that a search has missed an eigenvalue above a given point.
 
-Every vector of a Lanczos basis is a polynomial of A times the start, :math:`q_j = p_j(A)\,q_1`, and the
-search knows the :math:`p_j`: they are the recurrence that it runs. An eigenvector u of A with the
-eigenvalue :math:`\lambda`, whose component in the start is :math:`w = |u^\top q_1|`, therefore has
-:math:`|u^\top q_j| = |p_j(\lambda)|\,w`. The basis is orthonormal, so
+Every vector of a Lanczos basis is a polynomial of A times the start, :math:`q_j = p_j(A)\,q_1`. The
+Lanczos recurrence gives the :math:`p_j`. An eigenvector u of A with the eigenvalue :math:`\lambda`,
+whose component in the start is :math:`w = |u^\top q_1|`, therefore has :math:`|u^\top q_j| =
+|p_j(\lambda)|\,w`. The basis is orthonormal, so
 
 .. math::
 
     w^2\,K(\lambda) \le 1, \qquad K(\lambda) = \textstyle\sum_j p_j(\lambda)^2
 
-(1/K is the Christoffel function of the start's spectral measure). Uniformly on the sphere
-:math:`P(w \le t) \le t\sqrt{2d/\pi}`. Beyond all Ritz values K rises, so a search from such a start has
-missed an eigenvalue at or above :math:`\lambda` with probability at most
-:math:`\sqrt{2d/(\pi K(\lambda))}`. This holds for any spectrum, after any number of products, and
-through restarts. It also holds for a search that stops when the bound is small enough, because the bound
-is on the start alone. The bounds of Kuczyński & Woźniakowski (1992) replace the :math:`p_j` by Chebyshev
-polynomials, the worst case of all spectra.
+(1/K is the Christoffel function of the start's spectral measure). For a start uniform on the sphere,
+:math:`P(w \le t) \le t\sqrt{2d/\pi}`. K increases above all Ritz values, so the search has missed an
+eigenvalue at or above :math:`\lambda` with probability at most :math:`\sqrt{2d/(\pi K(\lambda))}`. This
+holds for any spectrum, after any number of products, and through restarts. It also holds for a search
+that stops when the bound is small enough, because the bound is on the start alone. The bounds of
+Kuczyński & Woźniakowski (1992) replace the :math:`p_j` by Chebyshev polynomials, the worst case of all
+spectra.
 
-Where a basis spans an invariant subspace up to rounding, the search goes on with a new random direction:
-an independent start, whose probability multiplies the first one's.
+Where a basis spans an invariant subspace up to rounding, the search continues with a new random
+direction. That is an independent start: its probability multiplies the first one's.
 
-No start finds two eigenvectors of one eigenvalue. :class:`Known` bounds *every* eigenvalue by a second
-start, uniform on the complement of the basis Q. With :math:`T = Q^\top AQ`, B the compression of A to
-the complement and :math:`\lambda_{\max}(B) \le b < x`, A has at most as many eigenvalues above x as
+A single start finds one eigenvector of each eigenvalue. :class:`Deflation` bounds *every* eigenvalue by
+a second start, uniform on the complement of the basis Q. With :math:`T = Q^\top AQ`, B the compression
+of A to the complement and :math:`\lambda_{\max}(B) \le b < x`, A has at most as many eigenvalues above x
+as
 
 .. math:: T + C^\top (xI - B)^{-1} C \preceq T + \frac{C^\top C}{x - b}
 
-(Haynsworth's inertia theorem, 1968), where C is what the images of Q have outside: a residual's square
-over a gap.
+(Haynsworth's inertia theorem, 1968), where C is the component of AQ orthogonal to Q: the squared
+residual over a gap.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Known", "StartPolynomials"]
+__all__ = ["Deflation", "StartPolynomials"]
 
 _FARTHEST, _POINTS = 1e3, 64
-"""How far a bound is sought above the largest Ritz value, relative to the scale of the numbers, and at
-how many points: two rounds find the distance to 1 %."""
+"""Largest distance of a bound above the largest Ritz value, relative to the scale of the numbers, and
+the number of distances tried: two rounds find the distance to 1 %."""
 
 
 _APART, _BEYOND = -8, 17
-"""Power of ten of the least distance of a bound from what bounds the complement, relative to the scale
-of the numbers, and how many distances up to 1 are tried."""
+"""Power of ten of the smallest distance of a bound above b, relative to the scale of the numbers, and
+the number of distances tried up to 1."""
 
 
 class _Row(NamedTuple):
@@ -60,13 +61,13 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True)
 class StartPolynomials:
-    """The recurrence of a Lanczos search, to be evaluated at points beyond its Ritz values.
+    """The recurrence of a Lanczos search, to be evaluated at points above its Ritz values.
 
     Attributes:
         size: the dimension d.
-        rows: how the basis grew, row by row.
-        deflated: rows of the basis before the start, to which it and all images are orthogonal: the
-            operator is then A's compression to their complement.
+        rows: the recurrence, one entry for each row of the basis after the start.
+        deflated: rows of the basis before the start. The start and all products are orthogonal to them:
+            the operator is then A's compression to their complement.
     """
 
     size: int
@@ -76,13 +77,13 @@ class StartPolynomials:
     def extended(
         self, column: Tensor, beta: float, *, weights: Tensor | None = None, fresh: bool = False
     ) -> StartPolynomials:
-        """Return it for a basis that has grown by the row ``(A q - basis @ column) / beta``.
+        """Return the recurrence with one more row, ``(A q - basis @ column) / beta``.
 
         Args:
-            column: coordinates of ``A q`` in the basis so far, q its last row.
-            beta: at least what rounding makes of a zero.
-            weights: ``(k, held)``, if these combinations replace the rows before it.
-            fresh: whether the new row is a random direction orthogonal to the basis after all.
+            column: coordinates of ``A q`` in the basis, whose last row is q.
+            beta: the norm of the new row before division, or its rounding error if that is larger.
+            weights: ``(k, rows)``, if these combinations replace the rows before the new one.
+            fresh: whether the new row is instead a random direction orthogonal to the basis.
         """
         return replace(self, rows=(*self.rows, _Row(column, beta, weights, fresh)))
 
@@ -91,83 +92,91 @@ class StartPolynomials:
 
         The points are above all Ritz values.
         """
-        rows = torch.zeros(self.deflated + 1, len(points), dtype=torch.float64)
-        rows[-1] = 1.0
-        largest = rows[-1]
-        chances = torch.ones(len(points), dtype=torch.float64)
+        values = torch.zeros(self.deflated + 1, len(points), dtype=torch.float64)
+        values[-1] = 1.0
+        largest = values[-1]
+        probability = torch.ones(len(points), dtype=torch.float64)
         for column, beta, weights, fresh in self.rows:
-            following = (points * rows[-1] - column @ rows) / beta
-            # At overflow a sum is infinite first, and afterwards not a number.
-            largest = torch.fmax(largest, (rows * rows).sum(0) + following * following)
+            following = (points * values[-1] - column @ values) / beta
+            # At overflow the sum becomes infinite, then NaN, which fmax ignores.
+            largest = torch.fmax(largest, (values * values).sum(0) + following * following)
             if weights is not None:
-                rows = weights @ rows
+                values = weights @ values
             if fresh:
-                chances = chances * self._chance(largest)
+                probability = probability * self._miss_probability(largest)
                 largest = following = torch.ones_like(largest)
-                rows = torch.zeros_like(rows)
-            rows = torch.cat([rows, following[None]])
-        return chances * self._chance(largest)
+                values = torch.zeros_like(values)
+            values = torch.cat([values, following[None]])
+        return probability * self._miss_probability(largest)
 
     def upper_bound(
         self, largest: float, scale: float, uncertainty: float, nearest: float
     ) -> float | None:
-        """Return a point above which an eigenvalue was missed with probability ``uncertainty`` at most.
+        """Return a point above which an eigenvalue was missed with probability at most ``uncertainty``.
 
-        ``largest`` is the largest Ritz value, ``scale`` the size of the numbers, and ``nearest`` the
-        least distance of the bound from it. ``None`` if the bound would be far beyond that size.
+        Args:
+            largest: the largest Ritz value.
+            scale: the scale of the numbers. The bound is ``None`` if it would be far larger.
+            uncertainty: the probability.
+            nearest: the smallest distance of the bound from ``largest``.
         """
         low, high = math.log(nearest), math.log(_FARTHEST * scale)
         for _ in range(2):
             gaps = torch.linspace(low, high, _POINTS, dtype=torch.float64).exp()
-            likely = self.missed(largest + gaps) > uncertainty
-            if bool(likely[-1]):
+            too_likely = self.missed(largest + gaps) > uncertainty
+            if bool(too_likely[-1]):
                 return None
-            first = int(likely.sum())  # K rises, so that the likely ones come first
+            first = int(
+                too_likely.sum()
+            )  # K increases, so the points that are too likely come first
             if first == 0:
                 break
             low, high = (float(gap.log()) for gap in gaps[first - 1 : first + 1])
         return largest + float(gaps[first])
 
-    def _chance(self, largest: Tensor) -> Tensor:
-        return (2 * self.size / (math.pi * largest)).sqrt().clamp(max=1.0)
+    def _miss_probability(self, christoffel_sum: Tensor) -> Tensor:
+        return (2 * self.size / (math.pi * christoffel_sum)).sqrt().clamp(max=1.0)
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of an operator inside a basis.
+class Deflation:
+    """An operator's projection on a basis Q, and its products' components outside Q.
 
     Attributes:
         projected: T ``(m, m)``.
-        outside: what the images of the basis have in directions outside it, one matrix ``(w, n)`` for
-            each set of w orthonormal directions, of the first n rows.
+        images_outside: one matrix ``(w, n)`` for each set of w orthonormal directions outside Q: the
+            components of A q along them, for the first n rows q.
     """
 
     projected: Tensor
-    outside: tuple[Tensor, ...]
+    images_outside: tuple[Tensor, ...]
 
-    def values(self, count: int) -> Tensor:
+    def eigenvalues(self, count: int) -> Tensor:
         """Return the largest eigenvalues of T ``(count,)``, largest first."""
         values: Tensor = torch.linalg.eigvalsh(self.projected)
         return values.flip(0)[:count]
 
-    def bounds(self, outside: float, count: int, scale: float) -> Tensor:
+    def bounds(self, complement_bound: float, count: int, scale: float) -> Tensor:
         """Return upper bounds of the ``count`` largest eigenvalues of A, largest first.
 
-        At any point x above b the larger of x and the j-th eigenvalue of the sum bounds the j-th
-        eigenvalue of A. The least of several points counts.
+        At any point x above b, the larger of x and the j-th eigenvalue of T + C^T C / (x - b) bounds the
+        j-th eigenvalue of A. The smallest bound over several points is returned.
 
         Args:
-            outside: b, at least the largest eigenvalue of B.
-            count: how many.
-            scale: the size of the numbers.
+            complement_bound: b, at least the largest eigenvalue of B.
+            count: the number of bounds.
+            scale: the scale of the numbers.
         """
         gram = torch.zeros_like(self.projected)
-        for rows in self.outside:  # which need not be orthogonal: |a + b|^2 <= 2 |a|^2 + 2 |b|^2
-            gram[: rows.shape[1], : rows.shape[1]] += len(self.outside) * (rows.T @ rows)
+        # Directions of different sets need not be orthogonal: |a + b|^2 <= 2 |a|^2 + 2 |b|^2.
+        sets = len(self.images_outside)
+        for images in self.images_outside:
+            gram[: images.shape[1], : images.shape[1]] += sets * (images.T @ images)
         gaps = scale * torch.logspace(_APART, 0, _BEYOND, dtype=torch.float64)
-        values = self.values(count)
-        points = torch.cat([values[values > outside + gaps[0]], outside + gaps])
-        shifted = self.projected + gram / (points - outside)[:, None, None]
-        above = torch.linalg.eigvalsh(shifted).flip(1)[:, :count]
-        found: Tensor = torch.maximum(above, points[:, None]).amin(0)
-        return found
+        values = self.eigenvalues(count)
+        nearest = complement_bound + gaps
+        points = torch.cat([values[values > nearest[0]], nearest])
+        shifted = self.projected + gram / (points - complement_bound)[:, None, None]
+        shifted_values = torch.linalg.eigvalsh(shifted).flip(1)[:, :count]
+        bounds: Tensor = torch.maximum(shifted_values, points[:, None]).amin(0)
+        return bounds

@@ -1,4 +1,4 @@
-r"""`follow`: the top eigenpair from what an earlier search kept, in three products where little moved.
+r"""`follow`: the top eigenpair from the subspace of an earlier search, in about three products.
 
 A search keeps a subspace: nine Ritz vectors :math:`u_1, u_2, \dots` and an explorer f, orthonormal. The
 next search takes
@@ -9,24 +9,24 @@ next search takes
 3. one with the estimated top Ritz vector, if the residual is too large or another eigenvalue seems to
    have overtaken; else with the runner-up, if that may have overtaken, or with f.
 
-More follow while the residual is too large or an overtaking is likely, and at random two more explore.
+More products follow while the residual is too large or an overtaking is likely. At random, two more
+explore.
 The *estimate* is a projection of A on all known directions: the estimated Rayleigh quotients on its
 diagonal, and the least symmetric change that agrees with every product (Powell's update, 1970, as in
 quasi-Newton methods). The *result* comes from the products of this search alone: the Rayleigh–Ritz value
 in the span of the tested directions, and its residual.
 
-Certain, up to rounding: the value is at most the largest eigenvalue, and an eigenvalue lies within the
-residual of it. Only probable: that this is the largest. A kept direction that overtakes is missed where
-the estimates err. A direction never seen before grows in f as in a power iteration with the others
-deflated, so that a sudden one takes several searches or one from scratch. Three products in ten thousand
-dimensions cannot do better.
+The value is at most the largest eigenvalue, and an eigenvalue lies within the residual of it, up to
+rounding. That this eigenvalue is the largest is only probable. A kept direction that has overtaken is
+missed if the estimates are wrong. A direction outside the subspace grows in f as in a power iteration
+with the kept directions deflated: a sudden change takes several searches, or one from scratch.
 
-Over 12 families of each kind (d = 1,000, the first search from scratch, eigenvectors at rest or
-turning by 0.05 between searches) the median was 3 products, the mean 3.4. Where the second, the sixth or
-one out of the bulk rose by 3 % of the top each time until it had overtaken, 1.4 % of searches lost more
-than 3 %, at worst 9 %. Where one out of the bulk rose by 10 % or 30 % of itself each time, 1.9 % and
-3.5 % did, at worst 20 %. One that jumped to 1.5 times the top was missed by up to three searches, which
-lost 33 %.
+Measured on 12 families of each kind (d = 1,000, the first search from scratch, eigenvectors fixed or
+turning by 0.05 between searches): 3 products in the median, 3.4 in the mean. Where the second, the sixth
+or a bulk eigenvalue rose by 3 % of the top per search until it had overtaken, 1.4 % of searches were
+more than 3 % too low, at worst 9 %. Where a bulk eigenvalue rose by 10 % or 30 % of itself per search,
+1.9 % and 3.5 % were, at worst 20 %. One that jumped to 1.5 times the top was missed by up to three
+searches, which were 33 % too low.
 """
 
 from __future__ import annotations
@@ -42,71 +42,77 @@ from stableopt.curvature.eigen.result import Eigenpair, Search
 __all__ = ["ASKED", "follow"]
 
 ASKED = 2
-"""Products after which the subspace is known to be one to follow."""
+"""Products taken before linearly dependent rows are detected."""
 
 _AT_LEAST = 3
+"""Fewest products of a search."""
 
 _PATIENCE = 9
-"""Products after which the kept subspace no longer helps, and a search from scratch does."""
+"""Most products of a search: beyond these, one from scratch is faster."""
 
 
 def follow(search: Search, kept: Tensor, max_iter: int) -> Eigenpair | None:
-    """Return the top eigenpair from an earlier ``subspace`` ``(k, d)``; ``max_iter`` is at least 2.
+    """Return the top eigenpair, starting from the ``subspace`` ``(k, d)`` of an earlier result.
 
-    It is ``None``, after :data:`ASKED` products, if the rows of ``kept`` are linearly dependent, and not
-    converged if ``kept`` no longer helps.
+    ``None``, after :data:`ASKED` products, if the rows of ``kept`` are linearly dependent. The result
+    has not converged if ``kept`` is too far from the present eigenvectors. ``max_iter`` is at least 2.
     """
     operator, inner = search.operator, search.inner
     basis, dependent = basis_of_kept(kept, inner)
     generator = torch.Generator().manual_seed(search.seed)
     weights = probe(len(kept), generator)
-    # Neither of the first two products waits for the other.
-    image, probed = (operator @ v for v in (basis.vectors[0], basis.vector(weights)))
-    magnitude = inner.magnitude(image)
-    columns = [_absorb(basis, image / magnitude), _absorb(basis, probed / magnitude)]
-    both = inner.on_host(torch.cat([*columns, torch.stack([magnitude, dependent])]))
-    unit, failed = both[-2:].tolist()
-    if failed:
+    # The first two products need one host transfer: neither depends on the other's numbers.
+    top_image, probe_image = (operator @ v for v in (basis.vectors[0], basis.vector(weights)))
+    magnitude = inner.magnitude(top_image)
+    columns = [
+        _append_image(basis, top_image / magnitude),
+        _append_image(basis, probe_image / magnitude),
+    ]
+    del top_image, probe_image
+    numbers = inner.on_host(torch.cat([*columns, torch.stack([magnitude, dependent])]))
+    unit, rows_are_dependent = numbers[-2:].tolist()
+    if rows_are_dependent:
         return None
-    first, second = torch.split(both[:-2], [len(column) for column in columns])
+    first, second = torch.split(numbers[:-2], [len(column) for column in columns])
     inner.check_product(first[:-1], float(first[-1]), 1, operator)
     inner.check_product(second[:-1], float(second[-1]), 2, operator)
     projection, products = EstimatedProjection(weights, first, second, generator), 2
     while True:
-        value, best, residual, scale = projection.tested_top()
-        settled = search.small_enough(residual, value, scale)
+        value, top, residual, scale = projection.tested_top()
+        settled = search.is_small(residual, value, scale)
         if products >= min(max_iter, _PATIENCE):
             break
         direction = projection.next_direction(value, settled, products >= _AT_LEAST)
         if direction is None:
             break
         image = operator @ basis.vector(direction)
-        column = inner.on_host(_absorb(basis, image / magnitude))
+        column = inner.on_host(_append_image(basis, image / magnitude))
         products += 1
         inner.check_product(column[:-1], float(column[-1]), products, operator)
         projection.learn(direction, column)
-    vector, covector, following = basis.unit_vector(best), basis.covector(best), None
+    vector, covector, subspace = basis.unit_vector(top), basis.covector(top), None
     if search.keep:
         ritz = projection.estimated_pairs()[1][: len(kept) - 1]
         explorer = projection.explorer(ritz).to(kept) @ basis.covectors
-        following = subspace_to_keep(basis.combined(ritz, room=1), explorer, search.seed)
+        subspace = subspace_to_keep(basis.combined(ritz, room=1), explorer, search.seed)
     return Eigenpair(
         value * unit,
         vector,
         residual * unit,
         products,
         settled and not projection.overtaken(value),
-        subspace=following,
+        subspace=subspace,
         covector=covector,
     )
 
 
-def _absorb(basis: Basis, image: Tensor) -> Tensor:
-    """Append the rest of an image outside the basis; return all its coordinates, on the device."""
-    coordinates, rest = basis.split(image)
-    # A rest that is rounding alone would not be orthogonal: over infinity it is a row of zeros. One
-    # with a norm below zero or NaN is left for the check.
+def _append_image(basis: Basis, image: Tensor) -> Tensor:
+    """Append a product's component orthogonal to the basis; return all coordinates, on the device."""
+    coordinates, outside = basis.split(image)
+    # A component that is only rounding error would not be orthogonal: division by infinity makes it a
+    # row of zeros. A negative norm or NaN remains, for the check.
     rounding = 100 * torch.finfo(image.dtype).eps * coordinates.norm()
-    negligible = (rest.norm >= 0) & (rest.norm <= rounding)
-    basis.append(rest._replace(norm=torch.where(negligible, torch.inf, rest.norm)).normalised())
-    return torch.cat([coordinates, torch.where(negligible, 0.0, rest.norm)[None]])
+    negligible = (outside.norm >= 0) & (outside.norm <= rounding)
+    divisor = torch.where(negligible, torch.inf, outside.norm)
+    basis.append(outside._replace(norm=divisor).normalised())
+    return torch.cat([coordinates, torch.where(negligible, 0.0, outside.norm)[None]])

@@ -1,4 +1,4 @@
-"""The subspace that one search keeps for the next: Ritz vectors, and a direction to explore."""
+"""The subspace kept from one search for the next: Ritz vectors and a direction to explore."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ KEPT = 10
 were lost three times as often."""
 
 _FEWEST = 3
+"""Fewest rows of a subspace that can be followed."""
 
 _ROOM = 5
-"""Images that rows are allocated for at first: as many as are mostly taken."""
+"""Free rows allocated for products: most searches need no more."""
 
 _SMALL = 3 * KEPT
 """Size below which a search from scratch costs no more than following."""
 
 _FRESH = 0.1
-"""Norm of the noise mixed into the explorer, in which a direction never seen before begins."""
+"""Norm of the noise mixed into the explorer; directions outside the subspace enter through it."""
 
 
 def subspace_to_keep(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
-    """Return what to keep ``(k, d)``: covectors of the Ritz vectors, and of the explorer with noise.
+    """Return the subspace to keep ``(k, d)``: the covectors of ``ritz``, and the explorer with noise.
 
-    ``explorer`` ``(d,)`` has norm 1, or is zero. It is added to ``ritz``.
+    ``explorer`` ``(d,)`` has norm 1, or is zero. It is appended to ``ritz``, in place. In fewer than 30
+    dimensions it is left out.
     """
     if ritz.inner.whole_size(len(explorer)) < _SMALL:
         return ritz.covectors
@@ -39,27 +41,27 @@ def subspace_to_keep(ritz: Basis, explorer: Tensor, seed: int) -> Tensor:
 
 
 def followable(kept: Tensor, inner: InnerProduct) -> bool:
-    """Return whether ``kept`` has enough rows to follow, in a space that is not small."""
+    """Return whether ``kept`` can be followed: 3 to 10 rows, in at least 30 dimensions."""
     rows, size = kept.shape
     return _FEWEST <= rows <= KEPT and inner.whole_size(size) >= _SMALL
 
 
 def ritz_rows(kept: Tensor, inner: InnerProduct) -> Tensor:
-    """Return the rows of ``kept`` that are Ritz vectors: all but the direction to explore."""
+    """Return the Ritz vectors among the rows of ``kept``: all but the direction to explore."""
     return kept if inner.whole_size(kept.shape[1]) < _SMALL else kept[:-1]
 
 
 def basis_of_kept(kept: Tensor, inner: InnerProduct, room: int = _ROOM) -> tuple[Basis, Tensor]:
-    """Return an orthonormal basis of the rows of ``kept``, and whether they are linearly dependent.
+    """Return an orthonormal basis of the rows of ``kept``, and a flag: 1 if they are linearly dependent.
 
-    That is a number on the device, 0 or 1; at 1 the rows are as they were. It takes no host transfer.
+    The flag stays on the device, so that no host transfer is needed. At 1 the rows are unchanged.
     """
     P = inner.preconditioner
     vectors = kept if P is None else torch.stack([P @ row for row in kept])
     gram = inner.ranks.broadcast(torch.stack([inner.dot(vectors, row) for row in kept]))
     gram = gram.to(torch.float32 if kept.device.type == "mps" else torch.float64)
     lower, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
-    # This corrects rounding, and changes of P since. A direction that was lost stays lost.
+    # Cholesky orthonormalisation corrects rounding and a changed P, but cannot recover a lost direction.
     diagonal = lower.diagonal()
     dependent = (failed != 0) | ~(diagonal.min() > 1e-3 * diagonal.max())
     identity = torch.eye(len(kept), dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""`Search` and `Eigenpair`: what a search for the largest eigenvalue is given, and what it returns."""
+"""`Search` and `Eigenpair`: options and result of a search for the largest eigenvalue."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ UNCERTAINTY = 0.002
 """Probability that a largest eigenvalue lies above its ``upper_bound``."""
 
 GAP = 0.05
-"""Distance above the value, relative to it, at which a search from a random start must have ruled out
-another eigenvalue before it ends. At 0.03 it takes about one product more."""
+"""Distance above the value, relative to it. A search from a random start ends once an eigenvalue that
+far above is ruled out. At 0.03 it takes about one product more."""
 
 _A_DIMENSION = 1e-6
-"""Below 2,000 dimensions, where products are cheap, a search ends at this probability of a miss for
-each dimension. One of 1,001 small networks (d = 76) met a start with 1e-5 of the top eigenvector."""
+"""Largest probability of a miss per dimension, below 2,000 dimensions, where products are cheap. One of
+1,001 small networks (d = 76) drew a start with a component of 1e-5 along the top eigenvector."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every method of search is given; the arguments of ``top_eigenpair`` explain the fields."""
+    """Operator, inner product and options of a search; see the arguments of ``top_eigenpair``."""
 
     operator: Operator
     inner: InnerProduct
@@ -37,21 +37,21 @@ class Search:
     keep: bool
     most_vectors: int
 
-    def small_enough(self, residual: float, value: float, scale: float) -> bool:
-        """Return whether the residual is within ``tol`` of the value, or both are rounding of zero."""
-        # A value that is itself below the rounding of the products cannot be distinguished from zero.
+    def is_small(self, residual: float, value: float, scale: float) -> bool:
+        """Return whether the residual is at most ``tol`` times the value, or both are rounding."""
+        # A value below the rounding of the products cannot be distinguished from zero.
         floor = 10 * torch.finfo(self.operator.dtype).eps * scale
         return residual <= self.tol * abs(value) or max(residual, abs(value)) <= floor
 
-    def unlikely(self, missed: float) -> bool:
-        """Return whether the probability that a larger eigenvalue was missed is small enough."""
+    def is_unlikely(self, miss_probability: float) -> bool:
+        """Return whether a missed larger eigenvalue is improbable enough to end the search."""
         size = self.inner.whole_size(self.operator.shape[0])
-        return missed <= min(UNCERTAINTY, _A_DIMENSION * size)
+        return miss_probability <= min(UNCERTAINTY, _A_DIMENSION * size)
 
     def gap(self, value: float, scale: float) -> float:
-        """Return how far above ``value`` another eigenvalue has to be ruled out."""
+        """Return the distance above ``value`` at which another eigenvalue must be ruled out."""
         eps = torch.finfo(self.operator.dtype).eps
-        # No relative distance from a zero is larger than rounding.
+        # Relative to a value that is zero up to rounding, every distance is rounding.
         return GAP * abs(value) if abs(value) > 10 * eps * scale else math.sqrt(eps) * scale
 
 
@@ -73,15 +73,15 @@ class Eigenpair:
             eigenvalue more than 5 % above ``value`` is ruled out, up to a probability of 0.002, or of
             1e-6 for each dimension where there are fewer than 2,000.
         upper_bound: an upper bound of the largest eigenvalue, wrong with probability at most 0.002
-            over the random starts, for any spectrum; ``None`` for a start that is not uniform on the
+            over the random starts, for any spectrum. ``None`` for a start that is not uniform on the
             sphere (a given one, or with a preconditioner) and after a single product. It is the
             :math:`\lambda` with :math:`\sqrt{2d/(\pi K(\lambda))} = 0.002`, where
-            :math:`K(\lambda) = \sum_j p_j(\lambda)^2` sums the search's own orthonormal polynomials
-            (:mod:`~stableopt.curvature.eigen.certificate`). Where the Krylov space is exhausted, the
-            value is exact, and this is ``value + absolute_residual``, its least.
-        subspace: with ``keep=True``, what the next search starts from: covectors ``(k, d)``,
-            orthonormal: nine Ritz vectors, best first, and a direction to explore. Else ``None``.
-        covector: with a preconditioner, r ``(d,)``, whose image P r is along ``vector``.
+            :math:`K(\lambda) = \sum_j p_j(\lambda)^2` sums the search's orthonormal polynomials
+            (:mod:`~stableopt.curvature.eigen.certificate`). If the Krylov space is exhausted, the
+            value is exact and the bound is ``value + absolute_residual``.
+        subspace: with ``keep=True``, the ``start`` of the next search: orthonormal covectors
+            ``(k, d)``, nine Ritz vectors, best first, and a direction to explore. Else ``None``.
+        covector: with a preconditioner, the covector r ``(d,)`` for which P r is along ``vector``.
     """
 
     value: float
@@ -95,11 +95,11 @@ class Eigenpair:
 
     @property
     def relative_residual(self) -> float:
-        """The residual over ``|value|``; zero where the value is."""
+        """The residual over ``|value|``; zero if the value is zero."""
         return self.absolute_residual / abs(self.value) if self.value else 0.0
 
     @property
     def residual(self) -> float:
-        """Deprecated: the absolute residual, whereas other results call the relative one so."""
+        """Deprecated: the absolute residual. In other results, ``residual`` is relative."""
         warn_renamed("Eigenpair.residual", "absolute_residual or relative_residual")
         return self.absolute_residual

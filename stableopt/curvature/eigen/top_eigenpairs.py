@@ -1,15 +1,15 @@
 r"""`top_eigenpairs`: the algebraically largest eigenvalues of an operator, with a certificate.
 
-Lanczos from one start finds each eigenvalue once, however many eigenvectors it has, and may miss one
-to which the start is nearly orthogonal. A search from scratch therefore goes on, once k residuals are
-small, with a second random start outside everything found. Where that has an eigenvalue above the k-th,
-it joins the result; where it has none, up to a small probability, it bounds every eigenvalue from above
-(:class:`~stableopt.curvature.eigen.certificate.Known`). Four examples::
+Lanczos from one start finds one eigenvector of each eigenvalue, and may miss an eigenvector to which the
+start is nearly orthogonal. Once k residuals are small, a search from scratch therefore continues with a
+second random start, orthogonal to all Ritz vectors. If that finds an eigenvalue above the k-th, the
+eigenvalue joins the result. If it finds none, it bounds every eigenvalue from above, up to a small
+probability (:class:`~stableopt.curvature.eigen.certificate.Deflation`). Four examples::
 
     top_eigenpairs(Hessian(problem), 10)                         # ten, each with its multiplicity
     top_eigenpairs(Hessian(problem), 20, down_to=0.75 * limit)   # all above, and the first below
-    last = top_eigenpairs(Hessian(problem), 10)                  # and as training moves on
-    top_eigenpairs(Hessian(problem), 10, start=last.subspace)    # about eleven products
+    last = top_eigenpairs(Hessian(problem), 10)
+    top_eigenpairs(Hessian(problem), 10, start=last.subspace)    # warm start: about eleven products
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ MORE = 40
 """Vectors held in addition to the wanted ones."""
 
 _ROOM = 16
-"""Rows kept free for the second start, which takes about ten outside all large eigenvectors."""
+"""Rows kept free for the second start: with the large eigenvectors deflated, it takes about ten."""
 
 FEWEST_MORE = 6
+"""Fewest vectors held in addition to the wanted ones, so that a second start has room."""
 
 _GUARDED = 1
 """Ritz vectors kept for the next search in addition to the wanted ones."""
 
 _FRESH = 0.1
-"""Norm of the noise in the last of them, in which a direction never seen before begins."""
+"""Norm of the noise in the last of them; directions outside the subspace enter through it."""
 
 _AT_LEAST = 12
-"""Products of the second start where its probability of a miss is an estimate: with a preconditioner."""
+"""Fewest products of the second start with a preconditioner, where its probability of a miss is an
+estimate."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,18 @@ class Eigenpairs:
     Attributes:
         values: Ritz values :math:`\theta_j` ``(k,)``, in float64 on the CPU; each at most the j-th
             largest eigenvalue.
-        vectors: vectors of norm 1 ``(d, k)``, as columns; orthogonal, with a preconditioner in the
-            inner product of its inverse.
-        absolute_residuals: :math:`\|Av_j - \theta_jv_j\|` or more, ``(k,)``, with a preconditioner of
-            the symmetric :math:`P^{1/2}AP^{1/2}`.
+        vectors: Ritz vectors of norm 1 ``(d, k)``, as columns. They are orthogonal; with a
+            preconditioner, in the inner product of its inverse.
+        absolute_residuals: upper bounds of :math:`\|Av_j - \theta_jv_j\|`, ``(k,)``; with a
+            preconditioner, for :math:`P^{1/2}AP^{1/2}`.
         products: products with the operator.
-        converged: whether each residual is at most ``tol`` times its value, and for a search from
-            scratch another eigenvalue above the last is ruled out, as :class:`Eigenpair` says; within
-            ``tol`` of the last, one more may have been left out.
-        upper_bounds: upper bounds of the k largest eigenvalues ``(k,)``, all of them true with a
-            probability of 0.998, for any spectrum; ``None`` where :class:`Eigenpair` has none, and
-            where the search ended before it had them.
-        subspace: covectors ``(n, d)`` for the next search to start from.
+        converged: whether each residual is at most ``tol`` times its value and, for a search from
+            scratch, another eigenvalue above the last is ruled out as in :class:`Eigenpair`. Another
+            eigenvalue within ``tol`` of the last may be missing.
+        upper_bounds: upper bounds of the k largest eigenvalues ``(k,)``, all true with a probability of
+            0.998, for any spectrum. ``None`` where :class:`Eigenpair` has none, and for a search that
+            ended without the second start.
+        subspace: covectors ``(n, d)``, the ``start`` of the next search.
     """
 
     values: Tensor
@@ -80,7 +82,7 @@ class Eigenpairs:
     def above(self, limit: float) -> int:
         """Return how many values exceed ``limit`` by more than their residuals.
 
-        At least as many eigenvalues do.
+        At least as many eigenvalues exceed it.
         """
         return int((self.values - self.absolute_residuals > limit).sum())
 
@@ -101,21 +103,21 @@ def top_eigenpairs(
     r"""Return the k algebraically largest eigenvalues of a symmetric ``operator`` and their vectors.
 
     Args:
-        operator: anything with ``shape``, ``dtype``, ``device`` and ``@`` that is symmetric.
-        k: how many, or with ``down_to`` the most; no more than d are returned.
-        down_to: return those above it, and the first below, at least ``least`` and at most k.
-        least: how many at least, where ``down_to`` is given.
+        operator: any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``@``.
+        k: the number of pairs; with ``down_to``, the largest number. At most d are returned.
+        down_to: return the eigenvalues above it and the first below, at least ``least`` and at most k.
+        least: the smallest number of pairs with ``down_to``.
         preconditioner: a symmetric positive definite P ``(d, d)``: the pairs are those of
             :math:`PA`, as in :func:`top_eigenpair`.
-        start: the ``subspace`` ``(n, d)`` of an earlier result, or other vectors that span nearly the
-            wanted ones. Such a search is not certified: it knows what is near the start.
+        start: the ``subspace`` ``(n, d)`` of an earlier result, or other vectors that nearly span the
+            wanted eigenvectors. Such a search is not certified: it finds eigenvectors near the start.
         tol: the largest residual of each pair relative to its value.
         max_iter: the largest number of products.
-        seed: of the random starts; torch's own generators are not touched.
-        most_vectors: how many vectors of length d are held, by default k + 40 and at least k + 6;
-            fewer take more products. The result takes up to 40 more.
+        seed: of the random starts; torch's global generators are not used.
+        most_vectors: the most vectors of length d held, by default k + 40 and at least k + 6; fewer take
+            more products. The result takes up to 40 more.
 
-    Everything of length d stays on the operator's device; there is one small host transfer a product.
+    All vectors of length d stay on the operator's device. Each product takes one small host transfer.
 
     Raises:
         ValueError: for arguments out of range, and for a preconditioner that turns out not to be
@@ -141,7 +143,7 @@ def top_eigenpairs(
     width = min(most_vectors or k + MORE, inner.whole_size(size))
     search = Search(operator, inner, tol, seed, keep=True, most_vectors=width)
     with torch.autocast(operator.device.type, enabled=False):
-        return _Pairs(search, min(k, inner.whole_size(size)), down_to, least).found(start, max_iter)
+        return _Pairs(search, min(k, inner.whole_size(size)), down_to, least).run(start, max_iter)
 
 
 @dataclass(frozen=True)
@@ -153,97 +155,108 @@ class _Pairs:
     down_to: float | None
     least: int
 
-    def found(self, start: Tensor | None, max_iter: int) -> Eigenpairs:
-        search, rows = self.search, None if start is None else self._rows(start)
-        warm, first = rows is not None, self._drawn() if rows is None else rows
-        given = first.held if warm else 0
+    def run(self, start: Tensor | None, max_iter: int) -> Eigenpairs:
+        search = self.search
+        basis = None if start is None else self._basis_of(start)
+        warm = basis is not None
+        if basis is None:
+            basis = self._random_basis()
+        # A warm start's rows are all multiplied before the search may end.
+        given = basis.num_rows if warm else 0
         width, size = search.most_vectors, search.inner.whole_size(search.operator.shape[0])
         iteration = LanczosIteration(
-            search.operator, search.inner, first, width, search.seed, self.k
+            search.operator, search.inner, basis, width, search.seed, self.k
         )
         while True:
             iteration.step()
             count = self._count(iteration)
-            whole = iteration.done == size
             settled = (
                 iteration.products >= given
-                and iteration.done >= count
-                and bool(self._small(iteration)[-count:].all())
+                and iteration.multiplied >= count
+                and bool(self._is_small(iteration)[-count:].all())
             )
             verdict = "certified" if warm else self._verdict(iteration, count)
-            converged = whole or (settled and verdict == "certified")
+            complete = iteration.multiplied == size
+            converged = complete or (settled and verdict == "certified")
             if converged or iteration.products >= max_iter:
                 break
             blocked = [] if iteration.products < given else self._blocked(iteration, count)
             if settled and verdict == "unknown":
-                iteration.renew(count, 1 if width == size else _ROOM)
-            elif len(blocked):
-                iteration.repeat(torch.tensor(blocked))
+                iteration.start_in_complement(count, 1 if width == size else _ROOM)
+            elif blocked:
+                iteration.remultiply(torch.tensor(blocked))
             else:
                 iteration.extend()
                 if iteration.products == given:
-                    self._narrow(iteration, count)
-        return self._result(iteration, min(count, iteration.done), converged, warm)
+                    self._compress_pending(iteration, count)
+        return self._result(iteration, min(count, iteration.multiplied), converged, warm)
 
     def _count(self, iteration: LanczosIteration) -> int:
-        """Return how many pairs are wanted, as far as the Ritz values say."""
+        """Return the number of pairs wanted, by the present Ritz values."""
         if self.down_to is None:
             return self.k
-        above = int((iteration.values * iteration.unit >= self.down_to).sum())
+        above = int((iteration.ritz_values * iteration.unit >= self.down_to).sum())
         return min(self.k, max(self.least, above + 1))
 
-    def _small(self, iteration: LanczosIteration) -> Tensor:
-        """Return which Ritz pairs have converged; to rounding is enough for small values."""
-        small: Tensor = iteration.residuals <= self._allowed(iteration)
+    def _is_small(self, iteration: LanczosIteration) -> Tensor:
+        """Return whether each residual is small enough."""
+        small: Tensor = iteration.residuals <= self._tolerance(iteration)
         return small
 
-    def _allowed(self, iteration: LanczosIteration) -> Tensor:
-        allowed: Tensor = self.search.tol * iteration.values.abs()
-        return allowed.clamp(min=iteration.rounding)
+    def _tolerance(self, iteration: LanczosIteration) -> Tensor:
+        """Return the largest residual allowed for each Ritz pair, at least its rounding error."""
+        tolerance: Tensor = self.search.tol * iteration.ritz_values.abs()
+        return tolerance.clamp(min=iteration.rounding)
 
     def _blocked(self, iteration: LanczosIteration, count: int) -> list[int]:
-        """Return the wanted pairs that have not converged for directions that were forgotten alone."""
-        beyond, allowed = iteration.beyond_reach, self._allowed(iteration)
-        blocked = (beyond > allowed) & (iteration.residuals - beyond <= allowed)
-        blocked[: max(iteration.done - count, 0)] = False
+        """Return the indices of wanted pairs kept from converging by discarded directions alone."""
+        discarded, tolerance = iteration.discarded_residuals, self._tolerance(iteration)
+        blocked = (discarded > tolerance) & (iteration.residuals - discarded <= tolerance)
+        blocked[: max(iteration.multiplied - count, 0)] = False
         return [int(index) for index in blocked.nonzero()]
 
-    def _narrow(self, iteration: LanczosIteration, count: int) -> None:
-        """Go on with the residuals of the wanted pairs that have not converged."""
-        large = ~self._small(iteration)
-        large[: max(iteration.done - count, 0)] = False
-        if iteration.done >= count and iteration.basis.held > iteration.done:
-            iteration.narrow(large.nonzero()[:, 0])
+    def _compress_pending(self, iteration: LanczosIteration, count: int) -> None:
+        """Keep the pending directions in which wanted pairs have large residuals."""
+        large = ~self._is_small(iteration)
+        large[: max(iteration.multiplied - count, 0)] = False
+        if iteration.multiplied >= count and iteration.basis.num_rows > iteration.multiplied:
+            iteration.compress_pending(large.nonzero()[:, 0])
 
     def _verdict(
         self, iteration: LanczosIteration, count: int
     ) -> Literal["certified", "open", "unknown"]:
-        """Say what the second start knows of eigenvalues above the last wanted one.
+        """Return what the second start says about eigenvalues above the last wanted one.
 
-        ``"unknown"`` if there is none since the result last changed.
+        ``"certified"`` if there are none, ``"open"`` if more products are needed, ``"unknown"`` if there
+        was no second start since the result last changed.
         """
         search = self.search
-        if iteration.known is None or iteration.done < count:
+        if iteration.deflation is None or iteration.multiplied < count:
             return "unknown"
-        found, inside = iteration.values.flip(0)[:count], iteration.known.values(count)
-        changed = found[: len(inside)] - inside > self._allowed(iteration).flip(0)[: len(inside)]
-        if len(inside) < count or bool(changed.any()):
+        present = iteration.ritz_values.flip(0)[:count]
+        deflated = iteration.deflation.eigenvalues(count)
+        tolerance = self._tolerance(iteration).flip(0)[: len(deflated)]
+        changed = present[: len(deflated)] - deflated > tolerance
+        if len(deflated) < count or bool(changed.any()):
             return "unknown"
-        value, steps = float(found[-1]), iteration.done - len(iteration.known.projected)
+        steps = iteration.multiplied - len(iteration.deflation.projected)
         if search.inner.preconditioner is not None and steps < _AT_LEAST:
             return "open"
-        top, residual = iteration.outside()
-        if iteration.scale == 0.0:  # of a random direction too
+        value = float(present[-1])
+        top, residual = iteration.complement_top()
+        if iteration.scale == 0.0:  # the product with a random direction vanishes
             return "certified"
-        if top < value and search.unlikely(iteration.missed_outside(value)):
+        if top < value and search.is_unlikely(iteration.missed_in_complement(value)):
             return "certified"
-        # Another eigenvalue is as large as the last, up to the tolerance.
-        near = residual <= max(search.tol * abs(top), iteration.rounding) and search.unlikely(
-            iteration.missed_outside(max(top, value) + search.gap(value, iteration.scale))
-        )
-        return "certified" if near else "open"
+        # The next eigenvalue may equal the last wanted one, up to the tolerance.
+        above = max(top, value) + search.gap(value, iteration.scale)
+        settled = residual <= max(search.tol * abs(top), iteration.rounding)
+        if settled and search.is_unlikely(iteration.missed_in_complement(above)):
+            return "certified"
+        return "open"
 
-    def _rows(self, start: Tensor) -> Basis | None:
+    def _basis_of(self, start: Tensor) -> Basis | None:
+        """Return an orthonormal basis of a given start; ``None`` if its rows are linearly dependent."""
         search, inner = self.search, self.search.inner
         most = min(self.k + _GUARDED, search.most_vectors // 2 - 1)
         rows = start[: max(most, 1)].to(search.operator.device, search.operator.dtype)
@@ -254,21 +267,22 @@ class _Pairs:
         basis, dependent = basis_of_kept(rows, inner, search.most_vectors - len(rows))
         return None if bool(inner.on_host(dependent[None])) else basis
 
-    def _drawn(self) -> Basis:
+    def _random_basis(self) -> Basis:
+        """Return a basis of one random row, with room for all others."""
         search = self.search
         noise = search.inner.noise(search.operator, search.seed)
         if search.inner.preconditioner is not None:
             search.inner.check_norm(float(noise.norm))
 
-        def room(row: Tensor) -> Tensor:
+        def with_room(row: Tensor) -> Tensor:
             rows = row.new_empty(search.most_vectors, len(row))
             rows[0] = row
             return rows
 
-        covectors = room(noise.covector)
-        vectors = covectors if noise.vector is noise.covector else room(noise.vector)
+        covectors = with_room(noise.covector)
+        vectors = covectors if noise.vector is noise.covector else with_room(noise.vector)
         basis = Basis(covectors, vectors, search.inner)
-        basis.held = 1
+        basis.num_rows = 1
         return basis
 
     def _result(
@@ -278,8 +292,11 @@ class _Pairs:
         bounds = None
         if inner.preconditioner is None and not warm:
             bounds = iteration.upper_bounds(count)
-        values, residuals = iteration.values.flip(0)[:count], iteration.residuals.flip(0)[:count]
-        kept = iteration.ritz_vectors(min(count + _GUARDED, iteration.done))
+        values, residuals = (
+            iteration.ritz_values.flip(0)[:count],
+            iteration.residuals.flip(0)[:count],
+        )
+        kept = iteration.ritz_vectors(min(count + _GUARDED, iteration.multiplied))
         subspace, vectors = kept.covectors, kept.vectors[:count]
         if inner.preconditioner is not None:
             vectors = vectors / torch.stack([inner.norm(row) for row in vectors])[:, None]

@@ -1,1 +1,1 @@
-"""Curvature through the Gram matrix of per-sample Jacobians, for small problems: exact and dense."""
+"""Exact Gauss–Newton curvature of small problems, from the Gram matrix of per-sample Jacobians."""

@@ -1,10 +1,11 @@
-r"""`DualCurvature`: the Gauss–Newton curvature of all samples from one Gram matrix of outputs.
+r"""`DualCurvature`: the Gauss–Newton matrices of all samples from one Gram matrix of Jacobians.
 
-n samples with C outputs each have curvature in at most nC directions, however many parameters there
-are. With :math:`\hat J` the rows :math:`L_i^{1/2}J_i` of all samples (:mod:`.jacobian`), everything
-that linear stability needs is in the Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``: the mean
-:math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its eigenbasis sample i's
-matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F = n\Lambda`. Two examples::
+The Gauss–Newton matrices of n samples with C outputs each have at most nC joint directions, for any
+number of parameters. Let :math:`\hat J` be the rows :math:`L_i^{1/2}J_i` of all samples
+(:mod:`.jacobian`). The Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``, determines linear
+stability: the mean :math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its
+eigenbasis sample i's matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F =
+n\Lambda`. Two examples::
 
     DualCurvature.from_problem(problem).sharpness
     DualCurvature.from_problem(problem).modes           # eigenvalues, and every sample's factor F_i
@@ -32,14 +33,14 @@ from stableopt.curvature.products.linearization_cache import MEMORY
 __all__ = ["DualCurvature", "Modes", "SampleSizes", "count_outputs", "project", "sample_sizes"]
 
 _COPIES = 3
-"""Tensors of a row's size that are alive at once while a chunk of rows is made."""
+"""Row-sized tensors alive at once while a chunk of rows is computed."""
 
 
 @dataclass(frozen=True)
 class Modes:
-    r"""The mean curvature's eigenvalues, and the samples' curvature in its eigenbasis.
+    r"""The eigenvalues of the mean of samples' matrices, and these matrices in its eigenbasis.
 
-    :math:`\frac1n\sum_i F_i^\top F_i = \mathrm{diag}(\text{eigenvalues})`, all in double precision.
+    :math:`\frac1n\sum_i F_i^\top F_i = \mathrm{diag}(\text{eigenvalues})`, in double precision.
 
     Attributes:
         eigenvalues: those of the mean, positive and ascending, ``(r,)``.
@@ -68,12 +69,12 @@ class Modes:
 class DualCurvature:
     r"""The Gram matrix :math:`K = \hat J\hat J^\top` of all samples' Gauss–Newton rows.
 
-    Away from interpolation the Gauss–Newton matrix differs from the Hessian: sharpness by at most the
-    mean, non-uniformity by at most the root mean square, of :math:`\|H_i - G_i\|`, which the residuals
-    bound. See :class:`~stableopt.curvature.GaussNewton` for products without K.
+    Away from interpolation the Gauss–Newton matrix differs from the Hessian. The sharpness differs by at
+    most the mean of :math:`\|H_i - G_i\|` over the samples, the non-uniformity by at most the root mean
+    square. See :class:`~stableopt.curvature.GaussNewton` for products without K.
 
     Attributes:
-        gram: K ``(nC, nC)`` in double precision; C consecutive rows a sample.
+        gram: K ``(nC, nC)`` in double precision; C consecutive rows per sample.
         num_samples: n.
 
     Raises:
@@ -102,12 +103,12 @@ class DualCurvature:
     def from_problem(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
         """Compute K at the problem's present parameters, in its coordinates.
 
-        Weight decay, which adds the same matrix to every sample's, belongs to the update rule.
+        K has no weight decay: that is part of the update rule.
 
         Args:
             problem: made of ``(model, loss_fn, data)``.
-            memory: bytes that rows may take in addition to K. If they do not fit, each pair of
-                chunks of samples is computed by itself. Fully connected networks need no rows.
+            memory: bytes of the Jacobian rows, in addition to K. If not all rows fit, each pair of
+                chunks of samples is computed separately. Fully connected networks need no rows.
 
         Raises:
             ValueError: for a problem from a batch loss, or a loss that is not convex in the outputs.
@@ -125,12 +126,12 @@ class DualCurvature:
         outputs = count_outputs(problem)
         with problem.evaluation():
             layers = ranks.raise_together(lambda: fully_connected(problem, theta))
-            found = None
+            gram = None
             if not ranks.any(layers is None) and layers is not None:
-                found = gram_of_layers(problem, theta, layers)
-            if found is None:
-                found = _gram_of_rows(problem, theta, outputs, _at_once(problem, memory))
-        return cls(found, problem.num_samples)
+                gram = gram_of_layers(problem, theta, layers)
+            if gram is None:
+                gram = _gram_of_rows(problem, theta, outputs, _samples_at_once(problem, memory))
+        return cls(gram, problem.num_samples)
 
     @classmethod
     def of(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
@@ -152,7 +153,7 @@ class DualCurvature:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs C of a sample."""
+        """The number C of outputs of a sample."""
         return int(self.gram.shape[0] // self.num_samples)
 
     @property
@@ -185,14 +186,14 @@ class DualCurvature:
         if not len(values):
             return 0.0
         rows = factors.flatten(0, 1)
-        own = (self.blocks @ factors).flatten(0, 1)
-        covariance = rows.T @ own / self.num_samples - torch.diag(values**2)
+        block_rows = (self.blocks @ factors).flatten(0, 1)
+        covariance = rows.T @ block_rows / self.num_samples - torch.diag(values**2)
         largest = torch.linalg.eigvalsh((covariance + covariance.T) / 2)[-1]
         return float(largest.clamp(min=0).sqrt())
 
 
 def project(problem: Problem, basis: Tensor) -> Modes:
-    """Return the modes of the curvature restricted to the orthonormal columns of ``basis`` ``(d, k)``.
+    """Return the modes of the curvature in the span of ``basis`` ``(d, k)``, with orthonormal columns.
 
     Raises:
         ValueError, TypeError: as :meth:`DualCurvature.from_problem`.
@@ -210,10 +211,10 @@ class SampleSizes:
     """Sizes of the samples' own Gauss–Newton matrices.
 
     Attributes:
-        count: samples n.
-        largest: the largest eigenvalue of any.
-        mean_trace: the mean of their traces, which is the trace of their mean.
-        mean_square: the mean of their squared Frobenius norms.
+        count: the number n of samples.
+        largest: the largest eigenvalue of any of the matrices.
+        mean_trace: the mean of the traces, which is the trace of the mean.
+        mean_square: the mean of the squared Frobenius norms.
     """
 
     count: int
@@ -236,7 +237,7 @@ def sample_sizes(problem: Problem, *, memory: int = MEMORY) -> SampleSizes:
         values: Tensor = torch.linalg.eigvalsh(blocks).clamp(min=0)
         return values
 
-    values = gather_over_chunks(problem, eigenvalues, _at_once(problem, memory))
+    values = gather_over_chunks(problem, eigenvalues, _samples_at_once(problem, memory))
     return SampleSizes(
         len(values),
         float(values.max()),
@@ -246,13 +247,17 @@ def sample_sizes(problem: Problem, *, memory: int = MEMORY) -> SampleSizes:
 
 
 def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) -> Tensor:
-    """Return K from the rows of two chunks at a time: any one, and a later one of this rank."""
+    """Return K, from the rows of two chunks at a time.
+
+    The ranks broadcast their chunks in turn. Each rank multiplies a broadcast chunk with its own chunks
+    that are not before it.
+    """
     ranks, size = problem.ranks, problem.num_samples * outputs
-    before = outputs * sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
+    offset = outputs * sum(ranks.all_gather_object(problem.own_samples)[: ranks.rank])
     gram = torch.zeros(size, size, dtype=torch.float64, device=problem.device)
 
-    def own_chunks() -> Iterator[tuple[slice, Any, int]]:
-        start = before
+    def local_chunks() -> Iterator[tuple[slice, Any, int]]:
+        start = offset
         for batch, count in problem.chunks(at_once):
             stop = start + count * outputs
             yield slice(start, stop), batch, count
@@ -263,24 +268,28 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
         _check_rows(rows, outputs)
         return rows
 
-    def add(there: slice, others: list[Tensor]) -> None:
-        for here, batch, count in own_chunks():
-            if here.start >= there.start:
-                same = here == there
-                block = _products(others if same else rows_of(batch, count), others)
-                gram[here, there], gram[there, here] = block, block.T
+    def next_chunk(chunks: Iterator[tuple[slice, Any, int]]) -> tuple[slice, list[Tensor]] | None:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return None
+        place, batch, count = chunk
+        return place, rows_of(batch, count)
+
+    def add_products(other_place: slice, other_rows: list[Tensor]) -> None:
+        for place, batch, count in local_chunks():
+            if place.start >= other_place.start:
+                if place == other_place:
+                    block = _inner_products(other_rows, other_rows)
+                else:
+                    block = _inner_products(rows_of(batch, count), other_rows)
+                gram[place, other_place], gram[other_place, place] = block, block.T
 
     for owner in range(ranks.size):
-        chunks = own_chunks()
-
-        def following(chunks: Any = chunks, mine: bool = owner == ranks.rank) -> Any:
-            chunk = next(chunks, None) if mine else None
-            return None if chunk is None else (chunk[0], rows_of(*chunk[1:]))
-
+        chunks = local_chunks() if owner == ranks.rank else iter(())
         while True:
-            chunk = ranks.raise_together(following)
-            place = [0, 0] if chunk is None else [chunk[0].start, chunk[0].stop]
-            start, stop = ranks.broadcast_object(place, owner)
+            chunk = ranks.raise_together(partial(next_chunk, chunks))
+            bounds = [0, 0] if chunk is None else [chunk[0].start, chunk[0].stop]
+            start, stop = ranks.broadcast_object(bounds, owner)
             if start == stop:
                 break
             if chunk is None:
@@ -289,14 +298,14 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
             else:
                 rows = chunk[1]
             rows = [ranks.broadcast(part, owner) for part in rows]
-            ranks.raise_together(partial(add, slice(start, stop), rows))
+            ranks.raise_together(partial(add_products, slice(start, stop), rows))
     return ranks.all_reduce_sum(gram)
 
 
-def _at_once(problem: Problem, memory: int) -> int:
-    """Return how many samples' rows fit twice, since two chunks are alive at once."""
-    each = _COPIES * count_outputs(problem) * problem.num_params * problem.dtype.itemsize
-    return max(1, int(memory / (2 * each)))
+def _samples_at_once(problem: Problem, memory: int) -> int:
+    """Return how many samples' rows fit into half of ``memory``: two chunks are alive at once."""
+    sample_bytes = _COPIES * count_outputs(problem) * problem.num_params * problem.dtype.itemsize
+    return max(1, int(memory / (2 * sample_bytes)))
 
 
 def count_outputs(problem: Problem) -> int:
@@ -308,40 +317,39 @@ def count_outputs(problem: Problem) -> int:
     """
     check_outputs(problem)
 
-    def own() -> int:
+    def count() -> int:
         with problem.evaluation():
             batch, size = next(problem.chunks(1))
-            found: Any = problem.outputs(problem.theta(), batch)
-        if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != size:
+            outputs: Any = problem.outputs(problem.theta(), batch)
+        if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != size:
             raise TypeError(
-                f"the model returned {type(found).__name__}: the Gauss–Newton matrix needs one"
+                f"the model returned {type(outputs).__name__}: the Gauss–Newton matrix needs one"
                 " output tensor with a row for each sample"
             )
-        return found[0].numel()
+        return outputs[0].numel()
 
-    return problem.ranks.raise_together(own)
+    return problem.ranks.raise_together(count)
 
 
 def _check_rows(rows: list[Tensor], outputs: int) -> None:
     if rows[0].shape[1] != outputs:
         raise ValueError(
             f"the model returned {rows[0].shape[1]} outputs for some samples and {outputs} for"
-            " others: expected one number"
+            " others: expected the same number for all samples"
         )
 
 
-def _products(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def _inner_products(left: list[Tensor], right: list[Tensor]) -> Tensor:
     """Return the rows' inner products, summed over the parameters in double precision."""
-    pairs = zip(left, right, strict=True)
     total = left[0].new_zeros((), dtype=torch.float64)
-    for a, b in pairs:
+    for a, b in zip(left, right, strict=True):
         total = total + a.flatten(0, 1).double() @ b.flatten(0, 1).double().T
     return total
 
 
 def _positive_part(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenpairs of a positive semi-definite matrix that exceed rounding."""
+    """Return the eigenpairs of a positive semi-definite matrix whose values exceed rounding."""
     values, vectors = torch.linalg.eigh(matrix)
-    floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1:].sum()  # of none, 0
+    floor = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1:].sum()  # 0 for an empty matrix
     kept = values > floor.clamp(min=0)
     return values[kept], vectors[:, kept]

@@ -1,8 +1,8 @@
-r"""`gram_of_layers`: the Gram matrix of output Jacobians of a fully connected network.
+r"""`gram_of_layers`: the Gram matrix of the output Jacobians of a fully connected network.
 
-In a layer z = W a + b, output c's gradient for sample i is :math:`\delta_{ic} a_i^\top`, with
-:math:`\delta_{ic}` its gradient in z. So the layer's part of the Gram matrix is the product, entry by
-entry, of two small ones, :math:`(a_i^\top a_j + 1)\,(\delta_{ic}^\top\delta_{jc'})`. It takes C
+In a layer z = W a + b, the gradient of output c of sample i in W is :math:`\delta_{ic} a_i^\top`, with
+:math:`\delta_{ic}` its gradient in z. The layer's part of the Gram matrix is therefore the entrywise
+product of two small matrices, :math:`(a_i^\top a_j + 1)\,(\delta_{ic}^\top\delta_{jc'})`. It takes C
 backward passes over all samples at once, and no Jacobian.
 """
 
@@ -24,28 +24,28 @@ __all__ = ["fully_connected", "gram_of_layers"]
 
 _AGREES = 1e-3
 """Relative difference up to which two computations of a Gram matrix agree: rounding in single precision
-is below it, the part that a wrong structure leaves out is above it."""
+stays below, a wrong structure is above."""
 
 
 class Layer(NamedTuple):
-    """A linear layer, and the indices of its parameters in the problem, by their names within it."""
+    """A linear layer, and the indices of its parameters in the problem, by their names in the layer."""
 
     module: nn.Linear
     indices: dict[str, int]
 
 
 class _Pass(NamedTuple):
-    """For each layer, inputs ``(n, in)`` and slopes ``(n, C, out)``, in double precision."""
+    """Inputs ``(n, in)`` and slopes ``(n, C, out)`` of each layer, in double precision."""
 
     inputs: list[Tensor]
     slopes: list[Tensor]
 
 
 def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
-    """Return the linear layers that hold all parameters, or ``None`` for other models.
+    """Return the linear layers if they hold all parameters, else ``None``.
 
-    Checked against the rows themselves, on samples drawn over the data whose rows differ; each sample
-    counts the same. Call it inside :meth:`Problem.evaluation`.
+    Their Gram matrix is checked against :func:`sample_rows`, on samples drawn over the data whose rows
+    differ, each with the same weight. Call it inside :meth:`Problem.evaluation`.
     """
     layers = _linear_layers(problem)
     if layers is None or not all(isinstance(factor, float) for factor in problem.scale):
@@ -59,17 +59,17 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     if chosen is None or passes is None:
         return None
     rows = rows_of(*chosen)
-    lengths = rows.view(chosen[1], -1).norm(dim=1).repeat_interleave(len(rows) // chosen[1])
-    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
-    expected = scale.unsqueeze(1) * (rows @ rows.T) * scale
-    tried = scale.unsqueeze(1) * _gram(problem, layers, [passes], Ranks()) * scale
-    return layers if bool((tried - expected).norm() <= _AGREES * expected.norm()) else None
+    norms = rows.view(chosen[1], -1).norm(dim=1).repeat_interleave(len(rows) // chosen[1])
+    weights = torch.where(norms > 0, 1 / norms, 0.0)
+    expected = weights.unsqueeze(1) * (rows @ rows.T) * weights
+    computed = weights.unsqueeze(1) * _gram(problem, layers, [passes], Ranks()) * weights
+    return layers if bool((computed - expected).norm() <= _AGREES * expected.norm()) else None
 
 
 def _linear_layers(problem: Problem) -> list[Layer] | None:
-    """Return the linear layers with a parameter that counts, or ``None`` if others have one."""
+    """Return the linear layers, or ``None`` if other modules hold parameters of the problem too."""
     index = {id(p): i for i, p in enumerate(problem.params)}
-    layers, held = list[Layer](), set[int]()
+    layers, found_indices = list[Layer](), set[int]()
     for module in problem.model.modules():
         named = module.named_parameters(recurse=False)
         indices = {name: index[id(p)] for name, p in named if id(p) in index}
@@ -79,26 +79,27 @@ def _linear_layers(problem: Problem) -> list[Layer] | None:
         if type(module) is not nn.Linear or not indices.keys() <= {"weight", "bias"}:
             return None
         layers.append(Layer(module, indices))
-        held |= set(indices.values())
-    complex_ones = any(p.is_complex() for p in problem.params)
-    return layers if len(held) == len(index) and not complex_ones else None
+        found_indices |= set(indices.values())
+    if len(found_indices) < len(index) or any(p.is_complex() for p in problem.params):
+        return None
+    return layers
 
 
 def gram_of_layers(problem: Problem, theta: Theta, layers: list[Layer]) -> Tensor | None:
-    """Return the Gram matrix ``(nC, nC)``, or ``None`` if a layer was not called once with a batch.
+    """Return the Gram matrix ``(nC, nC)``; ``None`` unless each layer is called once, with a batch.
 
     Call it inside :meth:`Problem.evaluation`.
     """
 
-    def own() -> list[_Pass | None]:
+    def passes_of_chunks() -> list[_Pass | None]:
         return [_passes(problem, theta, layers, batch, size) for batch, size in problem.chunks()]
 
     ranks = problem.ranks
-    found = ranks.raise_together(own)
-    fit = [passes for passes in found if passes is not None]
-    if ranks.any(len(fit) < len(found)):
+    passes_or_none = ranks.raise_together(passes_of_chunks)
+    passes = [chunk for chunk in passes_or_none if chunk is not None]
+    if ranks.any(len(passes) < len(passes_or_none)):
         return None
-    return _gram(problem, layers, fit, ranks)
+    return _gram(problem, layers, passes, ranks)
 
 
 def _passes(
@@ -107,42 +108,46 @@ def _passes(
     inputs: list[list[Tensor]] = [[] for _ in layers]
     outputs: list[list[Tensor]] = [[] for _ in layers]
 
-    def hook(number: int) -> Callable[..., None]:
-        def take(module: nn.Module, args: Any, output: Tensor) -> None:
+    def recording_hook(number: int) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, output: Tensor) -> None:
             inputs[number].append(args[0])
             outputs[number].append(output)
 
-        return take
+        return record
 
     with ExitStack() as hooks:
         for number, layer in enumerate(layers):
-            handle = layer.module.register_forward_hook(hook(number))
+            handle = layer.module.register_forward_hook(recording_hook(number))
             hooks.callback(handle.remove)
         result = problem.outputs(theta, batch)
     if not isinstance(result, Tensor) or any(len(uses) != 1 for uses in inputs):
         return None
-    given = [uses[0] for uses in inputs]
-    if any(a.dim() != 2 or a.shape[0] != size for a in given):
+    layer_inputs = [uses[0] for uses in inputs]
+    if any(a.dim() != 2 or a.shape[0] != size for a in layer_inputs):
         return None
     roots = curvature_roots(problem, theta, batch, size)
-    heads = [uses[0] for uses in outputs]
-    # Samples do not see each other, so one pass from a sum over them has the slopes of each.
+    layer_outputs = [uses[0] for uses in outputs]
+    # Samples are independent: the gradient of a sum over samples holds each sample's gradient.
     columns = [
         torch.autograd.grad(
-            column.sum(), heads, retain_graph=True, allow_unused=True, materialize_grads=True
+            column.sum(),
+            layer_outputs,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
         )
         for column in result.reshape(size, -1).unbind(1)
     ]
     slopes = [roots @ torch.stack(parts, dim=1).double() for parts in zip(*columns, strict=True)]
-    return _Pass([a.detach().double() for a in given], slopes)
+    return _Pass([a.detach().double() for a in layer_inputs], slopes)
 
 
 def _gram(problem: Problem, layers: list[Layer], passes: list[_Pass], ranks: Ranks) -> Tensor:
-    """Return the Gram matrix of the samples of ``passes``, on all ``ranks``."""
+    """Return the Gram matrix of the samples of ``passes``, gathered from all ``ranks``."""
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
     for number, layer in enumerate(layers):
-        inputs = ranks.all_gather(torch.cat([one.inputs[number] for one in passes]))
-        slopes = ranks.all_gather(torch.cat([one.slopes[number] for one in passes]))
+        inputs = ranks.all_gather(torch.cat([chunk.inputs[number] for chunk in passes]))
+        slopes = ranks.all_gather(torch.cat([chunk.slopes[number] for chunk in passes]))
         n, outputs, _ = slopes.shape
         squares = {name: float(problem.scale[i]) ** 2 for name, i in layer.indices.items()}
         overlaps = squares.get("weight", 0.0) * (inputs @ inputs.T) + squares.get("bias", 0.0)

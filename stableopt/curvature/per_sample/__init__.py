@@ -1,1 +1,1 @@
-"""The covariance of per-sample Hessians, from which the non-uniformity is computed."""
+"""Per-sample Hessians and products with their covariance, from which the non-uniformity follows."""

@@ -1,9 +1,9 @@
-r"""`hessian_blocks`, `residual_share`: per-sample Hessians in a few directions, and their residual part.
+r"""`hessian_blocks`, `residual_share`: per-sample Hessians along a few directions.
 
-A sample's Hessian is :math:`H_i = J_i^\top L_i J_i + R_i`: its Gauss–Newton matrix, and the curvature of
-the outputs weighted by the slope of the loss, :math:`R_i = \nabla^2\langle q_i, z_i(\theta)\rangle` with
-:math:`q_i = \nabla_z f_i` held fixed. :math:`R_i` vanishes where the sample is fitted or the model is
-linear; in the mean over samples it may cancel without vanishing.
+A sample's Hessian is :math:`H_i = J_i^\top L_i J_i + R_i`: the Gauss–Newton matrix, and the residual
+part :math:`R_i = \nabla^2\langle q_i, z_i(\theta)\rangle`, the curvature of the outputs weighted by the
+fixed gradient of the loss, :math:`q_i = \nabla_z f_i`. :math:`R_i` vanishes if the sample is fitted or
+the model is linear. In the mean over samples the :math:`R_i` may cancel without vanishing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Scalar = Callable[[Theta, Any], Tensor]
 def hessian_blocks(problem: Problem, basis: Tensor) -> Tensor:
     r"""Return :math:`Q^\top H_i Q` of every sample, ``(n, k, k)``, for ``basis`` Q ``(d, k)``.
 
-    In the problem's coordinates, without weight decay, in double precision; the samples of all ranks in
-    their order. It takes k products with each :math:`H_i`, in memory that does not grow with n.
+    They are in the problem's coordinates, without weight decay, in double precision, for the samples of
+    all ranks in order. This takes k products with each :math:`H_i`, in memory independent of n.
 
     Raises:
         SecondDerivativeError: for a model that cannot be differentiated twice.
@@ -40,19 +40,18 @@ def hessian_blocks(problem: Problem, basis: Tensor) -> Tensor:
     >>> hessian_blocks(problem, torch.ones(1, 1).double()).flatten()
     tensor([2., 8.], dtype=torch.float64)
     """
-    found = _products(problem, problem.loss, basis, lambda product: basis.T @ product)
-    blocks = found.double()
+    blocks = _map_products(problem, problem.loss, basis, lambda image: basis.T @ image).double()
     return (blocks + blocks.mT) / 2
 
 
 def residual_share(problem: Problem, vectors: Tensor) -> float:
-    r"""Return how much of the samples' Hessians is not Gauss–Newton, along ``vectors`` ``(d, k)``.
+    r"""Return the share of the residual parts in the samples' Hessians, along ``vectors`` ``(d, k)``.
 
-    It is :math:`(\sum_{i,v}\|R_iv\|^2 / \sum_{i,v}\|H_iv\|^2)^{1/2}`, of single samples, since the
-    :math:`R_i` may cancel in the mean; 0 if no sample has curvature along them.
+    It is :math:`(\sum_{i,v}\|R_iv\|^2 / \sum_{i,v}\|H_iv\|^2)^{1/2}`, from single samples, since the
+    :math:`R_i` may cancel in the mean. It is 0 if no sample has curvature along the vectors.
 
     Raises:
-        ValueError: for a problem from a batch loss, whose outputs are not known.
+        ValueError: for a problem from a batch loss, which does not separate outputs and loss.
         SecondDerivativeError: for a model that cannot be differentiated twice.
 
     >>> class Square(torch.nn.Module):                       # f_i = (w^2 / 2 - y_i)^2
@@ -68,51 +67,53 @@ def residual_share(problem: Problem, vectors: Tensor) -> float:
     """
     if problem.loss_fn is None:
         raise ValueError(
-            "problem: the part of its Hessians that is not Gauss–Newton needs the model's outputs apart"
-            " from the loss; build it as Problem(model, loss_fn, data)"
+            "problem: the residual part of its Hessians needs the model's outputs apart from the loss;"
+            " build the problem as Problem(model, loss_fn, data)"
         )
 
-    def along_slope(theta: Theta, sample: Any) -> Tensor:
+    def linearised_loss(theta: Theta, sample: Any) -> Tensor:
         outputs = problem.outputs(theta, sample)
         slope = torch.func.grad(lambda z: problem.loss_of_outputs(z, sample))(outputs.detach())
-        total: Tensor = (slope.detach() * outputs).sum()
-        return total
+        product: Tensor = (slope.detach() * outputs).sum()
+        return product
 
-    def squares(scalar: Scalar) -> float:
-        found = _products(problem, scalar, vectors, lambda product: product.double().square().sum())
-        return float(found.sum())
+    def squared_norm(scalar: Scalar) -> float:
+        squares = _map_products(
+            problem, scalar, vectors, lambda image: image.double().square().sum()
+        )
+        return float(squares.sum())
 
-    residual, whole = squares(along_slope), squares(problem.loss)
+    residual, whole = squared_norm(linearised_loss), squared_norm(problem.loss)
     return (residual / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _products(
-    problem: Problem, scalar: Scalar, basis: Tensor, of: Callable[[Tensor], Tensor]
+def _map_products(
+    problem: Problem, scalar: Scalar, basis: Tensor, function: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return ``of(A_i v)`` for all samples and columns v, ``(n, k, ...)``; A_i is ``scalar``'s Hessian.
+    """Return ``function(A_i v)`` for all samples i and columns v, ``(n, k, ...)``.
 
-    Samples go through vmap, or one by one if it fails.
+    A_i is the Hessian of ``scalar``. Samples are vmapped, or looped over if vmap fails.
     """
     problem.check_twice()
     problem = problem.without_weight_decay()
     theta = problem.theta()
     tangents = [tuple(problem.unflatten(vector)) for vector in basis.unbind(1)]
 
-    def one(sample: Any) -> Tensor:
-        gradient = torch.func.grad(lambda at: scalar(at, sample))
+    def products(sample: Any) -> Tensor:
+        gradient = torch.func.grad(lambda point: scalar(point, sample))
         pull_back = torch.func.vjp(gradient, theta)[1]
-        return torch.stack([of(problem.flatten(pull_back(tangent)[0])) for tangent in tangents])
+        images = (problem.flatten(pull_back(tangent)[0]) for tangent in tangents)
+        return torch.stack([function(image) for image in images])
 
-    def one_alone(sample: Any) -> Tensor:
+    def products_without_vmap(sample: Any) -> Tensor:
         slopes = torch.autograd.grad(
             scalar(theta, sample), theta, create_graph=True, allow_unused=True
         )
-        return torch.stack(
-            [of(problem.flatten(vjp(slopes, theta, list(tangent)))) for tangent in tangents]
-        )
+        images = (problem.flatten(vjp(slopes, theta, list(tangent))) for tangent in tangents)
+        return torch.stack([function(image) for image in images])
 
     def rows(batch: Any, size: int) -> Tensor:
-        found: Tensor = over_samples(one, one_alone, batch, size)
-        return found.detach()
+        stacked: Tensor = over_samples(products, products_without_vmap, batch, size)
+        return stacked.detach()
 
     return gather_over_chunks(problem, rows, max(1, samples_at_once(problem, VMAP_MEMORY)))

@@ -1,4 +1,4 @@
-"""`quickest_way`: the way of products with per-sample curvatures that takes the least time."""
+"""`fastest_method`: the fastest method for products with per-sample Hessians, by timing samples."""
 
 from __future__ import annotations
 
@@ -15,83 +15,86 @@ from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.over_chunks import drawn_samples
 from stableopt.curvature.products.hessian import Hessian
 
-__all__ = ["WORTH_VMAP", "doubtful", "quickest_way"]
+__all__ = ["WORTH_VMAP", "fastest_method", "may_be_slow"]
 
 WORTH_VMAP = 16
-"""Samples at once below which the overhead of vmap outweighs what it saves, where it is not timed."""
+"""Samples at once from which vmap is assumed faster than a loop, where the two are not timed."""
 
 _LARGE = 2**16
-"""Parameters from which the ways are timed: the products of smaller models take milliseconds."""
+"""Parameters from which methods are timed: the products of smaller models take milliseconds."""
 
 _COPIED = 1 / 8
-"""Share of the parameters with copies for each sample from which the structure may not pay."""
+"""Share of parameters copied for each sample from which the structured method may not be the fastest."""
 
 _SAMPLES = 16
-"""Samples that ways are timed on: with more, each takes hardly less."""
+"""Samples for timing: with more, the time per sample hardly falls."""
 
 _SECONDS: Memo[dict[str, float]] = Memo()
 
 
-def doubtful(structured: StructuredProduct) -> bool:
-    """Return whether another way may be quicker than the structure.
+def may_be_slow(structured: StructuredProduct) -> bool:
+    """Return whether another method may be faster than the structured one.
 
-    It multiplies with copies of some parameters for each sample, as vmap does with all.
+    Like vmap, the structured method copies some parameters for each sample.
     """
     size = structured.shape[0]
     return size >= _LARGE and structured.copied >= _COPIED * size
 
 
-def quickest_way(of: Hessian, memory: int, structured: StructuredProduct | None) -> str:
+def fastest_method(mean: Hessian, memory: int, structured: StructuredProduct | None) -> str:
     """Return ``"structured"``, ``"vmap"`` or ``"loop"``.
 
     Args:
-        of: the mean Hessian.
+        mean: the mean Hessian.
         memory: bytes of a vmapped chunk.
-        structured: the structure, if it holds.
+        structured: the structured product; ``None`` if it does not apply.
     """
-    problem = of.problem
+    problem = mean.problem
     at_once = samples_at_once(problem, memory)
     if structured is None and (problem.num_params < _LARGE or at_once < 2):
         return "vmap" if at_once >= WORTH_VMAP else "loop"
     key = f"{structured is not None} {at_once}"
     seconds = _SECONDS.on(problem)
     if key not in seconds:
-        own = _seconds(of, at_once, structured)
-        everywhere = problem.ranks.all_gather_object(own)
-        seconds[key] = {way: sum(of_rank[way] for of_rank in everywhere) for way in own}
-    found = seconds[key]
-    return min(found, key=lambda way: found[way])
+        local = _seconds(mean, at_once, structured)
+        of_ranks = problem.ranks.all_gather_object(local)
+        seconds[key] = {method: sum(of_rank[method] for of_rank in of_ranks) for method in local}
+    times = seconds[key]
+    return min(times, key=lambda method: times[method])
 
 
-def _seconds(of: Hessian, at_once: int, structured: StructuredProduct | None) -> dict[str, float]:
-    """Return what each way takes for a sample; infinity for a way that fails."""
-    problem = of.problem
-    vector = problem.flatten([torch.ones_like(part) for part in of.theta])
+def _seconds(mean: Hessian, at_once: int, structured: StructuredProduct | None) -> dict[str, float]:
+    """Return the seconds per sample of each method; infinity for a method that fails."""
+    problem = mean.problem
+    vector = problem.flatten([torch.ones_like(part) for part in mean.theta])
     zero = torch.zeros_like(vector)
 
-    def timed(product: Callable[[], Tensor], count: int) -> float:
+    def seconds_per_sample(product: Callable[[], Tensor], count: int) -> float:
         times = []
-        for _ in range(2):  # the first call sets things up
-            began = time.perf_counter()
-            float(product()[0])  # until the device is done
-            times.append(time.perf_counter() - began)
+        for _ in range(2):  # the first call includes set-up
+            start = time.perf_counter()
+            float(product()[0])  # waits for the device
+            times.append(time.perf_counter() - start)
         return min(times) / count
 
     with problem.evaluation():
         batch, size, *_ = drawn_samples(problem)
-        one, count = cut(batch, 0, 1), min(size, _SAMPLES)
-        found = {"loop": timed(lambda: loop_product(of, one, 1, vector, zero), 1)}
+        sample = cut(batch, 0, 1)
+        times = {"loop": seconds_per_sample(lambda: loop_product(mean, sample, 1, vector, zero), 1)}
+        count = min(size, _SAMPLES)
         if structured is not None:
-            part = cut(batch, 0, count)
-            found["structured"] = timed(structured.once(part, count, vector), count)
-        found["vmap"] = float("inf")
+            product = structured.cached_product(cut(batch, 0, count), count, vector)
+            times["structured"] = seconds_per_sample(product, count)
+        times["vmap"] = float("inf")
         count = min(count, at_once)
         if count > 1:
-            part = cut(batch, 0, count)
+            samples = cut(batch, 0, count)
             try:
-                found["vmap"] = timed(lambda: vmap_product(of, part, count, vector, zero), count)
+                times["vmap"] = seconds_per_sample(
+                    lambda: vmap_product(mean, samples, count, vector, zero), count
+                )
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # vmap cannot follow the model
+            except RuntimeError:  # vmap does not support the model
                 pass
-    return found
+    return times

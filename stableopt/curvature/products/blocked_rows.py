@@ -1,4 +1,4 @@
-"""`Rows`: few long rows in blocks of columns that fit the cache, read once for several products."""
+"""`Rows`: a matrix of few long rows, stored in blocks of columns that fit the CPU cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 __all__ = ["Rows", "widest"]
 
 WIDTH = 8192
-"""Columns of a block. On a CPU, products with two vectors then take the time of reading the rows once;
-a plain matrix product with two columns takes more than that of reading them twice."""
+"""Columns per block. On a CPU, products with two vectors then take the time of reading the rows once; a
+plain matrix product with two columns takes longer than reading them twice."""
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -24,11 +24,11 @@ def widest(device: torch.device) -> torch.dtype:
 class Rows:
     """A matrix ``(capacity, d)`` with few rows, some of them in use.
 
-    Block b holds columns ``b WIDTH`` to ``(b + 1) WIDTH`` of every row, side by side in memory. The
-    remaining columns are stored separately; on a GPU these are all columns.
+    Block b holds columns ``b WIDTH`` to ``(b + 1) WIDTH`` of every row, contiguous in memory. The
+    remaining columns are stored separately; on a GPU, all columns are.
 
     Args:
-        capacity: number of rows; their contents are undefined until they are written.
+        capacity: number of rows, uninitialised until they are written.
         like: a vector ``(d,)`` of the dtype and device.
 
     >>> rows = Rows(3, torch.zeros(2))
@@ -43,32 +43,32 @@ class Rows:
         size = len(like)
         blocks = size // WIDTH if like.device.type == "cpu" and size >= 4 * WIDTH else 0
         self.size = size
-        self._split = blocks * WIDTH
-        self._body = like.new_empty(blocks, capacity, WIDTH)
-        self._rest = like.new_empty(capacity, size - self._split)
+        self._tail_start = blocks * WIDTH
+        self._blocks = like.new_empty(blocks, capacity, WIDTH)
+        self._tail = like.new_empty(capacity, size - self._tail_start)
         self.dtype, self.device = like.dtype, like.device
 
     def write(self, row: int, vector: Tensor, factor: float = 1.0) -> None:
         """Set a row to ``factor * vector``."""
-        head, rest = vector[: self._split], vector[self._split :]
-        torch.mul(head.view(-1, WIDTH), factor, out=self._body[:, row])
-        torch.mul(rest, factor, out=self._rest[row])
+        head, tail = vector[: self._tail_start], vector[self._tail_start :]
+        torch.mul(head.view(-1, WIDTH), factor, out=self._blocks[:, row])
+        torch.mul(tail, factor, out=self._tail[row])
 
     def read(self, row: int) -> Tensor:
         """Return a copy of a row."""
-        return torch.cat([self._body[:, row].reshape(-1), self._rest[row]])
+        return torch.cat([self._blocks[:, row].reshape(-1), self._tail[row]])
 
     def inner(self, vectors: Tensor, count: int) -> Tensor:
         """Return the products ``(c, count)`` of vectors ``(c, d)`` with the first rows.
 
-        In double precision where the device has it; sums within a block use the dtype of the rows.
+        They are in the widest dtype of the device; sums within a block use the dtype of the rows.
         """
-        exact = widest(self.device)
-        products = (vectors[:, self._split :] @ self._rest[:count].T).to(exact)
-        if len(self._body):
-            blocks = vectors[:, : self._split].view(len(vectors), -1, WIDTH).transpose(0, 1)
-            partial = torch.bmm(blocks, self._body[:, :count].transpose(1, 2))
-            products += partial.sum(0, dtype=exact)
+        dtype = widest(self.device)
+        products = (vectors[:, self._tail_start :] @ self._tail[:count].T).to(dtype)
+        if len(self._blocks):
+            blocks = vectors[:, : self._tail_start].view(len(vectors), -1, WIDTH).transpose(0, 1)
+            partial = torch.bmm(blocks, self._blocks[:, :count].transpose(1, 2))
+            products += partial.sum(0, dtype=dtype)
         return products
 
     def added(self, vector: Tensor, weights: Tensor, *, beta: float, alpha: float) -> Tensor:
@@ -76,20 +76,20 @@ class Rows:
         count, result = len(weights), torch.empty_like(vector)
         weights = weights.to(self.dtype)
         torch.addmv(
-            vector[self._split :],
-            self._rest[:count].T,
+            vector[self._tail_start :],
+            self._tail[:count].T,
             weights,
             beta=beta,
             alpha=alpha,
-            out=result[self._split :],
+            out=result[self._tail_start :],
         )
-        if len(self._body):
+        if len(self._blocks):
             torch.baddbmm(
-                vector[: self._split].view(-1, 1, WIDTH),
-                weights.expand(len(self._body), 1, count),
-                self._body[:, :count],
+                vector[: self._tail_start].view(-1, 1, WIDTH),
+                weights.expand(len(self._blocks), 1, count),
+                self._blocks[:, :count],
                 beta=beta,
                 alpha=alpha,
-                out=result[: self._split].view(-1, 1, WIDTH),
+                out=result[: self._tail_start].view(-1, 1, WIDTH),
             )
         return result

@@ -15,23 +15,25 @@ __all__ = ["GaussNewton", "OutputPasses"]
 
 
 class OutputPasses(NamedTuple):
-    """A chunk's graphs for Gauss–Newton.
+    """The autograd graphs of a chunk for Gauss–Newton products.
 
     Attributes:
         outputs: the model's outputs z.
-        forward: the Jacobian of z in the parameters.
-        slope: the gradient of the chunk's mean loss in z.
-        slope_at: the copy of z in which ``slope`` is a differentiable function.
+        jacobian: the Jacobian of z in the parameters.
+        loss_gradient: the gradient of the chunk's mean loss in z.
+        detached_outputs: the copy of z that ``loss_gradient`` is differentiable in.
     """
 
     outputs: Tensor
-    forward: DoubleVjp
-    slope: Tensor
-    slope_at: Tensor
+    jacobian: DoubleVjp
+    loss_gradient: Tensor
+    detached_outputs: Tensor
 
-    def bent(self, pushed: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Return the loss's second derivative in z times ``pushed``."""
-        return vjp((self.slope,), (self.slope_at,), pushed)
+    def loss_hessian_product(
+        self, tangents: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the second derivative of the loss in z times ``tangents``."""
+        return vjp((self.loss_gradient,), (self.detached_outputs,), tangents)
 
 
 class GaussNewton(MeanOverSamples):
@@ -44,8 +46,8 @@ class GaussNewton(MeanOverSamples):
 
     Args:
         problem: the mean loss.
-        memory: bytes that cached passes may take: by default 1 GiB, and at most what a training step
-            takes where the problem has a ``chunk_size``.
+        memory: bytes of the cache of passes: by default 1 GiB, and with the problem's ``chunk_size`` at
+            most a quarter of a training step's memory.
 
     Raises:
         ValueError: for a problem from a batch loss, which does not separate outputs and loss.
@@ -68,21 +70,21 @@ class GaussNewton(MeanOverSamples):
         problem.check_twice()
 
     def linearise(self, batch: Any, size: int) -> OutputPasses:
-        """Return the graphs over ``batch``."""
+        """Return the autograd graphs of ``batch``."""
         outputs = self.problem.outputs(self.theta, batch)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"the model returned {type(outputs).__name__}: GaussNewton needs one output tensor"
             )
-        forward = DoubleVjp([outputs], self.theta)
-        slope_at = outputs.detach().requires_grad_()
-        loss = self.problem.loss_of_outputs(slope_at, batch)
-        (slope,) = torch.autograd.grad(loss, slope_at, create_graph=True)
-        return OutputPasses(outputs, forward, slope, slope_at)
+        jacobian = DoubleVjp([outputs], self.theta)
+        detached = outputs.detach().requires_grad_()
+        loss = self.problem.loss_of_outputs(detached, batch)
+        (loss_gradient,) = torch.autograd.grad(loss, detached, create_graph=True)
+        return OutputPasses(outputs, jacobian, loss_gradient, detached)
 
     def chunk_product(
         self, passes: OutputPasses, tangent: list[Tensor], take: Take | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Return the product of one chunk's mean with ``tangent``, per parameter."""
-        bent = passes.bent(passes.forward.jvp(tangent))
-        return vjp((passes.outputs,), self.theta, bent, take)
+        """Return the product of the chunk's mean with ``tangent``, one tensor per parameter."""
+        cotangents = passes.loss_hessian_product(passes.jacobian.jvp(tangent))
+        return vjp((passes.outputs,), self.theta, cotangents, take)

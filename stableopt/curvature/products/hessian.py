@@ -1,4 +1,4 @@
-r"""`Hessian`: products with the second derivative of the mean loss."""
+"""`Hessian`: products with the Hessian of the mean loss."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ __all__ = ["Hessian"]
 
 
 class _GradientPasses(NamedTuple):
-    """A chunk's loss, and its gradients with their graph, or the batch to compute them from again.
+    """A chunk's loss, and its gradients with their autograd graph.
 
-    Of a large model there are the gradients' edges instead: their numbers would be a copy of all of it.
+    For a large model, the gradients' edges replace the gradients, which take as much memory as the
+    model. For finite differences, the batch replaces them.
     """
 
     loss: Tensor
@@ -41,14 +42,14 @@ class Hessian(MeanOverSamples):
 
     Args:
         problem: the mean loss.
-        memory: bytes that cached passes may take: by default 1 GiB, and at most what a training step
-            takes where the problem has a ``chunk_size``.
-        gradient: whether :attr:`gradient` is asked for, which the first product can sum up.
+        memory: bytes of the cache of passes: by default 1 GiB, and with the problem's ``chunk_size`` at
+            most a quarter of a training step's memory.
+        gradient: whether :attr:`gradient` will be read; the first product then sums it up.
         lasting: whether the parameters are copied, so that the matrix stays the same while training
-            moves them. ``False`` uses those of a large model as they are.
+            moves them. ``False`` shares the parameters of a large model.
 
     Attributes:
-        differences: the central differences, their step and their error; ``None`` for double
+        differences: the central differences, with their step and error; ``None`` for double
             backpropagation.
 
     >>> model = torch.nn.Linear(2, 1, bias=False).double()
@@ -69,26 +70,26 @@ class Hessian(MeanOverSamples):
     ) -> None:
         super().__init__(problem, memory, lasting=lasting)
         self.differences = CentralDifferences(kinks=problem.kinked) if problem.obstacle else None
-        self._size: float | None = None  # the norm of the parameters
+        self._theta_norm: float | None = None
         self._gradient = gradient and self.differences is None
         self.collects = self._gradient and not problem.large
 
     @property
     def gradient(self) -> Tensor | None:
-        """The mean gradient ``(d,)`` in the problem's coordinates, if it was asked for.
+        """The mean gradient ``(d,)`` in the problem's coordinates; ``None`` without ``gradient=True``.
 
-        A product has collected it, or, of a large model, it is computed when it is asked for.
+        The first product collects it; for a large model, this property computes it.
         """
         if self._gradient and self.collected is None and self.problem.large:
             self.collected = self.problem.loss_and_gradient(self.theta)[1]
         return self.collected
 
     def collect(self, passes: _GradientPasses) -> Sequence[Tensor | None]:
-        """Return the gradients of a chunk."""
+        """Return the gradients of the chunk's mean loss."""
         return [None if gradient is None else gradient.detach() for gradient in passes.gradients]
 
     def linearise(self, batch: Any, size: int) -> _GradientPasses:
-        """Return the loss of ``batch`` and its gradients, with their graph."""
+        """Return the loss of ``batch`` and its gradients, with their autograd graph."""
         loss = self.problem.loss(self.theta, batch)
         if self.differences is not None:
             return _GradientPasses(loss.detach(), (), batch)
@@ -100,9 +101,9 @@ class Hessian(MeanOverSamples):
     def chunk_product(
         self, passes: _GradientPasses, tangent: list[Tensor], take: Take | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients' derivative along ``tangent``, per parameter."""
+        """Return the derivative of the gradients along ``tangent``, one tensor per parameter."""
         if self.differences is not None:
-            return self._differenced(self.differences, passes.batch, tangent)
+            return self._difference(self.differences, passes.batch, tangent)
         return vjp(passes.gradients, self.theta, tangent, take)
 
     def block_product(
@@ -110,35 +111,36 @@ class Hessian(MeanOverSamples):
     ) -> Tensor:
         """Return the product with the principal block of the parameters at ``places``.
 
-        Args:
-            places: positions of parameters in the problem.
-            coordinates: of these parameters.
-            vector: a vector in these coordinates.
+        Only the gradients of these parameters are differentiated, and only in these parameters.
 
-        Only the gradients of these parameters are differentiated, and only in these.
+        Args:
+            places: indices of parameters in the problem.
+            coordinates: the coordinates of these parameters.
+            vector: a vector in these coordinates.
         """
         tangent, total = coordinates.unflatten(vector), torch.zeros_like(vector)
         leaves = [self.theta[place] for place in places]
 
         def add(passes: _GradientPasses, size: int) -> None:
             if self.differences is None:
-                own = [passes.gradients[place] for place in places]
-                image = vjp(own, leaves, tangent)
+                block_gradients = [passes.gradients[place] for place in places]
+                image = vjp(block_gradients, leaves, tangent)
             else:
-                everywhere = [torch.zeros_like(t) for t in self.theta]
+                padded = [torch.zeros_like(t) for t in self.theta]
                 for place, part in zip(places, tangent, strict=True):
-                    everywhere[place] = part
-                found = self._differenced(self.differences, passes.batch, everywhere)
-                image = tuple(found[place] for place in places)
+                    padded[place] = part
+                whole_image = self._difference(self.differences, passes.batch, padded)
+                image = tuple(whole_image[place] for place in places)
             coordinates.add_to(total, image, size)
 
         (mean,) = mean_over_chunks(self.problem, [total], add, self._passes)
         coordinates.add_decay(mean, tangent)
         return mean
 
-    def _differenced(
+    def _difference(
         self, differences: CentralDifferences, batch: Any, tangent: list[Tensor]
     ) -> tuple[Tensor, ...]:
+        """Return the central difference of the gradient along ``tangent``, one tensor per parameter."""
         norm = float(torch.stack([part.norm() for part in tangent]).norm())
         if norm == 0:
             return tuple(torch.zeros_like(part) for part in tangent)
@@ -146,20 +148,20 @@ class Hessian(MeanOverSamples):
         cast = problem.precision.cast
         theta = [cast(t.detach()) for t in self.theta]
         gradient = gradient_along(
-            # Some modules write to their inputs.
-            lambda at: problem.loss(tuple(at), map_tensors(lambda t: cast(t.clone()), batch)),
+            # The batch is cloned, since some modules write to their inputs.
+            lambda point: problem.loss(tuple(point), map_tensors(lambda t: cast(t.clone()), batch)),
             theta,
             [cast(part) for part in tangent],
         )
-        if self._size is None:
-            self._size = float(torch.stack([t.norm() for t in theta]).norm())
-        slopes = norm * differences.along(lambda distance: gradient(distance / norm), self._size)
-        slopes = slopes.to(self.dtype)
-        parts = torch.split(slopes, [part.numel() for part in tangent])
+        if self._theta_norm is None:
+            self._theta_norm = float(torch.stack([t.norm() for t in theta]).norm())
+        image = norm * differences.along(lambda step: gradient(step / norm), self._theta_norm)
+        image = image.to(self.dtype)
+        parts = torch.split(image, [part.numel() for part in tangent])
         return tuple(part.view(t.shape) for part, t in zip(parts, tangent, strict=True))
 
     def loss(self) -> float:
-        """Return the mean loss at the point, without further passes where they are cached."""
+        """Return the mean loss at theta, from the cached passes if they cover all samples."""
         problem, total = self.problem, self._total_loss
         if problem.ranks.any(total is None):
             return problem.value(self.theta, self._passes.chunk_size)
@@ -168,7 +170,7 @@ class Hessian(MeanOverSamples):
 
     @property
     def known_loss(self) -> Tensor | None:
-        """The mean loss on the device, where the passes of all samples are cached on this rank."""
+        """The mean loss on the device, if there is one rank and the passes of all samples are cached."""
         problem, total = self.problem, self._total_loss
         return None if total is None or problem.ranks.several else total / problem.num_samples
 

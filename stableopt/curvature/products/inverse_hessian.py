@@ -1,4 +1,4 @@
-r"""`InverseHessian`: the inverse Hessian of L-BFGS, from pairs (s, y), in its compact form.
+r"""`InverseHessian`: the inverse Hessian approximation of L-BFGS, from pairs (s, y), in compact form.
 
 With the steps S and the gradient changes Y as rows, :math:`(k, d)`, oldest first, and the initial
 matrix :math:`\gamma I`,
@@ -8,8 +8,8 @@ matrix :math:`\gamma I`,
     \qquad u = R^{-1} S v,
 
 where R is the upper triangle of :math:`SY^\top` and D its diagonal (Byrd, Nocedal & Schnabel,
-Representations of quasi-Newton matrices, 1994, equation 3.1). It reads S and Y twice, each time in
-one matrix product; the two-loop recursion makes 4k products and sums, one after the other. Example::
+Representations of quasi-Newton matrices, 1994, equation 3.1). This takes two matrix products with S and
+Y. The two-loop recursion takes 4k sequential dot products and sums instead. Example::
 
     InverseHessian.from_pairs(s=steps, y=changes, gamma=0.1) @ v      # (d,) or (d, k)
 """
@@ -29,19 +29,20 @@ __all__ = ["InverseHessian"]
 
 
 class InverseHessian(Operator):
-    r"""The symmetric positive definite ``(d, d)`` matrix that pairs with :math:`y^\top s > 0` define.
+    r"""The symmetric positive definite ``(d, d)`` matrix of L-BFGS, from pairs with :math:`y^\top s >
+    0`.
 
     It satisfies the secant equation ``P @ y == s`` of the last pair, and those of earlier pairs
     approximately.
 
     Args:
-        rows: steps and gradient changes in turn, two rows a pair, in cyclic order.
+        rows: a ring buffer of pairs: steps at even rows, gradient changes at odd rows.
         oldest: the index of the oldest pair in ``rows``.
         triangle: R, the upper triangle of :math:`SY^\top`, ``(k, k)``, oldest first.
         squares: :math:`YY^\top`, ``(k, k)``, oldest first.
         gamma: scale of the initial matrix.
 
-    ``rows`` is not copied: the matrix is valid until they change. :meth:`from_pairs` copies.
+    ``rows`` is not copied: the matrix is valid until it changes. :meth:`from_pairs` copies.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class InverseHessian(Operator):
     ) -> InverseHessian:
         r"""Build the matrix from steps and gradient changes, oldest first.
 
-        The state of ``torch.optim.LBFGS`` holds them as ``old_stps``, ``old_dirs`` and ``H_diag``.
+        In the state of ``torch.optim.LBFGS``, ``old_stps`` is s, ``old_dirs`` is y and ``H_diag`` is
+        gamma.
 
         Args:
             s: k steps ``(d,)``, or their rows ``(k, d)``.
             y: the k gradient changes over these steps.
-            gamma: scale of the initial matrix; :math:`y^\top s / y^\top y` of the last pair if
-                ``None``.
+            gamma: scale of the initial matrix; by default :math:`y^\top s / y^\top y` of the last pair.
 
         Raises:
             ValueError: for no pairs, unequal numbers, or a pair without :math:`y^\top s > 0`.
@@ -83,14 +84,15 @@ class InverseHessian(Operator):
         """
         if len(s) != len(y) or not len(s):
             raise ValueError(
-                f"{len(y)} gradient changes and {len(s)} steps: expected as many of each, at least one"
+                f"{len(y)} gradient changes and {len(s)} steps: expected the same number of each,"
+                " at least one"
             )
         steps, changes = (torch.stack(list(p)).detach() for p in (s, y))
         rows = Rows(2 * len(steps), steps[0])
         for i, (step, change) in enumerate(zip(steps, changes, strict=True)):
             rows.write(2 * i, step)
             rows.write(2 * i + 1, change)
-        # Products of y with every row: column i alternates between s_j y_i and y_j y_i.
+        # Row i holds the products of y_i with every row: s_j y_i in even columns, y_j y_i in odd ones.
         inner = rows.inner(changes, 2 * len(steps))
         triangle, squares = inner[:, 0::2].T.triu(), inner[:, 1::2]
         curvatures = triangle.diagonal()
@@ -114,7 +116,7 @@ class InverseHessian(Operator):
         return [self.from_inner(v, products) for v, products in zip(vectors, inner, strict=True)]
 
     def from_inner(self, vector: Tensor, inner: Tensor, *, sign: int = 1) -> Tensor:
-        """Return ``sign`` times the matrix times ``vector``, given its products with the rows."""
+        """Return ``sign * P @ vector``; ``inner`` holds the products of ``vector`` with the rows."""
         steps, changes = inner.view(-1, 2, 1).roll(-self._oldest, dims=0).unbind(1)
         u = torch.linalg.solve_triangular(self._triangle, steps, upper=True)
         right = self._middle @ u - self.gamma * changes

@@ -1,11 +1,10 @@
-r"""`PrincipalBlock`: a Hessian among some of its parameters, such as those of one layer.
+r"""`PrincipalBlock`: the block of a Hessian for some of the parameters, such as those of one layer.
 
 .. math:: D_b(\pm H_{bb} + \Lambda_b)D_b
 
-Its vectors have the block's size. All blocks of one Hessian share its cached passes; a product takes
-from them the derivatives of the block's gradients alone. Products of different blocks cannot be shared:
-:math:`Hv` of a sum of vectors, one for each block, mixes :math:`H_{bb}v_b` with the
-:math:`H_{bc}v_c`.
+All blocks of one Hessian share its cached passes; a product differentiates only the block's gradients.
+Several blocks cannot share one product: in :math:`Hv` of a sum of vectors, one for each block,
+:math:`H_{bb}v_b` is mixed with :math:`H_{bc}v_c`.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ def coordinates_of(whole: Coordinates, places: Sequence[int]) -> Coordinates:
 
 
 class PrincipalBlock(Operator):
-    """The principal block of a Hessian among the parameters at ``places``.
+    """The principal block of a Hessian for the parameters at ``places``.
 
     Args:
         hessian: the Hessian.
-        places: positions of parameters in its problem, increasing.
-        coordinates: those of these parameters; by default the Hessian's own.
+        places: indices of parameters in its problem, increasing.
+        coordinates: the coordinates of these parameters; by default the Hessian's.
 
     >>> import torch
     >>> from stableopt.curvature import Problem
@@ -66,8 +65,8 @@ class PrincipalBlock(Operator):
         self._hessian, self._places, self._coordinates = hessian, tuple(places), coordinates
         self.inner_product = hessian.inner_product
         if problem.sharded:
-            whole = sum(problem.params[place].numel() for place in places)
-            self.inner_product = replace(hessian.inner_product, sharded_size=whole)
+            sharded_size = sum(problem.params[place].numel() for place in places)
+            self.inner_product = replace(hessian.inner_product, sharded_size=sharded_size)
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the block times ``vector``, of the block's size."""

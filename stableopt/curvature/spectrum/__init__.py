@@ -1,1 +1,1 @@
-"""Quantities of the whole spectrum: the trace, and the density of eigenvalues."""
+"""Trace and spectral density of an operator."""

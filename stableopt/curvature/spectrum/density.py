@@ -1,9 +1,9 @@
-r"""`spectral_density`: how the eigenvalues of an operator are distributed.
+r"""`spectral_density`: the distribution of an operator's eigenvalues.
 
 Stochastic Lanczos quadrature (Golub & Welsch, 1969; Lin, Saad & Yang, *Approximating spectral densities
 of large matrices*, 2016; Ghorbani, Krishnan & Xiao, *An investigation into neural net optimization via
-Hessian eigenvalue density*, 2019): from a start z of random signs, m steps of Lanczos have Ritz values
-:math:`\theta_j` with vectors :math:`y_j`, and for any function f
+Hessian eigenvalue density*, 2019): m steps of Lanczos from a start z of random signs give Ritz values
+:math:`\theta_j` with Ritz vectors of coordinates :math:`y_j`. For any function f
 
 .. math::
     \tfrac1d\,\mathrm{tr} f(A) = \tfrac1d E[z^\top f(A) z]
@@ -33,13 +33,13 @@ __all__ = ["SpectralDensity", "spectral_density"]
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    r"""An estimate of the distribution of eigenvalues, as plain numbers.
+    r"""An estimate of the distribution of eigenvalues.
 
     Attributes:
         nodes: Ritz values :math:`\theta` of all starts, smallest first.
-        weights: the share of eigenvalues at each; they sum to 1.
-        width: standard deviation of the Gaussian in :meth:`density`, the range of the nodes over the
-            steps of a start.
+        weights: the share of eigenvalues at each node; they sum to 1.
+        width: default standard deviation of the Gaussians in :meth:`density`: the range of the nodes
+            divided by the steps of a start.
         size: the dimension d.
         products: products with the operator.
 
@@ -55,17 +55,20 @@ class SpectralDensity:
     products: int
 
     def density(self, grid: Tensor, width: float | None = None) -> Tensor:
-        """Return the density at ``grid`` ``(n,)``, by Gaussians of standard deviation ``width``.
+        """Return the density at ``grid`` ``(n,)``, smoothed by Gaussians of standard deviation
+        ``width``.
 
         Raises:
-            ValueError: for a width that is not positive, as where all eigenvalues are one.
+            ValueError: for a width that is not positive, such as the default if all nodes are equal.
         """
         width = self.width if width is None else width
         if not 0 < width < math.inf:
-            raise ValueError(f"width={width}: expected a positive number; cumulative() needs none")
+            raise ValueError(
+                f"width={width}: expected a positive number; cumulative() needs no width"
+            )
         nodes, weights = self._tensors()
-        steps = (grid.double()[:, None] - nodes) / width
-        gaussians = torch.exp(-steps.square() / 2) / (width * math.sqrt(2 * math.pi))
+        distances = (grid.double()[:, None] - nodes) / width
+        gaussians = torch.exp(-distances.square() / 2) / (width * math.sqrt(2 * math.pi))
         return gaussians @ weights
 
     def cumulative(self, grid: Tensor) -> Tensor:
@@ -84,12 +87,12 @@ def spectral_density(
     """Return the distribution of the eigenvalues of a symmetric ``operator``.
 
     Args:
-        operator: anything with ``shape``, ``dtype``, ``device`` and ``@`` that is symmetric. The
-            spectrum with a diagonal preconditioner is that of :meth:`Problem.transformed`.
-        starts: random starts; the error that they leave falls with the root of starts times d.
-        steps: products of each, and vectors of length d that are held: features narrower than the range
-            over the steps are not resolved.
-        seed: of the starts; torch's own generators are not touched.
+        operator: any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``@``. For a diagonal
+            preconditioner, use the Hessian of :meth:`Problem.transformed`.
+        starts: the number of random starts. The statistical error is of order 1 / sqrt(starts * d).
+        steps: products per start, and vectors of length d held. Features narrower than the range of the
+            spectrum divided by ``steps`` are not resolved.
+        seed: of the starts; torch's global generators are not used.
 
     Raises:
         ValueError: for arguments out of range.
@@ -114,14 +117,16 @@ def spectral_density(
             start = inner.dual(inner.signs(operator, seed, draw)).normalised()
             iteration = LanczosIteration(operator, inner, start, min(steps, size), seed)
             iteration.step()
-            # In an invariant subspace the start has no more than its Ritz vectors.
+            # The Ritz pairs of an invariant subspace are the start's whole spectral measure.
             while iteration.products < min(steps, size) and not iteration.invariant:
                 iteration.extend()
                 iteration.step()
-            nodes.append(iteration.values * iteration.unit)
-            weights.append(iteration.weights[0].square() / starts)
+            nodes.append(iteration.ritz_values * iteration.unit)
+            weights.append(iteration.ritz_coordinates[0].square() / starts)
             products += iteration.products
-    ordered, order = torch.cat(nodes).sort()
-    spread = float(ordered[-1] - ordered[0]) / steps
-    shares = torch.cat(weights)[order]
-    return SpectralDensity(tuple(ordered.tolist()), tuple(shares.tolist()), spread, size, products)
+    all_nodes, order = torch.cat(nodes).sort()
+    all_weights = torch.cat(weights)[order]
+    width = float(all_nodes[-1] - all_nodes[0]) / steps
+    return SpectralDensity(
+        tuple(all_nodes.tolist()), tuple(all_weights.tolist()), width, size, products
+    )

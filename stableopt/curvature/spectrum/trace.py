@@ -1,24 +1,24 @@
 r"""`trace`: the sum of all eigenvalues, with a standard error.
 
-Hutch++ (Meyer, Musco, Musco & Woodruff, *Hutch++: optimal stochastic trace estimation*, 2021) takes the
-trace exactly on a subspace with the large eigenvalues, and estimates the rest of it by random signs g:
+Hutch++ (Meyer, Musco, Musco & Woodruff, *Hutch++: optimal stochastic trace estimation*, 2021) computes
+the trace exactly on a subspace Q that contains the large eigenvalues, and estimates it on the complement
+by vectors g of random signs:
 
 .. math::
     \mathrm{tr}\,A = \mathrm{tr}\,Q^\top AQ + E\,[g^\top(I-QQ^\top)A(I-QQ^\top)g]
 
 Here Q is the Krylov space of a random start (Chen & Hallman, *Krylov-aware stochastic trace estimation*,
-2023). Lanczos has :math:`T = Q^\top AQ` already, where a random sketch takes as many products again; and
-from :math:`AQ = QT + \beta q e_m^\top` a sample needs one product, :math:`Ag`, and is then known for any
-later, larger Q too:
+2023). Lanczos provides :math:`T = Q^\top AQ` without further products; a random sketch needs as many
+again. By :math:`AQ = QT + \beta q e_m^\top`, a sample takes one product, :math:`Ag`, which also serves
+any later, larger Q:
 
 .. math::
     g^\top Ag - x^\top Tx - 2\beta x_m\,q^\top g, \qquad x = Q^\top g
 
-Half of the products go into Q: in Hutch++ it is two thirds, a third for the sketch and a third for its
-images. Two examples::
+At most half of the products go into Q; in Hutch++, two thirds. Two examples::
 
-    trace(Hessian(problem)).value               # to 1 %, its standard error
-    trace(Hessian(problem)).effective_rank      # over the largest eigenvalue
+    trace(Hessian(problem)).value               # with a standard error of 1 %
+    trace(Hessian(problem)).effective_rank      # trace over the largest eigenvalue
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from stableopt.curvature.operator import Operator, Preconditioner
 __all__ = ["Trace", "trace"]
 
 _FIRST = 12
-"""Products for Q at first."""
+"""Products for Q before the first sample."""
 
 _GROWTH = 1.25
-"""Factor by which Q grows; each time the samples are drawn again for its new rows, without products."""
+"""Factor by which Q grows. All samples are then updated for the larger Q, without products."""
 
 _FEWEST = 16
-"""Samples before the standard error is believed: of fewer it is itself off by a fifth."""
+"""Fewest samples before the standard error counts: from fewer it is itself off by a fifth."""
 
 _SELECTED = 1.05
-"""Factor of the standard error: samples end where chance made it small."""
+"""Factor on the standard error, since sampling stops when the estimated error is small by chance."""
 
 _SAMPLES = 10**6
-"""Number of the first draw, apart from those of Lanczos."""
+"""Number of the first sample's draw, larger than the draws of Lanczos."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Trace:
     r"""An estimate of a trace.
 
     Attributes:
-        value: the estimate; it has no bias.
-        standard_error: its standard error, widened for few samples as Student's distribution is: the
-            trace is within two of them with a probability of about 0.95. 0 where the value is exact.
-        largest: the largest Ritz value in the sketch, at most the largest eigenvalue.
+        value: the estimate, without bias.
+        standard_error: its standard error, widened for few samples by Student's distribution: the trace
+            is within two standard errors with a probability of about 0.95. 0 if the value is exact.
+        largest: the largest Ritz value in Q, at most the largest eigenvalue.
         products: products with the operator.
         converged: whether the standard error is at most ``tol`` times the value.
     """
@@ -74,8 +74,9 @@ class Trace:
 
     @property
     def effective_rank(self) -> float:
-        r""":math:`\mathrm{tr}\,A/\lambda_{\max}(A)`, the number of eigenvalues as large as the largest
-        that give the trace; NaN where none is positive.
+        r""":math:`\mathrm{tr}\,A/\lambda_{\max}(A)`: the trace in units of the largest eigenvalue.
+
+        NaN if no eigenvalue is positive.
         """
         return self.value / self.largest if self.largest > 0 else float("nan")
 
@@ -89,17 +90,16 @@ def trace(
     seed: int = 0,
     most_vectors: int = 40,
 ) -> Trace:
-    r"""Return the trace of a symmetric ``operator``, or of P times it.
+    r"""Return the trace of a symmetric ``operator`` A, or of :math:`PA`.
 
     Args:
-        operator: anything with ``shape``, ``dtype``, ``device`` and ``@`` that is symmetric.
+        operator: any symmetric matrix with ``shape``, ``dtype``, ``device`` and ``@``.
         preconditioner: a symmetric positive definite P ``(d, d)``; the trace is then that of
             :math:`PA`, and each product with A takes one with P.
         tol: the standard error to reach, relative to the value.
         max_iter: the largest number of products.
-        seed: of the random start and signs; torch's own generators are not touched.
-        most_vectors: the most vectors of length d in the sketch. In at most as many dimensions the
-            trace is exact.
+        seed: of the random start and signs; torch's global generators are not used.
+        most_vectors: the most vectors of length d in Q. The trace is exact in up to as many dimensions.
 
     Raises:
         ValueError: for arguments out of range, and for a preconditioner that turns out not to be
@@ -125,60 +125,75 @@ def trace(
         inner.check_norm(float(start.norm))
         iteration = LanczosIteration(operator, inner, start, min(most_vectors, size), seed)
         samples = _Samples(operator, inner, iteration, seed)
-        rows, most = (size if exact else _FIRST), min(most_vectors, max_iter // 2)
-        while True:
-            ready = min(rows, most, max_iter - len(samples.values))
-            before = iteration.done
-            while iteration.done < (size if exact else ready):
-                if iteration.done:
-                    iteration.extend()
-                iteration.step()
-            if iteration.done > before:
-                samples.update()
-            left = 0 if exact else max_iter - iteration.done - len(samples.values)
-            if left <= 0 or samples.settled(tol):
-                break
-            # Only a Q that the samples did not choose decides: where they end, it grows once more.
-            while left > 0 and len(samples.values) < rows and not samples.settled(tol):
-                more = min(left, max(_FEWEST - len(samples.values), len(samples.values) // 8, 1))
-                for _ in range(more):
-                    samples.draw()
-                left -= more
-            rows = max(rows + 1, int(_GROWTH * rows))
+        if exact:
+            _extend(iteration, size)
+        else:
+            _refine(iteration, samples, tol, max_iter, min(most_vectors, max_iter // 2))
     value, error = samples.value(), 0.0 if exact else samples.error()
     products = iteration.products + len(samples.values)
-    largest = float(iteration.values[-1]) * iteration.unit
+    largest = float(iteration.ritz_values[-1]) * iteration.unit
     return Trace(value, error, largest, products, error <= tol * abs(value))
 
 
+def _extend(iteration: LanczosIteration, rows: int) -> None:
+    """Extend the basis Q of an iteration to ``rows`` multiplied rows."""
+    while iteration.multiplied < rows:
+        if iteration.multiplied:
+            iteration.extend()
+        iteration.step()
+
+
+def _refine(
+    iteration: LanczosIteration, samples: _Samples, tol: float, max_iter: int, most_rows: int
+) -> None:
+    """Extend Q, up to ``most_rows``, and draw samples in turn until the standard error is small."""
+    rows = _FIRST
+    while True:
+        before = iteration.multiplied
+        _extend(iteration, min(rows, most_rows, max_iter - len(samples.values)))
+        if iteration.multiplied > before:
+            samples.update()
+        remaining = max_iter - iteration.multiplied - len(samples.values)
+        # Sampling stops at an error that is small by chance: decide after Q has been extended once more.
+        if remaining <= 0 or samples.settled(tol):
+            return
+        while remaining > 0 and len(samples.values) < rows and not samples.settled(tol):
+            more = min(remaining, max(_FEWEST - len(samples.values), len(samples.values) // 8, 1))
+            for _ in range(more):
+                samples.draw()
+            remaining -= more
+        rows = max(rows + 1, int(_GROWTH * rows))
+
+
 class _Samples:
-    """Samples of the trace outside the basis of an iteration, each from one product."""
+    """Samples of the trace on the complement of an iteration's basis, each from one product."""
 
     def __init__(
         self, operator: Operator, inner: InnerProduct, iteration: LanczosIteration, seed: int
     ) -> None:
         self._operator, self._inner, self._iteration = operator, inner, iteration
         self._seed = seed
-        self._forms: list[float] = []
+        self._quadratic_forms: list[float] = []
         self.values: list[float] = []
 
     def draw(self) -> None:
-        """Add a sample."""
+        """Draw one more sample."""
         g = self._signs(len(self.values))
         image = self._operator @ g
-        bent = image if self._inner.preconditioner is None else self._inner.preconditioner @ image
-        (form,) = self._inner.on_host(self._inner.dot(bent[None], g)).tolist()
+        if self._inner.preconditioner is not None:
+            image = self._inner.preconditioner @ image
+        (form,) = self._inner.on_host(self._inner.dot(image[None], g)).tolist()
         if not abs(form) < float("inf"):
             name = type(self._operator).__name__
             raise NonFiniteError(
                 f"product {self._iteration.products + 1} with {name} is not finite"
             )
-        self._forms.append(form)
+        self._quadratic_forms.append(form)
         self.values.append(form - self._inside(g))
 
     def update(self) -> None:
-        """Bring all samples up to date with the basis."""
-        for index, form in enumerate(self._forms):
+        """Recompute all samples for the present basis, without products."""
+        for index, form in enumerate(self._quadratic_forms):
             self.values[index] = form - self._inside(self._signs(index))
 
     def value(self) -> float:
@@ -187,14 +202,14 @@ class _Samples:
         return inside + (mean(self.values) if self.values else 0.0)
 
     def error(self) -> float:
-        """Return its standard error, so that two of them are Student's interval of 95 %."""
+        """Return the standard error of the estimate: two of them are Student's 95 % interval."""
         count = len(self.values)
         if count < 2:
             return float("inf")
         return float(_SELECTED * _student(count - 1) / 2 * stdev(self.values) / count**0.5)
 
     def settled(self, tol: float) -> bool:
-        """Whether the standard error is at most ``tol`` times the value."""
+        """Return whether the standard error is at most ``tol`` times the value."""
         enough = len(self.values) >= _FEWEST
         return enough and self.error() <= tol * abs(self.value())
 
@@ -202,28 +217,28 @@ class _Samples:
         return self._inner.signs(self._operator, self._seed, _SAMPLES + index)
 
     def _inside(self, g: Tensor) -> float:
-        """Return the part of ``g^T PA g`` that the basis knows."""
+        """Return ``g^T PA g`` minus its part on the complement of the basis."""
         iteration, inner = self._iteration, self._inner
-        basis, rest = iteration.basis, iteration.rest
-        done = iteration.done
-        parts = [inner.dot(basis.vectors[:done], g), inner.dot(rest.vector[None], g)]
+        basis, residual, m = iteration.basis, iteration.residual_vector, iteration.multiplied
+        products = [inner.dot(basis.vectors[:m], g), inner.dot(residual.vector[None], g)]
         if inner.preconditioner is not None:
-            parts += [inner.dot(basis.covectors[:done], g), inner.dot(rest.covector[None], g)]
-        numbers = inner.on_host(torch.cat(parts))
-        a, beyond = numbers[:done], float(numbers[done])
-        b, above = a, beyond
+            products += [inner.dot(basis.covectors[:m], g), inner.dot(residual.covector[None], g)]
+        numbers = inner.on_host(torch.cat(products))
+        x, x_residual = numbers[:m], float(numbers[m])
+        y, y_residual = x, x_residual
         if inner.preconditioner is not None:
-            b, above = numbers[done + 1 : -1], float(numbers[-1])
-        inside = a @ iteration.projected @ b + a[-1] * above + b[-1] * beyond
+            y, y_residual = numbers[m + 1 : -1], float(numbers[-1])
+        inside = x @ iteration.projected @ y + x[-1] * y_residual + y[-1] * x_residual
         return float(inside) * iteration.unit
 
 
-def _student(freedom: int) -> float:
-    """Return t with Student's P(|T| <= t) = P(|Z| <= 2) of the normal distribution, to 4 %.
+def _student(degrees_of_freedom: int) -> float:
+    """Return the t for which Student's P(|T| <= t) is the normal P(|Z| <= 2), to 4 %.
 
-    This is the expansion of Cornish and Fisher in 1 over the degrees of freedom, at 2.
+    This is Cornish and Fisher's expansion in the inverse number of degrees of freedom, at 2.
 
     >>> [round(_student(n), 2) for n in (3, 10, 100)]     # exactly 3.31, 2.28 and 2.03
     [3.28, 2.28, 2.03]
     """
-    return 2 + 10 / (4 * freedom) + 294 / (96 * freedom**2) + 1098 / (384 * freedom**3)
+    n = degrees_of_freedom
+    return 2 + 10 / (4 * n) + 294 / (96 * n**2) + 1098 / (384 * n**3)

@@ -93,7 +93,7 @@ def test_a_restarted_search_claims_no_more_than_all_its_products(vectors: int) -
     iteration = LanczosIteration(Diagonal(values), InnerProduct(), start, vectors, seed=5)
     for products in range(1, 40):
         iteration.step()
-        beyond = float(iteration.values[-1]) + 0.3
+        beyond = float(iteration.ritz_values[-1]) + 0.3
         missed = iteration.missed(0.3)
         if missed < 1:
             K = 2 * 300 / (math.pi * missed**2)
@@ -105,7 +105,7 @@ def test_a_restarted_search_claims_no_more_than_all_its_products(vectors: int) -
 
 
 def _at_one(iteration: LanczosIteration) -> float:
-    missed = iteration.missed(1 - float(iteration.values[-1]))
+    missed = iteration.missed(1 - float(iteration.ritz_values[-1]))
     return 2 * 300 / (math.pi * missed**2) if missed < 1 else 0.0
 
 
@@ -158,7 +158,7 @@ def test_an_invariant_subspace_is_left_by_another_draw() -> None:
     for _ in range(4):
         iteration.step()
         iteration.extend()
-    assert float(iteration.values[-1]) * iteration.unit == pytest.approx(2.0)
+    assert float(iteration.ritz_values[-1]) * iteration.unit == pytest.approx(2.0)
 
 
 def test_no_bound_where_none_is_known() -> None:

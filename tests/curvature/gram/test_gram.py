@@ -285,7 +285,7 @@ def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
     def batch_loss(model: nn.Module, batch: Data) -> Tensor:
         return nn.functional.mse_loss(model(batch[0]), batch[1])
 
-    with pytest.raises(ValueError, match="convex in them"):
+    with pytest.raises(ValueError, match="convex in the outputs"):
         DualCurvature.from_problem(Problem(network, concave, data))
     with pytest.raises(ValueError, match=r"Problem\(model, loss_fn, data\)"):
         DualCurvature.from_problem(Problem.from_batch_loss(network, batch_loss, data))
