@@ -174,7 +174,7 @@ def first_level(losses: Sequence[float], probe: float | None = None) -> float | 
 
     Args:
         losses: the first finite batch losses.
-        probe: the loss on the probe set, returned if there are no batch losses.
+        probe: the loss on the probe set, returned without batch losses.
 
     >>> first_level([3.0, 1.0]), first_level([3.0, 1.0] * 10), first_level([], 2.0)
     (3.0, 2.0, 2.0)

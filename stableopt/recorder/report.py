@@ -61,7 +61,7 @@ def write_report(
         alarm: the event.
         verdict: its likely cause.
         evidence: the steps and measurements before it.
-        weights: the content of ``last_good.pt``; without weights there is no such file.
+        weights: the content of ``last_good.pt``, a file that a report without weights lacks.
         missing: parts that the report lacks already, with the reason; parts that fail are added.
 
     Raises:
