@@ -1,4 +1,4 @@
-"""`Tracked`: what the callbacks share, a probe set, its loss, and the monitor of a run."""
+"""`Tracked`: the common base of the callbacks, which creates the monitor and the recorder of a run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
 __all__ = ["Tracked"]
 
 
-class _Waiting:
-    """Stands for the recorder while the probe set is first evaluated, before there is a monitor."""
+class _IgnoringRecorder:
+    """Replaces the recorder during the first evaluation of the probe set, before there is a monitor."""
 
     def loss(self, *args: Any, **kwargs: Any) -> None:
-        """Ignore a loss, which is not that of a step."""
+        """Ignore a loss, which does not belong to a step."""
 
 
-_OF_THE_PROBLEM = ("params", "chunk_size", "dtype", "sample_weight", "batch_dim", "process_group")
+_PROBLEM_OPTIONS = ("params", "chunk_size", "dtype", "sample_weight", "batch_dim", "process_group")
 
 
 class Tracked:
-    """Mixin for callbacks: makes the monitor when a run starts, and keeps it after the end."""
+    """Mixin for callbacks: creates the monitor when a run starts, and keeps it after the end."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Tracked:
         self._sinks, self._options = check_sinks(sinks), options
         if not isinstance(recorder, (str, os.PathLike, type(None))):
             raise TypeError(f"recorder={recorder!r}: expected the folder of its reports")
-        self._folder = recorder
+        self._report_folder = recorder
         self.monitor: StabilityMonitor | None = None
         self.recorder: FlightRecorder | None = None
         self._evidence: dict[str, Any] | None = None
@@ -79,22 +79,22 @@ class Tracked:
         load: Callable[[StabilityMonitor], None],
         **defaults: Any,
     ) -> None:
-        """Make the monitor at ``step``, and let ``load`` restore the state of an earlier run."""
+        """Create the monitor at ``step``, and let ``load`` restore the state of an earlier run."""
         options = {**defaults, **self._options, "sinks": [sink, *self._sinks]}
-        own = {name: options.pop(name) for name in _OF_THE_PROBLEM if name in options}
-        own["second_derivatives"] = needs_second_derivatives(
+        of_problem = {name: options.pop(name) for name in _PROBLEM_OPTIONS if name in options}
+        of_problem["second_derivatives"] = needs_second_derivatives(
             options.get("quantities", DEFAULT_QUANTITIES)
         )
-        # The loss of a training step may report to the recorder.
-        self.recorder = None if self._folder is None else cast(FlightRecorder, _Waiting())
-        monitor = None
+        folder, monitor, recorder = self._report_folder, None, None
+        # The user's training step, which evaluates the probe set, may report to the recorder.
+        self.recorder = None if folder is None else cast(FlightRecorder, _IgnoringRecorder())
         try:
-            problem = Problem.from_batch_loss(model, batch_loss, data, **own)
+            problem = Problem.from_batch_loss(model, batch_loss, data, **of_problem)
             monitor = StabilityMonitor(optimizer, problem, **options)
             monitor.step = step
             load(monitor)
-            recorder = None if self._folder is None else FlightRecorder(monitor, self._folder)
-            if recorder is not None:
+            if folder is not None:
+                recorder = FlightRecorder(monitor, folder)
                 self._resume(recorder)
         except BaseException:
             self.recorder = None
@@ -103,23 +103,26 @@ class Tracked:
             raise
         self.monitor, self.recorder = monitor, recorder
 
-    def _saved(self) -> dict[str, Any]:
-        """Return the state of the monitor, and that of the recorder."""
+    def _saved_state(self) -> dict[str, Any]:
+        """Return the state of the monitor, with that of the recorder if there is one."""
         assert self.monitor is not None
         state = self.monitor.state_dict()
-        return state if self.recorder is None else {**state, "recorder": self.recorder.state_dict()}
+        if self.recorder is not None:
+            state["recorder"] = self.recorder.state_dict()
+        return state
 
     def _restore(self, monitor: StabilityMonitor, state: dict[str, Any]) -> None:
-        """Load ``state``, without its eigenvectors where they are of other parameters."""
+        """Load ``state``, without its eigenvectors if they do not fit the parameters."""
         self._evidence = state.get("recorder")
         try:
             monitor.load_state_dict(state)
         except ValueError as error:
-            warnings.warn(f"searches start at random: {error}", RuntimeWarning, stacklevel=2)
+            message = f"eigenvector searches start at random: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
             monitor.load_state_dict({**state, "starts": {}})
 
     def _resume(self, recorder: FlightRecorder) -> None:
-        """Give the recorder the evidence of the run before, once."""
+        """Load the evidence of the earlier run into the recorder, once."""
         evidence, self._evidence = self._evidence, None
         if evidence is None:
             return
@@ -136,7 +139,7 @@ class Tracked:
         if self.monitor is not None:
             self.monitor.close()
 
-    def _named(self, record: dict[str, float]) -> dict[str, float]:
-        """Return the finite numbers of ``record`` under the names for loggers."""
+    def _metrics(self, record: dict[str, float]) -> dict[str, float]:
+        """Return the finite numbers of ``record`` by their names in loggers."""
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
         return {f"{self._prefix}/{name}": value for name, value in finite.items()}

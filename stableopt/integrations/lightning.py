@@ -31,7 +31,7 @@ __all__ = ["StabilityCallback"]
 
 
 def _callback_class() -> Any:
-    """Return ``Callback`` of the package in use, or else of the installed one."""
+    """Return ``Callback`` of the imported package, or else of the installed one."""
     packages = ["lightning.pytorch", "pytorch_lightning"]
     packages.sort(key=lambda package: package not in sys.modules)
     for package in packages:
@@ -43,27 +43,28 @@ def _callback_class() -> Any:
 class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     """Measures the stability margins during ``trainer.fit`` and sends them to the loggers.
 
-    The run is bit for bit the run without it. Every finite number of a record goes to all loggers as
-    ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
-    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state, and
-    a resumed run measures as if it had not stopped. If nothing can be measured, there is an error before
+    The callback does not change a bit of the run. Every finite number of a record goes to all loggers
+    as ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
+    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state, so
+    a resumed run measures as an uninterrupted one. If nothing can be measured, there is an error before
     the first step; a measurement that fails later is recorded, and training continues.
 
-    Samples of a step are those of the batches that Lightning passes to ``training_step``.
+    The batch size of a step counts the samples that Lightning passes to ``training_step``.
 
     Args:
         data: the probe set, on which curvature is measured: a batch as ``training_step`` gets it, a
             ``Dataset``, a ``DataLoader``, or a re-iterable of batches. Under DDP, this rank's shard.
         batch_loss: ``batch_loss(pl_module, batch)``, the mean loss of a batch, such as an unbound
-            method of the module. By default what ``training_step`` returns, with ``log`` and
+            method of the module. By default the loss that ``training_step`` returns, with ``log`` and
             ``log_dict`` muted; this needs automatic optimization, and a step that changes nothing
             outside of the module.
-        optimizer: index of the optimizer, where ``configure_optimizers`` returns several for several
-            models, as of a GAN. Then the parameters that count are those that it holds. By default all
-            optimizers together, as Muon and AdamW.
+        optimizer: the index of one optimizer, if ``configure_optimizers`` returns several for several
+            models, as for a GAN; only its parameters count. By default all optimizers are measured
+            together, as for Muon with AdamW.
         prefix: prefix of the names in the loggers; callbacks of one trainer need different ones.
         sinks: callables that take ``(step, record)``, in addition to the loggers.
-        recorder: the folder for the reports of a :class:`~stableopt.FlightRecorder`, if any.
+        recorder: the folder for the reports of a :class:`~stableopt.FlightRecorder`, or ``None`` for no
+            recorder.
         **options: further options of :class:`~stableopt.StabilityMonitor`: ``every`` or
             ``max_overhead``, ``quantities``, ``update_rule``, ``params``, ``dataset_size``,
             ``chunk_size`` and the others.
@@ -93,8 +94,8 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         super().__init__(data, batch_loss, **options)
         self._index = optimizer
         self._state: dict[str, Any] = {}
-        self._shown: StabilityMargins | None = None
-        self._begun = False
+        self._published: StabilityMargins | None = None
+        self._has_started = False
 
     @property
     def state_key(self) -> str:
@@ -102,19 +103,19 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         return str(self._generate_state_key(prefix=self._prefix))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the monitor of an earlier ``fit``; the first batch makes a new one."""
-        self._begun = False
+        """Let the first batch create a new monitor."""
+        self._has_started = False
 
-    def _begin(self, trainer: Any, pl_module: Any) -> None:
-        """Make the monitor, now that optimizers, checkpoint and the module's own hooks are ready."""
-        self._begun = True
-        chosen = self._chosen(trainer.optimizers)
+    def _create_monitor(self, trainer: Any, pl_module: Any) -> None:
+        """Create the monitor, now that optimizers, checkpoint and the module's own hooks are ready."""
+        self._has_started = True
+        measured = self._measured_optimizers(trainer.optimizers)
         state = self._state if trainer.global_step else {}
         defaults = {"process_group": group_of(trainer.strategy.model)}
-        if len(chosen) < len(trainer.optimizers):
-            defaults["params"] = _held(chosen[0], pl_module)
+        if len(measured) < len(trainer.optimizers):
+            defaults["params"] = _params_of(measured[0], pl_module)
         self._start(
-            chosen,
+            measured,
             pl_module,
             _in_precision(trainer, self._loss_of(pl_module)),
             self._data,
@@ -124,29 +125,30 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             lambda monitor: self._restore(monitor, state) if state else None,
             **defaults,
         )
-        self._shown = self.margins
+        self._published = self.margins
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples of ``batch``, since the module's ``forward`` may never be called."""
-        if not self._begun:
-            self._begin(trainer, pl_module)
+        """Count the samples of ``batch``: ``training_step`` may bypass the module's ``forward``."""
+        if not self._has_started:
+            self._create_monitor(trainer, pl_module)
         if self.monitor is not None:
             self.monitor.count_samples(batch)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show new margins to callbacks that watch metrics, on every rank."""
+        """Publish new margins as ``callback_metrics``, on every rank."""
         margins = self.margins
-        if margins is not None and margins is not self._shown:
-            self._shown = margins
-            shown = self._named(margins.record())
-            old = [name for name in trainer.callback_metrics if name.startswith(f"{self._prefix}/")]
-            # A value that failed this time must not show its former value.
-            values = {**dict.fromkeys(old, math.nan), **shown}
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+        if margins is None or margins is self._published:
+            return
+        self._published = margins
+        metrics = trainer.callback_metrics
+        # A metric that is missing this time becomes NaN instead of keeping its former value.
+        former = [name for name in metrics if name.startswith(f"{self._prefix}/")]
+        values = {**dict.fromkeys(former, math.nan), **self._metrics(margins.record())}
+        metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach the monitor; its history remains."""
@@ -158,23 +160,25 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of monitor and recorder, as plain numbers, lists, dicts and tensors."""
-        return self._state if self.monitor is None else self._saved()
+        return self._state if self.monitor is None else self._saved_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep ``state_dict`` for the monitor that the start of training makes."""
+        """Keep ``state_dict`` for the monitor that the next training creates."""
         self._state = dict(state_dict)
 
     def _close(self) -> None:
         super()._close()
         if self.monitor is not None:
             # A second fit of the trainer continues from here.
-            self._state = self._saved()
+            self._state = self._saved_state()
 
-    def _chosen(self, optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    def _measured_optimizers(
+        self, optimizers: list[torch.optim.Optimizer]
+    ) -> list[torch.optim.Optimizer]:
         index = self._index
         if not optimizers:
             raise ValueError(
-                "configure_optimizers made no optimizer, so it takes no steps to measure"
+                "configure_optimizers made no optimizer: expected one, whose steps are measured"
             )
         if index is None:
             return optimizers
@@ -190,36 +194,39 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
             return self._batch_loss
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "batch_loss=None with manual optimization, whose training_step takes steps: expected"
-                " batch_loss(pl_module, batch), the mean loss of a batch"
+                "batch_loss=None with manual optimization, where training_step changes the weights:"
+                " expected batch_loss(pl_module, batch), the mean loss of a batch"
             )
         return _training_loss
 
     def _to_loggers(self, trainer: Any) -> Sink:
         def to_loggers(step: int, record: dict[str, float]) -> None:
-            # The step of Lightning's loggers: the steps of all optimizers in a batch count as one.
-            after = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+            # Lightning's loggers count the steps of all optimizers in a batch as one.
+            logger_step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
             for logger in trainer.loggers:
-                logger.log_metrics(self._named(record), step=after)
+                logger.log_metrics(self._metrics(record), step=logger_step)
 
         return to_loggers
 
 
-def _held(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
-    """Return the parameters of ``module`` that ``optimizer`` holds."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    every: list[Tensor] = [p for p in module.parameters() if id(p) in held]
-    return [p for p in every if p.requires_grad] or every  # a toggled optimizer's are frozen
+def _params_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
+    """Return the parameters of ``module`` that ``optimizer`` holds, without frozen ones.
+
+    If all are frozen, as by ``untoggle_optimizer``, return all.
+    """
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params: list[Tensor] = [p for p in module.parameters() if id(p) in ids]
+    return [p for p in params if p.requires_grad] or params
 
 
 def _in_precision(trainer: Any, batch_loss: Callable[[Any, Any], Tensor]) -> Any:
-    """Return ``batch_loss`` of batches in the trainer's precision, as ``training_step`` gets them."""
+    """Return ``batch_loss`` with batches converted to the trainer's precision, as in training."""
     convert = trainer.precision_plugin.convert_input
     return lambda pl_module, batch: batch_loss(pl_module, convert(batch))
 
 
 def _training_loss(pl_module: Any, batch: Any) -> Tensor:
-    """Return the loss of ``training_step``, and log nothing."""
+    """Return the loss of ``training_step`` without logging."""
     step = pl_module.training_step
     arguments = inspect.signature(step).parameters.values()
     takes_index = len(arguments) > 1 or any(a.kind is a.VAR_POSITIONAL for a in arguments)
@@ -229,27 +236,26 @@ def _training_loss(pl_module: Any, batch: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"training_step returned {type(output).__name__} for the probe set: expected a loss, or"
-            " a dictionary with one as 'loss'; batch_loss= computes it another way"
+            " a dictionary with the loss as 'loss'; batch_loss= computes it another way"
         )
     return loss
 
 
 @contextlib.contextmanager
 def _mute(pl_module: nn.Module) -> Iterator[None]:
-    """Mute the logging of all modules, since a measurement is not a step."""
-    loud = [module for module in pl_module.modules() if hasattr(type(module), "log_dict")]
+    """Mute ``log`` and ``log_dict`` of all modules, since a measurement is not a step."""
+    modules = [module for module in pl_module.modules() if hasattr(type(module), "log_dict")]
     names = ("log", "log_dict")
-    own = [{name: vars(module)[name] for name in names if name in vars(module)} for module in loud]
+    former = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
     try:
-        for module in loud:
-            for name in names:
-                vars(module)[name] = _ignore
+        for module in modules:
+            vars(module).update(dict.fromkeys(names, _ignore))
         yield
     finally:
-        for module, former in zip(loud, own, strict=True):
+        for module, attributes in zip(modules, former, strict=True):
             for name in names:
                 vars(module).pop(name, None)
-            vars(module).update(former)
+            vars(module).update(attributes)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

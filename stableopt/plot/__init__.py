@@ -1,4 +1,4 @@
-"""Figures of a run: the sharpness / non-uniformity diagram, margins and layers over the steps, spectra.
+"""Figures of a run: the stability diagram, margins and layers over the steps, and spectra.
 
 Five examples::
 
@@ -8,8 +8,8 @@ Five examples::
     plot.spectrum(margins)                  # of measure(..., quantities=("spectrum",))
     plot.layers(monitor.history, "share")
 
-Figures are built without pyplot: they have no global state, open no window and need no closing, so
-that a training loop may draw them. matplotlib is imported on the first call.
+Figures do not use pyplot: they have no global state, open no window and need no closing, so a training
+loop may draw them. The first call imports matplotlib.
 """
 
 from stableopt.plot.canvas import to_rgb

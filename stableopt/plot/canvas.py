@@ -1,4 +1,4 @@
-"""What all figures share: matplotlib imported on the first call, colours, axes without pyplot."""
+"""Common parts of all figures: colours, figures without pyplot, and the import of matplotlib."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def to_rgb(figure: Figure) -> NDArray[np.uint8]:
 
 
 def require_matplotlib() -> None:
-    """Raise an ``ImportError`` with the command to install it, if matplotlib is missing."""
+    """Raise an ``ImportError`` with the install command if matplotlib is missing."""
     imported("matplotlib.figure")
 
 
 def chart_of(name: str) -> Chart:
-    """Return the chart of a quantity that has one."""
+    """Return the chart of a quantity, which must have one."""
     chart = QUANTITIES[name].chart
     assert chart is not None
     return chart
 
 
 def finish(axes: Any) -> None:
-    """Draw the grid, and the legend where something has a label."""
+    """Add the grid, and a legend if anything has a label."""
     axes.grid(alpha=0.25, linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", framealpha=0.9, fontsize="small")
 
 
 def imported(name: str) -> Any:
-    """Return a module of matplotlib; an ``ImportError`` says how to install it."""
+    """Return a module of matplotlib, or raise an ``ImportError`` with the install command."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -61,7 +61,7 @@ def imported(name: str) -> Any:
 
 
 def figure_of(figsize: tuple[float, float]) -> Any:
-    """Return a figure without pyplot, in inches."""
+    """Return a figure of ``figsize`` inches without pyplot."""
     figure = imported("matplotlib.figure").Figure(figsize=figsize, dpi=100, layout="constrained")
     imported("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure

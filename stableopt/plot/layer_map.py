@@ -31,16 +31,16 @@ _LOG_FROM = 20.0
 """Ratio of the largest to the smallest number from which colours are logarithmic."""
 
 _DECADES = 4
-"""Decades that logarithmic colours span at most: what is smaller is as dark as can be."""
+"""Largest number of decades of logarithmic colours; smaller values have the darkest colour."""
 
 _ROW, _TALLEST = 0.21, 8.0
-"""Height of a row with a label, and of the map with the most rows, in inches."""
+"""Height of a row with a label, and largest height of the map, in inches."""
 
 _FEW = 12
-"""Layers up to which a linear scale shows their shares."""
+"""Largest number of layers whose shares have linear colours."""
 
 _MOST_COLUMNS = 500
-"""Measurements shown, evenly over the run: more are finer than pixels."""
+"""Largest number of measurements, spread evenly over the run; more are finer than pixels."""
 
 
 def layers(
@@ -53,26 +53,26 @@ def layers(
 ) -> Figure:
     """Draw one number of each layer over the steps, the first layer at the top.
 
-    Layers are in the order of the model. Where there are too many for a label each, those with the
-    largest values have one. Colours are logarithmic where numbers are positive and span more than a
-    factor of 20, and where some are negative. A ratio above 1 is orange, what was not measured grey.
+    Layers are in the order of the model. If there are too many to label all, those with the largest
+    values are labelled. Colours are logarithmic if the numbers are positive and span more than a factor
+    of 20, or if some are negative. A ratio above 1 is orange, and a missing measurement grey.
 
     Args:
-        history: a monitor's ``history``, or records with their ``step``, such as the lines that
-            :class:`~stableopt.JSONLinesSink` wrote.
-        column: ``"share"``, which comes with each sharpness, or with the quantity ``"layers"`` any of
-            ``"sharpness"``, ``"ratio"``, ``"mean_curvature"`` and ``"non_uniformity"``.
+        history: a monitor's ``history``, or records with their ``step``, such as the lines of a
+            :class:`~stableopt.JSONLinesSink`.
+        column: ``"share"``, which every measured sharpness has; or one of ``"sharpness"``, ``"ratio"``,
+            ``"mean_curvature"`` and ``"non_uniformity"``, which the quantity ``"layers"`` has.
         marks: pairs (step, label) of changes during the run, drawn as vertical lines.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for another column.
+        ValueError: for an unknown column.
 
     >>> from stableopt.stability import Layers, QuantityResult
-    >>> known = Layers(("embed", "head"), (4, 2), {"share": (0.25, 0.75)})
-    >>> history = [StabilityMargins(step=t, results={"sharpness": QuantityResult(1.0, layers=known)})
+    >>> shares = Layers(("embed", "head"), (4, 2), {"share": (0.25, 0.75)})
+    >>> history = [StabilityMargins(step=t, results={"sharpness": QuantityResult(1.0, layers=shares)})
     ...            for t in range(3)]
     >>> [label.get_text() for label in layers(history).axes[0].get_yticklabels()]
     ['embed', 'head']
@@ -101,24 +101,27 @@ def layers(
 def _table(
     history: Iterable[StabilityMargins | Mapping[str, Any]], column: str
 ) -> tuple[NDArray[np.float64], list[str], NDArray[np.float64]]:
-    """Return steps ``(t,)``, names, and the numbers ``(layers, t)``, NaN where there is none."""
-    rows = [(step, values) for step, values in (_row(item, column) for item in history) if values]
-    rows = rows[:: -(-len(rows) // _MOST_COLUMNS) or 1]
-    names = list(dict.fromkeys(name for _, values in rows for name in values))
-    table = np.array([[_number(values.get(name)) for _, values in rows] for name in names])
-    return np.array([step for step, _ in rows], dtype=np.float64), names, table
+    """Return steps ``(t,)``, names, and the numbers ``(layers, t)``, NaN for missing ones."""
+    measured = [_step_and_values(item, column) for item in history]
+    measured = [(step, values) for step, values in measured if values]
+    measured = measured[:: -(-len(measured) // _MOST_COLUMNS) or 1]
+    names = list(dict.fromkeys(name for _, values in measured for name in values))
+    table = np.array([[_number(values.get(name)) for _, values in measured] for name in names])
+    return np.array([step for step, _ in measured], dtype=np.float64), names, table
 
 
-def _row(
+def _step_and_values(
     item: StabilityMargins | Mapping[str, Any], column: str
 ) -> tuple[float, dict[str, float | None]]:
+    """Return the step of a measurement, and the number of each layer."""
     if isinstance(item, StabilityMargins):
-        known = item.layers
-        return item.step, {} if known is None else dict(
-            zip(known.names, known.column(column), strict=True)
-        )
+        layers = item.layers
+        if layers is None:
+            return item.step, {}
+        return item.step, dict(zip(layers.names, layers.column(column), strict=True))
     by_layer: Mapping[str, Any] = item.get("by_layer") or {}
-    return item.get("step", math.nan), {name: of.get(column) for name, of in by_layer.items()}
+    values = {name: numbers.get(column) for name, numbers in by_layer.items()}
+    return item.get("step", math.nan), values
 
 
 def _number(value: float | None) -> float:
@@ -133,38 +136,37 @@ def _draw(
     column: str,
 ) -> None:
     colours, norm = _colours(table, column)
-    table = np.maximum(
-        table, norm.vmin
-    )  # which leaves NaN, and shows a zero on a logarithmic scale
+    # On a logarithmic scale zero becomes the smallest colour; NaN stays NaN.
+    table = np.maximum(table, norm.vmin)
     middles = (steps[1:] + steps[:-1]) / 2
     ends = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
     edges = np.concatenate([ends[:1], middles, ends[1:]])
     rows = np.arange(len(names) + 1) - 0.5
-    # Rasterised, a map of 150 layers is small in a vector format as well.
+    # Rasterised, since a vector format of 150 layers is large.
     image = axes.pcolormesh(edges, rows, table, cmap=colours, norm=norm, rasterized=True)
     axes.set_facecolor("#DDDDDD")
     axes.invert_yaxis()
     figure = axes.get_figure()
-    over = "max" if column == "ratio" and np.nanmax(table) > 1 else "neither"
-    bar = figure.colorbar(image, ax=axes, pad=0.02, extend=over)
+    extend = "max" if column == "ratio" and np.nanmax(table) > 1 else "neither"
+    bar = figure.colorbar(image, ax=axes, pad=0.02, extend=extend)
     bar.set_label(_TITLES.get(column, column.replace("_", " ")), fontsize="small")
     inches = axes.get_position().height * figure.get_size_inches()[1]
-    labelled = _labelled(table, max(int(inches / _ROW * 1.5), 1))
-    small = 7 if len(labelled) > 12 or len(names) > 20 else 9
-    axes.set_yticks(labelled, [shortened(names[at], 34) for at in labelled], fontsize=small)
+    labelled = _labelled_rows(table, max(int(inches / _ROW * 1.5), 1))
+    fontsize = 7 if len(labelled) > 12 or len(names) > 20 else 9
+    axes.set_yticks(labelled, [shortened(names[row], 34) for row in labelled], fontsize=fontsize)
     axes.tick_params(axis="y", length=2)
 
 
-def _labelled(table: NDArray[np.float64], most: int) -> list[int]:
-    """Return the rows that have labels: all, or those with the largest values, not too close."""
+def _labelled_rows(table: NDArray[np.float64], most: int) -> list[int]:
+    """Return the rows to label: all, or those with the largest values at a minimum distance."""
     count = len(table)
     if count <= most:
         return list(range(count))
-    apart = count / most
+    distance = count / most
     peaks = np.where(np.isnan(table), -np.inf, table).max(axis=1)
     chosen: list[int] = []
     for row in np.argsort(-peaks, kind="stable"):
-        if all(abs(int(row) - other) >= apart for other in chosen):
+        if all(abs(int(row) - other) >= distance for other in chosen):
             chosen.append(int(row))
     return sorted(chosen)
 
@@ -172,8 +174,8 @@ def _labelled(table: NDArray[np.float64], most: int) -> list[int]:
 def _colours(table: NDArray[np.float64], column: str) -> tuple[Any, Any]:
     """Return the colour map and its norm."""
     scales = imported("matplotlib.colors")
-    known = table[np.isfinite(table)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    finite = table[np.isfinite(table)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low < 0:
         size = max(-low, high)
         norm = scales.SymLogNorm(size / 100, vmin=-size, vmax=size)
@@ -181,11 +183,11 @@ def _colours(table: NDArray[np.float64], column: str) -> tuple[Any, Any]:
     colours = imported("matplotlib").colormaps["viridis"]
     if column == "ratio" and high > 1:
         colours, high = colours.with_extremes(over=VERMILION), 1.0
-    positive = known[known > 0]
+    positive = finite[finite > 0]
     if positive.size and column != "share" and high > _LOG_FROM * positive.min():
-        least = max(float(positive.min()), high / 10**_DECADES)
-        return colours, scales.LogNorm(least, high, clip=False)
+        lowest = max(float(positive.min()), high / 10**_DECADES)
+        return colours, scales.LogNorm(lowest, high, clip=False)
     if column == "share" and len(table) > _FEW:
-        # Most of many layers hold little: a root of the share sets them apart.
+        # With many layers most shares are small; the square root spreads their colours.
         return colours, scales.PowerNorm(0.5, 0.0, high or 1.0)
     return colours, scales.Normalize(0.0, high or 1.0)

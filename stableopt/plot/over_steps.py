@@ -1,4 +1,4 @@
-"""`margins`: each quantity and its limit over the steps of a run."""
+"""`margins`: the figure of each quantity with its limit over the steps of a run."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def margins(
 ) -> Figure:
     """Draw sharpness and non-uniformity over the steps, each with its limit.
 
-    With a preconditioner, the sharpness is the preconditioned one, which has the limit. Other
-    quantities that have a chart and were measured follow below. Values above a limit are shaded.
-    Failed measurements are crosses at the bottom of a panel. An axis that spans more than a factor of
-    20 is logarithmic if all its numbers are positive.
+    With a preconditioner it is the preconditioned sharpness, to which the limit applies. Panels of other
+    measured quantities with a chart follow below. The range above a limit is shaded. Failed
+    measurements are crosses at the bottom of a panel. An axis that spans more than a factor of 20 is
+    logarithmic if all its numbers are positive.
 
     Args:
-        history: a monitor's ``history``, or records with their ``step``, such as the lines that
-            :class:`~stableopt.JSONLinesSink` wrote.
+        history: a monitor's ``history``, or records with their ``step``, such as the lines of a
+            :class:`~stableopt.JSONLinesSink`.
         marks: pairs (step, label) of changes during the run, drawn as vertical lines.
         title: a title, or ``None``.
 
@@ -56,7 +56,7 @@ def margins(
     failed = np.array(
         [bool(r.get("failed")) or r.get("failure") is not None for r in records], bool
     )
-    names = _shown(records)
+    names = _drawn_names(records)
     figure: Figure = figure_of(figsize=(7.0, 2.8 * len(names)))
     panels = figure.subplots(len(names), 1, sharex=True)
     for axes, name in zip(panels, names, strict=True):
@@ -66,12 +66,12 @@ def margins(
             transform, bottom = axes.get_xaxis_transform(), np.full(failed.sum(), 0.03)
             style = {"color": GREY, "label": "failed", "transform": transform}
             axes.plot(steps[failed], bottom, "x", **style)
-        for index, what in enumerate(dict.fromkeys(what for _, what in changes)):
+        for index, label in enumerate(dict.fromkeys(label for _, label in changes)):
             line = {"color": GREY, "linestyle": (0, (1 + 2 * index, 2)), "linewidth": 0.8}
-            for step, each in changes:
-                if each == what:
+            for step, step_label in changes:
+                if step_label == label:
                     axes.axvline(step, **line)
-            axes.plot([], [], label=what, **line)
+            axes.plot([], [], label=label, **line)
         axes.set_ylabel(chart_of(name).label)
         finish(axes)
     panels[-1].set_xlabel("step")
@@ -84,17 +84,17 @@ def _record(margins: StabilityMargins) -> dict[str, float]:
     return {"step": margins.step, **margins.record()}
 
 
-def _shown(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the quantities to draw: both sides of the box, then what else was measured."""
+def _drawn_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the quantities to draw: sharpness and non-uniformity, then other measured ones."""
     charted = [name for name, quantity in QUANTITIES.items() if quantity.chart is not None]
     measured = [name for name in charted if np.isfinite(_column(records, name)).any()]
-    own = "preconditioned_sharpness"
-    box = [own if own in measured else "sharpness", "non_uniformity"]
+    preconditioned = "preconditioned_sharpness"
+    box = [preconditioned if preconditioned in measured else "sharpness", "non_uniformity"]
     return box + [name for name in measured if name not in (*box, "sharpness")]
 
 
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """Return a number of every record; NaN, which matplotlib leaves out, where there is none."""
+    """Return a number of every record; NaN, which matplotlib does not draw, for a missing one."""
     values = (record.get(name) for record in records)
     column = np.array([math.nan if v is None else float(v) for v in values], dtype=np.float64)
     return np.where(np.isfinite(column), column, np.nan)
@@ -116,15 +116,15 @@ def _draw_panel(
     title = chart_of(name).title
     label = title if finite.size else f"{title} (without limit)"
     axes.plot(steps, values, marker=marker, markersize=3, color=BLUE, linewidth=1.3, label=label)
-    shown = np.concatenate([measured, finite])
-    low, high = float(shown.min()), float(shown.max())
+    drawn = np.concatenate([measured, finite])
+    low, high = float(drawn.min()), float(drawn.max())
     if low > 0 and high > _LOG_FROM * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
     else:
         axes.set_ylim(min(0.0, low * 1.1), high * 1.1 if high > 0 else 1.0)
     if finite.size:
-        # A limit follows from settings, which jump between two measurements.
+        # A limit depends on the optimizer's settings, which change in jumps.
         style = {"linestyle": "--", "color": VERMILION, "linewidth": 1.6}
         axes.plot(steps, limits, drawstyle="steps-post", label="limit", **style)
         ceiling = np.full_like(limits, axes.get_ylim()[1])

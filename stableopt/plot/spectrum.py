@@ -1,4 +1,4 @@
-"""`spectrum`: the density of eigenvalues, the largest of them, and their limit."""
+"""`spectrum`: the figure of a spectral density, its largest eigenvalues and their limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["spectrum"]
 
 _POINTS = 1000
-"""Points of the curve, over the range of the spectrum."""
+"""Points of the curve."""
 
 
 def spectrum(
@@ -30,13 +30,13 @@ def spectrum(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw the density of eigenvalues on a logarithmic axis, down to a single eigenvalue.
+    """Draw the density of eigenvalues on a logarithmic axis, down to that of a single eigenvalue.
 
     Args:
-        of: margins with the quantity ``"spectrum"``, or a density. The eigenvalues of
-            ``"top_eigenvalues"`` are drawn as marks, and their limit as a line.
-        name: which spectrum of the margins, such as ``"sigma_spectrum"``.
-        limit: the largest stable eigenvalue; by default that of the margins.
+        of: a density, or margins with the quantity ``"spectrum"``. If the margins have
+            ``"top_eigenvalues"``, these are drawn as marks, and their limit as a line.
+        name: the spectrum of the margins to draw, such as ``"sigma_spectrum"``.
+        limit: the largest stable eigenvalue; by default the limit in the margins.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
@@ -52,7 +52,7 @@ def spectrum(
     if isinstance(of, StabilityMargins):
         density, top = of[name].density, of[name.replace("spectrum", "top_eigenvalues")]
         if density is None:
-            raise ValueError(f"of: margins without a density of {name!r}: expected it measured")
+            raise ValueError(f"of: margins without a density of {name!r}: measure this quantity")
         if top.value is not None:
             numbered = sorted((int(n), v) for n, v in top.details.items() if n.isdigit())
             values = [top.value, *(value for _, value in numbered)]
@@ -64,9 +64,9 @@ def spectrum(
     low, high = density.nodes[0] - 4 * density.width, density.nodes[-1] + 4 * density.width
     grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
     curve = density.density(grid).numpy()
-    # The peak of a single eigenvalue of d; half of it is noise of the starts.
-    single = 1 / (density.size * density.width * math.sqrt(2 * math.pi))
-    floor = max(single / 10, 1e-9 * float(curve.max()))
+    # The axis ends at a tenth of the peak that one of all eigenvalues gives.
+    peak_of_one = 1 / (density.size * density.width * math.sqrt(2 * math.pi))
+    floor = max(peak_of_one / 10, 1e-9 * float(curve.max()))
     axes.fill_between(grid, floor, np.maximum(curve, floor), color=BLUE, alpha=0.25, linewidth=0)
     axes.plot(grid, curve, color=BLUE, linewidth=1.3)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""`diagram`: the sharpness / non-uniformity diagram, with regions, trajectory and marks."""
+"""`diagram`: the sharpness / non-uniformity diagram with stability regions, trajectory and marks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Region", "diagram"]
 
 Region: TypeAlias = StabilityRegion | tuple[float, float]
-"""A region, or the largest sharpness and non-uniformity where only the box is known."""
+"""A region, or the pair of largest sharpness and largest non-uniformity if only the box is known."""
 
 Target: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 """``(low, high)`` of the sharpness and of the non-uniformity."""
@@ -40,21 +40,21 @@ def diagram(
 ) -> Figure:
     r"""Draw the sharpness / non-uniformity diagram of Wu, Ma & E (2018).
 
-    A region's box, equation (9), is dashed, as in the paper's figures; the exact region of a
-    one-dimensional problem, for plain SGD the half-ellipse
-    :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, is filled. Full-batch gradient descent has no limit on
-    the non-uniformity: its region is a vertical line and the strip on its left.
+    A region's box, equation (9), is dashed, as in the paper's figures. The exact region of a
+    one-dimensional problem is filled; for plain SGD it is the half-ellipse
+    :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`. Full-batch gradient descent has no limit on the
+    non-uniformity: its region is a vertical line and the strip on its left.
 
     Args:
-        region: the region; or several by label, as before and after a change of the learning rate;
-            or ``None``.
+        region: the region; several by label, as before and after a change of the learning rate; or
+            ``None``.
         points: the trajectory, oldest first: :class:`StabilityMargins` or pairs (sharpness,
-            non-uniformity). Points without either are left out. With a preconditioner, sharpness
-            and non-uniformity are the preconditioned ones.
+            non-uniformity). Points that lack one of them are left out. With a preconditioner both
+            are the preconditioned quantities.
         target: a box to draw: ``(low, high)`` of the sharpness and of the non-uniformity, infinity
             for an open end.
         marks: pairs (step, label) of changes during the run, drawn on the trajectory at that step.
-            For points that are pairs, the step is the number of the point.
+            If points are pairs, the step is the index of the point.
         title: a title, or ``None``.
         ax: axes to draw into; a new figure's by default.
 
@@ -77,24 +77,26 @@ def diagram(
     axes: Any = figure_of((5.4, 4.2)).add_subplot() if ax is None else ax
     figure: Figure = axes.get_figure()
 
-    boxes = [_box(each) for each in regions.values()]
+    boxes = [_box(area) for area in regions.values()]
     left = float(min([0.0, *(low for low, _, _ in boxes), *path[:, 0]]))
-    wanted = [] if target is None else [*target]
-    right = _reach([a for _, a, _ in boxes], path[:, 0], *wanted[:1])
-    top = _reach([s for _, _, s in boxes], path[:, 1], *wanted[1:])
+    target_a, target_s = ((), ()) if target is None else target
+    right = _axis_end([a for _, a, _ in boxes], path[:, 0], target_a)
+    top = _axis_end([s for _, _, s in boxes], path[:, 1], target_s)
     axes.set_xlim(left * 1.1, right)
     axes.set_ylim(0.0, top)
 
-    for index, (label, each) in enumerate(regions.items()):
+    for index, (label, area) in enumerate(regions.items()):
         colour = _REGION_COLOURS[index % len(_REGION_COLOURS)]
-        _draw_region(axes, each, label, colour, right=right, top=top)
+        _draw_region(axes, area, label, colour, right=right, top=top)
     if target is not None:
         _draw_target(axes, target, left, right, top)
     if len(path):
         _draw_path(axes, steps, path, unit)
         _draw_marks(axes, steps, path, marks)
-    own = any(isinstance(p, StabilityMargins) and p.preconditioned_sharpness for p in items)
-    axes.set_xlabel(chart_of("preconditioned_sharpness" if own else "sharpness").label)
+    preconditioned = any(
+        isinstance(item, StabilityMargins) and item.preconditioned_sharpness for item in items
+    )
+    axes.set_xlabel(chart_of("preconditioned_sharpness" if preconditioned else "sharpness").label)
     axes.set_ylabel(chart_of("non_uniformity").label)
     if title is not None:
         axes.set_title(title)
@@ -107,12 +109,12 @@ def _by_label(region: Region | Mapping[str, Region] | None) -> dict[str, Region]
     if region is None:
         return {}
     regions = dict(region) if isinstance(region, Mapping) else {"": region}
-    for each in regions.values():
-        if isinstance(each, StabilityRegion):
+    for box in regions.values():
+        if isinstance(box, StabilityRegion):
             continue
-        if not (isinstance(each, tuple) and len(each) == 2 and all(limit > 0 for limit in each)):
+        if not (isinstance(box, tuple) and len(box) == 2 and all(limit > 0 for limit in box)):
             raise ValueError(
-                f"region: {each!r} is neither a StabilityRegion nor a pair of positive limits"
+                f"region: {box!r} is neither a StabilityRegion nor a pair of positive limits"
                 " (largest sharpness, largest non-uniformity)"
             )
     return regions
@@ -147,11 +149,11 @@ def _path(
     return table[:, 0], table[:, 1:], "step" if of_margins else "measurement"
 
 
-def _reach(
-    limits: Sequence[float], values: NDArray[np.float64], ends: Iterable[float] = ()
+def _axis_end(
+    limits: Sequence[float], values: NDArray[np.float64], target: Iterable[float]
 ) -> float:
-    """Return the end of an axis that shows every finite limit, and every value."""
-    finite = (limit for limit in (*limits, *ends) if math.isfinite(limit))
+    """Return the end of an axis that shows every value, and every finite limit and target bound."""
+    finite = (limit for limit in (*limits, *target) if math.isfinite(limit))
     largest = max([0.0, *finite, *values])
     return 1.1 * float(largest) if largest > 0 else 1.0
 
@@ -169,7 +171,7 @@ def _draw_region(
             axes.fill_between(sharpness, height, label=f"{name}exact in one dimension", **fill)
         else:
             axes.fill_between([low, min(a, right)], top, label=f"{name}stable", **fill)
-    # Only the sides of the box that are limits.
+    # A side of the box at infinity is not drawn.
     if math.isfinite(a):
         ends = ([a, a, low], [0, s, s]) if math.isfinite(s) else ([a, a], [0, top])
         axes.plot(*ends, label=f"{name}limits", **edge)
@@ -180,11 +182,9 @@ def _draw_region(
 def _draw_path(axes: Any, steps: NDArray[np.float64], path: NDArray[np.float64], unit: str) -> None:
     x, y = path.T
     axes.plot(x, y, color=GREY, linewidth=0.7, alpha=0.6, zorder=2)
-    # The brightest end of viridis is lost on white.
-    span = (steps[0], steps[-1] + 0.12 * (steps[-1] - steps[0]))
-    dots = axes.scatter(
-        x, y, c=steps, cmap="viridis", vmin=span[0], vmax=span[1], s=16, zorder=3, clip_on=False
-    )
+    # The scale ends beyond the last step: the brightest yellow of viridis is invisible on white.
+    scale = {"vmin": steps[0], "vmax": steps[-1] + 0.12 * (steps[-1] - steps[0])}
+    dots = axes.scatter(x, y, c=steps, cmap="viridis", **scale, s=16, zorder=3, clip_on=False)
     ring = {"markeredgecolor": "black", "linestyle": "none", "zorder": 4, "clip_on": False}
     if len(path) > 1:
         bar = axes.get_figure().colorbar(dots, ax=axes, pad=0.02)
@@ -197,7 +197,7 @@ def _draw_path(axes: Any, steps: NDArray[np.float64], path: NDArray[np.float64],
 
 def _draw_target(axes: Any, target: Target, left: float, right: float, top: float) -> None:
     (a_low, a_high), (s_low, s_high) = target
-    # An open end is drawn beyond the axes, where its side does not show.
+    # The side of an open end lies beyond the axes, so it does not show.
     x = (a_low if a_low > 0 else 1.2 * left - 0.1 * right, min(a_high, 1.2 * right))
     y = (s_low if s_low > 0 else -0.1 * top, min(s_high, 1.2 * top))
     corners = [[x[0], x[1], x[1], x[0], x[0]], [y[0], y[0], y[1], y[1], y[0]]]
@@ -213,7 +213,7 @@ def _draw_marks(
 ) -> None:
     labels: dict[str, list[int]] = {}
     for step, label in marks:
-        # The last measurement up to that step.
+        # The last measurement at or before the step.
         index = max(int(np.searchsorted(steps, step, side="right")) - 1, 0)
         labels.setdefault(label, []).append(index)
     for (label, indices), marker in zip(labels.items(), _MARKERS * len(labels), strict=False):

@@ -1,4 +1,4 @@
-"""The flight recorder: evidence of the last steps, alarms, verdicts, and the reports that it writes."""
+"""The flight recorder: evidence from the last steps, alarms, verdicts and reports."""
 
 from stableopt.recorder.alarms import Alarm, AlarmRules
 from stableopt.recorder.evidence import Evidence, StepRecord

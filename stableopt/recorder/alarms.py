@@ -1,4 +1,4 @@
-"""`AlarmRules`: when the evidence of a run calls for a report."""
+"""`AlarmRules`: the conditions under which the flight recorder writes a report."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from stableopt.recorder.evidence import Evidence, robust_score
 __all__ = ["BLOCK", "Alarm", "AlarmRules"]
 
 BLOCK = 5
-"""Losses of batches are judged by means of so many, since a single one may be an odd batch. The rules
-see what happened in the last so many steps, and are to be asked as often."""
+"""Batch losses averaged into one block, since a single one may be an odd batch. The rules look at the
+last block, so call them at least once per block of steps."""
 
-_FEWEST = 8
-"""Means, or measurements, with which one is compared; with fewer means the spread is not known."""
+_HISTORY = 8
+"""Earlier block means, or measurements, with which the last is compared; fewer give no spread."""
 
 _ERRORS = 6.0
-"""Standard errors of a mean of losses above the first ones. Those of single samples have long tails."""
+"""Standard errors by which a block mean must exceed the loss at the start: losses have long tails."""
 
 _FAR = 0.5
-"""Movement of a layer in one step, relative to its norm, that explains a loss which explodes at once."""
+"""Relative movement of a layer in one step that explains a loss which explodes at once."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that calls for a report.
+    """An event that triggers a report.
 
     Attributes:
         kind: ``"not finite"``, ``"loss"``, ``"ratio"`` or ``"realised edge"``.
-        step: the step at which it was seen.
-        text: what was seen, as a sentence without an end.
+        step: the step at which the event was detected.
+        text: the event, as a sentence without capital and full stop.
     """
 
     kind: str
@@ -46,17 +46,18 @@ class AlarmRules:
     """What counts as a spike.
 
     Attributes:
-        loss_score: robust standard deviations by which five losses of batches on average exceed
-            those before; see :func:`~stableopt.recorder.evidence.robust_score`.
-        loss_rise: the least rise of the loss that counts, as a share of the first loss of the run:
-            near a minimum single samples make the losses of batches leap by less.
-        loss_factor: the least factor between the loss and the median of the losses before; so many
-            times the first loss of the run is a spike by itself, where the spread of the first losses
-            does not explain it.
-        ratio: (preconditioned) sharpness over its limit, where the loss on the probe set does not fall
-            meanwhile. Runs at the edge of stability hover around 1, in full batches up to about 1.5,
-            without harm, and a sharpness above its limit that training leaves behind is none either.
-        patience: measurements in a row whose realised edge is above 1 by two standard errors.
+        loss_score: robust standard deviations by which the mean of five batch losses exceeds the means
+            before; see :func:`~stableopt.recorder.evidence.robust_score`.
+        loss_rise: the smallest rise of the loss that counts, as a share of the loss at the start. Near
+            a minimum single samples make batch losses jump by less.
+        loss_factor: the smallest factor between the loss and the median of the losses before. A loss
+            above this factor times the loss at the start is a spike by itself, unless the spread of
+            the first losses explains it.
+        ratio: the (preconditioned) sharpness over its limit, while the loss on the probe set does not
+            fall. Ratios around 1, and with full batches up to about 1.5, are harmless: training at the
+            edge of stability has them. So is a larger ratio while the loss falls.
+        patience: the number of consecutive measurements whose realised edge exceeds 1 by two standard
+            errors.
 
     Raises:
         ValueError: for numbers that are not positive.
@@ -74,7 +75,7 @@ class AlarmRules:
         whole("patience", self.patience)
 
     def alarm(self, evidence: Evidence) -> Alarm | None:
-        """Return the first alarm that the end of the evidence gives, or ``None``.
+        """Return the alarm of the first rule that the latest evidence meets, or ``None``.
 
         >>> from stableopt.recorder import StepRecord
         >>> steps = [StepRecord(k, 0.1, loss=1.0 if k < 50 else 4.0) for k in range(55)]
@@ -82,19 +83,19 @@ class AlarmRules:
         'loss'
         """
         for rule in (self._not_finite, self._ratio, self._loss, self._probe_loss, self._realised):
-            found = rule(evidence)
-            if found is not None:
-                return found
+            alarm = rule(evidence)
+            if alarm is not None:
+                return alarm
         return None
 
     def _not_finite(self, evidence: Evidence) -> Alarm | None:
-        for its in evidence.steps[-BLOCK:]:
-            loss = 0.0 if its.loss is None else its.loss
-            if not math.isfinite(loss):
-                return Alarm("not finite", its.step, f"the loss of the batch is {loss}")
-            for layer, norm in its.grad_norms.items():
+        for record in evidence.steps[-BLOCK:]:
+            step, loss = record.step, record.loss
+            if loss is not None and not math.isfinite(loss):
+                return Alarm("not finite", step, f"the loss of the batch is {loss}")
+            for layer, norm in record.grad_norms.items():
                 if not math.isfinite(norm):
-                    return Alarm("not finite", its.step, f"the gradient of {layer} is not finite")
+                    return Alarm("not finite", step, f"the gradient of {layer} is not finite")
         last = evidence.measured[-1].margins if evidence.measured else None
         if last is not None and (last.failure or "").startswith("not finite"):
             return Alarm("not finite", last.step, f"the probe set is measured as {last.failure}")
@@ -106,67 +107,73 @@ class AlarmRules:
         *before, last = evidence.measured
         if last.ratio is None or last.ratio <= self.ratio:
             return None
-        losses = [its.margins.loss for its in before if its.margins.loss is not None]
-        usual = losses[-1] if losses else evidence.first_loss
-        if last.margins.loss is not None and usual is not None and last.margins.loss <= usual:
-            return None  # or it is the first loss that is known
+        losses = [record.margins.loss for record in before if record.margins.loss is not None]
+        reference = losses[-1] if losses else evidence.first_loss
+        loss = last.margins.loss
+        # The first known loss is its own reference.
+        if loss is not None and reference is not None and loss <= reference:
+            return None
         return Alarm(
             "ratio", last.step, f"the sharpness is {last.ratio:.3g} times what the step allows"
         )
 
     def _loss(self, evidence: Evidence) -> Alarm | None:
-        losses = [(its.step, its.loss) for its in evidence.steps if its.loss is not None]
-        blocks = [
-            sum(loss / BLOCK for _, loss in losses[end - BLOCK : end])  # no sum can overflow
+        losses = [
+            (record.step, record.loss) for record in evidence.steps if record.loss is not None
+        ]
+        # Blocks are counted back from the last loss. To divide before the sum avoids an overflow.
+        means = [
+            sum(loss / BLOCK for _, loss in losses[end - BLOCK : end])
             for end in range(len(losses), BLOCK - 1, -BLOCK)
         ][::-1]
-        first, name = evidence.first_loss, "the batches' loss"
-        high = blocks and first is not None and blocks[-1] > self.loss_factor * first > 0
-        if high and first is not None and self._beyond_noise(evidence, blocks[-1] - first):
-            text = f"{name} is {blocks[-1]:.3g}, above the {first:.3g} at the start"
-            return Alarm("loss", losses[-1][0], text)
-        if len(blocks) <= _FEWEST:
+        if not means:
             return None
-        return self._rise(blocks, losses[-1][0], first, name)
+        step, mean, first, name = losses[-1][0], means[-1], evidence.first_loss, "the batches' loss"
+        high = first is not None and mean > self.loss_factor * first > 0
+        if high and first is not None and self._beyond_noise(evidence, mean - first):
+            return Alarm("loss", step, f"{name} is {mean:.3g}, above the {first:.3g} at the start")
+        return self._rise(means, step, first, name) if len(means) > _HISTORY else None
 
     @staticmethod
     def _beyond_noise(evidence: Evidence, rise: float) -> bool:
-        """Whether a rise above the first losses is more than their spread explains."""
+        """Return whether the spread of the first losses does not explain a rise above them."""
         if math.isfinite(evidence.first_spread):
             return rise > _ERRORS * evidence.first_spread / math.sqrt(BLOCK)
-        # The spread is not known yet: losses explode where weights do.
-        return any(by > _FAR for its in evidence.steps for by in its.moved.values())
+        # Without a known spread, weights that moved far tell an explosion from noise.
+        return any(length > _FAR for record in evidence.steps for length in record.moved.values())
 
     def _probe_loss(self, evidence: Evidence) -> Alarm | None:
-        known = [its for its in evidence.measured if its.margins.loss is not None]
-        losses = [float(its.margins.loss or 0.0) for its in known]
+        records = [record for record in evidence.measured if record.margins.loss is not None]
+        losses = [float(record.margins.loss or 0.0) for record in records]
         if len(losses) < 3:
             return None
-        return self._rise(losses, known[-1].step, evidence.first_loss, "the loss on the probe set")
+        first, step = evidence.first_loss, records[-1].step
+        return self._rise(losses, step, first, "the loss on the probe set")
 
     def _rise(
         self, losses: Sequence[float], step: int, first: float | None, name: str
     ) -> Alarm | None:
-        # The recent ones alone: with those of the first descent among them, the spread is too wide.
-        before, last = losses[-_FEWEST - 1 : -1], losses[-1]
+        # Only recent losses: those of the first descent would widen the spread.
+        before, last = losses[-_HISTORY - 1 : -1], losses[-1]
         usual, start = median(before), first if first is not None else losses[0]
-        high = (
+        if (
             robust_score(last, before) > self.loss_score
             and last - usual > self.loss_rise * abs(start)
             and last > self.loss_factor * usual
-        )
-        return Alarm("loss", step, f"{name} rose from {usual:.3g} to {last:.3g}") if high else None
+        ):
+            return Alarm("loss", step, f"{name} rose from {usual:.3g} to {last:.3g}")
+        return None
 
     def _realised(self, evidence: Evidence) -> Alarm | None:
-        last = [its.margins for its in evidence.measured[-self.patience :]]
+        last = [record.margins for record in evidence.measured[-self.patience :]]
         if len(last) < self.patience:
             return None
         for margins in last:
-            found = margins.results.get("realised_edge")
-            if found is None or found.value is None:
+            edge = margins.results.get("realised_edge")
+            if edge is None or edge.value is None:
                 return None
-            error = found.measurement.residual * abs(found.value) if found.measurement else 0.0
-            if found.value - 2 * error <= 1:
+            error = edge.measurement.residual * abs(edge.value) if edge.measurement else 0.0
+            if edge.value - 2 * error <= 1:
                 return None
         return Alarm(
             "realised edge",

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 FIRST_LOSSES = 20
-"""Losses of batches that make the first level: with batches of one sample a single one says little."""
+"""Batch losses averaged for the loss at the start: one loss of a small batch is too noisy."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,15 @@ class StepRecord:
     Attributes:
         step: its number, from 1.
         lr: the largest learning rate among the groups.
-        loss: of the batch, where the training loop reports it.
-        grad_norms: the norm of the gradient of each layer that has one. None of a step that a gradient
-            scaler skips.
-        batch: what identifies the batch, where the training loop reports it.
-        lrs: the learning rate of each group, where they differ.
-        moved: how far the step moved the weights of a layer, relative to their norm. Only layers that
-            moved by 5 % or more.
-        changed: the factor by which something other than the optimizers has changed the norm of a
-            layer's weights since the step before. Only layers with a factor of 1.5 or more, or less
-            than its inverse.
-        total_norm: the norm of the whole gradient before clipping, where the training loop reports it.
+        loss: the loss of the batch, if the training loop reports it.
+        grad_norms: the norm of each layer's gradient; empty for a step that a gradient scaler skips.
+        batch: identifiers of the samples, if the training loop reports them.
+        lrs: the learning rate of each group, if they differ.
+        moved: the length of the step in each layer relative to the norm of its weights, for layers
+            that moved by 5 % or more.
+        changed: the factor by which something other than the optimizers changed the norm of a layer's
+            weights since the step before, for layers with a factor of at least 1.5 or at most 1/1.5.
+        total_norm: the norm of the whole gradient before clipping, if the training loop reports it.
     """
 
     step: int
@@ -57,7 +55,7 @@ class StepRecord:
 
     @property
     def grad_norm(self) -> float:
-        """The norm of the whole gradient, as the optimizer saw it.
+        """The norm of the whole gradient that the optimizer received, after any clipping.
 
         >>> StepRecord(1, 0.1, grad_norms={"0": 3.0, "2": 4.0}).grad_norm
         5.0
@@ -70,7 +68,7 @@ class MeasuredRecord:
     """One measurement.
 
     Attributes:
-        margins: what was measured.
+        margins: the measured values.
         shares: the share of each layer in the top eigenvector, the largest first.
     """
 
@@ -79,28 +77,28 @@ class MeasuredRecord:
 
     @property
     def step(self) -> int:
-        """The step after which it was made."""
+        """The number of steps done before the measurement."""
         return self.margins.step
 
     @property
     def ratio(self) -> float | None:
-        """The (preconditioned) sharpness over its limit."""
+        """The sharpness over its limit; with a preconditioner the preconditioned sharpness."""
         return self.margins.edge_ratio
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a report is made from: steps and measurements, oldest first.
+    """The basis of a report: steps and measurements, oldest first.
 
     Attributes:
         steps: the last steps.
         measured: the last measurements.
         first_loss: the loss at the start of the run, or ``None``: see :func:`first_level`.
-        first_gains: for each layer with a matrix of weights, their root mean square times the root of
-            the number of inputs, when recording began: about 1 for usual initialisations.
-        groups: the layers of each of the optimizers' groups.
-        precision: of the gradients, as a relative distance of neighbouring numbers.
-        first_losses: the first finite losses of batches, up to 20.
+        first_gains: for each layer with a weight matrix, the root mean square of its weights times the
+            root of the number of inputs, when recording began: about 1 for usual initialisations.
+        groups: the layers of each parameter group.
+        precision: the machine epsilon of the gradients.
+        first_losses: the first finite batch losses, up to 20.
     """
 
     steps: Sequence[StepRecord]
@@ -113,7 +111,7 @@ class Evidence:
 
     @property
     def first_spread(self) -> float:
-        """The standard deviation of the first losses; infinite while they are too few, 0 without any.
+        """The standard deviation of the first losses; infinite for fewer than 20, and 0 for none.
 
         >>> Evidence([], []).first_spread, Evidence([], [], first_losses=[1.0]).first_spread
         (0.0, inf)
@@ -127,8 +125,8 @@ class Evidence:
         return {
             "steps": [asdict(step) for step in self.steps],
             "measured": [
-                {"margins": its.margins.to_dict(), "shares": dict(its.shares)}
-                for its in self.measured
+                {"margins": record.margins.to_dict(), "shares": dict(record.shares)}
+                for record in self.measured
             ],
             "first_loss": self.first_loss,
             "first_gains": dict(self.first_gains),
@@ -141,26 +139,27 @@ class Evidence:
     def from_dict(cls, state: Mapping[str, Any]) -> Evidence:
         """Return the evidence that :meth:`to_dict` wrote.
 
-        >>> known = Evidence([StepRecord(1, 0.1)], [MeasuredRecord(StabilityMargins(step=1))], groups=[])
-        >>> Evidence.from_dict(known.to_dict()) == known
+        >>> measured = [MeasuredRecord(StabilityMargins(step=1))]
+        >>> evidence = Evidence([StepRecord(1, 0.1)], measured, groups=[])
+        >>> Evidence.from_dict(evidence.to_dict()) == evidence
         True
         """
         return cls(
             [StepRecord(**step) for step in state["steps"]],
             [
-                MeasuredRecord(StabilityMargins.from_dict(its["margins"]), its["shares"])
-                for its in state["measured"]
+                MeasuredRecord(StabilityMargins.from_dict(record["margins"]), record["shares"])
+                for record in state["measured"]
             ],
             state["first_loss"],
             state["first_gains"],
-            state.get("groups", ()),  # which older versions lack
+            state.get("groups", ()),  # states of older versions end here
             state.get("precision", 0.0),
             tuple(state.get("first_losses", ())),
         )
 
 
 def finite_or_inf(value: float) -> float:
-    """Return ``value``, or infinity where it is not finite, so that it compares as the largest.
+    """Return ``value``, or infinity if it is NaN or infinite, so that it compares as the largest.
 
     >>> finite_or_inf(2.0), finite_or_inf(float("nan"))
     (2.0, inf)
@@ -169,11 +168,13 @@ def finite_or_inf(value: float) -> float:
 
 
 def first_level(losses: Sequence[float], probe: float | None = None) -> float | None:
-    """Return the loss at the start of a run: the mean of the first 20 of batches, until then the first.
+    """Return the loss at the start of a run: the mean of the first 20 batch losses.
+
+    Until there are 20, it is the first one.
 
     Args:
-        losses: of batches, those that are finite.
-        probe: the loss on the probe set, where there are none of batches.
+        losses: the first finite batch losses.
+        probe: the loss on the probe set, returned without batch losses.
 
     >>> first_level([3.0, 1.0]), first_level([3.0, 1.0] * 10), first_level([], 2.0)
     (3.0, 2.0, 2.0)
@@ -184,18 +185,18 @@ def first_level(losses: Sequence[float], probe: float | None = None) -> float | 
 
 
 def robust_score(value: float, before: Sequence[float]) -> float:
-    """Return by how many robust standard deviations ``value`` is above those before it.
+    r"""Return by how many robust standard deviations ``value`` exceeds the values before it.
 
-    The centre is the median. The width is 1.4826 times the median absolute deviation, or the median
-    absolute difference of neighbours over the root of 2 times that if it is less: both are the standard
-    deviation of independent normal values, and the second one is not widened by a trend. A hundredth of
-    the centre is the least.
+    The centre is the median. The standard deviation is 1.4826 times the smaller of two estimates: the
+    median absolute deviation, and the median absolute difference of neighbours over :math:`\sqrt2`,
+    which a trend does not widen. Both are consistent for independent normal values. The standard
+    deviation is at least a hundredth of the centre.
 
     >>> round(robust_score(2.0, [1.0, 1.1, 0.9, 1.0, 1.2]), 1)
     6.7
     """
     centre = median(before)
-    width = median(abs(one - centre) for one in before)
+    width = median(abs(earlier - centre) for earlier in before)
     if len(before) > 1:
         width = min(width, median(abs(b - a) for a, b in pairwise(before)) / math.sqrt(2))
     return (value - centre) / max(1.4826 * width, 0.01 * abs(centre), 1e-300)

@@ -8,18 +8,23 @@ __all__ = ["Verdict"]
 
 _ADVICE = {
     "learning rate": "Lower the peak of the learning rate, or warm up longer.",
-    "weights": "Find what wrote them: code outside the optimizer.",
+    "weights": "Find the code outside the optimizer that wrote the weights.",
     "batch size": "Raise the batch size, or lower the learning rate with it.",
     "batch": (
-        "Look at these samples. Go back to a checkpoint before them and skip them, or clip gradients."
+        "Look at these samples. Resume from a checkpoint before them and skip them, or clip gradients."
     ),
     "layer": (
-        "If the layer began too large, initialise it smaller, or give its group a lower learning rate;"
-        " else lower the learning rate or β₂, or warm up longer."
+        "If the layer's weights started too large, initialise them smaller, or give its group a lower"
+        " learning rate. Otherwise lower the learning rate or β₂, or warm up longer."
     ),
     "edge": "Lower the learning rate or β₂, or warm up longer.",
-    "not finite": "Go back one checkpoint, and look for an overflow in the loss or in half precision.",
-    "unknown": "Go back one checkpoint and skip the data since. If it recurs, lower the learning rate.",
+    "not finite": (
+        "Resume from the last checkpoint, and look for an overflow in the loss or in half precision."
+    ),
+    "unknown": (
+        "Resume from the last checkpoint and skip the data since then. If it recurs, lower the learning"
+        " rate."
+    ),
 }
 
 
@@ -30,9 +35,9 @@ class Verdict:
     Attributes:
         cause: ``"learning rate"``, ``"weights"``, ``"batch"``, ``"batch size"``, ``"layer"``,
             ``"edge"``, ``"not finite"`` or ``"unknown"``.
-        text: sentences.
-        layer: the layer that the evidence names, or ``None``.
-        step: the step at which it began, or ``None``.
+        text: the explanation, one or more sentences.
+        layer: the layer where the cause is, or ``None`` if unknown.
+        step: the step at which it began, or ``None`` if unknown.
 
     >>> Verdict("learning rate", "The loss rose.").advice
     'Lower the peak of the learning rate, or warm up longer.'
@@ -45,5 +50,5 @@ class Verdict:
 
     @property
     def advice(self) -> str:
-        """What to do about the cause, in words."""
+        """What to do about the cause."""
         return _ADVICE.get(self.cause, _ADVICE["unknown"])

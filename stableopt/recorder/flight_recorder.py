@@ -1,4 +1,4 @@
-"""`FlightRecorder`: keeps the last steps of a run, and writes a report when something goes wrong."""
+"""`FlightRecorder`: keeps the last steps of a run and writes a report when training fails."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ __all__ = ["FlightRecorder"]
 
 
 class FlightRecorder:
-    """Watches a run through its monitor, and writes a report when the loss spikes or an edge is left.
+    """Watches a run, and writes a report when the loss spikes or the sharpness exceeds its limit.
 
-    A report says what happened, the likely cause, which layers held the top eigenvector, and shows
-    the steps and measurements before: ``report.md``, ``report.json``, and ``report.png`` where
-    matplotlib is installed. It is a folder ``step-<step>`` in ``folder`` that appears as a whole, so
-    that a killed run leaves only complete reports.
+    A report is a folder ``step-<step>`` in ``folder`` with ``report.md``, ``report.json`` and, where
+    matplotlib is installed, ``report.png``. It states what happened, the likely cause and the layers
+    that held the top eigenvector, and shows the steps and measurements before the alarm. The folder
+    appears once it is complete, so a killed run leaves no partial report.
 
-    The recorder keeps numbers of the last ``window`` steps and measurements and nothing else. It adds
-    the norm of each parameter's gradient to a step, and that of a sample of its weights, on the device,
-    and reads them once every ``check_every`` steps. It changes nothing in training and never raises
-    into it; an error is warned of once. Where several ranks train, rank 0 writes, from its own
-    gradients.
+    The recorder keeps only numbers, of the last ``window`` steps and measurements. In each step the
+    device computes the norm of each parameter's gradient and of a sample of its weights; the recorder
+    reads them every ``check_every`` steps. It never changes training and never raises into it; each
+    error is warned of once. In a distributed run rank 0 writes, from its own gradients.
 
     Args:
         monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
-        folder: where reports go; it is created with the first.
-        window: steps, and measurements, that are kept.
-        check_every: steps between two looks at losses and gradients. Each look waits for the device. A
-            late look finds what earlier ones would have found.
+        folder: the folder of the reports; the first report creates it.
+        window: the number of steps, and of measurements, to keep.
+        check_every: steps between two checks of losses and gradients. A check waits for the device. A
+            late check finds the alarms that earlier checks would have found.
         rules: what counts as a spike.
-        measure: whether to measure at an alarm that no measurement gave, so that the report shows
-            the curvature at that moment. Not where several ranks train: all of them would have to.
-        most_reports: after so many, no more are written.
-        keep_weights: whether to keep a copy of the model's weights of the last measurement without
+        measure: whether an alarm from losses or gradients triggers a measurement, so that the report
+            shows the curvature at that moment. Ignored in a distributed run, where every rank would
+            have to measure.
+        most_reports: the largest number of reports.
+        keep_weights: whether to keep a copy of the model's weights from the last measurement without
             an alarm, and to write it into the report as ``last_good.pt``, for
             ``torch.load(weights_only=True)``.
 
@@ -118,20 +118,21 @@ class FlightRecorder:
         self._pending = PendingSteps(monitor)
         self._first_losses: list[float] = []
         self._first_probe: float | None = None
-        self._quiet_until = self._measures_from = 0
+        self._quiet_until = 0  # the first step of the next report
+        self._next_measurement = 0  # the first step of the next measurement at an alarm
         self._reporting = False
-        self._unjudged = 0  # steps of the evidence that the rules have not seen
-        self._earlier: tuple[Alarm, Evidence] | None = None
-        self._good: dict[str, Tensor] | None = None
-        self._first_gains = self._gains()
-        self._warn = WarnOnce(active=monitor.problem.ranks.rank == 0)
-        self._writes = monitor.problem.ranks.rank == 0
+        self._unchecked = 0  # steps of the evidence that the rules have not seen
+        self._early_alarm: tuple[Alarm, Evidence] | None = None
+        self._last_good: dict[str, Tensor] | None = None
+        self._first_gains = self._weight_gains()
+        self._is_writer = monitor.problem.ranks.rank == 0
+        self._warn = WarnOnce(active=self._is_writer)
         self.reports: list[Path] = []
         self._joint = JointStep(monitor.optimizers)
         self._handles: list[Any] = []
         try:
-            for each in monitor.optimizers:
-                self._handles += observe_steps(each, self._before_step, self._after_step)
+            for optimizer in monitor.optimizers:
+                self._handles += observe_steps(optimizer, self._before_step, self._after_step)
         except Exception:
             self.close()
             raise
@@ -145,19 +146,18 @@ class FlightRecorder:
         *,
         grad_norm: Tensor | float | None = None,
     ) -> None:
-        """Report the loss of the batch of the next step, and what else is known of it.
+        """Report the loss of the next step's batch, and optionally its samples and gradient norm.
 
         Several calls before a step are its micro-batches: their losses are averaged, and their samples
-        are joined. Tensors are read later, without a wait for the device now. With a closure, the first
-        evaluation of a step counts; the monitor's own evaluations do not.
+        are concatenated. The call does not synchronize with the device. With a closure, only the first
+        evaluation in a step counts; evaluations by the monitor never do.
 
         Args:
-            loss: a scalar: of a micro-batch its own mean loss, not its share of the step's.
-            batch: what identifies the batch, such as the indices of its samples, or names of files;
-                the first 1,024 are kept.
-            grad_norm: the norm of the gradient before it is clipped, as
-                :func:`torch.nn.utils.clip_grad_norm_` returns it. The recorder sees clipped gradients
-                alone, in which an odd batch leaves no mark.
+            loss: a scalar; for a micro-batch its own mean loss, not its share of the step's.
+            batch: identifiers of the samples, such as indices or file names; the first 1,024 are kept.
+            grad_norm: the norm of the gradient before clipping, as
+                :func:`torch.nn.utils.clip_grad_norm_` returns it. The recorder itself sees only the
+                clipped gradients, in which an odd batch does not show.
         """
         try:
             self._pending.report(loss, batch, grad_norm)
@@ -166,13 +166,13 @@ class FlightRecorder:
 
     @property
     def evidence(self) -> Evidence:
-        """The steps and measurements that are kept, as far as they have been read."""
+        """The kept steps and measurements, without steps that are still on the device."""
         return Evidence(
             list(self._steps),
             list(self._measured),
             first_level(self._first_losses, self._first_probe),
             self._first_gains,
-            self._groups(),
+            self._layers_by_group(),
             max((torch.finfo(p.dtype).eps for p in self._monitor.problem.params), default=0.0),
             tuple(self._first_losses),
         )
@@ -180,33 +180,32 @@ class FlightRecorder:
     def receive(self, event: Event) -> None:
         """Take a measurement from the monitor, whose sink this is."""
         if isinstance(event, Measured):
-            self._guarded(lambda: self._take(event))
+            self._guarded(lambda: self._record_measurement(event))
 
-    def _take(self, event: Measured) -> None:
-        self._pending.end()  # the monitor's hook comes before the recorder's
-        self._drain()
-        problem = self._monitor.problem
-        margins, shares = event.margins, {}
+    def _record_measurement(self, event: Measured) -> None:
+        self._pending.end()  # the monitor's step hook runs before the recorder's
+        self._read_pending()
+        problem, margins = self._monitor.problem, event.margins
+        shares: dict[str, float] = {}
         vectors = self._monitor.eigenvectors
         vector = vectors.get("preconditioned_sharpness", vectors.get("sharpness"))
-        sizes = [shape.numel() for shape in problem.shapes]
         if margins.failure is None and vector is not None and not problem.sharded:
+            sizes = [shape.numel() for shape in problem.shapes]
             shares = layer_shares(vector, problem.names, sizes)
         if self._first_probe is None and math.isfinite(margins.loss or math.nan):
             self._first_probe = margins.loss
         self._measured.append(MeasuredRecord(margins, shares))
-        alarm = self._look()
+        alarm = self._check()
         if alarm is None and self._keep_weights and margins.failure is None:
-            state = self._monitor.problem.model.state_dict()
-            self._good = {
+            self._last_good = {
                 name: value.detach().to("cpu", copy=True)
-                for name, value in state.items()
+                for name, value in problem.model.state_dict().items()
                 if isinstance(value, Tensor)
             }
 
     def close(self) -> None:
-        """Look once more, and detach from optimizer and monitor."""
-        self._guarded(self._look)
+        """Check once more, and detach from optimizer and monitor."""
+        self._guarded(self._check)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -220,8 +219,8 @@ class FlightRecorder:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept as plain numbers, lists and dicts; weights are left out."""
-        self._drain()
+        """Return the evidence and the reports' paths as plain numbers, lists and dicts, no weights."""
+        self._read_pending()
         return {
             "evidence": self.evidence.to_dict(),
             "quiet_until": self._quiet_until,
@@ -232,18 +231,19 @@ class FlightRecorder:
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: if something is missing.
+            ValueError: if an entry is missing.
         """
         require_keys(state, self.state_dict())
-        known = Evidence.from_dict(state["evidence"])
-        self._steps = deque(known.steps, maxlen=self._window)
-        self._measured = deque(known.measured, maxlen=self._window)
-        self._first_losses, self._first_probe = list(known.first_losses), known.first_loss
-        self._first_gains = dict(known.first_gains)
+        evidence = Evidence.from_dict(state["evidence"])
+        self._steps = deque(evidence.steps, maxlen=self._window)
+        self._measured = deque(evidence.measured, maxlen=self._window)
+        self._first_losses, self._first_probe = list(evidence.first_losses), evidence.first_loss
+        self._first_gains = dict(evidence.first_gains)
         self._quiet_until = int(state["quiet_until"])
         self.reports = [Path(path) for path in state["reports"]]
 
-    def _guarded(self, action: Any) -> None:
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Call ``action``; warn of an error instead of raising it into training."""
         try:
             action()
         except Exception as error:
@@ -254,25 +254,26 @@ class FlightRecorder:
         if nested(optimizer) or not self._joint.begins(optimizer):
             return None
         self._guarded(lambda: self._pending.begin(optimizer))
-        at = next((k for k, each in enumerate(args) if k and callable(each)), None)
-        closure = kwargs.get("closure") if at is None else args[at]
+        # args[0] is the optimizer; a closure may be any later argument.
+        place = next((k for k, arg in enumerate(args) if k and callable(arg)), None)
+        closure = kwargs.get("closure") if place is None else args[place]
         if closure is None:
             self._guarded(self._pending.gradients)
             return None
-        seen = self._seen(closure)
-        if at is None:
-            return args, {**kwargs, "closure": seen}
-        return (*args[:at], seen, *args[at + 1 :]), kwargs
+        observed = self._observed(closure)
+        if place is None:
+            return args, {**kwargs, "closure": observed}
+        return (*args[:place], observed, *args[place + 1 :]), kwargs
 
-    def _seen(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return ``closure``, whose first evaluation gives the step its loss and gradients.
+    def _observed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return ``closure`` wrapped so that its first evaluation records the step's loss and gradients.
 
-        A line search evaluates it at further points, whose losses are not those of the step.
+        A line search evaluates the closure again, at points that are not those of the step.
         """
         evaluated = False
 
         @eager
-        def seen() -> Any:
+        def observed() -> Any:
             nonlocal evaluated
             if evaluated:
                 with self._pending.repeated():
@@ -282,7 +283,7 @@ class FlightRecorder:
             self._guarded(self._pending.gradients)
             return loss
 
-        return seen
+        return observed
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -290,36 +291,37 @@ class FlightRecorder:
             return
         self._guarded(self._pending.end)
         if len(self._pending) >= self._check_every:
-            self._guarded(self._look)
+            self._guarded(self._check)
 
-    def _drain(self) -> None:
-        """Read the pending steps from the device; of many, ask the rules among them too."""
+    def _read_pending(self) -> None:
+        """Read the pending steps from the device, and apply the rules after every ``BLOCK`` of them."""
         for step in self._pending.read():
-            if self._unjudged == BLOCK:
-                self._guarded(self._judge)
+            if self._unchecked == BLOCK:
+                self._guarded(self._check_block)
             self._steps.append(step)
-            self._unjudged += 1
-            known = step.loss is not None and math.isfinite(step.loss)
-            if known and len(self._first_losses) < FIRST_LOSSES:
-                self._first_losses.append(float(step.loss or 0.0))
+            self._unchecked += 1
+            loss = step.loss
+            if loss is not None and math.isfinite(loss) and len(self._first_losses) < FIRST_LOSSES:
+                self._first_losses.append(float(loss))
 
-    def _judge(self) -> None:
-        """Keep the first alarm for the next look, with the evidence of that moment."""
-        self._unjudged, evidence = 0, self.evidence
+    def _check_block(self) -> None:
+        """Apply the rules among many steps; keep the first alarm, and its evidence, for `_check`."""
+        self._unchecked, evidence = 0, self.evidence
         alarm = self._rules.alarm(evidence)
-        if self._earlier is None and alarm is not None and alarm.step >= self._quiet_until:
-            self._earlier = alarm, evidence
+        if self._early_alarm is None and alarm is not None and alarm.step >= self._quiet_until:
+            self._early_alarm = alarm, evidence
 
-    def _groups(self) -> list[list[str]]:
+    def _layers_by_group(self) -> list[list[str]]:
         problem = self._monitor.problem
         layers = {id(p): layer_of(n) for n, p in zip(problem.names, problem.params, strict=True)}
         return [
             list(dict.fromkeys(layers[id(p)] for p in group["params"] if id(p) in layers))
-            for o in self._monitor.optimizers
-            for group in o.param_groups
+            for optimizer in self._monitor.optimizers
+            for group in optimizer.param_groups
         ]
 
-    def _gains(self) -> dict[str, float]:
+    def _weight_gains(self) -> dict[str, float]:
+        """Return the root mean square of each weight matrix times the root of its number of inputs."""
         problem = self._monitor.problem
         named = [(n, p) for n, p in zip(problem.names, problem.params, strict=True) if p.dim() > 1]
         if not named or problem.sharded:
@@ -331,13 +333,14 @@ class FlightRecorder:
             for (name, _), gain in zip(named, torch.stack(gains).tolist(), strict=True)
         }
 
-    def _look(self) -> Alarm | None:
-        """Write a report if there is an alarm; return the alarm."""
-        self._drain()
-        earlier, self._earlier, self._unjudged = self._earlier, None, 0
-        alarm, past = earlier or (self._rules.alarm(self.evidence), None)
-        quiet = alarm is None or self._reporting or alarm.step < self._quiet_until
-        if alarm is None or quiet or not self._writes or len(self.reports) >= self._most_reports:
+    def _check(self) -> Alarm | None:
+        """Return the alarm that the rules give, if any, and write its report."""
+        self._read_pending()
+        early, self._early_alarm, self._unchecked = self._early_alarm, None, 0
+        alarm, past = early or (self._rules.alarm(self.evidence), None)
+        if alarm is None or self._reporting or alarm.step < self._quiet_until:
+            return alarm
+        if not self._is_writer or len(self.reports) >= self._most_reports:
             return alarm
         self._reporting = True
         try:
@@ -348,33 +351,32 @@ class FlightRecorder:
         return alarm
 
     def _report(self, alarm: Alarm, past: Evidence | None) -> Path:
-        """Write the report of ``alarm``; what fails is named in it.
+        """Write the report of ``alarm``, which names its own missing parts; return its folder.
 
-        ``past`` is the evidence at the alarm where that was before now.
+        ``past`` is the evidence at an alarm of an earlier block of steps, else ``None``.
         """
         missing: dict[str, str] = {}
-        if self._measure and self._last_measured() < self._monitor.step >= self._measures_from:
-            # A report that cannot be written is tried again, and the measurement is not.
-            self._measures_from = self._monitor.step + self._window
+        last_measured = self._measured[-1].step if self._measured else -1
+        now = self._monitor.step
+        if self._measure and last_measured < now and now >= self._next_measurement:
+            # If the report cannot be written, the next check tries again, without this measurement.
+            self._next_measurement = now + self._window
             try:
-                self._monitor.measure()  # which comes back by `receive`
+                self._monitor.measure()  # `receive` gets the result
             except Exception as error:
                 missing["the measurement at the alarm"] = why(error)
         evidence = self.evidence
         if past is not None:
             evidence = replace(past, measured=evidence.measured)
         try:
-            found = verdict(alarm, evidence)
+            cause = verdict(alarm, evidence)
         except Exception as error:
-            found = Verdict("unknown", f"{alarm.text[0].upper()}{alarm.text[1:]}.")
+            cause = Verdict("unknown", f"{alarm.text[0].upper()}{alarm.text[1:]}.")
             missing["the cause"] = why(error)
-        path = write_report(self.folder, alarm, found, evidence, self._good, missing)
+        path = write_report(self.folder, alarm, cause, evidence, self._last_good, missing)
         for part, reason in missing.items():
             self._warn(f"the report of step {alarm.step} lacks {part}", reason)
         return path
-
-    def _last_measured(self) -> int:
-        return self._measured[-1].step if self._measured else -1
 
     def __repr__(self) -> str:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"

@@ -1,4 +1,4 @@
-"""Learning rates as a cause: one that changed, a group's that is too high, one that still warms up."""
+"""Learning rates as the cause of an alarm: a sudden rise, a group's high rate, a fast warm-up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
+from typing import NamedTuple
 
 from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf
@@ -14,184 +15,207 @@ from stableopt.recorder.finding import Verdict
 __all__ = ["changed_rate", "runaway_group", "too_fast", "warming_up"]
 
 _LR_RISE, _LR_STEPS = 1.2, 50
-"""A learning rate counts as raised if it is so many times what its course before explains, and the
-rise is at most so many steps before the alarm."""
+"""Factor over the rate that the schedule would have, and steps before the alarm, of a recent rise."""
 
 _KINK = 1.5
-"""Factor between the increment of a learning rate and the largest before from which it is a change, and
-not a schedule that goes on."""
+"""Factor between an increment of the learning rate and the largest one before, above which the increment
+does not belong to the schedule."""
 
 _SETTLED = 5
-"""Increments after which a schedule that rises from the first step on is judged: those of a smooth one
-grow manifold before."""
+"""Increments needed to judge a schedule that rises from the first step: at first even those of a smooth
+schedule grow manifold."""
 
 _RAMP = 20
-"""Steps in which a change of the learning rate may raise it."""
+"""Steps over which a change of the learning rate may extend."""
 
 _NEAR = 0.9
 """Sharpness over its limit, or realised edge, from which a warm-up counts as too fast."""
 
 _LATEST = 3
-"""Measurements that count also where they are older."""
+"""Latest measurements that count at any age."""
 
 _FAR = 0.2
-"""Movement in one step, relative to the norm of a layer's weights, that no stable training makes after
-its first steps."""
+"""Relative movement of a layer in one step that stable training makes only in its first steps."""
 
 _STILL = 10
-"""Steps before an odd batch in which a layer that explains it moved far last: its weights may have grown
-so that further steps are short relative to them."""
+"""Steps before an odd batch within which a runaway layer last moved far: its weights may have grown so
+much that later steps are relatively short."""
 
 
 def changed_rate(alarm: Alarm, evidence: Evidence) -> Verdict | None:
-    """Return the largest recent rise of a learning rate, and its group if others did not rise so.
+    """Return the largest recent rise of a learning rate, and its group if other groups rose less.
 
-    A rise that continues a schedule, such as a warm-up, does not count. A jump does, and the beginning
-    of a rise.
+    A jump counts, and so does the start of a ramp. A rise that continues a schedule, such as a
+    warm-up, does not.
 
     >>> steps = [StepRecord(k, 0.1 if k < 40 else 0.3) for k in range(50)]
     >>> changed_rate(Alarm("loss", 50, "the loss rose"), Evidence(steps, [])).text
     'The learning rate rose from 0.1 to 0.3 at step 40.'
     """
-    groups = max(1, *(len(its.lrs) for its in evidence.steps)) if evidence.steps else 1
-    rises = [_change(alarm, _rates(evidence, group)) for group in range(groups)]
-    known = {group: rise for group, rise in enumerate(rises) if rise is not None}
-    if not known:
+    groups = max((len(record.lrs) for record in evidence.steps), default=1) or 1
+    rises = [_largest_rise(alarm, _rates(evidence, group)) for group in range(groups)]
+    factors = [1.0 if rise is None else rise.factor for rise in rises]
+    group = factors.index(max(factors))
+    rise = rises[group]
+    if rise is None:
         return None
-    group = max(known, key=lambda each: known[each][0])
-    factor, before, after, step, end = known[group]
-    alone = min(rise[0] if rise else 1.0 for rise in rises) < factor / _LR_RISE
-    which = f" of {_group(evidence, group)}" if alone else ""
-    when = f"at step {step:,}" if end == step else f"from step {step:,} to {end:,}"
-    text = f"The learning rate{which} rose from {before:.3g} to {after:.3g} {when}."
-    layer = _most_moved(evidence, _layers_in(evidence, group), step) if alone else None
-    return Verdict("learning rate", text, layer, step)
+    alone = min(factors) < rise.factor / _LR_RISE
+    owner = f" of {_named(evidence, group)}" if alone else ""
+    when = f"at step {rise.step:,}"
+    if rise.end != rise.step:
+        when = f"from step {rise.step:,} to {rise.end:,}"
+    text = f"The learning rate{owner} rose from {rise.before:.3g} to {rise.after:.3g} {when}."
+    layer = _most_moved(evidence, _layers_in(evidence, group), rise.step) if alone else None
+    return Verdict("learning rate", text, layer, rise.step)
 
 
-def _change(
-    alarm: Alarm, rates: Sequence[tuple[int, float]]
-) -> tuple[float, float, float, int, int] | None:
-    """Return the largest recent change: factor, rate before and after, first and last step."""
-    found: tuple[float, float, float, int, int] | None = None
-    for at in range(2, len(rates)):
-        step = rates[at][0]
-        earlier = [lr for _, lr in rates[max(0, at - _LR_STEPS) : at]]
-        rises = [max(b - a, 0.0) for a, b in pairwise(earlier)]
-        usual = max(rises, default=0.0)
-        unsettled = usual > 0 and len(rises) < _SETTLED
+class _Rise(NamedTuple):
+    """A rise of a learning rate, and its factor over the rate that the schedule would have."""
+
+    factor: float
+    before: float
+    after: float
+    step: int
+    end: int
+
+
+def _largest_rise(alarm: Alarm, rates: Sequence[tuple[int, float]]) -> _Rise | None:
+    """Return the largest recent rise in ``rates``, pairs of step and rate, beyond its schedule."""
+    largest: _Rise | None = None
+    for start in range(2, len(rates)):
+        step, lr = rates[start]
+        earlier = [rate for _, rate in rates[max(0, start - _LR_STEPS) : start]]
+        increments = [max(b - a, 0.0) for a, b in pairwise(earlier)]
+        usual = max(increments, default=0.0)
+        unsettled = usual > 0 and len(increments) < _SETTLED
         if unsettled or not 0 <= alarm.step - step <= _LR_STEPS:
             continue
         before = max(earlier[-1], median(earlier[-_RAMP:]))
-        if rates[at][1] - before <= _KINK * usual:
+        if lr - before <= _KINK * usual:
             continue
-        at_once = rates[at][1] >= _LR_RISE * (before + usual)
-        for late, (end, lr) in enumerate(rates[at : at + (1 if at_once else _RAMP)], start=1):
-            factor = lr / (before + late * usual)
-            more = found is None or factor > 1.01 * found[0]
-            if end <= alarm.step and factor >= _LR_RISE and more:
-                found = factor, before, lr, step, end
-    return found
+        is_jump = lr >= _LR_RISE * (before + usual)
+        ramp = rates[start : start + (1 if is_jump else _RAMP)]
+        for increment, (end, after) in enumerate(ramp, start=1):
+            factor = after / (before + increment * usual)
+            larger = largest is None or factor > 1.01 * largest.factor
+            if end <= alarm.step and factor >= _LR_RISE and larger:
+                largest = _Rise(factor, before, after, step, end)
+    return largest
 
 
 def warming_up(alarm: Alarm, evidence: Evidence) -> str | None:
-    """Return a clause about a learning rate that still rises along its schedule, or just did.
+    """Return a clause about a learning rate that still rises along its schedule, or rose until recently.
 
     >>> steps = [StepRecord(k, 0.001 * k) for k in range(1, 51)]
     >>> warming_up(Alarm("loss", 50, "the loss rose"), Evidence(steps, []))
     'was still rising in warm-up, from 0.001 at step 1 to 0.05 at step 50'
     """
-    rates = [(its.step, its.lr) for its in evidence.steps if its.lr > 0 and its.step <= alarm.step]
+    rates = [(s.step, s.lr) for s in evidence.steps if s.lr > 0 and s.step <= alarm.step]
     if not rates:
         return None
-    (start, first), (end, top) = rates[0], max(rates, key=lambda each: each[1])
+    start, first = rates[0]
+    end, top = max(rates, key=lambda pair: pair[1])
     if top < _LR_RISE * first or alarm.step - end > _LR_STEPS:
         return None
-    still = "was still rising in warm-up" if end >= rates[-1][0] else "had just risen in warm-up"
-    return f"{still}, from {first:.3g} at step {start:,} to {top:.3g} at step {end:,}"
+    phase = "was still rising in warm-up" if end >= rates[-1][0] else "had just risen in warm-up"
+    return f"{phase}, from {first:.3g} at step {start:,} to {top:.3g} at step {end:,}"
 
 
 def too_fast(alarm: Alarm, evidence: Evidence) -> str | None:
-    """Return a sentence about a margin near its limit, or beyond, not long before ``alarm``."""
-    found: tuple[float, int, str] | None = None
-    for its in evidence.measured:
-        if its not in evidence.measured[-_LATEST:] and alarm.step - its.step > _LR_STEPS:
+    """Return a sentence about the largest recent margin, if it is near its limit or beyond."""
+    candidates: list[tuple[float, int, str]] = []
+    for record in evidence.measured:
+        if record not in evidence.measured[-_LATEST:] and alarm.step - record.step > _LR_STEPS:
             continue
-        edge = its.margins.results.get("realised_edge")
+        edge = record.margins.results.get("realised_edge")
         realised = None if edge is None else edge.value
-        for value, name in ((its.ratio, "sharpness over its limit"), (realised, "realised edge")):
-            if value is not None and math.isfinite(value) and (found is None or value > found[0]):
-                found = value, its.step, name
-    if found is None or found[0] < _NEAR:
+        for value, name in (
+            (record.ratio, "sharpness over its limit"),
+            (realised, "realised edge"),
+        ):
+            if value is not None and math.isfinite(value):
+                candidates.append((value, record.step, name))
+    if not candidates:
         return None
-    return f"The {found[2]} was {found[0]:.3g} at step {found[1]:,}."
+    value, step, name = max(candidates, key=lambda candidate: candidate[0])
+    return f"The {name} was {value:.3g} at step {step:,}." if value >= _NEAR else None
 
 
 def runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verdict | None:
-    """Return the group whose weights ran away first, if its learning rate is above the others'.
+    """Return the group whose weights moved far first, if its learning rate is above the others'.
 
-    The first layer to move far in one step is where it began. A few steps later the gradients of all
-    others contain its weights, so that curvature and gradients are largest elsewhere. A layer that has
-    stopped long before the step ``trouble``, as after the first steps of Adam, does not explain an odd
-    batch.
+    The instability begins in the first layer that moves far in one step. A few steps later the
+    gradients of all other layers contain its weights, so curvature and gradients are largest elsewhere.
+    A layer that moved far only long before the step ``trouble``, as in the first steps of Adam, does
+    not explain an odd batch.
     """
-    still = _LR_STEPS if odd is None else _STILL
-    steps = [its for its in evidence.steps if 0 <= trouble - its.step <= _LR_STEPS and its.lrs]
-    last: dict[str, int] = {}
-    for its in steps:
-        last |= dict.fromkeys(_far(its), its.step)
-    for its in steps:
-        far = {layer: by for layer, by in _far(its).items() if trouble - last[layer] <= still}
-        if not far:
-            continue
-        layer = max(far, key=lambda each: far[each])
-        group = max(
-            (g for g in range(len(its.lrs)) if layer in _layers_in(evidence, g)),
-            key=lambda each: its.lrs[each],
-            default=None,
-        )
-        if group is None:
-            return None
-        usual = median(lr for other, lr in enumerate(its.lrs) if other != group)
-        if its.lrs[group] < _LR_RISE * usual:
-            return None
-        text = (
-            f"The learning rate of {_group(evidence, group)} is {its.lrs[group]:.3g}, where"
-            f" {usual:.3g} is usual, and at step {its.step:,} the weights of {layer} were the first to"
-            f" move far, by {far[layer]:.3g} times their norm."
-        )
-        return Verdict("learning rate", text, layer, its.step)
+    within = _LR_STEPS if odd is None else _STILL
+    steps = [s for s in evidence.steps if 0 <= trouble - s.step <= _LR_STEPS and s.lrs]
+    last_far: dict[str, int] = {}
+    for record in steps:
+        last_far |= dict.fromkeys(_far(record), record.step)
+    for record in steps:
+        far = {
+            layer: length
+            for layer, length in _far(record).items()
+            if trouble - last_far[layer] <= within
+        }
+        if far:
+            layer = max(far, key=lambda name: far[name])
+            return _runaway(evidence, record, layer, far[layer])
     return None
 
 
+def _runaway(evidence: Evidence, record: StepRecord, layer: str, length: float) -> Verdict | None:
+    """Return the verdict on the fastest group of ``layer``, if its rate is above the others'."""
+    lrs = record.lrs
+    groups = [group for group in range(len(lrs)) if layer in _layers_in(evidence, group)]
+    if not groups:
+        return None
+    group = max(groups, key=lambda index: lrs[index])
+    usual = median(lr for other, lr in enumerate(lrs) if other != group)
+    if lrs[group] < _LR_RISE * usual:
+        return None
+    text = (
+        f"The learning rate of {_named(evidence, group)} is {lrs[group]:.3g}, where"
+        f" {usual:.3g} is usual, and at step {record.step:,} the weights of {layer} were the first to"
+        f" move far, by {length:.3g} times their norm."
+    )
+    return Verdict("learning rate", text, layer, record.step)
+
+
 def _far(step: StepRecord) -> dict[str, float]:
-    known = {layer: finite_or_inf(by) for layer, by in step.moved.items()}
-    return {layer: by for layer, by in known.items() if by >= _FAR}
+    """Return the layers that a step moved far, with the relative length of the step."""
+    lengths = {layer: finite_or_inf(length) for layer, length in step.moved.items()}
+    return {layer: length for layer, length in lengths.items() if length >= _FAR}
 
 
 def _rates(evidence: Evidence, group: int) -> list[tuple[int, float]]:
-    """Return the learning rate of a group at each step, that of all where they agree."""
-    found = [
-        (its.step, its.lrs[group] if its.lrs else its.lr)
-        for its in evidence.steps
-        if not its.lrs or group < len(its.lrs)
+    """Return the positive learning rates of a group, each with its step."""
+    rates = [
+        (record.step, record.lrs[group] if record.lrs else record.lr)
+        for record in evidence.steps
+        if not record.lrs or group < len(record.lrs)
     ]
-    return [(step, lr) for step, lr in found if lr > 0]
+    return [(step, lr) for step, lr in rates if lr > 0]
 
 
 def _layers_in(evidence: Evidence, group: int) -> Sequence[str]:
     return evidence.groups[group] if group < len(evidence.groups) else ()
 
 
-def _group(evidence: Evidence, group: int) -> str:
+def _named(evidence: Evidence, group: int) -> str:
+    """Return the number of a group with its first layers, for a sentence."""
     layers = _layers_in(evidence, group)
     shown = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
     return f"group {group} ({shown})" if shown else f"group {group}"
 
 
 def _most_moved(evidence: Evidence, layers: Sequence[str], step: int) -> str | None:
-    """Return the layer of a group that moved most, relative to its weights, from ``step`` on."""
+    """Return which of ``layers`` moved most in one step, relative to its weights, from ``step`` on."""
     most: dict[str, float] = dict.fromkeys(layers, 0.0)
-    for its in evidence.steps:
-        for layer in most if its.step >= step else ():
-            most[layer] = max(most[layer], finite_or_inf(its.moved.get(layer, 0.0)))
+    for record in evidence.steps:
+        if record.step >= step:
+            for layer in layers:
+                most[layer] = max(most[layer], finite_or_inf(record.moved.get(layer, 0.0)))
     return max(most, key=lambda layer: most[layer], default=None)

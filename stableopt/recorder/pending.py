@@ -1,10 +1,10 @@
-"""`PendingSteps`: steps whose numbers are still on the device, and what the loop reports of them."""
+"""`PendingSteps`: steps whose numbers are still on the device, with the losses that the loop reports."""
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,39 +25,39 @@ from stableopt.stability.measure.layers import layer_of
 __all__ = ["PendingSteps", "Reported", "norms_of_gradients"]
 
 _MOST_INDICES = 1024
-"""Indices of a batch that are kept."""
+"""Identifiers of a batch that are kept."""
 
 _MOVED, _CHANGED = 0.05, 1.5
-"""What is noted of weights: a step that moves them by 5 %, and a change of their norm by another."""
+"""Smallest relative length of a step, and smallest factor of the norm between two steps, to record."""
 
 Scalar: TypeAlias = Tensor | float
 
 
 class Reported:
-    """Collects what the training loop reports of the next step, by one micro-batch or several.
+    """What the training loop reports about the next step, in one micro-batch or several.
 
     Attributes:
         total_norm: the norm of the gradient before clipping, or ``None``.
-        batch: what identifies the samples, or ``None``.
+        batch: identifiers of the samples, or ``None``.
 
-    >>> its = Reported()
-    >>> its.add(1, [3])
-    >>> its.add(torch.tensor(2.0, dtype=torch.bfloat16), [4], grad_norm=torch.tensor(7.0))
-    >>> its.loss, its.batch, its.total_norm
+    >>> reported = Reported()
+    >>> reported.add(1, [3])
+    >>> reported.add(torch.tensor(2.0, dtype=torch.bfloat16), [4], grad_norm=torch.tensor(7.0))
+    >>> reported.loss, reported.batch, reported.total_norm
     (tensor(1.5000), [3, 4], tensor(7.))
     """
 
     def __init__(self) -> None:
         self._sum: Scalar | None = None
-        self._losses = 0
+        self._micro_batches = 0
         self.total_norm: Scalar | None = None
         self.batch: list[Any] | None = None
 
     def add(self, loss: Any, batch: Any = None, grad_norm: Any = None) -> None:
-        """Add a micro-batch. The last norm counts, since it is that of the sum of gradients."""
+        """Add a micro-batch. The last norm counts: it is the norm of the accumulated gradient."""
         value = _scalar(loss)
         self._sum = value if self._sum is None else _sum(self._sum, value)
-        self._losses += 1
+        self._micro_batches += 1
         if batch is not None:
             self.batch = [*(self.batch or ()), *_identifiers(batch)][:_MOST_INDICES]
         if grad_norm is not None:
@@ -70,11 +70,11 @@ class Reported:
     @property
     def loss(self) -> Scalar | None:
         """The mean loss of the micro-batches, on their device, or ``None``."""
-        return None if self._sum is None else self._sum / self._losses
+        return None if self._sum is None else self._sum / self._micro_batches
 
 
 def _scalar(value: Any) -> Scalar:
-    """Return a number as a float, and a tensor as its mean, in single precision or better."""
+    """Return a number as a float, and a tensor as its mean in at least single precision."""
     if not isinstance(value, Tensor) and isinstance(value, Real):
         return float(value)
     tensor = torch.as_tensor(value).detach()
@@ -83,48 +83,56 @@ def _scalar(value: Any) -> Scalar:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).mean()
 
 
-def _sum(one: Scalar, other: Scalar) -> Scalar:
-    """Return the sum, on a device if one of them is there."""
-    devices = [each.device for each in (one, other) if isinstance(each, Tensor) and not each.is_cpu]
-    # Scalars of the CPU mix with those of any device, and those of two devices do not.
-    return one + (other.to(devices[0]) if isinstance(other, Tensor) and devices[1:] else other)
+def _sum(a: Scalar, b: Scalar) -> Scalar:
+    """Return the sum, on an accelerator if one of the terms is on one."""
+    # Zero-dimensional CPU tensors add to tensors of any device; two accelerators need a transfer.
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and not (a.is_cpu or b.is_cpu):
+        b = b.to(a.device)
+    return a + b
 
 
 def _identifiers(batch: Any) -> list[Any]:
-    """Return what identifies the samples, as JSON can hold it.
+    """Return the identifiers of the samples as values that JSON can hold.
 
     >>> import numpy as np
     >>> _identifiers(np.arange(2)), _identifiers([np.int64(3), torch.tensor(4)]), _identifiers("a.png")
     ([0, 1], [3, 4], ['a.png'])
     """
     if isinstance(batch, Tensor) and batch.dim() and not batch.is_complex():
-        listed: list[Any] = batch[:_MOST_INDICES].tolist()
-        return listed  # plain numbers
+        indices: list[Any] = batch[:_MOST_INDICES].tolist()
+        return indices
     if isinstance(batch, (str, bytes, Real)) or getattr(batch, "ndim", None) == 0:
         batch = [batch]
-    elif hasattr(batch, "tolist"):  # a tensor, or an array of NumPy: all numbers at once
+    elif hasattr(batch, "tolist"):  # a tensor or NumPy array: one transfer for all numbers
         batch = batch[:_MOST_INDICES].tolist()
-    return [_plain(each) for each in islice(batch, _MOST_INDICES)]
+    return [_plain(identifier) for identifier in islice(batch, _MOST_INDICES)]
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     shape = tuple(getattr(value, "shape", (0,)))
-    if math.prod(shape) == 1 and hasattr(value, "item"):  # a number of NumPy, or a tensor of one
+    if math.prod(shape) == 1 and hasattr(value, "item"):  # a NumPy number, or a one-element tensor
         return _plain(value.item())
-    return (
-        f"{type(value).__name__}{list(shape)}" if hasattr(value, "shape") else reprlib.repr(value)
-    )
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__}{list(shape)}"
+    return reprlib.repr(value)
 
 
 @dataclass
 class PendingStep:
-    """A step whose numbers are still on the device: norms of gradients by parameter, those of weights
-    before the step, of their movement and of weights after it by layer, loss and reported norm; and
-    whether a gradient scaler skips it.
+    """A step whose numbers are still on the device.
+
+    Attributes:
+        step: the record to complete.
+        before: the norm of each layer's weights before the step.
+        gradients: the norm of each parameter's gradient.
+        loss, total_norm: what the training loop reported.
+        skipped: whether a gradient scaler skips the step.
+        moved: the length of each layer's step.
+        after: the norm of each layer's weights after the step.
     """
 
     step: StepRecord
@@ -139,12 +147,12 @@ class PendingStep:
     @property
     def norms(self) -> list[Tensor]:
         """The norms by parameter and by layer, in the order in which they are read."""
-        every = (self.gradients, self.before, self.moved, self.after)
-        return [part for part in every if part is not None]
+        norms = (self.gradients, self.before, self.moved, self.after)
+        return [norm for norm in norms if norm is not None]
 
 
 class PendingSteps:
-    """Notes steps as they happen, without a wait for the device, and reads them later.
+    """Records steps as they happen without synchronizing with the device, and reads them later.
 
     Args:
         monitor: the monitor of the run.
@@ -158,129 +166,132 @@ class PendingSteps:
         self._sample: Tensor | None = None
         self._scale: Tensor | None = None
         self._next = Reported()
-        self._again = False
-        self._after: dict[str, float] = {}
+        self._repeating = False
+        self._norms_after: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
 
     def report(self, loss: Any, batch: Any, grad_norm: Any) -> None:
-        """Take what the training loop says of the next step.
+        """Add the loss of a micro-batch of the next step.
 
-        What a measurement evaluates is not part of a step, and of a closure the first evaluation is.
+        Evaluations within a measurement, and repeated evaluations of a closure, are ignored.
         """
-        if not (self._again or measuring()):
+        if not (self._repeating or measuring()):
             self._next.add(loss, batch, grad_norm)
 
     def begin(self, optimizer: Any) -> None:
-        """Note the weights before a step of ``optimizer``.
+        """Record learning rates and weights before a step of ``optimizer``.
 
-        A gradient scaler leaves it to a fused optimizer to divide gradients by the scale, and to skip a
-        step whose gradients overflow.
+        With a gradient scaler, a fused optimizer itself divides gradients by ``grad_scale`` and skips
+        steps with ``found_inf``.
         """
         problem = self._monitor.problem
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
         lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
-        differ = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
+        group_lrs = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
         if problem is not self._problem:  # as when layers thaw
             self._weights, self._problem = WeightSample(problem.params, problem.names), problem
-            self._after = {}
+            self._norms_after = {}
         self._sample = self._weights.take()
-        step = StepRecord(self._monitor.step + 1, max(lrs, default=0.0), lrs=differ)
-        self._scale, skipped = (
-            getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")
-        )
+        step = StepRecord(self._monitor.step + 1, max(lrs, default=0.0), lrs=group_lrs)
+        self._scale = getattr(optimizer, "grad_scale", None)
+        skipped = getattr(optimizer, "found_inf", None)
         self._open = PendingStep(step, self._weights.norms(self._sample), skipped=skipped)
 
     def gradients(self) -> None:
-        """Note the gradients of the step that has begun, and what the training loop said of it."""
+        """Record the gradients of the open step, and what the training loop reported about it."""
         if self._open is None or self._open.gradients is not None:
             return
-        said, self._next = self._next, Reported()
-        self._open.step = replace(self._open.step, batch=said.batch)
-        self._open.loss, self._open.total_norm = said.loss, said.total_norm
+        reported, self._next = self._next, Reported()
+        self._open.step = replace(self._open.step, batch=reported.batch)
+        self._open.loss, self._open.total_norm = reported.loss, reported.total_norm
         norms = norms_of_gradients(self._problem.params)
         scale = self._scale
         self._open.gradients = norms if scale is None else norms / scale.to(norms.device)
         self._pending.append(self._open)
 
     def end(self) -> None:
-        """Note how far the step that has begun moved the weights."""
+        """Record how far the open step moved the weights."""
         if self._open is None or self._sample is None:
             return
-        self.gradients()  # of a closure that the optimizer did not call
-        its, self._open = self._open, None
-        now = self._weights.take()
-        its.moved, its.after = self._weights.norms(now - self._sample), self._weights.norms(now)
+        self.gradients()  # for an optimizer that did not call its closure
+        pending, self._open = self._open, None
+        sample = self._weights.take()
+        pending.moved = self._weights.norms(sample - self._sample)
+        pending.after = self._weights.norms(sample)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Within this context nothing is reported: a closure is evaluated another time."""
-        self._again = True
+        """Ignore reported losses within this context: a closure is evaluated again."""
+        self._repeating = True
         try:
             yield
         finally:
-            self._again = False
+            self._repeating = False
 
     def read(self) -> list[StepRecord]:
-        """Return the pending steps: one transfer from each device for all norms, one for all losses."""
+        """Return the pending steps, with one transfer per device and kind of number."""
         if not self._pending:
             return []
-        pending, self._pending = self._pending, []
-        losses = _read([its.loss for its in pending])
-        total_norms = _read([its.total_norm for its in pending])
-        skipped = _read([its.skipped for its in pending])
-        numbers = iter(torch.cat([part for its in pending for part in its.norms]).tolist())
+        steps, self._pending = self._pending, []
+        losses = _read([pending.loss for pending in steps])
+        total_norms = _read([pending.total_norm for pending in steps])
+        skipped = _read([pending.skipped for pending in steps])
+        numbers = iter(torch.cat([norm for pending in steps for norm in pending.norms]).tolist())
         layers, records = self._weights.layers, []
-        for its, value, total_norm, skips in zip(
-            pending, losses, total_norms, skipped, strict=True
+        for pending, loss, total_norm, skip in zip(
+            steps, losses, total_norms, skipped, strict=True
         ):
             gradients: dict[str, float] = {}
             for name in self._problem.names:
                 layer = layer_of(name)
                 gradients[layer] = math.hypot(gradients.get(layer, 0.0), next(numbers))
             before = dict(zip(layers, numbers, strict=False))
-            length, after = {}, {}
-            if its.after is not None:
-                length = dict(zip(layers, numbers, strict=False))
+            lengths, after = {}, {}
+            if pending.after is not None:
+                lengths = dict(zip(layers, numbers, strict=False))
                 after = dict(zip(layers, numbers, strict=False))
             records.append(
                 replace(
-                    its.step,
-                    loss=value,
-                    grad_norms={} if skips else gradients,
-                    moved=moved(before, length),
-                    changed=changed(self._after, before),
+                    pending.step,
+                    loss=loss,
+                    grad_norms={} if skip else gradients,
+                    moved=moved(before, lengths),
+                    changed=changed(self._norms_after, before),
                     total_norm=total_norm,
                 )
             )
-            self._after = after
+            self._norms_after = after
         return records
 
 
 def _read(values: Sequence[Scalar | None]) -> list[float | None]:
-    """Return numbers as they are, and those of tensors in one transfer from each device."""
-    found = [None if isinstance(value, Tensor) else value for value in values]
-    tensors = [(at, value) for at, value in enumerate(values) if isinstance(value, Tensor)]
-    for device in dict.fromkeys(value.device for _, value in tensors):
-        here = [(at, value) for at, value in tensors if value.device == device]
-        exact = any(value.dtype == torch.float64 for _, value in here)
-        dtype = torch.float64 if exact else torch.float32
-        numbers = torch.stack([value.to(dtype) for _, value in here]).tolist()
-        for (at, _), number in zip(here, numbers, strict=True):
-            found[at] = number
-    return found
+    """Return scalars as Python numbers, with one transfer from each device."""
+    numbers = [None if isinstance(value, Tensor) else value for value in values]
+    tensors = {k: value for k, value in enumerate(values) if isinstance(value, Tensor)}
+    for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
+        group = {k: tensor for k, tensor in tensors.items() if tensor.device == device}
+        dtype = _widest(group.values())
+        read = torch.stack([tensor.to(dtype) for tensor in group.values()]).tolist()
+        for k, number in zip(group, read, strict=True):
+            numbers[k] = number
+    return numbers
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return double precision if a tensor has it, else single precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def norms_of_gradients(params: Sequence[Tensor]) -> Tensor:
-    """Return the norm of the gradient of each parameter, 0 where there is none.
+    """Return the norm of each parameter's gradient, 0 for a parameter without one.
 
-    In single precision, and in double precision where a gradient is.
+    The norms are in single precision, or in double precision if a gradient is.
     """
     norms = [torch.zeros((), device=p.device) if p.grad is None else _norm(p.grad) for p in params]
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
-        exact = any(norm.dtype == torch.float64 for norm in norms)
-        dtype = torch.float64 if exact else torch.float32
+        dtype = _widest(norms)
         norms = [norm.to(norms[0].device, dtype) for norm in norms]
     return torch.stack(norms)
 
@@ -294,19 +305,22 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 def moved(before: Mapping[str, float], lengths: Mapping[str, float]) -> dict[str, float]:
-    """Return the length of each layer's step relative to its norm before, from 5 % on."""
-    found: dict[str, float] = {}
+    """Return the length of each layer's step relative to its norm before, if at least 5 % or NaN."""
+    relative: dict[str, float] = {}
     for layer, length in lengths.items():
         if before[layer] > 0 and not length < _MOVED * before[layer]:
-            found[layer] = length / before[layer]
-    return found
+            relative[layer] = length / before[layer]
+    return relative
 
 
 def changed(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Return by which factor the norm of each layer changed between two steps, from 1.5 on."""
-    found: dict[str, float] = {}
+    """Return the factor by which each layer's norm changed between two steps, if at least 1.5.
+
+    ``after`` holds the norms after the first step, ``before`` those before the second.
+    """
+    factors: dict[str, float] = {}
     for layer, norm in before.items():
         factor = norm / after[layer] if after.get(layer) else 1.0
         if math.isfinite(factor) and not 1 / _CHANGED < factor < _CHANGED:
-            found[layer] = factor
-    return found
+            factors[layer] = factor
+    return factors

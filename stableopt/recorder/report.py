@@ -1,4 +1,4 @@
-"""`write_report`: a report as JSON, Markdown and a figure, in a folder that appears as a whole."""
+"""`write_report`: a report as JSON, Markdown and a figure, in a folder that appears once complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stableopt.recorder.alarms import Alarm
-from stableopt.recorder.evidence import Evidence, StepRecord
+from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
 from stableopt.recorder.finding import Verdict
 
 if TYPE_CHECKING:
@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["draw", "markdown", "why", "write_report"]
 
 _LONGEST = 300
-"""Characters of a reason: LaTeX's errors have pages."""
+"""Characters of an error message: those of LaTeX fill pages."""
 
-_SHOWN = 10
-"""Steps and measurements that the Markdown shows."""
+_ROWS = 10
+"""Rows of each table in the Markdown."""
+
+_MEASUREMENTS_HEADER = """\
+| step | loss | sharpness / limit | non-uniformity / limit | most of the eigenvector |
+| ---: | ---: | ---: | ---: | --- |"""
+
+_STEPS_HEADER = """\
+| step | learning rate | loss | gradient norm | largest in | batch |
+| ---: | ---: | ---: | ---: | --- | --- |"""
 
 _LOG_FROM = 20.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
@@ -46,25 +54,26 @@ def write_report(
 ) -> Path:
     """Write a report into a new folder ``step-<step>`` of ``folder``; return its path.
 
-    A part that fails is left out, and named in the others.
+    A part that cannot be written is left out, and the other parts name it.
 
     Args:
-        folder: created if it does not exist.
-        alarm: what was seen.
+        folder: the parent folder, created if it does not exist.
+        alarm: the event.
         verdict: its likely cause.
-        evidence: the steps and measurements before.
-        weights: written as ``last_good.pt`` if there are any.
-        missing: what the report lacks already, and why. Parts that fail are added.
+        evidence: the steps and measurements before it.
+        weights: the content of ``last_good.pt``, a file that a report without weights lacks.
+        missing: parts that the report lacks already, with the reason; parts that fail are added.
 
     Raises:
         Exception: if neither ``report.json`` nor ``report.md`` can be written.
     """
     missing = {} if missing is None else missing
     folder.mkdir(parents=True, exist_ok=True)
-    # The name says what it is where a killed process leaves it behind.
+    # A killed process leaves this folder behind; its name says that it is incomplete.
     partial = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
 
-    def written(name: str, write: Callable[[Path], object]) -> bool:
+    def write_part(name: str, write: Callable[[Path], object]) -> bool:
+        """Write a file as a whole; return whether that worked."""
         try:
             write(partial / "part")
             os.replace(partial / "part", partial / name)
@@ -74,28 +83,30 @@ def write_report(
                 (partial / "part").unlink()
         return name not in missing
 
-    def texts(figure: bool) -> None:
-        def json_text(path: Path) -> None:
+    def write_texts(figure: bool) -> None:
+        def write_json(path: Path) -> None:
             path.write_text(_json(alarm, verdict, evidence, missing) + "\n", encoding="utf-8")
 
-        def markdown_text(path: Path) -> None:
+        def write_markdown(path: Path) -> None:
             text = markdown(alarm, verdict, evidence, figure=figure, missing=missing)
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-        # Both are tried, and one of them is enough.
-        if not (written("report.json", json_text) | written("report.md", markdown_text)):
+        has_json = write_part("report.json", write_json)
+        has_markdown = write_part("report.md", write_markdown)
+        if not (has_json or has_markdown):
             raise OSError(missing["report.json"])
 
     try:
-        texts(figure=False)  # first, so that a full disk costs no figure
-        wanted = importlib.util.find_spec("matplotlib") is not None
-        has_figure = wanted and written("report.png", lambda path: _save(alarm, evidence, path))
+        write_texts(figure=False)  # before the figure, which may fail on a full disk
+        has_figure = False
+        if importlib.util.find_spec("matplotlib") is not None:
+            has_figure = write_part("report.png", lambda path: _save(alarm, evidence, path))
         if weights is not None:
-            written("last_good.pt", lambda path: torch.save(dict(weights), path))
+            write_part("last_good.pt", lambda path: torch.save(dict(weights), path))
         if has_figure or missing:
-            texts(figure=has_figure)
+            write_texts(figure=has_figure)
         partial.chmod(0o755)
-        path = _free(folder / f"step-{alarm.step}")
+        path = _unused(folder / f"step-{alarm.step}")
         os.rename(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,7 +115,7 @@ def write_report(
 
 
 def why(error: Exception) -> str:
-    r"""Return an error in one line, and without the names of temporary files, which differ each time.
+    r"""Return an error in one line, without the names of temporary files, which would defeat WarnOnce.
 
     >>> why(OSError(28, "No space left on device", "/tmp/x")), why(ValueError("so\n  long"))
     ('OSError: No space left on device', 'ValueError: so long')
@@ -123,21 +134,21 @@ def _json(alarm: Alarm, verdict: Verdict, evidence: Evidence, missing: Mapping[s
     return json.dumps(_strict(content), indent=1, allow_nan=False)
 
 
-def _free(path: Path) -> Path:
-    """Return ``path``, or one with a number where it is taken, as by an earlier run."""
-    number, free = 1, path
-    while free.exists():
+def _unused(path: Path) -> Path:
+    """Return ``path``, or with a number appended if it exists, as from an earlier run."""
+    number, unused = 1, path
+    while unused.exists():
         number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+        unused = path.with_name(f"{path.name}-{number}")
+    return unused
 
 
 def _strict(value: Any) -> Any:
-    """Return ``value`` with ``None`` for what JSON has no number for, and words for other things."""
+    """Return ``value`` as strict JSON: infinity and NaN as ``None``, unknown objects as strings."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(its) for key, its in value.items()}
+        return {str(key): _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(its) for its in value]
+        return [_strict(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (int, str, type(None))) else str(value)
@@ -168,9 +179,8 @@ def _lines(
     yield ""
     yield verdict.text
     yield ""
-    yield f"Likely cause: **{verdict.cause}**" + (
-        f", in `{verdict.layer}`." if verdict.layer else "."
-    )
+    place = f", in `{verdict.layer}`" if verdict.layer else ""
+    yield f"Likely cause: **{verdict.cause}**{place}."
     yield ""
     yield f"What to do: {verdict.advice}"
     yield ""
@@ -183,34 +193,36 @@ def _lines(
     if evidence.measured:
         yield "## Measurements"
         yield ""
-        yield "| step | loss | sharpness / limit | non-uniformity / limit | most of the eigenvector |"
-        yield "| ---: | ---: | ---: | ---: | --- |"
-        for its in evidence.measured[-_SHOWN:]:
-            held = ", ".join(
-                f"`{name}` {share:.0%}" for name, share in list(its.shares.items())[:3]
-            )
-            margins = its.margins
-            cells = (margins.loss, its.ratio, margins.non_uniformity_ratio)
-            last = margins.failure or held
-            yield f"| {its.step} | {' | '.join(map(_number, cells))} | {last} |"
+        yield _MEASUREMENTS_HEADER
+        for record in evidence.measured[-_ROWS:]:
+            yield _measured_row(record)
         yield ""
     if evidence.steps:
         yield "## Steps"
         yield ""
-        yield "| step | learning rate | loss | gradient norm | largest in | batch |"
-        yield "| ---: | ---: | ---: | ---: | --- | --- |"
-        for step in evidence.steps[-_SHOWN:]:
-            norms = step.grad_norms
-            largest = f"`{max(norms, key=lambda name: norms[name])}`" if norms else ""
-            batch = "" if step.batch is None else ", ".join(map(str, step.batch[:8]))
-            more = ", …" if step.batch is not None and len(step.batch) > 8 else ""
-            cells = (step.lr, step.loss, _norm(step) if norms else None)
-            yield f"| {step.step} | {' | '.join(map(_number, cells))} | {largest} | {batch}{more} |"
+        yield _STEPS_HEADER
+        for step in evidence.steps[-_ROWS:]:
+            yield _step_row(step)
         yield ""
 
 
+def _measured_row(record: MeasuredRecord) -> str:
+    margins, shares = record.margins, list(record.shares.items())[:3]
+    layers = ", ".join(f"`{name}` {share:.0%}" for name, share in shares)
+    cells = (margins.loss, record.ratio, margins.non_uniformity_ratio)
+    return f"| {record.step} | {' | '.join(map(_number, cells))} | {margins.failure or layers} |"
+
+
+def _step_row(record: StepRecord) -> str:
+    norms, samples = record.grad_norms, record.batch or ()
+    largest = f"`{max(norms, key=lambda name: norms[name])}`" if norms else ""
+    listed = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+    cells = (record.lr, record.loss, _norm(record) if norms else None)
+    return f"| {record.step} | {' | '.join(map(_number, cells))} | {largest} | {listed} |"
+
+
 def _norm(step: StepRecord) -> float:
-    """Return the norm of the gradient, that before clipping where it is known."""
+    """Return the norm of the gradient, if known the one before clipping."""
     return step.grad_norm if step.total_norm is None else step.total_norm
 
 
@@ -221,7 +233,7 @@ def _number(value: float | None) -> str:
 def _save(alarm: Alarm, evidence: Evidence, path: Path) -> None:
     import matplotlib
 
-    # What the user set, LaTeX included, is for the user's own figures.
+    # The user's settings, such as LaTeX, do not apply to this figure.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         draw(alarm, evidence).savefig(path, format="png", dpi=120)
@@ -234,17 +246,15 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).ravel()
     steps, measured = evidence.steps, evidence.measured
-    with_loss = [its for its in steps if its.loss is not None]
-    probed = [its for its in measured if its.margins.loss is not None]
-    _line(panels[0], [(its.step, its.loss) for its in with_loss], "batch", "#999999")
-    _line(panels[0], [(its.step, its.margins.loss) for its in probed], "probe set", "#0072B2", "o-")
-    for name, colour in (("edge_ratio", "#D55E00"), ("non_uniformity_ratio", "#009E73")):
-        points = [(its.step, getattr(its.margins, name)) for its in measured]
-        label = "sharpness" if name == "edge_ratio" else "non-uniformity"
-        _line(panels[1], [(x, y) for x, y in points if y is not None], label, colour, "o-")
+    margins = [record.margins for record in measured]
+    _line(panels[0], [(s.step, s.loss) for s in steps], "batch", "#999999")
+    _line(panels[0], [(m.step, m.loss) for m in margins], "probe set", "#0072B2", "o-")
+    _line(panels[1], [(m.step, m.edge_ratio) for m in margins], "sharpness", "#D55E00", "o-")
+    uniformity = [(m.step, m.non_uniformity_ratio) for m in margins]
+    _line(panels[1], uniformity, "non-uniformity", "#009E73", "o-")
     panels[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="limit")
-    _line(panels[2], [(its.step, _norm(its)) for its in steps if its.grad_norms], "", "#0072B2")
-    _line(panels[3], [(its.step, its.lr) for its in steps], "", "#0072B2")
+    _line(panels[2], [(s.step, _norm(s)) for s in steps if s.grad_norms], "", "#0072B2")
+    _line(panels[3], [(s.step, s.lr) for s in steps], "", "#0072B2")
     titles = ("loss", "value / limit", "norm of the gradient", "learning rate")
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title)
@@ -252,10 +262,10 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(frameon=False, fontsize="small")
-        drawn = [y for line in panel.get_lines()[:-1] for y in line.get_ydata()]
-        positive = [y for y in drawn if 0 < y < math.inf]
-        many = bool(positive) and max(positive) > _LOG_FROM * min(positive)
-        if many and title != "learning rate":
+        values = [y for line in panel.get_lines()[:-1] for y in line.get_ydata()]
+        positive = [y for y in values if 0 < y < math.inf]
+        spans_decades = bool(positive) and max(positive) > _LOG_FROM * min(positive)
+        if spans_decades and title != "learning rate":
             panel.set_yscale("log")
     for panel in panels[2:]:
         panel.set_xlabel("step")
@@ -265,7 +275,8 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
 def _line(
     panel: Any, points: list[tuple[int, Any]], label: str, colour: str, style: str = "-"
 ) -> None:
-    shown = [(x, y if math.isfinite(y) else math.nan) for x, y in points]
-    if shown:
-        x, y = zip(*shown, strict=True)
+    """Draw the points that have a value; one that is not finite leaves a gap."""
+    drawn = [(x, y if math.isfinite(y) else math.nan) for x, y in points if y is not None]
+    if drawn:
+        x, y = zip(*drawn, strict=True)
         panel.plot(x, y, style, color=colour, label=label, markersize=3, linewidth=1)

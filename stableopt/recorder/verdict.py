@@ -1,4 +1,4 @@
-"""`verdict`: what the evidence says about the cause of an alarm, in words."""
+"""`verdict`: the likely cause of an alarm, from the evidence."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ from stableopt.recorder.odd_batch import clipped_at, odd_batch
 __all__ = ["Verdict", "verdict"]
 
 _WITHIN = 50
-"""Steps before the alarm in which a cause is looked for."""
+"""Steps before the alarm that are searched for a cause."""
 
 _BATCH_SIZE_DROP = 1.5
+"""Factor between two batch sizes that counts as a cause."""
 
 _GAIN_FACTOR = 3.0
-"""Factor of a layer's gain over the median of the others from which it counts as scaled up."""
+"""Factor of a layer's gain over the median of the other layers that counts as a cause."""
 
 _WEIGHTS_CHANGE = 2.0
-"""Factor, or its inverse, of a change of weights between two steps that counts as a cause."""
+"""Factor, or its inverse, of the norm of weights between two steps that counts as a cause."""
 
-_HALF = 0.5
+_MAJORITY = 0.5
+"""Share of the top eigenvector from which one layer is the cause of a large sharpness."""
 
 
 def verdict(alarm: Alarm, evidence: Evidence) -> Verdict:
-    """Return the likely cause of ``alarm``: the first of :data:`_SUSPECTS` that the evidence shows.
+    """Return the likely cause of ``alarm``: the first of :data:`_CAUSES` that the evidence supports.
 
     >>> from stableopt.recorder import StepRecord
     >>> steps = [StepRecord(k, 0.1 if k < 40 else 0.3) for k in range(50)]
     >>> verdict(Alarm("loss", 50, "the loss rose"), Evidence(steps, [])).text
     'The loss rose. The learning rate rose from 0.1 to 0.3 at step 40.'
     """
-    scene = _Scene(alarm, evidence)
-    found = next(filter(None, (suspect(scene) for suspect in _SUSPECTS)))
-    said = alarm.text[0].upper() + alarm.text[1:] + "."
-    return replace(found, text=f"{said} {found.text}".rstrip())
+    case = _Case(alarm, evidence)
+    cause = next(filter(None, (find_cause(case) for find_cause in _CAUSES)))
+    event = alarm.text[0].upper() + alarm.text[1:] + "."
+    return replace(cause, text=f"{event} {cause.text}".rstrip())
 
 
-class _Scene:
-    """An alarm, the evidence, and the findings that several suspects share."""
+class _Case:
+    """An alarm, its evidence, and the findings that several causes share."""
 
     def __init__(self, alarm: Alarm, evidence: Evidence) -> None:
         self.alarm, self.evidence = alarm, evidence
         self.edge = _edge(evidence)
-        self.beyond = "" if self.edge is None else f" {self.edge.text}"
+        self.edge_text = "" if self.edge is None else f" {self.edge.text}"
 
     @cached_property
     def odd(self) -> Verdict | None:
@@ -59,180 +61,159 @@ class _Scene:
 
     @cached_property
     def runaway(self) -> Verdict | None:
-        """The group whose weights ran away before the trouble began."""
-        began = self.alarm.step if self.odd is None else self.odd.step or self.alarm.step
-        return runaway_group(self.evidence, began, self.odd)
+        """The group whose weights moved far before the odd batch, or else before the alarm."""
+        trouble = self.alarm.step if self.odd is None else self.odd.step or self.alarm.step
+        return runaway_group(self.evidence, trouble, self.odd)
 
     @property
-    def unseen(self) -> str:
-        """What the evidence cannot show where gradients are clipped."""
+    def clipping_text(self) -> str:
+        """A sentence on odd batches, which the evidence cannot show if gradients are clipped."""
         ceiling = clipped_at(self.evidence)
         if ceiling is None:
             return ""
         return (
-            f" Gradients are clipped at {ceiling:.3g}, where an odd batch leaves no mark in them: pass"
-            " what clip_grad_norm_ returns, recorder.loss(loss, grad_norm=norm), to see it."
+            f" Gradients are clipped at {ceiling:.3g}, so they show no odd batch: pass the norm that"
+            " clip_grad_norm_ returns to recorder.loss(loss, grad_norm=norm)."
         )
 
 
-def _changed_rate(scene: _Scene) -> Verdict | None:
-    found = changed_rate(scene.alarm, scene.evidence)
-    if found is None:
+def _changed_rate(case: _Case) -> Verdict | None:
+    rise = changed_rate(case.alarm, case.evidence)
+    if rise is None:
         return None
-    layer = found.layer or (scene.edge.layer if scene.edge is not None else None)
-    return Verdict("learning rate", found.text + scene.beyond, layer, found.step)
+    layer = rise.layer or (case.edge.layer if case.edge is not None else None)
+    return Verdict("learning rate", rise.text + case.edge_text, layer, rise.step)
 
 
-def _weights(scene: _Scene) -> Verdict | None:
-    found = _changed_weights(scene.alarm, scene.evidence)
-    return None if found is None else replace(found, text=found.text + scene.beyond)
+def _changed_weights(case: _Case) -> Verdict | None:
+    """Return the layer whose weights something other than the optimizer changed most."""
+    cause: Verdict | None = None
+    most = _WEIGHTS_CHANGE
+    for record in case.evidence.steps:
+        if case.alarm.step - record.step > _WITHIN:
+            continue
+        for layer, factor in record.changed.items():
+            size = max(factor, 1 / factor) if factor > 0 else math.inf
+            if size >= most:
+                several = len(record.changed)
+                more = f" (one of {several} layers that changed)" if several > 1 else ""
+                text = (
+                    f"Before step {record.step:,} something other than the optimizer changed the weights"
+                    f" of {layer}: their norm is {factor:.3g} times what it was{more}.{case.edge_text}"
+                )
+                most, cause = size, Verdict("weights", text, layer, record.step)
+    return cause
 
 
-def _batch_size(scene: _Scene) -> Verdict | None:
-    found = _smaller_batch(scene.evidence)
-    return None if found is None else replace(found, text=found.text + scene.beyond)
+def _batch_size(case: _Case) -> Verdict | None:
+    measured = case.evidence.measured
+    sizes = [(m.step, m.margins.batch_size) for m in measured if m.margins.batch_size]
+    for (_, before), (step, after) in pairwise(sizes[-6:]):
+        if before is not None and after is not None and before >= _BATCH_SIZE_DROP * after:
+            text = (
+                f"The batch size fell from {before} to {after}, by step {step:,}.{case.edge_text}"
+            )
+            return Verdict("batch size", text, step=step)
+    return None
 
 
-def _batch(scene: _Scene) -> Verdict | None:
-    odd, runaway = scene.odd, scene.runaway
+def _batch(case: _Case) -> Verdict | None:
+    odd, runaway = case.odd, case.runaway
     if odd is None or (runaway is not None and (runaway.step or 0) < (odd.step or 0)):
         return None
     return replace(odd, cause="batch")
 
 
-def _layer(scene: _Scene) -> Verdict | None:
-    evidence = scene.evidence
-    scaled = _scaled_layer(evidence)
-    early = not evidence.steps or evidence.steps[0].step == 1
-    if scaled is None or not (early or scene.edge is not None):
+def _layer(case: _Case) -> Verdict | None:
+    steps, gains = case.evidence.steps, case.evidence.first_gains
+    from_the_start = not steps or steps[0].step == 1
+    if len(gains) < 2 or not (from_the_start or case.edge is not None):
         return None
-    times = evidence.first_gains[scaled] / _others(evidence, scaled)
+    layer = max(gains, key=lambda name: gains[name])
+    others = max(median(gain for name, gain in gains.items() if name != layer), 1e-300)
+    if not gains[layer] > _GAIN_FACTOR * others:
+        return None
     text = (
-        f"The weights of {scaled} were {times:.3g} times as large as those of the other layers when"
-        f" recording began, for its number of inputs.{scene.beyond}"
+        f"The weights of {layer} were {gains[layer] / others:.3g} times as large as those of the other"
+        f" layers when recording began, for its number of inputs.{case.edge_text}"
     )
-    return Verdict("layer", text, scaled, scene.alarm.step)
+    return Verdict("layer", text, layer, case.alarm.step)
 
 
-def _runaway(scene: _Scene) -> Verdict | None:
-    found = scene.runaway
-    return found and replace(found, cause="learning rate", text=found.text + scene.beyond)
+def _runaway(case: _Case) -> Verdict | None:
+    runaway = case.runaway
+    if runaway is None:
+        return None
+    return replace(runaway, cause="learning rate", text=runaway.text + case.edge_text)
 
 
-def _warm_up(scene: _Scene) -> Verdict | None:
-    rising = warming_up(scene.alarm, scene.evidence)
-    near = too_fast(scene.alarm, scene.evidence)
+def _warm_up(case: _Case) -> Verdict | None:
+    rising = warming_up(case.alarm, case.evidence)
+    near = too_fast(case.alarm, case.evidence)
     if rising is None or near is None:
         return None
-    text = f"The learning rate {rising}. {scene.beyond.strip() or near}{scene.unseen}"
-    layer = None if scene.edge is None else scene.edge.layer
-    return Verdict("learning rate", text, layer, scene.alarm.step)
+    text = f"The learning rate {rising}. {case.edge_text.strip() or near}{case.clipping_text}"
+    layer = None if case.edge is None else case.edge.layer
+    return Verdict("learning rate", text, layer, case.alarm.step)
 
 
-def _sharp(scene: _Scene) -> Verdict | None:
-    return scene.edge and replace(scene.edge, text=scene.edge.text + scene.unseen)
+def _sharp(case: _Case) -> Verdict | None:
+    edge = case.edge
+    return None if edge is None else replace(edge, text=edge.text + case.clipping_text)
 
 
-def _not_finite(scene: _Scene) -> Verdict | None:
-    if scene.alarm.kind != "not finite":
+def _not_finite(case: _Case) -> Verdict | None:
+    if case.alarm.kind != "not finite":
         return None
-    return Verdict("not finite", "", _not_finite_layer(scene.evidence), scene.alarm.step)
+    norms = [pair for record in case.evidence.steps for pair in record.grad_norms.items()]
+    layer = next((layer for layer, norm in norms if not math.isfinite(norm)), None)
+    return Verdict("not finite", "", layer, case.alarm.step)
 
 
-def _unknown(scene: _Scene) -> Verdict:
-    """Return what was as before."""
-    rising = warming_up(scene.alarm, scene.evidence)
+def _unknown(case: _Case) -> Verdict:
+    """Return a verdict that names what did not change."""
+    rising = warming_up(case.alarm, case.evidence)
     same = ["batch size"] if rising else ["learning rate", "batch size"]
-    same += [] if scene.unseen else ["gradients"]
-    listed = " and ".join([", ".join(same[:-1]), same[-1]] if len(same) > 1 else same)
-    verb = "were" if len(same) > 1 else "was"
+    same += [] if case.clipping_text else ["gradients"]
+    listed = same[0] if len(same) == 1 else f"{', '.join(same[:-1])} and {same[-1]}"
+    verb = "was" if len(same) == 1 else "were"
     rose = f" The learning rate {rising}." if rising else ""
     text = f"{listed[0].upper()}{listed[1:]} {verb} as before, and no sharpness above its limit"
-    return Verdict("unknown", f"{text} was measured.{rose}{scene.unseen}")
+    return Verdict("unknown", f"{text} was measured.{rose}{case.clipping_text}")
 
 
-_SUSPECTS = (
-    _changed_rate,  # first, since it makes every other sign
-    _weights,  # something other than the optimizer has changed them
+_CAUSES = (
+    _changed_rate,  # first, since it can produce the signs of every other cause
+    _changed_weights,
     _batch_size,
     _batch,
-    _layer,  # its weights began far larger than the others', which makes its neighbours sharp
-    _runaway,  # a group with a higher rate, whose weights ran away first
+    _layer,  # weights that start far larger than those of other layers make the neighbours sharp
+    _runaway,  # a group with a higher rate, whose weights move far first
     _warm_up,
     _sharp,
     _not_finite,
     _unknown,
 )
-"""What may have caused an alarm, in the order in which it is asked for; the last one always answers."""
-
-
-def _changed_weights(alarm: Alarm, evidence: Evidence) -> Verdict | None:
-    """Return the layer whose weights something other than the optimizer has changed most."""
-    found: Verdict | None = None
-    most = _WEIGHTS_CHANGE
-    for its in evidence.steps:
-        for layer, factor in its.changed.items() if alarm.step - its.step <= _WITHIN else ():
-            size = max(factor, 1 / factor) if factor > 0 else math.inf
-            if size >= most:
-                several = len(its.changed)
-                more = f" (one of {several} layers that changed)" if several > 1 else ""
-                text = (
-                    f"Before step {its.step:,} something other than the optimizer changed the weights"
-                    f" of {layer}: their norm is {factor:.3g} times what it was{more}."
-                )
-                most, found = size, Verdict("weights", text, layer, its.step)
-    return found
-
-
-def _smaller_batch(evidence: Evidence) -> Verdict | None:
-    sizes = [
-        (its.step, its.margins.batch_size) for its in evidence.measured if its.margins.batch_size
-    ]
-    for (_, before), (step, after) in pairwise(sizes[-6:]):
-        if before is not None and after is not None and before >= _BATCH_SIZE_DROP * after:
-            text = f"The batch size fell from {before} to {after}, by step {step:,}."
-            return Verdict("batch size", text, step=step)
-    return None
+"""The possible causes of an alarm, in the order in which they are tried; the last one always applies."""
 
 
 def _edge(evidence: Evidence) -> Verdict | None:
-    """Return the layer that holds a sharpness above its limit."""
+    """Return the verdict on the measurement since which the sharpness is above its limit."""
     over: MeasuredRecord | None = None
-    for its in reversed(evidence.measured):
-        if its.ratio is None:
+    for record in reversed(evidence.measured):
+        if record.ratio is None:
             continue
-        if its.ratio <= 1:
+        if record.ratio <= 1:
             break
-        over = its
+        over = record
     if over is None:
         return None
     assert over.ratio is not None
     margins = over.margins
     name = "sharpness" if margins.preconditioned_sharpness is None else "preconditioned sharpness"
-    first = "was" if over is evidence.measured[0] else "crossed its limit and was"
-    text = f"The {name} {first} {over.ratio:.3g} times its limit at step {over.step:,}"
+    verb = "was" if over is evidence.measured[0] else "crossed its limit and was"
+    text = f"The {name} {verb} {over.ratio:.3g} times its limit at step {over.step:,}"
     layer, share = next(iter(over.shares.items()), (None, 0.0))
     text += f", {share:.0%} of it in {layer}." if layer else "."
-    cause = "layer" if share >= _HALF else "edge"
+    cause = "layer" if share >= _MAJORITY else "edge"
     return Verdict(cause, text, layer, over.step)
-
-
-def _scaled_layer(evidence: Evidence) -> str | None:
-    gains = evidence.first_gains
-    if len(gains) < 2:
-        return None
-    top = max(gains, key=lambda name: gains[name])
-    return top if gains[top] > _GAIN_FACTOR * _others(evidence, top) else None
-
-
-def _others(evidence: Evidence, name: str) -> float:
-    gains = evidence.first_gains
-    return max(median(gain for other, gain in gains.items() if other != name), 1e-300)
-
-
-def _not_finite_layer(evidence: Evidence) -> str | None:
-    for its in evidence.steps:
-        for layer, norm in its.grad_norms.items():
-            if not math.isfinite(norm):
-                return layer
-    return None

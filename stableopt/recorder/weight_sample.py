@@ -1,11 +1,11 @@
-r"""`WeightSample`: how far weights move, from a sample of them.
+r"""`WeightSample`: the norm of each layer's weights and steps, estimated from a sample.
 
-A copy of all weights would cost as much memory as the model. Of each parameter at most 256 numbers
-are followed, in equal distances, and their squares stand for those of all:
+A copy of all weights would cost as much memory as the model. The sample holds at most 256 equally
+spaced entries of each parameter, and the norm is estimated as
 
 .. math:: \|w_b\|^2 \approx \sum_{p \in b} \frac{n_p}{m_p} \sum_{j=1}^{m_p} w_{p,j}^2,
 
-for the parameters p of a layer b with :math:`n_p` numbers, :math:`m_p` of them in the sample.
+over the parameters p of layer b, with :math:`n_p` entries, :math:`m_p` of them in the sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stableopt.stability.measure.layers import layer_of
 __all__ = ["WeightSample"]
 
 _MOST = 256
-"""Numbers of a parameter in the sample: a norm is then right to about 4 %."""
+"""Entries of a parameter in the sample; the relative error of a norm is then about 4 %."""
 
 
 class WeightSample:
@@ -30,7 +30,7 @@ class WeightSample:
 
     Args:
         params: the parameters.
-        names: of the parameters.
+        names: their names.
 
     Attributes:
         layers: the names of the layers.
@@ -46,23 +46,23 @@ class WeightSample:
     def __init__(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
         self._params = tuple(params)
         self.layers = list(dict.fromkeys(map(layer_of, names)))
-        wholes = [_values(p).numel() for p in self._params]
-        self._every = [max(-(-whole // _MOST), 1) for whole in wholes]
-        sizes = [-(-whole // every) for whole, every in zip(wholes, self._every, strict=True)]
+        numels = [_values(p).numel() for p in self._params]
+        self._strides = [max(-(-numel // _MOST), 1) for numel in numels]
+        sizes = [-(-n // stride) for n, stride in zip(numels, self._strides, strict=True)]
         device = self._params[0].device
-        places = [self.layers.index(layer_of(name)) for name in names]
+        rows = [self.layers.index(layer_of(name)) for name in names]
         counts = torch.tensor(sizes, device=device)
-        self._layer = torch.repeat_interleave(torch.tensor(places, device=device), counts)
-        shares = [whole / max(size, 1) for whole, size in zip(wholes, sizes, strict=True)]
-        self._stands_for = torch.repeat_interleave(torch.tensor(shares, device=device), counts)
+        self._rows = torch.repeat_interleave(torch.tensor(rows, device=device), counts)
+        factors = [numel / max(size, 1) for numel, size in zip(numels, sizes, strict=True)]
+        self._factors = torch.repeat_interleave(torch.tensor(factors, device=device), counts)
 
     def take(self) -> Tensor:
-        """Return the sample as it is now, in single precision, or double where weights are."""
+        """Return the sample of the present weights, in double precision if weights are, else single."""
         device = self._params[0].device
         kinds = {(p.dtype, p.device) for p in self._params}
         with torch.inference_mode(False), torch.no_grad():
-            pairs = zip(self._params, self._every, strict=True)
-            parts = [_values(p)[::every] for p, every in pairs]
+            strided = zip(self._params, self._strides, strict=True)
+            parts = [_values(p)[::stride] for p, stride in strided]
             if kinds != {(torch.float32, device)}:
                 exact = any(part.dtype == torch.float64 for part in parts)
                 dtype = torch.float64 if exact else torch.float32
@@ -70,10 +70,10 @@ class WeightSample:
             return torch.cat(parts)
 
     def norms(self, sample: Tensor) -> Tensor:
-        """Return the norm of each layer of a sample, or of a difference of two."""
-        squares = self._stands_for * sample.square()
+        """Return the norm of each layer, from a sample or a difference of two."""
+        squares = self._factors * sample.square()
         zeros = torch.zeros(len(self.layers), device=sample.device, dtype=squares.dtype)
-        return zeros.index_add(0, self._layer, squares).sqrt()
+        return zeros.index_add(0, self._rows, squares).sqrt()
 
 
 def _values(p: Tensor) -> Tensor:

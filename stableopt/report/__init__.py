@@ -1,10 +1,10 @@
-"""The page of a run: what ``python -m stableopt report`` writes, and what a notebook shows.
+"""HTML pages of a run: the file of ``python -m stableopt report``, and the element of a notebook.
 
 Three examples::
 
     python -m stableopt report runs/demo               # runs/demo/report.html
     write_page("runs/demo", "demo.html")               # the same, from Python
-    notebook(Run.of_history("demo", monitor.history))  # what a notebook shows for the monitor
+    notebook(Run.of_history("demo", monitor.history))  # the element of a monitor in a notebook
 """
 
 from stableopt.report.run import Run, read_run

@@ -1,4 +1,4 @@
-"""Charts of a run as SVG that takes its colours and fonts from the page."""
+"""Charts of a run as inline SVG with the colours and fonts of the page."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from stableopt.stability.measure.quantities import QUANTITIES
 __all__ = ["Chart", "HeatMap", "charts", "charts_of_report", "heat_map", "thinned"]
 
 _MOST_POINTS = 600
-"""Points of a line, about as many as a chart has pixels."""
+"""Points of a line, about the number of a chart's pixels."""
 
 _MOST_CHARTS = 14
 _COLUMNS, _ROWS = 120, 24
-"""Cells of the heat map: steps, and layers."""
+"""Steps and layers of the heat map."""
 
 _LARGEST = 1e30
-"""Larger numbers, as a run that diverges ends in, would make all others look like zero."""
+"""Largest number drawn: larger ones, as at the end of a diverging run, would flatten all others."""
 
 _LOG_FROM = 20.0
 """Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 Points = Sequence[tuple[float, float]]
 
-# Colours that the page replaces by its own, which differ between light and dark.
+# Placeholders in matplotlib's SVG for the page's colours, which differ between light and dark.
 _COLOURS = {
     "#010101": "currentColor",
     "#020202": "var(--so-muted)",
@@ -55,11 +55,11 @@ class HeatMap:
     """The shares of layers over steps.
 
     Attributes:
-        steps: the first and the last.
-        rows: a layer, its share at the last of the steps, and ``(column, share)`` of its cells.
-        columns: how many there are.
+        steps: the first and the last step.
+        rows: for each layer its name, its share at the last step, and its cells ``(column, share)``.
+        columns: the number of columns.
         most: the largest share.
-        others: how many layers are left out.
+        others: the number of layers that are left out.
     """
 
     steps: tuple[int, int]
@@ -70,7 +70,7 @@ class HeatMap:
 
 
 def charts(run: Run) -> list[Chart]:
-    """Return the charts of a run, without those that have no number.
+    """Return the charts of a run, except those without numbers.
 
     Raises:
         ImportError: without matplotlib.
@@ -79,15 +79,12 @@ def charts(run: Run) -> list[Chart]:
 
 
 def _charts(run: Run) -> Iterator[Chart]:
-    failed = [step for step, its in run.numbers("failed") if its == 1]
+    failed = [step for step, flag in run.numbers("failed") if flag == 1]
     alarms = [report.step for report in run.reports]
-    batches = sorted({_pair(its) for report in run.reports for its in report.steps})
-    yield from _chart(
-        "loss",
-        [("batch", batches, _MUTED), ("probe set", run.numbers("loss"), _BLUE)],
-        failed=failed,
-        alarms=alarms,
-    )
+    # Reports overlap: the set holds each step once.
+    batches = sorted({_step_and_loss(step) for report in run.reports for step in report.steps})
+    lines = [("batch", batches, _MUTED), ("probe set", run.numbers("loss"), _BLUE)]
+    yield from _chart("loss", lines, failed=failed, alarms=alarms)
     rates = run.numbers("lr")
     yield from _chart("learning rate", [("", rates, _BLUE)], alarms=alarms, steps=True)
     sizes = run.numbers("batch_size")
@@ -99,8 +96,7 @@ def _charts(run: Run) -> Iterator[Chart]:
         yield from _chart(
             f"{titled(name)} / limit", [("", points, _BLUE)], limit=1.0, alarms=alarms
         )
-    # Few of the records name all that was measured: the set is small, and each is looked up once.
-    measured = {name for record in run.records for name in record if name in QUANTITIES}
+    measured = {name for record in run.records for name in record}
     for name in QUANTITIES:
         if name in measured and name not in limited:
             yield from _chart(titled(name), [("", run.numbers(name), _BLUE)], alarms=alarms)
@@ -109,11 +105,11 @@ def _charts(run: Run) -> Iterator[Chart]:
 def charts_of_report(report: FlightReport) -> list[Chart]:
     """Return the charts of the steps before an alarm."""
     alarms = [report.step]
-    losses = [_pair(its) for its in report.steps]
+    losses = [_step_and_loss(step) for step in report.steps]
     probe = [(step, loss) for step, loss, _, _ in report.measured]
     ratios = [(step, ratio) for step, _, ratio, _ in report.measured]
-    norms = [(its["step"], _norm(its.get("grad_norms"))) for its in report.steps]
-    rates = [(its["step"], number(its.get("lr"))) for its in report.steps]
+    norms = [(step["step"], _norm(step.get("grad_norms"))) for step in report.steps]
+    rates = [(step["step"], number(step.get("lr"))) for step in report.steps]
     lines = [("batch", losses, _MUTED), ("probe set", probe, _BLUE)]
     return [
         *_chart("loss", lines, alarms=alarms),
@@ -123,17 +119,18 @@ def charts_of_report(report: FlightReport) -> list[Chart]:
     ]
 
 
-def _pair(step: Mapping[str, Any]) -> tuple[int, float]:
+def _step_and_loss(step: Mapping[str, Any]) -> tuple[int, float]:
     return step["step"], number(step.get("loss"))
 
 
 def _norm(norms: Any) -> float:
-    numbers = [number(its) for its in norms.values()] if isinstance(norms, Mapping) else []
+    """Return the norm of the whole gradient from those of its layers, NaN without any."""
+    numbers = [number(norm) for norm in norms.values()] if isinstance(norms, Mapping) else []
     return math.hypot(*numbers) if numbers else math.nan
 
 
 def thinned(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """Return at most ``most`` of ``points`` with their lowest and highest, and gaps.
+    """Return at most ``most`` of ``points``: the lowest and the highest of each bin, and its gaps.
 
     >>> thinned([(step, float(step == 70)) for step in range(100)], most=4)
     [(0, 0.0), (1, 0.0), (50, 0.0), (70, 1.0)]
@@ -144,40 +141,39 @@ def thinned(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float
     bins = most // 2
     for index in range(bins):
         part = points[index * len(points) // bins : (index + 1) * len(points) // bins]
-        known = [place for place, (_, y) in enumerate(part) if math.isfinite(y)]
-        if not known:
+        finite = [place for place, (_, y) in enumerate(part) if math.isfinite(y)]
+        if not finite:
             kept.append((part[0][0], math.nan))
             continue
-        low = min(known, key=lambda place: part[place][1])
-        high = max(known, key=lambda place: part[place][1])
-        if low == high:
-            high = known[1] if len(known) > 1 else low
+        low = min(finite, key=lambda place: part[place][1])
+        high = max(finite, key=lambda place: part[place][1])
+        if low == high and len(finite) > 1:  # a constant bin keeps its first two points
+            high = finite[1]
         kept += [part[place] for place in sorted({low, high})]
     return kept
 
 
 def heat_map(run: Run) -> HeatMap | None:
-    """Return the shares of the layers, those that held most of an eigenvector first; or ``None``."""
-    found = list(run.shares.items())
-    if not found:
+    """Return the shares of the layers, sorted by each layer's largest share; ``None`` without shares."""
+    measured = list(run.shares.items())
+    if not measured:
         return None
-    columns = min(len(found), _COLUMNS)
-    chosen = [found[(k + 1) * len(found) // columns - 1] for k in range(columns)]
+    count = min(len(measured), _COLUMNS)
+    # Evenly spaced, with the last measurement.
+    chosen = [measured[(k + 1) * len(measured) // count - 1] for k in range(count)]
+    steps, columns = [step for step, _ in chosen], [shares for _, shares in chosen]
     most: dict[str, float] = {}
-    for _, shares in chosen:
+    for shares in columns:
         for name, share in shares.items():
             most[name] = max(most.get(name, 0.0), share if math.isfinite(share) else 0.0)
     names, largest = sorted(most, key=lambda name: -most[name]), max(most.values())
-    rows = [
-        (
-            name,
-            chosen[-1][1].get(name, 0.0),
-            # A fiftieth of the largest cannot be seen.
-            [(k, s[name]) for k, (_, s) in enumerate(chosen) if s.get(name, 0.0) > largest / 50],
-        )
-        for name in names[:_ROWS]
-    ]
-    return HeatMap((chosen[0][0], chosen[-1][0]), rows, columns, largest, len(names) - len(rows))
+    rows = []
+    for name in names[:_ROWS]:
+        cells = [(k, shares.get(name, 0.0)) for k, shares in enumerate(columns)]
+        visible = [(k, share) for k, share in cells if share > largest / 50]
+        rows.append((name, columns[-1].get(name, 0.0), visible))
+    others = len(names) - len(rows)
+    return HeatMap((steps[0], steps[-1]), rows, count, largest, others)
 
 
 # -- matplotlib ------------------------------------------------------------------------------------
@@ -192,18 +188,18 @@ def _chart(
     alarms: Sequence[float] = (),
     steps: bool = False,
 ) -> Iterator[Chart]:
-    """Yield a chart, if a line has a number: of lines ``(label, points, colour)``."""
+    """Yield a chart of ``lines``, each ``(label, points, colour)``, if any has a number."""
     drawn = [(label, thinned(points), colour) for label, points, colour in lines]
-    drawn = [line for line in drawn if any(_drawable(y) for _, y in line[1])]
+    drawn = [line for line in drawn if any(_is_drawable(y) for _, y in line[1])]
     if not drawn:
         return
     matplotlib = importlib.import_module("matplotlib")
-    # What the user set, LaTeX included, is for the user's own figures.
+    # The user's settings, such as LaTeX, do not apply to this figure.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": f"stableopt {title}"})
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(4.6, 2.3))
-        # A layout engine would take as long as all the rest; numbers have at most seven characters.
+        # Fixed margins, since tick labels have at most seven characters: a layout engine is slow.
         axes = figure.add_axes((0.125, 0.2, 0.86, 0.77))
         _draw(axes, drawn, limit, failed, alarms, steps)
         out = io.StringIO()
@@ -213,7 +209,7 @@ def _chart(
 
 _STYLE = {
     "ytick.minor.size": 0.0,
-    "svg.fonttype": "none",  # text that the page's font draws, and that can be selected
+    "svg.fonttype": "none",  # text stays text: in the page's font, and selectable
     "font.size": 9.0,
     "text.color": _INK,
     "axes.edgecolor": _MUTED,
@@ -243,11 +239,12 @@ def _draw(
     steps: bool,
 ) -> None:
     for label, points, colour in lines:
-        x, y = zip(*((x, y if _drawable(y) else math.nan) for x, y in points), strict=True)
+        x = [step for step, _ in points]
+        y = [value if _is_drawable(value) else math.nan for _, value in points]
         style = "o-" if len(points) < 40 else "-"
         kind = "steps-post" if steps else "default"
         axes.plot(x, y, style, color=colour, label=label, drawstyle=kind, lw=1.2, markersize=2.5)
-    numbers = [y for _, points, _ in lines for _, y in points if _drawable(y)]
+    numbers = [y for _, points, _ in lines for _, y in points if _is_drawable(y)]
     if limit is not None:
         axes.axhline(limit, color=_RED, linestyle="--", lw=1.2)
         numbers.append(limit)
@@ -267,12 +264,12 @@ def _draw(
     axes.xaxis.set_major_formatter(_ticker("FuncFormatter")(lambda x, _: f"{x:,.0f}"))
     axes.yaxis.set_major_formatter(_ticker("FuncFormatter")(lambda y, _: shown(y)))
     axes.set_xlabel("step")
-    if any(label for label, _, _ in lines):  # one chart explains the marks for all
-        # A report ends with its alarm.
-        axes.legend(loc="upper left" if list(alarms) == [round(axes.dataLim.x1)] else "upper right")
+    if any(label for label, _, _ in lines):  # other charts have the same marks without a legend
+        ends_with_alarm = list(alarms) == [round(axes.dataLim.x1)]
+        axes.legend(loc="upper left" if ends_with_alarm else "upper right")
 
 
-def _drawable(y: float) -> bool:
+def _is_drawable(y: float) -> bool:
     return abs(y) < _LARGEST
 
 
@@ -281,13 +278,13 @@ def _ticker(name: str) -> Any:
 
 
 def _inline(svg: str, title: str) -> str:
-    """Return the element ``svg`` in the colours, font and width of the page."""
+    """Return the element ``svg`` with the colours, font and width of the page."""
     svg = svg[svg.index("<svg") :]
-    for colour, own in _COLOURS.items():
-        svg = svg.replace(colour, own)
+    for placeholder, colour in _COLOURS.items():
+        svg = svg.replace(placeholder, colour)
     svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # which nothing refers to, and each chart has
-    # Its rules would hold for the whole page.
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # unused, and the same in each chart
+    # A style element would apply to the whole page.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     opening = re.sub(r' (width|height|xmlns(:\w+)?|version)="[^"]*"', "", svg[: svg.index(">")])
     return f'{opening} role="img">{svg[svg.index(">") + 1 :]}'

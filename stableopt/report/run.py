@@ -1,4 +1,4 @@
-"""`Run`: what is known of a run from its JSON lines and the reports of its flight recorder."""
+"""`Run`: a run as read from its JSON lines and the reports of its flight recorder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FlightReport", "Record", "Run", "number", "read_run"]
 Record = Mapping[str, Any]
 """A measurement: its ``step``, and numbers by name, as :class:`~stableopt.JSONLinesSink` writes them."""
 
-_OF_ANOTHER_FORM = (
+_FORM_ERRORS = (
     AttributeError,
     KeyError,
     OverflowError,
@@ -25,6 +25,7 @@ _OF_ANOTHER_FORM = (
     TypeError,
     ValueError,
 )
+"""Errors that a file of another form raises while it is read."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class FlightReport:
     """A report of the flight recorder.
 
     Attributes:
-        step: of the alarm.
-        alarm: what was seen.
-        cause: the likely one.
-        layer: that the evidence names, or ``""``.
-        verdict: sentences.
+        step: the step of the alarm.
+        alarm: the event.
+        cause: its likely cause.
+        layer: the layer where the cause is, or ``""``.
+        verdict: the explanation, one or more sentences.
         steps: the steps before, oldest first.
         measured: ``(step, loss, ratio, shares)`` of the measurements before.
     """
@@ -51,46 +52,42 @@ class FlightReport:
 
     @classmethod
     def of(cls, content: Any) -> FlightReport:
-        """Return the report that a ``report.json`` holds.
+        """Return the report with the ``content`` of a ``report.json``.
 
         Raises:
             AttributeError, KeyError, OverflowError, TypeError, ValueError: if it is of another form.
         """
         alarm, verdict, evidence = (content[key] for key in ("alarm", "verdict", "evidence"))
         measured = []
-        for its in evidence["measured"]:
-            margins = StabilityMargins.from_dict(its["margins"])
-            shares = {str(name): _share(share) for name, share in its["shares"].items()}
-            step, loss, ratio = (
-                _step(margins.step),
-                number(margins.loss),
-                number(margins.edge_ratio),
-            )
-            measured.append((step, loss, ratio, shares))
+        for record in evidence["measured"]:
+            margins = StabilityMargins.from_dict(record["margins"])
+            shares = {str(name): _share(share) for name, share in record["shares"].items()}
+            loss, ratio = number(margins.loss), number(margins.edge_ratio)
+            measured.append((_step(margins.step), loss, ratio, shares))
         return cls(
             _step(alarm["step"]),
             str(alarm["text"]),
             str(verdict["cause"]),
             str(verdict["layer"] or ""),
             str(verdict["text"]),
-            [{**its, "step": _step(its["step"])} for its in evidence["steps"]],
+            [{**record, "step": _step(record["step"])} for record in evidence["steps"]],
             measured,
         )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run.
+    """The measurements, decisions and reports of a run.
 
     Attributes:
-        name: what the page calls it.
-        records: its measurements, in the order of their steps.
-        decisions: of steering: step and reason.
-        reports: of the flight recorder, oldest first.
-        unreadable: lines, and reports, that could not be read, as a crash leaves them.
-        superseded: measurements, decisions and reports that a later run in the same folder replaced: it
-            was resumed before them, or began again.
-        skipped: files that were not read, and why.
+        name: the title of the page.
+        records: the measurements, in the order of their steps.
+        decisions: the decisions of steering, as step and reason.
+        reports: the reports of the flight recorder, oldest first.
+        unreadable: the number of lines and reports that could not be read, as after a crash.
+        superseded: the number of measurements, decisions and reports that were replaced by a run which
+            was resumed at an earlier step, or started again.
+        skipped: files that were not read, each with the reason.
     """
 
     name: str
@@ -108,37 +105,38 @@ class Run:
         >>> Run.of_history("demo", [StabilityMargins(step=3, sharpness=1.0)]).records[0]["sharpness"]
         1.0
         """
-        return cls(name, [_recorded(its) for its in history])
+        return cls(name, [_record(margins) for margins in history])
 
     @property
     def failed(self) -> int:
-        """How many measurements failed."""
+        """The number of failed measurements."""
         return sum(number(record.get("failed")) == 1 for record in self.records)
 
     @property
     def shares(self) -> dict[int, Mapping[str, float]]:
-        """The share of each layer in the top eigenvector by step, where records or reports have it."""
-        found: dict[int, Mapping[str, float]] = {}
+        """The share of each layer in the top eigenvector, by step; steps without shares are left out."""
+        by_step: dict[int, Mapping[str, float]] = {}
         for report in self.reports:
-            found |= {step: shares for step, _, _, shares in report.measured if shares}
+            by_step |= {step: shares for step, _, _, shares in report.measured if shares}
         for record in self.records:
             layers = record.get("by_layer")
-            numbers = layers.items() if isinstance(layers, Mapping) else ()
+            if not isinstance(layers, Mapping):
+                continue
             shares = {
-                str(layer): _share(its.get("share"))
-                for layer, its in numbers
-                if isinstance(its, Mapping) and its.get("share") is not None
+                str(layer): _share(numbers.get("share"))
+                for layer, numbers in layers.items()
+                if isinstance(numbers, Mapping) and numbers.get("share") is not None
             }
             if shares:
-                found[record["step"]] = shares
-        return dict(sorted(found.items()))
+                by_step[record["step"]] = shares
+        return dict(sorted(by_step.items()))
 
     def numbers(self, name: str) -> list[tuple[int, float]]:
-        """Return ``(step, number)`` of each record; not a number where there is none."""
+        """Return ``(step, number)`` of each record; NaN for a record without this number."""
         return [(record["step"], number(record.get(name))) for record in self.records]
 
 
-def _recorded(margins: StabilityMargins) -> Record:
+def _record(margins: StabilityMargins) -> Record:
     record: dict[str, Any] = {"step": margins.step, **margins.record()}
     layers = margins.layers
     if layers is not None and "share" in layers.columns:
@@ -148,7 +146,7 @@ def _recorded(margins: StabilityMargins) -> Record:
 
 
 def number(value: Any) -> float:
-    """Return ``value`` as a float; not a number if it is none.
+    """Return ``value`` as a float; NaN if it is not a number.
 
     >>> number(2), number(None), number("3")
     (2.0, nan, nan)
@@ -162,14 +160,10 @@ def number(value: Any) -> float:
 
 
 def _step(value: Any) -> int:
-    """Return a step that a chart can show; raise an error for infinity and the like."""
+    """Return a step as an integer; raise an error if it is infinite or too large for a chart."""
     step = int(value)
-    float(step)
+    float(step)  # an OverflowError for integers beyond the largest float
     return step
-
-
-def _alarm(report: FlightReport) -> tuple[int, str]:
-    return report.step, report.alarm
 
 
 def _share(value: Any) -> float:
@@ -178,77 +172,75 @@ def _share(value: Any) -> float:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Return the run in a folder, or of one file of JSON lines with the reports in its folder.
+    """Return the run in a folder, or the run of one JSON-lines file with the reports in its folder.
 
-    Lines that a crash cut short are read over, and so are lines of other loggers. Where a run was
-    resumed or began again, its lines replace those of the same and later steps, and only reports whose
-    measurements are among the lines that remain count. Named pipes and broken links are skipped, and so
-    are reports of another form.
+    Lines that a crash cut short are ignored, and so are lines of other loggers. If a run was resumed or
+    started again, its lines replace those of the same and later steps, and reports whose measurements
+    were replaced are left out. Named pipes, broken links and reports of another form are skipped.
 
     Args:
-        path: a folder with a file ``*.jsonl`` that :class:`~stableopt.JSONLinesSink` wrote, with
-            reports ``step-*/report.json`` in it or in its folders, or with both; or that file.
+        path: a folder with a file ``*.jsonl`` of a :class:`~stableopt.JSONLinesSink`, with reports
+            ``step-*/report.json`` at any depth, or with both; or that file.
 
     Raises:
-        FileNotFoundError: if there is nothing of either kind.
-        ValueError: for a folder with several such files, and for a file of one report.
+        FileNotFoundError: if there is neither a file nor a report.
+        ValueError: for a folder with several runs, and for the folder of a single report.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         kind = "not a regular file" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{path}: {kind}")
-    of_a_report = folder.name.startswith("step-") and (folder / "report.json").is_file()
-    if of_a_report and path.suffix != ".jsonl":
+    is_report_folder = folder.name.startswith("step-") and (folder / "report.json").is_file()
+    if is_report_folder and path.suffix != ".jsonl":
         raise ValueError(f"{path} is of one report: pass the folder of the run, {folder.parent}")
     skipped: list[str] = []
-    files = [path] if path.is_file() else _regular(folder, "*.jsonl", skipped)
-    every: dict[Path, _Lines] = {}
-    for file in files:
+    lines_by_file: dict[Path, _Lines] = {}
+    for file in [path] if path.is_file() else _regular_files(folder, "*.jsonl", skipped):
         try:
-            every[file] = _Lines(file)
+            lines_by_file[file] = _Lines(file)
         except OSError as error:
             if file == path:
                 raise
             skipped.append(f"{file}: {error.strerror}")
-    found = {file: its for file, its in every.items() if its.records or its.notes}
-    if len(found) > 1:
-        listed = ", ".join(str(file.relative_to(folder)) for file in found)
-        raise ValueError(
-            f"{path}: expected the JSON lines of one run, and it has {listed}; pass one"
-        )
-    lines = next(iter(found.values()), None)
-    places = _regular(folder, "step-*/report.json", skipped)
-    if not every and not places:
+    report_files = _regular_files(folder, "step-*/report.json", skipped)
+    if not lines_by_file and not report_files:
         raise FileNotFoundError(
             f"{path}: expected a file *.jsonl of a JSONLinesSink, or reports step-*/report.json of a"
             f" FlightRecorder{'; skipped ' if skipped else ''}{', '.join(skipped)}"
         )
-    reports, unreadable = [], sum(its.unreadable for its in every.values())
-    for place in places:
+    runs = {file: lines for file, lines in lines_by_file.items() if lines.records or lines.notes}
+    if len(runs) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in runs)
+        raise ValueError(
+            f"{path}: expected the JSON lines of one run, and it has {names}; pass one"
+        )
+    reports, unreadable = [], sum(lines.unreadable for lines in lines_by_file.values())
+    for file in report_files:
         try:
-            reports.append(FlightReport.of(json.loads(place.read_text("utf-8", "replace"))))
-        except (OSError, *_OF_ANOTHER_FORM) as error:
+            reports.append(FlightReport.of(json.loads(file.read_text("utf-8", "replace"))))
+        except (OSError, *_FORM_ERRORS) as error:
             unreadable += 1
-            skipped.append(f"{place}: not a report ({type(error).__name__})")
+            skipped.append(f"{file}: not a report ({type(error).__name__})")
     reports.sort(key=lambda report: report.step)
     name = path.resolve().name
-    if lines is None:
+    if not runs:
         return Run(name, reports=reports, unreadable=unreadable, skipped=skipped)
-    kept = lines.reports(reports)
+    (lines,) = runs.values()
+    kept = lines.matching(reports)
     superseded = lines.superseded + len(reports) - len(kept)
     return Run(name, lines.records, lines.notes, kept, unreadable, superseded, skipped)
 
 
-def _regular(folder: Path, pattern: str, skipped: list[str]) -> list[Path]:
-    """Return the files of a pattern; a named pipe would never end, and a broken link does not begin."""
-    found = sorted(folder.rglob(pattern))
-    skipped += [f"{file}: not a regular file" for file in found if not file.is_file()]
-    return [file for file in found if file.is_file()]
+def _regular_files(folder: Path, pattern: str, skipped: list[str]) -> list[Path]:
+    """Return the regular files of a pattern; list others, such as broken links, in ``skipped``."""
+    paths = sorted(folder.rglob(pattern))
+    skipped += [f"{path}: not a regular file" for path in paths if not path.is_file()]
+    return [path for path in paths if path.is_file()]
 
 
 class _Lines:
-    """What a file of JSON lines holds."""
+    """The measurements and notes of a JSON-lines file, without superseded ones."""
 
     def __init__(self, path: Path) -> None:
         self.records: list[Record] = []
@@ -262,22 +254,24 @@ class _Lines:
                 self.unreadable += 1
                 continue
             if isinstance(line.get("note"), str):
-                if self._last > step:  # the run went back, and may not have measured since
+                if self._last_step > step:  # a resumed run, which may not have measured yet
                     self._drop(step + 1, step)
                 self.notes.append((step, line["note"]))
             elif "failed" in line and "converged" in line:
-                again = bool(self.records) and self.records[-1]["step"] >= step
-                # A decision may come before the measurement of its step, as of an alarm.
-                self._drop(step, step if again or self._last > step else step + 1)
+                is_repeated = bool(self.records) and self.records[-1]["step"] >= step
+                # In one run a note may precede the measurement of its step, so it is kept.
+                is_resumed = is_repeated or self._last_step > step
+                self._drop(step, step if is_resumed else step + 1)
                 self.records.append(line)
 
     @property
-    def _last(self) -> int:
-        """The last step of a line that remains."""
+    def _last_step(self) -> int:
+        """The last step of the kept records and notes, -1 without any."""
         steps = [line["step"] for line in self.records[-1:]] + [step for step, _ in self.notes[-1:]]
         return max(steps, default=-1)
 
     def _drop(self, records_from: int, notes_from: int) -> None:
+        """Remove the records and notes from these steps on, as superseded."""
         while self.records and self.records[-1]["step"] >= records_from:
             self.records.pop()
             self.superseded += 1
@@ -285,31 +279,33 @@ class _Lines:
             self.notes.pop()
             self.superseded += 1
 
-    def reports(self, reports: Iterable[FlightReport]) -> list[FlightReport]:
-        """Return the reports whose measurements are those of the lines, each alarm once."""
+    def matching(self, reports: Iterable[FlightReport]) -> list[FlightReport]:
+        """Return the reports whose measurements are in the lines, without repeated alarms."""
         kept: list[FlightReport] = []
         losses = {line["step"]: number(line["loss"]) for line in self.records if "loss" in line}
         steps = {line["step"] for line in self.records}
         for report in reports:
-            if not self._agrees(report, losses, steps):
+            if not self._matches(report, losses, steps):
                 continue
-            # A resumed run that repeats the one before to the bit writes its reports again.
-            if self.superseded and kept and _alarm(kept[-1]) == _alarm(report):
+            # A resumed run that is bit for bit the earlier one writes its reports again.
+            last = kept[-1] if self.superseded and kept else None
+            if last is not None and (last.step, last.alarm) == (report.step, report.alarm):
                 kept.pop()
             kept.append(report)
         return kept
 
-    def _agrees(self, report: FlightReport, losses: dict[int, float], steps: set[int]) -> bool:
+    def _matches(self, report: FlightReport, losses: dict[int, float], steps: set[int]) -> bool:
         for step, loss, *_ in report.measured:
-            known = losses.get(step, loss)
-            if known != loss and (math.isfinite(known) or math.isfinite(loss)):
+            line_loss = losses.get(step, loss)
+            if line_loss != loss and (math.isfinite(line_loss) or math.isfinite(loss)):
                 return False
-            # Without a way back, lines may be missing for other reasons, such as a full disk.
+            # Unless the run was resumed, lines are missing for other reasons, such as a full disk.
             if self.superseded and step not in steps and step > min(steps, default=step):
                 return False
         return True
 
     def _objects(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yield the JSON objects of the lines, and count unreadable lines."""
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:

@@ -1,4 +1,4 @@
-"""What a run comes to: a sentence, the table of the latest margins, and counts."""
+"""The summary of a run: one sentence, the table of the latest margins, and counts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Row:
 
     Attributes:
         title: the quantity in words.
-        value, limit, ratio: as shown.
-        share: the ratio as a length from 0 to 1, for a bar with the limit in the middle.
-        level: ``"inside"``, ``"near"``, ``"over"`` or ``""``.
+        value, limit, ratio: the numbers as text.
+        share: the filled share of a bar, from 0 to 1, with the limit at one half.
+        level: ``"inside"``, ``"near"``, ``"over"``, or ``""`` without a limit.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Row:
 
 
 def titled(name: str) -> str:
-    """Return a quantity in words.
+    """Return the name of a quantity in words.
 
     >>> titled("non_uniformity"), titled("my_own")
     ('non-uniformity', 'my own')
@@ -53,27 +53,31 @@ def shown(value: float) -> str:
     if 0 < abs(value) < 1e-3 or 1e5 <= abs(value) < math.inf:
         mantissa, _, exponent = f"{value:.3e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}" if math.isfinite(value) else "∞" if value > 0 else "−∞"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.4g}"
 
 
 def with_ratio(record: Record) -> list[str]:
-    """Return the quantities that ``record`` has a ratio of, other than those without a limit."""
+    """Return the quantities of ``record`` that have a limit, and so a ratio."""
     names = [key.removesuffix("_ratio") for key in record if str(key).endswith("_ratio")]
-    # A ratio of zero belongs to an infinite limit.
+    # The ratio to an infinite limit is zero.
     return [name for name in names if number(record[f"{name}_ratio"]) != 0]
 
 
 def level(ratio: float) -> str:
-    """Return where a ratio stands.
+    """Return where a ratio lies: inside the limit, near it, or over it.
 
     >>> level(0.5), level(1.0), level(1.2)
     ('inside', 'near', 'over')
     """
-    return "over" if ratio > OVER else "near" if ratio >= NEAR else "inside"
+    if ratio > OVER:
+        return "over"
+    return "near" if ratio >= NEAR else "inside"
 
 
 def sentence(run: Run) -> str:
-    """Return the run in one sentence.
+    """Return the state of the run in one sentence.
 
     >>> sentence(Run("demo"))
     'Nothing has been measured yet.'
@@ -82,64 +86,72 @@ def sentence(run: Run) -> str:
     'Step 50 is inside the region of stability: the sharpness is at 0.45 of its limit.'
     """
     if run.reports:
-        first, more = run.reports[0], len(run.reports) - 1
-        where = f", seen in layer {first.layer}" if first.layer else ""
-        rest = f" (and {more} more alarm{'s'[: more > 1]})" if more else ""
+        first, further = run.reports[0], len(run.reports) - 1
+        place = f", seen in layer {first.layer}" if first.layer else ""
+        more = ""
+        if further:
+            more = f" (and {further} more {'alarm' if further == 1 else 'alarms'})"
         return (
-            f"At step {first.step:,} {first.alarm}; the likely cause: {first.cause}{where}{rest}."
+            f"At step {first.step:,} {first.alarm}; the likely cause: {first.cause}{place}{more}."
         )
     if not run.records:
         return "Nothing has been measured yet."
-    good = [record for record in run.records if number(record.get("failed")) != 1]
-    if not good:
+    last = _last_good(run)
+    if last is None:
         return "Every measurement failed."
-    last = good[-1]
-    tail = "; the last measurement failed." if last is not run.records[-1] else "."
+    end = "; the last measurement failed." if last is not run.records[-1] else "."
     step = f"Step {last['step']:,}"
     ratios = {name: number(last[f"{name}_ratio"]) for name in with_ratio(last)}
-    known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
-    if not known:
-        return f"{step} was measured, and no limit is known{tail}"
-    name = max(known, key=lambda each: known[each])
-    ratio = known[name]
-    place = {
+    ratios = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
+    if not ratios:
+        return f"{step} was measured, and no limit is known{end}"
+    name = max(ratios, key=lambda name: ratios[name])
+    ratio = ratios[name]
+    position = {
         "inside": "is inside the region of stability",
         "near": "is at the edge of stability",
         "over": "is beyond the edge of stability",
     }[level(ratio)]
-    much = f"at {ratio:.3g} of" if ratio <= 1 else f"{ratio:.3g} times"
-    return f"{step} {place}: the {titled(name)} is {much} its limit{tail}"
+    factor = f"at {ratio:.3g} of" if ratio <= 1 else f"{ratio:.3g} times"
+    return f"{step} {position}: the {titled(name)} is {factor} its limit{end}"
+
+
+def _last_good(run: Run) -> Record | None:
+    """Return the latest measurement that did not fail, or ``None``."""
+    good = (record for record in reversed(run.records) if number(record.get("failed")) != 1)
+    return next(good, None)
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Yield the quantities of the latest measurement that has any."""
-    last = next((one for one in reversed(run.records) if number(one.get("failed")) != 1), None)
+    """Yield a row for each quantity of the latest measurement that did not fail."""
+    last = _last_good(run)
     if last is None:
         return
     names = [name for name in last if name in QUANTITIES]
     for name in dict.fromkeys([*names, *with_ratio(last)]):
         ratio, limit = number(last.get(f"{name}_ratio")), number(last.get(f"{name}_limit"))
         if f"{name}_limit" in last and last[f"{name}_limit"] is None:
-            limit = math.inf  # which JSON has no number for
+            limit = math.inf  # null in JSON
+        has_limit = limit != math.inf
         yield Row(
             titled(name),
             shown(number(last.get(name))),
-            "none" if limit == math.inf else shown(limit),
-            shown(float(f"{ratio:.3g}")) if limit != math.inf else "–",
+            shown(limit) if has_limit else "none",
+            shown(float(f"{ratio:.3g}")) if has_limit else "–",
             0.0 if math.isnan(ratio) else min(max(ratio / 2, 0.0), 1.0),
-            "" if math.isnan(ratio) or limit == math.inf else level(ratio),
+            level(ratio) if has_limit and not math.isnan(ratio) else "",
         )
 
 
 def counts(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield what there is of a run, in words and numbers."""
+    """Yield the counts and settings of a run, each with its name."""
     last = run.records[-1] if run.records else {}
     if run.records:
         yield "steps", f"{run.records[0]['step']:,} to {last['step']:,}"
     yield "measurements", f"{len(run.records):,}"
     yield "failed", f"{run.failed:,}"
-    unsettled = sum(number(one.get("converged")) == 0 for one in run.records) - run.failed
-    yield "not converged", f"{max(unsettled, 0):,}"
+    unconverged = sum(number(record.get("converged")) == 0 for record in run.records) - run.failed
+    yield "not converged", f"{max(unconverged, 0):,}"
     if run.reports:
         yield "alarms", f"{len(run.reports):,}"
     if run.superseded:
@@ -151,5 +163,5 @@ def counts(run: Run) -> Iterator[tuple[str, str]]:
     for name, title in (("lr", "learning rate"), ("batch_size", "batch size")):
         if name in last:
             yield title, shown(number(last[name]))
-    seconds = sum(its for _, its in run.numbers("seconds") if math.isfinite(its))
+    seconds = sum(value for _, value in run.numbers("seconds") if math.isfinite(value))
     yield "time measuring", f"{seconds:,.1f} s"

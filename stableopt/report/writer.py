@@ -1,4 +1,4 @@
-"""`write_page`: a run as one HTML page that needs nothing else, and the same for a notebook."""
+"""`write_page`: a run as a self-contained HTML page; `notebook`: as an element of a notebook."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ _DARK = (
 )
 _MISSING = "needs jinja2 and matplotlib: pip install stableopt[report]"
 _ALARMS, _MEASURED, _DECISIONS = 10, 6, 20
-"""Alarms, measurements of each, and decisions that a page shows."""
+"""Alarms on a page, measurements before each alarm, and decisions."""
 
-_IN_NOTEBOOK = 4
-"""Charts in a notebook."""
+_NOTEBOOK_CHARTS = 4
 
 
 def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
     """Write the page of a finished, running or crashed run; return its path.
 
-    The page is one file without scripts that loads nothing. It appears as a whole, or not at all.
+    The page is one file without scripts and external resources. It is written completely or not at all.
 
     Args:
         path: the folder of the run, or its file of JSON lines: see :func:`read_run`.
-        out: the page, or a folder for ``report.html``; by default that of the run.
+        out: the file of the page, or a folder for ``report.html``; by default the folder of the run.
 
     Raises:
         ImportError: without jinja2 or matplotlib: ``pip install stableopt[report]``.
@@ -61,7 +60,8 @@ def write_run(
     run: Run, path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> Path:
     """Write the page of ``run``, read from ``path``, as :func:`write_page` does; return its path."""
-    path, text = Path(path), page(run)
+    text = page(run)
+    path = Path(path)
     folder = path.parent if path.is_file() else path
     target = folder if out is None else Path(out)
     if target.is_dir():
@@ -89,26 +89,29 @@ def page(run: Run) -> str:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"a report {_MISSING}")
-    alarms = [(one, list(_held(one)), charts_of_report(one)) for one in run.reports[:_ALARMS]]
-    return _template().render(
-        **_content(run, charts(run)), compact=False, heat=heat_map(run), alarms=alarms
-    )
+    alarms = [
+        (report, list(_measured_rows(report)), charts_of_report(report))
+        for report in run.reports[:_ALARMS]
+    ]
+    content = _content(run, charts(run))
+    return _template().render(**content, compact=False, heat=heat_map(run), alarms=alarms)
 
 
 def notebook(run: Run) -> str:
-    """Return the element that a notebook shows: with fewer charts, and with none without matplotlib.
+    """Return the HTML element for a notebook, with fewer charts; without matplotlib it has none.
 
     >>> "Nothing has been measured yet." in notebook(Run("demo"))
     True
     """
     has_charts = importlib.util.find_spec("matplotlib") is not None
-    drawn = charts(run)[:_IN_NOTEBOOK] if has_charts else []
+    drawn = charts(run)[:_NOTEBOOK_CHARTS] if has_charts else []
     missing = "" if has_charts else f"A chart {_MISSING}."
     content = _content(run, drawn, missing)
     return _template().render(**content, compact=True, heat=heat_map(run), alarms=[])
 
 
 def _content(run: Run, drawn: list[Chart], missing: str = "") -> Mapping[str, Any]:
+    """Return the variables of the template that page and notebook share."""
     return {
         "run": run,
         "dark": _DARK,
@@ -124,18 +127,20 @@ def _content(run: Run, drawn: list[Chart], missing: str = "") -> Mapping[str, An
 
 
 def _mood(run: Run) -> str:
-    """Return the colour of the sentence."""
+    """Return the level that colours the sentence: ``"inside"``, ``"near"`` or ``"over"``."""
     if run.reports:
         return "over"
     for record in reversed(run.records):
         ratios = [number(record[f"{name}_ratio"]) for name in with_ratio(record)]
-        known = [ratio for ratio in ratios if not math.isnan(ratio)]
-        if known:
-            return level(max(known))
-    return "inside" if run.failed < len(run.records) or not run.records else "over"
+        ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
+        if ratios:
+            return level(max(ratios))
+    all_failed = bool(run.records) and run.failed == len(run.records)
+    return "over" if all_failed else "inside"
 
 
-def _held(report: FlightReport) -> Iterator[tuple[int, str, str, str]]:
+def _measured_rows(report: FlightReport) -> Iterator[tuple[int, str, str, str]]:
+    """Yield step, loss, ratio and the three largest layers of the measurements before an alarm."""
     for step, loss, ratio, shares in report.measured[-_MEASURED:]:
         layers = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
         yield step, shown(loss), shown(ratio), layers

@@ -1,4 +1,4 @@
-"""Sinks: where measurements and decisions go.
+"""Sinks: receivers of measurements and of decisions of steering.
 
 Five examples::
 
@@ -8,15 +8,15 @@ Five examples::
     sinks=[ConsoleSink()]                            # a live table in the terminal
     sinks=[lambda step, record: print(step, record["sharpness_ratio"])]
 
-A sink is any callable that takes ``(step, record)``. The record of a measurement is what
-:meth:`~stableopt.stability.StabilityMargins.record` returns: every known number by name, infinite
-limits included; a failed measurement has ``failed`` = 1 and no values. The record of a decision of
-steering has ``decision`` = 1, and what changed as ``_from`` and ``_to``; its reason in words goes to
-the sink's ``note(step, text)``, if it has one. The monitor calls a sink's ``flush()``, if it has one,
-when it closes.
+A sink is any callable that takes ``(step, record)``. The record of a measurement is the result of
+:meth:`~stableopt.stability.StabilityMargins.record`: every known number by name, infinite limits
+included; a failed measurement has ``failed`` = 1 and no values. The record of a decision has
+``decision`` = 1, and the changed value as ``<name>_from`` and ``<name>_to``; the reason in words goes to
+the sink's ``note(step, text)``, if it has that method. When the monitor closes, it calls the sink's
+``flush()``, if it has that method.
 
-A sink with a method ``receive(event)`` gets :class:`Measured` or :class:`Decided` instead: the margins
-with the update rule, or the decision itself. Each has a ``step`` and a ``record()``.
+A sink with a method ``receive(event)`` gets events instead: :class:`Measured`, with the margins and the
+update rule, or :class:`Decided`, with the decision. Each has a ``step`` and a ``record()``.
 """
 
 from stableopt.sinks.console import ConsoleSink

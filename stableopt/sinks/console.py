@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleSink", "margins_table"]
 
 _LAYERS = 3
-"""Layers in the table: it stays on the screen with what training prints."""
+"""Layers in the table: few, so that the table and the output of training fit on the screen."""
 
 NEAR, OVER = 0.9, 1.01
-"""Ratios from which a row is yellow, and red: near the edge, and beyond the band that charts draw."""
+"""Ratios from which a row is yellow (near the limit) and above which it is red (over the limit)."""
 
 
 class ConsoleSink:
     """Shows the latest margins as a table that stays at the bottom of the terminal.
 
-    What training prints appears above the table. The last decision of steering, or the reason of a
-    failed measurement, is the line below it; the table then keeps the last that succeeded. Where the
-    output is not a terminal, as in a pipe, a log file or most CI, nothing is shown. Next to a progress
+    The output of training appears above the table. The line below it is the last decision of steering,
+    or the reason why the last measurement failed; the table then keeps the last successful one. If the
+    output is not a terminal, but a pipe, a log file or most CI, nothing is shown. Next to a progress
     bar of tqdm or another display of rich, each measurement and decision is one line instead. The
     table ends with the monitor, or with the program.
 
     Args:
-        console: a ``rich.console.Console``; by default one that writes to standard error, so that
-            what the program prints can be piped.
+        console: a ``rich.console.Console``; by default one for standard error, so that the program's
+            standard output can be piped.
 
     Raises:
         ImportError: without rich: ``pip install stableopt[console]``.
 
     >>> sink = ConsoleSink()
-    >>> sink.receive(Measured(50, StabilityMargins(step=50, sharpness=15.0)))  # no terminal here
+    >>> sink.receive(Measured(50, StabilityMargins(step=50, sharpness=15.0)))  # not in a terminal
     >>> sink.flush()
     """
 
@@ -54,7 +54,7 @@ class ConsoleSink:
             raise ImportError("ConsoleSink needs rich: pip install stableopt[console]") from error
         self.console = console or Console(stderr=True)
         self._live: Any = None
-        self._margins, self._said, self._failure = StabilityMargins(), "", ""
+        self._margins, self._decision, self._failure = StabilityMargins(), "", ""
 
     def receive(self, event: Event) -> None:
         """Show the margins of a measurement, or the reason of a decision."""
@@ -68,24 +68,26 @@ class ConsoleSink:
             if not failure or not self._margins.results:
                 self._margins = event.margins
         else:
-            self._said = f"step {event.step:,}: {event.decision}"
-        if bars := progress_bars():
+            self._decision = f"step {event.step:,}: {event.decision}"
+        bars = progress_bars()
+        if bars:
             self.flush()
-        if self._live is None and (bars or not self._begin()):
-            text = one_line(event.margins) if isinstance(event, Measured) else self._said
+        if self._live is None and (bars or not self._start()):
+            text = one_line(event.margins) if isinstance(event, Measured) else self._decision
             self._print(text, bars)
             return
-        self._live.update(margins_table(self._margins, self._failure or self._said), refresh=True)
+        note = self._failure or self._decision
+        self._live.update(margins_table(self._margins, note), refresh=True)
 
     def flush(self) -> None:
-        """Leave the table as it is; a later measurement begins another one."""
+        """End the live display; the table stays, and the next event starts another one."""
         live, self._live = self._live, None
         if live is not None:
             atexit.unregister(self.flush)
             live.stop()
 
-    def _begin(self) -> bool:
-        """Start the live display; return whether there can be one."""
+    def _start(self) -> bool:
+        """Start the live display; return whether that was possible."""
         from rich.errors import LiveError
         from rich.live import Live
 
@@ -100,16 +102,19 @@ class ConsoleSink:
             return False
         self._live = live
         redirect(self.console, lambda: self._live is live, self.flush)
-        atexit.register(self.flush)  # or a program that closes no monitor leaves a hidden cursor
+        atexit.register(
+            self.flush
+        )  # shows the cursor again if the program does not close its monitor
         return True
 
     def _print(self, text: str, bars: Sequence[Any]) -> None:
-        """Print a line above what else is drawn in the terminal."""
+        """Print a line above progress bars and other displays."""
         from stableopt.sinks.terminal import other_display
 
         for bar in bars:
             bar.clear()
-        if (stream := other_display()) is not None:
+        stream = other_display()
+        if stream is not None:
             print(text, file=stream)
         else:
             self.console.print(text, highlight=False, markup=False)
@@ -120,14 +125,15 @@ class ConsoleSink:
         return "ConsoleSink()"
 
 
-def margins_table(margins: StabilityMargins, said: str = "") -> Table:
+def margins_table(margins: StabilityMargins, note: str = "") -> Table:
     """Return a rich table of one measurement: value, limit and ratio of each quantity.
 
-    Below them are the three layers nearest to their limits, or else with the largest shares.
+    Below them are the three layers nearest to their limits, or without limits those with the largest
+    shares of the top eigenvector.
 
     Args:
         margins: the measurement.
-        said: a line below the table; where the measurement failed, its reason is shown instead.
+        note: a line below the table; a failed measurement shows the reason instead.
 
     >>> margins_table(StabilityMargins(step=50, sharpness=15.0, sharpness_limit=20.0)).row_count
     1
@@ -135,8 +141,8 @@ def margins_table(margins: StabilityMargins, said: str = "") -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    below = margins.failure or said or "; ".join(margins.failures.values())
-    # Title and caption are as wide as the table.
+    below = margins.failure or note or "; ".join(margins.failures.values())
+    # The minimum width leaves room for title and caption, which rich wraps at the table's width.
     table = Table(title=_title(margins), caption=Text(below) if below else None, min_width=72)
     table.add_column("quantity", overflow="fold")
     for heading in ("value", "limit", "ratio"):
@@ -145,31 +151,35 @@ def margins_table(margins: StabilityMargins, said: str = "") -> Table:
         if result.value is None and result.failure is None:
             continue
         chart = QUANTITIES[name].chart
-        shown = "failed" if result.value is None else _number(result.value)
         title = chart.title if chart else name.replace("_", " ")
-        table.add_row(title, shown, _number(result.limit), _coloured(result.ratio))
+        value = "failed" if result.value is None else _number(result.value)
+        table.add_row(title, value, _number(result.limit), _coloured(result.ratio))
     if margins.layers is not None:
         table.add_section()
         table.add_row(Text("layers (% of the top eigenvector)", style="italic"))
         for layer in margins.layers.largest(_LAYERS):
             share = "–" if layer.share is None else f"{100 * layer.share:.0f} %"
-            held = Text(f"{share:>5}  {shortened(layer.name, 28)}")
-            numbers = (_number(layer.sharpness), _number(layer.limit), _coloured(layer.ratio))
-            table.add_row(held, *(numbers if layer.sharpness is not None else ()))
+            row: list[Text | str] = [Text(f"{share:>5}  {shortened(layer.name, 28)}")]
+            if layer.sharpness is not None:
+                row += [_number(layer.sharpness), _number(layer.limit), _coloured(layer.ratio)]
+            table.add_row(*row)
     return table
 
 
 def _coloured(ratio: float | None) -> Text:
     from rich.text import Text
 
-    colour = ""
-    if ratio is not None:
-        colour = "red" if ratio > OVER else "yellow" if ratio >= NEAR else "green"
+    if ratio is None:
+        colour = ""
+    elif ratio > OVER:
+        colour = "red"
+    else:
+        colour = "yellow" if ratio >= NEAR else "green"
     return Text(_number(ratio), style=colour)
 
 
 def one_line(margins: StabilityMargins) -> str:
-    """Return one measurement in a line.
+    """Return a measurement as one line of text.
 
     >>> one_line(StabilityMargins(step=50, loss=0.25, sharpness=15.0, sharpness_limit=20.0))
     'step 50, loss 0.25, sharpness 15 (0.75 of its limit)'
@@ -177,14 +187,16 @@ def one_line(margins: StabilityMargins) -> str:
     parts = [_title(margins)]
     for name, result in margins.results.items():
         if result.value is not None:
-            share = "" if result.ratio is None else f" ({_number(result.ratio)} of its limit)"
-            parts.append(f"{name.replace('_', ' ')} {_number(result.value)}{share}")
-    return ", ".join([*parts, *([margins.failure] if margins.failure else [])])
+            ratio = "" if result.ratio is None else f" ({_number(result.ratio)} of its limit)"
+            parts.append(f"{name.replace('_', ' ')} {_number(result.value)}{ratio}")
+    if margins.failure:
+        parts.append(margins.failure)
+    return ", ".join(parts)
 
 
 def _title(margins: StabilityMargins) -> str:
-    names = {"loss": margins.loss, "learning rate": margins.lr, "batch size": margins.batch_size}
-    known = [f"{name} {_number(value)}" for name, value in names.items() if value is not None]
+    values = {"loss": margins.loss, "learning rate": margins.lr, "batch size": margins.batch_size}
+    known = [f"{name} {_number(value)}" for name, value in values.items() if value is not None]
     return ", ".join([f"step {margins.step:,}", *known])
 
 

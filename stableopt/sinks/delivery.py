@@ -1,4 +1,4 @@
-"""`deliver`: sends an event to every sink, and keeps the failures of sinks from training."""
+"""`deliver`: sends an event to every sink; a failing sink gives a warning and never stops training."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class WarnOnce:
 
     def __init__(self, active: bool = True) -> None:
         self._active = active
-        self._given: set[str] = set()
+        self._reasons: set[str] = set()
 
     def __call__(self, what: str, why: str) -> None:
-        """Warn that ``what`` happened, unless ``why`` was the reason of a warning before."""
-        if self._active and why not in self._given:
-            self._given.add(why)
+        """Warn that ``what`` happened, unless an earlier warning had the reason ``why``."""
+        if self._active and why not in self._reasons:
+            self._reasons.add(why)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=3)
 
 
 def check_sinks(sinks: Any) -> list[Sink]:
-    """Return ``sinks`` as a list; a single sink may stand for a list of one.
+    """Return ``sinks``, one sink or an iterable of them, as a list.
 
     Raises:
         TypeError: for anything that is not a sink.
@@ -56,10 +56,10 @@ def check_sinks(sinks: Any) -> list[Sink]:
 
 
 def deliver(event: Event, sinks: Iterable[Sink], warn: WarnOnce) -> None:
-    """Send ``event`` to each sink; a sink that fails is warned of, and training goes on.
+    """Send ``event`` to each sink; warn of a sink that fails.
 
-    A sink with ``receive`` gets the event. Any other is called with the step and a record of its own,
-    and its ``note(step, text)``, if it has one, with the reason of a decision.
+    A sink with ``receive`` gets the event. Any other sink is called with the step and a fresh record;
+    its ``note(step, text)``, if it has one, gets the reason of a decision.
     """
     for sink in sinks:
         try:
@@ -67,20 +67,22 @@ def deliver(event: Event, sinks: Iterable[Sink], warn: WarnOnce) -> None:
                 sink.receive(event)
                 continue
             sink(event.step, event.record())
-            if isinstance(event, Decided) and callable(note := getattr(sink, "note", None)):
+            note = getattr(sink, "note", None)
+            if isinstance(event, Decided) and callable(note):
                 note(event.step, str(event.decision))
         except Exception as error:
             warn(f"the sink {type(sink).__name__} failed", f"{type(error).__name__}: {error}")
 
 
 def flush(sinks: Iterable[Sink], warn: WarnOnce) -> None:
-    """Call ``flush()`` of each sink that has one; a failure is warned of.
+    """Call ``flush()`` of each sink that has one; warn of a failure.
 
-    It must not hide an error that ends a ``with`` block.
+    An error raised here would hide the error that ends a ``with`` block.
     """
     for sink in sinks:
-        if callable(flush := getattr(sink, "flush", None)):
+        flush_sink = getattr(sink, "flush", None)
+        if callable(flush_sink):
             try:
-                flush()
+                flush_sink()
             except Exception as error:
                 warn(f"the sink {type(sink).__name__} failed to flush", repr(error))

@@ -1,4 +1,4 @@
-"""`Diagrams` and `LayerMaps`: pictures of a run so far, drawn ever less often."""
+"""`Diagrams` and `LayerMaps`: images of a run for TensorBoard, at log-spaced measurements."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from stableopt.stability.measure.margins import StabilityMargins
 
 __all__ = ["Diagrams", "LayerMaps"]
 
-_MOST_POINTS = 1000  # of the trajectory, and as many measurements as TensorBoard shows
+_MOST_POINTS = 1000  # points of the trajectory; TensorBoard shows as many measurements
 
 _MAPS = ("share", "ratio", "mean_curvature")
 
 
-class _Drawn(abc.ABC):
-    """The measurements of a run, thinned as it grows, and when to draw: at most ``most`` times."""
+class _Images(abc.ABC):
+    """The measurements of a run, thinned as it grows, and a schedule of at most ``most`` images."""
 
     def __init__(self, most: int) -> None:
         self._left = most
-        # Log-spaced in measurements, up to as many as TensorBoard shows. The last diagram is kept for
-        # the end of the run, whenever that is.
+        # Log-spaced up to the number of measurements that TensorBoard shows. The last image is
+        # reserved for the end of the run.
         scheduled = max(most - 1, 0)
         steps = max(scheduled - 1, 1)
         self._schedule = {round(_MOST_POINTS ** (k / steps)) for k in range(scheduled)}
@@ -42,32 +42,32 @@ class _Drawn(abc.ABC):
 
     @property
     def _kept(self) -> list[StabilityMargins]:
-        """The measurements that are kept, and the newest."""
+        """The kept measurements, with the newest at the end."""
         return self._points if self._points[-1] is self._newest else [*self._points, self._newest]
 
     @property
     def due(self) -> bool:
-        """Whether to draw now."""
+        """Whether an image is scheduled for the newest measurement."""
         return self._left > 1 and self._count > self._drawn and self._count in self._schedule
 
     def finish(self, writer: Any) -> None:
-        """Draw the last time, if that is left and would show something new."""
+        """Draw the last image, unless it is drawn already or would show nothing new."""
         if self._left and self._count > self._drawn:
             self._left = 1
             self.draw(writer)
 
     def draw(self, writer: Any) -> None:
-        """Draw at the newest measurement."""
+        """Draw the measurements up to the newest."""
         self._left -= 1
         self._drawn = self._count
         self._write(writer)
 
     @abc.abstractmethod
     def _write(self, writer: Any) -> None:
-        """Write the pictures."""
+        """Write the images."""
 
 
-class Diagrams(_Drawn):
+class Diagrams(_Images):
     """The trajectory of a run in the stability diagram."""
 
     def __init__(self, most: int) -> None:
@@ -78,14 +78,16 @@ class Diagrams(_Drawn):
     def add(self, margins: StabilityMargins, region: plot.Region | None) -> None:
         """Add a point to the trajectory, if both of its quantities are known and finite."""
         pair = (margins.limited_sharpness, margins.non_uniformity)
-        if self._left and not any(x is None or not math.isfinite(x) for x in pair):
+        if self._left and all(value is not None and math.isfinite(value) for value in pair):
             self._region = region
             self._keep(margins)
 
     def mark(self, step: int, record: Mapping[str, float]) -> None:
-        """Mark what the record of a decision changes; other records change nothing."""
-        for label in _changes(record) if self._left and "decision" in record else ():
-            # A staircase is marked where it begins: its steps would hide the trajectory.
+        """Mark the changes of a decision, given its record; ignore records of measurements."""
+        if not self._left or "decision" not in record:
+            return
+        for label in _changes(record):
+            # Of a staircase only the first step has a mark: more would hide the trajectory.
             if not self._marks or self._marks[-1][1] != label:
                 self._marks.append((step, label))
 
@@ -95,7 +97,7 @@ class Diagrams(_Drawn):
         writer.add_image("stability/diagram", plot.to_rgb(figure), step, dataformats="HWC")
 
 
-class LayerMaps(_Drawn):
+class LayerMaps(_Images):
     """Heat maps of a run's layers."""
 
     def add(self, margins: StabilityMargins) -> None:

@@ -13,9 +13,9 @@ __all__ = ["Decided", "Decision", "Event", "Measured"]
 
 
 class Decision(Protocol):
-    """What sinks read of a decision; :class:`stableopt.steering.Decision` is one.
+    """The part of :class:`stableopt.steering.Decision` that sinks use: ``record()`` and ``str``.
 
-    Its ``str`` is the reason in words.
+    ``str(decision)`` is the reason in words.
     """
 
     def record(self) -> dict[str, float]:
@@ -28,8 +28,8 @@ class Measured:
 
     Attributes:
         step: optimizer steps done.
-        margins: what was measured.
-        rule: the update rule at that step; ``None`` where it could not be read.
+        margins: the measured values.
+        rule: the update rule at that step; ``None`` if it could not be read.
     """
 
     step: int
@@ -42,10 +42,10 @@ class Measured:
 
     @property
     def region(self) -> StabilityRegion | None:
-        """The rule's stability region; ``None`` where rule, preconditioner or noise limit are unknown.
+        """The rule's stability region; ``None`` if rule, preconditioner or noise limit are unknown.
 
-        With a preconditioner it is the region of the preconditioned quantities. The preconditioner
-        itself is left out, so that a sink that keeps the region keeps no tensors.
+        With a preconditioner it is the region of the preconditioned quantities. It does not refer to
+        the preconditioner, so a sink that stores the region holds no tensors.
 
         >>> margins = StabilityMargins(batch_size=4)
         >>> Measured(1, margins, UpdateRule(lr=0.5, momentum=0.5)).region.max_sharpness
@@ -55,7 +55,7 @@ class Measured:
         if rule is None or rule.unknown is not None or not rule.noise_known:
             return None
         if rule.preconditioned:
-            # In these coordinates weight decay is part of the matrix, not of the limit.
+            # In preconditioned coordinates the matrix contains the weight decay, not the limit.
             rule = replace(
                 rule, preconditioner=None, group_lrs=(), group_weight_decays=(), weight_decay=0.0
             )
@@ -68,7 +68,7 @@ class Decided:
 
     Attributes:
         step: optimizer steps done.
-        decision: what was decided, and why.
+        decision: the change and its reason.
     """
 
     step: int

@@ -18,14 +18,14 @@ __all__ = ["JSONLinesSink"]
 class JSONLinesSink:
     """Appends each record to a file, as one JSON object a line.
 
-    A line is ``{"step": …, "sharpness": …, …}``. Numbers of layers, where there are any, are in
+    A line is ``{"step": …, "sharpness": …, …}``. Measured layers are in the entry ``by_layer``, such as
     ``line["by_layer"]["blocks.3.mlp"]["share"]``, rounded to six digits. The file is open only while a
-    record is written, so that all records survive a crash, and processes that fork share no handle.
-    Every line is strict JSON, which has neither infinity nor NaN: both are written as ``null``. So a
-    limit of ``null`` means "no limit", and a limit that is absent was not known.
+    record is written, so all records survive a crash, and forked processes share no handle. Every line
+    is strict JSON: infinity and NaN, which JSON lacks, are ``null``. A limit of ``null`` means "no
+    limit", and an absent limit is unknown.
 
-    An existing file is appended to, so that a resumed run continues it. A last line that a crash cut
-    short stays as it is, and the next record begins on a new line.
+    A resumed run appends to the existing file. If a crash cut the last line short, it stays as it is,
+    and the next record starts on a new line.
 
     Args:
         path: the file; its folder is created with the first record.
@@ -40,16 +40,15 @@ class JSONLinesSink:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._began = False
+        self._has_written = False
 
     def receive(self, event: Event) -> None:
         """Append a measurement with its layers, or a decision and its reason."""
         line = _line(event.step, event.record())
-        if isinstance(event, Measured):
-            layers = event.margins.layers
-            self._append(line if layers is None else line | {"by_layer": _by_layer(layers)})
-        else:
-            self._append(line)
+        if isinstance(event, Measured) and event.margins.layers is not None:
+            line["by_layer"] = _by_layer(event.margins.layers)
+        self._append(line)
+        if not isinstance(event, Measured):
             self.note(event.step, str(event.decision))
 
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
@@ -62,18 +61,18 @@ class JSONLinesSink:
 
     def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False) + "\n"
-        if not self._began:
+        if not self._has_written:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = _line_break(self.path) + text
-        # One write of bytes: where several processes append, lines do not mix.
+        # A single unbuffered write: the lines of several processes do not mix.
         try:
             file = self.path.open("ab", buffering=0)
-        except FileNotFoundError:  # the folder was removed meanwhile
+        except FileNotFoundError:  # something removed the folder after the first record
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab", buffering=0)
         with file:
             file.write(text.encode())
-        self._began = True
+        self._has_written = True
 
     def __repr__(self) -> str:
         return f"JSONLinesSink({str(self.path)!r})"
@@ -98,7 +97,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _line_break(path: Path) -> str:
-    """Return what must precede a new line: nothing, unless the last one was cut short."""
+    """Return a line break if the last line was cut short, else nothing."""
     if not path.exists() or path.stat().st_size == 0:
         return ""
     with path.open("rb") as file:

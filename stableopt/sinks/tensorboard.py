@@ -1,4 +1,4 @@
-"""`TensorBoardSink`: live charts of the margins with their limits, and the stability diagram."""
+"""`TensorBoardSink`: writes live charts of the margins, and the stability diagram, to TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorBoardSink", "layout"]
 
-_LONGEST_TAG = 25  # the legends of the Custom Scalars dashboard have no room for more
-_POINTS_SHOWN = 1000  # what TensorBoard keeps of a tag by default
-_OF_THE_DIAGRAM = ("sharpness", "preconditioned_sharpness", "non_uniformity")
-_BINS = 60  # of a spectrum
-_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # of the float32 numbers that event files hold
+_LONGEST_TAG = 25  # characters that fit the legends of the Custom Scalars dashboard
+_POINTS_SHOWN = 1000  # points of a tag that TensorBoard keeps by default
+_DIAGRAM_NAMES = ("sharpness", "preconditioned_sharpness", "non_uniformity")
+_BINS = 60  # bins of a spectrum
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38  # range of float32, the precision of event files
 
 
 def _charts() -> dict[str, Chart]:
@@ -39,7 +39,7 @@ def _charts() -> dict[str, Chart]:
 
 
 def _tags(chart: Chart) -> dict[str, list[str]]:
-    """Return the tags of value, lower and upper end by the title of a Margin chart."""
+    """Return the tags of value, lower and upper end for each Margin chart, by its title."""
     tag, short = f"stability/{chart.tag}", f"stability/{chart.short_tag}"
     return {
         f"{chart.title} / limit": [f"{tag}_ratio", f"{short}_ratio_low", f"{short}_ratio_up"],
@@ -50,9 +50,9 @@ def _tags(chart: Chart) -> dict[str, list[str]]:
 def layout(measured: Collection[str] | None = None) -> dict[str, dict[str, list[Any]]]:
     """Return the Custom Scalars dashboard, as ``SummaryWriter.add_custom_scalars`` takes it.
 
-    Sharpness and non-uniformity have their charts in every run, other quantities only where they are
-    ``measured``; by default all have. A chart is the same in every run: TensorBoard merges the layouts
-    of all runs, and shows each chart that differs.
+    Every run has charts of sharpness and non-uniformity; other quantities have them only if they are
+    ``measured``, by default all. Runs must agree on each chart: TensorBoard merges the layouts of all
+    runs, and shows a chart once for each different definition.
     """
     shown = {
         name: chart
@@ -69,36 +69,36 @@ class TensorBoardSink:
 
     - *Custom Scalars*: sharpness, preconditioned sharpness and non-uniformity relative to their
       limits, with a band from 0.99 to 1.01, and in their own units, with a band of ±1 % around the
-      limit; other registered quantities as their :class:`~stableopt.stability.measure.quantities.Chart`
-      says. Without a limit, as for the non-uniformity of full-batch gradient descent or the plain
-      sharpness of a preconditioned optimizer, the value is only among the scalars.
+      limit; other quantities according to their
+      :class:`~stableopt.stability.measure.quantities.Chart`. A value without a limit, such as the
+      non-uniformity of full-batch gradient descent or the plain sharpness of a preconditioned
+      optimizer, is only among the scalars.
     - *Scalars*: every finite number of a record, as ``stability/<name>`` of at most 25 characters
       (``non_uniformity_ratio`` is ``stability/non_unif_ratio``), and the bands.
-    - *Scalars* of layers: the share of each in the top eigenvector,
-      ``stability_layers_share/<name>``, and with the quantity ``"layers"`` the ratio of each to its
-      limit and its mean curvature. More than 16 layers are one scalar a kind, such as
-      ``blocks.*.mlp``: the sum of the shares, the largest ratio.
+    - *Scalars* of layers: the share of each layer in the top eigenvector,
+      ``stability_layers_share/<name>``, and with the quantity ``"layers"`` its ratio to the limit and
+      its mean curvature. More than 16 layers are merged by kind, such as ``blocks.*.mlp``: the sum of
+      the shares, the largest ratio.
     - *Images*: the sharpness / non-uniformity diagram, if both are measured, with the region of the
-      optimizer's own update rule and the decisions of steering as marks; and heat maps of all layers,
-      :func:`stableopt.plot.layers`. They are drawn after the first measurement and then ever less
-      often, and at the first :meth:`flush` or :meth:`close` that finds something new, or else when the
-      program ends.
+      optimizer's update rule, and the decisions of steering as marks; and heat maps of all layers,
+      :func:`stableopt.plot.layers`. They are drawn at log-spaced measurements, and a last time at the
+      first :meth:`flush` or :meth:`close` with a new measurement, or else when the program ends.
     - *Histograms*: each measured spectrum, as ``spectra/<name>``.
     - *Text*: each decision and its reason, as ``stability/decisions``.
 
-    A writer that the sink made is flushed after every record; a given one keeps its own pace.
-    TensorBoard keeps one layout a run, and merges those of several runs. The layout therefore goes into
-    a run of its own inside a given writer's, ``stability``, and the writer's Custom Scalars stay.
+    The sink flushes its own writer after every record, and never flushes a given one between records.
+    TensorBoard keeps one layout per run, and merges those of several runs. Inside the run of a given
+    writer the layout therefore goes into a sub-run, ``stability``, so that the writer's own stays.
 
     Args:
         writer_or_dir: the run's directory, or a ``torch.utils.tensorboard.SummaryWriter``.
-        max_diagrams: the largest number of diagrams, and of heat maps; 0 for none, which needs no
-            matplotlib.
-            TensorBoard keeps ten images a tag.
+        max_diagrams: the largest number of diagrams, and of heat maps; TensorBoard keeps ten images
+            per tag. 0 draws none and needs no matplotlib.
         announce: print :attr:`command` and :attr:`link` with the first record.
 
     Raises:
-        ImportError: without tensorboard, or without matplotlib if there are to be diagrams.
+        ImportError: without tensorboard, or without matplotlib unless ``max_diagrams`` is 0.
+        TypeError: if ``writer_or_dir`` is neither a directory nor a writer.
         ValueError: if ``max_diagrams`` is negative.
 
     >>> import tempfile
@@ -112,7 +112,7 @@ class TensorBoardSink:
     """
 
     link = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
-    """Where TensorBoard shows the charts, unsmoothed: smoothing would draw a value off its limit."""
+    """The page of the charts, without smoothing, which would draw values away from their limits."""
 
     def __init__(
         self,
@@ -125,21 +125,21 @@ class TensorBoardSink:
             raise ValueError(f"max_diagrams={max_diagrams}: expected at least 0")
         if max_diagrams:
             require_matplotlib()
-        self._owned = isinstance(writer_or_dir, (str, os.PathLike))
-        if not self._owned and not hasattr(writer_or_dir, "add_custom_scalars"):
+        self._owns_writer = isinstance(writer_or_dir, (str, os.PathLike))
+        if not self._owns_writer and not hasattr(writer_or_dir, "add_custom_scalars"):
             raise TypeError(
                 f"writer_or_dir={writer_or_dir!r}: expected a directory or a SummaryWriter"
             )
-        self.writer: Any = _new_writer(writer_or_dir) if self._owned else writer_or_dir
+        self.writer: Any = _new_writer(writer_or_dir) if self._owns_writer else writer_or_dir
         self._announce = announce
-        self._records, self._at_exit = 0, False
-        self._names: dict[str, str] = {}
+        self._records, self._registered = 0, False
+        self._names_by_tag: dict[str, str] = {}
         self._diagrams, self._maps = Diagrams(max_diagrams), LayerMaps(max_diagrams)
-        self._layers = LayerScalars()
+        self._layer_scalars = LayerScalars()
 
     @property
     def command(self) -> str:
-        """The command that shows this run."""
+        """The shell command that starts TensorBoard on this run."""
         return f"tensorboard --logdir {shlex.quote(str(self.writer.log_dir))}"
 
     def receive(self, event: Event) -> None:
@@ -152,18 +152,16 @@ class TensorBoardSink:
             self.note(event.step, str(event.decision))
 
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
-        """Write a record alone: its diagram shows the limits as a box, since the rule is not known.
+        """Write a record without its update rule: the diagram shows the limits as a box.
 
         Raises:
             ValueError: if two names of the record have the same tag.
         """
-        known = {name: record[name] for name in _OF_THE_DIAGRAM if name in record}
-        margins = StabilityMargins.from_dict({"step": int(step), **known, "measurements": {}})
-        sharpness = record.get("sharpness_limit", math.inf)
-        box = (
-            record.get("preconditioned_sharpness_limit", sharpness),
-            record.get("non_uniformity_limit", math.inf),
-        )
+        values = {name: record[name] for name in _DIAGRAM_NAMES if name in record}
+        margins = StabilityMargins.from_dict({"step": int(step), **values, "measurements": {}})
+        plain_limit = record.get("sharpness_limit", math.inf)
+        sharpness_limit = record.get("preconditioned_sharpness_limit", plain_limit)
+        box = (sharpness_limit, record.get("non_uniformity_limit", math.inf))
         region = box if all(limit > 0 for limit in box) else None
         self._write(margins.step, record, margins, region)
 
@@ -173,21 +171,21 @@ class TensorBoardSink:
 
     def flush(self) -> None:
         """Write everything to disk; the first time with a diagram of the newest point."""
-        atexit.unregister(self._finish)
-        self._at_exit = False
-        for pictures in (self._diagrams, self._maps):
-            pictures.finish(self.writer)
+        atexit.unregister(self._flush_at_exit)
+        self._registered = False
+        for images in (self._diagrams, self._maps):
+            images.finish(self.writer)
         self.writer.flush()
 
-    def _finish(self) -> None:
-        """Flush at the end of a program that has not, unless its writer has been closed."""
+    def _flush_at_exit(self) -> None:
+        """Flush when the program ends, unless the writer is closed."""
         if getattr(self.writer, "all_writers", ()) is not None:
             self.flush()
 
     def close(self) -> None:
-        """Flush, and close the writer if the sink made it."""
+        """Flush, and close the writer if the sink created it."""
         self.flush()
-        if self._owned:
+        if self._owns_writer:
             self.writer.close()
 
     def __repr__(self) -> str:
@@ -200,27 +198,28 @@ class TensorBoardSink:
         margins: StabilityMargins | None = None,
         region: plot.Region | None = None,
     ) -> None:
-        layers = None if margins is None else margins.layers
         if self._records == 0:
-            self._lay_out({split(key)[0] for key in record})
+            self._add_layout({split(key)[0] for key in record})
             if self._announce:
                 print(f"{self.command}\n{self.link}")
-        if not self._at_exit:
-            atexit.register(self._finish)
-            self._at_exit = True
+        if not self._registered:
+            atexit.register(self._flush_at_exit)
+            self._registered = True
         self._records += 1
-        of_layers = {} if layers is None else self._layers.of(layers)
-        for tag, value in {**self._scalars(record), **of_layers}.items():
+        scalars = self._scalars(record)
+        if margins is not None and margins.layers is not None:
+            scalars |= self._layer_scalars.of(margins.layers)
+        for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
         self._diagrams.mark(step, record)
         if margins is not None:
             self._diagrams.add(margins, region)
             self._maps.add(margins)
-            self._histograms(step, margins)
-        for pictures in (self._diagrams, self._maps):
-            if pictures.due:
-                pictures.draw(self.writer)
-        if self._owned:
+            self._add_histograms(step, margins)
+        for images in (self._diagrams, self._maps):
+            if images.due:
+                images.draw(self.writer)
+        if self._owns_writer:
             self.writer.flush()
         if self._records == _POINTS_SHOWN + 1:
             warnings.warn(
@@ -231,28 +230,28 @@ class TensorBoardSink:
                 stacklevel=2,
             )
 
-    def _histograms(self, step: int, margins: StabilityMargins) -> None:
-        """Write each measured spectrum, in bins that count eigenvalues."""
+    def _add_histograms(self, step: int, margins: StabilityMargins) -> None:
+        """Write each measured spectrum as counts of eigenvalues in bins."""
         for name, result in margins.results.items():
             if result.density is not None and math.isfinite(result.density.nodes[-1]):
                 self.writer.add_histogram_raw(
                     f"spectra/{name}", **_bins(result.density), global_step=step
                 )
 
-    def _lay_out(self, measured: Collection[str]) -> None:
-        folder = None if self._owned else getattr(self.writer, "log_dir", None)
+    def _add_layout(self, measured: Collection[str]) -> None:
+        folder = None if self._owns_writer else getattr(self.writer, "log_dir", None)
         writer = self.writer if folder is None else _new_writer(os.path.join(folder, "stability"))
         writer.add_custom_scalars(layout(measured))
         if folder is not None:
             writer.close()
 
     def _scalars(self, record: Mapping[str, float]) -> dict[str, float]:
-        """Return the scalars of ``record`` by tag, all of them finite."""
+        """Return the finite numbers of ``record`` by tag."""
         scalars: dict[str, float] = {}
         charts = _charts()
         for key, value in record.items():
             name, part = split(key)
-            # A ratio that has a chart comes with its band, or not at all.
+            # `_bands` writes a ratio with a chart together with its band, or not at all.
             if abs(value) <= _LARGEST and not (part == "ratio" and name in charts):
                 scalars[self._tag(key)] = value
         for name, chart in charts.items():
@@ -262,7 +261,8 @@ class TensorBoardSink:
 
     def _tag(self, name: str) -> str:
         tag = _short(name)
-        if (other := self._names.setdefault(tag, name)) != name:
+        other = self._names_by_tag.setdefault(tag, name)
+        if other != name:
             raise ValueError(f"record: {other!r} and {name!r} have the same tag {tag!r}")
         return tag
 
@@ -297,7 +297,7 @@ def _bins(density: SpectralDensity) -> dict[str, Any]:
 
 
 def _short(name: str) -> str:
-    """Return the tag of ``name``, its words cut to one length where it is too long.
+    """Return the tag of ``name``; if it is too long, its words are cut to a common length.
 
     >>> _short("sharpness"), _short("non_uniformity_limit"), _short("preconditioned_sharpness")
     ('stability/sharpness', 'stability/non_unif_limit', 'stability/pre_sharpness')
@@ -316,11 +316,11 @@ def _short(name: str) -> str:
 
 
 def _bands(chart: Chart, value: float, limit: float) -> dict[str, float]:
-    """Return the scalars of both charts, or none where a number or band cannot be shown.
+    """Return the scalars of both Margin charts, or none if a number cannot be shown.
 
-    A Margin chart is an error card unless its three tags have the very same steps. They are therefore
+    TensorBoard shows an error unless the three tags of a Margin chart have the same steps, so they are
     written together or not at all. The plain tag, such as stability/non_uniformity, has every
-    measurement, without a limit too.
+    measurement, also those without a limit.
     """
     if not (math.isfinite(value) and 0 < limit < math.inf):
         return {}

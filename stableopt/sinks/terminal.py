@@ -1,7 +1,4 @@
-"""`BesideLive`: a stream of a terminal with a live display, and the progress bars that share it.
-
-Needs rich.
-"""
+"""`LiveStream`: a terminal stream that a live display of rich shares with progress bars. Needs rich."""
 
 from __future__ import annotations
 
@@ -12,20 +9,21 @@ from typing import IO, Any
 from rich.console import Console
 from rich.file_proxy import FileProxy
 
-__all__ = ["BesideLive", "other_display", "progress_bars", "redirect"]
+__all__ = ["LiveStream", "other_display", "progress_bars", "redirect"]
 
 
-class BesideLive(FileProxy):
-    """Prints lines above a live display, which ends where something draws a line over and over.
+class LiveStream(FileProxy):
+    """Prints lines above a live display, and ends the display when a progress bar draws.
 
-    rich would make a line of each drawing of a progress bar, which begins with a carriage return. A bar
-    keeps the stream that it was made with, so once the display has ended the stream is the plain one.
+    A progress bar redraws its line after a carriage return, and rich would print a new line each time.
+    A bar keeps the stream that it was created with, so after the display has ended this stream passes
+    everything to the plain one.
 
     Args:
-        console: of the display.
+        console: the console of the display.
         file: the plain stream.
-        active: whether the display is there.
-        end: ends it.
+        active: returns whether the display is live.
+        end: ends the display.
     """
 
     def __init__(
@@ -41,7 +39,7 @@ class BesideLive(FileProxy):
         return super().write(text) if self._active() else self.rich_proxied_file.write(text)
 
     def flush(self) -> None:
-        """Show what was written."""
+        """Flush the display's buffer, or the plain stream."""
         if self._active():
             super().flush()
         else:
@@ -49,24 +47,25 @@ class BesideLive(FileProxy):
 
 
 def redirect(console: Console, active: Callable[[], bool], end: Callable[[], None]) -> None:
-    """Replace the streams that a live display of rich has redirected by those that end it for a bar."""
+    """Replace the streams that a live display of rich has redirected by `LiveStream` streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, FileProxy):
-            setattr(sys, name, BesideLive(console, stream.rich_proxied_file, active, end))
+            setattr(sys, name, LiveStream(console, stream.rich_proxied_file, active, end))
 
 
 def other_display() -> Any:
-    """Return the stream that prints above a display of rich that has redirected it, or ``None``."""
-    return next((each for each in (sys.stderr, sys.stdout) if isinstance(each, FileProxy)), None)
+    """Return a stream that another display of rich has redirected, or ``None``; it prints above it."""
+    streams = (sys.stderr, sys.stdout)
+    return next((stream for stream in streams if isinstance(stream, FileProxy)), None)
 
 
 def progress_bars() -> list[Any]:
-    """Return tqdm's bars that are in a terminal now.
+    """Return tqdm's bars that are now shown in a terminal.
 
     >>> progress_bars()
     []
     """
     bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
-    # Half-made ones have no start yet.
+    # Bars under construction have no start time yet.
     return [bar for bar in list(bars) if hasattr(bar, "start_t") and bar.fp.isatty()]

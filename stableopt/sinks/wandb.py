@@ -12,7 +12,7 @@ __all__ = ["WandbSink"]
 
 
 class _Logged(NamedTuple):
-    """What a sink has logged last: itself, the step, the run's row, and the notes of that step."""
+    """The last record that a sink logged to a run, with all notes of its step."""
 
     sink: int
     step: int
@@ -21,27 +21,27 @@ class _Logged(NamedTuple):
 
 
 _LATEST: WeakKeyDictionary[Any, _Logged] = WeakKeyDictionary()
-"""By run: several sinks may share one, and what waits in its row is what any of them logged."""
+"""The last record by run: sinks may share a run, and only the last one fills its uncommitted row."""
 
 
 class WandbSink:
     """Logs each record to a run of Weights & Biases, as ``stability/<name>``.
 
     The charts' axis is ``stability/step``, the optimizer step of the measurement, independent of the
-    run's own steps. A record is logged without a step, and joins the row that training logs next. Where
-    training logs nothing between two records, the first one becomes a row of its own, and the run
-    counts a step more. So wandb drops no row that training logs with ``step=``, as long as that step
-    grows by at least one a measurement; where it counts epochs, log without ``step=``. With several
-    monitors, give each a run of its own, or log without ``step=``. Numbers that are not finite, such
-    as limits that do not exist, are left out.
+    run's own step. A record is logged without a step, and joins the row that training logs next. If
+    training logs nothing between two records, the first becomes a row of its own, and the run's step
+    grows by one. So wandb drops no row that training logs with ``step=``, as long as that step grows by
+    at least one per measurement. If it counts epochs, log without ``step=``. With several monitors,
+    give each its own run, or log without ``step=``. Infinity and NaN, such as limits that do not exist,
+    are left out.
 
     Args:
-        run: what ``wandb.init`` returned; by default the run that is active at the first record.
+        run: the result of ``wandb.init``; by default the run that is active at the first record.
 
     Raises:
-        TypeError: for anything else.
-        ImportError: at the first record, without a run and without wandb.
-        RuntimeError: at the first record, without a run and where none is active.
+        TypeError: if ``run`` is not a run.
+        ImportError: at the first record, if wandb is needed and not installed.
+        RuntimeError: at the first record, if no run is given and none is active.
 
     >>> class Run:
     ...     step = 0
@@ -54,7 +54,7 @@ class WandbSink:
     def __init__(self, run: Any = None) -> None:
         if run is not None and not callable(getattr(run, "define_metric", None)):
             raise TypeError(f"run={run!r}: expected what wandb.init() returned, or None")
-        self._run, self._began = run, False
+        self._run, self._has_metrics = run, False
 
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
         """Log ``record``, measured at ``step``."""
@@ -66,13 +66,13 @@ class WandbSink:
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
         run = self._run = self._run or _active_run()
-        if not self._began:
+        if not self._has_metrics:
             run.define_metric("stability/step")
             run.define_metric("stability/*", step_metric="stability/step")
-            self._began = True
+            self._has_metrics = True
         latest, row = _LATEST.get(run), _row(run)
         note = values.get("note", "")
-        if latest is not None and latest.row == row:  # which training has not committed
+        if latest is not None and latest.row == row:  # training has not committed the latest record
             if (latest.sink, latest.step) == (id(self), int(step)):
                 note = "\n".join(filter(None, (latest.note, note)))
             else:
@@ -80,7 +80,7 @@ class WandbSink:
                 row = _row(run)
         values = {**values, "note": note} if note else values
         named = {f"stability/{name}": value for name, value in values.items()}
-        # Without a commit: wandb would drop a row that training logs with a step below its count.
+        # A commit would raise the run's step, and wandb drops rows that training logs with a lower one.
         run.log({"stability/step": int(step), **named}, commit=False)
         _LATEST[run] = _Logged(id(self), int(step), row, note)
 
@@ -99,9 +99,9 @@ def _active_run() -> Any:
 
 
 def _row(run: Any) -> int | None:
-    """Return the row that ``run`` fills; ``None`` where it does not say, as in a shared run."""
+    """Return the number of the row that ``run`` fills; ``None`` for a shared run, which has no step."""
     try:
         row: int = run.step
-    except Exception:  # such a run accepts no step= either, and every row may be committed
+    except Exception:  # a shared run does not accept step= either, so a commit drops no row
         return None
     return row

@@ -1,10 +1,10 @@
-"""Steering of the learning rate and the batch size towards wanted minima.
+"""Steering: control of learning rate and batch size that makes minima outside a target region unstable.
 
 Three examples::
 
     StabilityLR(optimizer, monitor, TargetRegion.flatter(by=2))          # a scheduler
     StabilityController(monitor, TargetRegion(sharpness=(0, 10), non_uniformity=(0, 5)), batch=sampler)
-    TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.from_optimizer(optimizer))     # only the number
+    TargetRegion(sharpness=(0, 10)).lr_for(UpdateRule.from_optimizer(optimizer))  # only the number
 """
 
 from stableopt._support.deprecation import renamed_names

@@ -1,4 +1,4 @@
-"""Decisions and weights of rank 0 on every rank of a distributed run."""
+"""`decide_together`: broadcasts rank 0's decisions; `broadcast_tensors`: broadcasts its weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ def decide_together(
     *,
     dry_run: bool,
 ) -> Iterator[Decision]:
-    """Yield on every rank what ``decide()`` returns on rank 0; log it, and deliver it there.
+    """Yield and log rank 0's decisions on every rank; rank 0 also delivers them to the sinks.
 
-    A decision that changes nothing, for the same reason as before, is left out.
+    ``decide`` is called on rank 0. A decision without a change is left out if it repeats the reason of
+    the last one about its subject.
     """
     ranks = world()
-    decided = [replace(each, dry_run=dry_run) for each in decide()] if ranks.rank == 0 else []
-    for decision in ranks.broadcast_object(decided):
+    decisions: list[Decision] = []
+    if ranks.rank == 0:
+        decisions = [replace(decision, dry_run=dry_run) for decision in decide()]
+    for decision in ranks.broadcast_object(decisions):
         if decision.changes or not log.repeats(decision):
             log.append(decision)
             if ranks.rank == 0:
@@ -37,8 +40,9 @@ def decide_together(
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Overwrite ``tensors`` with rank 0's, in place; every rank must call it."""
+    """Overwrite ``tensors`` in place with those of rank 0; every rank must call it."""
     ranks = world()
-    with torch.no_grad():
-        for tensor in tensors if ranks.several else ():
-            tensor.copy_(ranks.broadcast(tensor))
+    if ranks.several:
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(ranks.broadcast(tensor))

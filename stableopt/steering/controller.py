@@ -1,4 +1,4 @@
-"""`StabilityController`: steers the sharpness by the learning rate, then the non-uniformity by B."""
+"""`StabilityController`: steers sharpness by the learning rate and non-uniformity by the batch size."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = ["StabilityController"]
 
 
 class StabilityController:
-    r"""Steers learning rate and batch size towards a region of the diagram, and records why.
+    r"""Steers learning rate and batch size towards a region of the diagram, and records the reasons.
 
     Call ``step()`` after each ``optimizer.step()``. First :class:`StabilityLR` steers the sharpness.
     Once the learning rate is constant and the sharpness within the target, up to ``band``, for
     ``settle`` measurements, :func:`~stableopt.steering.batch_laws.batch_staircase` changes the batch
-    size. It stops when the sharpness leaves the target by more than twice the band. Without this
-    hysteresis the two knobs would chase each other, since both act on both quantities.
+    size. It pauses when the sharpness leaves the target by more than twice the band. Without this
+    hysteresis the two controls would chase each other, since both act on both quantities.
 
-    Every decision has a reason. It is appended to ``decisions``, sent to the monitor's sinks, and a
-    mark for the figures. So is the verdict that the target is reached, or unreachable.
+    Every decision, with its reason, is appended to ``decisions``, sent to the monitor's sinks, and
+    marked in figures. So is the verdict that the target is reached, or unreachable.
 
     In a distributed run rank 0 decides, and every rank must call ``step()``.
 
@@ -52,10 +52,9 @@ class StabilityController:
             :class:`AdaptiveAccumulation`, or ``None``.
         batch_law: the control law of the batch size; by default the staircase, or for a share of
             the limits ``keep_batch_margin``.
-        settle: number of measurements before the batch size changes.
+        settle: measurements within the target before the batch size may change.
         band: relative tolerance of the target's bounds.
-        patience: number of measurements without progress after which the target counts as
-            unreachable.
+        patience: measurements without progress after which the target counts as unreachable.
         dry_run: decide and record, but change nothing.
 
     Attributes:
@@ -64,7 +63,7 @@ class StabilityController:
 
     Raises:
         TypeError: for arguments of a wrong kind.
-        ValueError: if the target bounds a quantity that no knob changes, or that is not measured.
+        ValueError: if the target bounds a quantity that nothing controls, or that is not measured.
 
     >>> import stableopt, torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -103,20 +102,21 @@ class StabilityController:
         self._band = positive("band", band)
         self.scheduler = _scheduler(monitor, target, lr, dry_run)
         self._target = target
-        _check_knobs(monitor, target, self.scheduler, batch)
-        margin = target.share is not None
-        self._batch_law: BatchLaw = batch_law or (keep_batch_margin if margin else batch_staircase)
-        self.decisions = (
-            DecisionLog(maxlen=REMEMBERED) if self.scheduler is None else self.scheduler.decisions
-        )
+        _check_controls(monitor, target, self.scheduler, batch)
+        default_law = batch_staircase if target.share is None else keep_batch_margin
+        self._batch_law: BatchLaw = batch_law or default_law
+        if self.scheduler is None:
+            self.decisions = DecisionLog(maxlen=REMEMBERED)
+        else:
+            self.decisions = self.scheduler.decisions
         self._batch_state: State = new_state()
         self._verdict_state: State = new_state()
-        self._settled = 0
-        self._seen: int | None = None
+        self._settled = 0  # measurements in a row within the target's sharpness
+        self._last_measured: int | None = None
 
     @property
     def target(self) -> TargetRegion:
-        """The region, absolute once it is resolved."""
+        """The region, absolute from the first converged measurement on."""
         return self._target
 
     @property
@@ -125,7 +125,7 @@ class StabilityController:
         return marks(self.decisions)
 
     def step(self) -> None:
-        """Decide, if there is a fresh measurement; call it after each ``optimizer.step()``."""
+        """Decide if there is a new measurement; call this after each ``optimizer.step()``."""
         if self.scheduler is not None:
             self.scheduler.step()
         for decision in decide_together(
@@ -138,7 +138,7 @@ class StabilityController:
     def state_dict(self) -> dict[str, Any]:
         """Return everything but monitor and optimizer as plain numbers, lists and dicts.
 
-        The position within the epoch is in the sampler's own ``state_dict``.
+        The position within the epoch belongs to the sampler's ``state_dict``.
         """
         return {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -151,20 +151,23 @@ class StabilityController:
             "batch_law": dict(self._batch_state),
             "verdict": dict(self._verdict_state),
             "settled": self._settled,
-            "seen": self._seen,
+            "seen": self._last_measured,
             "decisions": self.decisions.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`, with the same knobs; load the monitor's as well.
+        """Continue from a :meth:`state_dict`, with the same controls; load the monitor's as well.
 
         Raises:
-            ValueError: for a missing entry, or other knobs.
+            ValueError: for a missing entry, or a controller with other controls.
         """
         require_keys(state_dict, self.state_dict())
-        for name, knob in (("scheduler", self.scheduler), ("batch_size", self.batch)):
-            if (state_dict[name] is None) != (knob is None):
-                raise ValueError(f"state_dict: its {name} does not fit this controller's knobs")
+        for name, control in (("scheduler", self.scheduler), ("batch_size", self.batch)):
+            if (state_dict[name] is None) != (control is None):
+                raise ValueError(
+                    f"state_dict: its {name} does not fit this controller: expected the state of one"
+                    " that controls the same"
+                )
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
         if self.batch is not None:
@@ -172,39 +175,45 @@ class StabilityController:
         self._target = TargetRegion(*state_dict["target"])
         self._batch_state = dict(state_dict["batch_law"])
         self._verdict_state = dict(state_dict["verdict"])
-        self._settled, self._seen = state_dict["settled"], state_dict["seen"]
+        self._settled, self._last_measured = state_dict["settled"], state_dict["seen"]
         self.decisions.load(state_dict["decisions"])
 
     def _decide(self) -> list[Decision]:
         margins = self.monitor.margins
-        if margins is None or margins.step == self._seen:
+        if margins is None or margins.step == self._last_measured:
             return []
-        self._seen = margins.step
+        self._last_measured = margins.step
         self._target = resolved(self._target, margins)
         if self._target.unit == "present":
             if self.scheduler is not None:
-                return []  # the scheduler has said so
-            now = 0.0 if self.batch is None else float(self.batch.batch_size)
-            return [Decision("batch_size", "hold", now, now, UNRESOLVED, step=margins.step)]
-        decided = []
-        if self.batch is not None and self._target.non_uniformity != OPEN and self._turn(margins):
-            measured = self._batch_measured(margins)
-            decision, self._batch_state = self._batch_law(measured, self._batch_state)
-            # The size that the sampler will take, a multiple of its unit.
-            local = self._local(decision.new) if decision.changes else self.batch.batch_size
-            decided.append(replace(decision, new=local * world().size))
+                return []  # the scheduler has decided to hold
+            size = 0.0 if self.batch is None else float(self.batch.batch_size)
+            return [Decision("batch_size", "hold", size, size, UNRESOLVED, step=margins.step)]
+        decisions = []
+        steers_batch = self.batch is not None and self._target.non_uniformity != OPEN
+        if steers_batch and self._sharpness_settled(margins):
+            decisions.append(self._decide_batch_size(margins))
         if self._target.unit == "absolute":
-            said, self._verdict_state = verdict(
+            outcome, self._verdict_state = verdict(
                 self._situation(margins),
                 self._verdict_state,
                 band=self._band,
                 patience=self._patience,
             )
-            decided += [] if said is None else [said]
-        return decided
+            if outcome is not None:
+                decisions.append(outcome)
+        return decisions
 
-    def _turn(self, margins: StabilityMargins) -> bool:
-        """Return whether the batch size may change: the sharpness has settled, or is not steered."""
+    def _decide_batch_size(self, margins: StabilityMargins) -> Decision:
+        assert self.batch is not None
+        measured = self._batch_measured(margins)
+        decision, self._batch_state = self._batch_law(measured, self._batch_state)
+        # The sampler takes the nearest multiple of its unit.
+        local = self._local(decision.new) if decision.changes else self.batch.batch_size
+        return replace(decision, new=local * world().size)
+
+    def _sharpness_settled(self, margins: StabilityMargins) -> bool:
+        """Return whether the sharpness has settled, or is not steered, so the batch size may change."""
         if self.scheduler is None or self._target.unit == "limit":
             return True
         a, (_, high) = margins.limited_sharpness, self._target.bounds("sharpness")
@@ -214,7 +223,7 @@ class StabilityController:
         if last is not None and last.step == margins.step and last.changes:
             self._settled = 0
             return False
-        # A lower bound is not waited for: no change of the noise raises the sharpness.
+        # Only the upper bound counts: no batch size raises the sharpness.
         if self._settled >= self._settle:
             if a > high * (1 + 2 * self._band):
                 self._settled = 0
@@ -253,13 +262,14 @@ class StabilityController:
         )
 
     def _cuts(self) -> int:
-        """Return the number of cuts of the rate since the target was last reached."""
+        """Return the number of cuts of the learning rate since the target was last reached."""
         cuts = 0
         for decision in self.decisions:
             cuts = 0 if decision.kind == "reached" else cuts + (decision.kind == "cut")
         return cuts
 
     def _local(self, batch_size: float) -> int:
+        """Return this rank's allowed batch size nearest to its share of ``batch_size``."""
         assert self.batch is not None
         return self.batch.nearest(batch_size / world().size)
 
@@ -280,27 +290,32 @@ def _scheduler(
         return StabilityLR(monitor.optimizer, monitor, target, dry_run=dry_run)
     if isinstance(lr, bool):
         return None
-    raise TypeError(f"lr={lr!r}: expected a bool, options of StabilityLR, or one")
+    raise TypeError(
+        f"lr={lr!r}: expected a bool, a mapping of options of StabilityLR, or a StabilityLR"
+    )
 
 
-def _check_knobs(
+def _check_controls(
     monitor: StabilityMonitor,
     target: TargetRegion,
     scheduler: StabilityLR | None,
     batch: Resizable | None,
 ) -> None:
-    margin = target.share is not None
-    if target.sharpness != OPEN and scheduler is None and not margin:
-        raise ValueError(f"target {target} bounds the sharpness, and lr=False leaves it alone")
+    is_share = target.share is not None
+    if target.sharpness != OPEN and scheduler is None and not is_share:
+        raise ValueError(
+            f"target {target} bounds the sharpness, and lr=False leaves it alone: pass lr=True"
+        )
     if target.non_uniformity == OPEN:
         return
-    if batch is None and not margin:
+    if batch is None and not is_share:
         raise ValueError(
             f"target {target} bounds the non-uniformity, which the batch size selects: pass batch="
         )
     if batch is not None and "non_uniformity" not in monitor.quantities:
         raise ValueError(
-            f"monitor: it measures {monitor.quantities}, and the target bounds the non-uniformity"
+            f"monitor: it measures {monitor.quantities}, and the target bounds the non-uniformity: add"
+            " it to the quantities"
         )
     if batch is not None and monitor.update_rule.full_batch:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`Decision` and `DecisionLog`: decisions of steering with their reasons, and the latest of them."""
+"""`Decision`: a decision of steering with its reason; `DecisionLog`: the latest decisions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 __all__ = ["REMEMBERED", "Decision", "DecisionLog", "Kind", "What", "marks"]
 
 REMEMBERED = 10_000
-"""The number of decisions that a log holds."""
+"""Decisions in the log of a scheduler or controller."""
 
 What = Literal["lr", "batch_size", "weights", "target"]
 Kind = Literal[
@@ -24,18 +24,17 @@ class Decision:
     """One decision of a law, a scheduler or a controller.
 
     Attributes:
-        what: what it is about: the learning rate ``"lr"``, ``"batch_size"``, the ``"weights"``, or
-            the ``"target"``.
-        kind: ``"raise"``, ``"lower"``; ``"cut"`` after a failure; ``"hold"`` while something must
-            settle; ``"keep"`` where nothing needs to change; ``"restore"`` or ``"kick"`` of weights;
-            ``"reached"``, ``"unreachable"``, or ``"missed"`` after having been reached.
+        what: the subject: the learning rate ``"lr"``, ``"batch_size"``, ``"weights"`` or ``"target"``.
+        kind: ``"raise"``, ``"lower"``; ``"cut"`` after a failure; ``"hold"`` while waiting; ``"keep"``
+            if no change is needed; ``"restore"`` or ``"kick"`` of weights; for the target
+            ``"reached"``, ``"missed"`` after it was reached, or ``"unreachable"``.
         old: the value before.
-        new: the value after; the same where nothing changes.
+        new: the value after; equal to ``old`` if nothing changes.
         why: the reason, as a sentence.
-        measured: the measured value that it is based on; ``None`` if not known.
+        measured: the measured value that the decision is based on; ``None`` if not known.
         limit: the number that ``measured`` was compared with.
         step: optimizer steps done.
-        dry_run: whether it was recorded only, and not carried out.
+        dry_run: whether it was only recorded and not carried out.
 
     >>> Decision("lr", "raise", 0.1, 0.101, "the ratio is below the gate").changes
     True
@@ -53,16 +52,16 @@ class Decision:
 
     @property
     def changes(self) -> bool:
-        """Whether it changes anything."""
+        """Whether the value changes."""
         return self.old != self.new
 
     def __str__(self) -> str:
         change = f"{self.old:.4g} → {self.new:.4g}" if self.changes else f"{self.new:.4g}"
-        would = " (dry run)" if self.dry_run else ""
-        return f"step {self.step}: {self.kind} {self.what} {change}{would}: {self.why}"
+        mode = " (dry run)" if self.dry_run else ""
+        return f"step {self.step}: {self.kind} {self.what} {change}{mode}: {self.why}"
 
     def record(self) -> dict[str, float]:
-        """Return the numbers for a sink by name; ``decision`` distinguishes it from a measurement.
+        """Return the numbers for a sink by name; ``decision`` = 1 marks it as no measurement.
 
         >>> Decision("lr", "cut", 0.1, 0.07, "the loss is nan").record()
         {'decision': 1.0, 'lr_from': 0.1, 'lr_to': 0.07}
@@ -87,14 +86,14 @@ class Decision:
 
 
 class DecisionLog(deque[Decision]):
-    """The latest decisions, ``maxlen`` of them at most, the oldest first."""
+    """The latest decisions, at most ``maxlen``, oldest first."""
 
     def latest(self, what: str) -> Decision | None:
         """Return the latest decision about ``what``."""
         return next((decision for decision in reversed(self) if decision.what == what), None)
 
     def repeats(self, decision: Decision) -> bool:
-        """Return whether ``decision`` says the same as the latest about its subject, up to numbers."""
+        """Return whether the latest decision on the same subject has the same words, up to numbers."""
         last = self.latest(decision.what)
         return last is not None and _words(last) == _words(decision)
 
@@ -104,7 +103,7 @@ class DecisionLog(deque[Decision]):
 
     def load(self, state: Iterable[Mapping[str, Any]]) -> None:
         """Replace the decisions by those of a :meth:`state`."""
-        decisions = [Decision.from_dict(each) for each in state]
+        decisions = [Decision.from_dict(entry) for entry in state]
         self.clear()
         self.extend(decisions)
 
@@ -114,16 +113,16 @@ def _words(decision: Decision) -> tuple[str, str]:
 
 
 def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:
-    """Return ``(step, label)`` of the decisions for :mod:`stableopt.plot`, repeated kinds once.
+    """Return ``(step, label)`` of the decisions for :mod:`stableopt.plot`, without repeated kinds.
 
     >>> up = [Decision("lr", "raise", 0.1, 0.2, "", step=t) for t in (1, 2, 3)]
     >>> marks([*up, Decision("lr", "hold", 0.2, 0.2, "", step=4)])
     [(1, 'raise lr'), (4, 'hold lr')]
     """
-    latest: dict[str, str] = {}
-    found: list[tuple[float, str]] = []
+    latest_kind: dict[str, str] = {}
+    labels: list[tuple[float, str]] = []
     for decision in decisions:
-        if latest.get(decision.what) != decision.kind:
-            latest[decision.what] = decision.kind
-            found.append((decision.step, f"{decision.kind} {decision.what.replace('_', ' ')}"))
-    return found
+        if latest_kind.get(decision.what) != decision.kind:
+            latest_kind[decision.what] = decision.kind
+            labels.append((decision.step, f"{decision.kind} {decision.what.replace('_', ' ')}"))
+    return labels

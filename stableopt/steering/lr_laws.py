@@ -1,20 +1,20 @@
 r"""Control laws for the learning rate: pure functions of a measurement and a state.
 
-A law is ``law(measured, state) -> (decision, state)``. It is called once for each fresh measurement.
-Its state is a dictionary of plain numbers, empty at the start. ``functools.partial`` binds options;
-a new law is one function::
+A law is ``law(measured, state) -> (decision, state)``, called once for each fresh measurement. Its state
+is a dictionary of plain numbers, empty at the start. A new law is one function, and
+``functools.partial`` binds options::
 
     StabilityLR(optimizer, monitor, target, law=partial(gated_staircase, gate=1.5))
 
-The default is the gated staircase because simpler laws fail (``python -m benchmarks run
-control-laws`` shows it):
+The default is the gated staircase, since simpler laws fail (``python -m benchmarks run
+control-laws`` shows how):
 
-- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the rate falls and the sharpness rises
-  after it; with ρ ≥ 1 the rate makes one minimum after the other unstable without a target, or
-  training diverges.
+- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the rate falls and the sharpness follows
+  it up; with ρ ≥ 1 the rate makes one minimum after the other unstable without a target, or training
+  diverges.
 - A cut whenever a is above the target: the rate falls to zero, where every minimum is stable, and
   training stays in the sharp one.
-- A cut whenever the loss rises: it cancels the wanted escape, which is a rise of the loss.
+- A cut whenever the loss rises: it cancels the wanted escape, during which the loss rises.
 - A jump to :math:`2/a_{\mathrm{target}}`: the loss rises higher, and training diverges if
   :math:`\eta a/2` is large enough.
 """
@@ -43,7 +43,7 @@ _STEPS = ("step", "held_until", "escaping", "arrived")
 """Entries of a law's state that are steps of the monitor's counter."""
 
 TRIES = 3
-"""Failures after which a law stops to move towards what failed."""
+"""Failures after which a law no longer moves in the direction that failed."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class LRMeasured:
 
     @property
     def ratio(self) -> float:
-        """The measured sharpness over the limit at the present rate, not at the measured one."""
+        """The measured sharpness over the limit at the present rate, not that of the measurement."""
         assert self.sharpness is not None
         return self.sharpness / self.limit
 
     def decide(self, kind: Kind, lr: float, why: str) -> Decision:
         """Return a decision for the rate ``lr``, clipped to the bounds.
 
-        If clipping reverses the change, ``kind`` says so: no cut raises the rate.
+        If clipping reverses the change, ``kind`` is that of the actual change.
         """
         new = min(max(lr, self.min_lr), self.max_lr)
         if new != lr:
@@ -105,6 +105,7 @@ class LRMeasured:
 
 
 Law: TypeAlias = Callable[[LRMeasured, State], tuple[Decision, State]]
+"""``law(measured, state) -> (decision, state)``."""
 
 __getattr__ = renamed_names(__name__, Measured="LRMeasured")
 
@@ -131,17 +132,18 @@ def gated_staircase(
 
     - raises η by ``rate`` a step if :math:`\eta < \eta_{\mathrm{target}}` and m is below the gate,
       up to :math:`\eta_{\mathrm{target}}` and to the rate at which m reaches the gate;
-    - holds η if m is at the gate or above: training escapes;
-    - holds η for :math:`\beta/(1-\beta)` steps once m is back at 1 or below: the momentum of the
+    - holds η if m is at the gate or above, since training escapes;
+    - holds η for :math:`\beta/(1-\beta)` steps once m is back at 1 or below, since the momentum of the
       escape still moves the weights;
     - lowers η by ``rate`` a step if :math:`\eta > \eta_{\mathrm{target}}` and the sharpness, or its
-      limit, is below the target's lower bound; otherwise every sharper minimum is already unstable;
+      limit, is below the target's lower bound. Otherwise it keeps η: every minimum sharper than the
+      target is unstable already;
     - multiplies η by ``cut`` if the loss is not finite or above the cap, and then holds it for
       ``hold`` steps. Each cut halves the gate's distance from 1. After ``tries`` cuts η never rises
       again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
 
-    The gate is ``gate`` without momentum. With momentum it is ``momentum_gate``, at which an
-    escape grows as fast.
+    Without momentum the gate is ``gate``; with momentum it is the ratio at which an escape grows
+    equally fast.
 
     A measurement that did not converge never raises the rate, since it may be too low.
 
@@ -149,10 +151,10 @@ def gated_staircase(
         measured: the measurement.
         state: the state that the last call returned.
         gate: the largest ratio at which the rate still rises: 1.05 is slow and safe, 1.5 quick.
-        rate: relative change in one optimizer step; steps since the last measurement add up.
+        rate: relative change per optimizer step; the steps since the last measurement compound.
         cut: the factor after a failure.
         hold: steps without a change after a cut.
-        tries: cuts after which the rate stays at the last one that held.
+        tries: cuts after which the rate no longer rises.
 
     >>> margins = StabilityMargins(step=10, sharpness=20.0)
     >>> target = TargetRegion(sharpness=(0, 10.0))
@@ -160,11 +162,11 @@ def gated_staircase(
     >>> decision.kind, round(decision.new, 4)
     ('raise', 0.101)
     """
-    decision, passed, state = _cut_or_wait(measured, state, cut=cut, hold=hold)
+    decision, steps, state = _cut_or_hold(measured, state, cut=cut, hold=hold)
     if decision is not None:
         return decision, state
-    lr, aim = measured.lr, measured.target.lr_for(measured.rule)
-    goal = min(max(aim, measured.min_lr), measured.max_lr)
+    lr, target_lr = measured.lr, measured.target.lr_for(measured.rule)
+    goal = min(max(target_lr, measured.min_lr), measured.max_lr)
     low, _ = measured.target.bounds("sharpness")
     assert measured.sharpness is not None
     step = measured.margins.step
@@ -176,25 +178,27 @@ def gated_staircase(
             state = {name: value for name, value in state.items() if name != "cuts"}
         return measured.decide("keep", lr, "this is the target's rate"), state
     if lr > goal and measured.sharpness >= low and measured.limit >= low:
-        why = f"every minimum sharper than the target is unstable from a rate of {aim:.4g} up"
+        why = f"every minimum sharper than the target is unstable from a rate of {target_lr:.4g} up"
         return measured.decide("keep", lr, why), state
     if lr > goal:
-        lowered = max(goal, lr * (1 - rate) ** passed)
+        lowered = max(goal, lr * (1 - rate) ** steps)
         return measured.decide("lower", lowered, f"the target's rate is {goal:.4g}"), state
-    wait = _why_not_raise(measured, state, tries)
-    if wait is not None:
-        return measured.decide("hold", lr, wait), state
+    reason = _why_not_raise(measured, state, tries)
+    if reason is not None:
+        return measured.decide("hold", lr, reason), state
     gate = momentum_gate(measured.rule, 1 + (gate - 1) / 2 ** state.get("cuts", 0))
-    raised = min(goal, lr * _compound(1 + rate, passed))
+    raised = min(goal, lr * _compound(1 + rate, steps))
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
-        share = f"the sharpness is {measured.ratio:.3g} of its limit"
-        return measured.decide("hold", lr, f"{share}, at the gate {gate:.4g}: escaping"), state
+        why = (
+            f"the sharpness is {measured.ratio:.3g} of its limit, at the gate {gate:.4g}: escaping"
+        )
+        return measured.decide("hold", lr, why), state
     beta = measured.rule.memory
-    calm = state.get("escaping", -math.inf) + beta / (1 - beta)
-    if measured.ratio <= 1 and step < calm:
-        why = f"the sharpness was above its limit, and momentum lasts until step {calm:.0f}"
+    momentum_end = state.get("escaping", -math.inf) + beta / (1 - beta)
+    if measured.ratio <= 1 and step < momentum_end:
+        why = f"the sharpness was above its limit, and momentum lasts until step {momentum_end:.0f}"
         return measured.decide("hold", lr, why), state
     why = f"the target's rate is {goal:.4g}, and the sharpness {measured.ratio:.2f} of its limit"
     return measured.decide("raise", raised, why), state
@@ -212,28 +216,27 @@ def keep_margin(
 ) -> tuple[Decision, State]:
     r"""Keep the sharpness at a share ρ of its limit: the law of :meth:`TargetRegion.within_limits`.
 
-    Above ρ the rate falls towards the rate at which the ratio is ρ: by at most ``rate`` a step, and
-    at once if the ratio is above 1. Below ρ(1 − ``band``) it rises by at most ``rate`` a step. In
-    between it stays. The rate follows the measurement, and the sharpness rises as the rate falls,
-    so both would continue without end: ``min_lr`` must be positive. At this floor the law holds.
-    After ``tries`` cuts, for a loss that is not finite or above the cap, the rate never rises again.
+    If the ratio is above ρ, the rate falls towards the rate at which it is ρ: by at most ``rate`` a
+    step, and at once if the ratio is above 1. Below ρ(1 − ``band``) the rate rises by at most ``rate``
+    a step. In between it stays. The sharpness rises as the rate falls, so both would continue without
+    end: ``min_lr`` must be positive, and at this floor the law holds. A loss that is not finite or
+    above the cap gives a cut; after ``tries`` cuts the rate never rises again.
 
     Args:
         measured: the measurement; its target must be a share of the limits.
         state: the state that the last call returned.
         band: the relative hysteresis.
-        rate: relative change in one optimizer step.
+        rate: relative change per optimizer step.
         cut: the factor after a failure.
         hold: steps without a change after a cut.
-        tries: cuts after which the rate does not rise.
+        tries: cuts after which the rate no longer rises.
 
     Raises:
         ValueError: if the target is not a share of the limits, or ``min_lr`` is 0.
 
     >>> margins = StabilityMargins(step=1, sharpness=19.0)
     >>> target = TargetRegion.within_limits(0.8)
-    >>> at = LRMeasured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)
-    >>> keep_margin(at, {})[0].kind
+    >>> keep_margin(LRMeasured(margins, UpdateRule(lr=0.1), target, min_lr=0.01), {})[0].kind
     'lower'
     """
     share, lr = measured.target.share, measured.lr
@@ -246,7 +249,7 @@ def keep_margin(
             f"min_lr={measured.min_lr}: expected a positive floor; without one the sharpness rises"
             " without end as the rate falls"
         )
-    decision, passed, state = _cut_or_wait(measured, state, cut=cut, hold=hold)
+    decision, steps, state = _cut_or_hold(measured, state, cut=cut, hold=hold)
     if decision is not None:
         return decision, state
     why = f"the sharpness is {measured.ratio:.2f} of its limit, to be at most {share:g}"
@@ -255,22 +258,22 @@ def keep_margin(
         if lr <= measured.min_lr:
             return measured.decide("hold", lr, f"{why}, but the rate is at its floor"), state
         goal = lr_at_limit(measured.rule, measured.sharpness / share)
-        # An unstable point leaves no time for small steps.
-        slowest = lr * (1 - rate) ** passed if measured.ratio <= 1 else 0.0
-        return measured.decide("lower", max(goal, slowest), why), state
-    wait = _why_not_raise(measured, state, tries)
-    if wait is not None:
-        return measured.decide("hold", lr, wait), state
+        # Beyond the limit the rate falls at once, since the point is unstable.
+        lowest = lr * (1 - rate) ** steps if measured.ratio <= 1 else 0.0
+        return measured.decide("lower", max(goal, lowest), why), state
+    reason = _why_not_raise(measured, state, tries)
+    if reason is not None:
+        return measured.decide("hold", lr, reason), state
     if measured.ratio >= share * (1 - band) or lr >= measured.max_lr:
         return measured.decide("keep", lr, why), state
-    raised = lr * _compound(1 + rate, passed)
+    raised = lr * _compound(1 + rate, steps)
     if measured.sharpness > 0:
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / (share * (1 - band))))
     return measured.decide("raise", max(raised, lr), why), state
 
 
 def momentum_gate(rule: UpdateRule, gate: float) -> float:
-    r"""Return the ratio at which an escape with ``rule`` grows as fast as without momentum at ``gate``.
+    r"""Return the ratio at which an escape with ``rule`` grows as fast as plain SGD's at ``gate``.
 
     At ``gate`` times its limit gradient descent grows by :math:`\rho = 2\,\mathrm{gate} - 1` a step.
     A linear mode of :class:`~stableopt.UpdateRule` with :math:`k = \eta a` has the characteristic
@@ -279,31 +282,35 @@ def momentum_gate(rule: UpdateRule, gate: float) -> float:
 
     .. math:: k(\rho) = \frac{(\rho + c)(\rho + \beta)}{u\rho + w},
 
-    and the ratio is :math:`k(\rho)/k(1)`; a filter has it by its own largest root. Near the
-    limit momentum grows faster than gradient descent.
+    and the ratio is :math:`k(\rho)/k(1)`. For a filter k is the largest stable :math:`\eta a` of
+    :func:`~stableopt.stability.rules.filters.stable_range`. Near the limit an escape with momentum
+    grows faster than one without.
 
     >>> momentum_gate(UpdateRule(lr=0.1), 1.2)
     1.2
     >>> round(momentum_gate(UpdateRule(lr=0.1, momentum=0.9), 1.2), 4)
     1.0376
     """
-    beta, kept = rule.momentum, 1 - rule.lr * rule.decoupled_weight_decay
+    growth = 2 * gate - 1
+    beta, c = rule.momentum, 1 - rule.lr * rule.decoupled_weight_decay
     if rule.filter is not None:
-        growing = stable_range(kept, rule.filter, 2 * gate - 1)[1]
-        return growing / stable_range(kept, rule.filter)[1]
-    now, averaged = 1 - rule.momentum_share, rule.momentum_share
+        return stable_range(c, rule.filter, growth)[1] / stable_range(c, rule.filter)[1]
+    if rule.plain:
+        return gate
+    direct, averaged = 1 - rule.momentum_share, rule.momentum_share
     if rule.nesterov:
-        now, averaged = 1.0, beta
-    of_gradient = now + averaged * (1 - rule.dampening if beta else 1.0)
+        direct, averaged = 1.0, beta
+    u = direct + averaged * (1 - rule.dampening if beta else 1.0)
+    w = beta * direct
 
-    def at(growth: float) -> float:
-        return (growth + kept) * (growth + beta) / (of_gradient * growth + beta * now)
+    def k(rho: float) -> float:
+        return (rho + c) * (rho + beta) / (u * rho + w)
 
-    return gate if rule.plain else at(2 * gate - 1) / at(1.0)
+    return k(growth) / k(1.0)
 
 
 def why_diverging(margins: StabilityMargins, loss_cap: float) -> str | None:
-    """Return why the loss counts as diverging: not finite or above its cap; else ``None``."""
+    """Return why training counts as diverging, by its loss; or ``None``."""
     if margins.failure is not None and margins.failure.startswith("not finite"):
         return margins.failure
     if margins.loss is not None and not margins.loss <= loss_cap:
@@ -312,14 +319,14 @@ def why_diverging(margins: StabilityMargins, loss_cap: float) -> str | None:
 
 
 def why_unusable(margins: StabilityMargins, name: str, value: float | None) -> str | None:
-    """Return why no law can use the measurement, whose quantity ``name`` is ``value``; or ``None``."""
+    """Return why a law cannot use the measurement ``value`` of the quantity ``name``; or ``None``."""
     if margins.failure is not None:
         return f"the measurement failed: {margins.failure}"
     return f"the {name} was not measured" if value is None else None
 
 
 def _compound(factor: float, steps: float) -> float:
-    """Return ``factor`` to the power of ``steps``; infinity beyond the largest float."""
+    """Return ``factor`` to the power of ``steps``, infinity on overflow."""
     try:
         return float(factor**steps)
     except OverflowError:
@@ -327,44 +334,44 @@ def _compound(factor: float, steps: float) -> float:
 
 
 def after_restore(state: State) -> State:
-    """Return the law's state once good weights are back: another diverging loss is a new one."""
+    """Return the law's state after a restore of good weights: a new divergence gives a new cut."""
     return {name: value for name, value in state.items() if name not in ("lost", "held_until")}
 
 
 def _why_not_raise(measured: LRMeasured, state: State, tries: int) -> str | None:
-    """Return why no measurement, or not this one, permits to raise the rate; else ``None``."""
+    """Return why the rate must not rise, now or ever again; or ``None``."""
     if state.get("cuts", 0) >= tries:
         return f"the rate was cut {state['cuts']:.0f} times: it stays at the last one that held"
     return None if measured.margins.converged else UNCONVERGED
 
 
-def _cut_or_wait(
+def _cut_or_hold(
     measured: LRMeasured, state: State, *, cut: float, hold: int
 ) -> tuple[Decision | None, float, State]:
-    """Return the decision for a measurement that permits no other: a cut, or a hold; or ``None``.
+    """Return the cut or hold that every law must decide on after a failure; or ``None``.
 
-    With it come the number of steps since the last call, 1 at the first, and the new state.
+    Also return the number of steps since the last call, 1 at the first, and the new state.
     """
     margins, step = measured.margins, measured.margins.step
     if step < state.get("step", -math.inf):  # the counter was not restored with a checkpoint
         state = {name: value for name, value in state.items() if name not in _STEPS}
-    passed = max(step - state.get("step", step - 1), 1)
+    steps = max(step - state.get("step", step - 1), 1)
     held_until = state.get("held_until", -math.inf)
     state = {**state, "step": step}
     diverging = why_diverging(margins, measured.loss_cap)
     if diverging is not None:
         lost = diverging == margins.failure
         if step < held_until or (lost and state.get("lost")):
-            # Weights that are not finite stay so at any rate, so a second cut is useless.
-            held = f"{diverging}; the rate was cut already"
-            return measured.decide("hold", measured.lr, held), passed, state
+            # No rate makes lost weights finite again, so a second cut is useless.
+            why = f"{diverging}; the rate was cut already"
+            return measured.decide("hold", measured.lr, why), steps, state
         cuts = state.get("cuts", 0) + 1
         state = {name: value for name, value in state.items() if name != "arrived"}
-        state |= {"held_until": step + hold, "lost": float(lost), "cuts": cuts}
-        return measured.decide("cut", cut * measured.lr, diverging), passed, state
-    state |= {"lost": 0.0}
-    why = why_unusable(margins, "sharpness", measured.sharpness)
-    if why is None and step < held_until:
-        why = f"until step {held_until:.0f}, after a cut"
-    decision = None if why is None else measured.decide("hold", measured.lr, why)
-    return decision, passed, state
+        state = {**state, "held_until": step + hold, "lost": float(lost), "cuts": cuts}
+        return measured.decide("cut", cut * measured.lr, diverging), steps, state
+    state = {**state, "lost": 0.0}
+    reason = why_unusable(margins, "sharpness", measured.sharpness)
+    if reason is None and step < held_until:
+        reason = f"until step {held_until:.0f}, after a cut"
+    decision = None if reason is None else measured.decide("hold", measured.lr, reason)
+    return decision, steps, state

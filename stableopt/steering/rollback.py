@@ -1,4 +1,4 @@
-"""Changes of the weights by steering: a rollback to good ones, or a kick along a direction."""
+"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick_along` perturbs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["LastGood", "kick_along"]
 
 
 class LastGood:
-    """A copy of parameters, buffers and optimizer state, to restore.
+    """A snapshot of parameters, buffers and optimizer state.
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -33,16 +33,16 @@ class LastGood:
         self.step: int | None = None
 
     def keep(self, step: int) -> None:
-        """Copy the present state, after ``step`` steps."""
-        held = [p for group in self._optimizer.param_groups for p in group["params"]]
-        # Includes parameters of the optimizer outside the model; each tensor once.
-        tensors = {id(t): t for t in [*held, *self._model.parameters(), *self._model.buffers()]}
+        """Take a snapshot after ``step`` steps."""
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        # The optimizer may hold parameters outside the model; each tensor is copied once.
+        tensors = {id(t): t for t in [*params, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
-        self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in held]
+        self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in params]
         self.step = step
 
     def put_back(self) -> None:
-        """Restore the copied state of the model and the optimizer."""
+        """Restore the snapshot."""
         with torch.no_grad():
             for tensor, saved in self._saved:
                 tensor.copy_(saved)
@@ -54,7 +54,7 @@ class LastGood:
 
 
 def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
-    """Move parameters along ``tangents``, one for each, by ``size`` times their norm, in place."""
+    """Move ``params`` in place along ``tangents``, by ``size`` times the norm of ``params``."""
     params = [real_view(p.detach()) for p in params]
     norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
     length = torch.sqrt(sum((t.square().sum() for t in tangents), torch.tensor(0.0)))

@@ -1,4 +1,4 @@
-"""`AdaptiveBatchSampler` and `AdaptiveAccumulation`: batch sizes that may change during training.
+"""`AdaptiveBatchSampler` and `AdaptiveAccumulation`: batch sizes that can change during training.
 
 Three examples::
 
@@ -30,11 +30,11 @@ from stableopt.distributed.collectives import world
 __all__ = ["AdaptiveAccumulation", "AdaptiveBatchSampler", "Resizable"]
 
 _IGNORED = -100
-"""The target that torch's losses, and the models of transformers, ignore."""
+"""The target that torch's losses and the models of transformers ignore."""
 
 
 class Resizable(Protocol):
-    """What a controller needs to change the batch size."""
+    """The interface by which a controller changes the batch size."""
 
     batch_size: int
     """Samples in a step of this process."""
@@ -43,14 +43,16 @@ class Resizable(Protocol):
         """Return the nearest allowed size."""
 
     def resize(self, batch_size: int) -> int:
-        """Set the size on every rank to rank 0's; return it."""
+        """Set the size on every rank to that of rank 0, and return it."""
 
 
 class _BatchSize:
-    """Mixin: a batch size that can be set, within bounds, to multiples of a unit."""
+    """Mixin: a batch size that can be set to multiples of a unit, within bounds."""
 
-    def _allow(self, batch_size: int, smallest: int, largest: int | None, multiple_of: int) -> None:
-        """Set the bounds and the first size."""
+    def _set_bounds(
+        self, batch_size: int, smallest: int, largest: int | None, multiple_of: int
+    ) -> None:
+        """Set the unit, the bounds and the first size."""
         unit = self._unit = whole("multiple_of", multiple_of)
         smallest = whole("min_batch_size", smallest)
         self._smallest = -(-smallest // unit) * unit
@@ -60,7 +62,7 @@ class _BatchSize:
             if self._largest < self._smallest:
                 raise ValueError(
                     f"min_batch_size={smallest}, max_batch_size={largest}, multiple_of={unit}:"
-                    " no batch size is allowed"
+                    " no multiple is within these bounds"
                 )
         self.batch_size = batch_size
 
@@ -73,10 +75,10 @@ class _BatchSize:
     def batch_size(self, batch_size: int) -> None:
         size = whole("batch_size", batch_size)
         if self.nearest(size) != size:
-            end = "" if self._largest is None else f" to {self._largest}"
+            upper = "" if self._largest is None else f" to {self._largest}"
             raise ValueError(
                 f"batch_size={size}: expected a multiple of {self._unit} from {self._smallest}"
-                f"{end}; nearest() gives one"
+                f"{upper}; nearest() gives one"
             )
         self._batch_size = size
 
@@ -88,7 +90,7 @@ class _BatchSize:
         return max(round(capped / self._unit) * self._unit, self._smallest)
 
     def resize(self, batch_size: int) -> int:
-        """Set the size to rank 0's ``batch_size`` and return it; call it on every rank."""
+        """Set the size to that of rank 0 and return it; every rank must call it."""
         self.batch_size = world().broadcast_object(batch_size)
         return self.batch_size
 
@@ -100,8 +102,8 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     ``prefetch_factor * num_workers`` batches, so a change takes effect that many steps later. The
     monitor uses the size of the batches that it observes.
 
-    The batches of an epoch contain the sampler's indices in its order, each exactly once, for any
-    sequence of sizes. ``drop_last`` leaves out a last batch that is shorter than the size *at that
+    For any sequence of sizes, the batches of an epoch contain each of the sampler's indices exactly
+    once, in its order. ``drop_last`` leaves out a last batch that is shorter than the size *at that
     time*: then each index occurs at most once, and fewer than a batch are missing.
 
     In a distributed run use a ``DistributedSampler``, and change the size by :meth:`resize` on
@@ -112,7 +114,7 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         batch_size: samples in a batch at the start.
         min_batch_size: the smallest allowed size, rounded up to a multiple.
         max_batch_size: the largest allowed size, rounded down; ``None`` for no bound.
-        multiple_of: every size is a multiple of this number.
+        multiple_of: the number whose multiples are allowed sizes.
         drop_last: leave out a last batch that is too short.
 
     Raises:
@@ -138,37 +140,39 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         multiple_of: int = 1,
         drop_last: bool = False,
     ) -> None:
-        self._allow(batch_size, min_batch_size, max_batch_size, multiple_of)
+        self._set_bounds(batch_size, min_batch_size, max_batch_size, multiple_of)
         super().__init__(sampler, self.batch_size, drop_last)
         self._indices: Iterator[int] = iter(())
-        self._given: list[list[int]] = []
-        self._resumed: list[int] | None = None
+        self._yielded: list[list[int]] = []  # the batches of this epoch
+        self._resumed: list[int] | None = None  # the remaining indices of a loaded epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Forward to the sampler, as ``DistributedSampler`` needs before every epoch."""
-        if callable(forward := getattr(self.sampler, "set_epoch", None)):
-            forward(epoch)
+        set_epoch = getattr(self.sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Nothing runs before the first batch is requested: a loader with workers makes two
-        # iterators and discards one.
-        rest, self._resumed = self._resumed, None
-        indices = self._indices = iter(self.sampler if rest is None else rest)
-        given = self._given = []
+        # A generator runs only when the first batch is requested. That matters for a loader with
+        # workers, which makes two iterators and discards one.
+        resumed, self._resumed = self._resumed, None
+        indices = self._indices = iter(self.sampler if resumed is None else resumed)
+        yielded = self._yielded = []
         while True:
-            # state_dict replaces the iterator that it has read; a newer epoch has its own.
-            indices = self._indices if given is self._given else indices
+            # state_dict exhausts self._indices and replaces it. A newer epoch replaces it too, but
+            # then this epoch goes on with its own iterator.
+            indices = self._indices if yielded is self._yielded else indices
             size = self.batch_size
             batch = list(islice(indices, size))
             if not batch or (self.drop_last and len(batch) < size):
                 return
-            given.append(batch)
+            yielded.append(batch)
             yield batch
 
     def whole_epoch(self) -> BatchSampler:
-        """Return a sampler of a whole epoch's batches, which leaves the position of this one alone.
+        """Return a sampler of a whole epoch's batches that does not move the position of this one.
 
-        Measurements read the data by it, also within an epoch and after :meth:`load_state_dict`.
+        Measurements read the data with it, also within an epoch and after :meth:`load_state_dict`.
 
         >>> sampler = AdaptiveBatchSampler(range(3), 2)
         >>> _ = next(iter(sampler))
@@ -180,8 +184,8 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     def __len__(self) -> int:
         """Return the number of batches in an epoch at the present size: an estimate if it changes.
 
-        The length of a ``DataLoader`` is this number. Between :meth:`load_state_dict` and the next
-        iteration it counts the rest of the epoch.
+        It is also the length of the ``DataLoader``. Between :meth:`load_state_dict` and the next
+        iteration it counts the remaining batches of the epoch.
         """
         samples = len(cast(Sized, self.sampler if self._resumed is None else self._resumed))
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
@@ -190,8 +194,8 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         """Return the size and the remaining indices of this epoch: plain integers.
 
         Args:
-            batches: how many batches of this epoch training has used. A loader with workers has
-                requested more, which must come again. By default all requested batches.
+            batches: the number of batches of this epoch that training has used. A loader with workers
+                prefetches more, and those must be yielded again. By default all requested batches.
 
         Raises:
             ValueError: if fewer batches were requested.
@@ -199,20 +203,18 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         """
         if not isinstance(self.sampler, Sized):
             raise TypeError(f"sampler={self.sampler!r}: without a length it may be endless")
-        if self._resumed is not None:  # loaded, and not iterated since
+        if self._resumed is not None:  # no iteration since the state was loaded
             return {"batch_size": self.batch_size, "rest": list(self._resumed)}
-        taken = len(self._given) if batches is None else whole("batches", batches, least=0)
-        if taken > len(self._given):
-            raise ValueError(f"batches={batches}: only {len(self._given)} were requested")
-        ahead = list(self._indices)
-        self._indices = iter(ahead)
-        return {
-            "batch_size": self.batch_size,
-            "rest": [*chain.from_iterable(self._given[taken:]), *ahead],
-        }
+        used = len(self._yielded) if batches is None else whole("batches", batches, least=0)
+        if used > len(self._yielded):
+            raise ValueError(f"batches={batches}: only {len(self._yielded)} were requested")
+        prefetched = chain.from_iterable(self._yielded[used:])
+        remaining = list(self._indices)
+        self._indices = iter(remaining)
+        return {"batch_size": self.batch_size, "rest": [*prefetched, *remaining]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue within the epoch: the next iteration yields the rest of it.
+        """Continue within the epoch: the next iteration yields its remaining batches.
 
         If the epoch was complete, the next iteration is a new epoch.
 
@@ -227,10 +229,10 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
 class AdaptiveAccumulation(_BatchSize):
     r"""Gradient accumulation: groups the batches of a loader of fixed batch size into steps.
 
-    Yields for each step a list of ``(share, batch)``. A share is the batch's fraction of the step's
-    samples, or of their weights, so that the gradients of ``share * loss`` add up to that of the mean
-    loss, also with ragged batches. The size is read before each step. The last step of an epoch may be
-    shorter.
+    Yields for each step a list of ``(share, batch)``. The share is the batch's fraction of the step's
+    samples, or of the sum of their weights. So the gradients of ``share * loss`` add up to the gradient
+    of the mean loss, also if the last batch is smaller. The size is read before each step. The last
+    step of an epoch may be shorter.
 
     Args:
         loader: a loader, or any re-iterable of batches.
@@ -239,12 +241,12 @@ class AdaptiveAccumulation(_BatchSize):
             one batch.
         max_batch_size: the largest allowed size; ``None`` for no bound.
         sample_weight: a function of a batch that returns the weights of its samples ``(m,)``, for a
-            loss that divides by their sum: class weights ``w[y]``, or the numbers of targets that
-            count, ``(y != -100).sum(1)``. By default samples weigh the same.
+            loss that divides by their sum: class weights ``w[y]``, or the number of targets that are
+            not ignored, ``(y != -100).sum(1)``. By default all samples have the same weight.
 
     Raises:
-        ValueError: for sizes out of range; in an epoch, for batches with targets of -100, which torch's
-            losses ignore, without ``sample_weight``.
+        ValueError: for sizes out of range; while iterating, for a batch with targets of -100, which
+            torch's losses ignore, without ``sample_weight``.
 
     >>> import torch
     >>> batches = [(torch.zeros(2), torch.zeros(2))] * 4
@@ -265,29 +267,29 @@ class AdaptiveAccumulation(_BatchSize):
     ) -> None:
         self.loader, self._sample_weight = loader, sample_weight
         unit = whole("micro_batch_size", micro_batch_size)
-        self._allow(unit if batch_size is None else batch_size, unit, max_batch_size, unit)
+        self._set_bounds(unit if batch_size is None else batch_size, unit, max_batch_size, unit)
 
     def __iter__(self) -> Iterator[list[tuple[float, Any]]]:
         batches = iter(self.loader)
         while group := list(islice(batches, self.batch_size // self._unit)):
             weights = [self._weight(batch) for batch in group]
             total = sum(weights)
-            # The loss of a batch without weight is 0/0.
+            # A batch of weight 0 is left out, since its mean loss is 0/0.
             pairs = zip(weights, group, strict=True)
             yield [(weight / total, batch) for weight, batch in pairs if weight]
 
     def _weight(self, batch: Any) -> float:
-        """Return the sum of the weights of a batch."""
+        """Return the sum of the weights of a batch's samples."""
         if self._sample_weight is not None:
-            given = GivenWeights(self._sample_weight, paired=False)
-            return float(given.attached(batch, 0, sample_count(batch)).weight.sum())
+            weights = GivenWeights(self._sample_weight, paired=False)
+            return float(weights.attached(batch, 0, sample_count(batch)).weight.sum())
         integers = (t for t in tensors_in(batch) if t.dtype in (torch.int32, torch.int64))
         if any(bool((t == _IGNORED).any()) for t in integers):
             raise ValueError(
-                f"loader: a batch has ignored targets ({_IGNORED}), and a loss that averages over the"
-                " others weighs batches unequally: pass the weights of a batch's samples, such as"
+                f"loader: a batch has ignored targets ({_IGNORED}), so a mean over the other targets"
+                " gives batches different weights: pass the weights of a batch's samples, such as"
                 f" sample_weight=lambda batch: (batch[1] != {_IGNORED}).flatten(1).sum(1), or"
-                " lambda batch: torch.ones(len(batch[1])) if samples weigh the same"
+                " lambda batch: torch.ones(len(batch[1])) if all samples have the same weight"
             )
         return sample_count(batch)
 

@@ -37,43 +37,43 @@ _BOUNDS = ("min_lr", "max_lr", "loss_cap")
 class StabilityLR(LRScheduler):
     r"""Sets the learning rate so that minima outside of ``target`` are unstable.
 
-    It is used like torch's schedulers: call ``step()`` after each ``optimizer.step()``, also within
-    ``SequentialLR`` or ``ChainedScheduler``. It acts once for each *fresh* measurement of the
-    monitor and changes nothing in between. Groups keep the ratios of their rates; rates that are
-    tensors change in place.
+    Use it like torch's schedulers: call ``step()`` after each ``optimizer.step()``, also within
+    ``SequentialLR`` or ``ChainedScheduler``. It acts once for each new measurement of the monitor and
+    changes nothing in between. Groups keep the ratios of their rates; rates that are tensors change in
+    place.
 
     Every decision is appended to ``decisions`` and sent to the monitor's sinks. A measurement that
     failed or did not converge never raises the rate.
 
-    The rate of the fastest group stays within ``min_lr`` and ``max_lr``: a rate outside of them,
-    present or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
+    The rate of the fastest group stays within ``min_lr`` and ``max_lr``. A rate outside of them, initial
+    or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
 
     In a distributed run rank 0 decides, and every rank must call ``step()``.
 
     Args:
         optimizer: the optimizer.
         monitor: the monitor of this optimizer; it measures at least the sharpness.
-        target: the region; a relative one is resolved at the first good measurement.
+        target: the region; a relative one becomes absolute at the first converged measurement.
         law: the control law (:mod:`~stableopt.steering.lr_laws`); by default
             :func:`~stableopt.steering.lr_laws.gated_staircase`, or for a share of the limits
             :func:`~stableopt.steering.lr_laws.keep_margin`.
         min_lr: the smallest rate, of the fastest group; by default 0, or for a share of the limits
             a tenth of the initial rate.
         max_lr: the largest rate; by default unbounded, or for a share of the limits the initial
-            one: torch's ``initial_lr`` where another scheduler has set it, else the present rate.
+            rate: torch's ``initial_lr`` if another scheduler has set it, else the present rate.
         loss_cap: the probe loss above which training counts as diverging; by default only a loss
             that is not finite does. The loss at initialisation is a good cap: escapes stay below.
-        restore: after a diverging loss, restore weights, buffers and optimizer state of the last
-            good measurement. Costs a copy of them at each measurement. By default only with
-            momentum, which carries weights on after the rate is cut, and not with sharded weights.
-        kick: once the present point becomes unstable, move the weights along the top eigenvector by
-            this fraction of their norm; 0 for no kick. A converged point has no gradient, and
-            rounding errors take long to grow; 1e-3 is a good value.
+        restore: after a diverging loss, restore weights, buffers and optimizer state from the last
+            good measurement. Costs a copy of them at each measurement. By default true with momentum,
+            which moves the weights further after a cut, unless weights are sharded.
+        kick: when the present point becomes unstable, move the weights along the top eigenvector by
+            this fraction of their norm; 0 for no kick. Without it the escape from a converged point,
+            where the gradient vanishes, starts from rounding errors. 1e-3 is a good value.
         dry_run: decide and record, but change nothing.
         last_epoch: as in torch.
 
     Attributes:
-        target: the region, absolute once it is resolved.
+        target: the region, absolute from the first converged measurement on.
         decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
         max_lr: the largest rate.
@@ -115,36 +115,37 @@ class StabilityLR(LRScheduler):
         _check(optimizer, monitor, target)
         if monitor.problem.sharded and (restore or kick):
             raise ValueError(
-                "restore and kick copy rank 0's weights to all ranks, which is impossible for weights"
-                " sharded by fully_shard: leave them out"
+                "restore and kick broadcast rank 0's weights, which is impossible for weights sharded by"
+                " fully_shard: omit both arguments"
             )
         if restore is None:
             restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
-        initial = _fastest(optimizer, "initial_lr")
-        margin = target.share is not None
+        keeps_margin = target.share is not None
+        initial_lr = _fastest(optimizer, "initial_lr")
+        lowest, highest = (initial_lr / 10, initial_lr) if keeps_margin else (0.0, math.inf)
         self.monitor = monitor
         self.target = target
-        self.law: Law = law or (keep_margin if margin else gated_staircase)
+        self.law: Law = law or (keep_margin if keeps_margin else gated_staircase)
         self.dry_run = dry_run
         self.decisions = DecisionLog(maxlen=REMEMBERED)
-        self.min_lr = _bound("min_lr", min_lr, initial / 10 if margin else 0.0, open_end=0.0)
-        self.max_lr = _bound("max_lr", max_lr, initial if margin else math.inf, open_end=math.inf)
+        self.min_lr = _bound("min_lr", min_lr, lowest, open_end=0.0)
+        self.max_lr = _bound("max_lr", max_lr, highest, open_end=math.inf)
         if not self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr={self.min_lr} is above max_lr={self.max_lr}")
         self.loss_cap = _bound("loss_cap", loss_cap, math.inf, open_end=math.inf)
         self._kick = 0.0 if kick == 0 else positive("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._state: State = new_state()
-        self._seen: int | None = None
+        self._last_measured: int | None = None
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Decide if there is a fresh measurement; return the rate of each group. For ``step``."""
+        """Decide if there is a new measurement; return the rate of each group. ``step`` calls this."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         changes = self._act()
         if not changes:
             return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        # In this order of operations the fastest group gets exactly the decided rate.
+        # In this order of operations no rounding moves the fastest group off the decided rate.
         return [changes[-1].new * (float(rate) / changes[0].old) for rate in rates]
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class StabilityLR(LRScheduler):
             "base_lrs": list(self.base_lrs),
             "last_lr": list(self._last_lr),
             "step_count": self._step_count,
-            "seen": self._seen,
+            "seen": self._last_measured,
             "law": dict(self._state),
             "bounds": {name: getattr(self, name) for name in _BOUNDS},
             "target": {
@@ -166,7 +167,7 @@ class StabilityLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; load those of optimizer and monitor as well.
+        """Continue from a :meth:`state_dict`; load the states of optimizer and monitor as well.
 
         Raises:
             ValueError: for a missing entry.
@@ -178,12 +179,12 @@ class StabilityLR(LRScheduler):
         self.base_lrs = list(state_dict["base_lrs"])
         self._last_lr = list(state_dict["last_lr"])
         self._step_count = state_dict["step_count"]
-        self._seen, self._state = state_dict["seen"], dict(state_dict["law"])
+        self._last_measured, self._state = state_dict["seen"], dict(state_dict["law"])
         for name in _BOUNDS:
             setattr(self, name, state_dict["bounds"][name])
 
     def _act(self) -> list[Decision]:
-        """Decide, change the weights if so decided, and return the changes of the rates."""
+        """Carry out decisions on the weights; return those that change the rate."""
         changes = []
         for decision in decide_together(
             self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
@@ -200,14 +201,15 @@ class StabilityLR(LRScheduler):
         present = _fastest(self.optimizer)
         if present == 0:
             return []
-        # Without effect in a dry run, it would be repeated at each step.
-        lr = present if self.dry_run else self._nearest(present)
-        bounded = [] if lr == present else self._bounded(present)
-        # torch calls step once in the constructor.
-        return [*bounded, *(self._by_law(lr) if self._step_count > 1 else [])]
+        # A dry run leaves the rate, so a decision to clip it would come again at each step.
+        lr = present if self.dry_run else self._clipped(present)
+        decisions = [] if lr == present else self._clip(present)
+        if self._step_count > 1:  # torch calls step once in the constructor
+            decisions += self._apply_law(lr)
+        return decisions
 
-    def _nearest(self, lr: float) -> float:
-        """Return ``lr`` within the bounds, and the bound itself where it was rounded to a tensor."""
+    def _clipped(self, lr: float) -> float:
+        """Return ``lr`` clipped to the bounds, or a bound that it equals up to rounding."""
         for bound in (self.min_lr, self.max_lr):
             if math.isclose(lr, bound, rel_tol=self._rounding()):
                 return bound
@@ -218,9 +220,9 @@ class StabilityLR(LRScheduler):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return max((torch.finfo(r.dtype).eps for r in rates if isinstance(r, Tensor)), default=0.0)
 
-    def _bounded(self, lr: float) -> list[Decision]:
-        """Return the decision for a rate outside of the bounds, by more than rounding."""
-        bound, step = self._nearest(lr), self.monitor.step
+    def _clip(self, lr: float) -> list[Decision]:
+        """Return the decision to clip a rate that is outside of the bounds by more than rounding."""
+        bound, step = self._clipped(lr), self.monitor.step
         if math.isclose(lr, bound, rel_tol=self._rounding()):
             return []
         if lr > bound:
@@ -229,44 +231,51 @@ class StabilityLR(LRScheduler):
         why = f"the rate was below min_lr={bound:.4g}"
         return [Decision("lr", "raise", lr, bound, why, step=step)]
 
-    def _by_law(self, lr: float) -> list[Decision]:
+    def _apply_law(self, lr: float) -> list[Decision]:
+        """Return the decisions on a new measurement at the rate ``lr``."""
         margins = self.monitor.margins
-        if margins is None or margins.step == self._seen:
+        if margins is None or margins.step == self._last_measured:
             return []
-        self._seen = margins.step
+        self._last_measured = margins.step
         self.target = resolved(self.target, margins)
         if self.target.unit == "present":
             return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)]
         rule = at_lr(self.monitor.update_rule, lr)
         measured = LRMeasured(margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap)
         decision, self._state = self.law(measured, self._state)
-        return [decision, *self._about_weights(measured, decision)]
-
-    def _about_weights(self, measured: LRMeasured, decision: Decision) -> list[Decision]:
-        margins = measured.margins
         if decision.kind == "cut":
-            if self._last_good is not None and self._last_good.step is not None:
-                old, new = float(margins.step), float(self._last_good.step)
-                why = f"back to the weights of step {self._last_good.step}: {decision.why}"
-                if not self.dry_run:
-                    self._state = after_restore(self._state)
-                return [Decision("weights", "restore", old, new, why, step=margins.step)]
-            return []
-        good = margins.failure is None and (margins.loss or 0.0) <= self.loss_cap
-        if self._last_good is not None and good and not self.dry_run:
+            return [decision, *self._restore(margins.step, decision.why)]
+        is_good = margins.failure is None and (margins.loss or 0.0) <= self.loss_cap
+        if self._last_good is not None and is_good and not self.dry_run:
             self._last_good.keep(margins.step)
+        return [decision, *(self._kick_if_unstable(measured, decision) if is_good else [])]
+
+    def _restore(self, step: int, reason: str) -> list[Decision]:
+        """Return the decision to restore the last good weights after a cut, if there are any."""
+        if self._last_good is None or self._last_good.step is None:
+            return []
+        why = f"back to the weights of step {self._last_good.step}: {reason}"
+        if not self.dry_run:
+            self._state = after_restore(self._state)
+        old, new = float(step), float(self._last_good.step)
+        return [Decision("weights", "restore", old, new, why, step=step)]
+
+    def _kick_if_unstable(self, measured: LRMeasured, decision: Decision) -> list[Decision]:
+        """Return the decision to kick the weights, once the decided rate makes the point unstable."""
+        margins = measured.margins
         a = margins.limited_sharpness
-        if not self._kick or not good or a is None:
+        if not self._kick or a is None:
             return []
-        after = a / at_lr(measured.rule, decision.new).max_sharpness
+        ratio = a / at_lr(measured.rule, decision.new).max_sharpness
         kicked = bool(self._state.get("kicked"))
-        self._state = {**self._state, "kicked": float(after > 1)}
-        if after <= 1 or kicked:
+        self._state = {**self._state, "kicked": float(ratio > 1)}
+        if ratio <= 1 or kicked:
             return []
-        why = f"the sharpness is {after:.2f} of its limit, and the point must be left"
+        why = f"the sharpness is {ratio:.2f} of its limit, and the point must be left"
         return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)]
 
     def _change_weights(self, decision: Decision) -> None:
+        """Restore or kick the weights on rank 0, and broadcast them."""
         problem = self.monitor.problem
         if world().rank == 0:
             if decision.kind == "restore" and self._last_good is not None:
@@ -277,17 +286,21 @@ class StabilityLR(LRScheduler):
 
     def _top_direction(self) -> list[Tensor]:
         """Return the direction of the parameters in which the step is the least stable."""
-        rule, found = self.monitor.update_rule, self.monitor.eigenvectors
-        name = "preconditioned_sharpness"
+        rule, eigenvectors = self.monitor.update_rule, self.monitor.eigenvectors
         problem = as_seen_by(self.monitor.problem, rule, self.monitor.optimizers)
-        if name not in found:
-            return problem.unflatten(found["sharpness"])
-        own = outside_coordinates(rule, problem.params)
-        # With P outside of the coordinates it is a covector.
-        return problem.unflatten(found[name] if own is None else own @ found[name])
+        if "preconditioned_sharpness" not in eigenvectors:
+            return problem.unflatten(eigenvectors["sharpness"])
+        direction = eigenvectors["preconditioned_sharpness"]
+        preconditioner = outside_coordinates(rule, problem.params)
+        if (
+            preconditioner is not None
+        ):  # the eigenvector is a covector, and P maps it to a direction
+            direction = preconditioner @ direction
+        return problem.unflatten(direction)
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
+    """Return the rate of the fastest group, or its value of ``key`` if groups have it."""
     return max(float(group.get(key, group["lr"])) for group in optimizer.param_groups)
 
 
@@ -305,8 +318,8 @@ def _check(
     instance("target", target, TargetRegion)
     if len(monitor.optimizers) > 1:
         raise ValueError(
-            f"monitor measures {len(monitor.optimizers)} optimizers together: expected that of one,"
-            " whose learning rate can be steered"
+            f"monitor measures {len(monitor.optimizers)} optimizers together: expected the monitor of"
+            " one optimizer, whose learning rate can be steered"
         )
     if monitor.optimizer is not base_optimizer(optimizer):
         raise ValueError("monitor: it measures another optimizer than this one")

@@ -1,4 +1,4 @@
-r"""`TargetRegion`: the wanted minima, a region of the sharpness / non-uniformity diagram.
+r"""`TargetRegion`: the region of the sharpness / non-uniformity diagram that steering aims at.
 
 Three examples::
 
@@ -6,9 +6,9 @@ Three examples::
     TargetRegion.flatter(by=2)                              # relative to the present point
     TargetRegion.within_limits(0.8)                         # at most 80 % of the limits
 
-By linear stability, learning rate and batch size make all *other* minima unstable: those sharper
-than :math:`a` if the limit on the sharpness is :math:`a`, and those less uniform than :math:`s` if
-the limit on the non-uniformity is :math:`s`.
+Learning rate and batch size make all *other* minima unstable, by linear stability: those sharper than
+:math:`a` if the limit on the sharpness is :math:`a`, and those less uniform than :math:`s` if the limit
+on the non-uniformity is :math:`s`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ Bounds = tuple[float, float]
 """The lower and the upper bound; 0 and infinity are open ends."""
 
 OPEN: Bounds = (0.0, math.inf)
+"""Bounds that every value is within."""
 
 UNRESOLVED = "the target is relative to a measurement, and no good one exists yet"
 
@@ -51,16 +52,16 @@ _ROUNDED = 1 + 1e-9
 
 @dataclass(frozen=True)
 class TargetRegion:
-    r"""A box of wanted sharpness and non-uniformity.
+    r"""A box of sharpness and non-uniformity that steering aims at.
 
-    The sharpness is the one that the optimizer's limit applies to: that of the loss or, with a
-    preconditioner (Adam, groups with their own rates), the preconditioned one.
+    The sharpness is the one that the optimizer's limit applies to: with a preconditioner (Adam, groups
+    with their own rates) the preconditioned sharpness, else that of the loss.
 
     Args:
         sharpness: ``(low, high)``, in units of the curvature; ``None`` for an open end.
         non_uniformity: ``(low, high)``, likewise.
-        unit: the unit of the bounds: ``"absolute"`` values, multiples of the values measured at the
-            start of steering (``"present"``), or shares of the limits (``"limit"``).
+        unit: the unit of the bounds: ``"absolute"`` values, multiples of the first measured values
+            (``"present"``), or shares of the limits (``"limit"``).
 
     Raises:
         ValueError: for bounds that are negative or in the wrong order, a box without a bound, or an
@@ -106,8 +107,8 @@ class TargetRegion:
     def within_limits(cls, share: float) -> TargetRegion:
         """Return the region of points at up to ``share`` of each limit, at any sharpness.
 
-        For stability rather than selection: no minimum becomes unstable. The learning rate then
-        follows the measurement, which is safe only with a floor; see
+        This region keeps training stable and selects no minima. The learning rate then follows the
+        measurement, which is safe only with a floor; see
         :func:`~stableopt.steering.lr_laws.keep_margin`.
 
         Raises:
@@ -138,9 +139,9 @@ class TargetRegion:
         return low, high
 
     def resolve(self, margins: StabilityMargins) -> TargetRegion:
-        """Return the region in absolute numbers, if it is relative to the values in ``margins``.
+        """Return a region relative to the present in absolute numbers, with the values in ``margins``.
 
-        A region of :meth:`within_limits` stays as it is.
+        A region in other units, such as :meth:`within_limits`, stays as it is.
 
         Raises:
             ValueError: if a quantity that it is relative to was not measured.
@@ -164,7 +165,7 @@ class TargetRegion:
     def aim(self) -> float | None:
         """The sharpness limit to set: the upper bound, else the lower one, else ``None``.
 
-        Training ends at or just below the limit that the learning rate sets.
+        Training ends with a sharpness at or just below this limit.
         """
         low, high = self.bounds("sharpness")
         return high if high < math.inf else low or None
@@ -172,11 +173,11 @@ class TargetRegion:
     def lr_for(self, update_rule: UpdateRule) -> float:
         r"""Return the learning rate at which every sharper minimum is unstable.
 
-        At this rate the limit is :attr:`aim`: for plain SGD :math:`\eta = 2/a`. It depends on the
-        target alone, never on a measurement.
+        At this rate the limit is :attr:`aim`: for plain SGD :math:`\eta = 2/a`. The rate depends only on
+        the target, not on a measurement.
 
         Args:
-            update_rule: the rule; its momentum, decay and ratios between groups are kept.
+            update_rule: the rule, with its momentum, decay and ratios between groups.
 
         Returns:
             The rate, of the fastest group if groups differ; the rule's own if the region does not
@@ -199,8 +200,8 @@ class TargetRegion:
         The limit on the non-uniformity is the upper bound s if the noise factor is
         :math:`p = v/s^2`, with v the square of the limit at p = 1: for plain SGD
         :math:`1/\eta^2` (the box (9)), or :math:`(2/(\eta a) - 1)a^2` at sharpness a. Then
-        :math:`B = n/(1 + p(n-1))`. It is rounded down, so that minima above s are unstable; if the
-        region has only a lower bound, it is rounded up, so that minima above that are stable.
+        :math:`B = n/(1 + p(n-1))`, rounded down, so that minima above s are unstable. For a region
+        with only a lower bound, B is rounded up, so that minima above this bound are stable.
 
         Args:
             lr: the learning rate of plain SGD, or a rule.
@@ -224,17 +225,17 @@ class TargetRegion:
             return n
         rule = lr if isinstance(lr, UpdateRule) else UpdateRule(lr=positive("lr", lr))
         rule = replace(rule, full_batch=False)
-        wanted = high if high < math.inf else low
-        at_one = rule.max_non_uniformity(1, None, sharpness=sharpness)
-        p = (at_one / wanted) ** 2 if wanted > 0 else math.inf
+        s = high if high < math.inf else low
+        limit_at_one = rule.max_non_uniformity(1, None, sharpness=sharpness)
+        p = (limit_at_one / s) ** 2 if s > 0 else math.inf
         size = n / (1 + p * (n - 1)) if n > 1 else 1.0
         size = math.floor(size * _ROUNDED) if high < math.inf else math.ceil(size / _ROUNDED)
         return min(max(size, 1), n)
 
     def contains(self, sharpness: float | None, non_uniformity: float | None = None) -> bool:
-        """Return whether both values are within their bounds, in the region's unit.
+        """Return whether both values, in the region's unit, are within their bounds.
 
-        ``None``, a value that was not measured, is within open bounds only.
+        ``None``, for a value that was not measured, is only within open bounds.
         """
         for value, name in ((sharpness, "sharpness"), (non_uniformity, "non_uniformity")):
             low, high = self.bounds(name)
@@ -269,13 +270,15 @@ class TargetRegion:
 
     def _require_absolute(self, what: str) -> None:
         if self.unit == "present":
-            raise ValueError(f"{what} of a region relative to the present: resolve(margins) first")
+            raise ValueError(
+                f"{what} of a region relative to the present: call resolve(margins) first"
+            )
         if self.unit == "limit":
             raise ValueError(f"{what} of a share of the limits: expected an absolute region")
 
 
 def resolved(target: TargetRegion, margins: StabilityMargins) -> TargetRegion:
-    """Return ``target`` in absolute numbers as soon as ``margins`` have what it is relative to."""
+    """Return ``target`` in absolute numbers, or unchanged while ``margins`` lack a value for that."""
     if margins.failure is not None or not margins.converged:
         return target
     for name, value in bounded_values(margins).items():
@@ -285,7 +288,7 @@ def resolved(target: TargetRegion, margins: StabilityMargins) -> TargetRegion:
 
 
 def bounded_values(margins: StabilityMargins) -> dict[str, float | None]:
-    """Return the measured values that a region bounds, by name; ``None`` for one not measured."""
+    """Return the measured values of the bounded quantities by name; ``None`` if not measured."""
     return {"sharpness": margins.limited_sharpness, "non_uniformity": margins.non_uniformity}
 
 
@@ -295,15 +298,15 @@ def at_lr(rule: UpdateRule, lr: float) -> UpdateRule:
     >>> at_lr(UpdateRule(lr=0.4, group_lrs=(0.4, 0.1)), 0.2).group_lrs
     (0.2, 0.05)
     """
-    groups = tuple(lr * (each / rule.lr) for each in rule.group_lrs)
-    return replace(rule, lr=lr, group_lrs=groups)
+    group_lrs = tuple(lr * (group_lr / rule.lr) for group_lr in rule.group_lrs)
+    return replace(rule, lr=lr, group_lrs=group_lrs)
 
 
 def lr_at_limit(rule: UpdateRule, sharpness: float) -> float:
     r"""Return the learning rate at which ``rule``'s limit is ``sharpness``.
 
     The limit of every rule with momentum has the form :math:`A/\eta - D`, such as 2/η minus the weight
-    decay. A and D follow from the limits at two rates.
+    decay. The limits at the rates 1 and 2 give A and D.
 
     >>> lr_at_limit(UpdateRule(lr=1.0, weight_decay=0.5), 3.5)
     0.5
@@ -319,9 +322,9 @@ def lr_at_limit(rule: UpdateRule, sharpness: float) -> float:
         )
     if rule.filter is not None and rule.lookahead is None:
         return rule.linear_step.max_lr(sharpness)
-    at_one, at_two = (at_lr(rule, lr).max_sharpness for lr in (1.0, 2.0))
-    reach = 2 * (at_one - at_two)
-    return reach / (sharpness + (reach - at_one))
+    limit_at_1, limit_at_2 = (at_lr(rule, lr).max_sharpness for lr in (1.0, 2.0))
+    scale = 2 * (limit_at_1 - limit_at_2)  # A
+    return scale / (sharpness + (scale - limit_at_1))
 
 
 def _checked(name: str, bounds: object) -> Bounds:

@@ -1,4 +1,4 @@
-"""`verdict`: whether the target is reached, missed or unreachable, from measurements alone."""
+"""`verdict`: whether the target is reached, missed or unreachable, by the measurements."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ class Situation:
 
 
 _FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
+"""Why a small sharpness may be unreachable."""
 
 
 def verdict(
     situation: Situation, state: State, *, band: float = 0.1, patience: int = 20
 ) -> tuple[Decision | None, State]:
-    """Return that the target is newly reached, missed again or unreachable; else ``None``.
+    """Return a decision if the target is newly reached, missed again or unreachable; else ``None``.
 
-    It is unreachable if the rate that it asks for is not allowed, or was cut three times; or if all
-    knobs have the values that it asks for, and the logarithmic distance did not fall by a tenth
-    within ``patience`` measurements.
+    It is unreachable if its learning rate is above ``max_lr``, or was cut three times; or if learning
+    rate and batch size have the target's values, and the logarithmic distance to the target did not
+    fall by a tenth within ``patience`` measurements.
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
@@ -62,85 +63,89 @@ def verdict(
     )
     if margins.failure is not None or not margins.converged or not known:
         return None, state
-    # Training hovers about the edge, so a reached target is missed only at twice the band.
+    # Training hovers around the edge, so a reached target is missed only beyond twice the band.
     misses = _misses(margins, target, 2 * band if state.get("reached") else band)
     if not misses:
         state = {**state, "since": 0.0, "best": math.inf}
         if state.get("reached"):
             return None, state
-        return _say(situation, "reached", f"within the target: {target}"), {**state, "reached": 1.0}
-    distance, what = max(misses)
+        state = {**state, "reached": 1.0}
+        return _decision(situation, "reached", f"within the target: {target}"), state
+    distance, miss = max(misses)
     if state.get("reached"):
-        missed = {**state, "reached": 0.0, "since": 0.0, "best": distance}
-        return _say(situation, "missed", f"{what} again"), missed
-    why = _forbidden(situation, what)
+        state = {**state, "reached": 0.0, "since": 0.0, "best": distance}
+        return _decision(situation, "missed", f"{miss} again"), state
+    why = _why_forbidden(situation, miss)
     if why is not None:
-        return _say(situation, "unreachable", why), state
-    nearer = distance < 0.9 * state.get("best", math.inf)
-    at_work = _at_work(situation)
-    if nearer or at_work:
+        return _decision(situation, "unreachable", why), state
+    if distance < 0.9 * state.get("best", math.inf) or _rate_moves(situation):
         return None, {**state, "since": 0.0, "best": distance}
-    since = state.get("since", 0.0) + 1
-    state = {**state, "since": since}
+    since = state.get("since", 0.0) + 1  # measurements without progress
     if since < patience:
-        return None, state
-    return _say(situation, "unreachable", _stuck(situation, what)), {**state, "since": 0.0}
+        return None, {**state, "since": since}
+    return _decision(situation, "unreachable", _why_stuck(situation, miss)), {**state, "since": 0.0}
 
 
 def _misses(
     margins: StabilityMargins, target: TargetRegion, band: float
 ) -> list[tuple[float, str]]:
-    """Return distance, logarithmic, and text for each bound missed by more than ``band``."""
-    found = []
+    """Return the logarithmic distance and a text for each bound missed by more than ``band``."""
+    misses = []
     for name, value in bounded_values(margins).items():
         low, high = target.bounds(name)
         if value is None or not value > 0:
             continue
-        shown = name.replace("_", "-")
+        title = name.replace("_", "-")
         if value > high * (1 + band):
-            found.append((math.log(value / high), f"{shown} {value:.3g} is above {high:.3g}"))
+            misses.append((math.log(value / high), f"{title} {value:.3g} is above {high:.3g}"))
         elif value < low * (1 - band):
-            found.append((math.log(low / value), f"{shown} {value:.3g} is below {low:.3g}"))
-    return found
+            misses.append((math.log(low / value), f"{title} {value:.3g} is below {low:.3g}"))
+    return misses
 
 
-def _at_work(situation: Situation) -> bool:
-    """Return whether the rate still moves: up to the target's, or down to it, which sharpens."""
-    wanted, lr = situation.target_lr, situation.lr
-    if wanted is None or math.isclose(lr, wanted, rel_tol=1e-6):
+def _rate_moves(situation: Situation) -> bool:
+    """Return whether the law still moves the rate towards the target's.
+
+    It lowers the rate only for a target with a lower bound on the sharpness.
+    """
+    target_lr, lr = situation.target_lr, situation.lr
+    if target_lr is None or math.isclose(lr, target_lr, rel_tol=1e-6):
         return False
-    return lr < min(wanted, situation.max_lr) or (
-        lr > wanted and situation.target.bounds("sharpness")[0] != 0
-    )
+    rises = lr < min(target_lr, situation.max_lr)
+    falls = lr > target_lr and situation.target.bounds("sharpness")[0] != 0
+    return rises or falls
 
 
-def _forbidden(situation: Situation, what: str) -> str | None:
-    wanted = situation.target_lr
+def _why_forbidden(situation: Situation, miss: str) -> str | None:
+    """Return why the target's rate cannot be set, or ``None``."""
+    target_lr = situation.target_lr
     if situation.cuts >= TRIES:
-        return f"{what}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
-    if what.startswith("sharpness") and wanted is not None and wanted > situation.max_lr:
+        return f"{miss}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
+    if miss.startswith("sharpness") and target_lr is not None and target_lr > situation.max_lr:
         if situation.lr < situation.max_lr:
-            return None  # the rate still rises, and may reach the target before
-        return f"{what}, which takes a rate of {wanted:.3g}, above max_lr={situation.max_lr:.3g}"
+            return None  # the rate still rises, and the target may be reached below max_lr
+        return f"{miss}, which takes a rate of {target_lr:.3g}, above max_lr={situation.max_lr:.3g}"
     return None
 
 
-def _stuck(situation: Situation, what: str) -> str:
+def _why_stuck(situation: Situation, miss: str) -> str:
+    """Return why the target is not approached although learning rate and batch size are right."""
     low, loss = situation.target.bounds("sharpness")[0], situation.margins.loss
-    if what.startswith("sharpness") and "below" in what:
-        left = "" if loss is None else f" {loss:.2g}"
+    if miss.startswith("sharpness") and "below" in miss:
+        remaining = "" if loss is None else f" {loss:.2g}"
         return (
-            f"target sharpness {low:.4g} is above what the loss left to descend{left} can produce:"
-            f" {what}"
+            f"target sharpness {low:.4g} is above what the loss left to descend{remaining} can produce:"
+            f" {miss}"
         )
-    if what.startswith("non-uniformity") and situation.batch_size == situation.smallest:
-        return f"{what}, and no smaller batch than {situation.smallest} is allowed"
-    return f"{what}, and hardly comes nearer"
+    if miss.startswith("non-uniformity") and situation.batch_size == situation.smallest:
+        return f"{miss}, and no smaller batch than {situation.smallest} is allowed"
+    return f"{miss}, and hardly comes nearer"
 
 
-def _say(situation: Situation, kind: Kind, why: str) -> Decision:
+def _decision(situation: Situation, kind: Kind, why: str) -> Decision:
+    """Return a decision about the target, with the sharpness, or else the non-uniformity, as value."""
     margins = situation.margins
     a = margins.limited_sharpness
-    value = margins.non_uniformity if a is None else a
-    shown = math.nan if value is None else value
-    return Decision("target", kind, shown, shown, why, value, None, margins.step)
+    measured = margins.non_uniformity if a is None else a
+    value = math.nan if measured is None else measured
+    return Decision("target", kind, value, value, why, measured, None, margins.step)

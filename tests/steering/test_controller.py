@@ -121,7 +121,7 @@ def test_its_turn_has_hysteresis() -> None:
     run = Run()
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=2, band=0.05)
     turns = [
-        controller._turn(stableopt.StabilityMargins(sharpness=a))
+        controller._sharpness_settled(stableopt.StabilityMargins(sharpness=a))
         for a in (104.0, 106.0, 104.0, 103.0, 109.0, 111.0, 104.0, 104.0)
     ]
     assert turns == [False, False, False, True, True, False, False, True]

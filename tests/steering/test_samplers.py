@@ -268,7 +268,7 @@ def test_sizes_are_kept_within_what_is_allowed(
         ((9, {"multiple_of": 8}), "batch_size=9: expected a multiple of 8"),
         (
             (8, {"min_batch_size": 9, "max_batch_size": 15, "multiple_of": 8}),
-            "no batch size is allowed",
+            "no multiple is within these bounds",
         ),
         ((8, {"multiple_of": 0}), "multiple_of=0"),
     ],
