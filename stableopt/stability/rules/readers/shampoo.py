@@ -67,7 +67,7 @@ class KroneckerPreconditioner(StepPreconditioner):
 
     def over(self, params: Sequence[Tensor]) -> KroneckerPreconditioner:
         """Return the blocks of ``params``."""
-        at = self._places(params)
+        at = self._indices(params)
         return KroneckerPreconditioner(
             params, [self._bases[i] for i in at], [self._spectra[i] for i in at]
         )
