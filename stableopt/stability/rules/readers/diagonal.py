@@ -33,8 +33,8 @@ from stableopt.stability.rules.preconditioner import (
 )
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
+    common_value,
     decay_of,
-    one,
     params_of,
     step_counts,
 )
@@ -160,7 +160,7 @@ def stepped_rule(
         **decay_of([weight_decay(group) for group in groups]),
         decoupled_weight_decay=shrinks[0] / lr if same_shrink and lr else 0.0,
         filtered_weight_decay=filtered_decays.pop(),
-        maximize=one("maximize", maximizes(optimizer)),
+        maximize=common_value("maximize", maximizes(optimizer)),
         preconditioner=preconditioner,
     )
 
