@@ -2,8 +2,8 @@ r"""`NoiseGain`, `MomentGain`: the recursion of second moments near a minimum, a
 
 All matrices are in the eigenbasis of the mean curvature H, whose eigenvalues are :math:`h_a`. The noise
 of one step adds :math:`p\,(\frac1n\sum_i H_iXH_i - HXH)` to the second moment :math:`X = E[xx^\top]`,
-and the contraction of the update rule shrinks X. Under constant gradient noise of covariance Z the two
-balance at :math:`X_{ab} = Z_{ab}/w_{ab}`, so the point is stable exactly if
+and the contraction of the update rule shrinks X. Constant gradient noise of covariance Z and the
+contraction balance at :math:`X_{ab} = Z_{ab}/w_{ab}`. The point is therefore stable exactly if
 
 .. math:: w \circ X - p\,\Bigl(\tfrac1n\sum_i H_iXH_i - HXH\Bigr)
 

@@ -164,8 +164,8 @@ def almost_sure_critical_lr(
         ValueError, TypeError, NonFiniteError: as :func:`~stableopt.critical_lr`.
 
     >>> rows = torch.tensor([[0.2], [3.8]]).sqrt()                # h = 0.2 or 3.8
-    >>> found = almost_sure_critical_lr(DualCurvature(rows @ rows.T, 2), 1)
-    >>> round(found.value, 2), round(found.full_batch, 2)         # critical_lr is 0.5525
+    >>> result = almost_sure_critical_lr(DualCurvature(rows @ rows.T, 2), 1)
+    >>> round(result.value, 2), round(result.full_batch, 2)       # critical_lr is 0.5525
     (0.56, 1.0)
     """
 

@@ -160,8 +160,8 @@ def reshuffled_critical_lr(
 
     >>> rows = torch.tensor([[1.0, 2.0], [1.0, -1.0], [1.0, 0.5], [0.3, -1.2]])
     >>> dual = DualCurvature(rows @ rows.T, 4)
-    >>> found = reshuffled_critical_lr(dual, 1)      # critical_lr, of independent batches, is 0.51
-    >>> round(found.value, 1), round(found.full_batch, 2)
+    >>> result = reshuffled_critical_lr(dual, 1)     # critical_lr, of independent batches, is 0.51
+    >>> round(result.value, 1), round(result.full_batch, 2)
     (0.9, 1.14)
     """
 
