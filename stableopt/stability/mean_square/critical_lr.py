@@ -1,9 +1,9 @@
 r"""`critical_lr`, `critical_batch_size`: the largest stable learning rate, the smallest stable batch.
 
-The criterion is exact mean-square linear stability in any number of dimensions, of which Theorem 1 of
-Wu, Ma & E (2018) is a sufficient condition. For plain SGD it is due to Mulayoff & Michaeli (*Exact mean
-square linear stability analysis for SGD*, COLT 2024); here it covers every form of ``torch.optim.SGD``.
-Three examples::
+The criterion is exact mean-square linear stability in any number of dimensions. Theorem 1 of Wu, Ma & E
+(2018) is a sufficient condition for it. For plain SGD the criterion is due to Mulayoff & Michaeli
+(*Exact mean square linear stability analysis for SGD*, COLT 2024). Here it covers every form of
+``torch.optim.SGD``. Three examples::
 
     critical_lr(model, loss_fn, data, batch_size=4).value
     critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
@@ -256,7 +256,7 @@ def threshold(
 def _first(
     families: Sequence[Family], limit: Crossing, *, tol: float, max_iter: int, seed: int
 ) -> Crossing:
-    """Return the first of the families' crossings, or ``limit`` if there are no families."""
+    """Return the first of the families' crossings, or ``limit`` without families."""
     crossings = [
         first_crossing(family, tol=tol, max_iter=max_iter, seed=seed) for family in families
     ]

@@ -236,8 +236,8 @@ class Crossing:
     """The crossing of a family, with its accuracy.
 
     Attributes:
-        value: the t of the crossing, an upper bound up to rounding; the family's ``t_max`` if there is
-            no crossing below it.
+        value: the t of the crossing, an upper bound up to rounding; the family's ``t_max`` without a
+            crossing below it.
         lower: a t that is certainly below the crossing.
         residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products with noise gains.

@@ -74,7 +74,7 @@ class SeparateBlocks(UnknownStep):
     """The placeholder of a joint preconditioner for optimizers without a joint limit.
 
     Args:
-        reason: why there is no joint limit.
+        reason: why they have no joint limit.
         blocks: the optimizers, each with its own rule.
     """
 
@@ -187,7 +187,7 @@ def _with_one_group(
 
 
 def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
-    """Return one rule for all blocks; without limits if there is no joint limit."""
+    """Return one rule for all blocks, without limits if the blocks have no joint limit."""
     rules = [block.rule for block in blocks]
     if len({rule.maximize for rule in rules}) > 1:
         raise ValueError("optimizer: some of them maximize: expected all of them to, or none")

@@ -356,7 +356,7 @@ class UpdateRule:
         r"""Return the joint rule of several optimizers that update different parameters.
 
         If their momenta agree, the result is one rule with the block-diagonal preconditioner
-        :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise there is no limit for all parameters
+        :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise no limit holds for all parameters
         together: ``unknown`` is the reason, and ``preconditioner.blocks`` has the rule of each
         optimizer. An optimizer without a reader has a rule without limits. For a single optimizer this
         is the former name of :meth:`from_optimizer`.
