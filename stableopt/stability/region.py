@@ -17,22 +17,21 @@ Kind = Literal["box", "exact"]
 
 @dataclass(frozen=True)
 class StabilityRegion:
-    r"""The minima at which an update rule can settle, in the plane of sharpness and non-uniformity.
+    r"""The stable minima of an update rule, in the plane of sharpness a and non-uniformity s.
 
-    It has two shapes, both in Wu, Ma & E (2018), section 3:
+    The region has two shapes, both in Wu, Ma & E (2018), section 3:
 
     - ``"box"``: :math:`a \le` :attr:`max_sharpness` and :math:`s \le` :attr:`max_non_uniformity`,
       equation (9); the dashed lines in the paper's figures.
-    - ``"exact"``: the mean-square stable points of a *one-dimensional* problem, for plain SGD the
-      half-ellipse :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, whose hull the box is.
+    - ``"exact"``: the mean-square stable points of a *one-dimensional* problem. For plain SGD it is the
+      half-ellipse :math:`(1-\eta a)^2 + \eta^2 p s^2 \le 1`, and the box is its bounding box.
 
-    In several dimensions a and s may belong to different directions, and neither shape is necessary or
-    sufficient.
+    In several dimensions a and s may belong to different directions. Neither shape is then necessary or
+    sufficient for stability.
 
     Args:
-        rule: the update rule. Of a preconditioned one, as of Adam, the region is one of *preconditioned*
-            sharpness and non-uniformity, those of the rule's own coordinates: the plain sharpness is
-            not comparable, and neither is a rule without its preconditioner.
+        rule: the update rule. The region of a preconditioned rule, such as Adam's, is one of
+            *preconditioned* sharpness and non-uniformity. Plain ones are not comparable with it.
         batch_size: samples in a step; ``None`` for the full batch, which has no limit on s.
         dataset_size: samples in the training set; ``None`` for infinitely many.
 
@@ -52,7 +51,7 @@ class StabilityRegion:
 
     @property
     def min_sharpness(self) -> float:
-        """The lower side: below it the regularised loss has no minimum."""
+        """The left side of the box: below it the regularised loss has no minimum."""
         return self.rule.min_sharpness
 
     @property
@@ -88,11 +87,14 @@ class StabilityRegion:
         if num < 2:
             raise ValueError(f"num={num}: expected at least 2")
         if not self.max_sharpness < np.inf:
-            raise ValueError(f"lr={self.rule.lr}: a region without a right side has no boundary")
+            raise ValueError(
+                f"lr={self.rule.lr}: expected a positive learning rate, as the sharpness has no limit"
+            )
         sharpness = np.linspace(self.min_sharpness, self.max_sharpness, num)
         return np.array([(a, self._height(a, kind)) for a in sharpness])
 
     def _height(self, sharpness: float, kind: Kind) -> float:
+        """Return the largest non-uniformity of the region at ``sharpness``."""
         if kind == "box":
             return self.max_non_uniformity
         if kind == "exact":

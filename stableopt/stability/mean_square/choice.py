@@ -1,4 +1,4 @@
-"""`curvature_of`: the matrices on which a threshold is based; `step_of`: its step."""
+"""`curvature_of`: the choice between Hessians and Gauss–Newton matrices; `step_of`: the linear step."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["FITTED", "Choice", "curvature_of", "step_of"]
 Choice = Literal["auto", "true", "gauss-newton"]
 
 FITTED = 4e-3
-"""Largest part of the samples' Hessians that is not Gauss–Newton for samples that count as fitted. At
-242 minima of small networks the threshold's own error was at most 1.3 times the part."""
+"""Largest residual share of samples that count as fitted. At 242 minima of small networks the error of
+the threshold was at most 1.3 times the residual share."""
 
 _ROUNDING = 1e-9
-"""Part up to which true Hessians, where they are few, would change nothing."""
+"""Residual share up to which small problems use Gauss–Newton matrices: the Hessians would agree."""
 
 _LOOSE = 1e-2
-"""Relative residual of a direction of large curvature."""
+"""Relative residual of the eigen-solve for a direction of large curvature."""
 
 
 def curvature_of(
@@ -50,8 +50,8 @@ def curvature_of(
 ) -> tuple[SampleCurvature | HessianCurvature, float | None]:
     """Return the curvature on which a threshold is based, and the residual share if it was measured.
 
-    Whether samples are fitted shows in their Hessians, not in the loss: residuals matter as much as the
-    curvature of the outputs that they multiply, and cancel in the mean but not between samples.
+    The choice depends on the samples' Hessians, not on the loss: residuals are multiplied by the
+    curvature of the outputs, and they cancel in the mean but not within a sample.
 
     Raises:
         ValueError: for an unknown choice, or true Hessians of a ``DualCurvature``, which has none.
@@ -61,20 +61,20 @@ def curvature_of(
     share = None
     if isinstance(problem, Problem):
         check_outputs(problem)
-        # Also raises for outputs that are not one tensor with a row for each sample.
-        count_outputs(problem)
+        count_outputs(problem)  # raises unless the output is one tensor with a row for each sample
     elif hessians == "true":
         raise ValueError("hessians='true': expected a Problem; a DualCurvature is Gauss–Newton")
     if isinstance(problem, Problem) and hessians != "gauss-newton":
         share = residual_share(problem, _probes(problem, seed))
-        if hessians == "true" or share > FITTED or (share > _ROUNDING and few_entries(problem)):
-            own = HessianCurvature.from_problem(
+        use_hessians = hessians == "true" or share > FITTED
+        if use_hessians or (share > _ROUNDING and few_entries(problem)):
+            curvature = HessianCurvature.from_problem(
                 problem, weight_decay=step.weight_decay, directions=directions, seed=seed
             )
-            # Of samples that are nearly fitted, directions without curvature have a little of either
-            # sign, which takes many steps to show.
-            if hessians == "true" or share > FITTED or own.obstacle(1.0) is None:
-                return own, share
+            # If samples are nearly fitted, directions without curvature have a tiny curvature of
+            # either sign. A negative one takes many steps to matter, so it is not an obstacle.
+            if use_hessians or curvature.obstacle(1.0) is None:
+                return curvature, share
     return SampleCurvature.from_problem(
         problem,
         max_rows=max_rows,
@@ -87,8 +87,8 @@ def curvature_of(
 def _probes(problem: Problem, seed: int) -> Tensor:
     """Return directions in which to compare Hessians and Gauss–Newton matrices, ``(d, k)``.
 
-    All of them, if they are few; else a random one, in which every direction has its share, and that of
-    the largest curvature.
+    A small problem has all coordinate directions. Otherwise there are two: the top eigenvector, and a
+    random vector, which has a component along every eigenvector.
     """
     d = problem.num_params
     if d <= MAX_PARAMETERS:
@@ -96,27 +96,32 @@ def _probes(problem: Problem, seed: int) -> Tensor:
     hessian = Hessian(problem.without_weight_decay())
     inner = InnerProduct.for_operator(hessian)
     top = top_eigenpair(hessian, tol=_LOOSE, seed=seed).vector
-    spread = inner.noise(hessian, seed).covector
-    return torch.stack([top, spread / spread.norm()], dim=1)
+    noise = inner.noise(hessian, seed).covector
+    return torch.stack([top, noise / noise.norm()], dim=1)
 
 
 def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> LinearStep:
-    """Return the rule's coefficients, with the weight decay of the problem's coordinates."""
+    """Return the rule's coefficients, with the weight decay of the problem's coordinates.
+
+    Raises:
+        TypeError: for anything but an ``UpdateRule`` or ``None``.
+        ValueError: unless the step is that of ``torch.optim.SGD`` in the problem's coordinates.
+    """
     rule = UpdateRule(lr=1.0) if rule is None else rule
     if not isinstance(rule, UpdateRule):
         raise TypeError(f"update_rule={rule!r}: expected an UpdateRule")
-    # A preconditioned rule's decay is in the problem's coordinates already.
+    # The problem's coordinates already include a preconditioned rule's weight decay.
     decay = rule.linear_step.weight_decay
     form = (
         momentum_of(rule.filter) if rule.filter else (rule.momentum, rule.dampening, rule.nesterov)
     )
     if form is None or not rule.noise_known:
-        own = {"filter": rule.filter, "lookahead": rule.lookahead, "ascent": rule.ascent or None}
-        given = ", ".join(f"{name}={value}" for name, value in own.items() if value)
+        settings = {"filter": rule.filter, "lookahead": rule.lookahead, "ascent": rule.ascent}
+        given = ", ".join(f"{name}={value}" for name, value in settings.items() if value)
         raise ValueError(
-            f"update_rule has {given}: expected the step of torch.optim.SGD, whose second moments"
-            " between modes are known; for a filter in one dimension, max_non_uniformity and"
-            " mean_square_radius are"
+            f"update_rule has {given}: expected the step of torch.optim.SGD, whose second moments are"
+            " known in several dimensions; for a filter in one dimension, use max_non_uniformity or"
+            " mean_square_radius"
         )
     step = LinearStep(1.0, *form, decay)
     if rule.decoupled_weight_decay or (rule.momentum and rule.momentum_share != 1):
@@ -130,18 +135,18 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
             f"update_rule has maximize={rule.maximize}, but problem has sign={problem.sign}; pass"
             " problem.transformed(sign=...)"
         )
-    plain = all(isinstance(factor, float) and factor == 1.0 for factor in problem.scale)
+    unscaled = all(isinstance(factor, float) and factor == 1.0 for factor in problem.scale)
     p = rule.preconditioner
-    if p is not None and (plain or not p.diagonal or rule.unknown is not None):
+    if p is not None and (unscaled or not p.diagonal or rule.unknown is not None):
         raise ValueError(
-            f"update_rule has the preconditioner {p}: expected a diagonal one that is known, and"
-            " problem.transformed(scale=) by its roots, in whose coordinates it is one rate for all"
+            f"update_rule has the preconditioner {p}: expected a known diagonal one, and the problem in"
+            " its coordinates, problem.transformed(scale=roots of its entries)"
         )
     undecayed = any(rule.group_weight_decays) and not any(problem.weight_decay)
-    if (rule.group_lrs and plain) or undecayed:
+    if (rule.group_lrs and unscaled) or undecayed:
         raise ValueError(
-            "update_rule has several groups: expected problem.transformed(scale=, weight_decay=), in"
-            " whose coordinates it is one learning rate for all"
+            "update_rule has several groups: expected the problem in coordinates with one learning rate"
+            " for all, problem.transformed(scale=, weight_decay=)"
         )
     return replace(step, weight_decay=decay + _shared_decay(problem))
 
@@ -154,12 +159,12 @@ def _shared_decay(problem: Problem) -> float:
         decay * torch.as_tensor(factor, dtype=torch.float64) ** 2
         for decay, factor in zip(problem.weight_decay, problem.scale, strict=True)
     ]
-    least = min(float(part.min()) for part in added)
-    most = max(float(part.max()) for part in added)
-    if most - least > 1e-9 * abs(most):
+    smallest = min(float(term.min()) for term in added)
+    largest = max(float(term.max()) for term in added)
+    if largest - smallest > 1e-9 * abs(largest):
         raise ValueError(
-            f"weight decay adds from {least:.6g} to {most:.6g} to the curvature of different"
-            " parameters: expected one number for all, or the modes of the second moments differ from"
-            " those of H"
+            f"weight decay adds from {smallest:.6g} to {largest:.6g} to the curvature of different"
+            " parameters: expected one number for all, since otherwise the modes of the second moments"
+            " differ from those of H"
         )
-    return most
+    return largest

@@ -1,15 +1,16 @@
-r"""`critical_lr` and `critical_batch_size`: the steps with which SGD stays at a minimum.
+r"""`critical_lr`, `critical_batch_size`: the largest stable learning rate, the smallest stable batch.
 
-The criterion is exact linear stability in mean square in any number of dimensions, for which Theorem 1
-of Wu, Ma & E (2018) is only sufficient: that of Mulayoff & Michaeli (*Exact mean square linear stability
-analysis for SGD*, COLT 2024), extended to every form of ``torch.optim.SGD``. Three examples::
+The criterion is exact mean-square linear stability in any number of dimensions. Theorem 1 of Wu, Ma & E
+(2018) is a sufficient condition for it. For plain SGD the criterion is due to Mulayoff & Michaeli
+(*Exact mean square linear stability analysis for SGD*, COLT 2024). Here it covers every form of
+``torch.optim.SGD``. Three examples::
 
     critical_lr(model, loss_fn, data, batch_size=4).value
     critical_lr(problem, 4, update_rule=UpdateRule(lr=1.0, momentum=0.9)).bracket
     critical_batch_size(problem, lr=0.1)
 
-Where every sample is fitted its Hessian is its Gauss–Newton matrix, on whose rows the threshold is
-cheap; elsewhere the samples' own Hessians are used (:func:`curvature_of` decides by a measurement).
+The Hessian of a fitted sample is its Gauss–Newton matrix, whose low rank makes the threshold cheap. If
+samples are not fitted, their own Hessians are used; :func:`curvature_of` decides by a measurement.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ __all__ = ["CriticalLR", "critical_batch_size", "critical_lr"]
 T = TypeVar("T", int, float)
 
 MAX_ROWS = 2048
-"""Rows nC up to which all directions are used: some twenty products of 4 (nC)^3 operations."""
+"""Rows nC up to which all directions are used: about twenty products of 4 (nC)^3 operations."""
 
 _SHARES = 2
-"""Residual shares by which the lower end falls short of that of Gauss–Newton matrices. The threshold's
-own error was at most 1.3 of them at 242 minima of small networks."""
+"""Residual shares by which the lower bound of Gauss–Newton matrices is reduced. The threshold's own
+error was at most 1.3 residual shares at 242 minima of small networks."""
 
 _ON_THE_EDGE = 1e-6
-"""Relative tolerance for rounding in the comparison of a learning rate with an edge."""
+"""Relative rounding error up to which a learning rate equals a limit."""
 
 
 @dataclass(frozen=True)
@@ -56,36 +57,36 @@ class CriticalLR:
     r"""The largest learning rate at which a minimum is linearly stable in mean square.
 
     Attributes:
-        value: :math:`\eta^*` if ``exact``, else an upper bound; above it some second moment grows. A
-            search that did not converge returns a value that is too large. Infinity if no sample has
-            curvature.
-        lower: a learning rate up to which no second moment grows; 0 if none is known. Gauss–Newton
-            matrices show it for themselves alone; for the loss it is less by twice ``residual_share``,
-            an allowance that is measured and not proven. If not all directions were used it may rest
-            on an eigen-solver's ``upper_bound``, which fails with a probability of at most 0.2 %.
+        value: :math:`\eta^*` if ``exact``, else an upper bound: above it some second moment grows. If
+            the search did not converge, ``value`` is too large. Infinity if no sample has curvature.
+        lower: a learning rate up to which no second moment grows; 0 if none is known. With Gauss–Newton
+            matrices it is reduced by twice ``residual_share``, an allowance for the true Hessians that
+            is measured, not proven. If not all directions were used it may rest on an eigen-solver's
+            ``upper_bound``, which fails with a probability of at most 0.2 %.
         theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
             ``None`` with momentum, which it does not cover, and with too many directions.
-        full_batch: the largest learning rate without noise in the directions of positive curvature,
-            :math:`2/(a+\lambda)` for plain SGD; an upper bound if not all directions were used.
-        sharpness: :math:`\lambda_{\max}` of the mean of the matrices that ``hessians`` names; with
-            leading directions only, never above it.
+        full_batch: the largest stable learning rate without noise, over directions of positive
+            curvature: :math:`2/(a+\lambda)` for plain SGD. An upper bound if not all directions were
+            used.
+        sharpness: :math:`\lambda_{\max}` of the mean of the matrices that ``hessians`` names; a lower
+            bound of it if only leading directions were used.
         hessian_sharpness: :math:`\lambda_{\max}` of the Hessian, or ``None`` if not measured.
         exact: whether all directions of the matrices that ``hessians`` names were used, and
             ``obstacle`` is ``None``.
         converged: whether the search reached its tolerance.
         residual: residual of the last eigen-solve, relative to the eigenvalue.
         products: products in the eigen-solves.
-        hessians: ``"true"`` or ``"gauss-newton"``, the matrices for which all of this holds.
+        hessians: ``"true"`` or ``"gauss-newton"``, the matrices of all results.
         residual_share: the part of the samples' Hessians that is not Gauss–Newton
             (:func:`~stableopt.curvature.per_sample.blocks.residual_share`); ``None`` if not measured.
-        obstacle: why no learning rate at all is stable, or ``None``: the Hessian has negative curvature,
-            or samples have curvature where their mean has none. ``value`` is then the bound that the
-            directions of positive curvature set, and ``lower`` is 0.
+        obstacle: why no learning rate is stable, or ``None``. Either the Hessian has negative curvature,
+            or samples have curvature along a direction in which their mean has none. ``value`` is then
+            the limit from the directions of positive curvature, and ``lower`` is 0.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
-    >>> found = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
-    >>> round(found.value, 5), round(found.theorem1, 5), round(found.full_batch, 5)
+    >>> result = critical_lr(DualCurvature(rows @ rows.T, 3), batch_size=1)
+    >>> round(result.value, 5), round(result.theorem1, 5), round(result.full_batch, 5)
     (1.10102, 1.0, 2.0)
     """
 
@@ -105,7 +106,7 @@ class CriticalLR:
 
     @property
     def bracket(self) -> tuple[float, float]:
-        """A stable learning rate, or 0 if none is known, and one above which all are unstable."""
+        """``(lower, value)``: a stable learning rate, and one above which all are unstable."""
         return self.lower, self.value
 
 
@@ -126,24 +127,24 @@ def critical_lr(
     max_iter: int = 200,
     seed: int = 0,
 ) -> CriticalLR:
-    r"""Return the largest learning rate at which SGD can stay, :math:`\eta^*`.
+    r"""Return the largest learning rate at which SGD stays at a minimum, :math:`\eta^*`.
 
-    At :math:`\eta^*` the recursion of the second moments has the largest eigenvalue 1; for plain SGD
+    At :math:`\eta^*` the recursion of second moments has the largest eigenvalue 1. For plain SGD it is
 
     .. math:: E[(I-\eta H_B)X(I-\eta H_B)] = X - \eta(HX+XH) + \eta^2(1-p)HXH
         + \tfrac{\eta^2p}{n}\sum_i H_iXH_i,
 
-    and with momentum it is the recursion of the pair (weight, buffer). :math:`\eta^*` never falls as B
-    grows. Where all samples are fitted :math:`H_i` is the Gauss–Newton matrix :math:`J_i^\top L_iJ_i`,
-    whose rows make the threshold exact for any number of parameters. Elsewhere the samples' own
-    Hessians are used, and the threshold is exact up to
-    :data:`~stableopt.stability.mean_square.hessian_curvature.MAX_PARAMETERS` parameters; with more,
-    ``value`` is an upper bound. Where the Hessian has negative curvature no learning rate is stable, as
-    ``obstacle`` then says. Coupled weight decay adds :math:`\lambda` to every curvature.
+    With momentum the recursion is that of the pair (weight, buffer). :math:`\eta^*` never falls as B
+    grows. If all samples are fitted, :math:`H_i` is the Gauss–Newton matrix :math:`J_i^\top L_iJ_i`,
+    whose low rank makes the threshold exact for any number of parameters. Otherwise the samples' own
+    Hessians are used. The threshold is then exact up to
+    :data:`~stableopt.stability.mean_square.hessian_curvature.MAX_PARAMETERS` parameters, and ``value``
+    is an upper bound with more. Under negative curvature of the Hessian no learning rate is stable, and
+    ``obstacle`` says so. Coupled weight decay adds :math:`\lambda` to every curvature.
 
     Args:
-        model: the model, at the point in question; or, for ``model``, ``loss_fn`` and ``data``, a
-            :class:`~stableopt.curvature.Problem` in the rule's coordinates or its
+        model: the model, at the point in question. Instead of ``model``, ``loss_fn`` and ``data``, a
+            :class:`~stableopt.curvature.Problem` in the rule's coordinates, or its
             :class:`~stableopt.curvature.DualCurvature`.
         loss_fn: ``loss_fn(model(x), y)``, the mean over a batch.
         data: the samples, as for :func:`~stableopt.measure`.
@@ -153,13 +154,13 @@ def critical_lr(
             Plain SGD by default.
         dataset_size: samples in the training set, if ``data`` is only a part of it.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used. Above it, only
-            the leading ones of the mean curvature and, without momentum, of the samples' differences
-            are used; ``exact`` is then false and ``value`` an upper bound, which depends on ``seed``.
-            With Nesterov's momentum it is then that of the full batch.
-        directions: the number of leading directions of each kind.
+            leading directions of the mean curvature and, without momentum, of :math:`\Sigma` are used.
+            ``exact`` is then false, and ``value`` an upper bound that depends on ``seed``; with
+            Nesterov's momentum it is ``full_batch``.
+        directions: the number of leading directions of each matrix.
         with_hessian: whether to measure ``hessian_sharpness`` for comparison.
         hessians: ``"true"``, the samples' own Hessians; ``"gauss-newton"``, their Gauss–Newton matrices,
-            whose threshold is not that of the loss unless all samples are fitted; or ``"auto"``,
+            whose threshold equals that of the loss only if all samples are fitted; or ``"auto"``,
             Gauss–Newton if ``residual_share`` is at most
             :data:`~stableopt.stability.mean_square.choice.FITTED`.
         tol: the largest residual at the crossing, relative to the eigenvalue; the error of the
@@ -168,9 +169,9 @@ def critical_lr(
         seed: seed of the eigen-solver.
 
     Raises:
-        ValueError: for arguments out of range; with Gauss–Newton matrices, for a loss that is not convex
-            in the outputs; for weight decay that differs between directions, since the modes then
-            differ from those of H.
+        ValueError: for arguments out of range; for weight decay that differs between directions, since
+            the modes then differ from those of H; with Gauss–Newton matrices, for a loss that is not
+            convex in the outputs.
         TypeError: for a model that does not return one tensor.
         NonFiniteError: if the curvature is not finite.
 
@@ -181,7 +182,7 @@ def critical_lr(
     >>> round(critical_lr(model, torch.nn.MSELoss(), data, batch_size=1).value, 6)
     0.294118
     """
-    problem, batch_size = problem_and(batch_size, model, loss_fn, data, update_rule)
+    problem, batch_size = problem_and_number(batch_size, model, loss_fn, data, update_rule)
     step = step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     size = _dataset_size(problem, dataset_size)
@@ -198,8 +199,8 @@ def critical_lr(
     if with_hessian and isinstance(problem, Problem):
         without_decay = problem.without_weight_decay()
         hessian_sharpness = top_eigenpair(Hessian(without_decay), tol=1e-2, seed=seed).value
-    found = threshold(curvature, step, noise, share=share, tol=tol, max_iter=max_iter, seed=seed)
-    return replace(found, hessian_sharpness=hessian_sharpness)
+    result = threshold(curvature, step, noise, share=share, tol=tol, max_iter=max_iter, seed=seed)
+    return replace(result, hessian_sharpness=hessian_sharpness)
 
 
 def threshold(
@@ -214,23 +215,22 @@ def threshold(
 ) -> CriticalLR:
     """Return the critical learning rate from known curvature.
 
-    ``noise`` is p of (8), and ``share`` what Gauss–Newton matrices lack of the Hessians, if measured.
+    ``noise`` is p of (8), and ``share`` the residual share, if measured.
     """
     edge = step.max_lr(curvature.sharpness)
     obstacle = curvature.obstacle(noise)
     theorem1 = curvature.theorem1_lr(noise, step) if step.momentum == 0 else None
-    found = Crossing(edge, edge, 0.0, 0, converged=True)
+    crossing = Crossing(edge, edge, 0.0, 0, converged=True)
     if noise > 0 and not curvature.empty:
-        own = curvature.in_modes(step)
-        families = curvature.families(
-            lambda lr, h, other: mode_weights(h, other, replace(own, lr=lr)) + noise * h * other,
-            lambda lr: noise,
-            edge,
-            step,
-        )
-        found = _first(families, found, tol=tol, max_iter=max_iter, seed=seed)
-    certain = curvature.certain_lr(noise, step, found)
-    value = found.value
+        mode_step = curvature.in_modes(step)
+
+        def weights(lr: float, h: Tensor, other: Tensor) -> Tensor:
+            return mode_weights(h, other, replace(mode_step, lr=lr)) + noise * h * other
+
+        families = curvature.families(weights, lambda lr: noise, edge, step)
+        crossing = _first(families, crossing, tol=tol, max_iter=max_iter, seed=seed)
+    certain = curvature.certain_lr(noise, step, crossing)
+    value = crossing.value
     if isinstance(curvature, SampleCurvature):
         value = min(value, curvature.bulk_lr(noise, step))
     lower = min(max(certain, theorem1 or 0.0), value)
@@ -244,9 +244,9 @@ def threshold(
         sharpness=curvature.sharpness,
         hessian_sharpness=None,
         exact=curvature.exact and obstacle is None,
-        converged=found.converged,
-        residual=found.residual,
-        products=found.products,
+        converged=crossing.converged,
+        residual=crossing.residual,
+        products=crossing.products,
         hessians=curvature.hessians,
         residual_share=share,
         obstacle=obstacle,
@@ -254,14 +254,16 @@ def threshold(
 
 
 def _first(
-    families: Sequence[Family], known: Crossing, *, tol: float, max_iter: int, seed: int
+    families: Sequence[Family], limit: Crossing, *, tol: float, max_iter: int, seed: int
 ) -> Crossing:
-    """Return the first of the families' crossings, or what is known without them."""
-    found = [first_crossing(each, tol=tol, max_iter=max_iter, seed=seed) for each in families]
-    if not found:
-        return replace(known, lower=0.0)
-    best = min(found, key=lambda crossing: crossing.value)
-    return replace(best, products=sum(crossing.products for crossing in found))
+    """Return the first of the families' crossings, or ``limit`` without families."""
+    crossings = [
+        first_crossing(family, tol=tol, max_iter=max_iter, seed=seed) for family in families
+    ]
+    if not crossings:
+        return replace(limit, lower=0.0)
+    first = min(crossings, key=lambda crossing: crossing.value)
+    return replace(first, products=sum(crossing.products for crossing in crossings))
 
 
 @renamed_keywords(problem="model")
@@ -280,10 +282,10 @@ def critical_batch_size(
     max_iter: int = 200,
     seed: int = 0,
 ) -> int | None:
-    r"""Return the smallest batch size with which SGD can stay at the learning rate ``lr``.
+    r"""Return the smallest batch size at which SGD with the learning rate ``lr`` stays at a minimum.
 
     It is the smallest B whose :func:`critical_lr` is at least ``lr``. One search finds the largest
-    noise p that is stable at ``lr``, which gives :math:`B = \lceil n/(1+p(n-1))\rceil`.
+    noise p that is stable at ``lr``, and :math:`B = \lceil n/(1+p(n-1))\rceil`.
 
     Args:
         model: as for :func:`critical_lr`, like ``loss_fn``, ``data`` and all keywords.
@@ -301,10 +303,9 @@ def critical_batch_size(
         seed: seed of the eigen-solver.
 
     Returns:
-        A number from 1 to n; ``None`` if even the full batch is unstable: either ``lr`` is too large, or
-        the Hessian has negative curvature, where no learning rate is stable.
-        ``critical_lr(...).obstacle`` tells them apart: it is ``None`` in the first case, and the reason
-        in the second. If not all directions are used, a lower bound.
+        A number from 1 to n; a lower bound if not all directions are used. ``None`` if even the full
+        batch is unstable: either ``lr`` is too large, or the Hessian has negative curvature.
+        ``critical_lr(...).obstacle`` is ``None`` in the first case, and the reason in the second.
 
     Raises:
         ValueError, TypeError, NonFiniteError: as :func:`critical_lr`.
@@ -315,7 +316,7 @@ def critical_batch_size(
     >>> [critical_batch_size(dual, lr) for lr in (1.1, 1.2, 1.9, 2.1)]
     [1, 2, 3, None]
     """
-    problem, lr = problem_and(lr, model, loss_fn, data, update_rule)
+    problem, lr = problem_and_number(lr, model, loss_fn, data, update_rule)
     lr, step = positive("lr", lr), step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
     size = _dataset_size(problem, dataset_size)
@@ -334,36 +335,40 @@ def critical_batch_size(
         return size
     if curvature.empty:
         return 1
-    own = curvature.in_modes(step)
-    families = curvature.families(
-        lambda noise, h, other: mode_weights(h, other, replace(own, lr=lr)) + noise * h * other,
-        lambda noise: noise,
-        1.0,
-        step,
-    )
-    everything = Crossing(1.0, 1.0, 0.0, 0, converged=True)
-    largest = _first(families, everything, tol=tol, max_iter=max_iter, seed=seed).value
-    smallest = size / (1 + largest * (size - 1))
-    return min(max(math.ceil(smallest * (1 - _ON_THE_EDGE)), 1), size)
+    mode_step = replace(curvature.in_modes(step), lr=lr)
+
+    def weights(noise: float, h: Tensor, other: Tensor) -> Tensor:
+        return mode_weights(h, other, mode_step) + noise * h * other
+
+    families = curvature.families(weights, lambda noise: noise, 1.0, step)
+    full_noise = Crossing(1.0, 1.0, 0.0, 0, converged=True)
+    max_noise = _first(families, full_noise, tol=tol, max_iter=max_iter, seed=seed).value
+    min_batch = size / (1 + max_noise * (size - 1))
+    return min(max(math.ceil(min_batch * (1 - _ON_THE_EDGE)), 1), size)
 
 
-def problem_and(
+def problem_and_number(
     number: T | None,
     model: nn.Module | Problem | DualCurvature,
     loss_fn: Any,
     data: Any,
     rule: UpdateRule | None,
 ) -> tuple[Problem | DualCurvature, T | None]:
-    """Return the problem, and ``number``, which after a problem is the second argument."""
-    given = isinstance(model, (MeanLoss, DualCurvature))
-    if given and number is None and not callable(loss_fn):
-        loss_fn, number = None, loss_fn
+    """Return the problem in the rule's coordinates, and ``number``.
+
+    After a problem ``number`` is the second argument, in the place of ``loss_fn``.
+    """
+    has_problem = isinstance(model, (MeanLoss, DualCurvature))
+    if has_problem and number is None and not callable(loss_fn):
+        number, loss_fn = loss_fn, None
     if isinstance(model, DualCurvature):
         if loss_fn is not None or data is not None:
-            raise ValueError("a DualCurvature has its own loss_fn, data: leave them out")
+            raise ValueError("a DualCurvature has its own loss_fn and data: leave them out")
         return model, number
     problem = require_samples(problem_of(model, loss_fn, data), "a Gauss–Newton matrix of samples")
-    return (problem if given or rule is None else as_seen_by(problem, rule, ())), number
+    if not has_problem and rule is not None:
+        problem = as_seen_by(problem, rule, ())
+    return problem, number
 
 
 def _seed(seed: int) -> int:
@@ -371,10 +376,10 @@ def _seed(seed: int) -> int:
 
 
 def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) -> int:
-    given = problem.num_samples
+    samples = problem.num_samples
     if dataset_size is None:
-        return given
+        return samples
     size = whole("dataset_size", dataset_size)
-    if size < given:
-        raise ValueError(f"dataset_size={size}: expected at least the {given} samples given")
+    if size < samples:
+        raise ValueError(f"dataset_size={size}: expected at least the {samples} samples given")
     return size

@@ -1,9 +1,9 @@
-r"""`HessianCurvature`: the samples' own Hessians, for points at which samples are not fitted.
+r"""`HessianCurvature`: curvature from the samples' own Hessians, for points that do not fit all samples.
 
-There the Gauss–Newton matrices of :mod:`~stableopt.stability.mean_square.sample_curvature` are not the
-Hessians, which may be indefinite. With few parameters all their entries are used, and the threshold is
-exact. With more, second moments are restricted to the leading directions of H and of the samples'
-differences, which bounds the threshold from above; a condition on all directions bounds it from below.
+Gauss–Newton matrices (:mod:`~stableopt.stability.mean_square.sample_curvature`) differ from the Hessians
+there, and Hessians may be indefinite. With few parameters all entries of the Hessians are used, and the
+threshold is exact. With more, there is a bracket: second moments restricted to leading eigenvectors of H
+and :math:`\Sigma` give an upper bound, and a condition on all directions a lower one.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ MAX_PARAMETERS = 64
 takes 4 n d^3 operations."""
 
 MAX_DENSE = 256
-"""Parameters up to which the lower bound uses the dense mean square of the Hessians: 2d products."""
+"""Parameters up to which the lower bound uses the dense mean of squared Hessians: 2d products."""
 
 _ENTRIES = 2**25
 """Entries of the samples' Hessians up to which all are used: 256 MiB."""
 
 _ROUNDING = 10
-"""Rounding errors of a Hessian's entry, in units of the precision times its largest eigenvalue."""
+"""Rounding error of a Hessian's entry, in units of machine epsilon times the largest eigenvalue."""
 
 _TOL = 1e-3
 """Relative residual of the eigen-solves whose upper bounds certify a learning rate."""
 
 
 class Negated(Operator):
-    """-A, whose largest eigenvalue is A's smallest, negated."""
+    """-H, whose largest eigenvalue is minus H's smallest."""
 
-    def __init__(self, of: Hessian) -> None:
-        super().__init__(of.shape[0], of.dtype, of.device)
-        self.inner_product, self._of = of.inner_product, of
+    def __init__(self, hessian: Hessian) -> None:
+        super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
+        self.inner_product, self._hessian = hessian.inner_product, hessian
 
     def product(self, vector: Tensor) -> Tensor:
-        """Return -A times ``vector``."""
-        return -(self._of @ vector)
+        """Return -H times ``vector``."""
+        return -(self._hessian @ vector)
 
 
 class _MeanSquare(Operator):
-    r""":math:`H^2 + p\Sigma`, for H with weight decay: the second moment of a batch's Hessian."""
+    r""":math:`H^2 + p\Sigma`, for H with weight decay: the mean square of a batch's Hessian."""
 
     def __init__(self, hessian: Hessian, spread: NonUniformity, noise: float, decay: float) -> None:
         super().__init__(hessian.shape[0], hessian.dtype, hessian.device)
@@ -63,23 +63,25 @@ class _MeanSquare(Operator):
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the matrix times ``vector``."""
-        once = self._hessian @ vector + self._decay * vector
-        twice = self._hessian @ once + self._decay * once
-        return twice + self._noise * (self._spread @ vector) if self._noise else twice
+        image = self._hessian @ vector + self._decay * vector
+        squared = self._hessian @ image + self._decay * image
+        if self._noise == 0:
+            return squared
+        return squared + self._noise * (self._spread @ vector)
 
 
 @dataclass(frozen=True)
 class HessianCurvature:
-    """Modes of the mean Hessian with positive curvature, and what is known of all directions.
+    """Modes of positive curvature of the mean Hessian, and bounds on all directions.
 
     Attributes:
         problem: the problem, without weight decay.
-        weight_decay: what is added to every sample's curvature.
+        weight_decay: the number that weight decay adds to every sample's curvature.
         modes: the modes, with the weight decay.
-        sharpness: the largest eigenvalue of the mean, without weight decay; never above it.
-        exact: whether these are all directions of positive curvature.
-        dense: what is known of all directions together; ``None`` with too many.
-        least: the least curvature known, with the weight decay, if it is negative; else 0.
+        sharpness: the largest eigenvalue of the mean Hessian, without weight decay, or a lower bound.
+        exact: whether the modes are all directions of positive curvature.
+        dense: dense matrices on all directions; ``None`` with too many parameters.
+        least: the smallest known eigenvalue, with the weight decay, if it is negative; else 0.
         seed: seed of the eigen-solvers.
     """
 
@@ -88,7 +90,7 @@ class HessianCurvature:
     modes: HessianModes
     sharpness: float
     exact: bool
-    dense: _AllDirections | None
+    dense: _DenseBounds | None
     least: float
     seed: int
 
@@ -98,7 +100,7 @@ class HessianCurvature:
     def from_problem(
         cls, problem: Problem, *, weight_decay: float, directions: int, seed: int
     ) -> HessianCurvature:
-        """Return all modes of a small problem, else leading ones: ``directions`` of each kind."""
+        """Return all modes of a small problem, else ``directions`` leading ones of H and of Sigma."""
         problem = problem.without_weight_decay()
         d = problem.num_params
         eye = torch.eye(d, dtype=problem.dtype, device=problem.device) if d <= MAX_DENSE else None
@@ -108,31 +110,34 @@ class HessianCurvature:
             return cls._from_blocks(problem, blocks, weight_decay, seed)
         hessian, spread = Hessian(problem), NonUniformity(problem)
         basis = leading_directions([hessian, spread], min(directions, d), seed=seed)
-        modes, least, top = _restricted(hessian, basis, weight_decay)
+        modes, least, top = _restrict(hessian, basis, weight_decay)
         dense = None
         if eye is not None:
             mean = (hessian @ eye).double() + weight_decay * eye.double()
-            dense = _AllDirections.of(mean, mean @ mean + (spread @ eye).double(), problem.dtype)
+            mean_square = mean @ mean + (spread @ eye).double()
+            dense = _DenseBounds.from_moments(mean, mean_square, problem.dtype)
             least = dense.least
         else:
             lowest = -top_eigenpair(Negated(hessian), tol=_TOL, seed=seed).value
-            # A Rayleigh quotient below zero is a proof, however well the search has converged.
+            # A negative Rayleigh quotient proves negative curvature, converged or not.
             least = min(least, lowest + weight_decay)
-            least = least if least < -_floor(problem.dtype, d, top) else 0.0
+            least = least if least < -_rounding(problem.dtype, d, top) else 0.0
         return cls(problem, weight_decay, modes, top, False, dense, least, seed)
 
     @classmethod
     def _from_blocks(
         cls, problem: Problem, blocks: Tensor, weight_decay: float, seed: int
     ) -> HessianCurvature:
-        dense = _AllDirections.of(blocks.mean(0), (blocks @ blocks).mean(0), problem.dtype)
+        """Return all modes from the samples' Hessians ``(n, d, d)``."""
+        mean, mean_square = blocks.mean(0), (blocks @ blocks).mean(0)
+        dense = _DenseBounds.from_moments(mean, mean_square, problem.dtype)
         blocks = dense.vectors.T @ blocks @ dense.vectors
         modes = HessianModes(dense.values, blocks, torch.zeros_like(dense.values))
         top = float(dense.values[-1]) - weight_decay if len(dense.values) else 0.0
         return cls(problem, weight_decay, modes, top, True, dense, dense.least, seed)
 
     def obstacle(self, noise: float) -> str | None:
-        """Return why no learning rate is stable, if that is known."""
+        """Return why no learning rate is stable, or ``None`` if no reason is known."""
         if self.least < 0:
             return leaves(self.least)
         if noise and self.dense is not None and self.dense.flat_noise:
@@ -152,26 +157,26 @@ class HessianCurvature:
         return replace(step, weight_decay=0.0)
 
     def families(
-        self, weights: Weights, noise: Callable[[float], float], most: float, step: LinearStep
+        self, weights: Weights, noise: Callable[[float], float], t_max: float, step: LinearStep
     ) -> list[BlockFamily]:
         """Return gains whose crossings bound the threshold from above."""
-        found = []
-        for kept, extra in spills(self.modes.eigenvalues, self.modes.spill, step):
-            part = HessianModes(
+        families = []
+        for kept, correction in spills(self.modes.eigenvalues, self.modes.spill, step):
+            modes = HessianModes(
                 self.modes.eigenvalues[kept],
                 self.modes.blocks[:, kept][:, :, kept],
                 self.modes.spill[kept],
             )
-            found.append(BlockFamily(part, weights, noise, most, extra))
-        return found
+            families.append(BlockFamily(modes, weights, noise, t_max, correction))
+        return families
 
     def theorem1_lr(self, noise: float, step: LinearStep) -> float | None:
-        """Return the largest learning rate that condition (8) allows; ``None`` if it is not known."""
+        """Return the largest learning rate that condition (8) allows; ``None`` if it is unknown."""
         if self.obstacle(noise) is not None:
             return 0.0
         return None if self.dense is None else self.dense.theorem1_lr(noise)
 
-    def certain_lr(self, noise: float, step: LinearStep, found: Crossing) -> float:
+    def certain_lr(self, noise: float, step: LinearStep, crossing: Crossing) -> float:
         """Return a learning rate up to which no second moment grows; 0 if none is known.
 
         Beyond :data:`MAX_DENSE` parameters it relies on upper bounds that fail with a probability of
@@ -180,35 +185,35 @@ class HessianCurvature:
         if self.obstacle(noise) is not None:
             return 0.0
         if self.dense is not None:
-            known = self.dense.stable_lr(noise, self.in_modes(step))
-            return max(known, found.lower) if self.exact else known
+            lr = self.dense.stable_lr(noise, self.in_modes(step))
+            return max(lr, crossing.lower) if self.exact else lr
         hessian = Hessian(self.problem)
-        negated = top_eigenpair(Negated(hessian), tol=_TOL, seed=self.seed)
-        if negated.upper_bound is None or negated.upper_bound >= self.weight_decay:
+        negated_bound = top_eigenpair(Negated(hessian), tol=_TOL, seed=self.seed).upper_bound
+        if negated_bound is None or negated_bound >= self.weight_decay:
             return 0.0
         if noise == 0:
-            top = top_eigenpair(hessian, tol=_TOL, seed=self.seed).upper_bound
-            return 0.0 if top is None else step.max_lr(top)
+            sharpness_bound = top_eigenpair(hessian, tol=_TOL, seed=self.seed).upper_bound
+            return 0.0 if sharpness_bound is None else step.max_lr(sharpness_bound)
         if step.momentum:
             return 0.0
-        square = _MeanSquare(hessian, NonUniformity(self.problem), noise, self.weight_decay)
-        most = top_eigenpair(square, tol=_TOL, seed=self.seed).upper_bound
-        # Of condition (8), 2 H >= eta (H^2 + p Sigma), the left is at least twice the least curvature.
-        least = self.weight_decay - negated.upper_bound
-        return 0.0 if most is None else 2 * least / most
+        mean_square = _MeanSquare(hessian, NonUniformity(self.problem), noise, self.weight_decay)
+        square_bound = top_eigenpair(mean_square, tol=_TOL, seed=self.seed).upper_bound
+        # Condition (8) is 2 H >= eta (H^2 + p Sigma), and H >= least I.
+        least = self.weight_decay - negated_bound
+        return 0.0 if square_bound is None else 2 * least / square_bound
 
 
 @dataclass(frozen=True)
-class _AllDirections:
-    """The mean Hessian and the mean of its samples' squares, on all directions with curvature.
+class _DenseBounds:
+    """Lower bounds from the dense mean Hessian and the dense mean of squared Hessians.
 
     Attributes:
         values: the positive eigenvalues of the mean, ascending, ``(r,)``.
         vectors: their eigenvectors ``(d, r)``.
-        squares: the mean of the squared Hessians between these, ``(r, r)``.
-        least: the least eigenvalue of the mean if it is negative; else 0.
-        flat_noise: the largest root mean square curvature of samples along a direction in which their
-            mean has none; 0 if that is rounding.
+        squares: the mean of the squared Hessians in the basis of these, ``(r, r)``.
+        least: the smallest eigenvalue of the mean if it is negative; else 0.
+        flat_noise: the largest root mean square curvature of samples along an eigenvector of the mean
+            without curvature; 0 if it is rounding.
     """
 
     values: Tensor
@@ -218,25 +223,25 @@ class _AllDirections:
     flat_noise: float
 
     @classmethod
-    def of(cls, mean: Tensor, second: Tensor, dtype: torch.dtype) -> _AllDirections:
-        """Return it for the mean and the mean square, ``(d, d)``, computed in ``dtype``."""
+    def from_moments(cls, mean: Tensor, mean_square: Tensor, dtype: torch.dtype) -> _DenseBounds:
+        """Return the bounds for the mean and the mean square, ``(d, d)``, computed in ``dtype``."""
         values, vectors = torch.linalg.eigh((mean + mean.T) / 2)
-        second = (second + second.T) / 2
-        floor = _floor(dtype, len(values), float(values.abs().max()))
-        kept = values > floor
+        mean_square = (mean_square + mean_square.T) / 2
+        rounding = _rounding(dtype, len(values), float(values.abs().max()))
+        positive = values > rounding
         least = float(values[0])
-        flat = vectors[:, ~kept]
-        own = (flat * (second @ flat)).sum(0).clamp(min=0).sqrt()
-        noise = float(own.max()) if len(own) else 0.0
-        # Rounding of the squares; ``own`` is their root.
-        rounding = _floor(dtype, len(values), float(torch.linalg.eigvalsh(second)[-1])) ** 0.5
-        turned = vectors[:, kept]
+        flat = vectors[:, ~positive]
+        curvatures = (flat * (mean_square @ flat)).sum(0).clamp(min=0).sqrt()
+        flat_noise = float(curvatures.max()) if len(curvatures) else 0.0
+        top_square = float(torch.linalg.eigvalsh(mean_square)[-1])
+        noise_rounding = _rounding(dtype, len(values), top_square) ** 0.5
+        basis = vectors[:, positive]
         return cls(
-            values[kept],
-            turned,
-            turned.T @ second @ turned,
-            least if least < -floor else 0.0,
-            noise if noise > rounding else 0.0,
+            values[positive],
+            basis,
+            basis.T @ mean_square @ basis,
+            least if least < -rounding else 0.0,
+            flat_noise if flat_noise > noise_rounding else 0.0,
         )
 
     def theorem1_lr(self, noise: float) -> float:
@@ -249,7 +254,7 @@ class _AllDirections:
         return 2 / float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
 
     def stable_lr(self, noise: float, step: LinearStep) -> float:
-        """Return a stable rate from the mean square alone: by X = I, and by condition (8)."""
+        """Return a stable learning rate: the larger of the bounds from X = I and condition (8)."""
         h = self.values
         if not len(h):
             return math.inf
@@ -259,47 +264,49 @@ class _AllDirections:
         others = h.unsqueeze(1)
 
         def bound(lr: float) -> float:
-            at = mode_weights(others, h, replace(step, lr=lr)) + noise * others * h
-            return noise * float(torch.linalg.eigvalsh(self.squares / at)[-1])
+            weights = mode_weights(others, h, replace(step, lr=lr)) + noise * others * h
+            return noise * float(torch.linalg.eigvalsh(self.squares / weights)[-1])
 
-        found = root(bound, edge)
-        return found if step.momentum else max(found, self.theorem1_lr(noise))
+        identity_lr = root(bound, edge)
+        return identity_lr if step.momentum else max(identity_lr, self.theorem1_lr(noise))
 
 
 def few_entries(problem: Problem) -> bool:
-    """Return whether all entries of the samples' Hessians are used."""
+    """Return whether the problem is small enough to use all entries of the samples' Hessians."""
     d = problem.num_params
     return d <= MAX_PARAMETERS and problem.num_samples * d**2 <= _ENTRIES
 
 
 def leaves(least: float) -> str:
-    """Return what follows from the negative curvature ``least``."""
+    """Return the message about the negative curvature ``least``."""
     return (
         f"the Hessian has negative curvature here, {least:.3g}: at any learning rate training leaves"
         " along that direction"
     )
 
 
-def _floor(dtype: torch.dtype, d: int, scale: float) -> float:
+def _rounding(dtype: torch.dtype, d: int, scale: float) -> float:
+    """Return the rounding error of eigenvalues of a ``(d, d)`` matrix with the norm ``scale``."""
     return _ROUNDING * d * torch.finfo(dtype).eps * abs(scale)
 
 
-def _restricted(
+def _restrict(
     hessian: Hessian, basis: Tensor, weight_decay: float
 ) -> tuple[HessianModes, float, float]:
-    """Return the positive modes of the Hessians in the span of ``basis``, and extremes of the mean.
+    """Return the positive Ritz modes of the Hessians in the span of ``basis``, and extreme Ritz values.
 
-    These are its least curvature there, with the weight decay, and its largest, without.
+    These are the smallest Ritz value with the weight decay, and the largest without it.
     """
     blocks = hessian_blocks(hessian.problem, basis)
-    k = blocks.shape[1]
     values, vectors = torch.linalg.eigh(blocks.mean(0))
-    kept = values + weight_decay > _floor(hessian.dtype, k, float(values.abs().max()))
-    turned = vectors[:, kept]
-    blocks = turned.T @ blocks @ turned + weight_decay * torch.eye(turned.shape[1]).to(blocks)
-    ritz = (basis.double() @ turned).to(basis)
-    residuals = (hessian @ ritz).double() - ritz.double() * values[kept]
+    rounding = _rounding(hessian.dtype, blocks.shape[1], float(values.abs().max()))
+    positive = values + weight_decay > rounding
+    vectors = vectors[:, positive]
+    count = vectors.shape[1]
+    blocks = vectors.T @ blocks @ vectors + weight_decay * torch.eye(count).to(blocks)
+    ritz_vectors = (basis.double() @ vectors).to(basis)
+    residuals = (hessian @ ritz_vectors).double() - ritz_vectors.double() * values[positive]
     # A Gram matrix of k vectors is at most k times its diagonal.
-    spill = turned.shape[1] * residuals.square().sum(0)
-    modes = HessianModes(values[kept] + weight_decay, blocks, spill)
+    spill = count * residuals.square().sum(0)
+    modes = HessianModes(values[positive] + weight_decay, blocks, spill)
     return modes, float(values[0]) + weight_decay, float(values[-1])

@@ -1,4 +1,4 @@
-"""`leading_directions`: the directions that second moments are restricted to in large problems."""
+"""`leading_directions`: a basis of leading eigenvectors, for second moments of large problems."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stableopt.curvature.eigen.top_eigenpairs import FEWEST_MORE
 __all__ = ["leading_directions"]
 
 _WIDER = 2
-"""Products for each eigenvector asked for: the last ones of a Krylov space are far from any."""
+"""Products per requested eigenvector: the last Ritz vectors of a Krylov subspace have not converged."""
 
 _TOL = 1e-6
 """Relative residual at which a search ends before all products are used."""
 
 
 def leading_directions(operators: Sequence[Operator], count: int, *, seed: int) -> Tensor:
-    """Return an orthonormal basis ``(d, k)`` of each operator's ``count`` leading eigenvectors.
+    """Return an orthonormal basis ``(d, k)`` of the ``count`` leading eigenvectors of all operators.
 
-    The vectors are as accurate as ``2 count`` products make them: what is computed from them has to be
-    a bound for any directions.
+    Each operator takes at most ``2 count`` products, so the eigenvectors are approximate. Callers must
+    use them for bounds that hold with any directions.
     """
-    found = [
+    vectors = [
         top_eigenpairs(
             operator,
             count,
@@ -36,7 +36,6 @@ def leading_directions(operators: Sequence[Operator], count: int, *, seed: int) 
         ).vectors
         for number, operator in enumerate(operators)
     ]
-    basis = torch.cat(found, dim=1)
-    # Twice, since the remainders of nearly dependent columns are orthogonal only then.
-    orthonormal: Tensor = torch.linalg.qr(torch.linalg.qr(basis).Q).Q
+    # Nearly dependent columns are orthogonal only after a second QR decomposition.
+    orthonormal: Tensor = torch.linalg.qr(torch.linalg.qr(torch.cat(vectors, dim=1)).Q).Q
     return orthonormal

@@ -1,4 +1,4 @@
-"""`SampleCurvature`: the samples' curvature in all directions, or in the leading ones."""
+"""`SampleCurvature`: curvature from the samples' Gauss–Newton matrices, in all or leading directions."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _TOL = 1e-3
 
 @dataclass(frozen=True)
 class SampleCurvature:
-    """Modes of the mean curvature, and bounds if they are not all modes.
+    """Modes of the mean Gauss–Newton matrix, and bounds on the other directions.
 
     Attributes:
         modes: modes of the mean, with every sample's factors.
-        sharpness: the largest eigenvalue of the mean; for leading modes, never above it.
+        sharpness: the largest eigenvalue of the mean; a lower bound of it with leading modes only.
         exact: whether these are all modes.
-        rest: if not, what is known of all directions.
+        bounds: bounds on all directions; ``None`` if ``exact``.
     """
 
     modes: Modes
     sharpness: float
     exact: bool
-    rest: _Rest | None = None
+    bounds: _Bounds | None = None
 
     hessians = "gauss-newton"
 
@@ -63,8 +63,8 @@ class SampleCurvature:
     ) -> SampleCurvature:
         """Return all modes of a problem with at most ``max_rows`` rows nC, else its leading ones.
 
-        Leading modes are ``directions`` eigenvectors of the mean, and with ``differences`` as many of
-        the differences between samples.
+        Leading modes span ``directions`` eigenvectors of the mean, and with ``differences`` as many of
+        Sigma.
         """
         if not isinstance(problem, DualCurvature):
             check_outputs(problem)
@@ -84,17 +84,19 @@ class SampleCurvature:
         values, vectors = torch.linalg.eigh((basis.T @ (gauss_newton @ basis)).double())
         basis = basis @ vectors[:, values > 0].to(basis)
         modes = project(problem, basis)
-        kept = len(modes.eigenvalues)
-        # The last columns, since those of no curvature come first.
-        basis = basis[:, basis.shape[1] - kept :]
+        count = len(modes.eigenvalues)
+        # `project` drops the columns without curvature, which come first.
+        basis = basis[:, basis.shape[1] - count :]
         residuals = (gauss_newton @ basis).double() - basis.double() * modes.eigenvalues
-        top = float(modes.eigenvalues[-1]) if kept else 0.0
+        top = float(modes.eigenvalues[-1]) if count else 0.0
         samples = sample_sizes(problem)
-        bound = top_eigenpair(gauss_newton, tol=_TOL, seed=seed).upper_bound
-        # No mean of positive semi-definite matrices exceeds the largest of them.
-        largest = samples.largest if bound is None else min(bound, samples.largest)
-        rest = _Rest(samples, max(largest, top), kept * residuals.square().sum(0))
-        return cls(modes, top, False, rest)
+        solver_bound = top_eigenpair(gauss_newton, tol=_TOL, seed=seed).upper_bound
+        # The top eigenvalue of a mean is at most the largest top eigenvalue of its terms.
+        sharpness_bound = samples.largest
+        if solver_bound is not None:
+            sharpness_bound = min(solver_bound, sharpness_bound)
+        spill = count * residuals.square().sum(0)
+        return cls(modes, top, False, _Bounds(samples, max(sharpness_bound, top), spill))
 
     @property
     def empty(self) -> bool:
@@ -106,26 +108,26 @@ class SampleCurvature:
         return None
 
     def in_modes(self, step: LinearStep) -> LinearStep:
-        """Return the step on the modes, which do not contain its weight decay."""
+        """Return the step on the modes, which do not contain the weight decay."""
         return step
 
     def families(
-        self, weights: Weights, noise: Callable[[float], float], most: float, step: LinearStep
+        self, weights: Weights, noise: Callable[[float], float], t_max: float, step: LinearStep
     ) -> list[FactorFamily]:
         """Return gains whose crossings bound the threshold from above."""
-        if self.rest is None:
-            return [FactorFamily(self.modes, weights, noise, most)]
+        if self.bounds is None:
+            return [FactorFamily(self.modes, weights, noise, t_max)]
         h, factors = self.modes.eigenvalues, self.modes.factors
         return [
-            FactorFamily(Modes(h[kept], factors[:, :, kept]), weights, noise, most, extra)
-            for kept, extra in spills(h, self.rest.spill, step)
+            FactorFamily(Modes(h[kept], factors[:, :, kept]), weights, noise, t_max, correction)
+            for kept, correction in spills(h, self.bounds.spill, step)
         ]
 
     def theorem1_lr(self, noise: float, step: LinearStep) -> float | None:
-        r"""Return the largest learning rate that condition (8) allows; ``None`` if it is not known.
+        r"""Return the largest learning rate that condition (8) allows; ``None`` if it is unknown.
 
-        It is :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, with
-        :math:`H+\lambda I` for H under weight decay.
+        It is :math:`2/\lambda_{\max}(H^{\dagger/2}[H^2 + p\Sigma]H^{\dagger/2})`, where H includes the
+        weight decay.
         """
         if not self.exact:
             return None
@@ -133,28 +135,27 @@ class SampleCurvature:
         if not len(h):
             return step.max_lr(0.0)
         n = factors.shape[0]
-        second = gather(factors, (factors @ factors.mT).flatten()) / n
+        mean_square = gather(factors, (factors @ factors.mT).flatten()) / n
         decayed = h + step.weight_decay
-        matrix = torch.diag(decayed**2) + noise * (second - torch.diag(h**2))
+        matrix = torch.diag(decayed**2) + noise * (mean_square - torch.diag(h**2))
         scaled = matrix / (decayed.unsqueeze(1) * decayed).sqrt()
-        top = float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
-        # Directions without curvature are bounded by the decay, which is less.
-        return 2 / top
+        # Directions without curvature add only the weight decay as an eigenvalue, which is smaller.
+        return 2 / float(torch.linalg.eigvalsh((scaled + scaled.T) / 2)[-1])
 
-    def certain_lr(self, noise: float, step: LinearStep, found: Crossing) -> float:
+    def certain_lr(self, noise: float, step: LinearStep, crossing: Crossing) -> float:
         r"""Return a learning rate up to which no second moment grows.
 
         With leading modes it follows from the largest curvatures: the noise gain of S = I is at most
         :math:`p\,\max_i\lambda_{\max}(H_i)\,\max_h h/V(h,h)` over h from 0 to the sharpness.
         """
-        if self.rest is None:
-            return found.lower
-        sharpness = self.rest.sharpness_bound
+        if self.bounds is None:
+            return crossing.lower
+        sharpness = self.bounds.sharpness_bound
         edge = step.max_lr(sharpness)
         if noise == 0 or sharpness <= 0:
             return edge
         h = torch.linspace(0, sharpness, _GRID + 1, dtype=torch.float64)[1:]
-        largest = self.rest.samples.largest
+        largest = self.bounds.samples.largest
 
         def bound(lr: float) -> float:
             gains = h / (mode_weights(h, h, replace(step, lr=lr)) + noise * h**2)
@@ -163,35 +164,34 @@ class SampleCurvature:
         return root(bound, edge)
 
     def bulk_lr(self, noise: float, step: LinearStep) -> float:
-        r"""Return an upper bound from the second moment X = I, whose noise comes from all directions.
+        r"""Return an upper bound from the second moment X = I, which has all directions.
 
-        It is stable only if :math:`\mathrm{tr}\,w(H) \ge
-        p\,(\frac1n\sum_i\|H_i\|_F^2 - \|H\|_F^2)`. Many directions of little curvature, about which
-        the leading ones say nothing, may together be the first to grow.
+        A stable step has :math:`\mathrm{tr}\,w(H) \ge p\,(\frac1n\sum_i\|H_i\|_F^2 - \|H\|_F^2)`. The
+        leading modes do not imply this: many directions of little curvature may grow first.
         """
-        if self.rest is None or noise == 0 or step.nesterov or step.weight_decay:
+        if self.bounds is None or noise == 0 or step.nesterov or step.weight_decay:
             return math.inf
-        samples, beta = self.rest.samples, step.momentum
-        # ||H||_F^2 lies between a mean over pairs of samples, known for equal ones only, and
-        # the largest eigenvalue times the trace.
-        least = samples.mean_square / samples.count
-        most = min(samples.mean_square, self.rest.sharpness_bound * samples.mean_trace)
-        share = noise - (1 - beta) / (1 + beta)
-        removed = noise * samples.mean_square - share * (most if share > 0 else least)
-        if removed <= 0:
+        samples, beta = self.bounds.samples, step.momentum
+        # ||H||_F^2 is the mean of <H_i, H_j> over pairs of samples, so it is at least the terms i = j.
+        # It is at most the largest eigenvalue times the trace.
+        smallest = samples.mean_square / samples.count
+        largest = min(samples.mean_square, self.bounds.sharpness_bound * samples.mean_trace)
+        factor = noise - (1 - beta) / (1 + beta)
+        excess = noise * samples.mean_square - factor * (largest if factor > 0 else smallest)
+        if excess <= 0:
             return math.inf
-        return 2 * (1 - beta) * samples.mean_trace / removed / step.gain
+        return 2 * (1 - beta) * samples.mean_trace / excess / step.gain
 
 
 @dataclass(frozen=True)
-class _Rest:
-    """What is known of all directions where only leading modes are used.
+class _Bounds:
+    """Bounds on all directions, for a curvature with leading modes only.
 
     Attributes:
         samples: sizes of the single samples' matrices.
-        sharpness_bound: an upper bound of the mean's largest eigenvalue; where it comes from the
+        sharpness_bound: an upper bound of the mean's largest eigenvalue. If it comes from the
             eigen-solver, it fails with a probability of at most 0.2 %.
-        spill: of the modes, as for :func:`~stableopt.stability.mean_square.second_moments.spills`.
+        spill: as for :func:`~stableopt.stability.mean_square.second_moments.spills`.
     """
 
     samples: SampleSizes

@@ -1,19 +1,19 @@
-r"""`NoiseGain`: the second moments of SGD near a minimum, in the eigenbasis of the mean curvature.
+r"""`NoiseGain`, `MomentGain`: the recursion of second moments near a minimum, as symmetric operators.
 
-With :math:`X = E[xx^\top]`, and :math:`h_a` the eigenvalues of the mean H, the noise of one step adds
-:math:`p\,(\frac1n\sum_i H_iXH_i - HXH)` to X, and the update rule's contraction removes a part of X.
-Gradient noise of covariance Z sustains the second moment :math:`X_{ab} = Z_{ab}/w_{ab}` of each pair of
-modes, so the point is stable exactly if
+All matrices are in the eigenbasis of the mean curvature H, whose eigenvalues are :math:`h_a`. The noise
+of one step adds :math:`p\,(\frac1n\sum_i H_iXH_i - HXH)` to the second moment :math:`X = E[xx^\top]`,
+and the contraction of the update rule shrinks X. Constant gradient noise of covariance Z and the
+contraction balance at :math:`X_{ab} = Z_{ab}/w_{ab}`. The point is therefore stable exactly if
 
 .. math:: w \circ X - p\,\Bigl(\tfrac1n\sum_i H_iXH_i - HXH\Bigr)
 
-is a positive semi-definite map of symmetric X. :func:`mode_weights` is :math:`w`, the only part that
-depends on the update rule. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is
-the criterion of Mulayoff & Michaeli (*Exact mean square linear stability analysis for SGD*, COLT 2024).
+is a positive semi-definite map of symmetric X. Only the weights w (:func:`mode_weights`) depend on the
+update rule. For plain SGD, where :math:`w_{ab} = (h_a + h_b)/\eta - h_ah_b`, this is the criterion of
+Mulayoff & Michaeli (*Exact mean square linear stability analysis for SGD*, COLT 2024).
 
 Gauss–Newton matrices are :math:`F_i^\top F_i`, where :math:`F_i` has C rows. The map is then positive
-exactly if the much smaller :class:`NoiseGain`, on one C x C matrix a sample, has no eigenvalue above 1.
-Hessians may be indefinite: :class:`MomentGain` is the same test on X itself.
+exactly if the much smaller :class:`NoiseGain`, on one C x C matrix per sample, has no eigenvalue above
+1. For Hessians, which may be indefinite, :class:`MomentGain` is the same test on X itself.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ __all__ = [
 ]
 
 _CONVERGED = 1e-6
-"""Residual of an eigenvector, relative to its eigenvalue, that counts as rounding. A threshold changes
-by about as much."""
+"""Largest relative residual of an eigenvector that counts as exact. It changes a threshold by about as
+much."""
 
 
 def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tensor:
-    r"""Return :math:`w_{ab}`: gradient noise of covariance Z sustains :math:`Z_{ab}/w_{ab}` in x.
+    r"""Return :math:`w_{ab}`: under gradient noise of covariance Z, :math:`X_{ab} = Z_{ab}/w_{ab}`.
 
-    With :math:`u = \eta h_a`, :math:`v = \eta h_b` for the two modes, weight decay included, and
-    :math:`\eta(1-\tau)` for :math:`\eta` under dampening:
+    With :math:`u = \eta h_a` and :math:`v = \eta h_b`, where h includes weight decay and :math:`\eta`
+    stands for :math:`\eta(1-\tau)`:
 
     - heavy ball, and plain SGD with :math:`\beta = 0`:
       :math:`\eta^2 w = (1-\beta)\bigl(u + v - \frac{uv}{1+\beta}\bigr)
@@ -57,8 +57,8 @@ def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tenso
       {((1+\beta)^2+\beta^2)(1-\beta^2q_aq_b) - \beta(1+\beta)^2(q_a+q_b-2\beta q_aq_b)}`,
       :math:`q = 1 - \eta h`, computed without the cancellation at small :math:`\eta h`.
 
-    It is the reciprocal of :math:`\sum_k g_k(a)g_k(b)`, where g is the mode's response to unit noise.
-    Within the limits of the modes it is positive and falls as :math:`\eta` grows.
+    It is the reciprocal of :math:`\sum_k g_k(a)g_k(b)`, where g is a mode's impulse response. Where all
+    modes are stable it is positive and decreases in :math:`\eta`.
 
     >>> h = torch.tensor([1.0, 2.0])
     >>> mode_weights(h[:, None], h, LinearStep(0.5))            # (h_a + h_b) / lr - h_a h_b
@@ -69,27 +69,26 @@ def mode_weights(eigenvalues: Tensor, others: Tensor, step: LinearStep) -> Tenso
     u, v = scale * (eigenvalues + step.weight_decay), scale * (others + step.weight_decay)
     total, product = u + v, u * v
     if not step.nesterov:
-        along = (1 - beta) * (total - product / (1 + beta))
-        return (along + beta * (u - v) ** 2 / (1 - beta**2)) / scale**2
+        common = (1 - beta) * (total - product / (1 + beta))
+        return (common + beta * (u - v) ** 2 / (1 - beta**2)) / scale**2
     m = total - product  # 1 - q_a q_b
-    above = (1 - beta**2) * (1 - beta) * total + beta**4 * m**2
-    above += (1 + beta) ** 2 * m * (beta * (1 - beta) * total + beta**2 * product)
-    above -= (1 - beta**4 + (beta + beta**2) ** 2) * product
-    below = 1 - beta**2 + ((1 + beta) ** 2 + beta**2) * beta**2 * m
-    below += beta * (1 + beta) ** 2 * (total - 2 * beta * m)
-    return above / below / scale**2
+    numerator = (1 - beta**2) * (1 - beta) * total + beta**4 * m**2
+    numerator += (1 + beta) ** 2 * m * (beta * (1 - beta) * total + beta**2 * product)
+    numerator -= (1 - beta**4 + (beta + beta**2) ** 2) * product
+    denominator = 1 - beta**2 + ((1 + beta) ** 2 + beta**2) * beta**2 * m
+    denominator += beta * (1 + beta) ** 2 * (total - 2 * beta * m)
+    return numerator / denominator / scale**2
 
 
 class NoiseGain(Operator):
-    r"""The map of noise by one round of noise and contraction: stable if no eigenvalue is above 1.
+    r"""The gain of noise over one round of contraction and new noise: stable up to eigenvalue 1.
 
     .. math:: S \mapsto \Bigl\{\tfrac pn F_i\,[(\textstyle\sum_j F_j^\top S_jF_j)/V]\,F_i^\top\Bigr\}_i,
         \qquad V_{ab} = w_{ab} + p\,h_ah_b
 
-    on one ``(C, C)`` matrix for each sample, flattened; the division is entrywise. The map is symmetric
-    and preserves positive semi-definite S, so that any S gives bounds on both sides: a Rayleigh
-    quotient is at most the largest eigenvalue, and any t with gain(S) at most t S is at least that
-    (Collatz, Wielandt).
+    on one ``(C, C)`` matrix S per sample, flattened; the division is entrywise. The map is symmetric and
+    preserves positive semi-definite S. Any such S bounds the largest eigenvalue on both sides: from
+    below by its Rayleigh quotient, and from above by any t with gain(S) at most t S (Collatz, Wielandt).
 
     Args:
         modes: the samples' curvature, ``(n, C, r)``.
@@ -115,32 +114,32 @@ class NoiseGain(Operator):
         return self.spread(gather(self._factors, vector))
 
     def spread(self, gathered: Tensor) -> Tensor:
-        """Return the second half of a product, from :func:`gather` on."""
+        """Return the second half of a product, from the result of :func:`gather`."""
         factors = self._factors
         n = factors.shape[0]
-        back = (factors.flatten(0, 1) @ (gathered / self._weights)).view_as(factors)
-        return (back @ factors.mT).mul_(self._noise / n).flatten()
+        rows = (factors.flatten(0, 1) @ (gathered / self._weights)).view_as(factors)
+        return (rows @ factors.mT).mul_(self._noise / n).flatten()
 
 
 def gather(factors: Tensor, vector: Tensor) -> Tensor:
     r"""Return :math:`\sum_i F_i^\top S_iF_i`, ``(r, r)``, for the matrices S in ``vector``."""
     n, outputs, _ = factors.shape
-    own = vector.view(n, outputs, outputs) @ factors
-    return factors.flatten(0, 1).T @ own.flatten(0, 1)
+    products = vector.view(n, outputs, outputs) @ factors
+    return factors.flatten(0, 1).T @ products.flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class HessianModes:
-    r"""The mean's positive eigenvalues, and the samples' Hessians in its eigenbasis.
+    r"""The positive eigenvalues of the mean Hessian, and the samples' Hessians in its eigenbasis.
 
-    :math:`\frac1n\sum_i A_i = \mathrm{diag}(\text{eigenvalues})`, in double precision, with the
-    weight decay in every matrix.
+    :math:`\frac1n\sum_i A_i = \mathrm{diag}(\text{eigenvalues})`, in double precision. Every matrix
+    includes the weight decay.
 
     Attributes:
-        eigenvalues: those of the mean, positive and ascending, ``(r,)``.
-        blocks: :math:`A_i`, ``(n, r, r)``; symmetric, and not necessarily positive.
-        spill: :math:`e_a \ge 0` ``(r,)``, with which :math:`\mathrm{diag}(e)` bounds the Gram matrix of
-            the residuals :math:`Hq_a - h_aq_a` of the eigenvectors; zero if they are exact.
+        eigenvalues: positive eigenvalues of the mean, ascending, ``(r,)``.
+        blocks: :math:`A_i`, ``(n, r, r)``, symmetric and possibly indefinite.
+        spill: :math:`e_a \ge 0` ``(r,)``. :math:`\mathrm{diag}(e)` bounds the Gram matrix of the
+            eigenvectors' residuals :math:`Hq_a - h_aq_a`; zero for exact eigenvectors.
     """
 
     eigenvalues: Tensor
@@ -156,14 +155,14 @@ def sandwich(blocks: Tensor, matrix: Tensor) -> Tensor:
 
 
 class MomentGain(Operator):
-    r"""The share of a second moment that noise replaces in a step: stable if no eigenvalue is above 1.
+    r"""The share of a second moment that noise restores per step: stable up to eigenvalue 1.
 
     .. math:: Y \mapsto V^{-1/2} \circ \tfrac pn \textstyle\sum_i A_i\,(V^{-1/2} \circ Y)\,A_i,
         \qquad V_{ab} = w_{ab} + p\,h_ah_b
 
     on symmetric ``(r, r)`` matrices, flattened. The map is symmetric, and similar to
-    :math:`X \mapsto V^{-1} \circ \frac pn\sum_i A_iXA_i`, which preserves positive semi-definite X
-    if the entries of :math:`1/V` are a positive kernel, as those of exact modes are.
+    :math:`X \mapsto V^{-1} \circ \frac pn\sum_i A_iXA_i`. The latter preserves positive semi-definite X
+    if the entrywise inverse 1/V is positive semi-definite, as it is for exact modes.
 
     Args:
         blocks: :math:`A_i`, ``(n, r, r)``.
@@ -183,29 +182,31 @@ class MomentGain(Operator):
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the matrix times ``vector`` ``(r^2,)``."""
-        # A random start is not symmetric; the map of its symmetric part is.
+        # Use the symmetric part only: a random start is not symmetric.
         matrix = vector.view_as(self._roots)
-        inner = self._roots * (matrix + matrix.T) / 2
-        return (self._noise * self._roots * sandwich(self._blocks, inner)).flatten()
+        moment = self._roots * (matrix + matrix.T) / 2
+        return (self._noise * self._roots * sandwich(self._blocks, moment)).flatten()
 
 
 def spills(
     eigenvalues: Tensor, spill: Tensor, step: LinearStep
 ) -> Iterator[tuple[Tensor, Tensor | float]]:
-    r"""Yield sets of modes, and what their weights lack of a bound, ``(k, k)`` or 0.
+    r"""Yield sets of Ritz vectors, and the corrections ``(k, k)`` or 0 that make their weights a bound.
 
-    The contraction of a second moment in approximate eigenvectors exceeds that of :func:`mode_weights`
-    by what the residuals R add. With a heavy ball the weights contain
-    :math:`\frac{\beta}{1-\beta^2}(h_a-h_b)^2`, in which the square of H restricted to the vectors is
-    :math:`\mathrm{diag}(h^2) + R^\top R`. Plain SGD has no such term, and for Nesterov's momentum, whose
-    weights are not polynomials, no bound is known: only modes that are exact up to rounding are used,
-    if there are any. Fewer modes have less spill and fewer second moments, so that several sets are
-    tried.
+    In approximate eigenvectors a second moment contracts more than :func:`mode_weights` says, because of
+    the residuals R. Three cases:
+
+    - Plain SGD needs no correction.
+    - The heavy ball's weights contain :math:`\frac{\beta}{1-\beta^2}(h_a-h_b)^2`. The square of H,
+      restricted to Ritz vectors, is :math:`\mathrm{diag}(h^2) + R^\top R`, which gives the correction.
+    - For Nesterov's momentum, whose weights are not polynomials, no bound is known: only vectors that
+      are exact up to rounding are used, if there are any.
+
+    Smaller sets have smaller corrections, but fewer second moments, so three sizes are tried.
 
     Args:
         eigenvalues: Ritz values ``(r,)``.
-        spill: r times the squared norm of each residual; its diagonal matrix bounds
-            :math:`R^\top R`.
+        spill: r times the squared norm of each residual; ``diag(spill)`` bounds :math:`R^\top R`.
         step: the update rule.
     """
     exact = spill <= _CONVERGED**2 * eigenvalues**2
@@ -219,5 +220,5 @@ def spills(
         order = (spill / eigenvalues**2).argsort()
         for count in {len(order), (len(order) + 1) // 2, (len(order) + 3) // 4}:
             kept = order[:count].sort().values
-            own = factor * spill[kept] * count / len(order)
-            yield kept, own.unsqueeze(1) + own
+            correction = factor * spill[kept] * count / len(order)
+            yield kept, correction.unsqueeze(1) + correction

@@ -12,12 +12,12 @@ __all__ = ["SecondMomentExcess"]
 class SecondMomentExcess(Operator):
     r"""The matrix :math:`(I-\eta H)^2 + \eta^2 p\,\Sigma - I` of Theorem 1's condition (8).
 
-    Plain SGD is mean-square linearly stable if its largest eigenvalue is at most 0 (Wu, Ma & E,
-    2018): sufficient in any dimension, necessary in one. The left side of (8) is 1 more, since
-    :math:`E\|(I-\eta H_B)x\|^2 = x^\top[(I-\eta H)^2+\eta^2p\Sigma]x`. Directions without curvature have
-    the eigenvalue 0, so with more parameters than nC the largest is never below 0. Nearly all of a
-    random vector lies in these directions, so tolerances must be relative to the excess rather than to
-    the left side of (8).
+    Plain SGD is mean-square linearly stable if the largest eigenvalue of this matrix is at most 0 (Wu,
+    Ma & E, 2018). The condition is sufficient in any dimension, and necessary in one. Condition (8)
+    bounds the largest eigenvalue without ``- I`` by 1, since
+    :math:`E\|(I-\eta H_B)x\|^2 = x^\top[(I-\eta H)^2+\eta^2p\Sigma]x`. Directions without curvature
+    have the eigenvalue 0, so with more parameters than nC the largest eigenvalue is at least 0. A random
+    vector lies almost entirely in these directions, so tolerances must be relative to the excess.
 
     Args:
         hessian: H at a point.

@@ -1,4 +1,4 @@
-"""The problem of a model, and the coordinates in which an optimizer's step is gradient descent."""
+"""`problem_of`, `as_seen_by`: a model's problem, and the coordinates in which a step has one rate."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def problem_of(
     process_group: Any = None,
     **options: Any,
 ) -> MeanLoss:
-    """Return the problem of ``model``, or ``model`` itself if it is one already.
+    """Return the problem of ``model``, or ``model`` itself if it is a problem already.
 
     The process group is by default the one that trains the model.
 
     Raises:
-        ValueError: if ``loss_fn`` or ``data`` are missing, or anything is given beyond a problem.
+        ValueError: if ``loss_fn`` or ``data`` is missing for a model, or any argument is given with a
+            problem.
     """
-    if not isinstance(model, MeanLoss):
-        if loss_fn is None or data is None:
-            raise ValueError("loss_fn and data: expected both, or a Problem as model")
-        group = group_of(model) if process_group is None else process_group
-        given = {name: value for name, value in options.items() if value is not None}
-        return problem_for(model, loss_fn, data, process_group=group, **given)
-    options["process_group"] = process_group
-    if any(value is not None for value in (loss_fn, data, *options.values())):
-        raise ValueError(
-            f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
-        )
-    return model
+    if isinstance(model, MeanLoss):
+        options["process_group"] = process_group
+        if any(value is not None for value in (loss_fn, data, *options.values())):
+            raise ValueError(
+                f"a Problem has its own loss_fn, data, {', '.join(options)}: leave them out"
+            )
+        return model
+    if loss_fn is None or data is None:
+        raise ValueError("loss_fn and data: expected both, or a Problem as model")
+    group = group_of(model) if process_group is None else process_group
+    given = {name: value for name, value in options.items() if value is not None}
+    return problem_for(model, loss_fn, data, process_group=group, **given)
 
 
 def check_params(
@@ -62,10 +63,10 @@ def check_params(
                 f"parameter {name!r} is trainable but not in the optimizer: freeze it by"
                 " requires_grad_(False), or choose the parameters to measure by params="
             )
-    strangers = len(held - {id(p) for p in problem.model.parameters()})
-    if strangers and not explicit:
+    foreign = len(held - {id(p) for p in problem.model.parameters()})
+    if foreign and not explicit:
         raise ValueError(
-            f"the optimizer holds {strangers} parameters that are not the model's, so its steps depend"
+            f"the optimizer holds {foreign} parameters that are not the model's, so its steps depend"
             " on more than the model's curvature; choose the parameters to measure by params="
         )
 
@@ -73,8 +74,9 @@ def check_params(
 def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Optimizer]) -> P:
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
-    A diagonal preconditioner becomes a scale of the coordinates. For other preconditioners only the
-    weight decay is applied; for an unknown one, nothing.
+    The coordinates include learning rates by group, a diagonal preconditioner and weight decay. Any
+    other preconditioner is left to :func:`outside_coordinates`. If the rule is unknown, only the sign
+    of the loss is changed.
 
     Raises:
         ValueError: if the rule has groups and ``optimizers``, which assign parameters to groups, is
@@ -86,36 +88,36 @@ def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Op
     scale: list[Tensor | float] | None = None
     decays = [rule.weight_decay] * len(problem.params)
     if rule.group_lrs or rule.group_weight_decays:
-        of = _groups_of(problem, optimizers)
+        indices = _group_indices(problem, optimizers)
         if rule.group_weight_decays:
-            decays = [rule.group_weight_decays[index] for index in of]
+            decays = [rule.group_weight_decays[i] for i in indices]
         if rule.group_lrs:
-            scale = [(rule.group_lrs[i] / rule.lr) ** 0.5 if rule.lr else 1.0 for i in of]
+            scale = [(rule.group_lrs[i] / rule.lr) ** 0.5 if rule.lr else 1.0 for i in indices]
     if rule.preconditioner is not None:
-        own = rule.preconditioner.over(problem.params)
-        if isinstance(own, DiagonalPreconditioner):
-            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in own.roots()]
+        p = rule.preconditioner.over(problem.params)
+        if isinstance(p, DiagonalPreconditioner):
+            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in p.roots()]
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
 
 
 def outside_coordinates(rule: UpdateRule, params: Sequence[Tensor]) -> StepPreconditioner | None:
-    """Return the P over ``params`` that the coordinates of :func:`as_seen_by` do not contain."""
-    own = None if rule.preconditioner is None else rule.preconditioner.over(params)
-    return None if isinstance(own, DiagonalPreconditioner) else own
+    """Return P over ``params`` if it is not in the coordinates of :func:`as_seen_by`, else ``None``."""
+    p = None if rule.preconditioner is None else rule.preconditioner.over(params)
+    return None if isinstance(p, DiagonalPreconditioner) else p
 
 
 def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def _groups_of(problem: MeanLoss, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
+def _group_indices(problem: MeanLoss, optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
     """Return the index of each parameter's group."""
     if not optimizers:
         raise ValueError(
             "update_rule has several groups: pass optimizer=, which assigns parameters to groups"
         )
-    groups = {id(p): i for i, group in enumerate(_groups(optimizers)) for p in group["params"]}
+    indices = {id(p): i for i, group in enumerate(_groups(optimizers)) for p in group["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):
-        if id(p) not in groups:
+        if id(p) not in indices:
             raise ValueError(f"parameter {name!r} is in none of the optimizer's groups")
-    return [groups[id(p)] for p in problem.params]
+    return [indices[id(p)] for p in problem.params]

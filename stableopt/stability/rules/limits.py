@@ -1,33 +1,33 @@
-r"""The largest sharpness and non-uniformity at which an update rule is stable: functions of numbers.
+r"""The largest sharpness and non-uniformity at which an update rule is stable, in closed form.
 
-The setting is one linear mode of stochastic gradient descent near a minimum that all samples share:
-curvature a, standard deviation s of the per-sample curvatures, and batches of B out of n samples drawn
-without replacement, so that the curvature of one step has mean a and variance :math:`p s^2`,
+The setting is one linear mode of SGD near a minimum of all samples. The per-sample curvatures have mean
+a and standard deviation s. A batch draws B of n samples without replacement, so the curvature of one
+step has mean a and variance :math:`p s^2`,
 
 .. math:: p = \frac{n-B}{B(n-1)}.
 
-The step is that of ``torch.optim.SGD``, and of the adaptive optimizers whose preconditioner is held
-fixed (:class:`LinearStep`): with learning rate :math:`\eta`, momentum :math:`\beta`, dampening
-:math:`\tau`, coupled weight decay :math:`\lambda` and decoupled :math:`\lambda'`,
+The step (:class:`LinearStep`) is that of ``torch.optim.SGD``, or of an adaptive optimizer with a fixed
+preconditioner. With learning rate :math:`\eta`, momentum :math:`\beta`, dampening :math:`\tau`, coupled
+weight decay :math:`\lambda` and decoupled weight decay :math:`\lambda'`,
 
 .. math::
     g = (h+\lambda)x, \quad m' = \beta m + (1-\tau) g, \quad
     x' = (1-\eta\lambda')\,x - \eta\,(A g + B m'),
 
-where A, B are 0, 1 for heavy-ball momentum, 1, :math:`\beta` for Nesterov's, and :math:`1-\nu, \nu`
-for a share :math:`\nu` of the momentum (quasi-hyperbolic momentum, Ma & Yarats, ICLR 2019). With
-:math:`c = 1-\eta\lambda'`, :math:`u = A + B(1-\tau)`, :math:`w = \beta A` and the curvature in units of
-the rate, :math:`k = \eta(h+\lambda)`,
+where (A, B) is (0, 1) for heavy-ball momentum, (1, :math:`\beta`) for Nesterov's, and
+(:math:`1-\nu`, :math:`\nu`) for a share :math:`\nu` of the momentum (quasi-hyperbolic momentum, Ma &
+Yarats, ICLR 2019). With :math:`c = 1-\eta\lambda'`, :math:`u = A + B(1-\tau)`, :math:`w = \beta A` and
+the scaled curvature :math:`k = \eta(h+\lambda)`,
 
 .. math:: x_{t+1} = (c + \beta - u k_t)\,x_t - (\beta c - w k_{t-1})\,x_{t-1}.
 
-For a fixed k its roots are within the unit disc if :math:`|T| < 1+\Delta` and :math:`\Delta < 1`, T and
-:math:`\Delta` their sum and product (Jury): the first root to leave does so at -1 as k grows, at 1 as k
-falls.
+For a fixed k let T and :math:`\Delta` be the sum and the product of the two roots. The roots lie within
+the unit disc exactly if :math:`|T| < 1+\Delta` and :math:`\Delta < 1` (Jury). The first root leaves it
+at -1 as k grows, and at 1 as k falls.
 
-Any other linear filter of the gradients has the limits of :mod:`~stableopt.stability.rules.filters`.
-For plain SGD the limits are Theorem 1 and equation (9) of Wu, Ma & E (NeurIPS 2018).
-:func:`mean_square_radius` is the recursion of second moments itself, and the reference for the others.
+For plain SGD the limits are Theorem 1 and equation (9) of Wu, Ma & E (NeurIPS 2018). Limits of other
+linear filters of the gradients are in :mod:`~stableopt.stability.rules.filters`.
+:func:`mean_square_radius` evaluates the recursion of second moments itself: the reference for the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from numpy.polynomial import Polynomial
 from stableopt._support.arguments import whole
 from stableopt.stability.rules.filters import (
     Filter,
-    checked,
+    checked_filter,
     largest_variance,
     matrices,
     momentum_filter,
@@ -81,13 +81,13 @@ class LinearStep:
     Attributes:
         lr: learning rate; 0 gives infinite limits.
         momentum: beta of ``torch.optim.SGD``, below 1.
-        dampening: tau, below 1; without effect when momentum is 0, as in torch.
+        dampening: tau, below 1; without effect if momentum is 0, as in torch.
         nesterov: whether the momentum is Nesterov's.
         weight_decay: coupled weight decay lambda, a part of the gradient.
-        decoupled_weight_decay: lambda', by which parameters shrink in addition to the step.
+        decoupled_weight_decay: lambda'; each step also multiplies parameters by 1 - lr lambda'.
         momentum_share: nu, between 0 and 1: the step is along (1 - nu) g + nu m.
-        filter: ``(num, den)`` of the recursion :math:`u_t = b_0g_t + b_1g_{t-1} + \cdots - a_1u_{t-1} -
-            \cdots` for the step -eta u, with :math:`a_0 = 1`, instead of the momentum.
+        filter: instead of momentum, ``(num, den)`` of a linear filter: the step is -eta u with
+            :math:`u_t = b_0g_t + b_1g_{t-1} + \cdots - a_1u_{t-1} - \cdots` and :math:`a_0 = 1`.
 
     Raises:
         ValueError: for values out of range.
@@ -109,13 +109,13 @@ class LinearStep:
 
     def __post_init__(self) -> None:
         if self.filter is not None:
-            own = (self.momentum, self.dampening, self.nesterov, self.momentum_share)
-            if own != (0.0, 0.0, False, 1.0):
+            settings = (self.momentum, self.dampening, self.nesterov, self.momentum_share)
+            if settings != (0.0, 0.0, False, 1.0):
                 raise ValueError(
-                    f"filter with momentum, dampening, nesterov, momentum_share of {own}: expected"
-                    " them in the filter alone"
+                    f"filter with momentum, dampening, nesterov, momentum_share of {settings}: expected"
+                    " momentum in the filter alone"
                 )
-            object.__setattr__(self, "filter", checked("filter", self.filter))
+            object.__setattr__(self, "filter", checked_filter("filter", self.filter))
         if not self.lr >= 0:
             raise ValueError(f"lr={self.lr}: expected at least 0")
         if not 0 <= self.momentum < 1:
@@ -144,19 +144,19 @@ class LinearStep:
 
     @property
     def _kept(self) -> float:
-        """What decoupled weight decay leaves of the parameter: c."""
+        """The factor c of the parameter under decoupled weight decay."""
         return 1 - self.lr * self.decoupled_weight_decay
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """The weights of the gradient and of the momentum in the step: A and B."""
+        """A and B, the weights of the gradient and of the momentum in the step."""
         if self.nesterov:
             return 1.0, self.momentum
         return 1 - self.momentum_share, self.momentum_share
 
     @property
     def as_filter(self) -> Filter:
-        """Its filter of the gradients, whichever form it has.
+        """The filter of the gradients: ``filter``, or that of the momentum.
 
         >>> LinearStep(0.1, momentum=0.5).as_filter
         ((1.0, -0.0), (1.0, -0.5))
@@ -170,28 +170,29 @@ class LinearStep:
         """The smallest and the largest k that are stable without noise."""
         if self.filter is not None:
             return stable_range(self._kept, self.filter)
-        beta, (now, weight) = self.momentum, self._weights
-        averaged = weight * self.gain
-        # A root at 1: the momentum has come to rest at (1 - tau) g / (1 - beta).
-        low = -(1 - self._kept) * (1 - beta) / (now * (1 - beta) + averaged)
-        return low, (1 + beta) * (1 + self._kept) / (now * (1 + beta) + averaged)
+        beta, (of_gradient, of_momentum) = self.momentum, self._weights
+        averaged = of_momentum * self.gain
+        # At a root of 1 the gradient is constant, and the momentum is (1 - tau) g / (1 - beta).
+        low = -(1 - self._kept) * (1 - beta) / (of_gradient * (1 - beta) + averaged)
+        high = (1 + beta) * (1 + self._kept) / (of_gradient * (1 + beta) + averaged)
+        return low, high
 
     @property
     def max_sharpness(self) -> float:
-        """The limit of :func:`max_sharpness`."""
+        """See :func:`max_sharpness`."""
         return math.inf if self.lr == 0 else self._range[1] / self.lr - self.weight_decay
 
     @property
     def min_sharpness(self) -> float:
-        """The limit of :func:`min_sharpness`."""
+        """See :func:`min_sharpness`."""
         if self.filter is not None and self.lr > 0:
             return self._range[0] / self.lr - self.weight_decay
         if self.filter is not None:
             num, den = self.filter
             return -self.weight_decay - self.decoupled_weight_decay * sum(den) / sum(num)
-        now, weight = self._weights
-        pull = now + weight * self.gain / (1 - self.momentum)
-        return -self.weight_decay - self.decoupled_weight_decay / pull
+        of_gradient, of_momentum = self._weights
+        gain_at_rest = of_gradient + of_momentum * self.gain / (1 - self.momentum)
+        return -self.weight_decay - self.decoupled_weight_decay / gain_at_rest
 
     def max_lr(self, sharpness: float) -> float:
         """Return the largest learning rate that is stable at ``sharpness``; ``lr`` is ignored.
@@ -201,24 +202,25 @@ class LinearStep:
         """
         if self.filter is not None:
             return self._max_lr_of_filter(sharpness + self.weight_decay)
-        beta, (now, weight) = self.momentum, self._weights
-        pull = now * (1 + beta) + weight * self.gain
-        curvature = sharpness + self.weight_decay + self.decoupled_weight_decay * (1 + beta) / pull
-        return 2 * (1 + beta) / pull / curvature if curvature > 0 else math.inf
+        beta, (of_gradient, of_momentum) = self.momentum, self._weights
+        # (1 + beta) times the gain of a gradient that alternates in sign, at a root of -1.
+        gain = of_gradient * (1 + beta) + of_momentum * self.gain
+        curvature = sharpness + self.weight_decay + self.decoupled_weight_decay * (1 + beta) / gain
+        return 2 * (1 + beta) / gain / curvature if curvature > 0 else math.inf
 
     def _max_lr_of_filter(self, curvature: float) -> float:
         decay = self.decoupled_weight_decay
         if decay == 0:
             return stable_range(1.0, self.as_filter)[1] / curvature if curvature > 0 else math.inf
         low, high = 0.0, 2 / decay
-        for _ in range(60):  # digits of a float
+        for _ in range(60):  # bisection to the precision of a float
             middle = (low + high) / 2
-            inside = middle * curvature <= stable_range(1 - middle * decay, self.as_filter)[1]
-            low, high = (middle, high) if inside else (low, middle)
+            stable = middle * curvature <= stable_range(1 - middle * decay, self.as_filter)[1]
+            low, high = (middle, high) if stable else (low, middle)
         return low
 
     def max_non_uniformity(self, noise: float, sharpness: float | None = None) -> float:
-        """Return the limit of :func:`max_non_uniformity`; ``noise`` is p."""
+        """Return the limit of :func:`max_non_uniformity` for the noise factor p."""
         low, high = self._range
         k = None if sharpness is None else self.lr * (sharpness + self.weight_decay)
         if k is not None and not low <= k <= high:
@@ -227,28 +229,28 @@ class LinearStep:
             return math.inf
         if self.filter is not None:
             return math.sqrt(largest_variance(self._kept, self.filter, k) / noise) / self.lr
-        above, below = self._largest_variance()
+        numerator, denominator = self._max_variance()
         if k is not None:
             means = [k]
         else:
-            # Stationary where N' D = N D': a cubic.
-            roots = (above.deriv() * below - above * below.deriv()).roots()
+            # N/D is stationary where N' D = N D', a cubic equation.
+            roots = (numerator.deriv() * denominator - numerator * denominator.deriv()).roots()
             real = roots.real[np.abs(roots.imag) < 1e-9 * (1 + np.abs(roots.real))]
             means = [x for x in real if low < x < high]
-        largest = max((float(above(x) / below(x)) for x in means), default=0.0)
-        return math.sqrt(max(largest, 0.0) / noise) / self.lr
+        variance = max((float(numerator(x) / denominator(x)) for x in means), default=0.0)
+        return math.sqrt(max(variance, 0.0) / noise) / self.lr
 
-    def _largest_variance(self) -> tuple[Polynomial, Polynomial]:
-        """Return numerator and denominator of the largest variance of k, as a function of its mean."""
-        now, weight = self._weights
-        u, w = now + weight * self.gain, self.momentum * now
+    def _max_variance(self) -> tuple[Polynomial, Polynomial]:
+        """Return N and D: at mean k, mean-square stability allows k a variance up to N(k)/D(k)."""
+        of_gradient, of_momentum = self._weights
+        u, w = of_gradient + of_momentum * self.gain, self.momentum * of_gradient
         trace = Polynomial([self._kept + self.momentum, -u])
         det = Polynomial([self.momentum * self._kept, -w])
-        above = (1 - det) * (1 + det - trace) * (1 + det + trace)
-        return above, (u * u + w * w) * (1 + det) - 2 * u * w * trace
+        numerator = (1 - det) * (1 + det - trace) * (1 + det + trace)
+        return numerator, (u * u + w * w) * (1 + det) - 2 * u * w * trace
 
     def mean_square_radius(self, sharpness: float, noise: float) -> float:
-        """Return :func:`mean_square_radius`."""
+        """See :func:`mean_square_radius`."""
         constant, slope = matrices(self._kept, self.lr, self.as_filter)
         mean = constant + (sharpness + self.weight_decay) * slope
         moments = np.kron(mean, mean) + noise * np.kron(slope, slope)
@@ -304,7 +306,7 @@ def max_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
 
 
 def min_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
-    r"""Return the smallest sharpness of a minimum at which the step can settle.
+    r"""Return the smallest linearly stable sharpness; it is negative with weight decay.
 
     :math:`-\lambda - \frac{\lambda'(1-\beta)}{A(1-\beta)+B(1-\tau)}`; arguments and errors are those of
     :func:`max_sharpness`.
@@ -325,9 +327,9 @@ def max_non_uniformity(
 ) -> float:
     r"""Return the largest non-uniformity at which SGD is mean-square stable in one dimension.
 
-    Without ``sharpness`` it is the maximum over all sharpnesses, a side of the box (9): for plain
-    SGD :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, about :math:`\sqrt B/\eta` for large n. With it, the
-    height of the exact region there: for plain SGD the half-ellipse
+    Without ``sharpness`` it is the maximum over all sharpnesses, the top of the box (9). For plain SGD
+    this is :math:`\frac1\eta\sqrt{B(n-1)/(n-B)}`, about :math:`\sqrt B/\eta` for large n. With
+    ``sharpness`` it is the height of the exact region there. For plain SGD this is the half-ellipse
     :math:`(1-\eta a)^2 + \eta^2 p s^2 = 1`. In general, with
     :math:`T = c+\beta-u(a+\lambda)` and :math:`\Delta = \beta c-w(a+\lambda)`,
 
@@ -358,8 +360,8 @@ def max_non_uniformity(
     >>> round(max_non_uniformity(0.1, 100, 1200), 1)
     104.4
     """
-    checked = LinearStep(lr, **step)
-    return checked.max_non_uniformity(noise_factor(batch_size, dataset_size), sharpness)
+    linear_step = LinearStep(lr, **step)
+    return linear_step.max_non_uniformity(noise_factor(batch_size, dataset_size), sharpness)
 
 
 def mean_square_radius(
@@ -368,8 +370,9 @@ def mean_square_radius(
     r"""Return the growth per step of the second moments of one linear mode: stable up to 1.
 
     Each step multiplies the state (x, m) by :math:`A_0 + hA_1`, where h has mean a and variance
-    ``noise``, and the second moments by
-    :math:`\bar A\otimes\bar A + \mathrm{noise}\,A_1\otimes A_1`, whose spectral radius this is.
+    ``noise``. It multiplies the second moments by
+    :math:`\bar A\otimes\bar A + \mathrm{noise}\,A_1\otimes A_1`. The growth is the spectral radius of
+    this matrix.
 
     Args:
         sharpness: the mean curvature a.

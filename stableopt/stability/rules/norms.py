@@ -1,4 +1,4 @@
-r"""Norms in which optimizers descend: the unit balls of normalised steepest descent, as oracles.
+r"""Norms of normalised steepest descent (signs, Lion, Muon), as linear minimisation oracles.
 
 Sign descent, Lion and Muon step by :math:`\theta\leftarrow\theta-\eta\,\mathrm{LMO}(g)`, where the
 linear minimisation oracle, up to its sign, is
@@ -8,7 +8,7 @@ linear minimisation oracle, up to its sign, is
     SignNorm(params, lr=1e-3)                        # |d_i| <= r_i: signs, radii of 1
     SpectralNorm(params, radii, lr=0.02)             # singular values of D_l at most r_l: Muon
 
-No multiple of the Hessian's eigenvalues limits such steps. What does is the generalised sharpness:
+The Hessian's eigenvalues do not limit such steps. The generalised sharpness does:
 :func:`~stableopt.stability.generalised_sharpness`.
 """
 
@@ -33,8 +33,8 @@ class StepNorm(abc.ABC):
 
     Args:
         params: the parameters.
-        radii: for each parameter a number, or a tensor of its shape where the norm has one for each
-            entry; 1 by default. A parameter of radius 0 does not move.
+        radii: a number for each parameter, 1 by default. An entrywise norm also takes tensors of the
+            parameters' shapes. A parameter of radius 0 does not move.
         lr: the learning rate: a step is ``lr`` times :meth:`oracle`.
 
     Raises:
@@ -43,7 +43,7 @@ class StepNorm(abc.ABC):
 
     entrywise = False
     exact = True
-    """Whether :meth:`unit_oracle` is the oracle of the norm, or an approximation of it."""
+    """Whether :meth:`unit_oracle` is the oracle of the norm, not an approximation."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class StepNorm(abc.ABC):
                     f"radii: {tuple(radius.shape)} for a parameter of shape {tuple(p.shape)}:"
                     f" expected a number{', or the same shape' if self.entrywise else ''}"
                 )
-        if not _none_negative(self.radii):
-            wrong = next(r for r in self.radii if not _none_negative([r]))
-            raise ValueError(f"radii: {wrong} is negative: expected at least 0")
+        if not _all_nonnegative(self.radii):
+            negative = next(r for r in self.radii if not _all_nonnegative([r]))
+            raise ValueError(f"radii: {negative} is negative: expected at least 0")
 
     @abc.abstractmethod
     def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +81,14 @@ class StepNorm(abc.ABC):
         return [r * self.unit_oracle(r * t)[0] for r, t in self._with_radii(tensors)]
 
     def dual_norm(self, tensors: Sequence[Tensor]) -> float:
-        """Return that inner product."""
+        """Return the inner product of ``tensors`` with their :meth:`oracle`."""
         duals = [self.unit_oracle(r * t)[1].double() for r, t in self._with_radii(tensors)]
         return float(torch.stack(duals).sum()) if duals else 0.0
 
     def over(self: N, params: Sequence[Tensor]) -> N:
-        """Return the norm on ``params``; those that it does not have get a radius of 0."""
-        known = {id(p): r for p, r in zip(self.params, self.radii, strict=True)}
-        return type(self)(params, [known.get(id(p), 0.0) for p in params], lr=self.lr)
+        """Return the norm on ``params``, with a radius of 0 for parameters that the norm lacks."""
+        radii = {id(p): r for p, r in zip(self.params, self.radii, strict=True)}
+        return type(self)(params, [radii.get(id(p), 0.0) for p in params], lr=self.lr)
 
     def _with_radii(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor | float, Tensor]]:
         pairs = zip(self.radii, tensors, strict=True)
@@ -118,8 +118,8 @@ class SpectralNorm(StepNorm):
     r"""The norm of singular values, :math:`N(D) = \max_l \|D_l\|_2/r_l`.
 
     The oracle of a matrix :math:`G = U S V^\top` is its polar factor :math:`UV^\top`, and
-    :math:`\|G\|_\star = \sum_l r_l \operatorname{tr} S_l`. Dimensions after the first count as one.
-    Vectors have no singular values, and therefore a radius of 0.
+    :math:`\|G\|_\star = \sum_l r_l \operatorname{tr} S_l`. Dimensions after the first are
+    flattened into one. Vectors get a radius of 0.
 
     >>> norm = SpectralNorm([torch.zeros(2, 2)], [2.0], lr=0.1)
     >>> norm.dual_norm([torch.tensor([[0.0, 3.0], [1.0, 0.0]])])
@@ -142,26 +142,27 @@ class SpectralNorm(StepNorm):
         if tensor.dim() < 2:
             return torch.zeros_like(tensor), tensor.new_zeros(())
         left, values, right = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
-        # Directions of no gradient have no polar factor: rounding would choose one.
-        least = values[:1] * max(tensor.shape) * torch.finfo(tensor.dtype).eps
-        polar = (left * (values > least)) @ right
+        # Leave out singular vectors of singular value zero: they are rounding errors.
+        rounding = values[:1] * max(tensor.shape) * torch.finfo(tensor.dtype).eps
+        polar = (left * (values > rounding)) @ right
         return polar.view_as(tensor), values.sum()
 
 
 class NewtonSchulzNorm(SpectralNorm):
-    r"""The norm of singular values, with the map of a few Newton-Schulz iterations as its oracle.
+    r"""The spectral norm, with a few Newton–Schulz iterations as an approximate oracle.
 
-    The map takes the singular values :math:`\sigma` of :math:`G/\|G\|_F` to :math:`\varphi(\sigma)`, k
-    times :math:`a\sigma + b\sigma^3 + c\sigma^5`, instead of to 1. It is not the oracle of any norm, and
-    its image no ball: values there may be larger than any that a run meets. The dual norm becomes
-    :math:`\langle G, \varphi(G)\rangle`.
+    The exact oracle maps the singular values :math:`\sigma` of :math:`G/\|G\|_F` to 1. This one maps
+    them to :math:`\varphi(\sigma)`, by k iterations of
+    :math:`\sigma \leftarrow a\sigma + b\sigma^3 + c\sigma^5`. It is not the oracle of any norm, and its
+    image is not a ball, so a maximum over it may be larger than any value of a run. The dual norm is
+    replaced by :math:`\langle G, \varphi(G)\rangle`.
 
     Args:
         params: the parameters.
         radii: a number for each, as for :class:`SpectralNorm`.
         lr: the learning rate.
         coefficients: a, b and c.
-        steps: k.
+        steps: iterations k.
 
     >>> norm = NewtonSchulzNorm([torch.zeros(1, 1)], lr=0.1)
     >>> [round(number.item(), 3) for number in norm.unit_oracle(torch.tensor([[5.0]]))]
@@ -183,10 +184,10 @@ class NewtonSchulzNorm(SpectralNorm):
         self.coefficients, self.steps = coefficients, steps
 
     def over(self, params: Sequence[Tensor]) -> NewtonSchulzNorm:
-        """Return the norm on ``params``; those that it does not have get a radius of 0."""
-        other = super().over(params)
-        other.coefficients, other.steps = self.coefficients, self.steps
-        return other
+        """Return the norm on ``params``, with a radius of 0 for parameters that the norm lacks."""
+        norm = super().over(params)
+        norm.coefficients, norm.steps = self.coefficients, self.steps
+        return norm
 
     def unit_oracle(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image of the map, and its inner product with ``tensor``."""
@@ -197,7 +198,7 @@ class NewtonSchulzNorm(SpectralNorm):
         return ((left * image) @ right).view_as(tensor), values @ image
 
     def mapped(self, values: Tensor) -> Tensor:
-        """Return the singular values that the iterations make of ``values``, at most 1."""
+        """Return the singular values after the iterations, from ``values`` of at most 1."""
         a, b, c = self.coefficients
         for _ in range(self.steps):
             values = a * values + b * values**3 + c * values**5
@@ -205,23 +206,23 @@ class NewtonSchulzNorm(SpectralNorm):
 
 
 class NormedStep(UnknownStep):
-    """The placeholder of a preconditioner for normalised steps, which have no limit on H's eigenvalues.
+    """The placeholder of P for normalised steps, which the Hessian's eigenvalues do not limit.
 
     Args:
         norm: the norm in which the optimizer descends.
-        name: the optimizer's.
+        name: the optimizer's name.
     """
 
     def __init__(self, norm: StepNorm, name: str) -> None:
         super().__init__(
-            f"{name} takes steps of a length that does not depend on the gradient, which no limit on"
-            " eigenvalues of the Hessian governs; measure generalised_sharpness"
+            f"{name} takes steps of a length that does not depend on the gradient, which eigenvalues"
+            " of the Hessian do not limit; measure generalised_sharpness"
         )
         self.norm = norm
 
 
-def _none_negative(radii: Sequence[Tensor | float]) -> bool:
-    """Return whether all are at least 0, in one host transfer."""
-    signs = [(r >= 0).all() for r in radii if isinstance(r, Tensor)]
-    plain = all(r >= 0 for r in radii if not isinstance(r, Tensor))
-    return plain and (not signs or bool(torch.stack(signs).all()))
+def _all_nonnegative(radii: Sequence[Tensor | float]) -> bool:
+    """Return whether all radii are at least 0, with one transfer to the host."""
+    tensors = [(r >= 0).all() for r in radii if isinstance(r, Tensor)]
+    numbers = [r >= 0 for r in radii if not isinstance(r, Tensor)]
+    return all(numbers) and (not tensors or bool(torch.stack(tensors).all()))

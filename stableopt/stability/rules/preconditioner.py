@@ -1,8 +1,8 @@
-r"""Preconditioners: the matrices by which optimizers multiply gradients, as products with vectors.
+r"""Preconditioners: matrices by which optimizers multiply gradients, as products with vectors.
 
-A step :math:`\theta\leftarrow\theta-\eta P\nabla f` is plain gradient descent in the coordinates
-:math:`y = P^{-1/2}\theta`, so its limits belong to :math:`\lambda_{\max}(PH)`, the preconditioned
-sharpness. P is constant, as it was at the optimizer's last step. Three examples::
+A step :math:`\theta\leftarrow\theta-\eta P\nabla f` is gradient descent in the coordinates
+:math:`y = P^{-1/2}\theta`. Its limits are therefore on :math:`\lambda_{\max}(PH)`, the preconditioned
+sharpness. P is a snapshot of the optimizer's last step. Three examples::
 
     UpdateRule.from_optimizer(adam).preconditioner @ v        # read from an optimizer
     DiagonalPreconditioner(model.parameters(), scales)        # entries by parameter
@@ -34,7 +34,7 @@ class StepPreconditioner(abc.ABC):
 
     Attributes:
         params: the parameters, in the order of a flat vector.
-        shapes: of their parts of it; complex parameters are ``(..., 2)``.
+        shapes: shapes of the parameters' real views: ``(..., 2)`` for complex ones.
         diagonal: whether P is a diagonal matrix.
     """
 
@@ -42,7 +42,7 @@ class StepPreconditioner(abc.ABC):
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.params = tuple(params)
-        # A vector has the real view of a complex parameter, which optimizers step on.
+        # Optimizers step on the real view of complex parameters.
         self.shapes = [real_view(p.detach()).shape for p in self.params]
         self._sizes = [shape.numel() for shape in self.shapes]
 
@@ -55,46 +55,48 @@ class StepPreconditioner(abc.ABC):
             raise ValueError(
                 f"{type(self).__name__} @ {tuple(vector.shape)}: expected ({sum(self._sizes)},)"
             )
-        parts = zip(torch.split(vector, self._sizes), self.shapes, strict=True)
-        image = self.apply([part.view(shape) for part, shape in parts])
-        return torch.cat([t.reshape(-1) for t in image])
+        image = self.apply(self._unflatten(vector))
+        return torch.cat([tensor.reshape(-1) for tensor in image])
+
+    def _unflatten(self, vector: Tensor) -> list[Tensor]:
+        pieces = zip(torch.split(vector, self._sizes), self.shapes, strict=True)
+        return [piece.view(shape) for piece, shape in pieces]
 
     def over(self, params: Sequence[Tensor]) -> StepPreconditioner:
-        """Return the principal part of P for ``params``, in their order.
+        """Return the principal submatrix of P for ``params``, in their order.
 
         Raises:
             ValueError: if one of them is not a parameter of P.
         """
-        return _Part(self, params)
+        return _Submatrix(self, params)
 
-    def _places(self, params: Sequence[Tensor]) -> list[int]:
-        known = {id(p): index for index, p in enumerate(self.params)}
+    def _indices(self, params: Sequence[Tensor]) -> list[int]:
+        indices = {id(p): index for index, p in enumerate(self.params)}
         for p in params:
-            if id(p) not in known:
+            if id(p) not in indices:
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is not one of the {len(known)} of the"
-                    " preconditioner: expected those of the optimizer"
+                    f"a parameter of shape {tuple(p.shape)} is not one of the {len(indices)} of the"
+                    " preconditioner: expected parameters of the optimizer"
                 )
-        return [known[id(p)] for p in params]
+        return [indices[id(p)] for p in params]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.params)} parameters)"
 
 
-class _Part(StepPreconditioner):
-    """The principal part of a preconditioner among some of its parameters."""
+class _Submatrix(StepPreconditioner):
+    """The principal submatrix of a preconditioner for some of its parameters."""
 
-    def __init__(self, whole: StepPreconditioner, params: Sequence[Tensor]) -> None:
+    def __init__(self, full: StepPreconditioner, params: Sequence[Tensor]) -> None:
         super().__init__(params)
-        self._whole, self._at = whole, whole._places(params)
+        self._full, self._kept = full, full._indices(params)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        like = tensors[0]
-        full = [like.new_zeros(shape) for shape in self._whole.shapes]
-        for index, tensor in zip(self._at, tensors, strict=True):
-            full[index] = tensor
-        image = self._whole.apply(full)
-        return [image[index] for index in self._at]
+        padded = [tensors[0].new_zeros(shape) for shape in self._full.shapes]
+        for index, tensor in zip(self._kept, tensors, strict=True):
+            padded[index] = tensor
+        image = self._full.apply(padded)
+        return [image[index] for index in self._kept]
 
 
 class DiagonalPreconditioner(StepPreconditioner):
@@ -136,7 +138,7 @@ class DiagonalPreconditioner(StepPreconditioner):
 
     def over(self, params: Sequence[Tensor]) -> DiagonalPreconditioner:
         """Return the entries of ``params``."""
-        return DiagonalPreconditioner(params, [self.entries[i] for i in self._places(params)])
+        return DiagonalPreconditioner(params, [self.entries[i] for i in self._indices(params)])
 
     def roots(self) -> list[Tensor | float]:
         """Return the square roots of the entries, D in P = D D."""
@@ -162,18 +164,16 @@ class MatrixPreconditioner(StepPreconditioner):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product, split into the parameters' shapes."""
-        image = self.matrix @ torch.cat([tensor.reshape(-1) for tensor in tensors])
-        parts = zip(torch.split(image, self._sizes), self.shapes, strict=True)
-        return [part.view(shape) for part, shape in parts]
+        return self._unflatten(self.matrix @ torch.cat([tensor.reshape(-1) for tensor in tensors]))
 
 
 class UnknownPreconditioner(StepPreconditioner):
-    """A placeholder for a P that is not known, as before an optimizer's first step.
+    """A placeholder for an unknown P, for instance before an optimizer's first step.
 
-    Quantities that depend on it are then not measured and have no limits.
+    Quantities that depend on P are then not measured and have no limits.
 
     Args:
-        reason: why it is not known, and what would help.
+        reason: why P is unknown, and the remedy.
         diagonal: whether P will be diagonal once it is known.
     """
 
@@ -197,8 +197,8 @@ class UnknownPreconditioner(StepPreconditioner):
 
 
 class UnknownStep(UnknownPreconditioner):
-    """A placeholder for the P of an optimizer whose whole step is not known, and so no limit.
+    """A placeholder for the P of an optimizer whose step is unknown: the rule has no limits.
 
     Args:
-        reason: why it is not known, and what would help.
+        reason: why the step is unknown, and the remedy.
     """

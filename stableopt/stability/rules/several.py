@@ -1,10 +1,10 @@
-r"""The update rule of several optimizers that train one model together.
+r"""`rule_of`: the joint update rule of several optimizers that train one model.
 
 Optimizers that share a model, such as Muon and AdamW, take one step together. Let b number them. If
 their momenta agree, the step is that of one optimizer with the preconditioner
 :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Heavy balls agree for any dampening :math:`\tau_b`, since
-only :math:`\eta_b(1-\tau_b)` enters. Otherwise each block has a limit of its own, and the step as a
-whole has none: :class:`SeparateBlocks`.
+only :math:`\eta_b(1-\tau_b)` matters. Otherwise each optimizer's block of parameters has its own limit,
+and the joint step has none (:class:`SeparateBlocks`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAY_DIFFER = {
     "decoupled_weight_decay",
     "preconditioner",
 }
-"""What one preconditioner takes in, or is checked on its own."""
+"""Fields that a joint preconditioner absorbs, or that have their own check."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Block:
     """One of several optimizers: its rule, and the parameters that it updates.
 
     Attributes:
-        name: its class, with a number from the second one of a class on.
+        name: the name of its class; the second optimizer of a class has the suffix 2, and so on.
         optimizer: the optimizer.
         rule: its rule.
     """
@@ -71,10 +71,10 @@ class Block:
 
 
 class SeparateBlocks(UnknownStep):
-    """The placeholder of a joint preconditioner for optimizers whose momenta differ.
+    """The placeholder of a joint preconditioner for optimizers without a joint limit.
 
     Args:
-        reason: why there is none.
+        reason: why they have no joint limit.
         blocks: the optimizers, each with its own rule.
     """
 
@@ -88,10 +88,10 @@ class BlockPreconditioner(StepPreconditioner):
 
     Args:
         blocks: a preconditioner for each block, over its own parameters.
-        factors: a factor for each.
+        factors: a factor for each block.
 
-    >>> one, other = (DiagonalPreconditioner([torch.zeros(n)], [1.0]) for n in (1, 2))
-    >>> BlockPreconditioner([one, other], [2.0, 3.0]) @ torch.ones(3)
+    >>> first, second = (DiagonalPreconditioner([torch.zeros(n)], [1.0]) for n in (1, 2))
+    >>> BlockPreconditioner([first, second], [2.0, 3.0]) @ torch.ones(3)
     tensor([2., 3., 3.])
     """
 
@@ -101,36 +101,34 @@ class BlockPreconditioner(StepPreconditioner):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Apply each block to its own tensors."""
-        left = iter(tensors)
+        remaining = iter(tensors)
         image: list[Tensor] = []
         for block, factor in zip(self._blocks, self._factors, strict=True):
-            own = block.apply(list(itertools.islice(left, len(block.params))))
-            image += [factor * tensor for tensor in own]
+            part = block.apply(list(itertools.islice(remaining, len(block.params))))
+            image += [factor * tensor for tensor in part]
         return image
 
 
 def optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers of ``given``, one or a sequence of them, without their wrappers.
+    """Return ``given``, an optimizer or a list of them, as a tuple of optimizers without wrappers.
 
     Raises:
-        TypeError: for anything else, or none.
-        ValueError: for an optimizer that is given twice, or a parameter that two of them hold.
+        TypeError: for anything else, or an empty list.
+        ValueError: for a parameter that two of them hold, as in an optimizer that is given twice.
     """
-    several = isinstance(given, (list, tuple))
-    optimizers = tuple(given) if several else (given,)
-    # Wrappers such as schedulefree's are not optimizers themselves, but have groups and steps.
+    optimizers = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    # Wrappers such as schedulefree's are not optimizers, but have groups and steps.
     if not optimizers or not all(hasattr(o, "param_groups") for o in optimizers):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or a list of them")
     optimizers = tuple(base_optimizer(optimizer) for optimizer in optimizers)
-    held = Counter(
-        key
-        for optimizer in optimizers
-        for key in {id(p) for group in optimizer.param_groups for p in group["params"]}
-    )
-    if twice := sum(count > 1 for count in held.values()):
+    holders: Counter[int] = Counter()
+    for optimizer in optimizers:
+        holders.update({id(p) for group in optimizer.param_groups for p in group["params"]})
+    shared = sum(count > 1 for count in holders.values())
+    if shared:
         names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise ValueError(
-            f"optimizer=[{names}]: {twice} parameters are held by more than one of them: expected"
+            f"optimizer=[{names}]: {shared} parameters are held by more than one of them: expected"
             " each parameter in one optimizer, and each optimizer once"
         )
     return optimizers
@@ -144,45 +142,52 @@ def rule_of(optimizers: Sequence[torch.optim.Optimizer]) -> UpdateRule:
     """
     if len(optimizers) == 1:
         return _read(optimizers[0])
-    blocks, seen = [], Counter[str]()
+    blocks: list[Block] = []
+    counts: Counter[str] = Counter()
     for optimizer in optimizers:
         kind = type(optimizer).__name__
-        seen[kind] += 1
-        name = kind if seen[kind] == 1 else f"{kind}{seen[kind]}"
+        counts[kind] += 1
+        name = kind if counts[kind] == 1 else f"{kind}{counts[kind]}"
         blocks.append(Block(name, optimizer, _read(optimizer)))
-    return _joint(blocks)
+    return _joint_rule(blocks)
 
 
 def _read(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Return the rule; where groups differ in their momentum, that of optimizers of one group each.
+    """Return the rule of an optimizer; if its groups' momenta differ, the joint rule of its groups.
 
-    What has no rule, such as a momentum of 1, is a rule without limits: a monitor that was made must
-    not end the training when groups or steps begin to differ.
+    An optimizer without a rule, for instance with a momentum of 1, has a rule without limits: an error
+    would end the training when groups begin to differ under a monitor.
     """
     try:
         return UpdateRule.from_optimizer(optimizer)
     except ValueError as error:
         unknown = UpdateRule.unknown_step(optimizer, str(error))
-    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    kind = type(optimizer).__name__
+    groups = [_with_one_group(optimizer, group) for group in optimizer.param_groups]
+    if len(groups) < 2:
+        return unknown
     try:
-        blocks = [
-            Block(f"{kind}, group {index}", part, UpdateRule.from_optimizer(part))
-            for index, part in enumerate(_of_one_group(optimizer, group) for group in groups)
-        ]
-        return _joint(blocks) if len(blocks) > 1 else unknown
+        return _joint_rule(
+            [
+                Block(f"{kind}, group {index}", group, UpdateRule.from_optimizer(group))
+                for index, group in enumerate(groups)
+            ]
+        )
     except ValueError:
         return unknown
 
 
-def _of_one_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> torch.optim.Optimizer:
-    """Return an optimizer for reading, with one group and the state of ``optimizer``."""
+def _with_one_group(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return a read-only copy of ``optimizer`` with one group and the same state."""
     part = object.__new__(type(optimizer))
     vars(part).update({**vars(optimizer), "param_groups": [group]})
     return part
 
 
-def _joint(blocks: Sequence[Block]) -> UpdateRule:
-    """Return one rule for all blocks, if their momenta agree."""
+def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
+    """Return one rule for all blocks, without limits if the blocks have no joint limit."""
     rules = [block.rule for block in blocks]
     if len({rule.maximize for rule in rules}) > 1:
         raise ValueError("optimizer: some of them maximize: expected all of them to, or none")
@@ -192,39 +197,40 @@ def _joint(blocks: Sequence[Block]) -> UpdateRule:
         "maximize": fastest.maximize,
         "full_batch": all(rule.full_batch for rule in rules),
     }
-    apart = _apart(blocks)
-    if apart is not None:
-        return UpdateRule(**common, preconditioner=SeparateBlocks(apart, blocks))
-    reasons = [rule.unknown for rule in rules if rule.unknown is not None]
+    no_limit = _no_joint_limit(blocks)
+    if no_limit is not None:
+        return UpdateRule(**common, preconditioner=SeparateBlocks(no_limit, blocks))
     if all(rule == rules[0] and not rule.preconditioned for rule in rules):
         return rules[0]
     shrinks = [rule.lr * rule.decoupled_weight_decay for rule in rules]
-    same = len(set(shrinks)) == 1
-    decays = tuple(decay for block in blocks for decay in _decays(block))
-    shared = len(set(decays)) == 1
+    same_shrink = len(set(shrinks)) == 1
+    decays = tuple(decay for block in blocks for decay in _group_decays(block))
+    same_decay = len(set(decays)) == 1
+    reasons = [rule.unknown for rule in rules if rule.unknown is not None]
     preconditioner: StepPreconditioner
     if reasons:
         diagonal = all(rule.diagonal for rule in rules)
         preconditioner = UnknownPreconditioner(reasons[0], diagonal=diagonal)
     else:
-        factors = [_speed(rule) / _speed(fastest) if _speed(fastest) else 1.0 for rule in rules]
-        if not same:
+        top_speed = _speed(fastest)
+        factors = [_speed(rule) / top_speed if top_speed else 1.0 for rule in rules]
+        if not same_shrink:
             # As in diagonal_rule: decay that differs becomes a part of the preconditioner.
             factors = [f * 2 / (2 - shrink) for f, shrink in zip(factors, shrinks, strict=True)]
-        preconditioner = _together([_own(block) for block in blocks], factors)
+        preconditioner = _block_diagonal([_block_preconditioner(b) for b in blocks], factors)
     return replace(
         fastest,
         **common,
         group_lrs=(),
-        weight_decay=decays[0] if shared else 0.0,
-        group_weight_decays=() if shared else decays,
-        decoupled_weight_decay=shrinks[0] / fastest.lr if same and fastest.lr else 0.0,
+        weight_decay=decays[0] if same_decay else 0.0,
+        group_weight_decays=() if same_decay else decays,
+        decoupled_weight_decay=shrinks[0] / fastest.lr if same_shrink and fastest.lr else 0.0,
         preconditioner=preconditioner,
     )
 
 
-def _apart(blocks: Sequence[Block]) -> str | None:
-    """Return why the blocks have no common limit, or ``None`` if they have one."""
+def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
+    """Return why the blocks have no joint limit, or ``None`` if they have one."""
     for block in blocks:
         p = block.rule.preconditioner
         if isinstance(p, UnknownStep):
@@ -235,33 +241,34 @@ def _apart(blocks: Sequence[Block]) -> str | None:
                 f"{reason} of its parameters alone, with a monitor of {block.name} and params=, or"
                 " realised_edge with this one"
             )
-    first, *rest = (_form(block.rule) for block in blocks)
-    if not all(_agree(first, other) for other in rest):
+    first, *others = (_momentum_settings(block.rule) for block in blocks)
+    if not all(_agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
-        return f"the momenta differ ({momenta}), so each has a limit of its own"
+        return f"the momenta differ ({momenta}), so each has its own limit"
     return None
 
 
-def _form(rule: UpdateRule) -> tuple[Any, ...]:
-    """Return what must agree for blocks to have a common limit."""
+def _momentum_settings(rule: UpdateRule) -> tuple[Any, ...]:
+    """Return the settings that must agree for blocks to have a joint limit."""
     heavy_ball = not rule.nesterov and rule.momentum_share == 1
-    apart = _MAY_DIFFER | ({"dampening"} if heavy_ball else set())
-    return tuple(getattr(rule, field.name) for field in fields(rule) if field.name not in apart)
+    ignored = _MAY_DIFFER | {"dampening"} if heavy_ball else _MAY_DIFFER
+    return tuple(getattr(rule, field.name) for field in fields(rule) if field.name not in ignored)
 
 
-def _agree(one: Any, other: Any) -> bool:
-    """Whether settings are the same, up to the rounding errors of those computed at each step."""
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_agree, one, other))
-    floats = isinstance(one, float) and isinstance(other, float)
-    return bool(one == other or (floats and abs(one - other) <= SAME))
+def _agree(first: Any, second: Any) -> bool:
+    """Return whether settings are equal, up to rounding errors of computed ones."""
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_agree, first, second))
+    floats = isinstance(first, float) and isinstance(second, float)
+    return bool(first == second or (floats and abs(first - second) <= SAME))
 
 
 def _speed(rule: UpdateRule) -> float:
+    """Return the learning rate times the weight of the gradient in the momentum."""
     return rule.lr * (1 - rule.dampening if rule.momentum else 1.0)
 
 
-def _own(block: Block) -> StepPreconditioner:
+def _block_preconditioner(block: Block) -> StepPreconditioner:
     """Return the preconditioner of a block over its parameters, with the rates of its groups."""
     rule = block.rule
     if rule.preconditioner is not None:
@@ -275,19 +282,22 @@ def _own(block: Block) -> StepPreconditioner:
     return DiagonalPreconditioner(block.params, entries)
 
 
-def _decays(block: Block) -> tuple[float, ...]:
+def _group_decays(block: Block) -> tuple[float, ...]:
     """Return the coupled weight decay of each group."""
     rule = block.rule
     return rule.group_weight_decays or (rule.weight_decay,) * len(block.optimizer.param_groups)
 
 
-def _together(own: Sequence[StepPreconditioner], factors: Sequence[float]) -> StepPreconditioner:
-    if not all(isinstance(p, DiagonalPreconditioner) for p in own):
-        return BlockPreconditioner(own, factors)
+def _block_diagonal(
+    blocks: Sequence[StepPreconditioner], factors: Sequence[float]
+) -> StepPreconditioner:
+    """Return the block-diagonal matrix, as a diagonal preconditioner if all blocks are diagonal."""
+    if not all(isinstance(block, DiagonalPreconditioner) for block in blocks):
+        return BlockPreconditioner(blocks, factors)
     entries = [
         entry * factor
-        for p, factor in zip(own, factors, strict=True)
-        if isinstance(p, DiagonalPreconditioner)
-        for entry in p.entries
+        for block, factor in zip(blocks, factors, strict=True)
+        if isinstance(block, DiagonalPreconditioner)
+        for entry in block.entries
     ]
-    return DiagonalPreconditioner([param for p in own for param in p.params], entries)
+    return DiagonalPreconditioner([p for block in blocks for p in block.params], entries)

@@ -39,46 +39,48 @@ _WRAPPERS = {
     "lightning.pytorch.core.optimizer.LightningOptimizer",
     "pytorch_lightning.core.optimizer.LightningOptimizer",
 }
-"""Classes whose ``step`` is that of their ``optimizer``. Others with an ``optimizer``, such as
-Lookahead, take steps of their own."""
+"""Classes that only forward ``step`` to their ``optimizer``. Others with an ``optimizer``, such as
+Lookahead, change the step."""
 
 
-def _names(kind: type) -> list[str]:
+def _qualified_names(kind: type) -> list[str]:
+    """Return the names of a class and its bases, with their modules."""
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
 
-def _step(kind: type) -> Any:
-    """Return the function ``step`` of a class, without the wrappers that torch puts around it."""
+def _step_function(kind: type) -> Any:
+    """Return the function ``step`` of a class, without torch's wrappers around it."""
     return inspect.unwrap(getattr(kind, "step", None))  # type: ignore[arg-type]
 
 
 def maximizes(optimizer: torch.optim.Optimizer) -> list[bool]:
-    """Return for each group whether it ascends; some packages say so once for the optimizer."""
+    """Return for each group whether it ascends; some packages have one setting for all groups."""
     default = getattr(optimizer, "maximize", False)
     return [bool(group.get("maximize", default)) for group in optimizer.param_groups]
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside Accelerate's and Lightning's wrappers, which have no step hooks."""
-    while not _WRAPPERS.isdisjoint(_names(type(optimizer))):
+    """Return the optimizer inside Accelerate's and Lightning's wrappers, which lack step hooks."""
+    while not _WRAPPERS.isdisjoint(_qualified_names(type(optimizer))):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    r"""One linearised step: a preconditioner, and the coefficients that determine its stability.
+    r"""One linearised step: a preconditioner, and the coefficients that determine stability.
 
     .. math::
         g = P(\nabla f + \lambda\theta) + \lambda''\theta, \quad m' = \beta m + (1-\tau) g, \quad
         \theta' = (1-\eta\lambda')\theta - \eta\,[(1-\nu)\, g + \nu\, m']
 
     covers ``torch.optim.SGD`` (P = 1; with Nesterov's momentum the bracket is :math:`g + \beta m'`)
-    and every adaptive optimizer, with P as it was at the last step. If P is not 1, the limit is on
-    :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, which includes weight decay;
-    otherwise it is on :math:`\lambda_{\max}(H)`, and the limit includes weight decay. SGD with learning
-    rates :math:`\eta_g` by group is SGD at the largest with :math:`P = \mathrm{diag}(\eta_g)/\eta`;
-    decay that differs between groups is a :math:`\Lambda` with P = 1. Both count as preconditioned.
+    and adaptive optimizers, where P is a snapshot of the last step. With P = 1 the limit is on
+    :math:`\lambda_{\max}(H)`, and weight decay lowers the limit. Otherwise it is on
+    :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, which includes the weight decay
+    :math:`\Lambda`. Two cases of SGD also count as preconditioned: learning rates :math:`\eta_g` by
+    group, which are :math:`P = \mathrm{diag}(\eta_g)/\eta` at the largest rate :math:`\eta`; and weight
+    decay that differs between groups.
 
     Attributes:
         lr: learning rate, the largest among the groups.
@@ -93,16 +95,17 @@ class UpdateRule:
         decoupled_weight_decay: lambda', which shrinks parameters directly, as in AdamW.
         momentum_share: nu; below 1 the step includes a share of the gradient itself, as in NAdam.
         preconditioner: P; ``None`` for 1.
-        filter: ``(num, den)`` of any other linear filter Q of the preconditioned gradients, by which
+        filter: ``(num, den)`` of another linear filter Q of the preconditioned gradients, with the step
             :math:`\theta' = (1-\eta\lambda')\theta - \eta\,Q*g`, as in
-            :class:`~stableopt.stability.LinearStep`; instead of momentum, dampening, nesterov and
+            :class:`~stableopt.stability.LinearStep`. It replaces momentum, dampening, nesterov and
             momentum_share.
+        filtered_weight_decay: lambda'', which is added to the gradient after P and before the momentum,
+            as in schedule-free AdamW.
         lookahead: ``(k, alpha)`` of Lookahead (Zhang et al., 2019): after every k steps the parameters
-            go back a share 1 - alpha of the way; ``None`` without it.
-        ascent: rho / norm of SAM, which takes the gradient after a step of length rho along the gradient
-            of that norm: a mode of curvature h then steps as with :math:`h + \mathrm{ascent}\,h^2`.
-        filtered_weight_decay: lambda'', which joins the gradient after P and before the momentum, as
-            in schedule-free AdamW.
+            move a share 1 - alpha of the way back; ``None`` without it.
+        ascent: rho / norm of SAM, which takes its gradient after an ascent step of length rho, where
+            norm is that of the gradient before it. A mode of curvature h then steps like one of
+            curvature :math:`h + \mathrm{ascent}\,h^2`.
 
     Raises:
         ValueError: for values out of range.
@@ -135,10 +138,8 @@ class UpdateRule:
     ascent: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            *("lr", "momentum", "dampening", "weight_decay"),
-            *("decoupled_weight_decay", "filtered_weight_decay", "ascent"),
-        ):
+        names = ("lr", "momentum", "dampening", "weight_decay", "ascent")
+        for name in (*names, "decoupled_weight_decay", "filtered_weight_decay"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number")
         if not (self.preconditioner is None or isinstance(self.preconditioner, StepPreconditioner)):
@@ -158,21 +159,23 @@ class UpdateRule:
                 " lookahead"
             )
         if self.preconditioner is not None and self.group_lrs:
-            raise ValueError("group_lrs with a preconditioner: expected the rates to be in it")
-        object.__setattr__(
-            self, "filter", self.linear_step.filter
-        )  # raises for values out of range
+            raise ValueError(
+                "group_lrs with a preconditioner: expected the preconditioner to contain the rates"
+            )
+        checked = self.linear_step  # raises for values out of range
+        object.__setattr__(self, "filter", checked.filter)
 
     @property
     def linear_step(self) -> LinearStep:
-        """Its coefficients on one mode, in the preconditioner's coordinates."""
+        """The coefficients on one mode, in the preconditioner's coordinates."""
+        # The coordinates of a preconditioned rule already include its coupled weight decay.
+        coupled = 0.0 if self.preconditioned else self.weight_decay
         return LinearStep(
             lr=self.lr,
             momentum=self.momentum,
             dampening=self.dampening,
             nesterov=self.nesterov,
-            weight_decay=self.filtered_weight_decay
-            + (0.0 if self.preconditioned else self.weight_decay),
+            weight_decay=self.filtered_weight_decay + coupled,
             decoupled_weight_decay=self.decoupled_weight_decay,
             momentum_share=self.momentum_share,
             filter=self.filter,
@@ -180,20 +183,18 @@ class UpdateRule:
 
     @property
     def plain(self) -> bool:
-        """Whether it is SGD without momentum, as in the paper's conditions."""
-        if not self.noise_known:
-            return False
-        plain = self.momentum == 0 and self.decoupled_weight_decay == 0
-        return plain and self.filter is None
+        """Whether the step is SGD without momentum, as in the paper's conditions."""
+        without_momentum = self.momentum == 0 and self.filter is None
+        return self.noise_known and without_momentum and self.decoupled_weight_decay == 0
 
     @property
     def noise_known(self) -> bool:
-        """Whether the limit under the noise of batches is known: without lookahead and ascent."""
+        """Whether limits under batch noise are known: without lookahead and ascent."""
         return self.lookahead is None and self.ascent == 0
 
     @property
     def memory(self) -> float:
-        """The share of a step that the next one repeats: beta, or the largest pole of the filter.
+        """The decay factor per step of past gradients: beta, or the filter's largest pole.
 
         >>> round(UpdateRule(lr=0.1, filter=((0.1,), (1.0, -1.3, 0.4))).memory, 6)
         0.8
@@ -204,9 +205,9 @@ class UpdateRule:
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the limit is on the top eigenvalue of P(H + Lambda) rather than of H."""
-        has_own = self.group_lrs or self.group_weight_decays
-        return self.preconditioner is not None or bool(has_own)
+        """Whether the limit is on the top eigenvalue of P(H + Lambda) instead of H."""
+        by_group = bool(self.group_lrs or self.group_weight_decays)
+        return self.preconditioner is not None or by_group
 
     @property
     def diagonal(self) -> bool:
@@ -215,19 +216,19 @@ class UpdateRule:
 
     @property
     def unknown(self) -> str | None:
-        """Why no margins are known, as before the first step or without a reader; else ``None``."""
+        """Why margins are unknown, for instance before the first step; ``None`` if they are known."""
         p = self.preconditioner
         return p.reason if isinstance(p, UnknownPreconditioner) else None
 
     @property
     def norm(self) -> StepNorm | None:
-        """The norm in which a normalised step descends, such as Muon's, or that of signs; else ``None``.
+        """The norm of a normalised step, such as Muon's or that of signs; ``None`` for other steps.
 
-        Its preconditioner is then a :class:`~stableopt.stability.NormedStep`.
+        The preconditioner of a normalised step is a :class:`~stableopt.stability.NormedStep`.
         """
         return getattr(self.preconditioner, "norm", None)
 
-    def _check_limit(self) -> None:
+    def _require_limit(self) -> None:
         if isinstance(self.preconditioner, UnknownStep):
             raise ValueError(f"the limit of the update rule is not known: {self.unknown}")
 
@@ -238,9 +239,9 @@ class UpdateRule:
         If the rule is :attr:`preconditioned`, it limits the preconditioned sharpness.
 
         Raises:
-            ValueError: if the optimizer's step is not known; so do the other limits.
+            ValueError: if the optimizer's step is unknown, like every other limit.
         """
-        self._check_limit()
+        self._require_limit()
         step = self.linear_step
         if self.lookahead is not None and self.lr:
             kept = 1 - self.lr * self.decoupled_weight_decay
@@ -255,7 +256,7 @@ class UpdateRule:
     @property
     def min_sharpness(self) -> float:
         """The smallest stable sharpness: :func:`~stableopt.stability.rules.limits.min_sharpness`."""
-        self._check_limit()
+        self._require_limit()
         return self.linear_step.min_sharpness
 
     def max_non_uniformity(
@@ -270,26 +271,26 @@ class UpdateRule:
         See :func:`~stableopt.stability.rules.limits.max_non_uniformity`. ``batch_size=None`` is the full
         batch. If the rule is :attr:`preconditioned`, it limits that of the preconditioned Hessians.
         """
-        self._check_limit()
-        # Raises for a batch above n, also for a full-batch rule.
-        noise = 0.0 if batch_size is None else noise_factor(batch_size, dataset_size)
-        if batch_size is None or self.full_batch:
+        self._require_limit()
+        if batch_size is None:
+            return math.inf
+        noise = noise_factor(batch_size, dataset_size)  # raises for a batch above n
+        if self.full_batch:
             return math.inf
         if not self.noise_known:
             raise ValueError(
-                "the limit of the non-uniformity is not known with lookahead or ascent: measure the"
-                " sharpness alone"
+                "the limit of the non-uniformity is not known with lookahead or ascent: measure only"
+                " the sharpness"
             )
         return self.linear_step.max_non_uniformity(noise, sharpness)
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer) -> UpdateRule:
-        """Return the rule of ``optimizer`` as it is now.
+        """Return the current rule of ``optimizer``.
 
-        A preconditioner is a copy of the last step's and does not follow later ones. For an optimizer
-        that Accelerate or Lightning wrapped, it is the rule of the optimizer inside. An optimizer
-        without a registered reader, such as a subclass that overrides ``step``, gives a rule whose
-        ``unknown`` says so: it has no limits.
+        The preconditioner is a snapshot of the last step's; later steps do not change it. Wrappers of
+        Accelerate and Lightning are removed. An optimizer without a registered reader, such as a
+        subclass that overrides ``step``, has a rule without limits, and ``unknown`` is the reason.
 
         Raises:
             TypeError: for complex parameters.
@@ -301,32 +302,36 @@ class UpdateRule:
         if reader is not None:
             return reader(optimizer)
         name = type(optimizer).__name__
-        why = "no reader is registered" if kind is None else f"it overrides step of {kind.__name__}"
+        reason = "no reader is registered"
+        if kind is not None:
+            reason = f"it overrides step of {kind.__name__}"
         return cls.unknown_step(
             optimizer,
-            f"optimizer is {name}, whose update rule is not known ({why}): register a reader with"
+            f"optimizer is {name}, whose update rule is not known ({reason}): register a reader with"
             f" UpdateRule.register({name}, lambda optimizer: UpdateRule(lr=...)), or pass"
             " update_rule=",
         )
 
     @classmethod
     def reader_of(cls, kind: type) -> tuple[type | None, Reader | None]:
-        """Return the first base of an optimizer class that has a reader, and the reader.
+        """Return the first base of an optimizer class with a reader for its ``step``, and the reader.
 
-        The reader is ``None`` if ``kind`` has another ``step`` than the base.
+        If ``kind`` overrides ``step``, the reader is ``None``, and the base is the first with a reader.
 
         >>> class Own(torch.optim.SGD):
         ...     def step(self, closure=None): ...
         >>> UpdateRule.reader_of(Own)
         (<class 'torch.optim.sgd.SGD'>, None)
         """
-        first = None
-        for base, name in zip(kind.__mro__, _names(kind), strict=True):
+        overridden = None
+        for base, name in zip(kind.__mro__, _qualified_names(kind), strict=True):
             reader = _readers.get(base) or _readers.get(name)
-            if reader is not None and _step(base) is _step(kind):
+            if reader is None:
+                continue
+            if _step_function(base) is _step_function(kind):
                 return base, reader
-            first = first or (base if reader is not None else None)
-        return first, None
+            overridden = overridden or base
+        return overridden, None
 
     @classmethod
     def unknown_step(cls, optimizer: torch.optim.Optimizer, reason: str) -> UpdateRule:
@@ -339,9 +344,9 @@ class UpdateRule:
         (0.5, 'signs only')
         """
         rates = [float(group.get("lr") or 0.0) for group in optimizer.param_groups]
-        known = [rate for rate in rates if 0 <= rate < math.inf]
+        valid = [rate for rate in rates if 0 <= rate < math.inf]
         return cls(
-            lr=max(known, default=0.0),
+            lr=max(valid, default=0.0),
             maximize=any(maximizes(optimizer)),
             preconditioner=UnknownStep(reason),
         )
@@ -350,16 +355,16 @@ class UpdateRule:
     def of(cls, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> UpdateRule:
         r"""Return the joint rule of several optimizers that update different parameters.
 
-        If their momenta agree, it is one rule with one block preconditioner,
-        :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise no limit holds for all parameters together:
-        ``unknown`` says so, and ``preconditioner.blocks`` has the rule of each optimizer. An optimizer
-        without a reader has a rule without a limit. For a single optimizer this is the former name of
-        :meth:`from_optimizer`.
+        If their momenta agree, the result is one rule with the block-diagonal preconditioner
+        :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise no limit holds for all parameters
+        together: ``unknown`` is the reason, and ``preconditioner.blocks`` has the rule of each
+        optimizer. An optimizer without a reader has a rule without limits. For a single optimizer this
+        is the former name of :meth:`from_optimizer`.
 
         Raises:
             TypeError: for anything but optimizers.
-            ValueError: for a parameter that two of them hold, where some of them maximize and some not,
-                and as ``from_optimizer`` does.
+            ValueError: for a parameter that two of them hold; if only some of them maximize; and as
+                ``from_optimizer`` does.
 
         >>> one, two = torch.zeros(1), torch.zeros(1)
         >>> slow, fast = (torch.optim.SGD([p], lr=lr) for p, lr in ((one, 0.1), (two, 0.4)))
@@ -370,13 +375,14 @@ class UpdateRule:
         if isinstance(optimizers, torch.optim.Optimizer):
             warn_renamed("UpdateRule.of", "UpdateRule.from_optimizer")
             return cls.from_optimizer(optimizers)
-        return _readers[tuple](tuple(optimizers))  # which the package of the readers registers
+        return _readers[tuple](tuple(optimizers))  # registered by the package of the readers
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
         """Register ``reader`` for optimizers of class ``kind`` and subclasses with its ``step``.
 
-        A string, of module and qualified name, names a class without importing it.
+        A string of module and qualified name, such as ``"lion_pytorch.lion_pytorch.Lion"``, stands for
+        a class without importing it.
 
         >>> class Mine(torch.optim.Adagrad): pass
         >>> UpdateRule.register(Mine, lambda optimizer: UpdateRule(lr=0.25))
@@ -384,5 +390,7 @@ class UpdateRule:
         8.0
         """
         if not isinstance(kind, (type, str)):
-            raise TypeError(f"kind={kind!r}: expected a class, or its module and name as a string")
+            raise TypeError(
+                f"kind={kind!r}: expected a class, or a string of its module and qualified name"
+            )
         _readers[kind] = reader

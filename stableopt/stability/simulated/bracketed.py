@@ -1,4 +1,4 @@
-"""`BracketedLR`: where a simulated growth begins; `bracketed`: the search for it."""
+"""`bracketed`: bisection for a critical learning rate in noisy growth rates."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from stableopt._support.arguments import positive
 from stableopt.curvature import Problem
 from stableopt.curvature.gram.gram import DualCurvature, Modes
 from stableopt.stability.mean_square.choice import step_of
-from stableopt.stability.mean_square.critical_lr import problem_and
+from stableopt.stability.mean_square.critical_lr import problem_and_number
 from stableopt.stability.rules.limits import LinearStep
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["BracketedLR", "bracketed", "critical"]
 
-Growing = Callable[[Modes, LinearStep, int], tuple[float, float]]
-"""Takes the samples' curvature, a step and a batch size; returns a growth and its standard error."""
+GrowthFunction = Callable[[Modes, LinearStep, int], tuple[float, float]]
+"""``(curvature, step, batch size) -> (growth rate, its standard error)``."""
 
 _SURE = 2.0
-"""Standard errors from zero at which the sign of a growth counts as known."""
+"""Standard errors from zero at which the sign of a growth rate counts as known."""
 
 _BISECTIONS = 12
-"""A bracket of a factor of two is then within 2e-4, finer than any growth is known."""
+"""They narrow a factor of two to a relative 2e-4, less than the noise of the growth rates."""
 
 _DOUBLINGS = 5
-"""Learning rates of 1, 2, 4, 8 and 16 times the limit without noise are tried for one that grows."""
+"""The bracket begins at 1, 2, 4, 8 or 16 times the limit without noise."""
 
 
 @dataclass(frozen=True)
 class BracketedLR:
-    """A critical learning rate that copies of the linear dynamics have found, with its bracket.
+    """A critical learning rate from simulations of the linear dynamics, with its bracket.
 
     Attributes:
-        value: where the estimated growth is zero; infinity if none of 1, 2, 4, 8 and 16 times
-            ``full_batch`` grows.
-        lower: the largest learning rate tried that surely shrinks, or 0.
-        upper: the smallest that surely grows, or infinity. Surely means by two standard errors.
-        full_batch: the largest learning rate without noise. With noise the threshold may be above it.
+        value: the learning rate at which the estimated growth rate is zero; infinity if the dynamics
+            do not grow at 1, 2, 4, 8 and 16 times ``full_batch``.
+        lower: the largest one tried whose growth rate is negative by two standard errors, or 0.
+        upper: the smallest whose growth rate is positive by two standard errors, or infinity.
+        full_batch: the largest stable learning rate without noise; ``value`` may exceed it.
     """
 
     value: float
@@ -51,52 +51,59 @@ class BracketedLR:
 
 
 def critical(growth: Callable[[float], tuple[float, float]], full_batch: float) -> BracketedLR:
-    """Return where a growth changes from falling to rising, and a bracket for it, by bisection.
+    """Return the learning rate at which a growth rate becomes positive, by bisection.
 
     Args:
-        growth: takes a learning rate, and returns its growth with a standard error. 0 does not grow.
-        full_batch: the learning rate from which on one that grows is looked for.
+        growth: ``lr -> (growth rate, standard error)``; not positive at 0.
+        full_batch: the first learning rate tried; it is doubled until the growth rate is positive.
 
-    >>> found = critical(lambda lr: (lr - 0.3, 0.01), 1.0)
-    >>> round(found.value, 2), round(found.lower, 2), round(found.upper, 2)
+    >>> threshold = critical(lambda lr: (lr - 0.3, 0.01), 1.0)
+    >>> round(threshold.value, 2), round(threshold.lower, 2), round(threshold.upper, 2)
     (0.3, 0.25, 0.38)
     """
-    low, lower, upper = 0.0, 0.0, math.inf
+    lower, upper = 0.0, math.inf
 
     def grows(lr: float) -> bool:
         nonlocal lower, upper
-        value, error = growth(lr)
-        if abs(value) > _SURE * error:
-            lower, upper = (lower, lr) if value > 0 else (lr, upper)
-        return value > 0
+        rate, error = growth(lr)
+        if rate > _SURE * error:
+            upper = lr
+        elif rate < -_SURE * error:
+            lower = lr
+        return rate > 0
 
-    high = next((lr for k in range(_DOUBLINGS) if grows(lr := 2**k * full_batch)), math.inf)
-    if high < math.inf:
-        low = high / 2 if high > full_batch else 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if grows(middle) else (middle, high)
+    for doublings in range(_DOUBLINGS):
+        high = 2**doublings * full_batch
+        if grows(high):
+            break
+    else:
+        return BracketedLR(math.inf, lower, upper, full_batch)
+    low = high / 2 if doublings else 0.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if grows(middle) else (middle, high)
     return BracketedLR(min(high, (low + high) / 2), lower, upper, full_batch)
 
 
 def bracketed(
-    growth: Growing,
+    growth: GrowthFunction,
     model: nn.Module | Problem | DualCurvature,
     loss_fn: Any,
     data: Any,
     batch_size: int | None,
     update_rule: UpdateRule | None,
 ) -> BracketedLR:
-    """Return the learning rate at which ``growth`` begins for SGD at a minimum.
+    """Return the learning rate at which ``growth`` becomes positive for SGD at a minimum.
 
-    The arguments after the first are those of :func:`~stableopt.critical_lr`, and so are the errors.
+    The other arguments and the errors are those of :func:`~stableopt.critical_lr`.
     """
-    problem, size = problem_and(batch_size, model, loss_fn, data, update_rule)
+    problem, size = problem_and_number(batch_size, model, loss_fn, data, update_rule)
     step = step_of(problem, update_rule)
     positive("batch_size", size)
     assert size is not None
     dual = problem if isinstance(problem, DualCurvature) else DualCurvature.from_problem(problem)
     modes, edge = dual.modes, step.max_lr(dual.sharpness)
-    if not len(modes.eigenvalues) or size == dual.num_samples:  # without noise
+    has_noise = len(modes.eigenvalues) > 0 and size != dual.num_samples
+    if not has_noise:
         return BracketedLR(edge, edge, edge, edge)
     return critical(lambda lr: growth(modes, replace(step, lr=lr), size), edge)

@@ -1,8 +1,8 @@
-r"""`Replicas`: copies of the linear dynamics of SGD near a minimum.
+r"""`Replicas`: independent simulations of the linear dynamics of SGD near a minimum.
 
-Near a minimum at which all samples are fitted, SGD is :math:`x \mapsto (I-\eta H_B)x` with the Hessian
-:math:`H_B` of a random batch B, or the same with momentum. Each replica follows it with batches of its
-own, in the eigenbasis of the mean curvature, in which H is diagonal.
+Near a minimum that fits all samples, a step of SGD is :math:`x \mapsto (I-\eta H_B)x`, where
+:math:`H_B` is the Hessian of a random batch B; momentum adds a buffer. Each replica draws its own
+batches. Coordinates are those of the eigenbasis of H, in which H is diagonal.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from stableopt.stability.rules.limits import LinearStep
 __all__ = ["Replicas"]
 
 _BYTES = 1 << 25
-"""Size of the samples' factors that are gathered at once: a few of the processor's caches."""
+"""Bytes of factors gathered at once: a small multiple of a processor's cache."""
 
 _WORTH_A_CALL = 1 << 15
-"""Bytes of factors whose copying takes as long as the calls for one sample, measured on a CPU."""
+"""Bytes whose copying takes as long as the kernel calls for one sample, measured on a CPU."""
 
 
 class Replicas:
-    """Copies of the linear dynamics, and the orders in which they draw their samples.
+    """Replicas of the linear dynamics, each with its own order of the samples.
 
     Args:
-        modes: the samples' curvature, ``(n, C, r)``.
-        step: plain SGD, or with momentum, dampening, Nesterov's momentum and coupled weight decay.
+        modes: the samples' curvature; its factors are ``(n, C, r)``.
+        step: a step of ``torch.optim.SGD``: momentum, dampening, Nesterov's momentum and coupled
+            weight decay are allowed.
         batch_size: samples B in a step.
-        count: of copies.
-        seed: of the start and the orders.
+        count: the number of replicas.
+        seed: seed of the initial states and of the orders.
 
     Attributes:
-        state: the parameter, and the momentum's buffer times the learning rate, ``(2, count, r)``.
-        rest: the samples that each copy has yet to draw in its epoch, ``(count, samples left)``.
+        state: parameters, and momentum buffers times the learning rate, ``(2, count, r)``.
+        remaining: indices of each replica's remaining samples in this epoch, ``(count, remaining)``.
 
     Raises:
         ValueError: for a batch size, a count or a seed out of range, and for other steps.
@@ -50,49 +51,51 @@ class Replicas:
         n, _, r = modes.factors.shape
         if step.filter or step.decoupled_weight_decay or step.momentum_share != 1:
             raise ValueError(
-                f"step={step}: expected one without filter, decoupled_weight_decay, momentum_share"
+                f"step={step}: expected no filter, no decoupled_weight_decay, and momentum_share=1"
             )
         self.modes, self.step = modes, step
         self.batch_size = whole("batch_size", batch_size)
         if self.batch_size > n:
             raise ValueError(f"batch_size={batch_size} is above the {n} samples")
-        self.count = whole("replicas", count, least=8)  # fewer do not know their own spread
+        # The spread between fewer replicas is too uncertain for a standard error.
+        self.count = whole("replicas", count, least=8)
         device = modes.factors.device
-        self._dice = torch.Generator(device).manual_seed(whole("seed", seed, least=0))
-        self._like: dict[str, Any] = {"generator": self._dice, "device": device}
+        generator = torch.Generator(device).manual_seed(whole("seed", seed, least=0))
+        self._random: dict[str, Any] = {"generator": generator, "device": device}
         self.state = torch.zeros(2, self.count, r, dtype=torch.float64, device=device)
-        self.state[0] = torch.randn(self.count, r, dtype=torch.float64, **self._like)
+        self.state[0] = torch.randn(self.count, r, dtype=torch.float64, **self._random)
         self.state /= self.state[0].norm(dim=1, keepdim=True)
-        self.rest = self.uniform(self.count, 0).long()
+        self.remaining = self.uniform(self.count, 0).long()
 
     def uniform(self, *shape: int) -> Tensor:
         """Return random numbers between 0 and 1."""
-        return torch.rand(*shape, **self._like)
+        return torch.rand(*shape, **self._random)
 
     def reshuffle(self) -> None:
-        """Begin an epoch: each copy has all samples to draw, in an order of its own."""
-        self.rest = self.uniform(self.count, self.modes.factors.shape[0]).argsort(1)
+        """Begin an epoch: give each replica all samples, in a new random order."""
+        self.remaining = self.uniform(self.count, self.modes.factors.shape[0]).argsort(1)
 
     def draw(self) -> Tensor:
-        """Return each copy's next batch, ``(count, B)``; the last one of an epoch may be smaller."""
-        own, self.rest = self.rest[:, : self.batch_size], self.rest[:, self.batch_size :]
-        return own
+        """Return each replica's next batch, ``(count, B)``; the last of an epoch may be smaller."""
+        batch = self.remaining[:, : self.batch_size]
+        self.remaining = self.remaining[:, self.batch_size :]
+        return batch
 
-    def gradients(self, own: Tensor) -> Tensor:
-        """Return each copy's gradient of the batch with the samples ``own``, ``(count, r)``."""
+    def gradients(self, batch: Tensor) -> Tensor:
+        """Return each replica's gradient ``(count, r)`` on its own batch of ``batch`` ``(count, B)``."""
         factors, x = self.modes.factors, self.state[0]
-        drawn, order = own.flatten().sort(stable=True)
-        samples, times = torch.unique_consecutive(drawn, return_counts=True)
-        bytes_each = factors[0].numel() * factors.element_size()
-        if own.numel() * bytes_each > len(samples) * _WORTH_A_CALL:
-            copies = torch.split(order // own.shape[1], times.tolist())
-            total = _by_sample(factors, x, samples, copies)
+        indices, order = batch.flatten().sort(stable=True)
+        samples, counts = torch.unique_consecutive(indices, return_counts=True)
+        sample_bytes = factors[0].numel() * factors.element_size()
+        if batch.numel() * sample_bytes > len(samples) * _WORTH_A_CALL:
+            replicas = torch.split(order // batch.shape[1], counts.tolist())
+            total = _by_sample(factors, x, samples, replicas)
         else:
-            total = _by_copy(factors, x, own)
-        return total / own.shape[1]
+            total = _by_replica(factors, x, batch)
+        return total / batch.shape[1]
 
     def advance(self) -> None:
-        """Take a step with the next batch."""
+        """Take a step on the next batch."""
         step, (x, buffer) = self.step, self.state
         gradient = step.lr * (self.gradients(self.draw()) + step.weight_decay * x)
         buffer = step.momentum * buffer + step.gain * gradient
@@ -100,27 +103,28 @@ class Replicas:
         self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
 
 
-def _by_sample(factors: Tensor, x: Tensor, samples: Tensor, copies: Sequence[Tensor]) -> Tensor:
-    """Return each copy's sum of gradients: for each sample, those of the copies that drew it.
+def _by_sample(factors: Tensor, x: Tensor, samples: Tensor, replicas: Sequence[Tensor]) -> Tensor:
+    """Return each replica's sum of gradients by a loop over samples.
 
-    The factors are read in place, once for all copies.
+    ``replicas`` holds the indices of the replicas that drew each sample. Each sample's factors are
+    read once, without a copy.
     """
     total = torch.zeros_like(x)
-    for sample, mine in zip(samples.tolist(), copies, strict=True):
+    for sample, drawn_by in zip(samples.tolist(), replicas, strict=True):
         rows = factors[sample]
-        total.index_add_(0, mine, (x[mine] @ rows.mT) @ rows)
+        total.index_add_(0, drawn_by, (x[drawn_by] @ rows.mT) @ rows)
     return total
 
 
-def _by_copy(factors: Tensor, x: Tensor, own: Tensor) -> Tensor:
-    """Return the same from the factors of all samples that a copy drew, gathered for many copies.
+def _by_replica(factors: Tensor, x: Tensor, batch: Tensor) -> Tensor:
+    """Return each replica's sum of gradients from gathered factors of its batch.
 
-    It takes few calls, but four times the memory traffic.
+    It takes few kernel calls, but four times the memory traffic.
     """
-    bytes_each = own.shape[1] * factors[0].numel() * factors.element_size()
-    at_once = max(1, _BYTES // bytes_each)
-    parts = []
-    for mine, here in zip(torch.split(own, at_once), torch.split(x, at_once), strict=True):
-        rows = factors[mine].flatten(1, 2)  # (copies, B C, r)
-        parts.append((rows.mT @ (rows @ here.unsqueeze(2))).squeeze(2))
-    return torch.cat(parts)
+    batch_bytes = batch.shape[1] * factors[0].numel() * factors.element_size()
+    chunk = max(1, _BYTES // batch_bytes)
+    sums = []
+    for samples, x_chunk in zip(torch.split(batch, chunk), torch.split(x, chunk), strict=True):
+        rows = factors[samples].flatten(1, 2)  # (replicas, B C, r)
+        sums.append((rows.mT @ (rows @ x_chunk.unsqueeze(2))).squeeze(2))
+    return torch.cat(sums)

@@ -22,9 +22,9 @@ def test_gradients_are_those_of_each_copy_alone(
     copies = Replicas(modes, LinearStep(0.1), 2, 8, seed=0)
     copies.reshuffle()
     for size in (2, 2, 1):
-        own = copies.draw()
-        assert own.shape == (8, size)
-        found = copies.gradients(own)
-        for mine, x, gradient in zip(own, copies.state[0], found, strict=True):
-            curvature = sum(modes.factors[i].T @ modes.factors[i] for i in mine) / size
+        batch = copies.draw()
+        assert batch.shape == (8, size)
+        gradients = copies.gradients(batch)
+        for samples, x, gradient in zip(batch, copies.state[0], gradients, strict=True):
+            curvature = sum(modes.factors[i].T @ modes.factors[i] for i in samples) / size
             torch.testing.assert_close(gradient, curvature @ x)

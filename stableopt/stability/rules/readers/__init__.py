@@ -1,7 +1,7 @@
-"""Readers of optimizers' update rules: one module a family, registered on import.
+"""Readers of optimizers' update rules: one module per family of optimizers, registered on import.
 
 A reader takes an optimizer and returns its :class:`~stableopt.stability.UpdateRule`, with the
-preconditioner of its last step. Classes of optional packages are registered by name.
+preconditioner of the last step. Classes of optional packages are registered by name.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ READERS: dict[type | str, Reader] = {
     "torch_optimizer.shampoo.Shampoo": shampoo.read_shampoo,
     "torch_optimizer.yogi.Yogi": torch_optimizer.read_yogi,
 }
-"""The reader of each class that is known; a string stands for a class of an optional package."""
+"""The reader of each known class; a string stands for a class of an optional package."""
 
 for _kind, _reader in READERS.items():
     UpdateRule.register(_kind, _reader)

@@ -1,14 +1,14 @@
-r"""Readers of Adafactor: that of ``torch.optim`` and that of ``transformers``.
+r"""Readers of Adafactor, of ``torch.optim`` and of ``transformers``.
 
-Both multiply a gradient by the inverse root of a second moment that a matrix has by rows and columns
-only, and shrink the update to a root mean square of at most d:
+Both multiply the gradient by the inverse root of a second moment, which a matrix parameter keeps as row
+and column means R and C only. They then shrink the update to a root mean square of at most d:
 
 .. math:: P = \frac{\alpha}{\eta\kappa}\,\hat V^{-1/2}, \qquad \hat V = \frac{RC}{\mathrm{mean}(R)},
     \qquad \kappa = \max\bigl(1, \mathrm{rms}(\hat V^{-1/2}g)/d\bigr),
 
 where :math:`\alpha` contains the root mean square of the parameters before the step. :math:`\kappa`
-needs the gradient of the step: after ``zero_grad`` P is not known. After the next backward pass it is
-that of another step, which cannot be seen here: monitors read the rule right after a step.
+needs the gradient of the step, so P is unknown after ``zero_grad``. After the next backward pass
+:math:`\kappa` would be wrong without notice; monitors avoid this by reading the rule right after a step.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def _rms(tensor: Tensor) -> float:
 
 
 def without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    """Return a rule that is not known, if a parameter has stepped and has no gradient."""
-    held = [
+    """Return an unknown rule if a parameter that has stepped has no gradient, else ``None``."""
+    stepped = [
         p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)
     ]
-    if all(p.grad is not None for p in held):
+    if all(p.grad is not None for p in stepped):
         return None
     reason = (
         f"{type(optimizer).__name__} scales its update by the gradient, which is gone: measure between"
@@ -46,8 +46,8 @@ def without_gradients(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
 def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
     r"""Read ``torch.optim.Adafactor``.
 
-    :math:`\alpha = \max(\epsilon_2, \mathrm{rms}(\theta))\,\min(\eta, 1/\sqrt t)`, with the parameters
-    before the step, which follow from those after it.
+    :math:`\alpha = \max(\epsilon_2, \mathrm{rms}(\theta))\,\min(\eta, 1/\sqrt t)`. The root mean square
+    before the step is computed from the parameters after it.
     """
 
     def entries(step: Step) -> Tensor:
@@ -65,9 +65,9 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
         update /= max(1.0, _rms(update) / group["d"])
         kappa = max(1.0, _rms(inverse * p.grad) / group["d"])
         lr = float(group["lr"])
-        most = min(lr, step.steps**-0.5)
-        before = _rms_before(p, update, most, 1 - lr * float(group["weight_decay"]))
-        return inverse * (max(eps2, before) * most / (lr * kappa) if lr else 0.0)
+        rate = min(lr, step.steps**-0.5)
+        rms_before = _rms_before(p, update, rate, 1 - lr * float(group["weight_decay"]))
+        return inverse * (max(eps2, rms_before) * rate / (lr * kappa) if lr else 0.0)
 
     return without_gradients(optimizer) or diagonal_rule(
         optimizer,
@@ -78,12 +78,14 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def _rms_before(p: Tensor, update: Tensor, rate: float, kept: float) -> float:
-    r"""Return :math:`x = \mathrm{rms}(\theta)` where :math:`\theta_+ = c\theta - xru`."""
+    r"""Solve :math:`x = \mathrm{rms}(\theta)` with :math:`\theta_+ = c\theta - xru` for x."""
     n = p.numel() * kept**2
+    # A quadratic equation: coefficient x^2 - 2 along x = square.
     square, along = float(p.square().sum()) / n, rate * float((p * update).sum()) / n
-    own = 1 - rate**2 * float(update.square().sum()) / n
-    # A step as large as the parameters hides them.
-    return (along + math.sqrt(along**2 + own * square)) / own if own > 0 else _rms(p)
+    coefficient = 1 - rate**2 * float(update.square().sum()) / n
+    if coefficient <= 0:  # no solution is certain after a step as large as the parameters
+        return _rms(p)
+    return (along + math.sqrt(along**2 + coefficient * square)) / coefficient
 
 
 @torch.no_grad()
@@ -93,15 +95,15 @@ def read_transformers_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
     Its average with ``beta1`` has no bias correction.
     """
 
-    def relative(step: Step) -> float:
+    def base_rate(step: Step) -> float:
         group = step.group
         if not group["relative_step"]:
             return float(group["lr"])
-        least = 1e-6 * step.steps if group["warmup_init"] else 1e-2
-        return float(min(least, step.steps**-0.5))
+        largest = 1e-6 * step.steps if group["warmup_init"] else 1e-2
+        return float(min(largest, step.steps**-0.5))
 
-    def scaled(step: Step) -> float:
-        """Return the rate relative to :func:`relative`: the root mean square before the step."""
+    def parameter_scale(step: Step) -> float:
+        """Return the root mean square before the step, by which the base rate is multiplied."""
         if not step.group["scale_parameter"]:
             return 1.0
         return max(float(step.group["eps"][1]), float(step.state.get("RMS", 0.0)))
@@ -118,17 +120,20 @@ def read_transformers_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
             inverse = state["exp_avg_sq"].rsqrt()
         else:
             rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-            share = rows / rows.mean(dim=-1, keepdim=True)
-            inverse = share.rsqrt().unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
-        clip = max(1.0, _rms(inverse * p.grad) / step.group["clip_threshold"])
-        entry: Tensor = inverse * (scaled(step) / clip)
-        return entry
+            relative_rows = rows / rows.mean(dim=-1, keepdim=True)
+            inverse = relative_rows.rsqrt().unsqueeze(-1) * columns.rsqrt().unsqueeze(-2)
+        kappa = max(1.0, _rms(inverse * p.grad) / step.group["clip_threshold"])
+        diagonal: Tensor = inverse * (parameter_scale(step) / kappa)
+        return diagonal
+
+    def shrink(step: Step) -> float:
+        return base_rate(step) * parameter_scale(step) * float(step.group["weight_decay"])
 
     return without_gradients(optimizer) or diagonal_rule(
         optimizer,
         entries,
         momentum=momentum,
-        rate=relative,
-        shrink=lambda step: relative(step) * scaled(step) * float(step.group["weight_decay"]),
+        rate=base_rate,
+        shrink=shrink,
         weight_decay=lambda group: 0.0,
     )

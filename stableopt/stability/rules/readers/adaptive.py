@@ -1,4 +1,4 @@
-r"""Readers of ``torch.optim``'s adaptive optimizers, and of Adam with a state of 8 bits.
+r"""Readers of the adaptive optimizers of ``torch.optim``, and of 8-bit Adam.
 
 The preconditioner includes bias corrections, as in Cohen et al., *Adaptive gradient methods at the
 edge of stability* (2022): Adam's is
@@ -24,9 +24,9 @@ __all__ = [
     "adam_entries",
     "averaged",
     "coupled_decay",
-    "decayed_apart",
     "decoupled_shrink",
     "late_eps_entries",
+    "lr_times_decay",
     "read_adadelta",
     "read_adagrad",
     "read_adam",
@@ -49,14 +49,14 @@ def averaged(step: Step) -> tuple[float, float, float]:
     return beta, beta, 1.0
 
 
-def decayed_apart(step: Step) -> float:
+def lr_times_decay(step: Step) -> float:
     """Return eta lambda, for weight decay that is always decoupled."""
     return float(step.group["lr"]) * float(step.group["weight_decay"])
 
 
 def decoupled_shrink(step: Step) -> float:
     """Return eta lambda if the weight decay is decoupled, else 0."""
-    return decayed_apart(step) if step.group.get("decoupled_weight_decay", False) else 0.0
+    return lr_times_decay(step) if step.group.get("decoupled_weight_decay", False) else 0.0
 
 
 def coupled_decay(group: Group) -> float:
@@ -66,7 +66,7 @@ def coupled_decay(group: Group) -> float:
 
 
 def adam_entries(step: Step, second: Tensor) -> Tensor:
-    """Return the inverse of Adam's denominator with bias corrections, ``second`` its second moment."""
+    """Return the inverse of Adam's denominator with bias corrections, from the second moment."""
     beta1, beta2 = (float(beta) for beta in step.group["betas"][:2])
     root = second.sqrt() / (1 - beta2**step.steps) ** 0.5
     denominator: Tensor = (root + step.group["eps"]) * (1 - beta1**step.steps)
@@ -74,10 +74,9 @@ def adam_entries(step: Step, second: Tensor) -> Tensor:
 
 
 def _second_moment(step: Step) -> Tensor:
-    second: Tensor = step.state[
-        "max_exp_avg_sq" if step.group.get("amsgrad", False) else "exp_avg_sq"
-    ]
-    # torchao keeps it as a tensor subclass of 8, 4 or fp8 bits.
+    key = "max_exp_avg_sq" if step.group.get("amsgrad", False) else "exp_avg_sq"
+    second: Tensor = step.state[key]
+    # torchao keeps it as a quantised tensor subclass: 8 bits, 4 bits or fp8.
     return second.dequantize() if hasattr(second, "codes") else second
 
 
@@ -89,13 +88,13 @@ def read_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         lambda step: adam_entries(step, _second_moment(step)),
         momentum=averaged,
-        shrink=decayed_apart if always else decoupled_shrink,
+        shrink=lr_times_decay if always else decoupled_shrink,
         weight_decay=lambda group: 0.0 if always else coupled_decay(group),
     )
 
 
 def late_eps_entries(step: Step, second: Tensor, factor: float = 1.0) -> Tensor:
-    """Return Adam's entries where eps joins the second moment before its bias correction."""
+    """Return Adam's entries if eps is added to the root before its bias correction."""
     beta1, beta2 = (float(beta) for beta in step.group["betas"])
     corrections = (1 - beta2**step.steps) ** 0.5 / (1 - beta1**step.steps)
     entry: Tensor = factor * corrections / (second.sqrt() + step.group["eps"])
@@ -103,7 +102,7 @@ def late_eps_entries(step: Step, second: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def read_sparse_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``torch.optim.SparseAdam``: exact if gradients touch every row in each step."""
+    """Read ``torch.optim.SparseAdam``: exact if every row has a gradient in each step."""
     return diagonal_rule(
         optimizer,
         lambda step: late_eps_entries(step, step.state["exp_avg_sq"]),
@@ -113,9 +112,9 @@ def read_sparse_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def read_bitsandbytes(optimizer: Any) -> UpdateRule:
-    """Read ``bitsandbytes``' Adam and AdamW of 8 or 32 bits, paged or not; both decouple their decay."""
+    """Read ``bitsandbytes``' Adam and AdamW of 8 or 32 bits, paged or not; both decouple the decay."""
     if optimizer.optimizer_name != "adam":
-        reason = f"{type(optimizer).__name__} of bitsandbytes is not read: only Adam and AdamW are"
+        reason = f"bitsandbytes' {type(optimizer).__name__} has no reader: only Adam and AdamW have"
         return UpdateRule.unknown_step(optimizer, reason)
 
     def entries(step: Step) -> Tensor:
@@ -130,26 +129,27 @@ def read_bitsandbytes(optimizer: Any) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
-        shrink=decayed_apart,
+        shrink=lr_times_decay,
         weight_decay=lambda group: 0.0,
     )
 
 
 def rectified(step: Step, threshold: float) -> float | None:
-    """Return RAdam's rectification r, or ``None`` while the second moment is not reliable.
+    """Return RAdam's rectification r, or ``None`` while the second moment is unreliable.
 
-    It is not while the length of its average is up to ``threshold``.
+    The second moment is unreliable while its effective averaging length is at most ``threshold``.
     """
     beta2 = float(step.group["betas"][1])
-    far = 2 / (1 - beta2) - 1
-    rho = far - 2 * step.steps * beta2**step.steps / (1 - beta2**step.steps)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step.steps * beta2**step.steps / (1 - beta2**step.steps)
     if rho <= threshold:
         return None
-    return float(((rho - 4) * (rho - 2) * far / ((far - 4) * (far - 2) * rho)) ** 0.5)
+    ratio = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    return float(ratio**0.5)
 
 
 def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``torch.optim.RAdam``: Adam times the rectification, or the average of gradients alone."""
+    """Read ``torch.optim.RAdam``: Adam times the rectification, or only the average of gradients."""
 
     def entries(step: Step) -> Tensor:
         factor, second = rectified(step, 5.0), step.state["exp_avg_sq"]
@@ -164,7 +164,7 @@ def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def read_adamax(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``torch.optim.Adamax``, whose largest gradients already include ``eps``."""
+    """Read ``torch.optim.Adamax``, whose state ``exp_inf`` already includes ``eps``."""
 
     def entries(step: Step) -> Tensor:
         beta = float(step.group["betas"][0])
@@ -177,53 +177,54 @@ def read_adamax(optimizer: torch.optim.Optimizer) -> UpdateRule:
 def read_adadelta(optimizer: torch.optim.Optimizer) -> UpdateRule:
     r"""Read ``torch.optim.Adadelta``: :math:`P = \sqrt{(\Delta+\epsilon)/(v+\epsilon)}`.
 
-    The step uses the average :math:`\Delta` before it adds its own square, which follows from the
-    gradient while that is there; later, :math:`\Delta` after the step is taken.
+    The step uses :math:`\Delta` before the update of this average, which is reconstructed from the
+    gradient. Without a gradient, :math:`\Delta` after the step is used.
     """
 
     def entries(step: Step) -> Tensor:
         group, state, rho = step.group, step.state, float(step.group["rho"])
-        below, deltas = state["square_avg"] + group["eps"], state["acc_delta"]
+        variance, deltas = state["square_avg"] + group["eps"], state["acc_delta"]
         if step.param is not None and step.param.grad is not None:
             sign = -1.0 if group["maximize"] else 1.0
             g = sign * real_view(step.param.grad) + group["weight_decay"] * real_view(step.param)
-            own = (1 - rho) * g.square() / below
-            deltas = (deltas - own * group["eps"]) / (rho + own)
-        entry: Tensor = ((deltas + group["eps"]) / below).sqrt()
-        return entry
+            # The step set acc_delta = rho Delta + weight (Delta + eps).
+            weight = (1 - rho) * g.square() / variance
+            deltas = (deltas - weight * group["eps"]) / (rho + weight)
+        diagonal: Tensor = ((deltas + group["eps"]) / variance).sqrt()
+        return diagonal
 
     return diagonal_rule(optimizer, entries)
 
 
 def _nadam_weights(step: Step) -> tuple[float, float]:
     """Return A and B of NAdam's step along A g + B m."""
-    group, state, t = step[:3]
+    group, state, t = step.group, step.state, step.steps
     beta, decay = float(group["betas"][0]), float(group["momentum_decay"])
-    mu, following = (beta * (1 - 0.5 * 0.96 ** (count * decay)) for count in (t, t + 1))
-    # The product so far; before the first step, that after it.
-    product = float(state.get("mu_product", mu))
-    return (1 - mu) / (1 - product), following / (1 - product * following)
+    mu, next_mu = (beta * (1 - 0.5 * 0.96 ** (count * decay)) for count in (t, t + 1))
+    product = float(state.get("mu_product", mu))  # before any step, that of the first
+    return (1 - mu) / (1 - product), next_mu / (1 - product * next_mu)
 
 
 def read_nadam(optimizer: torch.optim.NAdam) -> UpdateRule:
     r"""Read ``torch.optim.NAdam``.
 
     The step is along :math:`\frac{1-\mu_t}{1-\Pi_t}g + \frac{\mu_{t+1}}{1-\Pi_{t+1}}m` with
-    :math:`\mu_t=\beta_1(1-0.96^{t\psi}/2)` and :math:`\Pi_t=\mu_1\cdots\mu_t`: the momentum share is
-    :math:`\nu = B/(A+B)`, and the preconditioner includes A + B. :math:`\mu_t` tends to :math:`\beta_1`,
-    and the limit to that of Nesterov's momentum with the rate :math:`(1-\beta_1)\eta`.
+    :math:`\mu_t=\beta_1(1-0.96^{t\psi}/2)` and :math:`\Pi_t=\mu_1\cdots\mu_t`. With these weights A and
+    B the momentum share is :math:`\nu = B/(A+B)`, and the preconditioner includes A + B.
+    :math:`\mu_t` converges to :math:`\beta_1`, and the limit to that of Nesterov's momentum with the
+    learning rate :math:`(1-\beta_1)\eta`.
     """
 
     def entries(step: Step) -> Tensor:
-        group, state, t = step[:3]
-        root = (state["exp_avg_sq"] / (1 - float(group["betas"][1]) ** t)).sqrt()
-        inverse: Tensor = (root + group["eps"]).reciprocal()
+        beta2 = float(step.group["betas"][1])
+        root = (step.state["exp_avg_sq"] / (1 - beta2**step.steps)).sqrt()
+        inverse: Tensor = (root + step.group["eps"]).reciprocal()
         return inverse * sum(_nadam_weights(step))
 
     def momentum(step: Step) -> tuple[float, float, float]:
         beta, tau, _ = averaged(step)
-        now, mean = _nadam_weights(step)
-        return beta, tau, mean / (now + mean)
+        of_gradient, of_momentum = _nadam_weights(step)
+        return beta, tau, of_momentum / (of_gradient + of_momentum)
 
     return diagonal_rule(
         optimizer, entries, momentum=momentum, shrink=decoupled_shrink, weight_decay=coupled_decay
@@ -234,11 +235,11 @@ def read_rmsprop(optimizer: torch.optim.RMSprop) -> UpdateRule:
     """Read ``torch.optim.RMSprop``, with or without ``centered`` and momentum."""
 
     def entries(step: Step) -> Tensor:
-        group, state, _ = step[:3]
+        state = step.state
         second: Tensor = state["square_avg"]
-        if group["centered"]:
+        if step.group["centered"]:
             second = second.addcmul(state["grad_avg"], state["grad_avg"], value=-1)
-        denominator: Tensor = second.sqrt() + group["eps"]
+        denominator: Tensor = second.sqrt() + step.group["eps"]
         return denominator.reciprocal()
 
     return diagonal_rule(

@@ -1,19 +1,19 @@
-r"""`diagonal_rule`, `stepped_rule`: the update rule from the last step of each parameter.
+r"""`diagonal_rule`, `stepped_rule`: update rules from the last step of each parameter.
 
-Each parameter tensor i has a rate :math:`\eta_i`, the entries :math:`P_i` of its last step, and a factor
-:math:`c_i = 1-\eta_i\lambda'_i` that decoupled weight decay leaves. With the largest rate :math:`\eta`,
-the rule is one rate for all with the preconditioner :math:`P_i\eta_i/\eta`. If the factors differ, for
-instance because biases do not decay, the preconditioner includes them too. With
+Each parameter tensor i has a learning rate :math:`\eta_i`, the entries :math:`P_i` of its last step, and
+a factor :math:`c_i = 1-\eta_i\lambda'_i` from decoupled weight decay. The rule has the largest rate
+:math:`\eta` for all parameters, and the preconditioner :math:`P_i\eta_i/\eta`. If the factors differ,
+for instance because biases do not decay, the preconditioner includes them too. With
 :math:`K=\eta P^{1/2}HP^{1/2}` and the diagonal C of all :math:`c_i`, the step's eigenvalues z make
 
 .. math:: z^2 - z\,[C+\beta-uK] + \beta C - wK
 
-singular. Every matrix is symmetric, so the Rayleigh quotients of the null vector form a scalar mode, to
-which Jury's conditions apply. The step is stable exactly if
+singular. Every matrix is symmetric, so the Rayleigh quotients of the null vector satisfy the scalar
+equation of one mode, to which Jury's conditions apply. The step is stable exactly if
 :math:`[A(1+\beta)+B(1-\tau)]\,K \preceq (1+\beta)(1+C)`, which limits the top eigenvalue of
-:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.rules.limits`). The limit of the
-non-uniformity, which is exact in one dimension only, is then that of c = 1. Other filters of the
-gradients have a limit only if all factors agree.
+:math:`2(1+C)^{-1}PH` (notation of :mod:`~stableopt.stability.rules.limits`). The limit on the
+non-uniformity, exact in one dimension only, is then that of c = 1. Other filters of the gradients have
+a limit only if all factors agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.parameters import real_view
-from stableopt.stability.rules.filters import SAME, Filter, same
+from stableopt.stability.rules.filters import SAME, Filter, filters_agree
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -33,8 +33,8 @@ from stableopt.stability.rules.preconditioner import (
 )
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
+    common_value,
     decay_of,
-    one,
     params_of,
     step_counts,
 )
@@ -46,7 +46,7 @@ Group = dict[str, Any]
 
 
 class Step(NamedTuple):
-    """The last step of one parameter tensor, ``param``; ``None`` stands for any, before any step."""
+    """The last step of one parameter tensor, ``param``; before any step, ``param`` is ``None``."""
 
     group: Group
     state: dict[str, Any]
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 Build = Callable[[Sequence[Tensor], Sequence[tuple[Step | None, float]]], StepPreconditioner]
-"""Takes the parameters, and the last step of each and a factor of its preconditioner."""
+"""``(parameters, [(last step, factor of its preconditioner), ...]) -> preconditioner``."""
 
 
 def diagonal_rule(
@@ -68,7 +68,7 @@ def diagonal_rule(
     Args:
         optimizer: the optimizer.
         entries: the diagonal of P, with bias corrections and without the learning rate.
-        options: of :func:`stepped_rule`.
+        options: keyword arguments of :func:`stepped_rule`.
     """
 
     def build(
@@ -100,11 +100,11 @@ def stepped_rule(
         build: returns the preconditioner.
         diagonal: whether it is diagonal.
         momentum: beta, tau and nu, the same for all parameters.
-        filter: instead, a filter of the gradients.
+        filter: a filter of the gradients, instead of ``momentum``.
         rate: the learning rate of the step.
         shrink: the share 1 - c of the parameter that decoupled weight decay removes.
         weight_decay: coupled weight decay.
-        filtered_decay: decay that joins the preconditioned gradient.
+        filtered_decay: decay that joins the gradient after the preconditioner.
     """
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
@@ -113,41 +113,43 @@ def stepped_rule(
         for group in groups
         for p in group["params"]
     ]
-    known = [step for step in steps if step is not None]
-    # Before any step, the settings of the first.
-    asked = known or [Step(group, {}, 1.0) for group in groups]
-    lr = max(rate(step) for step in asked)
-    shrinks = [shrink(step) for step in asked]
-    in_limit = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
-    filters = None if filter is None else [filter(step) for step in asked]
-    joining = {filtered_decay(step.group) * (rate(step) / lr if lr else 1.0) for step in asked}
-    for what, several in (
-        (
-            "filters of the gradients",
-            filters and not all(same(filters[0], f, SAME) for f in filters),
-        ),
-        ("decoupled weight decay", filters and not in_limit),
-        ("weight decay", len(joining) > 1),
-    ):
-        if several:
-            name = type(optimizer).__name__
-            return UpdateRule.unknown_step(
-                optimizer, f"{name} has parameters of different {what}, for which no limit is known"
-            )
+    taken = [step for step in steps if step is not None]
+    # Before any step, use the settings of the first.
+    last_steps = taken or [Step(group, {}, 1.0) for group in groups]
+    lr = max(rate(step) for step in last_steps)
+    shrinks = [shrink(step) for step in last_steps]
+    same_shrink = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
+    filters = None if filter is None else [filter(step) for step in last_steps]
+    filtered_decays = {
+        filtered_decay(step.group) * (rate(step) / lr if lr else 1.0) for step in last_steps
+    }
+    different = None
+    if filters and not all(filters_agree(filters[0], other, SAME) for other in filters):
+        different = "filters of the gradients"
+    elif filters and not same_shrink:
+        different = "decoupled weight decay"
+    elif len(filtered_decays) > 1:
+        different = "weight decay"
+    if different is not None:
+        return UpdateRule.unknown_step(
+            optimizer,
+            f"{type(optimizer).__name__} has parameters of different {different}, for which no limit is"
+            " known",
+        )
 
     def factor(step: Step | None) -> float:
         if step is None or not lr:
             return 1.0
-        return rate(step) / lr * (1.0 if in_limit else _fold(shrink(step)))
+        return rate(step) / lr * (1.0 if same_shrink else _decay_factor(shrink(step)))
 
     preconditioner: StepPreconditioner
-    if known:
+    if taken:
         preconditioner = build(params, [(step, factor(step)) for step in steps])
     else:
         reason = NOT_STEPPED.format(type(optimizer).__name__)
         preconditioner = UnknownPreconditioner(reason, diagonal=diagonal)
     beta, tau, share = (
-        (0.0, 0.0, 1.0) if filters else _same_momentum([momentum(step) for step in asked])
+        (0.0, 0.0, 1.0) if filters else _common_momentum([momentum(step) for step in last_steps])
     )
     return UpdateRule(
         lr=lr,
@@ -156,9 +158,9 @@ def stepped_rule(
         momentum_share=share,
         filter=filters[0] if filters else None,
         **decay_of([weight_decay(group) for group in groups]),
-        decoupled_weight_decay=shrinks[0] / lr if in_limit and lr else 0.0,
-        filtered_weight_decay=joining.pop(),
-        maximize=one("maximize", maximizes(optimizer)),
+        decoupled_weight_decay=shrinks[0] / lr if same_shrink and lr else 0.0,
+        filtered_weight_decay=filtered_decays.pop(),
+        maximize=common_value("maximize", maximizes(optimizer)),
         preconditioner=preconditioner,
     )
 
@@ -167,21 +169,23 @@ def _real(state: dict[str, Any]) -> dict[str, Any]:
     return {key: real_view(v) if isinstance(v, Tensor) else v for key, v in state.items()}
 
 
-def _fold(shrink: float) -> float:
+def _decay_factor(shrink: float) -> float:
+    """Return 2/(1 + c), by which decoupled weight decay enters the preconditioner."""
     if not shrink < 2:
         raise ValueError(
-            f"decoupled weight decay removes {shrink} of the parameters a step: expected less than 2"
+            f"decoupled weight decay multiplies the parameters by {1 - shrink} in a step: expected more"
+            " than -1; lower lr or weight_decay"
         )
     return 2 / (2 - shrink)
 
 
-def _same_momentum(forms: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    beta, tau, share = forms[0]
-    for other in forms[1:]:
-        if max(abs(a - b) for a, b in zip(forms[0], other, strict=True)) > SAME:
+def _common_momentum(momenta: list[tuple[float, float, float]]) -> tuple[float, float, float]:
+    first = momenta[0]
+    for other in momenta[1:]:
+        if max(abs(a - b) for a, b in zip(first, other, strict=True)) > SAME:
             raise ValueError(
-                f"parameters have momentum (beta, tau, nu) of {forms[0]} and {other}: expected one"
-                " for all, so the same betas in all groups, and as many steps where the momentum"
-                " changes with them; or pass update_rule="
+                f"parameters have momentum (beta, tau, nu) of {first} and {other}: expected one for"
+                " all, so the same betas in all groups, and as many steps where the momentum changes"
+                " with them; or pass update_rule="
             )
-    return beta, tau, share
+    return first

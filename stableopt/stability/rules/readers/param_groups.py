@@ -1,4 +1,4 @@
-"""Helpers of readers: values of parameter groups, and step counts of parameters."""
+"""Helpers of readers: settings of parameter groups, and step counts of parameters."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["NOT_STEPPED", "decay_of", "one", "params_of", "step_counts"]
+__all__ = ["NOT_STEPPED", "common_value", "decay_of", "params_of", "step_counts"]
 
 T = TypeVar("T")
 
 NOT_STEPPED = "{} has not taken a step yet, and its preconditioner depends on its steps"
 
 
-def one(name: str, values: list[T], within: float = 0.0) -> T:
-    """Return the common value of ``values``, the first one if they are numbers that were computed.
+def common_value(name: str, values: list[T], tol: float = 0.0) -> T:
+    """Return the first of ``values``, which have to be equal.
 
     Raises:
-        ValueError: if they differ, by more than ``within``.
+        ValueError: if they differ; numbers may differ by ``tol``.
     """
     first: Any = values[0]
-    if any(value != first and not (within and abs(value - first) <= within) for value in values):
+    if any(value != first and not (tol and abs(value - first) <= tol) for value in values):
         raise ValueError(
             f"param_groups have {name} {values}: expected one value; groups may differ in lr,"
             " weight_decay and settings of the preconditioner; or pass update_rule="
@@ -60,21 +60,20 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """Return the number of steps of each parameter by its id, without those that took none.
 
-    A counter is in the parameter's state, or in its group for those with a state. Counters may be
-    numbers or tensors on any device; each device costs one transfer.
+    A counter is in the parameter's state or in its group. Only parameters with a state have stepped.
+    Counters may be numbers or tensors on any device; each device costs one transfer to the host.
     """
-    held: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
     for group in optimizer.param_groups:
-        # Without a counter, a state shows that there was a step.
-        of_group = group.get("k", group.get("step", 1))
+        group_count = group.get("k", group.get("step", 1))  # 1 without a counter
         for p in group["params"]:
             state = optimizer.state.get(p, {})
-            step = state.get("step", of_group) if state else None
+            step = state.get("step", group_count) if state else None
             if step is not None:
                 count = torch.as_tensor(step)
-                held[count.device].append((id(p), count))
+                by_device[count.device].append((id(p), count))
     counts: dict[int, float] = {}
-    for pairs in held.values():
+    for pairs in by_device.values():
         numbers = torch.stack([count.reshape(()).float() for _, count in pairs]).tolist()
         counts.update(zip((key for key, _ in pairs), numbers, strict=True))
     # A fused step that a gradient scaler skipped has a count of zero.

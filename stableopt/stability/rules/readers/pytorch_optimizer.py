@@ -1,14 +1,14 @@
 r"""Readers of ``pytorch_optimizer`` (4.1) and ``prodigyopt``: Adan, AdEMAMix, Prodigy and SophiaH.
 
-Adan and AdEMAMix add two averages of gradients: linear filters, whose limits
-:mod:`~stableopt.stability.rules.filters` finds. They follow the code of the classes, and do not import
-the packages.
+Adan and AdEMAMix add two averages of gradients, which is a linear filter
+(:mod:`~stableopt.stability.rules.filters`). The readers follow the code of the classes, without
+importing the packages.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,19 @@ from stableopt.stability.rules.readers.adaptive import averaged
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["read_adan", "read_ademamix", "read_prodigy", "read_sophia", "special"]
+__all__ = ["read_adan", "read_ademamix", "read_prodigy", "read_sophia", "unknown_option"]
 
 _NOT_LINEAR = ("use_gc", "adanorm", "cautious", "stable_adamw")
-"""Options that change the gradient or the update beyond a filter and a diagonal matrix."""
+"""Options whose change of the step is not a filter or a diagonal matrix."""
 
 
-def special(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    """Return a rule that is not known, if an option makes the step another one."""
+def unknown_option(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    """Return an unknown rule if an option in ``_NOT_LINEAR`` is on, else ``None``."""
     for name in _NOT_LINEAR:
         if any(group.get(name) for group in optimizer.param_groups):
-            reason = f"{type(optimizer).__name__} with {name}=True takes steps that are not read"
+            reason = (
+                f"{type(optimizer).__name__} with {name}=True takes steps without a known limit"
+            )
             return UpdateRule.unknown_step(optimizer, reason)
     return None
 
@@ -45,36 +47,43 @@ def _coupled(group: Group) -> float:
 
 
 def _inverse_root(step: Step, beta: float) -> Tensor:
-    """Return the inverse of the root of the second moment with its bias correction."""
+    """Return the inverse root of the second moment with bias correction and eps."""
     root = step.state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta**step.steps)
-    entry: Tensor = (root + step.group["eps"]).reciprocal()
-    return entry
+    inverse: Tensor = (root + step.group["eps"]).reciprocal()
+    return inverse
 
 
-def _two_averages(
-    first: tuple[float, float, tuple[float, ...]], second: tuple[float, float, tuple[float, ...]]
-) -> Filter:
-    """Return the filter of two averages, each (beta, weight, coefficients of what is averaged)."""
-    (beta, weight, own), (other, share, their) = first, second
+class _Average(NamedTuple):
+    """``weight`` times an exponential average with decay ``beta`` of the filter ``num`` of gradients."""
+
+    beta: float
+    weight: float
+    num: tuple[float, ...] = (1.0,)
+
+
+def _sum_of_averages(first: _Average, second: _Average) -> Filter:
+    """Return the filter of the sum of two averages."""
 
     def product(a: tuple[float, ...], b: tuple[float, ...]) -> list[float]:
-        found = [0.0] * 3
+        coefficients = [0.0] * 3
         for i, x in enumerate(a):
             for j, y in enumerate(b):
-                found[i + j] += x * y
-        return found
+                coefficients[i + j] += x * y
+        return coefficients
 
-    one = [weight * (1 - beta) * x for x in product(own, (1.0, -other))]
-    two = [share * (1 - other) * x for x in product(their, (1.0, -beta))]
-    num = tuple(x + y for x, y in zip(one, two, strict=True))
-    return num, tuple(product((1.0, -beta), (1.0, -other)))
+    def term(average: _Average, other: _Average) -> list[float]:
+        scale = average.weight * (1 - average.beta)
+        return [scale * x for x in product(average.num, (1.0, -other.beta))]
+
+    num = tuple(x + y for x, y in zip(term(first, second), term(second, first), strict=True))
+    return num, tuple(product((1.0, -first.beta), (1.0, -second.beta)))
 
 
 def read_adan(optimizer: Any) -> UpdateRule:
     r"""Read Adan (Xie et al., 2022): the averages of g and of :math:`\beta_2(g_t - g_{t-1})`.
 
-    Its weight decay divides the parameters by :math:`1+\eta\lambda` after the step, unless it is
-    decoupled.
+    Without ``weight_decouple``, weight decay divides the parameters by :math:`1+\eta\lambda` after the
+    step.
     """
 
     def kept(step: Step) -> float:
@@ -86,12 +95,11 @@ def read_adan(optimizer: Any) -> UpdateRule:
 
     def averages(step: Step) -> Filter:
         beta1, beta2, _ = (float(beta) for beta in step.group["betas"])
-        corrections = 1 - beta1**step.steps, 1 - beta2**step.steps
-        return _two_averages(
-            (beta1, 1 / corrections[0], (1.0,)), (beta2, beta2 / corrections[1], (1.0, -1.0))
-        )
+        gradients = _Average(beta1, 1 / (1 - beta1**step.steps))
+        differences = _Average(beta2, beta2 / (1 - beta2**step.steps), (1.0, -1.0))
+        return _sum_of_averages(gradients, differences)
 
-    return special(optimizer) or diagonal_rule(
+    return unknown_option(optimizer) or diagonal_rule(
         optimizer,
         lambda step: _inverse_root(step, float(step.group["betas"][2])),
         filter=averages,
@@ -109,12 +117,13 @@ def read_ademamix(optimizer: Any) -> UpdateRule:
 
     def averages(step: Step) -> Filter:
         beta1, _, beta3 = (float(beta) for beta in step.group["betas"])
-        warm = step.group["t_alpha_beta3"]
-        beta3 = float(optimizer.schedule_beta3(warm, step.steps, beta1, beta3))
-        alpha = float(optimizer.schedule_alpha(warm, step.steps, float(step.group["alpha"])))
-        return _two_averages((beta1, 1 / (1 - beta1**step.steps), (1.0,)), (beta3, alpha, (1.0,)))
+        warmup = step.group["t_alpha_beta3"]
+        beta3 = float(optimizer.schedule_beta3(warmup, step.steps, beta1, beta3))
+        alpha = float(optimizer.schedule_alpha(warmup, step.steps, float(step.group["alpha"])))
+        fast = _Average(beta1, 1 / (1 - beta1**step.steps))
+        return _sum_of_averages(fast, _Average(beta3, alpha))
 
-    return special(optimizer) or diagonal_rule(
+    return unknown_option(optimizer) or diagonal_rule(
         optimizer,
         lambda step: _inverse_root(step, float(step.group["betas"][1])),
         filter=averages,
@@ -126,36 +135,35 @@ def read_ademamix(optimizer: Any) -> UpdateRule:
 def read_prodigy(optimizer: Any) -> UpdateRule:
     r"""Read Prodigy (Mishchenko & Defazio, 2024), of ``prodigyopt`` or ``pytorch_optimizer``.
 
-    With its present estimate d of the distance, it is Adam with the rate d lr: its moments hold d g and
-    :math:`d^2g^2`, so that :math:`P = d/(\sqrt v + d\epsilon)`.
+    With the current estimate d of the distance, it is Adam with the learning rate d lr. Its moments are
+    those of d g, so :math:`P = d/(\sqrt v + d\epsilon)`.
     """
-    of_package = "use_bias_correction" in optimizer.param_groups[0]
-    correct, apart = (
-        ("use_bias_correction", "decouple")
-        if of_package
-        else ("bias_correction", "weight_decouple")
-    )
+    is_prodigyopt = "use_bias_correction" in optimizer.param_groups[0]
+    if is_prodigyopt:
+        bias_correction, decoupled = "use_bias_correction", "decouple"
+    else:
+        bias_correction, decoupled = "bias_correction", "weight_decouple"
     if any(group["eps"] is None for group in optimizer.param_groups):
-        reason = "Prodigy with eps=None takes steps that are not read"
+        reason = "Prodigy with eps=None takes steps without a known limit"
         return UpdateRule.unknown_step(optimizer, reason)
 
     def rate(step: Step) -> float:
         group, lr = step.group, float(step.group["d"]) * float(step.group["lr"])
-        if not group[correct]:
+        if not group[bias_correction]:
             return lr
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        steps = group["k"] if of_package else group["step"] - 1
+        steps = group["k"] if is_prodigyopt else group["step"] - 1
         return lr * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps) if steps else lr
 
     def entries(step: Step) -> Tensor:
         d = float(step.group["d"])
-        entry: Tensor = d / (step.state["exp_avg_sq"].sqrt() + d * step.group["eps"])
-        return entry
+        diagonal: Tensor = d / (step.state["exp_avg_sq"].sqrt() + d * step.group["eps"])
+        return diagonal
 
     def shrink(step: Step) -> float:
         fixed = step.group.get("fixed_decay", False)
-        taken = float(step.group["weight_decay"]) if step.group[apart] else 0.0
-        return taken if fixed else taken * rate(step)
+        decay = float(step.group["weight_decay"]) if step.group[decoupled] else 0.0
+        return decay if fixed else decay * rate(step)
 
     return diagonal_rule(
         optimizer,
@@ -163,9 +171,9 @@ def read_prodigy(optimizer: Any) -> UpdateRule:
         momentum=averaged,
         rate=rate,
         shrink=shrink,
-        # That of pytorch_optimizer adds coupled decay to gradients that it has used already.
+        # pytorch_optimizer adds coupled decay to the gradients only after it has used them.
         weight_decay=lambda group: (
-            float(group["weight_decay"]) if of_package and not group[apart] else 0.0
+            float(group["weight_decay"]) if is_prodigyopt and not group[decoupled] else 0.0
         ),
     )
 
@@ -173,7 +181,7 @@ def read_prodigy(optimizer: Any) -> UpdateRule:
 def read_sophia(optimizer: Any) -> UpdateRule:
     r"""Read SophiaH (Liu et al., 2023): :math:`P = 1/\max(h,\epsilon)`, 0 where the update is clipped.
 
-    Clipped coordinates do not react to the gradient. The average has no bias correction.
+    A clipped coordinate does not depend on the gradient. The average has no bias correction.
     """
 
     def entries(step: Step) -> Tensor:

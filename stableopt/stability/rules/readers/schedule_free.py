@@ -1,16 +1,17 @@
 r"""Readers of ``schedulefree``: SGD, AdamW and RAdam without a schedule (Defazio et al., 2024).
 
-The optimizer steps in z and averages x; gradients are taken, and margins measured, at the parameters
-:math:`y = (1-\beta)z + \beta x`. With the weight c of the newest z in x, the y move as with a share
-:math:`\beta` of an average of gradients with momentum 1 - c:
+The optimizer takes steps in z and averages them in x. The parameters are
+:math:`y = (1-\beta)z + \beta x`, where gradients are taken and margins measured. With the weight c of
+the newest z in x, the steps of y have a share :math:`\beta` of an average of gradients with momentum
+1 - c:
 
 .. math:: z' = z - \gamma u, \quad x' = (1-c)x + cz', \qquad
     \lambda_{\max}(PH) \le \frac{2(2-c)}{\gamma\,[(2-c)(1-\beta)+c\beta]} - \lambda
     \;\to\; \frac{2}{(1-\beta)\gamma} - \lambda \quad (c \to 0).
 
-The wrapper of another optimizer filters that one's steps in the same way, by
-:math:`\frac{(1-\beta)(z-1+c)+\beta cz}{z-1+c}`. In ``optimizer.eval()`` the
-parameters are x, and the rule is not known.
+The wrapper filters the steps of another optimizer in the same way, by
+:math:`\frac{(1-\beta)(z-1+c)+\beta cz}{z-1+c}`. After ``optimizer.eval()`` the parameters are x, and the
+rule is unknown.
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ from torch import Tensor
 from stableopt.stability.rules.filters import SAME
 from stableopt.stability.rules.readers.adaptive import rectified
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
-from stableopt.stability.rules.readers.param_groups import one, params_of
+from stableopt.stability.rules.readers.param_groups import common_value, params_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adamw", "read_radam", "read_sgd", "read_wrapper"]
 
 _THRESHOLD = 4.0
-"""Length of the second moment's average up to which this RAdam does not rely on it."""
-
+"""Averaging length of the second moment up to which this RAdam does not use it."""
 
 _EVAL = (
-    "{} is in eval mode, where the parameters are averages at which it takes no steps: call"
+    "{} is in eval mode, in which the parameters are an average without steps: call"
     " optimizer.train() before measuring"
 )
 
@@ -50,19 +50,20 @@ def _weight(group: Group) -> float:
     return float(newest / total) if total else 0.0
 
 
-def _newest(groups: Sequence[Group]) -> float:
-    return one("the weight of the newest point", [_weight(group) for group in groups], within=SAME)
+def _common_weight(groups: Sequence[Group]) -> float:
+    weights = [_weight(group) for group in groups]
+    return common_value("the weight of the newest point", weights, tol=SAME)
 
 
 def _rate(group: Group) -> float:
-    """Return gamma of the last step, with its warm-up; before the first step, that of the first."""
+    """Return gamma of the last step, with warm-up; before the first step, that of the first."""
     if group["k"]:
         return float(group["scheduled_lr"])
     return float(group["lr"]) / max(1, int(group.get("warmup_steps", 0)))
 
 
-def _not_read(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
-    """Return a rule that is not known, if the parameters are x or do not move."""
+def _unknown(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
+    """Return an unknown rule if the parameters are x or do not move, else ``None``."""
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
         if group["k"] and not group["train_mode"]:
@@ -80,12 +81,12 @@ def read_sgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
     lrs = tuple(_rate(group) for group in groups)
     decays = tuple(float(group["weight_decay"]) for group in groups)
     in_limit = len(set(lrs)) == len(set(decays)) == 1
-    past = 1 - _newest(groups)
-    return _not_read(optimizer) or UpdateRule(
+    beta = 1 - _common_weight(groups)
+    return _unknown(optimizer) or UpdateRule(
         lr=max(lrs),
-        momentum=past,
-        dampening=past,
-        momentum_share=float(one("momentum", [group["momentum"] for group in groups])),
+        momentum=beta,
+        dampening=beta,
+        momentum_share=float(common_value("momentum", [group["momentum"] for group in groups])),
         weight_decay=decays[0] if in_limit else 0.0,
         group_lrs=lrs if len(set(lrs)) > 1 else (),
         group_weight_decays=() if in_limit else decays,
@@ -94,10 +95,10 @@ def read_sgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 def _adaptive(optimizer: torch.optim.Optimizer, entries: Callable[[Step], Tensor]) -> UpdateRule:
     def momentum(step: Step) -> tuple[float, float, float]:
-        past = 1 - _weight(step.group)
-        return past, past, float(step.group["betas"][0])
+        beta = 1 - _weight(step.group)
+        return beta, beta, float(step.group["betas"][0])
 
-    return _not_read(optimizer) or diagonal_rule(
+    return _unknown(optimizer) or diagonal_rule(
         optimizer,
         entries,
         momentum=momentum,
@@ -109,12 +110,12 @@ def _adaptive(optimizer: torch.optim.Optimizer, entries: Callable[[Step], Tensor
 
 def _inverse(step: Step) -> Tensor:
     corrected = step.state["exp_avg_sq"] / (1 - float(step.group["betas"][1]) ** step.steps)
-    entry: Tensor = (corrected.sqrt() + step.group["eps"]).reciprocal()
-    return entry
+    inverse: Tensor = (corrected.sqrt() + step.group["eps"]).reciprocal()
+    return inverse
 
 
 def read_adamw(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``schedulefree.AdamWScheduleFree``, whose weight decay joins the preconditioned gradient."""
+    """Read ``schedulefree.AdamWScheduleFree``: weight decay is added to the preconditioned gradient."""
     return _adaptive(optimizer, _inverse)
 
 
@@ -139,10 +140,10 @@ def read_wrapper(optimizer: Any) -> UpdateRule:
         return UpdateRule.unknown_step(optimizer, _EVAL.format(name))
     decays = optimizer.weight_decay_at_y, inner.weight_decay, inner.decoupled_weight_decay
     if any((*decays, *inner.group_weight_decays)) or inner.lookahead is not None:
-        reason = f"{name} with weight decay, or over Lookahead, takes steps that are not read"
+        reason = f"{name} with weight decay, or over Lookahead, takes steps without a known limit"
         return UpdateRule.unknown_step(optimizer, reason)
-    own = {"r": optimizer.r, "weight_lr_power": optimizer.weight_lr_power}
-    c = _newest([{**group, **own} for group in groups])
+    averaging = {"r": optimizer.r, "weight_lr_power": optimizer.weight_lr_power}
+    c = _common_weight([{**group, **averaging} for group in groups])
     num, den = inner.linear_step.as_filter
     return replace(
         inner,

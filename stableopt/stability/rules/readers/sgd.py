@@ -1,6 +1,6 @@
-"""Readers of SGD and averaged SGD, and of what changes the limit of an optimizer inside.
+"""Readers of SGD and averaged SGD, and of Lookahead and SAM, which wrap another optimizer.
 
-The preconditioner of SGD is that of different learning rates by group.
+Learning rates that differ between groups are a diagonal preconditioner.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
-from stableopt.stability.rules.readers.param_groups import one
+from stableopt.stability.rules.readers.param_groups import common_value
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_asgd", "read_lookahead", "read_sam", "read_sgd"]
@@ -21,14 +21,14 @@ def read_sgd(optimizer: torch.optim.Optimizer, *, full_batch: bool = False) -> U
     """Read ``torch.optim.SGD`` and its subclasses."""
     groups = optimizer.param_groups
     momentum, dampening, nesterov, maximize = (
-        one(key, [group.get(key, 0) for group in groups])
+        common_value(key, [group.get(key, 0) for group in groups])
         for key in ("momentum", "dampening", "nesterov", "maximize")
     )
     lrs = tuple(float(group["lr"]) for group in groups)
     decays = tuple(float(group["weight_decay"]) for group in groups)
-    one_lr, one_decay = len(set(lrs)) == 1, len(set(decays)) == 1
-    # A shared decay is a part of the limit; with different rates it is a part of the scaled matrix.
-    in_limit = one_decay and one_lr
+    same_lr, same_decay = len(set(lrs)) == 1, len(set(decays)) == 1
+    # With one rate a shared decay lowers the limit. Otherwise decay is a part of the scaled Hessian.
+    in_limit = same_decay and same_lr
     return UpdateRule(
         lr=max(lrs),
         momentum=float(momentum),
@@ -37,13 +37,13 @@ def read_sgd(optimizer: torch.optim.Optimizer, *, full_batch: bool = False) -> U
         weight_decay=decays[0] if in_limit else 0.0,
         maximize=bool(maximize),
         full_batch=full_batch,
-        group_lrs=() if one_lr else lrs,
+        group_lrs=() if same_lr else lrs,
         group_weight_decays=() if in_limit else decays,
     )
 
 
 def read_asgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read ``torch.optim.ASGD``: SGD with a falling rate, which the state has for the next step."""
+    """Read ``torch.optim.ASGD``: SGD with a decreasing rate; ``eta`` is the rate of the next step."""
 
     def rate(step: Step) -> float:
         return float(step.state["eta"] if "eta" in step.state else step.group["lr"])
@@ -57,20 +57,22 @@ def read_asgd(optimizer: torch.optim.Optimizer) -> UpdateRule:
 
 
 def read_lookahead(optimizer: Any) -> UpdateRule:
-    """Read Lookahead (Zhang et al., 2019) over an optimizer that is known."""
+    """Read Lookahead (Zhang et al., 2019) over a known optimizer."""
     inner = UpdateRule.from_optimizer(optimizer.optimizer)
     if inner.unknown is not None:
         return inner
     if getattr(optimizer, "pullback_momentum", "none") != "none" or inner.lookahead is not None:
-        reason = "Lookahead that changes the momentum, or within another one, is not read"
+        reason = (
+            "Lookahead that changes the momentum, or over another Lookahead, has no known limit"
+        )
         return UpdateRule.unknown_step(optimizer, reason)
     return replace(inner, lookahead=(int(optimizer.k), float(optimizer.alpha)))
 
 
 def read_sam(optimizer: Any) -> UpdateRule:
-    """Return a rule without a limit: that of SAM needs the gradient's norm before it climbs."""
+    """Return a rule without limits: that of SAM needs the gradient's norm before the ascent step."""
     return UpdateRule.unknown_step(
         optimizer,
-        "the limit of SAM depends on the norm of the gradient where it climbs from, which it does not"
+        "the limit of SAM depends on the gradient's norm before the ascent step, which SAM does not"
         " keep: pass update_rule=lambda optimizer: UpdateRule(lr=..., ascent=rho / norm)",
     )

@@ -8,11 +8,12 @@ has already been applied:
 .. math:: u' = P\,[(1-\beta)\nabla f + \lambda\theta + \beta u], \qquad \theta' = \theta - \eta u'.
 
 Every matrix of the recursion :math:`z^2P^{-1} - z\,[P^{-1}+\beta-\eta((1-\beta)H+\lambda)] + \beta` is
-symmetric, so the Rayleigh quotients of an eigenvector decide: if :math:`\beta\lambda_{\max}(P) < 1`, the
-step is stable exactly if :math:`\lambda_{\max}(Q(H+\Lambda)) \le 2/\eta` with
-:math:`Q = (1-\beta)P(1+\beta P)^{-1}` and :math:`\Lambda = \lambda/(1-\beta)`. It is therefore read as
-plain gradient descent with the preconditioner Q. If :math:`\beta\lambda_{\max}(P) \ge 1`, as with small
-gradients, the updates amplify themselves, and no limit on the sharpness is known.
+symmetric, so stability follows from the Rayleigh quotients of an eigenvector. If
+:math:`\beta\lambda_{\max}(P) < 1`, the step is stable exactly if
+:math:`\lambda_{\max}(Q(H+\Lambda)) \le 2/\eta` with :math:`Q = (1-\beta)P(1+\beta P)^{-1}` and
+:math:`\Lambda = \lambda/(1-\beta)`: the rule is gradient descent with the preconditioner Q. If
+:math:`\beta\lambda_{\max}(P) \ge 1`, for instance with small gradients, the momentum grows without any
+gradient, and no limit on the sharpness is known.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
-from stableopt.stability.rules.readers.adaptive import averaged, decayed_apart
+from stableopt.stability.rules.readers.adaptive import averaged, lr_times_decay
 from stableopt.stability.rules.readers.diagonal import Step, stepped_rule
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
@@ -38,12 +39,12 @@ __all__ = ["KroneckerPreconditioner", "read_shampoo", "read_soap"]
 
 
 class KroneckerPreconditioner(StepPreconditioner):
-    r"""For each parameter a matrix :math:`U\,\mathrm{diag}(p)\,U^\top`, U a Kronecker product.
+    r"""A block-diagonal P of blocks :math:`U\,\mathrm{diag}(p)\,U^\top`, each U a Kronecker product.
 
     Args:
-        params: the parameters.
-        bases: for each parameter one orthogonal matrix for each of its dimensions, or ``None`` for 1.
-        spectra: for each the eigenvalues p in its shape.
+        params: the parameters, one for each block.
+        bases: for each parameter one orthogonal matrix per dimension; ``None`` stands for the identity.
+        spectra: for each parameter the eigenvalues p, in its shape.
     """
 
     def __init__(
@@ -60,16 +61,16 @@ class KroneckerPreconditioner(StepPreconditioner):
         images = []
         for tensor, bases, spectrum in zip(tensors, self._bases, self._spectra, strict=True):
             bases = [None if basis is None else basis.to(tensor) for basis in bases]
-            turned = _along_each(tensor, [None if basis is None else basis.T for basis in bases])
-            image = turned * spectrum.to(tensor)
-            images.append(_along_each(image, bases))
+            transposed = [None if basis is None else basis.T for basis in bases]
+            scaled = _multiply_dims(tensor, transposed) * spectrum.to(tensor)
+            images.append(_multiply_dims(scaled, bases))
         return images
 
     def over(self, params: Sequence[Tensor]) -> KroneckerPreconditioner:
         """Return the blocks of ``params``."""
-        at = self._places(params)
+        indices = self._indices(params)
         return KroneckerPreconditioner(
-            params, [self._bases[i] for i in at], [self._spectra[i] for i in at]
+            params, [self._bases[i] for i in indices], [self._spectra[i] for i in indices]
         )
 
 
@@ -82,18 +83,15 @@ def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
     bases, spectra, feedback = [], [], 0.0
     for group in groups:
         beta = float(group["momentum"])
+        rate = float(group["lr"]) / lr if lr else 1.0
         for p in group["params"]:
-            inverses = _inverses(optimizer, p) if id(p) in counts else []
-            spectrum = torch.ones_like(p) if id(p) in counts else torch.zeros_like(p)
-            rotations = []
-            for dim, inverse in enumerate(inverses):
-                values, vectors = torch.linalg.eigh((inverse + inverse.T) / 2)
-                spectrum = spectrum * values.view([-1] + [1] * (p.dim() - 1 - dim))
-                rotations.append(vectors)
+            eigenbases: list[Tensor] = []
+            spectrum = torch.zeros_like(p)
+            if id(p) in counts:
+                eigenbases, spectrum = _eigenbases(optimizer.state[p], p)
             if beta:
                 feedback = max(feedback, beta * float(spectrum.max()))
-            bases.append(rotations)
-            rate = float(group["lr"]) / lr if lr else 1.0
+            bases.append(eigenbases)
             spectra.append(rate * (1 - beta) * spectrum / (1 + beta * spectrum))
     preconditioner: StepPreconditioner = KroneckerPreconditioner(params, bases, spectra)
     if not counts:
@@ -101,9 +99,9 @@ def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
     elif not feedback < 1:
         reason = (
-            "Shampoo multiplies its momentum by its preconditioner, which makes it grow by itself:"
-            f" momentum times the largest eigenvalue is {feedback:.3g}, expected below 1; raise"
-            " epsilon, or leave the momentum out"
+            "Shampoo multiplies its momentum by its preconditioner, so the momentum grows by itself:"
+            f" momentum times the preconditioner's largest eigenvalue is {feedback:.3g}, expected below"
+            " 1; raise epsilon, or set momentum=0"
         )
         preconditioner = UnknownPreconditioner(reason, diagonal=False)
     return UpdateRule(
@@ -113,12 +111,20 @@ def read_shampoo(optimizer: torch.optim.Optimizer) -> UpdateRule:
     )
 
 
-def _inverses(optimizer: torch.optim.Optimizer, p: Tensor) -> list[Tensor]:
-    return [optimizer.state[p][f"inv_precond_{dim}"] for dim in range(p.dim())]
+def _eigenbases(state: dict[str, Any], p: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the eigenvectors of each dimension's matrix, and the eigenvalues of their product."""
+    eigenbases = []
+    spectrum = torch.ones_like(p)
+    for dim in range(p.dim()):
+        inverse = state[f"inv_precond_{dim}"]
+        values, vectors = torch.linalg.eigh((inverse + inverse.T) / 2)
+        spectrum = spectrum * values.view([-1] + [1] * (p.dim() - 1 - dim))
+        eigenbases.append(vectors)
+    return eigenbases, spectrum
 
 
-def _along_each(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
-    """Return the tensor, multiplied by one matrix along each dimension."""
+def _multiply_dims(tensor: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Return the tensor multiplied by one matrix along each dimension; ``None`` is the identity."""
     for dim, matrix in enumerate(matrices):
         if matrix is None:
             continue
@@ -130,12 +136,12 @@ def read_soap(optimizer: Any) -> UpdateRule:
     r"""Read ``pytorch_optimizer.SOAP`` (Vyas et al., 2024): Adam in the eigenbasis Q of Shampoo.
 
     :math:`P = Q\,\mathrm{diag}\bigl[\sqrt{1-\beta_2^t}/((\sqrt v+\epsilon)(1-\beta_1^t))\bigr]Q^\top`.
-    Its first call takes no step, and Q is already that of the next step when it has just been refreshed.
-    Weight decay comes after the step.
+    The first call of ``step`` takes no step. Right after a refresh Q is already that of the next step.
+    Weight decay follows the step.
     """
     for name in ("merge_dims", "normalize_gradient"):
         if any(group[name] for group in optimizer.param_groups):
-            reason = f"SOAP with {name}=True takes steps that are not read"
+            reason = f"SOAP with {name}=True takes steps without a known limit"
             return UpdateRule.unknown_step(optimizer, reason)
     if all(group.get("step", 0) <= 1 for group in optimizer.param_groups):
         preconditioner = UnknownPreconditioner(NOT_STEPPED.format("SOAP"), diagonal=False)
@@ -159,8 +165,8 @@ def read_soap(optimizer: Any) -> UpdateRule:
         spectra, bases = [], []
         for p, (step, factor) in zip(params, steps, strict=True):
             spectra.append(torch.zeros_like(p) if step is None else factor * spectrum(step))
-            turns = [] if step is None else step.state["Q"]
-            bases.append([turn.clone() if len(turn) else None for turn in turns])
+            matrices = [] if step is None else step.state["Q"]
+            bases.append([matrix.clone() if len(matrix) else None for matrix in matrices])
         return KroneckerPreconditioner(params, bases, spectra)
 
     return stepped_rule(
@@ -168,7 +174,7 @@ def read_soap(optimizer: Any) -> UpdateRule:
         build,
         diagonal=False,
         momentum=averaged,
-        rate=lambda step: float(step.group["lr"]) * (1 - decayed_apart(step)),
-        shrink=decayed_apart,
+        rate=lambda step: float(step.group["lr"]) * (1 - lr_times_decay(step)),
+        shrink=lr_times_decay,
         weight_decay=lambda group: 0.0,
     )
