@@ -80,10 +80,12 @@ def _by_gradient(
         stands_out = norm > _STANDS_OUT * max(before[-_LATELY:]) and jump > smallest_jump
         if not math.isfinite(norm) or (stands_out and robust_score(norm, before) > _SCORE):
             norms_by_layer = {name: finite_or_inf(x) for name, x in record.grad_norms.items()}
-            layer = max(norms_by_layer, key=lambda name: norms_by_layer[name])
+            # A skipped step has a norm from the training loop, and no gradients.
+            layer = max(norms_by_layer, key=lambda name: norms_by_layer[name], default=None)
             text = (
                 f"The gradient of the batch{_samples(record)} at step {record.step:,} was {norm:.3g},"
-                f" where {median(before):.3g} was usual; it is largest in {layer}."
+                f" where {median(before):.3g} was usual"
+                + (f"; it is largest in {layer}." if layer else ".")
             )
             return Verdict("batch", text, layer, record.step)
     return None

@@ -232,6 +232,9 @@ def test_the_norm_before_clipping_shows_the_batch() -> None:
     found = said(steps, [])
     assert (found.cause, found.step) == ("batch", 55)
     assert "was 80, where" in found.text
+    skipped = replace(steps[54], total_norm=math.inf, grad_norms={})
+    found = said([*steps[:54], skipped, *steps[55:]], [])
+    assert (found.cause, found.layer, found.step) == ("batch", None, 55)
     steps[54] = replace(steps[54], total_norm=3.9)  # not twice what others have
     assert said(steps, []).cause == "unknown"
 

@@ -245,6 +245,13 @@ def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
     if not all(_agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has its own limit"
+    for block in blocks:
+        factor = 1 - block.rule.lr * block.rule.decoupled_weight_decay
+        if factor <= -1:
+            return (
+                f"decoupled weight decay of {block.name} multiplies its parameters by {factor:g} in a"
+                " step: lower lr or weight_decay"
+            )
     return None
 
 

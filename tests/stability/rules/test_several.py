@@ -161,6 +161,23 @@ def test_settings_without_a_limit_are_a_rule_without_one() -> None:
     assert rule.unknown == "momentum=1.0: expected at least 0 and below 1"
 
 
+@pytest.mark.parametrize("weight_decay", [2.0, 3.0])
+def test_a_decay_that_flips_signs_has_no_limit(weight_decay: float) -> None:
+    """Catches a division by zero, and a preconditioner with negative entries."""
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    decays = (weight_decay, 0.0)
+    optimizers = [
+        torch.optim.AdamW([p], lr=1.0, weight_decay=decay)
+        for p, decay in zip(params, decays, strict=True)
+    ]
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    reason = rule_of(optimizers).unknown
+    assert reason is not None
+    assert f"decay of AdamW multiplies its parameters by {1 - weight_decay:g}" in reason
+
+
 def test_rounding_of_computed_settings_does_not_set_groups_apart() -> None:
     """Catches averages of schedule-free SGD whose weights differ by one unit in the last place."""
     schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
