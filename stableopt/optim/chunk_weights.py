@@ -16,7 +16,7 @@ from stableopt.curvature.problem.loss_checks import (
     checked_scalar,
     twice_over,
 )
-from stableopt.curvature.problem.weights.totals import weights_seen
+from stableopt.curvature.problem.weights.totals import weighted_means_in
 from stableopt.curvature.problem.weights.weights import (
     GivenWeights,
     LossWeights,
@@ -116,7 +116,7 @@ class ChunkWeights:
         with isolated(self._model, device), torch.no_grad():
             for batch, _ in self._batches:
                 x, y = map_tensors(lambda t: t.to(device), batch)
-                seen = weights_seen(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
+                seen = weighted_means_in(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
                 totals = torch.stack([mean.total().cpu() for mean in seen])
                 sums = totals if sums is None else sums + totals
         assert sums is not None

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.curvature.isolation.cross_entropy import lean_cross_entropy
 
-__all__ = ["NOTES", "AttentionSeen", "compiled", "plain_operations"]
+__all__ = ["NOTES", "AttentionWatcher", "compiled", "plain_operations"]
 
 ATTENTION = "math attention"
 UNCOMPILED = "uncompiled"
@@ -47,7 +47,7 @@ def compiled(model: nn.Module) -> bool:
     )
 
 
-class AttentionSeen(TorchFunctionMode):
+class AttentionWatcher(TorchFunctionMode):
     """Reports calls of fused attention, which leave no trace in a graph."""
 
     def __init__(self, note: Note) -> None:
