@@ -123,9 +123,7 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
         assert "expected finite weights that are not negative" in found.pop("negative weights")
     assert zero == one
     for name in ("non_uniformity", "critical_lr", "batch_sharpness"):
-        assert zero[name].startswith(
-            f"ValueError: quantities: {name} needs the gradients of single"
-        )
+        assert zero[name].startswith(f"ValueError: quantities: {name} needs per-sample gradients")
     assert "'0.weight' is a DTensor" in zero["tensor parallel"]
     assert "Tensor-parallel parameters" in zero["tensor parallel"]
     assert "fully_shard on a mesh of one dimension" in zero["hybrid"]
@@ -136,7 +134,7 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
     assert "process_group" in zero["other group"]
     assert "expected a ShardedProblem" in zero["problem"]
     assert "weighs samples unequally, or they see each other" in zero["unknown weights"]
-    assert "Pass the weights as sample_weight=;" in zero["unknown weights"]
+    assert "Pass the weights as sample_weight=. If" in zero["unknown weights"]
     assert "sample_weight: with these weights the gradient of a batch" in zero["wrong weights"]
 
 

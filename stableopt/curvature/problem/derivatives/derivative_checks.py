@@ -105,9 +105,7 @@ def check_derivatives(
             derivative.
     """
     if not _depends_on(function, point):
-        raise ValueError(
-            "loss_fn: the loss does not depend on any of the chosen parameters (params=)"
-        )
+        raise ValueError("loss_fn: the loss does not depend on any of the parameters (params=)")
     if double is None:
         compared, near = function, point
     else:

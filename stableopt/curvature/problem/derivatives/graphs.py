@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stableopt.curvature.isolation.cross_entropy import OWN
+from stableopt.curvature.isolation.cross_entropy import CUSTOM_FUNCTIONS
 
 __all__ = ["HookWatcher", "has_custom_function", "has_kinks", "lacks_derivative", "nodes_of"]
 
@@ -56,7 +56,7 @@ def has_custom_function(*tensors: Tensor | None) -> bool:
     return any(
         (
             issubclass(type(node), torch.autograd.function.BackwardCFunction)
-            and getattr(node, "_forward_cls", None) not in OWN
+            and getattr(node, "_forward_cls", None) not in CUSTOM_FUNCTIONS
         )
         or "CppNode" in node.name()
         for node in nodes_of(*tensors)
