@@ -116,8 +116,8 @@ def _in_library(value: Any) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    found = getattr(value, "__dict__", {})
-    return found if isinstance(found, dict) else {}
+    attributes = getattr(value, "__dict__", {})
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _slots(value: Any) -> Iterator[str]:

@@ -157,7 +157,7 @@ def _subtract_mean(
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first
+    total, *others = tensors
+    for tensor in others:
+        total = total + tensor
+    return total

@@ -52,18 +52,18 @@ class Convolution:
 
     def out(self, x: Tensor, w: Tensor) -> Tensor:
         """Return :math:`w * x`."""
-        found: Tensor = _Out.apply(self, x, w)  # type: ignore[no-untyped-call]
-        return found
+        output: Tensor = _Out.apply(self, x, w)  # type: ignore[no-untyped-call]
+        return output
 
     def back(self, y: Tensor, w: Tensor) -> Tensor:
         """Return the gradient of :math:`⟨y, w * x⟩` in x."""
-        found: Tensor = _Back.apply(self, y, w)  # type: ignore[no-untyped-call]
-        return found
+        gradient: Tensor = _Back.apply(self, y, w)  # type: ignore[no-untyped-call]
+        return gradient
 
     def grad(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the gradient of :math:`⟨y, w * x⟩` in w."""
-        found: Tensor = _Grad.apply(self, x, y)  # type: ignore[no-untyped-call]
-        return found
+        gradient: Tensor = _Grad.apply(self, x, y)  # type: ignore[no-untyped-call]
+        return gradient
 
     def by_sample(self, size: int) -> Convolution:
         """Return the grouped convolution that applies its own kernel to each of ``size`` samples."""
@@ -113,13 +113,13 @@ class Convolution:
         return self.stride, self.padding, self.dilation, False, none, self.groups
 
     def _plain_out(self, x: Tensor, w: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten.convolution.default(x, w, None, *self._options())
-        return found
+        output: Tensor = torch.ops.aten.convolution.default(x, w, None, *self._options())
+        return output
 
     def _plain_back(self, y: Tensor, w: Tensor) -> Tensor:
         like = y.new_empty(()).expand(self.inputs)
-        found: Tensor = _backward(y, like, w, None, *self._options(), [True, False, False])[0]
-        return found
+        gradient: Tensor = _backward(y, like, w, None, *self._options(), [True, False, False])[0]
+        return gradient
 
     def _plain_grad(self, x: Tensor, y: Tensor) -> Tensor:
         positions = y[0, 0].numel()
@@ -128,8 +128,8 @@ class Convolution:
             patches = self.patches(x).squeeze(1).transpose(0, 1).flatten(1)
             return (rows @ patches.T).view(self.kernel)
         like = y.new_empty(()).expand(self.kernel)
-        found: Tensor = _backward(y, x, like, None, *self._options(), [False, True, False])[1]
-        return found
+        gradient: Tensor = _backward(y, x, like, None, *self._options(), [False, True, False])[1]
+        return gradient
 
 
 def _needed(ctx: Any) -> tuple[bool, bool]:

@@ -198,8 +198,8 @@ class Linear(Matrix):
     def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
         assert head is not None
         rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
-        found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
-        return found.view(size, *shape)
+        gradients = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+        return gradients.view(size, *shape)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
@@ -247,57 +247,45 @@ class Conv(Matrix):
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        convolution = self._at_inputs(head, like)
-        w = w.reshape(convolution.kernel)
-        return convolution.back(head, w) if self.head_is_left else convolution.out(head, w)
+        conv = self._at_inputs(head, like)
+        w = w.reshape(conv.kernel)
+        return conv.back(head, w) if self.head_is_left else conv.out(head, w)
 
     def back(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
-        convolution = self._at_inputs(like, slope)
-        w = w.reshape(convolution.kernel)
-        return convolution.out(slope, w) if self.head_is_left else convolution.back(slope, w)
+        conv = self._at_inputs(like, slope)
+        w = w.reshape(conv.kernel)
+        return conv.out(slope, w) if self.head_is_left else conv.back(slope, w)
 
     def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
         assert head is not None
-        convolution = self._at_inputs(head, slope)
-        found = (
-            convolution.grad(slope, head) if self.head_is_left else convolution.grad(head, slope)
-        )
-        return found.view(shape)
+        conv = self._at_inputs(head, slope)
+        gradient = conv.grad(slope, head) if self.head_is_left else conv.grad(head, slope)
+        return gradient.view(shape)
 
     def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
         assert head is not None
-        convolution = self._at_inputs(head, slope)
-        if convolution.groups == 1 and self.positions(head, slope, size) <= _FEW_POSITIONS:
+        conv = self._at_inputs(head, slope)
+        if conv.groups == 1 and self.positions(head, slope, size) <= _FEW_POSITIONS:
             rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
-            found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
-            return found.view(size, *shape)
-        convolution = convolution.by_sample(size)
+            gradients = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+            return gradients.view(size, *shape)
+        conv = conv.by_sample(size)
         head, slope = _samples_to_channels(head, size), _samples_to_channels(slope, size)
-        found = (
-            convolution.grad(slope, head) if self.head_is_left else convolution.grad(head, slope)
-        )
-        return found.view(size, *shape)
+        gradients = conv.grad(slope, head) if self.head_is_left else conv.grad(head, slope)
+        return gradients.view(size, *shape)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        convolution = self._at_inputs(head, like).by_sample(len(w))
-        given, kernels = _samples_to_channels(head, len(w)), w.reshape(convolution.kernel)
-        found = (
-            convolution.back(given, kernels)
-            if self.head_is_left
-            else convolution.out(given, kernels)
-        )
-        return _channels_to_samples(found, len(w), like)
+        conv = self._at_inputs(head, like).by_sample(len(w))
+        given, kernels = _samples_to_channels(head, len(w)), w.reshape(conv.kernel)
+        outputs = conv.back(given, kernels) if self.head_is_left else conv.out(given, kernels)
+        return _channels_to_samples(outputs, len(w), like)
 
     def backs(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
-        convolution = self._at_inputs(like, slope).by_sample(len(w))
-        given, kernels = _samples_to_channels(slope, len(w)), w.reshape(convolution.kernel)
-        found = (
-            convolution.out(given, kernels)
-            if self.head_is_left
-            else convolution.back(given, kernels)
-        )
-        return _channels_to_samples(found, len(w), like)
+        conv = self._at_inputs(like, slope).by_sample(len(w))
+        given, kernels = _samples_to_channels(slope, len(w)), w.reshape(conv.kernel)
+        gradients = conv.out(given, kernels) if self.head_is_left else conv.back(given, kernels)
+        return _channels_to_samples(gradients, len(w), like)
 
     def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
         kernel = self.convolution.kernel
@@ -310,42 +298,52 @@ class Conv(Matrix):
         return outputs[:, 0].numel() // size
 
     def head_rows(self, head: Tensor, size: int) -> Tensor:
-        return self._outputs(head, size) if self.head_is_left else self._patches(head, size)
+        return self._output_rows(head, size) if self.head_is_left else self._patch_rows(head, size)
 
     def slope_rows(self, slope: Tensor, size: int) -> Tensor:
-        return self._patches(slope, size) if self.head_is_left else self._outputs(slope, size)
+        return (
+            self._patch_rows(slope, size) if self.head_is_left else self._output_rows(slope, size)
+        )
 
     def head_of(self, rows: Tensor, like: Tensor) -> Tensor:
-        return self._outputs_of(rows, like) if self.head_is_left else self._spread(rows, like)
+        return (
+            self._from_output_rows(rows, like)
+            if self.head_is_left
+            else self._from_patch_rows(rows, like)
+        )
 
     def slope_of(self, rows: Tensor, like: Tensor) -> Tensor:
-        return self._spread(rows, like) if self.head_is_left else self._outputs_of(rows, like)
+        return (
+            self._from_patch_rows(rows, like)
+            if self.head_is_left
+            else self._from_output_rows(rows, like)
+        )
 
-    def _outputs(self, y: Tensor, size: int) -> Tensor:
+    def _output_rows(self, y: Tensor, size: int) -> Tensor:
         groups, each = self.convolution.groups, len(y) // size
-        found = y.reshape(size, each, groups, y.shape[1] // groups, -1)
-        return found.permute(0, 2, 1, 4, 3).reshape(size * groups, -1, found.shape[3])
+        rows = y.reshape(size, each, groups, y.shape[1] // groups, -1)
+        return rows.permute(0, 2, 1, 4, 3).reshape(size * groups, -1, rows.shape[3])
 
-    def _outputs_of(self, rows: Tensor, like: Tensor) -> Tensor:
+    def _from_output_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         groups = self.convolution.groups
         size, each, features = len(rows) // groups, like[0, 0].numel(), rows.shape[2]
-        found = rows.reshape(size, groups, -1, each, features).permute(0, 2, 1, 4, 3)
-        return found.reshape(like.shape)
+        outputs = rows.reshape(size, groups, -1, each, features).permute(0, 2, 1, 4, 3)
+        return outputs.reshape(like.shape)
 
-    def _patches(self, x: Tensor, size: int) -> Tensor:
-        convolution = replace(self.convolution, inputs=x.shape)
-        patches, each = convolution.patches(x), len(x) // size  # (rows, groups, in, T)
+    def _patch_rows(self, x: Tensor, size: int) -> Tensor:
+        conv = replace(self.convolution, inputs=x.shape)
+        patches, each = conv.patches(x), len(x) // size  # (rows, groups, in, T)
         if each == 1:
             return patches.flatten(0, 1).mT
-        found = patches.view(size, each, *patches.shape[1:]).permute(0, 2, 1, 4, 3)
-        return found.reshape(size * convolution.groups, -1, patches.shape[2])
+        rows = patches.view(size, each, *patches.shape[1:]).permute(0, 2, 1, 4, 3)
+        return rows.reshape(size * conv.groups, -1, patches.shape[2])
 
-    def _spread(self, rows: Tensor, like: Tensor) -> Tensor:
-        convolution = replace(self.convolution, inputs=like.shape)
-        size = len(rows) // convolution.groups
+    def _from_patch_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        conv = replace(self.convolution, inputs=like.shape)
+        size = len(rows) // conv.groups
         each, features = len(like) // size, rows.shape[2]
-        found = rows.view(size, convolution.groups, each, -1, features).permute(0, 2, 1, 4, 3)
-        return convolution.spread(found.reshape(len(like), convolution.groups, features, -1))
+        patches = rows.view(size, conv.groups, each, -1, features).permute(0, 2, 1, 4, 3)
+        return conv.spread(patches.reshape(len(like), conv.groups, features, -1))
 
 
 def _samples_to_channels(tensor: Tensor, size: int) -> Tensor:

@@ -188,8 +188,8 @@ def _lookups_of(tables: Sequence[Use], size: int) -> _Lookups:
         assert use.head is not None
         indices.append(use.head.reshape(size, -1))
         tangents.append(use.slope_tangent.reshape(size, -1, use.slope.shape[-1]))
-    found = _Lookups(_cat(indices), _cat(tangents))
-    return found._replace(tangents=found.masked(found.tangents))
+    lookups = _Lookups(_cat(indices), _cat(tangents))
+    return lookups._replace(tangents=lookups.masked(lookups.tangents))
 
 
 def _along_lookups(maps: _Maps | None, lookups: _Lookups) -> Tensor:
