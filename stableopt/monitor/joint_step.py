@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-__all__ = ["JointStep", "nested"]
+__all__ = ["JointStep", "nested", "running_steps"]
 
 _OF_STEPS = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 
@@ -51,7 +51,14 @@ def nested(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a hook of ``optimizer`` runs inside another ``step`` of the same optimizer.
 
     A class whose ``step`` calls that of its parent has two of them, and torch calls the hooks for each.
-    The stack tells them apart even after a step that raised.
+    """
+    return running_steps(optimizer) > 1
+
+
+def running_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Count the calls of ``optimizer.step`` that have not returned, from the stack.
+
+    The stack is right even after a step that raised.
     """
     frame: FrameType | None = sys._getframe(1)
     steps = 0
@@ -59,4 +66,4 @@ def nested(optimizer: torch.optim.Optimizer) -> bool:
         if frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OF_STEPS:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return steps > 1
+    return steps

@@ -166,7 +166,7 @@ class StabilityMonitor:
             second_derivatives=None if checked else False,
             process_group=process_group,
         )
-        self._counter = SampleCounter(dim=problem.layout.dims[0])
+        self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
         self._measurer = Measurer(
             self.optimizers,
@@ -202,6 +202,7 @@ class StabilityMonitor:
             # This one first: torch.jit modules refuse it, and then no hook must be left behind.
             hook = observed.register_forward_pre_hook(self._counter, with_kwargs=True)
             self._handles.append(hook)
+            self._counter.calibrate(problem)
         before = self._before_step if begins else None
         try:
             for each in self.optimizers:
@@ -268,8 +269,7 @@ class StabilityMonitor:
         >>> monitor.batch_size
         4
         """
-        self._counter.active = False
-        self._counter.add(batch)
+        self._counter.count_only(batch)
 
     def measure(self) -> StabilityMargins:
         """Measure now, at any step; record the result and send it to the sinks. On every rank.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median_low
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._support.torch_internals import eager, in_backward
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
+from stableopt.curvature.problem.mean_loss import MeanLoss
 
 __all__ = ["SampleCounter"]
 
@@ -25,16 +26,25 @@ step, whose samples are counted with the next."""
 class SampleCounter:
     """A forward pre-hook that counts samples; a copy made with its module counts nothing.
 
+    A step may evaluate its batch at several points, as a line search and SAM do. Only passes at the
+    first one are counted: later ones follow an in-place change of a parameter.
+
+    Args:
+        params: returns the trained parameters.
+        dim: the dimension that counts samples, if a tensor has it, and else the first.
+
     Attributes:
         active: whether forward passes are counted.
-        dim: the dimension that counts samples, if a tensor has it, and else the first.
+        passed: samples that pass the model for one of the loss: two in a loss of pairs.
         observed: samples of each of the latest five steps, oldest first.
     """
 
-    def __init__(self, active: bool = True, dim: int = 0) -> None:
-        self.active, self.dim = active, dim
+    def __init__(self, params: Callable[[], Sequence[Tensor]] = list, dim: int = 0) -> None:
+        self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
-        self._count, self._forward = 0, False
+        self.passed = 1
+        self._params, self._first_point = params, 0
+        self._count, self._forward, self._calibrating = 0, False, False
 
     @property
     def __name__(self) -> str:
@@ -48,19 +58,46 @@ class SampleCounter:
     @property
     def batch_size(self) -> int | None:
         """The median of :attr:`observed`; ``None`` before the first step with samples."""
-        return median_low(self.observed) if self.observed else None
+        return max(1, median_low(self.observed) // self.passed) if self.observed else None
+
+    def calibrate(self, problem: MeanLoss) -> None:
+        """Find :attr:`passed` by one evaluation of a batch loss, which may call the model at will."""
+        if problem.loss_fn is not None:
+            return  # loss_fn(model(x), y) passes each sample once
+        self._calibrating = True
+        try:
+            problem.value()
+            passed, rest = divmod(self._count, problem.own_samples)
+        finally:
+            self._count, self._calibrating = 0, False
+        self.passed = passed if passed and not rest else 1
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
+        if self._calibrating:
+            self.add((args, kwargs))
+            return
         # Validation runs without gradients and belongs to no step; nor do passes of any measurement.
         if not self.active or not torch.is_grad_enabled() or measuring():
+            return
+        point = sum(p._version for p in self._params())
+        if not self._count:
+            self._first_point = point
+        if point != self._first_point:
             return
         # Activation checkpointing runs a pass again in the backward pass, or there alone.
         again = in_backward()
         if not (again and self._forward):
             self.add((args, kwargs))
         self._forward = self._forward or not again
+
+    def count_only(self, batch: Any) -> None:
+        """Count ``batch``, and no forward pass from now on."""
+        if self.active:
+            self.observed.clear()
+        self.active, self.passed = False, 1
+        self.add(batch)
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch`` by its first tensor."""
@@ -81,10 +118,16 @@ class SampleCounter:
         self._count, self._forward = 0, False
 
     def __deepcopy__(self, memo: Any) -> SampleCounter:
-        return SampleCounter(active=False)
+        return _inactive()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SampleCounter, (False,))
+        return (_inactive, ())
+
+
+def _inactive() -> SampleCounter:
+    counter = SampleCounter()
+    counter.active = False
+    return counter
 
 
 def _packed_in(batch: Any) -> Iterator[PackedSequence]:

@@ -162,3 +162,76 @@ def test_what_cannot_be_observed_is_refused() -> None:
         with pytest.raises(TypeError, match=r"Fixed has no step hooks.*pass the torch.optim"):
             StabilityMonitor(Fixed(sgd), model, MSE, (X, Y), every=1)
     assert not model._forward_pre_hooks
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimization (Foret et al., 2021) over SGD, with its step in two parts."""
+
+    def __init__(self, params: Any, lr: float, rho: float) -> None:
+        super().__init__(params, {"lr": lr, "rho": rho})
+        self.sgd = torch.optim.SGD(self.param_groups, lr=lr)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        params = self.param_groups[0]["params"]
+        norm = torch.cat([p.grad.flatten() for p in params]).norm()
+        self.climbed = [self.param_groups[0]["rho"] / norm * p.grad for p in params]
+        torch._foreach_add_(params, self.climbed)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_sub_(self.param_groups[0]["params"], self.climbed)
+        self.sgd.step()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("form", ["two calls", "closure"])
+def test_a_step_in_parts_is_one_step(form: str) -> None:
+    """Catches a monitor that never measures, one that measures twice, at the wrong weights, and a
+    batch whose two gradients count double.
+    """
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # its limits are not known
+        monitor = StabilityMonitor(
+            optimizer, model, MSE, (X, Y), every=1, quantities=("sharpness", "realised_edge")
+        )
+    losses, edges = [], []
+    for rows in (slice(0, 8), slice(4, 12), slice(2, 10)):
+
+        def gradients(rows: slice = rows) -> None:
+            MSE(model(X[rows]), Y[rows]).backward()
+
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        gradients()
+        if form == "closure":
+            optimizer.step(gradients)
+        else:
+            optimizer.first_step()
+            gradients()
+            optimizer.second_step()
+        moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+        full = torch.cat([X, torch.ones(len(X), 1)], dim=1)
+        hessian = 2 * full.T @ full / len(X)
+        gradient = hessian @ before - 2 * full.T @ Y.squeeze(1) / len(X)
+        edges.append(float(-0.5 * (moved @ hessian @ moved) / (gradient @ moved)))
+        with torch.no_grad():
+            losses.append(float(MSE(model(X), Y)))
+    assert [m.step for m in monitor.history] == [1, 2, 3]
+    assert monitor.batch_size == 8
+    torch.testing.assert_close([m.loss for m in monitor.history], losses)
+    monitor.close()
+    assert "first_step" not in vars(optimizer)
+    assert "second_step" not in vars(optimizer)
+    found = monitor.history[0].realised_edge
+    assert found == pytest.approx(edges[0], rel=1e-4)

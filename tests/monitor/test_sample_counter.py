@@ -183,3 +183,52 @@ def test_samples_that_are_not_counted_are_reported() -> None:
     assert monitor.margins.non_uniformity is not None
     assert monitor.margins.sharpness_ratio < 1
     assert monitor.margins.stable is None
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, stableopt.LBFGS])
+def test_a_batch_evaluated_at_several_points_counts_once(kind: type) -> None:
+    """Catches a mini-batch of L-BFGS that counts once for each evaluation of its line search."""
+    model = linear()
+    optimizer = kind(model.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+    monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        # Two micro-batches, which do count as one batch.
+        loss: Tensor = MSE(model(X[:4]), Y[:4]) + MSE(model(X[4:7]), Y[4:7])
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert evaluations > 2 * 3
+    assert monitor.batch_size == 7
+    assert list(monitor._counter.observed) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("form", ["two passes", "one pass of both"])
+def test_a_loss_of_pairs_counts_pairs(form: str) -> None:
+    """Catches a preference loss, of a chosen and a rejected sample, whose batch counts double."""
+    model = linear()
+    optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if form == "two passes":
+            chosen, rejected = model(batch["chosen"]), model(batch["rejected"])
+        else:
+            chosen, rejected = model(torch.cat([batch["chosen"], batch["rejected"]])).chunk(2)
+        return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+    pairs = {"chosen": X, "rejected": -X.roll(1, 0)}
+    monitor = optimizer.track(stableopt.Problem.from_batch_loss(model, loss, pairs), every=1)
+    for rows in (slice(0, 4), slice(4, 8)):
+        optimizer.zero_grad()
+        loss(model, {name: x[rows] for name, x in pairs.items()}).backward()
+        optimizer.step()
+    assert [m.batch_size for m in monitor.history] == [4, 4]
+    monitor.count_samples(X[:5])
+    optimizer.step()
+    assert monitor.batch_size == 5

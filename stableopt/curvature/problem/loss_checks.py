@@ -214,14 +214,16 @@ def parameters_changed_by(
     """Return the names of the ``params`` that ``evaluate`` changes; restore their values.
 
     A forward pass may update a teacher or a key encoder that follows the model. Values are compared,
-    since updates by ``data`` leave version counters alone.
+    since updates by ``data`` leave version counters alone. Integers are codes of quantized weights, which
+    a kernel may repack in another shape without a change of the weights, so they are not compared.
     """
-    before = {name: p.detach().clone() for name, p in params.items()}
+    numbers = {name: p for name, p in params.items() if p.is_floating_point() or p.is_complex()}
+    before = {name: p.detach().clone() for name, p in numbers.items()}
     changed: set[str] = set()
     try:
         evaluate()
     finally:
-        changed = {name for name, p in params.items() if not torch.equal(p.detach(), before[name])}
+        changed = {name for name, p in numbers.items() if not torch.equal(p.detach(), before[name])}
         for name in changed:
             params[name].data.copy_(before[name])
     return frozenset(changed)

@@ -82,10 +82,10 @@ class Replicas:
         """Return each copy's gradient of the batch with the samples ``own``, ``(count, r)``."""
         factors, x = self.modes.factors, self.state[0]
         drawn, order = own.flatten().sort(stable=True)
-        samples, times = drawn.unique_consecutive(return_counts=True)
+        samples, times = torch.unique_consecutive(drawn, return_counts=True)
         bytes_each = factors[0].numel() * factors.element_size()
         if own.numel() * bytes_each > len(samples) * _WORTH_A_CALL:
-            copies = (order // own.shape[1]).split(times.tolist())
+            copies = torch.split(order // own.shape[1], times.tolist())
             total = _by_sample(factors, x, samples, copies)
         else:
             total = _by_copy(factors, x, own)

@@ -71,3 +71,41 @@ def test_an_embedding_scaled_by_frequencies_is_refused_for_all_data(make: type[n
             Problem(model, nn.MSELoss(), data, chunk_size=chunk_size)
     head = list(model[2].parameters())
     assert Problem(model, nn.MSELoss(), data, params=head).num_params == 10
+
+
+class QuantizedWithAdapter(nn.Module):
+    """A frozen layer of integer codes, repacked by the first pass, and a trained low-rank adapter.
+
+    With ``dense=True`` the frozen layer has the weights for which the codes stand.
+    """
+
+    def __init__(self, dense: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(256, (9, 1), generator=generator, dtype=torch.uint8)
+        self.base: Tensor
+        if dense:
+            self.register_buffer("base", self.decoded(codes))
+        else:
+            self.base = nn.Parameter(codes, requires_grad=False)
+        self.a = nn.Parameter(torch.randn(2, 3, generator=generator).double())
+        self.b = nn.Parameter(torch.randn(3, 2, generator=generator).double())
+
+    @staticmethod
+    def decoded(codes: Tensor) -> Tensor:
+        return (codes.double() / 128 - 1).view(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.base
+        if not weight.is_floating_point():
+            self.base.data = self.base.data.view(3, 3)
+            weight = self.decoded(self.base)
+        return torch.tanh(x @ weight.T + x @ self.a.T @ self.b.T)
+
+
+def test_a_quantized_base_with_an_adapter(data: tuple[Tensor, Tensor]) -> None:
+    """Catches integer codes that are restored in another shape, or taken for a moving average."""
+    quantized, dense = QuantizedWithAdapter(False), QuantizedWithAdapter(True)
+    expected = dense_hessians(dense, nn.MSELoss(), *data).mean(0)
+    hessian = Hessian(Problem(quantized, nn.MSELoss(), data))
+    assert relative_error(hessian @ eye(hessian), expected) < PRODUCT
