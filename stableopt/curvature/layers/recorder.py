@@ -307,7 +307,8 @@ class Recorder(TorchFunctionMode):
             return tuple(t for t in output[0] if isinstance(t, Tensor))
 
         results = list(quiet_vmap(of_sample, tuple(dims), *inputs))
-        return results, lambda tensors: _with_tensors(*output, tensors)
+        output_leaves, output_spec = output
+        return results, lambda tensors: _with_tensors(output_leaves, output_spec, tensors)
 
     def enter_unit(self, module: nn.Module, args: Any) -> None:
         """Pause the recording inside a unit."""

@@ -169,8 +169,8 @@ def distinct_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tup
     """Return four of the samples, as a batch, with distinct contributions of comparable size.
 
     A fast product that confuses samples gives the same sum if their contributions are alike or vanish,
-    so such samples would not reveal the fault. ``None`` if there are no four such samples among the
-    drawn ones, unless these are all samples of the rank: others then complete the four.
+    so such samples would not reveal the fault. ``None`` if the drawn samples do not include four, unless
+    they are all samples of the rank: others then complete the four.
 
     Args:
         drawn: the samples.
