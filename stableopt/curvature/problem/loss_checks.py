@@ -214,7 +214,7 @@ def parameters_changed_by(
     """Return the names of the ``params`` that ``evaluate`` changes; restore their values.
 
     A forward pass may update a teacher or a key encoder that follows the model. Values are compared,
-    since updates by ``data`` leave version counters alone. Integers are not compared: a kernel may repack
+    since updates by ``data`` leave version counters alone. Integers are not compared: kernels may repack
     the codes of quantized weights, in another shape, without a change of the weights.
     """
     numbers = {name: p for name, p in params.items() if p.is_floating_point() or p.is_complex()}

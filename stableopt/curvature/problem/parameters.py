@@ -89,10 +89,11 @@ def select_parameters(
             )
         wanted = {id(p): p for p in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}
-        in_model = {id(p) for p in named.values()}
-        for name, p in () if objective is None else objective.named_parameters():
-            if id(p) in wanted and id(p) not in in_model:
-                chosen[name] = p
+        if objective is not None:
+            in_model = {id(p) for p in named.values()}
+            for name, p in objective.named_parameters():
+                if id(p) in wanted and id(p) not in in_model:
+                    chosen[name] = p
         unknown = set(wanted) - {id(p) for p in chosen.values()}
         if unknown:
             shapes = [tuple(wanted[key].shape) for key in unknown]
