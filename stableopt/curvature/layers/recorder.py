@@ -162,10 +162,9 @@ class Recorder(TorchFunctionMode):
         if index == len(decisions):
             decisions.append((name, [self._has_rows(t) for t in tensors]))
         decided_name, batched = decisions[index]
-        fits = decided_name == name and len(batched) == len(tensors)
-        for has_rows, t in zip(batched, tensors, strict=False):
-            fits = fits and not (has_rows and (t.dim() == 0 or t.shape[0] % self.size))
-        if not fits:
+        same_call = decided_name == name and len(batched) == len(tensors)
+        pairs = zip(batched, tensors, strict=False)
+        if not same_call or any(b and (t.dim() == 0 or t.shape[0] % self.size) for b, t in pairs):
             raise UnfitError("the model calls other functions for other samples")
         return batched
 
@@ -205,15 +204,15 @@ class Recorder(TorchFunctionMode):
     def copies(self, tensor: Tensor, way: str = "vmap") -> Tensor:
         """Return one copy a sample, ``(n, *shape)``, of a parameter or a value computed from some."""
         key = id(tensor)
-        if key in self._index_of:
-            self._plan.ways[self._index_of[key]].add(way)
-            self._plan.copied.add(self._index_of[key])
+        index = self._index_of.get(key)
+        if index is not None:
+            self._plan.ways[index].add(way)
+            self._plan.copied.add(index)
         if key in self._copies:
             return self._copies[key]
-        if key in self._index_of:
-            copies, number = self.offset(tensor.expand(self.size, *tensor.shape))
-            self.parts.append(Part(self._index_of[key], Copies(), None, number))
-            self._copies[key] = copies
+        if index is not None:
+            self._copies[key], slope = self.offset(tensor.expand(self.size, *tensor.shape))
+            self.parts.append(Part(index, Copies(), None, slope))
         else:
             call = self._parameter_calls[key]
             results = self._vectorised(call.function, call.args, call.kwargs, way=way)[0]
