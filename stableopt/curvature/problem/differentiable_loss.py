@@ -82,7 +82,7 @@ class DifferentiableLoss(MeanLoss):
         return self.num_params > LARGE
 
     def zeros(self) -> Tensor:
-        """Return zeros ``(d,)``; on a CPU, a large vector takes memory only where it is written to."""
+        """Return zeros ``(d,)``; on a CPU, a large vector takes memory only where it is written."""
         if self.large and self.device.type == "cpu":
             dtype = np.float64 if self.dtype == torch.float64 else np.float32
             return torch.from_numpy(np.zeros(self.num_params, dtype=dtype))

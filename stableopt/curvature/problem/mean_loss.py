@@ -324,7 +324,7 @@ class MeanLoss(abc.ABC):
         return self.precision.cast(tensor.detach().to(self.device, copy=True))
 
     def evaluation(self) -> AbstractContextManager[Callable[[], None]]:
-        """Return the context in which the model is a fixed function and evaluation leaves no trace."""
+        """Return a context in which the model is a fixed function and evaluation has no side effects."""
         return isolated(
             self._objective,
             self.device,

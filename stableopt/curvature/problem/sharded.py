@@ -125,7 +125,7 @@ class ShardedProblem(MeanLoss):
         )
 
     def evaluation(self) -> AbstractContextManager[Callable[[], None]]:
-        """Return the context in which the model is a fixed function and evaluation leaves no trace."""
+        """Return a context in which the model is a fixed function and evaluation has no side effects."""
         # The snapshot must not contain gathered parameters of an earlier pass, which are freed later.
         reshard(self.model)
         return super().evaluation()
