@@ -123,7 +123,9 @@ def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:
         assert "expected finite weights that are not negative" in found.pop("negative weights")
     assert zero == one
     for name in ("non_uniformity", "critical_lr", "batch_sharpness"):
-        assert zero[name].startswith(f"ValueError: quantities: {name} needs per-sample gradients")
+        assert zero[name].startswith(
+            f"ValueError: quantities: {name} needs the gradients of single"
+        )
     assert "'0.weight' is a DTensor" in zero["tensor parallel"]
     assert "Tensor-parallel parameters" in zero["tensor parallel"]
     assert "fully_shard on a mesh of one dimension" in zero["hybrid"]
