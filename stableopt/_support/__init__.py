@@ -1,1 +1,1 @@
-"""Checks of arguments, deprecated names and torch internals that every package uses."""
+"""Checks of arguments, deprecated names, and torch internals, for all packages."""

@@ -1,4 +1,4 @@
-"""Old names of renamed functions and keywords: they work, with a ``DeprecationWarning``."""
+"""Decorators that keep the old names of functions and keywords, with a ``DeprecationWarning``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is called ``new`` now; by default at the caller of the caller."""
+    """Warn that ``old`` is now called ``new``; by default at the caller of the caller."""
     warnings.warn(
         f"{old} is deprecated and will be removed in 1.0: use {new}",
         DeprecationWarning,
@@ -24,7 +24,7 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
 
 
 def renamed_keywords(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a function so that it takes the old keywords too: ``old="new"``.
+    """Decorate a function so that it also accepts old keywords: ``old="new"``.
 
     >>> @renamed_keywords(max="largest")
     ... def clip(x, *, largest): return min(x, largest)
@@ -49,7 +49,7 @@ def _rename(kwargs: dict[str, Any], names: dict[str, str]) -> None:
     for old, new in names.items():
         if old in kwargs:
             if new in kwargs:
-                raise TypeError(f"{new} and its old name {old}: expected one of them")
+                raise TypeError(f"{new} and its old name {old} are both given: expected only {new}")
             warn_renamed(f"the keyword {old}", new, stacklevel=4)
             kwargs[new] = kwargs.pop(old)
 
@@ -67,7 +67,7 @@ def renamed_names(module: str, **names: str) -> Callable[[str], Any]:
 
 
 def positional_keywords(*names: str, **renamed: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a class method of keywords: old positions and old keywords, ``old="new"``, still work.
+    """Decorate a keyword-only class method so that it accepts old positions and keywords, ``old="new"``.
 
     >>> class Interval:
     ...     @classmethod
@@ -88,7 +88,7 @@ def positional_keywords(*names: str, **renamed: str) -> Callable[[Callable[P, T]
                 raise TypeError(f"expected at most {len(names)} positional arguments: {names}")
             for name in names[: len(values)]:
                 if name in kwargs:
-                    raise TypeError(f"{name} and its position: expected one of them")
+                    raise TypeError(f"{name} and its position are both given: expected one of them")
             if values:
                 title = f"{function.__qualname__} with positional arguments"
                 warn_renamed(title, "keywords: " + ", ".join(names[: len(values)]))

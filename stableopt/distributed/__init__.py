@@ -1,4 +1,4 @@
-"""Collectives over the processes that measure together."""
+"""Collectives over the ranks that measure together."""
 
 from stableopt.distributed.collectives import LostRankError, Ranks, world
 

@@ -1,17 +1,17 @@
-r"""Collectives over the processes that measure together, by their ``torch.distributed`` names.
+r"""`Ranks`: collectives over the ranks that measure together, by their ``torch.distributed`` names.
 
-Each rank of a process group holds its shard of the data and the same parameters. It sums over its own
-samples, and one all-reduce of one flat vector makes that the mean over all of them,
+Each rank of a process group holds a shard of the data and the same parameters. It sums over its own
+samples, and one all-reduce of a flat vector gives the mean over all samples,
 
 .. math:: \frac{\sum_r \sum_{i \in r} H_i v}{\sum_r n_r},
 
-so that shards may be unequal. Every rank then does the same with the result. Three rules keep the ranks
-together:
+also for unequal shards. Every rank then continues with the same result. Three rules keep the ranks in
+step:
 
 - rank 0 decides, and broadcasts its decision;
-- an error on one rank is raised on all of them: the rank that fails says so in the same all-reduce that
-  the others wait for. Within :meth:`Ranks.attempt` that holds for errors between collectives as well;
-- a rank that has ended is a :class:`LostRankError` on the others, after the timeout of the group.
+- all ranks raise an error of one rank: the failing rank reports it in the all-reduce that the others
+  wait for. Within :meth:`Ranks.attempt` this includes errors between collectives;
+- if a rank has ended, the others raise a :class:`LostRankError` after the timeout of the group.
 
 With one process, or without a group, nothing here communicates. No other module calls a collective.
 """
@@ -31,8 +31,8 @@ __all__ = ["LostRankError", "Ranks", "world"]
 
 T = TypeVar("T")
 
-_EVERYWHERE = "_stableopt_on_every_rank"
-"""Attribute of errors that all ranks have raised together."""
+_RAISED_TOGETHER = "_stableopt_on_every_rank"
+"""Attribute that marks errors which all ranks have raised together."""
 
 
 class LostRankError(ConnectionError):
@@ -40,7 +40,7 @@ class LostRankError(ConnectionError):
 
 
 class Ranks:
-    """The ranks of a process group, or this process alone, and collectives over them.
+    """Collectives over the ranks of a process group, or over this process alone.
 
     Every rank must call every collective, in the same order.
 
@@ -53,7 +53,7 @@ class Ranks:
         rank: the rank of this process.
 
     Raises:
-        TypeError: if ``group`` is neither.
+        TypeError: if ``group`` is neither a process group nor ``None``.
         ValueError: if this process is not a member.
 
     >>> alone, total = Ranks(), torch.tensor([6.0])
@@ -97,8 +97,8 @@ class Ranks:
     def all_reduce_mean(self, totals: list[Tensor], add: Callable[[], int]) -> list[Tensor]:
         """Return the means over the samples of all ranks.
 
-        ``add()`` adds the samples of this rank to ``totals``, in place, and returns their number. If
-        it raises on one rank, all ranks raise. ``totals`` are used up.
+        ``add()`` adds this rank's samples to ``totals``, in place, and returns their number. If it
+        raises on one rank, all ranks raise. ``totals`` are overwritten.
         """
         if not self.several:
             count = add()
@@ -106,10 +106,10 @@ class Ranks:
         count, error = 0, None
         try:
             count = add()
-        except Exception as own:
-            error = own
-        numbers = totals[0].new_tensor([count, error is not None])
-        flat = torch.cat([*(total.reshape(-1) for total in totals), numbers])
+        except Exception as local_error:
+            error = local_error
+        counters = totals[0].new_tensor([count, error is not None])
+        flat = torch.cat([*(total.reshape(-1) for total in totals), counters])
         flat = self._all_reduced(flat)
         sums, (count, failures) = flat[:-2], flat[-2:].tolist()
         if failures:
@@ -122,99 +122,101 @@ class Ranks:
         return self.all_reduce_sum(float(flag)) > 0
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """Return the rows ``(n_r, ...)`` of all ranks in one tensor; their numbers may differ."""
+        """Return the rows ``(n_r, ...)`` of all ranks as one tensor; the numbers of rows may differ."""
         if not self.several:
             return rows
         counts = self.all_gather_object(len(rows))
-        every = rows.new_zeros(sum(counts), *rows.shape[1:])
+        gathered = rows.new_zeros(sum(counts), *rows.shape[1:])
         start = sum(counts[: self.rank])
-        every[start : start + len(rows)] = rows
-        return self._all_reduced(every)
+        gathered[start : start + len(rows)] = rows
+        return self._all_reduced(gathered)
 
     def all_gather_object(self, own: T) -> list[T]:
-        """Return the objects of all ranks, rank 0's first. They are pickled."""
-        found: list[Any] = [own] * self.size
+        """Return the objects of all ranks, in the order of the ranks. They are pickled."""
+        gathered: list[Any] = [own] * self.size
         if self.several:
-            self._answered(lambda: dist.all_gather_object(found, own, group=self.group))
-        return found
+            self._run_collective(lambda: dist.all_gather_object(gathered, own, group=self.group))
+        return gathered
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Return the tensor of rank ``source``; the other ranks pass one of its shape and dtype."""
+        """Return the tensor of rank ``source``; other ranks pass one of the same shape and dtype."""
         if not self.several:
             return tensor
-        carrier = tensor.detach().to(self._reachable(tensor.device), copy=True)
+        buffer = tensor.detach().to(self._backend_device(tensor.device), copy=True)
         sender = dist.get_global_rank(self.group, source)
-        self._answered(lambda: dist.broadcast(carrier, src=sender, group=self.group))
-        return carrier.to(tensor.device)
+        self._run_collective(lambda: dist.broadcast(buffer, src=sender, group=self.group))
+        return buffer.to(tensor.device)
 
     def broadcast_object(self, own: T, source: int = 0) -> T:
         """Return the object of rank ``source``. It is pickled."""
         if not self.several:
             return own
-        found = [own]
+        objects = [own]
         sender = dist.get_global_rank(self.group, source)
-        self._answered(lambda: dist.broadcast_object_list(found, src=sender, group=self.group))
-        return found[0]
+        self._run_collective(
+            lambda: dist.broadcast_object_list(objects, src=sender, group=self.group)
+        )
+        return objects[0]
 
     def raise_together(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns on this rank; if it raises on any rank, all ranks raise."""
+        """Return this rank's ``function()``; if the function raises on any rank, all ranks raise."""
         if not self.several:
             return function()
-        found, error = None, None
+        result, error = None, None
         try:
-            found = function()
-        except Exception as own:
-            error = own
+            result = function()
+        except Exception as local_error:
+            error = local_error
         if self.any(error is not None):
             self._raise_first(error)
-        return found  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def attempt(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns on this rank; it may call collectives.
+        """Return this rank's ``function()``, which may call collectives.
 
-        If it raises on any rank, also between two collectives, all ranks raise and can go on together.
-        Each collective inside takes another one, of a single number.
+        If the function raises on any rank, also between two collectives, all ranks raise, and stay in
+        step. Each collective inside costs an extra all-reduce of one number.
         """
         if not self.several or self._attempting:
             return function()
         self._attempting = True
         try:
-            found = function()
-            self._meet(None)
+            result = function()
+            self._raise_on_all_if_any(None)
         except Exception as error:
-            if not isinstance(error, LostRankError) and not getattr(error, _EVERYWHERE, False):
-                self._meet(error)
+            if not isinstance(error, LostRankError) and not getattr(error, _RAISED_TOGETHER, False):
+                self._raise_on_all_if_any(error)
             raise
         finally:
             self._attempting = False
-        return found
+        return result
 
-    def _meet(self, error: Exception | None) -> None:
-        """Raise on every rank if any passes an error."""
+    def _raise_on_all_if_any(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank passes an error."""
         failed = torch.tensor(float(error is not None), dtype=torch.float64)
-        carrier = failed.to(self._reachable(failed.device))
-        self._called(lambda: dist.all_reduce(carrier, group=self.group))
-        if float(carrier) > 0:
+        failures = failed.to(self._backend_device(failed.device))
+        self._run_or_lose_rank(lambda: dist.all_reduce(failures, group=self.group))
+        if float(failures) > 0:
             self._raise_first(error)
 
     def _all_reduced(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; ``tensor`` may be overwritten."""
-        carrier = tensor.to(self._reachable(tensor.device))
-        self._answered(lambda: dist.all_reduce(carrier, group=self.group))
-        return carrier.to(tensor.device)
+        buffer = tensor.to(self._backend_device(tensor.device))
+        self._run_collective(lambda: dist.all_reduce(buffer, group=self.group))
+        return buffer.to(tensor.device)
 
-    def _reachable(self, device: torch.device) -> torch.device:
-        """Return ``device`` if the group's backend can send from it, else one that it can."""
+    def _backend_device(self, device: torch.device) -> torch.device:
+        """Return ``device`` if the group's backend supports it, else a device that it supports."""
         if device.type == "cpu" and dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
-    def _answered(self, collective: Callable[[], Any]) -> None:
+    def _run_collective(self, collective: Callable[[], Any]) -> None:
         if self._attempting:
-            self._meet(None)
-        self._called(collective)
+            self._raise_on_all_if_any(None)
+        self._run_or_lose_rank(collective)
 
-    def _called(self, collective: Callable[[], Any]) -> None:
+    def _run_or_lose_rank(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
         except RuntimeError as error:
@@ -226,7 +228,7 @@ class Ranks:
     def _raise_first(self, own: Exception | None) -> NoReturn:
         """Raise, on every rank, the error of the first rank that has one.
 
-        Each rank raises its own if all have the same.
+        If all ranks have equal errors, each raises its own.
         """
         described = self.all_gather_object(None if own is None else (_class_names(own), str(own)))
         failed, (names, message) = next((r, d) for r, d in enumerate(described) if d is not None)
@@ -235,15 +237,15 @@ class Ranks:
             error, cause = own, own.__cause__
         else:
             error, cause = _error_class(names, message)(f"on rank {failed}: {message}"), own
-        with contextlib.suppress(AttributeError):  # an error without a dictionary
-            setattr(error, _EVERYWHERE, True)
+        with contextlib.suppress(AttributeError):  # an exception class with __slots__
+            setattr(error, _RAISED_TOGETHER, True)
         raise error from cause
 
 
 def world() -> Ranks:
     """Return the ranks of the default process group, or this process alone without one."""
-    there = dist.is_available() and dist.is_initialized()
-    return Ranks(dist.group.WORLD if there else None)
+    has_group = dist.is_available() and dist.is_initialized()
+    return Ranks(dist.group.WORLD if has_group else None)
 
 
 def _class_names(error: Exception) -> list[tuple[str, str]]:
@@ -252,8 +254,8 @@ def _class_names(error: Exception) -> list[tuple[str, str]]:
 
 
 def _error_class(names: list[tuple[str, str]], message: str) -> Callable[[str], Exception]:
-    """Return the first of the classes that this process knows and can make from a message alone."""
-    # By name, since a class that only one rank can import could not be unpickled here.
+    """Return the first of the named classes that is imported here and accepts a message alone."""
+    # By name, since pickling fails for a class that only one rank can import.
     for module, name in names:
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):

@@ -1,4 +1,4 @@
-"""Placement of a model's parameters under ``fully_shard``: its mesh, local parts, resharding."""
+"""Parameters under ``fully_shard``: their mesh, their local shards, resharding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["in_half", "local", "mesh_of", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of ``tensor`` that this rank holds: an ordinary tensor itself.
+    """Return this rank's shard of ``tensor``, or an ordinary tensor itself.
 
     >>> import torch
     >>> local(torch.ones(2))
@@ -26,7 +26,7 @@ def local(tensor: Tensor) -> Tensor:
 def mesh_of(model: nn.Module) -> Any:
     """Return the device mesh on which ``fully_shard`` put the trainable parameters of ``model``.
 
-    ``None`` for ordinary parameters. Drops parameters that a forward pass has gathered.
+    ``None`` for ordinary parameters. Parameters that a forward pass has gathered are freed.
 
     Raises:
         TypeError: for parameters that are sharded differently, or only in part.
@@ -44,20 +44,21 @@ def mesh_of(model: nn.Module) -> Any:
     owned = {id(p) for unit in _units(model) for p in unit.parameters()}
     first: Any = sharded[0][1]
     for name, p in trainable:
-        at: Any = p
+        dtensor: Any = p
         if not _is_sharded(p):
             raise TypeError(
                 f"parameter {name!r} is whole on every rank, but {sharded[0][0]!r} is sharded: expected"
                 " all trainable parameters under fully_shard; freeze it, or shard the root module too"
             )
-        if id(p) not in owned or at.device_mesh.ndim != 1 or not at.placements[0].is_shard():
+        mesh, placements = dtensor.device_mesh, tuple(dtensor.placements)
+        if id(p) not in owned or mesh.ndim != 1 or not placements[0].is_shard():
             raise TypeError(
-                f"parameter {name!r} is a DTensor with placements {tuple(at.placements)} on a mesh of"
-                f" dimensions {at.device_mesh.mesh_dim_names or at.device_mesh.ndim}: expected"
-                " fully_shard on a mesh of one dimension. Tensor-parallel parameters, and shards that"
-                " are replicated, cannot be measured; measure a copy of the model that has neither"
+                f"parameter {name!r} is a DTensor with placements {placements} on a mesh of"
+                f" dimensions {mesh.mesh_dim_names or mesh.ndim}: expected fully_shard on a mesh of one"
+                " dimension. Tensor-parallel parameters and replicated shards cannot be measured;"
+                " measure a copy of the model that has neither"
             )
-        if at.device_mesh != first.device_mesh:
+        if mesh != first.device_mesh:
             raise TypeError(
                 f"parameter {name!r} is on another device mesh than {sharded[0][0]!r}: expected one"
             )
@@ -65,9 +66,9 @@ def mesh_of(model: nn.Module) -> Any:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole parameters that FSDP's root holds after a forward pass without a backward one.
+    """Free the gathered parameters that FSDP's root keeps after a forward pass without a backward pass.
 
-    They would otherwise hide what is written to the shards.
+    Otherwise a later pass would use them instead of values written to the shards.
     """
     for module in _units(model):
         module.reshard()
@@ -75,7 +76,7 @@ def reshard(model: nn.Module) -> None:
 
 def in_half(model: nn.Module) -> bool:
     """Return whether FSDP runs a part of ``model`` in half precision."""
-    # torch shows a unit's policy only here; an unknown one counts as full precision.
+    # The only access to a unit's policy; an unknown policy counts as full precision.
     states = [getattr(unit, "_get_fsdp_state", lambda: None)() for unit in _units(model)]
     policies = [getattr(state, "_mp_policy", None) for state in states]
     half = (torch.bfloat16, torch.float16)
@@ -83,7 +84,7 @@ def in_half(model: nn.Module) -> bool:
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    # The import takes a second, and without it no DTensor exists.
+    # No import, which takes a second: if the module is not loaded, no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -16,7 +16,7 @@ from stableopt.curvature.problem.loss_checks import (
     checked_scalar,
     twice_over,
 )
-from stableopt.curvature.problem.weights.totals import weights_seen
+from stableopt.curvature.problem.weights.totals import weighted_means_in
 from stableopt.curvature.problem.weights.weights import (
     GivenWeights,
     LossWeights,
@@ -120,7 +120,7 @@ class ChunkWeights:
         with isolated(self._model, device), torch.no_grad():
             for batch, _ in self._batches:
                 x, y = map_tensors(lambda t: t.to(device), batch)
-                means = weights_seen(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
+                means = weighted_means_in(lambda x=x, y=y: self._loss_fn(self._model(x), y))  # type: ignore[misc]
                 totals = torch.stack([mean.total().cpu() for mean in means])
                 sums = totals if sums is None else sums + totals
         assert sums is not None

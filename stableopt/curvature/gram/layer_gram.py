@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.gram.jacobian import curvature_roots, sample_rows
-from stableopt.curvature.problem.over_chunks import drawn_samples, telling_samples
+from stableopt.curvature.problem.over_chunks import distinct_samples, drawn_samples
 from stableopt.curvature.problem.problem import Problem, Theta
 from stableopt.distributed.collectives import Ranks
 
@@ -54,7 +54,7 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
     def rows_of(batch: Any, size: int) -> Tensor:
         return torch.cat(sample_rows(problem, theta, batch, size), dim=2).flatten(0, 1).double()
 
-    chosen = telling_samples(drawn_samples(problem), lambda sample: rows_of(sample, 1).flatten())
+    chosen = distinct_samples(drawn_samples(problem), lambda sample: rows_of(sample, 1).flatten())
     passes = None if chosen is None else _passes(problem, theta, layers, *chosen)
     if chosen is None or passes is None:
         return None

@@ -1,8 +1,8 @@
-"""`InDouble`: evaluate a function in double precision throughout.
+"""`InDouble`: a context that evaluates a model in double precision throughout.
 
-A model whose parameters and inputs are cast to double precision may still cast to single precision
-inside, as many normalisation layers do, or hold tensors in single precision that no cast reaches.
-Inside this context both become double.
+After a cast of its parameters and inputs, a model may still cast to single precision inside, as many
+normalisation layers do, or hold single-precision tensors out of reach of the cast. Inside this context
+both become double.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _doubled(value: Any) -> Any:
 
 
 class InDouble(TorchFunctionMode):
-    """Torch's functions with double precision wherever single precision is given or asked for.
+    """Context in which torch's functions use double precision instead of single precision.
 
     >>> with InDouble():
     ...     (torch.ones(2).double().float() / 3).dtype
@@ -51,7 +51,7 @@ class InDouble(TorchFunctionMode):
         elif name in ("__get__", "__set__"):
             return function(*args, **kwargs)
         elif _writes(function):
-            # The tensor that is written to stays itself.
+            # The written tensor must not be replaced by a copy.
             args = (args[0], *tree_map(_doubled, args[1:]))
             return function(*args, **tree_map(_doubled, kwargs))
         result = function(*tree_map(_doubled, args), **tree_map(_doubled, kwargs))
@@ -59,16 +59,16 @@ class InDouble(TorchFunctionMode):
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, offs: Tensor, **others: Any) -> Tensor:
-    """Return what ``torch.nn.functional.grouped_mm`` does, which has no kernel in double precision."""
+    """Return ``torch.nn.functional.grouped_mm``, which has no kernel in double precision."""
     if rows.dim() != 2 or matrices.dim() != 3 or others.get("bias") is not None:
         raise NotImplementedError(
-            "grouped_mm in double precision takes rows and a matrix per group"
+            "grouped_mm in double precision: expected 2-d rows, a 3-d stack of matrices, and no bias"
         )
     parts, start = [], 0
     for stop, matrix in zip(offs.tolist(), matrices, strict=True):
         parts.append(rows[start:stop] @ matrix)
         start = stop
-    # Rows behind the last group belong to none.
+    # Rows after the last group belong to no group.
     return torch.cat([*parts, rows.new_zeros(len(rows) - start, matrices.shape[-1])])
 
 

@@ -1,4 +1,4 @@
-"""`isolated`: evaluate a model during training without leaving a trace."""
+"""`isolated`: a context that evaluates a model during training without side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["isolated", "measuring"]
 _SEED = 0
 """Any constant: every product of a measurement must draw the same random numbers."""
 
-_one_at_a_time = threading.RLock()
+_lock = threading.RLock()
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
@@ -50,21 +50,20 @@ def isolated(
     """Evaluate ``model`` as a fixed, twice differentiable function; restore everything afterwards.
 
     Inside, modules are in eval mode (without dropout, and with batch norm's running statistics, since
-    coupled samples have no Hessians of their own), gradients are on, every random generator starts
+    coupled samples have no Hessians of their own), gradients are enabled, every random generator starts
     from a fixed seed, and plain operations replace fast ones without a second derivative
     (:func:`~stableopt.curvature.isolation.plain_kernels.plain_operations`). Afterwards the modules'
-    ``training`` flags and other attributes, their lists, dictionaries and plain tensors, and the states
-    of Python's, NumPy's and torch's generators, on the CPU, on ``device`` and in the modules, are what
-    they were. Threads take turns: generators and kernel choice belong to the process.
+    attributes are restored, with their lists, dictionaries and plain tensors, and so are the states of
+    the generators of Python, NumPy and torch, on the CPU, on ``device`` and in the modules. Only one
+    thread at a time is inside, since generators and kernel choice belong to the process.
 
-    Yields a function that begins again: state and generators are as at the beginning of a fresh
-    evaluation, which takes longer.
+    Yields a function that resets state and generators to the beginning, faster than a new context.
 
     Args:
         model: the model, with its loss if that is a module.
-        device: where it runs.
-        note: called with each fast operation that was replaced.
-        autocast: the dtype of an autocast that is left on.
+        device: the device of the model.
+        note: called with the name of each replaced fast operation.
+        autocast: the dtype for which autocast stays on.
         batch_statistics: whether batch norm is in training mode.
 
     >>> layer = nn.Dropout()
@@ -75,11 +74,11 @@ def isolated(
     True
     """
     with (
-        _one_at_a_time,
-        _state_restored(model, device, batch_statistics) as again,
+        _lock,
+        _state_restored(model, device, batch_statistics) as reset,
         plain_operations(model, device, note=note, inside=measuring, autocast=autocast),
     ):
-        yield again
+        yield reset
 
 
 @contextlib.contextmanager
@@ -96,7 +95,7 @@ def _state_restored(
     device_type = device.type if device.type != "cpu" else "cuda"
 
     def begin() -> None:
-        # Set the flag itself: `train()` may be overridden, and may do more than set it.
+        # Set the flag itself, since an overridden `train()` may do more.
         for module in modules:
             module.training = batch_statistics and isinstance(module, _BatchNorm)
         torch.default_generator.manual_seed(_SEED)
@@ -105,7 +104,7 @@ def _state_restored(
         random.seed(_SEED)
         np.random.seed(_SEED)  # noqa: NPY002
 
-    def again() -> None:
+    def reset() -> None:
         snapshot.restore()
         begin()
 
@@ -116,7 +115,7 @@ def _state_restored(
         token = _inside.set(True)
         try:
             begin()
-            yield again
+            yield reset
         finally:
             _inside.reset(token)
             for module, training in flags:

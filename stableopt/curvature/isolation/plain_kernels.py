@@ -1,9 +1,9 @@
-"""`plain_operations`: run a model by plain operations, which can be differentiated twice.
+"""`plain_operations`: a context that runs a model by twice differentiable operations.
 
 Operations that make training fast often have no second derivative, or a wrong one: fused attention
-kernels, compiled graphs, cuDNN's recurrent kernels, recomputed activations. That of half precision
-drowns in rounding. Each has a plain twin with the same values. :func:`plain_operations` makes the model
-use the twin, inside modules as well, and reports which operations it replaced.
+kernels, compiled graphs, cuDNN's recurrent kernels, recomputed activations. In half precision, rounding
+errors exceed the second derivative. Each such operation has a plain twin with the same values.
+:func:`plain_operations` makes the model use the twin, also inside modules, and reports the replacements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.curvature.isolation.cross_entropy import lean_cross_entropy
 
-__all__ = ["NOTES", "AttentionSeen", "compiled", "plain_operations"]
+__all__ = ["NOTES", "AttentionWatcher", "compiled", "plain_operations"]
 
 ATTENTION = "math attention"
 UNCOMPILED = "uncompiled"
@@ -47,8 +47,8 @@ def compiled(model: nn.Module) -> bool:
     )
 
 
-class AttentionSeen(TorchFunctionMode):
-    """Reports calls of fused attention, which leave no trace in a graph."""
+class AttentionWatcher(TorchFunctionMode):
+    """Reports calls of fused attention, which an autograd graph does not show."""
 
     def __init__(self, note: Note) -> None:
         super().__init__()
@@ -77,19 +77,18 @@ def plain_operations(
     inside: Callable[[], bool],
     autocast: torch.dtype | None = None,
 ) -> Iterator[None]:
-    """Run ``model`` by plain operations, and report each replacement of a fast one to ``note``.
+    """Run ``model`` by plain operations, and report each replaced fast operation to ``note``.
 
     Replaced are fused attention, compiled code, recomputed activations, autocast (unless ``autocast``
-    names the chosen dtype: models then cast as they do in training), and on a GPU cuDNN for models with
-    recurrent layers.
+    is a dtype: models then cast as in training), and on a GPU cuDNN for models with recurrent layers.
 
     Args:
         model: the model.
-        device: where it runs.
+        device: the device of the model.
         note: called with one of :data:`NOTES`.
-        inside: whether the calling thread measures: torch's switches belong to the process, and
+        inside: returns whether the calling thread measures: replacements affect the whole process, and
             another thread may be training.
-        autocast: the dtype to leave autocast on for.
+        autocast: the dtype for which autocast stays on.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -100,7 +99,7 @@ def plain_operations(
         if autocast is None:
             stack.enter_context(torch.autocast(device.type, enabled=False))
             stack.enter_context(_autocast_off(note, inside))
-        # Without a loaded compiler nothing is compiled, and loading it takes seconds.
+        # If the compiler is not loaded, nothing is compiled; loading it takes seconds.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
@@ -121,10 +120,10 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hard_sigmoid(inside: Callable[[], bool]) -> Iterator[None]:
-    """Compute hard sigmoids from a clamp, whose second derivative is 0 almost everywhere.
+    """Compute hard sigmoids from a clamp, since torch's kernel has no second derivative.
 
-    Torch lacks the formula for its own kernel. The values differ by rounding, so nothing is reported.
-    Users hold ``torch.nn.functional.hardsigmoid`` by name, so the functions that it calls are replaced.
+    The values differ only by rounding, so nothing is reported. Models may have imported
+    ``torch.nn.functional.hardsigmoid`` by name, so the functions that it calls are replaced.
     """
     home: Any = torch._C._nn
     with contextlib.ExitStack() as stack:
@@ -147,21 +146,22 @@ def _hard_sigmoid(inside: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _weight_norm(inside: Callable[[], bool]) -> Iterator[None]:
-    """Compute weight norms from a quotient: torch's fused one has a wrong second derivative.
+    """Compute weight norms from a quotient, since torch's fused kernel has a wrong second derivative.
 
-    In torch 2.13 that is off by tens of percent. The values differ by rounding, so nothing is reported.
+    In torch 2.13 it is off by tens of percent. The values differ only by rounding, so nothing is
+    reported.
     """
     original = torch._weight_norm
 
     def plain(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         if not inside():
             return original(v, g, dim)
-        # -1 stands for the norm of all entries. norm_except_dim has no rule for vmap.
+        # dim=-1 is the norm of all entries. torch.norm_except_dim has no rule for vmap.
         others = [other for other in range(v.dim()) if other != dim]
         norm: Tensor = torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1)
         return v * (g / norm)
 
-    # The older of torch's two modules holds the function by name.
+    # The older of torch's two modules has imported the function by name.
     older: Any = sys.modules.get("torch.nn.utils.weight_norm", torch.nn.utils.weight_norm)
     with contextlib.ExitStack() as stack:
         for home in (torch, older):
@@ -172,9 +172,9 @@ def _weight_norm(inside: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cross_entropy(inside: Callable[[], bool]) -> Iterator[None]:
-    """Compute large cross-entropies by formulas, which keep fewer copies of the logits.
+    """Compute large cross-entropies by formulas, which save fewer copies of the logits.
 
-    The values differ by rounding, so nothing is reported.
+    The values differ only by rounding, so nothing is reported.
     """
     home: Any = torch._C._nn
     original = getattr(home, "cross_entropy_loss", None)
@@ -184,8 +184,8 @@ def _cross_entropy(inside: Callable[[], bool]) -> Iterator[None]:
 
     def lean(*args: Any, **kwargs: Any) -> Tensor:
         if not inside():
-            found: Tensor = original(*args, **kwargs)
-            return found
+            loss: Tensor = original(*args, **kwargs)
+            return loss
         return lean_cross_entropy(original, *args, **kwargs)
 
     with _replaced(home, "cross_entropy_loss", lean):
@@ -194,11 +194,11 @@ def _cross_entropy(inside: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointing_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
-    """Keep activations: recomputing them calls the model again, at its own parameters.
+    """Turn checkpointing off: a recomputation would use the model's own parameters.
 
-    Users hold ``torch.utils.checkpoint.checkpoint`` by name, so the functions that it calls are
-    replaced. A release of torch without them keeps checkpointing, which the check of the gradient
-    detects.
+    Models may have imported ``torch.utils.checkpoint.checkpoint`` by name, so the functions that it
+    calls are replaced. In a release of torch without them checkpointing stays on, and the check of the
+    gradient detects it.
     """
     home = torch.utils.checkpoint
     reentrant = getattr(home, "CheckpointFunction", None)
@@ -229,15 +229,15 @@ def _checkpointing_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]
 
 @contextlib.contextmanager
 def _autocast_off(note: Note, inside: Callable[[], bool]) -> Iterator[None]:
-    """Keep models that enter autocast by themselves in the precision of their parameters."""
+    """Ignore autocast contexts inside a model, so that it runs in its parameters' precision."""
     original = torch.set_autocast_enabled
 
-    def refuse(*args: Any) -> None:
+    def disable(*args: Any) -> None:
         # torch calls it as (device, enabled), and in older releases as (enabled).
         if inside() and args[-1]:
             note(AUTOCAST)
             args = (*args[:-1], False)
         original(*args)
 
-    with _replaced(torch, "set_autocast_enabled", refuse):
+    with _replaced(torch, "set_autocast_enabled", disable):
         yield

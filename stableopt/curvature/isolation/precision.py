@@ -1,9 +1,9 @@
-"""`Precision`: the precision that a problem is evaluated in, and the casts that it needs.
+"""`Precision`: the precision in which a problem is evaluated, and the necessary casts.
 
 Curvature is a difference of nearly equal slopes, and half precision loses most of it. So a model is
-measured at its parameters' own single or double precision, also if it trains under autocast. A chosen
-dtype of ``float32`` or ``float64`` casts parameters, buffers and data; ``bfloat16`` or ``float16``
-leaves the parameters as they are and runs the forward pass under autocast, as training does.
+measured in its parameters' own single or double precision, even if it trains under autocast. A chosen
+dtype of ``float32`` or ``float64`` casts parameters, buffers and data; ``bfloat16`` or ``float16`` keeps
+the parameters as they are, and runs the forward pass under autocast, as in training.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Precision:
     """Dtype, device and casts of an evaluation.
 
     Attributes:
-        dtype: of the parameters in an evaluation, and of all vectors: single or double precision.
-        device: of the parameters.
+        dtype: the dtype of parameters and vectors: single or double precision.
+        device: the device of the parameters.
         casts: whether floating-point tensors are cast to ``dtype``.
-        autocast: the dtype of an autocast around the forward pass, or ``None`` for none.
-        promotes: whether single precision inside the model becomes double too.
+        autocast: the dtype of autocast around the forward pass, or ``None`` without autocast.
+        promotes: whether single precision inside the model becomes double precision.
 
     >>> Precision.of_parameters(["weight"], [nn.Parameter(torch.zeros(2))], torch.float64).note
     'in float64'
@@ -49,7 +49,7 @@ class Precision:
     def of_parameters(
         cls, names: Sequence[str], params: Sequence[nn.Parameter], chosen: torch.dtype | None
     ) -> Precision:
-        """Return the precision to measure ``params`` in: ``chosen``, or their own.
+        """Return the precision in which to measure ``params``: ``chosen``, or their own.
 
         Raises:
             ValueError: for parameters without values, on several devices or of several dtypes, and
@@ -68,7 +68,7 @@ class Precision:
         for name, p, kind in zip(names, params, kinds, strict=True):
             if isinstance(p, nn.UninitializedParameter):
                 raise ValueError(
-                    f"parameter {name!r} has no shape yet: run the lazy model once before"
+                    f"parameter {name!r} has no shape yet: run the lazy model once before measuring it"
                 )
             if not kind.is_floating_point or (cast is None and kind not in _FULL):
                 hint = ""
@@ -79,11 +79,11 @@ class Precision:
                     f"{hint}, or leave it out by params="
                 )
             if p.device != first.device or (cast is None and kind != kinds[0]):
-                way_out = "; dtype=torch.float64 measures all of them cast to that"
+                same_device = p.device == first.device
+                remedy = "; dtype=torch.float64 casts all of them" if same_device else ""
                 raise ValueError(
                     f"parameter {name!r} is {p.dtype} on {p.device}, but {names[0]!r} is"
-                    f" {first.dtype} on {first.device}: expected one dtype and one device"
-                    f"{way_out if p.device == first.device else ''}"
+                    f" {first.dtype} on {first.device}: expected one dtype and one device{remedy}"
                 )
         if first.device.type == "meta":
             raise ValueError(f"parameter {names[0]!r} is on the meta device: it has no values")
@@ -92,12 +92,12 @@ class Precision:
             first.device,
             casts=cast is not None,
             autocast=chosen if chosen in _HALF else None,
-            # Tensors that the loss holds are single precision like the model, and no cast reaches them.
+            # No cast reaches single-precision tensors that the loss holds.
             promotes=cast is torch.float64 and any(kind != cast for kind in kinds),
         )
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor``, cast if a full precision was chosen."""
+        """Return ``tensor``, cast if single or double precision was chosen."""
         if self.casts and tensor.is_floating_point():
             return tensor.to(self.dtype)
         if self.casts and tensor.is_complex():
@@ -105,7 +105,7 @@ class Precision:
         return tensor
 
     def in_double(self) -> Precision:
-        """Return double precision throughout, also where the model casts to single precision."""
+        """Return double precision throughout, even where the model casts to single precision."""
         return replace(self, dtype=torch.float64, casts=True, autocast=None, promotes=True)
 
     def around(self) -> AbstractContextManager[Any]:
@@ -118,7 +118,7 @@ class Precision:
 
     @property
     def note(self) -> str | None:
-        """The chosen precision in words, ``None`` for the parameters' own."""
+        """The chosen precision in words, or ``None`` for the parameters' own."""
         if self.autocast is not None:
             return f"under autocast to {str(self.autocast).removeprefix('torch.')}"
         return f"in {str(self.dtype).removeprefix('torch.')}" if self.casts else None

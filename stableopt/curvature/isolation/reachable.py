@@ -1,8 +1,8 @@
-"""`reachable`: the objects that data or a loss function hold, and `HeldState`: their state, restorable.
+"""`reachable`: the objects that data or a loss function hold; `HeldState`: a snapshot of their state.
 
 A data set may own a generator, a sampler may count its epochs, and a loss may keep a second network in
 its closure. :func:`reachable` finds such objects through attributes, containers, closures, and the
-global names that functions use. It reads no properties, and looks into no installed package.
+global names that functions use. It does not read properties or search installed packages.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from stableopt.curvature.isolation.snapshot import PLAIN, restorer
 __all__ = ["GENERATORS", "HeldState", "generator_states", "reachable"]
 
 _MOST_OBJECTS = 20_000
-"""Objects that a search visits, nearest ones first: far more than programs keep state in, and about
-20 ms."""
+"""Most objects that a search visits, nearest first: far more than hold state, and about 20 ms."""
 
 _MOST_ITEMS = 1_000
-"""Items of a container that a search visits: longer ones hold data."""
+"""Most items of a container that a search visits: longer containers hold data."""
 
 _MOST_ELEMENTS = 65_536
-"""Elements of a tensor or an array that is state, and copied; larger ones are data."""
+"""Most elements of a tensor or an array that counts as state and is copied; larger ones are data."""
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "stableopt"}
-"""Packages whose functions hold nothing of the user's. A user's script is ``__main__``."""
+"""Packages whose functions hold no objects of the user. A user's script is ``__main__``."""
 
 
 _OPAQUE = frozenset(sys.stdlib_module_names) - {"__main__", "types"}
@@ -43,7 +42,7 @@ _OPAQUE = frozenset(sys.stdlib_module_names) - {"__main__", "types"}
 
 
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
-"""Attributes of modules that hold what watches them, such as a trainer, rather than what they use."""
+"""Attributes of modules that hold hooks. Hooks lead to observers, such as a trainer, not to state."""
 
 
 def reachable(roots: Iterable[Any]) -> Iterator[Any]:
@@ -59,7 +58,7 @@ def reachable(roots: Iterable[Any]) -> Iterator[Any]:
         value = pending.popleft()
         if type(value) in PLAIN or id(value) in known:
             continue
-        known[id(value)] = value  # held, or its address would be used again
+        known[id(value)] = value  # a reference, so that the id is not reused
         yield value
         pending.extend(islice(_held_by(value), _MOST_ITEMS))
 
@@ -96,7 +95,7 @@ def _held_by_function(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # a name that has no value yet
+        except ValueError:  # an empty cell
             continue
     for name in _names_in(function.__code__):
         if name in function.__globals__:
@@ -117,8 +116,8 @@ def _in_library(value: Any) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    found = getattr(value, "__dict__", {})
-    return found if isinstance(found, dict) else {}
+    attributes = getattr(value, "__dict__", {})
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _slots(value: Any) -> Iterator[str]:
@@ -139,9 +138,9 @@ GENERATORS = (
 
 
 class HeldState:
-    """The state of what ``roots`` hold: attributes, containers, generators, small tensors and arrays.
+    """A snapshot of the objects that ``roots`` hold: attributes, containers, generators, small tensors.
 
-    Large tensors and arrays are data, and parameters and buffers of modules are not looked into.
+    Large tensors and arrays are data. Parameters and buffers of modules are not part of the state.
 
     >>> class Counting:
     ...     epoch = 0
@@ -158,34 +157,37 @@ class HeldState:
         for value in reachable(self.roots):
             if isinstance(value, nn.Module) or _without_state(value):
                 continue
-            if hasattr(value, "__dict__"):  # even an empty one, which may fill
+            if hasattr(value, "__dict__"):  # an empty one too: attributes may be added
                 self._values.append(_attributes(value))
             self._values.append(value)
         self._restorers: list[Callable[[], object]] = []
         for value in self._values:
             if _is_state(value) and (restore := restorer(value)) is not None:
                 self._restorers.append(restore)
-        self._print, self._drawn = self._now(), self._draws()
+        self._fingerprints_at_start, self._generators_at_start = (
+            self._fingerprints(),
+            self._generator_fingerprints(),
+        )
 
     @property
     def changed(self) -> bool:
-        """Whether anything differs from what it was."""
-        return self._now() != self._print
+        """Whether the state differs from the snapshot."""
+        return self._fingerprints() != self._fingerprints_at_start
 
     @property
     def drew(self) -> bool:
-        """Whether a generator has moved on."""
-        return self._draws() != self._drawn
+        """Whether a generator has drawn since the snapshot."""
+        return self._generator_fingerprints() != self._generators_at_start
 
     def restore(self) -> None:
-        """Restore everything in place."""
+        """Restore the state in place."""
         for restore in self._restorers:
             restore()
 
-    def _now(self) -> list[Any]:
+    def _fingerprints(self) -> list[Any]:
         return [_fingerprint(value) for value in self._values if _is_state(value)]
 
-    def _draws(self) -> list[Any]:
+    def _generator_fingerprints(self) -> list[Any]:
         return [
             _fingerprint(value)
             for value in self._values
@@ -194,7 +196,7 @@ class HeldState:
 
 
 def generator_states(others: Iterable[Any] = ()) -> list[Any]:
-    """Return the states of the process's generators, and of ``others``, to compare."""
+    """Return the states of the process's generators and of ``others``, for comparison."""
     numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     states = [
         torch.get_rng_state().numpy().tobytes(),
@@ -221,7 +223,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _fingerprint(value: Any) -> Any:
-    """Return what tells whether ``value`` has changed in place."""
+    """Return a value that differs after ``value`` has changed in place."""
     if isinstance(value, Tensor):
         return value._version
     if isinstance(value, np.ndarray):
@@ -238,11 +240,11 @@ def _fingerprint(value: Any) -> Any:
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, MutableMapping):
-        return [(key, _mark(held)) for key, held in value.items()]
+        return [(key, _value_or_id(held)) for key, held in value.items()]
     if isinstance(value, (list, deque, set)):
-        return [_mark(held) for held in value]
+        return [_value_or_id(held) for held in value]
     return None
 
 
-def _mark(value: Any) -> Any:
+def _value_or_id(value: Any) -> Any:
     return value if type(value) in PLAIN else id(value)

@@ -21,9 +21,9 @@ __all__ = ["PLAIN", "Snapshot", "restorer"]
 
 
 class Snapshot:
-    """The contents of ``attributes``, dictionaries of names and values, and of what they contain.
+    """A snapshot of ``attributes``, dictionaries of names and values, and of the values they contain.
 
-    ``swapped`` are tensors to leave alone: a forward pass uses others instead of them.
+    ``swapped`` are tensors that a functional call replaces by others; they are not recorded.
 
     >>> attributes = {"seen": [1], "count": torch.zeros(())}
     >>> snapshot = Snapshot([attributes])
@@ -39,7 +39,7 @@ class Snapshot:
     ) -> None:
         self._restorers: list[Callable[[], object]] = []
         self._empty: list[MutableMapping[Any, Any]] = []
-        self._known: dict[int, Any] = {id(tensor): tensor for tensor in swapped}
+        self._seen: dict[int, Any] = {id(tensor): tensor for tensor in swapped}
         for each in attributes:
             self._record(each)
 
@@ -52,17 +52,17 @@ class Snapshot:
                 mapping.clear()
 
     def _record(self, value: Any) -> None:
-        if type(value) in PLAIN or id(value) in self._known or _recorded_apart(value):
+        if type(value) in PLAIN or id(value) in self._seen or _skipped(value):
             return
-        self._known[id(value)] = value  # held, or its address would be used again
+        self._seen[id(value)] = value  # a reference, so that the id is not reused
         if type(value) in (dict, OrderedDict) and not value:
-            # Most of what a module holds: its hooks of a dozen kinds.
+            # A module has a dozen empty dictionaries of hooks; clearing is faster than comparing.
             self._empty.append(value)
             return
         restore = restorer(value)
         if restore is not None:
             self._restorers.append(restore)
-        for inner in _inside(value):
+        for inner in _contained_values(value):
             self._record(inner)
 
 
@@ -70,22 +70,22 @@ PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
 """Types that cannot change in place."""
 
 
-def _recorded_apart(value: Any) -> bool:
-    """Return whether ``value`` is recorded by itself, or swapped for another."""
+def _skipped(value: Any) -> bool:
+    """Return whether ``value`` is a module, which is recorded separately, or a parameter."""
     # The test for a Parameter is slow, and most values are not tensors.
     return isinstance(value, nn.Module) or (
         isinstance(value, Tensor) and isinstance(value, nn.Parameter)
     )
 
 
-def _inside(value: Any) -> Iterable[Any]:
+def _contained_values(value: Any) -> Iterable[Any]:
     if isinstance(value, MutableMapping):
         return list(value.values())
     return value if isinstance(value, (list, tuple, deque)) else ()
 
 
 def restorer(value: Any) -> Callable[[], object] | None:
-    """Return the function that restores the present contents of ``value``."""
+    """Return a function that restores the present contents of ``value``, or ``None`` for other types."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else _tensor_restorer(value)
     if isinstance(value, MutableMapping):
@@ -96,7 +96,7 @@ def restorer(value: Any) -> Callable[[], object] | None:
         return _set_restorer(value)
     if isinstance(value, torch.Generator):
         return partial(value.set_state, value.get_state())
-    # Memory-mapped files are left out: they may be larger than the memory.
+    # The exact type excludes memory-mapped files, which may be larger than the memory.
     if type(value) is np.ndarray and value.flags.writeable:
         return partial(np.copyto, value, value.copy())
     if isinstance(value, np.random.Generator):
@@ -112,13 +112,13 @@ def restorer(value: Any) -> Callable[[], object] | None:
 
 def _tensor_restorer(value: Tensor) -> Callable[[], None]:
     version, content = value._version, value.detach().clone()
-    # Writing by ``data`` leaves the version counter alone, so it invalidates no graph.
-    own = value.layout == torch.strided and 0 not in value.stride()
+    # A write through ``data`` does not change the version counter, so it invalidates no graph.
+    writable = value.layout == torch.strided and 0 not in value.stride()
 
     def restore() -> None:
         if value._version != version:
             value.detach().copy_(content)
-        elif own:
+        elif writable:
             value.data.copy_(content)
 
     return restore
@@ -128,7 +128,7 @@ def _mapping_restorer(value: MutableMapping[Any, Any]) -> Callable[[], None]:
     items = dict(value)
 
     def restore() -> None:
-        # The order matters too: a container runs its children in order.
+        # The order matters, since a container runs its children in order.
         if list(value) != list(items) or any(value[k] is not v for k, v in items.items()):
             value.clear()
             value.update(items)

@@ -1,4 +1,4 @@
-"""`self_attention`: torch's multi-head attention as linear maps with a softmax between them."""
+"""`self_attention`: torch's multi-head attention as linear maps and a softmax between them."""
 
 from __future__ import annotations
 
@@ -40,40 +40,42 @@ def self_attention(
 ) -> Any:
     """Record ``F.multi_head_attention_forward`` of one sequence ``(T, n, E)`` with itself.
 
-    ``linear`` records a linear map. Return ``NotImplemented`` for what is less common.
+    ``linear`` records a linear map. Return ``NotImplemented`` for less common arguments.
     """
     plain = bias_k is None and bias_v is None and not add_zero_attn and in_proj_weight is not None
-    drops = training and dropout_p > 0
+    has_dropout = training and dropout_p > 0
     separate = use_separate_proj_weight or any(t is not None for t in others.values())
-    itself = query is key and key is value and query.dim() == 3
-    if not (plain and itself) or drops or separate or query.shape[1] != recorder.size:
+    same_sequence = query is key and key is value and query.dim() == 3
+    supported = plain and same_sequence and not has_dropout and not separate
+    if not supported or query.shape[1] != recorder.size:
         return NotImplemented
     assert in_proj_weight is not None
     rows = query.transpose(0, 1)
-    mixed = linear(recorder, rows, in_proj_weight, in_proj_bias)
-    if mixed is NotImplemented:
+    projected = linear(recorder, rows, in_proj_weight, in_proj_bias)
+    if projected is NotImplemented:
         return NotImplemented
     n, length, features = rows.shape
-    heads = mixed.view(n, length, 3, num_heads, features // num_heads).permute(2, 0, 3, 1, 4)
+    heads = projected.view(n, length, 3, num_heads, features // num_heads).permute(2, 0, 3, 1, 4)
     q, k, v = heads.unbind(0)
     scores = q @ k.mT * (features // num_heads) ** -0.5
     if attn_mask is not None:
-        own = attn_mask.view(n, num_heads, length, length) if attn_mask.dim() == 3 else attn_mask
-        scores = scores + _added(own, scores)
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.view(n, num_heads, length, length)
+        scores = scores + _additive_mask(attn_mask, scores)
     if key_padding_mask is not None:
-        scores = scores + _added(key_padding_mask.view(n, 1, 1, length), scores)
+        scores = scores + _additive_mask(key_padding_mask.view(n, 1, 1, length), scores)
     weights = torch.softmax(scores, dim=-1)
-    found = (weights @ v).transpose(1, 2).reshape(n, length, features)
-    found = linear(recorder, found, out_proj_weight, out_proj_bias)
-    if found is NotImplemented:
+    attended = (weights @ v).transpose(1, 2).reshape(n, length, features)
+    output = linear(recorder, attended, out_proj_weight, out_proj_bias)
+    if output is NotImplemented:
         return NotImplemented
     if not need_weights:
-        return found.transpose(0, 1), None
-    return found.transpose(0, 1), weights.mean(1) if average_attn_weights else weights
+        return output.transpose(0, 1), None
+    return output.transpose(0, 1), weights.mean(1) if average_attn_weights else weights
 
 
-def _added(mask: Tensor, scores: Tensor) -> Tensor:
-    """Return what a mask adds to the scores: boolean ones leave out what they mark."""
+def _additive_mask(mask: Tensor, scores: Tensor) -> Tensor:
+    """Return the term that a mask adds to the scores: minus infinity where a boolean mask is true."""
     if mask.dtype != torch.bool:
         return mask.to(scores.dtype)
     return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, float("-inf"))

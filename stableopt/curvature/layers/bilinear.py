@@ -1,19 +1,20 @@
-r"""`first_half`: a parameter's part of a product with per-sample curvatures, from its uses in layers.
+r"""`first_half`: a parameter's block of the products with per-sample Hessians, from its uses in layers.
 
-A parameter w is used by layers :math:`z = B_u(w, a)`, one or several. With :math:`\Phi_u` the adjoint of
-:math:`B_u` in w, the gradient of sample i in w is :math:`\sum_u \Phi_u(a_i, \delta_i)`. The tangents
-:math:`\dot a, \dot\delta` along v give its block of :math:`w_i = H_i v`,
+One or several layers :math:`z = B_u(w, a)` use a parameter w. With :math:`\Phi_u` the adjoint of
+:math:`B_u` in w, the gradient of sample i in w is :math:`\sum_u \Phi_u(a_i, \delta_i)`. With tangents
+:math:`\dot a, \dot\delta` along v, the block of :math:`w_i = H_i v` is
 
 .. math:: w_i = \sum_u \Phi_u(\dot a_i, \delta_i) + \Phi_u(a_i, \dot\delta_i),
 
-and, with P a diagonal preconditioner, a number or a tensor of the parameter's shape, the cotangents
+With P a diagonal preconditioner, a number or a tensor of the parameter's shape, the cotangents are
 
 .. math:: c^\delta = B_u(k_i, a_i), \qquad c^a = \partial_a \langle\delta_i, B_u(k_i, a_i)\rangle,
     \qquad k_i = P w_i - \bar w.
 
-:math:`w_i` has rank twice the number of positions. Either it is formed, for a few samples at a time, or
-its products with heads and slopes are taken without it (:mod:`~stableopt.curvature.layers.rows`). The
-mean :math:`\bar w` is the same for all samples, and its part is that of an ordinary layer.
+The rank of :math:`w_i` is at most twice the number of positions. Either it is formed, for a few samples
+at a time, or its products with heads and slopes are computed without forming it
+(:mod:`~stableopt.curvature.layers.rows`). All samples share the mean :math:`\bar w`, so its term is that
+of an ordinary layer.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from stableopt.curvature.layers.rows import Cotangents, Use, along_rows
 __all__ = ["Half", "first_half"]
 
 _BLOCK = 2**22
-"""Numbers in the matrices :math:`w_i` that are formed at once: 16 MiB in single precision."""
+"""Number of entries of the matrices :math:`w_i` formed at once: 16 MiB in single precision."""
 
 
 class Half(NamedTuple):
-    r"""What is known before the mean is.
+    r"""The first half of the computation, which does not need the mean :math:`\bar w`.
 
     Attributes:
         total: the sum of :math:`w_i` over the samples, in the parameter's shape.
-        finish: ``mean`` -> the cotangents of each use.
+        finish: the second half, ``mean -> cotangents of each use``.
     """
 
     total: Tensor
@@ -47,19 +48,19 @@ class Half(NamedTuple):
 
 
 def first_half(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
-    """Return the sum of :math:`w_i`, and how the cotangents follow from the mean.
+    """Return the sum of :math:`w_i`, and the function from the mean to the cotangents.
 
     Args:
-        uses: all uses of the parameter, by ``size`` samples.
+        uses: all uses of the parameter by ``size`` samples.
         scale: P.
-        shape: the parameter's.
+        shape: the parameter's shape.
         size: the number of samples.
     """
     if not any(isinstance(use.kind, Matrix | Lookup) for use in uses):
-        return _small(uses, scale, shape, size)
+        return _without_maps(uses, scale, shape, size)
     along = along_rows(uses, scale, shape, size)
     if along is not None:
-        return Half(_total(uses, shape), partial(_less_mean, uses, along))
+        return Half(_total(uses, shape), partial(_subtract_mean, uses, along))
     return _formed(uses, scale, shape, size)
 
 
@@ -72,8 +73,8 @@ def _total(uses: Sequence[Use], shape: torch.Size) -> Tensor:
     return _sum(parts)
 
 
-def _small(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
-    """Form all :math:`w_i`, which are as small as the slopes."""
+def _without_maps(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
+    """Form all :math:`w_i`: without linear maps and lookups they are as small as the slopes."""
     formed = _sum(use.kind.dense(None, use.slope_tangent, shape, size) for use in uses)
 
     def finish(mean: Tensor) -> list[Cotangents]:
@@ -84,23 +85,24 @@ def _small(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: 
 
 
 def _formed(uses: Sequence[Use], scale: Tensor | float, shape: torch.Size, size: int) -> Half:
-    """Form the :math:`w_i`, of a few samples at a time."""
+    """Form the :math:`w_i` of a few samples at a time."""
     total = uses[0].slope.new_zeros(shape)
-    at_once = max(1, _BLOCK // shape.numel())
-    blocks: list[list[Cotangents]] = [[] for _ in uses]
-    for start in range(0, size, at_once):
-        count = min(at_once, size - start)
+    block_size = max(1, _BLOCK // shape.numel())
+    blocks_of_uses: list[list[Cotangents]] = [[] for _ in uses]
+    for start in range(0, size, block_size):
+        count = min(block_size, size - start)
         parts = [_samples(use, start, count, size) for use in uses]
         kernels = _sum(_dense(part, shape, count) for part in parts)
         total += kernels.sum(0)
         kernels = kernels if isinstance(scale, float) and scale == 1 else kernels * scale
-        for found, part in zip(blocks, parts, strict=True):
-            found.append(_with_kernels(part, kernels))
-    return Half(total, partial(_less_mean, uses, [_joined(found) for found in blocks]))
+        for blocks, part in zip(blocks_of_uses, parts, strict=True):
+            blocks.append(_with_kernels(part, kernels))
+    cotangents = [_joined(blocks) for blocks in blocks_of_uses]
+    return Half(total, partial(_subtract_mean, uses, cotangents))
 
 
 def _samples(use: Use, start: int, count: int, size: int) -> Use:
-    """Return the use by ``count`` of the samples."""
+    """Return the use by samples ``start`` to ``start + count`` of ``size``."""
 
     def cut(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
@@ -108,21 +110,23 @@ def _samples(use: Use, start: int, count: int, size: int) -> Use:
         rows = len(tensor) // size
         return tensor[start * rows : (start + count) * rows]
 
-    kind, head, slope, *tangents = use
     if count == size:
         return use
-    return Use(kind, cut(head), *map(cut, (slope, *tangents)))  # type: ignore[arg-type]
+    kind, *tensors = use
+    return Use(kind, *map(cut, tensors))  # type: ignore[arg-type]
 
 
 def _dense(use: Use, shape: torch.Size, size: int) -> Tensor:
+    """Return the contribution of one use to each :math:`w_i`."""
     kind, head, slope, head_tangent, slope_tangent = use
-    found = kind.dense(head, slope_tangent, shape, size)
+    contribution = kind.dense(head, slope_tangent, shape, size)
     if head_tangent is not None:
-        found = found + kind.dense(head_tangent, slope, shape, size)
-    return found
+        contribution = contribution + kind.dense(head_tangent, slope, shape, size)
+    return contribution
 
 
 def _with_kernels(use: Use, kernels: Tensor) -> Cotangents:
+    """Return the cotangents of a use for :math:`k_i` equal to ``kernels``."""
     along_head = None
     if use.head_tangent is not None:
         assert isinstance(use.kind, Matrix)
@@ -138,22 +142,22 @@ def _joined(blocks: Sequence[Cotangents]) -> Cotangents:
     return Cotangents(torch.cat(heads) if heads else None, slopes)
 
 
-def _less_mean(
+def _subtract_mean(
     uses: Sequence[Use], cotangents: Sequence[Cotangents], mean: Tensor
 ) -> list[Cotangents]:
-    """Return the cotangents of :math:`P w_i` less those of the mean."""
-    found = []
+    """Subtract the cotangents of the mean from those of :math:`P w_i`."""
+    differences = []
     for use, (along_head, along_slope) in zip(uses, cotangents, strict=True):
         along_slope = along_slope - use.kind.out(mean, use.head, use.slope)
         if along_head is not None:
             assert isinstance(use.kind, Matrix)
             along_head = along_head - use.kind.back(mean, use.slope, along_head)
-        found.append(Cotangents(along_head, along_slope))
-    return found
+        differences.append(Cotangents(along_head, along_slope))
+    return differences
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first
+    total, *others = tensors
+    for tensor in others:
+        total = total + tensor
+    return total

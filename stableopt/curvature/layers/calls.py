@@ -1,6 +1,6 @@
-"""`CALLS`: torch functions whose outputs depend on a parameter in a known way, by function.
+"""`CALLS`: recorded versions of torch functions whose outputs are bilinear in a parameter.
 
-Each takes the recorder and the arguments of the function. It returns the output, recorded, or
+Each takes the recorder and the arguments of the function. It returns the recorded output, or
 ``NotImplemented`` for arguments of another structure.
 """
 
@@ -29,7 +29,7 @@ from stableopt.curvature.layers.recorder import Recorder
 __all__ = ["CALLS"]
 
 
-def _layer(
+def _affine(
     recorder: Recorder,
     way: str,
     given: Tensor,
@@ -38,26 +38,26 @@ def _layer(
     axis: int,
     plain: Callable[[Tensor | None], Tensor],
 ) -> Tensor:
-    """Record a linear map of ``given`` with a bias; one or both are parameters.
+    """Record a linear map of ``given`` plus a bias; weight, bias or both are parameters.
 
     Args:
         recorder: the recorder.
-        way: what to call it.
+        way: the name of the treatment, for reports.
         given: the head.
-        weight: the index of the weight, and the map; ``None`` if it does not count.
+        weight: the weight's index and kind; ``None`` if it is not one of the parameters.
         bias: the bias.
         axis: the dimension of the features in the output.
-        plain: from the bias, or none, to the output.
+        plain: computes the output from the bias, or without one.
     """
-    index = recorder.parameter(bias) if bias is not None and recorder.known(bias) else None
-    apart = recorder.known(bias) and index is None
-    output, slope = recorder.offset(plain(None if apart else bias))
+    bias_index = recorder.parameter(bias) if bias is not None and recorder.known(bias) else None
+    bias_is_computed = recorder.known(bias) and bias_index is None
+    output, slope = recorder.offset(plain(None if bias_is_computed else bias))
     if weight is not None:
-        number, kind = weight
-        recorder.use(number, kind, recorder.head(given), slope, way)
-    if index is not None:
-        recorder.use(index, Bias(axis), None, slope, way)
-    if apart:
+        weight_index, kind = weight
+        recorder.use(weight_index, kind, recorder.head(given), slope, way)
+    if bias_index is not None:
+        recorder.use(bias_index, Bias(axis), None, slope, way)
+    if bias_is_computed:
         assert bias is not None
         if axis == 1:
             bias = recorder.any_call(Tensor.view, (bias, -1, *[1] * (output.dim() - 2)), {})
@@ -65,7 +65,7 @@ def _layer(
     return output
 
 
-def _rows(
+def _row_product(
     recorder: Recorder,
     given: Tensor,
     matrix: Tensor,
@@ -75,22 +75,23 @@ def _rows(
     flipped: bool,
 ) -> Any:
     """Record ``given @ matrix``, or with ``flipped`` the product with its transpose."""
-    fits = given.dim() >= 2 and matrix.dim() == 2 and not recorder.known(given)
-    found = recorder.matrix(matrix) if fits and recorder.known(matrix) else None
-    if not fits or (found is None and recorder.known(matrix)):
+    if given.dim() < 2 or matrix.dim() != 2 or recorder.known(given):
         return NotImplemented
-    if not recorder.leads("linear", given)[0]:
+    alias = recorder.matrix(matrix) if recorder.known(matrix) else None
+    if alias is None and recorder.known(matrix):
+        return NotImplemented
+    if not recorder.batch_arguments("linear", given)[0]:
         return NotImplemented
     weight = None
-    if found is not None:
-        index, turned = found
-        shape = matrix.mT.shape if turned else matrix.shape
-        weight = index, Linear(shape, transposed=turned == flipped)
-    return _layer(recorder, "linear", given, weight, bias, -1, plain)
+    if alias is not None:
+        index, is_transpose = alias
+        shape = matrix.mT.shape if is_transpose else matrix.shape
+        weight = index, Linear(shape, transposed=is_transpose == flipped)
+    return _affine(recorder, "linear", given, weight, bias, -1, plain)
 
 
 def _linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    return _rows(
+    return _row_product(
         recorder, input, weight, bias, lambda bias: F.linear(input, weight, bias), flipped=True
     )
 
@@ -99,7 +100,7 @@ def _matmul(recorder: Recorder, input: Tensor, other: Tensor) -> Any:
     def plain(bias: Tensor | None) -> Tensor:
         return input @ other
 
-    return _rows(recorder, input, other, None, plain, flipped=False)
+    return _row_product(recorder, input, other, None, plain, flipped=False)
 
 
 def _addmm(
@@ -117,7 +118,7 @@ def _addmm(
     def plain(bias: Tensor | None) -> Tensor:
         return mat1 @ mat2 if bias is None else torch.addmm(bias, mat1, mat2)
 
-    return _rows(recorder, mat1, mat2, input, plain, flipped=False)
+    return _row_product(recorder, mat1, mat2, input, plain, flipped=False)
 
 
 def _convolution(dims: int) -> Callable[..., Any]:
@@ -134,16 +135,17 @@ def _convolution(dims: int) -> Callable[..., Any]:
         index = _index(recorder, input, weight, dims)
         if index is NotImplemented:
             return NotImplemented
-        steps, spread = _each(stride, dims), _each(dilation, dims)
+        strides, dilations = _per_dimension(stride, dims), _per_dimension(dilation, dims)
         if padding == "same":
-            pads = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+            pads = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
             if any(pad % 2 for pad in pads):  # one more zero at the end
                 sides = [side for pad in reversed(pads) for side in (0, pad % 2)]
                 input = F.pad(input, sides)
             padding = [pad // 2 for pad in pads]
-        padding = _each(0 if padding == "valid" else padding, dims)
-        of = Convolution(input.shape, weight.shape, steps, padding, spread, groups)
-        return _convolved(recorder, index, of, input, weight, bias, transposed=False)
+        padding = _per_dimension(0 if padding == "valid" else padding, dims)
+        shapes = input.shape, weight.shape
+        convolution = Convolution(*shapes, strides, padding, dilations, groups)
+        return _convolved(recorder, index, convolution, input, weight, bias, transposed=False)
 
     return call
 
@@ -163,19 +165,19 @@ def _transposed_convolution(dims: int) -> Callable[..., Any]:
         index = _index(recorder, input, weight, dims)
         if index is NotImplemented:
             return NotImplemented
-        steps, zeros, more, spread = (
-            _each(given, dims) for given in (stride, padding, output_padding, dilation)
+        strides, paddings, output_paddings, dilations = (
+            _per_dimension(value, dims) for value in (stride, padding, output_padding, dilation)
         )
         kernel = weight.shape[2:]
         sizes = [
             (length - 1) * s - 2 * p + d * (k - 1) + o + 1
             for length, s, p, d, k, o in zip(
-                input.shape[2:], steps, zeros, spread, kernel, more, strict=True
+                input.shape[2:], strides, paddings, dilations, kernel, output_paddings, strict=True
             )
         ]
         shape = torch.Size((len(input), groups * weight.shape[1], *sizes))
-        of = Convolution(shape, weight.shape, steps, zeros, spread, groups)
-        return _convolved(recorder, index, of, input, weight, bias, transposed=True)
+        convolution = Convolution(shape, weight.shape, strides, paddings, dilations, groups)
+        return _convolved(recorder, index, convolution, input, weight, bias, transposed=True)
 
     return call
 
@@ -183,40 +185,40 @@ def _transposed_convolution(dims: int) -> Callable[..., Any]:
 def _convolved(
     recorder: Recorder,
     index: int | None,
-    of: Convolution,
+    convolution: Convolution,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
     transposed: bool,
 ) -> Tensor:
-    """Record a convolution, or its adjoint in the input; ``index`` is the weight's, if it counts."""
-    convolve = of.back if transposed else of.out
+    """Record a convolution, or its adjoint in the input, with the weight's ``index`` if it has one."""
+    convolve = convolution.back if transposed else convolution.out
 
     def plain(bias: Tensor | None) -> Tensor:
-        return _with_bias(convolve(*_cast(input, weight)), bias)
+        return _with_bias(convolve(*_autocast(input, weight)), bias)
 
-    kind = None if index is None else (index, Conv(of, transposed=transposed))
-    return _layer(recorder, "convolution", input, kind, bias, 1, plain)
+    kind = None if index is None else (index, Conv(convolution, transposed=transposed))
+    return _affine(recorder, "convolution", input, kind, bias, 1, plain)
 
 
 def _index(recorder: Recorder, given: Tensor, weight: Tensor, dims: int) -> Any:
-    """Return the weight's index, ``None`` if it does not count, or ``NotImplemented``."""
+    """Return the weight's index, ``None`` if it is not a parameter, or ``NotImplemented``."""
     if given.dim() != 2 + dims or recorder.known(given):
         return NotImplemented
     index = recorder.parameter(weight) if recorder.known(weight) else None
     if index is None and recorder.known(weight):
         return NotImplemented
-    return index if recorder.leads("convolution", given)[0] else NotImplemented
+    return index if recorder.batch_arguments("convolution", given)[0] else NotImplemented
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
+def _per_dimension(value: Any, dims: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     return values * dims if len(values) == 1 else values
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return what autocast makes of the arguments of a convolution."""
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the arguments of a convolution as autocast would cast them."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -239,18 +241,18 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    # Other options depend on more than the sample, or change the table in the pass.
+    # These options couple samples, change the table during the pass, or give sparse gradients.
     index = recorder.parameter(weight)
     if index is None or max_norm is not None or scale_grad_by_freq or sparse or input.dim() == 0:
         return NotImplemented
     rows = input
-    if not recorder.leads("embedding", input)[0]:
+    if not recorder.batch_arguments("embedding", input)[0]:
         if len(input) != 1:
             return NotImplemented
-        rows = input.expand(recorder.size, *input.shape[1:])  # the same for all samples
+        rows = input.expand(recorder.size, *input.shape[1:])  # all samples share the indices
     output, slope = recorder.offset(F.embedding(rows, weight, padding_idx))
     if padding_idx is not None:
-        # Its row has no gradient: its positions are marked.
+        # The padding row has no gradient: -1 marks its positions.
         rows = rows.masked_fill(rows == padding_idx % len(weight), -1)
     recorder.use(index, Lookup(), recorder.head(rows), slope, "embedding")
     return output
@@ -287,4 +289,4 @@ CALLS: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.multi_head_attention_forward: partial(self_attention, _linear),
 }
-"""Known calls: what modules compute, by what they call and not by their names."""
+"""The recorded version of each function. Modules are recognised by the functions that they call."""

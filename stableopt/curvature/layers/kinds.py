@@ -1,16 +1,16 @@
-r"""`Kind`: the ways a layer depends on a parameter that are linear in it.
+r"""`Kind`: bilinear dependence of a layer's output on a parameter and its input.
 
 A layer's output is :math:`z = B(w, a)`, bilinear in a parameter w and in a *head* a, a function of its
 input. With :math:`\delta` the gradient of the loss in z, the trilinear form
 :math:`\langle\delta, B(w, a)\rangle` has three derivatives, which each :class:`Kind` defines: in
-:math:`\delta` (``out``), in a (``back``) and in w (``grad``). The last is the gradient in w, of the sum
-over all samples; ``dense``, ``outs`` and ``backs`` are the same with a w for each sample.
+:math:`\delta` (``out``), in a (``back``) and in w (``grad``), summed over all samples. ``outs``,
+``backs`` and ``dense`` are the same with a separate w for each sample.
 
-Inputs and outputs have the samples in the leading dimension, each with one row or with several that lie
-together. The trial of the product detects other layouts.
+Inputs and outputs have the samples in the leading dimension, each with one row or with several adjacent
+rows. The trial of the product detects other layouts.
 """
 
-# ruff: noqa: D102 - what a method returns stands in the class that declares it
+# ruff: noqa: D102 - the declaring class documents the methods
 from __future__ import annotations
 
 import abc
@@ -25,12 +25,12 @@ __all__ = ["Bias", "Conv", "Copies", "Kind", "Linear", "Lookup", "Matrix"]
 
 
 _FEW_POSITIONS = 256
-"""Positions up to which the gradients in the kernels of single samples are products with patches: with
-more, oneDNN's gradient of a convolution in groups is faster, and takes less memory."""
+"""Number of positions up to which per-sample kernel gradients are products with patches: for more,
+oneDNN's gradient of a grouped convolution is faster and takes less memory."""
 
 
 class Kind(abc.ABC):
-    """One bilinear dependence of an output on a parameter. Heads are ``None`` for kinds without one."""
+    """A bilinear dependence of an output on a parameter. Heads are ``None`` for kinds without one."""
 
     @abc.abstractmethod
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Kind(abc.ABC):
 
 
 class Copies(Kind):
-    """A parameter with a copy for each sample: the slopes are those in the copies."""
+    """A parameter with one copy for each sample: the slopes are the gradients in the copies."""
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         return w.expand_as(like)
@@ -67,7 +67,7 @@ class Copies(Kind):
 
 @dataclass(frozen=True)
 class Bias(Kind):
-    """A number for each feature, which is added at all positions.
+    """One number for each feature, added at all positions.
 
     Attributes:
         axis: the dimension of the features in the output: 1, or the last.
@@ -88,22 +88,22 @@ class Bias(Kind):
         return slope.reshape(size, -1, shape[0]).sum(1)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
-        where = [1] * like.dim()
-        where[self.axis] = -1
-        spread = w.view(len(w), *where[1:])
+        shape = [1] * like.dim()
+        shape[self.axis] = -1
+        values = w.view(len(w), *shape[1:])
         if len(w) in (1, len(like)):
-            return spread.expand_as(like)
-        return spread.repeat_interleave(len(like) // len(w), dim=0).expand_as(like)
+            return values.expand_as(like)
+        return values.repeat_interleave(len(like) // len(w), dim=0).expand_as(like)
 
 
 @dataclass(frozen=True)
 class Lookup(Kind):
-    """Rows of a table ``(V, D)`` by their numbers; a negative number is that of none."""
+    """Rows of a table ``(V, D)`` by their indices; a negative index stands for a row of zeros."""
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        found = w[head.clamp(min=0)] * (head >= 0).unsqueeze(-1)
-        return found.reshape(like.shape)
+        rows = w[head.clamp(min=0)] * (head >= 0).unsqueeze(-1)
+        return rows.reshape(like.shape)
 
     def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
         assert head is not None
@@ -112,24 +112,25 @@ class Lookup(Kind):
 
     def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
         assert head is not None
-        tables = torch.Size((size * shape[0], *shape[1:]))
-        return self.grad(self._apart(head, shape[0], size), slope, tables).view(size, *shape)
+        stacked_shape = torch.Size((size * shape[0], *shape[1:]))
+        indices = self._stacked_indices(head, shape[0], size)
+        return self.grad(indices, slope, stacked_shape).view(size, *shape)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        return self.out(w.flatten(0, 1), self._apart(head, w.shape[1], len(w)), like)
+        return self.out(w.flatten(0, 1), self._stacked_indices(head, w.shape[1], len(w)), like)
 
-    def _apart(self, head: Tensor, rows: int, size: int) -> Tensor:
-        """Return the numbers in the samples' tables, one below the other."""
+    def _stacked_indices(self, head: Tensor, rows: int, size: int) -> Tensor:
+        """Return the indices into the samples' tables, stacked one below the other."""
         starts = torch.arange(0, size * rows, rows, device=head.device).view(size, 1)
-        words = head.reshape(size, -1)
-        return torch.where(words >= 0, words + starts, words).view(head.shape)
+        indices = head.reshape(size, -1)
+        return torch.where(indices >= 0, indices + starts, indices).view(head.shape)
 
 
 class Matrix(Kind):
     r"""A linear map at each position: :math:`g_i = \sum_t l_t r_t^\top`.
 
-    l and r are rows of the slope and of the head, or the reverse.
+    l are rows of the slope and r rows of the head, or the reverse with ``head_is_left``.
     """
 
     head_is_left: bool
@@ -144,7 +145,7 @@ class Matrix(Kind):
 
     @abc.abstractmethod
     def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
-        """Return the features of a row of the slope, and of one of the head, in one group."""
+        """Return the lengths of a row of the slope and of a row of the head, in one group."""
 
     @abc.abstractmethod
     def positions(self, head: Tensor | None, slope: Tensor, size: int) -> int:
@@ -171,15 +172,15 @@ class Linear(Matrix):
     """A linear map of the last dimension.
 
     Args:
-        shape: of the weight as a matrix, which it may be a reshaped view of.
-        transposed: whether that is ``(in, out)`` instead of ``(out, in)``.
+        shape: the shape of the weight as a matrix; the parameter may have another shape.
+        transposed: whether the matrix is ``(in, out)`` instead of ``(out, in)``.
     """
 
     def __init__(self, shape: torch.Size, *, transposed: bool) -> None:
         self.shape, self.head_is_left = shape, transposed
 
     def _map(self, w: Tensor) -> Tensor:
-        """Return the matrix that rows are multiplied with from the right, ``(..., in, out)``."""
+        """Return the matrix that multiplies rows from the right, ``(..., in, out)``."""
         return w if self.head_is_left else w.mT
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
@@ -197,8 +198,8 @@ class Linear(Matrix):
     def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
         assert head is not None
         rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
-        found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
-        return found.view(size, *shape)
+        gradients = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+        return gradients.view(size, *shape)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
@@ -230,61 +231,61 @@ class Linear(Matrix):
 
 
 class Conv(Matrix):
-    """A convolution, by its patches where that is cheaper.
+    """A convolution, computed from patches where that is cheaper.
 
     Args:
-        convolution: of inputs of any shape.
+        convolution: the convolution, for inputs of any shape.
         transposed: whether the head is the convolution's output, as for ``nn.ConvTranspose2d``.
     """
 
     def __init__(self, convolution: Convolution, *, transposed: bool) -> None:
         self.convolution, self.head_is_left = convolution, transposed
 
-    def _of(self, head: Tensor, slope: Tensor) -> Convolution:
+    def _at_inputs(self, head: Tensor, slope: Tensor) -> Convolution:
         inputs = slope if self.head_is_left else head
         return replace(self.convolution, inputs=inputs.shape)
 
     def out(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        of = self._of(head, like)
-        w = w.reshape(of.kernel)
-        return of.back(head, w) if self.head_is_left else of.out(head, w)
+        conv = self._at_inputs(head, like)
+        w = w.reshape(conv.kernel)
+        return conv.back(head, w) if self.head_is_left else conv.out(head, w)
 
     def back(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
-        of = self._of(like, slope)
-        w = w.reshape(of.kernel)
-        return of.out(slope, w) if self.head_is_left else of.back(slope, w)
+        conv = self._at_inputs(like, slope)
+        w = w.reshape(conv.kernel)
+        return conv.out(slope, w) if self.head_is_left else conv.back(slope, w)
 
     def grad(self, head: Tensor | None, slope: Tensor, shape: torch.Size) -> Tensor:
         assert head is not None
-        of = self._of(head, slope)
-        found = of.grad(slope, head) if self.head_is_left else of.grad(head, slope)
-        return found.view(shape)
+        conv = self._at_inputs(head, slope)
+        gradient = conv.grad(slope, head) if self.head_is_left else conv.grad(head, slope)
+        return gradient.view(shape)
 
     def dense(self, head: Tensor | None, slope: Tensor, shape: torch.Size, size: int) -> Tensor:
         assert head is not None
-        of = self._of(head, slope)
-        if of.groups == 1 and self.positions(head, slope, size) <= _FEW_POSITIONS:
+        conv = self._at_inputs(head, slope)
+        if conv.groups == 1 and self.positions(head, slope, size) <= _FEW_POSITIONS:
             rows, columns = self.slope_rows(slope, size), self.head_rows(head, size)
-            found = columns.mT @ rows if self.head_is_left else rows.mT @ columns
-            return found.view(size, *shape)
-        of = of.by_sample(size)
-        head, slope = _channels_apart(head, size), _channels_apart(slope, size)
-        found = of.grad(slope, head) if self.head_is_left else of.grad(head, slope)
-        return found.view(size, *shape)
+            gradients = columns.mT @ rows if self.head_is_left else rows.mT @ columns
+            return gradients.view(size, *shape)
+        conv = conv.by_sample(size)
+        head, slope = _samples_to_channels(head, size), _samples_to_channels(slope, size)
+        gradients = conv.grad(slope, head) if self.head_is_left else conv.grad(head, slope)
+        return gradients.view(size, *shape)
 
     def outs(self, w: Tensor, head: Tensor | None, like: Tensor) -> Tensor:
         assert head is not None
-        of = self._of(head, like).by_sample(len(w))
-        given, kernels = _channels_apart(head, len(w)), w.reshape(of.kernel)
-        found = of.back(given, kernels) if self.head_is_left else of.out(given, kernels)
-        return _rows_again(found, len(w), like)
+        conv = self._at_inputs(head, like).by_sample(len(w))
+        given, kernels = _samples_to_channels(head, len(w)), w.reshape(conv.kernel)
+        outputs = conv.back(given, kernels) if self.head_is_left else conv.out(given, kernels)
+        return _channels_to_samples(outputs, len(w), like)
 
     def backs(self, w: Tensor, slope: Tensor, like: Tensor) -> Tensor:
-        of = self._of(like, slope).by_sample(len(w))
-        given, kernels = _channels_apart(slope, len(w)), w.reshape(of.kernel)
-        found = of.out(given, kernels) if self.head_is_left else of.back(given, kernels)
-        return _rows_again(found, len(w), like)
+        conv = self._at_inputs(like, slope).by_sample(len(w))
+        given, kernels = _samples_to_channels(slope, len(w)), w.reshape(conv.kernel)
+        gradients = conv.out(given, kernels) if self.head_is_left else conv.back(given, kernels)
+        return _channels_to_samples(gradients, len(w), like)
 
     def sizes(self, head: Tensor | None, slope: Tensor) -> tuple[int, int]:
         kernel = self.convolution.kernel
@@ -297,51 +298,61 @@ class Conv(Matrix):
         return outputs[:, 0].numel() // size
 
     def head_rows(self, head: Tensor, size: int) -> Tensor:
-        return self._outputs(head, size) if self.head_is_left else self._patches(head, size)
+        return self._output_rows(head, size) if self.head_is_left else self._patch_rows(head, size)
 
     def slope_rows(self, slope: Tensor, size: int) -> Tensor:
-        return self._patches(slope, size) if self.head_is_left else self._outputs(slope, size)
+        return (
+            self._patch_rows(slope, size) if self.head_is_left else self._output_rows(slope, size)
+        )
 
     def head_of(self, rows: Tensor, like: Tensor) -> Tensor:
-        return self._outputs_of(rows, like) if self.head_is_left else self._spread(rows, like)
+        return (
+            self._from_output_rows(rows, like)
+            if self.head_is_left
+            else self._from_patch_rows(rows, like)
+        )
 
     def slope_of(self, rows: Tensor, like: Tensor) -> Tensor:
-        return self._spread(rows, like) if self.head_is_left else self._outputs_of(rows, like)
+        return (
+            self._from_patch_rows(rows, like)
+            if self.head_is_left
+            else self._from_output_rows(rows, like)
+        )
 
-    def _outputs(self, y: Tensor, size: int) -> Tensor:
+    def _output_rows(self, y: Tensor, size: int) -> Tensor:
         groups, each = self.convolution.groups, len(y) // size
-        found = y.reshape(size, each, groups, y.shape[1] // groups, -1)
-        return found.permute(0, 2, 1, 4, 3).reshape(size * groups, -1, found.shape[3])
+        rows = y.reshape(size, each, groups, y.shape[1] // groups, -1)
+        return rows.permute(0, 2, 1, 4, 3).reshape(size * groups, -1, rows.shape[3])
 
-    def _outputs_of(self, rows: Tensor, like: Tensor) -> Tensor:
+    def _from_output_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         groups = self.convolution.groups
         size, each, features = len(rows) // groups, like[0, 0].numel(), rows.shape[2]
-        found = rows.reshape(size, groups, -1, each, features).permute(0, 2, 1, 4, 3)
-        return found.reshape(like.shape)
+        outputs = rows.reshape(size, groups, -1, each, features).permute(0, 2, 1, 4, 3)
+        return outputs.reshape(like.shape)
 
-    def _patches(self, x: Tensor, size: int) -> Tensor:
-        of = replace(self.convolution, inputs=x.shape)
-        patches, each = of.patches(x), len(x) // size  # (rows, groups, in, T)
+    def _patch_rows(self, x: Tensor, size: int) -> Tensor:
+        conv = replace(self.convolution, inputs=x.shape)
+        patches, each = conv.patches(x), len(x) // size  # (rows, groups, in, T)
         if each == 1:
             return patches.flatten(0, 1).mT
-        found = patches.view(size, each, *patches.shape[1:]).permute(0, 2, 1, 4, 3)
-        return found.reshape(size * of.groups, -1, patches.shape[2])
+        rows = patches.view(size, each, *patches.shape[1:]).permute(0, 2, 1, 4, 3)
+        return rows.reshape(size * conv.groups, -1, patches.shape[2])
 
-    def _spread(self, rows: Tensor, like: Tensor) -> Tensor:
-        of = replace(self.convolution, inputs=like.shape)
-        size = len(rows) // of.groups
+    def _from_patch_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        conv = replace(self.convolution, inputs=like.shape)
+        size = len(rows) // conv.groups
         each, features = len(like) // size, rows.shape[2]
-        found = rows.view(size, of.groups, each, -1, features).permute(0, 2, 1, 4, 3)
-        return of.spread(found.reshape(len(like), of.groups, features, -1))
+        patches = rows.view(size, conv.groups, each, -1, features).permute(0, 2, 1, 4, 3)
+        return conv.spread(patches.reshape(len(like), conv.groups, features, -1))
 
 
-def _channels_apart(tensor: Tensor, size: int) -> Tensor:
+def _samples_to_channels(tensor: Tensor, size: int) -> Tensor:
     """Return ``(n * k, C, ...)`` as ``(k, n * C, ...)``."""
     rows = tensor.reshape(size, -1, *tensor.shape[1:]).transpose(0, 1)
     return rows.reshape(rows.shape[0], size * tensor.shape[1], *tensor.shape[2:])
 
 
-def _rows_again(tensor: Tensor, size: int, like: Tensor) -> Tensor:
+def _channels_to_samples(tensor: Tensor, size: int, like: Tensor) -> Tensor:
     """Return ``(k, n * C, ...)`` as ``(n * k, C, ...)``."""
     rows = tensor.reshape(tensor.shape[0], size, *like.shape[1:]).transpose(0, 1)
     return rows.reshape(like.shape)

@@ -1,4 +1,4 @@
-"""Normalisations: their gains and biases act on each sample's rows alone."""
+"""Recorded calls of normalisations, whose gains and biases act on each sample's rows separately."""
 
 from __future__ import annotations
 
@@ -113,29 +113,27 @@ def _normalised(
     bias: Tensor | None,
     features: tuple[int | None, ...],
 ) -> Any:
-    """Record a normalisation, with gains and biases for each sample.
+    """Record a normalisation with one copy of gains and biases for each sample.
 
-    ``features`` is the shape of one sample's rows: all positions, features, and, as ``None``, more
-    positions.
+    ``features`` is the shape of a sample's rows: positions, features, ``None`` for more positions.
     """
-    if recorder.known(given) or not recorder.leads("normalisation", given)[0]:
+    if recorder.known(given) or not recorder.batch_arguments("normalisation", given)[0]:
         return NotImplemented
     normalised = plain()
     rows = normalised.reshape(recorder.size, *_shape(features, normalised, recorder.size))
-    one = [size if size is not None else 1 for size in features]
-    one[0] = 1
+    shape = [1, *(1 if count is None else count for count in features[1:])]
 
-    def placed(parameter: Tensor) -> Tensor:
+    def broadcastable(parameter: Tensor) -> Tensor:
         if recorder.known(parameter):
-            return recorder.copies(parameter, "normalisation").reshape(recorder.size, *one)
-        return parameter.reshape(1, *one)
+            return recorder.copies(parameter, "normalisation").reshape(recorder.size, *shape)
+        return parameter.reshape(1, *shape)
 
     if weight is not None and bias is not None:
-        rows = torch.addcmul(placed(bias), rows, placed(weight))
+        rows = torch.addcmul(broadcastable(bias), rows, broadcastable(weight))
     elif weight is not None:
-        rows = rows * placed(weight)
+        rows = rows * broadcastable(weight)
     elif bias is not None:
-        rows = rows + placed(bias)
+        rows = rows + broadcastable(bias)
     return rows.reshape(normalised.shape)
 
 

@@ -1,4 +1,4 @@
-"""`Plan`: how passes of a problem are recorded; `rows_seen`: which tensors in a pass are of samples."""
+"""`Plan`: how passes of a problem are recorded; `rows_seen`: which tensors have rows of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Plan", "Rows", "UnitError", "rows_seen", "tensors_of"]
 
 
 class UnitError(UnfitError):
-    """A call cannot be vectorised over the samples; ``parameters`` are the indices of its own."""
+    """A call that cannot be vectorised over samples; ``parameters`` are the indices of those it uses."""
 
     def __init__(self, message: str, parameters: set[int]) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class UnitError(UnfitError):
 
 
 Rows = list[tuple[str, list[bool]]]
-"""For each call in a pass, the function's name, and which of its tensors have rows of the samples."""
+"""For each call in a pass, the function's name, and whether each of its tensors has one row a sample."""
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Plan:
     """How a problem's passes are recorded; the trial of the product completes it.
 
     Attributes:
-        seen: of all calls in a pass over the samples of the trial, by :func:`rows_seen`; ``None`` for
-            any tensor.
-        units: modules that are called for each sample, vectorised, with copies of their parameters.
-        decisions: the same of the calls that take a parameter, in any pass: these calls do not depend
-            on the samples, while others, such as those that make masks, may.
+        seen: the result of :func:`rows_seen` for the samples of the trial; with ``None``, every tensor
+            counts as one with sample rows.
+        units: modules that are called by vmap over the samples, each with copies of the parameters.
+        decisions: the rows of those calls that take a parameter, in order. They hold for every pass,
+            while other calls, such as those that make masks, may depend on the samples.
         ways: how each parameter is treated, by index.
-        copied: parameters with copies for each sample.
+        copied: indices of the parameters that have a copy for each sample.
     """
 
     seen: Rows | None = None
@@ -55,8 +55,8 @@ def tensors_of(given: Any) -> list[Tensor]:
     return [t for t in tree_flatten(given)[0] if isinstance(t, Tensor)]
 
 
-class _Look(TorchFunctionMode):
-    """Lists the calls in a pass, with the rows of the tensors that go in and come out."""
+class _CallLister(TorchFunctionMode):
+    """Lists the calls in a pass, with the lengths of the tensors that go in and come out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,16 +66,17 @@ class _Look(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Pass the call on."""
-        given, found = tensors_of((args, kwargs)), function(*args, **(kwargs or {}))
-        rows = [len(t) if t.dim() else 0 for t in (*given, *tensors_of(found))]
-        self.calls.append((getattr(function, "__name__", ""), rows))
-        return found
+        inputs, output = tensors_of((args, kwargs)), function(*args, **(kwargs or {}))
+        lengths = [len(t) if t.dim() else 0 for t in (*inputs, *tensors_of(output))]
+        self.calls.append((getattr(function, "__name__", ""), lengths))
+        return output
 
 
 def rows_seen(run: Callable[[Any], object], batch: Any, size: int) -> Rows:
-    """Return which tensors in a pass of ``batch`` have rows of its samples.
+    """Return which tensors in a pass of ``batch`` have rows that belong to samples.
 
-    With one sample fewer they have fewer rows. Constants, too, may have as many as there are samples.
+    Two passes are compared: without one sample, such tensors are shorter in proportion. The length alone
+    would not do, since a constant may have as many rows as there are samples.
 
     Args:
         run: makes the pass of a batch.
@@ -83,23 +84,21 @@ def rows_seen(run: Callable[[Any], object], batch: Any, size: int) -> Rows:
         size: their number, at least 2.
 
     Raises:
-        UnfitError: if other functions are called with one sample fewer.
+        UnfitError: if the two passes call different functions.
     """
-    looks = []
+    passes = []
     for count in (size, size - 1):
         part = cut(batch, 0, count)
-        with _Look() as look:
+        with _CallLister() as lister:
             run(part)
-        looks.append(look.calls)
-    if [name for name, _ in looks[0]] != [name for name, _ in looks[1]]:
+        passes.append(lister.calls)
+    if [name for name, _ in passes[0]] != [name for name, _ in passes[1]]:
         raise UnfitError("the model calls other functions for other samples")
+
+    def in_proportion(length: int, shorter: int) -> bool:
+        return shorter < length and shorter * size == length * (size - 1)
+
     return [
-        (
-            name,
-            [
-                few < most and few * size == most * (size - 1)
-                for most, few in zip(all_, fewer, strict=True)
-            ],
-        )
-        for (name, all_), (_, fewer) in zip(*looks, strict=True)
+        (name, list(map(in_proportion, lengths, shorter)))
+        for (name, lengths), (_, shorter) in zip(*passes, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""`recorded`: a recorder that knows the structure of torch's functions and modules, for one pass."""
+"""`recorded`: a recorder for one pass that knows the structure of torch's functions and of units."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["recorded"]
 
 
 @contextmanager
-def recorded(way: Plan, theta: Theta, size: int) -> Iterator[Recorder]:
-    """Return a recorder to call the model in once, with ``theta``: ``with recorder: loss(theta)``."""
-    recorder = Recorder(way, theta, size, CALLS)
+def recorded(plan: Plan, theta: Theta, size: int) -> Iterator[Recorder]:
+    """Yield a recorder for a single pass at ``theta``: ``with recorder: loss(theta)``."""
+    recorder = Recorder(plan, theta, size, CALLS)
     with ExitStack() as stack:
-        for unit in way.units:
-            hooks = _unit_hooks(recorder)
-            stack.callback(unit.register_forward_pre_hook(hooks[0]).remove)
-            stack.callback(unit.register_forward_hook(hooks[1], with_kwargs=True).remove)
+        for unit in plan.units:
+            before, after = _unit_hooks(recorder)
+            stack.callback(unit.register_forward_pre_hook(before).remove)
+            stack.callback(unit.register_forward_hook(after, with_kwargs=True).remove)
         yield recorder
 
 

@@ -1,12 +1,12 @@
-r"""`along_rows`: products with per-sample matrices of low rank, which are not formed.
+r"""`along_rows`: products with per-sample matrices of low rank, without forming the matrices.
 
-With l and r the rows of a linear map at each position t, y the row numbers that are looked up in the
-same matrix, and u the tangents of the slopes there, a sample's matrix is
+Let l and r be the rows of a linear map at each position t, y the indices of lookups in the same matrix,
+and u the tangents of the slopes of these lookups. Then a sample's matrix is
 
 .. math:: w = \sum_t \dot l_t r_t^\top + l_t \dot r_t^\top + \sum_s e_{y_s} u_s^\top.
 
-Its products with all :math:`r_t`, with all :math:`l_t` from the left, and its rows :math:`y_s` follow
-from the inner products of rows, and from their entries at :math:`y_s`.
+Its products with all :math:`r_t`, with all :math:`l_t` from the left, and its rows :math:`y_s` are
+computed from the inner products of rows, and from their entries at :math:`y_s`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["Cotangents", "Use", "along_rows"]
 
 
 _FORMED = 1
-"""Factor on the work with Gram matrices up to which forming costs as much."""
+"""Factor on the work with Gram matrices up to which forming the matrices costs as much."""
 
 
 class Use(NamedTuple):
-    """One use of a parameter, of all samples; no graph.
+    """One use of a parameter by all samples, without an autograd graph.
 
-    ``None`` stands for the head of kinds without one, and for the tangent of a head that does not depend
-    on the parameters.
+    The head is ``None`` for kinds without one. The tangent of a head is ``None`` if the head does not
+    depend on the parameters.
     """
 
     kind: Kind
@@ -41,14 +41,14 @@ class Use(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Cotangents of one use; ``None`` for a head without a tangent."""
+    """The cotangents of one use; ``None`` for a head without a tangent."""
 
     head: Tensor | None
     slope: Tensor
 
 
 class _Maps(NamedTuple):
-    """The rows of all linear maps, ``(n * groups, T, F)``, one use after the other along T."""
+    """The rows of all linear maps, ``(n * groups, T, F)``, with the uses concatenated along T."""
 
     left: Tensor
     right: Tensor
@@ -57,26 +57,26 @@ class _Maps(NamedTuple):
 
 
 class _Lookups(NamedTuple):
-    """Row numbers ``(n, S)``, and u ``(n, S, F)``, zero where nothing is looked up."""
+    """Row indices ``(n, S)``, and u ``(n, S, F)``, which is zero for negative indices."""
 
-    words: Tensor
+    indices: Tensor
     tangents: Tensor
 
     def entries(self, rows: Tensor) -> Tensor:
-        """Return the entries of ``rows`` ``(n, T, V)`` at the row numbers, ``(n, T, S)``."""
-        return rows.gather(2, self._everywhere(rows))
+        """Return the entries of ``rows`` ``(n, T, V)`` at the indices, ``(n, T, S)``."""
+        return rows.gather(2, self._expanded_indices(rows))
 
     def add_entries(self, to: Tensor, entries: Tensor) -> None:
         """Add the adjoint of :meth:`entries` in place."""
-        to.scatter_add_(2, self._everywhere(to), entries)
+        to.scatter_add_(2, self._expanded_indices(to), entries)
 
-    def _everywhere(self, rows: Tensor) -> Tensor:
-        words = self.words.clamp(min=0).unsqueeze(1)
-        return words.expand(-1, rows.shape[1], -1)
+    def _expanded_indices(self, rows: Tensor) -> Tensor:
+        indices = self.indices.clamp(min=0).unsqueeze(1)
+        return indices.expand(-1, rows.shape[1], -1)
 
     def masked(self, rows: Tensor) -> Tensor:
-        """Return ``rows`` ``(n, S, F)`` with zeros where nothing is looked up."""
-        return rows * (self.words >= 0).unsqueeze(2)
+        """Return ``rows`` ``(n, S, F)`` with zeros for negative indices."""
+        return rows * (self.indices >= 0).unsqueeze(2)
 
 
 def along_rows(
@@ -87,18 +87,18 @@ def along_rows(
     Args:
         uses: linear maps and lookups by ``size`` samples.
         scale: P, a number or a tensor of the parameter's shape.
-        shape: the parameter's.
+        shape: the parameter's shape.
         size: the number of samples.
 
     Returns:
-        The cotangents, or ``None`` where the matrices are to be formed: there are other uses, P is a
-        tensor and there are several positions, or forming is cheaper.
+        The cotangents, or ``None`` if the matrices must be formed: for other kinds of uses, for a tensor
+        P with several positions, and where forming is cheaper.
     """
     maps = [use for use in uses if isinstance(use.kind, Matrix)]
     tables = [use for use in uses if isinstance(use.kind, Lookup)]
     if len(maps) + len(tables) < len(uses):
         return None
-    if maps and not _worth(maps, scale, size):
+    if maps and not _worthwhile(maps, scale, size):
         return None
     if tables and any(_kind(use).head_is_left for use in maps):
         return None
@@ -110,21 +110,22 @@ def along_rows(
         and (tables or rows.left.shape[1] > 1 or len(rows.left) > size)
     ):
         return None
-    found: dict[int, Cotangents] = {}
+    cotangents: dict[int, Cotangents] = {}
     if lookups is not None:
-        along = lookups.masked(_scaled(_along_lookups(rows, lookups), _at(scale, lookups)))
+        products = _scaled(_along_lookups(rows, lookups), _scale_at(scale, lookups))
         lengths = [use.slope[..., 0].numel() // size for use in tables]
-        for use, part in zip(tables, torch.split(along, lengths, dim=1), strict=True):
-            found[id(use)] = Cotangents(None, part.reshape(use.slope.shape))
+        parts = torch.split(lookups.masked(products), lengths, dim=1)
+        for use, part in zip(tables, parts, strict=True):
+            cotangents[id(use)] = Cotangents(None, part.reshape(use.slope.shape))
     if rows is not None:
         if isinstance(scale, Tensor):
-            left, right = _weighted(rows, scale.reshape(len(scale), -1))
+            left, right = _along_scaled_maps(rows, scale.reshape(len(scale), -1))
         else:
             left, right = (_scaled(part, scale) for part in _along_maps(rows, lookups))
         lengths = [_positions(use, size) for use in maps]
         for use, *pair in zip(maps, _parts(left, lengths), _parts(right, lengths), strict=True):
-            found[id(use)] = _unlaid(use, *pair)
-    return [found[id(use)] for use in uses]
+            cotangents[id(use)] = _as_cotangents(use, *pair)
+    return [cotangents[id(use)] for use in uses]
 
 
 def _kind(use: Use) -> Matrix:
@@ -137,8 +138,8 @@ def _positions(use: Use, size: int) -> int:
     return _kind(use).positions(use.head, use.slope, size)
 
 
-def _worth(maps: Sequence[Use], scale: Tensor | float, size: int) -> bool:
-    """Whether Gram matrices of the positions cost less than a matrix for each sample."""
+def _worthwhile(maps: Sequence[Use], scale: Tensor | float, size: int) -> bool:
+    """Return whether Gram matrices of the positions cost less than one matrix for each sample."""
     positions = sum(_positions(use, size) for use in maps)
     if positions == 1:
         return True
@@ -150,12 +151,13 @@ def _maps_of(maps: Sequence[Use], size: int) -> _Maps:
     """Return the rows of all uses, joined."""
     lefts, rights, left_tangents, right_tangents = [], [], [], []
     for use in maps:
-        kind, (_, head, slope, head_tangent, slope_tangent) = _kind(use), use
+        kind = _kind(use)
+        _, head, slope, head_tangent, slope_tangent = use
         assert head is not None
-        heads = kind.head_rows(head, size)
-        along = None if head_tangent is None else kind.head_rows(head_tangent, size)
-        of_head = (heads, along)
-        of_slope = (kind.slope_rows(slope, size), kind.slope_rows(slope_tangent, size))
+        head_rows = kind.head_rows(head, size)
+        head_tangent_rows = None if head_tangent is None else kind.head_rows(head_tangent, size)
+        of_head = head_rows, head_tangent_rows
+        of_slope = kind.slope_rows(slope, size), kind.slope_rows(slope_tangent, size)
         (left, left_tangent), (right, right_tangent) = (
             (of_head, of_slope) if kind.head_is_left else (of_slope, of_head)
         )
@@ -173,7 +175,7 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _filled(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
-    """Return tangents joined, or ``None`` if there are none."""
+    """Return the tangents joined, with zeros for missing ones, or ``None`` if all are missing."""
     if all(tangent is None for tangent in tangents):
         return None
     pairs = zip(tangents, like, strict=True)
@@ -181,27 +183,27 @@ def _filled(tangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor
 
 
 def _lookups_of(tables: Sequence[Use], size: int) -> _Lookups:
-    words, tangents = [], []
+    indices, tangents = [], []
     for use in tables:
         assert use.head is not None
-        words.append(use.head.reshape(size, -1))
+        indices.append(use.head.reshape(size, -1))
         tangents.append(use.slope_tangent.reshape(size, -1, use.slope.shape[-1]))
-    found = _Lookups(_cat(words), _cat(tangents))
-    return found._replace(tangents=found.masked(found.tangents))
+    lookups = _Lookups(_cat(indices), _cat(tangents))
+    return lookups._replace(tangents=lookups.masked(lookups.tangents))
 
 
 def _along_lookups(maps: _Maps | None, lookups: _Lookups) -> Tensor:
-    """Return the rows of w that are looked up, ``(n, S, F)``."""
-    words = lookups.words
-    same = (words.unsqueeze(1) == words.unsqueeze(2)).to(lookups.tangents.dtype)
-    found = same @ lookups.tangents
+    """Return the rows of w at the lookups' indices, ``(n, S, F)``."""
+    indices = lookups.indices
+    equal = (indices.unsqueeze(1) == indices.unsqueeze(2)).to(lookups.tangents.dtype)
+    rows = equal @ lookups.tangents
     if maps is not None:
         left, right, left_tangent, right_tangent = maps
         if left_tangent is not None:
-            found = found + lookups.entries(left_tangent).mT @ right
+            rows = rows + lookups.entries(left_tangent).mT @ right
         if right_tangent is not None:
-            found = found + lookups.entries(left).mT @ right_tangent
-    return found
+            rows = rows + lookups.entries(left).mT @ right_tangent
+    return rows
 
 
 _Pair = tuple[Tensor | None, Tensor | None]
@@ -209,7 +211,7 @@ _Pair = tuple[Tensor | None, Tensor | None]
 
 
 def _along_maps(maps: _Maps, lookups: _Lookups | None) -> _Pair:
-    """Return the products of w with all right rows, and from the left with all left rows."""
+    """Return the products of w with all right rows, and of all left rows with w."""
     left, right, left_tangent, right_tangent = maps
     along_left = along_right = None
     if left_tangent is not None:
@@ -225,20 +227,19 @@ def _along_maps(maps: _Maps, lookups: _Lookups | None) -> _Pair:
 
 def _terms(*terms: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
     r"""Return the sum of :math:`(ab^\top)c` over the terms without a ``None``."""
-    found: Tensor | None = None
+    total: Tensor | None = None
     for a, b, c in terms:
         if b is None or c is None:
             continue
-        # One position: products of numbers instead of matrices of one.
-        one = a.shape[1] == 1
-        part = torch.linalg.vecdot(a, b).unsqueeze(2) * c if one else (a @ b.mT) @ c
-        found = part if found is None else found.add_(part)
-    assert found is not None
-    return found
+        single = a.shape[1] == 1  # with one position the inner product is a number
+        term = torch.linalg.vecdot(a, b).unsqueeze(2) * c if single else (a @ b.mT) @ c
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
 
 
-def _weighted(maps: _Maps, scale: Tensor) -> _Pair:
-    """Return the same for a tensor P ``(left, right)`` and one position."""
+def _along_scaled_maps(maps: _Maps, scale: Tensor) -> _Pair:
+    """Return the same products of P w, for a tensor P ``(left, right)`` and one position."""
     left, right, left_tangent, right_tangent = maps
     along_left = along_right = None
     if left_tangent is not None:
@@ -252,7 +253,7 @@ def _weighted(maps: _Maps, scale: Tensor) -> _Pair:
     return along_left, along_right
 
 
-def _unlaid(use: Use, left: Tensor | None, right: Tensor | None) -> Cotangents:
+def _as_cotangents(use: Use, left: Tensor | None, right: Tensor | None) -> Cotangents:
     kind = _kind(use)
     of_head, of_slope = (left, right) if kind.head_is_left else (right, left)
     assert of_slope is not None
@@ -269,8 +270,8 @@ def _parts(rows: Tensor | None, lengths: Sequence[int]) -> Sequence[Tensor | Non
     return torch.split(rows, list(lengths), dim=1)
 
 
-def _at(scale: Tensor | float, lookups: _Lookups) -> Tensor | float:
-    return scale[lookups.words.clamp(min=0)] if isinstance(scale, Tensor) else scale
+def _scale_at(scale: Tensor | float, lookups: _Lookups) -> Tensor | float:
+    return scale[lookups.indices.clamp(min=0)] if isinstance(scale, Tensor) else scale
 
 
 @overload

@@ -34,9 +34,9 @@ from stableopt.curvature.per_sample.passes import Chunk, Passes, inner_products
 from stableopt.curvature.problem.data.batches import cut
 from stableopt.curvature.problem.mean_loss import Memo
 from stableopt.curvature.problem.over_chunks import (
+    distinct_samples,
     drawn_samples,
     mean_over_chunks,
-    telling_samples,
 )
 from stableopt.curvature.products.hessian import Hessian
 from stableopt.curvature.products.linearization_cache import LinearizationCache
@@ -155,7 +155,7 @@ class StructuredProduct:
         )
         zero = torch.zeros_like(vector)
         with problem.evaluation():
-            chosen = telling_samples(
+            chosen = distinct_samples(
                 drawn_samples(problem),
                 lambda sample: loop_product(self._mean, sample, 1, vector, zero),
             )

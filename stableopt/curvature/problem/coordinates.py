@@ -1,4 +1,4 @@
-"""`Coordinates`: flat vectors as parameters and back, with scales, a sign and weight decay."""
+"""`Coordinates`: flat vectors to parameters and back, with scales, a sign and weight decay."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Coordinates:
     Attributes:
         names: the parameters' names.
         shapes: their shapes, on this rank.
-        dtype: of all vectors.
-        device: of all vectors.
-        sign: 1, or -1 to look at -f.
+        dtype: the dtype of all vectors.
+        device: the device of all vectors.
+        sign: 1, or -1 for -f.
         scale: the diagonal of D: for each parameter a number, or a tensor of its shape.
         weight_decay: the diagonal of Lambda: a coefficient for each parameter.
 
@@ -57,10 +57,10 @@ class Coordinates:
         scale: Sequence[Tensor | float] | None = None,
         weight_decay: Sequence[float] | None = None,
     ) -> Coordinates:
-        """Return other coordinates of the same parameters; omitted parts are the identity.
+        """Return other coordinates of the same parameters; omitted arguments change nothing.
 
         Raises:
-            ValueError: for numbers of values, or shapes, that differ from the parameters'.
+            ValueError: if the number of values, or a shape, differs from the parameters'.
         """
         for name, values in (("scale", scale), ("weight_decay", weight_decay)):
             if values is not None and len(values) != len(self.shapes):
@@ -79,7 +79,7 @@ class Coordinates:
         )
 
     def masked(self, masks: Sequence[Tensor | None]) -> Coordinates:
-        """Return the coordinates in which entries stay where a parameter's mask is zero."""
+        """Return the coordinates in which the entries with mask zero are constant."""
         masked = (
             factor if mask is None else factor * mask.to(self.dtype)
             for factor, mask in zip(self.scale, masks, strict=True)
@@ -88,7 +88,7 @@ class Coordinates:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return D times the concatenation ``(d,)`` of gradients; ``None`` counts as zero."""
-        # An embedding may give sparse gradients, which have no flat view.
+        # The gradient of an embedding may be sparse, without a flat view.
         parts = [
             torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
             if t is None
@@ -100,26 +100,26 @@ class Coordinates:
     def add_to(self, total: Tensor, tensors: Sequence[Tensor | None], weight: float) -> None:
         """Add ``weight`` times :meth:`flatten` of ``tensors`` to ``total`` ``(d,)``, in place."""
         add = self.adding_to(total, weight)
-        for place, t in enumerate(tensors):
+        for index, t in enumerate(tensors):
             if t is not None:
-                add(place, t)
+                add(index, t)
 
     def adding_to(self, total: Tensor, weight: float) -> Callable[[int, Tensor], None]:
-        """Return what adds one parameter's part, by its place, as :meth:`add_to` adds them all."""
-        parts = torch.split(total, [shape.numel() for shape in self.shapes])
+        """Return ``add(index, tensor)``, which does :meth:`add_to` for a single parameter."""
+        segments = torch.split(total, [shape.numel() for shape in self.shapes])
 
-        def add(place: int, t: Tensor) -> None:
-            part = _scaled(dense(t), self.scale[place]).reshape(-1)
-            parts[place].add_(part, alpha=weight)
+        def add(index: int, t: Tensor) -> None:
+            scaled = _scaled(dense(t), self.scale[index]).reshape(-1)
+            segments[index].add_(scaled, alpha=weight)
 
         return add
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return D times ``vector`` ``(d,)`` as a tensor for each parameter: a tangent."""
-        parts = torch.split(vector, [shape.numel() for shape in self.shapes])
+        segments = torch.split(vector, [shape.numel() for shape in self.shapes])
         return [
-            _scaled(_aligned(part.view(shape)), factor)
-            for part, shape, factor in zip(parts, self.shapes, self.scale, strict=True)
+            _scaled(_aligned(segment.view(shape)), factor)
+            for segment, shape, factor in zip(segments, self.shapes, self.scale, strict=True)
         ]
 
     def add_decay(self, product: Tensor, tangent: Sequence[Tensor]) -> None:
@@ -130,7 +130,7 @@ class Coordinates:
 
 
 def _aligned(part: Tensor) -> Tensor:
-    # What may be a complex number's two parts is a copy: torch.view_as_complex takes no odd offsets.
+    # Copy possible real views of complex tensors: torch.view_as_complex takes no odd offsets.
     return part.clone(memory_format=torch.contiguous_format) if part.shape[-1:] == (2,) else part
 
 

@@ -1,8 +1,8 @@
-r"""`expected_costs`: what quantities of a problem will take, before they are paid.
+r"""`expected_costs`: time and memory of a problem's quantities, estimated before they are computed.
 
-One gradient is timed, on a few samples. The rest are counts: a search by Lanczos takes about
-:math:`10 + 4\log_{10}(1/\mathrm{tol})` products from a random start, and a product with the Hessian two
-gradients, or three where the passes do not fit into the cache.
+One gradient is timed, on a few samples. The rest are counts: from a random start, Lanczos takes about
+:math:`10 + 4\log_{10}(1/\mathrm{tol})` products. A product with the Hessian costs two gradients, or
+three if the linearized passes do not fit into the cache.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 __all__ = ["CACHE", "MOST_VECTORS", "Cost", "expected_costs", "expected_products", "vectors_held"]
 
 CACHE = 2**30
-"""Default bytes of passes, and of Lanczos vectors, that a search keeps."""
+"""Default limit, in bytes, of cached passes, and of Lanczos vectors."""
 
 _TIMED_SAMPLES = 64
 
 MOST_VECTORS, _FEWEST_VECTORS = 40, 6
 """Most and fewest vectors of the parameters' size in an eigen-solver: as many as fit into 1 GiB twice,
-since a restart holds old and new ones. With fewer than the most, none are kept as a warm start."""
+since a restart holds old and new vectors. With fewer than the most, none are kept as a warm start."""
 
 _RESTARTS = 1.5
 """Factor on the products of a search that restarts with few vectors."""
 
 _LINEARISED = 1.5
-"""Gradients that passes with a graph cost."""
+"""Cost of passes with an autograd graph, in gradients."""
 
 _ALONG_STEP = {"realised_edge": (1, 4 / 3), "critical_sharpness": (8, 4.0)}
-"""Losses along a step, and what these and the gradient cost in gradients."""
+"""Number of losses along a step, and the cost of these losses and the gradient, in gradients."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a quantity is expected to take, to about a factor of two.
+    """Expected cost of a quantity, to about a factor of two.
 
     Attributes:
         products: products with the Hessian; for quantities along a step, losses.
-        gradients: its work in gradients over all samples.
-        seconds: its time.
-        bytes: its largest memory, in addition to the model.
+        gradients: work, in gradients over all samples.
+        seconds: time.
+        bytes: peak memory, in addition to the model.
     """
 
     products: int
@@ -59,7 +59,7 @@ class Cost:
 
 
 def vectors_held(num_params: int, itemsize: int) -> int:
-    """Return the number of vectors of the parameters' size that a search may hold at once.
+    """Return how many vectors of the parameters' size an eigen-solver may hold at once.
 
     >>> vectors_held(1000, 4), vectors_held(124_000_000, 4)
     (40, 6)
@@ -68,7 +68,7 @@ def vectors_held(num_params: int, itemsize: int) -> int:
 
 
 def expected_products(tol: float, *, restarts: bool = False) -> int:
-    """Return about how many products a search from a random start takes.
+    """Return the approximate number of products that a search from a random start takes.
 
     >>> expected_products(0.03), expected_products(1e-3), expected_products(1e-3, restarts=True)
     (17, 22, 33)
@@ -80,52 +80,52 @@ def expected_products(tol: float, *, restarts: bool = False) -> int:
 def expected_costs(
     problem: MeanLoss, loss: Callable[[Theta, Any], Tensor], tol: float
 ) -> dict[str, Cost]:
-    """Return the costs of the quantities, by name, and of a ``"gradient"``.
+    """Return the expected costs by the name of the quantity, and that of a ``"gradient"``.
 
     Args:
         problem: the problem.
-        loss: its mean loss of a batch at given parameters.
+        loss: the mean loss of a batch at given parameters.
         tol: the relative residual of a search.
     """
-    seconds, each = _timed_gradient(problem, loss)
-    n, own = problem.own_samples, problem.num_params * problem.dtype.itemsize
+    seconds, sample_bytes = _timed_gradient(problem, loss)
+    n, vector_bytes = problem.own_samples, problem.num_params * problem.dtype.itemsize
     vectors = vectors_held(problem.num_params, problem.dtype.itemsize)
     products = expected_products(tol, restarts=vectors < expected_products(tol))
     products = min(products, problem.num_params)
-    passes = 2 * each * n + own
-    cached = passes <= CACHE
+    pass_bytes = 2 * sample_bytes * n + vector_bytes
+    cached = pass_bytes <= CACHE
     gradients = _LINEARISED + products * 2 if cached else products * 3
-    found = {"gradient": Cost(0, 1.0, seconds, int(2 * own + min(each * n, CACHE)))}
-    # Parameters at the point, vectors, and the image while it is orthogonalised.
-    search = own * (1 + min(vectors, products) + 3) + min(passes, CACHE)
+    graph_bytes = min(sample_bytes * n, CACHE)
+    costs = {"gradient": Cost(0, 1.0, seconds, int(2 * vector_bytes + graph_bytes))}
+    # The parameters, the basis, and three temporary vectors while a product is orthogonalised.
+    search_bytes = vector_bytes * (1 + min(vectors, products) + 3) + min(pass_bytes, CACHE)
     for name in ("sharpness", "preconditioned_sharpness"):
-        found[name] = Cost(products, gradients, gradients * seconds, int(search))
+        costs[name] = Cost(products, gradients, gradients * seconds, int(search_bytes))
     for name, (losses, work) in _ALONG_STEP.items():
-        memory = 5 * own + min(each * n, CACHE)
-        found[name] = Cost(losses, work, work * seconds, int(memory))
-    return found
+        costs[name] = Cost(losses, work, work * seconds, int(5 * vector_bytes + graph_bytes))
+    return costs
 
 
 def _timed_gradient(problem: MeanLoss, loss: Callable[[Theta, Any], Tensor]) -> tuple[float, float]:
-    """Return the seconds of a gradient over all samples, and the bytes that a sample's pass saves."""
+    """Return the seconds of a gradient over all samples, and the bytes that autograd saves a sample."""
     with torch.inference_mode(False), problem.evaluation():
         batch, size = next(problem.chunks(_TIMED_SAMPLES))
         theta = problem.theta()
 
-        def gradient() -> float:
-            began = time.perf_counter()
+        def gradient_seconds() -> float:
+            start = time.perf_counter()
             torch.autograd.grad(loss(theta, batch), theta, allow_unused=True)
             if problem.device.type == "cuda":
                 torch.cuda.synchronize(problem.device)
-            return time.perf_counter() - began
+            return time.perf_counter() - start
 
         try:
             one = saved_bytes(lambda: loss(theta, cut(batch, 0, 1)))
             two = saved_bytes(lambda: loss(theta, cut(batch, 0, 2)))
-            each = float(one if size == 1 else max(two - one, 1))
+            sample_bytes = float(one if size == 1 else max(two - one, 1))
         except RuntimeError:  # torch.func within the model excludes saved tensor hooks
-            each = 0.0
-        first = gradient()
-        # What is set up on first use does not count, where trying again costs little.
-        seconds = min(first, gradient()) if first < 1.0 else first
-    return seconds * problem.own_samples / size, each
+            sample_bytes = 0.0
+        seconds = gradient_seconds()
+        if seconds < 1.0:  # a second run, cheap here, excludes one-time setup
+            seconds = min(seconds, gradient_seconds())
+    return seconds * problem.own_samples / size, sample_bytes

@@ -1,4 +1,4 @@
-"""`DifferentiableLoss`: a mean loss that is checked for first and second derivatives."""
+"""`DifferentiableLoss`: a mean loss whose first and second derivatives are checked."""
 
 from __future__ import annotations
 
@@ -28,65 +28,64 @@ __all__ = ["LARGE", "DifferentiableLoss"]
 P = TypeVar("P", bound="DifferentiableLoss")
 
 LARGE = 2**25
-"""Parameters from which derivatives are checked in the problem's own precision."""
+"""Number of parameters above which derivatives are checked in the problem's own precision."""
 
-_MUCH = 32 * 2**20
-"""Bytes saved for a backward pass of a few samples from which derivatives are checked on one."""
+_MANY_BYTES = 32 * 2**20
+"""Bytes that autograd saves for a few samples above which derivatives are checked on one sample."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What the checks found.
+class _DerivativeFacts:
+    """Results of the checks of derivatives.
 
     Attributes:
         obstacle: why the model cannot be differentiated twice, or ``None``.
         kinked: with an obstacle, whether the gradient jumps.
-        doubles: whether the model can be evaluated in double precision.
-        known: whether second derivatives were checked.
+        runs_in_double: whether the model can be evaluated in double precision.
+        checked_twice: whether second derivatives were checked.
     """
 
     obstacle: SecondDerivativeError | None = None
     kinked: bool = False
-    doubles: bool = False
-    known: bool = False
+    runs_in_double: bool = False
+    checked_twice: bool = False
 
-    def agreed(self, ranks: Ranks) -> _Found:
-        """Return what holds for all ranks together."""
+    def agreed(self, ranks: Ranks) -> _DerivativeFacts:
+        """Return the facts that hold for all ranks together."""
         if not ranks.several:
             return self
-        found = ranks.all_gather_object((self.obstacle is not None, self.kinked, self.doubles))
+        facts = (self.obstacle is not None, self.kinked, self.runs_in_double)
+        failed, kinked, in_double = zip(*ranks.all_gather_object(facts), strict=True)
         obstacle = self.obstacle
-        failed = [rank for rank, (has, _, _) in enumerate(found) if has]
-        if failed and obstacle is None:
-            reason = RuntimeError(f"rank {failed[0]} found it so")
+        if any(failed) and obstacle is None:
+            reason = RuntimeError(f"rank {failed.index(True)} found it so")
             obstacle = SecondDerivativeError(None, reason)
-        kinked = any(kinked for _, kinked, _ in found)
-        return _Found(obstacle, kinked, all(doubles for *_, doubles in found), self.known)
+        return _DerivativeFacts(obstacle, any(kinked), all(in_double), self.checked_twice)
 
 
 class DifferentiableLoss(MeanLoss):
-    """What :class:`~stableopt.curvature.Problem` knows of its derivatives.
+    """A mean loss that checks, and reports, whether it can be differentiated twice.
 
-    Without ``second_derivatives``, second ones are checked when they are first asked for, on all ranks
+    Without ``second_derivatives``, second derivatives are checked at their first use, on all ranks
     together.
     """
 
-    _found = _Found()
+    _facts = _DerivativeFacts()
     _in_call = False
-    """Whether gradients are taken while the model holds the parameters."""
-    _samples_apart = False
-    """Whether samples are known not to see each other."""
+    """Whether gradients are taken inside the functional call, while the model holds the parameters."""
+    _samples_independent = False
+    """Whether the check of the weights has excluded that samples see each other."""
 
     @property
     def large(self) -> bool:
-        """Whether copies of all parameters are too many bytes to spare."""
+        """Whether copies of all parameters would take too much memory."""
         return self.num_params > LARGE
 
     def zeros(self) -> Tensor:
-        """Return zeros ``(d,)``; of a large model they take host memory as they are added to."""
+        """Return zeros ``(d,)``; on a CPU, a large vector takes memory only where it is written."""
         if self.large and self.device.type == "cpu":
-            kind = np.float64 if self.dtype == torch.float64 else np.float32
-            return torch.from_numpy(np.zeros(self.num_params, dtype=kind))
+            dtype = np.float64 if self.dtype == torch.float64 else np.float32
+            return torch.from_numpy(np.zeros(self.num_params, dtype=dtype))
         return torch.zeros(self.num_params, dtype=self.dtype, device=self.device)
 
     @abc.abstractmethod
@@ -94,72 +93,75 @@ class DifferentiableLoss(MeanLoss):
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar."""
 
     def _check_derivatives(self, batch: Any, size: int, *, twice: bool) -> None:
-        """Check the derivatives of the loss of a batch; ``twice``: whether there are second ones."""
-        batch = cut(batch, 0, self._checked_samples(batch, size))
-        refused = None
+        """Check the derivatives of the loss of a batch; with ``twice`` also second derivatives."""
+        batch = cut(batch, 0, self._num_checked_samples(batch, size))
+        gradient_error = None
         try:
-            self._found = self._derivatives(batch, twice=twice)
-            if self._found.obstacle is None:
+            self._facts = self._derivative_facts(batch, twice=twice)
+            if self._facts.obstacle is None:
                 return
         except ValueError as error:
-            refused = error
+            gradient_error = error
         value = self._evaluated(self.theta(), batch)
         if has_custom_function(value):
-            # Its backward may run the model, which must then have the parameters of its forward pass.
-            self._in_call, obstacle = True, self._found.obstacle
-            found = self._derivatives(batch, twice=twice)
-            kinked = found.kinked or (found.obstacle is not None and has_kinks(value))
-            self._found = replace(found, obstacle=obstacle or found.obstacle, kinked=kinked)
-        elif refused is not None:
-            raise refused
+            # Its backward may run the model, which then needs the parameters of its forward pass.
+            self._in_call, obstacle = True, self._facts.obstacle
+            facts = self._derivative_facts(batch, twice=twice)
+            kinked = facts.kinked or (facts.obstacle is not None and has_kinks(value))
+            self._facts = replace(facts, obstacle=obstacle or facts.obstacle, kinked=kinked)
+        elif gradient_error is not None:
+            raise gradient_error
 
-    def _derivatives(self, batch: Any, *, twice: bool) -> _Found:
+    def _derivative_facts(self, batch: Any, *, twice: bool) -> _DerivativeFacts:
         twin = self.in_double()
-        # Several copies of a large model, in double precision, would be more than a training step has.
-        doubles = not self.large and self._runs_in(twin, batch)
-        judge = twin if doubles else self
+        # Several double-precision copies of a large model would exceed a training step's memory.
+        in_double = not self.large and self._runs_in(twin, batch)
+        judge = twin if in_double else self
         obstacle = check_derivatives(
-            lambda at: self._evaluated(at, batch),
+            lambda point: self._evaluated(point, batch),
             self.theta(),
             self.model,
             lambda: judge.loss(judge.theta(), judge._cast(batch)),
-            (lambda at: twin._evaluated(at, twin._cast(batch))) if doubles else None,
+            (lambda point: twin._evaluated(point, twin._cast(batch))) if in_double else None,
             twice=twice,
         )
         error, kinked = obstacle or (None, False)
         if self.large and kinked:
-            doubles = self._runs_in(twin, batch)
-        return _Found(error, kinked, doubles, known=twice)
+            in_double = self._runs_in(twin, batch)
+        return _DerivativeFacts(error, kinked, in_double, checked_twice=twice)
 
     def _runs_in(self: P, twin: P, batch: Any) -> bool:
         """Return whether the loss can be evaluated in the precision of ``twin``."""
         value = float(self._evaluated(self.theta(), batch).detach())
-        return runs_alike(twin.theta(), lambda at: twin._evaluated(at, twin._cast(batch)), value)
+        return runs_alike(
+            twin.theta(), lambda point: twin._evaluated(point, twin._cast(batch)), value
+        )
 
-    def _checked_samples(self, batch: Any, size: int) -> int:
-        """Return on how many samples derivatives are checked: one where several are much work."""
-        # All of them, in double precision, would take more memory than a training step.
+    def _num_checked_samples(self, batch: Any, size: int) -> int:
+        """Return the number of samples to check derivatives on: one if several need much memory."""
+        # More, in double precision, would take more memory than a training step.
         count = min(size, CHECKED_SAMPLES // 2)
-        if count == 1 or not self._samples_apart:
+        if count == 1 or not self._samples_independent:
             return count
         try:
             theta = self.theta()
             saved = saved_bytes(lambda: self._evaluated(theta, cut(batch, 0, count)))
         except RuntimeError:  # torch.func within the model excludes saved tensor hooks
             return count
-        return count if saved <= _MUCH else 1
+        return count if saved <= _MANY_BYTES else 1
 
     def cost(self, *, tol: float = 1e-3) -> dict[str, Cost]:
-        """Return what quantities are expected to take, to about a factor of two, before they are paid.
+        """Return the expected cost of quantities, to about a factor of two, before they are computed.
 
-        From the time of one gradient over at most 64 samples, and from counts. Those of single samples,
-        such as the non-uniformity, are not estimated.
+        The estimate uses the time of one gradient over at most 64 samples, and counts of products.
+        Per-sample quantities, such as the non-uniformity, are not estimated.
 
         Args:
             tol: the largest residual of a search, relative to the eigenvalue.
 
         Returns:
-            A :class:`~stableopt.curvature.Cost` for each quantity, and for one ``"gradient"``.
+            A :class:`~stableopt.curvature.Cost` by the name of the quantity, and that of a
+            ``"gradient"``.
 
         Raises:
             ValueError: for a tolerance that is not positive.
@@ -173,11 +175,11 @@ class DifferentiableLoss(MeanLoss):
         return expected_costs(self, self.loss, positive("tol", tol))
 
     def _agree_on_derivatives(self) -> None:
-        self._found = self._found.agreed(self.ranks)
+        self._facts = self._facts.agreed(self.ranks)
 
-    def _known(self) -> _Found:
-        """Return what is known once second derivatives are checked; all ranks ask together."""
-        if not self._found.known:
+    def _checked_facts(self) -> _DerivativeFacts:
+        """Return the facts after a check of second derivatives. Call it on all ranks."""
+        if not self._facts.checked_twice:
 
             def check() -> None:
                 with self.evaluation():
@@ -185,43 +187,45 @@ class DifferentiableLoss(MeanLoss):
 
             self.ranks.raise_together(check)
             self._agree_on_derivatives()
-        return self._found
+        return self._facts
 
     @property
     def obstacle(self) -> SecondDerivativeError | None:
         """Why the model cannot be differentiated twice, or ``None``."""
-        return self._known().obstacle
+        return self._checked_facts().obstacle
 
     @property
     def kinked(self) -> bool:
         """With an obstacle, whether the gradient jumps."""
-        return self._known().kinked
+        return self._checked_facts().kinked
 
-    def _way(self) -> tuple[str, bool]:
-        if not self._found.known:
+    def _hessian_method(self) -> tuple[str, bool]:
+        if not self._facts.checked_twice:
             return "first derivatives", False
-        return super()._way() if self.obstacle is None else ("central differences", self.kinked)
+        if self.obstacle is not None:
+            return "central differences", self.kinked
+        return super()._hessian_method()
 
-    def _evaluated(self, at: Sequence[Tensor], batch: Any) -> Tensor:
-        """Return the loss in a fresh evaluation, so that state kept between passes has no effect."""
+    def _evaluated(self, point: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return the loss in a fresh evaluation, unaffected by state kept between passes."""
         with self.evaluation():
-            return self.loss(tuple(at), map_tensors(Tensor.clone, batch))
+            return self.loss(tuple(point), map_tensors(Tensor.clone, batch))
 
     def _cast(self, batch: Any) -> Any:
         return map_tensors(lambda t: self.precision.cast(t.clone()), batch)
 
     def differenced(self: P) -> P:
-        """Return the problem that central differences are taken of: in double precision if kinked.
+        """Return the problem to take central differences of: in double precision if kinked.
 
         Raises:
             DifferenceError: with kinks, if the model cannot be evaluated in double precision.
         """
         if not self.kinked:
             return self
-        if not self._known().doubles or self.precision.autocast is not None:
+        if not self._checked_facts().runs_in_double or self.precision.autocast is not None:
             raise DifferenceError(
                 f"the gradient jumps, as behind ReLU or max-pooling, and steps in {self.dtype} are too"
-                " long to avoid it: expected a model and loss that can be evaluated in double"
+                " long to stay between jumps: expected a model and loss that can be evaluated in double"
                 " precision, a smooth twin of the model, or operations that torch can differentiate"
                 " twice"
             )
@@ -231,7 +235,7 @@ class DifferentiableLoss(MeanLoss):
         """Return the same problem in double precision throughout, also inside the model."""
         other = copy.copy(self)
         other.precision = self.precision.in_double()
-        other.dtype, other._notes = other.precision.dtype, set()
+        other.dtype, other._replaced_operations = other.precision.dtype, set()
         return other
 
     def check_twice(self) -> None:

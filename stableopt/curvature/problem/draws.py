@@ -1,4 +1,4 @@
-"""Losses that draw random numbers, as of diffusion models, VAEs and masking: one fixed draw."""
+"""Losses with random numbers (diffusion models, VAEs, masking): detection, and one fixed draw."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from stableopt.curvature.isolation.reachable import generator_states
 
-__all__ = ["RANDOM", "draws", "fix_draw", "noisy_mean"]
+__all__ = ["RANDOM", "depends_on_draws", "draws_random_numbers", "fix_draw"]
 
 _DRAWS = 16
-"""Draws in the average that tells a random mean from a random sum."""
+"""Draws that are averaged to distinguish a random mean from a random sum."""
 
 _A_SUM = 1.5
-"""Ratio of the losses of a batch twice over and of the batch that excludes a mean: that of a sum is 2.
+"""Ratio of a doubled batch's loss to the batch's loss above which it is not a mean; that of a sum is 2.
 The noise of 16 averaged draws must stay below half of the loss."""
 
 _NOISY = 0.05
-"""Standard deviation over draws, relative to the loss, from which the draw matters: as much as excludes
-a mean where a loss draws nothing."""
+"""Standard deviation over draws, relative to the loss, above which the draw matters: the tolerance of
+the test for a mean without random numbers."""
 
 _SEED = 0
 """Any constant: every evaluation must draw the same random numbers."""
@@ -35,45 +35,43 @@ RANDOM = (
 )
 
 
-def draws(evaluate: Callable[[], Any], generators: Iterable[Any]) -> bool:
-    """Return whether ``evaluate`` moves a generator of the process, or one of ``generators``."""
+def draws_random_numbers(evaluate: Callable[[], Any], generators: Iterable[Any]) -> bool:
+    """Return whether ``evaluate`` draws from a generator of the process, or one of ``generators``."""
     before = generator_states(generators)
     evaluate()
     return generator_states(generators) != before
 
 
-def noisy_mean(
+def depends_on_draws(
     loss: Callable[[Any], Tensor], batch: Any, twice: Any, generators: Iterable[Any]
 ) -> bool:
-    """Return whether ``loss`` is a mean that depends on random numbers, and say so.
+    """Return whether ``loss`` depends noticeably on random numbers; warn if so.
 
     Args:
-        loss: the loss of a batch, which does not start from a fixed draw.
+        loss: the loss of a batch, with new random numbers in each call.
         batch: a batch.
         twice: the batch twice over.
-        generators: those of the loss itself.
+        generators: the loss's own generators.
 
     Raises:
-        ValueError: if the loss is random, and the average of ``twice`` far from that of ``batch``.
+        ValueError: if the loss is random, and its average on ``twice`` is not that on ``batch``.
     """
-    if not draws(lambda: loss(batch), generators):
+    if not draws_random_numbers(lambda: loss(batch), generators):
         return False
-    once, double = (
-        torch.stack([loss(each).detach().double() for _ in range(_DRAWS)])
-        for each in (batch, twice)
-    )
-    average, doubled = float(once.mean()), float(double.mean())
-    if not float(once.std()) > _NOISY * abs(average):
+    losses = torch.stack([loss(batch).detach().double() for _ in range(_DRAWS)])
+    doubled_losses = torch.stack([loss(twice).detach().double() for _ in range(_DRAWS)])
+    average, doubled_average = float(losses.mean()), float(doubled_losses.mean())
+    if not float(losses.std()) > _NOISY * abs(average):
         return False
-    if abs(doubled) > _A_SUM * abs(average):
+    if abs(doubled_average) > _A_SUM * abs(average):
         raise ValueError(
             f"loss_fn is not a mean over samples: over {_DRAWS} random draws a batch has loss"
-            f" {average:.6g} on average, the same batch twice over {doubled:.6g}; expected the same"
-            " (reduction='mean')"
+            f" {average:.6g} on average, the same batch twice over {doubled_average:.6g}; expected the"
+            " same (reduction='mean')"
         )
     warnings.warn(
-        "loss_fn draws random numbers: a measurement repeats one draw, the same for each chunk. Its"
-        " sharpness is that of the loss with this draw. Quantities of single samples need the noise in"
+        "loss_fn draws random numbers: a measurement repeats one draw, the same for each chunk, and the"
+        " sharpness is that of the loss with this draw. For per-sample quantities, put the noise into"
         " the batch",
         stacklevel=2,
     )
@@ -81,7 +79,7 @@ def noisy_mean(
 
 
 def fix_draw(device: torch.device, generators: Iterable[Any]) -> None:
-    """Seed every generator; call it inside an isolated evaluation, which puts them back."""
+    """Seed every generator. Call it inside an isolated evaluation, which restores them."""
     torch.default_generator.manual_seed(_SEED)
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(_SEED)

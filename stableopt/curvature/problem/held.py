@@ -1,8 +1,8 @@
-"""What a loss holds by itself, outside of the model: modules, parameters and generators.
+"""Modules, parameters and generators that a loss holds outside of the model, and gradient hooks.
 
-A generator's loss runs a discriminator, a loss has learned weights, a penalty sums over a list of
-parameters made before. Modules are found and isolated like the model; parameters are found in the graph
-of the loss, and named.
+The loss of a generator runs a discriminator, a loss may have learned weights, and a penalty may sum over
+a list of parameters. Such modules are isolated like the model. Such parameters are found in the autograd
+graph of the loss, and reported.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = [
     "Held",
     "Objective",
     "check_leaves",
+    "in_given_layout",
     "masks_of_hooks",
-    "of_given",
     "pair_loss",
 ]
 
 
 class Held:
-    """What ``loss_fn``, and plain attributes of ``model``, hold beyond the model's own modules.
+    """Objects that ``loss_fn``, and plain attributes of ``model``, hold beyond the model's own modules.
 
     Attributes:
-        modules: the outermost modules, without those that contain the model.
+        modules: the outermost of the modules that do not contain the model.
         generators: random generators.
         tensors: tensors that require gradients.
 
@@ -49,19 +49,18 @@ class Held:
     """
 
     def __init__(self, model: nn.Module, loss_fn: Any) -> None:
-        own = set(model.modules())
-        known = {id(held) for module in own for held in (module, *module.parameters(recurse=False))}
-        # Each by itself: a large model must not use up the search in the loss.
+        in_model = {id(module) for module in model.modules()} | {id(p) for p in model.parameters()}
+        # Two searches, so that a large model does not use up the search limit of the loss.
         reached = {id(v): v for root in (loss_fn, model) for v in reachable([root])}
-        found = [v for v in reached.values() if id(v) not in known]
-        self.generators = [v for v in found if isinstance(v, GENERATORS)]
-        self.tensors = [v for v in found if isinstance(v, Tensor) and v.requires_grad]
-        # Lightning holds weak proxies, which are not hashable; the first module is the real one.
-        real = {id(m): m for m in (next(v.modules()) for v in found if isinstance(v, nn.Module))}
+        held = [v for v in reached.values() if id(v) not in in_model]
+        self.generators = [v for v in held if isinstance(v, GENERATORS)]
+        self.tensors = [v for v in held if isinstance(v, Tensor) and v.requires_grad]
+        # Lightning holds weak proxies, which are not hashable; `modules()` yields the real one first.
+        real = {id(m): m for m in (next(v.modules()) for v in held if isinstance(v, nn.Module))}
         modules = [
             m
             for m in real.values()
-            if id(m) not in known
+            if id(m) not in in_model
             and not isinstance(m, torch.jit.ScriptModule)
             and model not in set(m.modules())
         ]
@@ -71,7 +70,7 @@ class Held:
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """A function of model and batch, which ``from_batch_loss`` passes as ``loss_fn``."""
+    """A function of model and batch; ``from_batch_loss`` passes it as ``loss_fn``."""
 
     function: Callable[[nn.Module, Any], Tensor]
 
@@ -87,8 +86,8 @@ def pair_loss(
     return lambda model, batch: loss_fn(model(batch[0]), batch[1])
 
 
-def of_given(function: Callable[[Any], Tensor], layout: Layout) -> Callable[[Any], Tensor]:
-    """Return a function of the problem's batches from one of batches as they were given."""
+def in_given_layout(function: Callable[[Any], Tensor], layout: Layout) -> Callable[[Any], Tensor]:
+    """Return ``function`` of batches in the user's layout as a function of the problem's batches."""
     return lambda batch: function(layout.given(batch))
 
 
@@ -106,17 +105,16 @@ class Objective(nn.Module):
         self.model = model
         self.batch_loss = batch_loss
         if isinstance(loss_fn, nn.Module):
-            # Its mode and buffers are then restored like the model's. A loss that is bound to the
-            # model, or a part of it, is included already.
+            # As a submodule, so that its mode and buffers are restored like the model's.
             self.loss_fn = loss_fn
         self.held = Held(model, batch_loss if loss_fn is None else loss_fn)
-        # Their modes and buffers are restored too, and they follow the precision.
+        # As submodules, so that they are restored and cast like the model.
         self.held_modules = nn.ModuleList(m for m in self.held.modules if m is not loss_fn)
-        self.generators = self.held.generators  # in a list, which a snapshot looks into
+        self.generators = self.held.generators  # as an attribute, so that a snapshot finds the list
         self.layout = layout
 
     def forward(self, batch: Any, leaves: Sequence[Tensor] = ()) -> Any:
-        """Return the loss of ``batch``, whose samples are first; with ``leaves`` also its gradients."""
+        """Return the loss of ``batch``, samples first; with ``leaves`` also the gradients in them."""
         loss = self.batch_loss(self.model, self.layout.given(batch))
         if not leaves:
             return loss
@@ -128,37 +126,37 @@ class Objective(nn.Module):
 def check_leaves(
     loss: Tensor, theta: Iterable[Tensor], counted: Mapping[str, Tensor], objective: nn.Module
 ) -> None:
-    """Name the trainable tensors in the graph of ``loss`` that a measurement takes as constants.
+    """Warn of trainable tensors in the graph of ``loss`` that a measurement treats as constants.
 
     Args:
         loss: the loss at ``theta``.
-        theta: copies of the parameters that count.
-        counted: these parameters by name.
-        objective: model, loss and the modules that it holds, with ``held``.
+        theta: copies of the problem's parameters.
+        counted: the problem's parameters by name.
+        objective: the :class:`Objective`.
 
     Raises:
-        ValueError: if the graph holds a parameter that counts, by another way than through the model.
+        ValueError: if one of the problem's parameters enters the loss other than through the model.
     """
-    copies, names = {id(t) for t in theta}, {id(p): name for name, p in counted.items()}
+    copies = {id(t) for t in theta}
     held = {id(t) for t in objective.held.tensors}  # type: ignore[union-attr]
-    named = {id(p): name for name, p in objective.named_parameters()}
+    names = {id(p): name for name, p in objective.named_parameters()}
     for module in objective.held_modules:  # type: ignore[union-attr]
         kind = type(module).__name__
-        named.update((id(p), f"{kind}.{name}") for name, p in module.named_parameters())
+        names.update((id(p), f"{kind}.{name}") for name, p in module.named_parameters())
     variables = (getattr(node, "variable", None) for node in nodes_of(loss))
     leaves = [v for v in variables if isinstance(v, Tensor) and id(v) not in copies]
-    besides = {id(leaf) for leaf in leaves}
-    for key, name in names.items():
-        if key in besides:
+    leaf_ids = {id(leaf) for leaf in leaves}
+    for name, p in counted.items():
+        if id(p) in leaf_ids:
             raise ValueError(
-                f"loss_fn: parameter {name!r} enters the loss other than through the model, as from"
-                " a list made before, optimizer.param_groups, or a plain list in a module, and"
-                " would count as a constant there. Read it from the model when the loss is called, with"
+                f"loss_fn: parameter {name!r} enters the loss other than through the model, for example"
+                " from an earlier list, optimizer.param_groups, or a plain list in a module, and"
+                " would be a constant there. Read it from the model when the loss is called, with"
                 " Problem.from_batch_loss(model, lambda model, batch: ..., data), or leave the term out"
             )
     constants = []
     for leaf in leaves:
-        name = named.get(id(leaf), "")
+        name = names.get(id(leaf), "")
         if name.startswith("model.") or not (isinstance(leaf, nn.Parameter) or id(leaf) in held):
             continue  # left out by params=, or made in the forward pass
         constants.append(f"{name or 'a tensor'} {tuple(leaf.shape)}")
@@ -166,17 +164,17 @@ def check_leaves(
         constants.sort()
         warnings.warn(
             f"loss_fn: it holds trainable tensors that are not the model's: {', '.join(constants[:3])}"
-            f"{', ...' if len(constants) > 3 else ''}. They count as constants. To count them, name"
-            " them in params= as parameters of a module that loss_fn holds, or of the model",
+            f"{', ...' if len(constants) > 3 else ''}. They count as constants. To differentiate in"
+            " them, make them parameters of the model or of a module that loss_fn holds, and pass them"
+            " in params=",
             stacklevel=2,
         )
 
 
 def masks_of_hooks(params: Mapping[str, Tensor]) -> list[Tensor | None]:
-    """Return the masks by which hooks multiply the gradients of ``params``; ``None`` for none.
+    """Return the masks by which hooks multiply the gradients of ``params``, or ``None`` without one.
 
-    A mask of zeros and ones freezes entries: the optimizer sees the loss on the others. Other hooks that
-    change gradients are warned of.
+    A mask of zeros and ones freezes entries. Hooks that change gradients in another way cause a warning.
 
     >>> layer = nn.Linear(2, 1)
     >>> _ = layer.weight.register_hook(lambda gradient: gradient * torch.tensor([[0.0, 1.0]]))
@@ -194,9 +192,9 @@ def masks_of_hooks(params: Mapping[str, Tensor]) -> list[Tensor | None]:
     if unknown:
         warnings.warn(
             f"parameters with gradient hooks: {', '.join(map(repr, unknown[:3]))}"
-            f"{', ...' if len(unknown) > 3 else ''}. The optimizer steps by what the hooks return, and"
-            " the curvature measured is that of the loss, without them, since they do not multiply by a"
-            " mask of zeros and ones",
+            f"{', ...' if len(unknown) > 3 else ''}. The optimizer steps by the gradients that the hooks"
+            " return, but the measured curvature is that of the loss without hooks, since they do not"
+            " multiply by a mask of zeros and ones",
             stacklevel=2,
         )
     return masks
@@ -204,38 +202,38 @@ def masks_of_hooks(params: Mapping[str, Tensor]) -> list[Tensor | None]:
 
 def _mask(like: Tensor, hooks: Sequence[Callable[[Tensor], Tensor | None]]) -> Tensor | None:
     """Return the zeros and ones that ``hooks`` multiply by, or ``None`` if they do anything else."""
-    if any(_installed(hook) for hook in hooks):
-        return None  # it may have effects that cannot be put back
+    if any(_from_installed_package(hook) for hook in hooks):
+        return None  # it may have effects that cannot be undone
 
-    def passed(real: Tensor) -> Tensor:
+    def apply_hooks(real: Tensor) -> Tensor:
         gradient = real.clone()
         gradient = torch.view_as_complex(gradient) if like.is_complex() else gradient
         for hook in hooks:
-            found = hook(gradient)
-            gradient = gradient if found is None else found
+            replacement = hook(gradient)
+            gradient = gradient if replacement is None else replacement
         return real_view(gradient)
 
-    held, drawn = HeldState(hooks), torch.get_rng_state()
+    held, rng_state = HeldState(hooks), torch.get_rng_state()
     view = real_view(like)
     generator = torch.Generator(view.device).manual_seed(0)
     try:
         with torch.no_grad():
-            mask = passed(torch.ones_like(view))
+            mask = apply_hooks(torch.ones_like(view))
             if mask.shape != view.shape or not bool(((mask == 0) | (mask == 1)).all()):
                 return None
-            for size in (1e-3, 1.0, 1e3):  # a clipped gradient depends on its size
-                tried = torch.randn(view.shape, generator=generator, device=view.device)
-                tried = size * tried.to(view.dtype)
-                if not torch.equal(passed(tried), mask * tried):
+            for size in (1e-3, 1.0, 1e3):  # clipping depends on the size of the gradient
+                noise = torch.randn(view.shape, generator=generator, device=view.device)
+                gradient = size * noise.to(view.dtype)
+                if not torch.equal(apply_hooks(gradient), mask * gradient):
                     return None
             return mask
-    except Exception:  # a hook that wants another gradient
+    except Exception:  # the hook does not accept these gradients
         return None
     finally:
         held.restore()
-        torch.set_rng_state(drawn)
+        torch.set_rng_state(rng_state)
 
 
-def _installed(hook: Any) -> bool:
+def _from_installed_package(hook: Any) -> bool:
     module = sys.modules.get(str(getattr(hook, "__module__", "")))
     return "site-packages" in str(getattr(module, "__file__", ""))

@@ -1,4 +1,4 @@
-"""`MeanLoss`: a model, a loss and data as one function of one flat parameter vector."""
+"""`MeanLoss`: a model, a loss and data as one function of a flat parameter vector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.data.batches import map_tensors
 from stableopt.curvature.problem.data.layout import BatchDim, Layout
 from stableopt.curvature.problem.data.probe import fixed_probe
-from stableopt.curvature.problem.held import BatchLoss, Objective, of_given, pair_loss
+from stableopt.curvature.problem.held import BatchLoss, Objective, in_given_layout, pair_loss
 from stableopt.curvature.problem.parameters import (
     check_batch_norm,
     check_embeddings,
@@ -34,19 +34,18 @@ from stableopt.distributed.fsdp import local
 __all__ = ["MeanLoss", "Memo", "Theta"]
 
 Theta = tuple[Tensor, ...]
-"""One value of the parameters: a tensor for each, in the problem's order."""
+"""Values of the parameters: one tensor for each, in the problem's order."""
 
 P = TypeVar("P", bound="MeanLoss")
 T = TypeVar("T")
 
 
 class MeanLoss(abc.ABC):
-    """The protocol of a mean loss over data, and what its implementations share.
+    """The interface of a mean loss over data, and the code that its implementations share.
 
-    :class:`~stableopt.curvature.Problem` implements it for models whose parameters are whole,
-    :class:`~stableopt.curvature.ShardedProblem` for models under ``fully_shard``. Monitors,
-    optimizers and steering use this protocol alone; see :class:`~stableopt.curvature.Problem` for the
-    arguments.
+    :class:`~stableopt.curvature.Problem` implements it for ordinary models,
+    :class:`~stableopt.curvature.ShardedProblem` for models under ``fully_shard``. Monitors, optimizers
+    and steering use this interface only. :class:`~stableopt.curvature.Problem` explains the arguments.
     """
 
     sharded: ClassVar[bool]
@@ -88,23 +87,23 @@ class MeanLoss(abc.ABC):
         if sample_weight is not None:
             if batch_statistics:
                 raise ValueError(
-                    "sample_weight= with batch_statistics=True: then f is the mean of the batches'"
-                    " losses as they are; leave one of them out"
+                    "sample_weight= with batch_statistics=True: with batch statistics f is the mean of"
+                    " the batches' losses, and samples have no weights; leave one of them out"
                 )
             if callable(sample_weight):
-                sample_weight = of_given(sample_weight, self.layout)
+                sample_weight = in_given_layout(sample_weight, self.layout)
             self._weights = GivenWeights(sample_weight, paired=self.loss_fn is not None)
         self.ranks = self._checked_placement(ranks)
         self._objective = Objective(self.model, batch_loss, self.loss_fn, self.layout)
-        self._notes = {UNCOMPILED} if compiled(model) else set()
+        self._replaced_operations = {UNCOMPILED} if compiled(model) else set()
         if not batch_statistics:
             for module in (self.model, *self._objective.held_modules):
                 check_batch_norm(module)
         self._all_trainable = params is None
-        self._take(*select_parameters(self.model, params, self._objective))
+        self._set_parameters(*select_parameters(self.model, params, self._objective))
         check_embeddings(self.model, self.params)
-        # An error in one rank's data is raised on all of them.
-        self.ranks.raise_together(lambda: self._read(data, chunk_size, max_samples))
+        # An error in one rank's data is raised on all ranks.
+        self.ranks.raise_together(lambda: self._read_data(data, chunk_size, max_samples))
         if self.ranks.several:
             self._num_samples = sum(self.ranks.all_gather_object(self.own_samples))
         self._check_together()
@@ -126,10 +125,10 @@ class MeanLoss(abc.ABC):
         second_derivatives: bool = True,
         process_group: Any = None,
     ) -> P:
-        """Make a problem of ``batch_loss(model, batch)``, the mean loss of one batch of any form.
+        """Make a problem from ``batch_loss(model, batch)``, the mean loss of a batch of any form.
 
-        For batches that are dictionaries, and models that compute their own loss. ``data`` is one
-        batch, or a re-iterable of batches; the first dimension of every tensor in a batch, or
+        Use it for batches that are dictionaries, and for models that compute their own loss. ``data``
+        is one batch, or a re-iterable of batches. The first dimension of every tensor in a batch, or
         ``batch_dim``, counts its samples. The other arguments, and the errors, are those of the class.
 
         >>> from stableopt.curvature import Problem
@@ -154,8 +153,8 @@ class MeanLoss(abc.ABC):
             process_group=process_group,
         )
 
-    def _read(self, data: Any, chunk_size: int | None, max_samples: int | None) -> None:
-        # Creating a loader's iterator draws a seed, so even a test for emptiness needs isolation.
+    def _read_data(self, data: Any, chunk_size: int | None, max_samples: int | None) -> None:
+        # A loader draws a seed whenever an iterator is made, so reading needs isolation.
         with self.evaluation():
             self.batches = fixed_probe(
                 data,
@@ -166,22 +165,24 @@ class MeanLoss(abc.ABC):
             )
         self._check()
 
-    def _take(self, names: list[str], params: list[nn.Parameter]) -> None:
-        """Use these parameters, in their own coordinates."""
+    def _set_parameters(self, names: list[str], params: list[nn.Parameter]) -> None:
+        """Make the problem a function of these parameters, in their own coordinates."""
         self.names, self.params = names, params
         self.precision = Precision.of_parameters(names, params, self._dtype)
         self.device, self.dtype = self.precision.device, self.precision.dtype
         self.shapes = [real_view(local(p).detach()).shape for p in params]
         self.num_params = sum(shape.numel() for shape in self.shapes)
-        own = {id(p) for p in self.model.parameters()}
-        self.of_loss = [name for name, p in zip(names, params, strict=True) if id(p) not in own]
+        in_model = {id(p) for p in self.model.parameters()}
+        self.of_loss = [
+            name for name, p in zip(names, params, strict=True) if id(p) not in in_model
+        ]
         self.masks: list[Tensor | None] = [None] * len(params)
         self.coordinates = Coordinates(names, self.shapes, self.dtype, self.device)
         self.memos: dict[object, dict[str, Any]] = {}
 
     @abc.abstractmethod
     def _checked_placement(self, ranks: Ranks) -> Ranks:
-        """Return the ranks that measure; raise where the parameters are placed otherwise."""
+        """Return the ranks that measure; raise for parameters in an unsupported placement."""
 
     @abc.abstractmethod
     def _check(self) -> None:
@@ -189,7 +190,7 @@ class MeanLoss(abc.ABC):
 
     @abc.abstractmethod
     def _check_together(self) -> None:
-        """Check what concerns all ranks."""
+        """Check the loss on all ranks together, with communication."""
 
     @abc.abstractmethod
     def theta(self) -> Theta:
@@ -218,7 +219,7 @@ class MeanLoss(abc.ABC):
         scale: Sequence[Tensor | float] | None = None,
         weight_decay: Sequence[float] | None = None,
     ) -> P:
-        r"""Return the problem in other coordinates, as an optimizer with several groups sees it.
+        r"""Return the problem in the coordinates of an optimizer with several parameter groups.
 
         .. math:: g(y) = \pm f(\theta_0 + D y) + \tfrac12 \|\Lambda^{1/2} D y\|^2
 
@@ -227,9 +228,9 @@ class MeanLoss(abc.ABC):
         between groups, and a minus sign for ``maximize``.
 
         Args:
-            sign: 1, or -1 to look at -f.
-            scale: for each parameter a factor, or a tensor of its shape: the diagonal of D.
-            weight_decay: a coefficient for each parameter, the diagonal of Lambda.
+            sign: 1, or -1 to measure -f.
+            scale: the diagonal of D: for each parameter a factor, or a tensor of its shape.
+            weight_decay: the diagonal of Lambda: a coefficient for each parameter.
 
         >>> from stableopt.curvature import Problem
         >>> model = nn.Linear(2, 1)
@@ -244,9 +245,9 @@ class MeanLoss(abc.ABC):
         return other
 
     def restricted(self: P, params: Iterable[Tensor]) -> P:
-        """Return the problem as a function of those of its parameters that are among ``params``.
+        """Return the problem as a function of ``params`` only, a subset of its parameters.
 
-        The others stay constant. Coordinates of :meth:`transformed` are dropped.
+        The other parameters stay constant. Coordinates of :meth:`transformed` are dropped.
 
         >>> from stableopt.curvature import Problem
         >>> model = nn.Linear(2, 1)
@@ -258,7 +259,7 @@ class MeanLoss(abc.ABC):
         kept = [(n, p) for n, p in zip(self.names, self.params, strict=True) if id(p) in chosen]
         other = copy.copy(self)
         other._all_trainable = False
-        other._take([name for name, _ in kept], [p for _, p in kept])
+        other._set_parameters([name for name, _ in kept], [p for _, p in kept])
         return other
 
     def without_weight_decay(self: P) -> P:
@@ -267,7 +268,7 @@ class MeanLoss(abc.ABC):
 
     @property
     def sign(self) -> float:
-        """1, or -1 in coordinates that look at -f."""
+        """1, or -1 in the coordinates of -f."""
         return self.coordinates.sign
 
     @property
@@ -306,28 +307,28 @@ class MeanLoss(abc.ABC):
             return self.batches.num_chunks == 1
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
-        """Yield ``(batch, size)`` on the model's device, at most ``chunk_size`` samples each,
-        and at most what the problem's own chunks hold.
+        """Yield ``(batch, size)`` on the model's device, of at most ``chunk_size`` samples each.
 
-        Tensors are copies, since a model may work on its inputs in place.
+        Chunks are not larger than the problem's own. Tensors are copies, since a model may change its
+        inputs in place.
         """
-        batches, own = self.batches, self.batches.chunk_size
-        if chunk_size is not None and (own is None or chunk_size < own):
+        batches, own_size = self.batches, self.batches.chunk_size
+        if chunk_size is not None and (own_size is None or chunk_size < own_size):
             batches = batches.with_chunk_size(chunk_size)
         start = 0
         for batch, size in batches:
-            yield self._weights.attached(map_tensors(self._fresh, batch), start, size), size
+            yield self._weights.attached(map_tensors(self._copy, batch), start, size), size
             start += size
 
-    def _fresh(self, tensor: Tensor) -> Tensor:
+    def _copy(self, tensor: Tensor) -> Tensor:
         return self.precision.cast(tensor.detach().to(self.device, copy=True))
 
     def evaluation(self) -> AbstractContextManager[Callable[[], None]]:
-        """Return the context in which the model is a fixed function and evaluation leaves no trace."""
+        """Return a context in which the model is a fixed function and evaluation has no side effects."""
         return isolated(
             self._objective,
             self.device,
-            note=self._notes.add,
+            note=self._replaced_operations.add,
             autocast=self.precision.autocast,
             batch_statistics=self._batch_statistics,
         )
@@ -337,34 +338,33 @@ class MeanLoss(abc.ABC):
         """Why the model cannot be differentiated twice, or ``None``."""
         return None
 
-    def _way(self) -> tuple[str, bool]:
-        """Return how products with the Hessian are taken, and whether between kinks."""
+    def _hessian_method(self) -> tuple[str, bool]:
+        """Return how Hessian-vector products are computed, and whether the gradient has kinks."""
         return ("central differences" if self.sharded else "double backward"), False
 
     @property
     def method(self) -> str:
-        """How products with the Hessian are taken, and which fast operations were replaced.
+        """How Hessian-vector products are computed, and which fast operations were replaced.
 
         >>> from stableopt.curvature import Problem
         >>> model, data = nn.Linear(2, 1), (torch.ones(4, 2), torch.zeros(4, 1))
         >>> Problem(torch.compile(model), nn.MSELoss(), data, dtype=torch.float64).method
         'double backward, in float64, uncompiled'
         """
-        way, kinked = self._way()
-        statistics = "batch statistics" if self._batch_statistics else None
-        noted = [note for note in NOTES if note in self._notes]
+        hessian_method, kinked = self._hessian_method()
         precision = self.precision.note
-        if kinked and precision is None:
-            # Differences between kinks take double precision, also of a single-precision model.
-            precision = self.precision.in_double().note if self.dtype != torch.float64 else None
-        parts = [way, precision, statistics, *noted]
-        return ", ".join(filter(None, parts))
+        if kinked and precision is None and self.dtype != torch.float64:
+            # Differences between kinks are taken in double precision.
+            precision = self.precision.in_double().note
+        statistics = "batch statistics" if self._batch_statistics else None
+        replaced = [note for note in NOTES if note in self._replaced_operations]
+        return ", ".join(filter(None, [hessian_method, precision, statistics, *replaced]))
 
     def current(self: P) -> P:
-        """Return the problem with the model's trainable parameters as they are by now.
+        """Return the problem of the model's present trainable parameters.
 
-        Returns itself if they are the same: layers may have been thawed or replaced. Coordinates of
-        :meth:`transformed` are dropped.
+        Layers may have been thawed or replaced. If none were, the problem returns itself; otherwise
+        coordinates of :meth:`transformed` are dropped.
 
         Raises:
             ValueError: if parameters chosen by ``params`` no longer belong to the model.
@@ -374,14 +374,14 @@ class MeanLoss(abc.ABC):
         if [id(p) for p in params] == [id(p) for p in self.params]:
             return self
         other = copy.copy(self)
-        other._take(names, params)
+        other._set_parameters(names, params)
         return other
 
 
 class Memo(Generic[T]):
-    """Facts about the parameters of a problem, found once and shared by all its coordinates.
+    """Cached facts about a problem's parameters, shared by all its coordinates.
 
-    Each module that finds out such facts has a memo of its own; the values live on the problem.
+    Each module that computes such facts has its own memo. The problem stores the values.
 
     >>> from stableopt.curvature import Problem
     >>> problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))

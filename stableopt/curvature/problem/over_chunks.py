@@ -1,4 +1,4 @@
-"""One reading of the data: means, rows, and a draw of samples; functions over samples."""
+"""Means and rows over the chunks of a problem, functions of single samples, and a draw of samples."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from stableopt.curvature.problem.weights.survey import SPREAD_SAMPLES, Survey, j
 
 __all__ = [
     "Drawn",
+    "distinct_samples",
     "drawn_samples",
     "gather_over_chunks",
     "mean_over_chunks",
     "over_samples",
     "quiet_vmap",
-    "telling_samples",
     "vmap_over_samples",
 ]
 
 C = TypeVar("C")
 
-_TELLING = 4
-"""Samples that a fast product is tried on: two may be alike in one respect, and more cost more."""
+_TRIED_SAMPLES = 4
+"""Samples on which a fast product is tried: two may be alike in some respect, and more cost more."""
 
-_SHORT = 1024
-"""Numbers of a contribution up to which it is compared whole."""
+_SKETCHED_ABOVE = 1024
+"""Length above which the sketches of contributions are compared."""
 
 _COMPARABLE = 0.1
-"""Least ratio of two samples' contributions at which a sum shows both, and their least relative distance
-at which it shows that one was taken for the other."""
+"""Smallest ratio of two samples' contributions at which both are visible in a sum, and their smallest
+relative distance at which a sum shows that the samples were confused."""
 
 
 def mean_over_chunks(
@@ -50,11 +50,11 @@ def mean_over_chunks(
     """Return means over the samples of all ranks, each sample with the same weight.
 
     Args:
-        problem: gives the ranks, and the evaluation within which chunks are read.
+        problem: its ranks share the means, and its evaluation context surrounds the reading.
         totals: tensors of zeros.
         add: ``add(chunk, size)`` adds the *sum* over a chunk's samples to ``totals``, in place.
         chunks: this rank's chunks, such as :meth:`Problem.chunks`.
-        evaluating: whether the caller is inside :meth:`Problem.evaluation` already.
+        evaluating: whether the caller is already inside :meth:`Problem.evaluation`.
 
     >>> from stableopt.curvature import Problem
     >>> x, y = torch.tensor([[1.0], [2.0], [6.0]]), torch.zeros(3, 1)
@@ -80,62 +80,62 @@ def gather_over_chunks(
 ) -> Tensor:
     """Return ``rows(batch, size)`` of the chunks of all ranks, concatenated in the samples' order."""
 
-    def own() -> Tensor:
+    def local_rows() -> Tensor:
         with problem.evaluation():
             return torch.cat([rows(batch, size) for batch, size in problem.chunks(chunk_size)])
 
-    return problem.ranks.all_gather(problem.ranks.raise_together(own))
+    return problem.ranks.all_gather(problem.ranks.raise_together(local_rows))
 
 
 def vmap_over_samples(function: Callable[..., Any], batch: Any, size: int, *rows: Tensor) -> Any:
-    """Return ``function(sample, *row)`` of all samples at once; a sample is a batch of one.
+    """Return ``function(sample, *row)`` of all samples by vmap; a sample is a batch of one.
 
     >>> vmap_over_samples(lambda sample, row: sample[0] * row, torch.ones(2, 3), 2, torch.arange(2))
     tensor([[0., 0., 0.],
             [1., 1., 1.]])
     """
 
-    def one(index: Tensor, *row: Tensor) -> Any:
-        where = index.unsqueeze(0)
-        sample = map_tensors(lambda t: t.index_select(0, where) if t.dim() else t, batch)
+    def of_sample(index: Tensor, *row: Tensor) -> Any:
+        indices = index.unsqueeze(0)
+        sample = map_tensors(lambda t: t.index_select(0, indices) if t.dim() else t, batch)
         return function(sample, *row)
 
-    indices = torch.arange(size, device=next(tensors_in(batch)).device)
-    return quiet_vmap(one, 0, indices, *rows)
+    all_indices = torch.arange(size, device=next(tensors_in(batch)).device)
+    return quiet_vmap(of_sample, 0, all_indices, *rows)
 
 
 def over_samples(
-    one: Callable[..., Any], one_alone: Callable[..., Any], batch: Any, size: int, *rows: Tensor
+    function: Callable[..., Any], fallback: Callable[..., Any], batch: Any, size: int, *rows: Tensor
 ) -> Any:
-    """Return ``one`` of every sample, stacked: at once, or ``one_alone`` of each if vmap fails."""
+    """Return ``function`` of all samples by vmap, or ``fallback`` of each in a loop if vmap fails."""
     try:
-        return vmap_over_samples(one, batch, size, *rows)
+        return vmap_over_samples(function, batch, size, *rows)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         samples = (cut(batch, index, index + 1) for index in range(size))
-        found = [one_alone(*given) for given in zip(samples, *rows, strict=True)]
-    if isinstance(found[0], Tensor):
-        return torch.stack(found)
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        results = [fallback(*arguments) for arguments in zip(samples, *rows, strict=True)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
 def quiet_vmap(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:
-    """Return ``torch.vmap(function, in_dims)(*args)``, with the same random numbers for all."""
+    """Return ``torch.vmap(function, in_dims)(*args)`` with the same random numbers in all slices."""
     with warnings.catch_warnings():
-        # torch advises to file an issue, which users of a measurement cannot act on.
+        # torch's advice to file an issue does not help users of a measurement.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         return torch.vmap(function, in_dims=in_dims, randomness="same")(*args)
 
 
 class Drawn(NamedTuple):
-    """Samples drawn over the data of a rank.
+    """Samples drawn from all data of a rank.
 
     Attributes:
         batch: the samples as a batch.
         size: their number.
-        largest: the most samples that a chunk of the data has.
-        all: whether these are all the samples that the rank has.
+        largest: the size of the largest chunk of the data.
+        all: whether these are all samples of the rank.
     """
 
     batch: Any
@@ -145,9 +145,9 @@ class Drawn(NamedTuple):
 
 
 def drawn_samples(problem: MeanLoss) -> Drawn:
-    """Return up to 64 samples, drawn over the data in one reading.
+    """Return up to 64 samples of one shape, drawn from all data in one reading.
 
-    They have one shape; where hardly any two of them have, they are from the largest chunk.
+    If fewer than 4 drawn samples share a shape, the samples are from the largest chunk instead.
     """
     sizes: list[int] = []
 
@@ -156,35 +156,39 @@ def drawn_samples(problem: MeanLoss) -> Drawn:
             sizes.append(size)
             yield batch, size
 
-    survey, largest = Survey.of(chunks(), most=SPREAD_SAMPLES), max(sizes)
-    batch, count = survey.batch, survey.size
-    if count < min(_TELLING, largest):
+    survey = Survey.of(chunks(), most=SPREAD_SAMPLES)
+    batch, count, largest = survey.batch, survey.size, max(sizes)
+    if count < min(_TRIED_SAMPLES, largest):
         chunk = next(batch for batch, size in problem.chunks() if size == largest)
         step = -(-largest // SPREAD_SAMPLES)
-        batch, count = joined([cut(chunk, at, at + 1) for at in range(0, largest, step)])
+        batch, count = joined([cut(chunk, i, i + 1) for i in range(0, largest, step)])
     return Drawn(batch, count, largest, count == sum(sizes))
 
 
-def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tuple[Any, int] | None:
+def distinct_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tuple[Any, int] | None:
     """Return four of the samples, as a batch, with distinct contributions of comparable size.
 
-    A sum over samples that are alike, or vanish, is the same if one is taken for another. ``None`` if
-    the drawn samples have none. If the drawn ones are all there are, those that come nearest will do.
+    A fast product that confuses samples gives the same sum if their contributions are alike or vanish,
+    so such samples would not reveal the fault. ``None`` if the drawn samples do not include four, unless
+    they are all samples of the rank: others then complete the four.
 
     Args:
         drawn: the samples.
-        contribution: what a batch of one sample contributes to a sum, ``(d,)``.
+        contribution: the contribution ``(d,)`` of a batch of one sample to a sum.
 
     >>> x = torch.tensor([[0.0], [1.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0]])
-    >>> telling_samples(Drawn(x, 8, 8, True), lambda sample: sample.flatten())[0].flatten()
+    >>> distinct_samples(Drawn(x, 8, 8, True), lambda sample: sample.flatten())[0].flatten()
     tensor([1., 2., 3., 4.])
     """
-    found: list[Tensor] = []
-    count, chosen = min(_TELLING, drawn.largest), list[int]()
+    contributions: list[Tensor] = []
+    chosen: list[int] = []
+    count = min(_TRIED_SAMPLES, drawn.largest)
     for index in range(drawn.size):
         vector = contribution(cut(drawn.batch, index, index + 1))
-        found.append(sketch([vector], vector.device) if len(vector) > _SHORT else vector)
-        chosen = _distinct(found)[:count]
+        if len(vector) > _SKETCHED_ABOVE:
+            vector = sketch([vector], vector.device)
+        contributions.append(vector)
+        chosen = _distinct(contributions)[:count]
         if len(chosen) == count:
             break
     else:
@@ -192,14 +196,14 @@ def telling_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tupl
             return None
         others = [index for index in range(drawn.size) if index not in chosen]
         chosen = [*chosen, *others][:count]
-    return joined([cut(drawn.batch, at, at + 1) for at in chosen])
+    return joined([cut(drawn.batch, index, index + 1) for index in chosen])
 
 
 def _distinct(vectors: Sequence[Tensor]) -> list[int]:
-    """Return the indices of the most vectors of comparable size, no two of them alike."""
+    """Return the indices of a largest set of distinct vectors of comparable size, found greedily."""
     rows = torch.stack(list(vectors))
     gaps = rows[:, None] - rows
-    # All in one host transfer.
+    # One host transfer for all norms.
     norms, *distances = torch.cat([rows[None], gaps]).norm(dim=-1).tolist()
     best: list[int] = []
     for largest in sorted((norm for norm in norms if 0 < norm < float("inf")), reverse=True):

@@ -1,4 +1,4 @@
-"""The module to measure, out of its wrappers, and the parameters that count."""
+"""Selection of the module to measure, without its wrappers, and of its parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, or the real view ``(..., 2)`` of a complex one, which optimizers step on.
+    """Return ``tensor``, or the real view ``(..., 2)`` of a complex tensor, as optimizers use.
 
     >>> real_view(torch.tensor([1 + 2j]))
     tensor([[1., 2.]])
@@ -33,7 +33,7 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def group_of(model: Any) -> Any:
-    """Return the process group that trains ``model`` together, or ``None`` without a wrapper."""
+    """Return the process group of a ``DistributedDataParallel`` wrapper, or ``None`` without one."""
     for layer in _wrappers(model):
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             return layer.process_group
@@ -41,9 +41,9 @@ def group_of(model: Any) -> Any:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` and parallel training wrap."""
-    # torch.compile's module cannot be differentiated twice, and those for parallel training
-    # communicate in their forward pass. The module inside has the same parameters.
+    """Return the module inside the wrappers of ``torch.compile`` and parallel training."""
+    # A compiled module cannot be differentiated twice, and wrappers for parallel training communicate
+    # in their forward pass. The module inside has the same parameters.
     *_, inner = _wrappers(model)
     return inner
 
@@ -66,8 +66,8 @@ def select_parameters(
 
     Args:
         model: the model.
-        params: the choice; also of parameters of modules that the loss holds.
-        objective: the module of model and loss, in which the latter have their names.
+        params: the chosen parameters; parameters of modules that the loss holds are allowed.
+        objective: the module of model and loss, which names the loss's parameters.
 
     Raises:
         ValueError: for an empty selection, or tensors that are not parameters of ``model`` or of a
@@ -89,16 +89,17 @@ def select_parameters(
             )
         wanted = {id(p): p for p in params}
         chosen = {name: p for name, p in named.items() if id(p) in wanted}
-        own = {id(p) for p in named.values()}
-        for name, p in () if objective is None else objective.named_parameters():
-            if id(p) in wanted and id(p) not in own:
-                chosen[name] = p
-        strangers = set(wanted) - {id(p) for p in chosen.values()}
-        if strangers:
-            shapes = [tuple(wanted[key].shape) for key in strangers]
+        if objective is not None:
+            in_model = {id(p) for p in named.values()}
+            for name, p in objective.named_parameters():
+                if id(p) in wanted and id(p) not in in_model:
+                    chosen[name] = p
+        unknown = set(wanted) - {id(p) for p in chosen.values()}
+        if unknown:
+            shapes = [tuple(wanted[key].shape) for key in unknown]
             raise ValueError(
-                f"params: {len(shapes)} are not parameters of model, of shapes {shapes}, nor of a module"
-                " that loss_fn holds"
+                f"params: {len(shapes)} tensors, of shapes {shapes}, are not parameters of model, nor of"
+                " a module that loss_fn holds"
             )
         if not chosen:
             raise ValueError("params is empty: expected at least one parameter of model")
@@ -108,27 +109,27 @@ def select_parameters(
 def swapped_state(
     module: nn.Module,
     counted: Mapping[str, tuple[Tensor, Tensor]],
-    moved: Collection[str],
+    changed: Collection[str],
     precision: Precision,
 ) -> dict[str, Tensor]:
     """Return the state of ``module`` for a functional call.
 
     Args:
         module: the module.
-        counted: by name within it, the parameters that count and their values, of complex ones the
-            real view.
-        moved: names of parameters that a forward pass changes.
-        precision: casts the rest.
+        counted: the problem's parameters, by their names in the module, and their values; the values
+            of complex parameters are real views.
+        changed: names of parameters that a forward pass changes.
+        precision: casts buffers and other parameters.
     """
     # Buffers as copies: some modules write to them even in eval mode.
     state = {name: precision.cast(b.clone()) for name, b in module.named_buffers()}
-    if precision.casts or moved:
+    if precision.casts or changed:
         for name, p in module.named_parameters():
-            if precision.casts or name in moved:
-                value = p.detach().clone() if name in moved else p.detach()
+            if precision.casts or name in changed:
+                value = p.detach().clone() if name in changed else p.detach()
                 state[name] = precision.cast(value)
     for name, (parameter, value) in counted.items():
-        # Not a view: its derivatives would have to lie in memory as pairs do.
+        # A copy: the gradient of a complex view would need the memory layout of pairs.
         state[name] = torch.complex(*value.unbind(-1)) if parameter.is_complex() else value
     return state
 
@@ -163,6 +164,5 @@ def check_embeddings(model: nn.Module, params: Iterable[Tensor]) -> None:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) has scale_grad_by_freq=True: its gradient"
                 " is divided by how often an index is in the batch, so it is not the derivative of the"
-                " loss, and depends on how the data are cut. Set it to False, or leave its weight out"
-                " by params="
+                " loss, and depends on the chunks. Set it to False, or leave its weight out of params="
             )

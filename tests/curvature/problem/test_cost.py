@@ -88,6 +88,6 @@ def test_asking_leaves_no_trace_and_checks_no_second_derivative() -> None:
     problem.cost()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-    assert not problem._found.known
+    assert not problem._facts.checked_twice
     with pytest.raises(ValueError, match="tol=0"):
         problem.cost(tol=0)

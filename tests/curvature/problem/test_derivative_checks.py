@@ -78,7 +78,7 @@ def test_a_backward_with_a_wrong_derivative_is_found_out(dtype: torch.dtype) -> 
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat models as large ones: one sample, their own precision, and sketches of gradients."""
     monkeypatch.setattr(differentiable_loss, "LARGE", 0)
-    monkeypatch.setattr(differentiable_loss, "_MUCH", 0)
+    monkeypatch.setattr(differentiable_loss, "_MANY_BYTES", 0)
     monkeypatch.setattr(second_derivative, "_WHOLE", 8)
 
 

@@ -87,7 +87,7 @@ def test_what_needs_samples_says_so() -> None:
     """Catches a problem with batch statistics that passes for one with samples of its own."""
     problem = small_problem()
     assert require_samples(problem, "the noise") is problem
-    with pytest.raises(ValueError, match="the noise is of the samples' own Hessians"):
+    with pytest.raises(ValueError, match="the noise needs the samples' own Hessians"):
         require_samples(small_problem(batch_statistics=True), "the noise")
-    with pytest.raises(ValueError, match="the noise needs the gradients of single samples"):
+    with pytest.raises(ValueError, match="the noise needs per-sample gradients"):
         require_samples(object.__new__(ShardedProblem), "the noise")

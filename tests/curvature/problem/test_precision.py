@@ -148,5 +148,5 @@ def test_tensors_that_the_loss_holds_follow_double_precision() -> None:
 def test_parameters_of_two_precisions_are_measured_in_the_better_one() -> None:
     """Catches a message that leaves out the way: dtype=torch.float64."""
     model = nn.Sequential(nn.Linear(3, 4).float(), nn.Linear(4, 1))
-    with pytest.raises(ValueError, match=r"dtype=torch\.float64 measures all of them"):
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64 casts all of them"):
         Problem(model, MSE, pair())

@@ -134,7 +134,7 @@ def test_weights_as_a_tensor_follow_the_samples() -> None:
     assert close(by_tensor.gradient(), by_function.gradient())
     with pytest.raises(ValueError, match=r"shape \(4,\) for samples 0 to 9: expected \(10,\)"):
         Problem(case.model, case.loss, case.data, sample_weight=weights[:4])
-    with pytest.raises(ValueError, match="finite ones that are not negative"):
+    with pytest.raises(ValueError, match="finite weights that are not negative"):
         Problem(case.model, case.loss, case.data, sample_weight=-weights)
     with pytest.raises(ValueError, match="sample_weight: with these weights the gradient"):
         Problem(case.model, case.loss, case.data, sample_weight=weights.square())

@@ -1,16 +1,15 @@
-"""`Batches`: data in any of its usual forms as a re-iterable of batches with their sample counts.
+"""`Batches`: data in any of the usual forms as a re-iterable of batches with their sample counts.
 
-Curvature is a mean over samples, so iteration yields ``(batch, size)``, and every sample has the same
-weight, also in a smaller last batch. :class:`Batches` takes for example:
+Curvature is a mean over samples, so iteration yields ``(batch, size)``, and samples in a smaller last
+batch have the same weight as all others. :class:`Batches` takes for example:
 
-- ``(x, y)``: two tensors, cut into chunks, or tuples and dictionaries of them;
-- a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that its
-  persistent workers are not disturbed;
+- ``(x, y)``: two tensors, cut into chunks, or tuples and dictionaries of tensors;
+- a ``Dataset`` or a ``DataLoader``: read in order, by a fresh loader without workers, so that
+  persistent workers of the original loader are not disturbed;
 - a list, or any other re-iterable, of batches.
 
-An iterator that can be read only once is refused, since every product with a curvature matrix reads the
-data. Data that differ at each reading are fixed by
-:func:`~stableopt.curvature.problem.data.probe.fixed_probe`.
+Each product with a curvature matrix reads the data, so a one-time iterator is refused.
+:func:`~stableopt.curvature.problem.data.probe.fixed_probe` fixes data that differ at each reading.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from stableopt._support.arguments import whole
 __all__ = ["Batches", "map_tensors", "sample_count", "tensors_in"]
 
 DEFAULT_CHUNK = 1024
-"""Default samples in a chunk: one pass of most small networks, in bounded memory."""
+"""Default number of samples in a chunk."""
 
 MOST_UNSIZED = 1_000_000
-"""Samples of data without a length that are read before they count as endless."""
+"""Number of samples after which data without a length count as endless."""
 
 
 def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -52,9 +51,8 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     if _is_record(batch):
         clone = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            # Frozen ones too.
             value = map_tensors(function, getattr(batch, field.name))
-            object.__setattr__(clone, field.name, value)
+            object.__setattr__(clone, field.name, value)  # works for frozen dataclasses too
         return clone
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, value) for value in batch))
@@ -68,7 +66,7 @@ def _refilled(batch: Mapping[Any, Any], mapped: dict[Any, Any]) -> Mapping[Any, 
     clone: Any = copy.copy(batch)
     try:
         for key, value in mapped.items():
-            clone[key] = value  # outputs of language models forbid update()
+            clone[key] = value  # outputs of transformers' models forbid update()
     except TypeError:
         return mapped
     return cast("Mapping[Any, Any]", clone)
@@ -114,14 +112,14 @@ def sample_count(batch: Any) -> int:
     if not sizes:
         raise ValueError(
             f"data: {_describe(batch)} as a batch holds no tensor with a leading dimension; expected"
-            " tensors whose first dimension counts the samples (torch.as_tensor makes them of arrays)"
+            " tensors whose first dimension counts the samples (convert arrays with torch.as_tensor)"
         )
     if len(set(sizes)) > 1:
         raise ValueError(
             f"data: the tensors of one batch have {sizes} samples; expected the same leading dimension"
-            " in all of them. For a graph, or texts in one tensor with their offsets, let the data be"
-            " the numbers of the samples, torch.arange(n), and the loss take the rest from what it"
-            " holds; batch_dim= is for time-first tensors"
+            " in all of them. For a graph, or texts in one tensor with their offsets, pass the samples'"
+            " indices as data, torch.arange(n), and let the loss look up the rest; for time-first"
+            " tensors, pass batch_dim="
         )
     return sizes[0]
 
@@ -137,13 +135,13 @@ class Batches:
     Args:
         data: an ``(x, y)`` pair (one batch), a ``Dataset``, a ``DataLoader`` or any re-iterable of
             batches. With ``paired=False`` a dictionary, dataclass or tuple of tensors, or a single
-            tensor, is one batch too. A list is of batches, unless it is an ``(x, y)`` pair.
-        chunk_size: the most samples in a batch; larger batches are cut. ``None`` leaves the batches
-            of a loader or an iterable as they are and cuts a pair at 1,024.
+            tensor, is one batch too. A list holds batches, unless it is an ``(x, y)`` pair.
+        chunk_size: the most samples in a batch; larger batches are cut. ``None`` keeps the batches of
+            a loader or an iterable, and cuts a pair at 1,024.
         paired: whether each batch must be an ``(x, y)`` pair.
 
     Attributes:
-        chosen: the ``chunk_size`` that was given.
+        chosen: the argument ``chunk_size``.
 
     A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order. A
     sampler that selects samples (a subset, weights) is used.
@@ -184,7 +182,7 @@ class Batches:
         return self._counted()[1]
 
     def forget_counts(self) -> None:
-        """Count the samples again when they are next asked for: ``source`` has changed."""
+        """Forget the number of samples after a change of ``source``."""
         self._counts = None
 
     def _counted(self) -> tuple[int, int]:
@@ -266,7 +264,7 @@ def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]
 
 
 def _refuse_once_only(data: Any) -> None:
-    # Data that give the same iterator twice would be exhausted by the first reading.
+    # The first reading would exhaust data that return the same iterator twice.
     first, second = iter(data), iter(data)
     if first is data or first is second:
         raise TypeError(
@@ -281,44 +279,43 @@ def _is_batch(data: Any, paired: bool) -> bool:
         if named or (len(data) > 2 and all(isinstance(part, Tensor) for part in data)):
             return True
     if isinstance(data, (tuple, list)):
-        # Two tensors are (x, y). A structured input with a tensor as target, or the other way round, is
-        # (x, y) as well. A list of two tuples is of two batches.
+        # Two parts are (x, y) if one is a tensor. A list of two tuples is a list of two batches.
         return len(data) == 2 and (
             any(isinstance(part, Tensor) for part in data)
-            or (isinstance(data, tuple) and paired and _of_parts(*data))
+            or (isinstance(data, tuple) and paired and _are_inputs_and_targets(*data))
         )
     return not paired and (isinstance(data, (Tensor, Mapping)) or _is_record(data))
 
 
-def _of_parts(one: Any, other: Any) -> bool:
-    """Return whether a tuple of two is a pair of structured inputs and targets, and not two batches.
+def _are_inputs_and_targets(first: Any, second: Any) -> bool:
+    """Return whether a tuple of two holds structured inputs and targets, and not two batches.
 
-    They are inputs and targets if all tensors have as many samples, but cannot be two batches of the
-    same kind: these would have the same structure, dtypes and, at least in two dimensions, features.
+    In inputs and targets all tensors have the same number of samples. Two batches have the same
+    structure, dtypes and, in two dimensions, numbers of features.
     """
-    kinds = [_kind_of(part) for part in (one, other)]
-    sizes = {t.shape[0] if t.dim() else None for part in (one, other) for t in tensors_in(part)}
-    if len(sizes) != 1 or not all(kinds):
+    structures = [_structure_of(part) for part in (first, second)]
+    sizes = {t.shape[0] if t.dim() else None for part in (first, second) for t in tensors_in(part)}
+    if len(sizes) != 1 or not all(structures):
         return False
-    if kinds[0] != kinds[1]:
+    if structures[0] != structures[1]:
         return True
-    if isinstance(one, (tuple, list)) and len(one) == 2:
+    if isinstance(first, (tuple, list)) and len(first) == 2:
         warnings.warn(
-            "data: a tuple of two tuples is read as two batches (x, y), since both are of the same kind."
-            " If it is one batch of structured inputs and targets, write [(x, y)]",
+            "data: a tuple of two tuples is read as two batches (x, y), since both have the same"
+            " structure. If it is one batch of structured inputs and targets, write [(x, y)]",
             stacklevel=2,
         )
     return False
 
 
-def _kind_of(part: Any) -> list[Any]:
-    """Return what batches of one kind have in common: dtypes, dimensions and numbers of features."""
-    names = list(part) if isinstance(part, Mapping) else []
-    found: list[Any] = [
+def _structure_of(part: Any) -> list[Any]:
+    """Return the properties that batches of one data set share: type, keys, dtypes and dimensions."""
+    keys = list(part) if isinstance(part, Mapping) else []
+    tensors: list[Any] = [
         (t.dtype, t.dim(), t.shape[1] if t.dim() == 2 and t.is_floating_point() else None)
         for t in tensors_in(part)
     ]
-    return [type(part), names, *found] if found else []
+    return [type(part), keys, *tensors] if tensors else []
 
 
 def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -327,22 +324,22 @@ def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
     if isinstance(loader.dataset, IterableDataset):
         _refuse_once_only(loader.dataset)
         return DataLoader(loader.dataset, batch_size=loader.batch_size, **common)
-    if _of_all(loader.sampler, loader.dataset) and loader.batch_size is not None:
+    if _reads_all(loader.sampler, loader.dataset) and loader.batch_size is not None:
         return DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **common)
     batches: Any = loader.batch_sampler
     if batches is not None:
-        # A sampler that may stand within an epoch says how to read a whole one without moving it.
+        # A sampler in the middle of an epoch may offer a whole epoch without advancing itself.
         whole_epoch = getattr(batches, "whole_epoch", None)
         if callable(whole_epoch):
             batches = whole_epoch()
-            if _of_all(batches.sampler, loader.dataset):
+            if _reads_all(batches.sampler, loader.dataset):
                 return DataLoader(loader.dataset, batch_size=batches.batch_size, **common)
         return DataLoader(loader.dataset, batch_sampler=batches, **common)
     return DataLoader(loader.dataset, batch_size=None, sampler=loader.sampler, **common)
 
 
-def _of_all(sampler: Any, dataset: Any) -> bool:
-    """Return whether an epoch of ``sampler`` is the whole of ``dataset``, in some order."""
+def _reads_all(sampler: Any, dataset: Any) -> bool:
+    """Return whether an epoch of ``sampler`` contains each sample of ``dataset`` once."""
     if isinstance(sampler, RandomSampler):
         size = len(sampler.data_source)
         return not sampler.replacement and sampler.num_samples == size == len(dataset)

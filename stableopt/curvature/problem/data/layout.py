@@ -1,7 +1,7 @@
-"""`Layout`: batches whose samples are not counted by the first dimension, such as time-first sequences.
+"""`Layout`: batches whose first dimension does not count samples, such as time-first sequences.
 
-Inside a problem the samples are always first, so that batches can be cut and joined. A layout moves
-them there when data are read, and back when the model and the loss are called.
+Inside a problem the samples' dimension is always first, so that batches can be cut and joined. A layout
+moves it there when data are read, and back when the model and the loss are called.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ BatchDim = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples are in the tensors of a batch. Tensors of fewer dimensions have them first.
+    """The dimension that counts the samples of a batch: the first for tensors of fewer dimensions.
 
     Attributes:
-        dims: the dimension that counts samples, of inputs and of targets.
+        dims: the samples' dimension in inputs and in targets.
         paired: whether batches are pairs ``(x, y)``.
 
     >>> import torch
@@ -41,10 +41,10 @@ class Layout:
 
     @classmethod
     def of(cls, batch_dim: BatchDim | None, *, paired: bool) -> Layout:
-        """Return the layout by the argument of ``Problem``.
+        """Return the layout for the argument ``batch_dim`` of ``Problem``.
 
         Raises:
-            ValueError: unless it is a dimension, or for pairs two of them.
+            ValueError: unless it is a dimension, or for pairs two dimensions.
         """
         dims = 0 if batch_dim is None else batch_dim
         both = dims if isinstance(dims, (tuple, list)) else (dims, dims)
@@ -62,7 +62,7 @@ class Layout:
         return self._moved(batch, lambda t, dim: t.movedim(dim, 0))
 
     def given(self, batch: Any) -> Any:
-        """Return ``batch``, whose samples are first, as the model and the loss expect it."""
+        """Return ``batch``, samples first, in the layout that the model and the loss expect."""
         return self._moved(batch, lambda t, dim: t.movedim(0, dim))
 
     def output_dim(self, batch: Any) -> int:
@@ -72,31 +72,32 @@ class Layout:
 
     def reading(self, source: Any, data: Any) -> Any:
         """Return ``source``, a re-iterable of the batches of ``data``, with samples first."""
-        # The samples of a data set are stacked, first dimension first.
+        # Samples of a Dataset are stacked along a new first dimension.
         if not any(self.dims) or (isinstance(data, Dataset) and not isinstance(data, DataLoader)):
             return source
         if isinstance(source, DataLoader):
-            source.collate_fn = _Collated(source.collate_fn, self)
+            source.collate_fn = _CollateSamplesFirst(source.collate_fn, self)
             return source
         if isinstance(source, (list, tuple)):
             return [self.samples_first(batch) for batch in source]
-        return (_Sized if has_length(source) else _Read)(source, self)
+        return (_SamplesFirstSized if has_length(source) else _SamplesFirst)(source, self)
 
     def _moved(self, batch: Any, move: Callable[[Tensor, int], Tensor]) -> Any:
         if not any(self.dims):
             return batch
-        one, other = (
-            (lambda t, dim=dim: move(t, dim) if t.dim() > dim else t) for dim in self.dims
-        )
+
+        def move_all(part: Any, dim: int) -> Any:
+            return map_tensors(lambda t: move(t, dim) if t.dim() > dim else t, part)
+
         if not self.paired:
-            return map_tensors(one, batch)
+            return move_all(batch, self.dims[0])
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            return batch  # which its reader refuses
-        return map_tensors(one, batch[0]), map_tensors(other, batch[1])
+            return batch  # Batches refuses it
+        return move_all(batch[0], self.dims[0]), move_all(batch[1], self.dims[1])
 
 
 @dataclass(frozen=True)
-class _Collated:
+class _CollateSamplesFirst:
     """A collate function whose batches have the samples first."""
 
     collate: Any
@@ -107,7 +108,7 @@ class _Collated:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _SamplesFirst:
     """A re-iterable whose batches have the samples first."""
 
     source: Any
@@ -117,6 +118,6 @@ class _Read:
         return map(self.layout.samples_first, self.source)
 
 
-class _Sized(_Read):
+class _SamplesFirstSized(_SamplesFirst):
     def __len__(self) -> int:
         return len(self.source)

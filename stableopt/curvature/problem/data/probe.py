@@ -1,13 +1,13 @@
-"""`fixed_probe`: data as a fixed set of samples, read without moving anything that training reads.
+"""`fixed_probe`: data as a fixed set of samples, read without side effects on training.
 
 Every product with a curvature matrix reads the data, and all must see the same function. Three examples:
 
 - a sampler that draws (``WeightedRandomSampler``): its indices are drawn once;
-- a data set with random augmentation: its samples are read once, and kept, up to 1 GiB;
-- a stream: read again and again if each reading gives the same, and otherwise once.
+- a data set with random augmentation: its samples are read once and kept in memory, up to 1 GiB;
+- a stream: read each time if readings are equal, and otherwise once.
 
-Generators, epoch counters and other attributes of data sets, samplers and collate functions are
-afterwards what they were, so that training reads the samples that it would have read.
+Generators, epoch counters and other attributes of data sets, samplers and collate functions are restored
+afterwards, so that training reads the same samples as without a measurement.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from stableopt.curvature.problem.data.layout import Layout
 __all__ = ["fixed_probe"]
 
 _MOST_BYTES = 2**30
-"""Bytes of samples that are kept in memory, 1 GiB: as much as the cache of forward passes takes."""
+"""Largest size in bytes of samples kept in memory, 1 GiB: that of the cache of forward passes."""
 
 _SEED = 0
-"""Of the choice of ``max_samples`` samples: the same ones in each run."""
+"""Seed of the choice of ``max_samples`` samples, so that each run measures the same samples."""
 
 
 def fixed_probe(
@@ -58,13 +58,13 @@ def fixed_probe(
         data: in any form that :class:`Batches` takes.
         chunk_size: as for :class:`Batches`.
         paired: as for :class:`Batches`.
-        max_samples: the most samples that count: of tensors and of data sets in order a random
-            choice, the same one each time, and of other data the first ones. All by default.
-        layout: where the samples are in the tensors of ``data``: by default first, as in what is read.
+        max_samples: the most samples to use, by default all: of tensors and of data sets in order a
+            random choice, the same one each time, and of other data the first ones.
+        layout: the samples' dimension in the tensors of ``data``, by default the first.
 
     Raises:
-        ValueError: for data without an end, and for more than 1 GiB of data that cannot be read
-            twice, both without ``max_samples``.
+        ValueError: without ``max_samples``, for endless data, and for more than 1 GiB of data whose
+            readings differ.
         TypeError: as :class:`Batches` does.
     """
     if max_samples is not None:
@@ -85,17 +85,17 @@ def fixed_probe(
 
 
 def _read_by(data: Any) -> list[Any]:
-    """Return the objects that reading ``data`` runs."""
+    """Return the objects whose state a reading of ``data`` may change."""
     if isinstance(data, DataLoader):
-        sampler = [data.batch_sampler, data.sampler, data.generator]
-        return [data.dataset, data.collate_fn, *sampler]
-    # Lists hold samples only.
+        samplers = [data.batch_sampler, data.sampler, data.generator]
+        return [data.dataset, data.collate_fn, *samplers]
+    # Lists and tensors hold samples only.
     return [] if isinstance(data, (list, tuple, Tensor)) else [data]
 
 
 def _in_fixed_order(source: DataLoader[Any], max_samples: int | None) -> Any:
     """Return ``source`` with the indices of one epoch of its sampler."""
-    # Without a generator each iterator of a loader would draw from the process's own.
+    # Without a generator of its own, a loader draws from the global one for each iterator.
     source.generator = torch.Generator()
     if isinstance(source.dataset, IterableDataset):
         return source if max_samples is None else _First(source, max_samples)
@@ -124,7 +124,7 @@ def _in_fixed_order(source: DataLoader[Any], max_samples: int | None) -> Any:
 
 
 def _indices(sampler: Any, max_samples: int | None) -> Iterator[Any]:
-    """Yield what ``sampler`` does, batches of at most ``max_samples`` indices in all."""
+    """Yield the batches of ``sampler``, with at most ``max_samples`` indices in total."""
     total = 0
     for batch in sampler:
         size = len(batch) if isinstance(batch, (list, tuple)) else 1
@@ -141,7 +141,7 @@ def _indices(sampler: Any, max_samples: int | None) -> Iterator[Any]:
 
 
 def _check_choice(drawn: list[Any], again: list[Any]) -> None:
-    """Warn if a second epoch has other samples, not only another order."""
+    """Warn if a second epoch has other samples; another order is fine."""
     if drawn != again and Counter(map(repr, drawn)) != Counter(map(repr, again)):
         _warn_of("its sampler draws other samples in each epoch", len(drawn))
 
@@ -175,49 +175,50 @@ class _First:
         self._source, self._most = source, max_samples
 
     def __len__(self) -> int:
-        return self._most  # a bound, which is all that readers need
+        return self._most  # an upper bound suffices for readers
 
     def __iter__(self) -> Iterator[Any]:
-        left = self._most
+        remaining = self._most
         for batch in self._source:
             size = sample_count(batch)
-            yield batch if size <= left else cut(batch, 0, left)
-            left -= min(size, left)
-            if not left:
+            yield batch if size <= remaining else cut(batch, 0, remaining)
+            remaining -= min(size, remaining)
+            if not remaining:
                 return
 
 
 def _fix_content(batches: Batches, held: HeldState) -> None:
-    """Keep the batches in memory, as copies, unless each reading gives the same and moves nothing."""
+    """Keep copies of the batches in memory if readings differ or change any state."""
     source = batches.source
     loader = source._source if isinstance(source, _First) else source
-    # What is read by index has no state at its end; a stream may count its readings there.
+    # The first batch tells enough of data that are read by index. A stream may change state at its end.
     by_index = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     held.restore()
     before = generator_states()
-    once = _first_of(source) if by_index else _first_of_all(batches)
-    drew = generator_states() != before
-    again = _first_of(source)
-    own, changed, same = held.drew, held.changed, _same(once, again)
-    if same and not changed and not drew:
+    first = _first_of(source) if by_index else _first_of_all(batches)
+    drew_globally = generator_states() != before
+    second = _first_of(source)
+    drew_from_held, changed, equal = held.drew, held.changed, _same(first, second)
+    if equal and not changed and not drew_globally:
         return
     held.restore()
-    hidden = not drew and not _same(once, _first_of(source))
+    # A reading that differs from a restored state depends on a generator out of reach.
+    hidden = not drew_globally and not _same(first, _first_of(source))
     held.restore()
-    kept = _kept(source, all_of_it=hidden)
+    kept = _copies(source, required=hidden)
     if kept is not None:
         batches.source = kept
     elif changed:
-        batches.source = _Guarded(source, held)
+        batches.source = _Restored(source, held)
     batches.forget_counts()
-    if drew or own or not same:
+    if drew_globally or drew_from_held or not equal:
         samples = batches.num_samples
-        where = ", from a generator that cannot be found and put back" if hidden else ""
-        _warn_of(f"reading it draws random numbers{where}", samples)
+        reason = ", from a generator that cannot be found and put back" if hidden else ""
+        _warn_of(f"reading it draws random numbers{reason}", samples)
 
 
-class _Guarded:
-    """A re-iterable that is read from the same state each time, and left in the one it has."""
+class _Restored:
+    """A re-iterable that starts each reading from the same state, and restores the state it found."""
 
     def __init__(self, source: Any, start: HeldState) -> None:
         self._source, self._start = source, start
@@ -236,33 +237,33 @@ def _first_of(source: Any) -> Any:
 
 
 def _first_of_all(batches: Batches) -> Any:
-    """Read everything; return a copy of the first batch."""
+    """Read all batches; return a copy of the first."""
     first = None
     for batch, _ in batches:
         first = map_tensors(torch.clone, batch) if first is None else first
     return first
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+def _same(first: Any, second: Any) -> bool:
+    pairs = list(zip(tensors_in(first), tensors_in(second), strict=False))
     return all(
         a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs
     )
 
 
-def _kept(source: Any, *, all_of_it: bool) -> list[Any] | None:
-    """Return copies of the batches; ``None`` if they are too large, an error where all must be kept."""
-    kept: list[Any] = []
+def _copies(source: Any, *, required: bool) -> list[Any] | None:
+    """Return copies of the batches, or ``None`` if they are too large, an error if ``required``."""
+    copies: list[Any] = []
     samples = size = 0
     for batch in source:
-        kept.append(map_tensors(torch.clone, batch))
+        copies.append(map_tensors(torch.clone, batch))
         samples += sample_count(batch)
         size += sum(t.numel() * t.element_size() for t in tensors_in(batch))
-        if size > _MOST_BYTES and not all_of_it:
-            return None
         if size > _MOST_BYTES:
+            if not required:
+                return None
             raise ValueError(
                 f"data: they differ at each reading, and {samples} samples take"
                 f" {size / 2**30:.1f} GiB: expected max_samples=, so that a fixed probe fits into 1 GiB"
             )
-    return kept
+    return copies

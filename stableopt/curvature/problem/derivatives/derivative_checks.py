@@ -1,10 +1,10 @@
 """Checks that a loss has the first and second derivatives that autograd reports.
 
-Both are compared with differences over steps so short that no kink lies inside
-(:mod:`~stableopt.curvature.problem.derivatives.short_differences`), at a generic point near the given
-one, and in double precision where the model can be evaluated in it. So they tell in networks with
-ReLU and max-pooling as well. Where differences cannot tell, torch's own functions are trusted,
-and custom ones are not.
+Both are compared with central differences at a generic point near the given point, in double precision
+if the model can be evaluated in it. The steps are so short that no kink lies inside
+(:mod:`~stableopt.curvature.problem.derivatives.short_differences`), so the checks also work for networks
+with ReLU and max-pooling. If no difference is reliable, torch's own functions are trusted, and custom
+functions are not.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from stableopt.curvature.problem.derivatives.graphs import has_kinks
 from stableopt.curvature.problem.derivatives.second_derivative import (
     UnverifiedError,
     alias_leaves,
-    balanced,
+    balanced_direction,
     compare_twice,
     differentiate_twice,
     dot,
     fresh_leaves,
     norm,
+    random_direction,
     trusted_difference,
-    unfrozen,
     usable_point,
 )
 from stableopt.curvature.problem.derivatives.short_differences import short_difference, tolerance
@@ -50,20 +50,21 @@ __all__ = [
 ]
 
 _LONG = 0.03
-"""A step, relative to the point, that crosses kinks; smooth networks change by less than 5 % over it."""
+"""A step, relative to the norm of the point, that crosses kinks."""
 
 _BENT = 0.05
+"""Relative change of a slope over that step above which the gradient jumps."""
 
 _ROUNDINGS = 1000
 """Rounding errors of the loss that a difference must exceed to give a slope."""
 
 _LEAST_LOSS = 0.01
-"""A smaller loss is rounded like one of this size: a cross entropy is a difference of logits."""
+"""A smaller loss is rounded like a loss of this size: a cross-entropy is a difference of logits."""
 
-_WAY_OUT = (
-    "A reversed or straight-through gradient, or a part of the loss that is detached, gives a direction"
-    " to go, but no curvature to measure. A backward that solves an adjoint equation must be exact, and"
-    " use the parameters of its forward pass: differentiate through the solver's steps instead"
+_REMEDY = (
+    "A reversed or straight-through gradient, or a detached part of the loss, gives a direction for the"
+    " optimizer, but has no curvature. A backward that solves an adjoint equation must be exact, and use"
+    " the parameters of its forward pass: differentiate through the solver's steps instead"
 )
 
 
@@ -72,7 +73,7 @@ class Obstacle(NamedTuple):
 
     Attributes:
         error: the reason.
-        kinks: whether the gradient jumps, so that differences need short steps.
+        kinks: whether the gradient jumps; differences then need short steps.
     """
 
     error: SecondDerivativeError
@@ -94,38 +95,38 @@ def check_derivatives(
         function: the loss as a function of the parameters.
         point: the parameters.
         model: searched for the module without a second derivative.
-        evaluate: runs the model once, in double precision if there is ``double``.
-        double: the same function in double precision, of parameters in double precision; ``None`` if
-            the model cannot be evaluated in it.
-        twice: ``False`` checks the first derivative alone, and takes no second one.
+        evaluate: runs the model once, in double precision if ``double`` is given.
+        double: the same function of parameters in double precision; ``None`` if the model cannot be
+            evaluated in it.
+        twice: whether to check second derivatives too.
 
     Raises:
         ValueError: if the function does not depend on ``point``, or its gradient is not its
             derivative.
     """
-    if not _depends(function, point):
-        raise ValueError("loss_fn: the loss does not depend on any of the parameters that count")
+    if not _depends_on(function, point):
+        raise ValueError("loss_fn: the loss does not depend on any of the parameters (params=)")
     if double is None:
-        judged, near = function, point
+        compared, near = function, point
     else:
-        judged, near = double, [t.detach().double() for t in point]
-    near = usable_point(judged, near)
-    check_gradient(judged, near)
+        compared, near = double, [t.detach().double() for t in point]
+    near = usable_point(compared, near)
+    check_gradient(compared, near)
     if not twice:
         return None
     try:
         differentiate_twice(function, point)
-        compare_twice(judged, near)
+        compare_twice(compared, near)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         culprit = module_without_second_derivative(model, evaluate)
-        check_symmetry(judged, near)
-        return Obstacle(SecondDerivativeError(culprit, error), _jumps(judged, near))
+        check_symmetry(compared, near)
+        return Obstacle(SecondDerivativeError(culprit, error), _jumps(compared, near))
     return None
 
 
-def _depends(function: Function, point: Sequence[Tensor]) -> bool:
+def _depends_on(function: Function, point: Sequence[Tensor]) -> bool:
     leaves = alias_leaves(point)
     value = function(leaves)
     if not value.requires_grad:
@@ -136,13 +137,13 @@ def _depends(function: Function, point: Sequence[Tensor]) -> bool:
 def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
     """Compare the gradient of ``function`` at ``point`` with differences of the function.
 
-    The first direction is the gradient with every parameter's part scaled to the same norm: a gradient
-    that is wrong for a few parameters is not hidden by larger ones. The second is random, and shows
-    parameters whose gradient is zero by mistake. Entries that are zero within a parameter, such as the
-    padding row of an embedding, count as frozen, and so do parameters without a gradient.
+    The first direction is the gradient with each parameter's part scaled to the same norm, so that large
+    gradients do not hide a small wrong one. The second direction is random, and finds parameters whose
+    gradient is zero by mistake. Zero entries of a parameter's gradient, such as the padding row of an
+    embedding, count as frozen, and so do parameters without a gradient.
 
     Raises:
-        ValueError: if differences agree with one another, but not with the gradient.
+        ValueError: if differences agree with each other, but not with the gradient.
     """
     leaves = alias_leaves(point)
     value = function(leaves)
@@ -150,8 +151,11 @@ def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
     size, dtype = norm(leaves), leaves[0].dtype
     if size == 0:
         return
-    for chosen in (balanced, unfrozen):  # one at a time: each is as large as all parameters
-        direction = chosen(gradients, leaves)
+    loss_size = max(abs(float(value.detach())), _LEAST_LOSS)
+    noise = _ROUNDINGS * torch.finfo(dtype).eps * loss_size
+    # One direction at a time: each is as large as all parameters.
+    for choose_direction in (balanced_direction, random_direction):
+        direction = choose_direction(gradients, leaves)
         if direction is None:
             continue
 
@@ -159,36 +163,31 @@ def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
             return float(function(displaced(leaves, direction, distance)).detach())
 
         claimed = dot(gradients, direction)
-        found = short_difference(
-            along,
-            size,
-            dtype,
-            scale=abs(claimed),
-            noise=_ROUNDINGS
-            * torch.finfo(dtype).eps
-            * max(abs(float(value.detach())), _LEAST_LOSS),
-            expected=claimed,
+        slope = short_difference(
+            along, size, dtype, scale=abs(claimed), noise=noise, expected=claimed
         )
-        if found is None:
+        if slope is None:
             continue
-        largest = max(abs(claimed), abs(found.value))
-        if abs(claimed - found.value) > tolerance(dtype) * largest:
+        largest = max(abs(claimed), abs(slope.value))
+        if abs(claimed - slope.value) > tolerance(dtype) * largest:
             raise ValueError(
-                "loss_fn: the gradient is not the derivative of the loss: along one direction it says"
-                f" {claimed:.6g}, and the slope of the loss is {found.value:.6g}. {_WAY_OUT}"
+                "loss_fn: the gradient is not the derivative of the loss: along one direction the"
+                f" gradient gives {claimed:.6g}, and the loss has slope {slope.value:.6g}. {_REMEDY}"
             )
 
 
 def check_symmetry(function: Function, point: Sequence[Tensor]) -> None:
-    r"""Check that the derivative J of the gradient is symmetric, as a Hessian is.
+    r"""Check that the derivative J of the gradient is symmetric, as a Hessian must be.
 
-    With u along the gradient and w along Ju, :math:`w^\top Ju = u^\top Jw`.
+    With unit vectors u along the gradient and w along Ju, the check is :math:`w^\top Ju = u^\top Jw`.
 
     Raises:
         ValueError: if it is clearly not symmetric.
     """
     leaves = fresh_leaves(point)
-    first = balanced(torch.autograd.grad(function(leaves), leaves, allow_unused=True), leaves)
+    first = balanced_direction(
+        torch.autograd.grad(function(leaves), leaves, allow_unused=True), leaves
+    )
     if first is None:
         return
     along_first = trusted_difference(function, leaves, first)
@@ -201,11 +200,12 @@ def check_symmetry(function: Function, point: Sequence[Tensor]) -> None:
     along_second = trusted_difference(function, leaves, second)
     if along_second is None:
         return
-    one, other = length, float(flat(first, leaves) @ along_second.value)
-    if abs(one - other) > tolerance(leaves[0].dtype) * max(one, abs(other)):
+    entry, transposed_entry = length, float(flat(first, leaves) @ along_second.value)
+    largest = max(entry, abs(transposed_entry))
+    if abs(entry - transposed_entry) > tolerance(leaves[0].dtype) * largest:
         raise ValueError(
-            "loss_fn: the gradient is not the derivative of the loss: its own derivative is not"
-            f" symmetric, with entries {one:.6g} and {other:.6g} across. {_WAY_OUT}"
+            "loss_fn: the gradient is not the derivative of the loss: the derivative of the gradient is"
+            f" not symmetric, with entries {entry:.6g} and {transposed_entry:.6g} across. {_REMEDY}"
         )
 
 
@@ -213,14 +213,13 @@ def _jumps(function: Function, point: Sequence[Tensor]) -> bool:
     """Return whether the gradient of ``function`` jumps between points near ``point``."""
     leaves = fresh_leaves(point)
     value = function(leaves)
-    direction = balanced(torch.autograd.grad(value, leaves, allow_unused=True), leaves)
-    # A graph that was used once can still be looked at.
-    if has_kinks(value) or direction is None:
+    direction = balanced_direction(torch.autograd.grad(value, leaves, allow_unused=True), leaves)
+    if has_kinks(value) or direction is None:  # a freed graph still has its nodes
         return True
     short = trusted_difference(function, leaves, direction)
     if short is None:
         return True
-    # Custom functions may have kinks that their names do not show.
+    # The names of custom functions do not reveal kinks.
     long = central_difference(gradient_along(function, leaves, direction), _LONG * norm(leaves))
     return float((long - short.value).norm()) > _BENT * float(short.value.norm())
 
@@ -229,7 +228,7 @@ def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], An
     """Return the innermost module of ``model`` whose double backward fails, as ``'name' (Class)``.
 
     ``evaluate`` runs the model once. Each module is then differentiated twice by itself, children
-    before parents, at the inputs and parameters it received. ``None`` if every module can be.
+    before parents, at the inputs and parameters it received. ``None`` if no module fails.
     """
     calls: dict[str, _Call] = {}
     handles = []
@@ -238,7 +237,7 @@ def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], An
         def record(
             module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name
         ) -> None:
-            # Forward hooks run when a module is done, so children are recorded before parents.
+            # A forward hook runs after the module, so children are recorded before parents.
             if name not in calls:
                 buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
                 calls[name] = _Call(module, args, kwargs, dict(module.named_parameters()), buffers)
@@ -256,7 +255,7 @@ def module_without_second_derivative(model: nn.Module, evaluate: Callable[[], An
 
 
 class _Call(NamedTuple):
-    """A module with what it received in one evaluation."""
+    """A module with its inputs, parameters and buffers in one evaluation."""
 
     module: nn.Module
     args: Any
@@ -266,25 +265,25 @@ class _Call(NamedTuple):
 
 
 def _twice_differentiable(call: _Call) -> bool:
-    state = call.parameters
-    point: list[Tensor] = list(state.values())
+    parameters = call.parameters
+    point: list[Tensor] = list(parameters.values())
     point += [t for t in tensors_in((call.args, call.kwargs)) if t.is_floating_point()]
 
-    def squares(leaves: Sequence[Tensor]) -> Tensor:
-        """Return a scalar of the module's outputs at other parameters and inputs."""
-        rest = iter(leaves[len(state) :])
-        given, named = map_tensors(
-            lambda t: next(rest) if t.is_floating_point() else t, (call.args, call.kwargs)
+    def sum_of_squares(leaves: Sequence[Tensor]) -> Tensor:
+        """Return the sum of the squared outputs at other parameters and inputs."""
+        inputs = iter(leaves[len(parameters) :])
+        args, kwargs = map_tensors(
+            lambda t: next(inputs) if t.is_floating_point() else t, (call.args, call.kwargs)
         )
-        at = {**call.buffers, **dict(zip(state, leaves, strict=False))}
-        called = functional_call(call.module, at, given, named)
-        sums = [(out * out).sum() for out in tensors_in(called) if out.is_floating_point()]
+        state = {**call.buffers, **dict(zip(parameters, leaves, strict=False))}
+        outputs = functional_call(call.module, state, args, kwargs)
+        sums = [(out * out).sum() for out in tensors_in(outputs) if out.is_floating_point()]
         return torch.stack(sums).sum() if sums else torch.zeros(())
 
     try:
-        differentiate_twice(squares, point)
-        if point and _depends(squares, point):
-            compare_twice(squares, usable_point(squares, point))
+        differentiate_twice(sum_of_squares, point)
+        if point and _depends_on(sum_of_squares, point):
+            compare_twice(sum_of_squares, usable_point(sum_of_squares, point))
     except UnverifiedError:
         return True
     except RuntimeError:

@@ -1,9 +1,9 @@
-r"""`gradient_in_call`: a loss whose gradient is taken while the model still holds the parameters.
+r"""`gradient_in_call`: a loss with a gradient that is computed inside the functional call.
 
-A functional call swaps the parameters of a model during its forward pass alone. The backward pass of a
-custom function may run the model again, as an adjoint method does, which solves for the gradient
-backwards in time: it would then take the model's own parameters for those of the forward pass. Here both
-passes are within the call.
+A functional call swaps the parameters of a model during the forward pass only. The backward pass of a
+custom function may run the model again, as in adjoint methods, which integrate backwards in time. It
+would then use the model's own parameters instead of the swapped ones. Here both passes run inside the
+call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Call = Callable[[Sequence[Tensor]], tuple[Tensor, Sequence[Tensor | None]]]
 
 
 def gradient_in_call(call: Call, theta: Sequence[Tensor]) -> Tensor:
-    """Return the loss at ``theta``, with the gradient that ``call`` takes of it, and no second one.
+    """Return the loss at ``theta``, differentiable once, with the gradient that ``call`` returns.
 
     >>> def call(leaves):
     ...     loss = leaves[0].square().sum()
@@ -41,10 +41,10 @@ class _GradientInCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *theta: Tensor) -> Tensor:
         with torch.enable_grad():
-            loss, ctx.slopes = call(fresh_leaves(theta))
+            loss, ctx.gradients = call(fresh_leaves(theta))
         return loss.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if slope is None else factor * slope for slope in ctx.slopes)
+        return None, *(None if g is None else factor * g for g in ctx.gradients)

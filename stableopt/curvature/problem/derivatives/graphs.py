@@ -1,4 +1,4 @@
-"""What the graph of a tensor shows: custom functions, functions with kinks, and missing derivatives."""
+"""Inspection of autograd graphs: custom functions, functions with kinks, missing derivatives, hooks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from stableopt.curvature.isolation.cross_entropy import OWN
+from stableopt.curvature.isolation.cross_entropy import CUSTOM_FUNCTIONS
 
-__all__ = ["HooksSeen", "has_custom_function", "has_kinks", "lacks_derivative", "nodes_of"]
+__all__ = ["HookWatcher", "has_custom_function", "has_kinks", "lacks_derivative", "nodes_of"]
 
 _KINKS = re.compile(
     r"[Rr]elu|Threshold|Hardtanh|Hardswish|Hardsigmoid|Hardshrink|Softshrink|Clamp|Abs"
     r"|Max|Min|Amax|Amin|Median|Sort|Topk|Kthvalue|Remainder|Fmod"
 )
-"""Functions of torch's whose derivative jumps, by the names of their nodes."""
+"""Names of the nodes of torch's functions whose derivative jumps."""
 
 
 def nodes_of(*tensors: Tensor | None) -> Iterator[Node]:
@@ -42,13 +42,13 @@ def nodes_of(*tensors: Tensor | None) -> Iterator[Node]:
 
 def lacks_derivative(*tensors: Tensor | None) -> bool:
     """Return whether a part of the graphs is marked ``@once_differentiable``."""
-    # It raises only when it is reached, and a search for particular leaves avoids it: their second
-    # derivative would silently lack a part.
+    # Such a node raises only if it is reached. A backward pass to particular leaves may skip it, and
+    # their second derivative would silently lack a term.
     return any(node.name() == "torch::autograd::Error" for node in nodes_of(*tensors))
 
 
 def has_custom_function(*tensors: Tensor | None) -> bool:
-    """Return whether the graphs hold a function that neither torch nor this library defines.
+    """Return whether the graphs contain a function that neither torch nor this library defines.
 
     >>> has_custom_function(torch.ones(2, requires_grad=True).exp())
     False
@@ -56,7 +56,7 @@ def has_custom_function(*tensors: Tensor | None) -> bool:
     return any(
         (
             issubclass(type(node), torch.autograd.function.BackwardCFunction)
-            and getattr(node, "_forward_cls", None) not in OWN
+            and getattr(node, "_forward_cls", None) not in CUSTOM_FUNCTIONS
         )
         or "CppNode" in node.name()
         for node in nodes_of(*tensors)
@@ -64,7 +64,7 @@ def has_custom_function(*tensors: Tensor | None) -> bool:
 
 
 def has_kinks(*tensors: Tensor | None) -> bool:
-    """Return whether the graphs hold a function whose derivative jumps.
+    """Return whether the graphs contain a function whose derivative jumps.
 
     >>> x = torch.ones(2, requires_grad=True)
     >>> has_kinks(x.tanh()), has_kinks(x.relu())
@@ -73,8 +73,8 @@ def has_kinks(*tensors: Tensor | None) -> bool:
     return any(_KINKS.search(node.name()) for node in nodes_of(*tensors))
 
 
-class HooksSeen(TorchFunctionMode):
-    """Calls ``note`` when a hook is put on a tensor that it may replace the gradient of."""
+class HookWatcher(TorchFunctionMode):
+    """Calls ``note`` when a hook is registered on a tensor, whose gradient it may replace."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`differentiate_twice`, `compare_twice`: whether second derivatives exist, and are right."""
+"""`differentiate_twice`, `compare_twice`: whether second derivatives exist, and are correct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stableopt.curvature.autodiff import Function, dense, flat, gradient_along, vjp
 from stableopt.curvature.problem.derivatives.graphs import (
-    HooksSeen,
+    HookWatcher,
     has_custom_function,
     lacks_derivative,
 )
@@ -24,33 +24,32 @@ from stableopt.curvature.problem.derivatives.sketch import sketch
 __all__ = [
     "UnverifiedError",
     "alias_leaves",
-    "as_one",
-    "balanced",
+    "balanced_direction",
     "compare_twice",
     "differentiate_twice",
     "dot",
+    "flat_or_sketch",
     "fresh_leaves",
     "norm",
+    "random_direction",
     "trusted_difference",
-    "unfrozen",
     "usable_point",
 ]
 
 _LEAST_LOSS = 0.01
-"""A gradient is rounded at least like that of a loss of this size: where a softmax saturates, it is a
+"""A gradient has at least the rounding error of a loss of this size: where a softmax saturates, it is a
 difference of probabilities near 1."""
 
 _ROUNDINGS = 10
 """Rounding errors of a gradient that a difference must exceed to give a slope."""
 
+_WHOLE = 2**22
+"""Length up to which gradients are compared entry by entry. Of longer ones sketches are compared, since
+copies of all parameters would take more memory than a training step."""
+
 
 class UnverifiedError(RuntimeError):
     """A custom second derivative that differences neither confirm nor refute."""
-
-
-_WHOLE = 2**22
-"""Numbers up to which gradients are compared whole, and beyond as sketches:
-copies of all parameters would take more memory than a training step."""
 
 
 def fresh_leaves(point: Sequence[Tensor]) -> list[Tensor]:
@@ -59,7 +58,7 @@ def fresh_leaves(point: Sequence[Tensor]) -> list[Tensor]:
 
 
 def alias_leaves(point: Sequence[Tensor]) -> list[Tensor]:
-    """Return leaves that require gradients, in the memory of ``point``."""
+    """Return leaves that require gradients and share the memory of ``point``."""
     return [t.detach().requires_grad_() for t in point]
 
 
@@ -79,18 +78,18 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
     return float(torch.stack(parts).norm()) if parts else 0.0
 
 
-def dot(ones: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
+def dot(left: Sequence[Tensor | None], right: Sequence[Tensor]) -> float:
     """Return the inner product of two lists of tensors; ``None`` counts as zero."""
-    pairs = zip(ones, others, strict=True)
-    parts = [(dense(one.detach()) * other).sum() for one, other in pairs if one is not None]
+    pairs = zip(left, right, strict=True)
+    parts = [(dense(a.detach()) * b).sum() for a, b in pairs if a is not None]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def as_one(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """Return the concatenation of ``tensors``, or for many numbers a sketch of it: a linear map.
+def flat_or_sketch(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+    """Return the concatenation of ``tensors``, or a sketch of a long one. Both maps are linear.
 
     >>> whole = torch.randn(5_000_000)
-    >>> len(as_one([whole], [whole]))
+    >>> len(flat_or_sketch([whole], [whole]))
     1024
     """
     if sum(t.numel() for t in like) <= _WHOLE:
@@ -98,28 +97,32 @@ def as_one(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     return sketch((dense(t.detach()) for t in tensors if t is not None), like[0].device)
 
 
-def balanced(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the unit direction with equal parts along each gradient that is not zero."""
+def balanced_direction(
+    gradients: Sequence[Tensor | None], like: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return the unit vector along the gradient after scaling each parameter's part to the same norm."""
     if not 0 < _norm(gradients) < float("inf"):
         return None
     parts = []
     for gradient, t in zip(gradients, like, strict=True):
         part = torch.zeros_like(t) if gradient is None else dense(gradient.detach()).to(t)
         size = part.norm()
-        parts.append(part / size.where(size > 0, 1))  # without a host transfer for each
+        parts.append(part / size.where(size > 0, 1))  # no host transfer
     length = norm(parts)
     return [part.div_(length) for part in parts]
 
 
-def unfrozen(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return a random unit direction in which frozen entries stay."""
+def random_direction(
+    gradients: Sequence[Tensor | None], like: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Return a random unit direction that is zero in frozen entries."""
     parts = _random(like)
     for part, gradient in zip(parts, gradients, strict=True):
         if gradient is None:
             part.zero_()
             continue
-        moves = dense(gradient.detach()) != 0
-        part.mul_(moves.logical_or_(~moves.any()))
+        trained = dense(gradient.detach()) != 0
+        part.mul_(trained.logical_or_(~trained.any()))
     length = norm(parts)
     return [part.div_(length) for part in parts] if length > 0 else None
 
@@ -133,36 +136,41 @@ def trusted_difference(
     slope: float | None = None,
     expected: Tensor | None = None,
 ) -> Difference[Tensor] | None:
-    """Return the gradient's derivative along a unit direction, ``None`` if no two steps agree.
+    """Return the gradient's derivative along a unit direction, or ``None`` if no two steps agree.
 
-    ``summary`` makes a vector of the gradient's parts. If they are known, ``slope`` is the gradient's
-    norm at the leaves, and ``expected`` the summary of its derivative.
+    Args:
+        function: the function.
+        leaves: the point.
+        direction: the direction.
+        summary: makes one vector of the gradient's parts.
+        slope: the norm of the gradient at the point, if known.
+        expected: the summary of the derivative, if known.
     """
     gradient, size = gradient_along(function, leaves, direction, summary), norm(leaves)
     dtype = leaves[0].dtype
     slope = float(gradient(0.0).norm()) if slope is None else slope
-    least = max(slope, _LEAST_LOSS / size if size > 0 else 0.0)
-    noise = _ROUNDINGS * torch.finfo(dtype).eps * least
+    gradient_size = max(slope, _LEAST_LOSS / size if size > 0 else 0.0)
+    noise = _ROUNDINGS * torch.finfo(dtype).eps * gradient_size
     return short_difference(gradient, size, dtype, noise=noise, expected=expected)
 
 
 def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
-    """Take second derivatives of ``function`` at ``point``, to find out whether they exist.
+    """Take second derivatives of ``function`` at ``point``, to test that they exist.
 
     Raises:
-        RuntimeError: if some operation has no second derivative, or one that is not finite.
+        RuntimeError: if an operation has no second derivative, or one that is not finite.
     """
     leaves = alias_leaves(point)
     value = function(leaves)
     if not value.requires_grad:
         return
-    # A gradient that a factor multiplies shows what is marked @once_differentiable at the very end:
-    # there torch marks nothing if the gradient that arrives is a constant.
+    # With a constant incoming gradient, torch does not mark a @once_differentiable function at the end
+    # of the graph. A factor that requires gradients reveals it.
     factor = torch.ones_like(value, requires_grad=True)
     gradients = torch.autograd.grad(value, leaves, factor, create_graph=True, allow_unused=True)
     if lacks_derivative(*gradients):
         raise RuntimeError("its backward is marked @once_differentiable")
-    direction = balanced(gradients, leaves)
+    direction = balanced_direction(gradients, leaves)
     if direction is None:
         return
     product = vjp(gradients, leaves, direction)
@@ -172,36 +180,37 @@ def differentiate_twice(function: Function, point: Sequence[Tensor]) -> None:
 
 
 def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
-    """Compare second derivatives of ``function`` with differences of the first.
+    """Compare second derivatives of ``function`` with differences of its gradient.
 
     Raises:
-        RuntimeError: if they differ, as for torch's own weight norm in torch 2.13, or if differences
-            cannot tell and the function is not made of torch's operations alone.
+        RuntimeError: if they differ, as for torch's own weight norm in torch 2.13, or if no difference
+            is reliable and the function contains other operations than torch's.
     """
     hooks: list[bool] = []
     leaves = alias_leaves(point)
-    with HooksSeen(lambda: hooks.append(True)):
+    with HookWatcher(lambda: hooks.append(True)):
         value = function(leaves)
     if not value.requires_grad:
         return
     custom = bool(hooks) or has_custom_function(value)
     gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
     compared, slope = False, _norm(gradients)
-    for chosen in (balanced, unfrozen):  # one at a time: each is as large as all parameters
-        direction = chosen(gradients, leaves)
+    # One direction at a time: each is as large as all parameters.
+    for choose_direction in (balanced_direction, random_direction):
+        direction = choose_direction(gradients, leaves)
         if direction is None:
             continue
-        product = as_one(vjp(gradients, leaves, direction), leaves)
-        bent = trusted_difference(
-            function, leaves, direction, as_one, slope=slope, expected=product
+        product = flat_or_sketch(vjp(gradients, leaves, direction), leaves)
+        difference = trusted_difference(
+            function, leaves, direction, flat_or_sketch, slope=slope, expected=product
         )
-        if bent is None:
+        if difference is None:
             continue
         compared = True
-        largest = max(float(bent.value.norm()), float(product.norm()))
-        # Written so that a product that is not a number is wrong.
-        if not float((product - bent.value).norm()) <= tolerance(leaves[0].dtype) * largest:
-            error = float((product - bent.value).norm() / bent.value.norm())
+        largest = max(float(difference.value.norm()), float(product.norm()))
+        # `not <=` instead of `>`, so that NaN counts as an error.
+        if not float((product - difference.value).norm()) <= tolerance(leaves[0].dtype) * largest:
+            error = float((product - difference.value).norm() / difference.value.norm())
             raise RuntimeError(
                 f"its second derivative is off by {error:.0%} from differences of the first"
             )
@@ -213,9 +222,9 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
 
 
 def _random(like: Sequence[Tensor]) -> list[Tensor]:
-    """Return a random unit direction, of each parameter's relative size."""
-    moved = [t.detach() for t in generic_point(like)]
-    for part, t in zip(moved, like, strict=True):
+    """Return a random unit direction whose parts have the parameters' relative sizes."""
+    parts = [t.detach() for t in generic_point(like)]
+    for part, t in zip(parts, like, strict=True):
         part.sub_(t.detach())
-    length = norm(moved)
-    return [part.div_(length) for part in moved] if length > 0 else moved
+    length = norm(parts)
+    return [part.div_(length) for part in parts] if length > 0 else parts

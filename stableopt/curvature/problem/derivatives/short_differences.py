@@ -1,9 +1,9 @@
 r"""`short_difference`: a central difference over steps so short that no kink lies inside.
 
-A network with ReLU or max-pooling is smooth within its pieces. Over a long step a difference averages
-over several pieces, and two such averages may agree by chance. Over shorter and shorter steps the
-differences agree to many digits as soon as the points lie in one piece, which double precision allows
-down to steps of 1e-9. In single precision rounding takes over before that, and often no step is good.
+A network with ReLU or max-pooling is piecewise smooth. A difference over a long step averages over
+several pieces, and two such averages may agree by chance. As the steps shrink, differences agree to many
+digits once all points lie in one piece. Double precision allows steps down to 1e-9. In single precision
+rounding dominates earlier, and often no step is usable.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ __all__ = ["Difference", "Slope", "generic_point", "short_difference", "toleranc
 V = TypeVar("V", float, Tensor)
 
 _STEPS = {torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9), torch.float32: (1e-2, 1e-3, 1e-4)}
-"""Steps relative to the point. Rounding leaves 1e-7 of a difference over the shortest of either."""
+"""Steps relative to the norm of the point. Over the shortest ones rounding errors are 1e-7 of the
+difference."""
 
 _SHORTEST = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""The shortest step that may confirm a derivative: the slopes of a network of 20 million parameters
-changed by half over one of 1e-3."""
+"""Shortest step that may confirm a derivative: over a step of 1e-3 the slopes of a network of 20 million
+parameters changed by half."""
 
 _SETTLED = 1e-6
-"""Relative gap of two differences after which shorter steps are not tried: chance gives none."""
+"""Relative gap of two differences at which shorter steps are not tried: too small for chance."""
 
 _TOLERANCE = {torch.float64: 2e-3, torch.float32: 0.02}
-"""Relative error of a derivative that excludes rounding: smooth networks stay below 1e-6 and 1e-3."""
+"""Relative error of a derivative that rounding does not explain: smooth networks stay below 1e-6 and
+1e-3."""
 
 _MANY = 2**18
-"""Numbers that are drawn in the precision of the point: in double they take four times as long."""
+"""Length above which noise is drawn in the precision of the point: double takes four times as long."""
 
 _AWAY = 1e-3
-"""Relative distance of a generic point."""
+"""Relative distance of the generic point from the given point."""
 
 
 @dataclass(frozen=True)
 class Difference(Generic[V]):
-    """A central difference that a second step confirms.
+    """A confirmed central difference.
 
     Attributes:
         value: the difference.
-        gap: its distance from the difference over the neighbouring step.
+        gap: its distance from the difference over the neighbouring step, or from the expected value.
     """
 
     value: V
@@ -71,21 +73,21 @@ def short_difference(
     noise: float = 0.0,
     expected: V | None = None,
 ) -> Difference[V] | None:
-    """Return the difference of ``along`` at distance 0 that agrees best with its neighbour.
+    """Return the central difference of ``along`` at 0 that agrees best with that of the next step.
 
-    ``None`` if no two neighbouring steps agree to a quarter of :func:`tolerance`. One that agrees with
-    what is ``expected``, to the tolerance, needs no neighbour.
+    ``None`` if no two neighbouring steps agree to a quarter of :func:`tolerance`. A difference that
+    agrees with ``expected``, to the tolerance, is returned without a comparison of steps.
 
     Args:
-        along: the function of the distance from a point.
-        size: the norm of the point, which steps are relative to.
+        along: a function of the distance from a point.
+        size: the norm of the point; steps are relative to it.
         dtype: the precision of the function.
-        scale: agreement is relative to the difference, or to this if it is larger.
+        scale: gaps are relative to the difference, or to ``scale`` if it is larger.
         noise: the rounding error of a value; steps are skipped where it would matter.
-        expected: the derivative, if it is right.
+        expected: the derivative that is to be confirmed.
 
-    >>> found = short_difference(lambda h: abs(h + 1e-4), 1.0, torch.float64)
-    >>> round(found.value, 6)
+    >>> difference = short_difference(lambda h: abs(h + 1e-4), 1.0, torch.float64)
+    >>> round(difference.value, 6)
     1.0
     """
     best: Difference[V] | None = None
@@ -117,9 +119,9 @@ def _confirmed(
     noise: float,
     expected: V,
 ) -> Difference[V] | None:
-    """Return the difference over the shortest step that rounding allows, if it is as expected.
+    """Return the difference over the shortest step that rounding allows, if it agrees with ``expected``.
 
-    Over a longer one it may be by chance: that of a staircase is the slope of its ramp.
+    Over longer steps agreement may be chance: a staircase has the mean slope of its ramp.
     """
     accepted = tolerance(dtype) * _norm(expected)
     for step in (_SHORTEST[dtype], *reversed(_STEPS[dtype])):
@@ -135,24 +137,24 @@ def _norm(value: float | Tensor) -> float:
 
 
 def generic_point(point: Sequence[Tensor]) -> list[Tensor]:
-    """Return leaves near ``point`` that lie on no kink, as zero biases behind zero padding do."""
+    """Return leaves near ``point`` that avoid kinks, on which zero biases after zero padding lie."""
     generator = torch.Generator().manual_seed(0)
     overall, *sizes = _root_mean_squares(point)
     near: list[Tensor] = []
-    for t, own in zip(point, sizes, strict=True):  # one at a time, since a model may be large
-        kind = t.dtype if t.numel() > _MANY else torch.float64
-        noise = torch.randn(t.shape, generator=generator, dtype=kind).to(t)
-        near += displaced([t], [noise.mul_(own or overall or 1.0)], _AWAY)
+    for t, size in zip(point, sizes, strict=True):  # one at a time, since a model may be large
+        dtype = t.dtype if t.numel() > _MANY else torch.float64
+        noise = torch.randn(t.shape, generator=generator, dtype=dtype).to(t)
+        near += displaced([t], [noise.mul_(size or overall or 1.0)], _AWAY)
     return near
 
 
 def _root_mean_squares(point: Sequence[Tensor]) -> list[float]:
-    """Return that of all entries and that of each tensor, in one host transfer."""
+    """Return the root mean square of all entries and that of each tensor, with one host transfer."""
     sums, means = [], []
     for t in point:
         squares = t.detach().square()
         sums.append(squares.sum())
         means.append(squares.mean() if t.numel() else sums[-1])
     overall = torch.stack(sums).sum() / sum(t.numel() for t in point)
-    found: list[float] = torch.stack([overall, *means]).sqrt().tolist()
-    return found
+    roots: list[float] = torch.stack([overall, *means]).sqrt().tolist()
+    return roots

@@ -1,4 +1,4 @@
-"""`sketch`: a short linear image of a long vector, whose norm and distances are about the same."""
+"""`sketch`: a random projection of a long vector that approximately preserves norms and distances."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from torch import Tensor
 __all__ = ["sketch"]
 
 _SIZE = 1024
-"""Numbers in a sketch: its norm is then that of the vector to about 2 %, a relative error of
-sqrt(1/(2 * 1024))."""
+"""Length of a sketch. Its norm has a relative error of sqrt(1/(2 * 1024)), 2 %."""
 
 _BLOCK = 2**22
-"""Numbers for which signs are drawn. Longer vectors use them again, shifted."""
+"""Number of random signs. Further blocks of a vector use the same signs, shifted."""
 
 _SHIFT = 1_234_567
-"""Of the signs from block to block. It is odd, so that a thousand blocks all add different signs to a
-place: a constant vector would otherwise add the same sums again and again."""
+"""Shift of the signs from block to block. It is odd, so that a thousand blocks have different signs at a
+position. Without it, all blocks of a constant vector would add the same sums."""
 
 
 def sketch(parts: Iterable[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """Return 1,024 sums, with random signs, of the numbers of all ``parts``.
+    """Return 1,024 sums of the entries of all ``parts``, with random signs.
 
-    The same places have the same signs in every call. A part may be of any shape, and is read in blocks.
+    Equal positions have equal signs in every call. Parts of any shape are read in blocks.
 
-    >>> whole = torch.ones(9_000_000)
-    >>> found = sketch([whole])
-    >>> len(found), 0.9 < float(found.norm() / whole.norm()) < 1.1
+    >>> vector = torch.ones(9_000_000)
+    >>> sums = sketch([vector])
+    >>> len(sums), 0.9 < float(sums.norm() / vector.norm()) < 1.1
     (1024, True)
     """
     device = torch.device(device)
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(_SIZE, dtype=exact, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(_SIZE, dtype=dtype, device=device)
     signs = torch.empty(0, dtype=torch.int8, device=device)
-    begun = 0
+    num_blocks = 0
     for part in parts:
-        numbers = part.reshape(-1)
-        needed = min(len(numbers), _BLOCK)
+        entries = part.reshape(-1)
+        needed = min(len(entries), _BLOCK)
         if len(signs) < needed:
             # On the host, so that the signs are the same on every device.
-            dice = torch.Generator().manual_seed(0)
-            drawn = torch.randint(0, 2, (needed,), generator=dice, dtype=torch.int8)
-            signs = drawn.mul_(2).sub_(1).to(device)
-        for block in torch.split(numbers, _BLOCK):
-            own = signs.roll(begun * _SHIFT)[: len(block)]
-            signed = torch.nn.functional.pad(block.to(exact) * own, (0, -len(block) % _SIZE))
-            total += signed.view(-1, _SIZE).sum(0)
-            begun += 1
+            generator = torch.Generator().manual_seed(0)
+            bits = torch.randint(0, 2, (needed,), generator=generator, dtype=torch.int8)
+            signs = bits.mul_(2).sub_(1).to(device)
+        for block in torch.split(entries, _BLOCK):
+            block_signs = signs.roll(num_blocks * _SHIFT)[: len(block)]
+            signed = block.to(dtype) * block_signs
+            padded = torch.nn.functional.pad(signed, (0, -len(block) % _SIZE))
+            total += padded.view(-1, _SIZE).sum(0)
+            num_blocks += 1
     return total

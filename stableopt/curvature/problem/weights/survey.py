@@ -1,4 +1,4 @@
-"""`Survey`: what one reading of the data shows of its samples' weights, and samples spread over it."""
+"""`Survey`: samples drawn from all data, and whether samples may differ in weight, from one reading."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = [
 ]
 
 SPREAD_SAMPLES = 64
-"""Most samples that the weights are checked on: a weight that every twentieth sample has is missed once
-in 27 times."""
+"""Most samples on which weights are checked: a weight that every twentieth sample has is missed with a
+probability of 1/27."""
 
 _DISPLACED = 0.02
-"""How far the check goes from the parameters, relative to their root mean square."""
+"""Distance of the checked point from the parameters, relative to their root mean square."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Samples drawn over all of the data, and whether they may differ in weight.
+    """Samples drawn from all data, and whether samples may differ in weight.
 
     Attributes:
-        num_samples: number of samples.
+        num_samples: the number of samples in the data.
         batch: the drawn samples as a batch.
-        size: their number.
-        mixed: whether a tensor holds one of the values sought, or tensors of several batches differ in
-            a shape: a sample then has other numbers of targets that count.
+        size: the number of drawn samples.
+        mixed: whether a tensor contains one of the ``sought`` values, or shapes differ between batches;
+            samples may then have different numbers of targets that count.
 
     >>> batch = torch.zeros(3, 2), torch.tensor([4, 0, -100])
     >>> survey = Survey.of([(batch, 3)], sought=[-100], most=2)
@@ -61,14 +61,14 @@ class Survey:
     ) -> Survey:
         """Read ``chunks`` once, and keep at most ``most`` samples."""
         generator = torch.Generator().manual_seed(0)
-        # The samples with the smallest of random keys are a draw without replacement.
+        # The samples with the smallest random keys are a draw without replacement.
         kept: list[tuple[float, Any]] = []
-        mixed, count, shapes = False, 0, None
+        mixed, count, last_shapes = False, 0, None
         for batch, size in chunks:
             count += size
-            found = [t.shape[1:] for t in tensors_in(batch)]
-            mixed = mixed or shapes not in (None, found) or _holds(batch, sought)
-            shapes = found
+            shapes = [t.shape[1:] for t in tensors_in(batch)]
+            mixed = mixed or last_shapes not in (None, shapes) or _contains(batch, sought)
+            last_shapes = shapes
             keys = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
             bound = kept[-1][0] if len(kept) == most else 1.0
             drawn = sorted((key, index) for index, key in enumerate(keys) if key < bound)[:most]
@@ -81,39 +81,38 @@ class Survey:
         return cls(count, batch, size, mixed)
 
 
-def _holds(batch: Any, sought: Collection[int | None]) -> bool:
+def _contains(batch: Any, sought: Collection[int | None]) -> bool:
     values = [value for value in sought if value is not None]
     return any(bool((t == value).any()) for value in values for t in tensors_in(batch))
 
 
 def joined(samples: Sequence[Any]) -> tuple[Any, int]:
-    """Return the samples as one batch, and their number; of several shapes those of the commonest.
+    """Return the samples of the most frequent shape as one batch, and their number.
 
     >>> batch, size = joined([torch.zeros(1, 2), torch.ones(1, 3), torch.ones(1, 2)])
     >>> batch, size
     (tensor([[0., 0.],
             [1., 1.]]), 2)
     """
-    alike: dict[Any, list[Any]] = {}
+    by_shape: dict[Any, list[Any]] = {}
     for sample in samples:
-        alike.setdefault(tuple(t.shape for t in tensors_in(sample)), []).append(sample)
-    chosen = max(alike.values(), key=len)
+        by_shape.setdefault(tuple(t.shape for t in tensors_in(sample)), []).append(sample)
+    chosen = max(by_shape.values(), key=len)
     columns = zip(*(list(tensors_in(sample)) for sample in chosen), strict=True)
     tensors = iter([torch.cat(parts) if parts[0].dim() else parts[0] for parts in columns])
     return map_tensors(lambda t: next(tensors), chosen[0]), len(chosen)
 
 
 def displaced_at_random(point: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return ``point`` moved a little: where all samples are fitted, gradients are rounding alone.
+    """Return ``point`` plus noise: where all samples are fitted, gradients are only rounding errors.
 
     >>> [moved] = displaced_at_random([torch.ones(100)])
     >>> 0.01 < float((moved.detach() - 1).square().mean().sqrt()) < 0.03
     True
     """
     count = sum(t.numel() for t in point)
-    scale = (
-        float(torch.stack([t.detach().double().square().sum() for t in point]).sum() / count) ** 0.5
-    )
+    squares = torch.stack([t.detach().double().square().sum() for t in point])
+    scale = float(squares.sum() / count) ** 0.5
     moved = []
     for number, t in enumerate(point):
         generator = torch.Generator(t.device).manual_seed(number)
@@ -123,7 +122,7 @@ def displaced_at_random(point: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def parts_of(size: int) -> list[tuple[int, int]]:
-    """Return start and stop of parts of 1, 1, 2, 4, 8, ... samples: few passes, and single samples.
+    """Return start and stop of parts of 1, 1, 2, 4, 8, ... samples: few passes, some of one sample.
 
     >>> parts_of(6)
     [(0, 1), (1, 2), (2, 4), (4, 6)]
@@ -135,10 +134,10 @@ def parts_of(size: int) -> list[tuple[int, int]]:
 
 
 def difference_of_parts(gradient: Callable[[Any], Tensor], batch: Any, size: int) -> float:
-    """Return how far a batch's gradient is from the mean of its parts', relative to the parts.
+    """Return the distance of a batch's gradient from the mean of its parts' gradients, relative to them.
 
-    Gradients are compared, since losses tell nothing of a fresh model, for which every class is equally
-    likely. The parts are those of :func:`parts_of`.
+    Losses would not do: an untrained model gives every class the same probability, so that all samples
+    have the same loss. The parts are those of :func:`parts_of`.
 
     Args:
         gradient: the gradient ``(d,)`` of a batch's mean loss.
@@ -152,12 +151,12 @@ def difference_of_parts(gradient: Callable[[Any], Tensor], batch: Any, size: int
     True
     """
     whole = gradient(batch)
-    rest, lengths = torch.zeros_like(whole), torch.zeros_like(whole.norm())
+    mean, mean_norm = torch.zeros_like(whole), torch.zeros_like(whole.norm())
     for start, stop in parts_of(size):
         share = (stop - start) / size
         part = gradient(cut(batch, start, stop))
-        rest.add_(part, alpha=share)
-        lengths += share * part.norm()
-    difference, total = torch.stack([(whole - rest).norm(), lengths]).tolist()
-    # An infinity or a NaN is for the measurement to report.
-    return difference / total if 0 < total < float("inf") and difference < float("inf") else 0.0
+        mean.add_(part, alpha=share)
+        mean_norm += share * part.norm()
+    distance, norm = torch.stack([(whole - mean).norm(), mean_norm]).tolist()
+    # The measurement reports an infinity or a NaN.
+    return distance / norm if 0 < norm < float("inf") and distance < float("inf") else 0.0

@@ -1,4 +1,4 @@
-"""`WeightTotals`: sums of the samples' weights on one rank, and the weights by those of all ranks."""
+"""`WeightTotals`: sums of the samples' weights on a rank; `weights_of`: weights from all ranks' sums."""
 
 from __future__ import annotations
 
@@ -22,45 +22,50 @@ from stableopt.curvature.problem.weights.weights import (
 
 __all__ = [
     "WeightTotals",
-    "may_differ",
-    "totals_seen",
+    "weight_sums_in",
+    "weighted_means_in",
+    "weights_may_differ",
     "weights_of",
-    "weights_seen",
 ]
 
 _ROUNDING = 1e-12
-"""Relative difference of two averages of the same weights, in double precision."""
+"""Relative rounding error of an average weight, in double precision."""
 
 
-def weights_seen(evaluate: Callable[[], Any]) -> list[WeightedMean]:
+def weighted_means_in(evaluate: Callable[[], Any]) -> list[WeightedMean]:
     """Return the weighted means that torch's losses take while ``evaluate`` runs."""
     means = WeightedMeans(lambda number, mean: mean.value())
     with means:
         evaluate()
-    # Without the graphs of the outputs: each holds a forward pass in memory.
+    # Detached, since the graph of each output keeps a forward pass in memory.
     return [mean.detached() for mean in means.seen]
 
 
-def totals_seen(evaluate: Callable[[], Any]) -> list[float]:
-    """Return the sums of the weights in those means."""
-    return [float(mean.total()) for mean in weights_seen(evaluate)]
+def weight_sums_in(evaluate: Callable[[], Any]) -> list[float]:
+    """Return the sums of the weights in the means of :func:`weighted_means_in`."""
+    return [float(mean.total()) for mean in weighted_means_in(evaluate)]
 
 
-def may_differ(seen: Sequence[WeightedMean], survey: Survey) -> bool:
-    """Return whether samples may differ in weight, in the means that the survey's batch has."""
+def weights_may_differ(means: Sequence[WeightedMean], survey: Survey) -> bool:
+    """Return whether samples may differ in weight.
 
-    def tells(mean: WeightedMean) -> bool:
-        # Targets that are computed, by a shift or a clamp, may be ignored where the data hold others.
+    Args:
+        means: the weighted means in the loss of the survey's batch.
+        survey: the survey of all data.
+    """
+
+    def has_targets_of_data(mean: WeightedMean) -> bool:
+        # Targets computed from the data, by a shift or a clamp, may be ignored in other samples.
         target: Tensor = mean.arguments["target"]
         return any(
             t.numel() == target.numel() and torch.equal(t.reshape(-1), target.reshape(-1))
             for t in tensors_in(survey.batch)
         )
 
-    return bool(seen) and (
+    return bool(means) and (
         survey.mixed
-        or any(mean.weighs or float(mean.total()) != mean.entries for mean in seen)
-        or not all(map(tells, seen))
+        or any(mean.weighs or float(mean.total()) != mean.entries for mean in means)
+        or not all(map(has_targets_of_data, means))
     )
 
 
@@ -69,10 +74,10 @@ class WeightTotals:
     """Sums of the weights of one rank's samples.
 
     Attributes:
-        num_samples: number of the samples.
-        sums: the sum for each weighted mean in the loss; ``None`` if batches have different numbers
-            of means, so that their weights cannot be followed.
-        equal: whether each sample has the same weight.
+        num_samples: the number of samples.
+        sums: the sum of the weights for each weighted mean in the loss; ``None`` if batches have
+            different numbers of means, so that their weights cannot be matched.
+        equal: whether all samples have the same weight.
         in_model: how many of the means the model takes before ``loss_fn``.
     """
 
@@ -84,31 +89,31 @@ class WeightTotals:
     @classmethod
     def of_loss(
         cls,
-        seen: Sequence[WeightedMean],
+        means: Sequence[WeightedMean],
         survey: Survey,
         evaluations: Iterable[Callable[[], Any]],
         in_model: int,
     ) -> WeightTotals:
-        """Return the totals of a loss whose weighted means are seen.
+        """Return the totals of the weights that torch's losses use.
 
         Args:
-            seen: the means in the loss of the survey's batch.
-            survey: of all samples.
-            evaluations: for each chunk of the data, what evaluates its loss; run where the weights may
-                differ.
+            means: the weighted means in the loss of the survey's batch.
+            survey: the survey of all data.
+            evaluations: one function for each chunk, which evaluates its loss; called only if weights
+                may differ.
             in_model: how many of the means the model takes.
         """
         n = survey.num_samples
-        if not may_differ(seen, survey):
-            return cls.of_equal(n, seen, survey.size, in_model)
-        return cls.of_chunks(n, map(totals_seen, evaluations), in_model)
+        if not weights_may_differ(means, survey):
+            return cls.of_equal(n, means, survey.size, in_model)
+        return cls.of_chunks(n, map(weight_sums_in, evaluations), in_model)
 
     @classmethod
     def of_equal(
-        cls, n: int, seen: Sequence[WeightedMean], size: int, in_model: int = 0
+        cls, n: int, means: Sequence[WeightedMean], size: int, in_model: int = 0
     ) -> WeightTotals:
-        """Return the totals of ``n`` samples of one weight; ``size`` of them have the means."""
-        return cls(n, tuple(n / size * mean.entries for mean in seen), True, in_model)
+        """Return the totals of ``n`` samples of equal weight, from the means of ``size`` of them."""
+        return cls(n, tuple(n / size * mean.entries for mean in means), True, in_model)
 
     @classmethod
     def of_chunks(cls, n: int, sums: Iterable[list[float]], in_model: int = 0) -> WeightTotals:
@@ -124,10 +129,10 @@ class WeightTotals:
 
     @classmethod
     def of_given(cls, weights: GivenWeights, chunks: Iterable[Any]) -> WeightTotals:
-        """Return the totals of weights that the user gives, which are attached to ``chunks``.
+        """Return the totals of the user's weights, which are attached to ``chunks``.
 
         Raises:
-            ValueError: for a tensor of another number of weights.
+            ValueError: if the number of weights is not that of the samples.
         """
         n, total = 0, 0.0
         for batch in chunks:
@@ -139,35 +144,35 @@ class WeightTotals:
 def weights_of(
     totals: Sequence[WeightTotals], given: EqualWeights, *, complete: bool = True
 ) -> EqualWeights:
-    """Return the weights by the totals of several ranks.
+    """Return the samples' weights, from the totals of the ranks.
 
     Args:
-        totals: of each rank.
-        given: :class:`GivenWeights`, or others for weights of the loss.
-        complete: whether these are all ranks; the samples of one may all have weight zero.
+        totals: the totals of each rank.
+        given: :class:`GivenWeights`; any other weights stand for those of the loss.
+        complete: whether these are all ranks; on a single rank all weights may be zero.
 
     Raises:
         ValueError: if all weights are zero.
     """
-    n = sum(own.num_samples for own in totals)
-    known = [own.sums for own in totals if own.sums is not None]
-    if len(known) < len(totals) or len({len(sums) for sums in known}) > 1:
+    n = sum(rank.num_samples for rank in totals)
+    rank_sums = [rank.sums for rank in totals if rank.sums is not None]
+    if len(rank_sums) < len(totals) or len({len(sums) for sums in rank_sums}) > 1:
         return EqualWeights()
-    means = tuple(sum(parts) / n for parts in zip(*known, strict=True))
+    means = tuple(sum(sums) / n for sums in zip(*rank_sums, strict=True))
     if not complete:
         means = tuple(mean or 1.0 for mean in means)
     if not all(mean > 0 for mean in means):
         raise ValueError(
-            f"data: all {n} samples have weight zero, since their targets are ignored, or their classes"
-            " or sample_weight have weight zero"
+            f"data: all {n} samples have weight zero: expected a target that is not ignored, of a class"
+            " with positive weight, and a positive sample_weight"
         )
     if isinstance(given, GivenWeights):
         return dataclasses.replace(given, average=means[0])
-    alike = all(
-        abs(part / own.num_samples - mean) <= _ROUNDING * mean
-        for own in totals
-        for part, mean in zip(own.sums or (), means, strict=True)
+    equal_averages = all(
+        abs(weight_sum / rank.num_samples - mean) <= _ROUNDING * mean
+        for rank in totals
+        for weight_sum, mean in zip(rank.sums or (), means, strict=True)
     )
-    if alike and all(own.equal for own in totals):
+    if equal_averages and all(rank.equal for rank in totals):
         return EqualWeights()
     return LossWeights(means, totals[0].in_model)

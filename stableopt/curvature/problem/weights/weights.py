@@ -1,4 +1,4 @@
-r"""`EqualWeights`, `LossWeights`, `GivenWeights`: losses that weigh samples unequally, as plain means.
+r"""`EqualWeights`, `LossWeights`, `GivenWeights`: weighted losses as plain means over samples.
 
 A loss that averages with weights,
 
@@ -6,15 +6,15 @@ A loss that averages with weights,
     \qquad \tilde f_i = \frac{n\,w_i}{\sum_j w_j} f_i,
 
 is the plain mean of the :math:`\tilde f_i`. A problem evaluates every chunk as the mean of its
-:math:`\tilde f_i`, so that Hessian, covariance, critical learning rate, chunks and ranks all belong to
-the same n functions. Three examples::
+:math:`\tilde f_i`, so that the Hessian, the covariance and the critical learning rate belong to the same
+n functions, for any chunks and ranks. Three examples::
 
-    Problem(model, nn.CrossEntropyLoss(weight=w), (x, y))    # seen in the call of torch's loss
+    Problem(model, nn.CrossEntropyLoss(weight=w), (x, y))    # read from the call of torch's loss
     Problem(model, nn.CrossEntropyLoss(), (x, y))            # targets of -100 have weight zero
     Problem(model, own_loss, (x, y), sample_weight=lambda batch: mask_of(batch[1]).sum(1))
 
-torch's losses are seen where they are called, also within a function or a model that computes its own
-loss. Where a loss adds several weighted means, each has its own weights.
+Calls of torch's losses are intercepted, also within a function or a model that computes its own loss. If
+a loss adds several weighted means, each has its own weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _OF_CLASSES = (
     nn.functional.nll_loss,
     *filter(None, [getattr(nn.functional, "linear_cross_entropy", None)]),
 )
-"""Losses of class indices: ``weight`` is of the classes, ``ignore_index`` has weight zero."""
+"""Losses of class indices: ``weight`` has a weight for each class, and ``ignore_index`` weight zero."""
 
 _OF_ENTRIES = (nn.functional.mse_loss, nn.functional.l1_loss, nn.functional.huber_loss)
-"""Losses whose ``weight``, since torch 2.7, is of the entries."""
+"""Losses whose ``weight``, since torch 2.7, has a weight for each entry."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,22 @@ class WeightedMean:
     def of_call(
         cls, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> WeightedMean | None:
-        """Return the weighted mean that a call takes, or ``None`` for any other call."""
+        """Return the weighted mean that a call computes, or ``None`` if it computes none."""
         if function not in _OF_CLASSES and function not in _OF_ENTRIES:
             return None
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
-        found = dict(bound.arguments)
-        if found["reduction"] != "mean" or any(
-            found.get(old) is not None for old in ("size_average", "reduce")
-        ):
+        arguments = dict(bound.arguments)
+        deprecated = [arguments.get(name) for name in ("size_average", "reduce")]
+        if arguments["reduction"] != "mean" or any(value is not None for value in deprecated):
             return None
         if function in _OF_ENTRIES:
-            return cls(function, found) if found.get("weight") is not None else None
-        # Probabilities as targets are averaged plainly.
-        return None if found["target"].is_floating_point() else cls(function, found)
+            return cls(function, arguments) if arguments.get("weight") is not None else None
+        # With probabilities as targets the mean is not weighted.
+        return None if arguments["target"].is_floating_point() else cls(function, arguments)
 
     def detached(self) -> WeightedMean:
-        """Return it with arguments that are not part of a graph."""
+        """Return the same mean of detached arguments."""
         arguments = {
             name: value.detach() if isinstance(value, Tensor) else value
             for name, value in self.arguments.items()
@@ -122,10 +121,10 @@ class WeightedMean:
 
 
 class WeightedMeans(TorchFunctionMode):
-    """Context in which ``replace(number, mean)`` computes torch's weighted means.
+    """Context in which ``replace(index, mean)`` computes torch's weighted means.
 
     Attributes:
-        seen: the means so far; ``number`` is the place of one.
+        seen: the means so far; ``index`` counts them.
     """
 
     def __init__(self, replace: Callable[[int, WeightedMean], Tensor]) -> None:
@@ -136,7 +135,7 @@ class WeightedMeans(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call ``function``, or what stands for it."""
+        """Call ``function``, or ``replace`` for a weighted mean."""
         mean = WeightedMean.of_call(function, args, kwargs or {})
         if mean is None:
             return function(*args, **(kwargs or {}))
@@ -148,7 +147,7 @@ class EqualWeights:
     """A loss that is a plain mean over its samples."""
 
     def attached(self, batch: Any, start: int, size: int) -> Any:
-        """Return the batch of samples ``start`` to ``start + size`` with what their weights need."""
+        """Return the batch of samples ``start`` to ``start + size`` with their weights, if needed."""
         return batch
 
     def mean(
@@ -159,7 +158,7 @@ class EqualWeights:
         Args:
             evaluate: returns the loss of a batch.
             batch: a batch with its weights.
-            in_loss: whether ``evaluate`` leaves out the model, and calls ``loss_fn`` alone.
+            in_loss: whether ``evaluate`` calls only ``loss_fn``, and not the model.
         """
         return evaluate(batch)
 
@@ -170,9 +169,9 @@ class LossWeights(EqualWeights):
 
     Attributes:
         means: the average weight of a sample, for each weighted mean in the loss.
-        in_model: how many of them the model takes before ``loss_fn``.
+        in_model: how many of these means the model takes before ``loss_fn``.
 
-    >>> weights = LossWeights((1.5,))                            # of classes with weights 1 and 2
+    >>> weights = LossWeights((1.5,))                            # classes with weights 1 and 2
     >>> loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]), label_smoothing=0.0)
     >>> batch = torch.zeros(1, 2), torch.tensor([1])
     >>> round(float(weights.mean(lambda batch: loss(*batch), batch)), 4)     # 2 / 1.5 log 2
@@ -188,9 +187,9 @@ class LossWeights(EqualWeights):
         r"""Return the mean of the samples' :math:`\tilde f_i`."""
         size, before = sample_count(batch), self.in_model if in_loss else 0
 
-        def over_samples(number: int, mean: WeightedMean) -> Tensor:
-            # A sum, since a batch whose samples all have weight zero would divide by zero.
-            return mean.sum() / (size * self.means[before + number])
+        def over_samples(index: int, mean: WeightedMean) -> Tensor:
+            # From the sum: the mean divides by zero if all samples of a batch have weight zero.
+            return mean.sum() / (size * self.means[before + index])
 
         with WeightedMeans(over_samples):
             return evaluate(batch)
@@ -209,7 +208,7 @@ class _WeightedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class GivenWeights(EqualWeights):
-    """Weights that the user gives, of a loss that divides by their sum over a batch.
+    """The user's weights, for a loss that divides by their sum over a batch.
 
     Attributes:
         given: the samples' weights ``(n,)``, or a function of a batch that returns them.
@@ -234,7 +233,7 @@ class GivenWeights(EqualWeights):
             )
 
     def check_number(self, n: int) -> None:
-        """Raise ``ValueError`` for a tensor of other than ``n`` weights."""
+        """Raise ``ValueError`` unless a tensor of weights has length ``n``."""
         if isinstance(self.given, Tensor) and self.given.shape != (n,):
             raise ValueError(
                 f"sample_weight has shape {tuple(self.given.shape)}: expected ({n},), a weight for each"
@@ -245,7 +244,7 @@ class GivenWeights(EqualWeights):
         """Return the batch with its weights.
 
         Raises:
-            ValueError: for another number of weights, or weights that are negative or not finite.
+            ValueError: for a wrong number of weights, or weights that are negative or not finite.
             TypeError: if the function does not return a tensor.
         """
         weight = self._of(batch, start, size).detach()
@@ -257,7 +256,7 @@ class GivenWeights(EqualWeights):
         if bool((weight < 0).any()) or not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"sample_weight gives weights from {float(weight.min()):.6g} to"
-                f" {float(weight.max()):.6g}: expected finite ones that are not negative"
+                f" {float(weight.max()):.6g}: expected finite weights that are not negative"
             )
         device = next((t.device for t in tensors_in(batch)), weight.device)
         weight = weight.to(device=device, dtype=torch.float64)
@@ -270,13 +269,13 @@ class GivenWeights(EqualWeights):
     def _of(self, batch: Any, start: int, size: int) -> Tensor:
         if isinstance(self.given, Tensor):
             return self.given[start : start + size] if self.given.dim() == 1 else self.given
-        found = self.given(batch)
-        if not isinstance(found, Tensor):
+        weight = self.given(batch)
+        if not isinstance(weight, Tensor):
             raise TypeError(
-                f"sample_weight returned {type(found).__name__}: expected a tensor with a weight for"
+                f"sample_weight returned {type(weight).__name__}: expected a tensor with a weight for"
                 " each sample of the batch"
             )
-        return found
+        return weight
 
     def mean(
         self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
