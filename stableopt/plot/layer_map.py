@@ -36,7 +36,7 @@ _DECADES = 4
 _ROW, _TALLEST = 0.21, 8.0
 """Height of a row with a label, and largest height of the map, in inches."""
 
-_FEW = 12
+_LINEAR_SCALE_LAYERS = 12
 """Largest number of layers whose shares have linear colours."""
 
 _MOST_COLUMNS = 500
@@ -187,7 +187,7 @@ def _colours(table: NDArray[np.float64], column: str) -> tuple[Any, Any]:
     if positive.size and column != "share" and high > _LOG_FROM * positive.min():
         lowest = max(float(positive.min()), high / 10**_DECADES)
         return colours, scales.LogNorm(lowest, high, clip=False)
-    if column == "share" and len(table) > _FEW:
+    if column == "share" and len(table) > _LINEAR_SCALE_LAYERS:
         # With many layers most shares are small; the square root spreads their colours.
         return colours, scales.PowerNorm(0.5, 0.0, high or 1.0)
     return colours, scales.Normalize(0.0, high or 1.0)

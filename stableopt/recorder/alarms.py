@@ -22,7 +22,7 @@ _HISTORY = 8
 _ERRORS = 6.0
 """Standard errors by which a block mean must exceed the loss at the start: losses have long tails."""
 
-_FAR = 0.5
+_EXPLOSIVE_MOVE = 0.5
 """Relative movement of a layer in one step that explains a loss which explodes at once."""
 
 
@@ -140,7 +140,11 @@ class AlarmRules:
         if math.isfinite(evidence.first_spread):
             return rise > _ERRORS * evidence.first_spread / math.sqrt(BLOCK)
         # Without a known spread, weights that moved far tell an explosion from noise.
-        return any(length > _FAR for record in evidence.steps for length in record.moved.values())
+        return any(
+            length > _EXPLOSIVE_MOVE
+            for record in evidence.steps
+            for length in record.moved.values()
+        )
 
     def _probe_loss(self, evidence: Evidence) -> Alarm | None:
         records = [record for record in evidence.measured if record.margins.loss is not None]

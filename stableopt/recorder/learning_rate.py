@@ -28,13 +28,13 @@ schedule grow manifold."""
 _RAMP = 20
 """Steps over which a change of the learning rate may extend."""
 
-_NEAR = 0.9
+_NEAR_EDGE = 0.9
 """Sharpness over its limit, or realised edge, from which a warm-up counts as too fast."""
 
 _LATEST = 3
 """Latest measurements that count at any age."""
 
-_FAR = 0.2
+_MAX_STABLE_MOVE = 0.2
 """Relative movement of a layer in one step that stable training makes only in its first steps."""
 
 _STILL = 10
@@ -138,7 +138,7 @@ def too_fast(alarm: Alarm, evidence: Evidence) -> str | None:
     if not candidates:
         return None
     value, step, name = max(candidates, key=lambda candidate: candidate[0])
-    return f"The {name} was {value:.3g} at step {step:,}." if value >= _NEAR else None
+    return f"The {name} was {value:.3g} at step {step:,}." if value >= _NEAR_EDGE else None
 
 
 def runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verdict | None:
@@ -187,7 +187,7 @@ def _runaway(evidence: Evidence, record: StepRecord, layer: str, length: float) 
 def _far(step: StepRecord) -> dict[str, float]:
     """Return the layers that a step moved far, with the relative length of the step."""
     lengths = {layer: finite_or_inf(length) for layer, length in step.moved.items()}
-    return {layer: length for layer, length in lengths.items() if length >= _FAR}
+    return {layer: length for layer, length in lengths.items() if length >= _MAX_STABLE_MOVE}
 
 
 def _rates(evidence: Evidence, group: int) -> list[tuple[int, float]]:

@@ -16,14 +16,14 @@ from stableopt.recorder.finding import Verdict
 
 __all__ = ["clipped_at", "odd_batch"]
 
-_FEWEST, _MOST = 10, 50
+_MIN_HISTORY, _MAX_HISTORY = 10, 50
 """Smallest and largest number of earlier steps with which a step is compared."""
 
 _SCORE, _GRADIENT_JUMP = 10.0, 4.0
 """Robust standard deviations of an odd batch's gradient, or loss, and factor of its gradient over the
 one before: instability needs several steps for such a growth."""
 
-_STANDS_OUT, _LATELY = 2.0, 20
+_STANDS_OUT, _RECENT_STEPS = 2.0, 20
 """Factor of an odd batch's gradient over the largest gradient of so many steps before."""
 
 _BEYOND_GROWTH = 3.0
@@ -59,7 +59,7 @@ def odd_batch(alarm: Alarm, evidence: Evidence, within: int) -> Verdict | None:
     """
     recent = alarm.step - within
     reported = [record for record in evidence.steps if record.total_norm is not None]
-    if len(reported) > _FEWEST:
+    if len(reported) > _MIN_HISTORY:
         norms = [(record, record.total_norm or 0.0) for record in reported]
     else:
         norms = [(record, record.grad_norm) for record in evidence.steps if record.grad_norms]
@@ -71,13 +71,13 @@ def _by_gradient(
 ) -> Verdict | None:
     """Return the first step from ``recent`` on whose norm stands out; ``steps`` pairs both."""
     norms = [norm for _, norm in steps]
-    for index in range(_FEWEST, len(steps)):
-        (record, norm), before = steps[index], norms[max(0, index - _MOST) : index]
+    for index in range(_MIN_HISTORY, len(steps)):
+        (record, norm), before = steps[index], norms[max(0, index - _MAX_HISTORY) : index]
         if record.step < recent or not all(map(math.isfinite, before)):
             continue
         jump = norm / max(before[-1], 1e-300)
         smallest_jump = max(_GRADIENT_JUMP, _BEYOND_GROWTH * _growth(evidence, record.step))
-        stands_out = norm > _STANDS_OUT * max(before[-_LATELY:]) and jump > smallest_jump
+        stands_out = norm > _STANDS_OUT * max(before[-_RECENT_STEPS:]) and jump > smallest_jump
         if not math.isfinite(norm) or (stands_out and robust_score(norm, before) > _SCORE):
             norms_by_layer = {name: finite_or_inf(x) for name, x in record.grad_norms.items()}
             # A skipped step has a norm from the training loop, and no gradients.
@@ -95,8 +95,8 @@ def _by_loss(evidence: Evidence, recent: int) -> Verdict | None:
     """Return the first step from ``recent`` on whose loss alone is high."""
     steps = [(record, record.loss) for record in evidence.steps if record.loss is not None]
     losses = [loss for _, loss in steps]
-    for index in range(_FEWEST, len(steps)):
-        (record, loss), before = steps[index], losses[max(0, index - _MOST) : index]
+    for index in range(_MIN_HISTORY, len(steps)):
+        (record, loss), before = steps[index], losses[max(0, index - _MAX_HISTORY) : index]
         if record.step < recent or not all(map(math.isfinite, [loss, *before])):
             continue
         usual, most = median(before), max(before)
@@ -130,9 +130,9 @@ def clipped_at(evidence: Evidence) -> float | None:
     >>> clipped_at(Evidence([StepRecord(k, 0.1, grad_norms={"0": n}) for k, n in enumerate(norms)], []))
     1.0
     """
-    if sum(record.total_norm is not None for record in evidence.steps) > _FEWEST:
+    if sum(record.total_norm is not None for record in evidence.steps) > _MIN_HISTORY:
         return None
-    norms = [record.grad_norm for record in evidence.steps[-_MOST:] if record.grad_norms]
+    norms = [record.grad_norm for record in evidence.steps[-_MAX_HISTORY:] if record.grad_norms]
     norms = [norm for norm in norms if math.isfinite(norm)]
     ceiling = max(norms, default=0.0)
     lowest = ceiling * (1 - _ROUNDING - 2 * evidence.precision)

@@ -21,7 +21,7 @@ from stableopt.stability.measure.layers import layer_of
 
 __all__ = ["WeightSample"]
 
-_MOST = 256
+_MAX_ENTRIES = 256
 """Entries of a parameter in the sample; the relative error of a norm is then about 4 %."""
 
 
@@ -47,7 +47,7 @@ class WeightSample:
         self._params = tuple(params)
         self.layers = list(dict.fromkeys(map(layer_of, names)))
         numels = [_values(p).numel() for p in self._params]
-        self._strides = [max(-(-numel // _MOST), 1) for numel in numels]
+        self._strides = [max(-(-numel // _MAX_ENTRIES), 1) for numel in numels]
         sizes = [-(-n // stride) for n, stride in zip(numels, self._strides, strict=True)]
         device = self._params[0].device
         rows = [self.layers.index(layer_of(name)) for name in names]

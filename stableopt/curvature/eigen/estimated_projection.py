@@ -22,7 +22,7 @@ value."""
 _EXPLORER = 0.3
 """Weight of the explorer in the probe, relative to the norm of the other weights."""
 
-_CURIOUS = (0.3, 0.1)
+_EXPLORATION_RATES = (0.3, 0.1)
 """Probability that two more products explore: while every residual was small, and otherwise. Without
 them, eigenvalues that rose among nine fixed eigenvectors were at times lost for five searches."""
 
@@ -138,7 +138,7 @@ class EstimatedProjection:
             explorer_considered = self._to_explore[:1] != [self._kept - 1]
             if doubtful or (not enough and explorer_considered and optimistic > value):
                 return units[runner_up]
-        probability = _CURIOUS[0 if self._always_settled else 1]
+        probability = _EXPLORATION_RATES[0 if self._always_settled else 1]
         while self._to_explore and (not enough or self._exploration_draw < probability):
             index = self._to_explore.pop(0)
             axis = torch.eye(self._images.shape[1], dtype=torch.float64)[index]

@@ -21,7 +21,7 @@ GAP = 0.05
 """Distance above the value, relative to it. A search from a random start ends once an eigenvalue that
 far above is ruled out. At 0.03 it takes about one product more."""
 
-_A_DIMENSION = 1e-6
+_MISS_PER_DIMENSION = 1e-6
 """Largest probability of a miss per dimension, below 2,000 dimensions, where products are cheap. One of
 1,001 small networks (d = 76) drew a start with a component of 1e-5 along the top eigenvector."""
 
@@ -46,7 +46,7 @@ class Search:
     def is_unlikely(self, miss_probability: float) -> bool:
         """Return whether a missed larger eigenvalue is improbable enough to end the search."""
         size = self.inner.whole_size(self.operator.shape[0])
-        return miss_probability <= min(UNCERTAINTY, _A_DIMENSION * size)
+        return miss_probability <= min(UNCERTAINTY, _MISS_PER_DIMENSION * size)
 
     def gap(self, value: float, scale: float) -> float:
         """Return the distance above ``value`` at which another eigenvalue must be ruled out."""

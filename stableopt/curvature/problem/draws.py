@@ -18,7 +18,7 @@ __all__ = ["RANDOM", "depends_on_draws", "draws_random_numbers", "fix_draw"]
 _DRAWS = 16
 """Draws that are averaged to distinguish a random mean from a random sum."""
 
-_A_SUM = 1.5
+_SUM_RATIO = 1.5
 """Ratio of a doubled batch's loss to the batch's loss above which it is not a mean; that of a sum is 2.
 The noise of 16 averaged draws must stay below half of the loss."""
 
@@ -63,7 +63,7 @@ def depends_on_draws(
     average, doubled_average = float(losses.mean()), float(doubled_losses.mean())
     if not float(losses.std()) > _NOISY * abs(average):
         return False
-    if abs(doubled_average) > _A_SUM * abs(average):
+    if abs(doubled_average) > _SUM_RATIO * abs(average):
         raise ValueError(
             f"loss_fn is not a mean over samples: over {_DRAWS} random draws a batch has loss"
             f" {average:.6g} on average, the same batch twice over {doubled_average:.6g}; expected the"

@@ -26,12 +26,12 @@ MEMORY = 2**30
 _CPU_CHUNK = 96 * 2**20
 """Most bytes of passes in one chunk on a CPU: more exceeded its cache, fewer were mostly overhead."""
 
-_OWN = 8
+_MIN_CHUNK_IN_PARAMETERS = 8
 """Fewest bytes of passes in one chunk, in units of the parameters' bytes: each chunk reads all
 parameters and adds to vectors as long. A ResNet-18 took 0.6 of the time with 8 images at once instead of
 2."""
 
-_LEAST = 64 * 2**20
+_MIN_STEP_BYTES = 64 * 2**20
 """Fewest bytes, 64 MiB, assumed for a training step: below it, memory is never the bottleneck."""
 
 _CACHED_PART, _CHUNK_PART = 4, 8
@@ -125,7 +125,10 @@ class LinearizationCache(Generic[P]):
         # Each chunk's passes hold gradients of the parameters' size; a large model's only for a moment.
         parameter_bytes = problem.num_params * problem.dtype.itemsize
         gradient_bytes = 0 if problem.large else parameter_bytes
-        chunk_bytes = max(chunk_bytes, min(_OWN * parameter_bytes, cache_bytes - gradient_bytes))
+        chunk_bytes = max(
+            chunk_bytes,
+            min(_MIN_CHUNK_IN_PARAMETERS * parameter_bytes, cache_bytes - gradient_bytes),
+        )
         chunk_size = max(1, int(chunk_bytes / sample_bytes))
         size = min(chunk_size, problem.own_samples)
         return chunk_size, int(cache_bytes / (size * sample_bytes + gradient_bytes))
@@ -137,7 +140,7 @@ class LinearizationCache(Generic[P]):
         step_bytes = self._step_bytes()
         if step_bytes is None or step_bytes >= _CACHED_PART * MEMORY:
             return MEMORY, MEMORY
-        step_bytes = max(step_bytes, _LEAST)
+        step_bytes = max(step_bytes, _MIN_STEP_BYTES)
         return int(step_bytes / _CACHED_PART), int(step_bytes / _CHUNK_PART)
 
     def _step_bytes(self) -> float | None:

@@ -16,7 +16,7 @@ __all__ = ["Rise", "first_rise"]
 _BESIDE = 1 / 40
 """Relative distance of a trial from the expected root: trials on both sides leave a bracket of 5 %."""
 
-_FARTHEST_BESIDE = 0.15
+_FARTHEST_WHILE_MOVING = 0.15
 """The largest such distance, used while the expected root still moves."""
 
 _WITHIN, _SURE = 0.98, 0.1
@@ -102,7 +102,7 @@ def first_rise(
         if last_root is not None and root is not None and passes - spent > 2:
             moved = abs(math.log(root / last_root))
             if moved >= 2 * _BESIDE:
-                offset = min(moved / 2, _FARTHEST_BESIDE)
+                offset = min(moved / 2, _FARTHEST_WHILE_MOVING)
         t, last_root = _next_distance(root, low, high, offset, tol, slopes), root
     root = _expected_root(slopes, low, high) if 0 < low < high < math.inf else low or high
     return Rise(math.sqrt(low * high) if root is None else root, low, high, spent, depth)

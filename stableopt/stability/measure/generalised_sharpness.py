@@ -42,7 +42,7 @@ __all__ = ["GeneralisedSharpness", "generalised_sharpness", "measured_generalise
 _RANDOM_STARTS = 3
 """Random starts in many dimensions: on networks they rarely exceed the start at the gradient."""
 
-_FEW, _STARTS_IF_FEW = 16, 64
+_LOW_DIMENSION, _STARTS_IN_LOW_DIMENSION = 16, 64
 """Random starts in up to 16 dimensions, where products are cheap. 64 starts find the maximum over all
 sign vectors for 99 of 100 random symmetric 16 x 16 matrices, 32 starts for 92."""
 
@@ -160,7 +160,7 @@ def search(
     tol, max_iter = positive("tol", tol), whole("max_iter", max_iter)
     ball = _Ball(norm, gradient)
     if starts is None:
-        starts = _STARTS_IF_FEW if ball.dimensions <= _FEW else _RANDOM_STARTS
+        starts = _STARTS_IN_LOW_DIMENSION if ball.dimensions <= _LOW_DIMENSION else _RANDOM_STARTS
     starts = whole("starts", starts, least=0)
     inner = InnerProduct.for_operator(hessian)
     slope, dual = ball.oracle(ball.radii * gradient)
