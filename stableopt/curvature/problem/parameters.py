@@ -98,8 +98,8 @@ def select_parameters(
         if unknown:
             shapes = [tuple(wanted[key].shape) for key in unknown]
             raise ValueError(
-                f"params: {len(shapes)} tensors, of shapes {shapes}, are not parameters of model, nor of"
-                " a module that loss_fn holds"
+                f"params: tensors of shapes {shapes} are not parameters of model, nor of a module that"
+                " loss_fn holds"
             )
         if not chosen:
             raise ValueError("params is empty: expected at least one parameter of model")

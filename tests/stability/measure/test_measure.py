@@ -266,7 +266,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str
     "a stranger": (
         lambda m, d: measure(m, nn.MSELoss(), d, params=[nn.Parameter(torch.ones(2))]),
         ValueError,
-        r"not parameters of model, of shapes \[\(2,\)\]",
+        r"tensors of shapes \[\(2,\)\] are not parameters of model",
     ),
     "one tensor": (
         lambda m, d: measure(m, nn.MSELoss(), d, params=m[0].weight),

@@ -71,7 +71,7 @@ def test_shampoo_whose_momentum_feeds_on_itself_has_no_limit(
     """Catches a limit where the updates grow without any curvature: the real class does so too."""
     optimizer = torch_optimizer.Shampoo(network.parameters(), lr=1e-3, momentum=0.9)
     take(optimizer, network, data, 2)
-    assert "momentum times the largest eigenvalue" in str(
+    assert "momentum times the preconditioner's largest eigenvalue" in str(
         UpdateRule.from_optimizer(optimizer).unknown
     )
     # Without a gradient, and too small to change the preconditioner.
