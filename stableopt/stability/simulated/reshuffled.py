@@ -140,10 +140,10 @@ def reshuffled_critical_lr(
 ) -> BracketedLR:
     r"""Return the largest learning rate at which SGD with a shuffling ``DataLoader`` can stay.
 
-    At this rate :func:`reshuffled_growth` is zero. Bisection finds it, with the same orders for every
-    learning rate. It may exceed the limit of the full batch, since a direction that grows on one batch
-    of an epoch may shrink on another. The samples' curvature is that of Gauss–Newton matrices, which
-    equal the samples' Hessians where all samples are fitted.
+    At this rate the second moment neither grows nor shrinks in an epoch. Bisection finds it, with the
+    same orders for every learning rate. It may exceed the limit of the full batch, since a direction
+    that grows on one batch of an epoch may shrink on another. The samples' curvature is that of
+    Gauss–Newton matrices, which equal the samples' Hessians where all samples are fitted.
 
     Args:
         model: as for :func:`~stableopt.critical_lr`, like ``loss_fn``, ``data`` and ``update_rule``.
