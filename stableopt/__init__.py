@@ -100,7 +100,7 @@ _ON_DEMAND = {
     "almost_sure_critical_lr": "stability.simulated.almost_sure",
     "reshuffled_critical_lr": "stability.simulated.reshuffled",
 }
-"""Names imported on first access, by submodule: a fifth of all modules."""
+"""Names imported on first access, with their modules: a fifth of all modules."""
 
 
 if not TYPE_CHECKING:  # otherwise every misspelt name would have a type

@@ -102,7 +102,8 @@ class Suggestions:
         method: how Hessian-vector products were computed.
         one_step: by optimizer, the learning rate from which one full-batch step raises the loss:
             :math:`2/\lambda_c` of :func:`~stableopt.critical_sharpness`, infinite if no rate tried
-            does. Keys are ``"SGD"`` and the given optimizer, ``"SGD, running"`` if it is an SGD.
+            does. Keys: ``"SGD"`` and the given optimizer (``"SGD, running"`` for SGD). Empty if it
+            cannot take a trial step.
     """
 
     rows: tuple[Suggestion, ...]
@@ -334,7 +335,7 @@ class _Search:
         return Suggestion(
             name,
             batch_size,
-            # An exact value can be above the edge, whose sharpness is found to a tolerance.
+            # Leading directions may miss part of the sharpness: the edge caps an inexact value.
             result.value if result.exact else min(result.value, edge),
             result.lower or None,
             result.exact and result.converged,

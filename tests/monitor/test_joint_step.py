@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -146,6 +147,21 @@ def test_blocks_have_ratios_of_their_own() -> None:
     assert monitor.margins.sharpness is not None
     assert monitor.margins.sharpness_limit is None
     assert monitor.margins.edge_ratio is None
+
+
+@pytest.mark.parametrize("weight_decay", [2.0, 3.0])
+def test_a_block_whose_decay_flips_signs_is_beyond_its_edge(weight_decay: float) -> None:
+    """Catches a division by a limit of zero, and a ratio to a negative limit, which looks stable."""
+    model = network()
+    a = torch.optim.AdamW(model[0].parameters(), lr=1.0, weight_decay=weight_decay)
+    b = torch.optim.SGD(model[2].parameters(), lr=0.01)
+    loss_of(model).backward()
+    a.step()
+    b.step()
+    with pytest.warns(RuntimeWarning, match="momenta differ"):
+        margins = measure(model, MSE, (X.double(), Y.double()), optimizer=[a, b])
+    assert margins["block_edge"].details["AdamW"] == math.inf
+    assert margins["block_edge"].value == math.inf
 
 
 def test_the_advice_for_muon_with_adamw_works() -> None:

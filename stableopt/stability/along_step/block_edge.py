@@ -9,6 +9,8 @@ the point. If all are below 1, the optimizers can still leave it together, since
 
 from __future__ import annotations
 
+import math
+
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.coordinates import as_seen_by
@@ -34,8 +36,8 @@ def block_edge(evaluation: Evaluation) -> QuantityResult:
 
 
 def _edge_ratio(evaluation: Evaluation, block: Block) -> Measurement:
-    """Measure the edge ratio of one block."""
-    rule = block.rule
+    """Measure the edge ratio of one block; infinite if decay alone makes the step unstable."""
+    rule, limit = block.rule, block.rule.max_sharpness
     problem = as_seen_by(evaluation.problem.restricted(block.params), rule, [block.optimizer])
     # Without warm starts: the monitor's have the size of the whole problem.
     on_block = Evaluation(
@@ -45,7 +47,7 @@ def _edge_ratio(evaluation: Evaluation, block: Block) -> Measurement:
         block.name,
         on_block.hessian(),
         preconditioner=on_block.preconditioner,
-        value=lambda eigenvalue: eigenvalue / rule.max_sharpness,
+        value=lambda eigenvalue: eigenvalue / limit if limit > 0 else math.inf,
     )
     assert result.measurement is not None
     return result.measurement

@@ -103,8 +103,8 @@ def critical_sharpness(
     :math:`\eta_c` is the smallest learning rate at which the step raises the loss (Kalra et al.,
     arXiv:2601.16979, 2026). It takes at most seven forward passes, one of them with its gradient unless
     ``direction`` is given. It takes no second derivative: compiled and fused models, and models under
-    ``fully_shard``, can be measured. Near a minimum, if the loss along the step is constant up to
-    rounding, one more gradient replaces the search: the loss is a parabola there.
+    ``fully_shard``, can be measured. Near a minimum, if the losses along the step differ only by
+    rounding, one more gradient gives the result: the loss is a parabola there.
 
     Args:
         model: the model, at the point to measure; or, for ``model``, ``loss_fn`` and ``data``, a

@@ -147,7 +147,7 @@ class Layers:
         """Return a table that merges blocks whose names differ only in numbers, as ``blocks.*.attn``.
 
         Shares are summed, and mean curvatures averaged over the parameters. The other columns are
-        those of the member with the largest ratio.
+        those of the member with the largest ratio, or sharpness without a limit.
 
         >>> names = ("embed", "blocks.0.fc", "blocks.1.fc")
         >>> Layers(names, (8, 4, 4), {"share": (0.5, 0.25, 0.25)}).by_kind().column("share")

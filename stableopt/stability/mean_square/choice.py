@@ -51,7 +51,7 @@ def curvature_of(
     """Return the curvature on which a threshold is based, and the residual share if it was measured.
 
     The choice depends on the samples' Hessians, not on the loss: residuals are multiplied by the
-    curvature of the outputs, and they cancel in the mean but not within a sample.
+    curvature of the outputs, and these products may cancel in the mean over samples.
 
     Raises:
         ValueError: for an unknown choice, or true Hessians of a ``DualCurvature``, which has none.

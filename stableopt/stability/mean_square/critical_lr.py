@@ -106,7 +106,7 @@ class CriticalLR:
 
     @property
     def bracket(self) -> tuple[float, float]:
-        """``(lower, value)``: a stable learning rate, and one above which all are unstable."""
+        """``(lower, value)``: a stable learning rate or 0, and one above which all are unstable."""
         return self.lower, self.value
 
 
@@ -132,7 +132,7 @@ def critical_lr(
     At :math:`\eta^*` the recursion of second moments has the largest eigenvalue 1. For plain SGD it is
 
     .. math:: E[(I-\eta H_B)X(I-\eta H_B)] = X - \eta(HX+XH) + \eta^2(1-p)HXH
-        + \tfrac{\eta^2p}{n}\sum_i H_iXH_i,
+        + \tfrac{\eta^2p}{n}\sum_i H_iXH_i.
 
     With momentum the recursion is that of the pair (weight, buffer). :math:`\eta^*` never falls as B
     grows. If all samples are fitted, :math:`H_i` is the Gauss–Newton matrix :math:`J_i^\top L_iJ_i`,

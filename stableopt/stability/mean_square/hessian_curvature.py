@@ -81,7 +81,7 @@ class HessianCurvature:
         sharpness: the largest eigenvalue of the mean Hessian, without weight decay, or a lower bound.
         exact: whether the modes are all directions of positive curvature.
         dense: dense matrices on all directions; ``None`` with too many parameters.
-        least: the smallest known eigenvalue, with the weight decay, if it is negative; else 0.
+        least: the smallest known curvature, with the weight decay, if it is negative; else 0.
         seed: seed of the eigen-solvers.
     """
 

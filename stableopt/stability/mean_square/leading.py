@@ -20,7 +20,7 @@ _TOL = 1e-6
 
 
 def leading_directions(operators: Sequence[Operator], count: int, *, seed: int) -> Tensor:
-    """Return an orthonormal basis ``(d, k)`` of the ``count`` leading eigenvectors of all operators.
+    """Return an orthonormal basis ``(d, k)`` of the ``count`` leading eigenvectors of each operator.
 
     Each operator takes at most ``2 count`` products, so the eigenvectors are approximate. Callers must
     use them for bounds that hold with any directions.

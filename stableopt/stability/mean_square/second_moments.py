@@ -87,8 +87,9 @@ class NoiseGain(Operator):
         \qquad V_{ab} = w_{ab} + p\,h_ah_b
 
     on one ``(C, C)`` matrix S per sample, flattened; the division is entrywise. The map is symmetric and
-    preserves positive semi-definite S. Any such S bounds the largest eigenvalue on both sides: from
-    below by its Rayleigh quotient, and from above by any t with gain(S) at most t S (Collatz, Wielandt).
+    preserves positive semi-definite S. The Rayleigh quotient of any S is a lower bound of the largest
+    eigenvalue. For positive definite S, any t with gain(S) at most t S is an upper bound (Collatz,
+    Wielandt).
 
     Args:
         modes: the samples' curvature, ``(n, C, r)``.

@@ -215,7 +215,7 @@ class Evaluation:
     def _shares(
         self, pair: Eigenpair, operator: Operator, preconditioner: StepPreconditioner | None
     ) -> tuple[Layers, dict[str, float]]:
-        """Return the eigenvector's shares by layer, and the gradient's and the step's along it."""
+        """Return the eigenvector's shares by layer; those of gradient and step in its subspace."""
         problem = self.problem
         inner = InnerProduct.for_operator(operator, preconditioner)
         in_rule = operator is self._hessian and operator is not self._plain_hessian

@@ -17,8 +17,8 @@ and rises only when a replacement would lower the value, since small shifts have
 
 At the edge of stability a run oscillates by :math:`\eta d`, with gradients :math:`\pm\tfrac\eta2Hd` at
 the two ends: :math:`d=\mathrm{LMO}(Hd)` is a fixed point, and
-:math:`\langle g,d\rangle=\tfrac\eta2d^\top Hd`. With an exact oracle the fixed points are the local
-maxima. Muon's oracle is approximate and belongs to no norm; its fixed point is found by iteration.
+:math:`\langle g,d\rangle=\tfrac\eta2d^\top Hd`. With an exact oracle every local maximum is a fixed
+point. Muon's oracle is approximate and belongs to no norm; its fixed point is found by iteration.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GeneralisedSharpness:
 
     Attributes:
         value: the largest :math:`d^\top Hd` found in the unit ball, a lower bound of S. For a norm
-            that is not ``exact``, its mean near the fixed point reached from the gradient's oracle.
+            that is not ``exact``, the mean of :math:`d^\top Hd` over the oracle's last iterations.
         dual_norm: :math:`\|g\|_\star` of the gradient.
         limit: :math:`2\|g\|_\star/\eta`, the largest S at which a full-batch step without momentum
             lowers the quadratic model of the loss; infinite for a learning rate of 0.
@@ -102,7 +102,7 @@ def generalised_sharpness(
 
     The step :math:`-\eta\,\mathrm{LMO}(g)` lowers the quadratic model of the loss if
     :math:`S \le 2\|g\|_\star/\eta`; full-batch runs without momentum settle at this limit. With
-    momentum or mini-batches the ratio is only a diagnostic, since steps are not along the gradient.
+    momentum or mini-batches the ratio is only a diagnostic, since steps are not the oracle of g.
 
     Args:
         problem: the problem; parameters without a radius in ``norm`` are held fixed.

@@ -146,7 +146,7 @@ def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
 def _block_rule(
     evaluation: Evaluation, rule: UpdateRule | None, block: Block, coordinates: Coordinates
 ) -> _BlockRule:
-    """Return ``rule`` on one block, whose ``coordinates`` they are."""
+    """Return ``rule`` on one block, given the ``coordinates`` of the block."""
     if rule is None:
         return _BlockRule(coordinates)
     preconditioner = None

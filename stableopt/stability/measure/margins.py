@@ -82,7 +82,7 @@ class StabilityMargins:
             :func:`~stableopt.stability.critical_lr`.
         critical_lr_lower: a learning rate up to which no second moment grows; 0 if none is known.
         critical_lr_ratio: learning rate over ``critical_lr``. Above 1 the step is unstable; it is
-            known to be stable only if the learning rate is also below ``critical_lr_lower``.
+            known to be stable only if the learning rate is below ``critical_lr_lower``.
         batch_sharpness: :func:`~stableopt.stability.batch_sharpness`, at most about its limit where
             SGD stays; ``margins["mean_batch_sharpness"]`` is the other published definition.
         batch_sharpness_limit: :func:`~stableopt.stability.batch_sharpness_limit` at the measured
@@ -91,7 +91,7 @@ class StabilityMargins:
             optimizers that descend in a norm, such as Muon.
         realised_edge: :math:`\zeta = 1 - \Delta L/(g^\top\delta)` of the step just taken, on the
             probe set; above 1 the step raised the loss. ``margins["realised_edge"].details`` has the
-            window's ``steps``, the ``standard_error``, and how many measured steps went ``uphill``.
+            window's ``steps`` and ``standard_error``, and the count of measured steps ``uphill`` so far.
         critical_sharpness: :math:`2/\eta_c` along the step just taken, with the one-step limit
             :math:`2/\eta`: :func:`~stableopt.critical_sharpness`.
         sharpness_ratio: value over limit, 1 at the edge of stability, 0 for an infinite limit; also
@@ -102,7 +102,7 @@ class StabilityMargins:
             has a limit, by name.
         failure: why the whole measurement failed, or ``None``.
         method: how Hessian-vector products were computed, ``"double backward"`` or ``"central
-            differences"``, and what differed from training, such as ``", without autocast"``.
+            differences"``; after commas, what differed from training, such as ``"math attention"``.
 
     >>> margins = StabilityMargins(lr=0.1, sharpness=15.0, sharpness_limit=20.0)
     >>> margins.sharpness_ratio, margins.sharpness_margin, margins.stable
@@ -258,7 +258,7 @@ class StabilityMargins:
 
     @property
     def stable(self) -> bool | None:
-        """Whether the point is in the box (9): both ratios are at most 1; ``None`` if not known."""
+        """Whether the measured ratios of the box (9) are at most 1; ``None`` if a limit is not known."""
         ratios = [r for r in (self.edge_ratio, self.non_uniformity_ratio) if r is not None]
         limit_missing = self.non_uniformity is not None and self.non_uniformity_ratio is None
         if not ratios or (limit_missing and max(ratios) <= 1):

@@ -55,9 +55,9 @@ class StepEndCache:
 
     Attributes:
         end: the end, from a measurement until the next step starts.
-        enabled: whether ends are kept. A step whose loss at the start differs from the loss at the
-            last end disables the cache: something besides the parameters changes, such as the running
-            statistics of batch norm or the weight of a penalty.
+        enabled: whether ends are kept. A step disables the cache if it does not start at the last end,
+            or if the loss there has changed: something besides the parameters changes, such as the
+            running statistics of batch norm or the weight of a penalty.
         used: whether an end was stored before.
     """
 

@@ -74,9 +74,9 @@ def check_params(
 def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Optimizer]) -> P:
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
-    The coordinates include learning rates by group, a diagonal preconditioner and weight decay. Any
-    other preconditioner is left to :func:`outside_coordinates`. If the rule is unknown, only the sign
-    of the loss is changed.
+    The coordinates of a preconditioned rule include learning rates by group, a diagonal preconditioner
+    and coupled weight decay. Any other preconditioner is left to :func:`outside_coordinates`. For other
+    rules, and for an unknown one, only the sign of the loss is changed.
 
     Raises:
         ValueError: if the rule has groups and ``optimizers``, which assign parameters to groups, is

@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 SAME = 1e-12
-"""Difference of momenta, and relative difference of decay factors, that counts as rounding: bias
-corrections near 1, and weights of averages, are computed."""
+"""Difference of momenta, and relative difference of the shares that weight decay removes, that counts as
+rounding: bias corrections near 1, and weights of averages, are computed."""
 
 Filter = tuple[tuple[float, ...], tuple[float, ...]]
 

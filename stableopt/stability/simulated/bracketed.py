@@ -29,7 +29,7 @@ _BISECTIONS = 12
 """They narrow a factor of two to a relative 2e-4, less than the noise of the growth rates."""
 
 _DOUBLINGS = 5
-"""The bracket begins at 1, 2, 4, 8 or 16 times the limit without noise."""
+"""The upper end of the first bracket is 1, 2, 4, 8 or 16 times the limit without noise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BracketedLR:
 
     Attributes:
         value: the learning rate at which the estimated growth rate is zero; infinity if the dynamics
-            do not grow at 1, 2, 4, 8 and 16 times ``full_batch``.
+            grow at none of 1, 2, 4, 8 and 16 times ``full_batch``.
         lower: the largest one tried whose growth rate is negative by two standard errors, or 0.
         upper: the smallest whose growth rate is positive by two standard errors, or infinity.
         full_batch: the largest stable learning rate without noise; ``value`` may exceed it.

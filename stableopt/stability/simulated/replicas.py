@@ -84,6 +84,8 @@ class Replicas:
     def gradients(self, batch: Tensor) -> Tensor:
         """Return each replica's gradient ``(count, r)`` on its own batch of ``batch`` ``(count, B)``."""
         factors, x = self.modes.factors, self.state[0]
+        if factors.device.type != "cpu":  # a loop over samples would wait for the device
+            return _by_replica(factors, x, batch) / batch.shape[1]
         indices, order = batch.flatten().sort(stable=True)
         samples, counts = torch.unique_consecutive(indices, return_counts=True)
         sample_bytes = factors[0].numel() * factors.element_size()

@@ -36,7 +36,7 @@ _THRESHOLD = 4.0
 """Averaging length of the second moment up to which this RAdam does not use it."""
 
 _EVAL = (
-    "{} is in eval mode, in which the parameters are an average without steps: call"
+    "{} is in eval mode, where the parameters are averages, at which it takes no steps: call"
     " optimizer.train() before measuring"
 )
 

@@ -137,7 +137,7 @@ def read_adabound(optimizer: Any) -> UpdateRule:
 
 
 def read_adamod(optimizer: torch.optim.Optimizer) -> UpdateRule:
-    """Read AdaMod: Adam's entries, clamped to their running average; weight decay is decoupled."""
+    """Read AdaMod: Adam's entries, at most their running average; weight decay is decoupled."""
 
     def entries(step: Step) -> Tensor:
         lr = float(step.group["lr"])
