@@ -245,13 +245,13 @@ def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
     if not all(_agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has its own limit"
-    for block in blocks:
-        factor = 1 - block.rule.lr * block.rule.decoupled_weight_decay
-        if factor <= -1:
-            return (
-                f"decoupled weight decay of {block.name} multiplies its parameters by {factor:g} in a"
-                " step: lower lr or weight_decay"
-            )
+    factors = [1 - block.rule.lr * block.rule.decoupled_weight_decay for block in blocks]
+    if min(factors) <= -1 and len(set(factors)) > 1:  # equal ones enter the joint limit
+        block = blocks[factors.index(min(factors))]
+        return (
+            f"decoupled weight decay of {block.name} multiplies its parameters by {min(factors):g} in a"
+            " step: lower lr or weight_decay"
+        )
     return None
 
 

@@ -42,7 +42,7 @@ _BURN_IN = 4
 _BLOCK = 3
 """Epochs in a block for the standard error, since successive epochs are correlated."""
 
-_MIN_EPOCHS = 8
+_MIN_EPOCHS = 7
 """Without the first quarter, two blocks: the fewest that have a spread."""
 
 _EARLY = 5.0
