@@ -174,7 +174,7 @@ def gradient_along(
 ) -> Callable[[float], Tensor]:
     """Return the gradient ``(d,)`` of ``function`` as a function of the distance from ``point``.
 
-    ``as_one`` concatenates the gradient's parts; by default, :func:`flat`.
+    ``as_one`` makes one vector of the gradient's parts; by default, :func:`flat` does.
 
     >>> gradient = gradient_along(lambda x: x[0].square().sum(), [torch.zeros(2)], [torch.ones(2)])
     >>> gradient(0.5)

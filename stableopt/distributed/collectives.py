@@ -237,7 +237,7 @@ class Ranks:
             error, cause = own, own.__cause__
         else:
             error, cause = _error_class(names, message)(f"on rank {failed}: {message}"), own
-        with contextlib.suppress(AttributeError):  # an exception class with __slots__
+        with contextlib.suppress(AttributeError):  # an exception that refuses new attributes
             setattr(error, _RAISED_TOGETHER, True)
         raise error from cause
 
@@ -255,7 +255,7 @@ def _class_names(error: Exception) -> list[tuple[str, str]]:
 
 def _error_class(names: list[tuple[str, str]], message: str) -> Callable[[str], Exception]:
     """Return the first of the named classes that is imported here and accepts a message alone."""
-    # By name, since pickling fails for a class that only one rank can import.
+    # By name, since unpickling fails here for a class that only another rank can import.
     for module, name in names:
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):

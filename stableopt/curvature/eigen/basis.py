@@ -88,7 +88,7 @@ class Basis:
         return correction, self.inner.dual(image)
 
     def orthogonal(self, covector: Tensor) -> Dual:
-        """Return the component of a covector orthogonal to the basis, scaled to norm 1."""
+        """Return a covector's component orthogonal to the basis, however small, scaled to norm 1."""
         for _ in range(2):
             covector = covector - self.inner.dot(self.vectors, covector) @ self.covectors
             covector = covector / self.inner.norm(covector)

@@ -20,15 +20,15 @@ spectra.
 Where a basis spans an invariant subspace up to rounding, the search continues with a new random
 direction. That is an independent start: its probability multiplies the first one's.
 
-A single start finds one eigenvector of each eigenvalue. :class:`Deflation` bounds *every* eigenvalue by
-a second start, uniform on the complement of the basis Q. With :math:`T = Q^\top AQ`, B the compression
-of A to the complement and :math:`\lambda_{\max}(B) \le b < x`, A has at most as many eigenvalues above x
-as
+A single start finds at most one eigenvector of each eigenvalue. :class:`Deflation` bounds *every*
+eigenvalue by a second start, uniform on the complement of the basis Q. With :math:`T = Q^\top AQ`, B the
+compression of A to the complement and :math:`\lambda_{\max}(B) \le b < x`, A has at most as many
+eigenvalues above x as
 
 .. math:: T + C^\top (xI - B)^{-1} C \preceq T + \frac{C^\top C}{x - b}
 
-(Haynsworth's inertia theorem, 1968), where C is the component of AQ orthogonal to Q: the squared
-residual over a gap.
+(Haynsworth's inertia theorem, 1968), where C is the component of AQ orthogonal to Q. The last term is
+a squared residual over a gap.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class StartPolynomials:
 
     Attributes:
         size: the dimension d.
-        rows: the recurrence, one entry for each row of the basis after the start.
+        rows: the recurrence, one entry for each row added to the basis after the start.
         deflated: rows of the basis before the start. The start and all products are orthogonal to them:
             the operator is then A's compression to their complement.
     """
@@ -126,9 +126,7 @@ class StartPolynomials:
             too_likely = self.missed(largest + gaps) > uncertainty
             if bool(too_likely[-1]):
                 return None
-            first = int(
-                too_likely.sum()
-            )  # K increases, so the points that are too likely come first
+            first = int(too_likely.sum())  # K increases: points that are too likely come first
             if first == 0:
                 break
             low, high = (float(gap.log()) for gap in gaps[first - 1 : first + 1])

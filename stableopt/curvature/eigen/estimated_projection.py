@@ -113,7 +113,7 @@ class EstimatedProjection:
         return values.flip(0), vectors.T.flip(0)
 
     def overtaken(self, value: float) -> bool:
-        """Return whether the estimated top value exceeds the tested ``value``."""
+        """Return whether the estimated top value exceeds the tested ``value`` by more than 1 %."""
         return _exceeds(float(self.estimated_pairs()[0][0]), value)
 
     def next_direction(self, value: float, settled: bool, enough: bool) -> Tensor | None:
@@ -162,7 +162,8 @@ class EstimatedProjection:
     def explorer(self, kept: Tensor) -> Tensor:
         """Return the next search's explorer, of norm 1 or zero, orthogonal to the rows ``kept``.
 
-        It is along the product with the explorer, or with the probe if the explorer was not tested.
+        It is the component of the product with the explorer, or with the probe if the explorer was not
+        tested.
         """
         image = self._images[self._explorer_image]
         component: Tensor = image - (kept @ image) @ kept

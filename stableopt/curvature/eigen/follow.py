@@ -1,4 +1,4 @@
-r"""`follow`: the top eigenpair from the subspace of an earlier search, in about three products.
+r"""`follow`: the top eigenpair from an earlier subspace, in about three products if little moved.
 
 A search keeps a subspace: nine Ritz vectors :math:`u_1, u_2, \dots` and an explorer f, orthonormal. The
 next search takes

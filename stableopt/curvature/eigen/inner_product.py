@@ -35,7 +35,7 @@ class Dual(NamedTuple):
     r"""A covector r and its vector q = P r.
 
     ``norm`` is :math:`\sqrt{q^\top r}` on the device; :math:`-\sqrt{|q^\top r|}` if :math:`q^\top r` is
-    negative, which shows that P is not positive definite.
+    negative beyond rounding, which shows that P is not positive definite.
     """
 
     covector: Tensor
@@ -114,7 +114,8 @@ class InnerProduct:
         Args:
             like: gives the size, dtype and device.
             seed: the seed.
-            draw: number of the draw; each has its own random numbers. Each rank draws its own shard.
+            draw: number of the draw; each has its own random numbers. All ranks draw the same vector, or
+                their own shards of a sharded one.
         """
         generator = self._generator(like, seed, draw)
         covector = torch.randn(
@@ -161,7 +162,7 @@ class InnerProduct:
         self.check_norm(norm)
 
     def check_norm(self, norm: float) -> None:
-        """Raise ``ValueError`` if ``norm`` is negative or not finite: P is not positive definite."""
+        """Raise ``ValueError`` if the norm by a preconditioner P is negative or not finite."""
         if self.preconditioner is not None and not 0 <= norm < float("inf"):
             square = norm * abs(norm)
             raise ValueError(

@@ -171,8 +171,8 @@ class LanczosIteration:
         if self.products == 1 or self.scale == 0.0:
             return None
         largest = float(self.ritz_values[-1])
-        # Near convergence, K may give a start with little of the top eigenvector a bound just below the
-        # eigenvalue.
+        # Near convergence, K's bound may lie just below the eigenvalue if the start has little of the
+        # top eigenvector.
         nearest = max(self.rounding, float(self.residuals[-1]))
         polynomials = self._polynomials_with_residual()
         return polynomials.upper_bound(largest, self.scale, UNCERTAINTY, nearest)
@@ -198,7 +198,8 @@ class LanczosIteration:
     def extend(self) -> None:
         """Append the normalised residual vector as a pending row; restart a full basis first.
 
-        In an invariant subspace, a random direction replaces the residual vector.
+        In an invariant subspace, a random direction replaces the residual vector, and nothing is
+        appended while other rows are pending.
         """
         following, column, kept = self.residual_vector.normalised(), self._last_column(), None
         invariant = self.invariant

@@ -78,7 +78,8 @@ class Eigenpair:
             :math:`\lambda` with :math:`\sqrt{2d/(\pi K(\lambda))} = 0.002`, where
             :math:`K(\lambda) = \sum_j p_j(\lambda)^2` sums the search's orthonormal polynomials
             (:mod:`~stableopt.curvature.eigen.certificate`). If the Krylov space is exhausted, the
-            value is exact and the bound is ``value + absolute_residual``.
+            value is exact and the bound is ``value + absolute_residual``, or the value plus rounding
+            if that is larger.
         subspace: with ``keep=True``, the ``start`` of the next search: orthonormal covectors
             ``(k, d)``, nine Ritz vectors, best first, and a direction to explore. Else ``None``.
         covector: with a preconditioner, the covector r ``(d,)`` for which P r is along ``vector``.

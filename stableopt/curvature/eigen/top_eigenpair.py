@@ -78,10 +78,10 @@ def top_eigenpair(
         max_iter: the largest number of products.
         seed: of the random start and the noise; torch's global generators are not used.
         most_vectors: the most vectors of length d that Lanczos holds, at least 4; fewer take more
-        products.
+            products.
 
-    All vectors of length d stay on the operator's device. Each product takes one small host transfer; a
-    start from a vector, and a preconditioner, take one more.
+    All vectors of length d stay on the operator's device. Each product takes one small host transfer. A
+    preconditioner may take one more, at the start.
 
     Raises:
         ValueError: for arguments out of range, and for a preconditioner that turns out not to be

@@ -2,7 +2,7 @@ r"""`top_eigenpairs`: the algebraically largest eigenvalues of an operator, with
 
 Lanczos from one start finds one eigenvector of each eigenvalue, and may miss an eigenvector to which the
 start is nearly orthogonal. Once k residuals are small, a search from scratch therefore continues with a
-second random start, orthogonal to all Ritz vectors. If that finds an eigenvalue above the k-th, the
+second random start, orthogonal to the Ritz vectors kept. If that finds an eigenvalue above the k-th, the
 eigenvalue joins the result. If it finds none, it bounds every eigenvalue from above, up to a small
 probability (:class:`~stableopt.curvature.eigen.certificate.Deflation`). Four examples::
 
@@ -67,7 +67,7 @@ class Eigenpairs:
             eigenvalue within ``tol`` of the last may be missing.
         upper_bounds: upper bounds of the k largest eigenvalues ``(k,)``, all true with a probability of
             0.998, for any spectrum. ``None`` where :class:`Eigenpair` has none, and for a search that
-            ended without the second start.
+            ended before the second start gave them.
         subspace: covectors ``(n, d)``, the ``start`` of the next search.
     """
 

@@ -1,9 +1,9 @@
 r"""`DualCurvature`: the Gauss–Newton matrices of all samples from one Gram matrix of Jacobians.
 
-The Gauss–Newton matrices of n samples with C outputs each have at most nC joint directions, for any
-number of parameters. Let :math:`\hat J` be the rows :math:`L_i^{1/2}J_i` of all samples
-(:mod:`.jacobian`). The Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``, determines linear
-stability: the mean :math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its
+The Gauss–Newton matrices of n samples with C outputs each act on a common subspace of at most nC
+dimensions, for any number of parameters. Let :math:`\hat J` be the rows :math:`L_i^{1/2}J_i` of all
+samples (:mod:`.jacobian`). The Gram matrix :math:`K = \hat J \hat J^\top`, ``(nC, nC)``, determines
+linear stability: the mean :math:`G = \frac1n\hat J^\top\hat J` has the eigenvalues of K/n, and in its
 eigenbasis sample i's matrix is :math:`F_i^\top F_i` with :math:`K = FF^\top`, :math:`F^\top F =
 n\Lambda`. Two examples::
 
@@ -71,7 +71,8 @@ class DualCurvature:
 
     Away from interpolation the Gauss–Newton matrix differs from the Hessian. The sharpness differs by at
     most the mean of :math:`\|H_i - G_i\|` over the samples, the non-uniformity by at most the root mean
-    square. See :class:`~stableopt.curvature.GaussNewton` for products without K.
+    square; both are small where the residuals are. See :class:`~stableopt.curvature.GaussNewton` for
+    products without K.
 
     Attributes:
         gram: K ``(nC, nC)`` in double precision; C consecutive rows per sample.
@@ -103,11 +104,11 @@ class DualCurvature:
     def from_problem(cls, problem: Problem, *, memory: int = MEMORY) -> DualCurvature:
         """Compute K at the problem's present parameters, in its coordinates.
 
-        K has no weight decay: that is part of the update rule.
+        K does not include weight decay, which is part of the update rule.
 
         Args:
             problem: made of ``(model, loss_fn, data)``.
-            memory: bytes of the Jacobian rows, in addition to K. If not all rows fit, each pair of
+            memory: most bytes of Jacobian rows, in addition to K. If not all rows fit, each pair of
                 chunks of samples is computed separately. Fully connected networks need no rows.
 
         Raises:

@@ -67,7 +67,7 @@ def fully_connected(problem: Problem, theta: Theta) -> list[Layer] | None:
 
 
 def _linear_layers(problem: Problem) -> list[Layer] | None:
-    """Return the linear layers, or ``None`` if other modules hold parameters of the problem too."""
+    """Return the linear layers; ``None`` if others hold parameters too, or a parameter is complex."""
     index = {id(p): i for i, p in enumerate(problem.params)}
     layers, found_indices = list[Layer](), set[int]()
     for module in problem.model.modules():

@@ -1,4 +1,4 @@
-"""`CALLS`: recorded versions of torch functions whose outputs are bilinear in a parameter.
+"""`CALLS`: recorded versions of torch functions whose outputs depend on parameters in a known way.
 
 Each takes the recorder and the arguments of the function. It returns the recorded output, or
 ``NotImplemented`` for arguments of another structure.

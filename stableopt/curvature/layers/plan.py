@@ -26,7 +26,8 @@ class UnitError(UnfitError):
 
 
 Rows = list[tuple[str, list[bool]]]
-"""For each call in a pass, the function's name, and whether each of its tensors has one row a sample."""
+"""For each call in a pass, the function's name, and whether each of its tensors has rows of the samples.
+The list is empty if the number of tensors depends on the samples."""
 
 
 @dataclass
@@ -99,6 +100,6 @@ def rows_seen(run: Callable[[Any], object], batch: Any, size: int) -> Rows:
         return shorter < length and shorter * size == length * (size - 1)
 
     return [
-        (name, list(map(in_proportion, lengths, shorter)))
+        (name, list(map(in_proportion, lengths, shorter)) if len(lengths) == len(shorter) else [])
         for (name, lengths), (_, shorter) in zip(*passes, strict=True)
     ]

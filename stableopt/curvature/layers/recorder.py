@@ -169,14 +169,16 @@ class Recorder(TorchFunctionMode):
         return batched
 
     def _has_rows(self, tensor: Tensor) -> bool:
+        seen, index = self._plan.seen, self._num_calls - 1
+        if not self._in_unit and seen is not None and seen[index:][:1] == [(self._call_name, [])]:
+            raise UnfitError(f"{self._call_name} takes another number of tensors for other samples")
         if tensor.dim() == 0 or tensor.shape[0] % self.size:
             return False
         if self._in_unit:
             return len(tensor) == self.size
-        if self._plan.seen is None:
+        if seen is None:
             return True
-        index = self._num_calls - 1
-        name, rows = self._plan.seen[index] if index < len(self._plan.seen) else ("", [])
+        name, rows = seen[index] if index < len(seen) else ("", [])
         if name != self._call_name:
             raise UnfitError(f"the model calls {self._call_name} only for some samples")
         positions = [i for i, t in enumerate(self._call_tensors) if t is tensor]
@@ -202,7 +204,7 @@ class Recorder(TorchFunctionMode):
         return output + zeros, len(self.offsets) - 1
 
     def copies(self, tensor: Tensor, way: str = "vmap") -> Tensor:
-        """Return one copy a sample, ``(n, *shape)``, of a parameter or a value computed from some."""
+        """Return one copy per sample, ``(n, *shape)``, of a parameter or a value computed from some."""
         key = id(tensor)
         index = self._index_of.get(key)
         if index is not None:

@@ -5,7 +5,7 @@ samples. Subtracting :math:`\bar w = Hv` inside the sum avoids cancellation. Bot
 memory independent of n:
 
 - ``vmap_product``: all samples of a chunk at once, in memory for ``chunk * d`` numbers; for small
-models;
+  models;
 - ``loop_product``: one sample at a time; for large models and modules that ``vmap`` does not support.
 
 :mod:`~stableopt.curvature.per_sample.structured` is faster for models of known layers.

@@ -51,7 +51,7 @@ class NonUniformity(Operator):
             product is :math:`s^2` of the preconditioned :math:`P^{1/2}H_iP^{1/2}`:
             ``top_eigenpair(NonUniformity(problem, preconditioner=P), preconditioner=P)``. Products then
             use vmap or the loop; for a diagonal P, :meth:`Problem.transformed` is faster.
-        memory: bytes of products in addition to the model: by default 1 GiB for cached passes, and
+        memory: most bytes of products, in addition to the model: by default 1 GiB for cached passes, and
             128 MiB for a vmapped chunk.
 
     Attributes:

@@ -57,7 +57,9 @@ class Coordinates:
         scale: Sequence[Tensor | float] | None = None,
         weight_decay: Sequence[float] | None = None,
     ) -> Coordinates:
-        """Return other coordinates of the same parameters; omitted arguments change nothing.
+        """Return other coordinates of the same parameters.
+
+        An omitted argument is 1, or zero weight decay; the present coordinates are dropped.
 
         Raises:
             ValueError: if the number of values, or a shape, differs from the parameters'.

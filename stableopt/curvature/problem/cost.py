@@ -2,7 +2,7 @@ r"""`expected_costs`: time and memory of a problem's quantities, estimated befor
 
 One gradient is timed, on a few samples. The rest are counts: from a random start, Lanczos takes about
 :math:`10 + 4\log_{10}(1/\mathrm{tol})` products. A product with the Hessian costs two gradients, or
-three if the linearized passes do not fit into the cache.
+three if the passes do not fit into the cache.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def expected_costs(
 
 
 def _timed_gradient(problem: MeanLoss, loss: Callable[[Theta, Any], Tensor]) -> tuple[float, float]:
-    """Return the seconds of a gradient over all samples, and the bytes that autograd saves a sample."""
+    """Return the seconds of a gradient over all samples, and autograd's saved bytes per sample."""
     with torch.inference_mode(False), problem.evaluation():
         batch, size = next(problem.chunks(_TIMED_SAMPLES))
         theta = problem.theta()

@@ -245,7 +245,7 @@ class MeanLoss(abc.ABC):
         return other
 
     def restricted(self: P, params: Iterable[Tensor]) -> P:
-        """Return the problem as a function of ``params`` only, a subset of its parameters.
+        """Return the problem as a function of those of its parameters that are in ``params``.
 
         The other parameters stay constant. Coordinates of :meth:`transformed` are dropped.
 
@@ -339,7 +339,7 @@ class MeanLoss(abc.ABC):
         return None
 
     def _hessian_method(self) -> tuple[str, bool]:
-        """Return how Hessian-vector products are computed, and whether the gradient has kinks."""
+        """Return how Hessian-vector products are computed, and whether differences avoid kinks."""
         return ("central differences" if self.sharded else "double backward"), False
 
     @property

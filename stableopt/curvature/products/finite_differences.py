@@ -9,7 +9,7 @@ two neighbouring steps agree best. Their disagreement is the reported error; abo
 raised.
 
 With ReLU or max-pooling the gradient jumps at kinks. Differences over long steps then agree on an
-average over many linear pieces, which is not the Hessian. With ``kinks``, steps start short, and every
+average over many smooth pieces, which is not the Hessian. With ``kinks``, steps start short, and every
 difference is checked by the second difference :math:`|g(h) - 2g(0) + g(-h)|/2h`, which vanishes with h
 where g is smooth and contains the jumps elsewhere. The step shrinks until there are none.
 """
@@ -124,7 +124,7 @@ class CentralDifferences:
             self.step, slope, second = _choose_step(gradient, size)
             return slope, float((slope - second).norm())
         slope = central_difference(gradient, self.step)
-        if not self._has_second_step:  # which doubles the cost
+        if not self._has_second_step:  # a second step doubles the cost
             return slope, 0.0
         second = central_difference(gradient, 2 * self.step)
         return slope, float((slope - second).norm())

@@ -76,9 +76,10 @@ class Hessian(MeanOverSamples):
 
     @property
     def gradient(self) -> Tensor | None:
-        """The mean gradient ``(d,)`` in the problem's coordinates; ``None`` without ``gradient=True``.
+        """The mean gradient ``(d,)`` in the problem's coordinates; ``None`` if not requested.
 
-        The first product collects it; for a large model, this property computes it.
+        The first product collects it; for a large model, this property computes it. Central differences
+        do not give it.
         """
         if self._gradient and self.collected is None and self.problem.large:
             self.collected = self.problem.loss_and_gradient(self.theta)[1]

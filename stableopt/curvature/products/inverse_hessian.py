@@ -29,8 +29,7 @@ __all__ = ["InverseHessian"]
 
 
 class InverseHessian(Operator):
-    r"""The symmetric positive definite ``(d, d)`` matrix of L-BFGS, from pairs with :math:`y^\top s >
-    0`.
+    r"""The L-BFGS matrix ``(d, d)``, symmetric positive definite for pairs with :math:`y^\top s > 0`.
 
     It satisfies the secant equation ``P @ y == s`` of the last pair, and those of earlier pairs
     approximately.

@@ -55,8 +55,7 @@ class SpectralDensity:
     products: int
 
     def density(self, grid: Tensor, width: float | None = None) -> Tensor:
-        """Return the density at ``grid`` ``(n,)``, smoothed by Gaussians of standard deviation
-        ``width``.
+        """Return the density at ``grid`` ``(n,)``, by Gaussians of standard deviation ``width``.
 
         Raises:
             ValueError: for a width that is not positive, such as the default if all nodes are equal.

@@ -1,8 +1,8 @@
 r"""`trace`: the sum of all eigenvalues, with a standard error.
 
 Hutch++ (Meyer, Musco, Musco & Woodruff, *Hutch++: optimal stochastic trace estimation*, 2021) computes
-the trace exactly on a subspace Q that contains the large eigenvalues, and estimates it on the complement
-by vectors g of random signs:
+the trace exactly on a subspace Q near the eigenvectors of large eigenvalues, and estimates it on the
+complement by vectors g of random signs:
 
 .. math::
     \mathrm{tr}\,A = \mathrm{tr}\,Q^\top AQ + E\,[g^\top(I-QQ^\top)A(I-QQ^\top)g]
@@ -15,7 +15,7 @@ any later, larger Q:
 .. math::
     g^\top Ag - x^\top Tx - 2\beta x_m\,q^\top g, \qquad x = Q^\top g
 
-At most half of the products go into Q; in Hutch++, two thirds. Two examples::
+Up to about half of the products go into Q; in Hutch++, two thirds. Two examples::
 
     trace(Hessian(problem)).value               # with a standard error of 1 %
     trace(Hessian(problem)).effective_rank      # trace over the largest eigenvalue

@@ -229,6 +229,32 @@ def test_a_trial_is_repeated_for_parameters_that_had_no_part_in_it() -> None:
     assert NonUniformity(problem).method == "vmap"
 
 
+def test_a_call_may_take_as_many_tensors_as_there_are_samples() -> None:
+    """Catches rows of the trial's calls that are matched by place although their numbers differ."""
+
+    class Split(Two):
+        """Takes the batch apart and joins it again, before any parameter."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.cat(x.split(1)))
+
+    class Joined(Two):
+        """Joins the samples with a parameter in one call; the parameter and the copies drop out."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.cat([self.first.bias[:1].expand(1, x.shape[1]), *x.split(1), *x.split(1)])
+            return super().forward(rows[1 : len(x) + 1])
+
+    data = small_data()
+    for build, method in ((Split, "structured"), (Joined, "vmap")):
+        network = build()
+        operator = on(network, data)
+        assert operator.method == method
+        expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
+        eye = torch.eye(len(expected), dtype=torch.float64)
+        assert relative_error(operator @ eye, expected) < 1e-10
+
+
 @pytest.mark.parametrize("memory", [1, 100_000, 2**30])
 def test_whatever_is_kept_the_product_is_the_same(memory: int) -> None:
     """Catches a chunk that is skipped, or read twice, where some passes are kept and others not."""

@@ -64,7 +64,7 @@ def fixed_probe(
 
     Raises:
         ValueError: without ``max_samples``, for endless data, and for more than 1 GiB of data whose
-            readings differ.
+            readings differ and cannot be repeated.
         TypeError: as :class:`Batches` does.
     """
     if max_samples is not None:
@@ -202,7 +202,7 @@ def _fix_content(batches: Batches, held: HeldState) -> None:
     if equal and not changed and not drew_globally:
         return
     held.restore()
-    # A reading that differs from a restored state depends on a generator out of reach.
+    # A reading that differs although the state was restored depends on a generator out of reach.
     hidden = not drew_globally and not _same(first, _first_of(source))
     held.restore()
     kept = _copies(source, required=hidden)

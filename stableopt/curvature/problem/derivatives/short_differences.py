@@ -22,8 +22,8 @@ __all__ = ["Difference", "Slope", "generic_point", "short_difference", "toleranc
 V = TypeVar("V", float, Tensor)
 
 _STEPS = {torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9), torch.float32: (1e-2, 1e-3, 1e-4)}
-"""Steps relative to the norm of the point. Over the shortest ones rounding errors are 1e-7 of the
-difference."""
+"""Steps relative to the norm of the point. In double precision, rounding is 1e-7 of a
+difference over the shortest."""
 
 _SHORTEST = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Shortest step that may confirm a derivative: over a step of 1e-3 the slopes of a network of 20 million
@@ -73,7 +73,7 @@ def short_difference(
     noise: float = 0.0,
     expected: V | None = None,
 ) -> Difference[V] | None:
-    """Return the central difference of ``along`` at 0 that agrees best with that of the next step.
+    """Return the central difference of ``along`` at 0 that agrees best with a neighbouring step's.
 
     ``None`` if no two neighbouring steps agree to a quarter of :func:`tolerance`. A difference that
     agrees with ``expected``, to the tolerance, is returned without a comparison of steps.
