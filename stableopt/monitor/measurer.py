@@ -168,7 +168,7 @@ class Measurer:
         self._summed_batch_size = (
             int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
         )
-        # A full-batch rule may evaluate the batch several times a step: the count is no batch size.
+        # A full-batch rule may evaluate the batch several times a step: the count is not its size.
         batch_size = None if rule.full_batch else self.batch_size
         dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
         needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
