@@ -184,12 +184,12 @@ class Edge(Experiment):
         if "sharpness" in tables:
             for lr, run in tables["sharpness"].groupby("lr", sort=False):
                 ratios = run.sharpness / run.limit
-                highest = mean(ratios.iloc[-3:])
+                final = mean(ratios.iloc[-3:])
                 yield all_of(
                     f"Sharpness of GD at η = {lr:g} ends at 2/η",
-                    [abs(highest - 1) <= AT_THE_EDGE],
+                    [abs(final - 1) <= AT_THE_EDGE],
                     printed="1 (Cohen et al.)",
-                    ours=f"{highest:.3f} of 2/η, from {ratios.iloc[0]:.3f} at the start; at most"
+                    ours=f"{final:.3f} of 2/η, from {ratios.iloc[0]:.3f} at the start; at most"
                     f" {ratios.max():.2f}",
                     tolerance=f"{AT_THE_EDGE:.0%}",
                     why=f"loss {run.loss.iloc[-1]:.1e} at the end",

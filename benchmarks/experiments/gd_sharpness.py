@@ -32,7 +32,7 @@ PRINTED: Mapping[str, Mapping[float, tuple[float, float | None]]] = {
     },
     "cifar10-2": {0.01: (198.9, 0.6), 0.05: (39.8, 0.2), 0.1: (19.8, 0.1), 0.5: (3.6, 0.4)},
 }
-"""Table 2: the sharpness and its standard deviation, if printed, by learning rate."""
+"""Table 2: by learning rate, the sharpness and the number behind its ±, if it has one."""
 
 TOLERANCE = 0.05
 

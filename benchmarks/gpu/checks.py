@@ -78,10 +78,8 @@ def measure(setting: Setting) -> PartResult:
 
 def tests(setting: Setting) -> PartResult:
     """The suite's tests of accelerators, on this one."""
-    test_files = [
-        "test_measurements.py",
-        "test_products.py",
-    ]  # without the tests of the simulation itself
+    # Without the tests of the simulation itself.
+    test_files = ["test_measurements.py", "test_products.py"]
     if setting.miniature:
         test_files = ["test_products.py::test_layers_with_structure"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

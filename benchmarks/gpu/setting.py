@@ -89,6 +89,5 @@ class Setting:
             simulated_device.install()
             torch.set_num_threads(1)
         elif self.device.startswith("cuda"):
-            torch.cuda.set_device(
-                torch.device(self.device).index or 0
-            )  # NCCL uses the current device
+            # NCCL uses the current device.
+            torch.cuda.set_device(torch.device(self.device).index or 0)

@@ -88,8 +88,8 @@ def _max_overhead(config: Config, images: Images) -> dict[str, Any]:
     """
     run = _Run(config, images)
     monitor = run.track(max_overhead=config.max_overhead)
-    # Each counted measurement comes with the steps up to the next one, whose time budget pays for it.
-    # The first measurement is not counted.
+    # Each counted measurement comes with the steps up to the next one, which pay for it. The first
+    # measurement is not counted: no steps have paid for it.
     run.seconds(1)
     times: list[float] = []
     unmeasured: list[float] = []

@@ -29,7 +29,7 @@ WORKER_DIED = (
 
 
 class Executor(Protocol):
-    """Runs jobs. If it has ``stop()``, that is called when time is up; then ``shutdown()``, if any."""
+    """Runs jobs. ``shutdown()``, if it has one, is called at the end, after ``stop()`` if time is up."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Any:
         """Schedule a call; return a handle with ``done()``, ``result()`` and ``cancel()``."""

@@ -181,7 +181,9 @@ def _split(
     n: int,
     classes: int,
 ) -> Images:
-    if n < 1 or len(x) < n or not len(test_x):
+    if n < 1:
+        raise ValueError(f"n={n}: expected at least 1 training image")
+    if len(x) < n or not len(test_x):
         raise ValueError(
             f"n={n}: {name} has {len(x)} training and {len(test_x)} test images, expected at least"
             f" {n} and 1"

@@ -43,11 +43,12 @@ def _callback_class() -> Any:
 class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
     """Measures the stability margins during ``trainer.fit`` and sends them to the loggers.
 
-    The callback does not change a bit of the run. Every finite number of a record goes to all loggers
-    as ``<prefix>/<name>``, at the trainer's step, and stays in ``trainer.callback_metrics`` until the
-    next measurement, so that ``ModelCheckpoint`` can watch it. Checkpoints hold the monitor's state, so
-    a resumed run measures as an uninterrupted one. If nothing can be measured, there is an error before
-    the first step; a measurement that fails later is recorded, and training continues.
+    Training with the callback is bit for bit the training without it. Every finite number of a record
+    goes to all loggers as ``<prefix>/<name>``, at the trainer's step, and stays in
+    ``trainer.callback_metrics`` until the next measurement, so that ``ModelCheckpoint`` can watch it.
+    Checkpoints hold the monitor's state, so a resumed run measures as an uninterrupted one. If nothing
+    can be measured, there is an error before the first step; a measurement that fails later is
+    recorded, and training continues.
 
     The batch size of a step counts the samples that Lightning passes to ``training_step``.
 
@@ -212,7 +213,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
 def _params_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Tensor]:
     """Return the parameters of ``module`` that ``optimizer`` holds, without frozen ones.
 
-    If all are frozen, as by ``untoggle_optimizer``, return all.
+    If all are frozen, as by ``toggle_optimizer`` for another optimizer, return all.
     """
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     params: list[Tensor] = [p for p in module.parameters() if id(p) in ids]

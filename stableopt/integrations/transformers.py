@@ -44,7 +44,8 @@ _PROBE_BATCH = 32
 class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore[misc]
     """Measures the stability margins while a ``transformers.Trainer`` trains.
 
-    The callback does not change a bit of the run. Every finite number of a record is logged as
+    Training with the callback is bit for bit the training without it. Every finite number of a record
+    is logged as
     ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's
     state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), so a resumed run
     measures as an uninterrupted one. (The trainer's own mechanism, ``ExportableState``, is off by

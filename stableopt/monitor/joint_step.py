@@ -14,7 +14,7 @@ _STEP_WRAPPER_FILE = torch.optim.Optimizer.profile_hook_step.__code__.co_filenam
 
 
 class JointStep:
-    """Tracks the joint steps of optimizers that share a model: each optimizer steps once.
+    """Tracks the joint steps of optimizers that share a model: one is complete when each has stepped.
 
     If an optimizer steps again before the others, as after a step that a gradient scaler skipped, it
     begins a new joint step.

@@ -168,7 +168,7 @@ class Measurer:
         self._summed_batch_size = (
             int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
         )
-        # A full-batch rule may evaluate the batch several times a step, which the counter sums.
+        # A full-batch rule may evaluate the batch several times a step: the count is not its size.
         batch_size = None if rule.full_batch else self.batch_size
         dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
         needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
@@ -234,7 +234,7 @@ class Measurer:
             )
 
     def _effective_dataset_size(self) -> int | None:
-        """Return the dataset size, or ``None``, infinite, if observed steps exceed the probe set."""
+        """Return the dataset size; ``None``, for infinite, if observed steps exceed the probe set."""
         batch_size, size = self.batch_size, self._dataset_size
         if self._batch_size is None and batch_size is not None and batch_size > size:
             if not self._probe_is_dataset:

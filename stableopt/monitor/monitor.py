@@ -62,8 +62,8 @@ class StabilityMonitor:
         data: the probe set, on which curvature is measured: the training set, or a part of it.
         every: the number of steps between measurements, such as 50.
         max_overhead: instead of ``every``, the largest share of the training time spent measuring; 0.05
-            if neither is given. A first measurement of more than an expected second waits until the
-            training time allows it.
+            if neither is given. A first measurement that is expected to take more than a second waits
+            until the training time allows it.
         batch_size: samples in a step, of all ranks. By default the median of the last five steps,
             counted in the model's forward passes, except under ``torch.jit.script`` or with
             ``fullgraph=True`` around the model.
@@ -88,8 +88,8 @@ class StabilityMonitor:
             :func:`~stableopt.measure`.
         process_group: a ``torch.distributed`` group whose ranks measure together, each with its shard
             as ``data``; by default the group of a ``DistributedDataParallel`` model or of a model under
-            ``fully_shard``. Every rank must create the monitor; to measure on one rank alone, pass
-            ``model.module`` there. Rank 0 decides when to measure, and sends to the sinks.
+            ``fully_shard``. Every rank must then create the monitor; to measure replicas on one rank
+            alone, pass ``model.module`` there. Rank 0 decides when to measure, and sends to the sinks.
         tol: the largest residual, relative to the eigenvalue.
         max_iter: the largest number of products for each quantity and measurement.
         cold_every: the number of warm-started measurements between two that start at random.

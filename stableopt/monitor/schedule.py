@@ -29,7 +29,7 @@ class Schedule:
         max_overhead: instead of ``every``, the largest share of the training time spent measuring; 0.05
             by default.
         first_seconds: returns the expected seconds of the first measurement. With ``max_overhead``, a
-            first measurement of more than one second waits until the training time allows it.
+            first measurement that takes more than one waits until the training time allows it.
 
     Attributes:
         pending: whether a measurement is due, and waits for a step that changes the parameters.

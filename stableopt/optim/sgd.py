@@ -91,7 +91,7 @@ class GD(SGD):
             model: the model.
             loss_fn: ``loss_fn(model(x), y)``, the mean over a chunk.
             data: an ``(x, y)`` pair, a ``Dataset``, a ``DataLoader`` or a re-iterable of batches.
-            chunk_size: the largest number of samples at once; by default the batch size of a loader,
+            chunk_size: the largest number of samples at once; by default the batches of a loader,
                 and 1,024 for pairs.
             sample_weight: the samples' weights, as for :class:`~stableopt.Problem`; not needed for
                 torch's losses.

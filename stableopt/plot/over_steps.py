@@ -29,8 +29,8 @@ def margins(
 ) -> Figure:
     """Draw sharpness and non-uniformity over the steps, each with its limit.
 
-    With a preconditioner it is the preconditioned sharpness, to which the limit applies. Panels of other
-    measured quantities with a chart follow below. The range above a limit is shaded. Failed
+    With a preconditioner the sharpness is the preconditioned one, to which the limit applies. Panels of
+    other measured quantities with a chart follow below. The range above a limit is shaded. Failed
     measurements are crosses at the bottom of a panel. An axis that spans more than a factor of 20 is
     logarithmic if all its numbers are positive.
 

@@ -64,7 +64,7 @@ def spectrum(
     low, high = density.nodes[0] - 4 * density.width, density.nodes[-1] + 4 * density.width
     grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
     curve = density.density(grid).numpy()
-    # The axis ends at a tenth of the peak that one of all eigenvalues gives.
+    # The axis ends at a tenth of the peak of a single eigenvalue.
     peak_of_one = 1 / (density.size * density.width * math.sqrt(2 * math.pi))
     floor = max(peak_of_one / 10, 1e-9 * float(curve.max()))
     axes.fill_between(grid, floor, np.maximum(curve, floor), color=BLUE, alpha=0.25, linewidth=0)

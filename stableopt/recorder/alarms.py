@@ -17,7 +17,8 @@ BLOCK = 5
 last block, so call them at least once per block of steps."""
 
 _HISTORY = 8
-"""Earlier block means, or measurements, with which the last is compared; fewer give no spread."""
+"""Earlier block means with which the last is compared; fewer do not show the spread. Measurements are
+compared with at most as many."""
 
 _ERRORS = 6.0
 """Standard errors by which a block mean must exceed the loss at the start: losses have long tails."""

@@ -189,7 +189,7 @@ def robust_score(value: float, before: Sequence[float]) -> float:
 
     The centre is the median. The standard deviation is 1.4826 times the smaller of two estimates: the
     median absolute deviation, and the median absolute difference of neighbours over :math:`\sqrt2`,
-    which a trend does not widen. Both are consistent for independent normal values. The standard
+    which a trend does not widen. For independent normal values either is consistent. The standard
     deviation is at least a hundredth of the centre.
 
     >>> round(robust_score(2.0, [1.0, 1.1, 0.9, 1.0, 1.2]), 1)

@@ -118,8 +118,8 @@ class FlightRecorder:
         self._pending = PendingSteps(monitor)
         self._first_losses: list[float] = []
         self._first_probe: float | None = None
-        self._quiet_until = 0  # the first step of the next report
-        self._next_measurement = 0  # the first step of the next measurement at an alarm
+        self._quiet_until = 0  # alarms of earlier steps are not reported
+        self._next_measurement = 0  # no alarm triggers a measurement before this step
         self._reporting = False
         self._unchecked = 0  # steps of the evidence that the rules have not seen
         self._early_alarm: tuple[Alarm, Evidence] | None = None

@@ -167,7 +167,10 @@ def runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verd
 
 
 def _runaway(evidence: Evidence, record: StepRecord, layer: str, length: float) -> Verdict | None:
-    """Return the verdict on the fastest group of ``layer``, if its rate is above the others'."""
+    """Return the verdict on the group of ``layer``, the one with the highest rate of several.
+
+    ``None`` if its rate is not above those of the others.
+    """
     lrs = record.lrs
     groups = [group for group in range(len(lrs)) if layer in _layers_in(evidence, group)]
     if not groups:

@@ -37,7 +37,8 @@ _LOSS_JUMP, _LOSS_RISE = 3.0, 0.1
 loss at the start."""
 
 _RETURN = 0.1
-"""Largest share of an odd batch's loss that the next batch may have: an unstable loss stays high."""
+"""Largest share of an odd batch's loss that the next batch may have, if that is above all losses before:
+a loss that instability raises stays high."""
 
 _REPEATS = 5
 """Norms at the same ceiling from which gradients count as clipped."""

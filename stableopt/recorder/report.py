@@ -61,7 +61,7 @@ def write_report(
         alarm: the event.
         verdict: its likely cause.
         evidence: the steps and measurements before it.
-        weights: the content of ``last_good.pt``, a file that a report without weights lacks.
+        weights: the content of ``last_good.pt``; ``None`` for a report without this file.
         missing: parts that the report lacks already, with the reason; parts that fail are added.
 
     Raises:
@@ -250,8 +250,8 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
     _line(panels[0], [(s.step, s.loss) for s in steps], "batch", "#999999")
     _line(panels[0], [(m.step, m.loss) for m in margins], "probe set", "#0072B2", "o-")
     _line(panels[1], [(m.step, m.edge_ratio) for m in margins], "sharpness", "#D55E00", "o-")
-    uniformity = [(m.step, m.non_uniformity_ratio) for m in margins]
-    _line(panels[1], uniformity, "non-uniformity", "#009E73", "o-")
+    ratios = [(m.step, m.non_uniformity_ratio) for m in margins]
+    _line(panels[1], ratios, "non-uniformity", "#009E73", "o-")
     panels[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="limit")
     _line(panels[2], [(s.step, _norm(s)) for s in steps if s.grad_norms], "", "#0072B2")
     _line(panels[3], [(s.step, s.lr) for s in steps], "", "#0072B2")

@@ -130,7 +130,7 @@ def _norm(norms: Any) -> float:
 
 
 def thinned(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
-    """Return at most ``most`` of ``points``: the lowest and the highest of each bin, and its gaps.
+    """Return at most ``most`` of ``points``: the lowest and the highest of each bin, or a gap.
 
     >>> thinned([(step, float(step == 70)) for step in range(100)], most=4)
     [(0, 0.0), (1, 0.0), (50, 0.0), (70, 1.0)]

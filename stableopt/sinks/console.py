@@ -102,9 +102,8 @@ class ConsoleSink:
             return False
         self._live = live
         redirect(self.console, lambda: self._live is live, self.flush)
-        atexit.register(
-            self.flush
-        )  # shows the cursor again if the program does not close its monitor
+        # A program that does not close its monitor gets its cursor back.
+        atexit.register(self.flush)
         return True
 
     def _print(self, text: str, bars: Sequence[Any]) -> None:

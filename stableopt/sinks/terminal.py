@@ -55,7 +55,7 @@ def redirect(console: Console, active: Callable[[], bool], end: Callable[[], Non
 
 
 def other_display() -> Any:
-    """Return a stream that another display of rich has redirected, or ``None``; it prints above it."""
+    """Return a stream that prints above another display of rich; ``None`` without such a display."""
     streams = (sys.stderr, sys.stdout)
     return next((stream for stream in streams if isinstance(stream, FileProxy)), None)
 

@@ -24,7 +24,7 @@ from stableopt.steering.target import TargetRegion
 __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
 
 AVERAGED = 16
-"""Measurements in the running average, whose error is a quarter of that of one measurement."""
+"""Measurements in the running average, whose error is then at most a quarter of that of one."""
 
 
 @dataclass(frozen=True)

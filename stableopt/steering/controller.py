@@ -116,7 +116,7 @@ class StabilityController:
 
     @property
     def target(self) -> TargetRegion:
-        """The region, absolute from the first converged measurement on."""
+        """The region; one relative to the present is absolute once it is resolved."""
         return self._target
 
     @property

@@ -61,7 +61,7 @@ class Decision:
         return f"step {self.step}: {self.kind} {self.what} {change}{mode}: {self.why}"
 
     def record(self) -> dict[str, float]:
-        """Return the numbers for a sink by name; ``decision`` = 1 marks it as no measurement.
+        """Return the numbers for a sink by name; ``decision`` tells it from a measurement.
 
         >>> Decision("lr", "cut", 0.1, 0.07, "the loss is nan").record()
         {'decision': 1.0, 'lr_from': 0.1, 'lr_to': 0.07}

@@ -9,9 +9,9 @@ is a dictionary of plain numbers, empty at the start. A new law is one function,
 The default is the gated staircase, since simpler laws fail (``python -m benchmarks run
 control-laws`` shows how):
 
-- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the rate falls and the sharpness follows
-  it up; with ρ ≥ 1 the rate makes one minimum after the other unstable without a target, or training
-  diverges.
+- :math:`\eta = 2\rho/a` from the *measured* a: with ρ < 1 the rate falls and the sharpness
+  rises, both without end; with ρ ≥ 1 the rate makes one minimum after the other unstable without a
+  target, or training diverges.
 - A cut whenever a is above the target: the rate falls to zero, where every minimum is stable, and
   training stays in the sharp one.
 - A cut whenever the loss rises: it cancels the wanted escape, during which the loss rises.
@@ -143,7 +143,7 @@ def gated_staircase(
       again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
 
     Without momentum the gate is ``gate``; with momentum it is the ratio at which an escape grows
-    equally fast.
+    equally fast (:func:`momentum_gate`).
 
     A measurement that did not converge never raises the rate, since it may be too low.
 
@@ -282,8 +282,9 @@ def momentum_gate(rule: UpdateRule, gate: float) -> float:
 
     .. math:: k(\rho) = \frac{(\rho + c)(\rho + \beta)}{u\rho + w},
 
-    and the ratio is :math:`k(\rho)/k(1)`. For a filter k is the largest stable :math:`\eta a` of
-    :func:`~stableopt.stability.rules.filters.stable_range`. Near the limit an escape with momentum
+    and the ratio is :math:`k(\rho)/k(1)`. For a filter :math:`k(\rho)` is the largest
+    :math:`\eta a` at which no root exceeds ρ
+    (:func:`~stableopt.stability.rules.filters.stable_range`). Near the limit an escape with momentum
     grows faster than one without.
 
     >>> momentum_gate(UpdateRule(lr=0.1), 1.2)
@@ -348,7 +349,7 @@ def _why_not_raise(measured: LRMeasured, state: State, tries: int) -> str | None
 def _cut_or_hold(
     measured: LRMeasured, state: State, *, cut: float, hold: int
 ) -> tuple[Decision | None, float, State]:
-    """Return the cut or hold that every law must decide on after a failure; or ``None``.
+    """Return the cut or hold that the measurement, or an earlier cut, forces on any law; or ``None``.
 
     Also return the number of steps since the last call, 1 at the first, and the new state.
     """

@@ -231,7 +231,7 @@ class AdaptiveAccumulation(_BatchSize):
 
     Yields for each step a list of ``(share, batch)``. The share is the batch's fraction of the step's
     samples, or of the sum of their weights. So the gradients of ``share * loss`` add up to the gradient
-    of the mean loss, also if the last batch is smaller. The size is read before each step. The last
+    of the mean loss, also if batches differ in size. The size is read before each step. The last
     step of an epoch may be shorter.
 
     Args:

@@ -53,7 +53,8 @@ class StabilityLR(LRScheduler):
     Args:
         optimizer: the optimizer.
         monitor: the monitor of this optimizer; it measures at least the sharpness.
-        target: the region; a relative one becomes absolute at the first converged measurement.
+        target: the region; one relative to the present becomes absolute at the first converged
+            measurement.
         law: the control law (:mod:`~stableopt.steering.lr_laws`); by default
             :func:`~stableopt.steering.lr_laws.gated_staircase`, or for a share of the limits
             :func:`~stableopt.steering.lr_laws.keep_margin`.
@@ -73,7 +74,7 @@ class StabilityLR(LRScheduler):
         last_epoch: as in torch.
 
     Attributes:
-        target: the region, absolute from the first converged measurement on.
+        target: the region; one relative to the present is absolute once it is resolved.
         decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
         max_lr: the largest rate.
@@ -292,15 +293,14 @@ class StabilityLR(LRScheduler):
             return problem.unflatten(eigenvectors["sharpness"])
         direction = eigenvectors["preconditioned_sharpness"]
         preconditioner = outside_coordinates(rule, problem.params)
-        if (
-            preconditioner is not None
-        ):  # the eigenvector is a covector, and P maps it to a direction
+        if preconditioner is not None:
+            # Then the eigenvector is a covector, which P maps to a direction.
             direction = preconditioner @ direction
         return problem.unflatten(direction)
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
-    """Return the rate of the fastest group, or its value of ``key`` if groups have it."""
+    """Return the largest ``key`` of the groups; a group without ``key`` counts with its rate."""
     return max(float(group.get(key, group["lr"])) for group in optimizer.param_groups)
 
 

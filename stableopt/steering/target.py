@@ -60,8 +60,8 @@ class TargetRegion:
     Args:
         sharpness: ``(low, high)``, in units of the curvature; ``None`` for an open end.
         non_uniformity: ``(low, high)``, likewise.
-        unit: the unit of the bounds: ``"absolute"`` values, multiples of the first measured values
-            (``"present"``), or shares of the limits (``"limit"``).
+        unit: the unit of the bounds: ``"absolute"`` values, multiples of the values measured at the
+            start of steering (``"present"``), or shares of the limits (``"limit"``).
 
     Raises:
         ValueError: for bounds that are negative or in the wrong order, a box without a bound, or an
@@ -139,9 +139,9 @@ class TargetRegion:
         return low, high
 
     def resolve(self, margins: StabilityMargins) -> TargetRegion:
-        """Return a region relative to the present in absolute numbers, with the values in ``margins``.
+        """Return the region in absolute numbers, if it is relative to the values in ``margins``.
 
-        A region in other units, such as :meth:`within_limits`, stays as it is.
+        A region in another unit, such as :meth:`within_limits`, stays as it is.
 
         Raises:
             ValueError: if a quantity that it is relative to was not measured.

@@ -47,9 +47,9 @@ def verdict(
 ) -> tuple[Decision | None, State]:
     """Return a decision if the target is newly reached, missed again or unreachable; else ``None``.
 
-    It is unreachable if its learning rate is above ``max_lr``, or was cut three times; or if learning
-    rate and batch size have the target's values, and the logarithmic distance to the target did not
-    fall by a tenth within ``patience`` measurements.
+    It is unreachable if its learning rate is above ``max_lr``, or was cut three times; or if the
+    law no longer moves the rate, and the logarithmic distance to the target did not fall by a tenth
+    within ``patience`` measurements.
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
@@ -129,7 +129,7 @@ def _why_forbidden(situation: Situation, miss: str) -> str | None:
 
 
 def _why_stuck(situation: Situation, miss: str) -> str:
-    """Return why the target is not approached although learning rate and batch size are right."""
+    """Return why the target is not approached although the learning rate no longer moves."""
     low, loss = situation.target.bounds("sharpness")[0], situation.margins.loss
     if miss.startswith("sharpness") and "below" in miss:
         remaining = "" if loss is None else f" {loss:.2g}"

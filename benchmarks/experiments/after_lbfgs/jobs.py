@@ -37,7 +37,7 @@ class Continued(Job):
         looks: number of measurements, evenly spaced in the logarithm of the step.
 
     The result has ``course``, a record for the start and for each measurement: ``step``, training
-    ``loss``, ``test`` accuracy on the half of the test images that chose no learning rate, and
+    ``loss``, ``test`` accuracy on the half of the test images by which no learning rate was chosen, and
     ``sharpness``. It ends where training diverges.
     """
 

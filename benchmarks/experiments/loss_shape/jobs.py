@@ -117,10 +117,10 @@ def trusted_rise(
 ) -> float:
     r"""Return the rise :math:`at^2/2`, relative to the minimum's loss, up to which the quadratic holds.
 
-    It holds if on both sides it differs from the loss by at most a tenth of minimum's loss plus rise.
-    A tenth of the rise alone would be too strict for ReLU networks: next to a kink the loss differs
-    from its quadratic by as much as it rises. Rises are tested at 20 points per decade; infinity if
-    all of them pass.
+    It holds if on both sides it differs from the loss by at most a tenth of the sum of the minimum's
+    loss and the rise. A tenth of the rise alone would be too strict for ReLU networks: next to a kink
+    the loss differs from its quadratic by as much as it rises. Rises are tested at 20 points per
+    decade; infinity if all of them pass.
 
     >>> round(trusted_rise(lambda t: 1 + t**2 / 2 + 0.049 * t**4, 1.0, 0.0, 1.0), 2)  # at t² = 2: Q/10
     1.0

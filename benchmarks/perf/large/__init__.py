@@ -47,7 +47,7 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
 
 
 def _in_process(package: str, config: Config, *numbers: int) -> list[dict[str, Any]]:
-    """Return the rows of ``way``, run in a new process."""
+    """Return the rows of ``package``, run in a new process."""
     given = json.dumps([{**asdict(config), "out": str(config.out), "data_dir": None}, *numbers])
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.perf.large.phases", package, given],

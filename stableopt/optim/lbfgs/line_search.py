@@ -79,7 +79,7 @@ def strong_wolfe(
     budget: int,
     rounding: float = 0.0,
 ) -> tuple[Trial, bool]:
-    r"""Search for a step that meets the strong Wolfe conditions; else return the lowest point.
+    r"""Search for a step that meets the strong Wolfe conditions; else return the lowest one found.
 
     Args:
         evaluate: returns the point at a step length.
@@ -87,8 +87,8 @@ def strong_wolfe(
         t: the first step length to try.
         largest: the largest absolute entry of the direction.
         budget: the largest number of evaluations after the first.
-        rounding: the rounding error of losses. If the slopes show that a point's loss differs by less
-            from that of ``start``, its height is :math:`f(0) + t\,(f'(0) + f'(t))/2`: close to a
+        rounding: the rounding error of losses. If the slopes show that a point's loss differs from that
+            of ``start`` by at most this, its height is :math:`f(0) + t\,(f'(0) + f'(t))/2`: close to a
             minimum slopes still have correct digits when differences of losses have none (Hager &
             Zhang, SIAM J. Optim. 2005).
 
@@ -183,7 +183,7 @@ def _between(ends: list[Trial], low: int, stuck: bool) -> tuple[Number, bool]:
         return t, False
     if not (stuck or t >= right or t <= left):
         return t, True
-    # Near an end for the second time in a row, or beyond it: move a tenth of the bracket inwards.
+    # Near an end for the second time in a row, or at it: move a tenth of the bracket inwards.
     return (right - margin if abs(t - right) < abs(t - left) else left + margin), False
 
 

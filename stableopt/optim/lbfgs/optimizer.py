@@ -51,8 +51,8 @@ class LBFGS(Tracking, torch.optim.LBFGS):
       :math:`y^\top s` nor :math:`y^\top y` underflows, at any scale of the loss. ``"two_loop"`` keeps it
       if :math:`y^\top s > 10^{-10}`, like torch.
     - If losses differ by less than rounding, the line search of ``"compact"`` compares slopes, and ends
-      between points that round to the same one; torch continues up to ``max_eval``. If a search finds no
-      lower point, the next step evaluates once and does not repeat it.
+      between points that round to the same one; torch continues up to ``max_eval``. After such a search
+      without a lower point, the next step evaluates once and does not search again.
     - A direction that does not descend empties the memory; torch would never move again.
     - Groups may have their own ``lr`` and ``weight_decay``. With
       :math:`\Lambda = \mathrm{diag}(\eta_g)/\max\eta` the direction is
@@ -70,12 +70,13 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         lr: the step length without a line search; with one, the first length to try.
         max_iter: the largest number of iterations in a step.
         max_eval: the largest number of closure calls in a step, by default 5/4 ``max_iter``.
-        tolerance_grad: a step ends if the largest entry of the gradient is at most this.
+        tolerance_grad: a step ends if the largest absolute entry of the gradient is at most this.
         tolerance_change: a step ends if the loss or the parameters change by less than this.
         history_size: the largest number of pairs in the memory.
         line_search_fn: ``"strong_wolfe"``, or ``None`` for steps of fixed length.
         direction: ``"compact"`` or ``"two_loop"``.
-        damping: pairs of too little curvature are averaged with the initial matrix instead of dropped
+        damping: averages y with :math:`s/\gamma`, that of the initial matrix, in pairs of too little
+            curvature, instead of dropping them
             (:func:`~stableopt.optim.lbfgs.memory.damped_share`). Powell's value is 0.2; the default,
             0, is off.
         weight_decay: coupled weight decay: adds :math:`\lambda x` to the gradient, and

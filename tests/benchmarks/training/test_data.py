@@ -95,6 +95,8 @@ def test_a_folder_that_is_named_is_used_and_downloads_are_checked(
     assert asked == []
     with pytest.raises(ValueError, match="n=21: fashion-mnist has 20 training"):
         Dataset("fashion-mnist", n=21).load()
+    with pytest.raises(ValueError, match="n=0: expected at least 1"):
+        Dataset("fashion-mnist", n=0).load()
 
 
 def test_real_fashion_mnist() -> None:
