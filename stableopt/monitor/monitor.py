@@ -198,13 +198,14 @@ class StabilityMonitor:
             module = model if isinstance(model, nn.Module) else problem.model
             hook = module.register_forward_pre_hook(self._counter, with_kwargs=True)
             self._handles.append(hook)
-            self._counter.calibrate(problem)
         needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
         before = self._before_step if needs_start else None
         try:
             for each in self.optimizers:
                 self._handles += observe_steps(each, before, self._after_step)
-        except TypeError:
+            if batch_size is None:
+                self._counter.calibrate(problem)
+        except Exception:
             self.close()
             raise
 
