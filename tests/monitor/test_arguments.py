@@ -103,10 +103,10 @@ def test_optimizer_of_unknown_rule() -> None:
         unknown = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
     train(model, optimizer, steps=2)  # without another warning
     assert [m.step for m in unknown.history] == [1, 2]
-    for found in unknown.history:
-        assert found.sharpness is not None
-        assert found.realised_edge is not None
-        assert (found.sharpness_limit, found.edge_ratio) == (None, None)
+    for margins in unknown.history:
+        assert margins.sharpness is not None
+        assert margins.realised_edge is not None
+        assert (margins.sharpness_limit, margins.edge_ratio) == (None, None)
     unknown.close()
     for name in ("theorem1", "critical_lr", "preconditioned_sharpness"):
         with pytest.raises(ValueError, match=f"{name} needs the update rule.*update_rule="):

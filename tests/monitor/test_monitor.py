@@ -60,14 +60,14 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
     # of tol^2, 1e-18, so rounding in another order is all there is.
     shared = decays[0] if lrs[0] == lrs[1] and decays[0] == decays[1] else 0.0
     same = len(set(lrs)) == len(set(decays)) == 1
-    found, limit = (
+    measured, limit = (
         (margins.sharpness, margins.sharpness_limit)
         if same
         else (margins.preconditioned_sharpness, margins.preconditioned_sharpness_limit)
     )
-    assert found is not None
+    assert measured is not None
     assert limit == pytest.approx(2 / max(lrs) - shared, rel=1e-12)
-    assert found + shared == pytest.approx(top / max(lrs), rel=1e-12)
+    assert measured + shared == pytest.approx(top / max(lrs), rel=1e-12)
     # Plain sharpness is H's for any groups, and has a limit only where the step is plain.
     plain = float(torch.linalg.eigvalsh(hessian)[-1])
     assert margins.sharpness == pytest.approx(plain, rel=1e-12)

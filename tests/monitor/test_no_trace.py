@@ -176,15 +176,15 @@ def test_workers_of_the_training_loader_are_not_disturbed() -> None:
         model = linear()
         optimizer = stableopt.SGD(model.parameters(), lr=0.1)
         monitor = optimizer.track(model, MSE, loader, every=1) if watched else None
-        seen = []
+        batches = []
         for _ in range(2):
             for x, y in loader:
-                seen.append(x)
+                batches.append(x)
                 optimizer.zero_grad()
                 MSE(model(x), y).backward()
                 optimizer.step()
         measured = 0 if monitor is None else len([m for m in monitor.history if m.converged])
-        return [*seen, model.weight.detach(), generator.get_state()], measured
+        return [*batches, model.weight.detach(), generator.get_state()], measured
 
     bare, watched = run(False), run(True)
     assert watched[1] == 6

@@ -105,8 +105,8 @@ def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
         runs.append([(m.step, m.sharpness, m.realised_edge) for m in monitor.history])
         if not bare:
             assert results == [None if kind is Delegating else "stepped"] * 3
-            found = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
-            assert found.passes <= 7
+            critical = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
+            assert critical.passes <= 7
             if kind is not Uninitialised:  # torch makes no copies of it
                 for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
                     train_alone(copied)
@@ -233,5 +233,5 @@ def test_a_step_in_parts_is_one_step(form: str) -> None:
     monitor.close()
     assert "first_step" not in vars(optimizer)
     assert "second_step" not in vars(optimizer)
-    found = monitor.history[0].realised_edge
-    assert found == pytest.approx(edges[0], rel=1e-4)
+    measured = monitor.history[0].realised_edge
+    assert measured == pytest.approx(edges[0], rel=1e-4)

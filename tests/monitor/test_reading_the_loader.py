@@ -114,15 +114,15 @@ def run(loader: DataLoader[Any], tracked: bool) -> tuple[list[Tensor], list[str 
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.01)
     monitor = optimizer.track(model, nn.MSELoss(), loader, every=2) if tracked else None
-    seen = []
+    batches = []
     for _ in range(2):
         for x, y in loader:
-            seen.append(x)
+            batches.append(x)
             optimizer.zero_grad()
             nn.MSELoss()(model(x), y).backward()
             optimizer.step()
     failures = [] if monitor is None else [margins.failure for margins in monitor.history]
-    return [*seen, *(p.detach() for p in model.parameters()), torch.get_rng_state()], failures
+    return [*batches, *(p.detach() for p in model.parameters()), torch.get_rng_state()], failures
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

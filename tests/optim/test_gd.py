@@ -125,8 +125,8 @@ def test_modes_are_left_alone() -> None:
     """Catches a switch to eval mode, by which batch norm would stop learning its statistics."""
     frozen = nn.BatchNorm1d(3).double().eval()
     live, dropout = nn.BatchNorm1d(3).double(), nn.Dropout(0.5)
-    seen: list[bool] = []
-    dropout.register_forward_hook(lambda module, args, out: seen.append(bool((out == 0).any())))
+    dropped: list[bool] = []
+    dropout.register_forward_hook(lambda module, args, out: dropped.append(bool((out == 0).any())))
     model = nn.Sequential(frozen, live, dropout, linear())
     flags = [module.training for module in model.modules()]
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
@@ -137,7 +137,7 @@ def test_modes_are_left_alone() -> None:
     assert frozen.num_batches_tracked is not None
     assert (int(live.num_batches_tracked), int(frozen.num_batches_tracked)) == (3, 0)
     # 12 units at a rate of one half: all kept has a chance of 2e-4, and the seed is fixed.
-    assert seen == [True] * 3
+    assert dropped == [True] * 3
 
 
 def once() -> Iterator[Any]:
@@ -233,7 +233,7 @@ def weighted_case(name: str) -> tuple[Any, Any]:
     weight = torch.tensor([1.0, 9.0], dtype=torch.float64)
     classes = nn.CrossEntropyLoss(weight)
 
-    def own(outputs: Tensor, labels: Tensor) -> Tensor:
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
         losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
         return (weight[labels] * losses).sum() / weight[labels].sum()
 
@@ -243,7 +243,7 @@ def weighted_case(name: str) -> tuple[Any, Any]:
             None,
         )
     if name == "own":
-        return own, lambda batch: weight[batch[1]]
+        return weighted, lambda batch: weight[batch[1]]
     return (classes, None) if name == "classes" else (nn.CrossEntropyLoss(ignore_index=0), None)
 
 

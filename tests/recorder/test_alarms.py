@@ -28,8 +28,8 @@ def measured(ratios: Sequence[float | None], losses: Sequence[float]) -> list[Me
 
 
 def kind(evidence: Evidence, rules: AlarmRules | None = None) -> str | None:
-    found = (rules or AlarmRules()).alarm(evidence)
-    return None if found is None else found.kind
+    alarm = (rules or AlarmRules()).alarm(evidence)
+    return None if alarm is None else alarm.kind
 
 
 def noisy(count: int, level: Callable[[int], float]) -> list[float]:
@@ -154,15 +154,15 @@ def test_a_spike_while_the_loss_still_falls() -> None:
 
 def alarms(losses: Sequence[float], moved: float = 0.0) -> list[int]:
     """Return the steps at which a run gives an alarm since its loss is above that at the start."""
-    records = [StepRecord(k, 0.1, its, moved={"0": moved}) for k, its in enumerate(losses, 1)]
-    found = []
+    records = [StepRecord(k, 0.1, loss, moved={"0": moved}) for k, loss in enumerate(losses, 1)]
+    steps = []
     for end in range(5, len(losses) + 1, 5):
         first = losses[: min(end, 20)]
-        known = Evidence(records[:end][-200:], [], first_level(first), first_losses=first)
-        alarm = AlarmRules().alarm(known)
+        evidence = Evidence(records[:end][-200:], [], first_level(first), first_losses=first)
+        alarm = AlarmRules().alarm(evidence)
         if alarm is not None and "at the start" in alarm.text:
-            found.append(end)
-    return found
+            steps.append(end)
+    return steps
 
 
 def test_losses_of_single_samples_give_no_alarm() -> None:

@@ -56,16 +56,16 @@ def test_a_healthy_run_writes_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_a_raised_learning_rate_is_found(spiked: Run) -> None:
     """Catches a spike without a report, and one whose cause is not the planted one."""
-    found = spiked.report()
-    assert found["verdict"]["cause"] == "learning rate"
-    assert found["verdict"]["step"] == 81
-    assert "The learning rate rose from 0.1 to 3 at step 81." in found["verdict"]["text"]
-    assert 81 <= found["alarm"]["step"] <= 105
-    steps = found["evidence"]["steps"]
-    assert [its["step"] for its in steps] == list(range(1, len(steps) + 1))
+    report = spiked.report()
+    assert report["verdict"]["cause"] == "learning rate"
+    assert report["verdict"]["step"] == 81
+    assert "The learning rate rose from 0.1 to 3 at step 81." in report["verdict"]["text"]
+    assert 81 <= report["alarm"]["step"] <= 105
+    steps = report["evidence"]["steps"]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert len(steps[0]["batch"]) == 32
     assert set(steps[0]["grad_norms"]) == {"0", "2", "4"}
-    assert sum(found["evidence"]["measured"][-1]["shares"].values()) == pytest.approx(1.0)
+    assert sum(report["evidence"]["measured"][-1]["shares"].values()) == pytest.approx(1.0)
 
 
 def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
@@ -78,9 +78,9 @@ def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
     rows = torch.randint(128, (32,), generator=run.generator).tolist()
     run.generator.set_state(after)
     run.train(20)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["step"]) == ("batch", 71)
-    assert ", ".join(map(str, rows[:8])) in found["verdict"]["text"]
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["step"]) == ("batch", 71)
+    assert ", ".join(map(str, rows[:8])) in report["verdict"]["text"]
 
 
 def test_a_scaled_layer_is_found_in_the_first_steps(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_a_scaled_layer_is_found_in_the_first_steps(tmp_path: Path) -> None:
     run.recorder.close()
     run.recorder = FlightRecorder(run.monitor, tmp_path)
     run.train(5)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("layer", "4")
-    assert found["alarm"]["step"] == 5
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["layer"]) == ("layer", "4")
+    assert report["alarm"]["step"] == 5
 
 
 def test_the_report_reads_well(spiked: Run) -> None:
@@ -101,7 +101,7 @@ def test_the_report_reads_well(spiked: Run) -> None:
     (path,) = spiked.recorder.reports
     assert path.name == f"step-{spiked.report()['alarm']['step']}"
     names = ["last_good.pt", "report.json", "report.md", "report.png"]
-    assert sorted(its.name for its in path.iterdir()) == names
+    assert sorted(file.name for file in path.iterdir()) == names
     text = (path / "report.md").read_text()
     assert text.startswith("# Step ")
     assert "Likely cause: **learning rate**" in text
@@ -118,14 +118,14 @@ def test_a_late_look_finds_what_earlier_ones_would(
     checkpoint or a measurement has read the steps before, and where the window is shorter.
     """
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # figures take most of the time
-    found = []
-    for at, options in enumerate(({}, {"check_every": 50}, {"check_every": 50, "window": 60})):
-        run = Run(tmp_path / str(at), lr=1e-3, record=False)
+    ends = []
+    for number, options in enumerate(({}, {"check_every": 50}, {"check_every": 50, "window": 60})):
+        run = Run(tmp_path / str(number), lr=1e-3, record=False)
         run.monitor.close()
         monitor = StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10**6)
         with (
             monitor,
-            FlightRecorder(monitor, tmp_path / str(at), measure=False, **options) as recorder,
+            FlightRecorder(monitor, tmp_path / str(number), measure=False, **options) as recorder,
         ):
             for k in range(1, 201):
                 bad = {"spike": 105 <= k < 120, "infinite": k == 112}[kind]
@@ -136,17 +136,17 @@ def test_a_late_look_finds_what_earlier_ones_would(
                     recorder.state_dict()
         (path,) = recorder.reports
         content = json.loads((path / "report.json").read_text())
-        found.append((content["alarm"], content["evidence"]["steps"][-1]["step"]))
-    assert found[0] == found[1] == found[2]
+        ends.append((content["alarm"], content["evidence"]["steps"][-1]["step"]))
+    assert ends[0] == ends[1] == ends[2]
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     """Catches a recorder that changes gradients, the random state, or the order of anything."""
     recorded, bare = Run(tmp_path), Run(tmp_path, record=False)
-    for one in (recorded, bare):
-        one.train(50)
-        one.optimizer.param_groups[0]["lr"] = 3.0
-        one.train(15)
+    for each in (recorded, bare):
+        each.train(50)
+        each.optimizer.param_groups[0]["lr"] = 3.0
+        each.train(15)
     assert recorded.recorder.reports
     for mine, other in zip(recorded.model.parameters(), bare.model.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -165,7 +165,7 @@ def test_several_optimizers_are_one_step(tmp_path: Path) -> None:
             slow.step()
             fast.step()
         steps = recorder.evidence.steps
-        assert [(its.step, its.lr) for its in steps] == [(k, 0.3) for k in range(1, 6)]
+        assert [(step.step, step.lr) for step in steps] == [(k, 0.3) for k in range(1, 6)]
 
 
 def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path) -> No
     run = Run(tmp_path / "file" / "flight", window=20)
     run.train(60)
     run.optimizer.param_groups[0]["lr"] = 3.0
-    with pytest.warns(RuntimeWarning, match="the flight recorder failed: NotADirectory") as seen:
+    with pytest.warns(RuntimeWarning, match="the flight recorder failed: NotADirectory") as caught:
         run.train(60)
-    assert len([its for its in seen if "flight recorder" in str(its.message)]) == 1
+    assert len([warning for warning in caught if "flight recorder" in str(warning.message)]) == 1
 
 
 def test_hostile_losses_and_gradients(run: Run) -> None:
@@ -219,8 +219,8 @@ def test_hostile_losses_and_gradients(run: Run) -> None:
         run.recorder.loss("two")  # type: ignore[arg-type]
     run.optimizer.step()
     state = run.recorder.state_dict()["evidence"]["steps"]
-    assert [its["loss"] for its in state][1:] == [2.0, None]
-    assert [its["step"] for its in state] == [1, 2, 3]
+    assert [step["loss"] for step in state][1:] == [2.0, None]
+    assert [step["step"] for step in state] == [1, 2, 3]
 
 
 def test_closing_detaches(run: Run) -> None:
@@ -285,9 +285,9 @@ def test_a_layer_that_an_event_scales_is_found(run: Run) -> None:
         run.model[4].weight.mul_(30.0)
         run.model[2].weight.data *= 1.2
     run.train(10)
-    found = run.report()["verdict"]
-    assert (found["cause"], found["layer"], found["step"]) == ("weights", "4", 71)
-    changed = {its["step"]: its["changed"] for its in run.report()["evidence"]["steps"]}
+    verdict = run.report()["verdict"]
+    assert (verdict["cause"], verdict["layer"], verdict["step"]) == ("weights", "4", 71)
+    changed = {step["step"]: step["changed"] for step in run.report()["evidence"]["steps"]}
     # The norm is that of weights and biases, and the event leaves the biases.
     assert changed.pop(71) == {"4": pytest.approx(30.0, rel=0.1)}
     assert not any(changed.values())
@@ -304,11 +304,11 @@ def test_a_layer_whose_learning_rate_is_too_high_is_found(tmp_path: Path) -> Non
     with StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10) as monitor:
         run.recorder = FlightRecorder(monitor, tmp_path)
         run.train(20)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("learning rate", "4")
-    assert "group 2 (4) is 50, where 0.1 is usual" in found["verdict"]["text"]
-    assert found["evidence"]["groups"] == [["0"], ["2"], ["4"]]
-    assert found["evidence"]["steps"][0]["lrs"] == [0.1, 0.1, 50.0]
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["layer"]) == ("learning rate", "4")
+    assert "group 2 (4) is 50, where 0.1 is usual" in report["verdict"]["text"]
+    assert report["evidence"]["groups"] == [["0"], ["2"], ["4"]]
+    assert report["evidence"]["steps"][0]["lrs"] == [0.1, 0.1, 50.0]
 
 
 def test_movement_is_that_of_the_weights(run: Run) -> None:
@@ -324,7 +324,7 @@ def test_movement_is_that_of_the_weights(run: Run) -> None:
             norm += float(old.square().sum())
         expected.append((length / norm) ** 0.5)
     run.recorder.close()
-    moved = [its.moved.get("4", 0.0) for its in run.recorder.evidence.steps]
+    moved = [step.moved.get("4", 0.0) for step in run.recorder.evidence.steps]
     # 1e-5: sums of squares in single precision.
     assert moved == pytest.approx(expected, rel=1e-5)
 
@@ -366,7 +366,7 @@ def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> 
 
     run = Run(tmp_path, window=10)
     full = mock.patch.object(Path, "write_text", side_effect=OSError(28, "No space left on device"))
-    with warnings.catch_warnings(record=True) as seen, full:
+    with warnings.catch_warnings(record=True) as caught, full:
         warnings.simplefilter("always")
         for _ in range(12):
             run.recorder.loss(float("nan"), Batch())  # type: ignore[arg-type]
@@ -374,9 +374,9 @@ def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> 
                 p.grad = torch.full_like(p, torch.nan)
             run.optimizer.step()
         run.recorder.close()
-    said = " ".join(str(its.message) for its in seen)
-    assert "no indices" in said
-    assert "No space left on device" in said
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "no indices" in messages
+    assert "No space left on device" in messages
     assert list(tmp_path.iterdir()) == []
     assert len(run.recorder.evidence.steps) == 10
 
@@ -414,11 +414,11 @@ class Steps:
 def test_an_odd_batch_is_found_under_clipping(tmp_path: Path, norms: bool, warm: int) -> None:
     """Catches a recorder that clipping blinds, and a warm-up that hides the batch."""
     recorder = Steps(tmp_path, norms=norms, warm=warm).recorder
-    found = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
-    assert (found["cause"], found["step"]) == ("batch", 71)
-    assert found["advice"].startswith("Look at these samples.")
+    verdict = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
+    assert (verdict["cause"], verdict["step"]) == ("batch", 71)
+    assert verdict["advice"].startswith("Look at these samples.")
     assert "What to do: Look at" in (recorder.reports[0] / "report.md").read_text()
-    assert ("gradient of the batch" if norms else "are clipped at 0.3") in found["text"]
+    assert ("gradient of the batch" if norms else "are clipped at 0.3") in verdict["text"]
 
 
 def test_a_healthy_run_with_warm_up_and_clipping_gives_no_alarm(tmp_path: Path) -> None:
@@ -431,20 +431,20 @@ def test_a_warm_up_to_a_peak_that_is_too_high_is_found(run: Run) -> None:
     while run.steps < 150 and not run.recorder.reports:
         run.optimizer.param_groups[0]["lr"] = 0.02 * (run.steps + 1)
         run.train(1)
-    found = run.report()["verdict"]
-    assert found["cause"] == "learning rate"
-    assert "still rising in warm-up" in found["text"]
+    verdict = run.report()["verdict"]
+    assert verdict["cause"] == "learning rate"
+    assert "still rising in warm-up" in verdict["text"]
 
 
 def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
     """Catches the last micro-batch alone as the loss of an accumulated step, against plain means."""
     for losses in ([1.0, 2.0, 6.0], [4.0]):
-        for at, loss in enumerate(losses):
-            run.recorder.loss(torch.tensor(loss), [at], grad_norm=10.0 * loss)
+        for index, loss in enumerate(losses):
+            run.recorder.loss(torch.tensor(loss), [index], grad_norm=10.0 * loss)
         run.optimizer.step()
     run.recorder.close()
     kept = run.recorder.evidence.steps
-    assert [(its.loss, its.batch, its.total_norm) for its in kept] == [
+    assert [(step.loss, step.batch, step.total_norm) for step in kept] == [
         (3.0, [0, 1, 2], 60.0),
         (4.0, [0], 40.0),
     ]
@@ -464,7 +464,7 @@ def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
         run.recorder.loss(3.0, grad_norm=torch.ones(2))
     run.optimizer.step()
     run.recorder.close()
-    assert [(its.loss, its.total_norm) for its in run.recorder.evidence.steps] == [(2.0, None)]
+    assert [(step.loss, step.total_norm) for step in run.recorder.evidence.steps] == [(2.0, None)]
 
 
 def test_a_monitor_that_is_not_there_yet_is_explained(tmp_path: Path) -> None:

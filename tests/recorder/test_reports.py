@@ -101,7 +101,7 @@ def test_a_part_that_fails_is_named_in_the_others(
     reason = "OSError: No space" if part == "last_good.pt" else "RuntimeError: no way"
     assert f"Missing: {part} ({reason}" in (path / "report.md").read_text()
     parts = {"report.json", "report.md", "report.png", "last_good.pt"} - {part}
-    assert {its.name for its in path.iterdir()} == parts
+    assert {file.name for file in path.iterdir()} == parts
     if part != "report.json":
         assert list(run.report()["missing"]) == [part]
         assert len(read_run(tmp_path).reports) == 1
@@ -121,9 +121,12 @@ def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
     """
     run = Run(tmp_path / "file" / "flight")
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning) as seen:
+    with pytest.warns(RuntimeWarning) as caught:
         alarm(run, steps=15)
-    assert len([its for its in seen if "flight recorder failed" in str(its.message)]) == 1
+    assert (
+        len([warning for warning in caught if "flight recorder failed" in str(warning.message)])
+        == 1
+    )
     assert len(run.monitor.history) == 2  # that at the alarm, and that of step 10
     assert run.recorder.reports == []
     (tmp_path / "file").unlink()
@@ -144,6 +147,6 @@ def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:
 
     with mock.patch.object(torch, "save", cut_short), pytest.warns(RuntimeWarning, match="lacks"):
         alarm(run)
-    names = {its.name for its in run.recorder.reports[0].iterdir()}
+    names = {file.name for file in run.recorder.reports[0].iterdir()}
     assert names == {"report.json", "report.md", "report.png"}
     json.loads((run.recorder.reports[0] / "report.json").read_text())

@@ -41,9 +41,9 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def rows(margins: StabilityMargins, said: str = "") -> list[str]:
+def rows(margins: StabilityMargins, note: str = "") -> list[str]:
     console = Console(file=io.StringIO(), width=80)
-    console.print(margins_table(margins, said))
+    console.print(margins_table(margins, note))
     return written(console).splitlines()
 
 
@@ -64,8 +64,8 @@ def test_a_row_has_value_limit_and_ratio_in_eighty_columns() -> None:
     lines = rows(MARGINS)
     assert max(map(len, lines)) <= 80
     assert lines[0].strip() == "step 1,250, loss 0.0123, learning rate 0.1, batch size 16"
-    found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert found == [["sharpness", "15", "20", "0.75"], ["non-uniformity", "45", "none", "0"]]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert cells == [["sharpness", "15", "20", "0.75"], ["non-uniformity", "45", "none", "0"]]
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_layers_are_numbers_by_name(tmp_path: Path) -> None:
     """Catches layers lost on the way, not strict JSON, and a figure that cannot read them."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     columns = {"share": (1 / 3, 2 / 3), "sharpness": (math.inf, 2.0), "limit": (4.0, None)}
-    known = QuantityResult(3.0, layers=Layers(("embed", "head"), (2, 4), columns))
-    margins = StabilityMargins(step=4, results={"sharpness": known})
+    result = QuantityResult(3.0, layers=Layers(("embed", "head"), (2, 4), columns))
+    margins = StabilityMargins(step=4, results={"sharpness": result})
     sink.receive(Measured(4, margins))
     sink.receive(Measured(5, StabilityMargins(step=5, sharpness=1.0)))
     first, second = lines(sink.path)

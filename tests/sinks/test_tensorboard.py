@@ -92,9 +92,9 @@ def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> 
     # float32 has seven digits.
     assert shown["sharpness / limit"] == pytest.approx([18.05 / 40, 0.99, 1.01], rel=1e-6)
     assert shown["sharpness and its limit"] == pytest.approx([18.05, 39.6, 40.4], rel=1e-6)
-    own = "preconditioned sharpness"
-    assert shown[f"{own} / limit"] == pytest.approx([306 / 380, 0.99, 1.01], rel=1e-6)
-    assert shown[f"{own} and its limit"] == pytest.approx([306, 376.2, 383.8], rel=1e-6)
+    name = "preconditioned sharpness"
+    assert shown[f"{name} / limit"] == pytest.approx([306 / 380, 0.99, 1.01], rel=1e-6)
+    assert shown[f"{name} and its limit"] == pytest.approx([306, 376.2, 383.8], rel=1e-6)
     assert shown["non-uniformity / limit"] == pytest.approx([30.05 / 20, 0.99, 1.01], rel=1e-6)
     assert shown["non-uniformity and its limit"] == pytest.approx([30.05, 19.8, 20.2], rel=1e-6)
 

@@ -80,8 +80,8 @@ def test_many_layers_are_few_scalars(count: int, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         shares = tuple((k + step) % count / count for k in range(count))
         columns = {"share": shares, "sharpness": (2.0,) * count, "limit": (4.0,) * count}
-        known = QuantityResult(1.0, layers=Layers(names, (2,) * count, columns))
-        sink.receive(Measured(step, StabilityMargins(step=step, results={"sharpness": known})))
+        result = QuantityResult(1.0, layers=Layers(names, (2,) * count, columns))
+        sink.receive(Measured(step, StabilityMargins(step=step, results={"sharpness": result})))
     sink.close()
     events = read(tmp_path)
     tags = [tag for tag in events.Tags()["scalars"] if "layers" in tag]
@@ -159,8 +159,8 @@ def test_the_boundary_is_that_of_the_optimizers_own_rule(
     (axes,) = (ax for figure in figures for ax in figure.axes if "sharpness" in ax.get_xlabel())
     (filled,) = axes.collections[:1]
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-    own = "preconditioned " if name == "AdamW" else ""
-    assert axes.get_xlabel().startswith(f"{own}sharpness")
+    prefix = "preconditioned " if name == "AdamW" else ""
+    assert axes.get_xlabel().startswith(f"{prefix}sharpness")
     right, top = region.max_sharpness, region.max_non_uniformity
     limits = [margins.preconditioned_sharpness_limit, margins.sharpness_limit]
     assert next(limit for limit in limits if limit is not None) == right

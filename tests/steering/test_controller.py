@@ -24,16 +24,11 @@ from stableopt import (
     TargetRegion,
 )
 from stableopt.steering import batch_staircase
+from tests.helpers.steered_runs import network
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 2, generator=GENERATOR)
 MSE = nn.MSELoss()
-
-
-def network(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
 # Targets that the network can fit, so that noise vanishes at a minimum.
@@ -129,12 +124,12 @@ def test_its_turn_has_hysteresis() -> None:
 
 def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> None:
     """Catches decisions that only the controller knows of."""
-    seen: list[tuple[int, dict[str, float]]] = []
+    delivered: list[tuple[int, dict[str, float]]] = []
     lines = stableopt.JSONLinesSink(tmp_path / "run.jsonl")
-    run = Run(sinks=[lambda step, record: seen.append((step, record)), lines])
+    run = Run(sinks=[lambda step, record: delivered.append((step, record)), lines])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler)
     run.go(30, controller)
-    sent = [(step, record) for step, record in seen if "decision" in record]
+    sent = [(step, record) for step, record in delivered if "decision" in record]
     assert sent == [(d.step, d.record()) for d in controller.decisions]
     written = [json.loads(line) for line in lines.path.read_text().splitlines()]
     notes = [line["note"] for line in written if "note" in line]
@@ -168,9 +163,9 @@ def test_reached_and_unreachable_are_said() -> None:
     )
     run.optimizer.param_groups[0]["lr"] = 2 / 500  # where the target wants it
     run.go(40, controller)
-    said = [d for d in controller.decisions if d.what == "target"]
-    assert said[0].kind == "unreachable"
-    assert "target sharpness 500 is above what the loss left to descend" in said[0].why
+    verdicts = [d for d in controller.decisions if d.what == "target"]
+    assert verdicts[0].kind == "unreachable"
+    assert "target sharpness 500 is above what the loss left to descend" in verdicts[0].why
     easy = Run()
     controller = StabilityController(easy.monitor, TargetRegion(sharpness=(0, 500.0)))
     easy.go(10, controller)

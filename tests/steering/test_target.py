@@ -84,10 +84,13 @@ def test_relative_regions_are_resolved_by_what_is_measured() -> None:
         (TargetRegion.sharper(by=2), (16.0, math.inf), open_end),
         (TargetRegion.more_uniform(by=3), open_end, (0.0, 2.0)),
     ):
-        found = target.resolve(now)
-        assert (found.sharpness, found.non_uniformity) == (sharpness, pytest.approx(non_uniformity))
-        assert found.unit == "absolute"
-        assert found.resolve(StabilityMargins()) == found
+        resolved = target.resolve(now)
+        assert (resolved.sharpness, resolved.non_uniformity) == (
+            sharpness,
+            pytest.approx(non_uniformity),
+        )
+        assert resolved.unit == "absolute"
+        assert resolved.resolve(StabilityMargins()) == resolved
         with pytest.raises(ValueError, match="resolve"):
             target.lr_for(UpdateRule(lr=0.1))
         with pytest.raises(ValueError, match=r"is None: expected a positive measured value"):

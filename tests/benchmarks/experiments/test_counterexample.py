@@ -62,11 +62,11 @@ def test_a_run_that_diverges_says_so() -> None:
 
 def test_end_to_end(tmp_path: Path) -> None:
     """Catches a larger rate that does not leave, and a claim that an unrelated run upholds."""
-    one = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
-    tables, drawn, _ = small_run(one, tmp_path)
+    counterexample = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
+    tables, drawn, _ = small_run(counterexample, tmp_path)
     assert drawn == {"curve", "runs"}
-    claims = list(one.claims(tables))
+    claims = list(counterexample.claims(tables))
     assert len(claims) == 4
     assert all(claim.reproduced for claim in claims)
     same = {**tables, "runs": tables["runs"].assign(risk=0.1)}
-    assert not list(one.claims(same))[-1].reproduced
+    assert not list(counterexample.claims(same))[-1].reproduced

@@ -36,9 +36,9 @@ def test_simulated_growth_is_unbiased() -> None:
     """Catches batches drawn with replacement, and a root of the wrong number of steps."""
     job = Plane(lr=0.5, batch_size=3, n=6, runs=100_000, steps=2)
     exact = (1 - 0.5 * 3.0) ** 2 + 0.25 * (1 / 3 * 3 / 5) * 2.0**2
-    found = growth(job, 3.0, 2.0, np.random.default_rng(0))
+    simulated = growth(job, 3.0, 2.0, np.random.default_rng(0))
     # Four standard errors of the mean of x⁴ products, E factor⁴ / (E factor²)² < 3 a step.
-    assert found == pytest.approx(exact, rel=4 * math.sqrt(9 / job.runs) / 2)
+    assert simulated == pytest.approx(exact, rel=4 * math.sqrt(9 / job.runs) / 2)
 
 
 def test_the_family_has_the_known_rates(tmp_path: Path) -> None:

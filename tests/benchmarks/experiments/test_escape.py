@@ -34,19 +34,19 @@ class Done:
 )
 def test_a_line_for_every_end(found: Found, says: str) -> None:
     """Catches a number that a run which diverged does not have."""
-    one = Escape()
-    switch = next(job for job in one.jobs() if isinstance(job, Switch))
-    line = one.headline(switch, Done(found))  # type: ignore[arg-type]
+    escape = Escape()
+    switch = next(job for job in escape.jobs() if isinstance(job, Switch))
+    line = escape.headline(switch, Done(found))  # type: ignore[arg-type]
     assert line is not None
     assert says in line
 
 
 def test_a_minimum_has_a_line_too() -> None:
     """Catches a headline of switches alone."""
-    one = Escape()
-    start = next(job for job in one.jobs() if isinstance(job, Solution))
-    found: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
-    line = one.headline(start, Done(found))  # type: ignore[arg-type]
+    escape = Escape()
+    start = next(job for job in escape.jobs() if isinstance(job, Solution))
+    minimum: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
+    line = escape.headline(start, Done(minimum))  # type: ignore[arg-type]
     assert line is not None
     assert "a = 3.50" in line
 

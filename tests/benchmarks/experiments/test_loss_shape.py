@@ -65,15 +65,15 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
 
 def test_end_to_end(tmp_path: Path) -> None:
     """Catches a table that is not drawn, and a claim that nothing could refute."""
-    one = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
-    tables, drawn, _ = small_run(one, tmp_path)
+    loss_shape = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
+    tables, drawn, _ = small_run(loss_shape, tmp_path)
     assert drawn == {"line", "course"}
     line, minima = tables["line"], tables["minima"]
     middle = line.loc[line.t.abs().idxmin()]
     at_zero = pytest.approx(minima.loss[0], rel=1e-12)  # its t is 1e-17 or so
     assert middle.loss == at_zero
     assert middle.quadratic == at_zero
-    claims = {claim.what.split()[0]: claim for claim in one.claims(tables)}
+    claims = {claim.what.split()[0]: claim for claim in loss_shape.claims(tables)}
     narrow = {"minima": minima.assign(trusted_rise=0.1)}
-    assert not next(iter(one.claims(narrow))).reproduced
+    assert not next(iter(loss_shape.claims(narrow))).reproduced
     assert not claims["with"].reproduced  # thirty steps of cross-entropy are not enough

@@ -109,8 +109,8 @@ def test_claims_follow_the_numbers() -> None:
     """Catches an escape to a sharper minimum that counts as one, and gains of other seeds."""
 
     def row(method: str, seed: int, a: float, test: float) -> dict[str, Any]:
-        found = {"method": method, "seed": seed, "lr": 1.0, "sharpness": a, "test": test}
-        return {**found, "preconditioned_sharpness": None, "preconditioned_sharpness_limit": None}
+        end = {"method": method, "seed": seed, "lr": 1.0, "sharpness": a, "test": test}
+        return {**end, "preconditioned_sharpness": None, "preconditioned_sharpness_limit": None}
 
     before = [row(LBFGS, 0, 10.0, 0.8), row(LBFGS, 1, 6.0, 0.9)]
     after = [row("L-BFGS, then GD", 0, 8.0, 0.85), row("L-BFGS, then GD", 1, 5.0, 0.94)]

@@ -120,5 +120,5 @@ def test_the_noise_scale_is_that_of_per_sample_gradients() -> None:
         rows.append(torch.cat([g.flatten() for g in gradients]).double())
     each = torch.stack(rows)
     spread = each.var(0, correction=0).sum() / each.mean(0).square().sum()
-    found = noise_scale(model, Images(x, y, x, torch.zeros(5)))
-    assert found == pytest.approx(float(spread), rel=1e-4)  # gradients in single precision
+    estimate = noise_scale(model, Images(x, y, x, torch.zeros(5)))
+    assert estimate == pytest.approx(float(spread), rel=1e-4)  # gradients in single precision

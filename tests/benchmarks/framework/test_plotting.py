@@ -44,7 +44,7 @@ def test_a_limit_is_drawn_once() -> None:
 def test_rows_of_panels() -> None:
     """Catches panels that come column by column, and a figure of one row's height."""
     figure, axes = panels(3, rows=2, width=2.0, height=1.5)
-    assert [one.get_subplotspec().num1 for one in axes] == list(range(6))
+    assert [panel.get_subplotspec().num1 for panel in axes] == list(range(6))
     assert figure.get_size_inches().tolist() == [6.0, 3.0]
 
 

@@ -19,9 +19,9 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
         {"lr": 1e300, "n": -7, "none": 1.5, "yes": False, "text": "B = 4", "tiny": 1 / 3},
     ]
     write_table(tmp_path / "a.csv", table(rows))
-    found = records(read_table(tmp_path / "a.csv"))
-    assert found == rows
-    assert [list(map(type, row.values())) for row in found] == [
+    read = records(read_table(tmp_path / "a.csv"))
+    assert read == rows
+    assert [list(map(type, row.values())) for row in read] == [
         list(map(type, row.values())) for row in rows
     ]
     with (tmp_path / "a.csv").open(newline="") as file:

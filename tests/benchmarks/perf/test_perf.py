@@ -85,9 +85,9 @@ def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
         out=tmp_path, device="cpu", repeats=1, n=60, target_loss=0.05, lr=0.5
     )
     rows = eigenvalues.run(asked, quiet())
-    own = [row for row in rows if row["way"].startswith("stableopt")]
-    assert [row["matrix"] for row in own] == ["H", "H", "Σ", "Σ"]
-    for row in own:
+    ours = [row for row in rows if row["way"].startswith("stableopt")]
+    assert [row["matrix"] for row in ours] == ["H", "H", "Σ", "Σ"]
+    for row in ours:
         assert row["residual"] <= (1e-3 if row["matrix"] == "H" else 2e-3)
         # Of second order in the residual, where the gap is not much below the value itself.
         assert abs(row["error"]) < 1e-3
@@ -192,11 +192,11 @@ def test_ensembles_end_to_end(tmp_path: Path) -> None:
 
 def test_imports_end_to_end(tmp_path: Path) -> None:
     """Catches a ratio of the wrong way round, or to something that is not torch's own import."""
-    torch_alone, own = imports.run(config(tmp_path), quiet())
+    torch_alone, ours = imports.run(config(tmp_path), quiet())
     assert (torch_alone["module"], torch_alone["of_torch"]) == ("torch", 1.0)
-    assert own["of_torch"] == own["seconds"] / torch_alone["seconds"]
-    assert len(own["of_torch_in_turns"]) == 3
-    assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, own]
+    assert ours["of_torch"] == ours["seconds"] / torch_alone["seconds"]
+    assert len(ours["of_torch_in_turns"]) == 3
+    assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, ours]
 
 
 def test_spectrum_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_bars_follow_a_whole_run(tmp_path: Path) -> None:
     (left,) = bars.progress.tasks
     assert left.completed == 1.0
     assert "2 of 4 jobs, 2 failed or blocked" in left.description
-    said = console.file.getvalue()
+    output = console.file.getvalue()
     for job in jobs[:2]:
-        assert f"done {job.id}" in said
-    assert "ArithmeticError: no cure" in said
+        assert f"done {job.id}" in output
+    assert "ArithmeticError: no cure" in output

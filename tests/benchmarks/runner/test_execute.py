@@ -123,10 +123,10 @@ def test_a_checkpoint_without_a_trace(tmp_path: Path) -> None:
     """Catches a resume that asks for a trace where none was written."""
     store, job = Store(tmp_path), Number(1.0)
     store.part(job).mkdir(parents=True)
-    its = Work(job, store, HERE)
-    its.checkpoint({"step": 3})
-    assert its.restored() == {"step": 3}
-    assert its.restored() == {"step": 3}
+    work = Work(job, store, HERE)
+    work.checkpoint({"step": 3})
+    assert work.restored() == {"step": 3}
+    assert work.restored() == {"step": 3}
 
 
 def hold(root: Path, job: Job, ready: Any, go: Any) -> None:

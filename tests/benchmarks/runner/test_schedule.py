@@ -66,17 +66,19 @@ class Inline:
 
 def test_needs_are_run_before_and_only_what_is_left_is_run(tmp_path: Path) -> None:
     """Catches a job before its needs, and one that is run twice."""
-    one, two = Number(1.0), Number(2.0)
-    total = Sum((one, two))
+    first, second = Number(1.0), Number(2.0)
+    total = Sum((first, second))
     store = Store(tmp_path)
-    run_all([one], store, HERE)
+    run_all([first], store, HERE)
     log = Log()
     summary = run_all([total], store, HERE, watch=log)
-    assert (summary.already_done, summary.done) == ([one], [two, total])
-    assert log.lines == [(word, job.id) for job in (two, total) for word in ("started", "finished")]
+    assert (summary.already_done, summary.done) == ([first], [second, total])
+    assert log.lines == [
+        (word, job.id) for job in (second, total) for word in ("started", "finished")
+    ]
     assert store.result(total) == {"value": 3.0}
     again = run_all([total], store, HERE, make_executor=lambda: pytest.fail("nothing to run"))
-    assert again.already_done == [one, two, total]
+    assert again.already_done == [first, second, total]
 
 
 def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
@@ -142,10 +144,10 @@ def test_an_executors_own_error_is_the_jobs(tmp_path: Path) -> None:
             def lose(jobs: list[Job], *rest: Any) -> Any:
                 if jobs == [Number(1.0)]:
                     raise LookupError("lost\non the way")
-                found = function(jobs, *rest)
+                results = function(jobs, *rest)
                 if jobs == [Number(2.0)]:
                     raise LookupError("lost after the work was done")
-                return found
+                return results
 
             return super().submit(lose, *arguments)
 

@@ -48,16 +48,16 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     """Catches a file that is written in place: a reader would see half of it."""
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    seen = []
+    replaced = []
     replace = os.replace
 
     def look(source: Path, target: Path) -> None:
-        seen.append((read_json(target), read_json(source)))
+        replaced.append((read_json(target), read_json(source)))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", look)
     write_json(path, {"a": 2})
-    assert seen == [({"a": 1}, {"a": 2})]
+    assert replaced == [({"a": 1}, {"a": 2})]
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(TypeError, match="Tensor"):
         write_json(path, {"a": torch.zeros(1)})

@@ -162,15 +162,15 @@ def test_dask(tmp_path: Path, importable: str) -> None:
     """
     distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed")
     store = Store(tmp_path)
-    one, two = Number(1.0), Number(2.0)
-    failing, total = Failing(str(tmp_path / "cure")), Sum((one, two))
+    first, second = Number(1.0), Number(2.0)
+    failing, total = Failing(str(tmp_path / "cure")), Sum((first, second))
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None
     ) as cluster:
         make = executor(f"dask:{cluster.scheduler_address}", 1)
         summary = run_all([total, failing], store, HERE, make_executor=make)
         assert not [name for name in cluster.scheduler.clients if name.startswith("Client-")]
-    assert set(summary.done) == {one, two, total}
+    assert set(summary.done) == {first, second, total}
     assert summary.failed == [failing]
     assert store.result(total) == {"value": 3.0}
 

@@ -35,11 +35,11 @@ def both_ways(jobs: list[Solution], tmp_path: Path) -> tuple[Store, Store]:
 
 def same(job: Solution, alone: Store, together: Store) -> None:
     """Hold a member against the lone run: weights, trace and result, in form and in number."""
-    expected, found = alone.tensors(job), together.tensors(job)
-    assert list(found) == list(expected)
+    expected, weights = alone.tensors(job), together.tensors(job)
+    assert list(weights) == list(expected)
     for name, weight in expected.items():
-        assert found[name].shape == weight.shape
-        assert float((found[name] - weight).norm()) <= TOLERANCE * float(weight.norm())
+        assert weights[name].shape == weight.shape
+        assert float((weights[name] - weight).norm()) <= TOLERANCE * float(weight.norm())
     result, other = alone.result(job), together.result(job)
     assert {k: v is None for k, v in vars(other).items()} == {
         k: v is None for k, v in vars(result).items()
@@ -47,8 +47,8 @@ def same(job: Solution, alone: Store, together: Store) -> None:
     assert (other.outcome, other.steps) == (result.outcome, result.steps)
     lines, others = alone.trace(job), together.trace(job)
     assert [line["step"] for line in others] == [line["step"] for line in lines]
-    for line, its in zip(lines, others, strict=True):
-        assert its["loss"] == pytest.approx(line["loss"], rel=TOLERANCE)
+    for line, member in zip(lines, others, strict=True):
+        assert member["loss"] == pytest.approx(line["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("batch_size", [None, 16], ids=["GD", "SGD"])
@@ -129,7 +129,7 @@ def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch
 
 def test_who_may_be_trained_as_one() -> None:
     """Catches members whose data, batches or ends differ, and batch norm, in one ensemble."""
-    one = Solution(DIGITS, lr=0.1)
+    base = Solution(DIGITS, lr=0.1)
     for other in (
         Solution(Dataset("digits", 61), lr=0.1),
         Solution(Dataset("digits", 60, random_labels=2), lr=0.1),
@@ -138,7 +138,7 @@ def test_who_may_be_trained_as_one() -> None:
         Solution(DIGITS, lr=0.1, max_steps=3),
         Solution(Dataset("cifar10", 60), lr=0.1, network="vgg"),
     ):
-        assert other.together != one.together
+        assert other.together != base.together
     resnet = Solution(Dataset("cifar10", 60), lr=0.1, network="resnet")
     assert resnet.together is None
     assert Solution(DIGITS, lr=0.1, sharpness_every=5).together is None

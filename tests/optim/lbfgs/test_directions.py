@@ -23,8 +23,10 @@ def test_compact_is_two_loop_to_rounding(line_search_fn: str | None, history_siz
     # Rounding of 2e-16 grows by less than 3 an iteration on this loss: by 1e4 in all.
     torch.testing.assert_close(compact, looped, rtol=1e-11, atol=1e-11)
     v = torch.randn(len(compact), 2, generator=torch.Generator().manual_seed(1)).double()
-    found, wanted = optimizer.inverse_hessian_matvec(v), reference.inverse_hessian_matvec(v)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)  # the pairs differ by as much
+    product = optimizer.inverse_hessian_matvec(v)
+    expected_product = reference.inverse_hessian_matvec(v)
+    # The pairs differ by as much.
+    torch.testing.assert_close(product, expected_product, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -92,14 +92,14 @@ def test_weight_decay_and_maximize_are_those_of_the_loss(
 
     def run(inside: bool) -> Tensor:
         model = network()
-        own = {} if inside else {"weight_decay": 0.1, "maximize": True}
+        extra = {} if inside else {"weight_decay": 0.1, "maximize": True}
         optimizer = stableopt.LBFGS(
             model.parameters(),
             line_search_fn=line_search_fn,
             direction=direction,
             max_iter=6,
             lr=0.5,
-            **own,
+            **extra,
         )
 
         def closure() -> Tensor:

@@ -87,7 +87,7 @@ def test_logistic_regression_has_scipys_minimum(direction: Any) -> None:
         (gradient,) = torch.autograd.grad(loss, w)
         return loss.item(), gradient.numpy()
 
-    found = optimize.minimize(
+    solution = optimize.minimize(
         value_and_gradient,
         [0.0] * 30,
         jac=True,
@@ -95,4 +95,4 @@ def test_logistic_regression_has_scipys_minimum(direction: Any) -> None:
         options={"ftol": 0, "gtol": 1e-10, "maxiter": 10_000},
     )
     # Strongly convex with 0.01: gradients of 1e-9 (where SciPy's search gives up) are within 1e-7.
-    torch.testing.assert_close(weight, torch.tensor(found.x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weight, torch.tensor(solution.x), rtol=0, atol=1e-6)

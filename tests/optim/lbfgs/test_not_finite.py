@@ -91,13 +91,13 @@ def test_steps_over_the_edge_come_back(
     optimizer = stableopt.LBFGS(
         [x], lr=1, max_iter=100, direction=direction, line_search_fn=line_search_fn
     )
-    seen = []
+    finite = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (x - 5 * x.log()).sum()  # NaN for x < 0; the minimum is at 5
         loss.backward()
-        seen.append(math.isfinite(loss.item()))
+        finite.append(math.isfinite(loss.item()))
         return loss
 
     for _ in range(5):
