@@ -13,7 +13,7 @@ Change = Callable[[dict[str, Rows]], object]
 
 
 def put(name: str, key: str, value: Any, row: int = 0) -> Change:
-    """Return the change of one number of a table."""
+    """Return the change that sets one number of a table."""
     return lambda tables: tables[name][row].update({key: value})
 
 

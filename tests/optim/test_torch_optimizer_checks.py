@@ -32,10 +32,10 @@ def by_file(state: Any, *, weights_only: bool) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
-def goes_on_alike(one: Run, two: Run) -> None:
-    one.go(3)
-    two.go(3)
-    assert_same([p.detach() for p in two.params], [p.detach() for p in one.params])
+def goes_on_alike(run: Run, twin: Run) -> None:
+    run.go(3)
+    twin.go(3)
+    assert_same([p.detach() for p in twin.params], [p.detach() for p in run.params])
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {

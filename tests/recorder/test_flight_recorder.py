@@ -69,7 +69,7 @@ def test_a_raised_learning_rate_is_found(spiked: Run) -> None:
 
 
 def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
-    """Catches a batch that is blamed on the curvature it leaves behind."""
+    """Catches a verdict that blames the curvature that the batch leaves behind."""
     run.train(70)
     state = run.generator.get_state()
     run.train(1, spoil=200.0)
@@ -84,7 +84,7 @@ def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
 
 
 def test_a_scaled_layer_is_found_in_the_first_steps(tmp_path: Path) -> None:
-    """Catches a recorder that needs a history, and one that names a neighbour."""
+    """Catches a recorder that needs a history, and a verdict that names a neighbouring layer."""
     run = Run(tmp_path)
     with torch.no_grad():
         run.model[4].weight.mul_(20.0)
@@ -114,8 +114,9 @@ def test_the_report_reads_well(spiked: Run) -> None:
 def test_a_late_look_finds_what_earlier_ones_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Catches a spike, or a loss that is not finite, that is over when the recorder looks: also where a
-    checkpoint or a measurement has read the steps before, and where the window is shorter.
+    """Catches a missed spike, or non-finite loss, that is over when the recorder looks.
+
+    Neither steps read earlier, by a checkpoint or a measurement, nor a short window may hide them.
     """
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # figures take most of the time
     ends = []
@@ -169,7 +170,7 @@ def test_several_optimizers_are_one_step(tmp_path: Path) -> None:
 
 
 def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
-    """Catches a report for every step of a run that is lost, and lists that grow."""
+    """Catches a report for every step of a diverged run, and lists that grow without bound."""
     run = Run(tmp_path, lr=3.0, window=20, most_reports=2)
     run.train(80)
     assert len(run.recorder.evidence.steps) == 20
@@ -179,7 +180,7 @@ def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_continues_the_window(tmp_path: Path) -> None:
-    """Catches a resumed run that has forgotten what was usual."""
+    """Catches a resumed run that has lost the evidence of earlier steps."""
     whole = Run(tmp_path / "a")
     whole.train(40)
     state = whole.recorder.state_dict()
@@ -209,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path) -> No
 
 
 def test_hostile_losses_and_gradients(run: Run) -> None:
-    """Catches what a clumsy loop passes: floats, vectors, rubbish; and parameters without gradient."""
+    """Catches a crash on floats, vectors or strings as losses, and on parameters without gradient."""
     run.recorder.loss(1.5)
     run.train(1)
     run.recorder.loss(torch.tensor([1.0, 3.0]))
@@ -233,7 +234,7 @@ def test_closing_detaches(run: Run) -> None:
 
 
 def test_arguments(run: Run, tmp_path: Path) -> None:
-    """Catches a clumsy call that fails much later."""
+    """Catches bad arguments that are accepted and fail during training."""
     with pytest.raises(TypeError, match="expected a StabilityMonitor"):
         FlightRecorder(run.optimizer, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rules="):
@@ -247,7 +248,7 @@ def test_arguments(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
 def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
-    """Catches a report that is half written when the process is killed within it, at any moment."""
+    """Catches a half-written report where the process is killed, at any moment of writing."""
     script = textwrap.dedent(
         """
         import os, pathlib, signal, sys, warnings
@@ -277,8 +278,9 @@ def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_an_event_scales_is_found(run: Run) -> None:
-    """Catches the batch after it, and the neighbours that it makes sharp, as the cause. The event
-    follows a measured step, whose end the recorder sees after the measurement.
+    """Catches a verdict that blames the next batch, or the neighbouring layers that become sharp.
+
+    The event follows a measured step, whose end the recorder sees after the measurement.
     """
     run.train(70)
     with torch.no_grad():
@@ -294,12 +296,12 @@ def test_a_layer_that_an_event_scales_is_found(run: Run) -> None:
 
 
 def test_a_layer_whose_learning_rate_is_too_high_is_found(tmp_path: Path) -> None:
-    """Catches the neighbours, whose gradients and curvature are larger once its weights have grown."""
+    """Catches a verdict that names a neighbour: its gradients and curvature grow with the weights."""
     run = Run(tmp_path)
     run.recorder.close()
     run.monitor.close()
     rates = {0: 0.1, 2: 0.1, 4: 50.0}
-    groups = [{"params": run.model[at].parameters(), "lr": lr} for at, lr in rates.items()]
+    groups = [{"params": run.model[index].parameters(), "lr": lr} for index, lr in rates.items()]
     run.optimizer = torch.optim.SGD(groups)
     with StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10) as monitor:
         run.recorder = FlightRecorder(monitor, tmp_path)
@@ -330,8 +332,9 @@ def test_movement_is_that_of_the_weights(run: Run) -> None:
 
 
 def test_a_sample_stands_for_all_weights() -> None:
-    """Catches a sample of the wrong numbers or weights: shared layers, one-element, transposed, complex
-    and half-precision parameters.
+    """Catches a weight sample whose norms differ from those of the whole layers.
+
+    Layers have several, one-element, transposed, complex and half-precision parameters.
     """
     torch.manual_seed(0)
     params = {
@@ -356,9 +359,7 @@ def test_a_sample_stands_for_all_weights() -> None:
 
 
 def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> None:
-    """Catches an error of the recorder in the training: batches that raise, numbers that are none,
-    a disk that is full.
-    """
+    """Catches an error of the recorder that ends training: batches that raise, NaN, a full disk."""
 
     class Batch:
         def __iter__(self) -> Iterator[int]:
@@ -412,7 +413,7 @@ class Steps:
 @pytest.mark.parametrize("warm", [0, 200])
 @pytest.mark.parametrize("norms", [True, False])
 def test_an_odd_batch_is_found_under_clipping(tmp_path: Path, norms: bool, warm: int) -> None:
-    """Catches a recorder that clipping blinds, and a warm-up that hides the batch."""
+    """Catches an odd batch that is missed because of clipping or a warm-up."""
     recorder = Steps(tmp_path, norms=norms, warm=warm).recorder
     verdict = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
     assert (verdict["cause"], verdict["step"]) == ("batch", 71)
@@ -422,12 +423,12 @@ def test_an_odd_batch_is_found_under_clipping(tmp_path: Path, norms: bool, warm:
 
 
 def test_a_healthy_run_with_warm_up_and_clipping_gives_no_alarm(tmp_path: Path) -> None:
-    """Catches a false alarm of a usual schedule."""
+    """Catches a false alarm in a usual schedule."""
     assert Steps(tmp_path, bad=False, warm=40).recorder.reports == []
 
 
 def test_a_warm_up_to_a_peak_that_is_too_high_is_found(run: Run) -> None:
-    """Catches the layer at the edge, blamed for the schedule that led there."""
+    """Catches a verdict that blames the layer at the edge instead of the schedule that led there."""
     while run.steps < 150 and not run.recorder.reports:
         run.optimizer.param_groups[0]["lr"] = 0.02 * (run.steps + 1)
         run.train(1)
@@ -437,7 +438,7 @@ def test_a_warm_up_to_a_peak_that_is_too_high_is_found(run: Run) -> None:
 
 
 def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
-    """Catches the last micro-batch alone as the loss of an accumulated step, against plain means."""
+    """Catches the last micro-batch's loss recorded as that of the step; the oracle is the plain mean."""
     for losses in ([1.0, 2.0, 6.0], [4.0]):
         for index, loss in enumerate(losses):
             run.recorder.loss(torch.tensor(loss), [index], grad_norm=10.0 * loss)
@@ -452,7 +453,7 @@ def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
 
 
 def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
-    """Catches a sharded norm, whose sum would wait for other ranks, and rubbish."""
+    """Catches a sharded norm that is summed, which would wait for other ranks, and a vector."""
 
     class Sharded:
         def full_tensor(self) -> None:
@@ -468,6 +469,6 @@ def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
 
 
 def test_a_monitor_that_is_not_there_yet_is_explained(tmp_path: Path) -> None:
-    """Catches a callback's monitor before training, with an error that names no way out."""
+    """Catches an error that does not say what to do where a callback has no monitor before training."""
     with pytest.raises(TypeError, match=r"StabilityCallback\(\.\.\., recorder=folder\)"):
         FlightRecorder(None, tmp_path)  # type: ignore[arg-type]

@@ -74,8 +74,9 @@ def lbfgs(params: Any) -> torch.optim.Optimizer:
 def test_a_closure_gives_its_own_step_loss_and_gradient(
     tmp_path: Path, make: Callable[[Any], Any], keyword: bool
 ) -> None:
-    """Catches losses that are a step late, gradients of the step before or of a trial point, and a
-    mean over the points of a line search: against what each first evaluation computed.
+    """Catches losses or gradients of another step or trial point, and means over a line search.
+
+    The oracle is what the first evaluation of each step computed.
     """
     loop, bare = Loop(tmp_path, make), Loop(None, make)
     first = []
@@ -142,7 +143,7 @@ class Fixed(torch.optim.SGD):
 @pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
 @pytest.mark.parametrize("closure", [True, False])
 def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) -> None:
-    """Catches a recorder that fails where the monitor does not, and one that stays behind."""
+    """Catches a recorder that fails where the monitor works, and one that stays attached."""
     loop = Loop(tmp_path, Wrapper, quantities=["realised_edge"])
     for _ in range(2):
         if closure:
@@ -161,7 +162,7 @@ def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) ->
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_double_precision_is_recorded(tmp_path: Path, moment: str) -> None:
-    """Catches a recorder that notes nothing in double precision, or once a model has it."""
+    """Catches a recorder that records nothing in double precision, or after a cast to it."""
     single = Loop(tmp_path, sgd)
     double = Loop(tmp_path, sgd, torch.float64 if moment == "before" else torch.float32)
     double.model.double()
@@ -219,7 +220,7 @@ def test_losses_of_all_dtypes_are_numbers(tmp_path: Path) -> None:
 
 
 def test_numbers_of_numpy_are_arguments(tmp_path: Path) -> None:
-    """Catches a window that only Python's integers can have."""
+    """Catches arguments that are refused because they are NumPy numbers."""
     run = Run(tmp_path, window=np.int64(5), check_every=np.int64(2), most_reports=np.int64(1))
     run.train(8)
     assert len(run.recorder.evidence.steps) == 5
@@ -227,7 +228,7 @@ def test_numbers_of_numpy_are_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_first_loss_that_is_not_finite_blinds_no_rule(tmp_path: Path, bad: float) -> None:
-    """Catches a comparison with infinity, or with NaN, for the rest of the run."""
+    """Catches rules that compare with an infinite or NaN first loss for the rest of the run."""
     run = Run(tmp_path, window=25)
     run.recorder.loss(bad)
     run.optimizer.step()
@@ -270,7 +271,7 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
 def test_a_compiled_step_has_the_report_of_an_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a recorder that the compiler traces, which then cannot measure at the alarm."""
+    """Catches recorder hooks that the compiler traces, so that no measurement follows the alarm."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # no figure
     outcomes = []
     for compiled in (False, True):

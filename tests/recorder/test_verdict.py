@@ -1,4 +1,4 @@
-"""What evidence says about the cause."""
+"""`verdict`: the likely cause of an alarm, by the evidence."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CALM = [step(k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
 
 
 def test_a_raised_learning_rate_comes_first() -> None:
-    """Catches a layer that is blamed for what the learning rate has done."""
+    """Catches a layer blamed for an instability that a raised learning rate caused."""
     steps = [step(k, lr=0.1 if k < 50 else 0.12, norm=1.2 ** max(0, k - 50)) for k in range(1, 61)]
     result = verdict_on(steps, [measured_at(40, 0.9), measured_at(60, 1.1)])
     assert (result.cause, result.step) == ("learning rate", 50)
@@ -56,7 +56,7 @@ def test_a_raised_learning_rate_comes_first() -> None:
 
 
 def test_an_old_or_small_rise_is_not_blamed() -> None:
-    """Catches warm-up long ago as the cause of everything."""
+    """Catches a verdict that blames an early warm-up or a small rise for a later spike."""
     old = [step(k, lr=0.01 if k < 5 else 0.1) for k in range(1, 61)]
     assert verdict_on(old, []).cause == "unknown"
     slow = [step(k, lr=0.1 * 1.005**k) for k in range(1, 61)]
@@ -64,7 +64,7 @@ def test_an_old_or_small_rise_is_not_blamed() -> None:
 
 
 def test_an_odd_batch_is_named_with_its_samples() -> None:
-    """Catches a leap of the gradient that is missed, or is put on another step."""
+    """Catches a jump of the gradient that is missed, or assigned to another step."""
     steps = [*CALM[:54], step(55, norm=40.0, batch=[7, 3]), *CALM[55:]]
     result = verdict_on(steps, [measured_at(50, 1.1), measured_at(60, 3.0)])
     assert (result.cause, result.layer, result.step) == ("batch", "0", 55)
@@ -72,15 +72,16 @@ def test_an_odd_batch_is_named_with_its_samples() -> None:
 
 
 def test_a_gradient_that_grows_over_steps_is_no_odd_batch() -> None:
-    """Catches an instability that is taken for a batch."""
+    """Catches a batch blamed for an instability that grows over several steps."""
     steps = [*CALM[:50], *(step(k, norm=1.5 ** (k - 50)) for k in range(51, 61))]
     result = verdict_on(steps, [measured_at(40, 0.9), measured_at(50, 1.4)])
     assert (result.cause, result.layer) == ("layer", "2")
 
 
 def test_an_edge_left_before_explains_the_gradient() -> None:
-    """Catches the consequence, a large gradient, as the cause; and a leap that no instability makes as
-    its consequence: at 1.3 times the limit gradients grow 1.6-fold in a step.
+    """Catches a large gradient named as the cause where it is the consequence, and the reverse.
+
+    At 1.3 times the limit gradients grow 1.6-fold in a step, so a larger jump needs another cause.
     """
     steps = [*CALM[:54], step(55, norm=40.0), *CALM[55:]]
     assert verdict_on(steps, [measured_at(50, 30.0)]).cause == "layer"
@@ -96,30 +97,25 @@ def test_a_smaller_batch_is_named() -> None:
     )
     assert (result.cause, result.step) == ("batch size", 50)
     assert "The batch size fell from 64 to 4, by step 50." in result.text
-    assert (
-        verdict_on(
-            CALM, [measured_at(40, 0.5, batch_size=64), measured_at(50, 0.6, batch_size=48)]
-        ).cause
-        == "unknown"
-    )
+    similar = [measured_at(40, 0.5, batch_size=64), measured_at(50, 0.6, batch_size=48)]
+    assert verdict_on(CALM, similar).cause == "unknown"
 
 
 def test_the_edge_without_a_layer_that_holds_it() -> None:
-    """Catches a layer that is named for the largest of many small shares."""
+    """Catches a layer blamed for the edge although it holds only the largest of many small shares."""
     result = verdict_on(CALM, [measured_at(40, 0.9), measured_at(60, 1.2, {"0": 0.3, "2": 0.25})])
     assert (result.cause, result.layer) == ("edge", "0")
 
 
 def test_a_layer_with_large_weights_is_named_and_not_its_neighbours() -> None:
-    """Catches the top eigenvector's layer: scaling a layer up makes its neighbours sharp."""
+    """Catches a verdict by the top eigenvector: scaling a layer up makes its neighbours sharp."""
     gains = {"0": 0.6, "2": 0.58, "4": 5.8, "6": 0.6}
     result = verdict_on(CALM, [measured_at(10, 8.0, {"2": 0.9, "4": 0.1})], gains)
     assert (result.cause, result.layer) == ("layer", "4")
     assert "The weights of 4 were 9.67 times as large as those of the other layers" in result.text
     assert verdict_on(CALM, [measured_at(10, 0.5, {"2": 0.9})], gains).layer == "4"
-    assert (
-        verdict_on(CALM[20:], [measured_at(40, 0.5, {"2": 0.9})], gains).cause == "unknown"
-    )  # long ago
+    long_ago = verdict_on(CALM[20:], [measured_at(40, 0.5, {"2": 0.9})], gains)
+    assert long_ago.cause == "unknown"
     usual = {"0": 0.6, "2": 1.4, "4": 0.7}
     assert verdict_on(CALM, [measured_at(10, 0.5, {"2": 0.9})], usual).cause == "unknown"
 
@@ -136,14 +132,14 @@ def test_values_that_are_not_finite_name_their_layer() -> None:
 
 @pytest.mark.parametrize("evidence", [Evidence([], []), Evidence(CALM, [measured_at(50, 0.9)])])
 def test_where_nothing_is_known_it_is_said(evidence: Evidence) -> None:
-    """Catches a cause that is made up."""
+    """Catches an invented cause."""
     result = verdict(ROSE, evidence)
     assert (result.cause, result.layer) == ("unknown", None)
     assert "were as before" in result.text
 
 
 def test_the_group_whose_rate_rose_is_named() -> None:
-    """Catches a rise that the largest rate hides, and a group without its layers."""
+    """Catches a rise hidden by another group's larger rate, and a group reported without its layers."""
     steps = [
         step(k, lr=1.0, lrs=[1.0, 0.1 if k < 50 else 0.5], moved={"2": 0.3} if k > 50 else {})
         for k in range(1, 61)
@@ -166,13 +162,13 @@ def test_a_rise_of_all_groups_names_none() -> None:
 
 
 def test_a_group_that_joins_late_is_no_rise() -> None:
-    """Catches rates of another number of groups that are compared by position."""
+    """Catches rates compared by position although the number of groups has changed."""
     steps = [step(k, lrs=[0.1, 0.2] if k < 50 else [0.1, 0.2, 0.9]) for k in range(1, 61)]
     assert verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"], []])).cause == "unknown"
 
 
 def test_the_layer_that_ran_away_first_is_named() -> None:
-    """Catches the neighbour, which holds the eigenvector once the weights have grown."""
+    """Catches a verdict that names the neighbour, which holds the eigenvector after the weights grew."""
     far = {41: {"2": 0.4, "0": 0.1}, 42: {"0": 9.0, "2": 2.0}}
     leap = {43: 90.0}
     steps = [
@@ -190,7 +186,7 @@ def test_the_layer_that_ran_away_first_is_named() -> None:
 
 
 def test_a_layer_that_moved_far_in_its_first_steps_did_not_run_away() -> None:
-    """Catches the first steps of Adam in a group with a larger rate, blamed for a later batch."""
+    """Catches Adam's large first steps, in a group with a larger rate, blamed for a later odd batch."""
     steps = [
         step(k, lrs=[0.1, 3.0], moved={"2": 0.5} if k < 4 else {}, norm=90.0 if k == 40 else 1.0)
         for k in range(1, 61)
@@ -203,7 +199,7 @@ def test_a_layer_that_moved_far_in_its_first_steps_did_not_run_away() -> None:
 
 
 def test_weights_that_something_else_changed_are_named() -> None:
-    """Catches the batch that is blamed for the first gradient after it."""
+    """Catches the next batch blamed for the large gradient that changed weights cause."""
     steps = [
         step(k, changed={"2": 30.0, "0": 1.6} if k == 50 else {}, norm=50.0 if k == 50 else 1.0)
         for k in range(1, 61)
@@ -221,7 +217,7 @@ CLIPPED = [step(k, norm=min(1.0, 0.9 + 0.1 * (k % 3))) for k in range(1, 61)]
 
 
 def test_clipped_gradients_are_not_called_usual() -> None:
-    """Catches "gradients were as before" where clipping hides them, and the same for any other run."""
+    """Catches "gradients were as before" under clipping, and its absence where they are not clipped."""
     text = verdict_on(CLIPPED, []).text
     assert "Learning rate and batch size were as before" in text
     assert "Gradients are clipped at 1" in text
@@ -234,7 +230,7 @@ def test_clipped_gradients_are_not_called_usual() -> None:
 
 
 def test_the_norm_before_clipping_shows_the_batch() -> None:
-    """Catches a handed norm that is not looked at, and an ordinary outlier that is blamed."""
+    """Catches a norm before clipping that is ignored, and an ordinary outlier that is blamed."""
     steps = [replace(each, total_norm=1.5 + 0.2 * (each.step % 4)) for each in CLIPPED]
     assert "gradients were as before" in verdict_on(steps, []).text
     steps[54] = replace(steps[54], total_norm=80.0)
@@ -249,7 +245,7 @@ def test_the_norm_before_clipping_shows_the_batch() -> None:
 
 
 def test_the_loss_of_a_batch_shows_it_where_gradients_are_clipped() -> None:
-    """Catches a batch that clipping hides, and an instability or an old outlier taken for one."""
+    """Catches a batch hidden by clipping, and an instability or an old outlier reported as a batch."""
     steps = [replace(each, loss=0.4 + 0.1 * (each.step % 3)) for each in CLIPPED]
     odd = [replace(each, loss=9.0, batch=[7, 3]) if each.step == 55 else each for each in steps]
     result = verdict_on(odd, [])
@@ -272,7 +268,7 @@ WARM = [step(k, lr=1e-3 * k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
 
 
 def test_a_warm_up_is_no_change_of_the_learning_rate() -> None:
-    """Catches a schedule that goes on, blamed for what a batch does."""
+    """Catches an ongoing warm-up blamed for a spike that a batch caused."""
     steps = [replace(each, grad_norms={"0": 90.0}) if each.step == 55 else each for each in WARM]
     assert (verdict_on(steps, []).cause, verdict_on(steps, []).step) == ("batch", 55)
     smooth = {
@@ -288,7 +284,7 @@ def test_a_warm_up_is_no_change_of_the_learning_rate() -> None:
 
 
 def test_a_warm_up_that_reaches_the_limit_is_the_cause() -> None:
-    """Catches a peak that is too high, called unknown or the edge of a layer."""
+    """Catches a warm-up to a too high peak reported as unknown, or blamed on a layer."""
     result = verdict_on(WARM, [measured_at(40, 0.7), measured_at(60, 1.1)])
     assert (result.cause, result.layer, result.step) == ("learning rate", "2", 60)
     assert "was still rising in warm-up, from 0.001 at step 1 to 0.06 at step 60" in result.text
@@ -302,7 +298,7 @@ def test_a_warm_up_that_reaches_the_limit_is_the_cause() -> None:
 
 
 def test_a_jump_or_a_kink_in_a_schedule_is_a_change() -> None:
-    """Catches a jump that a warm-up hides, a warm restart, and a rate that begins to rise."""
+    """Catches a missed change of the rate: a jump in a warm-up, a warm restart, the start of a rise."""
     jump = [step(k, lr=1e-3 * k * (1 if k < 50 else 2)) for k in range(1, 61)]
     restart = [step(k, lr=0.1 * 0.95**k if k < 50 else 0.1) for k in range(1, 61)]
     kink = [step(k, lr=0.1 + 0.01 * max(0, k - 49)) for k in range(1, 61)]

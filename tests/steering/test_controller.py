@@ -76,7 +76,7 @@ WIDE = TargetRegion(sharpness=(0, 100.0), non_uniformity=(0, 0.2))
 
 @pytest.mark.parametrize(("sharpness", "what"), [(0.5, "lr"), (100.0, "batch_size")])
 def test_a_dry_run_is_the_run_without(sharpness: float, what: str) -> None:
-    """Catches a trace in weights, rates, batches or their order."""
+    """Catches a dry run that changes weights, the rate, or the batches and their order."""
     bare, dry = Run(), Run()
     target = TargetRegion(sharpness=(0, sharpness), non_uniformity=(0, 0.2))
     controller = StabilityController(
@@ -91,7 +91,7 @@ def test_a_dry_run_is_the_run_without(sharpness: float, what: str) -> None:
 
 
 def test_the_sharpness_comes_first() -> None:
-    """Catches a batch that changes while the rate is at work, and one that never gets its turn."""
+    """Catches a batch size that changes before the sharpness has settled, or never changes."""
     run = Run(lr=0.4)
     target = TargetRegion(sharpness=(0, 4.0), non_uniformity=(0, 1.5))
     law = partial(batch_staircase, dwell=20)
@@ -112,7 +112,7 @@ def test_the_sharpness_comes_first() -> None:
 
 
 def test_its_turn_has_hysteresis() -> None:
-    """Catches a batch size that stops and starts with each measurement about the bound."""
+    """Catches batch-size steering that stops and starts as measurements vary around the bound."""
     run = Run()
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=2, band=0.05)
     turns = [
@@ -123,7 +123,7 @@ def test_its_turn_has_hysteresis() -> None:
 
 
 def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> None:
-    """Catches decisions that only the controller knows of."""
+    """Catches decisions that do not reach the sinks."""
     delivered: list[tuple[int, dict[str, float]]] = []
     lines = stableopt.JSONLinesSink(tmp_path / "run.jsonl")
     run = Run(sinks=[lambda step, record: delivered.append((step, record)), lines])
@@ -138,7 +138,7 @@ def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> Non
 
 
 def test_decisions_are_marks_in_the_figures(tmp_path: Path) -> None:
-    """Catches marks that fall off the trajectory, and a TensorBoard that shows none."""
+    """Catches marks that lie off the trajectory, and TensorBoard figures without marks."""
     sink = stableopt.TensorBoardSink(tmp_path, max_diagrams=2)
     run = Run(sinks=[sink])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=1)
@@ -231,7 +231,7 @@ def test_a_run_resumes_where_it_was() -> None:
 
 
 def test_accumulation_is_a_knob_as_well() -> None:
-    """Catches sizes that are not multiples of the loader's batches, in the record or in fact."""
+    """Catches a decided or used size that is not a multiple of the loader's batch size."""
     run = Run(batch_size=4)
     accumulation = AdaptiveAccumulation(run.loader, 4, 24)
     law = partial(batch_staircase, dwell=5)
@@ -253,7 +253,7 @@ def test_accumulation_is_a_knob_as_well() -> None:
 
 
 def test_a_margin_needs_no_batch_and_uses_one() -> None:
-    """Catches a margin that is refused without a batch to change, and one that adds noise."""
+    """Catches a margin refused because it has no batch sampler, and a margin that adds noise."""
     run = Run()
     StabilityController(run.monitor, TargetRegion.within_limits(0.8))
     noisy = Run(lr=0.4, batch_size=1)
@@ -266,7 +266,7 @@ def test_a_margin_needs_no_batch_and_uses_one() -> None:
 
 
 def test_what_cannot_be_steered_is_refused() -> None:
-    """Catches a target that no knob serves, which would go unnoticed."""
+    """Catches a target that nothing the controller may change can reach."""
     run = Run()
     flat = TargetRegion(sharpness=(0, 1.0))
     plain = Run(quantities=("sharpness",))

@@ -61,7 +61,7 @@ def changing(sampler: AdaptiveBatchSampler, batches: Iterator, sizes: list[int])
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 60), sizes=SIZES, drop_last=st.booleans())
 def test_every_index_exactly_once_at_any_sizes(n: int, sizes: list[int], drop_last: bool) -> None:
-    """Catches samples that a change drops or repeats, and sizes that are read too late."""
+    """Catches samples dropped or repeated when the size changes, and sizes that apply too late."""
     sampler = AdaptiveBatchSampler(range(n), 1, drop_last=drop_last)
     for _ in range(2):
         batches = changing(sampler, iter(sampler), sizes)
@@ -130,8 +130,9 @@ def test_with_one_size_it_is_torchs(n: int, drop_last: bool) -> None:
 def test_resuming_at_any_batch_gives_what_is_left(
     n: int, sizes: list[int], drop_last: bool, taken: int, ahead: int
 ) -> None:
-    """Catches a resumed epoch that repeats what was prefetched, or skips it, and a saved state that
-    changes the run it was saved from.
+    """Catches a resumed epoch that repeats or skips prefetched batches.
+
+    Also catches a ``state_dict`` that changes the run it was taken from.
     """
     sampler = AdaptiveBatchSampler(shuffled(n), 1, drop_last=drop_last)
     batches, before = iter(sampler), []
@@ -160,7 +161,7 @@ def test_resuming_at_any_batch_gives_what_is_left(
 
 
 def test_a_resumed_loader_with_workers_gives_the_batches_that_were_not_taken() -> None:
-    """Catches a state that counts what workers have asked for as taken."""
+    """Catches a state that counts prefetched batches as trained on."""
     sampler = AdaptiveBatchSampler(shuffled(40), 3)
     loader = DataLoader(Indices(40), batch_sampler=sampler, num_workers=2, prefetch_factor=2)
     batches = iter(loader)
@@ -191,7 +192,7 @@ def test_a_resumed_epoch_can_be_saved_and_resumed_again() -> None:
 
 
 def test_a_finished_epoch_resumes_as_a_new_one() -> None:
-    """Catches an empty epoch after a checkpoint between two."""
+    """Catches an empty epoch after resuming from a checkpoint between two epochs."""
     sampler = AdaptiveBatchSampler(range(5), 2)
     list(sampler)
     sampler.load_state_dict(sampler.state_dict())
@@ -274,7 +275,7 @@ def test_sizes_are_kept_within_what_is_allowed(
     ],
 )
 def test_bad_sizes_are_refused(arguments: Any, says: str) -> None:
-    """Catches a size that is silently another one."""
+    """Catches a bad size that is silently replaced by a valid one."""
     size, options = arguments
     with pytest.raises(ValueError, match=says):
         AdaptiveBatchSampler(range(9), size, **options)
@@ -381,7 +382,7 @@ def test_accumulation_is_the_mean_over_the_step(n: int, micro: int, counts: list
 
 
 def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
-    """Catches a size between two multiples that would silently be another."""
+    """Catches a size between two multiples that is silently rounded."""
     batches = [torch.zeros(4)] * 3
     accumulation = AdaptiveAccumulation(batches, 4, max_batch_size=12)
     assert accumulation.batch_size == 4
@@ -400,7 +401,7 @@ def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
 
 
 def test_accumulation_weighs_batches_as_the_loss_does() -> None:
-    """Catches shares by samples for a mean over tokens: 63 % off, and no word of it."""
+    """Catches weights by samples for a mean over tokens: 63 % off, without an error."""
     torch.manual_seed(0)
     x, y = torch.randint(7, (2, 16, 12))
     for row in range(16):

@@ -17,7 +17,7 @@ from tests.helpers.steered_runs import FLAT, MSE, Run, X, Y, network
 
 
 def test_it_acts_once_for_each_fresh_measurement() -> None:
-    """Catches a rate that moves at every step, from a measurement long past."""
+    """Catches a rate that goes on moving by an old measurement."""
     run = Run(every=5)
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
     rates = []
@@ -34,7 +34,7 @@ def test_it_acts_once_for_each_fresh_measurement() -> None:
 
 
 def test_a_monitor_without_measurements_changes_nothing() -> None:
-    """Catches a scheduler that acts as it is made, or needs a measurement to exist."""
+    """Catches a scheduler that acts in its constructor, or fails before the first measurement."""
     run = Run(every=1000)
     run.monitor.measure()
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
@@ -63,7 +63,7 @@ def test_groups_keep_their_ratios_and_zero_stays_zero() -> None:
 
 
 def test_an_adaptive_optimizer_goes_by_its_preconditioned_sharpness() -> None:
-    """Catches the sharpness of the loss held against a limit that is on another matrix."""
+    """Catches the plain sharpness compared with the limit of the preconditioned one."""
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 2), torch.randn(32, 3), torch.randn(32, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -80,7 +80,7 @@ def test_an_adaptive_optimizer_goes_by_its_preconditioned_sharpness() -> None:
 
 
 def test_tensor_rates_are_changed_in_place() -> None:
-    """Catches a rate that a compiled step or a captured graph would no longer see."""
+    """Catches a new tensor for the rate: a compiled step or a captured graph would keep the old one."""
     rate = torch.tensor(0.05)
     run = Run(lr=rate)
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
@@ -95,7 +95,7 @@ def test_tensor_rates_are_changed_in_place() -> None:
 
 
 def test_after_a_warm_up() -> None:
-    """Catches an initial step that acts, and a rate that falls back to the initial one."""
+    """Catches a constructor that changes the rate, and a fall to the initial rate after the warm-up."""
     run = Run(lr=0.1)
     warm_up = LinearLR(run.optimizer, start_factor=0.1, total_iters=5)
     steering = StabilityLR(run.optimizer, run.monitor, FLAT)
@@ -113,7 +113,7 @@ def test_after_a_warm_up() -> None:
 
 
 def test_chained_with_a_decay() -> None:
-    """Catches a rate that forgets what the schedulers before it did."""
+    """Catches a scheduler that undoes what the schedulers before it in the chain did."""
     run = Run()
     steering = StabilityLR(run.optimizer, run.monitor, FLAT)
     scheduler = ChainedScheduler([ExponentialLR(run.optimizer, 0.9), steering])
@@ -122,7 +122,7 @@ def test_chained_with_a_decay() -> None:
 
 
 def test_a_run_resumes_where_it_was() -> None:
-    """Catches state that is not saved, and state that torch.load refuses."""
+    """Catches state that is not saved, and state that ``torch.load(weights_only=True)`` refuses."""
 
     def go_on(run: Run, scheduler: StabilityLR, steps: int) -> None:
         for _ in range(steps):
@@ -165,7 +165,7 @@ def test_a_run_resumes_where_it_was() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"kick": 0.1}, {"restore": True, "loss_cap": 1e-9}])
 def test_a_dry_run_is_the_run_without(options: dict[str, Any]) -> None:
-    """Catches a trace that steering leaves although it must not, in weights or rates or buffers."""
+    """Catches a dry run that changes weights, rates or momentum buffers."""
     bare = Run(momentum=0.9)
     for _ in range(12):
         bare.step()
@@ -184,7 +184,7 @@ def test_a_dry_run_is_the_run_without(options: dict[str, Any]) -> None:
 
 
 def test_a_relative_target_waits_for_a_good_measurement() -> None:
-    """Catches a region that is taken from a failed measurement, and waiting without a message."""
+    """Catches a target resolved by a failed measurement, and a wait without a message."""
     run = Run(max_iter=1)  # one product: it cannot converge
     scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.flatter(by=2))
     with pytest.warns(RuntimeWarning, match="did not converge"):
@@ -221,7 +221,7 @@ def test_a_lost_loss_is_survived_and_said() -> None:
 
 
 def test_an_adaptive_optimizer_is_not_steered_by_its_plain_sharpness() -> None:
-    """Catches a target, relative to the first measurement, in other units than the later ones."""
+    """Catches a relative target resolved by plain sharpness, where the preconditioned one counts."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=5, batch_size=16)
@@ -242,7 +242,7 @@ def test_an_adaptive_optimizer_is_not_steered_by_its_plain_sharpness() -> None:
 
 
 def test_bounds_come_from_the_initial_rate_and_are_saved() -> None:
-    """Catches bounds of a rate that a warm-up, or a loaded optimizer, has just then."""
+    """Catches default bounds taken from the rate during a warm-up or after loading an optimizer."""
     run = Run(lr=0.5)
     warmup = LinearLR(run.optimizer, start_factor=0.01, total_iters=5)
     steered = StabilityLR(run.optimizer, run.monitor, TargetRegion.within_limits(0.8))
@@ -259,8 +259,9 @@ def test_bounds_come_from_the_initial_rate_and_are_saved() -> None:
 
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_rate_outside_of_its_bounds_moves_to_the_nearer(tensor: bool) -> None:
-    """Catches bounds that only new rates obey, a cut that raises the rate, and a float32 rate that
-    is moved at each step because 0.3 is not a float32 number.
+    """Catches bounds that the initial rate escapes, and a cut that raises the rate.
+
+    Also catches a float32 rate that moves at each step because 0.3 is not a float32 number.
     """
 
     def rate(lr: float) -> Any:
@@ -286,7 +287,7 @@ def test_a_rate_outside_of_its_bounds_moves_to_the_nearer(tensor: bool) -> None:
 
 
 def test_bounds_hold_beside_other_schedulers_and_without_measurements() -> None:
-    """Catches bounds that wait for the next measurement, and groups that lose their ratios."""
+    """Catches bounds applied only at measurements, and groups that lose their ratios."""
     run = Run(every=1000, groups=(0.4, 0.1))
     steering = StabilityLR(run.optimizer, run.monitor, FLAT, min_lr=0.2)
     scheduler = ChainedScheduler([ExponentialLR(run.optimizer, 0.7), steering])
@@ -297,7 +298,7 @@ def test_bounds_hold_beside_other_schedulers_and_without_measurements() -> None:
 
 
 def test_a_law_of_ones_own() -> None:
-    """Catches a scheduler that knows its laws."""
+    """Catches a scheduler that works only with the built-in laws."""
 
     def halve(measured: LRMeasured, state: State) -> tuple[Any, State]:
         count = state.get("count", 0) + 1
@@ -311,7 +312,7 @@ def test_a_law_of_ones_own() -> None:
 
 
 def test_a_margin_keeps_away_from_its_limit_and_above_its_floor() -> None:
-    """Catches a margin whose rate rises above the user's, or falls without end."""
+    """Catches a margin law that raises the rate above the user's, or lowers it without end."""
     run = Run(lr=1.5, tol=0.03)
     scheduler = StabilityLR(run.optimizer, run.monitor, TargetRegion.within_limits(0.5))
     assert (scheduler.min_lr, scheduler.max_lr) == (0.15, 1.5)
@@ -321,7 +322,7 @@ def test_a_margin_keeps_away_from_its_limit_and_above_its_floor() -> None:
 
 
 def test_what_cannot_be_steered_is_refused() -> None:
-    """Catches arguments that would fail, or do nothing, only once training runs."""
+    """Catches bad arguments that are accepted and fail, or do nothing, during training."""
     run, other = Run(), Run(quantities=("non_uniformity",))
     make = StabilityLR
     uniform = TargetRegion(non_uniformity=(0, 1.0))
@@ -343,7 +344,7 @@ def test_what_cannot_be_steered_is_refused() -> None:
 
 
 def test_sinks_that_fail_do_not_end_the_training() -> None:
-    """Catches an exception of a sink in the middle of a step."""
+    """Catches a sink's exception that ends a scheduler step."""
 
     def broken(step: int, record: dict[str, float]) -> None:
         if "decision" in record:

@@ -15,7 +15,7 @@ from tests.helpers.steered_runs import FLAT, MSE, Run, Y
 
 
 def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
-    """Catches weights that are changed unasked, and a momentum that blows them up once more."""
+    """Catches weights restored without ``restore=True``, and momentum that is not restored with them."""
     for restore in (False, True):
         run = Run(momentum=0.9)
         scheduler = StabilityLR(run.optimizer, run.monitor, FLAT, restore=restore)
@@ -39,7 +39,7 @@ def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
 
 
 def test_each_divergence_after_a_restore_is_cut_and_restored() -> None:
-    """Catches a law that takes restored weights for lost ones: the second divergence is then final."""
+    """Catches a law that treats restored weights as lost, so that a second divergence is final."""
     run = Run(momentum=0.9)
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
     run.go(scheduler, 3)
@@ -58,8 +58,9 @@ def test_each_divergence_after_a_restore_is_cut_and_restored() -> None:
 def test_weights_are_kept_where_momentum_needs_it(
     momentum: float, restore: bool | None, keeps: bool
 ) -> None:
-    """Catches momentum that carries the weights on after the rate was cut, and a copy that plain
-    gradient descent, which a lower rate stops, pays for nothing.
+    """Catches a default that does not restore with momentum, or that copies weights without it.
+
+    Momentum carries the weights on after a cut. Plain gradient descent needs no copy of them.
     """
     run = Run(momentum=momentum)
     options = {} if restore is None else {"restore": restore}
@@ -71,7 +72,7 @@ def test_weights_are_kept_where_momentum_needs_it(
 
 
 def test_a_kick_is_along_the_direction_of_the_optimizers_own_limit() -> None:
-    """Catches the eigenvector of the loss: with rates of 0.01 and 1 another direction is unstable.
+    """Catches a kick along the loss's top eigenvector, where the rates make another direction unstable.
 
     f = (10 (a - 1)^2 + (b - 1)^2) / 2, whose Hessian has its top eigenvector along a.
     """
@@ -95,8 +96,9 @@ def test_a_kick_is_along_the_direction_of_the_optimizers_own_limit() -> None:
 
 
 def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstable() -> None:
-    """Catches a kick at a stable point, a kick at every measurement, and one across the valley's
-    floor. The loss is quadratic, so nothing else moves the weights at its minimum.
+    """Catches a kick at a stable point, at every measurement, or along a flat direction.
+
+    The loss is quadratic, so nothing else moves the weights at its minimum.
     """
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)

@@ -1,4 +1,4 @@
-"""The comparison of control laws from the same start, and its claims."""
+"""The comparison of control laws from one start, and its claims."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from benchmarks.framework.tables import table
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a law that the scheduler cannot ask, a divergence that ends the comparison, and a law
-    that begins where another has ended.
+    """Catches a law that does not fit the scheduler, or that starts where another law ended.
+
+    Also catches a divergence that ends the comparison.
     """
     control_laws = ControlLaws(n=40, start_loss=0.06, steps=15, measure_every=5)
     tables, drawn, _ = small_run(control_laws, tmp_path)
@@ -28,7 +29,7 @@ def test_end_to_end(tmp_path: Path) -> None:
 
 
 def test_claims_follow_the_numbers() -> None:
-    """Catches a verdict that does not look at the end, or at one seed only."""
+    """Catches a verdict that ignores the end of a run, or all seeds but one."""
     control_laws = ControlLaws(seeds=(0, 1))
 
     def end(law: str, seed: int, sharpness: float, largest: float = 0.01) -> dict[str, object]:

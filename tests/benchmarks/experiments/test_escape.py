@@ -1,4 +1,4 @@
-"""Escapes in words: runs that stay, that leave, and that diverge."""
+"""Escapes in words: runs that stay, runs that leave, and runs that diverge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Done:
     ],
 )
 def test_a_line_for_every_end(found: Found, says: str) -> None:
-    """Catches a number that a run which diverged does not have."""
+    """Catches a headline that needs numbers which a diverged run does not have."""
     escape = Escape()
     switch = next(job for job in escape.jobs() if isinstance(job, Switch))
     line = escape.headline(switch, Done(found))  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def test_a_line_for_every_end(found: Found, says: str) -> None:
 
 
 def test_a_minimum_has_a_line_too() -> None:
-    """Catches a headline of switches alone."""
+    """Catches minima without a headline."""
     escape = Escape()
     start = next(job for job in escape.jobs() if isinstance(job, Solution))
     minimum: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
@@ -53,7 +53,7 @@ def test_a_minimum_has_a_line_too() -> None:
 
 @pytest.mark.parametrize(("ratio", "says"), [(13.4, "13.4 times"), (None, "beyond all bounds")])
 def test_remarks_on_runs_that_diverged(ratio: float | None, says: str) -> None:
-    """Catches "nan times"."""
+    """Catches "nan times" in a remark."""
     row = SimpleNamespace(
         seed=0, random_labels=200, largest_loss_ratio=ratio, sharpness_after=float("nan")
     )

@@ -18,8 +18,9 @@ GOLDEN = json.loads(Path(__file__).with_name("job_ids.json").read_text())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_job_ids_do_not_change(name: str) -> None:
-    """Catches a renamed field, a changed default or another ``kind``, after which everything that
-    was computed before would be computed again.
+    """Catches a renamed field, a changed default or a changed ``kind``.
+
+    Any of them changes job ids, so all published results would be computed again.
     """
     digests = {}
     for preset in PRESETS:

@@ -31,7 +31,7 @@ def test_the_line_is_the_loss_and_comes_back() -> None:
 
 
 def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
-    """Catches a search on one side only, a slope that is left out, and a rise in other units."""
+    """Catches a search on one side only, a missing slope, and a rise in other units."""
 
     def loss(t: float) -> float:
         return 3 + 0.2 * t + 2 * t**2 + (10 * (t + 1) if t < -1 else 0.0)
@@ -42,7 +42,7 @@ def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
 
 
 def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> None:
-    """Catches a loss that is not the one named: at the start of both, from one network."""
+    """Catches a course trained by another loss than its name says, or from other weights."""
     store = Store(tmp_path)
     data = Dataset("digits", 50)
     jobs = [Course(data, loss, 0.5, 0, 3, 2) for loss in ("squared", "cross-entropy")]
@@ -64,7 +64,7 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a table that is not drawn, and a claim that nothing could refute."""
+    """Catches a table without a figure, and a claim that no result can refute."""
     loss_shape = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
     tables, drawn, _ = small_run(loss_shape, tmp_path)
     assert drawn == {"line", "course"}

@@ -16,9 +16,7 @@ from benchmarks.runner import Store
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path) -> None:
-    """Catches a piece that does not fit the next, a table that is empty, and a
-    picture that is not drawn from its own table.
-    """
+    """Catches stages that do not fit together, an empty table, and a figure of another table."""
     assert cli.main(["run", name, "--preset", "smoke", "--out", str(tmp_path)]) == 0
     kind = experiment(name)
     folder = tmp_path / "smoke" / kind.datasets[0] / name
@@ -48,9 +46,7 @@ def test_smoke(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_presets_ask_for_jobs(name: str, preset: str) -> None:
-    """Catches a preset with a setting that the experiment does not have, and jobs that differ by
-    nothing.
-    """
+    """Catches a preset with a setting that the experiment does not have, and identical jobs."""
     kind = experiment(name)
     for data in kind.datasets:
         configured = kind.preset(preset, data)

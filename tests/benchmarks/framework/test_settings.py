@@ -38,7 +38,7 @@ class Config:
     ],
 )
 def test_settings_have_the_type_of_their_field(text: str, value: Any) -> None:
-    """Catches text where a number belongs, and "false" that is true since it is not empty."""
+    """Catches text where a number belongs, and "false" read as true because it is not empty."""
     key = text.partition("=")[0]
     config = configured(Config(), [text])
     assert config == replace(Config(), **{key: value})

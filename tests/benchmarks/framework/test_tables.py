@@ -29,8 +29,9 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_a_table_of_rows_is_that_of_its_file(tmp_path: Path) -> None:
-    """Catches claims that see other types before a table is written than after it is read: integers
-    that a missing value turns into floats, and a column that is empty.
+    """Catches tables whose types change when they are written and read.
+
+    Missing values turn integers into floats, and a column may be empty.
     """
     content = table(
         {"B": size, "a": a, "name": name, "none": None}

@@ -43,7 +43,7 @@ def alive(group: int) -> list[int]:
         ["ps", "-axo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, its, state in rows if int(its) == group and state[0] != "Z"]
+    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and state[0] != "Z"]
 
 
 def files(store: Store, jobs: list[Job]) -> dict[str, bytes]:

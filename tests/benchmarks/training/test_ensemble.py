@@ -123,8 +123,8 @@ def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch
         # Float32, sums of ten samples' terms in another order.
         assert losses[k] == pytest.approx(loss.item(), rel=1e-5)
         expected = torch.autograd.grad(loss, list(model.parameters()))
-        for found, gradient in zip(stack.gradients, expected, strict=True):
-            assert float((found[k] - gradient).norm()) <= 1e-4 * float(gradient.norm())
+        for stacked, gradient in zip(stack.gradients, expected, strict=True):
+            assert float((stacked[k] - gradient).norm()) <= 1e-4 * float(gradient.norm())
 
 
 def test_who_may_be_trained_as_one() -> None:

@@ -197,12 +197,12 @@ def test_state_that_others_write_counts(direction: str, way: str) -> None:
     for m, o in ((expected_model, expected), (model, actual)):
         o.step(closure_of(m, o))
         o.step(closure_of(m, o))
-    (own,) = expected.state_dict()["state"].values()
+    (replaced,) = expected.state_dict()["state"].values()
     names = ("old_dirs", "old_stps", "ro", "H_diag") if way == "pairs" else tuple(foreign)
-    wanted = {**own, **{name: foreign[name] for name in names if name in foreign}}
+    merged = {**replaced, **{name: foreign[name] for name in names if name in foreign}}
     if way == "pairs":
-        wanted.pop("compact", None)
-    expected.load_state_dict({**expected.state_dict(), "state": {0: wanted}})
+        merged.pop("compact", None)
+    expected.load_state_dict({**expected.state_dict(), "state": {0: merged}})
     (first,) = actual.state
     if way == "replaced":
         actual.state[first] = copy.deepcopy(foreign)
