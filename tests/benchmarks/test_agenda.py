@@ -15,7 +15,7 @@ from benchmarks.runner import Place, Store, in_order, run_all
 def test_the_order_is_unpublished_then_the_papers_then_the_quickest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches hours spent on what is known, and what is done offered again."""
+    """Catches hours spent on published results, and finished jobs that are offered again."""
     names = ("toy", "gd-sharpness", "counterexample", "edge")
     monkeypatch.setattr(agenda, "NAMES", names)
     store, published = Store(tmp_path / "runs"), tmp_path / "results"
@@ -35,7 +35,7 @@ def test_the_order_is_unpublished_then_the_papers_then_the_quickest(
 
 
 def test_times_by_the_speed_of_what_is_published(tmp_path: Path) -> None:
-    """Catches a rate of other data, and half of the jobs taken for all of them."""
+    """Catches a rate measured on other data, and the time of half of the jobs used for all."""
 
     def publish(name: str, data: str, seconds: float, done: int = 4) -> None:
         folder = tmp_path / "small" / data / name

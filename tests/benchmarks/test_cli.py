@@ -64,7 +64,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run the command line, expect that it goes well, return what it said."""
+    """Run the command line, check that it succeeds, and return what it printed."""
     capsys.readouterr()
     assert cli.main(list(map(str, arguments))) == 0
     return capsys.readouterr().out
@@ -73,7 +73,7 @@ def main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_run_writes_what_it_found_and_does_nothing_twice(
     ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches tables that are not those of the jobs, and a second run that trains again."""
+    """Catches tables that differ from the jobs' results, and a second run that trains again."""
     folder = ran / "smoke" / "digits" / "gd-sharpness"
     names = {"sharpness.csv", "sharpness.png", "sharpness.svg", "claims.json", "about.json"}
     assert {path.name for path in folder.iterdir()} == names
@@ -94,7 +94,7 @@ def test_run_writes_what_it_found_and_does_nothing_twice(
 def test_a_dry_run_says_what_is_left_and_leaves_nothing(
     ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a dry run that writes, that trains, or that names what is done already."""
+    """Catches a dry run that writes files, trains, or lists finished jobs."""
     output = main(capsys, *RUN, "--set", "lrs=0.5,0.25", "--dry-run", "--out", ran)
     assert "2 jobs, 1 to do" in output
     ids = re.findall(r"solution-[0-9a-f]{12}", output)
@@ -108,7 +108,7 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing(
 def test_paper_runs_what_is_missing_and_says_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a budget that is not kept, an agenda of what is done, and nothing said at its end."""
+    """Catches an exceeded time budget, finished experiments that run again, and a missing summary."""
     monkeypatch.setattr(gd_sharpness.EXPERIMENT, "presets", {("smoke", "digits"): SETTINGS})
     monkeypatch.setattr(gd_sharpness.EXPERIMENT, "datasets", ("digits",))
     call = ("paper", "--preset", "smoke", "--out", tmp_path, "--results", tmp_path / "published")
@@ -124,7 +124,7 @@ def test_paper_runs_what_is_missing_and_says_what_is_left(
 def test_shards_share_the_jobs_and_seeds_multiply_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a shard that runs what is another's, and --seeds that are not the experiment's."""
+    """Catches overlapping shards, and ``--seeds`` that does not reach the experiment."""
     ids = []
     for shard in ("1/2", "2/2"):
         output = main(
@@ -166,8 +166,9 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
 def test_workers_share_the_threads(
     threads: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches workers with as many threads as there are cores, each, or against the
-    environment's setting: they would wait for each other most of the time.
+    """Catches workers that use more threads in total than there are cores or the environment allows.
+
+    They would wait for each other most of the time.
     """
     places = []
 
@@ -216,9 +217,7 @@ def test_a_sweep_that_cannot_be_read_is_named_and_skipped(
 def test_the_report_holds_every_claim(
     ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a claim that is left out, what did not come out shown as if it had, and a preset that
-    was not run and is not said to be missing.
-    """
+    """Catches a missing claim, a refuted one shown as reproduced, and a preset not listed as missing."""
     folder = tmp_path / "small" / "digits" / "gd-sharpness"
     folder.mkdir(parents=True)
     for path in (ran / "smoke" / "digits" / "gd-sharpness").iterdir():
@@ -235,7 +234,7 @@ def test_the_report_holds_every_claim(
 
 
 def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path) -> None:
-    """Catches digits, theory's claims, or a smaller preset among the paper's own numbers."""
+    """Catches results on digits, claims of theory, or a smaller preset among the paper's numbers."""
     texts = {
         "small/digits": "digits",
         "small/fashion-mnist": "few",

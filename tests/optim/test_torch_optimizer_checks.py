@@ -89,7 +89,7 @@ def test_public_attributes_are_copied(kind: Any, case: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
 def test_hooks_of_steps_and_state_dicts(kind: Any, case: Any) -> None:
-    """Catches hooks that fire never, twice or in another order."""
+    """Catches hooks that do not fire, fire twice, or fire in another order."""
     run, calls = Run(kind, case), []
     optimizer = run.optimizer
     optimizer.register_step_pre_hook(lambda *_: calls.append("step pre"))

@@ -78,7 +78,7 @@ def rises(case: Any) -> bool:
 @pytest.mark.parametrize(("kind", "case"), cases(implementations=True))
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_parameters_in_any_order_of_memory(kind: Any, case: Any, contiguous: bool) -> None:
-    """Catches kernels that take parameters for contiguous, and fused ones that move another way."""
+    """Catches kernels that assume contiguous parameters, and fused ones that step differently."""
     params = layer(contiguous=contiguous)
     optimizer = kind(params, **copy.deepcopy(case.kwargs))
     closure = least_squares(*params, optimizer)

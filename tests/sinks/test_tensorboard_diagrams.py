@@ -34,7 +34,7 @@ def test_no_more_diagrams_than_asked_for(tmp_path: Path, most: int, count: int) 
 
 
 def test_diagrams_get_rarer(tmp_path: Path) -> None:
-    """Catches ten diagrams of the first ten measurements, and none of the rest."""
+    """Catches diagrams of the first measurements only, and none of the rest of the run."""
     sink = TensorBoardSink(tmp_path)
     for step in range(1, 961):
         # Only measured pairs count.
@@ -48,9 +48,7 @@ def test_diagrams_get_rarer(tmp_path: Path) -> None:
 
 
 def test_a_program_that_closes_nothing_has_the_last_diagram(tmp_path: Path) -> None:
-    """Catches a run whose diagram is that of its first measurements, a diagram after the end, and a new
-    file of a writer that its owner has closed.
-    """
+    """Catches a program that ends without the last diagram, or writes to a closed writer."""
     with mock.patch("atexit.register") as register:
         sink = TensorBoardSink(tmp_path)
         for step in range(1, 6):
@@ -106,7 +104,7 @@ def test_many_layers_are_few_scalars(count: int, tmp_path: Path) -> None:
     ids=["sgd", "momentum", "gd", "adam", "without"],
 )
 def test_a_record_alone_shows_its_limits(tmp_path: Path, margins: Any, box: Any) -> None:
-    """Catches an update rule guessed from numbers: a record has limits, and nothing more is known."""
+    """Catches an update rule guessed from a record, which has limits but no rule."""
     sink = TensorBoardSink(tmp_path)
     sink(margins.step, margins.record())
     assert sink._diagrams._region == box

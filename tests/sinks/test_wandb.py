@@ -80,7 +80,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, named: bool) -> None:
-    """Catches a record that is merged away, an infinity, and rows of training that are lost."""
+    """Catches a record merged into another, an infinite value, and lost rows of training."""
     sink = WandbSink(run) if named else WandbSink()
     for step in range(1, 5):
         if step % 2 == 0:
@@ -100,8 +100,9 @@ def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, nam
 
 @pytest.mark.parametrize(("every", "decides"), [(1, False), (2, True)])
 def test_rows_of_training_survive(run: Any, tmp_path: Path, every: int, decides: bool) -> None:
-    """Catches a record that moves the run's count past the step of training's next row: steps of
-    training begin at 0, and a measurement and two decisions come between two of them.
+    """Catches a record that moves the run's step past that of training's next row.
+
+    Training steps begin at 0; a measurement and two decisions come between two of them.
     """
     sink = WandbSink(run)
     for step in range(6):
@@ -134,7 +135,7 @@ def test_records_of_two_monitors_are_rows_of_their_own(run: Any, tmp_path: Path)
 
 
 def test_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an error that does not say what is missing."""
+    """Catches an error that does not say that a run is missing."""
     with pytest.raises(RuntimeError, match=r"no run is active; expected wandb\.init\(\)"):
         WandbSink()(1, {"sharpness": 1.0})
     with pytest.raises(TypeError, match=r"run='demo': expected what wandb\.init"):

@@ -110,7 +110,7 @@ def test_a_region_is_reached_by_every_seed_or_not(
 
 
 def test_the_noise_scale_is_that_of_per_sample_gradients() -> None:
-    """Catches a covariance divided by n − 1, and gradients of another loss; the oracle is a plain loop."""
+    """Catches a covariance divided by n − 1, and gradients of another loss, by a plain loop."""
     model = nn.Linear(3, 2)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)

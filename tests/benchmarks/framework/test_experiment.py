@@ -1,4 +1,4 @@
-"""An experiment's jobs, rows and tables, and its settings read back from a file."""
+"""What an experiment's cases give: jobs, rows, tables; and settings that come back from a file."""
 
 from __future__ import annotations
 

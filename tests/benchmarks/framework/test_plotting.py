@@ -31,7 +31,7 @@ def test_missing_values_are_left_out() -> None:
 
 
 def test_a_limit_is_drawn_once() -> None:
-    """Catches a limit drawn once for each run, and a limit that is left out because of its value."""
+    """Catches a limit drawn once for each run, and an x limit skipped for having a y limit's value."""
     _, (axes,) = panels()
     for value in (2.0, 2.0, 3.0):
         limit(axes, y=value)

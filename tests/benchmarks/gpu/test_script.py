@@ -23,7 +23,7 @@ IN_MINIATURE = ["measure", "ensemble", "graphs", "nccl", "table-2"]
 
 @NEEDS_SIMULATED_DEVICE
 def test_parts_in_miniature(tmp_path: Path) -> None:
-    """Catches a part with a tensor on the host, which would waste the time on a GPU."""
+    """Catches a part that leaves a tensor on the host and would fail on a GPU."""
     process = CONTEXT.Process(target=run_parts, args=(IN_MINIATURE, str(tmp_path)))
     process.start()
     process.join(120)
@@ -42,7 +42,7 @@ def test_parts_in_miniature(tmp_path: Path) -> None:
 
 @NEEDS_SIMULATED_DEVICE
 def test_command_line_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Catches a child that is called otherwise than it expects, and reasons that are lost."""
+    """Catches a child process called with wrong arguments, and reasons that are lost."""
     arguments = ["graphs", "--device", "simulated", "--out", str(tmp_path)]
     assert cli.main(["gpu", *arguments]) == 0
     (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"]
@@ -79,7 +79,7 @@ PROGRAMS = {
 
 
 def test_a_part_that_fails_or_is_slow_does_not_stop_the_others(tmp_path: Path) -> None:
-    """Catches a lost reason, a limit that is not kept, and a part that begins without time."""
+    """Catches a lost reason, a part that exceeds its limit, and one that begins with no time left."""
 
     def command(name: str) -> list[str]:
         program = PROGRAMS[name].replace("{out}", str(tmp_path))

@@ -15,8 +15,9 @@ from benchmarks.training.minimum import Solution
 
 
 def test_an_id_is_the_hash_of_what_differs_from_the_defaults() -> None:
-    """Catches an id that hangs on Python's hash, which differs from process to process, and a
-    change that would leave every result that there is behind. The content is written out by hand.
+    """Catches an id by Python's hash, which differs between processes, and any change of ids.
+
+    After a change all existing results would be lost. The hashed content is written out by hand.
     """
     content = '["sum", 1, {"terms": [["number", 1, {"unit": "km", "x": 1.5}]]}]'
     digest = hashlib.sha256(content.encode()).hexdigest()
@@ -47,7 +48,7 @@ def test_every_field_tells_jobs_apart_also_those_of_a_need() -> None:
 
 
 def test_a_field_that_is_added_leaves_ids_as_they_were() -> None:
-    """Catches results that are lost when a class learns something new, in a need too."""
+    """Catches ids that change, also those of dependent jobs, when a class gains a field."""
 
     @dataclass(frozen=True)
     class Later(Number):
@@ -60,7 +61,7 @@ def test_a_field_that_is_added_leaves_ids_as_they_were() -> None:
 
 
 def test_a_schema_makes_new_ids_also_of_those_that_need_it() -> None:
-    """Catches an old result, or one computed from an old result, taken for a new one."""
+    """Catches an old result, or one computed from an old result, that counts as a new one."""
 
     @dataclass(frozen=True)
     class Newer(Number):

@@ -67,7 +67,7 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_done_is_on_the_disk_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a name that outlives a power cut while its content does not: files in caches only."""
+    """Catches a job marked as done before its files are on the disk: a power cut would lose them."""
     if os.name != "posix":
         pytest.skip("fsync of a folder is POSIX's")
     store, job = Store(tmp_path), Number(1.0)

@@ -110,7 +110,7 @@ def test_gd_until_ends_at_the_target_or_says_why_not() -> None:
 
 
 def test_a_minimum_is_loaded_only_if_it_is_one(tmp_path: Path) -> None:
-    """Catches weights of the start instead of the end, and a run out of steps taken for a minimum."""
+    """Catches initial instead of final weights, and a run out of steps loaded as a minimum."""
     store = Store(tmp_path)
     data = Dataset("digits", 16)
     reached = Solution(data, lr=1.0, target_loss=3e-2)

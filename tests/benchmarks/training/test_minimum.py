@@ -88,7 +88,7 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
 def test_a_network_without_active_units_has_collapsed(
     together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would train the last bias until it is out of steps. Catches one that counts as a minimum."""
+    """Catches a dead network that counts as a minimum: it would train only its last bias."""
 
     def dead(job: Solution, device: str = "cpu") -> nn.Module:
         model = network("digits", seed=job.seed)
@@ -135,7 +135,7 @@ class _KilledError(BaseException):
 def test_a_run_that_is_killed_goes_on_where_it_was(
     batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a state that is not all there is: the order of the batches, the trace, the steps."""
+    """Catches a checkpoint without the order of batches, the trace or the number of steps."""
     job = replace(QUICK, batch_size=batch_size, target_loss=1e-2)
     undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
     done(job, undisturbed)
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(
 
 
 def test_divergence_is_an_outcome(tmp_path: Path) -> None:
-    """Catches a failure where there is a result, and margins of weights that are not finite."""
+    """Catches divergence recorded as a failure, and margins measured on non-finite weights."""
     store = Store(tmp_path)
     minimum = done(replace(QUICK, lr=1e6), store)
     assert minimum.outcome == "diverged"
@@ -173,7 +173,7 @@ def test_divergence_is_an_outcome(tmp_path: Path) -> None:
 
 
 def test_sharpness_along_the_way_changes_nothing(tmp_path: Path) -> None:
-    """Catches a measurement that leaves a trace in the run, and one that is not made."""
+    """Catches a measurement that changes the run, and a measurement that is not made."""
     watched = replace(QUICK, sharpness_every=10)
     store = Store(tmp_path)
     assert done(watched, store) == done(QUICK, store)
@@ -198,9 +198,7 @@ def minimum(tmp_path_factory: pytest.TempPathFactory) -> tuple[Solution, Store]:
 
 
 def test_gd_leaves_beyond_its_limit_and_stays_within(minimum: tuple[Solution, Store]) -> None:
-    """Catches a prediction that is not the box's, an escape that is not seen, and one that is seen
-    where there is none.
-    """
+    """Catches a prediction that is not the box's, a missed escape, and a false one."""
     start, store = minimum
     a = store.result(start).sharpness
     for factor, leaves in ((0.9, False), (2.0, True)):
@@ -241,8 +239,9 @@ def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
 
 
 def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store]) -> None:
-    """Catches a run that ends before its loss is small again, one that settles on another path, and
-    one that goes on though it never left.
+    """Catches a run that ends before its loss is small again, or goes on though it never left.
+
+    Also catches a run that takes another path when it trains on.
     """
     start, store = minimum
     a = store.result(start).sharpness
@@ -260,7 +259,7 @@ def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store
 
 
 def test_independent_batches_are_not_an_epoch(minimum: tuple[Solution, Store]) -> None:
-    """Catches one way of drawing under two names."""
+    """Catches independent and reshuffled batches that are drawn in the same way."""
     start, _ = minimum
     images = FEW.load()
     numbered = replace(images, x=torch.arange(16.0)[:, None])
@@ -319,7 +318,7 @@ def test_thresholds_are_the_librarys(minimum: tuple[Solution, Store]) -> None:
 
 
 def test_a_run_that_diverged_has_no_thresholds_and_is_a_row(tmp_path: Path) -> None:
-    """Catches a divergence, which is a finding, that is recorded as a failure of the code."""
+    """Catches a divergence, which is a result, recorded as a failure of the code."""
     edge = Edge(lrs=(), n=60, sgd_n=60, sgd_lrs=(500.0,), batch_sizes=(1,))
     store = Store(tmp_path)
     summary = run_all(edge.jobs(), store, Place())

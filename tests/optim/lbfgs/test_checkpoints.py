@@ -19,7 +19,7 @@ import stableopt
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Check nested values of the same keys, tensors bit for bit."""
+    """Check that nested values have the same structure and are equal, tensors bit for bit."""
     (leaves, shape), (others, other) = tree_flatten(actual), tree_flatten(expected)
     assert shape == other
     for leaf, other_leaf in zip(leaves, others, strict=True):
@@ -32,7 +32,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 def test_resumed_run_is_the_same_run(
     direction: str, line_search_fn: str | None, history_size: int
 ) -> None:
-    """Catches state outside the state dict, and a checkpoint that further training writes into."""
+    """Catches state missing from the state dict, and a checkpoint that further training changes."""
     options = {
         "direction": direction,
         "line_search_fn": line_search_fn,
@@ -81,7 +81,7 @@ def test_copies_go_on(way: str, direction: str) -> None:
 
 @pytest.mark.parametrize("way", ["load", "deepcopy", "pickle"])
 def test_copies_have_the_same_keys(way: str) -> None:
-    """Catches an option that only copies have: torch's `differentiable`, which LBFGS lacks."""
+    """Catches an option that only copies have, such as torch's `differentiable`, which LBFGS lacks."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     optimizer.step(closure_of(model, optimizer))
@@ -106,7 +106,7 @@ def test_copies_have_the_same_keys(way: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint_resumes_the_run(tmp_path: Path) -> None:
-    """Catches a key that the optimizer to be filled has and the checkpoint lacks."""
+    """Catches a key of the loading optimizer that the checkpoint lacks."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     optimizer.step(closure_of(model, optimizer))
@@ -187,7 +187,7 @@ def test_options_may_change_under_way() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("way", ["all", "pairs", "replaced"])
 def test_state_that_others_write_counts(direction: str, way: str) -> None:
-    """Catches pairs outside of the state that go on unseen: tools write ``optimizer.state``."""
+    """Catches pairs kept outside of ``optimizer.state``, which tools may replace."""
     options = {"direction": direction, "max_iter": 6, "lr": 0.5}
     _, _, other = train(stableopt.LBFGS, steps=1, **options)
     (foreign,) = other.state_dict()["state"].values()

@@ -13,7 +13,7 @@ import stableopt
 @pytest.mark.parametrize("history_size", [3, 50])
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_compact_is_two_loop_to_rounding(line_search_fn: str | None, history_size: int) -> None:
-    """Catches a Gram matrix that goes stale as the ring turns: 14 iterations turn it four times."""
+    """Catches a stale Gram matrix after the ring buffer wraps; 14 iterations wrap it four times."""
     options = {"line_search_fn": line_search_fn, "history_size": history_size, "max_iter": 14}
     compact, losses, optimizer = train(stableopt.LBFGS, steps=1, lr=0.5, **options)
     looped, expected, reference = train(
@@ -32,7 +32,7 @@ def test_compact_is_two_loop_to_rounding(line_search_fn: str | None, history_siz
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("history_size", [3, 50])
 def test_inverse_hessian_is_the_textbooks(direction: str, history_size: int) -> None:
-    """Catches a product that is not of the matrix that the pairs define, at any turn of the ring."""
+    """Catches a product with a matrix other than that of the pairs, also after the ring wraps."""
     model = network()
     optimizer = stableopt.LBFGS(
         model.parameters(), max_iter=1, history_size=history_size, lr=0.5, direction=direction

@@ -185,8 +185,9 @@ def test_half_precision(function: Function, start: list[float]) -> None:
 
 @pytest.mark.parametrize("changes", ["rate", "loss"])
 def test_a_search_without_a_lower_point_is_not_repeated(changes: str) -> None:
-    """Catches steps that search once more where the last one found nothing, in half precision most of
-    all, and a step that does not search though a lower learning rate or another loss may help.
+    """Catches a repeated search where the last step found no lower point, as in half precision.
+
+    Also catches a missing search after the learning rate or the loss has changed.
     """
     x = torch.tensor([1.0, 1.0], dtype=torch.float16, requires_grad=True)
     optimizer = stableopt.LBFGS([x], line_search_fn="strong_wolfe")

@@ -14,7 +14,7 @@ from stableopt.stability import UpdateRule
 
 
 def test_ranks_take_the_same_branches() -> None:
-    """Catches a branch that is taken on the rank's own loss: calls would differ, and hang."""
+    """Catches a branch on the local loss: ranks would make different calls, and hang."""
 
     def run(offset: float) -> tuple[int, Tensor]:
         model = network()
@@ -113,7 +113,7 @@ def full_batch(optimizer: Any) -> UpdateRule:
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_tracking_leaves_training_alone_and_counts_steps(line_search_fn: str | None) -> None:
-    """Catches a measurement within a step, or samples of all its calls taken for the batch."""
+    """Catches a measurement within a step, and a batch size summed over the closure's calls."""
     ends = []
     for tracked in (False, True):
         model = network()
