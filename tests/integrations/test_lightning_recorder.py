@@ -52,8 +52,9 @@ class Reporting(Net):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_training_step_reports_to_the_recorder(tmp_path: Path, micro_batches: int) -> None:
-    """Catches a recipe that ends the training before its first batch, losses of the probe set among
-    those of batches, and a step that has the loss or the gradient of another.
+    """Catches a documented recipe that fails, and probe-set losses recorded as those of batches.
+
+    Also catches a step with the loss or the gradient norm of another step.
     """
     seed_all(0)
     callback = StabilityCallback(probe_set(), every=1, recorder=tmp_path)

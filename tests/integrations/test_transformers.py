@@ -112,7 +112,7 @@ def numbers(history: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_run_is_the_run_without_it(tmp_path: Path, accumulate: int) -> None:
-    """Catches a callback that draws a random number, leaves a mode, or swallows a loss."""
+    """Catches a callback that draws random numbers, changes a mode, or loses a loss."""
     ends = []
     callback = StabilityCallback(batch(8), every=3, quantities=("sharpness", "batch_sharpness"))
     for name, callbacks in (("with", [callback]), ("without", [])):
@@ -135,7 +135,7 @@ def shown(trainer: Trainer, name: str) -> dict[int, float]:
 def test_margins_reach_what_the_trainer_reports_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches margins that only the callback knows, or that stand at another step."""
+    """Catches margins that do not reach the trainer's reports, or are shown at another step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runs = tmp_path / "runs"
@@ -215,7 +215,7 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
 
 
 def test_trained_twice(tmp_path: Path) -> None:
-    """Catches a second training that two monitors measure, or whose steps go on from the first."""
+    """Catches a second training with two active monitors, or with steps counted from the first."""
     callback = StabilityCallback(batch(8), every=4)
     trainer = trainer_in(tmp_path, [callback], max_steps=4)
     callback.attach(trainer)  # again, which changes nothing
@@ -325,7 +325,7 @@ def test_nothing_about_measuring_ends_the_training(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_is_readable_without_the_callback(tmp_path: Path) -> None:
-    """Catches a state that the trainer's own files would carry, or that JSON cannot hold."""
+    """Catches monitor state in the trainer's own files, or state that JSON cannot hold."""
     options = {"save_strategy": "steps", "save_steps": 4}
     trainer_in(tmp_path, [StabilityCallback(batch(8), every=2)], **options, max_steps=4).train()
     folder = tmp_path / "checkpoint-4"
@@ -352,7 +352,7 @@ def test_any_optimizer_that_the_monitor_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [Texts(), [Texts()[k] for k in range(16)]], ids=["own", "list"])
 def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
-    """Catches rows that are taken for batches."""
+    """Catches rows of the training set used as batches."""
     callback = StabilityCallback(rows, every=2)
     trainer = trainer_in(tmp_path, [callback], max_steps=2)
     trainer.train_dataset = rows
@@ -408,8 +408,9 @@ def reporting_trainer(callback: StabilityCallback, *args: Any, **options: Any) -
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_a_recorder_that_the_callback_makes(tmp_path: Path, micro_batches: int) -> None:
-    """Catches a recorder that is not there while training, or is never closed, and shares of losses as
-    losses: against the trainer's own log. A step at the end of an epoch has fewer micro-batches.
+    """Catches a recorder that is missing during training or never closed, and scaled micro-batch losses.
+
+    The oracle is the trainer's log. A step at the end of an epoch has fewer micro-batches.
     """
     with pytest.raises(TypeError, match="recorder=3"):
         StabilityCallback(batch(), recorder=3)
@@ -429,7 +430,7 @@ def test_a_recorder_that_the_callback_makes(tmp_path: Path, micro_batches: int) 
 
 
 def test_an_error_in_training_closes_the_recorder(tmp_path: Path) -> None:
-    """Catches the last steps before an error, the ones to look at, that are not looked at."""
+    """Catches a recorder that does not check the last steps before an error."""
     callback = StabilityCallback(batch(), every=50, recorder=tmp_path / "reports")
     made = reporting_trainer(callback, tmp_path / "run")
 

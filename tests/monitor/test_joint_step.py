@@ -1,4 +1,4 @@
-"""Several optimizers that take one step together, and steps inside of steps."""
+"""Several optimizers that take one joint step, and steps that call other steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_order_of_steps() -> None:
 
 
 def test_a_joint_step_is_one_step_from_its_beginning() -> None:
-    """Catches the realised edge of the last optimizer's part alone, and steps counted for each.
+    """Catches the realised edge of the last optimizer alone, and a step counted for each optimizer.
 
     The oracle is one optimizer with the same rates by groups.
     """
@@ -172,7 +172,7 @@ def test_the_advice_for_muon_with_adamw_works() -> None:
 
 
 def test_a_step_inside_of_a_step_is_one() -> None:
-    """Catches a subclass whose step calls its parent's counted twice, also after a step that raised."""
+    """Catches a step counted twice where a subclass calls its parent's, also after an exception."""
     model = network()
     optimizer = Unread(model.parameters(), lr=0.1)
     torch.optim.SGD([torch.zeros(1)])  # whose own step has hooks from now on
@@ -193,7 +193,7 @@ def test_a_step_inside_of_a_step_is_one() -> None:
 
 
 def test_what_is_no_optimizer_is_named() -> None:
-    """Catches errors that name neither the argument nor the way out."""
+    """Catches errors that name neither the argument nor a remedy."""
     model = network()
     a, b = halves(model)
     for wrong in ([], "SGD", [a, "Adam"], None, {a}):

@@ -1,4 +1,4 @@
-"""The measurer by itself: what its events carry, and which errors it keeps from training."""
+"""The measurer alone: what its events carry, and which errors it records instead of raising."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
 
 
 def test_an_event_carries_the_rule_that_its_limits_are_of() -> None:
-    """Catches limits and rule that are read at different times: sinks draw both in one figure."""
+    """Catches limits and a rule read at different times, which sinks would draw in one figure."""
     rates = iter([0.5, 0.25, 0.125])  # the constructor reads the rule once
     measuring = measurer(lambda optimizer: UpdateRule(lr=next(rates)))
     events = [measuring.measure(step) for step in (1, 2)]

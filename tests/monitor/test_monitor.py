@@ -95,7 +95,7 @@ def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a history that grows with the run, or that drops its latest entries."""
+    """Catches a history that grows without bound, or that drops its latest entries."""
     monkeypatch.setattr(stableopt.monitor.monitor, "_HISTORY", 3)
     model, optimizer, monitor = start()
     train(model, optimizer, 5)
@@ -104,7 +104,7 @@ def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_warning_in_a_healthy_run() -> None:
-    """Catches a warning about nothing, which would teach users to ignore them."""
+    """Catches a needless warning, which would teach users to ignore warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, optimizer, monitor = start(quantities=("sharpness", "non_uniformity", "theorem1"))

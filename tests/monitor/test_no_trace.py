@@ -63,7 +63,7 @@ def restless_run(
     watch: Callable[[torch.optim.Optimizer, nn.Module, Any], StabilityMonitor] | None,
     around: Callable[[], Any] = torch.no_grad,
 ) -> tuple[list[list[Any]], StabilityMonitor | None]:
-    """Return snapshots after each step of two epochs over a loader that also is the probe."""
+    """Return snapshots after each step of two epochs; the training loader is also the probe."""
     torch.manual_seed(2)
     random.seed(2)
     np.random.seed(2)  # noqa: NPY002
@@ -120,7 +120,7 @@ def test_monitor_leaves_no_trace(around: Callable[[], Any]) -> None:
 
 
 def test_failing_measurement_leaves_no_trace() -> None:
-    """Catches restoring that is skipped when the loss raises halfway through a measurement."""
+    """Catches state that is not restored when the loss raises halfway through a measurement."""
 
     def watch(optimizer: torch.optim.Optimizer, model: nn.Module, loader: Any) -> Any:
         armed = calls = 0
@@ -146,7 +146,7 @@ def test_failing_measurement_leaves_no_trace() -> None:
 
 
 def test_autocast_does_not_reach_the_measurement() -> None:
-    """Catches curvature in bfloat16 because the step happened to stand in an autocast block."""
+    """Catches curvature computed in bfloat16 because the step runs inside an autocast block."""
     values = []
     for enabled in (False, True):
         model, optimizer, monitor = start()
@@ -254,7 +254,7 @@ class Averaging(nn.Module):
     ids=["state of the model", "state of the loss", "inputs in place"],
 )
 def test_states_and_inputs_are_left_alone(make_model: Any, make_loss: Any) -> None:
-    """Catches attributes, buffers of the loss, or probe data that a measurement moves on."""
+    """Catches attributes, buffers of the loss, or probe data that a measurement changes."""
     results = []
     for tracked in (False, True):
         torch.manual_seed(0)

@@ -63,7 +63,7 @@ def test_each_group_has_its_rate(direction: str) -> None:
 
 
 def test_rate_zero_freezes_a_group() -> None:
-    """Catches NaN in pairs or quotients where a step is zero, and a line search of length zero."""
+    """Catches NaN in pairs or quotients where a step is zero, and a search along a zero direction."""
     model: Any = network()
     optimizer = stableopt.LBFGS(
         [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}],
