@@ -257,9 +257,8 @@ def test_the_loss_of_a_batch_shows_it_where_gradients_are_clipped() -> None:
     assert "Gradients are clipped at 1, so their norm shows no odd batch." in result.text
     stays = [replace(each, loss=9.0) if each.step >= 55 else each for each in steps]
     assert verdict_on(stays, []).cause == "unknown"
-    assert (
-        verdict_on(odd, [measured_at(40, 0.9), measured_at(50, 4.0)]).cause == "layer"
-    )  # the edge explains a leap by 49
+    # The edge explains a leap by 49.
+    assert verdict_on(odd, [measured_at(40, 0.9), measured_at(50, 4.0)]).cause == "layer"
     late = verdict(replace(ROSE, step=120), Evidence(odd, [], 2.3))
     assert late.cause == "unknown"
 

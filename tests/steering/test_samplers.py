@@ -337,17 +337,21 @@ def test_ranks_agree(tmp_path: Path) -> None:
     """Catches ranks that decide for themselves: batches of different sizes, rates or weights."""
     # Forked, since importing torch again takes seconds; nothing here differentiates.
     multiprocessing.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["size"] == second["size"] == 3
-    assert [len(b) for b in first["batches"]] == [len(b) for b in second["batches"]] == [2, 3, 3, 2]
-    flat = sum(first["batches"] + second["batches"], [])  # noqa: RUF017
+    rank_zero, rank_one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert rank_zero["size"] == rank_one["size"] == 3
+    assert (
+        [len(b) for b in rank_zero["batches"]]
+        == [len(b) for b in rank_one["batches"]]
+        == [2, 3, 3, 2]
+    )
+    flat = sum(rank_zero["batches"] + rank_one["batches"], [])  # noqa: RUF017
     assert sorted(flat) == list(range(20))
-    assert [first["sunk"], second["sunk"], first["world"]] == [1, 0, 2]
-    assert second["weight"] == [0.0, 0.0]
-    (decided,), (received,) = first["decisions"], second["decisions"]
+    assert [rank_zero["sunk"], rank_one["sunk"], rank_zero["world"]] == [1, 0, 2]
+    assert rank_one["weight"] == [0.0, 0.0]
+    (decided,), (received,) = rank_zero["decisions"], rank_one["decisions"]
     assert decided == received
     assert (received["new"], received["why"]) == (0.2, "rank 0")
-    assert first["log"] == second["log"] == [decided]
+    assert rank_zero["log"] == rank_one["log"] == [decided]
 
 
 # -- accumulation ----------------------------------------------------------------------------------

@@ -119,9 +119,8 @@ def test_a_minimum_is_loaded_only_if_it_is_one(tmp_path: Path) -> None:
     assert not run_all([reached, unfinished, lost], store, Place()).failed
     work = Work(reached, store, Place())
     minimum, model, images = from_minimum(reached, work)
-    assert evaluate(model, images) == pytest.approx(
-        minimum.loss, rel=1e-6
-    )  # summed in other chunks
+    # 1e-6: summed in other chunks.
+    assert evaluate(model, images) == pytest.approx(minimum.loss, rel=1e-6)
     assert from_minimum(unfinished, work, allow_unfinished=True).minimum.outcome == "out of steps"
     for job, allowed in ((unfinished, False), (lost, False), (lost, True)):
         with pytest.raises(ValueError, match="has not reached a minimum"):
