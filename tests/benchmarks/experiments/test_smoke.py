@@ -53,9 +53,8 @@ def test_presets_ask_for_jobs(name: str, preset: str) -> None:
         jobs = configured.jobs()
         assert jobs
         assert len({job.id for job in jobs}) == len(jobs)
-        for (
-            cases
-        ) in configured.cases().values():  # two tables may show a job, but each shows it once
+        # Two tables may show a job, but each shows it once.
+        for cases in configured.cases().values():
             assert len({case.job.id for case in cases}) == len(cases)
     with pytest.raises(ValueError, match="expected"):
         kind.preset(preset, "mnist")
