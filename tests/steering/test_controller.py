@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from steered_runs import network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -24,7 +25,6 @@ from stableopt import (
     TargetRegion,
 )
 from stableopt.steering import batch_staircase
-from tests.helpers.steered_runs import network
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 2, generator=GENERATOR)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from steered_runs import FLAT, MSE, Run, X, Y, network
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, SequentialLR
 
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
 from stableopt.steering.lr_laws import LRMeasured, State
-from tests.helpers.steered_runs import FLAT, MSE, Run, X, Y, network
 
 
 def test_it_acts_once_for_each_fresh_measurement() -> None:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from steered_runs import FLAT, MSE, Run, Y
 from torch import Tensor, nn
 
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
-from tests.helpers.steered_runs import FLAT, MSE, Run, Y
 
 
 def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import claim_tables
 import pandas as pd
 import pytest
+from claim_tables import Change, Rows, arrive, put
 
 import benchmarks
 from benchmarks.experiments import NAMES, experiment
@@ -38,8 +40,6 @@ from benchmarks.experiments.toy.experiment import Toy
 from benchmarks.framework.claims import Claim
 from benchmarks.framework.experiment import Experiment
 from benchmarks.framework.tables import read_table, table
-from tests.helpers import claim_tables
-from tests.helpers.claim_tables import Change, Rows, arrive, put
 
 RESULTS = Path(benchmarks.__file__).parent / "results"
 
