@@ -15,27 +15,27 @@ from benchmarks.runner import Place, Store, in_order, run_all
 def test_the_order_is_unpublished_then_the_papers_then_the_quickest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches hours spent on what is known, and what is done offered again."""
+    """Catches hours spent on published results, and finished jobs that are offered again."""
     names = ("toy", "gd-sharpness", "counterexample", "edge")
     monkeypatch.setattr(agenda, "NAMES", names)
     store, published = Store(tmp_path / "runs"), tmp_path / "results"
     monkeypatch.setattr(edge.EXPERIMENT, "datasets", ("digits",))
-    known = published / "small" / "toy" / "toy" / "about.json"
-    known.parent.mkdir(parents=True)
-    known.write_text("{}")
-    found = agenda.missing("small", store, published)
-    order = [(part.experiment.name, part.experiment.data) for part in found]
+    about = published / "small" / "toy" / "toy" / "about.json"
+    about.parent.mkdir(parents=True)
+    about.write_text("{}")
+    missing = agenda.missing("small", store, published)
+    order = [(part.experiment.name, part.experiment.data) for part in missing]
     assert order[0] == ("counterexample", "two-coordinates")  # its jobs state no operations
     assert {name for name, _ in order[1:4]} == {"gd-sharpness"}
     assert order[1][1] == "digits"  # the smallest
     assert order[4:] == [("edge", "digits"), ("toy", "toy")]
-    assert [part.seconds for part in found[:4]] == sorted(part.seconds for part in found[:4])
+    assert [part.seconds for part in missing[:4]] == sorted(part.seconds for part in missing[:4])
     run_all(counterexample.EXPERIMENT.preset("small").jobs()[:1], store, Place())
-    assert agenda.missing("small", store, published)[0].jobs == found[0].jobs - 1
+    assert agenda.missing("small", store, published)[0].jobs == missing[0].jobs - 1
 
 
 def test_times_by_the_speed_of_what_is_published(tmp_path: Path) -> None:
-    """Catches a rate of other data, and half of the jobs taken for all of them."""
+    """Catches a rate measured on other data, and the time of half of the jobs used for all."""
 
     def publish(name: str, data: str, seconds: float, done: int = 4) -> None:
         folder = tmp_path / "small" / data / name
@@ -61,8 +61,8 @@ def test_times_by_the_speed_of_what_is_published(tmp_path: Path) -> None:
         sum(job.flops for job in in_order(kind.preset("small", "fashion-mnist").jobs()))
         for kind in (edge.EXPERIMENT, experiment("steering"))
     ]
-    found = rates.seconds("edge", "small", "fashion-mnist")
-    assert found == pytest.approx(70 * flops[0] / flops[1])
+    by_flops = rates.seconds("edge", "small", "fashion-mnist")
+    assert by_flops == pytest.approx(70 * flops[0] / flops[1])
 
 
 @pytest.mark.parametrize("text", ["", "3", "h", "-1h", "3 h", "3d", "1e9s"])

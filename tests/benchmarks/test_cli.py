@@ -64,7 +64,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run the command line, expect that it goes well, return what it said."""
+    """Run the command line, check that it succeeds, and return what it printed."""
     capsys.readouterr()
     assert cli.main(list(map(str, arguments))) == 0
     return capsys.readouterr().out
@@ -73,31 +73,31 @@ def main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_run_writes_what_it_found_and_does_nothing_twice(
     ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches tables that are not those of the jobs, and a second run that trains again."""
+    """Catches tables that differ from the jobs' results, and a second run that trains again."""
     folder = ran / "smoke" / "digits" / "gd-sharpness"
     names = {"sharpness.csv", "sharpness.png", "sharpness.svg", "claims.json", "about.json"}
     assert {path.name for path in folder.iterdir()} == names
-    store, one = Store(ran), gd_sharpness.EXPERIMENT(**SETTINGS)
+    store, sweep = Store(ran), gd_sharpness.EXPERIMENT(**SETTINGS)
     rows = records(read_table(folder / "sharpness.csv"))
     assert [row["lr"] for row in rows] == [0.5, 500.0]
     assert [row["outcome"] for row in rows] == ["reached", "diverged"]
-    for job, row in zip(one.jobs(), rows, strict=True):
+    for job, row in zip(sweep.jobs(), rows, strict=True):
         assert row["sharpness"] == store.result(job).sharpness
     about = json.loads((folder / "about.json").read_text())
     assert (about["jobs"], about["done"], about["failed"]) == (2, 2, 0)
     monkeypatch.setattr(Solution, "run", lambda self, work: pytest.fail("trains"))
-    said = main(capsys, *RUN, "--set", "lrs=0.5,500", "--out", ran)
-    assert "2 jobs, 0 to do" in said
-    assert said.startswith("a: sharpness, λmax of the Hessian · s: non-uniformity")
+    output = main(capsys, *RUN, "--set", "lrs=0.5,500", "--out", ran)
+    assert "2 jobs, 0 to do" in output
+    assert output.startswith("a: sharpness, λmax of the Hessian · s: non-uniformity")
 
 
 def test_a_dry_run_says_what_is_left_and_leaves_nothing(
     ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a dry run that writes, that trains, or that names what is done already."""
-    said = main(capsys, *RUN, "--set", "lrs=0.5,0.25", "--dry-run", "--out", ran)
-    assert "2 jobs, 1 to do" in said
-    ids = re.findall(r"solution-[0-9a-f]{12}", said)
+    """Catches a dry run that writes files, trains, or lists finished jobs."""
+    output = main(capsys, *RUN, "--set", "lrs=0.5,0.25", "--dry-run", "--out", ran)
+    assert "2 jobs, 1 to do" in output
+    ids = re.findall(r"solution-[0-9a-f]{12}", output)
     left = gd_sharpness.EXPERIMENT(**{**SETTINGS, "lrs": (0.25,)}).jobs()
     assert ids == [job.id for job in left]
     new = tmp_path / "new"
@@ -108,32 +108,32 @@ def test_a_dry_run_says_what_is_left_and_leaves_nothing(
 def test_paper_runs_what_is_missing_and_says_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a budget that is not kept, an agenda of what is done, and nothing said at its end."""
+    """Catches an exceeded time budget, finished experiments that run again, and a missing summary."""
     monkeypatch.setattr(gd_sharpness.EXPERIMENT, "presets", {("smoke", "digits"): SETTINGS})
     monkeypatch.setattr(gd_sharpness.EXPERIMENT, "datasets", ("digits",))
     call = ("paper", "--preset", "smoke", "--out", tmp_path, "--results", tmp_path / "published")
-    said = main(capsys, *call, "--time-budget", "0s")
-    assert said.count("Missing of the smoke preset") == 2
-    assert "2 jobs" not in said
-    said = main(capsys, *call, "--time-budget", "5m")
-    assert "2 jobs, 2 to do" in said
-    assert "Nothing of the smoke preset is missing" in said
+    output = main(capsys, *call, "--time-budget", "0s")
+    assert output.count("Missing of the smoke preset") == 2
+    assert "2 jobs" not in output
+    output = main(capsys, *call, "--time-budget", "5m")
+    assert "2 jobs, 2 to do" in output
+    assert "Nothing of the smoke preset is missing" in output
     assert "Missing" not in main(capsys, *call, "--dry-run")
 
 
 def test_shards_share_the_jobs_and_seeds_multiply_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a shard that runs what is another's, and --seeds that are not the experiment's."""
-    found = []
+    """Catches overlapping shards, and ``--seeds`` that does not reach the experiment."""
+    ids = []
     for shard in ("1/2", "2/2"):
-        said = main(
+        output = main(
             capsys, *RUN, "--seeds", "0,1,2", "--shard", shard, "--dry-run", "--out", tmp_path
         )
-        found += re.findall(r"solution-[0-9a-f]{12}", said)
-    one = gd_sharpness.EXPERIMENT.preset("smoke", seeds=(0, 1, 2), n=60, target_loss=0.06)
-    assert sorted(found) == sorted(job.id for job in one.jobs())
-    assert len(found) == 9
+        ids += re.findall(r"solution-[0-9a-f]{12}", output)
+    sweep = gd_sharpness.EXPERIMENT.preset("smoke", seeds=(0, 1, 2), n=60, target_loss=0.06)
+    assert sorted(ids) == sorted(job.id for job in sweep.jobs())
+    assert len(ids) == 9
 
 
 def test_a_failure_is_said_counted_and_run_again_when_asked(
@@ -148,16 +148,16 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
     with monkeypatch.context() as patch:
         patch.setattr(Solution, "run", fail)
         assert cli.main(arguments) == 1
-    said = capsys.readouterr().out
-    assert "ArithmeticError: no [such] luck" in said
-    assert "--retry" in said
+    output = capsys.readouterr().out
+    assert "ArithmeticError: no [such] luck" in output
+    assert "--retry" in output
     assert cli.main(arguments) == 1
     capsys.readouterr()
-    said = main(capsys, "status", "--out", tmp_path)
-    cells = [cell.strip() for line in said.splitlines() for cell in re.split("[│|]", line)]
-    at = cells.index("gd-sharpness")
-    assert cells[at : at + 8] == ["gd-sharpness", "smoke", "digits", "1", "0", "0", "1", "0"]
-    assert "ArithmeticError: no [such] luck" in said
+    output = main(capsys, "status", "--out", tmp_path)
+    cells = [cell.strip() for line in output.splitlines() for cell in re.split("[│|]", line)]
+    start = cells.index("gd-sharpness")
+    assert cells[start : start + 8] == ["gd-sharpness", "smoke", "digits", "1", "0", "0", "1", "0"]
+    assert "ArithmeticError: no [such] luck" in output
     main(capsys, *arguments, "--retry")
     assert "ArithmeticError" not in main(capsys, "status", "--out", tmp_path)
 
@@ -166,8 +166,9 @@ def test_a_failure_is_said_counted_and_run_again_when_asked(
 def test_workers_share_the_threads(
     threads: int, workers: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches workers with as many threads as there are cores, each, or against the
-    environment's setting: they would wait for each other most of the time.
+    """Catches workers that use more threads in total than there are cores or the environment allows.
+
+    They would wait for each other most of the time.
     """
     places = []
 
@@ -216,9 +217,7 @@ def test_a_sweep_that_cannot_be_read_is_named_and_skipped(
 def test_the_report_holds_every_claim(
     ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a claim that is left out, what did not come out shown as if it had, and a preset that
-    was not run and is not said to be missing.
-    """
+    """Catches a missing claim, a refuted one shown as reproduced, and a preset not listed as missing."""
     folder = tmp_path / "small" / "digits" / "gd-sharpness"
     folder.mkdir(parents=True)
     for path in (ran / "smoke" / "digits" / "gd-sharpness").iterdir():
@@ -235,7 +234,7 @@ def test_the_report_holds_every_claim(
 
 
 def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path) -> None:
-    """Catches digits, theory's claims, or a smaller preset among the paper's own numbers."""
+    """Catches results on digits, claims of theory, or a smaller preset among the paper's numbers."""
     texts = {
         "small/digits": "digits",
         "small/fashion-mnist": "few",
@@ -264,9 +263,9 @@ def test_the_report_opens_with_what_is_printed_on_the_papers_data(tmp_path: Path
 
 def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a name without a description."""
-    said = main(capsys, "list")
-    assert re.search(r"gd-sharpness +The sharpness of gradient descent's minima", said)
-    assert re.search(r"perf lbfgs +\w+", said)
+    output = main(capsys, "list")
+    assert re.search(r"gd-sharpness +The sharpness of gradient descent's minima", output)
+    assert re.search(r"perf lbfgs +\w+", output)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +309,8 @@ def test_what_cannot_be_done_is_said_in_a_line(
 
 def test_an_experiment_of_which_nothing_is_done_publishes_no_table(tmp_path: Path) -> None:
     """Catches an error, or a table without rows, while the first jobs are still running."""
-    one = gd_sharpness.EXPERIMENT(**SETTINGS)
-    files = publish(one, "smoke", Store(tmp_path), tmp_path)
+    sweep = gd_sharpness.EXPERIMENT(**SETTINGS)
+    files = publish(sweep, "smoke", Store(tmp_path), tmp_path)
     assert {path.name for path in files} == {"claims.json", "about.json"}
     assert json.loads(files[0].read_text()) == []
     assert json.loads(files[1].read_text())["done"] == 0

@@ -43,7 +43,7 @@ def test_the_package_imports_no_framework() -> None:
 
 
 def test_steering_and_lbfgs_are_there_when_they_are_asked_for() -> None:
-    """Catches a name on demand that does not come, or comes with the package after all."""
+    """Catches a lazily imported name that is missing, or that is imported with the package."""
     out = run(
         "import sys, stableopt\n"
         "print('stableopt.steering' in sys.modules, 'stableopt.optim.lbfgs.optimizer' in sys.modules)\n"

@@ -41,7 +41,7 @@ def random_state() -> list[Any]:
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_run_is_the_run_without_it(tmp_path: Path, kind: str, accumulate: int) -> None:
-    """Catches a callback that draws a random number, leaves a mode, logs a loss or steps."""
+    """Catches a callback that draws random numbers, changes a mode, logs a loss or takes a step."""
     ends = []
     callback = StabilityCallback(
         loader(), every=2, quantities=("sharpness", "non_uniformity"), dataset_size=40
@@ -184,7 +184,7 @@ def test_without_a_logger_and_with_a_failing_sink(tmp_path: Path) -> None:
 
 
 def test_a_failing_measurement_does_not_end_the_training(tmp_path: Path) -> None:
-    """Catches an error of the loss on the probe set that escapes once training runs."""
+    """Catches an error of the loss on the probe set that ends training."""
     calls = 0
 
     def flaky(module: Net, batch: Any) -> Tensor:
@@ -219,7 +219,7 @@ def test_the_monitor_is_detached_when_training_ends_early(tmp_path: Path) -> Non
 
 
 def test_the_other_package(tmp_path: Path) -> None:
-    """Catches a callback that only the package it was made with accepts."""
+    """Catches a callback accepted by only one of ``lightning`` and ``pytorch_lightning``."""
 
     class Other(pytorch_lightning.LightningModule):
         training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
@@ -238,7 +238,7 @@ def test_the_other_package(tmp_path: Path) -> None:
 
 
 class MadeInAHook(Net):
-    """A module whose step needs what a hook of training makes, and takes any arguments."""
+    """A module whose step needs an attribute that a training hook sets, and takes any arguments."""
 
     def on_train_epoch_start(self) -> None:
         self.weight = torch.ones(2, dtype=self.net[0].weight.dtype)
@@ -249,9 +249,7 @@ class MadeInAHook(Net):
 
 
 def test_steps_that_need_the_modules_hooks_and_another_precision(tmp_path: Path) -> None:
-    """Catches a probe pass before the module's own hooks, without the index of the batch, or in
-    another precision than the batches of training.
-    """
+    """Catches a probe pass before the module's hooks, without a batch index, or in another precision."""
     callback = StabilityCallback(probe_set(), every=2)
     fitted(tmp_path, [callback], MadeInAHook, epochs=1, precision="64-true")
     assert callback.margins is not None

@@ -52,8 +52,9 @@ class Reporting(Net):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_training_step_reports_to_the_recorder(tmp_path: Path, micro_batches: int) -> None:
-    """Catches a recipe that ends the training before its first batch, losses of the probe set among
-    those of batches, and a step that has the loss or the gradient of another.
+    """Catches a documented recipe that fails, and probe-set losses recorded as those of batches.
+
+    Also catches a step with the loss or the gradient norm of another step.
     """
     seed_all(0)
     callback = StabilityCallback(probe_set(), every=1, recorder=tmp_path)
@@ -71,19 +72,19 @@ def test_a_training_step_reports_to_the_recorder(tmp_path: Path, micro_batches: 
     steps = callback.recorder.evidence.steps
     # Five batches in an epoch, whose last step has fewer.
     batches = 2 * [list(range(k, min(k + micro_batches, 5))) for k in range(0, 5, micro_batches)]
-    assert [its.batch for its in steps] == batches
+    assert [step.batch for step in steps] == batches
     left = iter(module.losses)
     means = [sum(next(left) for _ in group) / len(group) for group in batches]
     assert next(left, None) is None
     # 1e-6: in single precision.
-    assert [its.loss for its in steps] == pytest.approx(means, rel=1e-6)
-    assert [its.grad_norm for its in steps] == pytest.approx(module.norms, rel=1e-6)
+    assert [step.loss for step in steps] == pytest.approx(means, rel=1e-6)
+    assert [step.grad_norm for step in steps] == pytest.approx(module.norms, rel=1e-6)
     assert callback.recorder.reports == []
 
 
 def test_a_resumed_fit_keeps_its_evidence(tmp_path: Path) -> None:
     """Catches a window, and a first loss, that begin at the checkpoint."""
-    found = []
+    evidences = []
     for epochs, resumed in ((1, None), (2, tmp_path / "last.ckpt")):
         callback = StabilityCallback(probe_set(), every=2, recorder=tmp_path)
         module = Reporting()
@@ -97,8 +98,8 @@ def test_a_resumed_fit_keeps_its_evidence(tmp_path: Path) -> None:
         )
         trainer.fit(module, loader(), ckpt_path=resumed)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        found.append(callback.recorder.evidence)
-    before, after = found
-    assert [its.step for its in after.steps] == list(range(1, 11))
+        evidences.append(callback.recorder.evidence)
+    before, after = evidences
+    assert [step.step for step in after.steps] == list(range(1, 11))
     assert after.steps[:5] == before.steps
     assert after.first_loss == before.first_loss

@@ -1,4 +1,4 @@
-"""The callback in Lightning runs that go on from a checkpoint, or after their end."""
+"""The callback in Lightning runs that resume from a checkpoint, or are fitted again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Resumable(Net):
 
 
 class ShuffledByEpoch(Sampler[int]):
-    """An order that a resumed run finds again."""
+    """A sampler whose order depends on the epoch alone, so that a resumed run repeats it."""
 
     epoch = 0
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
 
 
 def test_fit_called_twice(tmp_path: Path) -> None:
-    """Catches a second fit that measures the optimizer of the first, or counts from zero."""
+    """Catches a second fit that measures the first fit's optimizer, or counts steps from zero."""
     callback = StabilityCallback(probe_set(), every=2)
     trainer, net = fitted(tmp_path, [callback], epochs=1)
     trainer.fit_loop.max_epochs = 2
@@ -110,7 +110,7 @@ def test_fit_called_twice(tmp_path: Path) -> None:
 
 
 def test_weights_loaded_after_fit_leave_its_history(tmp_path: Path) -> None:
-    """Catches measurements that end with ``trainer.test`` of the best checkpoint."""
+    """Catches a history that is lost when ``trainer.test`` loads the best checkpoint."""
     callback = StabilityCallback(probe_set(), every=2)
     fitted(tmp_path, [callback], epochs=1)
     before = list(callback.history)

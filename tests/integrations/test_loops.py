@@ -97,7 +97,7 @@ def test_accelerate_saves_a_monitor_that_is_registered(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_that_steps_by_itself_is_not_looked_into() -> None:
-    """Catches every ``.optimizer`` taken for a wrapper: Lookahead's steps are not its optimizer's."""
+    """Catches a wrapper assumed for every ``.optimizer``: Lookahead's steps are not its optimizer's."""
 
     class Lookahead(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -110,7 +110,7 @@ def test_an_optimizer_that_steps_by_itself_is_not_looked_into() -> None:
 
 
 def test_a_trainer_of_ignite_is_tracked_as_it_is() -> None:
-    """Catches a loop whose steps or samples the hooks do not see, and one that they disturb."""
+    """Catches hooks that miss steps or samples of Ignite's loop, or disturb it."""
     ends = []
     for tracked in (False, True):
         model = network()
@@ -130,7 +130,7 @@ def test_a_trainer_of_ignite_is_tracked_as_it_is() -> None:
 def test_the_examples_run(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Catches an example that the library, or the framework, has left behind."""
+    """Catches an example that is outdated after a change of the library or the framework."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     space = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert len(space["monitor"].history) == space["monitor"].step // 10 >= 3

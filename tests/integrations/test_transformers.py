@@ -112,7 +112,7 @@ def numbers(history: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_run_is_the_run_without_it(tmp_path: Path, accumulate: int) -> None:
-    """Catches a callback that draws a random number, leaves a mode, or swallows a loss."""
+    """Catches a callback that draws random numbers, changes a mode, or loses a loss."""
     ends = []
     callback = StabilityCallback(batch(8), every=3, quantities=("sharpness", "batch_sharpness"))
     for name, callbacks in (("with", [callback]), ("without", [])):
@@ -135,7 +135,7 @@ def shown(trainer: Trainer, name: str) -> dict[int, float]:
 def test_margins_reach_what_the_trainer_reports_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches margins that only the callback knows, or that stand at another step."""
+    """Catches margins that do not reach the trainer's reports, or are shown at another step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     runs = tmp_path / "runs"
@@ -147,11 +147,11 @@ def test_margins_reach_what_the_trainer_reports_to(
     name = "stability/preconditioned_sharpness_ratio"
     assert list(expected) == [4, 8, 12]
     assert shown(trainer, name) == expected
-    (events,) = runs.rglob("events*")
-    found = EventAccumulator(str(events)).Reload()
-    scalars = {e.step: e.value for e in found.Scalars(f"train/{name}")}
+    (path,) = runs.rglob("events*")
+    events = EventAccumulator(str(path)).Reload()
+    scalars = {e.step: e.value for e in events.Scalars(f"train/{name}")}
     assert scalars == pytest.approx(expected, rel=1e-6)  # single precision
-    assert {e.step for e in found.Scalars("train/loss")} == {3, 6, 9, 12}
+    assert {e.step for e in events.Scalars("train/loss")} == {3, 6, 9, 12}
 
 
 def test_without_being_attached_margins_are_in_the_history(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_checkpoint_from_before_the_callback(tmp_path: Path) -> None:
 
 
 def test_trained_twice(tmp_path: Path) -> None:
-    """Catches a second training that two monitors measure, or whose steps go on from the first."""
+    """Catches a second training with two active monitors, or with steps counted from the first."""
     callback = StabilityCallback(batch(8), every=4)
     trainer = trainer_in(tmp_path, [callback], max_steps=4)
     callback.attach(trainer)  # again, which changes nothing
@@ -279,13 +279,15 @@ def test_what_cannot_be_measured_is_an_error_that_helps(tmp_path: Path) -> None:
 def test_a_loss_of_the_users_own(tmp_path: Path) -> None:
     """Catches a loss that is ignored, and options that do not reach the monitor."""
 
-    def own(model: Any, batch: Any) -> Tensor:
+    def smoothed_loss(model: Any, batch: Any) -> Tensor:
         logits = model(input_ids=batch["input_ids"])["logits"]
         return nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1
         )
 
-    callback = StabilityCallback(batch(8), own, every=4, chunk_size=4, dtype=torch.float64)
+    callback = StabilityCallback(
+        batch(8), smoothed_loss, every=4, chunk_size=4, dtype=torch.float64
+    )
     trainer = trainer_in(tmp_path, [callback], label_smoothing_factor=0.1, max_steps=4)
     trainer.train()
     assert callback.margins.failure is None
@@ -323,14 +325,14 @@ def test_nothing_about_measuring_ends_the_training(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_is_readable_without_the_callback(tmp_path: Path) -> None:
-    """Catches a state that the trainer's own files would carry, or that JSON cannot hold."""
+    """Catches monitor state in the trainer's own files, or state that JSON cannot hold."""
     options = {"save_strategy": "steps", "save_steps": 4}
     trainer_in(tmp_path, [StabilityCallback(batch(8), every=2)], **options, max_steps=4).train()
     folder = tmp_path / "checkpoint-4"
     state = json.loads((folder / "trainer_state.json").read_text())
     assert "StabilityCallback" not in state["stateful_callbacks"]
-    own = torch.load(folder / "stability.pt", weights_only=True)
-    assert [margins["step"] for margins in own["history"]] == [2, 4]
+    monitor_state = torch.load(folder / "stability.pt", weights_only=True)
+    assert [margins["step"] for margins in monitor_state["history"]] == [2, 4]
     trainer = trainer_in(tmp_path, **options)
     trainer.train(resume_from_checkpoint=str(folder))
     assert trainer.state.global_step == 12
@@ -350,7 +352,7 @@ def test_any_optimizer_that_the_monitor_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [Texts(), [Texts()[k] for k in range(16)]], ids=["own", "list"])
 def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
-    """Catches rows that are taken for batches."""
+    """Catches rows of the training set used as batches."""
     callback = StabilityCallback(rows, every=2)
     trainer = trainer_in(tmp_path, [callback], max_steps=2)
     trainer.train_dataset = rows
@@ -367,8 +369,8 @@ def test_files_have_names_of_their_own(tmp_path: Path) -> None:
     names = ["optimizer", "../mine", "train/stability"]
     callbacks = [StabilityCallback(batch(8), every=2, prefix=name) for name in names]
     trainer_in(tmp_path, callbacks, **options).train()
-    found = {path.name for path in (tmp_path / "checkpoint-2").glob("stability*")}
-    assert found == {
+    files = {path.name for path in (tmp_path / "checkpoint-2").glob("stability*")}
+    assert files == {
         "stability-optimizer.pt",
         "stability-___mine.pt",
         "stability-train_stability.pt",
@@ -406,8 +408,9 @@ def reporting_trainer(callback: StabilityCallback, *args: Any, **options: Any) -
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_a_recorder_that_the_callback_makes(tmp_path: Path, micro_batches: int) -> None:
-    """Catches a recorder that is not there while training, or is never closed, and shares of losses as
-    losses: against the trainer's own log. A step at the end of an epoch has fewer micro-batches.
+    """Catches a recorder that is missing during training or never closed, and scaled micro-batch losses.
+
+    The oracle is the trainer's log. A step at the end of an epoch has fewer micro-batches.
     """
     with pytest.raises(TypeError, match="recorder=3"):
         StabilityCallback(batch(), recorder=3)
@@ -418,16 +421,16 @@ def test_a_recorder_that_the_callback_makes(tmp_path: Path, micro_batches: int) 
     )
     made.train()
     steps = callback.recorder.evidence.steps
-    assert [its.step for its in steps] == list(range(1, 13))
+    assert [step.step for step in steps] == list(range(1, 13))
     logged = [log["loss"] for log in made.state.log_history if "loss" in log]
     # 1e-4: the trainer may round what it logs.
-    assert [its.loss for its in steps] == pytest.approx(logged, abs=1e-4)
+    assert [step.loss for step in steps] == pytest.approx(logged, abs=1e-4)
     assert callback.recorder.reports == []
     assert callback.recorder not in callback.monitor.sinks
 
 
 def test_an_error_in_training_closes_the_recorder(tmp_path: Path) -> None:
-    """Catches the last steps before an error, the ones to look at, that are not looked at."""
+    """Catches a recorder that does not check the last steps before an error."""
     callback = StabilityCallback(batch(), every=50, recorder=tmp_path / "reports")
     made = reporting_trainer(callback, tmp_path / "run")
 
@@ -457,9 +460,9 @@ def test_a_resumed_run_keeps_its_evidence(tmp_path: Path) -> None:
         resume_from_checkpoint=True
     )
     before, after = whole.recorder.evidence, callback.recorder.evidence
-    assert [its.step for its in after.steps] == [1, 2, 3, 4, 5, 6]
+    assert [step.step for step in after.steps] == [1, 2, 3, 4, 5, 6]
     assert after.steps[:4] == before.steps
-    assert [its.step for its in after.measured] == [2, 4, 6]
+    assert [step.step for step in after.measured] == [2, 4, 6]
     assert after.first_loss == before.first_loss
     callback = StabilityCallback(batch(8), every=2, recorder=tmp_path / "reports")
     path = tmp_path / "run" / "checkpoint-4" / "stability.pt"

@@ -87,7 +87,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("script", [LIGHTNING, TRAINER], ids=["lightning", "transformers"])
 def test_two_ranks_measure_together(script: str, tmp_path: Path) -> None:
-    """Catches ranks that measure shards as if they were all, or batches of one rank alone."""
+    """Catches ranks that measure their shard as the whole data, or count one rank's batches only."""
     path = tmp_path / "script.py"
     path.write_text(script + REPORT)
     reports = [

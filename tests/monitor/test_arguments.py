@@ -43,7 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "says"), REFUSED, ids=lambda v: str(v)[:40])
 def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
-    """Catches a bad argument found by the first measurement only, or one that leaves hooks behind."""
+    """Catches a bad argument found only by the first measurement, or an error that leaves hooks."""
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     arguments = {"loss_fn": MSE, "data": (X, Y), "every": 1, **options}
@@ -54,7 +54,7 @@ def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
 
 
 def test_problem_with_arguments_that_are_its_own() -> None:
-    """Catches a loss or data given along with a Problem, and ignored."""
+    """Catches a loss or data that is given along with a Problem and ignored."""
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     problem = stableopt.Problem(model, MSE, (X, Y))
@@ -73,7 +73,7 @@ def test_problem_with_arguments_that_are_its_own() -> None:
 
 
 def test_parameter_that_the_optimizer_does_not_hold() -> None:
-    """Catches a sharpness of parameters that never move; ``params=`` or freezing are ways out."""
+    """Catches a sharpness over parameters that never move; ``params=`` or freezing excludes them."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     optimizer = stableopt.SGD(model[0].parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"'1\.weight' is trainable but not in the optimizer"):
@@ -86,7 +86,7 @@ def test_parameter_that_the_optimizer_does_not_hold() -> None:
 
 
 def test_parameter_that_the_model_does_not_hold() -> None:
-    """Catches a step that moves more than the model, as with two networks in one optimizer."""
+    """Catches an optimizer that also moves other parameters, as with two networks in one optimizer."""
     model, other = linear(), linear()
     optimizer = stableopt.SGD([*model.parameters(), *other.parameters()], lr=0.1)
     with pytest.raises(ValueError, match="holds 1 parameters that are not the model's"):
@@ -103,10 +103,10 @@ def test_optimizer_of_unknown_rule() -> None:
         unknown = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
     train(model, optimizer, steps=2)  # without another warning
     assert [m.step for m in unknown.history] == [1, 2]
-    for found in unknown.history:
-        assert found.sharpness is not None
-        assert found.realised_edge is not None
-        assert (found.sharpness_limit, found.edge_ratio) == (None, None)
+    for margins in unknown.history:
+        assert margins.sharpness is not None
+        assert margins.realised_edge is not None
+        assert (margins.sharpness_limit, margins.edge_ratio) == (None, None)
     unknown.close()
     for name in ("theorem1", "critical_lr", "preconditioned_sharpness"):
         with pytest.raises(ValueError, match=f"{name} needs the update rule.*update_rule="):
@@ -149,7 +149,7 @@ def test_optimizer_of_unknown_rule() -> None:
     ],
 )
 def test_values_of_the_wrong_kind_are_named(options: Any, kind: Any, says: str) -> None:
-    """Catches an error of Python's that names no argument, and a value found bad only later."""
+    """Catches a plain Python error that names no argument, and a bad value that is found only later."""
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
     with pytest.raises(kind, match=says):

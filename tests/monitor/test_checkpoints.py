@@ -17,7 +17,7 @@ from stableopt import StabilityMonitor
 
 
 def timeless(monitor: StabilityMonitor) -> Iterator[dict[str, Any]]:
-    """Yield each margin as plain values, less the wall times."""
+    """Yield the margins as plain values, without wall times."""
     for margins in monitor.history:
         plain = margins.to_dict()
         for measurement in plain["measurements"].values():
@@ -27,7 +27,7 @@ def timeless(monitor: StabilityMonitor) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("break_at", [1, 3, 4])
 def test_resumed_monitor_continues_bit_for_bit(break_at: int) -> None:
-    """Catches anything lost in a checkpoint: warm starts, seeds, the cold cycle, what is pending."""
+    """Catches state missing from a checkpoint: warm starts, seeds, cold starts, a due measurement."""
     # Step 4 moves nothing, so that a break there leaves a measurement due.
     lrs = [0.05, 0.05, 0.05, 0.0, 0.05, 0.05, 0.05, 0.05]
 
@@ -61,7 +61,7 @@ def test_resumed_monitor_continues_bit_for_bit(break_at: int) -> None:
 
 
 def test_state_of_another_model_is_refused() -> None:
-    """Catches an eigenvector of another size that only the next measurement would trip over."""
+    """Catches an eigenvector of another size that would make the next measurement fail."""
     model, optimizer, monitor = start()
     train(model, optimizer)
     state = monitor.state_dict()
@@ -101,7 +101,7 @@ def test_a_bad_checkpoint_changes_nothing() -> None:
 
 
 def test_a_state_of_an_earlier_version_is_read() -> None:
-    """Catches a format that older checkpoints do not have: they name every quantity, known or not."""
+    """Catches a failure to read older checkpoints, which name every quantity, also unmeasured ones."""
     measurement = {
         "value": 6.0,
         "residual": 0.01,

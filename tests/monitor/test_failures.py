@@ -13,7 +13,7 @@ import stableopt
 
 
 def test_loss_that_is_not_finite() -> None:
-    """Catches NaN recorded as a value, a warning at each step, and failure that outlasts its cause."""
+    """Catches NaN recorded as a value, a warning at each step, and a failure that outlasts its cause."""
     model, optimizer, monitor = start()
     train(model, optimizer)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_loss_that_is_not_finite() -> None:
 
 
 def test_model_that_fails_on_the_probe_set() -> None:
-    """Catches an exception in a measurement that ends training; a call of ``measure`` does raise."""
+    """Catches a measurement's exception that ends training; only a call of ``measure`` raises it."""
 
     class Moody(nn.Linear):
         fail = False

@@ -1,4 +1,4 @@
-"""Several optimizers that take one step together, and steps inside of steps."""
+"""Several optimizers that take one joint step, and steps that call other steps."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_the_order_of_steps() -> None:
     step = JointStep([a, b])
     for order, ends in (("ab", [2]), ("ba", [2]), ("aab", [3]), ("aba", [2]), ("abab", [2, 4])):
         step = JointStep([a, b])
-        seen = []
+        ended = []
         for index, name in enumerate(order, 1):
             optimizer = {"a": a, "b": b}[name]
             # Parameters are copied again where an optimizer steps twice.
             first = index == 1 or index - 1 in ends or order[index - 2 : index] == name * 2
             assert step.begins(optimizer) == first
             if step.ends(optimizer):
-                seen.append(index)
-        assert seen == ends
+                ended.append(index)
+        assert ended == ends
 
 
 def test_a_joint_step_is_one_step_from_its_beginning() -> None:
-    """Catches the realised edge of the last optimizer's part alone, and steps counted for each.
+    """Catches the realised edge of the last optimizer alone, and a step counted for each optimizer.
 
     The oracle is one optimizer with the same rates by groups.
     """
@@ -82,10 +82,12 @@ def test_a_joint_step_is_one_step_from_its_beginning() -> None:
         monitor.close()
         assert not any(o._optimizer_step_pre_hooks for o in optimizers)
         assert not any(o._optimizer_step_post_hooks for o in optimizers)
-    one, two = together
-    assert two.realised_edge == pytest.approx(one.realised_edge, rel=1e-12)
-    assert two.preconditioned_sharpness == pytest.approx(one.preconditioned_sharpness, rel=1e-9)
-    assert two.preconditioned_sharpness_limit == one.preconditioned_sharpness_limit == 10.0
+    first, second = together
+    assert second.realised_edge == pytest.approx(first.realised_edge, rel=1e-12)
+    assert second.preconditioned_sharpness == pytest.approx(
+        first.preconditioned_sharpness, rel=1e-9
+    )
+    assert second.preconditioned_sharpness_limit == first.preconditioned_sharpness_limit == 10.0
 
 
 def test_a_gradient_scaler_that_skips_one_of_them() -> None:
@@ -131,7 +133,7 @@ def test_blocks_have_ratios_of_their_own() -> None:
     a.step()
     b.step()
     assert monitor.margins is not None
-    found = monitor.margins["block_edge"]
+    block_edge = monitor.margins["block_edge"]
     for part, optimizer, name in ((model[0], a, "SGD"), (model[2], b, "Adam")):
         alone = measure(
             model,
@@ -142,8 +144,8 @@ def test_blocks_have_ratios_of_their_own() -> None:
             tol=1e-9,
         )
         # Eigenvalues to a residual of 1e-9.
-        assert found.details[name] == pytest.approx(alone.edge_ratio, rel=1e-9)
-    assert found.value == max(found.details.values())
+        assert block_edge.details[name] == pytest.approx(alone.edge_ratio, rel=1e-9)
+    assert block_edge.value == max(block_edge.details.values())
     assert monitor.margins.sharpness is not None
     assert monitor.margins.sharpness_limit is None
     assert monitor.margins.edge_ratio is None
@@ -186,7 +188,7 @@ def test_the_advice_for_muon_with_adamw_works() -> None:
 
 
 def test_a_step_inside_of_a_step_is_one() -> None:
-    """Catches a subclass whose step calls its parent's counted twice, also after a step that raised."""
+    """Catches a step counted twice where a subclass calls its parent's, also after an exception."""
     model = network()
     optimizer = Unread(model.parameters(), lr=0.1)
     torch.optim.SGD([torch.zeros(1)])  # whose own step has hooks from now on
@@ -207,7 +209,7 @@ def test_a_step_inside_of_a_step_is_one() -> None:
 
 
 def test_what_is_no_optimizer_is_named() -> None:
-    """Catches errors that name neither the argument nor the way out."""
+    """Catches errors that name neither the argument nor a remedy."""
     model = network()
     a, b = halves(model)
     for wrong in ([], "SGD", [a, "Adam"], None, {a}):

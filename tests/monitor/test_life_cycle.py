@@ -22,7 +22,7 @@ class Sink:
 
 
 def test_close_detaches() -> None:
-    """Catches a hook that survives, and history that does not."""
+    """Catches hooks that remain after closing, and a history that is lost."""
     sink = Sink()
     model, optimizer, monitor = start(sinks=[sink])
     train(model, optimizer)

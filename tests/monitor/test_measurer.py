@@ -1,4 +1,4 @@
-"""The measurer by itself: what its events carry, and which errors it keeps from training."""
+"""The measurer alone: what its events carry, and which errors it records instead of raising."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
 
 
 def test_an_event_carries_the_rule_that_its_limits_are_of() -> None:
-    """Catches limits and rule that are read at different times: sinks draw both in one figure."""
+    """Catches limits and a rule read at different times, which sinks would draw in one figure."""
     rates = iter([0.5, 0.25, 0.125])  # the constructor reads the rule once
-    found = measurer(lambda optimizer: UpdateRule(lr=next(rates)))
-    events = [found.measure(step) for step in (1, 2)]
+    measuring = measurer(lambda optimizer: UpdateRule(lr=next(rates)))
+    events = [measuring.measure(step) for step in (1, 2)]
     assert [event.rule.lr for event in events if event.rule is not None] == [0.25, 0.125]
     assert [event.margins.sharpness_limit for event in events] == [8.0, 16.0]
     assert [event.step for event in events] == [1, 2]
@@ -56,27 +56,27 @@ def test_an_error_becomes_a_failure_unless_a_rank_is_lost(error: Exception, kept
     calls = iter([UpdateRule(lr=0.5)])
 
     def rule(optimizer: Any) -> UpdateRule:
-        for known in calls:
-            return known
+        for first in calls:
+            return first
         raise error
 
-    found = measurer(rule)
+    measuring = measurer(rule)
     if kept:
-        event = found.measure_or_fail(3)
+        event = measuring.measure_or_fail(3)
         assert (event.margins.failure, event.margins.step, event.rule) == ("OSError: gone", 3, None)
     else:
         with pytest.raises(LostRankError):
-            found.measure_or_fail(3)
+            measuring.measure_or_fail(3)
     with pytest.raises(type(error), match="gone"):
-        found.measure(3)
+        measuring.measure(3)
 
 
 def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
     """Catches a search that starts from vectors of another model or precision."""
-    found = measurer()
-    starts = found.checked({"sharpness": torch.eye(2, dtype=torch.float64)})
+    measuring = measurer()
+    starts = measuring.checked({"sharpness": torch.eye(2, dtype=torch.float64)})
     assert starts["sharpness"].dtype == torch.float32
-    rounded = found.checked({"sharpness": torch.eye(2, dtype=torch.bfloat16)})
+    rounded = measuring.checked({"sharpness": torch.eye(2, dtype=torch.bfloat16)})
     assert rounded["sharpness"].dtype == torch.bfloat16  # as of a large model
     with pytest.raises(ValueError, match=r"sharpness has shape \(3, 3\).*has 2 parameters"):
-        found.checked({"sharpness": torch.eye(3)})
+        measuring.checked({"sharpness": torch.eye(3)})

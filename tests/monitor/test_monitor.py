@@ -60,14 +60,14 @@ def test_sharpness_of_groups_is_that_of_the_dense_matrix(
     # of tol^2, 1e-18, so rounding in another order is all there is.
     shared = decays[0] if lrs[0] == lrs[1] and decays[0] == decays[1] else 0.0
     same = len(set(lrs)) == len(set(decays)) == 1
-    found, limit = (
+    measured, limit = (
         (margins.sharpness, margins.sharpness_limit)
         if same
         else (margins.preconditioned_sharpness, margins.preconditioned_sharpness_limit)
     )
-    assert found is not None
+    assert measured is not None
     assert limit == pytest.approx(2 / max(lrs) - shared, rel=1e-12)
-    assert found + shared == pytest.approx(top / max(lrs), rel=1e-12)
+    assert measured + shared == pytest.approx(top / max(lrs), rel=1e-12)
     # Plain sharpness is H's for any groups, and has a limit only where the step is plain.
     plain = float(torch.linalg.eigvalsh(hessian)[-1])
     assert margins.sharpness == pytest.approx(plain, rel=1e-12)
@@ -95,7 +95,7 @@ def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a history that grows with the run, or that drops its latest entries."""
+    """Catches a history that grows without bound, or that drops its latest entries."""
     monkeypatch.setattr(stableopt.monitor.monitor, "_HISTORY", 3)
     model, optimizer, monitor = start()
     train(model, optimizer, 5)
@@ -104,7 +104,7 @@ def test_history_holds_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_warning_in_a_healthy_run() -> None:
-    """Catches a warning about nothing, which would teach users to ignore them."""
+    """Catches a needless warning, which would teach users to ignore warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, optimizer, monitor = start(quantities=("sharpness", "non_uniformity", "theorem1"))

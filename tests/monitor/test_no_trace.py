@@ -63,7 +63,7 @@ def restless_run(
     watch: Callable[[torch.optim.Optimizer, nn.Module, Any], StabilityMonitor] | None,
     around: Callable[[], Any] = torch.no_grad,
 ) -> tuple[list[list[Any]], StabilityMonitor | None]:
-    """Return snapshots after each step of two epochs over a loader that also is the probe."""
+    """Return snapshots after each step of two epochs; the training loader is also the probe."""
     torch.manual_seed(2)
     random.seed(2)
     np.random.seed(2)  # noqa: NPY002
@@ -120,7 +120,7 @@ def test_monitor_leaves_no_trace(around: Callable[[], Any]) -> None:
 
 
 def test_failing_measurement_leaves_no_trace() -> None:
-    """Catches restoring that is skipped when the loss raises halfway through a measurement."""
+    """Catches state that is not restored when the loss raises halfway through a measurement."""
 
     def watch(optimizer: torch.optim.Optimizer, model: nn.Module, loader: Any) -> Any:
         armed = calls = 0
@@ -146,7 +146,7 @@ def test_failing_measurement_leaves_no_trace() -> None:
 
 
 def test_autocast_does_not_reach_the_measurement() -> None:
-    """Catches curvature in bfloat16 because the step happened to stand in an autocast block."""
+    """Catches curvature computed in bfloat16 because the step runs inside an autocast block."""
     values = []
     for enabled in (False, True):
         model, optimizer, monitor = start()
@@ -176,15 +176,15 @@ def test_workers_of_the_training_loader_are_not_disturbed() -> None:
         model = linear()
         optimizer = stableopt.SGD(model.parameters(), lr=0.1)
         monitor = optimizer.track(model, MSE, loader, every=1) if watched else None
-        seen = []
+        batches = []
         for _ in range(2):
             for x, y in loader:
-                seen.append(x)
+                batches.append(x)
                 optimizer.zero_grad()
                 MSE(model(x), y).backward()
                 optimizer.step()
         measured = 0 if monitor is None else len([m for m in monitor.history if m.converged])
-        return [*seen, model.weight.detach(), generator.get_state()], measured
+        return [*batches, model.weight.detach(), generator.get_state()], measured
 
     bare, watched = run(False), run(True)
     assert watched[1] == 6
@@ -254,7 +254,7 @@ class Averaging(nn.Module):
     ids=["state of the model", "state of the loss", "inputs in place"],
 )
 def test_states_and_inputs_are_left_alone(make_model: Any, make_loss: Any) -> None:
-    """Catches attributes, buffers of the loss, or probe data that a measurement moves on."""
+    """Catches attributes, buffers of the loss, or probe data that a measurement changes."""
     results = []
     for tracked in (False, True):
         torch.manual_seed(0)

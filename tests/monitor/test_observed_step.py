@@ -79,7 +79,7 @@ def train(optimizer: Any, model: nn.Module, steps: int = 3) -> list[Any]:
 
 @pytest.mark.parametrize("kind", [Wrapper, Delegating, Uninitialised])
 def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
-    """Catches a wrapper that is refused, steps counted twice, and what a closed monitor leaves.
+    """Catches a wrapper that is refused, steps counted twice, and traces of a closed monitor.
 
     The oracle is the optimizer inside, with its hooks.
     """
@@ -105,8 +105,8 @@ def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
         runs.append([(m.step, m.sharpness, m.realised_edge) for m in monitor.history])
         if not bare:
             assert results == [None if kind is Delegating else "stepped"] * 3
-            found = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
-            assert found.passes <= 7
+            critical = critical_sharpness(model, MSE, (X, Y), optimizer=optimizer)
+            assert critical.passes <= 7
             if kind is not Uninitialised:  # torch makes no copies of it
                 for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
                     train_alone(copied)
@@ -120,7 +120,7 @@ def test_it_is_measured_and_left_as_it_was(kind: Any) -> None:
 
 
 def train_alone(optimizer: Any) -> None:
-    """Step a copy, which moves its own parameters."""
+    """Take a step with a copied optimizer, on the copy's parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in params]
     for p in params:
@@ -130,7 +130,7 @@ def train_alone(optimizer: Any) -> None:
 
 
 def test_a_wrapper_put_around_it_later_stays() -> None:
-    """Catches a step of a scheduler's thrown away on closing, and hooks that go on."""
+    """Catches closing that removes a scheduler's wrapper of ``step``, or leaves hooks active."""
     model = nn.Linear(2, 1)
     optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     with warnings.catch_warnings():
@@ -195,8 +195,9 @@ class SAM(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("form", ["two calls", "closure"])
 def test_a_step_in_parts_is_one_step(form: str) -> None:
-    """Catches a monitor that never measures, one that measures twice, at the wrong weights, and a
-    batch whose two gradients count double.
+    """Catches a monitor that never measures, measures twice, or at the wrong weights.
+
+    Also catches a batch size that counts both gradients of a step.
     """
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
@@ -233,5 +234,5 @@ def test_a_step_in_parts_is_one_step(form: str) -> None:
     monitor.close()
     assert "first_step" not in vars(optimizer)
     assert "second_step" not in vars(optimizer)
-    found = monitor.history[0].realised_edge
-    assert found == pytest.approx(edges[0], rel=1e-4)
+    measured = monitor.history[0].realised_edge
+    assert measured == pytest.approx(edges[0], rel=1e-4)

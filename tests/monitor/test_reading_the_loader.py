@@ -114,21 +114,21 @@ def run(loader: DataLoader[Any], tracked: bool) -> tuple[list[Tensor], list[str 
     model = linear()
     optimizer = stableopt.SGD(model.parameters(), lr=0.01)
     monitor = optimizer.track(model, nn.MSELoss(), loader, every=2) if tracked else None
-    seen = []
+    batches = []
     for _ in range(2):
         for x, y in loader:
-            seen.append(x)
+            batches.append(x)
             optimizer.zero_grad()
             nn.MSELoss()(model(x), y).backward()
             optimizer.step()
     failures = [] if monitor is None else [margins.failure for margins in monitor.history]
-    return [*seen, *(p.detach() for p in model.parameters()), torch.get_rng_state()], failures
+    return [*batches, *(p.detach() for p in model.parameters()), torch.get_rng_state()], failures
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", LOADERS)
 def test_training_is_the_same_with_and_without_tracking(kind: str) -> None:
-    """Catches a probe that moves a generator, an epoch counter or a resumed position of training's."""
+    """Catches a probe that advances training's generators, epoch counters or resumed positions."""
     bare, _ = run(LOADERS[kind](), tracked=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="data: .*fixed probe")
@@ -139,8 +139,9 @@ def test_training_is_the_same_with_and_without_tracking(kind: str) -> None:
 
 
 def test_a_state_saved_after_a_measurement_lists_what_is_left() -> None:
-    """Catches a measurement that starts the sampler's epoch again: its state would list samples that
-    training has seen.
+    """Catches a measurement that restarts the sampler's epoch.
+
+    The sampler's state would then list samples that training has seen.
     """
     sampler = adaptive()
     loader = DataLoader(TensorDataset(X, Y), batch_sampler=sampler)

@@ -17,13 +17,13 @@ from stableopt import StabilityMonitor
 
 
 def limit(lr: float, batch: int, n: float) -> Any:
-    """Equation (9): sqrt(B (n-1) / (n-B)) / lr, to the few roundings of either order."""
+    """Return the limit of equation (9), sqrt(B (n-1) / (n-B)) / lr, up to a few roundings."""
     factor = 1.0 if n == math.inf else (n - 1) / (n - batch)
     return pytest.approx(math.sqrt(batch * factor) / lr, rel=1e-14)
 
 
 def test_batch_size_is_observed() -> None:
-    """Catches limits for another batch size than the one that trains."""
+    """Catches limits for another batch size than training uses."""
     model, optimizer, monitor = start()
     assert monitor.batch_size is None
     train(model, optimizer, rows=slice(0, 3))
@@ -77,7 +77,7 @@ def test_ragged_last_batch_does_not_count() -> None:
 
 @pytest.mark.parametrize("tracked", ["model", "compiled"])
 def test_batch_size_of_a_compiled_model(tracked: str) -> None:
-    """Catches a hook on one of the two modules that a call of the other bypasses."""
+    """Catches a hook on the compiled or the original module only, which a call of the other bypasses."""
     model = linear()
     compiled: Any = torch.compile(model, backend="eager")
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
@@ -88,7 +88,7 @@ def test_batch_size_of_a_compiled_model(tracked: str) -> None:
 
 
 def test_batch_size_and_dataset_size_as_given() -> None:
-    """Catches given sizes overruled by what the forward passes or the probe set show."""
+    """Catches given sizes that observed batches or the probe set override."""
     model, optimizer, monitor = start(batch_size=6, dataset_size=100)
     train(model, optimizer)
     assert monitor.margins is not None
@@ -111,7 +111,7 @@ def test_observed_batch_above_the_probe_set() -> None:
 
 
 def test_observed_batch_above_the_given_dataset_size() -> None:
-    """Catches a contradiction of what the user said that passes without a word."""
+    """Catches a batch larger than the given data set that passes without a warning."""
     model, optimizer, monitor = start(dataset_size=2)
     with pytest.warns(RuntimeWarning, match="dataset_size=2"):
         train(model, optimizer, 2)
@@ -119,7 +119,7 @@ def test_observed_batch_above_the_given_dataset_size() -> None:
 
 
 def test_a_packed_sequence_is_counted_and_left_alone() -> None:
-    """Catches a hook that rebuilds the user's containers, and rows of time taken for samples."""
+    """Catches a hook that rebuilds the user's containers, and time steps counted as samples."""
     torch.manual_seed(0)
 
     class Recurrent(nn.Module):
@@ -145,8 +145,9 @@ def test_a_packed_sequence_is_counted_and_left_alone() -> None:
 
 
 def test_a_tracked_model_can_be_scripted() -> None:
-    """Catches a hook in the model that torch.jit.script cannot compile, and an error that says so in
-    riddles. Without ``batch_size=`` the error names it.
+    """Catches a hook in the model that torch.jit.script cannot compile, and an obscure error.
+
+    Without ``batch_size=``, the error names this argument.
     """
     model, x, y = nn.Linear(2, 1), torch.ones(4, 2), torch.zeros(4, 1)
     optimizer = stableopt.SGD(model.parameters(), lr=0.1)
@@ -175,7 +176,7 @@ def test_a_recomputed_forward_pass_counts_once(reentrant: bool) -> None:
 
 
 def test_samples_that_are_not_counted_are_reported() -> None:
-    """Catches a run without a hook, as of code compiled before, that looks stable by half of the box."""
+    """Catches a run whose hooks do not fire, as in earlier compiled code, that seems stable."""
     model, optimizer, monitor = start(quantities=("sharpness", "non_uniformity"))
     MSE(model.forward(X), Y).backward()
     with pytest.warns(RuntimeWarning, match="no samples of a step were counted; pass batch_size="):

@@ -20,7 +20,7 @@ from stableopt.monitor.schedule import Schedule, step_moved
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 def test_every_k_steps(every: int) -> None:
-    """Catches counting from zero, which measures at steps 1, k + 1, ... and once too often."""
+    """Catches counting from zero, which measures at steps 1, k + 1, ...: once too often."""
     model, optimizer, monitor = start(every=every)
     train(model, optimizer, 8)
     assert [m.step for m in monitor.history] == list(range(every, 9, every))
@@ -38,7 +38,7 @@ def test_steps_at_rate_zero_are_not_measured() -> None:
 
 
 def test_one_group_at_rate_zero_is_measured() -> None:
-    """Catches a frozen group taken for a step that moved nothing."""
+    """Catches a step skipped as one that moved nothing because one group has rate zero."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     groups: list[dict[str, Any]] = [{"params": m.parameters()} for m in model]
     groups[0]["lr"] = 0.0
@@ -60,7 +60,7 @@ class Clock:
 
 @pytest.mark.parametrize("share", [0.125, 0.5, 2.0])
 def test_share_of_the_training_time_is_held(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """Catches a share of wall time instead of training time, and measuring far less than allowed.
+    """Catches a share of wall time instead of training time, and far fewer measurements than allowed.
 
     Times are multiples of 1/4, so that all sums are exact.
     """
@@ -124,7 +124,7 @@ def test_default_share_is_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TwoRanks(Ranks):
-    """Rank 0 of two, which counts the questions that the ranks ask each other."""
+    """Rank 0 of two; it counts the broadcasts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class TwoRanks(Ranks):
 
 
 def test_a_measurement_that_is_due_waits_for_a_step_that_moves() -> None:
-    """Catches one that is forgotten, and one that is made up for twice."""
+    """Catches a due measurement that is forgotten, or made twice."""
     schedule = Schedule(every=3)
     moves = [step not in (3, 4) for step in range(10)]
     turns = [
@@ -174,7 +174,7 @@ def test_ranks_ask_rank_0_only_when_it_may_be_time() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """Catches a measurement that fails at once in each step, at full cost, because it is not timed."""
+    """Catches failing measurements at each step because their time does not count."""
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
@@ -199,7 +199,7 @@ def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, f
 def test_the_first_measurement_waits_until_it_is_affordable(
     monkeypatch: pytest.MonkeyPatch, expected: float, turn: int
 ) -> None:
-    """Catches a first measurement that takes more than the share, and one of no account that waits."""
+    """Catches a first measurement that exceeds the share, and a wait for one of negligible cost."""
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
@@ -213,7 +213,7 @@ def test_the_first_measurement_waits_until_it_is_affordable(
 
 
 def test_a_monitor_estimates_its_first_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches quantities left out of the estimate, and a measurement on demand that waits too."""
+    """Catches quantities missing from the estimate, and an explicit ``measure()`` that waits."""
     model = linear()
     optimizer = torch.optim.Adam(model.parameters())
     cost = {

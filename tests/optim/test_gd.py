@@ -74,7 +74,7 @@ def test_gradient_is_that_of_all_samples(form: str, chunk_size: int | None) -> N
 
 
 def test_chunk_size_bounds_what_the_model_sees() -> None:
-    """Catches a chunk size that is accepted and ignored: the gradient would be the same."""
+    """Catches a chunk size that is ignored, which the gradient would not show."""
     model, sizes = linear(), []
     model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
@@ -98,7 +98,7 @@ def test_data_are_read_once_a_step() -> None:
 
 
 def test_one_chunk_is_bit_for_bit_a_plain_backward() -> None:
-    """Catches weights n/n that round, so that full-batch runs would drift from plain ones."""
+    """Catches rounding by a factor n/n: full-batch runs would drift from plain ones."""
     model, other = linear(), linear()
     optimizer = stableopt.GD(model.parameters(), lr=0.1, momentum=0.9)
     reference = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
@@ -112,7 +112,7 @@ def test_one_chunk_is_bit_for_bit_a_plain_backward() -> None:
 
 
 def test_gradient_under_no_grad() -> None:
-    """Catches an ambient no_grad, as around a closure, that would leave no gradient at all."""
+    """Catches a missing gradient inside of ``no_grad``, as around a closure."""
     model = linear()
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
     with torch.no_grad():
@@ -125,8 +125,8 @@ def test_modes_are_left_alone() -> None:
     """Catches a switch to eval mode, by which batch norm would stop learning its statistics."""
     frozen = nn.BatchNorm1d(3).double().eval()
     live, dropout = nn.BatchNorm1d(3).double(), nn.Dropout(0.5)
-    seen: list[bool] = []
-    dropout.register_forward_hook(lambda module, args, out: seen.append(bool((out == 0).any())))
+    dropped: list[bool] = []
+    dropout.register_forward_hook(lambda module, args, out: dropped.append(bool((out == 0).any())))
     model = nn.Sequential(frozen, live, dropout, linear())
     flags = [module.training for module in model.modules()]
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
@@ -137,7 +137,7 @@ def test_modes_are_left_alone() -> None:
     assert frozen.num_batches_tracked is not None
     assert (int(live.num_batches_tracked), int(frozen.num_batches_tracked)) == (3, 0)
     # 12 units at a rate of one half: all kept has a chance of 2e-4, and the seed is fixed.
-    assert seen == [True] * 3
+    assert dropped == [True] * 3
 
 
 def once() -> Iterator[Any]:
@@ -157,7 +157,7 @@ def once() -> Iterator[Any]:
     ids=["generator", "iterator", "no_rows", "no_batches", "no_targets", "uneven"],
 )
 def test_data_that_cannot_serve(data: Any, error: type[Exception], says: str) -> None:
-    """Catches a step on no gradient: data that is read once gives none the second time."""
+    """Catches a step without a gradient: data that can be read only once is empty the second time."""
     model = linear()
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
     model.weight.grad = kept = torch.ones_like(model.weight)
@@ -200,7 +200,7 @@ def test_full_batch_has_no_non_uniformity_limit() -> None:
 
 
 def test_full_batch_has_no_limit_before_it_is_seen() -> None:
-    """Catches GD known by its batch size alone: before a step, or with a part of the data, too."""
+    """Catches GD recognised by its batch size alone, which fails before a step or on partial data."""
     model = linear()
     optimizer = stableopt.GD(model.parameters(), lr=0.1)
     before = optimizer.track(model, nn.MSELoss(), (X, Y)).measure()
@@ -210,7 +210,7 @@ def test_full_batch_has_no_limit_before_it_is_seen() -> None:
 
 
 def test_tracked_descent_is_the_untracked_one_and_reaches_the_minimum() -> None:
-    """Catches gradients that point right but sum wrong: least squares has a known minimum."""
+    """Catches gradients with the right direction but a wrong scale; the minimum is known."""
     final = []
     for tracked in (False, True):
         model = linear()
@@ -229,11 +229,11 @@ def test_tracked_descent_is_the_untracked_one_and_reaches_the_minimum() -> None:
 
 
 def weighted_case(name: str) -> tuple[Any, Any]:
-    """Return a loss that weighs labels, and what its weights are given by."""
+    """Return a loss that weighs labels, and its ``sample_weight`` argument."""
     weight = torch.tensor([1.0, 9.0], dtype=torch.float64)
     classes = nn.CrossEntropyLoss(weight)
 
-    def own(outputs: Tensor, labels: Tensor) -> Tensor:
+    def weighted(outputs: Tensor, labels: Tensor) -> Tensor:
         losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
         return (weight[labels] * losses).sum() / weight[labels].sum()
 
@@ -243,16 +243,14 @@ def weighted_case(name: str) -> tuple[Any, Any]:
             None,
         )
     if name == "own":
-        return own, lambda batch: weight[batch[1]]
+        return weighted, lambda batch: weight[batch[1]]
     return (classes, None) if name == "classes" else (nn.CrossEntropyLoss(ignore_index=0), None)
 
 
 @pytest.mark.parametrize("name", ["classes", "ignored", "with squares", "own"])
 @pytest.mark.parametrize("chunk_size", [1, 4, None])
 def test_weighted_losses_have_the_gradient_of_the_batch(name: str, chunk_size: int | None) -> None:
-    """Catches chunks that count by their samples (46 to 112 % off), and 0/0 in a chunk that a loss
-    ignores.
-    """
+    """Catches chunks weighted by their samples (46 to 112 % off), and 0/0 in a fully ignored chunk."""
     torch.manual_seed(0)
     labels = (torch.arange(N) >= 8).long()
     model = nn.Linear(3, 2).double()

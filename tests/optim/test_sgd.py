@@ -1,4 +1,4 @@
-"""``stableopt.SGD`` against its oracle ``torch.optim.SGD``: equal is ``torch.equal``, always."""
+"""``stableopt.SGD`` is equal to ``torch.optim.SGD`` bit for bit."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_sparse_gradients_are_torchs(options: dict[str, Any], momentum: float) -
 
 
 def test_tracked_sparse_gradients() -> None:
-    """Catches curvature code that cannot take a sparse gradient, or drops rows that repeat.
+    """Catches curvature code that fails on sparse gradients, or drops repeated rows.
 
     The dense embedding is the oracle: the same function, so the same curvature.
     """

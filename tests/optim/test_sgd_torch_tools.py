@@ -85,7 +85,7 @@ def scaled_run(
 def test_step_that_a_scaler_skips_never_was(
     fused: bool, explicit: bool, overflow_at: set[int]
 ) -> None:
-    """Catches momentum buffers left unwritten by a skipped first step, as torch 2.13's fused are.
+    """Catches momentum buffers left uninitialised by a skipped first step, as in torch 2.13's fused SGD.
 
     The scale halves with each overflow, which is exact in binary: the rest must be bit for bit.
     """
@@ -136,7 +136,7 @@ def test_compiled_step(tracked: bool) -> None:
 
 
 def test_step_with_a_closure() -> None:
-    """Catches a closure that is not called, called twice, called without gradients, or unreturned."""
+    """Catches a closure not called, called twice or without gradients, and a loss not returned."""
 
     def run(kind: Any) -> tuple[list[Tensor], list[Tensor], int]:
         model = network()

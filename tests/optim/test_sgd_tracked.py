@@ -127,7 +127,7 @@ def test_copies_of_a_tracked_model_have_nothing_to_do_with_the_monitor(way: str)
 
 
 def test_group_added_while_tracked() -> None:
-    """Catches parameters that are read once: a group may come later, as when layers thaw."""
+    """Catches parameters that are read only once: a group may be added later, as when layers thaw."""
 
     def run(kind: Any, tracked: bool) -> list[Tensor]:
         model: Any = network()
@@ -147,7 +147,7 @@ def test_group_added_while_tracked() -> None:
 
 
 def test_untracked_optimizer_has_no_margins() -> None:
-    """Catches properties that fail, or invent numbers, before ``track``."""
+    """Catches properties that fail or return numbers before ``track``."""
     optimizer = stableopt.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert optimizer.monitor is None
     assert optimizer.margins is None

@@ -32,10 +32,10 @@ def by_file(state: Any, *, weights_only: bool) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
-def goes_on_alike(one: Run, two: Run) -> None:
-    one.go(3)
-    two.go(3)
-    assert_same([p.detach() for p in two.params], [p.detach() for p in one.params])
+def goes_on_alike(run: Run, twin: Run) -> None:
+    run.go(3)
+    twin.go(3)
+    assert_same([p.detach() for p in twin.params], [p.detach() for p in run.params])
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -89,7 +89,7 @@ def test_public_attributes_are_copied(kind: Any, case: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
 def test_hooks_of_steps_and_state_dicts(kind: Any, case: Any) -> None:
-    """Catches hooks that fire never, twice or in another order."""
+    """Catches hooks that do not fire, fire twice, or fire in another order."""
     run, calls = Run(kind, case), []
     optimizer = run.optimizer
     optimizer.register_step_pre_hook(lambda *_: calls.append("step pre"))

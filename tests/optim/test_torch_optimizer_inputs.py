@@ -25,7 +25,7 @@ def cases(
     *, implementations: bool = False, only: Callable[[Any], bool] = lambda info: True
 ) -> list[Any]:
     """Return each class with each of torch's inputs; if asked for, foreach and fused ones too."""
-    found = []
+    parameters = []
     for kind, base in KINDS.items():
         info = INFOS[base]
         if not only(info):
@@ -36,8 +36,8 @@ def cases(
                 "cpu", torch.float32, info, skip=("differentiable",)
             )
         name = f"{kind.__module__.split('.')[0]}-{kind.__name__}"
-        found += [pytest.param(kind, case, id=f"{name}-{case.desc}") for case in inputs]
-    return found
+        parameters += [pytest.param(kind, case, id=f"{name}-{case.desc}") for case in inputs]
+    return parameters
 
 
 def by_gradients(info: Any) -> bool:
@@ -78,7 +78,7 @@ def rises(case: Any) -> bool:
 @pytest.mark.parametrize(("kind", "case"), cases(implementations=True))
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_parameters_in_any_order_of_memory(kind: Any, case: Any, contiguous: bool) -> None:
-    """Catches kernels that take parameters for contiguous, and fused ones that move another way."""
+    """Catches kernels that assume contiguous parameters, and fused ones that step differently."""
     params = layer(contiguous=contiguous)
     optimizer = kind(params, **copy.deepcopy(case.kwargs))
     closure = least_squares(*params, optimizer)
@@ -136,10 +136,13 @@ def test_sparse_gradients_are_dense_ones(kind: Any, case: Any) -> None:
         p = nn.Parameter(torch.tensor([1.5, 1.5], dtype=torch.float64))
         optimizer = kind([p], **{**kwargs, "dampening": 0})
         for step in range(40):
-            at, slope = step % 2, 2 * p.detach()[step % 2]
+            index, slope = step % 2, 2 * p.detach()[step % 2]
             # Uncoalesced: the entry is there twice.
             grad = torch.sparse_coo_tensor(
-                [[at, at]], torch.stack([slope / 4, slope - slope / 4]), (2,), check_invariants=True
+                [[index, index]],
+                torch.stack([slope / 4, slope - slope / 4]),
+                (2,),
+                check_invariants=True,
             )
             p.grad = grad if sparse else grad.to_dense()
             optimizer.step()
@@ -155,13 +158,13 @@ def test_complex_parameters_are_pairs_of_real_ones(kind: Any, case: Any) -> None
     generator = torch.Generator().manual_seed(1)
     wave = torch.randn(4, 3, generator=generator, dtype=torch.complex64)
     real = torch.randn(4, 3, generator=generator)
-    seen: dict[bool, list[Tensor]] = {}
+    visited: dict[bool, list[Tensor]] = {}
     for as_complex in (True, False):
         first = wave.clone() if as_complex else torch.view_as_real(wave).clone()
         params = [nn.Parameter(first), nn.Parameter(real.clone())]
         optimizer = kind(params, **copy.deepcopy(case.kwargs))
         noise = torch.Generator().manual_seed(2)
-        points = seen[as_complex] = []
+        points = visited[as_complex] = []
 
         def closure(params: Any = params, points: Any = points, noise: Any = noise) -> Tensor:
             for p in params:
@@ -174,7 +177,7 @@ def test_complex_parameters_are_pairs_of_real_ones(kind: Any, case: Any) -> None
         for _ in range(3):
             stepped(optimizer, closure)
     # Complex products may be fused: rounding of single precision, as torch allows.
-    torch.testing.assert_close(seen[True], seen[False])
+    torch.testing.assert_close(visited[True], visited[False])
 
 
 @pytest.mark.parametrize(("kind", "case"), cases(only=by_gradients))

@@ -65,7 +65,7 @@ print("all orders")
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("family", ["SGD", "LBFGS"])
 def test_step_hooks_fire_once_whichever_class_comes_first(family: str) -> None:
-    """Catches torch's wrapping of ``step`` done twice, once for a class and once for its base."""
+    """Catches ``step`` wrapped twice by torch, once for a class and once for its base."""
     done = subprocess.run(
         [sys.executable, "-c", HOOKS, family],
         capture_output=True,

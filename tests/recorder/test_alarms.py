@@ -1,4 +1,4 @@
-"""What calls for a report, and what does not."""
+"""Alarm rules: which evidence calls for a report, and which does not."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def measured(ratios: Sequence[float | None], losses: Sequence[float]) -> list[Me
 
 
 def kind(evidence: Evidence, rules: AlarmRules | None = None) -> str | None:
-    found = (rules or AlarmRules()).alarm(evidence)
-    return None if found is None else found.kind
+    alarm = (rules or AlarmRules()).alarm(evidence)
+    return None if alarm is None else alarm.kind
 
 
 def noisy(count: int, level: Callable[[int], float]) -> list[float]:
@@ -38,7 +38,7 @@ def noisy(count: int, level: Callable[[int], float]) -> list[float]:
 
 
 def test_a_robust_score_is_in_standard_deviations() -> None:
-    """Catches a width that a single odd value changes."""
+    """Catches a spread that a single outlier changes."""
     random.seed(0)
     normal = [random.gauss(5.0, 2.0) for _ in range(4000)]
     # The error of the median absolute deviation of 4,000 values is about 2 %.
@@ -63,7 +63,7 @@ def test_an_odd_sample_near_a_minimum_is_no_spike() -> None:
 
 
 def test_a_spike_is_one_where_the_loss_leaps_by_its_noise_and_by_much() -> None:
-    """Catches a spike that is missed, and one that is seen before it is there."""
+    """Catches a spike that is missed, and an alarm before the spike."""
     losses = noisy(205, lambda k: 0.1 if k < 200 else 1.0)
     assert kind(Evidence(steps(losses[:200]), [], 2.3)) is None
     assert kind(Evidence(steps(losses), [], 2.3)) == "loss"
@@ -80,7 +80,7 @@ def test_a_loss_above_the_first_one_is_a_spike_at_once() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_an_alarm(bad: float) -> None:
-    """Catches a comparison with NaN, which is always false."""
+    """Catches a NaN that gives no alarm: comparisons with NaN are always false."""
     assert kind(Evidence(steps([1.0, bad]), [])) == "not finite"
     gradient = StepRecord(3, 0.1, 1.0, {"0": 1.0, "2": bad})
     assert kind(Evidence([gradient], [])) == "not finite"
@@ -108,7 +108,7 @@ def test_the_probe_loss_spikes_without_losses_of_batches() -> None:
 
 
 def test_the_realised_edge_alarms_after_several_measurements_beyond_two_errors() -> None:
-    """Catches an alarm for one step uphill, which mini-batches make all the time."""
+    """Catches an alarm for a single uphill step, which is usual with mini-batches."""
 
     def records(values: Sequence[tuple[float | None, float]]) -> list[MeasuredRecord]:
         return [
@@ -136,13 +136,13 @@ def test_the_realised_edge_alarms_after_several_measurements_beyond_two_errors()
 
 @pytest.mark.parametrize("name", ["loss_score", "loss_rise", "loss_factor", "ratio", "patience"])
 def test_rules_have_positive_numbers(name: str) -> None:
-    """Catches a rule that alarms at every step."""
+    """Catches thresholds that would give an alarm at every step."""
     with pytest.raises(ValueError, match=f"{name}=0"):
         AlarmRules(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_a_spike_while_the_loss_still_falls() -> None:
-    """Catches a spread that the descent before the spike widens."""
+    """Catches a spike missed because the descent before it widens the spread."""
     falling = [1.2 * 0.97**k for k in range(60)]
     noise = [1 + 0.05 * (k * 7 % 5 - 2) for k in range(65)]
     losses = [loss * off for loss, off in zip([*falling, *[1.2] * 5], noise, strict=True)]
@@ -153,21 +153,23 @@ def test_a_spike_while_the_loss_still_falls() -> None:
 
 
 def alarms(losses: Sequence[float], moved: float = 0.0) -> list[int]:
-    """Return the steps at which a run gives an alarm since its loss is above that at the start."""
-    records = [StepRecord(k, 0.1, its, moved={"0": moved}) for k, its in enumerate(losses, 1)]
-    found = []
+    """Return the steps with an alarm because the loss is above that at the start."""
+    records = [StepRecord(k, 0.1, loss, moved={"0": moved}) for k, loss in enumerate(losses, 1)]
+    steps = []
     for end in range(5, len(losses) + 1, 5):
         first = losses[: min(end, 20)]
-        known = Evidence(records[:end][-200:], [], first_level(first), first_losses=first)
-        alarm = AlarmRules().alarm(known)
+        evidence = Evidence(records[:end][-200:], [], first_level(first), first_losses=first)
+        alarm = AlarmRules().alarm(evidence)
         if alarm is not None and "at the start" in alarm.text:
-            found.append(end)
-    return found
+            steps.append(end)
+    return steps
 
 
 def test_losses_of_single_samples_give_no_alarm() -> None:
-    """Catches twice the loss of one lucky batch as a spike: 48 healthy runs on one or two samples, whose
-    losses are those of normal errors that fall to a third.
+    """Catches an alarm where the loss is twice that of one lucky batch.
+
+    The 48 healthy runs have batches of one or two samples, with squared normal errors whose level
+    falls to a third.
     """
     for samples in (1, 2):
         generator = random.Random(samples)
@@ -181,7 +183,7 @@ def test_losses_of_single_samples_give_no_alarm() -> None:
 
 
 def test_a_loss_that_explodes_is_found_in_the_first_steps_if_weights_do() -> None:
-    """Catches a first level that the explosion itself raises, and losses that vary as much by chance."""
+    """Catches a first level that the explosion raises, and alarms for losses that vary by chance."""
     losses = [11.0, 370.0, 120.0, 50.0, 35.0]
     assert alarms(losses, moved=0.6) == [5]
     assert alarms(losses) == []

@@ -56,20 +56,20 @@ def test_a_healthy_run_writes_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_a_raised_learning_rate_is_found(spiked: Run) -> None:
     """Catches a spike without a report, and one whose cause is not the planted one."""
-    found = spiked.report()
-    assert found["verdict"]["cause"] == "learning rate"
-    assert found["verdict"]["step"] == 81
-    assert "The learning rate rose from 0.1 to 3 at step 81." in found["verdict"]["text"]
-    assert 81 <= found["alarm"]["step"] <= 105
-    steps = found["evidence"]["steps"]
-    assert [its["step"] for its in steps] == list(range(1, len(steps) + 1))
+    report = spiked.report()
+    assert report["verdict"]["cause"] == "learning rate"
+    assert report["verdict"]["step"] == 81
+    assert "The learning rate rose from 0.1 to 3 at step 81." in report["verdict"]["text"]
+    assert 81 <= report["alarm"]["step"] <= 105
+    steps = report["evidence"]["steps"]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
     assert len(steps[0]["batch"]) == 32
     assert set(steps[0]["grad_norms"]) == {"0", "2", "4"}
-    assert sum(found["evidence"]["measured"][-1]["shares"].values()) == pytest.approx(1.0)
+    assert sum(report["evidence"]["measured"][-1]["shares"].values()) == pytest.approx(1.0)
 
 
 def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
-    """Catches a batch that is blamed on the curvature it leaves behind."""
+    """Catches a verdict that blames the curvature that the batch leaves behind."""
     run.train(70)
     state = run.generator.get_state()
     run.train(1, spoil=200.0)
@@ -78,22 +78,22 @@ def test_an_odd_batch_is_found_with_its_samples(run: Run) -> None:
     rows = torch.randint(128, (32,), generator=run.generator).tolist()
     run.generator.set_state(after)
     run.train(20)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["step"]) == ("batch", 71)
-    assert ", ".join(map(str, rows[:8])) in found["verdict"]["text"]
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["step"]) == ("batch", 71)
+    assert ", ".join(map(str, rows[:8])) in report["verdict"]["text"]
 
 
 def test_a_scaled_layer_is_found_in_the_first_steps(tmp_path: Path) -> None:
-    """Catches a recorder that needs a history, and one that names a neighbour."""
+    """Catches a recorder that needs a history, and a verdict that names a neighbouring layer."""
     run = Run(tmp_path)
     with torch.no_grad():
         run.model[4].weight.mul_(20.0)
     run.recorder.close()
     run.recorder = FlightRecorder(run.monitor, tmp_path)
     run.train(5)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("layer", "4")
-    assert found["alarm"]["step"] == 5
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["layer"]) == ("layer", "4")
+    assert report["alarm"]["step"] == 5
 
 
 def test_the_report_reads_well(spiked: Run) -> None:
@@ -101,7 +101,7 @@ def test_the_report_reads_well(spiked: Run) -> None:
     (path,) = spiked.recorder.reports
     assert path.name == f"step-{spiked.report()['alarm']['step']}"
     names = ["last_good.pt", "report.json", "report.md", "report.png"]
-    assert sorted(its.name for its in path.iterdir()) == names
+    assert sorted(file.name for file in path.iterdir()) == names
     text = (path / "report.md").read_text()
     assert text.startswith("# Step ")
     assert "Likely cause: **learning rate**" in text
@@ -114,18 +114,19 @@ def test_the_report_reads_well(spiked: Run) -> None:
 def test_a_late_look_finds_what_earlier_ones_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Catches a spike, or a loss that is not finite, that is over when the recorder looks: also where a
-    checkpoint or a measurement has read the steps before, and where the window is shorter.
+    """Catches a missed spike, or non-finite loss, that is over when the recorder looks.
+
+    Neither steps read earlier, by a checkpoint or a measurement, nor a short window may hide them.
     """
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # figures take most of the time
-    found = []
-    for at, options in enumerate(({}, {"check_every": 50}, {"check_every": 50, "window": 60})):
-        run = Run(tmp_path / str(at), lr=1e-3, record=False)
+    ends = []
+    for number, options in enumerate(({}, {"check_every": 50}, {"check_every": 50, "window": 60})):
+        run = Run(tmp_path / str(number), lr=1e-3, record=False)
         run.monitor.close()
         monitor = StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10**6)
         with (
             monitor,
-            FlightRecorder(monitor, tmp_path / str(at), measure=False, **options) as recorder,
+            FlightRecorder(monitor, tmp_path / str(number), measure=False, **options) as recorder,
         ):
             for k in range(1, 201):
                 bad = {"spike": 105 <= k < 120, "infinite": k == 112}[kind]
@@ -136,17 +137,17 @@ def test_a_late_look_finds_what_earlier_ones_would(
                     recorder.state_dict()
         (path,) = recorder.reports
         content = json.loads((path / "report.json").read_text())
-        found.append((content["alarm"], content["evidence"]["steps"][-1]["step"]))
-    assert found[0] == found[1] == found[2]
+        ends.append((content["alarm"], content["evidence"]["steps"][-1]["step"]))
+    assert ends[0] == ends[1] == ends[2]
 
 
 def test_training_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     """Catches a recorder that changes gradients, the random state, or the order of anything."""
     recorded, bare = Run(tmp_path), Run(tmp_path, record=False)
-    for one in (recorded, bare):
-        one.train(50)
-        one.optimizer.param_groups[0]["lr"] = 3.0
-        one.train(15)
+    for each in (recorded, bare):
+        each.train(50)
+        each.optimizer.param_groups[0]["lr"] = 3.0
+        each.train(15)
     assert recorded.recorder.reports
     for mine, other in zip(recorded.model.parameters(), bare.model.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -165,11 +166,11 @@ def test_several_optimizers_are_one_step(tmp_path: Path) -> None:
             slow.step()
             fast.step()
         steps = recorder.evidence.steps
-        assert [(its.step, its.lr) for its in steps] == [(k, 0.3) for k in range(1, 6)]
+        assert [(step.step, step.lr) for step in steps] == [(k, 0.3) for k in range(1, 6)]
 
 
 def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
-    """Catches a report for every step of a run that is lost, and lists that grow."""
+    """Catches a report for every step of a diverged run, and lists that grow without bound."""
     run = Run(tmp_path, lr=3.0, window=20, most_reports=2)
     run.train(80)
     assert len(run.recorder.evidence.steps) == 20
@@ -179,7 +180,7 @@ def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_continues_the_window(tmp_path: Path) -> None:
-    """Catches a resumed run that has forgotten what was usual."""
+    """Catches a resumed run that has lost the evidence of earlier steps."""
     whole = Run(tmp_path / "a")
     whole.train(40)
     state = whole.recorder.state_dict()
@@ -203,13 +204,13 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path) -> No
     run = Run(tmp_path / "file" / "flight", window=20)
     run.train(60)
     run.optimizer.param_groups[0]["lr"] = 3.0
-    with pytest.warns(RuntimeWarning, match="the flight recorder failed: NotADirectory") as seen:
+    with pytest.warns(RuntimeWarning, match="the flight recorder failed: NotADirectory") as caught:
         run.train(60)
-    assert len([its for its in seen if "flight recorder" in str(its.message)]) == 1
+    assert len([warning for warning in caught if "flight recorder" in str(warning.message)]) == 1
 
 
 def test_hostile_losses_and_gradients(run: Run) -> None:
-    """Catches what a clumsy loop passes: floats, vectors, rubbish; and parameters without gradient."""
+    """Catches a crash on floats, vectors or strings as losses, and on parameters without gradient."""
     run.recorder.loss(1.5)
     run.train(1)
     run.recorder.loss(torch.tensor([1.0, 3.0]))
@@ -219,8 +220,8 @@ def test_hostile_losses_and_gradients(run: Run) -> None:
         run.recorder.loss("two")  # type: ignore[arg-type]
     run.optimizer.step()
     state = run.recorder.state_dict()["evidence"]["steps"]
-    assert [its["loss"] for its in state][1:] == [2.0, None]
-    assert [its["step"] for its in state] == [1, 2, 3]
+    assert [step["loss"] for step in state][1:] == [2.0, None]
+    assert [step["step"] for step in state] == [1, 2, 3]
 
 
 def test_closing_detaches(run: Run) -> None:
@@ -233,7 +234,7 @@ def test_closing_detaches(run: Run) -> None:
 
 
 def test_arguments(run: Run, tmp_path: Path) -> None:
-    """Catches a clumsy call that fails much later."""
+    """Catches bad arguments that are accepted and fail during training."""
     with pytest.raises(TypeError, match="expected a StabilityMonitor"):
         FlightRecorder(run.optimizer, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rules="):
@@ -247,7 +248,7 @@ def test_arguments(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
 def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
-    """Catches a report that is half written when the process is killed within it, at any moment."""
+    """Catches a half-written report where the process is killed, at any moment of writing."""
     script = textwrap.dedent(
         """
         import os, pathlib, signal, sys, warnings
@@ -277,38 +278,39 @@ def test_a_killed_run_leaves_only_whole_reports(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_an_event_scales_is_found(run: Run) -> None:
-    """Catches the batch after it, and the neighbours that it makes sharp, as the cause. The event
-    follows a measured step, whose end the recorder sees after the measurement.
+    """Catches a verdict that blames the next batch, or the neighbouring layers that become sharp.
+
+    The event follows a measured step, whose end the recorder sees after the measurement.
     """
     run.train(70)
     with torch.no_grad():
         run.model[4].weight.mul_(30.0)
         run.model[2].weight.data *= 1.2
     run.train(10)
-    found = run.report()["verdict"]
-    assert (found["cause"], found["layer"], found["step"]) == ("weights", "4", 71)
-    changed = {its["step"]: its["changed"] for its in run.report()["evidence"]["steps"]}
+    verdict = run.report()["verdict"]
+    assert (verdict["cause"], verdict["layer"], verdict["step"]) == ("weights", "4", 71)
+    changed = {step["step"]: step["changed"] for step in run.report()["evidence"]["steps"]}
     # The norm is that of weights and biases, and the event leaves the biases.
     assert changed.pop(71) == {"4": pytest.approx(30.0, rel=0.1)}
     assert not any(changed.values())
 
 
 def test_a_layer_whose_learning_rate_is_too_high_is_found(tmp_path: Path) -> None:
-    """Catches the neighbours, whose gradients and curvature are larger once its weights have grown."""
+    """Catches a verdict that names a neighbour: its gradients and curvature grow with the weights."""
     run = Run(tmp_path)
     run.recorder.close()
     run.monitor.close()
     rates = {0: 0.1, 2: 0.1, 4: 50.0}
-    groups = [{"params": run.model[at].parameters(), "lr": lr} for at, lr in rates.items()]
+    groups = [{"params": run.model[index].parameters(), "lr": lr} for index, lr in rates.items()]
     run.optimizer = torch.optim.SGD(groups)
     with StabilityMonitor(run.optimizer, run.model, LOSS, (run.x, run.y), every=10) as monitor:
         run.recorder = FlightRecorder(monitor, tmp_path)
         run.train(20)
-    found = run.report()
-    assert (found["verdict"]["cause"], found["verdict"]["layer"]) == ("learning rate", "4")
-    assert "group 2 (4) is 50, where 0.1 is usual" in found["verdict"]["text"]
-    assert found["evidence"]["groups"] == [["0"], ["2"], ["4"]]
-    assert found["evidence"]["steps"][0]["lrs"] == [0.1, 0.1, 50.0]
+    report = run.report()
+    assert (report["verdict"]["cause"], report["verdict"]["layer"]) == ("learning rate", "4")
+    assert "group 2 (4) is 50, where 0.1 is usual" in report["verdict"]["text"]
+    assert report["evidence"]["groups"] == [["0"], ["2"], ["4"]]
+    assert report["evidence"]["steps"][0]["lrs"] == [0.1, 0.1, 50.0]
 
 
 def test_movement_is_that_of_the_weights(run: Run) -> None:
@@ -324,14 +326,15 @@ def test_movement_is_that_of_the_weights(run: Run) -> None:
             norm += float(old.square().sum())
         expected.append((length / norm) ** 0.5)
     run.recorder.close()
-    moved = [its.moved.get("4", 0.0) for its in run.recorder.evidence.steps]
+    moved = [step.moved.get("4", 0.0) for step in run.recorder.evidence.steps]
     # 1e-5: sums of squares in single precision.
     assert moved == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sample_stands_for_all_weights() -> None:
-    """Catches a sample of the wrong numbers or weights: shared layers, one-element, transposed, complex
-    and half-precision parameters.
+    """Catches a weight sample whose norms differ from those of the whole layers.
+
+    Layers have several, one-element, transposed, complex and half-precision parameters.
     """
     torch.manual_seed(0)
     params = {
@@ -356,9 +359,7 @@ def test_a_sample_stands_for_all_weights() -> None:
 
 
 def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> None:
-    """Catches an error of the recorder in the training: batches that raise, numbers that are none,
-    a disk that is full.
-    """
+    """Catches an error of the recorder that ends training: batches that raise, NaN, a full disk."""
 
     class Batch:
         def __iter__(self) -> Iterator[int]:
@@ -366,7 +367,7 @@ def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> 
 
     run = Run(tmp_path, window=10)
     full = mock.patch.object(Path, "write_text", side_effect=OSError(28, "No space left on device"))
-    with warnings.catch_warnings(record=True) as seen, full:
+    with warnings.catch_warnings(record=True) as caught, full:
         warnings.simplefilter("always")
         for _ in range(12):
             run.recorder.loss(float("nan"), Batch())  # type: ignore[arg-type]
@@ -374,9 +375,9 @@ def test_hostile_batches_and_numbers_do_not_end_the_training(tmp_path: Path) -> 
                 p.grad = torch.full_like(p, torch.nan)
             run.optimizer.step()
         run.recorder.close()
-    said = " ".join(str(its.message) for its in seen)
-    assert "no indices" in said
-    assert "No space left on device" in said
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "no indices" in messages
+    assert "No space left on device" in messages
     assert list(tmp_path.iterdir()) == []
     assert len(run.recorder.evidence.steps) == 10
 
@@ -412,39 +413,39 @@ class Steps:
 @pytest.mark.parametrize("warm", [0, 200])
 @pytest.mark.parametrize("norms", [True, False])
 def test_an_odd_batch_is_found_under_clipping(tmp_path: Path, norms: bool, warm: int) -> None:
-    """Catches a recorder that clipping blinds, and a warm-up that hides the batch."""
+    """Catches an odd batch that is missed because of clipping or a warm-up."""
     recorder = Steps(tmp_path, norms=norms, warm=warm).recorder
-    found = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
-    assert (found["cause"], found["step"]) == ("batch", 71)
-    assert found["advice"].startswith("Look at these samples.")
+    verdict = json.loads((recorder.reports[0] / "report.json").read_text())["verdict"]
+    assert (verdict["cause"], verdict["step"]) == ("batch", 71)
+    assert verdict["advice"].startswith("Look at these samples.")
     assert "What to do: Look at" in (recorder.reports[0] / "report.md").read_text()
-    assert ("gradient of the batch" if norms else "are clipped at 0.3") in found["text"]
+    assert ("gradient of the batch" if norms else "are clipped at 0.3") in verdict["text"]
 
 
 def test_a_healthy_run_with_warm_up_and_clipping_gives_no_alarm(tmp_path: Path) -> None:
-    """Catches a false alarm of a usual schedule."""
+    """Catches a false alarm in a usual schedule."""
     assert Steps(tmp_path, bad=False, warm=40).recorder.reports == []
 
 
 def test_a_warm_up_to_a_peak_that_is_too_high_is_found(run: Run) -> None:
-    """Catches the layer at the edge, blamed for the schedule that led there."""
+    """Catches a verdict that blames the layer at the edge instead of the schedule that led there."""
     while run.steps < 150 and not run.recorder.reports:
         run.optimizer.param_groups[0]["lr"] = 0.02 * (run.steps + 1)
         run.train(1)
-    found = run.report()["verdict"]
-    assert found["cause"] == "learning rate"
-    assert "still rising in warm-up" in found["text"]
+    verdict = run.report()["verdict"]
+    assert verdict["cause"] == "learning rate"
+    assert "still rising in warm-up" in verdict["text"]
 
 
 def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
-    """Catches the last micro-batch alone as the loss of an accumulated step, against plain means."""
+    """Catches the last micro-batch's loss recorded as that of the step; the oracle is the plain mean."""
     for losses in ([1.0, 2.0, 6.0], [4.0]):
-        for at, loss in enumerate(losses):
-            run.recorder.loss(torch.tensor(loss), [at], grad_norm=10.0 * loss)
+        for index, loss in enumerate(losses):
+            run.recorder.loss(torch.tensor(loss), [index], grad_norm=10.0 * loss)
         run.optimizer.step()
     run.recorder.close()
     kept = run.recorder.evidence.steps
-    assert [(its.loss, its.batch, its.total_norm) for its in kept] == [
+    assert [(step.loss, step.batch, step.total_norm) for step in kept] == [
         (3.0, [0, 1, 2], 60.0),
         (4.0, [0], 40.0),
     ]
@@ -452,7 +453,7 @@ def test_micro_batches_are_averaged_and_the_last_norm_counts(run: Run) -> None:
 
 
 def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
-    """Catches a sharded norm, whose sum would wait for other ranks, and rubbish."""
+    """Catches a sharded norm that is summed, which would wait for other ranks, and a vector."""
 
     class Sharded:
         def full_tensor(self) -> None:
@@ -464,10 +465,10 @@ def test_a_norm_that_is_none_is_warned_of(run: Run) -> None:
         run.recorder.loss(3.0, grad_norm=torch.ones(2))
     run.optimizer.step()
     run.recorder.close()
-    assert [(its.loss, its.total_norm) for its in run.recorder.evidence.steps] == [(2.0, None)]
+    assert [(step.loss, step.total_norm) for step in run.recorder.evidence.steps] == [(2.0, None)]
 
 
 def test_a_monitor_that_is_not_there_yet_is_explained(tmp_path: Path) -> None:
-    """Catches a callback's monitor before training, with an error that names no way out."""
+    """Catches an error that does not say what to do where a callback has no monitor before training."""
     with pytest.raises(TypeError, match=r"StabilityCallback\(\.\.\., recorder=folder\)"):
         FlightRecorder(None, tmp_path)  # type: ignore[arg-type]

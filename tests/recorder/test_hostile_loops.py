@@ -58,7 +58,7 @@ class Loop:
 
     def records(self) -> list[tuple[int, float, float]]:
         self.recorder.close()
-        return [(its.step, its.loss, its.grad_norm) for its in self.recorder.evidence.steps]
+        return [(step.step, step.loss, step.grad_norm) for step in self.recorder.evidence.steps]
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:
@@ -74,8 +74,9 @@ def lbfgs(params: Any) -> torch.optim.Optimizer:
 def test_a_closure_gives_its_own_step_loss_and_gradient(
     tmp_path: Path, make: Callable[[Any], Any], keyword: bool
 ) -> None:
-    """Catches losses that are a step late, gradients of the step before or of a trial point, and a
-    mean over the points of a line search: against what each first evaluation computed.
+    """Catches losses or gradients of another step or trial point, and means over a line search.
+
+    The oracle is what the first evaluation of each step computed.
     """
     loop, bare = Loop(tmp_path, make), Loop(None, make)
     first = []
@@ -88,7 +89,7 @@ def test_a_closure_gives_its_own_step_loss_and_gradient(
         bare.optimizer.step(bare.evaluate)
         loop.monitor.measure()  # which evaluates the loss, and reports it
     assert torch.equal(loop.model.weight, bare.model.weight)
-    expected = [(k + 1, *loop.evaluations[at]) for k, at in enumerate(first)]
+    expected = [(k + 1, *loop.evaluations[index]) for k, index in enumerate(first)]
     # 1e-6: means and norms in single precision, in another order.
     assert loop.records() == [pytest.approx(each, rel=1e-6) for each in expected]
 
@@ -117,8 +118,8 @@ def test_a_closure_that_raises_ends_its_step_alone(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError):
         loop.optimizer.step(failing)
     loop.optimizer.step(loop.evaluate)
-    found = loop.records()[-1]
-    assert found[1] == pytest.approx(loop.evaluations[1][0], rel=1e-6)
+    last = loop.records()[-1]
+    assert last[1] == pytest.approx(loop.evaluations[1][0], rel=1e-6)
 
 
 class Wrapper:
@@ -142,7 +143,7 @@ class Fixed(torch.optim.SGD):
 @pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
 @pytest.mark.parametrize("closure", [True, False])
 def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) -> None:
-    """Catches a recorder that fails where the monitor does not, and one that stays behind."""
+    """Catches a recorder that fails where the monitor works, and one that stays attached."""
     loop = Loop(tmp_path, Wrapper, quantities=["realised_edge"])
     for _ in range(2):
         if closure:
@@ -150,7 +151,7 @@ def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) ->
         else:
             loop.evaluate()
             loop.optimizer.step()
-    expected = [(k + 1, *its) for k, its in enumerate(loop.evaluations)]
+    expected = [(k + 1, *evaluation) for k, evaluation in enumerate(loop.evaluations)]
     assert loop.records() == [pytest.approx(each, rel=1e-6) for each in expected]
     assert loop.optimizer.step.__self__ is loop.optimizer
     refused = Loop(None, lambda params: Fixed(params, lr=0.1))
@@ -161,7 +162,7 @@ def test_optimizers_without_hooks_are_observed(tmp_path: Path, closure: bool) ->
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_double_precision_is_recorded(tmp_path: Path, moment: str) -> None:
-    """Catches a recorder that notes nothing in double precision, or once a model has it."""
+    """Catches a recorder that records nothing in double precision, or after a cast to it."""
     single = Loop(tmp_path, sgd)
     double = Loop(tmp_path, sgd, torch.float64 if moment == "before" else torch.float32)
     double.model.double()
@@ -197,10 +198,10 @@ def test_losses_of_all_dtypes_are_numbers(tmp_path: Path) -> None:
     """
     loop = Loop(tmp_path, sgd)
     half = torch.tensor(5000.0, dtype=torch.float16)
-    one = torch.tensor(1.0, dtype=torch.bfloat16)
+    unit = torch.tensor(1.0, dtype=torch.bfloat16)
     steps: list[tuple[list[Any], Any]] = [
         ([half] * 16, 0),
-        ([one] * 600, torch.tensor(0.5)),
+        ([unit] * 600, torch.tensor(0.5)),
         ([3], True),
         ([torch.tensor(3)], torch.tensor(2)),
         ([np.float64(1e300), 1e300], 1e300),
@@ -214,12 +215,12 @@ def test_losses_of_all_dtypes_are_numbers(tmp_path: Path) -> None:
         loop.recorder.loss(torch.tensor(1j))
     loop.recorder.close()
     kept = loop.recorder.evidence.steps
-    assert [its.loss for its in kept] == [5000.0, 1.0, 3.0, 3.0, 1e300, 7.5]
-    assert [its.total_norm for its in kept] == [0.0, 0.5, 1.0, 2.0, 1e300, 0.25]
+    assert [step.loss for step in kept] == [5000.0, 1.0, 3.0, 3.0, 1e300, 7.5]
+    assert [step.total_norm for step in kept] == [0.0, 0.5, 1.0, 2.0, 1e300, 0.25]
 
 
 def test_numbers_of_numpy_are_arguments(tmp_path: Path) -> None:
-    """Catches a window that only Python's integers can have."""
+    """Catches arguments that are refused because they are NumPy numbers."""
     run = Run(tmp_path, window=np.int64(5), check_every=np.int64(2), most_reports=np.int64(1))
     run.train(8)
     assert len(run.recorder.evidence.steps) == 5
@@ -227,7 +228,7 @@ def test_numbers_of_numpy_are_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_first_loss_that_is_not_finite_blinds_no_rule(tmp_path: Path, bad: float) -> None:
-    """Catches a comparison with infinity, or with NaN, for the rest of the run."""
+    """Catches rules that compare with an infinite or NaN first loss for the rest of the run."""
     run = Run(tmp_path, window=25)
     run.recorder.loss(bad)
     run.optimizer.step()
@@ -261,7 +262,7 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
         scaler.update()
     loop.recorder.close()
     assert loop.recorder.reports == []
-    norms = [its.grad_norm for its in loop.recorder.evidence.steps if its.grad_norms]
+    norms = [step.grad_norm for step in loop.recorder.evidence.steps if step.grad_norms]
     del expected[2]
     # 1e-6: in single precision.
     assert norms == pytest.approx(expected, rel=1e-6)
@@ -270,9 +271,9 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
 def test_a_compiled_step_has_the_report_of_an_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a recorder that the compiler traces, which then cannot measure at the alarm."""
+    """Catches recorder hooks that the compiler traces, so that no measurement follows the alarm."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # no figure
-    found = []
+    outcomes = []
     for compiled in (False, True):
         run = Run(tmp_path / str(compiled), lr=30.0)
         if compiled:
@@ -280,7 +281,7 @@ def test_a_compiled_step_has_the_report_of_an_eager_one(
             run.optimizer.step = torch.compile(run.optimizer.step, backend="eager")
         run.train(9)
         torch._dynamo.reset()
-        found.append([run.report()["alarm"], [m.step for m in run.monitor.history]])
+        outcomes.append([run.report()["alarm"], [m.step for m in run.monitor.history]])
         run.monitor.close()
-    assert found[0] == found[1]
-    assert found[0][1] == [5]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] == [5]

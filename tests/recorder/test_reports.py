@@ -47,7 +47,7 @@ def alarm(run: Run, batch: Any = None, steps: int = 5) -> None:
     ],
 )
 def test_batches_of_any_kind_reach_the_report(tmp_path: Path, batch: Any, kept: list[Any]) -> None:
-    """Catches a report that is lost, since JSON or UTF-8 cannot hold what identifies its batch."""
+    """Catches a report that is lost because JSON or UTF-8 cannot hold its batch identifiers."""
     run = Run(tmp_path, measure=False)
     with mock.patch("importlib.util.find_spec", return_value=None):  # without a figure
         alarm(run, batch)
@@ -101,14 +101,14 @@ def test_a_part_that_fails_is_named_in_the_others(
     reason = "OSError: No space" if part == "last_good.pt" else "RuntimeError: no way"
     assert f"Missing: {part} ({reason}" in (path / "report.md").read_text()
     parts = {"report.json", "report.md", "report.png", "last_good.pt"} - {part}
-    assert {its.name for its in path.iterdir()} == parts
+    assert {file.name for file in path.iterdir()} == parts
     if part != "report.json":
         assert list(run.report()["missing"]) == [part]
         assert len(read_run(tmp_path).reports) == 1
 
 
 def test_what_the_user_set_in_matplotlib_changes_no_report(tmp_path: Path) -> None:
-    """Catches LaTeX that is not installed."""
+    """Catches a figure that is drawn with the user's settings, here LaTeX, which is not installed."""
     run = Run(tmp_path, measure=False)
     with matplotlib.rc_context({"text.usetex": True}):
         alarm(run)
@@ -116,14 +116,16 @@ def test_what_the_user_set_in_matplotlib_changes_no_report(tmp_path: Path) -> No
 
 
 def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
-    """Catches a recorder that is quiet for 200 steps after a report that does not exist, measures at
-    each attempt, or warns of each.
+    """Catches a failed report that is not tried again for 200 steps.
+
+    Also catches a measurement or a warning at each attempt.
     """
     run = Run(tmp_path / "file" / "flight")
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning) as seen:
+    with pytest.warns(RuntimeWarning) as caught:
         alarm(run, steps=15)
-    assert len([its for its in seen if "flight recorder failed" in str(its.message)]) == 1
+    messages = [str(warning.message) for warning in caught]
+    assert sum("flight recorder failed" in message for message in messages) == 1
     assert len(run.monitor.history) == 2  # that at the alarm, and that of step 10
     assert run.recorder.reports == []
     (tmp_path / "file").unlink()
@@ -134,7 +136,7 @@ def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:
-    """Catches a file that is cut short, against one that is not there."""
+    """Catches a truncated file: on a full disk a file is complete or absent."""
     run = Run(tmp_path, keep_weights=True)
     run.train(10)
 
@@ -144,6 +146,6 @@ def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:
 
     with mock.patch.object(torch, "save", cut_short), pytest.warns(RuntimeWarning, match="lacks"):
         alarm(run)
-    names = {its.name for its in run.recorder.reports[0].iterdir()}
+    names = {file.name for file in run.recorder.reports[0].iterdir()}
     assert names == {"report.json", "report.md", "report.png"}
     json.loads((run.recorder.reports[0] / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""What evidence says about the cause."""
+"""`verdict`: the likely cause of an alarm, by the evidence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step(number: int, lr: float = 0.1, norm: float = 1.0, **more: Any) -> StepRe
     return StepRecord(number, lr, 0.1, {"0": norm, "2": 0.1}, **more)
 
 
-def at(
+def measured_at(
     step: int,
     ratio: float,
     shares: dict[str, float] | None = None,
@@ -35,7 +35,7 @@ def at(
     return MeasuredRecord(margins, shares or {"2": 0.61, "0": 0.39})
 
 
-def said(
+def verdict_on(
     steps: list[StepRecord], measured: list[MeasuredRecord], gains: dict[str, float] | None = None
 ) -> Verdict:
     return verdict(ROSE, Evidence(steps, measured, 2.3, gains or {}))
@@ -45,104 +45,109 @@ CALM = [step(k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
 
 
 def test_a_raised_learning_rate_comes_first() -> None:
-    """Catches a layer that is blamed for what the learning rate has done."""
+    """Catches a layer blamed for an instability that a raised learning rate caused."""
     steps = [step(k, lr=0.1 if k < 50 else 0.12, norm=1.2 ** max(0, k - 50)) for k in range(1, 61)]
-    found = said(steps, [at(40, 0.9), at(60, 1.1)])
-    assert (found.cause, found.step) == ("learning rate", 50)
-    assert found.text == (
+    result = verdict_on(steps, [measured_at(40, 0.9), measured_at(60, 1.1)])
+    assert (result.cause, result.step) == ("learning rate", 50)
+    assert result.text == (
         "The loss rose from 0.1 to 3. The learning rate rose from 0.1 to 0.12 at step 50. The"
         " sharpness crossed its limit and was 1.1 times its limit at step 60, 61% of it in 2."
     )
 
 
 def test_an_old_or_small_rise_is_not_blamed() -> None:
-    """Catches warm-up long ago as the cause of everything."""
+    """Catches a verdict that blames an early warm-up or a small rise for a later spike."""
     old = [step(k, lr=0.01 if k < 5 else 0.1) for k in range(1, 61)]
-    assert said(old, []).cause == "unknown"
+    assert verdict_on(old, []).cause == "unknown"
     slow = [step(k, lr=0.1 * 1.005**k) for k in range(1, 61)]
-    assert said(slow, []).cause == "unknown"
+    assert verdict_on(slow, []).cause == "unknown"
 
 
 def test_an_odd_batch_is_named_with_its_samples() -> None:
-    """Catches a leap of the gradient that is missed, or is put on another step."""
+    """Catches a jump of the gradient that is missed, or assigned to another step."""
     steps = [*CALM[:54], step(55, norm=40.0, batch=[7, 3]), *CALM[55:]]
-    found = said(steps, [at(50, 1.1), at(60, 3.0)])
-    assert (found.cause, found.layer, found.step) == ("batch", "0", 55)
-    assert "of the samples 7, 3 at step 55 was 40, where 1.1 was usual" in found.text
+    result = verdict_on(steps, [measured_at(50, 1.1), measured_at(60, 3.0)])
+    assert (result.cause, result.layer, result.step) == ("batch", "0", 55)
+    assert "of the samples 7, 3 at step 55 was 40, where 1.1 was usual" in result.text
 
 
 def test_a_gradient_that_grows_over_steps_is_no_odd_batch() -> None:
-    """Catches an instability that is taken for a batch."""
+    """Catches a batch blamed for an instability that grows over several steps."""
     steps = [*CALM[:50], *(step(k, norm=1.5 ** (k - 50)) for k in range(51, 61))]
-    found = said(steps, [at(40, 0.9), at(50, 1.4)])
-    assert (found.cause, found.layer) == ("layer", "2")
+    result = verdict_on(steps, [measured_at(40, 0.9), measured_at(50, 1.4)])
+    assert (result.cause, result.layer) == ("layer", "2")
 
 
 def test_an_edge_left_before_explains_the_gradient() -> None:
-    """Catches the consequence, a large gradient, as the cause; and a leap that no instability makes as
-    its consequence: at 1.3 times the limit gradients grow 1.6-fold in a step.
+    """Catches a large gradient named as the cause where it is the consequence, and the reverse.
+
+    At 1.3 times the limit gradients grow 1.6-fold in a step, so a larger jump needs another cause.
     """
     steps = [*CALM[:54], step(55, norm=40.0), *CALM[55:]]
-    assert said(steps, [at(50, 30.0)]).cause == "layer"
-    assert said(steps, [at(50, 1.3)]).cause == "batch"
+    assert verdict_on(steps, [measured_at(50, 30.0)]).cause == "layer"
+    assert verdict_on(steps, [measured_at(50, 1.3)]).cause == "batch"
     grown = [*CALM[:54], *(step(k, norm=1.6 ** (k - 54)) for k in range(55, 61))]
-    assert said(grown, [at(50, 1.3)]).cause == "layer"
+    assert verdict_on(grown, [measured_at(50, 1.3)]).cause == "layer"
 
 
 def test_a_smaller_batch_is_named() -> None:
     """Catches a change of the batch size that only the measurements know of."""
-    found = said(CALM, [at(40, 0.5, batch_size=64), at(50, 0.6, batch_size=4)])
-    assert (found.cause, found.step) == ("batch size", 50)
-    assert "The batch size fell from 64 to 4, by step 50." in found.text
-    assert said(CALM, [at(40, 0.5, batch_size=64), at(50, 0.6, batch_size=48)]).cause == "unknown"
+    result = verdict_on(
+        CALM, [measured_at(40, 0.5, batch_size=64), measured_at(50, 0.6, batch_size=4)]
+    )
+    assert (result.cause, result.step) == ("batch size", 50)
+    assert "The batch size fell from 64 to 4, by step 50." in result.text
+    similar = [measured_at(40, 0.5, batch_size=64), measured_at(50, 0.6, batch_size=48)]
+    assert verdict_on(CALM, similar).cause == "unknown"
 
 
 def test_the_edge_without_a_layer_that_holds_it() -> None:
-    """Catches a layer that is named for the largest of many small shares."""
-    found = said(CALM, [at(40, 0.9), at(60, 1.2, {"0": 0.3, "2": 0.25})])
-    assert (found.cause, found.layer) == ("edge", "0")
+    """Catches a layer blamed for the edge although it holds only the largest of many small shares."""
+    result = verdict_on(CALM, [measured_at(40, 0.9), measured_at(60, 1.2, {"0": 0.3, "2": 0.25})])
+    assert (result.cause, result.layer) == ("edge", "0")
 
 
 def test_a_layer_with_large_weights_is_named_and_not_its_neighbours() -> None:
-    """Catches the top eigenvector's layer: scaling a layer up makes its neighbours sharp."""
+    """Catches a verdict by the top eigenvector: scaling a layer up makes its neighbours sharp."""
     gains = {"0": 0.6, "2": 0.58, "4": 5.8, "6": 0.6}
-    found = said(CALM, [at(10, 8.0, {"2": 0.9, "4": 0.1})], gains)
-    assert (found.cause, found.layer) == ("layer", "4")
-    assert "The weights of 4 were 9.67 times as large as those of the other layers" in found.text
-    assert said(CALM, [at(10, 0.5, {"2": 0.9})], gains).layer == "4"
-    assert said(CALM[20:], [at(40, 0.5, {"2": 0.9})], gains).cause == "unknown"  # long ago
+    result = verdict_on(CALM, [measured_at(10, 8.0, {"2": 0.9, "4": 0.1})], gains)
+    assert (result.cause, result.layer) == ("layer", "4")
+    assert "The weights of 4 were 9.67 times as large as those of the other layers" in result.text
+    assert verdict_on(CALM, [measured_at(10, 0.5, {"2": 0.9})], gains).layer == "4"
+    long_ago = verdict_on(CALM[20:], [measured_at(40, 0.5, {"2": 0.9})], gains)
+    assert long_ago.cause == "unknown"
     usual = {"0": 0.6, "2": 1.4, "4": 0.7}
-    assert said(CALM, [at(10, 0.5, {"2": 0.9})], usual).cause == "unknown"
+    assert verdict_on(CALM, [measured_at(10, 0.5, {"2": 0.9})], usual).cause == "unknown"
 
 
 def test_values_that_are_not_finite_name_their_layer() -> None:
     """Catches a layer named at random where nothing else is known."""
     bad = StepRecord(60, 0.1, 0.1, {"0": 1.0, "2": float("nan")})
     alarm = Alarm("not finite", 60, "the gradient of 2 is not finite")
-    found = verdict(alarm, Evidence([*CALM[:59], bad], []))
-    assert (found.cause, found.layer) == ("batch", "2")
+    result = verdict(alarm, Evidence([*CALM[:59], bad], []))
+    assert (result.cause, result.layer) == ("batch", "2")
     few = verdict(alarm, Evidence([bad], []))  # too few steps to call the batch odd
     assert (few.cause, few.layer) == ("not finite", "2")
 
 
-@pytest.mark.parametrize("evidence", [Evidence([], []), Evidence(CALM, [at(50, 0.9)])])
+@pytest.mark.parametrize("evidence", [Evidence([], []), Evidence(CALM, [measured_at(50, 0.9)])])
 def test_where_nothing_is_known_it_is_said(evidence: Evidence) -> None:
-    """Catches a cause that is made up."""
-    found = verdict(ROSE, evidence)
-    assert (found.cause, found.layer) == ("unknown", None)
-    assert "were as before" in found.text
+    """Catches an invented cause."""
+    result = verdict(ROSE, evidence)
+    assert (result.cause, result.layer) == ("unknown", None)
+    assert "were as before" in result.text
 
 
 def test_the_group_whose_rate_rose_is_named() -> None:
-    """Catches a rise that the largest rate hides, and a group without its layers."""
+    """Catches a rise hidden by another group's larger rate, and a group reported without its layers."""
     steps = [
         step(k, lr=1.0, lrs=[1.0, 0.1 if k < 50 else 0.5], moved={"2": 0.3} if k > 50 else {})
         for k in range(1, 61)
     ]
     evidence = Evidence(steps, [], groups=[["0"], ["2", "4"]])
-    found = verdict(ROSE, evidence)
-    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 50)
-    assert "The learning rate of group 1 (2, 4) rose from 0.1 to 0.5 at step 50." in found.text
+    result = verdict(ROSE, evidence)
+    assert (result.cause, result.layer, result.step) == ("learning rate", "2", 50)
+    assert "The learning rate of group 1 (2, 4) rose from 0.1 to 0.5 at step 50." in result.text
     unnamed = verdict(ROSE, Evidence(steps, []))
     assert "The learning rate of group 1 rose" in unnamed.text
     assert unnamed.layer is None
@@ -151,108 +156,109 @@ def test_the_group_whose_rate_rose_is_named() -> None:
 def test_a_rise_of_all_groups_names_none() -> None:
     """Catches warm-up of groups with different rates that is blamed on one of them."""
     steps = [step(k, lrs=[1.0, 0.1] if k < 50 else [2.0, 0.2]) for k in range(1, 61)]
-    found = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
-    assert "The learning rate rose from 1 to 2 at step 50." in found.text
-    assert found.layer is None
+    result = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
+    assert "The learning rate rose from 1 to 2 at step 50." in result.text
+    assert result.layer is None
 
 
 def test_a_group_that_joins_late_is_no_rise() -> None:
-    """Catches rates of another number of groups that are compared by position."""
+    """Catches rates compared by position although the number of groups has changed."""
     steps = [step(k, lrs=[0.1, 0.2] if k < 50 else [0.1, 0.2, 0.9]) for k in range(1, 61)]
     assert verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"], []])).cause == "unknown"
 
 
 def test_the_layer_that_ran_away_first_is_named() -> None:
-    """Catches the neighbour, which holds the eigenvector once the weights have grown."""
+    """Catches a verdict that names the neighbour, which holds the eigenvector after the weights grew."""
     far = {41: {"2": 0.4, "0": 0.1}, 42: {"0": 9.0, "2": 2.0}}
     leap = {43: 90.0}
     steps = [
         step(k, lrs=[0.1, 3.0], moved=far.get(k, {}), norm=leap.get(k, 1.0)) for k in range(1, 61)
     ]
-    measured = [at(60, 30.0, {"0": 0.9, "2": 0.1})]
-    found = verdict(ROSE, Evidence(steps, measured, groups=[["0"], ["2"]]))
-    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 41)
-    assert "group 1 (2) is 3, where 0.1 is usual" in found.text
-    assert "by 0.4 times their norm" in found.text
+    measured = [measured_at(60, 30.0, {"0": 0.9, "2": 0.1})]
+    result = verdict(ROSE, Evidence(steps, measured, groups=[["0"], ["2"]]))
+    assert (result.cause, result.layer, result.step) == ("learning rate", "2", 41)
+    assert "group 1 (2) is 3, where 0.1 is usual" in result.text
+    assert "by 0.4 times their norm" in result.text
     other = verdict(ROSE, Evidence(steps, measured, groups=[["2"], ["0"]]))
     assert (other.cause, other.layer) == ("batch", "0")  # the layer's rate is the lower one
-    same = [replace(its, lrs=()) for its in steps]
+    same = [replace(each, lrs=()) for each in steps]
     assert verdict(ROSE, Evidence(same, measured, groups=[["0"], ["2"]])).cause == "batch"
 
 
 def test_a_layer_that_moved_far_in_its_first_steps_did_not_run_away() -> None:
-    """Catches the first steps of Adam in a group with a larger rate, blamed for a later batch."""
+    """Catches Adam's large first steps, in a group with a larger rate, blamed for a later odd batch."""
     steps = [
         step(k, lrs=[0.1, 3.0], moved={"2": 0.5} if k < 4 else {}, norm=90.0 if k == 40 else 1.0)
         for k in range(1, 61)
     ]
-    found = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
-    assert (found.cause, found.step) == ("batch", 40)
-    still = [replace(its, moved={"2": 0.5} if its.step < 36 else {}) for its in steps]
-    found = verdict(ROSE, Evidence(still, [], groups=[["0"], ["2"]]))
-    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 1)
+    result = verdict(ROSE, Evidence(steps, [], groups=[["0"], ["2"]]))
+    assert (result.cause, result.step) == ("batch", 40)
+    still = [replace(each, moved={"2": 0.5} if each.step < 36 else {}) for each in steps]
+    result = verdict(ROSE, Evidence(still, [], groups=[["0"], ["2"]]))
+    assert (result.cause, result.layer, result.step) == ("learning rate", "2", 1)
 
 
 def test_weights_that_something_else_changed_are_named() -> None:
-    """Catches the batch that is blamed for the first gradient after it."""
+    """Catches the next batch blamed for the large gradient that changed weights cause."""
     steps = [
         step(k, changed={"2": 30.0, "0": 1.6} if k == 50 else {}, norm=50.0 if k == 50 else 1.0)
         for k in range(1, 61)
     ]
-    found = said(steps, [])
-    assert (found.cause, found.layer, found.step) == ("weights", "2", 50)
-    assert "30 times what it was (one of 2 layers that changed)." in found.text
+    result = verdict_on(steps, [])
+    assert (result.cause, result.layer, result.step) == ("weights", "2", 50)
+    assert "30 times what it was (one of 2 layers that changed)." in result.text
     gone = [step(k, changed={"2": 0.0} if k == 50 else {}) for k in range(1, 61)]
-    assert said(gone, []).cause == "weights"
+    assert verdict_on(gone, []).cause == "weights"
     small = [step(k, changed={"2": 1.6} if k == 50 else {}) for k in range(1, 61)]
-    assert said(small, []).cause == "unknown"
+    assert verdict_on(small, []).cause == "unknown"
 
 
 CLIPPED = [step(k, norm=min(1.0, 0.9 + 0.1 * (k % 3))) for k in range(1, 61)]
 
 
 def test_clipped_gradients_are_not_called_usual() -> None:
-    """Catches "gradients were as before" where clipping hides them, and the same for any other run."""
-    text = said(CLIPPED, []).text
+    """Catches "gradients were as before" under clipping, and its absence where they are not clipped."""
+    text = verdict_on(CLIPPED, []).text
     assert "Learning rate and batch size were as before" in text
     assert "Gradients are clipped at 1" in text
     assert "grad_norm=norm" in text
     noisy = [step(k, norm=1 + 0.01 * math.sin(k)) for k in range(1, 61)]
-    assert "and gradients were as before" in said(noisy, []).text
+    assert "and gradients were as before" in verdict_on(noisy, []).text
     half = [step(k, norm=1 + 4e-3 * (k % 2)) for k in range(1, 61)]  # as bfloat16 rounds
     assert "as before" in verdict(ROSE, Evidence(half, [], precision=2**-7)).text
     assert "clipped" in verdict(ROSE, Evidence(half, [], precision=2**-7)).text
 
 
 def test_the_norm_before_clipping_shows_the_batch() -> None:
-    """Catches a handed norm that is not looked at, and an ordinary outlier that is blamed."""
-    steps = [replace(its, total_norm=1.5 + 0.2 * (its.step % 4)) for its in CLIPPED]
-    assert "gradients were as before" in said(steps, []).text
+    """Catches a norm before clipping that is ignored, and an ordinary outlier that is blamed."""
+    steps = [replace(each, total_norm=1.5 + 0.2 * (each.step % 4)) for each in CLIPPED]
+    assert "gradients were as before" in verdict_on(steps, []).text
     steps[54] = replace(steps[54], total_norm=80.0)
-    found = said(steps, [])
-    assert (found.cause, found.step) == ("batch", 55)
-    assert "was 80, where" in found.text
+    result = verdict_on(steps, [])
+    assert (result.cause, result.step) == ("batch", 55)
+    assert "was 80, where" in result.text
     skipped = replace(steps[54], total_norm=math.inf, grad_norms={})
-    found = said([*steps[:54], skipped, *steps[55:]], [])
-    assert (found.cause, found.layer, found.step) == ("batch", None, 55)
+    result = verdict_on([*steps[:54], skipped, *steps[55:]], [])
+    assert (result.cause, result.layer, result.step) == ("batch", None, 55)
     steps[54] = replace(steps[54], total_norm=3.9)  # not twice what others have
-    assert said(steps, []).cause == "unknown"
+    assert verdict_on(steps, []).cause == "unknown"
 
 
 def test_the_loss_of_a_batch_shows_it_where_gradients_are_clipped() -> None:
-    """Catches a batch that clipping hides, and an instability or an old outlier taken for one."""
-    steps = [replace(its, loss=0.4 + 0.1 * (its.step % 3)) for its in CLIPPED]
-    odd = [replace(its, loss=9.0, batch=[7, 3]) if its.step == 55 else its for its in steps]
-    found = said(odd, [])
-    assert (found.cause, found.step) == ("batch", 55)
+    """Catches a batch hidden by clipping, and an instability or an old outlier reported as a batch."""
+    steps = [replace(each, loss=0.4 + 0.1 * (each.step % 3)) for each in CLIPPED]
+    odd = [replace(each, loss=9.0, batch=[7, 3]) if each.step == 55 else each for each in steps]
+    result = verdict_on(odd, [])
+    assert (result.cause, result.step) == ("batch", 55)
     assert (
         "The loss of the batch of the samples 7, 3 at step 55 was 9, where 0.5 was usual"
-        in found.text
+        in result.text
     )
-    assert "Gradients are clipped at 1, so their norm shows no odd batch." in found.text
-    stays = [replace(its, loss=9.0) if its.step >= 55 else its for its in steps]
-    assert said(stays, []).cause == "unknown"
-    assert said(odd, [at(40, 0.9), at(50, 4.0)]).cause == "layer"  # the edge explains a leap by 49
+    assert "Gradients are clipped at 1, so their norm shows no odd batch." in result.text
+    stays = [replace(each, loss=9.0) if each.step >= 55 else each for each in steps]
+    assert verdict_on(stays, []).cause == "unknown"
+    # The edge explains a leap by 49.
+    assert verdict_on(odd, [measured_at(40, 0.9), measured_at(50, 4.0)]).cause == "layer"
     late = verdict(replace(ROSE, step=120), Evidence(odd, [], 2.3))
     assert late.cause == "unknown"
 
@@ -261,9 +267,9 @@ WARM = [step(k, lr=1e-3 * k, norm=1.0 + 0.1 * (k % 3)) for k in range(1, 61)]
 
 
 def test_a_warm_up_is_no_change_of_the_learning_rate() -> None:
-    """Catches a schedule that goes on, blamed for what a batch does."""
-    steps = [replace(its, grad_norms={"0": 90.0}) if its.step == 55 else its for its in WARM]
-    assert (said(steps, []).cause, said(steps, []).step) == ("batch", 55)
+    """Catches an ongoing warm-up blamed for a spike that a batch caused."""
+    steps = [replace(each, grad_norms={"0": 90.0}) if each.step == 55 else each for each in WARM]
+    assert (verdict_on(steps, []).cause, verdict_on(steps, []).step) == ("batch", 55)
     smooth = {
         "cosine": [1.0 - math.cos(math.pi * k / 200) for k in range(1, 61)],
         "exponential": [1.05**k for k in range(60)],
@@ -271,34 +277,34 @@ def test_a_warm_up_is_no_change_of_the_learning_rate() -> None:
         "one cycle": [0.04 + 0.48 * (1 - math.cos(math.pi * k / 60)) for k in range(60)],
     }
     for name, rates in smooth.items():
-        found = said([step(k, lr=lr) for k, lr in enumerate(rates, start=1)], [])
-        assert found.cause == "unknown", name
-        assert "in warm-up, from" in found.text
+        result = verdict_on([step(k, lr=lr) for k, lr in enumerate(rates, start=1)], [])
+        assert result.cause == "unknown", name
+        assert "in warm-up, from" in result.text
 
 
 def test_a_warm_up_that_reaches_the_limit_is_the_cause() -> None:
-    """Catches a peak that is too high, called unknown or the edge of a layer."""
-    found = said(WARM, [at(40, 0.7), at(60, 1.1)])
-    assert (found.cause, found.layer, found.step) == ("learning rate", "2", 60)
-    assert "was still rising in warm-up, from 0.001 at step 1 to 0.06 at step 60" in found.text
-    near = said(WARM, [at(60, 0.95)])
+    """Catches a warm-up to a too high peak reported as unknown, or blamed on a layer."""
+    result = verdict_on(WARM, [measured_at(40, 0.7), measured_at(60, 1.1)])
+    assert (result.cause, result.layer, result.step) == ("learning rate", "2", 60)
+    assert "was still rising in warm-up, from 0.001 at step 1 to 0.06 at step 60" in result.text
+    near = verdict_on(WARM, [measured_at(60, 0.95)])
     assert near.cause == "learning rate"
     assert "The sharpness over its limit was 0.95 at step 60." in near.text
-    below = said(WARM, [at(60, 0.5)])
+    below = verdict_on(WARM, [measured_at(60, 0.5)])
     assert below.cause == "unknown"
     assert "The learning rate was still rising" in below.text
     assert "Learning rate" not in below.text
 
 
 def test_a_jump_or_a_kink_in_a_schedule_is_a_change() -> None:
-    """Catches a jump that a warm-up hides, a warm restart, and a rate that begins to rise."""
+    """Catches a missed change of the rate: a jump in a warm-up, a warm restart, the start of a rise."""
     jump = [step(k, lr=1e-3 * k * (1 if k < 50 else 2)) for k in range(1, 61)]
     restart = [step(k, lr=0.1 * 0.95**k if k < 50 else 0.1) for k in range(1, 61)]
     kink = [step(k, lr=0.1 + 0.01 * max(0, k - 49)) for k in range(1, 61)]
     for steps in (jump, restart, kink):
-        found = said(steps, [])
-        assert (found.cause, found.step) == ("learning rate", 50)
-    assert "rose from 0.1 to 0.21 from step 50 to 60." in said(kink, []).text
+        result = verdict_on(steps, [])
+        assert (result.cause, result.step) == ("learning rate", 50)
+    assert "rose from 0.1 to 0.21 from step 50 to 60." in verdict_on(kink, []).text
 
 
 @pytest.mark.parametrize(

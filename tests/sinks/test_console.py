@@ -1,4 +1,4 @@
-"""The live table in the terminal."""
+"""`ConsoleSink`: the live table in the terminal."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def rows(margins: StabilityMargins, said: str = "") -> list[str]:
+def rows(margins: StabilityMargins, note: str = "") -> list[str]:
     console = Console(file=io.StringIO(), width=80)
-    console.print(margins_table(margins, said))
+    console.print(margins_table(margins, note))
     return written(console).splitlines()
 
 
@@ -64,8 +64,8 @@ def test_a_row_has_value_limit_and_ratio_in_eighty_columns() -> None:
     lines = rows(MARGINS)
     assert max(map(len, lines)) <= 80
     assert lines[0].strip() == "step 1,250, loss 0.0123, learning rate 0.1, batch size 16"
-    found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
-    assert found == [["sharpness", "15", "20", "0.75"], ["non-uniformity", "45", "none", "0"]]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert cells == [["sharpness", "15", "20", "0.75"], ["non-uniformity", "45", "none", "0"]]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_colour_is_that_of_the_ratio(value: float, colour: str) -> None:
 
 
 def test_a_failure_leaves_the_last_margins() -> None:
-    """Catches an empty table at the moment when one looks at it, and a reason that stays."""
+    """Catches a failure that empties the table, and a reason that outlasts the failure."""
     sink = ConsoleSink(terminal())
     sink.receive(Measured(1250, MARGINS))
     sink.receive(Measured(1300, StabilityMargins(step=1300, failure="the loss is nan")))
@@ -94,7 +94,7 @@ def test_a_failure_leaves_the_last_margins() -> None:
 
 
 def test_failures_and_decisions_are_below_the_table() -> None:
-    """Catches a failure that looks like a run without limits, and markup from a reason."""
+    """Catches a failure shown as a run without limits, and a reason interpreted as markup."""
     assert "the loss is nan" in rows(StabilityMargins(failure="the loss is nan"))[-1]
     sink = ConsoleSink(terminal())
     sink.receive(Measured(50, MARGINS))
@@ -147,7 +147,7 @@ def test_where_there_is_no_terminal_nothing_is_written(monkeypatch: pytest.Monke
 
 
 def test_beside_a_progress_bar_each_measurement_is_a_line() -> None:
-    """Catches rich's error that only one display may be live, which costs every measurement."""
+    """Catches rich's error that only one display may be live, by which every measurement is lost."""
     console = terminal()
     sink = ConsoleSink(console)
     with Progress(console=console) as progress:
@@ -181,8 +181,9 @@ see(4)  # and the program ends
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX's")
 def test_progress_bars_stay_one_line_and_the_cursor_comes_back() -> None:
-    """Catches a line for each drawing of a bar that was made while the table was there, a table that a
-    bar tears, and a terminal without a cursor where the program closes no monitor.
+    """Catches a progress bar and a live table that break each other's lines.
+
+    Also catches a hidden cursor after a program that does not close its monitor.
     """
     import fcntl
     import pty
@@ -232,7 +233,7 @@ def test_in_training(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_without_rich_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a traceback about a module that the user has never heard of."""
+    """Catches an import error that does not say what to install."""
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r"pip install stableopt\[console\]"):
         ConsoleSink()

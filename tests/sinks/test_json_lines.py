@@ -51,7 +51,7 @@ def test_a_run_that_continues_appends(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
-    """Catches a record glued to the stump that a crash left behind."""
+    """Catches a record appended to the incomplete line that a crash left."""
     path = tmp_path / "run.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
     JSONLinesSink(path)(3, {"loss": 0.5})
@@ -61,7 +61,7 @@ def test_a_line_cut_short_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
-    """Catches buffering, by which a crash loses the records that explain it."""
+    """Catches buffered writing: a crash would lose the records that explain it."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     for step in range(3):
         sink(step, StabilityMargins(sharpness=1.0).record())
@@ -81,8 +81,8 @@ def test_layers_are_numbers_by_name(tmp_path: Path) -> None:
     """Catches layers lost on the way, not strict JSON, and a figure that cannot read them."""
     sink = JSONLinesSink(tmp_path / "run.jsonl")
     columns = {"share": (1 / 3, 2 / 3), "sharpness": (math.inf, 2.0), "limit": (4.0, None)}
-    known = QuantityResult(3.0, layers=Layers(("embed", "head"), (2, 4), columns))
-    margins = StabilityMargins(step=4, results={"sharpness": known})
+    result = QuantityResult(3.0, layers=Layers(("embed", "head"), (2, 4), columns))
+    margins = StabilityMargins(step=4, results={"sharpness": result})
     sink.receive(Measured(4, margins))
     sink.receive(Measured(5, StabilityMargins(step=5, sharpness=1.0)))
     first, second = lines(sink.path)

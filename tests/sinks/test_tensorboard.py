@@ -42,7 +42,7 @@ TWO_PHASES = [
 
 
 def test_value_lower_and_upper_have_the_same_steps(tmp_path: Path) -> None:
-    """Catches a band that is missing at one step: TensorBoard shows an error in its place."""
+    """Catches a band without a value at one step: TensorBoard then shows an error."""
     events = write(tmp_path, [*TWO_PHASES, *map(adam_alone, (20, 21))], max_diagrams=0)
     charts = series_of(events)
     assert len(charts) == 6
@@ -92,15 +92,15 @@ def test_bands_lie_one_percent_about_one_and_about_the_limit(tmp_path: Path) -> 
     # float32 has seven digits.
     assert shown["sharpness / limit"] == pytest.approx([18.05 / 40, 0.99, 1.01], rel=1e-6)
     assert shown["sharpness and its limit"] == pytest.approx([18.05, 39.6, 40.4], rel=1e-6)
-    own = "preconditioned sharpness"
-    assert shown[f"{own} / limit"] == pytest.approx([306 / 380, 0.99, 1.01], rel=1e-6)
-    assert shown[f"{own} and its limit"] == pytest.approx([306, 376.2, 383.8], rel=1e-6)
+    name = "preconditioned sharpness"
+    assert shown[f"{name} / limit"] == pytest.approx([306 / 380, 0.99, 1.01], rel=1e-6)
+    assert shown[f"{name} and its limit"] == pytest.approx([306, 376.2, 383.8], rel=1e-6)
     assert shown["non-uniformity / limit"] == pytest.approx([30.05 / 20, 0.99, 1.01], rel=1e-6)
     assert shown["non-uniformity and its limit"] == pytest.approx([30.05, 19.8, 20.2], rel=1e-6)
 
 
 def test_gradient_descent_has_non_uniformity_without_band(tmp_path: Path) -> None:
-    """Catches an infinite band, a ratio of zero, and values lost for want of a limit."""
+    """Catches an infinite band, a ratio of zero, and values lost because they have no limit."""
     events = write(tmp_path, [gd(1), gd(2)], max_diagrams=0)
     tags = [tag for tag in events.Tags()["scalars"] if "non" in tag]
     assert tags == ["stability/non_uniformity"]
@@ -120,7 +120,7 @@ def test_tags_are_short_and_each_has_its_own(tmp_path: Path) -> None:
 
 
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
-    """Catches two quantities that silently share a tag once they are shortened."""
+    """Catches two quantities that silently share a tag after their names are shortened."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     with pytest.raises(ValueError, match="same tag"):
         sink(1, {"preconditioning1": 1.0, "preconditioning2": 2.0})
@@ -140,7 +140,7 @@ def test_the_layout_is_constant_and_in_reverse(tmp_path: Path) -> None:
 
 
 def test_a_failed_measurement_shows(tmp_path: Path) -> None:
-    """Catches failures that leave no trace, or a trace in the charts of the values."""
+    """Catches failures that are not shown, or that appear in the charts of the values."""
     events = write(tmp_path, [sgd(1), failed(2)])
     assert [event.value for event in events.Scalars("stability/failed")] == [0.0, 1.0]
     assert steps_of(events, "stability/sharpness") == [1]
@@ -179,7 +179,7 @@ def test_custom_scalars_of_a_given_writer_survive(tmp_path: Path, first: str) ->
 
 
 def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
-    """Catches charts that stay two minutes behind, the writer's own pace."""
+    """Catches charts that are two minutes behind, the writer's default delay."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     for step in (1, 2, 3):
         sink(step, sgd(step).record())
@@ -188,7 +188,7 @@ def test_a_record_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_more_points_than_are_shown_are_advised_of_once(tmp_path: Path) -> None:
-    """Catches a long run whose missing points are unexplained, and a warning at each step."""
+    """Catches a long run that loses points without an explanation, and a warning at each step."""
     sink = TensorBoardSink(tmp_path, max_diagrams=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -264,7 +264,7 @@ def test_decisions_are_scalars_words_and_marks(tmp_path: Path) -> None:
 
 
 def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:
-    """Catches a wrong argument that is taken for zero."""
+    """Catches a negative number that is treated as zero."""
     with pytest.raises(ValueError, match=r"max_diagrams=-1"):
         TensorBoardSink(tmp_path, max_diagrams=-1)
 
@@ -298,7 +298,7 @@ else:
 
 
 def test_a_registered_chart_is_in_the_layout(tmp_path: Path) -> None:
-    """Catches a list of charts written down in the sink: a quantity is one entry in the registry."""
+    """Catches a fixed list of charts in the sink: a registered quantity brings its own chart."""
     chart = Chart("trace", "tr H", tag="trace", band=0.1)
     register(Quantity("trace_of_hessian", lambda at: QuantityResult(), chart=chart))
     try:

@@ -34,7 +34,7 @@ def test_no_more_diagrams_than_asked_for(tmp_path: Path, most: int, count: int) 
 
 
 def test_diagrams_get_rarer(tmp_path: Path) -> None:
-    """Catches ten diagrams of the first ten measurements, and none of the rest."""
+    """Catches diagrams of the first measurements only, and none of the rest of the run."""
     sink = TensorBoardSink(tmp_path)
     for step in range(1, 961):
         # Only measured pairs count.
@@ -48,9 +48,7 @@ def test_diagrams_get_rarer(tmp_path: Path) -> None:
 
 
 def test_a_program_that_closes_nothing_has_the_last_diagram(tmp_path: Path) -> None:
-    """Catches a run whose diagram is that of its first measurements, a diagram after the end, and a new
-    file of a writer that its owner has closed.
-    """
+    """Catches a program that ends without the last diagram, or writes to a closed writer."""
     with mock.patch("atexit.register") as register:
         sink = TensorBoardSink(tmp_path)
         for step in range(1, 6):
@@ -80,8 +78,8 @@ def test_many_layers_are_few_scalars(count: int, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         shares = tuple((k + step) % count / count for k in range(count))
         columns = {"share": shares, "sharpness": (2.0,) * count, "limit": (4.0,) * count}
-        known = QuantityResult(1.0, layers=Layers(names, (2,) * count, columns))
-        sink.receive(Measured(step, StabilityMargins(step=step, results={"sharpness": known})))
+        result = QuantityResult(1.0, layers=Layers(names, (2,) * count, columns))
+        sink.receive(Measured(step, StabilityMargins(step=step, results={"sharpness": result})))
     sink.close()
     events = read(tmp_path)
     tags = [tag for tag in events.Tags()["scalars"] if "layers" in tag]
@@ -106,7 +104,7 @@ def test_many_layers_are_few_scalars(count: int, tmp_path: Path) -> None:
     ids=["sgd", "momentum", "gd", "adam", "without"],
 )
 def test_a_record_alone_shows_its_limits(tmp_path: Path, margins: Any, box: Any) -> None:
-    """Catches an update rule guessed from numbers: a record has limits, and nothing more is known."""
+    """Catches an update rule guessed from a record, which has limits but no rule."""
     sink = TensorBoardSink(tmp_path)
     sink(margins.step, margins.record())
     assert sink._diagrams._region == box
@@ -159,8 +157,8 @@ def test_the_boundary_is_that_of_the_optimizers_own_rule(
     (axes,) = (ax for figure in figures for ax in figure.axes if "sharpness" in ax.get_xlabel())
     (filled,) = axes.collections[:1]
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-    own = "preconditioned " if name == "AdamW" else ""
-    assert axes.get_xlabel().startswith(f"{own}sharpness")
+    prefix = "preconditioned " if name == "AdamW" else ""
+    assert axes.get_xlabel().startswith(f"{prefix}sharpness")
     right, top = region.max_sharpness, region.max_non_uniformity
     limits = [margins.preconditioned_sharpness_limit, margins.sharpness_limit]
     assert next(limit for limit in limits if limit is not None) == right

@@ -23,13 +23,13 @@ def parts(path: Path) -> Iterator[bytes]:
     """Yield the records of a run's file: LevelDB's log format, after a header of seven bytes."""
     data, record = path.read_bytes(), b""
     for start in range(0, len(data), 32768):
-        at, end = start or 7, min(start + 32768, len(data))
-        while end - at >= 7:
-            _, length, kind = struct.unpack_from("<IHB", data, at)
+        offset, end = start or 7, min(start + 32768, len(data))
+        while end - offset >= 7:
+            _, length, kind = struct.unpack_from("<IHB", data, offset)
             if kind == 0:  # padding
                 break
-            record += data[at + 7 : at + 7 + length]
-            at += 7 + length
+            record += data[offset + 7 : offset + 7 + length]
+            offset += 7 + length
             if kind in (1, 4):  # whole, or the last part
                 yield record
                 record = b""
@@ -40,12 +40,12 @@ def records(folder: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.rglob("*.wandb")
-    found = []
+    parsed = []
     for part in parts(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(part)
-        found.append(record)
-    return found
+        parsed.append(record)
+    return parsed
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -53,12 +53,12 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     # Another process writes the file, and may not be done when finish() returns.
     end = time.monotonic() + 30
     while True:
-        found = records(folder)
-        if any(r.WhichOneof("record_type") == "exit" for r in found):
+        written = records(folder)
+        if any(r.WhichOneof("record_type") == "exit" for r in written):
             break
         assert time.monotonic() < end, "the run's file does not end"
         time.sleep(0.1)
-    rows = [r.history.item for r in found if r.WhichOneof("record_type") == "history"]
+    rows = [r.history.item for r in written if r.WhichOneof("record_type") == "history"]
     return [
         {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row} for row in rows
     ]
@@ -80,7 +80,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, named: bool) -> None:
-    """Catches a record that is merged away, an infinity, and rows of training that are lost."""
+    """Catches a record merged into another, an infinite value, and lost rows of training."""
     sink = WandbSink(run) if named else WandbSink()
     for step in range(1, 5):
         if step % 2 == 0:
@@ -100,8 +100,9 @@ def test_records_are_rows_beside_those_of_training(run: Any, tmp_path: Path, nam
 
 @pytest.mark.parametrize(("every", "decides"), [(1, False), (2, True)])
 def test_rows_of_training_survive(run: Any, tmp_path: Path, every: int, decides: bool) -> None:
-    """Catches a record that moves the run's count past the step of training's next row: steps of
-    training begin at 0, and a measurement and two decisions come between two of them.
+    """Catches a record that moves the run's step past that of training's next row.
+
+    Training steps begin at 0; a measurement and two decisions come between two of them.
     """
     sink = WandbSink(run)
     for step in range(6):
@@ -114,27 +115,27 @@ def test_rows_of_training_survive(run: Any, tmp_path: Path, every: int, decides:
     run.finish()
     rows = logged(tmp_path)
     assert [row["_step"] for row in rows if "loss" in row] == list(range(6))
-    own = [row for row in rows if "stability/step" in row]
-    assert [row["stability/step"] for row in own] == list(range(every, 7, every))
-    assert all("stability/sharpness" in row for row in own)
+    measured = [row for row in rows if "stability/step" in row]
+    assert [row["stability/step"] for row in measured] == list(range(every, 7, every))
+    assert all("stability/sharpness" in row for row in measured)
     if decides:
-        assert {row["stability/note"] for row in own} == {"raise lr\nraise batch size"}
+        assert {row["stability/note"] for row in measured} == {"raise lr\nraise batch size"}
 
 
 def test_records_of_two_monitors_are_rows_of_their_own(run: Any, tmp_path: Path) -> None:
     """Catches a record that replaces the one of another monitor, or of the step before."""
     sinks = [WandbSink(run), WandbSink(run)]
     for step in (1, 2):
-        for at, sink in enumerate(sinks):
-            sink(step, {"sharpness": float(at)})
+        for number, sink in enumerate(sinks):
+            sink(step, {"sharpness": float(number)})
     run.finish()
     rows = logged(tmp_path)
-    found = [(r["stability/step"], r["stability/sharpness"]) for r in rows]
-    assert found == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    values = [(r["stability/step"], r["stability/sharpness"]) for r in rows]
+    assert values == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 def test_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an error that does not say what is missing."""
+    """Catches an error that does not say that a run is missing."""
     with pytest.raises(RuntimeError, match=r"no run is active; expected wandb\.init\(\)"):
         WandbSink()(1, {"sharpness": 1.0})
     with pytest.raises(TypeError, match=r"run='demo': expected what wandb\.init"):

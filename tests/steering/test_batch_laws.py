@@ -18,7 +18,7 @@ from stableopt.steering.verdict import Situation, verdict
 UNIFORM = TargetRegion(non_uniformity=(2.0, 4.0))  # at 0.5 and n = 1000 the box forbids by B = 3
 
 
-def at(s: float | None, batch_size: int, *, step: int = 10, **more: Any) -> BatchMeasured:
+def measured_at(s: float | None, batch_size: int, *, step: int = 10, **more: Any) -> BatchMeasured:
     margins = StabilityMargins(step=step, non_uniformity=s, loss=more.pop("loss", 0.01))
     target = more.pop("target", UNIFORM)
     return BatchMeasured(margins, UpdateRule(lr=0.5), target, batch_size, 1000, **more)
@@ -30,23 +30,27 @@ def averaged(s: float, **more: float) -> State:
 
 
 def test_it_goes_down_by_halves_to_what_the_box_forbids() -> None:
-    """Catches a jump to the smallest batch, and one that stops above the box's."""
+    """Catches a jump straight to the smallest batch, and a descent that stops above the box's size."""
     size, sizes, step, state = 64, [], 0, {}
     while size > 3:
-        decision, state = batch_staircase(at(4.5, size, step=step), state, gate=1.5, dwell=10)
+        decision, state = batch_staircase(
+            measured_at(4.5, size, step=step), state, gate=1.5, dwell=10
+        )
         size, step = int(decision.new), step + 10
         sizes += [size] if decision.changes else []
     assert sizes == [32, 16, 8, 4, 3]
 
 
 def test_it_goes_on_below_the_box_while_the_non_uniformity_stays() -> None:
-    """Catches trust in a box that several dimensions do not obey."""
-    decision, state = batch_staircase(at(4.21, 3, step=200), averaged(4.21), gate=1.5)
+    """Catches a law that stops at the box's batch size although the non-uniformity is still too high."""
+    decision, state = batch_staircase(measured_at(4.21, 3, step=200), averaged(4.21), gate=1.5)
     assert (decision.kind, decision.new) == ("lower", 2)  # its limit is 2.83
     assert "mean" not in state  # the next average has measurements at the new size only
-    decision, _ = batch_staircase(at(4.21, 2, step=300), {**state, **averaged(4.21)}, gate=3.0)
+    decision, _ = batch_staircase(
+        measured_at(4.21, 2, step=300), {**state, **averaged(4.21)}, gate=3.0
+    )
     assert decision.new == 1
-    decision, _ = batch_staircase(at(6.0, 1, step=400), state)
+    decision, _ = batch_staircase(measured_at(6.0, 1, step=400), state)
     assert (decision.kind, decision.new) == ("hold", 1)
     assert "no smaller batch" in decision.why
 
@@ -56,50 +60,53 @@ def test_the_gate_keeps_the_noise_from_scattering_the_weights() -> None:
     for s, gate in ((6.0, 1.5), (20.0, 1.5), (6.0, 1.2)):
         size, state, step = 64, {}, 0
         for _ in range(20):
-            decision, state = batch_staircase(at(s, size, step=step), state, gate=gate, dwell=1)
+            decision, state = batch_staircase(
+                measured_at(s, size, step=step), state, gate=gate, dwell=1
+            )
             size, step = int(decision.new), step + 1
         assert (decision.kind, decision.why[-8:]) == ("hold", "escaping")
-        assert s <= gate * at(s, size).limit(size) * (1 + 1e-9)
-        assert s > gate * at(s, size).limit(size - 1)
+        assert s <= gate * measured_at(s, size).limit(size) * (1 + 1e-9)
+        assert s > gate * measured_at(s, size).limit(size - 1)
 
 
 def test_a_gate_that_holds_too_long_lets_the_next_size_pass() -> None:
-    """Catches a batch of three that stays forever because two are 22 % further, and one that
-    patience leads beyond the last gate.
+    """Catches a law stuck at a batch of three, whose next size is 22 % further, beyond the gate.
+
+    Also catches patience that leads beyond the last gate.
     """
     state = averaged(4.25)
     for step in (100, 200, 399):
-        held, state = batch_staircase(at(4.25, 3, step=step), state)
+        held, state = batch_staircase(measured_at(4.25, 3, step=step), state)
         assert (held.kind, held.new) == ("hold", 3)  # 4.25 is 1.5 of the limit at two
-    assert batch_staircase(at(4.25, 3, step=400), state)[0].kind == "hold"
-    passed, after = batch_staircase(at(4.25, 3, step=400), state, last_gate=1.6)
+    assert batch_staircase(measured_at(4.25, 3, step=400), state)[0].kind == "hold"
+    passed, after = batch_staircase(measured_at(4.25, 3, step=400), state, last_gate=1.6)
     assert (passed.kind, passed.new) == ("lower", 2)
     assert "held" not in after  # patience restarts
 
 
 def test_it_waits_for_the_effect_of_a_change() -> None:
-    """Catches a batch that falls at every measurement, regardless of the time between."""
-    _, state = batch_staircase(at(6.0, 64, step=10), {}, dwell=100)
-    waiting, after = batch_staircase(at(6.0, 32, step=109), state, dwell=100)
+    """Catches a batch size that falls at every measurement, without ``dwell`` steps in between."""
+    _, state = batch_staircase(measured_at(6.0, 64, step=10), {}, dwell=100)
+    waiting, after = batch_staircase(measured_at(6.0, 32, step=109), state, dwell=100)
     assert (waiting.kind, waiting.new) == ("hold", 32)
     assert after == state
-    assert batch_staircase(at(6.0, 32, step=110), state, dwell=100)[0].new == 16
+    assert batch_staircase(measured_at(6.0, 32, step=110), state, dwell=100)[0].new == 16
 
 
 @pytest.mark.parametrize(
     ("s", "kind"), [(4.19, "keep"), (4.21, "lower"), (1.91, "keep"), (1.89, "raise"), (3.0, "keep")]
 )
 def test_it_has_hysteresis(s: float, kind: str) -> None:
-    """Catches bounds that meet where the target is a point: the batch would go up and down."""
-    decision, _ = batch_staircase(at(s, 16), averaged(s))
+    """Catches bounds without hysteresis: the batch size would go up and down around them."""
+    decision, _ = batch_staircase(measured_at(s, 16), averaged(s))
     assert decision.kind == kind
     assert decision.new == {"keep": 16, "lower": 8, "raise": 32}[kind]
 
 
 @pytest.mark.parametrize(("s", "kind"), [(4.79, "keep"), (4.81, "lower"), (1.61, "keep")])
 def test_one_measurement_decides_only_if_it_is_far_off(s: float, kind: str) -> None:
-    """Catches a law that trusts one measurement, and one that always waits for sixteen."""
-    decision, after = batch_staircase(at(s, 16), {})
+    """Catches a law that acts on one noisy measurement, and a law that always waits for sixteen."""
+    decision, after = batch_staircase(measured_at(s, 16), {})
     assert decision.kind == kind
     assert ("count" in after) == (kind == "keep")
 
@@ -124,14 +131,14 @@ def test_noise_does_not_lower_the_batch_again_and_again(share: float) -> None:
 
 
 def test_a_change_that_noise_hides_is_still_made() -> None:
-    """Catches averages so long that the batch never changes: s is 10 % above the bound."""
+    """Catches averages so long that the batch size never changes; s is 10 % above the bound here."""
     for seed in range(5):
         generator, state, step = random.Random(seed), {}, 0
         decision = None
         while decision is None or not decision.changes:
             step += 25
             noisy = 4.4 * generator.uniform(0.9, 1.1)
-            decision, state = batch_staircase(at(noisy, 16, step=step), state)
+            decision, state = batch_staircase(measured_at(noisy, 16, step=step), state)
         assert decision.new == 8
         assert step <= 16 * 25
 
@@ -141,7 +148,7 @@ def test_a_batch_that_diverged_three_times_is_not_lowered_again() -> None:
     size, state, sizes = 16, {}, []
     for step in range(0, 4000, 10):
         diverges = size < 16
-        measured = at(5.5, size, step=step, loss=9.0 if diverges else 0.1, loss_cap=1.0)
+        measured = measured_at(5.5, size, step=step, loss=9.0 if diverges else 0.1, loss_cap=1.0)
         decision, state = batch_staircase(measured, state, gate=3.0)
         size = int(decision.new)
         sizes += [size] if decision.changes else []
@@ -150,10 +157,12 @@ def test_a_batch_that_diverged_three_times_is_not_lowered_again() -> None:
 
 
 def test_a_lost_loss_asks_for_less_noise_once() -> None:
-    """Catches a divergence that is answered by a smaller batch, and one answered at every step."""
-    decision, state = batch_staircase(at(6.0, 16, loss=9.0, loss_cap=1.0), {}, dwell=50)
+    """Catches a smaller batch after a divergence, and a larger one at every step after it."""
+    decision, state = batch_staircase(measured_at(6.0, 16, loss=9.0, loss_cap=1.0), {}, dwell=50)
     assert (decision.kind, decision.new) == ("raise", 32)
-    again, _ = batch_staircase(at(6.0, 32, loss=9.0, loss_cap=1.0, step=11), state, dwell=50)
+    again, _ = batch_staircase(
+        measured_at(6.0, 32, loss=9.0, loss_cap=1.0, step=11), state, dwell=50
+    )
     assert (again.kind, again.new) == ("hold", 32)
     margins = StabilityMargins(step=10, failure="not finite: the loss is nan")
     lost = BatchMeasured(margins, UpdateRule(lr=0.5), UNIFORM, 16, 1000)
@@ -181,33 +190,34 @@ def test_what_was_not_measured_changes_nothing() -> None:
 
 
 def test_sizes_stay_within_what_is_allowed() -> None:
-    """Catches more samples than there are, and a bound that moves a size that is to stay."""
-    assert batch_staircase(at(5.0, 16, smallest=12), {})[0].new == 12
-    assert batch_staircase(at(1.0, 800), {})[0].new == 1000
-    assert batch_staircase(at(1.0, 20, largest=24), {})[0].new == 24
-    assert batch_staircase(at(3.0, 16, smallest=32), {})[0].new == 16
+    """Catches a batch larger than the data set, and a bound that moves a size that should stay."""
+    assert batch_staircase(measured_at(5.0, 16, smallest=12), {})[0].new == 12
+    assert batch_staircase(measured_at(1.0, 800), {})[0].new == 1000
+    assert batch_staircase(measured_at(1.0, 20, largest=24), {})[0].new == 24
+    assert batch_staircase(measured_at(3.0, 16, smallest=32), {})[0].new == 16
 
 
 def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
     """Catches a share of the wrong limit; the oracle is the limit itself."""
     target = TargetRegion.within_limits(0.5)
-    decision, state = keep_batch_margin(at(4.0, 4, target=target), {}, dwell=10)
+    decision, state = keep_batch_margin(measured_at(4.0, 4, target=target), {}, dwell=10)
     size, rule = int(decision.new), UpdateRule(lr=0.5)
     assert 0.5 * rule.max_non_uniformity(size, 1000) >= 4.0
     assert 0.5 * rule.max_non_uniformity(size - 1, 1000) < 4.0
-    assert keep_batch_margin(at(4.5, size, target=target, step=19), state)[0].kind == "hold"
-    assert keep_batch_margin(at(1.0, size, target=target), {})[0].kind == "keep"
+    held, _ = keep_batch_margin(measured_at(4.5, size, target=target, step=19), state)
+    assert held.kind == "hold"
+    assert keep_batch_margin(measured_at(1.0, size, target=target), {})[0].kind == "keep"
     with pytest.raises(ValueError, match="needs TargetRegion"):
-        keep_batch_margin(at(4.0, 4), {})
+        keep_batch_margin(measured_at(4.0, 4), {})
 
 
 # -- verdicts --------------------------------------------------------------------------------------
 
 
 def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decision]:
-    """Return the verdicts on a run of sharpnesses, at the target's rate unless given another."""
+    """Return the verdicts on successive sharpnesses, at the target's rate unless ``lr=`` is given."""
     state: State = {}
-    said = []
+    verdicts = []
     more = {"lr": 0.5, "target_lr": 0.5, **more}
     patience = more.pop("patience", 5)
     for step, a in enumerate(values):
@@ -215,56 +225,56 @@ def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decisi
         decision, state = verdict(
             Situation(margins, target, **more), state, band=0.05, patience=patience
         )
-        said += [] if decision is None else [decision]
-    return said
+        verdicts += [] if decision is None else [decision]
+    return verdicts
 
 
 def test_a_target_is_reached_once_and_missed_only_at_twice_the_band() -> None:
     """Catches a verdict at each measurement near the edge, where training hovers."""
     target = TargetRegion(sharpness=(0, 4.0))
-    said = judge([6.0, 4.21, 4.19, 4.3, 3.9, 4.35, 4.39, 4.41, 4.3, 4.1], target)
-    assert [(d.step, d.kind) for d in said] == [(2, "reached"), (7, "missed"), (9, "reached")]
+    verdicts = judge([6.0, 4.21, 4.19, 4.3, 3.9, 4.35, 4.39, 4.41, 4.3, 4.1], target)
+    assert [(d.step, d.kind) for d in verdicts] == [(2, "reached"), (7, "missed"), (9, "reached")]
 
 
 def test_a_sharper_target_that_nothing_leads_to_is_said_to_be_so() -> None:
-    """Catches silence, or words about another reason, where progressive sharpening has ended."""
+    """Catches no verdict, or one with another reason, where progressive sharpening has ended."""
     target = TargetRegion(sharpness=(50.0, None))
-    said = judge([10.0, 11.0, 12.0, *[12.01] * 9], target)
-    assert [(d.kind, d.step) for d in said] == [("unreachable", 7)]
+    verdicts = judge([10.0, 11.0, 12.0, *[12.01] * 9], target)
+    assert [(d.kind, d.step) for d in verdicts] == [("unreachable", 7)]
     why = "target sharpness 50 is above what the loss left to descend 0.0002 can produce"
-    assert said[0].why.startswith(why)
+    assert verdicts[0].why.startswith(why)
     # As long as it sharpens, or the rate is on its way, there is hope.
     assert judge([10 * 1.05**k for k in range(30)], target) == []
     assert judge([12.0] * 30, target, lr=0.4) == []
 
 
 def test_a_rate_that_is_not_allowed_is_named() -> None:
-    """Catches a bound of the user's that silently wins over his target."""
+    """Catches a user's bound on the rate that silently makes the target unreachable."""
     target = TargetRegion(sharpness=(0, 4.0))
-    (said, *_) = judge([6.0] * 3, target, lr=0.3, max_lr=0.3)
-    assert "takes a rate of 0.5, above max_lr=0.3" in said.why
+    (first, *_) = judge([6.0] * 3, target, lr=0.3, max_lr=0.3)
+    assert "takes a rate of 0.5, above max_lr=0.3" in first.why
     assert judge([6.0] * 3, target, lr=0.2, max_lr=0.3) == []
 
 
 def test_a_rate_that_had_to_be_cut_again_and_again_is_given_up() -> None:
-    """Catches a target flatter than the network can be, towards which it diverges forever."""
+    """Catches endless divergences towards a target that is flatter than the network can be."""
     target = TargetRegion(sharpness=(0, 4.0))
     assert judge([6.0] * 3, target, lr=0.3, cuts=2) == []
-    (said, *_) = judge([6.0] * 3, target, lr=0.3, cuts=3)
-    assert said.kind == "unreachable"
-    assert "cut 3 times" in said.why
+    (first, *_) = judge([6.0] * 3, target, lr=0.3, cuts=3)
+    assert first.kind == "unreachable"
+    assert "cut 3 times" in first.why
 
 
 def test_the_smallest_batch_is_named() -> None:
-    """Catches patience without end at the smallest batch."""
-    said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=2, smallest=2)
-    assert "above 4, and no smaller batch than 2 is allowed" in said[0].why
-    said = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)
-    assert "hardly comes nearer" in said[0].why
+    """Catches a run at the smallest batch size that waits without a verdict."""
+    verdicts = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=2, smallest=2)
+    assert "above 4, and no smaller batch than 2 is allowed" in verdicts[0].why
+    verdicts = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)
+    assert "hardly comes nearer" in verdicts[0].why
 
 
 def test_nothing_is_said_of_a_failed_measurement() -> None:
-    """Catches a target that is reached by NaN."""
+    """Catches a target that counts as reached by a failed measurement."""
     target = TargetRegion(sharpness=(0, 4.0))
     for margins in (
         StabilityMargins(failure="x"),
@@ -280,7 +290,7 @@ def test_nothing_is_said_of_a_failed_measurement() -> None:
 
 
 def test_decisions_are_records_and_words() -> None:
-    """Catches numbers that are lost, and a None that a sink would choke on."""
+    """Catches numbers missing from the record, and a None in it, which sinks cannot take."""
     decision = Decision("batch_size", "lower", 64, 32, "s is above", 6.0, math.inf, step=7)
     assert decision.record() == {
         "decision": 1.0,
@@ -296,7 +306,7 @@ def test_decisions_are_records_and_words() -> None:
 
 
 def test_marks_show_where_a_kind_begins() -> None:
-    """Catches a mark for each step of a staircase, which hides the picture."""
+    """Catches a mark for each step of a staircase, which would hide the figure."""
     kinds = ["raise", "raise", "hold", "raise", "keep", "keep"]
     decisions = [Decision("lr", kind, 1, 2, "", step=t) for t, kind in enumerate(kinds)]
     decisions.insert(2, Decision("batch_size", "raise", 1, 2, "", step=1))

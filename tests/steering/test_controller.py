@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from steered_runs import network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -28,12 +29,6 @@ from stableopt.steering import batch_staircase
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 2, generator=GENERATOR)
 MSE = nn.MSELoss()
-
-
-def network(seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
 # Targets that the network can fit, so that noise vanishes at a minimum.
@@ -81,7 +76,7 @@ WIDE = TargetRegion(sharpness=(0, 100.0), non_uniformity=(0, 0.2))
 
 @pytest.mark.parametrize(("sharpness", "what"), [(0.5, "lr"), (100.0, "batch_size")])
 def test_a_dry_run_is_the_run_without(sharpness: float, what: str) -> None:
-    """Catches a trace in weights, rates, batches or their order."""
+    """Catches a dry run that changes weights, the rate, or the batches and their order."""
     bare, dry = Run(), Run()
     target = TargetRegion(sharpness=(0, sharpness), non_uniformity=(0, 0.2))
     controller = StabilityController(
@@ -96,7 +91,7 @@ def test_a_dry_run_is_the_run_without(sharpness: float, what: str) -> None:
 
 
 def test_the_sharpness_comes_first() -> None:
-    """Catches a batch that changes while the rate is at work, and one that never gets its turn."""
+    """Catches a batch size that changes before the sharpness has settled, or never changes."""
     run = Run(lr=0.4)
     target = TargetRegion(sharpness=(0, 4.0), non_uniformity=(0, 1.5))
     law = partial(batch_staircase, dwell=20)
@@ -117,7 +112,7 @@ def test_the_sharpness_comes_first() -> None:
 
 
 def test_its_turn_has_hysteresis() -> None:
-    """Catches a batch size that stops and starts with each measurement about the bound."""
+    """Catches batch-size steering that stops and starts as measurements vary around the bound."""
     run = Run()
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=2, band=0.05)
     turns = [
@@ -128,13 +123,13 @@ def test_its_turn_has_hysteresis() -> None:
 
 
 def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> None:
-    """Catches decisions that only the controller knows of."""
-    seen: list[tuple[int, dict[str, float]]] = []
+    """Catches decisions that do not reach the sinks."""
+    delivered: list[tuple[int, dict[str, float]]] = []
     lines = stableopt.JSONLinesSink(tmp_path / "run.jsonl")
-    run = Run(sinks=[lambda step, record: seen.append((step, record)), lines])
+    run = Run(sinks=[lambda step, record: delivered.append((step, record)), lines])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler)
     run.go(30, controller)
-    sent = [(step, record) for step, record in seen if "decision" in record]
+    sent = [(step, record) for step, record in delivered if "decision" in record]
     assert sent == [(d.step, d.record()) for d in controller.decisions]
     written = [json.loads(line) for line in lines.path.read_text().splitlines()]
     notes = [line["note"] for line in written if "note" in line]
@@ -143,7 +138,7 @@ def test_every_decision_reaches_the_sinks_with_its_reason(tmp_path: Path) -> Non
 
 
 def test_decisions_are_marks_in_the_figures(tmp_path: Path) -> None:
-    """Catches marks that fall off the trajectory, and a TensorBoard that shows none."""
+    """Catches marks that lie off the trajectory, and TensorBoard figures without marks."""
     sink = stableopt.TensorBoardSink(tmp_path, max_diagrams=2)
     run = Run(sinks=[sink])
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=1)
@@ -168,9 +163,9 @@ def test_reached_and_unreachable_are_said() -> None:
     )
     run.optimizer.param_groups[0]["lr"] = 2 / 500  # where the target wants it
     run.go(40, controller)
-    said = [d for d in controller.decisions if d.what == "target"]
-    assert said[0].kind == "unreachable"
-    assert "target sharpness 500 is above what the loss left to descend" in said[0].why
+    verdicts = [d for d in controller.decisions if d.what == "target"]
+    assert verdicts[0].kind == "unreachable"
+    assert "target sharpness 500 is above what the loss left to descend" in verdicts[0].why
     easy = Run()
     controller = StabilityController(easy.monitor, TargetRegion(sharpness=(0, 500.0)))
     easy.go(10, controller)
@@ -236,7 +231,7 @@ def test_a_run_resumes_where_it_was() -> None:
 
 
 def test_accumulation_is_a_knob_as_well() -> None:
-    """Catches sizes that are not multiples of the loader's batches, in the record or in fact."""
+    """Catches a decided or used size that is not a multiple of the loader's batch size."""
     run = Run(batch_size=4)
     accumulation = AdaptiveAccumulation(run.loader, 4, 24)
     law = partial(batch_staircase, dwell=5)
@@ -258,7 +253,7 @@ def test_accumulation_is_a_knob_as_well() -> None:
 
 
 def test_a_margin_needs_no_batch_and_uses_one() -> None:
-    """Catches a margin that is refused without a batch to change, and one that adds noise."""
+    """Catches a margin refused because it has no batch sampler, and a margin that adds noise."""
     run = Run()
     StabilityController(run.monitor, TargetRegion.within_limits(0.8))
     noisy = Run(lr=0.4, batch_size=1)
@@ -271,7 +266,7 @@ def test_a_margin_needs_no_batch_and_uses_one() -> None:
 
 
 def test_what_cannot_be_steered_is_refused() -> None:
-    """Catches a target that no knob serves, which would go unnoticed."""
+    """Catches a target that nothing the controller may change can reach."""
     run = Run()
     flat = TargetRegion(sharpness=(0, 1.0))
     plain = Run(quantities=("sharpness",))

@@ -1,4 +1,4 @@
-"""The log of decisions: what repeats, what is latest, and how it is saved."""
+"""The log of decisions: repeated reasons, the latest decision, and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hold(what: str, why: str, step: int = 0) -> Decision:
 
 
 def test_a_reason_repeats_even_with_other_numbers() -> None:
-    """Catches a log full of one reason, and one that takes two knobs for the same."""
+    """Catches a log full of one reason, and one that mixes up the rate and the batch size."""
     log = DecisionLog([hold("lr", "the ratio is 1.21, at the gate")], maxlen=9)
     assert log.repeats(hold("lr", "the ratio is 1.3e-07, at the gate", step=5))
     assert not log.repeats(hold("lr", "until step 5"))
@@ -25,14 +25,14 @@ def test_a_reason_repeats_even_with_other_numbers() -> None:
 
 
 def test_the_latest_is_of_its_own_subject() -> None:
-    """Catches the last decision about anything."""
+    """Catches the last decision about another quantity."""
     log = DecisionLog([hold("lr", "a"), hold("lr", "b", step=1), hold("target", "c")], maxlen=9)
     assert log.latest("lr") == hold("lr", "b", step=1)
     assert log.latest("weights") is None
 
 
 def test_it_survives_checkpoints_and_copies() -> None:
-    """Catches a bound that is lost, and a bad checkpoint that empties the log."""
+    """Catches a copy that loses ``maxlen``, and a bad checkpoint that empties the log."""
     log = DecisionLog([hold("lr", "a"), hold("lr", "b"), hold("lr", "c")], maxlen=2)
     assert [decision.why for decision in log] == ["b", "c"]
     other = DecisionLog(maxlen=2)

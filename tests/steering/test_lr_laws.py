@@ -63,7 +63,7 @@ def descend(
 @pytest.mark.parametrize("goal", [20.0, 8.0, 4.0])
 @pytest.mark.parametrize("every", [1, 50])
 def test_the_staircase_reaches_flatter_minima(goal: float, every: int) -> None:
-    """Catches a law that diverges, stays, or ends sharper than asked."""
+    """Catches a law that diverges, does not move, or ends sharper than asked."""
     target = TargetRegion(sharpness=(0, goal))
     a, loss, lr, _ = descend(gated_staircase, target, 1500, lr=0.06, every=every)
     assert lr == pytest.approx(2 / goal, rel=1e-12)
@@ -118,7 +118,7 @@ def test_following_the_measurement_leads_nowhere() -> None:
 TARGET = TargetRegion(sharpness=(0, 10.0))  # rate 0.2
 
 
-def at(
+def measured_at(
     lr: float,
     a: float | None = 20.0,
     *,
@@ -136,56 +136,58 @@ def failed(lr: float, why: str, *, step: int = 10) -> LRMeasured:
 
 def test_it_rises_a_percent_a_step_also_between_rare_measurements() -> None:
     """Catches a rate limit that counts measurements instead of steps."""
-    first, state = gated_staircase(at(0.1), new_state())
+    first, state = gated_staircase(measured_at(0.1), new_state())
     assert (first.kind, first.new) == ("raise", pytest.approx(0.101, rel=1e-12))
-    second, _ = gated_staircase(at(0.1, step=15), state)
+    second, _ = gated_staircase(measured_at(0.1, step=15), state)
     assert second.new == pytest.approx(0.1 * 1.01**5, rel=1e-12)
 
 
 def test_the_gate_bounds_the_ratio() -> None:
     """Catches a rise through the gate, and one while an escape is under way."""
     state = {"step": 0.0}
-    decision, _ = gated_staircase(at(0.1, step=1000), state, gate=1.2)
+    decision, _ = gated_staircase(measured_at(0.1, step=1000), state, gate=1.2)
     # 1.01^1000 would be far above: the rate at which 20 is 1.2 of its limit.
     assert decision.new == pytest.approx(2 * 1.2 / 20.0, rel=1e-12)
-    held, _ = gated_staircase(at(0.1, a=25.0, step=1000), state, gate=1.2)
+    held, _ = gated_staircase(measured_at(0.1, a=25.0, step=1000), state, gate=1.2)
     assert (held.kind, held.new) == ("hold", 0.1)
     assert "at the gate 1.2: escaping" in held.why
 
 
 def test_it_goes_to_the_target_and_not_beyond() -> None:
-    """Catches an overshoot in either direction, and a rate that moves at its goal."""
+    """Catches an overshoot in either direction, and a rate that moves after it has reached its goal."""
     state = {"step": 0.0}
-    assert gated_staircase(at(0.199, 9.0), state)[0].new == pytest.approx(0.2, rel=1e-12)
+    assert gated_staircase(measured_at(0.199, 9.0), state)[0].new == pytest.approx(0.2, rel=1e-12)
     exact = TargetRegion(sharpness=(10.0, 10.0))
-    assert gated_staircase(at(0.2005, 9.0, target=exact), state)[0].new == 0.2
-    kept, _ = gated_staircase(at(0.2, 50.0), state)
+    assert gated_staircase(measured_at(0.2005, 9.0, target=exact), state)[0].new == 0.2
+    kept, _ = gated_staircase(measured_at(0.2, 50.0), state)
     assert (kept.kind, kept.new) == ("keep", 0.2)
     sharper = TargetRegion(sharpness=(10.0, None))
-    lowered, _ = gated_staircase(at(0.4, 4.0, target=sharper), state)
+    lowered, _ = gated_staircase(measured_at(0.4, 4.0, target=sharper), state)
     assert (lowered.kind, lowered.new) == ("lower", pytest.approx(0.4 * 0.99**10, rel=1e-12))
 
 
 def test_a_rate_that_forbids_more_than_it_must_is_left_alone() -> None:
-    """Catches a flat minimum that a wide target sharpens: 10 is the most, not what is wanted."""
-    kept, _ = gated_staircase(at(0.4, 4.0), {"step": 0.0})
+    """Catches a rate lowered at a flat minimum: the target's 10 is an upper bound, not a goal."""
+    kept, _ = gated_staircase(measured_at(0.4, 4.0), {"step": 0.0})
     assert (kept.kind, kept.new) == ("keep", 0.4)
     between = TargetRegion(sharpness=(4.0, 10.0))
-    assert gated_staircase(at(0.4, 4.5, target=between), {"step": 0.0})[0].kind == "keep"
-    assert gated_staircase(at(0.4, 3.9, target=between), {"step": 0.0})[0].kind == "lower"
+    assert gated_staircase(measured_at(0.4, 4.5, target=between), {"step": 0.0})[0].kind == "keep"
+    assert gated_staircase(measured_at(0.4, 3.9, target=between), {"step": 0.0})[0].kind == "lower"
     # What the rate allows is below the bound, though the present point is not.
-    assert gated_staircase(at(0.6, 4.5, target=between), {"step": 0.0})[0].kind == "lower"
+    assert gated_staircase(measured_at(0.6, 4.5, target=between), {"step": 0.0})[0].kind == "lower"
 
 
 def test_bounds_of_the_rate_hold() -> None:
-    """Catches a bound that is only looked at when rising, or that moves a rate that is to stay."""
+    """Catches a bound checked only when the rate rises, or that moves a rate that should stay."""
     state = {"step": 0.0}
-    assert gated_staircase(at(0.1, 9.0, step=99, max_lr=0.12), state)[0].new == 0.12
-    assert gated_staircase(at(0.12, 9.0, max_lr=0.12), state)[0].kind == "keep"
+    assert gated_staircase(measured_at(0.1, 9.0, step=99, max_lr=0.12), state)[0].new == 0.12
+    assert gated_staircase(measured_at(0.12, 9.0, max_lr=0.12), state)[0].kind == "keep"
     sharper = TargetRegion(sharpness=(10.0, None))
-    lowered, _ = gated_staircase(at(0.5, 1.0, step=999, min_lr=0.45, target=sharper), state)
+    lowered, _ = gated_staircase(
+        measured_at(0.5, 1.0, step=999, min_lr=0.45, target=sharper), state
+    )
     assert lowered.new == 0.45
-    outside, _ = gated_staircase(at(0.1, a=None, max_lr=0.05), state)
+    outside, _ = gated_staircase(measured_at(0.1, a=None, max_lr=0.05), state)
     assert (outside.kind, outside.new) == ("lower", 0.05)
     assert "max_lr=0.05" in outside.why
 
@@ -212,7 +214,7 @@ failures = st.sampled_from([None, None, None, "not finite: the loss is nan", "Ru
 def test_rates_stay_within_their_bounds_and_cuts_never_raise(
     lr: float, bounds: list[float], measured: list[Any], target: TargetRegion, momentum: float
 ) -> None:
-    """Catches a bound that a cut, a present rate or a rate that stays escapes."""
+    """Catches a decision outside of the bounds: a cut, a raise, or a rate that is kept."""
     law = gated_staircase if target.share is None else keep_margin
     low, high = bounds
     state, step = new_state(), 0
@@ -252,12 +254,12 @@ def test_three_cuts_end_the_climb() -> None:
     # Rates that have held the target for long are evidence that the failures are past.
     held = {"step": 0.0, "cuts": 3.0}
     for step, cuts_left in ((10, 3.0), (1009, 3.0), (1010, None)):
-        _, held = gated_staircase(at(0.2, 9.0, step=step), held)
+        _, held = gated_staircase(measured_at(0.2, 9.0, step=step), held)
         assert held.get("cuts") == cuts_left
 
 
 def test_a_margin_does_not_rise_after_three_cuts() -> None:
-    """Catches the same cycle in the other law: here the noise makes half the limit unstable."""
+    """Catches a cycle of climbs and cuts in the margin law; here half of the limit is unstable."""
     lr, state, kinds = 0.1, new_state(), []
     for step in range(0, 20_000, 10):
         margins = StabilityMargins(step=step, sharpness=5.0, loss=9.0 if lr > 0.15 else 0.1)
@@ -323,7 +325,7 @@ def test_momentum_is_waited_for() -> None:
 
 
 def test_a_lost_loss_is_cut_once_and_held() -> None:
-    """Catches a cut at every measurement: weights that are lost stay so, and the rate would vanish."""
+    """Catches a cut at every measurement: lost weights stay lost, and the rate would fall to zero."""
     lost = "not finite: the loss is nan"
     decision, state = gated_staircase(failed(0.1, lost), new_state(), hold=10)
     assert (decision.kind, decision.new) == ("cut", pytest.approx(0.07))
@@ -331,12 +333,12 @@ def test_a_lost_loss_is_cut_once_and_held() -> None:
         again, state = gated_staircase(failed(0.07, lost, step=step), state, hold=10)
         assert (again.kind, again.new) == ("hold", 0.07)
     # With restored weights it may rise again, and be lost again.
-    _, state = gated_staircase(at(0.07, step=510), state)
+    _, state = gated_staircase(measured_at(0.07, step=510), state)
     assert gated_staircase(failed(0.07, lost, step=520), state)[0].kind == "cut"
 
 
 def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
-    """Catches a cap that is relative to anything, and a cut that is undone at once."""
+    """Catches a cap that is relative to an earlier loss, and a cut that is undone at once."""
     high = LRMeasured(
         StabilityMargins(step=10, sharpness=1.0, loss=0.3), UpdateRule(lr=0.1), TARGET, loss_cap=0.2
     )
@@ -344,8 +346,8 @@ def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
     assert decision.kind == "cut"
     assert "the loss 0.3 is above its cap 0.2" in decision.why
     # Back below the cap, but within the hold.
-    assert gated_staircase(at(0.07, 9.0, step=19), state)[0].kind == "hold"
-    assert gated_staircase(at(0.07, 9.0, step=20), state)[0].kind == "raise"
+    assert gated_staircase(measured_at(0.07, 9.0, step=19), state)[0].kind == "hold"
+    assert gated_staircase(measured_at(0.07, 9.0, step=20), state)[0].kind == "raise"
     later = LRMeasured(
         StabilityMargins(step=20, sharpness=1.0, loss=0.3),
         UpdateRule(lr=0.07),
@@ -357,7 +359,7 @@ def test_a_loss_above_the_cap_is_cut_again_after_the_hold() -> None:
 
 def test_a_rise_of_the_loss_below_the_cap_is_no_reason_to_cut() -> None:
     """Catches a cut on a relative rise, which would cancel the escape that is wanted."""
-    _, state = gated_staircase(at(0.1), new_state())
+    _, state = gated_staircase(measured_at(0.1), new_state())
     margins = StabilityMargins(step=11, sharpness=19.0, loss=10.0)
     assert (
         gated_staircase(LRMeasured(margins, UpdateRule(lr=0.1), TARGET), state)[0].kind == "raise"
@@ -365,8 +367,9 @@ def test_a_rise_of_the_loss_below_the_cap_is_no_reason_to_cut() -> None:
 
 
 def test_what_was_not_measured_raises_nothing() -> None:
-    """Catches a Ritz value that is too low and taken for room to rise, and a failure that is not
-    the loss's taken for a divergence.
+    """Catches a rise after a search that did not converge, and a cut after an unrelated error.
+
+    A Ritz value that has not converged is too low, so the rate would seem to have room.
     """
     poor = Measurement(15.0, 0.5, 50, 0.1, converged=False)
     margins = StabilityMargins(step=5, sharpness=15.0, measurements={"sharpness": poor})
@@ -381,7 +384,7 @@ def test_what_was_not_measured_raises_nothing() -> None:
 
 
 def test_laws_are_pure() -> None:
-    """Catches a state that is changed in place, so that a dry run would not be one."""
+    """Catches a law that changes its state in place, which a dry run must not do."""
     state: State = {"step": 3.0, "held_until": 0.0, "other": 7.0}
     before = dict(state)
     for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.within_limits(0.5))):
@@ -397,17 +400,17 @@ def test_laws_are_pure() -> None:
 
 
 def test_a_counter_that_went_back_ends_all_waits() -> None:
-    """Catches a hold until a step of the counter before, which is far in the future now."""
+    """Catches a hold until a step of the old counter, which is now far in the future."""
     for name in ("held_until", "escaping", "arrived"):
         state = {"step": 50_000.0, name: 50_010.0}
-        decision, after = gated_staircase(at(0.1, step=10), state)
+        decision, after = gated_staircase(measured_at(0.1, step=10), state)
         assert decision.kind == "raise"
         assert name not in after
 
 
 @pytest.mark.parametrize("law", [gated_staircase, keep_margin])
 def test_a_measurement_after_a_very_long_time_raises_to_the_goal(law: Law) -> None:
-    """Catches an overflow of the rate's growth over all the steps in between."""
+    """Catches an overflow of the growth factor raised to a very large number of steps."""
     target = TARGET if law is gated_staircase else TargetRegion.within_limits(0.8)
     margins = StabilityMargins(step=1_000_000, sharpness=1.0, loss=0.01)
     measured = LRMeasured(margins, UpdateRule(lr=0.01), target, min_lr=1e-3, max_lr=0.02)
@@ -415,9 +418,9 @@ def test_a_measurement_after_a_very_long_time_raises_to_the_goal(law: Law) -> No
 
 
 def test_a_first_call_and_a_counter_that_went_back_count_one_step() -> None:
-    """Catches a leap after a resumed run whose monitor started from zero."""
+    """Catches a jump of the rate in a resumed run whose monitor started from zero."""
     for state in (new_state(), {"step": 5000.0}):
-        decision, _ = gated_staircase(at(0.1, step=10), state)
+        decision, _ = gated_staircase(measured_at(0.1, step=10), state)
         assert decision.new == pytest.approx(0.101, rel=1e-12)
 
 
@@ -427,7 +430,7 @@ HALF = TargetRegion.within_limits(0.5)
 
 
 def sharpening(law: Callable[[LRMeasured], Decision], steps: int) -> tuple[float, float]:
-    """Return sharpness and rate where a rises by 2 % a step until it is at 2/lr."""
+    """Return the final sharpness and rate; the sharpness rises by 2 % a step, up to 2/lr."""
     a, lr = 5.0, 0.1
     for step in range(1, steps + 1):
         a = min(1.02 * a, 2 / lr)
@@ -437,7 +440,7 @@ def sharpening(law: Callable[[LRMeasured], Decision], steps: int) -> tuple[float
 
 
 def test_a_shrinking_rate_stops_at_its_floor() -> None:
-    """Catches a margin that is kept by lowering the rate forever: sharpness follows it up."""
+    """Catches a rate lowered without end to keep the margin: the sharpness rises as the rate falls."""
     a, lr = sharpening(lambda measured: follow(measured, {}, share=0.5)[0], 300)
     # `decide` keeps the bounds; without them the rate would be 2 * 0.5 / a, and a without end.
     assert lr == 0.02
@@ -451,27 +454,27 @@ def test_a_shrinking_rate_stops_at_its_floor() -> None:
 
     a, lr = sharpening(law, 1000)
     assert (a, lr) == (pytest.approx(100.0), 0.02)
-    floor, _ = keep_margin(at(0.02, 80.0, target=HALF, min_lr=0.02), {})
+    floor, _ = keep_margin(measured_at(0.02, 80.0, target=HALF, min_lr=0.02), {})
     assert (floor.kind, floor.new) == ("hold", 0.02)
     assert "at its floor" in floor.why
     with pytest.raises(ValueError, match=r"min_lr=0\.0: expected a positive floor"):
-        keep_margin(at(0.1, target=HALF), {})
+        keep_margin(measured_at(0.1, target=HALF), {})
     with pytest.raises(ValueError, match=r"needs TargetRegion\.within_limits"):
-        keep_margin(at(0.1, min_lr=0.01), {})
+        keep_margin(measured_at(0.1, min_lr=0.01), {})
 
 
 def test_the_margin_has_hysteresis() -> None:
-    """Catches a rate that moves both ways about one threshold."""
+    """Catches a rate that goes up and down around a single threshold."""
     bounds = {"target": HALF, "min_lr": 0.01, "max_lr": 1.0}
-    assert keep_margin(at(0.1, 10.2, **bounds), {})[0].kind == "lower"
-    assert keep_margin(at(0.1, 9.5, **bounds), {})[0].kind == "keep"
-    rising, _ = keep_margin(at(0.1, 5.0, **bounds), {})
+    assert keep_margin(measured_at(0.1, 10.2, **bounds), {})[0].kind == "lower"
+    assert keep_margin(measured_at(0.1, 9.5, **bounds), {})[0].kind == "keep"
+    rising, _ = keep_margin(measured_at(0.1, 5.0, **bounds), {})
     assert (rising.kind, rising.new) == ("raise", pytest.approx(0.101))
     # It lowers to the share, and rises to below it.
-    down, _ = keep_margin(at(0.1, 10.2, step=99, **bounds), {"step": 0.0})
+    down, _ = keep_margin(measured_at(0.1, 10.2, step=99, **bounds), {"step": 0.0})
     assert down.new == pytest.approx(1 / 10.2)
     # Slowly while it is stable, at once where it is not.
-    assert keep_margin(at(0.1, 19.0, **bounds), {})[0].new == pytest.approx(0.099)
-    assert keep_margin(at(0.1, 21.0, **bounds), {})[0].new == pytest.approx(1 / 21)
-    up, _ = keep_margin(at(0.1, 8.0, step=99, **bounds), {"step": 0.0})
+    assert keep_margin(measured_at(0.1, 19.0, **bounds), {})[0].new == pytest.approx(0.099)
+    assert keep_margin(measured_at(0.1, 21.0, **bounds), {})[0].new == pytest.approx(1 / 21)
+    up, _ = keep_margin(measured_at(0.1, 8.0, step=99, **bounds), {"step": 0.0})
     assert up.new == pytest.approx(0.45 * 2 / 8.0)

@@ -48,30 +48,30 @@ def shuffled(n: int, seed: int = 0) -> RandomSampler:
 
 def changing(sampler: AdaptiveBatchSampler, batches: Iterator, sizes: list[int]) -> list[Any]:
     """Return all batches; the size is set to the next of ``sizes`` before each one is asked for."""
-    found = []
+    served = []
     for turn in range(10**6):
         sampler.batch_size = sizes[turn % len(sizes)]
         batch = next(batches, None)
         if batch is None:
-            return found
-        found.append(batch)
+            return served
+        served.append(batch)
     raise AssertionError("no end")
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(0, 60), sizes=SIZES, drop_last=st.booleans())
 def test_every_index_exactly_once_at_any_sizes(n: int, sizes: list[int], drop_last: bool) -> None:
-    """Catches samples that a change drops or repeats, and sizes that are read too late."""
+    """Catches samples dropped or repeated when the size changes, and sizes that apply too late."""
     sampler = AdaptiveBatchSampler(range(n), 1, drop_last=drop_last)
     for _ in range(2):
-        found = changing(sampler, iter(sampler), sizes)
-        flat = [index for batch in found for index in batch]
+        batches = changing(sampler, iter(sampler), sizes)
+        flat = [index for batch in batches for index in batch]
         assert flat == list(range(len(flat)))  # in the sampler's order, without a gap
-        for turn, batch in enumerate(found):
+        for turn, batch in enumerate(batches):
             full = len(batch) == sizes[turn % len(sizes)]
-            assert full or (turn == len(found) - 1 and not drop_last)
+            assert full or (turn == len(batches) - 1 and not drop_last)
         left = n - len(flat)
-        assert left < sizes[len(found) % len(sizes)] if drop_last else left == 0
+        assert left < sizes[len(batches) % len(sizes)] if drop_last else left == 0
 
 
 # A worker process takes a few hundredths of a second to start.
@@ -95,8 +95,8 @@ def test_loaders_lose_nothing(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
     )
-    found = changing(sampler, iter(loader), sizes)
-    flat = [int(index) for batch in found for index in batch]
+    batches = changing(sampler, iter(loader), sizes)
+    flat = [int(index) for batch in batches for index in batch]
     assert len(set(flat)) == len(flat)
     assert set(flat) <= set(range(n))
     assert n - len(flat) < max(sizes) if drop_last else len(flat) == n
@@ -130,8 +130,9 @@ def test_with_one_size_it_is_torchs(n: int, drop_last: bool) -> None:
 def test_resuming_at_any_batch_gives_what_is_left(
     n: int, sizes: list[int], drop_last: bool, taken: int, ahead: int
 ) -> None:
-    """Catches a resumed epoch that repeats what was prefetched, or skips it, and a saved state that
-    changes the run it was saved from.
+    """Catches a resumed epoch that repeats or skips prefetched batches.
+
+    Also catches a ``state_dict`` that changes the run it was taken from.
     """
     sampler = AdaptiveBatchSampler(shuffled(n), 1, drop_last=drop_last)
     batches, before = iter(sampler), []
@@ -144,23 +145,23 @@ def test_resuming_at_any_batch_gives_what_is_left(
     taken = min(taken, len(before))
     state = json.loads(json.dumps(sampler.state_dict(batches=taken)))
     rest = list(batches)  # the run that goes on
-    seen = [index for batch in before[:taken] for index in batch]
-    unseen = [index for batch in [*before[taken:], *rest] for index in batch]
+    used = [index for batch in before[:taken] for index in batch]
+    unused = [index for batch in [*before[taken:], *rest] for index in batch]
 
     resumed = AdaptiveBatchSampler(shuffled(n, seed=9), 1, drop_last=drop_last)
     resumed.load_state_dict(state)
     assert resumed.batch_size == sampler.batch_size
     again = [index for batch in resumed for index in batch] if state["rest"] else []
     # What follows the prefetched batches may be cut elsewhere, so that another rest is dropped.
-    assert again[: len(unseen)] == unseen[: len(again)]
-    assert abs(len(again) - len(unseen)) < max(sizes) if drop_last else again == unseen
-    assert sorted(seen + again) == list(range(n)) or drop_last
+    assert again[: len(unused)] == unused[: len(again)]
+    assert abs(len(again) - len(unused)) < max(sizes) if drop_last else again == unused
+    assert sorted(used + again) == list(range(n)) or drop_last
     # The epoch after it is a whole one.
     assert len([index for batch in resumed for index in batch]) > n - max(sizes)
 
 
 def test_a_resumed_loader_with_workers_gives_the_batches_that_were_not_taken() -> None:
-    """Catches a state that counts what workers have asked for as taken."""
+    """Catches a state that counts prefetched batches as trained on."""
     sampler = AdaptiveBatchSampler(shuffled(40), 3)
     loader = DataLoader(Indices(40), batch_sampler=sampler, num_workers=2, prefetch_factor=2)
     batches = iter(loader)
@@ -191,7 +192,7 @@ def test_a_resumed_epoch_can_be_saved_and_resumed_again() -> None:
 
 
 def test_a_finished_epoch_resumes_as_a_new_one() -> None:
-    """Catches an empty epoch after a checkpoint between two."""
+    """Catches an empty epoch after resuming from a checkpoint between two epochs."""
     sampler = AdaptiveBatchSampler(range(5), 2)
     list(sampler)
     sampler.load_state_dict(sampler.state_dict())
@@ -225,13 +226,13 @@ def test_set_epoch_reaches_a_distributed_sampler() -> None:
 
     epochs = []
     for epoch in (0, 1):
-        found = []
+        orders = []
         for sampler in replicas(seed=0):
             sampler.set_epoch(epoch)
-            found.append([index for batch in sampler for index in batch])
-        epochs.append(found)
+            orders.append([index for batch in sampler for index in batch])
+        epochs.append(orders)
         # Twelve in all: the sampler repeats one to make ranks equal.
-        assert sorted(set(sum(found, []))) == list(range(11))  # noqa: RUF017
+        assert sorted(set(sum(orders, []))) == list(range(11))  # noqa: RUF017
     assert epochs[0] != epochs[1]
     AdaptiveBatchSampler(SequentialSampler(range(3)), 2).set_epoch(1)
 
@@ -274,7 +275,7 @@ def test_sizes_are_kept_within_what_is_allowed(
     ],
 )
 def test_bad_sizes_are_refused(arguments: Any, says: str) -> None:
-    """Catches a size that is silently another one."""
+    """Catches a bad size that is silently replaced by a valid one."""
     size, options = arguments
     with pytest.raises(ValueError, match=says):
         AdaptiveBatchSampler(range(9), size, **options)
@@ -308,18 +309,18 @@ def _rank(rank: int, folder: str) -> None:
     from stableopt.steering.decision import Decision, DecisionLog
 
     sampler = AdaptiveBatchSampler(DistributedSampler(range(20), seed=3), 2)
-    wanted = [3, 4][rank]  # rank 1 has another opinion
+    size = [3, 4][rank]  # rank 1 has another opinion
     batches = iter(sampler)
-    found = [next(batches)]
-    sampler.resize(wanted)
-    found += list(batches)
+    served = [next(batches)]
+    sampler.resize(size)
+    served += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
     log, sunk = DecisionLog(maxlen=9), []
     shared = list(decide_together(lambda: [decision], log, sunk.append, dry_run=False))
     weight = torch.full((2,), float(rank))
     broadcast_tensors([weight])
     result = {
-        "batches": found,
+        "batches": served,
         "size": sampler.batch_size,
         "decisions": [each.to_dict() for each in shared],
         "weight": weight.tolist(),
@@ -336,17 +337,18 @@ def test_ranks_agree(tmp_path: Path) -> None:
     """Catches ranks that decide for themselves: batches of different sizes, rates or weights."""
     # Forked, since importing torch again takes seconds; nothing here differentiates.
     multiprocessing.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert zero["size"] == one["size"] == 3
-    assert [len(b) for b in zero["batches"]] == [len(b) for b in one["batches"]] == [2, 3, 3, 2]
-    flat = sum(zero["batches"] + one["batches"], [])  # noqa: RUF017
+    rank_zero, rank_one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert rank_zero["size"] == rank_one["size"] == 3
+    for result in (rank_zero, rank_one):
+        assert [len(batch) for batch in result["batches"]] == [2, 3, 3, 2]
+    flat = sum(rank_zero["batches"] + rank_one["batches"], [])  # noqa: RUF017
     assert sorted(flat) == list(range(20))
-    assert [zero["sunk"], one["sunk"], zero["world"]] == [1, 0, 2]
-    assert one["weight"] == [0.0, 0.0]
-    (said,), (heard,) = zero["decisions"], one["decisions"]
-    assert said == heard
-    assert (heard["new"], heard["why"]) == (0.2, "rank 0")
-    assert zero["log"] == one["log"] == [said]
+    assert [rank_zero["sunk"], rank_one["sunk"], rank_zero["world"]] == [1, 0, 2]
+    assert rank_one["weight"] == [0.0, 0.0]
+    (decided,), (received,) = rank_zero["decisions"], rank_one["decisions"]
+    assert decided == received
+    assert (received["new"], received["why"]) == (0.2, "rank 0")
+    assert rank_zero["log"] == rank_one["log"] == [decided]
 
 
 # -- accumulation ----------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def test_accumulation_is_the_mean_over_the_step(n: int, micro: int, counts: list
     loader = DataLoader(list(zip(x, x**2, strict=True)), batch_size=micro)
     accumulation = AdaptiveAccumulation(loader, micro)
     weight = torch.full((1,), 0.5, dtype=torch.float64, requires_grad=True)
-    mean, at = nn.MSELoss(), 0
+    mean, start = nn.MSELoss(), 0
     steps = iter(accumulation)
     for turn in range(10**6):
         accumulation.batch_size = micro * counts[turn % len(counts)]
@@ -372,16 +374,16 @@ def test_accumulation_is_the_mean_over_the_step(n: int, micro: int, counts: list
         weight.grad = None
         for share, (a, b) in group:
             (share * mean(weight * a, b)).backward()
-        rows = slice(at, at + sum(len(batch[0]) for _, batch in group))
+        rows = slice(start, start + sum(len(batch[0]) for _, batch in group))
         (expected,) = torch.autograd.grad(mean(weight * x[rows], x[rows] ** 2), weight)
         # Sums of at most 30 terms of size one in float64.
         torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-14)
-        at = rows.stop
-    assert at == n
+        start = rows.stop
+    assert start == n
 
 
 def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
-    """Catches a size between two multiples that would silently be another."""
+    """Catches a size between two multiples that is silently rounded."""
     batches = [torch.zeros(4)] * 3
     accumulation = AdaptiveAccumulation(batches, 4, max_batch_size=12)
     assert accumulation.batch_size == 4
@@ -400,7 +402,7 @@ def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
 
 
 def test_accumulation_weighs_batches_as_the_loss_does() -> None:
-    """Catches shares by samples for a mean over tokens: 63 % off, and no word of it."""
+    """Catches weights by samples for a mean over tokens: 63 % off, without an error."""
     torch.manual_seed(0)
     x, y = torch.randint(7, (2, 16, 12))
     for row in range(16):

@@ -35,7 +35,7 @@ def test_groups_keep_their_ratios() -> None:
 
 
 def test_the_rate_comes_from_the_target_alone() -> None:
-    """Catches a rate that depends on where the rule stands now, as a law on a measurement would."""
+    """Catches a rate that depends on the present rate, as that of a law on measurements would."""
     target = TargetRegion(sharpness=(2.0, 8.0))
     assert {target.lr_for(UpdateRule(lr=lr)) for lr in (0.01, 0.25, 7.0)} == {0.25}
     # Where only a lower bound is named the limit belongs there: sharpness rises up to it.
@@ -47,8 +47,9 @@ def test_the_rate_comes_from_the_target_alone() -> None:
 @pytest.mark.parametrize("s", [0.7, 3.0, 20.0, 400.0])
 @pytest.mark.parametrize("n", [1, 2, 100, 60_000])
 def test_the_batch_size_is_the_last_one_that_forbids(rule: UpdateRule, s: float, n: int) -> None:
-    """Catches rounding in the wrong direction, and a formula for n without end. The oracle goes
-    through the limits themselves.
+    """Catches rounding in the wrong direction, and the formula for infinite n.
+
+    The oracle evaluates the limits at neighbouring batch sizes.
     """
     size = TargetRegion(non_uniformity=(0, s)).batch_size_for(rule, n)
     assert 1 <= size <= n
@@ -62,9 +63,7 @@ def test_the_batch_size_is_the_last_one_that_forbids(rule: UpdateRule, s: float,
 
 
 def test_the_batch_size_at_a_sharpness_is_that_of_the_half_ellipse() -> None:
-    """Catches the side of the box where the exact region was asked for:
-    p = (2/(lr a) - 1) a^2/s^2.
-    """
+    """Catches the box's limit used instead of the half-ellipse's: p = (2/(lr a) - 1) a^2/s^2."""
     lr, a, s, n = 0.5, 3.0, 5.0, 1000
     p = (2 / (lr * a) - 1) * a**2 / s**2
     expected = math.floor(n / (1 + p * (n - 1)))
@@ -76,7 +75,7 @@ def test_the_batch_size_at_a_sharpness_is_that_of_the_half_ellipse() -> None:
 
 
 def test_relative_regions_are_resolved_by_what_is_measured() -> None:
-    """Catches a factor that is upside down, and bounds of what was not asked for."""
+    """Catches an inverted factor, and bounds on a quantity that the target leaves free."""
     now = StabilityMargins(sharpness=8.0, non_uniformity=6.0)
     open_end = (0.0, math.inf)
     for target, sharpness, non_uniformity in (
@@ -84,10 +83,13 @@ def test_relative_regions_are_resolved_by_what_is_measured() -> None:
         (TargetRegion.sharper(by=2), (16.0, math.inf), open_end),
         (TargetRegion.more_uniform(by=3), open_end, (0.0, 2.0)),
     ):
-        found = target.resolve(now)
-        assert (found.sharpness, found.non_uniformity) == (sharpness, pytest.approx(non_uniformity))
-        assert found.unit == "absolute"
-        assert found.resolve(StabilityMargins()) == found
+        resolved = target.resolve(now)
+        assert (resolved.sharpness, resolved.non_uniformity) == (
+            sharpness,
+            pytest.approx(non_uniformity),
+        )
+        assert resolved.unit == "absolute"
+        assert resolved.resolve(StabilityMargins()) == resolved
         with pytest.raises(ValueError, match="resolve"):
             target.lr_for(UpdateRule(lr=0.1))
         with pytest.raises(ValueError, match=r"is None: expected a positive measured value"):
@@ -95,7 +97,7 @@ def test_relative_regions_are_resolved_by_what_is_measured() -> None:
 
 
 def test_a_margin_is_a_share_of_the_limit() -> None:
-    """Catches a margin that is taken for a sharpness."""
+    """Catches a share of the limit used as a sharpness."""
     target = TargetRegion.within_limits(0.8)
     assert target.share == 0.8
     assert target.resolve(StabilityMargins(sharpness=8.0)) is target
@@ -107,7 +109,7 @@ def test_a_margin_is_a_share_of_the_limit() -> None:
 
 
 def test_contains_includes_the_ends_and_not_the_unknown() -> None:
-    """Catches a bounded quantity that was not measured and counts as wanted."""
+    """Catches a bounded quantity that was not measured and counts as inside."""
     target = TargetRegion(sharpness=(2, 4))
     assert target.contains(2, None)
     assert target.contains(4, 1e9)
@@ -132,14 +134,14 @@ def test_contains_includes_the_ends_and_not_the_unknown() -> None:
     ],
 )
 def test_bad_regions_are_refused(arguments: dict[str, Any], says: str) -> None:
-    """Catches a region that nothing is in, or everything."""
+    """Catches a region that is empty or has no bound."""
     with pytest.raises(ValueError, match=says):
         TargetRegion(**arguments)
 
 
 @pytest.mark.parametrize("by", [1.0, 0.5, -2, math.nan, "2", True])
 def test_factors_are_above_one(by: Any) -> None:
-    """Catches "flatter" by a half, which would be sharper."""
+    """Catches ``flatter(by=0.5)``, which would be sharper."""
     for make in (TargetRegion.flatter, TargetRegion.sharper, TargetRegion.more_uniform):
         with pytest.raises(ValueError, match="by="):
             make(by=by)
@@ -147,7 +149,7 @@ def test_factors_are_above_one(by: Any) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 1.5, -0.1])
 def test_margins_are_between_zero_and_one(share: float) -> None:
-    """Catches 80 for 80 %."""
+    """Catches a share given in percent: 80 for 0.8."""
     with pytest.raises(ValueError, match="share="):
         TargetRegion.within_limits(share)
 
@@ -161,7 +163,7 @@ def test_it_is_said_in_words() -> None:
 
 
 def test_the_limit_needs_a_positive_sharpness() -> None:
-    """Catches a rate below zero."""
+    """Catches a negative rate."""
     with pytest.raises(ValueError, match="sharpness=-1"):
         lr_at_limit(UpdateRule(lr=1.0), -1.0)
 

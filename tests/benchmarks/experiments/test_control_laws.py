@@ -1,4 +1,4 @@
-"""The comparison of control laws from the same start, and its claims."""
+"""The comparison of control laws from one start, and its claims."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from benchmarks.framework.tables import table
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a law that the scheduler cannot ask, a divergence that ends the comparison, and a law
-    that begins where another has ended.
+    """Catches a law that does not fit the scheduler, or that starts where another law ended.
+
+    Also catches a divergence that ends the comparison.
     """
-    one = ControlLaws(n=40, start_loss=0.06, steps=15, measure_every=5)
-    tables, drawn, _ = small_run(one, tmp_path)
+    control_laws = ControlLaws(n=40, start_loss=0.06, steps=15, measure_every=5)
+    tables, drawn, _ = small_run(control_laws, tmp_path)
     assert drawn == {"history"}
     ends = tables["ends"].set_index("law").to_dict("index")
     assert set(ends) == set(LAWS)
@@ -28,8 +29,8 @@ def test_end_to_end(tmp_path: Path) -> None:
 
 
 def test_claims_follow_the_numbers() -> None:
-    """Catches a verdict that does not look at the end, or at one seed only."""
-    one = ControlLaws(seeds=(0, 1))
+    """Catches a verdict that ignores the end of a run, or all seeds but one."""
+    control_laws = ControlLaws(seeds=(0, 1))
 
     def end(law: str, seed: int, sharpness: float, largest: float = 0.01) -> dict[str, object]:
         return {
@@ -38,17 +39,17 @@ def test_claims_follow_the_numbers() -> None:
             "diverged_at": None,
         }
 
-    def said(*rows: dict[str, object]) -> dict[str, bool]:
-        claims = one.claims({"ends": table(rows)})
+    def verdicts(*rows: dict[str, object]) -> dict[str, bool]:
+        claims = control_laws.claims({"ends": table(rows)})
         return {claim.what.split(":")[0]: claim.reproduced for claim in claims}
 
     stairs = [end(STAIRCASE, 0, 1.09), end(STAIRCASE, 1, 0.95)]
     arrives = "the gated staircase reaches the target"
-    assert said(*stairs) == {arrives: True}
-    assert said(stairs[0], end(STAIRCASE, 1, 1.11)) == {arrives: False}
-    assert said(*stairs, end("jump", 0, 1.0, 0.021), end("jump", 1, 1.0, 0.03))["jump"]
-    assert not said(*stairs, end("jump", 0, 1.0, 0.019), end("jump", 1, 1.0, 0.03))["jump"]
+    assert verdicts(*stairs) == {arrives: True}
+    assert verdicts(stairs[0], end(STAIRCASE, 1, 1.11)) == {arrives: False}
+    assert verdicts(*stairs, end("jump", 0, 1.0, 0.021), end("jump", 1, 1.0, 0.03))["jump"]
+    assert not verdicts(*stairs, end("jump", 0, 1.0, 0.019), end("jump", 1, 1.0, 0.03))["jump"]
     frozen = end("cut while too sharp", 0, 4.0)
-    assert said(*stairs, frozen)["cut while too sharp"]
+    assert verdicts(*stairs, frozen)["cut while too sharp"]
     frozen["sharpness"] = 1.0
-    assert not said(*stairs, frozen)["cut while too sharp"]
+    assert not verdicts(*stairs, frozen)["cut while too sharp"]

@@ -17,7 +17,7 @@ CURVE = Curve(6, 0.9)
 
 @pytest.mark.parametrize("q", [0.0, 0.4, 1.0])
 def test_curvature_is_that_of_dense_hessians(q: float) -> None:
-    """Catches a factor 2 of the loss, and s of another mean: by autograd, sample by sample."""
+    """Catches a missing factor 2 and a wrong mean in s; the oracle is autograd on each sample."""
     x, y = CURVE.data()
     weights = torch.tensor([1 - q**2, q], dtype=torch.float64)
 
@@ -36,7 +36,7 @@ def test_curvature_is_that_of_dense_hessians(q: float) -> None:
 
 
 def test_risk_is_the_error_on_normal_inputs() -> None:
-    """Catches a test error of other inputs, or of another truth: 200,000 of them."""
+    """Catches a risk for other inputs or another target function; the oracle is 200,000 samples."""
     x = torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for q in (0.0, 0.6, 1.0):
         with torch.no_grad():
@@ -47,7 +47,7 @@ def test_risk_is_the_error_on_normal_inputs() -> None:
 
 
 def test_the_limit_is_where_the_mean_square_begins_to_grow() -> None:
-    """Catches a noise factor of the wrong batch size: one step along u, over all single samples."""
+    """Catches a noise factor of another batch size; the oracle is one step along u on each sample."""
     lr = 0.15
     a = CURVE.limit(lr, 1)
     h = a * scales(6, 0.9).square()
@@ -56,17 +56,17 @@ def test_the_limit_is_where_the_mean_square_begins_to_grow() -> None:
 
 
 def test_a_run_that_diverges_says_so() -> None:
-    """Catches a NaN that is measured, and taken for a minimum."""
+    """Catches a diverged run that is measured and counts as a minimum."""
     assert Descent(lr=1.0).run(None)["outcome"] == "diverged"  # type: ignore[arg-type]
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a larger rate that does not leave, and a claim that an unrelated run upholds."""
-    one = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
-    tables, drawn, _ = small_run(one, tmp_path)
+    """Catches a run at the larger rate that does not leave, and a claim upheld by an unrelated run."""
+    counterexample = Counterexample(seeds=(0,), lrs=(0.15, 0.25), batch_sizes=(1,))
+    tables, drawn, _ = small_run(counterexample, tmp_path)
     assert drawn == {"curve", "runs"}
-    claims = list(one.claims(tables))
+    claims = list(counterexample.claims(tables))
     assert len(claims) == 4
     assert all(claim.reproduced for claim in claims)
     same = {**tables, "runs": tables["runs"].assign(risk=0.1)}
-    assert not list(one.claims(same))[-1].reproduced
+    assert not list(counterexample.claims(same))[-1].reproduced

@@ -33,12 +33,12 @@ def test_growth_in_the_plane_is_that_of_all_batches(tmp_path: Path) -> None:
 
 
 def test_simulated_growth_is_unbiased() -> None:
-    """Catches batches drawn with replacement, and a root of the wrong number of steps."""
+    """Catches batches drawn with replacement, and growth averaged over a wrong number of steps."""
     job = Plane(lr=0.5, batch_size=3, n=6, runs=100_000, steps=2)
     exact = (1 - 0.5 * 3.0) ** 2 + 0.25 * (1 / 3 * 3 / 5) * 2.0**2
-    found = growth(job, 3.0, 2.0, np.random.default_rng(0))
+    simulated = growth(job, 3.0, 2.0, np.random.default_rng(0))
     # Four standard errors of the mean of x⁴ products, E factor⁴ / (E factor²)² < 3 a step.
-    assert found == pytest.approx(exact, rel=4 * math.sqrt(9 / job.runs) / 2)
+    assert simulated == pytest.approx(exact, rel=4 * math.sqrt(9 / job.runs) / 2)
 
 
 def test_the_family_has_the_known_rates(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_exact_rate_is_where_second_moments_begin_to_grow(
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a claim that does not look at what was found, and a picture that is not drawn."""
+    """Catches a claim that ignores the results, and a figure that is not drawn."""
     diagram = Diagram(points=8, runs=300, widths=5, batch_sizes=(1, 4))
     tables, drawn, _ = small_run(diagram, tmp_path)
     assert drawn == {"plane", "two-dimensions"}

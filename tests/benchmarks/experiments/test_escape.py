@@ -1,4 +1,4 @@
-"""Escapes in words: runs that stay, that leave, and that diverge."""
+"""Escapes in words: runs that stay, runs that leave, and runs that diverge."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ class Done:
     ],
 )
 def test_a_line_for_every_end(found: Found, says: str) -> None:
-    """Catches a number that a run which diverged does not have."""
-    one = Escape()
-    switch = next(job for job in one.jobs() if isinstance(job, Switch))
-    line = one.headline(switch, Done(found))  # type: ignore[arg-type]
+    """Catches a headline that needs numbers which a diverged run does not have."""
+    escape = Escape()
+    switch = next(job for job in escape.jobs() if isinstance(job, Switch))
+    line = escape.headline(switch, Done(found))  # type: ignore[arg-type]
     assert line is not None
     assert says in line
 
 
 def test_a_minimum_has_a_line_too() -> None:
-    """Catches a headline of switches alone."""
-    one = Escape()
-    start = next(job for job in one.jobs() if isinstance(job, Solution))
-    found: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
-    line = one.headline(start, Done(found))  # type: ignore[arg-type]
+    """Catches minima without a headline."""
+    escape = Escape()
+    start = next(job for job in escape.jobs() if isinstance(job, Solution))
+    minimum: Any = Minimum("reached", 100, 1e-4, sharpness=3.5, non_uniformity=5.0)
+    line = escape.headline(start, Done(minimum))  # type: ignore[arg-type]
     assert line is not None
     assert "a = 3.50" in line
 
 
 @pytest.mark.parametrize(("ratio", "says"), [(13.4, "13.4 times"), (None, "beyond all bounds")])
 def test_remarks_on_runs_that_diverged(ratio: float | None, says: str) -> None:
-    """Catches "nan times"."""
+    """Catches "nan times" in a remark."""
     row = SimpleNamespace(
         seed=0, random_labels=200, largest_loss_ratio=ratio, sharpness_after=float("nan")
     )

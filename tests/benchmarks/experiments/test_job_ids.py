@@ -18,13 +18,14 @@ GOLDEN = json.loads(Path(__file__).with_name("job_ids.json").read_text())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_job_ids_do_not_change(name: str) -> None:
-    """Catches a renamed field, a changed default or another ``kind``, after which everything that
-    was computed before would be computed again.
+    """Catches a renamed field, a changed default or a changed ``kind``.
+
+    Any of them changes job ids, so all published results would be computed again.
     """
-    found = {}
+    digests = {}
     for preset in PRESETS:
         for data in experiment(name).datasets:
             ids = sorted(job.id for job in in_order(experiment(name).preset(preset, data).jobs()))
             digest = hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]
-            found[f"{name} {preset} {data}"] = f"{len(ids)} {digest}"
-    assert found == {key: value for key, value in GOLDEN.items() if key.startswith(f"{name} ")}
+            digests[f"{name} {preset} {data}"] = f"{len(ids)} {digest}"
+    assert digests == {key: value for key, value in GOLDEN.items() if key.startswith(f"{name} ")}

@@ -31,7 +31,7 @@ def test_the_line_is_the_loss_and_comes_back() -> None:
 
 
 def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
-    """Catches a search on one side only, a slope that is left out, and a rise in other units."""
+    """Catches a search on one side only, a missing slope, and a rise in other units."""
 
     def loss(t: float) -> float:
         return 3 + 0.2 * t + 2 * t**2 + (10 * (t + 1) if t < -1 else 0.0)
@@ -42,7 +42,7 @@ def test_trust_ends_on_the_side_where_the_loss_departs_first() -> None:
 
 
 def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> None:
-    """Catches a loss that is not the one named: at the start of both, from one network."""
+    """Catches a course trained by another loss than its name says, or from other weights."""
     store = Store(tmp_path)
     data = Dataset("digits", 50)
     jobs = [Course(data, loss, 0.5, 0, 3, 2) for loss in ("squared", "cross-entropy")]
@@ -64,16 +64,16 @@ def test_cross_entropys_course_starts_from_the_same_weights(tmp_path: Path) -> N
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a table that is not drawn, and a claim that nothing could refute."""
-    one = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
-    tables, drawn, _ = small_run(one, tmp_path)
+    """Catches a table without a figure, and a claim that no result can refute."""
+    loss_shape = LossShape(n=40, lrs=(1.0,), target_loss=0.04, course_steps=30, looks=4)
+    tables, drawn, _ = small_run(loss_shape, tmp_path)
     assert drawn == {"line", "course"}
     line, minima = tables["line"], tables["minima"]
     middle = line.loc[line.t.abs().idxmin()]
     at_zero = pytest.approx(minima.loss[0], rel=1e-12)  # its t is 1e-17 or so
     assert middle.loss == at_zero
     assert middle.quadratic == at_zero
-    claims = {claim.what.split()[0]: claim for claim in one.claims(tables)}
+    claims = {claim.what.split()[0]: claim for claim in loss_shape.claims(tables)}
     narrow = {"minima": minima.assign(trusted_rise=0.1)}
-    assert not next(iter(one.claims(narrow))).reproduced
+    assert not next(iter(loss_shape.claims(narrow))).reproduced
     assert not claims["with"].reproduced  # thirty steps of cross-entropy are not enough

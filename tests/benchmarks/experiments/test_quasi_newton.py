@@ -64,13 +64,13 @@ class Answers:
 def test_the_search_takes_what_got_there_and_validates_best(
     found: dict[float, tuple[float | None, float]], best: float
 ) -> None:
-    """Catches a rate chosen on the reported half, or by a run that did not train."""
+    """Catches a rate chosen on the reported half of the test set, or by a run that did not train."""
     trials = tuple(Training(Dataset(), "GD", 0, Budget(), lr=lr) for lr in found)
     assert Search(trials).run(Answers(found)) == {"lr": best}  # type: ignore[arg-type]
 
 
 def test_halves_are_disjoint_and_all() -> None:
-    """Catches seeds that are used both for the choice and for the report."""
+    """Catches samples that are used for both the choice and the report."""
     images = Dataset("digits", 1000).load()
     first, second = halves(images)
     assert len(first.test_x) + len(second.test_x) == len(images.test_x)
@@ -79,8 +79,9 @@ def test_halves_are_disjoint_and_all() -> None:
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a method that does not fit the loop, a start that is not L-BFGS's of that seed, a
-    seed's run at another rate than the search's, and one that is run twice.
+    """Catches a method that does not fit the loop, and a job that runs twice.
+
+    Also catches a run that starts from another seed's L-BFGS minimum, or ignores the chosen rate.
     """
     tables, drawn, store = small_run(SMALL, tmp_path)
     assert drawn == {"solutions"}
@@ -106,11 +107,11 @@ def test_each_method_has_its_own_colour() -> None:
 
 
 def test_claims_follow_the_numbers() -> None:
-    """Catches an escape to a sharper minimum that counts as one, and gains of other seeds."""
+    """Catches an escape to a sharper minimum that upholds a claim, and gains across different seeds."""
 
     def row(method: str, seed: int, a: float, test: float) -> dict[str, Any]:
-        found = {"method": method, "seed": seed, "lr": 1.0, "sharpness": a, "test": test}
-        return {**found, "preconditioned_sharpness": None, "preconditioned_sharpness_limit": None}
+        end = {"method": method, "seed": seed, "lr": 1.0, "sharpness": a, "test": test}
+        return {**end, "preconditioned_sharpness": None, "preconditioned_sharpness_limit": None}
 
     before = [row(LBFGS, 0, 10.0, 0.8), row(LBFGS, 1, 6.0, 0.9)]
     after = [row("L-BFGS, then GD", 0, 8.0, 0.85), row("L-BFGS, then GD", 1, 5.0, 0.94)]

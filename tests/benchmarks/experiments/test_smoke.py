@@ -16,9 +16,7 @@ from benchmarks.runner import Store
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str, tmp_path: Path) -> None:
-    """Catches a piece that does not fit the next, a table that is empty, and a
-    picture that is not drawn from its own table.
-    """
+    """Catches stages that do not fit together, an empty table, and a figure of another table."""
     assert cli.main(["run", name, "--preset", "smoke", "--out", str(tmp_path)]) == 0
     kind = experiment(name)
     folder = tmp_path / "smoke" / kind.datasets[0] / name
@@ -27,9 +25,9 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     tables = {path.stem: read_table(path) for path in folder.glob("*.csv")}
     assert tables
     assert all(map(len, tables.values()))
-    one = kind.preset("smoke")
+    smoke = kind.preset("smoke")
     for table, rows in tables.items():
-        drawn = one.draw(table, rows)
+        drawn = smoke.draw(table, rows)
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             picture = folder / f"{table}{suffix}"
             assert picture.exists() == (drawn is not None)
@@ -41,23 +39,22 @@ def test_smoke(name: str, tmp_path: Path) -> None:
         assert claim["ours"]
     # Published again, from the same results, it is the same.
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    publish(one, "smoke", Store(tmp_path), tmp_path)
+    publish(smoke, "smoke", Store(tmp_path), tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_presets_ask_for_jobs(name: str, preset: str) -> None:
-    """Catches a preset with a setting that the experiment does not have, and jobs that differ by
-    nothing.
-    """
+    """Catches a preset with a setting that the experiment does not have, and identical jobs."""
     kind = experiment(name)
     for data in kind.datasets:
-        one = kind.preset(preset, data)
-        jobs = one.jobs()
+        configured = kind.preset(preset, data)
+        jobs = configured.jobs()
         assert jobs
         assert len({job.id for job in jobs}) == len(jobs)
-        for cases in one.cases().values():  # two tables may show a job, but each shows it once
+        # Two tables may show a job, but each shows it once.
+        for cases in configured.cases().values():
             assert len({case.job.id for case in cases}) == len(cases)
     with pytest.raises(ValueError, match="expected"):
         kind.preset(preset, "mnist")

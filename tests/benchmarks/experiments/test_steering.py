@@ -30,8 +30,9 @@ SMALL = Steering(
 
 
 def test_end_to_end(tmp_path: Path) -> None:
-    """Catches a method that does not fit the loop, a summary of other runs than those of the table,
-    and a figure that is not drawn. Where a few steps lead is not tested.
+    """Catches a method that does not fit the loop, a wrong summary, and a figure that is not drawn.
+
+    The few steps are too short to test where the runs end.
     """
     tables, drawn, _ = small_run(SMALL, tmp_path)
     assert drawn == {"paths", "diagram-both", "diagram-more-uniform"}
@@ -56,7 +57,7 @@ def test_end_to_end(tmp_path: Path) -> None:
 
 
 def row(region: str, **found: Any) -> dict[str, Any]:
-    """Return a run that was steered to a region and got there."""
+    """Return the row of a run that was steered to a region and reached it."""
     reached = {
         **{"method": "steered", "region": region, "seed": 0, "steps": 10, "products": 5},
         **{"loss": 1e-4, "sharpness": 1.0, "non_uniformity": 2.0, "failed": False},
@@ -67,7 +68,7 @@ def row(region: str, **found: Any) -> dict[str, Any]:
 
 
 def test_the_summary_is_of_those_that_live() -> None:
-    """Catches a diverged run that enters a mean, and one that is not counted."""
+    """Catches a diverged run that enters a mean, or that is not counted."""
     lost = row("2x flatter", failed=True, sharpness=None, sharpness_to_target=None, loss=None)
     lost |= {"non_uniformity": None, "largest_loss": None}
     off = row("2x flatter", sharpness=1.3, sharpness_to_target=1.3)
@@ -109,7 +110,7 @@ def test_a_region_is_reached_by_every_seed_or_not(
 
 
 def test_the_noise_scale_is_that_of_per_sample_gradients() -> None:
-    """Catches a covariance divided by n − 1, and a mean gradient of another loss: by a plain loop."""
+    """Catches a covariance divided by n − 1, and gradients of another loss, by a plain loop."""
     model = nn.Linear(3, 2)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)
@@ -120,5 +121,5 @@ def test_the_noise_scale_is_that_of_per_sample_gradients() -> None:
         rows.append(torch.cat([g.flatten() for g in gradients]).double())
     each = torch.stack(rows)
     spread = each.var(0, correction=0).sum() / each.mean(0).square().sum()
-    found = noise_scale(model, Images(x, y, x, torch.zeros(5)))
-    assert found == pytest.approx(float(spread), rel=1e-4)  # gradients in single precision
+    estimate = noise_scale(model, Images(x, y, x, torch.zeros(5)))
+    assert estimate == pytest.approx(float(spread), rel=1e-4)  # gradients in single precision

@@ -25,7 +25,7 @@ from benchmarks.experiments.toy.model import (
 
 
 def test_gradients_are_the_losses_derivatives() -> None:
-    """Catches a slope of the wrong branch, or a lost factor 2, by differences of the losses."""
+    """Catches a slope of the wrong branch, or a lost factor 2; the oracle is finite differences."""
     x = np.array([-2.0, -0.5, -0.4, 0.0, 0.2, 0.3, 0.5, 0.6, 1.0, 1.7, 3.0, 4.0])
     h = 1e-6
     for index, coefficient in enumerate(COEFFICIENTS):
@@ -35,7 +35,7 @@ def test_gradients_are_the_losses_derivatives() -> None:
 
 
 def test_curvature_at_the_minimum_is_measured_as_it_is_written() -> None:
-    """Catches halved derivatives: a = 2, s = 1.8 and the threshold, by the library's measurement."""
+    """Catches halved derivatives: the library measures a = 2, s = 1.8 and the threshold."""
 
     class Toyish(nn.Module):
         def __init__(self) -> None:
@@ -71,9 +71,9 @@ def test_thresholds_are_where_growth_begins(thresholds) -> None:  # type: ignore
 
 
 def test_the_share_that_escapes_is_that_of_all_sequences() -> None:
-    """Catches a batch that is not even, runs that are lost when others leave, and a step too many.
+    """Catches uneven sampling, runs lost when others escape, and a step too many.
 
-    All 2^12 sequences of batches, each followed by a plain loop.
+    The oracle is a plain loop over all 2^12 sequences of batches.
     """
     steps, lr, start = 12, 0.7, 0.1
 

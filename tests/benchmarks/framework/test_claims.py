@@ -39,7 +39,7 @@ from benchmarks.framework.claims import (
     ],
 )
 def test_verdicts(claim: Callable[[], Claim], held: bool) -> None:
-    """Catches a verdict by the best seed, one on the wrong side, and a tolerance of another unit."""
+    """Catches a verdict by the best seed, a wrong direction, and a tolerance in another unit."""
     assert claim().reproduced is held
 
 

@@ -52,12 +52,12 @@ class Powers(Experiment):
             "numbers": [Case(Number(base), {"number": base}) for base in self.bases],
         }
 
-    def rows(self, name: str, one: Case, found: Any, store: Store) -> Iterator[Row]:
+    def rows(self, name: str, case: Case, result: Any, store: Store) -> Iterator[Row]:
         if name == "squares":
-            yield from super().rows(name, one, found, store)
+            yield from super().rows(name, case, result, store)
             return
         for sign in (1, -1):
-            yield {**one.keys, "signed": sign * one.job.x}
+            yield {**case.keys, "signed": sign * case.job.x}
 
     def derived(self, tables: Tables) -> Tables:
         if "squares" not in tables:
@@ -66,14 +66,15 @@ class Powers(Experiment):
 
 
 def test_tables_are_those_of_the_cases_that_are_done(tmp_path: Path) -> None:
-    """Catches a case that is not a job, a row of a job that is not done, a key that is lost, a table
-    without rows, and a derived table of tables that are missing.
+    """Catches a case without its job, a row of an unfinished job, and a lost key.
+
+    Also catches a table without rows, and a derived table where the tables it needs are missing.
     """
-    one, store = Powers(), Store(tmp_path)
-    assert one.jobs() == [Raised(2.0), Raised(3.0), Number(2.0), Number(3.0)]
-    assert one.tables(store) == {}
-    assert not run_all(one.jobs()[1:3], store, Place()).failed
-    tables = one.tables(store)
+    powers, store = Powers(), Store(tmp_path)
+    assert powers.jobs() == [Raised(2.0), Raised(3.0), Number(2.0), Number(3.0)]
+    assert powers.tables(store) == {}
+    assert not run_all(powers.jobs()[1:3], store, Place()).failed
+    tables = powers.tables(store)
     assert records(tables["squares"]) == [
         {"base": 3.0, "kind": "square", "value": 9.0, "digits": 0}
     ]
@@ -92,22 +93,22 @@ def test_the_terminal_shows_chosen_columns() -> None:
 
     tables = {name: table([{"x": 1, "y": 2, "z": 3}]) for name in "abc"}
     shown = Chosen().summary(tables)
-    assert {name: list(its.columns) for name, its in shown.items()} == {
+    assert {name: list(rows.columns) for name, rows in shown.items()} == {
         "a": ["y", "x"],
         "c": ["x", "y", "z"],
     }
 
 
 def test_settings_come_back_from_a_file() -> None:
-    """Catches a tuple that becomes a list, whose jobs would have other ids."""
-    one = Powers(bases=(5.0,), seeds=(0, 1))
-    again = Powers.from_json(json.loads(json.dumps(one.settings)))
-    assert again == one
-    assert [job.id for job in again.jobs()] == [job.id for job in one.jobs()]
+    """Catches a tuple that is read back as a list: its jobs would have other ids."""
+    powers = Powers(bases=(5.0,), seeds=(0, 1))
+    again = Powers.from_json(json.loads(json.dumps(powers.settings)))
+    assert again == powers
+    assert [job.id for job in again.jobs()] == [job.id for job in powers.jobs()]
 
 
 def test_the_report_reads_the_modules_docstring() -> None:
-    """Catches a paragraph that keeps its line breaks, or is another's."""
+    """Catches a paragraph with line breaks, or of another module."""
     headline, *_ = Powers.about()
     assert headline.startswith("What an experiment's cases give")
 

@@ -31,7 +31,7 @@ def test_missing_values_are_left_out() -> None:
 
 
 def test_a_limit_is_drawn_once() -> None:
-    """Catches a limit drawn over itself for each run that has it, and one left out for its value."""
+    """Catches a limit drawn once for each run, and an x limit skipped for having a y limit's value."""
     _, (axes,) = panels()
     for value in (2.0, 2.0, 3.0):
         limit(axes, y=value)
@@ -42,9 +42,9 @@ def test_a_limit_is_drawn_once() -> None:
 
 
 def test_rows_of_panels() -> None:
-    """Catches panels that come column by column, and a figure of one row's height."""
+    """Catches panels ordered by columns, and a figure with the height of one row."""
     figure, axes = panels(3, rows=2, width=2.0, height=1.5)
-    assert [one.get_subplotspec().num1 for one in axes] == list(range(6))
+    assert [panel.get_subplotspec().num1 for panel in axes] == list(range(6))
     assert figure.get_size_inches().tolist() == [6.0, 3.0]
 
 

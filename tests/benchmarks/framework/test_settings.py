@@ -38,11 +38,11 @@ class Config:
     ],
 )
 def test_settings_have_the_type_of_their_field(text: str, value: Any) -> None:
-    """Catches text where a number belongs, and "false" that is true since it is not empty."""
+    """Catches text where a number belongs, and "false" read as true because it is not empty."""
     key = text.partition("=")[0]
-    found = configured(Config(), [text])
-    assert found == replace(Config(), **{key: value})
-    assert type(getattr(found, key)) is type(value)
+    config = configured(Config(), [text])
+    assert config == replace(Config(), **{key: value})
+    assert type(getattr(config, key)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["n=0.5", "n=", "lrs=1,,2", "size=x", "fast=yes", "N=1"])

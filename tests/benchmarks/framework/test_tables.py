@@ -19,9 +19,9 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
         {"lr": 1e300, "n": -7, "none": 1.5, "yes": False, "text": "B = 4", "tiny": 1 / 3},
     ]
     write_table(tmp_path / "a.csv", table(rows))
-    found = records(read_table(tmp_path / "a.csv"))
-    assert found == rows
-    assert [list(map(type, row.values())) for row in found] == [
+    read = records(read_table(tmp_path / "a.csv"))
+    assert read == rows
+    assert [list(map(type, row.values())) for row in read] == [
         list(map(type, row.values())) for row in rows
     ]
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -29,8 +29,9 @@ def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
 
 
 def test_a_table_of_rows_is_that_of_its_file(tmp_path: Path) -> None:
-    """Catches claims that see other types before a table is written than after it is read: integers
-    that a missing value turns into floats, and a column that is empty.
+    """Catches tables whose types change when they are written and read.
+
+    Missing values turn integers into floats, and a column may be empty.
     """
     content = table(
         {"B": size, "a": a, "name": name, "none": None}

@@ -23,20 +23,20 @@ def test_published_results_fit_a_terminal(about: Path) -> None:
     or prediction that is not shown.
     """
     content = json.loads(about.read_text())
-    one = experiment(content["experiment"]).from_json(content["settings"])
+    published = experiment(content["experiment"]).from_json(content["settings"])
     tables = {path.stem: read_table(path) for path in about.parent.glob("*.csv")}
     console = Console(file=io.StringIO(), width=80)
-    show(console, one, tables)
+    show(console, published, tables)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= 80 for line in (text + LEGEND).splitlines())
     assert "…" not in text
-    for name, its in one.summary(tables).items():
+    for name, rows in published.summary(tables).items():
         title = name.replace("-", " ")
         assert title in text
         shown = text.split(title)[1].split("─" * 10)[0]  # its headings
-        known = " ".join(HEADINGS.get(c, c.replace("_", " ")) for c in its).split()
-        assert set(shown.split()) <= {*known}, (shown, known)
+        expected = " ".join(HEADINGS.get(c, c.replace("_", " ")) for c in rows).split()
+        assert set(shown.split()) <= {*expected}, (shown, expected)
     words = set(text.replace("│", " ").replace("┃", " ").split())
-    for claim in one.claims(tables):
+    for claim in published.claims(tables):
         for part in (claim.what, claim.printed, claim.theory, claim.ours):
             assert words.issuperset(part.split()), text

@@ -23,26 +23,26 @@ IN_MINIATURE = ["measure", "ensemble", "graphs", "nccl", "table-2"]
 
 @NEEDS_SIMULATED_DEVICE
 def test_parts_in_miniature(tmp_path: Path) -> None:
-    """Catches a part with a tensor on the host, which would waste the time on a GPU."""
+    """Catches a part that leaves a tensor on the host and would fail on a GPU."""
     process = CONTEXT.Process(target=run_parts, args=(IN_MINIATURE, str(tmp_path)))
     process.start()
     process.join(120)
     process.kill()
     process.join()
-    said = json.loads((tmp_path / "said.json").read_text())
-    assert list(said) == IN_MINIATURE
-    for row in said["measure"][1]:
+    results = json.loads((tmp_path / "said.json").read_text())
+    assert list(results) == IN_MINIATURE
+    for row in results["measure"][1]:
         assert row["difference"] < 1e-5  # the same operations in float32
         assert row["waits_a_product"] <= 1
-    assert "no CUDA graphs" in said["graphs"][0]
-    assert "2 of 2 minima as one" in said["table-2"][0]
-    assert all(row["outcome"] == "reached" for row in said["table-2"][1])
-    assert said["nccl"][1][0]["alone"] == said["nccl"][1][0]["one_rank"]
+    assert "no CUDA graphs" in results["graphs"][0]
+    assert "2 of 2 minima as one" in results["table-2"][0]
+    assert all(row["outcome"] == "reached" for row in results["table-2"][1])
+    assert results["nccl"][1][0]["alone"] == results["nccl"][1][0]["one_rank"]
 
 
 @NEEDS_SIMULATED_DEVICE
 def test_command_line_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Catches a child that is called otherwise than it expects, and reasons that are lost."""
+    """Catches a child process called with wrong arguments, and reasons that are lost."""
     arguments = ["graphs", "--device", "simulated", "--out", str(tmp_path)]
     assert cli.main(["gpu", *arguments]) == 0
     (part,) = json.loads((tmp_path / "gpu.json").read_text())["parts"]
@@ -53,9 +53,9 @@ def test_command_line_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert page.endswith("Not done: graphs.\n")
     assert cli.main(["gpu", "speed"]) == 2
     assert cli.main(["gpu", "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert "speed: expected some of measure, tests" in said
-    assert "--device cpu: expected cuda, cuda:N, or simulated" in said
+    errors = capsys.readouterr().err
+    assert "speed: expected some of measure, tests" in errors
+    assert "--device cpu: expected cuda, cuda:N, or simulated" in errors
     if not torch.cuda.is_available():
         assert cli.main(["gpu"]) == 2
         assert "finds no GPU here; --device simulated" in capsys.readouterr().err
@@ -79,7 +79,7 @@ PROGRAMS = {
 
 
 def test_a_part_that_fails_or_is_slow_does_not_stop_the_others(tmp_path: Path) -> None:
-    """Catches a lost reason, a limit that is not kept, and a part that begins without time."""
+    """Catches a lost reason, a part that exceeds its limit, and one that begins with no time left."""
 
     def command(name: str) -> list[str]:
         program = PROGRAMS[name].replace("{out}", str(tmp_path))
@@ -90,10 +90,10 @@ def test_a_part_that_fails_or_is_slow_does_not_stop_the_others(tmp_path: Path) -
     clock = iter([0.0, *([1.0] * 11), 55.0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script.time, "monotonic", lambda: next(clock, 55.0))
-        found = script.run(
+        results = script.run(
             "cpu", tmp_path, seconds=60, parts=parts, command=command, say=lines.append
         )
-    by_name = {one.part: (one.outcome, one.said) for one in found}
+    by_name = {result.part: (result.outcome, result.said) for result in results}
     assert by_name["good"] == ("done", "a|b")
     assert by_name["bad"][0] == "failed"
     assert by_name["bad"][1].startswith("ValueError: why (exit code 1")

@@ -14,7 +14,7 @@ from benchmarks.perf.lbfgs import Config, host_waits, run
 
 
 def test_it_runs_and_skips_what_is_too_large(tmp_path: Path) -> None:
-    """Catches an import, a key or a unit that the library has left behind."""
+    """Catches an outdated import, key or unit after a change of the library."""
     config = Config(
         out=tmp_path / "new",
         sizes=(50, 1000),
@@ -39,7 +39,7 @@ def test_it_runs_and_skips_what_is_too_large(tmp_path: Path) -> None:
 
 
 def test_compact_search_waits_twice_an_iteration_and_once_a_trial() -> None:
-    """Catches a number asked for on its own: a comparison of tensors is enough, and easily written."""
+    """Catches an extra wait for a number; an innocent comparison of tensors is enough for one."""
     x = torch.nn.Parameter(torch.linspace(-1, 2, 50))
     optimizer = stableopt.LBFGS([x], line_search_fn="strong_wolfe", max_iter=8)
     calls = 0
@@ -61,7 +61,7 @@ def test_compact_search_waits_twice_an_iteration_and_once_a_trial() -> None:
 
 
 def test_waits_are_counted() -> None:
-    """Catches a way to read a number that is not counted, and other operations that are."""
+    """Catches reads of a number that are not counted, and other operations that are."""
     vector = torch.ones(3)
     with host_waits() as count:
         vector.add_(1).sum()

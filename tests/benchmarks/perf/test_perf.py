@@ -66,7 +66,7 @@ def test_products_of_all_ways_agree(tmp_path: Path) -> None:
 def test_models_are_timed_by_their_own_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches ways timed on different samples, and a model without its package that stops all."""
+    """Catches ways timed on different samples, and a missing package that stops all models."""
     tiny = models.Case(lambda: models._Classifier(Pixels()), models._images(2), 3, None)
     other = models.Case(Pixels, models._images(2), package="no_such_package")
     monkeypatch.setattr(models, "CASES", {"tiny": tiny, "other": other})
@@ -80,14 +80,14 @@ def test_models_are_timed_by_their_own_loss(
 
 
 def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
-    """Catches a value of one matrix compared with the truth of the other, and a wrong residual."""
+    """Catches a value compared with the eigenvalue of another matrix, and a wrong residual."""
     asked = eigenvalues.Config(
         out=tmp_path, device="cpu", repeats=1, n=60, target_loss=0.05, lr=0.5
     )
     rows = eigenvalues.run(asked, quiet())
-    own = [row for row in rows if row["way"].startswith("stableopt")]
-    assert [row["matrix"] for row in own] == ["H", "H", "Σ", "Σ"]
-    for row in own:
+    ours = [row for row in rows if row["way"].startswith("stableopt")]
+    assert [row["matrix"] for row in ours] == ["H", "H", "Σ", "Σ"]
+    for row in ours:
         assert row["residual"] <= (1e-3 if row["matrix"] == "H" else 2e-3)
         # Of second order in the residual, where the gap is not much below the value itself.
         assert abs(row["error"]) < 1e-3
@@ -95,7 +95,7 @@ def test_eigenvalues_end_to_end(tmp_path: Path) -> None:
 
 
 def test_eigenvalues_of_another_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a loss or data of the fully connected network, and its results written over."""
+    """Catches the fully connected network's loss or data in use, and its results overwritten."""
     small = partial(small_gpt, width=16, layers=1)
     monkeypatch.setattr(eigenvalues, "small_gpt", small)
     monkeypatch.setattr(eigenvalues, "PEERS", {"broken": lambda *_: 1 / 0})
@@ -130,7 +130,7 @@ def test_along_step_end_to_end(tmp_path: Path) -> None:
 
 
 def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a series that varies another quantity than its name says."""
+    """Catches a series that varies a quantity other than its name says."""
     monkeypatch.setattr(growth, "SERIES", {"n": [(8, 4, 2), (16, 4, 2)], "d": [(8, 4, 2)]})
     rows = growth.run(config(tmp_path), quiet())
     assert [(row["series"], row["n"]) for row in rows] == [("n", 8), ("n", 16), ("d", 8)]
@@ -172,7 +172,7 @@ def test_command_line_takes_parts(
     ],
 )
 def test_the_networks_have_structure(model: nn.Module, shape: tuple, ways: set[str]) -> None:
-    """Catches a network of the comparison that silently takes the general way."""
+    """Catches a network that silently takes the general path, which knows no structure."""
     outputs = model(torch.zeros(2, *shape)).shape[1]
     problem = Problem(model, nn.MSELoss(), (torch.rand(2, *shape), torch.rand(2, outputs)))
     assert set(NonUniformity(problem, method="structured").ways.values()) == ways
@@ -192,11 +192,11 @@ def test_ensembles_end_to_end(tmp_path: Path) -> None:
 
 def test_imports_end_to_end(tmp_path: Path) -> None:
     """Catches a ratio of the wrong way round, or to something that is not torch's own import."""
-    torch_alone, own = imports.run(config(tmp_path), quiet())
+    torch_alone, ours = imports.run(config(tmp_path), quiet())
     assert (torch_alone["module"], torch_alone["of_torch"]) == ("torch", 1.0)
-    assert own["of_torch"] == own["seconds"] / torch_alone["seconds"]
-    assert len(own["of_torch_in_turns"]) == 3
-    assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, own]
+    assert ours["of_torch"] == ours["seconds"] / torch_alone["seconds"]
+    assert len(ours["of_torch_in_turns"]) == 3
+    assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, ours]
 
 
 def test_spectrum_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Progress bars go by the jobs' cost, from the first work seen, without lost jobs."""
+"""Progress bars go by the jobs' cost, from the first job that is seen at work."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def quiet() -> Console:
 
 
 def test_the_time_left_is_that_of_the_work_seen(tmp_path: Path) -> None:
-    """Catches time in which processes start, or what was done another day, counted as work; and a
-    rest that grows while nothing is reported.
+    """Catches start-up time, or earlier sweeps' results, counted as work.
+
+    Also catches a remaining time that grows while nothing is reported.
     """
     now = 100.0
     store, before, job = Store(tmp_path), Costly(1.0), Costly(2.0)
@@ -62,7 +63,7 @@ def test_the_time_left_is_that_of_the_work_seen(tmp_path: Path) -> None:
 
 
 def test_the_bar_goes_by_cost_and_not_by_number(tmp_path: Path) -> None:
-    """Catches nine tenths done when the last job is nine tenths of the work."""
+    """Catches a bar that counts jobs: it would be nearly full before a last job of most of the work."""
     store = Store(tmp_path)
     small, large = [Costly(float(x)) for x in (1, 2, 3)], Costly(54.0)
     bars = Bars([*small, large], store, quiet())
@@ -96,7 +97,7 @@ def test_where_no_job_tells_its_cost_all_count_alike(tmp_path: Path) -> None:
 
 
 def test_bars_follow_a_whole_run(tmp_path: Path) -> None:
-    """Catches a bar that is left behind, a line that is not printed, and a job that no one counts."""
+    """Catches a bar that stays on the screen, a line that is not printed, and an uncounted job."""
     failing = Failing(str(tmp_path / "cure"))
     jobs = [Number(1.0), Number(2.0), failing, Sum((failing,))]
     store, console = Store(tmp_path), quiet()
@@ -105,7 +106,7 @@ def test_bars_follow_a_whole_run(tmp_path: Path) -> None:
     (left,) = bars.progress.tasks
     assert left.completed == 1.0
     assert "2 of 4 jobs, 2 failed or blocked" in left.description
-    said = console.file.getvalue()
+    output = console.file.getvalue()
     for job in jobs[:2]:
-        assert f"done {job.id}" in said
-    assert "ArithmeticError: no cure" in said
+        assert f"done {job.id}" in output
+    assert "ArithmeticError: no cure" in output

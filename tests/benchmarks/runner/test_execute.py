@@ -1,4 +1,4 @@
-"""A job can end at any moment: by itself, by an error, by a signal, or while another runs."""
+"""Jobs that end by themselves, by an error or by a signal, and jobs that others run meanwhile."""
 
 from __future__ import annotations
 
@@ -78,8 +78,9 @@ def test_a_walk_that_was_killed_goes_on_to_the_same_end(
 
 
 def test_an_error_is_recorded_and_does_not_count_as_done(tmp_path: Path) -> None:
-    """Catches an error that is lost with its traceback, a result that cannot be written counted as
-    one, and a second run that tries again unasked.
+    """Catches a lost error or traceback, and a result that cannot be written but counts as done.
+
+    Also catches a second run that tries a failed job again without being asked.
     """
     store, cure = Store(tmp_path), tmp_path / "cure"
     failing, unwritable = Failing(str(cure)), Unwritable()
@@ -102,7 +103,7 @@ def test_an_error_is_recorded_and_does_not_count_as_done(tmp_path: Path) -> None
 def test_an_error_ends_its_checkpoint_and_a_death_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a retry that resumes into the error it came from, and one that throws hours away."""
+    """Catches a retry that resumes from the state that failed, and a resume that loses hours of work."""
     store, job = Store(tmp_path), Walk(2)
     with monkeypatch.context() as patch:
         kill_at(patch, 30)
@@ -123,10 +124,10 @@ def test_a_checkpoint_without_a_trace(tmp_path: Path) -> None:
     """Catches a resume that asks for a trace where none was written."""
     store, job = Store(tmp_path), Number(1.0)
     store.part(job).mkdir(parents=True)
-    its = Work(job, store, HERE)
-    its.checkpoint({"step": 3})
-    assert its.restored() == {"step": 3}
-    assert its.restored() == {"step": 3}
+    work = Work(job, store, HERE)
+    work.checkpoint({"step": 3})
+    assert work.restored() == {"step": 3}
+    assert work.restored() == {"step": 3}
 
 
 def hold(root: Path, job: Job, ready: Any, go: Any) -> None:
@@ -136,9 +137,7 @@ def hold(root: Path, job: Job, ready: Any, go: Any) -> None:
 
 
 def test_two_processes_do_not_run_the_same_job(tmp_path: Path) -> None:
-    """Catches a lock that is not seen by other processes, that is not waited for, or that is kept
-    when its process is killed.
-    """
+    """Catches a lock that other processes ignore, or that outlives a killed process."""
     store, job = Store(tmp_path), Number(1.0)
     context = multiprocessing.get_context("spawn")
     ready, go = context.Event(), context.Event()

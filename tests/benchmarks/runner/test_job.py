@@ -15,8 +15,9 @@ from benchmarks.training.minimum import Solution
 
 
 def test_an_id_is_the_hash_of_what_differs_from_the_defaults() -> None:
-    """Catches an id that hangs on Python's hash, which differs from process to process, and a
-    change that would leave every result that there is behind. The content is written out by hand.
+    """Catches an id by Python's hash, which differs between processes, and any change of ids.
+
+    After a change all existing results would be lost. The hashed content is written out by hand.
     """
     content = '["sum", 1, {"terms": [["number", 1, {"unit": "km", "x": 1.5}]]}]'
     digest = hashlib.sha256(content.encode()).hexdigest()
@@ -28,7 +29,7 @@ def test_an_id_is_the_hash_of_what_differs_from_the_defaults() -> None:
 
 def test_every_field_tells_jobs_apart_also_those_of_a_need() -> None:
     """Catches a field that is left out of the id: two jobs would share one result."""
-    one = Solution(Dataset("digits", 100), lr=0.5)
+    base = Solution(Dataset("digits", 100), lr=0.5)
     others = [
         Solution(Dataset("digits", 101), lr=0.5),
         Solution(Dataset("digits", 100, random_labels=1), lr=0.5),
@@ -36,18 +37,18 @@ def test_every_field_tells_jobs_apart_also_those_of_a_need() -> None:
         Solution(Dataset("digits", 100), lr=0.5, seed=1),
         Solution(Dataset("digits", 100), lr=0.5, batch_size=4),
         Solution(Dataset("digits", 100), lr=0.5, non_uniformity=False),
-        Sum((one,)),
-        Sum((one, one)),
+        Sum((base,)),
+        Sum((base, base)),
         Sum((Number(1.0),)),
         Sum((Number(2.0),)),
     ]
-    assert len({job.id for job in [one, *others]}) == 1 + len(others)
-    assert one.id == Solution(Dataset("digits", 100), lr=0.5).id
-    assert one.id.startswith("solution-")
+    assert len({job.id for job in [base, *others]}) == 1 + len(others)
+    assert base.id == Solution(Dataset("digits", 100), lr=0.5).id
+    assert base.id.startswith("solution-")
 
 
 def test_a_field_that_is_added_leaves_ids_as_they_were() -> None:
-    """Catches results that are lost when a class learns something new, in a need too."""
+    """Catches ids that change, also those of dependent jobs, when a class gains a field."""
 
     @dataclass(frozen=True)
     class Later(Number):
@@ -60,7 +61,7 @@ def test_a_field_that_is_added_leaves_ids_as_they_were() -> None:
 
 
 def test_a_schema_makes_new_ids_also_of_those_that_need_it() -> None:
-    """Catches an old result, or one computed from an old result, taken for a new one."""
+    """Catches an old result, or one computed from an old result, that counts as a new one."""
 
     @dataclass(frozen=True)
     class Newer(Number):
@@ -79,10 +80,10 @@ def test_the_configuration_is_what_was_given() -> None:
 
 def test_needs_come_first_and_once() -> None:
     """Catches a job before what it needs, and one that is listed for each that needs it."""
-    one, two = Number(1.0), Number(2.0)
-    both = Sum((one, two))
-    top = Sum((both, one))
-    assert in_order([top, two, both]) == [one, two, both, top]
+    first, second = Number(1.0), Number(2.0)
+    both = Sum((first, second))
+    top = Sum((both, first))
+    assert in_order([top, second, both]) == [first, second, both, top]
 
 
 def test_what_a_job_does_not_say_of_itself() -> None:

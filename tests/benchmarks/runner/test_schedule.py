@@ -40,7 +40,7 @@ class Log(Watch):
 
 
 class Inline:
-    """Runs a call when it is asked whether it is done, one each time; counts those handed over."""
+    """An executor that runs one call each time it is asked for progress, and counts submitted calls."""
 
     def __init__(self) -> None:
         self.queue: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
@@ -66,17 +66,19 @@ class Inline:
 
 def test_needs_are_run_before_and_only_what_is_left_is_run(tmp_path: Path) -> None:
     """Catches a job before its needs, and one that is run twice."""
-    one, two = Number(1.0), Number(2.0)
-    total = Sum((one, two))
+    first, second = Number(1.0), Number(2.0)
+    total = Sum((first, second))
     store = Store(tmp_path)
-    run_all([one], store, HERE)
+    run_all([first], store, HERE)
     log = Log()
     summary = run_all([total], store, HERE, watch=log)
-    assert (summary.already_done, summary.done) == ([one], [two, total])
-    assert log.lines == [(word, job.id) for job in (two, total) for word in ("started", "finished")]
+    assert (summary.already_done, summary.done) == ([first], [second, total])
+    assert log.lines == [
+        (word, job.id) for job in (second, total) for word in ("started", "finished")
+    ]
     assert store.result(total) == {"value": 3.0}
     again = run_all([total], store, HERE, make_executor=lambda: pytest.fail("nothing to run"))
-    assert again.already_done == [one, two, total]
+    assert again.already_done == [first, second, total]
 
 
 def test_what_others_wait_for_goes_first(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_a_failure_costs_what_stands_on_it_and_is_not_run_again_unasked(tmp_path
 
 
 def test_an_exit_in_a_job_is_no_exit_of_the_sweep(tmp_path: Path) -> None:
-    """Catches SystemExit, which is not an Exception, on its way through a future to the parent."""
+    """Catches a job's SystemExit, which is not an Exception, that ends the parent."""
     store = Store(tmp_path)
     summary = run_all([Dying("sys.exit"), Number(1.0)], store, HERE)
     assert (summary.failed, summary.done) == ([Dying("sys.exit")], [Number(1.0)])
@@ -142,10 +144,10 @@ def test_an_executors_own_error_is_the_jobs(tmp_path: Path) -> None:
             def lose(jobs: list[Job], *rest: Any) -> Any:
                 if jobs == [Number(1.0)]:
                     raise LookupError("lost\non the way")
-                found = function(jobs, *rest)
+                results = function(jobs, *rest)
                 if jobs == [Number(2.0)]:
                     raise LookupError("lost after the work was done")
-                return found
+                return results
 
             return super().submit(lose, *arguments)
 
@@ -199,7 +201,7 @@ def test_who_breaks_an_executor_is_found_by_running_suspects_alone(tmp_path: Pat
 def test_no_more_are_handed_over_than_asked(
     tmp_path: Path, in_flight: int | None, most: int
 ) -> None:
-    """Catches all jobs in an executor's queue, where a broken pool would make them all suspects."""
+    """Catches all jobs submitted at once: if the pool broke, all of them would be suspects."""
     executor = Inline()
     jobs = [Number(float(x)) for x in range(8)]
     run_all(jobs, Store(tmp_path), HERE, make_executor=lambda: executor, in_flight=in_flight)
@@ -232,7 +234,7 @@ def test_ensembles_are_of_one_kind_and_no_larger_than_asked(tmp_path: Path) -> N
 
 
 def test_threads_run_one_job_at_a_time(tmp_path: Path) -> None:
-    """Catches two jobs in one process that seed the same global generator in turns."""
+    """Catches two jobs in one process at a time, which would share the global random generator."""
     runner_jobs.INSIDE[:] = [0, 0]
     jobs = [Alone(x) for x in range(6)]
     summary = run_all(jobs, Store(tmp_path), HERE, make_executor=lambda: ThreadPoolExecutor(3))
@@ -241,7 +243,7 @@ def test_threads_run_one_job_at_a_time(tmp_path: Path) -> None:
 
 
 def test_an_interruption_cancels_what_was_not_begun(tmp_path: Path) -> None:
-    """Catches a sweep that, interrupted, first works through all that it had handed over."""
+    """Catches an interrupted sweep that first finishes all submitted jobs."""
 
     class Impatient(Watch):
         def finished(self, job: Job, seconds: float | None) -> None:
@@ -256,7 +258,7 @@ def test_an_interruption_cancels_what_was_not_begun(tmp_path: Path) -> None:
 
 
 def test_nothing_begins_after_the_time(tmp_path: Path) -> None:
-    """Catches a budget that only an executor that can stop obeys."""
+    """Catches a time budget that applies only to executors that can stop running jobs."""
     store = Store(tmp_path)
     jobs = [Number(1.0), Number(2.0)]
     summary = run_all(jobs, store, HERE, seconds=-1.0)
@@ -265,7 +267,7 @@ def test_nothing_begins_after_the_time(tmp_path: Path) -> None:
 
 
 def test_shards_are_a_partition_that_keeps_together_what_belongs_together() -> None:
-    """Catches a job in no part or in two, and a minimum that two machines would compute."""
+    """Catches a job in no shard or in two, and a minimum that two machines compute."""
     jobs: list[Job] = [Number(float(x)) for x in range(40)]
     jobs += [Sum((job,)) for job in jobs]
     jobs += [Sum((job,)) for job in jobs[40:]]
@@ -282,7 +284,7 @@ def test_shards_are_a_partition_that_keeps_together_what_belongs_together() -> N
 
 
 def test_the_estimate_goes_by_what_such_jobs_took(tmp_path: Path) -> None:
-    """Catches seconds for operations upside down, and workers that are forgotten."""
+    """Catches an inverted rate of seconds and operations, and an estimate that ignores workers."""
 
     class Costly(Number):
         kind = "costly"

@@ -48,16 +48,16 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     """Catches a file that is written in place: a reader would see half of it."""
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    seen = []
+    replaced = []
     replace = os.replace
 
     def look(source: Path, target: Path) -> None:
-        seen.append((read_json(target), read_json(source)))
+        replaced.append((read_json(target), read_json(source)))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", look)
     write_json(path, {"a": 2})
-    assert seen == [({"a": 1}, {"a": 2})]
+    assert replaced == [({"a": 1}, {"a": 2})]
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(TypeError, match="Tensor"):
         write_json(path, {"a": torch.zeros(1)})
@@ -67,7 +67,7 @@ def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_done_is_on_the_disk_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a name that outlives a power cut while its content does not: files in caches only."""
+    """Catches a job marked as done before its files are on the disk: a power cut would lose them."""
     if os.name != "posix":
         pytest.skip("fsync of a folder is POSIX's")
     store, job = Store(tmp_path), Number(1.0)

@@ -43,11 +43,11 @@ def alive(group: int) -> list[int]:
         ["ps", "-axo", "pid=,pgid=,stat="], capture_output=True, text=True, check=True
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, its, state in rows if int(its) == group and state[0] != "Z"]
+    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and state[0] != "Z"]
 
 
 def files(store: Store, jobs: list[Job]) -> dict[str, bytes]:
-    """Return the bytes of all that jobs have found."""
+    """Return the bytes of all results."""
     return {
         f"{job.id}/{name}": (store.folder(job) / name).read_bytes() for job in jobs for name in KEPT
     }
@@ -129,7 +129,7 @@ def test_a_sweep_whose_time_is_up_stops_its_processes_and_continues_later(
 def test_workers_that_are_still_starting_end_with_their_parent(
     tmp_path: Path, begin: Callable[[int], subprocess.Popen[bytes]]
 ) -> None:
-    """Catches orphans that look for their parent after it has gone, and wait forever."""
+    """Catches workers that start after their parent has gone, and wait forever."""
     process = begin(1)
     # The parent, the worker, and Python's resource tracker.
     until(lambda: len(alive(process.pid)) >= 3)
@@ -140,9 +140,7 @@ def test_workers_that_are_still_starting_end_with_their_parent(
 
 
 def test_a_worker_that_dies_costs_its_job_only(tmp_path: Path, importable: str) -> None:
-    """Catches a sweep that ends with its pool, other jobs lost with the one to blame, and a
-    death that is not recorded.
-    """
+    """Catches a dead worker that ends the sweep, loses other jobs, or is not recorded."""
     store = Store(tmp_path)
     numbers = [Number(float(x)) for x in range(4)]
     dying = Dying("kill")
@@ -157,20 +155,18 @@ def test_a_worker_that_dies_costs_its_job_only(tmp_path: Path, importable: str) 
 
 
 def test_dask(tmp_path: Path, importable: str) -> None:
-    """Catches what threads hide: jobs that cannot be sent, needs read where they are not, a client
-    that is left open.
-    """
+    """Catches faults that threads hide: jobs that cannot be pickled, missing needs, an open client."""
     distributed = pytest.importorskip("distributed", reason="Dask's distributed is not installed")
     store = Store(tmp_path)
-    one, two = Number(1.0), Number(2.0)
-    failing, total = Failing(str(tmp_path / "cure")), Sum((one, two))
+    first, second = Number(1.0), Number(2.0)
+    failing, total = Failing(str(tmp_path / "cure")), Sum((first, second))
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None
     ) as cluster:
         make = executor(f"dask:{cluster.scheduler_address}", 1)
         summary = run_all([total, failing], store, HERE, make_executor=make)
         assert not [name for name in cluster.scheduler.clients if name.startswith("Client-")]
-    assert set(summary.done) == {one, two, total}
+    assert set(summary.done) == {first, second, total}
     assert summary.failed == [failing]
     assert store.result(total) == {"value": 3.0}
 
@@ -198,7 +194,7 @@ def test_submitit(tmp_path: Path, importable: str) -> None:
     ],
 )
 def test_what_no_executor_is(name: str, workers: int, says: str) -> None:
-    """Catches a mistyped name that falls back to something else, or is found out hours later."""
+    """Catches a mistyped executor that falls back to another, or fails hours later."""
     with pytest.raises(ValueError, match=says):
         executor(name, workers)
 
@@ -215,7 +211,7 @@ def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_of_workers_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches threads that spin: next to another busy program `make demo` took over ten minutes."""
+    """Catches waiting threads that spin: `make demo` took over ten minutes on a busy machine."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "")  # what the test changes is then undone
     monkeypatch.delenv("OMP_WAIT_POLICY")
     with executor("processes", 1)() as pool:  # type: ignore[attr-defined]

@@ -85,7 +85,7 @@ def test_a_folder_that_is_named_is_used_and_downloads_are_checked(
     monkeypatch.delenv("STABLEOPT_DATA", raising=False)
     images = Dataset("fashion-mnist", n=15).load()
     assert images.x.shape == (15, 784)
-    assert [known for _, known in asked] == [
+    assert [checksum for _, checksum in asked] == [
         f"md5:{md5}" for md5 in datasets.FASHION_MNIST_MD5.values()
     ]
     asked.clear()

@@ -34,12 +34,12 @@ def both_ways(jobs: list[Solution], tmp_path: Path) -> tuple[Store, Store]:
 
 
 def same(job: Solution, alone: Store, together: Store) -> None:
-    """Hold a member against the lone run: weights, trace and result, in form and in number."""
-    expected, found = alone.tensors(job), together.tensors(job)
-    assert list(found) == list(expected)
+    """Compare a member with the lone run: weights, trace and result, in form and in value."""
+    expected, weights = alone.tensors(job), together.tensors(job)
+    assert list(weights) == list(expected)
     for name, weight in expected.items():
-        assert found[name].shape == weight.shape
-        assert float((found[name] - weight).norm()) <= TOLERANCE * float(weight.norm())
+        assert weights[name].shape == weight.shape
+        assert float((weights[name] - weight).norm()) <= TOLERANCE * float(weight.norm())
     result, other = alone.result(job), together.result(job)
     assert {k: v is None for k, v in vars(other).items()} == {
         k: v is None for k, v in vars(result).items()
@@ -47,15 +47,15 @@ def same(job: Solution, alone: Store, together: Store) -> None:
     assert (other.outcome, other.steps) == (result.outcome, result.steps)
     lines, others = alone.trace(job), together.trace(job)
     assert [line["step"] for line in others] == [line["step"] for line in lines]
-    for line, its in zip(lines, others, strict=True):
-        assert its["loss"] == pytest.approx(line["loss"], rel=TOLERANCE)
+    for line, member in zip(lines, others, strict=True):
+        assert member["loss"] == pytest.approx(line["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("batch_size", [None, 16], ids=["GD", "SGD"])
 def test_members_take_the_steps_of_lone_runs(tmp_path: Path, batch_size: int | None) -> None:
-    """Catches a rate, a seed, a scale or a batch that is another member's; a last batch that is left
-    out (60 samples in batches of 16 leave 12); and a form of the results that is not that of a lone
-    run.
+    """Catches another member's rate, seed, scale or batches, and results in another form.
+
+    Also catches a last batch that is left out: 60 samples in batches of 16 leave 12.
     """
     more: dict[str, Any] = {"batch_size": batch_size, "target_loss": 1e-9, "max_steps": 30}
     jobs = [
@@ -76,8 +76,9 @@ def test_members_take_the_steps_of_lone_runs(tmp_path: Path, batch_size: int | N
 
 
 def test_each_member_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a member that goes on after its end, one whose infinities reach its neighbours, and a
-    stack that is cut down to the wrong ones: four of five end, at different steps, in two ways.
+    """Catches a member that trains on after its end, and infinities that reach other members.
+
+    Also catches wrong members kept: four of five end, at different steps, in two ways.
     """
     sizes = []
     training_losses = ensemble.Stack.training_losses
@@ -106,8 +107,9 @@ def test_each_member_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches chunks that are weighted alike (the last is smaller) and convolutions whose stacked
-    weights are mixed up; gradients against autograd's of each network alone.
+    """Catches chunks of equal weight (the last is smaller), and mixed-up stacked convolutions.
+
+    The oracle is autograd on each network alone.
     """
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(10, 3, 32, 32, generator=generator), torch.rand(10, 2, generator=generator)
@@ -123,13 +125,13 @@ def test_the_network_for_colour_images_in_chunks(monkeypatch: pytest.MonkeyPatch
         # Float32, sums of ten samples' terms in another order.
         assert losses[k] == pytest.approx(loss.item(), rel=1e-5)
         expected = torch.autograd.grad(loss, list(model.parameters()))
-        for found, gradient in zip(stack.gradients, expected, strict=True):
-            assert float((found[k] - gradient).norm()) <= 1e-4 * float(gradient.norm())
+        for stacked, gradient in zip(stack.gradients, expected, strict=True):
+            assert float((stacked[k] - gradient).norm()) <= 1e-4 * float(gradient.norm())
 
 
 def test_who_may_be_trained_as_one() -> None:
     """Catches members whose data, batches or ends differ, and batch norm, in one ensemble."""
-    one = Solution(DIGITS, lr=0.1)
+    base = Solution(DIGITS, lr=0.1)
     for other in (
         Solution(Dataset("digits", 61), lr=0.1),
         Solution(Dataset("digits", 60, random_labels=2), lr=0.1),
@@ -138,7 +140,7 @@ def test_who_may_be_trained_as_one() -> None:
         Solution(DIGITS, lr=0.1, max_steps=3),
         Solution(Dataset("cifar10", 60), lr=0.1, network="vgg"),
     ):
-        assert other.together != one.together
+        assert other.together != base.together
     resnet = Solution(Dataset("cifar10", 60), lr=0.1, network="resnet")
     assert resnet.together is None
     assert Solution(DIGITS, lr=0.1, sharpness_every=5).together is None
@@ -147,7 +149,7 @@ def test_who_may_be_trained_as_one() -> None:
 
 
 def test_a_trace_that_a_killed_ensemble_left_is_not_gone_on_with(tmp_path: Path) -> None:
-    """Catches lines of the ensemble before, whose weights are lost, in front of the new ones."""
+    """Catches a new trace appended to that of a killed ensemble, whose weights are lost."""
     job = Solution(DIGITS, lr=0.3, target_loss=1e-9, max_steps=4)
     other = Solution(DIGITS, lr=0.2, target_loss=1e-9, max_steps=4)
     store = Store(tmp_path)

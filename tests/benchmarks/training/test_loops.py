@@ -36,14 +36,14 @@ def test_the_loop_is_the_plain_one() -> None:
     """
     models = [network("digits", seed=0) for _ in range(2)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
-    seen: list[tuple[str, int, float]] = []
+    calls: list[tuple[str, int, float]] = []
     taken = train(
         models[0],
         optimizers[0],
         reshuffled_batches(IMAGES, 5, torch.Generator().manual_seed(1)),
         steps=6,
-        before_step=lambda step, loss: seen.append(("before", step, loss)),
-        after_step=lambda step, loss: seen.append(("after", step, loss)),
+        before_step=lambda step, loss: calls.append(("before", step, loss)),
+        after_step=lambda step, loss: calls.append(("after", step, loss)),
     )
     expected = []
     batches = reshuffled_batches(IMAGES, 5, torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def test_the_loop_is_the_plain_one() -> None:
         value = float(loss.detach())
         expected += [("before", step, value), ("after", step + 1, value)]
     assert taken == 6
-    assert seen == expected
+    assert calls == expected
     assert torch.equal(weights(models[0]), weights(models[1]))
 
 
@@ -65,8 +65,8 @@ def test_a_hook_ends_the_training(hook: str, taken: int) -> None:
     model = network("digits", seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     batches = iter([(IMAGES.x[k : k + 4], IMAGES.y[k : k + 4]) for k in range(0, 16, 4)])
-    found = train(model, optimizer, batches, **{hook: lambda step, loss: step == 2})
-    assert found == taken
+    steps = train(model, optimizer, batches, **{hook: lambda step, loss: step == 2})
+    assert steps == taken
     assert len(list(batches)) == (1 if hook == "before_step" else 2)
 
 
@@ -110,7 +110,7 @@ def test_gd_until_ends_at_the_target_or_says_why_not() -> None:
 
 
 def test_a_minimum_is_loaded_only_if_it_is_one(tmp_path: Path) -> None:
-    """Catches weights of the start instead of the end, and a run out of steps taken for a minimum."""
+    """Catches initial instead of final weights, and a run out of steps loaded as a minimum."""
     store = Store(tmp_path)
     data = Dataset("digits", 16)
     reached = Solution(data, lr=1.0, target_loss=3e-2)
@@ -118,8 +118,9 @@ def test_a_minimum_is_loaded_only_if_it_is_one(tmp_path: Path) -> None:
     lost = Solution(data, lr=1e6, target_loss=3e-2)
     assert not run_all([reached, unfinished, lost], store, Place()).failed
     work = Work(reached, store, Place())
-    found, model, images = from_minimum(reached, work)
-    assert evaluate(model, images) == pytest.approx(found.loss, rel=1e-6)  # summed in other chunks
+    minimum, model, images = from_minimum(reached, work)
+    # 1e-6: summed in other chunks.
+    assert evaluate(model, images) == pytest.approx(minimum.loss, rel=1e-6)
     assert from_minimum(unfinished, work, allow_unfinished=True).minimum.outcome == "out of steps"
     for job, allowed in ((unfinished, False), (lost, False), (lost, True)):
         with pytest.raises(ValueError, match="has not reached a minimum"):

@@ -34,7 +34,7 @@ def done(job: Job, store: Store) -> Any:
 def test_gradient_descent_is_the_plain_loop(tmp_path: Path) -> None:
     """Catches a step too many, a loss of another step, and weights that are not those of the end."""
     store = Store(tmp_path)
-    found = done(QUICK, store)
+    minimum = done(QUICK, store)
     images, model = FEW.load(), network("digits", seed=0)
     steps = 0
     while (loss := nn.functional.mse_loss(model(images.x), images.y)) > 3e-2:
@@ -43,15 +43,15 @@ def test_gradient_descent_is_the_plain_loop(tmp_path: Path) -> None:
         ):
             p.data.sub_(g)
         steps += 1
-    assert (found.outcome, found.steps) == ("reached", steps)
+    assert (minimum.outcome, minimum.steps) == ("reached", steps)
     # The same operations; torch may sum the batch in another order when it is cut into chunks.
-    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert minimum.loss == pytest.approx(float(loss.detach()), rel=1e-6)
     for name, p in store.tensors(QUICK).items():
         torch.testing.assert_close(p, model.state_dict()[name])
     margins = stableopt.measure(model, nn.MSELoss(), (images.x, images.y), lr=1.0)
-    assert found.sharpness == pytest.approx(margins.sharpness, rel=1e-3)  # the solver's tolerance
-    assert found.sharpness_limit == 2.0
-    assert found.test_accuracy == images.accuracy(model)
+    assert minimum.sharpness == pytest.approx(margins.sharpness, rel=1e-3)  # the solver's tolerance
+    assert minimum.sharpness_limit == 2.0
+    assert minimum.test_accuracy == images.accuracy(model)
 
 
 def test_the_recorded_residual_is_relative_to_the_eigenvalue_once() -> None:
@@ -61,16 +61,16 @@ def test_the_recorded_residual_is_relative_to_the_eigenvalue_once() -> None:
         model[-1].weight.mul_(10)
     arguments = (model, nn.MSELoss(), (images.x, images.y))
     margins = stableopt.measure(*arguments, lr=1.0, max_iter=300)
-    found = solution.measured(model, images, lr=1.0, non_uniformity=False)
-    assert found["sharpness"] > 4  # far from 1, where dividing twice would not show
-    assert found["sharpness_relative_residual"] == margins.measurements["sharpness"].residual
+    recorded = solution.measured(model, images, lr=1.0, non_uniformity=False)
+    assert recorded["sharpness"] > 4  # far from 1, where dividing twice would not show
+    assert recorded["sharpness_relative_residual"] == margins.measurements["sharpness"].residual
 
 
 def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
     """Catches batches in another order than the seed's, and a test of the loss in mid-epoch."""
     job = replace(QUICK, batch_size=5, seed=3, target_loss=1e-9, max_steps=8)
     store = Store(tmp_path)
-    found = done(job, store)
+    minimum = done(job, store)
     images, model = FEW.load(), network("digits", seed=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     generator = torch.Generator().manual_seed(3)
@@ -79,7 +79,7 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
             optimizer.zero_grad()
             nn.functional.mse_loss(model(images.x[rows]), images.y[rows]).backward()
             optimizer.step()
-    assert (found.outcome, found.steps) == ("out of steps", 8)
+    assert (minimum.outcome, minimum.steps) == ("out of steps", 8)
     # To rounding, since the BLAS may take another kernel for memory that is aligned otherwise.
     torch.testing.assert_close(model.state_dict(), dict(store.tensors(job)))
 
@@ -88,7 +88,7 @@ def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
 def test_a_network_without_active_units_has_collapsed(
     together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would train the last bias until it is out of steps. Catches one that counts as a minimum."""
+    """Catches a dead network that counts as a minimum: it would train only its last bias."""
 
     def dead(job: Solution, device: str = "cpu") -> nn.Module:
         model = network("digits", seed=job.seed)
@@ -101,10 +101,10 @@ def test_a_network_without_active_units_has_collapsed(
     job, store = replace(QUICK, batch_size=4, max_steps=1000), Store(tmp_path)
     if together:
         jobs = [job, replace(job, lr=0.5)]
-        works = [Work(one, store, Place()) for one in jobs]
-        for one in jobs:
-            store.part(one).mkdir(parents=True)
-        ends = [Minimum(**found) for found in Solution.run_together(jobs, works)]
+        works = [Work(each, store, Place()) for each in jobs]
+        for each in jobs:
+            store.part(each).mkdir(parents=True)
+        ends = [Minimum(**fields) for fields in Solution.run_together(jobs, works)]
     else:
         ends = [done(job, store)]
     assert [end.outcome for end in ends] == ["collapsed"] * len(ends)
@@ -135,7 +135,7 @@ class _KilledError(BaseException):
 def test_a_run_that_is_killed_goes_on_where_it_was(
     batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a state that is not all there is: the order of the batches, the trace, the steps."""
+    """Catches a checkpoint without the order of batches, the trace or the number of steps."""
     job = replace(QUICK, batch_size=batch_size, target_loss=1e-2)
     undisturbed, killed = Store(tmp_path / "a"), Store(tmp_path / "b")
     done(job, undisturbed)
@@ -164,16 +164,16 @@ def test_a_run_that_is_killed_goes_on_where_it_was(
 
 
 def test_divergence_is_an_outcome(tmp_path: Path) -> None:
-    """Catches a failure where there is a result, and margins of weights that are not finite."""
+    """Catches divergence recorded as a failure, and margins measured on non-finite weights."""
     store = Store(tmp_path)
-    found = done(replace(QUICK, lr=1e6), store)
-    assert found.outcome == "diverged"
-    assert found.sharpness is None
-    assert found.loss is None
+    minimum = done(replace(QUICK, lr=1e6), store)
+    assert minimum.outcome == "diverged"
+    assert minimum.sharpness is None
+    assert minimum.loss is None
 
 
 def test_sharpness_along_the_way_changes_nothing(tmp_path: Path) -> None:
-    """Catches a measurement that leaves a trace in the run, and one that is not made."""
+    """Catches a measurement that changes the run, and a measurement that is not made."""
     watched = replace(QUICK, sharpness_every=10)
     store = Store(tmp_path)
     assert done(watched, store) == done(QUICK, store)
@@ -198,21 +198,19 @@ def minimum(tmp_path_factory: pytest.TempPathFactory) -> tuple[Solution, Store]:
 
 
 def test_gd_leaves_beyond_its_limit_and_stays_within(minimum: tuple[Solution, Store]) -> None:
-    """Catches a prediction that is not the box's, an escape that is not seen, and one that is seen
-    where there is none.
-    """
+    """Catches a prediction that is not the box's, a missed escape, and a false one."""
     start, store = minimum
     a = store.result(start).sharpness
     for factor, leaves in ((0.9, False), (2.0, True)):
         job = Switch(start, lr=factor * 2 / a, batch_size=None, steps=300, look_every=1)
-        found = done(job, store)
-        assert found.predicted == ("escape" if leaves else "stay")
-        assert (found.escaped_at is not None) == leaves
-        assert found.before == store.result(start)
+        escape = done(job, store)
+        assert escape.predicted == ("escape" if leaves else "stay")
+        assert (escape.escaped_at is not None) == leaves
+        assert escape.before == store.result(start)
         first = store.trace(job)[0]
-        assert (first["step"], first["predicted"]) == (0, found.predicted)
-        if leaves and found.after is not None:
-            assert found.largest_loss_ratio >= 10
+        assert (first["step"], first["predicted"]) == (0, escape.predicted)
+        if leaves and escape.after is not None:
+            assert escape.largest_loss_ratio >= 10
 
 
 @pytest.mark.parametrize(
@@ -222,8 +220,8 @@ def test_an_excursion_is_not_an_escape(end: float | None, returned: bool) -> Non
     """Catches an excursion that counts as an escape, and an escape to elsewhere that does not."""
     before = Minimum("reached", 9, 1e-4, sharpness=20.0)
     after = None if end is None else {"sharpness": 20.0 * end}
-    found = Escape(620, 13.4, after, predicted="stay", before=before)
-    assert found.returned == returned == found.as_predicted
+    escape = Escape(620, 13.4, after, predicted="stay", before=before)
+    assert escape.returned == returned == escape.as_predicted
     stayed = Escape(None, 2.0, {"sharpness": 20.0}, predicted="stay", before=before)
     assert stayed.as_predicted
     assert not stayed.returned
@@ -241,8 +239,9 @@ def test_margins_along_the_way(minimum: tuple[Solution, Store]) -> None:
 
 
 def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store]) -> None:
-    """Catches a run that ends before its loss is small again, one that settles on another path, and
-    one that goes on though it never left.
+    """Catches a run that ends before its loss is small again, or goes on though it never left.
+
+    Also catches a run that takes another path when it trains on.
     """
     start, store = minimum
     a = store.result(start).sharpness
@@ -260,7 +259,7 @@ def test_an_escape_trains_on_until_it_has_settled(minimum: tuple[Solution, Store
 
 
 def test_independent_batches_are_not_an_epoch(minimum: tuple[Solution, Store]) -> None:
-    """Catches one way of drawing under two names."""
+    """Catches independent and reshuffled batches that are drawn in the same way."""
     start, _ = minimum
     images = FEW.load()
     numbered = replace(images, x=torch.arange(16.0)[:, None])
@@ -297,33 +296,33 @@ def test_a_switch_needs_a_minimum(tmp_path: Path) -> None:
 )
 def test_the_box_goes_by_the_measured_numbers(a: float, s: float, escapes: bool, says: str) -> None:
     """Catches a prediction that is written down instead of computed."""
-    said = box(a, s, lr=0.5, batch_size=4, n=10**9)
-    assert said.escapes is escapes
-    assert says in said.why
+    prediction = box(a, s, lr=0.5, batch_size=4, n=10**9)
+    assert prediction.escapes is escapes
+    assert says in prediction.why
 
 
 def test_thresholds_are_the_librarys(minimum: tuple[Solution, Store]) -> None:
     """Catches thresholds of other weights, and of another batch size."""
     start, store = minimum
-    found = done(Thresholds(start, (1, 16)), store)
+    thresholds = done(Thresholds(start, (1, 16)), store)
     model = start.model()
     model.load_state_dict(store.tensors(start))
     images = FEW.load()
     problem = stableopt.Problem(model, nn.MSELoss(), (images.x, images.y))
     exact = stableopt.critical_lr(problem, batch_size=1, hessians="gauss-newton")
-    one, all_of_them = found.at(1), found.at(16)
-    assert one.critical_lr == pytest.approx(exact.value, rel=1e-3)  # the solver's tolerance
-    assert one.theorem1 == pytest.approx(exact.theorem1, rel=1e-3)
-    assert one.theorem1 <= one.critical_lr < all_of_them.critical_lr
-    assert all_of_them.critical_lr == pytest.approx(found.full_batch, rel=1e-6)
+    single, full = thresholds.at(1), thresholds.at(16)
+    assert single.critical_lr == pytest.approx(exact.value, rel=1e-3)  # the solver's tolerance
+    assert single.theorem1 == pytest.approx(exact.theorem1, rel=1e-3)
+    assert single.theorem1 <= single.critical_lr < full.critical_lr
+    assert full.critical_lr == pytest.approx(thresholds.full_batch, rel=1e-6)
 
 
 def test_a_run_that_diverged_has_no_thresholds_and_is_a_row(tmp_path: Path) -> None:
-    """Catches a divergence, which is a finding, that is recorded as a failure of the code."""
-    one = Edge(lrs=(), n=60, sgd_n=60, sgd_lrs=(500.0,), batch_sizes=(1,))
+    """Catches a divergence, which is a result, recorded as a failure of the code."""
+    edge = Edge(lrs=(), n=60, sgd_n=60, sgd_lrs=(500.0,), batch_sizes=(1,))
     store = Store(tmp_path)
-    summary = run_all(one.jobs(), store, Place())
+    summary = run_all(edge.jobs(), store, Place())
     assert (summary.failed, summary.blocked) == ([], [])
-    rows = one.tables(store)["settled"]
+    rows = edge.tables(store)["settled"]
     assert list(rows.outcome) == ["diverged"]
-    assert list(one.claims({"settled": rows})) == []
+    assert list(edge.claims({"settled": rows})) == []

@@ -24,7 +24,7 @@ def setting() -> tuple[nn.Module, Images]:
 
 
 def test_adams_preconditioner(setting: tuple[nn.Module, Images]) -> None:
-    """1/(sqrt v + epsilon), v by a loop. Catches squares of the mean, and a step without P."""
+    """Catches squares of the mean gradient, and a step without P = 1/(sqrt v + epsilon); v by a loop."""
     model, images = setting
     update = Update(adaptive=True)
     params = list(model.parameters())
@@ -46,7 +46,7 @@ def test_adams_preconditioner(setting: tuple[nn.Module, Images]) -> None:
 
 
 def test_curvature_is_the_preconditioned_one(setting: tuple[nn.Module, Images]) -> None:
-    """lambda_max(P G), from dense Jacobians of the outputs. Catches P^(1/2) instead of P."""
+    """Catches P^(1/2) instead of P; the oracle is lambda_max(P G), from dense Jacobians."""
     model, images = setting
     images = Images(images.x.double(), images.y.double(), images.test_x, images.test_labels)
     start = Start(Minimum("reached", 0, 0.0), model.double(), images)
@@ -68,7 +68,7 @@ def test_curvature_is_the_preconditioned_one(setting: tuple[nn.Module, Images]) 
 
 
 def test_momentum_reaches_the_optimizer(setting: tuple[nn.Module, Images]) -> None:
-    """The optimizer and the rule agree, and the model is left as it is."""
+    """Catches an optimizer whose momentum differs from the rule's, and a changed model."""
     model, images = setting
     before = copy.deepcopy(model.state_dict())
     optimizer = Update(momentum=0.9, nesterov=True).optimizer(model, images, lr=0.1)

@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 import stableopt
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    """Check nested values of the same keys, tensors bit for bit."""
-    (leaves, shape), (others, other) = tree_flatten(found), tree_flatten(expected)
+def assert_same(actual: Any, expected: Any) -> None:
+    """Check that nested values have the same structure and are equal, tensors bit for bit."""
+    (leaves, shape), (others, other) = tree_flatten(actual), tree_flatten(expected)
     assert shape == other
-    for one, two in zip(leaves, others, strict=True):
-        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
+    for leaf, other_leaf in zip(leaves, others, strict=True):
+        assert torch.equal(leaf, other_leaf) if isinstance(leaf, Tensor) else leaf == other_leaf
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -32,7 +32,7 @@ def assert_same(found: Any, expected: Any) -> None:
 def test_resumed_run_is_the_same_run(
     direction: str, line_search_fn: str | None, history_size: int
 ) -> None:
-    """Catches state outside the state dict, and a checkpoint that further training writes into."""
+    """Catches state missing from the state dict, and a checkpoint that further training changes."""
     options = {
         "direction": direction,
         "line_search_fn": line_search_fn,
@@ -81,7 +81,7 @@ def test_copies_go_on(way: str, direction: str) -> None:
 
 @pytest.mark.parametrize("way", ["load", "deepcopy", "pickle"])
 def test_copies_have_the_same_keys(way: str) -> None:
-    """Catches an option that only copies have: torch's `differentiable`, which LBFGS lacks."""
+    """Catches an option that only copies have, such as torch's `differentiable`, which LBFGS lacks."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     optimizer.step(closure_of(model, optimizer))
@@ -106,7 +106,7 @@ def test_copies_have_the_same_keys(way: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint_resumes_the_run(tmp_path: Path) -> None:
-    """Catches a key that the optimizer to be filled has and the checkpoint lacks."""
+    """Catches a key of the loading optimizer that the checkpoint lacks."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     optimizer.step(closure_of(model, optimizer))
@@ -140,12 +140,12 @@ def test_checkpoints_interchange_with_torch(direction: str, line_search_fn: str 
     def run(kinds: list[Any]) -> Tensor:
         model, state = network(), None
         for kind in kinds:
-            own = {"direction": direction} if kind is stableopt.LBFGS else {}
-            optimizer = kind(model.parameters(), **options, **own)
+            extra = {"direction": direction} if kind is stableopt.LBFGS else {}
+            optimizer = kind(model.parameters(), **options, **extra)
             if state is not None:
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(state)
-                if own:
+                if extra:
                     assert optimizer.param_groups[0]["weight_decay"] == 0
                     optimizer.param_groups[0]["direction"] = direction
                 assert groups[0].keys() <= optimizer.param_groups[0].keys()
@@ -158,12 +158,12 @@ def test_checkpoints_interchange_with_torch(direction: str, line_search_fn: str 
         [torch.optim.LBFGS, torch.optim.LBFGS, stableopt.LBFGS, stableopt.LBFGS] * 2,
         [stableopt.LBFGS, torch.optim.LBFGS] * 3,
     ):
-        found = run(kinds[:6])
+        end = run(kinds[:6])
         if direction == "two_loop":
-            assert torch.equal(found, expected)
+            assert torch.equal(end, expected)
         else:
             # Twenty-four iterations; see test_compact_is_two_loop_to_rounding.
-            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(end, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_options_may_change_under_way() -> None:
@@ -187,28 +187,28 @@ def test_options_may_change_under_way() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("way", ["all", "pairs", "replaced"])
 def test_state_that_others_write_counts(direction: str, way: str) -> None:
-    """Catches pairs outside of the state that go on unseen: tools write ``optimizer.state``."""
+    """Catches pairs kept outside of ``optimizer.state``, which tools may replace."""
     options = {"direction": direction, "max_iter": 6, "lr": 0.5}
     _, _, other = train(stableopt.LBFGS, steps=1, **options)
     (foreign,) = other.state_dict()["state"].values()
     expected_model, model = network(), network()
     expected = stableopt.LBFGS(expected_model.parameters(), **options)
-    found = stableopt.LBFGS(model.parameters(), **options)
-    for m, o in ((expected_model, expected), (model, found)):
+    actual = stableopt.LBFGS(model.parameters(), **options)
+    for m, o in ((expected_model, expected), (model, actual)):
         o.step(closure_of(m, o))
         o.step(closure_of(m, o))
-    (own,) = expected.state_dict()["state"].values()
+    (replaced,) = expected.state_dict()["state"].values()
     names = ("old_dirs", "old_stps", "ro", "H_diag") if way == "pairs" else tuple(foreign)
-    wanted = {**own, **{name: foreign[name] for name in names if name in foreign}}
+    merged = {**replaced, **{name: foreign[name] for name in names if name in foreign}}
     if way == "pairs":
-        wanted.pop("compact", None)
-    expected.load_state_dict({**expected.state_dict(), "state": {0: wanted}})
-    (first,) = found.state
+        merged.pop("compact", None)
+    expected.load_state_dict({**expected.state_dict(), "state": {0: merged}})
+    (first,) = actual.state
     if way == "replaced":
-        found.state[first] = copy.deepcopy(foreign)
+        actual.state[first] = copy.deepcopy(foreign)
     else:
-        found.state[first].update({name: copy.deepcopy(foreign[name]) for name in names})
-    for m, o in ((expected_model, expected), (model, found)):
+        actual.state[first].update({name: copy.deepcopy(foreign[name]) for name in names})
+    for m, o in ((expected_model, expected), (model, actual)):
         o.step(closure_of(m, o))
     assert torch.equal(flat(expected_model), flat(model))
 

@@ -42,7 +42,7 @@ def test_noise_at_one_point_warns_once() -> None:
 
 
 def test_an_end_that_was_not_evaluated_gives_no_warning_of_noise() -> None:
-    """Catches a comparison with the loss of another point: a fixed step of one iteration.
+    """Catches a comparison of losses at two points, after fixed steps of one iteration.
 
     Each step has other data, so that any comparison with a loss of the step before would warn.
     """
@@ -68,7 +68,7 @@ def test_an_end_that_was_not_evaluated_gives_no_warning_of_noise() -> None:
 
 
 def test_without_a_closure() -> None:
-    """Catches torch's message, which names an argument but no remedy."""
+    """Catches torch's error, which names an argument but no remedy."""
     optimizer = stableopt.LBFGS(network().parameters())
     for step in (optimizer.step, lambda: optimizer.step(None), lambda: optimizer.step(3.0)):
         with pytest.raises(TypeError, match=r"closure=.*calls it several times"):
@@ -102,7 +102,7 @@ def test_losses_of_other_types(kind: Callable[[float], Any]) -> None:
 
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_gradient_scaler(unscaled: bool) -> None:
-    """Catches scaled gradients in pairs, and a message about inf checks instead of the reason."""
+    """Catches scaled gradients in the pairs, and an error about inf checks instead of the reason."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

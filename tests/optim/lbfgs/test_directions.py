@@ -13,7 +13,7 @@ import stableopt
 @pytest.mark.parametrize("history_size", [3, 50])
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_compact_is_two_loop_to_rounding(line_search_fn: str | None, history_size: int) -> None:
-    """Catches a Gram matrix that goes stale as the ring turns: 14 iterations turn it four times."""
+    """Catches a stale Gram matrix after the ring buffer wraps; 14 iterations wrap it four times."""
     options = {"line_search_fn": line_search_fn, "history_size": history_size, "max_iter": 14}
     compact, losses, optimizer = train(stableopt.LBFGS, steps=1, lr=0.5, **options)
     looped, expected, reference = train(
@@ -23,14 +23,16 @@ def test_compact_is_two_loop_to_rounding(line_search_fn: str | None, history_siz
     # Rounding of 2e-16 grows by less than 3 an iteration on this loss: by 1e4 in all.
     torch.testing.assert_close(compact, looped, rtol=1e-11, atol=1e-11)
     v = torch.randn(len(compact), 2, generator=torch.Generator().manual_seed(1)).double()
-    found, wanted = optimizer.inverse_hessian_matvec(v), reference.inverse_hessian_matvec(v)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)  # the pairs differ by as much
+    product = optimizer.inverse_hessian_matvec(v)
+    expected_product = reference.inverse_hessian_matvec(v)
+    # The pairs differ by as much.
+    torch.testing.assert_close(product, expected_product, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("history_size", [3, 50])
 def test_inverse_hessian_is_the_textbooks(direction: str, history_size: int) -> None:
-    """Catches a product that is not of the matrix that the pairs define, at any turn of the ring."""
+    """Catches a product with a matrix other than that of the pairs, also after the ring wraps."""
     model = network()
     optimizer = stableopt.LBFGS(
         model.parameters(), max_iter=1, history_size=history_size, lr=0.5, direction=direction

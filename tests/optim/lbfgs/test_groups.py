@@ -15,7 +15,7 @@ import stableopt
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_equal_groups_are_one(direction: str, line_search_fn: str | None) -> None:
-    """Catches groups that are searched one after the other: bit for bit one vector, none left out."""
+    """Catches a separate line search for each group, or a group left out; the oracle is one group."""
 
     def run(split: bool) -> Tensor:
         model: Any = network()
@@ -34,7 +34,7 @@ def test_equal_groups_are_one(direction: str, line_search_fn: str | None) -> Non
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_group_has_its_rate(direction: str) -> None:
-    """Catches rates that are ignored or applied twice: two directions are known in closed form."""
+    """Catches rates that are ignored or applied twice; two directions are known in closed form."""
     p, q = (nn.Parameter(torch.tensor([1.0], dtype=torch.float64)) for _ in range(2))
     optimizer = stableopt.LBFGS(
         [{"params": [p], "lr": 0.1}, {"params": [q], "lr": 0.4}],
@@ -63,7 +63,7 @@ def test_each_group_has_its_rate(direction: str) -> None:
 
 
 def test_rate_zero_freezes_a_group() -> None:
-    """Catches pairs or quotients that are NaN where a step is zero; and a search along nothing."""
+    """Catches NaN in pairs or quotients where a step is zero, and a search along a zero direction."""
     model: Any = network()
     optimizer = stableopt.LBFGS(
         [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}],
@@ -88,18 +88,18 @@ def test_rate_zero_freezes_a_group() -> None:
 def test_weight_decay_and_maximize_are_those_of_the_loss(
     direction: str, line_search_fn: str | None
 ) -> None:
-    """Catches decay in the gradient only, which a line search cannot descend, and signs."""
+    """Catches decay in the gradient but not in the loss, where a line search fails, and wrong signs."""
 
     def run(inside: bool) -> Tensor:
         model = network()
-        own = {} if inside else {"weight_decay": 0.1, "maximize": True}
+        extra = {} if inside else {"weight_decay": 0.1, "maximize": True}
         optimizer = stableopt.LBFGS(
             model.parameters(),
             line_search_fn=line_search_fn,
             direction=direction,
             max_iter=6,
             lr=0.5,
-            **own,
+            **extra,
         )
 
         def closure() -> Tensor:
@@ -156,7 +156,7 @@ def test_decay_of_one_group() -> None:
     ids=str,
 )
 def test_options_out_of_range(options: dict[str, Any], says: str) -> None:
-    """Catches values that torch takes and fails on in the middle of the training."""
+    """Catches values that torch accepts and that fail in the middle of training."""
     with pytest.raises(ValueError, match=says):
         stableopt.LBFGS([nn.Parameter(torch.ones(1))], **options)
 

@@ -116,7 +116,7 @@ def test_least_squares_in_float16_is_solved(line_search_fn: str | None, seed: in
 @pytest.mark.parametrize("kind", [CompactPairs, TwoLoopPairs])
 @pytest.mark.parametrize("damping", [0.0, 0.2])
 def test_damping_bends_pairs_of_negative_curvature(kind: Any, damping: float) -> None:
-    """Catches pairs that are dropped under damping, or kept without; and too little curvature."""
+    """Catches pairs dropped with damping, or kept without it, and pairs of too little curvature."""
     memory = kind(5, {})
     zero = torch.zeros(3, dtype=torch.float64)
 
@@ -148,8 +148,9 @@ def test_damping_bends_pairs_of_negative_curvature(kind: Any, damping: float) ->
 
 @pytest.mark.parametrize("line_search_fn", [None, "strong_wolfe"])
 def test_products_do_not_overflow_in_float16(line_search_fn: str | None) -> None:
-    """Catches slopes and curvatures summed in float16: gradients of norm 256 on have infinite ones,
-    and the parameters never moved.
+    """Catches slopes and curvatures summed in float16: they overflow from a gradient norm of 256 on.
+
+    Then the parameters would never move.
     """
     curvatures = torch.arange(1, 11).half() ** 2  # the gradient's square is 101,332, above 65,504
     weight = nn.Parameter(torch.ones(10).half())

@@ -55,7 +55,7 @@ def beale(x: Tensor) -> Tensor:
 def test_known_minima(
     function: Callable[[Tensor], Tensor], start: list[float], minimum: list[float], direction: Any
 ) -> None:
-    """Catches a line search that settles for less: curved valleys punish steps of one length."""
+    """Catches a line search that stops short of the minimum in curved valleys."""
     x, _ = minimise(function, start, line_search_fn="strong_wolfe", direction=direction)
     # The gradient is below 1e-10 and the smallest curvature above 0.1: x is within 1e-9.
     torch.testing.assert_close(x, torch.tensor(minimum, dtype=torch.float64), rtol=0, atol=1e-8)
@@ -63,7 +63,7 @@ def test_known_minima(
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_logistic_regression_has_scipys_minimum(direction: Any) -> None:
-    """Catches a minimum of something else: weight decay of the optimizer is the penalty here."""
+    """Catches a minimum of another function; the optimizer's weight decay is the penalty here."""
     features, labels = load_breast_cancer(return_X_y=True)
     features = (features - features.mean(0)) / features.std(0)
     x = torch.tensor(features, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_logistic_regression_has_scipys_minimum(direction: Any) -> None:
         (gradient,) = torch.autograd.grad(loss, w)
         return loss.item(), gradient.numpy()
 
-    found = optimize.minimize(
+    solution = optimize.minimize(
         value_and_gradient,
         [0.0] * 30,
         jac=True,
@@ -95,4 +95,4 @@ def test_logistic_regression_has_scipys_minimum(direction: Any) -> None:
         options={"ftol": 0, "gtol": 1e-10, "maxiter": 10_000},
     )
     # Strongly convex with 0.01: gradients of 1e-9 (where SciPy's search gives up) are within 1e-7.
-    torch.testing.assert_close(weight, torch.tensor(found.x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(weight, torch.tensor(solution.x), rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ import stableopt
 
 @pytest.fixture
 def unheard() -> Iterator[None]:
-    """Ignore warnings; other tests read them."""
+    """Ignore warnings, which other tests check."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -61,7 +61,7 @@ class Valley:
 def test_parameters_stay_finite_whenever_it_strikes(
     bad: str, direction: str, line_search_fn: str | None, max_iter: int
 ) -> None:
-    """Catches any path to non-finite parameters, from every call on; and an optimizer left stuck."""
+    """Catches non-finite parameters, whichever call goes wrong, and an optimizer that is stuck then."""
     for first, lasting in itertools.product(range(1, 8), (False, True)):
         strikes = (lambda n, first=first: n >= first) if lasting else first.__eq__
         valley = Valley(strikes, bad)
@@ -86,18 +86,18 @@ def test_parameters_stay_finite_whenever_it_strikes(
 def test_steps_over_the_edge_come_back(
     direction: str, line_search_fn: str | None, start: float
 ) -> None:
-    """Catches a search that stretches, or gives up, beyond the wall of a logarithmic barrier."""
+    """Catches a search that extends its step, or gives up, beyond a logarithmic barrier."""
     x = nn.Parameter(torch.tensor([start], dtype=torch.float64))
     optimizer = stableopt.LBFGS(
         [x], lr=1, max_iter=100, direction=direction, line_search_fn=line_search_fn
     )
-    seen = []
+    finite = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (x - 5 * x.log()).sum()  # NaN for x < 0; the minimum is at 5
         loss.backward()
-        seen.append(math.isfinite(loss.item()))
+        finite.append(math.isfinite(loss.item()))
         return loss
 
     for _ in range(5):
@@ -148,7 +148,7 @@ def test_straight_line_is_followed_not_lost(direction: str) -> None:
 
 @pytest.mark.parametrize("max_iter", [1, 3])
 def test_saturated_loss_does_not_hide_an_overflow(max_iter: int) -> None:
-    """Catches parameters that grow tenfold a trial while the loss, in half precision, looks fine."""
+    """Catches parameters that grow tenfold a trial while the half-precision loss is saturated."""
     x = nn.Parameter(torch.full((2,), 2.0, dtype=torch.float16))
     optimizer = stableopt.LBFGS(
         [x], lr=1e3, max_iter=max_iter, line_search_fn=None, tolerance_grad=0, tolerance_change=0
@@ -166,7 +166,7 @@ def test_saturated_loss_does_not_hide_an_overflow(max_iter: int) -> None:
 
 
 def test_first_loss_that_is_not_finite_warns_once() -> None:
-    """Catches silence, a warning at every step, and a step taken on a gradient of nothing."""
+    """Catches no warning, a warning at every step, and a step along a non-finite gradient."""
     model = network()
     optimizer = stableopt.LBFGS(model.parameters())
     before = flat(model)

@@ -130,19 +130,19 @@ def losses(
     """Yield the loss of every evaluation."""
     x = torch.tensor(start, dtype=dtype, requires_grad=True)
     optimizer = kind([x], line_search_fn="strong_wolfe", **options)
-    seen: list[float] = []
+    values: list[float] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = function(x)
         loss.backward()
-        seen.append(loss.item())
+        values.append(loss.item())
         return loss.detach()
 
     for _ in range(steps):
         optimizer.step(closure)
-        yield from seen
-        seen.clear()
+        yield from values
+        values.clear()
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,15 @@ def test_half_precision(function: Function, start: list[float]) -> None:
     # Half precision has 3 digits: the fall that remains is 1 % of the first.
     assert min(ours) <= minimum + 0.01 * (ours[0] - minimum)
     exact = {"tolerance_grad": 0, "tolerance_change": 0}
-    seen = losses(stableopt.LBFGS, function, start, torch.float16, steps=4, **exact)
-    assert math.isfinite(list(seen)[-1])
+    values = losses(stableopt.LBFGS, function, start, torch.float16, steps=4, **exact)
+    assert math.isfinite(list(values)[-1])
 
 
 @pytest.mark.parametrize("changes", ["rate", "loss"])
 def test_a_search_without_a_lower_point_is_not_repeated(changes: str) -> None:
-    """Catches steps that search once more where the last one found nothing, in half precision most of
-    all, and a step that does not search though a lower learning rate or another loss may help.
+    """Catches a repeated search where the last step found no lower point, as in half precision.
+
+    Also catches a missing search after the learning rate or the loss has changed.
     """
     x = torch.tensor([1.0, 1.0], dtype=torch.float16, requires_grad=True)
     optimizer = stableopt.LBFGS([x], line_search_fn="strong_wolfe")
@@ -230,8 +231,8 @@ def test_slopes_decide_where_losses_are_rounding() -> None:
         return Trial(t, 3.0 + 2e-14 * bool(t), 1e-16 * (0.9 * t - 1), torch.zeros(1), 0.0)
 
     start = evaluate(0.0)
-    found, _ = strong_wolfe(evaluate, start, 1.0, 1e-3, budget=25, rounding=6e-15)
-    assert found.t == 1.0
-    assert found.loss == 3.0 + 2e-14
+    end, _ = strong_wolfe(evaluate, start, 1.0, 1e-3, budget=25, rounding=6e-15)
+    assert end.t == 1.0
+    assert end.loss == 3.0 + 2e-14
     assert calls == [0.0, 1.0]
     assert strong_wolfe(evaluate, start, 1.0, 1e-3, budget=25)[0] is start

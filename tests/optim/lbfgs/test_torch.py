@@ -19,7 +19,7 @@ import stableopt
 def test_two_loop_is_torchs(
     dtype: torch.dtype, lr: Any, line_search_fn: str | None, history_size: int
 ) -> None:
-    """Catches one operation in another order or precision: equal is equal, at every evaluation."""
+    """Catches an operation in another order or precision: every evaluation must be equal bit for bit."""
     options = {
         "lr": lr,
         "line_search_fn": line_search_fn,
@@ -62,7 +62,7 @@ def test_two_loop_is_torchs(
 def test_two_loop_ends_steps_where_torch_does(
     options: dict[str, Any], line_search_fn: str | None
 ) -> None:
-    """Catches a criterion that is checked at another moment, or not in every kind of step."""
+    """Catches a stopping criterion that is checked at another moment, or not in every kind of step."""
     options = {**options, "line_search_fn": line_search_fn}
     ours, losses, _ = train(stableopt.LBFGS, direction="two_loop", **options)
     expected, torchs, _ = train(torch.optim.LBFGS, **options)
@@ -132,7 +132,7 @@ def test_complex_sparse_missing_and_mixed_gradients_are_torchs(direction: str) -
 
 
 def test_gradients_in_another_order_of_memory() -> None:
-    """Catches a ``view`` of the gradient, where torch's own raises: channels come last in images."""
+    """Catches a ``view`` of channels-last gradients, where torch's own step raises."""
 
     def run(memory_format: torch.memory_format) -> Tensor:
         torch.manual_seed(0)

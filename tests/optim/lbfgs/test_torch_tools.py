@@ -14,25 +14,25 @@ from stableopt.stability import UpdateRule
 
 
 def test_ranks_take_the_same_branches() -> None:
-    """Catches a branch that is taken on the rank's own loss: calls would differ, and hang."""
+    """Catches a branch on the local loss: ranks would make different calls, and hang."""
 
-    def run(own: float) -> tuple[int, Tensor]:
+    def run(offset: float) -> tuple[int, Tensor]:
         model = network()
         optimizer = stableopt.LBFGS(
             model.parameters(),
             line_search_fn="strong_wolfe",
             # As a mean over ranks would: all ranks see the same number.
-            reduce_loss=lambda loss: loss - own * len(seen),
+            reduce_loss=lambda loss: loss - offset * len(offsets),
         )
-        plain, seen = closure_of(model, optimizer), []
+        plain, offsets = closure_of(model, optimizer), []
 
         def closure() -> Tensor:
-            seen.append(own)
-            return plain() + own * len(seen)
+            offsets.append(offset)
+            return plain() + offset * len(offsets)
 
         returned = optimizer.step(closure)
-        assert returned.item() == pytest.approx(0.653 + own, abs=1e-3)
-        return len(seen), flat(model)
+        assert returned.item() == pytest.approx(0.653 + offset, abs=1e-3)
+        return len(offsets), flat(model)
 
     (calls, point), (other_calls, other_point) = run(0.0), run(0.5)
     assert calls == other_calls
@@ -113,7 +113,7 @@ def full_batch(optimizer: Any) -> UpdateRule:
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_tracking_leaves_training_alone_and_counts_steps(line_search_fn: str | None) -> None:
-    """Catches a measurement within a step, or samples of all its calls taken for the batch."""
+    """Catches a measurement within a step, and a batch size summed over the closure's calls."""
     ends = []
     for tracked in (False, True):
         model = network()
