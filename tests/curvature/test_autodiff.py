@@ -38,9 +38,9 @@ def test_a_jvp_by_reverse_mode_is_the_jacobian_product() -> None:
 def test_constants_among_outputs_keep_their_place() -> None:
     """Catches derivatives that move to another output where one has no graph."""
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    found = DoubleVjp([torch.ones(3), x**2], [x]).jvp([torch.ones(2)])
-    assert found[0] is None
-    assert torch.equal(found[1], 2 * x.detach())
+    products = DoubleVjp([torch.ones(3), x**2], [x]).jvp([torch.ones(2)])
+    assert products[0] is None
+    assert torch.equal(products[1], 2 * x.detach())
     unused = torch.ones(1, requires_grad=True)
     assert DoubleVjp([torch.ones(3)], [x, unused]).jvp([torch.ones(2), None]) == (None,)
 
@@ -48,8 +48,8 @@ def test_constants_among_outputs_keep_their_place() -> None:
 @pytest.mark.parametrize("step", [1e-3, 1e-4])
 def test_central_differences_are_of_second_order(step: float) -> None:
     """Catches a one-sided difference, whose error is of first order: f''' h^2 / 6 is left."""
-    found = central_difference(math.exp, step)
-    assert found - 1.0 == pytest.approx(step**2 / 6, rel=1e-2, abs=1e-11)
+    difference = central_difference(math.exp, step)
+    assert difference - 1.0 == pytest.approx(step**2 / 6, rel=1e-2, abs=1e-11)
 
 
 def test_counting_saved_bytes_leaves_no_graph_behind() -> None:
@@ -59,11 +59,11 @@ def test_counting_saved_bytes_leaves_no_graph_behind() -> None:
     class Held:
         """What a node holds: it is there as long as the graph."""
 
-    left: list[weakref.ref[Held]] = []
+    references: list[weakref.ref[Held]] = []
 
     def saving() -> Tensor:
         held = Held()
-        left.append(weakref.ref(held))
+        references.append(weakref.ref(held))
         y = x * x
         assert y.grad_fn is not None
         y.grad_fn.register_hook(lambda *_, held=held: None)
@@ -71,13 +71,13 @@ def test_counting_saved_bytes_leaves_no_graph_behind() -> None:
 
     assert saved_bytes(saving) > 0
     gc.collect()
-    assert left[0]() is None
+    assert references[0]() is None
 
 
 def test_gradients_along_a_direction() -> None:
     """Catches a distance that is scaled by the direction's norm, and parameters that are left out."""
     point = [torch.zeros(2), torch.ones(1)]
     gradient = gradient_along(
-        lambda at: at[0].square().sum() / 2, point, [torch.ones(2), torch.ones(1)]
+        lambda params: params[0].square().sum() / 2, point, [torch.ones(2), torch.ones(1)]
     )
     assert gradient(0.5).tolist() == [0.5, 0.5, 0.0]

@@ -42,6 +42,7 @@ class Unread(torch.optim.SGD):
 
 
 def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over samples of half the squared distance."""
     return 0.5 * (outputs - targets).square().sum(-1).mean()
 
 

@@ -87,6 +87,14 @@ def dense_gauss_newtons(
     return torch.stack(found)
 
 
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """Return a symmetric matrix with these eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(square)[0]
+    return (basis * values) @ basis.T
+
+
 def covariance(hessians: Tensor) -> Tensor:
     """Return (1/n) sum H_i^2 - H^2, as the definition reads."""
     mean = hessians.mean(0)

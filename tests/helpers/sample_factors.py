@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["factors"]
 
 
-def factors(n: int, outputs: int, d: int, seed: int = 0) -> Tensor:
+def factors(n: int = 6, outputs: int = 2, d: int = 5, seed: int = 0) -> Tensor:
     """Return factors ``(n, outputs, d)`` of n samples' matrices, in double precision."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)

@@ -35,18 +35,18 @@ def test_the_upper_bound_holds(spectrum: str, products: int) -> None:
     largest, spread = float(values.max()), float(values.max() - values.min())
     failures = 0
     for seed in range(60):
-        found = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=products, seed=seed)
-        assert found.upper_bound is not None
-        failures += largest > found.upper_bound
+        pair = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=products, seed=seed)
+        assert pair.upper_bound is not None
+        failures += largest > pair.upper_bound
         # What Kuczynski and Wozniakowski's theorem gives for 20 products and 1 %:
         # (ln(2 * 1.648 * sqrt(300) / 0.01) / 39)^2 = 0.0492, over 1 - 2 * 0.0492, is 0.0546.
-        assert found.upper_bound - largest <= 0.0546 * spread
+        assert pair.upper_bound - largest <= 0.0546 * spread
     assert failures <= 2
 
 
 def christoffel(values: Tensor, seed: int, products: int, point: float) -> float:
-    """Return K at a point beyond the spectrum of a diagonal matrix, by least squares over Chebyshev
-    polynomials, which know nothing of Lanczos.
+    """Return the Christoffel–Darboux kernel K at a point beyond the spectrum of a diagonal matrix,
+    without Lanczos: by least squares over Chebyshev polynomials.
     """
     start = torch.randn(
         len(values), generator=torch.Generator().manual_seed(seed), dtype=values.dtype
@@ -54,8 +54,8 @@ def christoffel(values: Tensor, seed: int, products: int, point: float) -> float
     weights = (start / start.norm()) ** 2
     middle, half = (values.max() + values.min()) / 2, (values.max() - values.min()) / 2
 
-    def chebyshev(at: Tensor) -> Tensor:
-        x, rows = (at - middle) / half, [torch.ones_like(at)]
+    def chebyshev(points: Tensor) -> Tensor:
+        x, rows = (points - middle) / half, [torch.ones_like(points)]
         rows.append(x)
         while len(rows) < products + 1:
             rows.append(2 * x * rows[-1] - rows[-2])
@@ -71,22 +71,22 @@ def christoffel(values: Tensor, seed: int, products: int, point: float) -> float
 def test_the_upper_bound_is_the_formula(spectrum: str) -> None:
     """Catches a recurrence with a wrong coefficient, and a bound that is true but loose.
 
-    K depends on the start and the matrix alone. The bound is found to 1 % of its distance; 2 % nearer K
-    is below what is needed.
+    K depends only on the start and the matrix. The bound is located to 1 % of its distance from the
+    value: 2 % nearer, K is too small.
     """
     values = SPECTRA[spectrum].double()
-    found = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=12, seed=3)
-    assert found.upper_bound is not None
+    pair = top_eigenpair(Diagonal(values), tol=1e-14, max_iter=12, seed=3)
+    assert pair.upper_bound is not None
     needed = 2 * len(values) / (math.pi * UNCERTAINTY**2)
-    nearer = found.value + 0.98 * (found.upper_bound - found.value)
-    assert christoffel(values, 3, 12, found.upper_bound) >= needed * (1 - 1e-6)  # solving for K
-    assert christoffel(values, 3, 12, nearer) < needed
+    nearer_bound = pair.value + 0.98 * (pair.upper_bound - pair.value)
+    assert christoffel(values, 3, 12, pair.upper_bound) >= needed * (1 - 1e-6)  # solving for K
+    assert christoffel(values, 3, 12, nearer_bound) < needed
 
 
 @pytest.mark.parametrize("vectors", [4, 9])
 def test_a_restarted_search_claims_no_more_than_all_its_products(vectors: int) -> None:
-    """Catches a restart that loses or invents growth: the basis of a restarted search is a part of all
-    polynomials, and the largest eigenvector a unit vector.
+    """Catches a restart that loses or invents growth: the restarted basis spans some of all
+    polynomials, and the top eigenvector has norm 1.
     """
     values = SPECTRA["one hidden above"].double()
     start = InnerProduct().noise(torch.empty(300, dtype=torch.float64), 5)
@@ -99,12 +99,12 @@ def test_a_restarted_search_claims_no_more_than_all_its_products(vectors: int) -
             K = 2 * 300 / (math.pi * missed**2)
             # The oracle's matrix is nearly singular where the Krylov space is exhausted to rounding.
             assert christoffel(values, 5, products, beyond) * (1 + 1e-3) >= K
-            assert float(start.covector[-1]) ** 2 * _at_one(iteration) <= 1 + 1e-6
+            assert float(start.covector[-1]) ** 2 * _christoffel_at_one(iteration) <= 1 + 1e-6
         iteration.extend()
     assert missed < UNCERTAINTY
 
 
-def _at_one(iteration: LanczosIteration) -> float:
+def _christoffel_at_one(iteration: LanczosIteration) -> float:
     missed = iteration.missed(1 - float(iteration.ritz_values[-1]))
     return 2 * 300 / (math.pi * missed**2) if missed < 1 else 0.0
 
@@ -114,37 +114,38 @@ HIDDEN = torch.cat([torch.ones(1), torch.linspace(0, 0.9, 8).repeat(125)[:999]])
 
 
 def test_a_tighter_tolerance_is_never_less_reliable() -> None:
-    """Catches a minimum number of products that depends on the tolerance: at 5e-3 6.5 % of these starts
-    ended 10 % too low, at 6e-3 none. Of 60, each 0.2 % at most, 2 do so with probability 7e-3.
+    """Catches a minimum number of products that depends on the tolerance: at 5e-3 6.5 % of these
+    starts ended 10 % too low, at 6e-3 none. A start fails with probability 0.2 % at most: then 2 of
+    60 fail with probability 7e-3.
     """
     low = 0
     for seed in range(60):
-        found = [
+        pairs = [
             top_eigenpair(Diagonal(HIDDEN), tol=tol, seed=seed)
             for tol in (3e-2, 6e-3, 5e-3, 1e-3, 1e-4)
         ]
-        assert all(pair.converged for pair in found)
-        products = [pair.products for pair in found]
+        assert all(pair.converged for pair in pairs)
+        products = [pair.products for pair in pairs]
         assert products == sorted(products)
-        low += any(pair.value < 0.95 for pair in found)
+        low += any(pair.value < 0.95 for pair in pairs)
     assert low <= 1
 
 
 def test_a_search_that_converged_from_a_random_start_bounds_the_largest_within_five_percent() -> (
     None
 ):
-    """Catches convergence and upper bound that go by different evidence."""
+    """Catches a search that reports convergence although its upper bound is more than 5 % away."""
     for spectrum in (*SPECTRA.values(), HIDDEN):
-        found = top_eigenpair(Diagonal(spectrum.double()), tol=1e-2)
-        assert found.converged
-        assert found.upper_bound is not None
+        pair = top_eigenpair(Diagonal(spectrum.double()), tol=1e-2)
+        assert pair.converged
+        assert pair.upper_bound is not None
         # 1 %: the accuracy to which the bound is found.
-        assert found.upper_bound - found.value <= 1.01 * 0.05 * abs(found.value)
+        assert pair.upper_bound - pair.value <= 1.01 * 0.05 * abs(pair.value)
 
 
 def test_an_invariant_subspace_is_left_by_another_draw() -> None:
-    """Catches a direction to continue with that is the start again: its rest is rounding. The
-    eigenvector is orthogonal to the start.
+    """Catches a search that continues with a direction already in the Krylov space, up to rounding.
+    The eigenvector is orthogonal to the start.
     """
     size, seed = 200, 2
     start = InnerProduct().noise(torch.empty(size, dtype=torch.float64), seed).covector
@@ -162,7 +163,7 @@ def test_an_invariant_subspace_is_left_by_another_draw() -> None:
 
 
 def test_no_bound_where_none_is_known() -> None:
-    """Catches a theorem on uniform starts applied to others, or to a single product."""
+    """Catches a bound reported for starts that are not uniform, or after a single product."""
     operator = Diagonal(torch.linspace(0, 1, 1000))
     assert top_eigenpair(operator, max_iter=1, tol=1e-9).upper_bound is None
     cold = top_eigenpair(operator, max_iter=30, tol=1e-9, keep=True)
@@ -173,34 +174,34 @@ def test_no_bound_where_none_is_known() -> None:
         {"start": cold.vector, "most_vectors": 4},
         {"preconditioner": torch.eye(1000)},
     ):
-        found = top_eigenpair(operator, max_iter=30, tol=1e-1, **arguments)
-        assert found.upper_bound is None
+        pair = top_eigenpair(operator, max_iter=30, tol=1e-1, **arguments)
+        assert pair.upper_bound is None
 
 
 def test_an_exhausted_space_is_exact() -> None:
     """Catches a probabilistic bound where the value is exact."""
-    found = top_eigenpair(Diagonal(torch.tensor([3.0, -7.0, 1.0]).double()), tol=1e-15)
-    assert found.converged
-    assert found.upper_bound == pytest.approx(3.0, rel=1e-12)
+    pair = top_eigenpair(Diagonal(torch.tensor([3.0, -7.0, 1.0]).double()), tol=1e-15)
+    assert pair.converged
+    assert pair.upper_bound == pytest.approx(3.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-22, 1e20, 1e30])
-@pytest.mark.parametrize("how", ["lanczos", "few vectors", "followed", "preconditioned"])
-def test_squares_neither_vanish_nor_overflow(scale: float, how: str) -> None:
+@pytest.mark.parametrize("variant", ["lanczos", "few vectors", "followed", "preconditioned"])
+def test_squares_neither_vanish_nor_overflow(scale: float, variant: str) -> None:
     """Catches a norm in float32 that is 0 below 1e-23 or infinite above 1e19."""
     values = torch.linspace(-1, 1, 200)
     values[3] = 2.0
     arguments: dict[str, Any] = {}
-    if how == "few vectors":
+    if variant == "few vectors":
         arguments["most_vectors"] = 4
-    elif how == "preconditioned":
+    elif variant == "preconditioned":
         arguments["preconditioner"] = torch.eye(200)
-    elif how == "followed":
+    elif variant == "followed":
         arguments["start"] = top_eigenpair(Diagonal(values), keep=True).subspace
-    found = top_eigenpair(Diagonal(values * scale), tol=1e-3, **arguments)
-    assert found.converged
-    assert found.value == pytest.approx(2 * scale, rel=1e-5)
-    assert found.absolute_residual <= 1e-3 * found.value
+    pair = top_eigenpair(Diagonal(values * scale), tol=1e-3, **arguments)
+    assert pair.converged
+    assert pair.value == pytest.approx(2 * scale, rel=1e-5)
+    assert pair.absolute_residual <= 1e-3 * pair.value
 
 
 def test_single_precision_among_a_million() -> None:
@@ -211,13 +212,13 @@ def test_single_precision_among_a_million() -> None:
     values = torch.rand(1_000_000, generator=generator)
     values[17], values[18] = 3.0, 2.0
     for vectors in (40, 4):
-        found = top_eigenpair(Diagonal(values), tol=1e-4, max_iter=60, most_vectors=vectors)
-        assert found.converged
+        pair = top_eigenpair(Diagonal(values), tol=1e-4, max_iter=60, most_vectors=vectors)
+        assert pair.converged
         # Rounding in float32 is 6e-8, and 1e-6 in a product summed by blocks.
-        assert found.value == pytest.approx(3.0, rel=2e-6)
-        vector = found.vector.double()
-        true = float((values.double() * vector - found.value * vector).norm())
-        assert true == pytest.approx(found.absolute_residual, rel=0.02, abs=1e-5)
+        assert pair.value == pytest.approx(3.0, rel=2e-6)
+        vector = pair.vector.double()
+        true_residual = float((values.double() * vector - pair.value * vector).norm())
+        assert true_residual == pytest.approx(pair.absolute_residual, rel=0.02, abs=1e-5)
 
 
 class Transfers(TorchDispatchMode):
@@ -248,17 +249,17 @@ def test_one_transfer_a_product(vectors: int) -> None:
     """Catches a number read from the device for a decision: every read makes the host wait."""
     operator = Diagonal(torch.linspace(0, 1, 500))
     with Transfers() as transfers:
-        found = top_eigenpair(operator, most_vectors=vectors, tol=1e-2)
-    assert 0 < transfers.count <= found.products
+        pair = top_eigenpair(operator, most_vectors=vectors, tol=1e-2)
+    assert 0 < transfers.count <= pair.products
 
 
 def test_following_transfers_no_more_than_a_product_each() -> None:
-    """Catches a transfer each for the first two products; one more is for the kept subspace."""
+    """Catches separate transfers for the first two products: the kept subspace takes one as well."""
     operator = Diagonal(torch.cat([torch.linspace(0, 0.5, 500), torch.tensor([1.0, 2.0])]))
-    kept = top_eigenpair(operator, tol=1e-2, keep=True).subspace
+    subspace = top_eigenpair(operator, tol=1e-2, keep=True).subspace
     with Transfers() as transfers:
-        found = top_eigenpair(operator, start=kept, tol=1e-2)
-    assert transfers.count <= found.products == 3
+        pair = top_eigenpair(operator, start=subspace, tol=1e-2)
+    assert transfers.count <= pair.products == 3
 
 
 def test_the_bound_of_an_exhausted_space_has_room_for_rounding() -> None:

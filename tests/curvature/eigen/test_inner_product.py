@@ -56,11 +56,11 @@ def test_shards_are_summed_over_ranks() -> None:
 
 def test_noise_has_norm_one_in_the_inner_product() -> None:
     """Catches a shard of norm 1, whose whole vector is longer, and draws that a seed does not decide."""
-    mine, alone = (inner.noise(torch.ones(5), 7) for inner in (SHARDED, InnerProduct()))
-    assert float(mine.covector.norm()) == pytest.approx(0.5**0.5)
-    assert float(alone.covector.norm()) == pytest.approx(1.0)
-    assert torch.equal(alone.covector, InnerProduct().noise(torch.ones(5), 7).covector)
-    assert not torch.equal(alone.covector, InnerProduct().noise(torch.ones(5), 8).covector)
+    shard, whole = (inner.noise(torch.ones(5), 7) for inner in (SHARDED, InnerProduct()))
+    assert float(shard.covector.norm()) == pytest.approx(0.5**0.5)
+    assert float(whole.covector.norm()) == pytest.approx(1.0)
+    assert torch.equal(whole.covector, InnerProduct().noise(torch.ones(5), 7).covector)
+    assert not torch.equal(whole.covector, InnerProduct().noise(torch.ones(5), 8).covector)
 
 
 def test_each_rank_and_each_draw_has_noise_of_its_own() -> None:
@@ -68,20 +68,20 @@ def test_each_rank_and_each_draw_has_noise_of_its_own() -> None:
     the same shard, and a start of equal shards is not uniform.
     """
 
-    def of(rank: int, draw: int = 0, sharded_size: int | None = 10) -> Tensor:
+    def noise_of(rank: int, draw: int = 0, sharded_size: int | None = 10) -> Tensor:
         ranks = Halves()
         ranks.rank = rank
         inner = InnerProduct(ranks=cast(Ranks, ranks), sharded_size=sharded_size)
         return inner.noise(torch.ones(5), 7, draw).covector
 
-    different = [of(0), of(1), of(2), of(0, draw=1), of(1, draw=1)]
-    for i, one in enumerate(different):
-        for other in different[:i]:
-            assert not torch.equal(one, other)
+    different = [noise_of(0), noise_of(1), noise_of(2), noise_of(0, draw=1), noise_of(1, draw=1)]
+    for i, shard in enumerate(different):
+        for earlier in different[:i]:
+            assert not torch.equal(shard, earlier)
     # Whole vectors are the same on every rank, and what torch draws with the seed.
-    plain = torch.randn(5, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(of(1, sharded_size=None), of(0, sharded_size=None))
-    torch.testing.assert_close(of(0, sharded_size=None), plain / plain.norm())
+    drawn = torch.randn(5, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(noise_of(1, sharded_size=None), noise_of(0, sharded_size=None))
+    torch.testing.assert_close(noise_of(0, sharded_size=None), drawn / drawn.norm())
 
 
 def test_the_operator_says_which_inner_product_its_vectors_have() -> None:
@@ -92,7 +92,7 @@ def test_the_operator_says_which_inner_product_its_vectors_have() -> None:
     values[3] = 3.0
     operator: Any = Dense(torch.diag(values))
     operator.inner_product = InnerProduct(ranks=cast(Ranks, Halves()), sharded_size=200)
-    found = top_eigenpair(operator, tol=1e-5)
-    assert found.converged
-    assert found.value == pytest.approx(3.0)
-    assert float(found.vector.norm()) == pytest.approx(0.5**0.5)
+    pair = top_eigenpair(operator, tol=1e-5)
+    assert pair.converged
+    assert pair.value == pytest.approx(3.0)
+    assert float(pair.vector.norm()) == pytest.approx(0.5**0.5)

@@ -46,12 +46,12 @@ def dense_root(matrix: Tensor) -> Tensor:
     return vectors @ torch.diag(values.sqrt()) @ vectors.T
 
 
-def true_residual(found: Eigenpair, hessian: Tensor, precondition: Tensor) -> float:
+def true_residual(pair: Eigenpair, hessian: Tensor, precondition: Tensor) -> float:
     """Return the residual of P^(1/2) H P^(1/2), formed with the root of P."""
     root = dense_root(precondition)
-    y = torch.linalg.solve(root, found.vector)
+    y = torch.linalg.solve(root, pair.vector)
     y /= y.norm()
-    return float((root @ (hessian @ (root @ y)) - found.value * y).norm())
+    return float((root @ (hessian @ (root @ y)) - pair.value * y).norm())
 
 
 @pytest.mark.parametrize("vectors", [40, 4])
@@ -68,17 +68,17 @@ def test_it_is_the_largest_eigenvalue_of_the_dense_matrix(name: str, vectors: in
     root = dense_root(precondition)
     expected = float(torch.linalg.eigvalsh(root @ hessian @ root)[-1])
     operator = Dense(hessian)
-    found = top_eigenpair(
+    pair = top_eigenpair(
         operator, preconditioner=precondition, most_vectors=vectors, tol=1e-6, max_iter=20000
     )
-    assert found.converged
-    assert found.value == pytest.approx(expected, rel=1e-8)
-    assert found.products == operator.products
+    assert pair.converged
+    assert pair.value == pytest.approx(expected, rel=1e-8)
+    assert pair.products == operator.products
     # x solves P H x = lambda x as it stands, and is of unit length in the plain norm.
-    assert float(found.vector.norm()) == pytest.approx(1, abs=1e-12)
-    residual = precondition @ (hessian @ found.vector) - found.value * found.vector
+    assert float(pair.vector.norm()) == pytest.approx(1, abs=1e-12)
+    residual = precondition @ (hessian @ pair.vector) - pair.value * pair.vector
     # |P^(1/2) e| for the residual e of y, over |P^(1/2) y|: at most the root of P's condition, 1e3.
-    assert float(residual.norm()) <= 1e-6 * found.value * 1e3 + 1e-9
+    assert float(residual.norm()) <= 1e-6 * pair.value * 1e3 + 1e-9
 
 
 def test_restarts_in_the_inner_product() -> None:
@@ -86,9 +86,9 @@ def test_restarts_in_the_inner_product() -> None:
     precondition = symmetric(torch.linspace(0.5, 1.5, 300), seed=5)
     unroot = torch.linalg.inv(dense_root(precondition))
     hessian = unroot @ symmetric(torch.linspace(0, 1, 300), seed=4) @ unroot
-    found = top_eigenpair(Dense(hessian), preconditioner=precondition, tol=1e-7, max_iter=1000)
-    assert found.products > 80  # two restarts at the least, or the test is too easy
-    assert found.value == pytest.approx(1.0, rel=1e-8)
+    pair = top_eigenpair(Dense(hessian), preconditioner=precondition, tol=1e-7, max_iter=1000)
+    assert pair.products > 80  # two restarts at the least, or the test is too easy
+    assert pair.value == pytest.approx(1.0, rel=1e-8)
 
 
 @pytest.mark.parametrize("vectors", [40, 4])
@@ -97,38 +97,38 @@ def test_the_residual_is_that_of_the_symmetric_matrix(vectors: int) -> None:
     hessian = symmetric(torch.linspace(-1, 1, 60), seed=0)
     precondition = preconditioners(60)["diagonal"]
     for tol in (0.1, 1e-3):
-        found = top_eigenpair(
+        pair = top_eigenpair(
             Dense(hessian),
             preconditioner=precondition,
             most_vectors=vectors,
             tol=tol,
             max_iter=5000,
         )
-        true = true_residual(found, hessian, precondition)
+        true = true_residual(pair, hessian, precondition)
         # 1e-6: the cancellation in the true residual of a vector with a residual of 1e-3.
-        assert found.absolute_residual == pytest.approx(true, rel=1e-6)
+        assert pair.absolute_residual == pytest.approx(true, rel=1e-6)
 
 
 def test_a_preconditioner_of_one_changes_nothing() -> None:
-    """Catches two mechanisms that differ. The same operations in another grouping: rounding alone,
-    which Lanczos does not amplify in the converged value.
+    """Catches a preconditioned search that differs from the plain one. Only the grouping of
+    operations differs, and Lanczos does not amplify its rounding in the converged value.
     """
     hessian = symmetric(torch.linspace(-1, 1, 100), seed=0)
     plain = top_eigenpair(Dense(hessian), tol=1e-6)
     identity = Diagonal(torch.ones(100, dtype=torch.float64))
-    found = top_eigenpair(Dense(hessian), preconditioner=identity, tol=1e-6)
-    assert found.value == pytest.approx(plain.value, rel=1e-12)
-    assert found.products == plain.products
+    pair = top_eigenpair(Dense(hessian), preconditioner=identity, tol=1e-6)
+    assert pair.value == pytest.approx(plain.value, rel=1e-12)
+    assert pair.products == plain.products
 
 
 @pytest.mark.parametrize("vectors", [40, 4])
 def test_one_product_with_each_an_iteration(vectors: int) -> None:
-    """Catches products with P beyond the one an iteration and the one of the start."""
+    """Catches products with P other than one an iteration and one for the start."""
     operator = Dense(symmetric(torch.linspace(-1, 1, 100), seed=0))
     precondition = Diagonal(torch.linspace(0.5, 2, 100, dtype=torch.float64))
-    found = top_eigenpair(operator, preconditioner=precondition, most_vectors=vectors, max_iter=500)
-    assert found.products == operator.products
-    assert precondition.products <= found.products + 1
+    pair = top_eigenpair(operator, preconditioner=precondition, most_vectors=vectors, max_iter=500)
+    assert pair.products == operator.products
+    assert precondition.products <= pair.products + 1
 
 
 def test_a_warm_start_is_a_vector_of_p_h() -> None:
@@ -167,11 +167,11 @@ def test_single_precision_and_a_bad_condition() -> None:
     entries = torch.logspace(-3, 3, size, dtype=torch.float64)
     hessian = symmetric(torch.linspace(-1, 2, size), seed=0)
     expected = torch.linalg.eigvalsh(entries.sqrt()[:, None] * hessian * entries.sqrt())[-1]
-    found = top_eigenpair(
+    pair = top_eigenpair(
         Dense(hessian.float()), preconditioner=Diagonal(entries.float()), tol=1e-4, max_iter=300
     )
-    assert found.converged
-    assert found.value == pytest.approx(float(expected), rel=1e-4)
+    assert pair.converged
+    assert pair.value == pytest.approx(float(expected), rel=1e-4)
 
 
 class Zero(Operator):
@@ -182,6 +182,6 @@ class Zero(Operator):
 def test_a_zero_operator_has_the_value_zero() -> None:
     """Catches a covector of zero taken for an indefinite P."""
     precondition = Diagonal(torch.ones(5))
-    found = top_eigenpair(Zero(5, torch.float32, torch.device("cpu")), preconditioner=precondition)
-    assert found.value == 0.0
-    assert found.converged
+    pair = top_eigenpair(Zero(5, torch.float32, torch.device("cpu")), preconditioner=precondition)
+    assert pair.value == 0.0
+    assert pair.converged

@@ -38,49 +38,49 @@ def test_the_algebraically_largest_is_found(spectrum: str, vectors: int) -> None
     the value, quadratically where there is a gap: 1e-6 is ample for a residual of 1e-5.
     """
     matrix = with_spectrum(SPECTRA[spectrum])
-    found = top_eigenpair(Dense(matrix), most_vectors=vectors, tol=1e-5, max_iter=2000)
-    assert found.converged
-    assert found.value == pytest.approx(max(SPECTRA[spectrum]), rel=1e-6)
-    assert float(found.vector.norm()) == pytest.approx(1, abs=1e-12)
+    pair = top_eigenpair(Dense(matrix), most_vectors=vectors, tol=1e-5, max_iter=2000)
+    assert pair.converged
+    assert pair.value == pytest.approx(max(SPECTRA[spectrum]), rel=1e-6)
+    assert float(pair.vector.norm()) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("vectors", [40, 4])
 def test_the_reported_residual_is_the_true_one(vectors: int) -> None:
     """Catches a residual by recurrence that drifts from |Av - xv|, and products miscounted."""
     operator = Dense(with_spectrum(SPECTRA["a few outliers"]))
-    found = top_eigenpair(operator, most_vectors=vectors, tol=1e-4, max_iter=500)
-    assert found.products == operator.products
-    true = float((operator.matrix @ found.vector - found.value * found.vector).norm())
-    assert found.absolute_residual == pytest.approx(true, rel=1e-6, abs=1e-12)
-    assert true <= 1e-4 * found.value
+    pair = top_eigenpair(operator, most_vectors=vectors, tol=1e-4, max_iter=500)
+    assert pair.products == operator.products
+    true_residual = float((operator.matrix @ pair.vector - pair.value * pair.vector).norm())
+    assert pair.absolute_residual == pytest.approx(true_residual, rel=1e-6, abs=1e-12)
+    assert true_residual <= 1e-4 * pair.value
 
 
 def test_restarts_reach_a_spectrum_without_gap() -> None:
     """Catches a restart that loses the best vector: 300 close eigenvalues need several bases."""
     matrix = with_spectrum(torch.linspace(0, 1, 300))
-    found = top_eigenpair(Dense(matrix), tol=1e-6, max_iter=1000)
-    assert found.converged
-    assert found.products > 80  # two restarts at the least, or the test is too easy
-    assert found.value == pytest.approx(1.0, abs=1e-6)
+    pair = top_eigenpair(Dense(matrix), tol=1e-6, max_iter=1000)
+    assert pair.converged
+    assert pair.products > 80  # two restarts at the least, or the test is too easy
+    assert pair.value == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_ritz_value_never_exceeds_the_largest_eigenvalue() -> None:
     """Catches a projected matrix that is not the projection (a wrong column after a restart)."""
     matrix = with_spectrum(torch.linspace(-1, 1, 200))
     for max_iter in (1, 2, 5, 39, 40, 41, 50, 79, 80, 81):
-        found = top_eigenpair(Dense(matrix), tol=1e-14, max_iter=max_iter)
-        rayleigh = float(found.vector @ matrix @ found.vector)
-        assert found.value == pytest.approx(rayleigh, rel=1e-10)
-        assert found.value <= 1 + 1e-12
-        assert found.products == max_iter
+        pair = top_eigenpair(Dense(matrix), tol=1e-14, max_iter=max_iter)
+        rayleigh = float(pair.vector @ matrix @ pair.vector)
+        assert pair.value == pytest.approx(rayleigh, rel=1e-10)
+        assert pair.value <= 1 + 1e-12
+        assert pair.products == max_iter
 
 
 def test_running_out_of_products_is_said() -> None:
     """Catches an unconverged value that claims convergence."""
-    found = top_eigenpair(Dense(with_spectrum(torch.linspace(0, 1, 300))), tol=1e-8, max_iter=5)
-    assert not found.converged
-    assert found.products == 5
-    assert found.absolute_residual > 1e-8
+    pair = top_eigenpair(Dense(with_spectrum(torch.linspace(0, 1, 300))), tol=1e-8, max_iter=5)
+    assert not pair.converged
+    assert pair.products == 5
+    assert pair.absolute_residual > 1e-8
 
 
 def test_a_small_krylov_space_ends_the_search() -> None:
@@ -92,9 +92,9 @@ def test_a_small_krylov_space_ends_the_search() -> None:
         (-torch.eye(50), -1.0),
     ):
         for vectors in (40, 4):
-            found = top_eigenpair(Dense(matrix), most_vectors=vectors, tol=1e-5, max_iter=300)
-            assert found.converged
-            assert found.value == pytest.approx(value, rel=1e-5, abs=1e-5)
+            pair = top_eigenpair(Dense(matrix), most_vectors=vectors, tol=1e-5, max_iter=300)
+            assert pair.converged
+            assert pair.value == pytest.approx(value, rel=1e-5, abs=1e-5)
 
 
 def test_a_warm_start_saves_products() -> None:
@@ -108,13 +108,13 @@ def test_a_warm_start_saves_products() -> None:
 
 def test_a_warm_start_at_the_wrong_eigenvector_finds_the_right_one() -> None:
     """Catches a search that, started on an exact eigenvector that has been overtaken, stays there:
-    its residual is zero, so only the noise mixed in can tell.
+    its residual is zero, so only the noise in the start reveals the larger eigenvalue.
     """
     matrix = with_spectrum([10.0, 11.0, 3.0, 1.0, 0.0, -2.0])
     vectors = torch.linalg.eigh(matrix).eigenvectors
-    old = vectors[:, -2]
-    found = top_eigenpair(Dense(matrix), start=old, tol=1e-3)
-    assert found.value == pytest.approx(11.0, rel=1e-3)
+    overtaken = vectors[:, -2]
+    pair = top_eigenpair(Dense(matrix), start=overtaken, tol=1e-3)
+    assert pair.value == pytest.approx(11.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("values", [[-100.0, 1.0], [-3.0, 1.0], [-2.0, -9.0]])
@@ -126,24 +126,24 @@ def test_the_power_method_is_lanczos_and_never_the_most_negative(values: list[fl
     lowest = torch.linalg.eigh(matrix).eigenvectors[:, 0]
     for start in (None, lowest):
         with pytest.warns(DeprecationWarning, match="most_vectors=4"):
-            found = top_eigenpair(Dense(matrix), method="power", start=start, tol=0.1)
-        assert found.converged
+            pair = top_eigenpair(Dense(matrix), method="power", start=start, tol=0.1)
+        assert pair.converged
         # A residual of 0.1 relative to the value bounds its error.
-        assert found.value == pytest.approx(max(values), rel=0.1)
+        assert pair.value == pytest.approx(max(values), rel=0.1)
 
 
-@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_an_unusable_start_is_replaced(bad: float) -> None:
+@pytest.mark.parametrize("entry", [0.0, float("nan"), float("inf")])
+def test_an_unusable_start_is_replaced(entry: float) -> None:
     """Catches a NaN that spreads from an old eigenvector."""
     matrix = with_spectrum([10.0, 3.0, 1.0, 0.0])
-    found = top_eigenpair(Dense(matrix), start=torch.full((4,), bad, dtype=torch.float64))
-    assert found.value == pytest.approx(10.0, rel=1e-3)
+    pair = top_eigenpair(Dense(matrix), start=torch.full((4,), entry, dtype=torch.float64))
+    assert pair.value == pytest.approx(10.0, rel=1e-3)
 
 
 def test_a_start_in_single_precision_is_taken() -> None:
     """Catches a checkpoint's dtype leaking into the basis."""
-    found = top_eigenpair(Dense(with_spectrum([2.0, 1.0])), start=torch.ones(2))
-    assert found.vector.dtype == torch.float64
+    pair = top_eigenpair(Dense(with_spectrum([2.0, 1.0])), start=torch.ones(2))
+    assert pair.vector.dtype == torch.float64
 
 
 def test_seeds_decide_and_global_generators_are_left_alone() -> None:
@@ -159,10 +159,10 @@ def test_seeds_decide_and_global_generators_are_left_alone() -> None:
 def test_single_precision_converges_to_its_accuracy() -> None:
     """Catches a tolerance in float32 that rounding never lets it reach. 1e-5 is some 80 eps."""
     matrix = with_spectrum(SPECTRA["a few outliers"]).float()
-    found = top_eigenpair(Dense(matrix), tol=1e-5)
-    assert found.converged
-    assert found.value == pytest.approx(10.0, rel=1e-5)
-    assert found.vector.dtype == torch.float32
+    pair = top_eigenpair(Dense(matrix), tol=1e-5)
+    assert pair.converged
+    assert pair.value == pytest.approx(10.0, rel=1e-5)
+    assert pair.vector.dtype == torch.float32
 
 
 class Broken(Operator):
@@ -178,7 +178,7 @@ def test_a_product_that_is_not_finite_is_reported(vectors: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
         ({"method": "qr"}, "method='qr'"),
         ({"tol": 0.0}, "tol=0.0"),
@@ -190,9 +190,9 @@ def test_a_product_that_is_not_finite_is_reported(vectors: int) -> None:
         ({"start": torch.tensor(1.0)}, r"start has shape \(\)"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict, named: str) -> None:
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     """Catches an error that does not name the argument."""
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         top_eigenpair(Dense(torch.eye(2)), **arguments)
 
 
@@ -214,8 +214,8 @@ def test_one_host_transfer_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "cpu", counted)
     operator = Dense(with_spectrum(SPECTRA["a few outliers"]))
-    found = top_eigenpair(operator, tol=1e-6)
-    assert transfers == found.products
+    pair = top_eigenpair(operator, tol=1e-6)
+    assert transfers == pair.products
 
 
 def test_a_value_below_the_rounding_of_the_rest_is_not_called_converged() -> None:
@@ -231,5 +231,5 @@ def test_a_value_below_the_rounding_of_the_rest_is_not_called_converged() -> Non
 
     operator = Diagonal(5000, torch.float32, torch.device("cpu"))
     for vectors in (40, 4):
-        found = top_eigenpair(operator, most_vectors=vectors, tol=1e-3)
-        assert not found.converged or found.value == pytest.approx(1.0, rel=1e-2)
+        pair = top_eigenpair(operator, most_vectors=vectors, tol=1e-3)
+        assert not pair.converged or pair.value == pytest.approx(1.0, rel=1e-2)

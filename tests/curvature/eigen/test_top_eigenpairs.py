@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Dense, Diagonal
+from oracles import Dense, Diagonal, with_spectrum
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stableopt.curvature import NonFiniteError, Operator, top_eigenpair, top_eigenpairs
 from stableopt.curvature.eigen.inner_product import InnerProduct
-
-
-def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
-    """Return a symmetric matrix with these eigenvalues."""
-    generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(square)[0]
-    return (basis * values) @ basis.T
 
 
 def spectrum(largest: list[float], low: float = -5.0, high: float = 1.0, size: int = 80) -> Tensor:
@@ -43,24 +35,24 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("most", [None, 15], ids=["roomy", "restarted"])
+@pytest.mark.parametrize("most_vectors", [None, 15], ids=["roomy", "restarted"])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_values_are_those_of_the_dense_matrix(name: str, most: int | None) -> None:
+def test_values_are_those_of_the_dense_matrix(name: str, most_vectors: int | None) -> None:
     """Catches a copy of a multiple eigenvalue that one start cannot see, and restarts that lose one."""
     values, k = SPECTRA[name], 6
     operator = Dense(with_spectrum(values))
-    found = top_eigenpairs(operator, k, tol=1e-9, max_iter=1000, most_vectors=most)
+    pairs = top_eigenpairs(operator, k, tol=1e-9, max_iter=1000, most_vectors=most_vectors)
     expected = torch.linalg.eigvalsh(operator.matrix).flip(0)[:k]
-    assert found.converged
-    assert found.products == operator.products
-    # The bar; residuals of 1e-9 leave errors near rounding, and twins differ by rounding.
-    assert torch.allclose(found.values, expected, rtol=1e-8, atol=1e-10)
-    V = found.vectors
+    assert pairs.converged
+    assert pairs.products == operator.products
+    # Required accuracy; residuals of 1e-9 leave errors near rounding.
+    assert torch.allclose(pairs.values, expected, rtol=1e-8, atol=1e-10)
+    V = pairs.vectors
     assert torch.allclose(V.T @ V, torch.eye(len(expected), dtype=V.dtype), atol=1e-10)
-    residuals = (operator.matrix @ V - V * found.values).norm(dim=0)
-    assert bool((residuals <= found.absolute_residuals + 1e-12).all())  # rounding
-    assert found.upper_bounds is None or bool((found.upper_bounds >= expected - 1e-12).all())
-    assert (found.upper_bounds is None) == (name == "zero")
+    residuals = (operator.matrix @ V - V * pairs.values).norm(dim=0)
+    assert bool((residuals <= pairs.absolute_residuals + 1e-12).all())  # rounding
+    assert pairs.upper_bounds is None or bool((pairs.upper_bounds >= expected - 1e-12).all())
+    assert (pairs.upper_bounds is None) == (name == "zero")
 
 
 def test_an_eigenvector_that_the_start_lacks_is_found() -> None:
@@ -73,8 +65,8 @@ def test_an_eigenvector_that_the_start_lacks_is_found() -> None:
     complement = torch.eye(120, dtype=torch.float64) - torch.outer(hidden, hidden)
     bulk = complement @ with_spectrum(spectrum([3.0, 4.0], size=120)) @ complement
     operator.matrix = bulk + 9.0 * torch.outer(hidden, hidden)
-    found = top_eigenpairs(operator, 2, tol=1e-6, seed=0)
-    assert found.values.tolist() == pytest.approx(
+    pairs = top_eigenpairs(operator, 2, tol=1e-6, seed=0)
+    assert pairs.values.tolist() == pytest.approx(
         torch.linalg.eigvalsh(operator.matrix)[-2:].flip(0).tolist(), rel=1e-9
     )
 
@@ -88,38 +80,38 @@ def test_upper_bounds_hold_and_are_tight() -> None:
     values = spectrum([2.0, 2.0, 3.0])
     failures = 0
     for seed in range(25):
-        found = top_eigenpairs(Dense(with_spectrum(values, seed)), 3, tol=1e-2, seed=seed)
-        assert found.upper_bounds is not None
+        pairs = top_eigenpairs(Dense(with_spectrum(values, seed)), 3, tol=1e-2, seed=seed)
+        assert pairs.upper_bounds is not None
         expected = torch.tensor([3.0, 2.0, 2.0], dtype=torch.float64)
-        failures += bool((found.upper_bounds < expected).any())
-        assert float((found.upper_bounds - expected).max()) < 0.05 * 2.0
+        failures += bool((pairs.upper_bounds < expected).any())
+        assert float((pairs.upper_bounds - expected).max()) < 0.05 * 2.0
     assert failures <= 1
 
 
 def test_a_warm_start_takes_little_more_products_than_pairs() -> None:
-    """Catches a warm start that begins again, and one that keeps the old values."""
+    """Catches a warm start that is ignored, and one that keeps the old values."""
     matrix = with_spectrum(spectrum([2.0, 3.0, 4.0, 5.0, 6.0], low=-0.3, high=0.3))
     cold = top_eigenpairs(Dense(matrix), 5)
-    still = top_eigenpairs(Dense(matrix), 5, start=cold.subspace)
-    assert still.products == 6  # the five, and one that explores
-    assert still.converged
-    assert still.upper_bounds is None
+    unmoved = top_eigenpairs(Dense(matrix), 5, start=cold.subspace)
+    assert unmoved.products == 6  # one for each of the five, and one that explores
+    assert unmoved.converged
+    assert unmoved.upper_bounds is None
     drift = torch.randn(80, 80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     moved = matrix + 0.02 * (drift + drift.T)
-    found = top_eigenpairs(Dense(moved), 5, start=cold.subspace)
-    assert found.converged
-    assert found.products < 20
+    pairs = top_eigenpairs(Dense(moved), 5, start=cold.subspace)
+    assert pairs.converged
+    assert pairs.products < 20
     # A residual of 1e-3 squared, over gaps of the size of the values.
     expected = torch.linalg.eigvalsh(moved).flip(0)[:5]
-    assert torch.allclose(found.values, expected, rtol=1e-5)
+    assert torch.allclose(pairs.values, expected, rtol=1e-5)
 
 
 def test_it_stops_at_the_first_value_below() -> None:
     """Catches an index off by one, and a bound compared in other units than the values."""
     operator = Dense(1000 * with_spectrum(spectrum([2.0, 3.0, 4.0, 5.0, 6.0])))
-    found = top_eigenpairs(operator, 9, down_to=3500.0, tol=1e-6)
-    assert found.values.tolist() == pytest.approx([6000, 5000, 4000, 3000])
-    assert found.above(4500.0) == 2
+    pairs = top_eigenpairs(operator, 9, down_to=3500.0, tol=1e-6)
+    assert pairs.values.tolist() == pytest.approx([6000, 5000, 4000, 3000])
+    assert pairs.above(4500.0) == 2
     assert len(top_eigenpairs(operator, 2, down_to=0.0).values) == 2
     assert len(top_eigenpairs(operator, 9, down_to=1e9, least=3).values) == 3
 
@@ -130,16 +122,16 @@ def test_with_a_preconditioner_they_are_those_of_the_product() -> None:
     P = with_spectrum(torch.logspace(-1, 1, 80, dtype=torch.float64), 3)
     root = torch.linalg.cholesky(P)
     expected = torch.linalg.eigvalsh(root.T @ H @ root).flip(0)[:4]
-    found = top_eigenpairs(Dense(H), 4, preconditioner=P, tol=1e-8)
-    assert found.converged
-    assert found.upper_bounds is None
-    assert torch.allclose(found.values, expected, rtol=1e-10)
-    images = P @ (H @ found.vectors)
+    pairs = top_eigenpairs(Dense(H), 4, preconditioner=P, tol=1e-8)
+    assert pairs.converged
+    assert pairs.upper_bounds is None
+    assert torch.allclose(pairs.values, expected, rtol=1e-10)
+    images = P @ (H @ pairs.vectors)
     # Residuals of 1e-8, in a norm up to root 10 times the other.
-    assert torch.allclose(images, found.vectors * found.values, atol=1e-6)
-    again = top_eigenpairs(Dense(H), 4, preconditioner=P, tol=1e-8, start=found.subspace)
-    assert again.products <= 8
-    assert torch.allclose(again.values, expected, rtol=1e-10)
+    assert torch.allclose(images, pairs.vectors * pairs.values, atol=1e-6)
+    warm = top_eigenpairs(Dense(H), 4, preconditioner=P, tol=1e-8, start=pairs.subspace)
+    assert warm.products <= 8
+    assert torch.allclose(warm.values, expected, rtol=1e-10)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -151,22 +143,22 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
-        return made
+        return outputs
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place and place not in self._seen:
-            self._seen.add(place)
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address and address not in self._seen:
+            self._seen.add(address)
             self.live += size
-            weakref.finalize(storage, self._drop, place, size)
+            weakref.finalize(storage, self._drop, address, size)
 
-    def _drop(self, place: int, size: int) -> None:
-        self._seen.discard(place)
+    def _drop(self, address: int, size: int) -> None:
+        self._seen.discard(address)
         self.live -= size
 
 
@@ -180,8 +172,8 @@ def test_memory_is_k_vectors_and_a_bounded_number(k: int) -> None:
     values = torch.rand(size, generator=torch.Generator().manual_seed(0))
     values[:k] = torch.linspace(1.01, 1.3, k)
     with LiveBytes() as memory:
-        found = top_eigenpairs(Diagonal(values), k, tol=1e-9, max_iter=k + 43)
-    assert found.products > k + 40  # so that it restarts
+        pairs = top_eigenpairs(Diagonal(values), k, tol=1e-9, max_iter=k + 43)
+    assert pairs.products > k + 40  # so that it restarts
     assert memory.peak / (4 * size) < k + 40 + 40 + 30
 
 
@@ -206,8 +198,8 @@ def test_a_start_of_dependent_rows_is_none() -> None:
     """Catches a division by the norm of a zero row."""
     operator = Dense(with_spectrum(SPECTRA["apart"]))
     for start in (torch.zeros(3, 80).double(), torch.ones(3, 80).double()):
-        found = top_eigenpairs(operator, 2, start=start)
-        assert found.values.tolist() == pytest.approx([9.0, 5.0], rel=1e-5)
+        pairs = top_eigenpairs(operator, 2, start=start)
+        assert pairs.values.tolist() == pytest.approx([9.0, 5.0], rel=1e-5)
 
 
 def test_one_of_many_is_the_top_after_as_many_products() -> None:

@@ -23,7 +23,7 @@ Data = tuple[Tensor, Tensor]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 
 
-def dense_factors(model: nn.Module, x: Tensor, second: Tensor) -> Tensor:
+def dense_factors(model: nn.Module, x: Tensor, loss_hessians: Tensor) -> Tensor:
     """Return L_i^(1/2) J_i ``(n, C, d)``, entry by entry, for L ``(n, C, C)``."""
     rows = []
     for i in range(len(x)):
@@ -43,7 +43,7 @@ def dense_factors(model: nn.Module, x: Tensor, second: Tensor) -> Tensor:
                 ]
             )
         )
-    values, vectors = torch.linalg.eigh(second)
+    values, vectors = torch.linalg.eigh(loss_hessians)
     # The softmax's L has a zero eigenvalue; rounding makes it 1e-17, whose root would be 3e-9.
     values = torch.where(values > 1e-14, values, 0.0)
     roots = (vectors * values.sqrt().unsqueeze(1)) @ vectors.mT
@@ -62,14 +62,14 @@ def test_gram_of_squared_loss_and_cross_entropy(network: nn.Module, data: Data) 
     x, y = data
     squared = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
     rows = dense_factors(network, x, squared).flatten(0, 1)
-    found = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
-    assert relative_error(found.gram, rows @ rows.T) < 1e-13  # rounding of sums of 38 terms
-    assert found.num_outputs == 3
+    curvature = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
+    assert relative_error(curvature.gram, rows @ rows.T) < 1e-13  # rounding of sums of 38 terms
+    assert curvature.num_outputs == 3
 
     rows = dense_factors(network, x, softmax_curvature(network(x))).flatten(0, 1)
-    found = DualCurvature.from_problem(Problem(network, nn.CrossEntropyLoss(), (x, LABELS)))
-    # Only up to rotations within a sample is the root unique; both take the symmetric one.
-    assert relative_error(found.gram, rows @ rows.T) < 1e-12
+    curvature = DualCurvature.from_problem(Problem(network, nn.CrossEntropyLoss(), (x, LABELS)))
+    # The root is unique only up to rotations within a sample; both take the symmetric one.
+    assert relative_error(curvature.gram, rows @ rows.T) < 1e-12
 
 
 def test_both_coordinates_are_those_of_the_hessians_at_interpolation(network: nn.Module) -> None:
@@ -79,11 +79,11 @@ def test_both_coordinates_are_those_of_the_hessians_at_interpolation(network: nn
     x, _ = small_data()
     y = network(x).detach()
     hessians = dense_hessians(network, nn.MSELoss(), x, y)
-    found = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
+    curvature = DualCurvature.from_problem(Problem(network, nn.MSELoss(), (x, y)))
     top = float(torch.linalg.eigvalsh(hessians.mean(0))[-1])
     spread = float(torch.linalg.eigvalsh(covariance(hessians))[-1])
-    assert found.sharpness == pytest.approx(top, rel=1e-12)
-    assert found.non_uniformity == pytest.approx(math.sqrt(spread), rel=1e-12)
+    assert curvature.sharpness == pytest.approx(top, rel=1e-12)
+    assert curvature.non_uniformity == pytest.approx(math.sqrt(spread), rel=1e-12)
 
 
 def test_modes_are_the_samples_in_the_eigenbasis_of_the_mean(problem: Problem) -> None:
@@ -108,31 +108,31 @@ class Gained(nn.Module):
         self.gain = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.gain * self.network(x)
-        return found
+        outputs: Tensor = self.gain * self.network(x)
+        return outputs
 
 
 @pytest.mark.parametrize("memory", [1, 40_000, 2**30])
 def test_chunks_change_nothing(network: nn.Module, data: Data, memory: int) -> None:
-    """Catches blocks put in the wrong place where not all rows fit: 1 byte is one sample at a time,
-    and 40,000 a ragged cut; the problem's own chunks, of 3, cut again.
+    """Catches misplaced blocks where not all rows fit in memory: 1 byte forces one sample at a
+    time, 40,000 bytes uneven parts, and the problem's chunks of 3 divide these again.
     """
     x, y = data
     model = Gained(network)
-    second = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
-    rows = dense_factors(model, x, second).flatten(0, 1)
+    loss_hessians = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
+    rows = dense_factors(model, x, loss_hessians).flatten(0, 1)
     for chunk_size in (None, 3):
         problem = Problem(model, nn.MSELoss(), (x, y), chunk_size=chunk_size)
-        found = DualCurvature.from_problem(problem, memory=memory)
-        assert relative_error(found.gram, rows @ rows.T) < 1e-13
+        curvature = DualCurvature.from_problem(problem, memory=memory)
+        assert relative_error(curvature.gram, rows @ rows.T) < 1e-13
 
 
 def test_layers_give_the_same_matrix_as_rows(network: nn.Module, data: Data) -> None:
-    """Catches layers whose structure does not hold taken at their word: one that is called twice,
-    a weight that is used elsewhere too, and layers over positions; and, where it holds, chunks.
+    """Catches the layer-wise formula used where it does not hold: for a layer called twice, a
+    shared weight, or a layer over positions. Where it holds, catches wrong chunks.
     """
     x, y = data
-    second = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
+    loss_hessians = (2 / 3 * torch.eye(3, dtype=torch.float64)).expand(7, 3, 3)
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -140,21 +140,21 @@ def test_layers_give_the_same_matrix_as_rows(network: nn.Module, data: Data) -> 
             self.layer = nn.Linear(3, 3).double()
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.layer(self.layer(x).tanh())
-            return found
+            outputs: Tensor = self.layer(self.layer(x).tanh())
+            return outputs
 
     class Tied(Twice):
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.layer(x).tanh() @ self.layer.weight
-            return found
+            outputs: Tensor = self.layer(x).tanh() @ self.layer.weight
+            return outputs
 
     class Positions(Twice):
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.layer(torch.stack([x, x**2], dim=1)).tanh().sum(1)
-            return found
+            outputs: Tensor = self.layer(torch.stack([x, x**2], dim=1)).tanh().sum(1)
+            return outputs
 
     for model in (network, Twice(), Tied(), Positions()):
-        rows = dense_factors(model, x, second).flatten(0, 1)
+        rows = dense_factors(model, x, loss_hessians).flatten(0, 1)
         for chunk_size in (None, 3):
             problem = Problem(model, nn.MSELoss(), (x, y), chunk_size=chunk_size)
             expected = rows @ rows.T
@@ -203,8 +203,8 @@ class Square(nn.Module):
 
 class StubbornSquare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = _Stubborn.apply(x)
-        return found
+        outputs: Tensor = _Stubborn.apply(x)
+        return outputs
 
 
 def test_modules_that_vmap_cannot_follow_go_one_by_one() -> None:
@@ -221,8 +221,8 @@ def test_modules_that_vmap_cannot_follow_go_one_by_one() -> None:
 
     expected = DualCurvature.from_problem(Problem(nn.Sequential(layer, Square()), loss, (x, y)))
     model = nn.Sequential(layer, StubbornSquare())
-    found = DualCurvature.from_problem(Problem(model, stubborn_loss, (x, y)))
-    assert relative_error(found.gram, expected.gram) < 1e-13
+    curvature = DualCurvature.from_problem(Problem(model, stubborn_loss, (x, y)))
+    assert relative_error(curvature.gram, expected.gram) < 1e-13
 
 
 def test_single_precision_is_summed_in_double(data: Data) -> None:
@@ -231,10 +231,10 @@ def test_single_precision_is_summed_in_double(data: Data) -> None:
     single = small_network().float()
     x, y = data
     expected = DualCurvature.from_problem(Problem(double, nn.MSELoss(), (x, y)))
-    found = DualCurvature.from_problem(Problem(single, nn.MSELoss(), (x.float(), y.float())))
-    assert found.gram.dtype == torch.float64
+    curvature = DualCurvature.from_problem(Problem(single, nn.MSELoss(), (x.float(), y.float())))
+    assert curvature.gram.dtype == torch.float64
     # Rows have the rounding of single precision, 6e-8, a few operations deep.
-    assert found.sharpness == pytest.approx(expected.sharpness, rel=2e-6)
+    assert curvature.sharpness == pytest.approx(expected.sharpness, rel=2e-6)
 
 
 def test_leading_directions_span_what_they_say(network: nn.Module, data: Data) -> None:
@@ -267,11 +267,11 @@ def test_a_loss_without_curvature_has_none() -> None:
     model = nn.Linear(3, 2).double()
     x, _ = small_data()
     y = torch.zeros(7, 2, dtype=torch.float64)
-    found = DualCurvature.from_problem(Problem(model, nn.L1Loss(), (x, y)))
-    assert found.sharpness == 0.0
-    assert found.non_uniformity == 0.0
+    curvature = DualCurvature.from_problem(Problem(model, nn.L1Loss(), (x, y)))
+    assert curvature.sharpness == 0.0
+    assert curvature.non_uniformity == 0.0
     assert Modes.from_factors(torch.zeros(2, 1, 3)).eigenvalues.numel() == 0
-    basis = torch.zeros(8, 0, dtype=torch.float64)  # of the leading directions there are none
+    basis = torch.zeros(8, 0, dtype=torch.float64)  # no leading directions
     assert project(Problem(model, nn.MSELoss(), (x, y)), basis).eigenvalues.numel() == 0
 
 
@@ -304,8 +304,8 @@ def test_bad_input_is_named(network: nn.Module, data: Data) -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             return (self.inner(x),)
 
-    def first(z: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    def first_output_loss(z: tuple[Tensor, ...], y: Tensor) -> Tensor:
         return nn.functional.mse_loss(z[0], y)
 
     with pytest.raises(TypeError, match="returned tuple"):
-        DualCurvature.from_problem(Problem(Tuple(), first, (x, y)))
+        DualCurvature.from_problem(Problem(Tuple(), first_output_loss, (x, y)))

@@ -20,8 +20,8 @@ class Flat(nn.Module):
         self.scale = nn.Parameter(torch.ones(1).double()) if generic else None
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.linear(x).squeeze(-1)
-        return found if self.scale is None else found * self.scale
+        outputs: Tensor = self.linear(x).squeeze(-1)
+        return outputs if self.scale is None else outputs * self.scale
 
 
 class Forces(nn.Module):

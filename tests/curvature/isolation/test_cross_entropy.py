@@ -35,15 +35,15 @@ def derivatives(loss: Any, x: Tensor) -> Iterator[Tensor]:
     """Yield the loss and three derivatives, of a nonlinear function of all its entries."""
     x, generator = x.clone().requires_grad_(), torch.Generator().manual_seed(0)
     u, v = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
-    found = loss(x)
-    yield found.detach()
-    weights = torch.linspace(1, 2, found.numel(), dtype=x.dtype).view(found.shape)
-    (slope,) = torch.autograd.grad((found * weights).sum() ** 2, x, create_graph=True)
+    losses = loss(x)
+    yield losses.detach()
+    weights = torch.linspace(1, 2, losses.numel(), dtype=x.dtype).view(losses.shape)
+    (slope,) = torch.autograd.grad((losses * weights).sum() ** 2, x, create_graph=True)
     yield slope.detach()
     yield torch.autograd.grad(slope, x, u, retain_graph=True)[0]
-    (bent,) = torch.autograd.grad(slope, x, u, create_graph=True)
-    yield bent.detach()
-    yield torch.autograd.grad(bent, x, v)[0]
+    (second_slope,) = torch.autograd.grad(slope, x, u, create_graph=True)
+    yield second_slope.detach()
+    yield torch.autograd.grad(second_slope, x, v)[0]
 
 
 @pytest.mark.usefixtures("formulas")
@@ -77,38 +77,40 @@ def test_every_option_has_torch_s_values_and_derivatives(
 
         expected = list(derivatives(loss, x))
         with isolated(nn.Identity(), x.device):
-            found = list(derivatives(loss, x))
-        for one, other in zip(found, expected, strict=True):
-            size = max(float(other.norm()), 1e-3)  # third derivatives vanish for no slope
-            assert float((one - other).norm()) < EXACT * size
+            computed = list(derivatives(loss, x))
+        for actual, exact in zip(computed, expected, strict=True):
+            size = max(float(exact.norm()), 1e-3)  # third derivatives vanish for no slope
+            assert float((actual - exact).norm()) < EXACT * size
 
 
 @pytest.mark.usefixtures("formulas")
 def test_single_precision_agrees_with_double_backward() -> None:
-    """Catches a formula that cancels. 1e-5: the bar; 1e-6 was seen."""
+    """Catches a formula that cancels. The bound is 1e-5; 1e-6 was measured."""
     torch.manual_seed(0)
     x, y = 10 * torch.randn(40, 300), torch.randint(300, (40,))
     expected = list(derivatives(lambda z: F.cross_entropy(z, y), x))[:4]
     with isolated(nn.Identity(), x.device):
-        found = list(derivatives(lambda z: F.cross_entropy(z, y), x))[:4]
-    for one, other in zip(found, expected, strict=True):
-        assert relative_error(one, other) < 1e-5
+        computed = list(derivatives(lambda z: F.cross_entropy(z, y), x))[:4]
+    for actual, exact in zip(computed, expected, strict=True):
+        assert relative_error(actual, exact) < 1e-5
 
 
 @pytest.mark.usefixtures("formulas")
 def test_torch_s_own_function_is_used_where_the_formulas_do_not_apply() -> None:
-    """Catches transforms that cannot pass a custom function, lost gradients, and other errors."""
+    """Catches function transforms that fail on the custom function, lost gradients, and changed
+    errors.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(4, 7, dtype=torch.float64), torch.randint(7, (4,))
-    u, own = torch.randn_like(x), torch._C._nn.cross_entropy_loss
+    u, torch_function = torch.randn_like(x), torch._C._nn.cross_entropy_loss
 
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(z, y)
 
-    def one(z: Tensor, target: Tensor) -> Tensor:
+    def sample_loss(z: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(z, target)
 
-    def of_everything() -> list[Tensor]:
+    def all_results() -> list[Tensor]:
         soft = x.softmax(1).requires_grad_()
         with torch.autograd.forward_ad.dual_level():
             dual = loss(torch.autograd.forward_ad.make_dual(x, u))
@@ -116,24 +118,24 @@ def test_torch_s_own_function_is_used_where_the_formulas_do_not_apply() -> None:
         return [
             torch.func.hessian(loss)(x),
             torch.func.jvp(loss, (x,), (u,))[1],
-            torch.vmap(torch.func.grad(one))(x, y),
+            torch.vmap(torch.func.grad(sample_loss))(x, y),
             torch.autograd.grad(F.cross_entropy(u, soft), soft)[0],
             pushed,
             F.cross_entropy(x.half().float(), y.byte()),
         ]
 
-    expected = of_everything()
+    expected = all_results()
     with isolated(nn.Identity(), x.device):
-        assert torch._C._nn.cross_entropy_loss is not own
-        for found, true in zip(of_everything(), expected, strict=True):
-            assert torch.equal(found, true)
-        assert torch.equal(loss(x.bfloat16()), own(x.bfloat16(), y, None, 1))
+        assert torch._C._nn.cross_entropy_loss is not torch_function
+        for actual, exact in zip(all_results(), expected, strict=True):
+            assert torch.equal(actual, exact)
+        assert torch.equal(loss(x.bfloat16()), torch_function(x.bfloat16(), y, None, 1))
         for wrong in (y[:3], y.int(), y.double(), torch.full_like(y, 7)):
             with pytest.raises((IndexError, RuntimeError, ValueError)):
                 F.cross_entropy(x, wrong)
         with pytest.raises(RuntimeError):
             F.cross_entropy(x, y, torch.ones(3, dtype=torch.float64))
-    assert torch._C._nn.cross_entropy_loss is own
+    assert torch._C._nn.cross_entropy_loss is torch_function
 
 
 class Language(nn.Module):
@@ -162,12 +164,12 @@ def language_data() -> tuple[Tensor, Tensor]:
 
 def products(problem: Problem, *, per_sample: bool = True) -> list[Tensor]:
     v = torch.linspace(-1, 1, problem.num_params, dtype=problem.dtype)
-    found = [Hessian(problem) @ v]
+    images = [Hessian(problem) @ v]
     if problem.loss_fn is not None:
-        found.append(GaussNewton(problem) @ v)
+        images.append(GaussNewton(problem) @ v)
     if per_sample:
-        found.append(NonUniformity(problem) @ v)
-    return found
+        images.append(NonUniformity(problem) @ v)
+    return images
 
 
 CLASSES = torch.linspace(0.5, 2, VOCABULARY, dtype=torch.float64)
@@ -185,20 +187,20 @@ CLASSES = torch.linspace(0.5, 2, VOCABULARY, dtype=torch.float64)
 def test_products_of_a_tied_model_are_those_of_double_backward(
     loss: Any, request: pytest.FixtureRequest
 ) -> None:
-    """Catches samples weighed otherwise, and a custom function that is not trusted."""
+    """Catches samples with other weights, and formulas rejected as an unknown custom function."""
     model = Language().double()
     expected = products(Problem(model, loss, language_data()))
     request.getfixturevalue("formulas")
     problem = Problem(model, loss, language_data())
     assert problem.method == "double backward"
-    for found, true in zip(products(problem), expected, strict=True):
-        assert relative_error(found, true) < EXACT
+    for actual, exact in zip(products(problem), expected, strict=True):
+        assert relative_error(actual, exact) < EXACT
 
 
 def test_a_hugging_face_model_s_own_loss_takes_the_formulas(
     request: pytest.FixtureRequest,
 ) -> None:
-    """Catches losses that go by another function, and ignored labels.
+    """Catches a loss that bypasses the formulas, and labels to ignore that count.
 
     1e-5: rounding in float32, in which the model computes its loss.
     """
@@ -219,21 +221,21 @@ def test_a_hugging_face_model_s_own_loss_takes_the_formulas(
     expected = product()
     request.getfixturevalue("formulas")
     calls: list[int] = []
-    own = cross_entropy._Losses.forward
+    forward = cross_entropy._Losses.forward
 
     def counted(*args: Any) -> Tensor:
         calls.append(1)
-        return own(*args)
+        return forward(*args)
 
     request.getfixturevalue("monkeypatch").setattr(cross_entropy._Losses, "forward", counted)
     assert relative_error(product(), expected) < 1e-5
     assert calls
 
 
-def peak(way: str) -> float:
+def peak(task: str) -> float:
     """Return by how many MiB a training step, or a product, raises the process's peak memory."""
     torch.set_num_threads(1)
-    for vocabulary in (8, 40_000):  # what torch sets up on first use is neither's
+    for vocabulary in (8, 40_000):  # the first run sets up torch
         torch.manual_seed(0)
         model, ids = Language(vocabulary, 2), torch.randint(vocabulary, (1, 128))
         theta, before = list(model.parameters()), peak_mib()
@@ -241,7 +243,7 @@ def peak(way: str) -> float:
         def loss(model: nn.Module = model, ids: Tensor = ids) -> Tensor:
             return flat_loss(nn.CrossEntropyLoss())(model(ids), ids)
 
-        if way == "training":
+        if task == "training":
             loss().backward()
             continue
         with isolated(model, ids.device):
@@ -254,11 +256,12 @@ def peak(way: str) -> float:
 def test_a_product_takes_at_most_twice_the_memory_of_a_training_step() -> None:
     """Catches copies of the logits, which are nearly all the memory here.
 
-    A fresh process each, since peaks never fall. 59 and 81 MiB were seen; 137 with torch's own.
+    Each runs in a fresh process, since peaks never fall. Measured: 59 and 81 MiB, and 137 MiB with
+    torch's kernel.
     """
     peaks = {}
-    for way in ("training", "product"):
-        code = f"from test_cross_entropy import peak; print(peak({way!r}))"
-        peaks[way] = peak_of_process(code, Path(__file__).parent, **EAGER_RETURN)
+    for task in ("training", "product"):
+        code = f"from test_cross_entropy import peak; print(peak({task!r}))"
+        peaks[task] = peak_of_process(code, Path(__file__).parent, **EAGER_RETURN)
     assert peaks["training"] > 50  # MiB: so much that the ratio is of logits
     assert peaks["product"] < 2 * peaks["training"]

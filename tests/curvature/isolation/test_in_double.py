@@ -27,9 +27,9 @@ def test_results_are_double_and_exact(function: object) -> None:
     """Catches rounding to single precision on the way, which a double result alone does not show."""
     x = torch.tensor([1.0, 2.0, 1 / 3], dtype=torch.float64)
     with InDouble():
-        found: Tensor = function(x)  # type: ignore[operator]
-    assert found.dtype == torch.float64
-    assert not torch.equal(found, found.float().double())
+        result: Tensor = function(x)  # type: ignore[operator]
+    assert result.dtype == torch.float64
+    assert not torch.equal(result, result.float().double())
 
 
 def test_tensors_that_are_written_to_stay_themselves() -> None:
@@ -47,8 +47,8 @@ def test_grouped_products_have_no_kernel_in_double_precision() -> None:
     rows, matrices = torch.randn(7, 4), torch.randn(3, 4, 8)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)
     with InDouble():
-        found = torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
+        products = torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
     groups = [rows[:2].double() @ matrices[0].double(), rows[2:6].double() @ matrices[2].double()]
-    assert torch.equal(found[:6], torch.cat(groups))
+    assert torch.equal(products[:6], torch.cat(groups))
     single = torch.nn.functional.grouped_mm(rows, matrices, offs=ends)
-    torch.testing.assert_close(found[:6].float(), single[:6])
+    torch.testing.assert_close(products[:6].float(), single[:6])

@@ -21,12 +21,12 @@ def test_threads_take_turns() -> None:
     before = torch.get_rng_state()
     waiting, entered = threading.Event(), threading.Event()
 
-    def other() -> None:
+    def evaluate() -> None:
         waiting.set()
         with isolated(model, cpu):
             entered.set()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=evaluate)
     with isolated(model, cpu):
         torch.rand(5)
         thread.start()
@@ -49,16 +49,18 @@ class Teacher(nn.Module):
         self.fixed.flags.writeable = False  # which nothing can write back to
 
     def forward(self, x: Tensor) -> Tensor:
-        for own, other in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
-            other.data.mul_(0.999).add_(own.detach(), alpha=0.001)
+        for student, teacher in zip(
+            self.student.parameters(), self.teacher.parameters(), strict=True
+        ):
+            teacher.data.mul_(0.999).add_(student.detach(), alpha=0.001)
         self.seen.data.add_(1)
         self.calls += 1
         return self.student(x) - self.teacher(x).detach()
 
 
 def test_what_follows_the_model_stays_where_it_is() -> None:
-    """Catches frozen parameters, tensors and arrays that a measurement moves where no version counter
-    shows it: training would go on from others.
+    """Catches a measurement that changes frozen parameters, tensors or arrays where no version
+    counter shows it: training would continue from the changed values.
     """
     torch.manual_seed(0)
     model = Teacher()
@@ -90,9 +92,9 @@ def test_an_evaluation_begins_again() -> None:
 
     model = Counting()
     model.seen.append(0.5)
-    with isolated(model, torch.device("cpu")) as again:
-        first = model()
-        again()
+    with isolated(model, torch.device("cpu")) as restart:
+        first_pass = model()
+        restart()
         assert not model.training
-        assert model() == first
+        assert model() == first_pass
     assert model.seen == [0.5]

@@ -35,7 +35,7 @@ def network(gate: nn.Module, activation: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_hard_sigmoid_and_hard_swish_are_differentiated_twice(inplace: bool) -> None:
-    """Catches differences that disagree, or a refusal, where torch only lacks the formula.
+    """Catches wrong second derivatives, or a refusal, where torch only lacks the formula.
 
     1e-12: rounding of products of 63 terms in float64.
     """
@@ -56,8 +56,8 @@ def test_the_hard_sigmoid_is_torch_s_own_outside_and_equal_inside() -> None:
     1e-15: a few roundings of numbers up to 1.
     """
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    own = torch._C._nn.hardsigmoid
+    torch_kernel = torch._C._nn.hardsigmoid
     outside = F.hardsigmoid(x)
     with isolated(nn.Identity(), torch.device("cpu")):
         torch.testing.assert_close(F.hardsigmoid(x), outside, rtol=0, atol=1e-15)
-    assert torch._C._nn.hardsigmoid is own
+    assert torch._C._nn.hardsigmoid is torch_kernel

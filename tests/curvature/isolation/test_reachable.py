@@ -1,4 +1,4 @@
-"""What functions and objects hold is found, and its state put back."""
+"""Modules, tensors and generators that functions and objects hold: found, and restored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def identity(x: Any, default: Any = None) -> Any:
     return x
 
 
-WAYS = {
+HOLDERS = {
     "attribute": Holder,
     "slot": Slotted,
     "closure": lambda held: lambda: held,
@@ -46,17 +46,17 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_holding_is_followed(way: str) -> None:
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_every_way_of_holding_is_followed(kind: str) -> None:
     """Catches a closure or container whose contents stay unseen."""
     held = nn.Linear(2, 1)
-    assert any(found is held for found in reachable([WAYS[way](held)]))
+    assert any(item is held for item in reachable([HOLDERS[kind](held)]))
 
 
 def test_global_names_of_functions_are_followed() -> None:
     """Catches a script's loss that uses a second network by its name."""
-    assert any(found is GLOBAL for found in reachable([Holder(None)]))
-    assert any(found is GLOBAL for found in reachable([lambda: lambda: GLOBAL]))
+    assert any(item is GLOBAL for item in reachable([Holder(None)]))
+    assert any(item is GLOBAL for item in reachable([lambda: lambda: GLOBAL]))
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_generators_are_put_back(generator: Any, draw: Any) -> None:
     """Catches a kind of generator that is found but not restored."""
     state = HeldState([Holder([generator])])
     assert not state.drew
-    first = draw(generator)
+    first_draw = draw(generator)
     assert state.drew
     state.restore()
     assert not state.drew
-    assert draw(generator) == first
+    assert draw(generator) == first_draw
 
 
 def test_attributes_and_containers_are_put_back() -> None:

@@ -33,8 +33,8 @@ def test_blocks_and_share_are_those_of_dense_matrices(
     residuals = hessians - dense_gauss_newtons(model, loss_fn, x, y)
     generator = torch.Generator().manual_seed(2)
     basis = torch.randn(problem.num_params, 4, generator=generator, dtype=torch.float64)
-    found = hessian_blocks(problem, basis)
-    assert torch.allclose(found, basis.T @ hessians @ basis, rtol=ROUNDING, atol=ROUNDING)
+    blocks = hessian_blocks(problem, basis)
+    assert torch.allclose(blocks, basis.T @ hessians @ basis, rtol=ROUNDING, atol=ROUNDING)
     share = float((residuals @ basis).norm() / (hessians @ basis).norm())
     assert residual_share(problem, basis) == pytest.approx(share, rel=1e-10)
 

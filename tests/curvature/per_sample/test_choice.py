@@ -1,4 +1,4 @@
-"""The quickest way is chosen where the structure may not pay, and between vmap and the loop."""
+"""Choice of the quickest method: structured products, vmap or the loop."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Branching(nn.Module):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Seconds that every way is said to take, for models of any size."""
+    """Return the seconds that each method pretends to take, for models of any size."""
     seconds: dict[str, float] = {}
     monkeypatch.setattr(choice, "_LARGE", 1)
-    monkeypatch.setattr(choice, "_seconds", lambda *of: dict(seconds))
+    monkeypatch.setattr(choice, "_seconds", lambda *arguments: dict(seconds))
     return seconds
 
 
-def on(model: nn.Module) -> NonUniformity:
+def non_uniformity(model: nn.Module) -> NonUniformity:
     return NonUniformity(Problem(model, nn.MSELoss(), small_data()))
 
 
@@ -57,11 +57,11 @@ def on(model: nn.Module) -> NonUniformity:
 def test_the_quickest_way_is_taken_where_copies_are_many(
     quickest: str, clock: dict[str, float]
 ) -> None:
-    """Catches a structure that is used although another way is quicker, and a wrong product then."""
+    """Catches structured products used although another method is quicker, and wrong products."""
     clock |= dict.fromkeys(("structured", "vmap", "loop"), 2.0)
     clock[quickest] = 1.0
     network = Bilinear()
-    operator = on(network)
+    operator = non_uniformity(network)
     assert operator.method == quickest
     if quickest == "structured":
         assert set(operator.ways.values()) == {"vmap", "linear"}
@@ -73,8 +73,8 @@ def test_the_quickest_way_is_taken_where_copies_are_many(
 
 
 def test_a_structure_without_copies_is_not_timed(clock: dict[str, float]) -> None:
-    """Catches samples spent on a comparison that the structure always wins: no way has a time here."""
-    assert on(nn.Linear(3, 3).double()).method == "structured"
+    """Catches a timing run where structured products always win: here no method has a time."""
+    assert non_uniformity(nn.Linear(3, 3).double()).method == "structured"
 
 
 @pytest.mark.parametrize("quickest", ["vmap", "loop"])
@@ -83,19 +83,19 @@ def test_without_structure_the_quicker_of_the_others(
 ) -> None:
     """Catches the choice by size alone, which takes vmap for this model."""
     clock |= {"vmap": 2.0, "loop": 2.0, quickest: 1.0}
-    assert on(Branching()).method == quickest
+    assert non_uniformity(Branching()).method == quickest
 
 
 def test_times_of_every_way() -> None:
-    """Catches a way timed on too many samples for its memory, and one whose failure stops all."""
+    """Catches a method timed on too many samples for its memory, and one whose failure stops all."""
     model = Branching()
-    of = Hessian(Problem(model, nn.MSELoss(), small_data()))
-    assert choice._seconds(of, 4, None)["vmap"] == float("inf")
+    hessian = Hessian(Problem(model, nn.MSELoss(), small_data()))
+    assert choice._seconds(hessian, 4, None)["vmap"] == float("inf")
     model.branches = False
     for at_once, finite in ((4, True), (1, False)):
-        found = choice._seconds(of, at_once, None)
-        assert found.keys() == {"loop", "vmap"}
-        assert 0 < found["loop"] < float("inf")
-        assert (0 < found["vmap"] < float("inf")) == finite
-    operator = on(Bilinear())
+        seconds = choice._seconds(hessian, at_once, None)
+        assert seconds.keys() == {"loop", "vmap"}
+        assert 0 < seconds["loop"] < float("inf")
+        assert (0 < seconds["vmap"] < float("inf")) == finite
+    operator = non_uniformity(Bilinear())
     assert choice._seconds(operator._mean, 4, operator._structured)["structured"] > 0

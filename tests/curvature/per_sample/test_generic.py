@@ -37,7 +37,7 @@ def test_non_uniformity_is_the_covariance_of_the_dense_per_sample_hessians(
 
 
 class Unstructured(nn.Module):
-    """Holds a parameter that no layer knows of."""
+    """A model with a parameter that belongs to no layer."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ def test_a_module_that_vmap_cannot_follow_is_measured_by_the_loop(
 
 def test_large_models_take_few_samples_at_once(problem: Problem) -> None:
     """Catches memory that grows with the model times the data."""
-    other = Problem(Unstructured(problem.model), nn.MSELoss(), small_data())
-    assert NonUniformity(other, memory=1).method == "loop"
+    unstructured = Problem(Unstructured(problem.model), nn.MSELoss(), small_data())
+    assert NonUniformity(unstructured, memory=1).method == "loop"
     roomy = 8 * 41 * 8 * 20  # eight copies of 41 parameters in double precision, for 20 samples
-    assert NonUniformity(other, memory=roomy).method == "vmap"
-    assert samples_at_once(other, roomy) == 20
+    assert NonUniformity(unstructured, memory=roomy).method == "vmap"
+    assert samples_at_once(unstructured, roomy) == 20

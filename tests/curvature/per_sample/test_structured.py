@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stableopt.curvature import Hessian, NonUniformity, Problem
 
 
-def on(model: nn.Module, data: tuple[Tensor, Tensor] | None = None, **options) -> NonUniformity:
+def non_uniformity(
+    model: nn.Module, data: tuple[Tensor, Tensor] | None = None, **options
+) -> NonUniformity:
     problem = Problem(model, nn.MSELoss(), data or small_data(), **options)
     return NonUniformity(problem)
 
@@ -23,7 +25,7 @@ def on(model: nn.Module, data: tuple[Tensor, Tensor] | None = None, **options) -
 def test_it_is_the_covariance_of_dense_hessians(model: str, chunk_size: int | None) -> None:
     """Catches a lost term of the rank-two blocks, and a mean of one chunk for that of all."""
     network, data = FITTING[model](), small_data()
-    operator = on(network, data, chunk_size=chunk_size)
+    operator = non_uniformity(network, data, chunk_size=chunk_size)
     assert operator.method == "structured"
     expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
     eye = torch.eye(len(expected), dtype=torch.float64)
@@ -37,7 +39,7 @@ def test_frozen_parameters_drop_out() -> None:
     network.first.weight.requires_grad_(False)
     network.second.bias.requires_grad_(False)
     chosen = [network.first.bias, network.second.weight]
-    operator = on(network, data)
+    operator = non_uniformity(network, data)
     assert operator.method == "structured"
     assert operator.shape == (20, 20)
     for p in network.parameters():
@@ -46,15 +48,15 @@ def test_frozen_parameters_drop_out() -> None:
     hessians = dense_hessians(network, nn.MSELoss(), *data)[:, rows][:, :, rows]
     eye = torch.eye(20, dtype=torch.float64)
     assert relative_error(operator @ eye, covariance(hessians)) < 1e-10
-    assert on(network, data, params=chosen).method == "structured"
+    assert non_uniformity(network, data, params=chosen).method == "structured"
 
 
 # torch's own advice.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("model", STRUCTURES)
 def test_layers_of_every_kind(model: str) -> None:
-    """Catches a kind whose layout, adjoint or sum over positions is wrong, and one that is not
-    taken for what it is.
+    """Catches a kind of layer whose layout, adjoint or sum over positions is wrong, and one that is
+    not recognised.
     """
     build, kinds = STRUCTURES[model]
     torch.manual_seed(0)
@@ -63,7 +65,7 @@ def test_layers_of_every_kind(model: str) -> None:
         expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
     v = torch.randn(len(expected), 3, dtype=torch.float64)
     for chunk_size in (None, 2):
-        operator = on(network, data, chunk_size=chunk_size)
+        operator = non_uniformity(network, data, chunk_size=chunk_size)
         assert operator.method == "structured"
         assert set(operator.ways.values()) - {"linear"} == kinds
         for _ in range(2):
@@ -93,7 +95,7 @@ def test_a_diagonal_preconditioner_of_numbers_and_of_tensors(model: str) -> None
 
 
 class Coupled(Two):
-    """Looks at the other samples of its batch, and leaves a doubled batch as it was."""
+    """Depends on the other samples of its batch, but gives the same outputs for a doubled batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         z = super().forward(x)
@@ -124,7 +126,7 @@ def test_where_the_structure_does_not_hold_it_is_refused(model: str) -> None:
     """Catches a fast, wrong product; the general one is right for all of these."""
     torch.manual_seed(0)
     network, data = UNFIT[model]().double(), small_data()
-    operator = on(network, data)
+    operator = non_uniformity(network, data)
     assert operator.method in ("vmap", "loop")
     assert set(operator.ways.values()) == {operator.method}
     expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
@@ -165,14 +167,14 @@ def test_a_mask_is_not_taken_for_samples(rows: int) -> None:
     the few that the structure is tried on (4, and then 3), or as all (7).
     """
     network, data = Masked(rows), small_data(7)
-    operator = on(network, data)
+    operator = non_uniformity(network, data)
     expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
     eye = torch.eye(len(expected), dtype=torch.float64)
     assert relative_error(operator @ eye, expected) < 1e-10
     assert operator.method == "structured"
 
 
-def says_nothing(n: int) -> tuple[Tensor, Tensor]:
+def mostly_blank(n: int) -> tuple[Tensor, Tensor]:
     """All but the last five samples are blank: without biases, their contributions vanish."""
     x, y = small_data(n)
     x[:-5] = 0
@@ -189,7 +191,7 @@ def alike(n: int) -> tuple[Tensor, Tensor]:
     "cut", [[1, 8], [1] * 4 + [5], [9], [3, 3, 3]], ids=lambda sizes: str(len(sizes))
 )
 def test_the_trial_does_not_depend_on_the_first_chunk(cut: list[int]) -> None:
-    """Catches a trial on the first chunk, which with one sample in it every structure passes."""
+    """Catches a trial on the first chunk: every model passes it with a single sample."""
     x, y = small_data(9)
     batches = list(zip(x.split(cut), y.split(cut), strict=True))
     operator = NonUniformity(Problem(PositionsFirst(), nn.MSELoss(), batches))
@@ -198,21 +200,22 @@ def test_the_trial_does_not_depend_on_the_first_chunk(cut: list[int]) -> None:
     assert fitting.method == "structured"
 
 
-@pytest.mark.parametrize("data", [says_nothing, alike])
+@pytest.mark.parametrize("data", [mostly_blank, alike])
 def test_the_trial_looks_for_samples_that_tell(data) -> None:
-    """Catches a trial on samples whose contributions vanish, or are alike: the exchange of two is then
-    invisible. In 60 samples those that tell are found; in 400 they are not, and nothing is believed.
+    """Catches a trial on samples whose contributions vanish or are equal: exchanging two of them
+    changes nothing. Among 60 samples the informative ones are found; among 400 they are not, and
+    the structure is not used.
     """
-    assert on(PositionsFirst(bias=False), data(60)).method == "vmap"
-    assert on(Two(bias=False), data(60)).method == "structured"
-    assert on(Two(bias=False), data(400)).method == "vmap"
+    assert non_uniformity(PositionsFirst(bias=False), data(60)).method == "vmap"
+    assert non_uniformity(Two(bias=False), data(60)).method == "structured"
+    assert non_uniformity(Two(bias=False), data(400)).method == "vmap"
 
 
 def test_a_trial_is_repeated_for_parameters_that_had_no_part_in_it() -> None:
-    """Catches a verdict from a start at which a layer has no curvature, kept when it has some."""
+    """Catches a trial that is not repeated once a layer without curvature at the start has some."""
 
     class Late(Two):
-        """Positions first in a branch that starts at zero, and is without curvature there."""
+        """Positions first, in a branch that starts at zero, where it has no curvature."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -280,7 +283,7 @@ def test_a_model_that_couples_its_samples_is_found_out() -> None:
 def test_hooks_are_gone_afterwards() -> None:
     """Catches a layer that goes on adding offsets in training."""
     for network in (small_network(), Twice()):
-        on(network) @ torch.ones(sum(p.numel() for p in network.parameters())).double()
+        non_uniformity(network) @ torch.ones(sum(p.numel() for p in network.parameters())).double()
         assert all(not module._forward_hooks for module in network.modules())
 
 
@@ -290,7 +293,7 @@ def test_single_precision_and_a_batch_loss() -> None:
     """
     network, (x, y) = small_network(), small_data()
     v = torch.randn(38, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = on(network, (x, y)) @ v
+    exact = non_uniformity(network, (x, y)) @ v
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return nn.functional.mse_loss(model(batch["x"]), batch["y"])

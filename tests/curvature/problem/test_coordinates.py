@@ -28,10 +28,10 @@ def test_transformed_coordinates(network: nn.Module, data: tuple[Tensor, Tensor]
     repeats = torch.tensor(sizes)
     diagonal = torch.tensor(scale, dtype=torch.float64).repeat_interleave(repeats)
     shift = torch.tensor(decay, dtype=torch.float64).repeat_interleave(repeats)
-    seen = problem.transformed(sign=-1, scale=scale, weight_decay=decay)
+    transformed = problem.transformed(sign=-1, scale=scale, weight_decay=decay)
     inside = diagonal[:, None] * hessians * diagonal
     expected = -inside.mean(0) + torch.diag(diagonal**2 * shift)
-    assert relative_error(Hessian(seen) @ eye(Hessian(seen)), expected) < PRODUCT
+    assert relative_error(Hessian(transformed) @ eye(Hessian(transformed)), expected) < PRODUCT
     for method in ("structured", "vmap", "loop"):
-        spread = NonUniformity(seen, method=method)
+        spread = NonUniformity(transformed, method=method)
         assert relative_error(spread @ eye(spread), covariance(inside)) < PRODUCT

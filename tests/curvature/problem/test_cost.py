@@ -1,4 +1,4 @@
-"""Costs that are stated before they are paid."""
+"""Estimates of a measurement's cost."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_the_products_of_a_search_are_estimated_to_a_factor_of_two(name: str, to
     torch.manual_seed(0)
     problem = problem_of(MODELS[name]())
     expected = problem.cost(tol=tol)["sharpness"].products
-    found = top_eigenpair(Hessian(problem), tol=tol).products
-    assert expected / 2 <= found <= 2 * expected
+    products = top_eigenpair(Hessian(problem), tol=tol).products
+    assert expected / 2 <= products <= 2 * expected
 
 
 def test_counts_follow_from_sizes_and_times_from_one_gradient() -> None:

@@ -76,9 +76,9 @@ def test_every_form_of_data_gives_the_same_matrix(
     """Catches a reader that loses a ragged last batch or counts batches instead of samples."""
     expected = Hessian(Problem(network, nn.MSELoss(), data))
     problem = Problem(network, nn.MSELoss(), FORMS[form](*data))
-    found = Hessian(problem)
+    hessian = Hessian(problem)
     assert problem.num_samples == 7
-    assert relative_error(found @ eye(found), expected @ eye(expected)) < PRODUCT
+    assert relative_error(hessian @ eye(hessian), expected @ eye(expected)) < PRODUCT
 
 
 def test_a_sampler_that_chooses_is_honoured(
@@ -89,8 +89,8 @@ def test_a_sampler_that_chooses_is_honoured(
     loader = DataLoader(Rows(*data), batch_size=2, sampler=sampler)
     problem = Problem(network, nn.MSELoss(), loader)
     x, y = data
-    kept = [1, 4, 6]
-    expected = Hessian(Problem(network, nn.MSELoss(), (x[kept], y[kept])))
+    chosen = [1, 4, 6]
+    expected = Hessian(Problem(network, nn.MSELoss(), (x[chosen], y[chosen])))
     assert problem.num_samples == 3
     assert relative_error(Hessian(problem) @ eye(expected), expected @ eye(expected)) < PRODUCT
 
@@ -121,16 +121,16 @@ def test_batch_loss_measures_dictionaries(network: nn.Module, data: tuple[Tensor
         GaussNewton(problem)
 
 
-def parts(n: int, *features: int) -> tuple[Tensor, ...]:
+def tensors(n: int, *features: int) -> tuple[Tensor, ...]:
     return tuple(torch.arange(n * f).reshape(n, f).double().sin() for f in features)
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        (parts(6, 3, 2), parts(6, 2, 1)),
-        (parts(6, 3, 2, 1), parts(6, 3, 2)),
-        ({"a": parts(6, 3)[0], "b": parts(6, 2)[0]}, {"c": parts(6, 1)[0]}),
+        (tensors(6, 3, 2), tensors(6, 2, 1)),
+        (tensors(6, 3, 2, 1), tensors(6, 3, 2)),
+        ({"a": tensors(6, 3)[0], "b": tensors(6, 2)[0]}, {"c": tensors(6, 1)[0]}),
         ((torch.zeros(6, 3).long(), torch.zeros(6, 3)), (torch.zeros(6), torch.zeros(6))),
     ],
     ids=["features", "numbers", "names", "dtypes"],
@@ -139,13 +139,15 @@ def test_structured_inputs_and_targets_are_a_pair(data) -> None:
     """Catches a pair whose parts are tuples, read as two batches."""
     batches = Batches(data, chunk_size=4)
     assert [size for _, size in batches] == [4, 2]
-    first, _ = next(iter(batches))
-    assert all(type(a) is type(b) for a, b in zip(first, data, strict=True))
+    first_batch, _ = next(iter(batches))
+    assert all(type(a) is type(b) for a, b in zip(first_batch, data, strict=True))
 
 
 def test_two_batches_in_a_tuple_stay_batches() -> None:
-    """Catches a guess that makes one batch of two: those of one kind, or of other sizes, are two."""
-    x, y = parts(4, 3, 1)
+    """Catches two batches read as one pair: tuples of one kind, or of different sizes, are two
+    batches.
+    """
+    x, y = tensors(4, 3, 1)
     with pytest.warns(UserWarning, match=r"read as two batches .* write \[\(x, y\)\]"):
         assert [size for _, size in Batches(((x, y), (x + 1, y)))] == [4, 4]
     assert [size for _, size in Batches(((x, y), (x[:2], y[:2])))] == [4, 2]
@@ -164,21 +166,21 @@ def graph_loss(model: nn.Module, nodes: Tensor, x: Tensor, edges: Tensor, y: Ten
 
 
 def test_a_graph_is_measured_by_the_numbers_of_its_nodes() -> None:
-    """Catches an advice that does not work: the nodes are the samples, as in the mean over them."""
+    """Catches advice that does not work: with the nodes' numbers as data, nodes are the samples."""
     torch.manual_seed(0)
     x, y, model = torch.randn(10, 3), torch.randn(10, 1), nn.Linear(3, 1)
 
-    def of_nodes(model: nn.Module, nodes: Tensor) -> Tensor:
+    def loss_of_nodes(model: nn.Module, nodes: Tensor) -> Tensor:
         return graph_loss(model, nodes, x, GRAPH, y)
 
-    problem = Problem.from_batch_loss(model, of_nodes, torch.arange(10), chunk_size=4)
+    problem = Problem.from_batch_loss(model, loss_of_nodes, torch.arange(10), chunk_size=4)
     rows = x.index_add(0, GRAPH[1], x[GRAPH[0]])
     rows = torch.cat([rows, torch.ones(10, 1)], 1)
-    each = 2 * rows.unsqueeze(2) * rows.unsqueeze(1)
+    node_hessians = 2 * rows.unsqueeze(2) * rows.unsqueeze(1)
     v = torch.ones(4)
     # Single precision.
-    assert relative_error(Hessian(problem) @ v, each.mean(0) @ v) < 1e-5
-    sigma = (each @ each).mean(0) - each.mean(0) @ each.mean(0)
+    assert relative_error(Hessian(problem) @ v, node_hessians.mean(0) @ v) < 1e-5
+    sigma = (node_hessians @ node_hessians).mean(0) - node_hessians.mean(0) @ node_hessians.mean(0)
     assert relative_error(NonUniformity(problem) @ v, sigma @ v) < 1e-5
 
 

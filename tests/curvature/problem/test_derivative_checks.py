@@ -87,21 +87,23 @@ def test_large_models_are_checked_on_one_sample_by_sketches() -> None:
     """Catches a check that is left out for them, or that refuses right derivatives."""
     x, y = (t.float() for t in small_data())
     torch.manual_seed(0)
-    seen: list[tuple[int, torch.dtype]] = []
+    evaluated: list[tuple[int, torch.dtype]] = []
 
     def network(inner: nn.Module) -> nn.Module:
         model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), inner), nn.Linear(4, 3))
-        model.register_forward_hook(lambda _, args, __: seen.append((len(args[0]), args[0].dtype)))
+        model.register_forward_hook(
+            lambda _, args, __: evaluated.append((len(args[0]), args[0].dtype))
+        )
         return model
 
     with pytest.raises(SecondDerivativeError, match=r"module '1\.1' \(Silent\).* is off by"):
         Problem(network(Silent()), nn.MSELoss(), (x, y)).check_twice()
     with pytest.raises(ValueError, match="the gradient is not the derivative"):
         Problem(network(Layer(Reversed.apply)), nn.MSELoss(), (x, y))
-    seen.clear()
+    evaluated.clear()
     Problem(network(nn.Identity()), nn.MSELoss(), (x, y)).check_twice()
-    assert {dtype for _, dtype in seen} == {torch.float32}
-    assert {size for size, _ in seen[-10:]} == {1}
+    assert {dtype for _, dtype in evaluated} == {torch.float32}
+    assert {size for size, _ in evaluated[-10:]} == {1}
 
 
 def test_kinks_that_two_steps_agree_on_are_no_wrong_gradient() -> None:
@@ -110,9 +112,9 @@ def test_kinks_that_two_steps_agree_on_are_no_wrong_gradient() -> None:
     """
 
     def kinked(point: Sequence[Tensor]) -> Tensor:
-        away = point[0].sum() - 1
-        near, far = away.clamp(-5e-5, 5e-5), away.clamp(-1e-4, 1e-4)
-        return 1 + near + 0.9 * (far - near) + 0.95 * (away - far)
+        distance = point[0].sum() - 1
+        near, far = distance.clamp(-5e-5, 5e-5), distance.clamp(-1e-4, 1e-4)
+        return 1 + near + 0.9 * (far - near) + 0.95 * (distance - far)
 
     check_gradient(kinked, [torch.ones(1, dtype=torch.float64)])
 
@@ -182,12 +184,12 @@ class FixedPoint(nn.Module):
             for _ in range(60):
                 fixed = step(fixed)
         start = fixed.clone().requires_grad_()
-        again, z = step(start), step(fixed)
+        mapped, z = step(start), step(fixed)
 
         def solve(grad: Tensor) -> Tensor:
             solution = grad
             for _ in range(60):
-                solution = torch.autograd.grad(again, start, solution, retain_graph=True)[0] + grad
+                solution = torch.autograd.grad(mapped, start, solution, retain_graph=True)[0] + grad
             return solution
 
         z.register_hook(solve)
@@ -293,7 +295,7 @@ def test_honest_networks_are_not_refused(
 
 
 def test_a_second_derivative_that_is_no_number_is_found() -> None:
-    """Catches NaN, which no comparison with a bound finds larger: here that of a norm at zero."""
+    """Catches NaN, which passes every comparison with a bound: here that of a norm at zero."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh()).double()
     x = small_data()[0]
@@ -308,7 +310,9 @@ def test_a_second_derivative_that_is_no_number_is_found() -> None:
 
 
 def test_a_custom_function_that_cannot_be_checked_is_not_trusted() -> None:
-    """Catches "cannot tell" taken for "right": behind ReLU, in single precision alone."""
+    """Catches a function that is trusted because it cannot be checked: behind ReLU, in float32
+    only.
+    """
 
     def single(z: Tensor, y: Tensor) -> Tensor:
         if z.dtype != torch.float32:
@@ -346,7 +350,7 @@ def rounded(x: Tensor) -> Tensor:
 def test_reversed_and_straight_through_gradients_are_refused_in_every_draw(
     function: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    """Catches a number behind ReLU in some draws of the weights and a refusal in others."""
+    """Catches a wrong gradient behind ReLU that is refused for only some draws of the weights."""
     for seed in range(10):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), Layer(function), nn.Linear(32, 4))
@@ -375,14 +379,14 @@ class Adjoint(torch.autograd.Function):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 velocity = ctx.f(z)
-                pulled = torch.autograd.grad(
+                products = torch.autograd.grad(
                     velocity, (z, *params), adjoint.detach(), allow_unused=True
                 )
             slopes = [
                 total if g is None else total + g / ctx.steps
-                for total, g in zip(slopes, pulled[1:], strict=True)
+                for total, g in zip(slopes, products[1:], strict=True)
             ]
-            z, adjoint = z - velocity.detach() / ctx.steps, adjoint + pulled[0] / ctx.steps
+            z, adjoint = z - velocity.detach() / ctx.steps, adjoint + products[0] / ctx.steps
         return None, None, adjoint, *slopes
 
 
@@ -425,8 +429,8 @@ class Flow(nn.Module):
 def test_a_backward_that_runs_the_model_has_the_parameters_of_its_forward_pass(
     dtype: torch.dtype,
 ) -> None:
-    """Catches a gradient at the model's own parameters, where differences displace them, and one of zero
-    for copies of them: curvature that lacks a part, found behind a custom function alone.
+    """Catches a backward that takes the model's parameters although differences displace them, or
+    that is zero for copies of them. Both lose curvature, and only behind a custom function.
     """
     torch.manual_seed(0)
     data = torch.randn(4, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype)
@@ -435,14 +439,14 @@ def test_a_backward_that_runs_the_model_has_the_parameters_of_its_forward_pass(
     recomputed.load_state_dict(plain.state_dict())
     with torch.no_grad():
         before = [p.clone() for p in recomputed.parameters()]
-    expected, found = (
+    expected, measured = (
         stableopt.measure(m, nn.MSELoss(), data, batch_size=1, lr=0.1, quantities=quantities)
         for m in (plain, recomputed)
     )
-    assert found.method.startswith("central differences")
+    assert measured.method.startswith("central differences")
     # Both searches stop at a residual of 1e-3; differences in single precision are 1e-4 off.
-    assert found.sharpness == pytest.approx(expected.sharpness, rel=1e-3)
-    assert found.non_uniformity == pytest.approx(expected.non_uniformity, rel=1e-3)
+    assert measured.sharpness == pytest.approx(expected.sharpness, rel=1e-3)
+    assert measured.non_uniformity == pytest.approx(expected.non_uniformity, rel=1e-3)
     assert all(map(torch.equal, before, recomputed.parameters()))
 
 

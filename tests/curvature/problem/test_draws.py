@@ -1,4 +1,4 @@
-"""A loss that draws random numbers is measured with one fixed draw, and said to be random."""
+"""Losses that draw random numbers: measured with one fixed draw, and reported by a warning."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def denoising(draw: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor],
     return lambda model, x: (model(x + 3 * draw(x)) - x).square().mean()
 
 
-def own() -> Callable[[Tensor], Tensor]:
+def own_generator() -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(5)
     return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("make_draw", [lambda: torch.randn_like, own], ids=["process", "own"])
+@pytest.mark.parametrize(
+    "make_draw", [lambda: torch.randn_like, own_generator], ids=["process", "own"]
+)
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_sharpness_is_that_of_one_draw(make_draw: Any, chunk_size: int | None) -> None:
-    """Catches "not a mean over samples" for a loss whose randomness is the reason, and another draw
-    in each product or chunk pass.
+    """Catches a random loss refused as "not a mean over samples", and a new draw in each product or
+    chunk pass.
     """
     with pytest.warns(UserWarning, match="loss_fn draws random numbers: a measurement repeats one"):
         problem = Problem.from_batch_loss(
@@ -42,14 +44,14 @@ def test_sharpness_is_that_of_one_draw(make_draw: Any, chunk_size: int | None) -
     noise = torch.randn(
         chunk_size or 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    shown = X + 3 * noise.repeat(24 // len(noise), 1)
-    expected = torch.kron(torch.eye(3).double(), 2 * shown.T @ shown / (3 * 24))
+    noisy_inputs = X + 3 * noise.repeat(24 // len(noise), 1)
+    expected = torch.kron(torch.eye(3).double(), 2 * noisy_inputs.T @ noisy_inputs / (3 * 24))
     hessian = Hessian(problem)
     eye = torch.eye(9).double()
     for _ in range(2):
-        found = torch.stack([hessian @ row for row in eye])
+        matrix = torch.stack([hessian @ row for row in eye])
         # A quadratic loss: both are sums of 24 products, up to rounding.
-        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(matrix, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_samples_are_refused_with_the_way_out() -> None:
@@ -70,11 +72,13 @@ def test_a_random_sum_is_still_refused() -> None:
         Problem.from_batch_loss(linear(), total, X)
 
 
-@pytest.mark.parametrize("make_draw", [lambda: torch.randn_like, own], ids=["process", "own"])
+@pytest.mark.parametrize(
+    "make_draw", [lambda: torch.randn_like, own_generator], ids=["process", "own"]
+)
 def test_training_draws_as_without_a_measurement(make_draw: Any) -> None:
-    """Catches generators, also of the loss itself, that a measurement moves on."""
+    """Catches a measurement that advances a generator, including the loss's own."""
 
-    def run(tracked: bool) -> list[float]:
+    def train(tracked: bool) -> list[float]:
         torch.manual_seed(2)
         model, draw = linear(), make_draw()
         loss = denoising(draw)
@@ -92,4 +96,4 @@ def test_training_draws_as_without_a_measurement(make_draw: Any) -> None:
             losses.append(float(value.detach()))
         return losses
 
-    assert run(tracked=False) == run(tracked=True)
+    assert train(tracked=False) == train(tracked=True)

@@ -1,4 +1,4 @@
-"""What a loss holds by itself is found: modules are isolated, parameters are named."""
+"""Modules and parameters that a loss holds: modules are isolated, parameters are named."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", CRITICS)
 def test_a_measurement_leaves_no_trace_in_a_module_of_the_loss(kind: str) -> None:
-    """Catches statistics, or a power iteration, of a discriminator that a generator's measurement
-    moves on.
+    """Catches a generator's measurement that updates the discriminator's statistics or power
+    iteration.
     """
     critic, model, z = CRITICS[kind]().requires_grad_(False), generator(), torch.randn(32, 4)
     before = {name: value.clone() for name, value in critic.state_dict().items()}
@@ -48,11 +48,11 @@ def test_a_measurement_leaves_no_trace_in_a_module_of_the_loss(kind: str) -> Non
         problem = Problem.from_batch_loss(model, loss, z)
     with stableopt.StabilityMonitor(optimizer, problem, every=1) as monitor:
         monitor.measure()
-    found = Hessian(problem) @ torch.ones(problem.num_params)
+    product = Hessian(problem) @ torch.ones(problem.num_params)
     assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items())
     critic.eval()  # the mode in which it is measured, as the model is
     expected = Hessian(Problem.from_batch_loss(model, loss, z)) @ torch.ones(problem.num_params)
-    assert torch.equal(found, expected)
+    assert torch.equal(product, expected)
 
 
 def test_modules_of_the_loss_keep_their_mode_and_follow_the_precision() -> None:
@@ -75,8 +75,8 @@ def of_optimizer(model: nn.Module) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def loss(out: Tensor, y: Tensor) -> Tensor:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        return F.mse_loss(out, y) + 0.1 * sum(p.square().sum() for p in held)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        return F.mse_loss(out, y) + 0.1 * sum(p.square().sum() for p in params)
 
     return loss
 
@@ -120,7 +120,7 @@ def test_a_weak_proxy_of_a_module_stands_for_the_module() -> None:
 
 
 def test_a_penalty_read_from_the_model_counts() -> None:
-    """Catches a refusal of the way out that the error names."""
+    """Catches a refusal of the alternative that the error message suggests."""
     model, (x, y) = nn.Linear(4, 1, bias=False).double(), torch.randn(2, 8, 4).double()
     y = y[:, :1]
 
@@ -128,9 +128,9 @@ def test_a_penalty_read_from_the_model_counts() -> None:
         penalty = sum(p.square().sum() for p in model.parameters())
         return F.mse_loss(model(batch[0]), batch[1]) + 0.1 * penalty
 
-    found = top_eigenpair(Hessian(Problem.from_batch_loss(model, loss, [(x, y)])), tol=1e-10)
+    pair = top_eigenpair(Hessian(Problem.from_batch_loss(model, loss, [(x, y)])), tol=1e-10)
     expected = float(torch.linalg.eigvalsh(2 * x.T @ x / 8)[-1]) + 0.2
-    assert found.value == pytest.approx(expected, rel=1e-9)  # the solver's rounding
+    assert pair.value == pytest.approx(expected, rel=1e-9)  # the solver's rounding
 
 
 def test_trainable_tensors_of_the_loss_are_named_as_constants() -> None:
@@ -162,8 +162,8 @@ def test_parameters_left_out_and_inputs_are_not_named() -> None:
     Problem(model, nn.MSELoss(), (torch.randn(8, 4), torch.randn(8, 6)), params=[model[0].weight])
 
     def forces(model: nn.Module, batch: Tensor) -> Tensor:
-        at = batch.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(model(at).square().sum(), at, create_graph=True)
+        inputs = batch.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
         return slope.square().mean()
 
     Problem.from_batch_loss(model, forces, torch.randn(8, 4))
@@ -180,29 +180,30 @@ def test_masks_on_gradients_project_the_curvature() -> None:
     """
     torch.manual_seed(0)
     model, (x, y) = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), small_data()
-    seen: list[float] = []
-    free = torch.ones(12, 1).cumsum(0).remainder(3).view(4, 3).clamp(max=1)
+    norms: list[float] = []
+    mask = torch.ones(12, 1).cumsum(0).remainder(3).view(4, 3).clamp(max=1)
     y = y[:, :2]
     hessians = dense_hessians(model, nn.MSELoss(), x, y)
-    model[0].weight.register_hook(masked(free))
+    model[0].weight.register_hook(masked(mask))
     model[2].bias.register_hook(lambda gradient: 0 * gradient)
-    model[2].weight.register_hook(lambda gradient: seen.append(float(gradient.norm())))
+    model[2].weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
     state = torch.get_rng_state()
     problem = Problem(model, nn.MSELoss(), (x, y))
-    assert not seen
+    assert not norms
     assert torch.equal(torch.get_rng_state(), state)
-    d = torch.cat([free.flatten(), torch.ones(4 + 8), torch.zeros(2)])
+    d = torch.cat([mask.flatten(), torch.ones(4 + 8), torch.zeros(2)])
     v = torch.ones(len(d))
     for factors in ([1.0] * 4, [2.0, 3.0, 1.0, 1.0]):
         scaled = problem.transformed(scale=factors)
         sizes = [p.numel() for p in model.parameters()]
-        whole = d * torch.cat([torch.full((n,), f) for n, f in zip(sizes, factors, strict=True)])
-        projected = whole.unsqueeze(1) * hessians * whole
+        scale = d * torch.cat([torch.full((n,), f) for n, f in zip(sizes, factors, strict=True)])
+        projected = scale.unsqueeze(1) * hessians * scale
         assert relative_error(Hessian(scaled) @ v, projected.mean(0) @ v) < 1e-13
         assert relative_error(NonUniformity(scaled) @ v, covariance(projected) @ v) < 1e-13
     exact = 2 / float(torch.linalg.eigvalsh(projected.mean(0))[-1])
-    found = stableopt.critical_lr(scaled, batch_size=len(x)).full_batch
-    assert found == pytest.approx(exact, rel=0.5)  # of Gauss-Newton matrices: the same directions
+    critical = stableopt.critical_lr(scaled, batch_size=len(x)).full_batch
+    # Of Gauss-Newton matrices: the same directions.
+    assert critical == pytest.approx(exact, rel=0.5)
 
 
 CHANGING: dict[str, Callable[[Tensor], Tensor | None]] = {
@@ -215,7 +216,7 @@ CHANGING: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 @pytest.mark.parametrize("kind", CHANGING)
 def test_other_gradient_hooks_are_named(kind: str) -> None:
-    """Catches a hook that is taken for a mask, since it is one for some gradients."""
+    """Catches a hook taken for a mask because it acts like one on some gradients."""
     model = nn.Linear(4, 2)
     handle = model.weight.register_hook(CHANGING[kind])
     data, state = (torch.randn(8, 4), torch.randn(8, 2)), torch.get_rng_state()

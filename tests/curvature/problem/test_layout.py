@@ -22,14 +22,14 @@ T, N = 5, 7
 class TimeFirst(nn.Module):
     """A recurrent network, with an output at each position, or at the last one."""
 
-    def __init__(self, *, every: bool) -> None:
+    def __init__(self, *, at_each_position: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.rnn, self.head, self.every = nn.RNN(3, 4), nn.Linear(4, 2), every
+        self.rnn, self.head, self.at_each_position = nn.RNN(3, 4), nn.Linear(4, 2), at_each_position
 
     def forward(self, x: Tensor) -> Tensor:
         states, _ = self.rnn(x)
-        return self.head(states if self.every else states[-1])
+        return self.head(states if self.at_each_position else states[-1])
 
 
 class SamplesFirst(nn.Module):
@@ -40,8 +40,8 @@ class SamplesFirst(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        found = self.inner(x.transpose(0, 1))
-        return found.transpose(0, 1) if self.inner.every else found
+        outputs = self.inner(x.transpose(0, 1))
+        return outputs.transpose(0, 1) if self.inner.at_each_position else outputs
 
 
 def numbers(*args: Any, **options: Any) -> Tensor:
@@ -62,41 +62,41 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_time_first_data_have_the_numbers_of_samples_first(target: str) -> None:
-    """Catches steps taken for samples: s and the critical learning rate are then others. Also in
-    chunks, cut by the reader or by the user, from a loader, and from a data set that is stacked.
+    """Catches time steps taken for samples, which changes s and the critical learning rate: with
+    chunks cut by the reader or the user, with a loader, and with a data set that is stacked.
     """
-    every, y, dim, loss_fn = TARGETS[target]
+    at_each_position, y, dim, loss_fn = TARGETS[target]
     moves = isinstance(dim, int) and y.dim() > dim
-    network = TimeFirst(every=every)
-    first = y.transpose(0, 1) if moves else y
-    expected = numbers(SamplesFirst(network), loss_fn, (x.transpose(0, 1), first))
+    network = TimeFirst(at_each_position=at_each_position)
+    y_samples_first = y.transpose(0, 1) if moves else y
+    expected = numbers(SamplesFirst(network), loss_fn, (x.transpose(0, 1), y_samples_first))
     y_dim = 1 if moves else 0
-    parts = list(zip(x.split([3, 4], 1), y.split([3, 4], y_dim), strict=True))
-    samples = TensorDataset(x.transpose(0, 1), first)
+    batches = list(zip(x.split([3, 4], 1), y.split([3, 4], y_dim), strict=True))
+    samples = TensorDataset(x.transpose(0, 1), y_samples_first)
     loader = DataLoader(
         samples,
         batch_size=3,
         shuffle=True,
-        collate_fn=lambda given: (
-            torch.stack([a for a, _ in given], 1),
-            torch.stack([b for _, b in given], y_dim),
+        collate_fn=lambda pairs: (
+            torch.stack([a for a, _ in pairs], 1),
+            torch.stack([b for _, b in pairs], y_dim),
         ),
     )
     for data, chunk_size in (
         ((x, y), None),
         ((x, y), 2),
-        (parts, None),
+        (batches, None),
         (loader, None),
         (samples, 3),
     ):
-        found = numbers(network, loss_fn, data, batch_dim=dim, chunk_size=chunk_size)
+        actual = numbers(network, loss_fn, data, batch_dim=dim, chunk_size=chunk_size)
         # Double precision, and sums in another order.
-        assert relative_error(found, expected) < 1e-12
+        assert relative_error(actual, expected) < 1e-12
 
 
 def test_weights_and_batch_losses_see_the_layout_given() -> None:
     """Catches a function of the user's that gets batches with the samples first."""
-    network, y = TimeFirst(every=True), x[..., :2].sin()
+    network, y = TimeFirst(at_each_position=True), x[..., :2].sin()
 
     def weight(batch: Any) -> Tensor:
         assert batch[0].shape[0] == T
@@ -104,9 +104,9 @@ def test_weights_and_batch_losses_see_the_layout_given() -> None:
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         assert outputs.shape[0] == targets.shape[0] == T
-        own = (outputs - targets).square().mean((0, 2))
+        sample_losses = (outputs - targets).square().mean((0, 2))
         w = targets.arcsin().abs().sum((0, 2))
-        return (own * w).sum() / w.sum()
+        return (sample_losses * w).sum() / w.sum()
 
     def weight_of_targets(batch: Any) -> Tensor:
         return batch[1].arcsin().abs().sum((0, 2))
@@ -128,8 +128,8 @@ def test_weights_and_batch_losses_see_the_layout_given() -> None:
 
 
 def test_the_monitor_counts_samples_and_not_steps() -> None:
-    """Catches T for the batch size, and with it wrong limits."""
-    network, y = TimeFirst(every=True), x[..., :2].sin()
+    """Catches the number of time steps taken for the batch size, which makes limits wrong."""
+    network, y = TimeFirst(at_each_position=True), x[..., :2].sin()
     optimizer = stableopt.SGD(network.parameters(), lr=0.1)
     optimizer.track(network, nn.MSELoss(), (x, y), batch_dim=1, every=1)
     nn.MSELoss()(network(x[:, :4]), y[:, :4]).backward()

@@ -1,4 +1,4 @@
-"""Losses that are not a mean over the samples are found out."""
+"""Losses that are not a mean over the samples: detected, and named in errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_samples_that_see_each_other_are_named() -> None:
         ValueError, match=r"they see each other.*chunk_size= for one chunk \(now 3\)"
     ):
         stableopt.Problem(model, spread, (X, targets), chunk_size=5)
-    whole = stableopt.Problem(model, spread, (X, targets), chunk_size=5, batch_statistics=True)
-    assert whole.num_samples == 12
+    of_batches = stableopt.Problem(model, spread, (X, targets), chunk_size=5, batch_statistics=True)
+    assert of_batches.num_samples == 12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -50,14 +50,14 @@ def test_the_auxiliary_loss_of_a_router_is_found(dtype: torch.dtype) -> None:
 
     with pytest.raises(ValueError, match=r"they see each other.*batch_statistics=True"):
         Problem.from_batch_loss(model, partial(routed, share=1e-3), data, chunk_size=8)
-    whole = Problem.from_batch_loss(model, partial(routed, share=1e-3), data)
+    one_batch = Problem.from_batch_loss(model, partial(routed, share=1e-3), data)
     with pytest.raises(ValueError, match="only the sharpness is defined"):
-        stableopt.curvature.NonUniformity(whole)
+        stableopt.curvature.NonUniformity(one_batch)
     batches = Problem.from_batch_loss(
         model, partial(routed, share=1e-3), data, chunk_size=8, batch_statistics=True
     )
-    parts = [{key: value[i : i + 8] for key, value in data.items()} for i in (0, 8, 16)]
-    losses = torch.stack([routed(model, part, share=1e-3) for part in parts]).detach()
+    chunks = [{key: value[i : i + 8] for key, value in data.items()} for i in (0, 8, 16)]
+    losses = torch.stack([routed(model, chunk, share=1e-3) for chunk in chunks]).detach()
     assert batches.value() == pytest.approx(float(losses.mean()), rel=1e-6)
     assert Problem.from_batch_loss(
         model, partial(routed, share=0.0), data, chunk_size=8
@@ -76,7 +76,7 @@ def test_rounding_is_no_weight() -> None:
 
 
 def test_a_contrastive_loss_is_measured_as_the_mean_of_its_batches() -> None:
-    """Catches a loss with in-batch negatives that has no way in, and a sum that has one."""
+    """Catches a refusal of losses with in-batch negatives, and a sum that is accepted."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     batch = {"a": torch.randn(8, 4).double(), "b": torch.randn(8, 4).double()}
@@ -90,16 +90,16 @@ def test_a_contrastive_loss_is_measured_as_the_mean_of_its_batches() -> None:
     problem = Problem.from_batch_loss(encoder, contrastive, batch, batch_statistics=True)
     names = [name for name, _ in encoder.named_parameters()]
 
-    def flat(theta: Tensor) -> Tensor:
-        parts = dict(
+    def loss_at(theta: Tensor) -> Tensor:
+        tensors = dict(
             zip(names, theta.split([p.numel() for p in encoder.parameters()]), strict=True)
         )
-        shaped = {n: parts[n].view_as(p) for n, p in encoder.named_parameters()}
+        shaped = {n: tensors[n].view_as(p) for n, p in encoder.named_parameters()}
         outputs = [torch.func.functional_call(encoder, shaped, (batch[key],)) for key in ("a", "b")]
         return nn.functional.cross_entropy(outputs[0] @ outputs[1].T, torch.arange(8))
 
-    at = torch.cat([p.detach().reshape(-1) for p in encoder.parameters()])
-    dense = torch.autograd.functional.hessian(flat, at)
+    point = torch.cat([p.detach().reshape(-1) for p in encoder.parameters()])
+    dense = torch.autograd.functional.hessian(loss_at, point)
     vector = torch.randn(problem.num_params).double()
     # Products of the same second derivatives, in double precision.
     assert torch.allclose(Hessian(problem) @ vector, dense @ vector, rtol=1e-10, atol=1e-12)

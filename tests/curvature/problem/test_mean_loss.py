@@ -56,7 +56,7 @@ def test_coordinates_of_another_number_of_parameters_are_refused() -> None:
 
 
 def test_facts_are_shared_by_coordinates_but_not_by_problems() -> None:
-    """Catches facts that are found again in each coordinate system, or kept for other parameters."""
+    """Catches facts that are recomputed in each coordinate system, or kept for other parameters."""
     memo, problem = Memo[int](), small_problem()
     memo.on(problem)["found"] = 1
     assert memo.on(problem.transformed(sign=-1.0)) == {"found": 1}

@@ -62,11 +62,11 @@ def test_rows_are_gathered_in_the_order_of_samples(chunk_size: int | None) -> No
 def test_vmap_gives_each_sample_as_a_batch_of_one() -> None:
     """Catches samples without their dimension, and scalars that are taken for samples."""
 
-    def one(sample: dict[str, Tensor], row: Tensor) -> Tensor:
+    def scaled_sum(sample: dict[str, Tensor], row: Tensor) -> Tensor:
         assert sample["x"].shape == (1, 2)
         assert sample["scale"].dim() == 0
         return sample["scale"] * sample["x"].sum() + row
 
     batch = {"x": X, "scale": torch.tensor(3.0, dtype=torch.float64)}
     rows = torch.arange(5, dtype=torch.float64)
-    assert torch.equal(vmap_over_samples(one, batch, 5, rows), 3 * X.sum(1) + rows)
+    assert torch.equal(vmap_over_samples(scaled_sum, batch, 5, rows), 3 * X.sum(1) + rows)

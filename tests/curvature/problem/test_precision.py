@@ -43,7 +43,7 @@ def test_autocast_is_a_choice() -> None:
 
 
 def test_a_dtype_that_is_none_is_refused() -> None:
-    """Catches whole numbers, and half precision that parameters are not to be cast to."""
+    """Catches an integer or half-precision dtype that is accepted."""
     model, data = mlp(), pair()
     with pytest.raises(ValueError, match=r"dtype=torch.int64: expected torch.float32"):
         Problem(model, MSE, data, dtype=torch.int64)
@@ -78,30 +78,30 @@ def test_complex_parameters_are_measured_through_their_real_view() -> None:
     the real view, and the Gram matrix of the model that holds it.
     """
     model, twin, data = Spectral(), Spectral(real=True), waves()
-    problem, same = (Problem(m, MSE, data) for m in (model, twin))
+    problem, twin_problem = (Problem(m, MSE, data) for m in (model, twin))
     hessians = dense_hessians(twin, MSE, *data)
     v = torch.ones(problem.num_params)
     for method in ("auto", "vmap", "loop"):
         sigma = NonUniformity(problem, method=method) @ v
         assert relative_error(sigma, covariance(hessians) @ v) < 1e-13
     assert relative_error(Hessian(problem) @ v, hessians.mean(0) @ v) < 1e-13
-    grams = [DualCurvature.from_problem(p).gram for p in (problem, same)]
+    grams = [DualCurvature.from_problem(p).gram for p in (problem, twin_problem)]
     assert relative_error(*grams) < 1e-13
-    assert problem.gradient() == pytest.approx(same.gradient(), abs=1e-14)
+    assert problem.gradient() == pytest.approx(twin_problem.gradient(), abs=1e-14)
     single = Spectral()
     single.weight = nn.Parameter(model.weight.detach().to(torch.complex64))
     single.lift.float(), single.head.float()
     x, y = data
     for dtype, tolerance in ((None, 1e-5), (torch.float64, 1e-6)):  # the weights' own rounding
         rough = Problem(single, MSE, (x.float(), y.float()), dtype=dtype)
-        found = (Hessian(rough) @ v.to(rough.dtype)).double()
-        assert relative_error(found, hessians.mean(0) @ v) < tolerance
+        product = (Hessian(rough) @ v.to(rough.dtype)).double()
+        assert relative_error(product, hessians.mean(0) @ v) < tolerance
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "Adagrad", "LBFGS"])
 def test_optimizers_of_complex_parameters_are_those_of_the_real_view(name: str) -> None:
     """Catches second moments read as complex numbers, which torch keeps for the real view."""
-    found = []
+    sharpnesses = []
     for real in (False, True):
         model, (x, y) = Spectral(real=real), waves()
         options = {"max_iter": 3} if name == "LBFGS" else {}
@@ -116,8 +116,8 @@ def test_optimizers_of_complex_parameters_are_those_of_the_real_view(name: str) 
         for _ in range(3):
             optimizer.step(closure)
         margins = stableopt.measure(model, MSE, (x, y), optimizer=optimizer, tol=1e-7)
-        found.append((margins.sharpness, margins.preconditioned_sharpness or 0.0))
-    assert found[0] == pytest.approx(found[1], rel=1e-10)
+        sharpnesses.append((margins.sharpness, margins.preconditioned_sharpness or 0.0))
+    assert sharpnesses[0] == pytest.approx(sharpnesses[1], rel=1e-10)
 
 
 def test_tensors_that_the_loss_holds_follow_double_precision() -> None:
@@ -133,12 +133,12 @@ def test_tensors_that_the_loss_holds_follow_double_precision() -> None:
         w = weight.double()
         return nn.functional.cross_entropy(outputs @ mixing.double(), targets, weight=w)
 
-    found, expected = (
+    problem, expected = (
         Problem(model, function, (x, y), dtype=torch.float64) for function in (loss, loss_in_double)
     )
-    v = torch.ones(found.num_params)
+    v = torch.ones(problem.num_params)
     for operator in (Hessian, NonUniformity):
-        assert relative_error(operator(found) @ v, operator(expected) @ v) < 1e-13
+        assert relative_error(operator(problem) @ v, operator(expected) @ v) < 1e-13
     with pytest.raises(
         ValueError, match=r"dtype=torch.float32 casts .* not the tensors .* loss_fn"
     ):
@@ -146,7 +146,7 @@ def test_tensors_that_the_loss_holds_follow_double_precision() -> None:
 
 
 def test_parameters_of_two_precisions_are_measured_in_the_better_one() -> None:
-    """Catches a message that leaves out the way: dtype=torch.float64."""
+    """Catches a message without the remedy: dtype=torch.float64."""
     model = nn.Sequential(nn.Linear(3, 4).float(), nn.Linear(4, 1))
     with pytest.raises(ValueError, match=r"dtype=torch\.float64 casts all of them"):
         Problem(model, MSE, pair())

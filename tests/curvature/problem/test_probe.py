@@ -42,7 +42,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Batched:
-    """A re-iterable that shuffles by a hidden state: each reading takes up where the last ended."""
+    """A re-iterable that shuffles by a hidden state: each reading continues where the last ended."""
 
     def __init__(self) -> None:
         self._orders = iter([torch.randperm(12) for _ in range(99)])
@@ -59,10 +59,10 @@ def linear() -> nn.Module:
 
 def inputs(data: Any, **options: Any) -> Tensor:
     batches = fixed_probe(data, chunk_size=None, paired=True, **options)
-    first, second = (torch.cat([batch[0] for batch, _ in batches]) for _ in range(2))
-    assert torch.equal(first, second)
-    assert len(first) == batches.num_samples
-    return first
+    first_pass, second_pass = (torch.cat([batch[0] for batch, _ in batches]) for _ in range(2))
+    assert torch.equal(first_pass, second_pass)
+    assert len(first_pass) == batches.num_samples
+    return first_pass
 
 
 def test_one_draw_of_a_weighted_sampler_is_measured_by_all_methods() -> None:
@@ -86,8 +86,8 @@ def test_one_draw_of_a_weighted_sampler_is_measured_by_all_methods() -> None:
 def test_another_order_is_no_choice() -> None:
     """Catches a warning where each epoch has the same samples."""
     sampler = torch.utils.data.SubsetRandomSampler([1, 4, 6])
-    found = inputs(DataLoader(TensorDataset(X, Y), 2, sampler=sampler))
-    assert sorted(found[:, 0].tolist()) == X[[1, 4, 6], 0].tolist()
+    samples = inputs(DataLoader(TensorDataset(X, Y), 2, sampler=sampler))
+    assert sorted(samples[:, 0].tolist()) == X[[1, 4, 6], 0].tolist()
 
 
 @pytest.mark.parametrize("data", [Noisy(), Batched()], ids=["process's generator", "hidden state"])
@@ -100,7 +100,7 @@ def test_random_content_is_read_once_and_said(data: Any) -> None:
 def test_random_content_that_cannot_be_read_again_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a probe that fills the memory, and an error without the way out."""
+    """Catches a probe that fills the memory, and an error without a remedy."""
     monkeypatch.setattr(probe, "_MOST_BYTES", 64)
     with pytest.raises(ValueError, match=r"6 samples take .* expected max_samples="):
         inputs(Batched())
@@ -124,29 +124,29 @@ class Counted(Dataset[tuple[Tensor, Tensor]]):
 def test_what_does_not_fit_is_read_again_from_the_same_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a counter of training's that later measurements move."""
+    """Catches measurements that advance the counter of the data set that training reads."""
     monkeypatch.setattr(probe, "_MOST_BYTES", 64)
     data = Counted()
     data.read = 5
     with pytest.warns(UserWarning, match="12 samples, drawn once"):
         batches = fixed_probe(data, chunk_size=None, paired=True)
     data.read = 7  # training goes on
-    found = torch.cat([batch[0] for batch, _ in batches])
-    assert torch.equal(found, X + torch.arange(6, 18)[:, None])
+    samples = torch.cat([batch[0] for batch, _ in batches])
+    assert torch.equal(samples, X + torch.arange(6, 18)[:, None])
     assert data.read == 7
 
 
 def test_endless_data_are_refused_or_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a stream without an end that is read for good."""
+    """Catches an endless stream that is read forever."""
     monkeypatch.setattr(data_module, "MOST_UNSIZED", 100)
     optimizer = stableopt.GD(linear().parameters(), lr=0.1)
-    for call in (
+    for read in (
         lambda: Problem(linear(), nn.MSELoss(), Endless()),
         lambda: Problem(linear(), nn.MSELoss(), DataLoader(Endless(), batch_size=5)),
         lambda: optimizer.full_gradient(linear(), nn.MSELoss(), Endless()),
     ):
         with pytest.raises(ValueError, match=r"no end in sight: expected max_samples="):
-            call()
+            read()
     loader = DataLoader(Endless(), batch_size=5)
     assert torch.equal(inputs(loader, max_samples=7), X[:7])
     assert stableopt.measure(linear(), nn.MSELoss(), loader, max_samples=7).dataset_size == 7
@@ -159,10 +159,10 @@ def test_endless_data_are_refused_or_cut(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_max_samples_is_one_choice_spread_over_the_data(data: Any) -> None:
     """Catches the first samples of sorted data, and a choice that depends on the form of the data."""
-    found = inputs(data, max_samples=7)
-    assert torch.equal(found, inputs((X, Y), max_samples=7))
-    assert len(found) == 7
-    assert not torch.equal(found, X[:7])
+    chosen = inputs(data, max_samples=7)
+    assert torch.equal(chosen, inputs((X, Y), max_samples=7))
+    assert len(chosen) == 7
+    assert not torch.equal(chosen, X[:7])
     assert torch.equal(inputs(data, max_samples=100), X)
 
 

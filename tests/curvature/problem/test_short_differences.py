@@ -19,9 +19,9 @@ def test_kinks_beyond_the_shortest_steps_do_not_matter() -> None:
         far = max(abs(h) - 5e-8, 0.0)
         return h + 0.3 * math.copysign(far, h)
 
-    found = short_difference(pieces, 1.0, torch.float64)
-    assert found is not None
-    assert abs(found.value - 1) < 1e-6  # rounding of 1e-16 over steps of 1e-8 or more
+    difference = short_difference(pieces, 1.0, torch.float64)
+    assert difference is not None
+    assert abs(difference.value - 1) < 1e-6  # rounding of 1e-16 over steps of 1e-8 or more
 
 
 def test_noise_and_jumps_say_nothing() -> None:
@@ -42,30 +42,30 @@ def test_the_derivative_of_a_staircase_is_not_confirmed_by_its_ramp() -> None:
     def stairs(h: float) -> float:
         return math.floor(1e4 * h + 0.5) / 1e4
 
-    found = short_difference(stairs, 1.0, torch.float64, expected=1.0)
-    assert found is None or found.value == 0.0
+    difference = short_difference(stairs, 1.0, torch.float64, expected=1.0)
+    assert difference is None or difference.value == 0.0
 
 
 def test_a_right_derivative_takes_one_difference() -> None:
-    """Catches neighbours that nothing asks for, and a step within the noise."""
+    """Catches differences beyond the one that suffices, and a step within the noise."""
     steps: list[float] = []
 
     def smooth(h: float) -> float:
         steps.append(abs(h))
         return math.sin(h)
 
-    found = short_difference(smooth, 1.0, torch.float64, noise=1e-9, expected=1.0)
-    assert found is not None
+    difference = short_difference(smooth, 1.0, torch.float64, noise=1e-9, expected=1.0)
+    assert difference is not None
     assert steps == [1e-6, 1e-6]  # a shorter one would leave 1 % of noise
-    # A wrong one is not confirmed, and the right one is found as without it.
-    found = short_difference(smooth, 1.0, torch.float64, expected=0.9)
-    assert found is not None
-    assert abs(found.value - 1) < 1e-6
+    # A wrong expected value is not confirmed, and the right one is found all the same.
+    difference = short_difference(smooth, 1.0, torch.float64, expected=0.9)
+    assert difference is not None
+    assert abs(difference.value - 1) < 1e-6
 
 
 def test_a_generic_point_moves_zeros_too() -> None:
     """Catches a bias that stays at zero, and with it a blank part of an image on its kink."""
     weight, bias = torch.full((4,), 2.0), torch.zeros(3)
-    near = generic_point([weight, bias])
-    assert bool((near[1] != 0).all())
-    assert float((near[0].detach() - weight).abs().max()) < 0.01
+    moved = generic_point([weight, bias])
+    assert bool((moved[1] != 0).all())
+    assert float((moved[0].detach() - weight).abs().max()) < 0.01

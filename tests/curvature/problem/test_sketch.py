@@ -28,7 +28,7 @@ def test_parts_and_linearity() -> None:
     """The same places have the same signs in each call."""
     parts = [torch.randn(3, 700), torch.randn(5000), torch.randn(10)]
     others = [torch.randn_like(part) for part in parts]
-    both = [2 * a - b for a, b in zip(parts, others, strict=True)]
+    combined = [2 * a - b for a, b in zip(parts, others, strict=True)]
     # Sums of some ten numbers in double precision, from parts in single precision.
-    assert torch.allclose(sketch(both), 2 * sketch(parts) - sketch(others), atol=1e-4)
+    assert torch.allclose(sketch(combined), 2 * sketch(parts) - sketch(others), atol=1e-4)
     assert not sketch([]).any()

@@ -20,9 +20,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return built(request.param)
 
 
-def close(found: Tensor, expected: Tensor) -> bool:
+def close(actual: Tensor, expected: Tensor) -> bool:
     # Sums of the same numbers in another order, in double precision.
-    return bool((found - expected).norm() <= 1e-12 * expected.norm())
+    return bool((actual - expected).norm() <= 1e-12 * expected.norm())
 
 
 def test_order_and_chunks_change_nothing(case: Case) -> None:
@@ -74,11 +74,11 @@ def test_targets_that_the_loss_computes_are_counted() -> None:
     def clamped(outputs: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, labels.clamp(max=3), ignore_index=3)
 
-    known = Problem(model, nn.CrossEntropyLoss(), (x, y.where(y < 9, -100)), chunk_size=5)
-    found = Problem(model, clamped, (x, y), chunk_size=5)
-    vector = random(found.num_params)
-    assert close(Hessian(found) @ vector, Hessian(known) @ vector)
-    assert close(NonUniformity(found) @ vector, NonUniformity(known) @ vector)
+    reference = Problem(model, nn.CrossEntropyLoss(), (x, y.where(y < 9, -100)), chunk_size=5)
+    problem = Problem(model, clamped, (x, y), chunk_size=5)
+    vector = random(problem.num_params)
+    assert close(Hessian(problem) @ vector, Hessian(reference) @ vector)
+    assert close(NonUniformity(problem) @ vector, NonUniformity(reference) @ vector)
 
 
 def test_critical_rates_against_enumeration() -> None:
@@ -92,23 +92,23 @@ def test_critical_rates_against_enumeration() -> None:
     x, y = random(n, 2), torch.tensor([0, 1, 0, 0, 1])
     theta = torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    def of_sample(at: Tensor, index: int) -> Tensor:
-        outputs = x[index] @ at[:4].view(2, 2).T + at[4:]
+    def sample_loss(params: Tensor, index: int) -> Tensor:
+        outputs = x[index] @ params[:4].view(2, 2).T + params[4:]
         share = n * weight[y[index]] / weight[y].sum()
         return share * nn.functional.cross_entropy(outputs, y[index])
 
     samples = torch.stack(
-        [torch.func.jacrev(torch.func.grad(of_sample))(theta, index) for index in range(n)]
+        [torch.func.jacrev(torch.func.grad(sample_loss))(theta, index) for index in range(n)]
     )
     values, vectors = torch.linalg.eigh(samples.mean(0))
-    seen = vectors[:, values > 1e-9]  # others do not move
-    both = torch.kron(seen, seen)
+    moving = vectors[:, values > 1e-9]  # others do not move
+    moving_pairs = torch.kron(moving, moving)
 
     def radius(lr: float, size: int) -> float:
         subsets = list(itertools.combinations(range(n), size))
         steps = [torch.eye(6) - lr * samples[list(subset)].mean(0) for subset in subsets]
         moments = torch.stack([torch.kron(step, step) for step in steps]).mean(0)
-        return float(torch.linalg.eigvals(both.T @ moments @ both).abs().max())
+        return float(torch.linalg.eigvals(moving_pairs.T @ moments @ moving_pairs).abs().max())
 
     for size in (1, 2, n):
         low, high = 1e-3, 10.0
@@ -117,8 +117,8 @@ def test_critical_rates_against_enumeration() -> None:
             low, high = (middle, high) if radius(middle, size) <= 1 else (low, middle)
         problem = Problem(model, nn.CrossEntropyLoss(weight), (x, y), chunk_size=2)
         # The residual is 1e-8, and that of an eigenvalue its square; bisection ends at 3e-13.
-        found = stableopt.critical_lr(problem, size, tol=1e-8)
-        assert found.value == pytest.approx(low, rel=1e-10)
+        critical = stableopt.critical_lr(problem, size, tol=1e-8)
+        assert critical.value == pytest.approx(low, rel=1e-10)
         assert stableopt.critical_batch_size(problem, low * (1 - 1e-4), tol=1e-8) == size
         above = stableopt.critical_batch_size(problem, low * (1 + 1e-4), tol=1e-8)
         assert above == (size + 1 if size < n else None)
@@ -143,9 +143,11 @@ def test_weights_as_a_tensor_follow_the_samples() -> None:
 
 
 def test_unknown_weights_are_refused_where_they_matter() -> None:
-    """Catches a comparison of losses, all log C at a fresh head, or of the first samples alone."""
+    """Catches weights sought in the losses, which are all log C for a new head, or only in the
+    first samples.
+    """
     torch.manual_seed(0)
-    labels = (torch.arange(400) >= 350).long()  # sorted, as a folder for each class gives
+    labels = (torch.arange(400) >= 350).long()  # sorted, as from one folder a class
     x, weight = torch.randn(400, 2) + labels[:, None], torch.tensor([1.0, 7.0])
     model = nn.Linear(2, 2)
     nn.init.zeros_(model.weight)
@@ -155,13 +157,13 @@ def test_unknown_weights_are_refused_where_they_matter() -> None:
         return (weight[labels] * cross_entropy(outputs, labels)).sum() / weight[labels].sum()
 
     measured = stableopt.measure(model, own_loss, (x, labels), lr=0.1)
-    known = stableopt.measure(model, nn.CrossEntropyLoss(weight), (x, labels), lr=0.1)
-    assert measured.sharpness == pytest.approx(known.sharpness, rel=1e-5)
+    reference = stableopt.measure(model, nn.CrossEntropyLoss(weight), (x, labels), lr=0.1)
+    assert measured.sharpness == pytest.approx(reference.sharpness, rel=1e-5)
     with pytest.raises(ValueError, match=r"weighs samples unequally.*sample_weight="):
         NonUniformity(Problem(model, own_loss, (x, labels)))
     with pytest.raises(ValueError, match=r"weighs samples unequally.*chunk_size="):
         Problem(model, own_loss, (x, labels), chunk_size=50)
-    given = stableopt.measure(
+    weighted = stableopt.measure(
         model,
         own_loss,
         (x, labels),
@@ -169,20 +171,20 @@ def test_unknown_weights_are_refused_where_they_matter() -> None:
         sample_weight=lambda batch: weight[batch[1]],
         quantities=("sharpness", "non_uniformity"),
     )
-    whole = stableopt.measure(
+    unchunked = stableopt.measure(
         model,
         nn.CrossEntropyLoss(weight),
         (x, labels),
         quantities=("sharpness", "non_uniformity"),
     )
     # Both searches stop at a residual of 1e-3, whose square is the error of an eigenvalue.
-    assert given.sharpness == pytest.approx(whole.sharpness, rel=1e-5)
-    assert given.non_uniformity == pytest.approx(whole.non_uniformity, rel=1e-5)
+    assert weighted.sharpness == pytest.approx(unchunked.sharpness, rel=1e-5)
+    assert weighted.non_uniformity == pytest.approx(unchunked.non_uniformity, rel=1e-5)
 
 
 @pytest.mark.parametrize("ignored", [0, -100])
 def test_the_refusal_names_the_way_out(ignored: int) -> None:
-    """Catches advice that leaves the reader to find out that a loss divides by counts."""
+    """Catches advice that does not mention that a loss may divide by counts of targets."""
     case = built("padded tokens")
     x, y = case.data
     y = torch.where(y == -100, ignored, y + 1)
@@ -196,9 +198,9 @@ def test_the_refusal_names_the_way_out(ignored: int) -> None:
     with pytest.raises(ValueError, match=advice):
         Problem(case.model, own_loss, (x, y), chunk_size=4)
     counts = (y != ignored).sum(1)
-    given = Problem(case.model, own_loss, (x, y), chunk_size=4, sample_weight=counts)
-    known = Problem(case.model, case.loss, case.data)
-    assert close(given.gradient(), known.gradient())
+    weighted = Problem(case.model, own_loss, (x, y), chunk_size=4, sample_weight=counts)
+    reference = Problem(case.model, case.loss, case.data)
+    assert close(weighted.gradient(), reference.gradient())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
@@ -219,18 +221,19 @@ def test_a_loss_that_calls_torchs_for_each_sample_is_the_mean_of_its_calls(
         ]
         return torch.stack(calls).mean()
 
-    found = Problem(model, looped, (x, y), chunk_size=chunk_size)
-    assert found.equal_weights
-    known = Problem(model, nn.CrossEntropyLoss(), (x, y))  # each call is the sample's plain loss
-    vector = random(found.num_params)
-    assert close(Hessian(found) @ vector, Hessian(known) @ vector)
+    problem = Problem(model, looped, (x, y), chunk_size=chunk_size)
+    assert problem.equal_weights
+    # Each call is the sample's plain loss.
+    reference = Problem(model, nn.CrossEntropyLoss(), (x, y))
+    vector = random(problem.num_params)
+    assert close(Hessian(problem) @ vector, Hessian(reference) @ vector)
     for method in ("vmap", "loop"):
-        sigma = NonUniformity(found, method=method)  # type: ignore[arg-type]
-        assert close(sigma @ vector, NonUniformity(known) @ vector)
+        sigma = NonUniformity(problem, method=method)  # type: ignore[arg-type]
+        assert close(sigma @ vector, NonUniformity(reference) @ vector)
 
 
 def test_only_weighted_losses_are_weighed() -> None:
-    """Catches a detour for plain means, whose numbers must stay as they are."""
+    """Catches weights applied to plain means, whose results must not change."""
     model, labels = nn.Linear(2, 3), torch.arange(12) % 3
     x = torch.randn(12, 2)
     for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.full((3,), 2.0))):

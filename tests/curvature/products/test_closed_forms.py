@@ -78,9 +78,9 @@ def test_matrix_factorisation() -> None:
     )
     u, v = model.u.detach(), model.v.detach()
     expected = torch.linalg.matrix_norm(u, 2) ** 2 + torch.linalg.matrix_norm(v, 2) ** 2
-    found = top_eigenpair(Hessian(problem), tol=1e-10)
-    assert found.converged
-    assert found.value == pytest.approx(float(expected), rel=1e-10)
+    pair = top_eigenpair(Hessian(problem), tol=1e-10)
+    assert pair.converged
+    assert pair.value == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_eigenvalues_of_a_network_against_dense_ones(
@@ -94,6 +94,6 @@ def test_eigenvalues_of_a_network_against_dense_ones(
         (NonUniformity(problem), covariance(hessians)),
     ):
         expected = float(torch.linalg.eigvalsh(dense)[-1])
-        found = top_eigenpair(operator, tol=1e-8)
-        assert found.converged
-        assert found.value == pytest.approx(expected, rel=1e-10)
+        pair = top_eigenpair(operator, tol=1e-8)
+        assert pair.converged
+        assert pair.value == pytest.approx(expected, rel=1e-10)

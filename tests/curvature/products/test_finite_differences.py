@@ -88,7 +88,7 @@ def test_later_products_are_looked_at_too() -> None:
     before = differences.error
     differences.along(exponentials(torch.float64, noise=1e-8), size=1.0)
     assert differences.error > 10 * before
-    differences.along(exponentials(torch.float64, noise=1.0), size=1.0)  # the third goes unseen
+    differences.along(exponentials(torch.float64, noise=1.0), size=1.0)  # the third is not checked
     with pytest.raises(DifferenceError):
         differences.along(exponentials(torch.float64, noise=1.0), size=1.0)
 
@@ -128,8 +128,8 @@ def test_everything_that_the_hessian_can_do() -> None:
     sigma = NonUniformity(problem)
     assert sigma.method == "loop"
     assert relative_error(sigma @ identity, covariance(dense)) < 1e-7
-    found, known = (batch_sharpness(p, 3, num_batches=4).value for p in (problem, plain))
-    assert found == pytest.approx(known, rel=1e-7)
+    actual, exact = (batch_sharpness(p, 3, num_batches=4).value for p in (problem, plain))
+    assert actual == pytest.approx(exact, rel=1e-7)
     assert Hessian(problem).loss() == pytest.approx(plain.value(), rel=1e-12)
 
 
@@ -140,7 +140,7 @@ def kinked_gradient(h: float) -> Tensor:
 
 
 def test_many_kinks_are_not_averaged_over() -> None:
-    """Catches the slope of 1.5 on which all steps over many kinks agree, for the slope of 1.
+    """Catches the slope 1.5, on which all steps over many kinks agree, reported instead of 1.
 
     1e-6: without a kink the differences lack rounding alone, 1e-16 over a step of 1e-6 or less.
     """
@@ -160,19 +160,19 @@ def test_a_kink_at_the_point_is_refused_with_kinks_known() -> None:
 
 @pytest.mark.parametrize("seed", [1, 5, 13])
 def test_differences_of_a_network_with_kinks_have_the_sharpness_of_its_twin(seed: int) -> None:
-    """Catches 1.15 for 0.71, converged: differences in single precision that step over kinks.
+    """Catches a converged 1.15 where 0.71 is right: float32 differences that step over kinks.
 
     1e-3: twice the solver's tolerance squared, over a gap of a few percent, and float32 elsewhere.
     """
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Sine(once=True), nn.Linear(16, 4))
     data = torch.randn(64, 8), torch.randint(4, (64,))
-    found = stableopt.measure(model, nn.CrossEntropyLoss(), data, quantities=("sharpness",))
+    margins = stableopt.measure(model, nn.CrossEntropyLoss(), data, quantities=("sharpness",))
     model[2].once = False
     twin = stableopt.measure(model, nn.CrossEntropyLoss(), data, quantities=("sharpness",))
-    assert found.method == "central differences, in float64"
-    assert found.converged
-    assert found.sharpness == pytest.approx(twin.sharpness, rel=1e-3)
+    assert margins.method == "central differences, in float64"
+    assert margins.converged
+    assert margins.sharpness == pytest.approx(twin.sharpness, rel=1e-3)
 
 
 def test_what_needs_double_backward_says_so() -> None:

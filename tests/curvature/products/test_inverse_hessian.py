@@ -64,10 +64,10 @@ def test_float32_pairs() -> None:
     P = InverseHessian.from_pairs(s=s.float(), y=y.float(), gamma=0.5)
     # Those pairs, rounded, define another matrix: the oracle takes them as they are.
     expected = bfgs_inverse(y.float().double(), s.float().double(), 0.5) @ v
-    found = P @ v.float()
-    assert found.dtype == torch.float32
+    product = P @ v.float()
+    assert product.dtype == torch.float32
     # Products of length 12 in float32, through a triangle whose condition number is below 100.
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_reads_the_state_of_torchs_lbfgs() -> None:
@@ -91,7 +91,7 @@ def test_reads_the_state_of_torchs_lbfgs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("y", "s", "says"),
+    ("y", "s", "message"),
     [
         ([], [], "at least one"),
         (torch.ones(2, 3), torch.ones(1, 3), "2 gradient changes and 1 steps"),
@@ -100,9 +100,9 @@ def test_reads_the_state_of_torchs_lbfgs() -> None:
     ],
     ids=["none", "uneven", "negative", "nan"],
 )
-def test_pairs_that_define_no_inverse(y: Tensor, s: Tensor, says: str) -> None:
+def test_pairs_that_define_no_inverse(y: Tensor, s: Tensor, message: str) -> None:
     """Catches a matrix that is not positive definite, and would send Lanczos after NaN."""
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         InverseHessian.from_pairs(s=s, y=y)
 
 

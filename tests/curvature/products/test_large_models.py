@@ -55,7 +55,7 @@ def test_products_and_gradient_are_those_of_small_models(
 ) -> None:
     """Catches a part that is added twice, left out, or not scaled, over chunks of several sizes."""
 
-    def found() -> list[Tensor]:
+    def products() -> list[Tensor]:
         model, loss = tied(), nn.CrossEntropyLoss()
         problem = Problem(model, loss, tied_data(), chunk_size=2).transformed(
             sign=-1.0,
@@ -68,10 +68,10 @@ def test_products_and_gradient_are_those_of_small_models(
         gauss_newton = GaussNewton(problem) @ torch.eye(problem.num_params).double()
         return [images, gauss_newton, hessian.gradient, problem.gradient()]
 
-    expected = found()
+    expected = products()
     request.getfixturevalue("large")
-    for one, other in zip(found(), expected, strict=True):
-        assert relative_error(one, other) < EXACT
+    for actual, exact in zip(products(), expected, strict=True):
+        assert relative_error(actual, exact) < EXACT
 
 
 class Writes(nn.Module):
@@ -89,7 +89,7 @@ class Writes(nn.Module):
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("layer", [Writes, lambda: nn.Linear(2, 1).double()])
 def test_a_measurement_leaves_the_parameters_as_they_are(layer: type[nn.Module]) -> None:
-    """Catches a pass at the parameters' own memory of a model that writes to it."""
+    """Catches a pass that lets a model write to the parameters' own memory."""
     model = layer()
     x, y = torch.ones(3, 2).double(), torch.zeros(3, 1).double()
     before = [p.detach().clone() for p in model.parameters()]
@@ -120,21 +120,21 @@ def peak() -> float:
     differentiable_loss.LARGE = 0
     evaluation: Any = importlib.import_module("stableopt.stability.measure.evaluation")
     evaluation.vectors_held = lambda *_: cost._FEWEST_VECTORS
-    for width in (8, 500):  # what torch sets up on first use is not the model's
+    for width in (8, 500):  # the first run sets up torch
         torch.manual_seed(0)
-        layers = [part for _ in range(10) for part in (nn.Linear(width, width), nn.Tanh())]
+        layers = [layer for _ in range(10) for layer in (nn.Linear(width, width), nn.Tanh())]
         model, x = nn.Sequential(*layers), torch.randn(2, width)
         before = peak_mib()
         stableopt.measure(model, nn.MSELoss(), (x, torch.zeros(2, width)), tol=1e-9, max_iter=8)
-    own = sum(p.numel() for p in model.parameters()) * 4 / 2**20
-    return (peak_mib() - before) / own
+    model_mib = sum(p.numel() for p in model.parameters()) * 4 / 2**20
+    return (peak_mib() - before) / model_mib
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
 def test_few_copies_of_the_parameters_are_held() -> None:
     """Catches another copy of all parameters: a search holds six vectors, and makes one more.
 
-    10.1 copies were seen, the model among them; 13.1 with copies of parameters and gradient.
+    Measured: 10.1 copies, including the model; 13.1 with copies of parameters and gradient.
     """
     code = "from test_large_models import peak; print(peak())"
     assert peak_of_process(code, Path(__file__).parent, **EAGER_RETURN) < 11
@@ -144,7 +144,7 @@ def test_few_copies_of_the_parameters_are_held() -> None:
 def test_rounded_starts_take_as_few_products(
     optimizer: type[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a warm start whose rounding the search has to find its way out of."""
+    """Catches a warm start whose rounding costs products."""
     evaluation: Any = importlib.import_module("stableopt.stability.measure.evaluation")
     monkeypatch.setattr(evaluation, "vectors_held", lambda *_: cost._FEWEST_VECTORS)
 
@@ -158,8 +158,8 @@ def test_rounded_starts_take_as_few_products(
             nn.MSELoss()(model(x), y).backward()
             stepped.step()
             stepped.zero_grad()
-        found = [m for margins in monitor.history for m in margins.measurements.values()]
-        return [m.products for m in found], monitor
+        measurements = [m for margins in monitor.history for m in margins.measurements.values()]
+        return [m.products for m in measurements], monitor
 
     products, monitor = tracked()
     assert {rows.dtype for rows in monitor.state_dict()["starts"].values()} == {torch.bfloat16}

@@ -30,11 +30,11 @@ class Opaque(nn.Module):
         return HiddenGain.apply(torch.tanh(x @ self.first) @ self.second, self.gain)
 
 
-def grown(way: str, samples: int, memory: int) -> float:
+def grown(method: str, samples: int, memory: int) -> float:
     """Return by how many MiB a measurement of s and a raised the process's peak memory."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    if way == "structured":
+    if method == "structured":
         width = 600
         model: nn.Module = nn.Sequential(
             nn.Linear(width, width),
@@ -44,24 +44,24 @@ def grown(way: str, samples: int, memory: int) -> float:
             nn.Linear(width, 1),
         )
     else:
-        width = 600 if way == "loop" else 100
+        width = 600 if method == "loop" else 100
         model = Opaque(width)
     x, y = torch.randn(samples, width), torch.randn(samples, 1)
     problem = Problem(model, nn.MSELoss(), (x, y))
-    # Once on a few samples: what torch sets up on first use is not the data's.
-    few = Problem(model, nn.MSELoss(), (x[:4], y[:4]))
-    for part in (few, problem):
+    # First on a few samples: that run sets up torch.
+    small = Problem(model, nn.MSELoss(), (x[:4], y[:4]))
+    for measured in (small, problem):
         before = peak_mib()
-        sigma = NonUniformity(part, memory=memory)
+        sigma = NonUniformity(measured, memory=memory)
         top_eigenpair(sigma, max_iter=2)
-        top_eigenpair(Hessian(part, memory=memory), max_iter=2)
-    assert sigma.method == way
+        top_eigenpair(Hessian(measured, memory=memory), max_iter=2)
+    assert sigma.method == method
     return peak_mib() - before
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("way", "samples", "memory", "per_sample_mib", "ceiling"),
+    ("method", "samples", "memory", "per_sample_mib", "ceiling"),
     [
         ("structured", 2000, 16 * MIB, 2.7, 250),
         ("vmap", 4000, 16 * MIB, 0.04, 80),
@@ -69,16 +69,16 @@ def grown(way: str, samples: int, memory: int) -> float:
     ],
 )
 def test_peak_memory_does_not_grow_with_samples_times_parameters(
-    way: str, samples: int, memory: int, per_sample_mib: float, ceiling: float
+    method: str, samples: int, memory: int, per_sample_mib: float, ceiling: float
 ) -> None:
     """Catches per-sample gradients of all samples held at once, and passes kept beyond the budget.
 
-    A fresh process each, since peaks never fall. A sample's gradient takes ``per_sample_mib``, so
-    those of all samples from 160 MiB to 5 GiB. The ceilings leave room for two operators, each with
-    what it keeps, one chunk's intermediates and the allocator's slack: 145, 21 and 12 MiB were seen,
-    and as much with four times as many samples.
+    Each case runs in a fresh process, since peaks never fall. A sample's gradient takes
+    ``per_sample_mib``, so those of all samples take from 160 MiB to 5 GiB. The ceilings leave room
+    for two operators, each with what it keeps, one chunk's intermediates and the allocator's slack:
+    145, 21 and 12 MiB were seen, and as much with four times as many samples.
     """
-    code = f"from test_memory import grown; print(grown({way!r}, {samples}, {memory}))"
+    code = f"from test_memory import grown; print(grown({method!r}, {samples}, {memory}))"
     assert peak_of_process(code, Path(__file__).parent) < ceiling < samples * per_sample_mib
 
 
@@ -90,8 +90,8 @@ def test_passes_end_with_their_operator(kind: type) -> None:
     try:
         operator = kind(problem)
         _ = operator @ torch.ones(3)
-        left = weakref.ref(operator)
+        reference = weakref.ref(operator)
         del operator
-        assert left() is None
+        assert reference() is None
     finally:
         gc.enable()

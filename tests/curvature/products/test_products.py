@@ -69,11 +69,11 @@ def test_chunks_do_not_change_the_matrix(
     """Catches ragged chunks weighted by their number instead of their samples, and a kept graph
     of only one of several chunks.
     """
-    whole = kind(Problem(network, nn.MSELoss(), data))
+    unchunked = kind(Problem(network, nn.MSELoss(), data))
     chunked = kind(Problem(network, nn.MSELoss(), data, chunk_size=chunk_size))
-    expected = whole @ eye(whole)
+    expected = unchunked @ eye(unchunked)
     for _ in range(2):  # the second product uses the cache of the first
-        assert relative_error(chunked @ eye(whole), expected) < PRODUCT
+        assert relative_error(chunked @ eye(unchunked), expected) < PRODUCT
 
 
 def test_an_operator_is_a_snapshot(problem: Problem, network: nn.Module) -> None:
@@ -127,8 +127,8 @@ def test_weight_norm_is_measured_rightly(dim: int | None) -> None:
     assert hessian.problem.method == "double backward"
     point = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
-    def gradient(at: Tensor) -> Tensor:
-        torch.nn.utils.vector_to_parameters(at, model.parameters())
+    def gradient(params: Tensor) -> Tensor:
+        torch.nn.utils.vector_to_parameters(params, model.parameters())
         return Problem(model, nn.MSELoss(), data).gradient()
 
     step = 1e-6

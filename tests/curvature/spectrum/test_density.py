@@ -21,19 +21,19 @@ SPECTRA = {
 }
 
 
-def kolmogorov(found: SpectralDensity, values: Tensor) -> float:
+def kolmogorov(density: SpectralDensity, values: Tensor) -> float:
     """Return the largest difference of the cumulative distributions, by a plain loop.
 
     Values that differ by less than 1e-6 of the range count as one: rounding parts a node from its
     eigenvalue.
     """
-    near = 1e-6 * float(values.max() - values.min())
+    tolerance = 1e-6 * float(values.max() - values.min())
     worst = 0.0
-    for point in [*values.tolist(), *found.nodes]:
-        grid = torch.tensor([point + near, point - near], dtype=torch.float64)
-        shares = found.cumulative(grid)
-        for share, at in zip(shares.tolist(), grid.tolist(), strict=True):
-            worst = max(worst, abs(share - float((values <= at).double().mean())))
+    for point in [*values.tolist(), *density.nodes]:
+        grid = torch.tensor([point + tolerance, point - tolerance], dtype=torch.float64)
+        shares = density.cumulative(grid)
+        for share, value in zip(shares.tolist(), grid.tolist(), strict=True):
+            worst = max(worst, abs(share - float((values <= value).double().mean())))
     return worst
 
 
@@ -44,33 +44,33 @@ def test_the_cumulative_distribution_is_that_of_the_dense_spectrum(name: str) ->
     Ten starts leave an error of about 1/sqrt(10 * 250) = 0.02; 60 steps resolve 1/60 of the range.
     """
     values = 100 * SPECTRA[name].double()
-    found = spectral_density(Dense((BASIS * values) @ BASIS.T), starts=10, steps=60)
-    assert sum(found.weights) == pytest.approx(1.0)
-    assert kolmogorov(found, values) < 0.04
-    assert found.nodes[-1] == pytest.approx(float(values.max()), abs=1e-2 * 100)
-    assert found.products <= 600
-    mean = sum(node * weight for node, weight in zip(found.nodes, found.weights, strict=True))
+    density = spectral_density(Dense((BASIS * values) @ BASIS.T), starts=10, steps=60)
+    assert sum(density.weights) == pytest.approx(1.0)
+    assert kolmogorov(density, values) < 0.04
+    assert density.nodes[-1] == pytest.approx(float(values.max()), abs=1e-2 * 100)
+    assert density.products <= 600
+    mean = sum(node * weight for node, weight in zip(density.nodes, density.weights, strict=True))
     assert mean == pytest.approx(float(values.mean()), abs=0.05 * float(values.std()))
 
 
 def test_it_stops_where_the_krylov_space_ends() -> None:
-    """Catches rows of a random direction after it, whose Ritz values the start knows nothing of."""
+    """Catches Ritz values of a random direction that is added to an exhausted Krylov space."""
     values = SPECTRA["rank three"].double()
-    found = spectral_density(Dense((BASIS * values) @ BASIS.T), starts=3)
-    assert found.products == 12
+    density = spectral_density(Dense((BASIS * values) @ BASIS.T), starts=3)
+    assert density.products == 12
     assert spectral_density(Dense(2 * torch.eye(9).double())).nodes == pytest.approx((2.0,) * 5)
 
 
 def test_the_density_integrates_to_the_cumulative_distribution() -> None:
     """Catches a normalisation without the width."""
-    found = spectral_density(Dense((BASIS * SPECTRA["semicircle"]) @ BASIS.T), starts=2)
-    low, high = found.nodes[0] - 6 * found.width, found.nodes[-1] + 6 * found.width
+    density = spectral_density(Dense((BASIS * SPECTRA["semicircle"]) @ BASIS.T), starts=2)
+    low, high = density.nodes[0] - 6 * density.width, density.nodes[-1] + 6 * density.width
     grid = torch.linspace(low, high, 4001, dtype=torch.float64)
-    integral = torch.cumulative_trapezoid(found.density(grid), grid)
+    integral = torch.cumulative_trapezoid(density.density(grid), grid)
     assert float(integral[-1]) == pytest.approx(1.0, abs=1e-6)
     # A Gaussian moves weight by about its width, where the density is at most 1/3 per unit.
-    assert float((integral - found.cumulative(grid[1:])).abs().max()) < found.width
-    assert found.width == pytest.approx((found.nodes[-1] - found.nodes[0]) / 50)
+    assert float((integral - density.cumulative(grid[1:])).abs().max()) < density.width
+    assert density.width == pytest.approx((density.nodes[-1] - density.nodes[0]) / 50)
 
 
 def test_arguments_out_of_range_are_named() -> None:

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import Dense
+from oracles import Dense, with_spectrum
 from torch import Tensor
 
 from stableopt.curvature import NonFiniteError, Operator, trace
-
-
-def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
-    """Return a symmetric matrix with these eigenvalues."""
-    generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(square)[0]
-    return (basis * values) @ basis.T
-
 
 BULK = torch.linspace(-0.1, 0.2, 54, dtype=torch.float64)
 SPECTRA = {
@@ -38,11 +29,11 @@ def test_the_stated_error_holds_at_the_stated_rate(name: str, preconditioned: bo
     true = float((A if P is None else P @ A).diagonal().sum())
     within, errors = 0, []
     for seed in range(40):
-        found = trace(Dense(A), preconditioner=P, seed=seed, max_iter=30)
-        assert found.products <= 30
+        estimate = trace(Dense(A), preconditioner=P, seed=seed, max_iter=30)
+        assert estimate.products <= 30
         # 1e-9: with all large eigenvalues in the sketch the error is rounding.
-        within += abs(found.value - true) <= 2 * found.standard_error + 1e-9 * abs(true)
-        errors.append(found.value - true)
+        within += abs(estimate.value - true) <= 2 * estimate.standard_error + 1e-9 * abs(true)
+        errors.append(estimate.value - true)
     assert within >= 34
     spread = torch.tensor(errors).std() / 40**0.5
     assert abs(sum(errors) / 40) <= 4 * float(spread) + 1e-9
@@ -51,21 +42,21 @@ def test_the_stated_error_holds_at_the_stated_rate(name: str, preconditioned: bo
 def test_it_stops_at_the_tolerance() -> None:
     """Catches an absolute tolerance, and a search that never ends early."""
     operator = Dense(1e4 * with_spectrum(SPECTRA["outliers"]))
-    found = trace(operator, tol=0.05)
-    assert found.converged
-    assert found.products == operator.products < 60
-    assert found.standard_error <= 0.05 * found.value
-    assert found.largest == pytest.approx(8e4, rel=1e-3)  # a sketch of a few steps
-    assert found.effective_rank == pytest.approx(found.value / found.largest)
+    estimate = trace(operator, tol=0.05)
+    assert estimate.converged
+    assert estimate.products == operator.products < 60
+    assert estimate.standard_error <= 0.05 * estimate.value
+    assert estimate.largest == pytest.approx(8e4, rel=1e-3)  # a sketch of a few steps
+    assert estimate.effective_rank == pytest.approx(estimate.value / estimate.largest)
     assert not trace(operator, tol=1e-6, max_iter=24).converged
 
 
 def test_small_and_degenerate_matrices_are_exact() -> None:
-    """Catches samples outside a basis that is the whole space, and a rest of norm zero."""
+    """Catches samples outside a basis that spans the whole space, and a remainder of norm zero."""
     A = with_spectrum(SPECTRA["indefinite"][-20:])
-    found = trace(Dense(A))
-    assert (found.standard_error, found.products) == (0.0, 20)
-    assert found.value == pytest.approx(float(A.diagonal().sum()), rel=1e-12)
+    estimate = trace(Dense(A))
+    assert (estimate.standard_error, estimate.products) == (0.0, 20)
+    assert estimate.value == pytest.approx(float(A.diagonal().sum()), rel=1e-12)
     zero = trace(Dense(torch.zeros(60, 60).double()))
     assert zero.value == zero.standard_error == 0.0
     assert zero.effective_rank != zero.effective_rank  # NaN

@@ -34,16 +34,16 @@ def test_along_a_step_it_is_a_quotient_below_the_sharpness() -> None:
         half_squares(model(x), y).backward()
         gradient = model.weight.grad.reshape(-1)
         along = root**2 * gradient
-        found = critical_sharpness(model, half_squares, (x, y), direction=along)
+        sharpness = critical_sharpness(model, half_squares, (x, y), direction=along)
         top = float(torch.linalg.eigvalsh(root[:, None] * hessian * root)[-1])
         # A line through two losses is exact on a quadratic, up to rounding over a twentieth.
         exact = float(along @ hessian @ along / (along @ gradient))
-        assert found.value == pytest.approx(exact, rel=1e-9)
-        assert found.value <= top * (1 + 1e-3)
-        assert found.converged
-        assert found.bracket[0] <= found.lr <= found.bracket[1]
-        assert 1 - found.bracket[0] / found.bracket[1] < 1 / 16
-        assert found.passes <= 7
+        assert sharpness.value == pytest.approx(exact, rel=1e-9)
+        assert sharpness.value <= top * (1 + 1e-3)
+        assert sharpness.converged
+        assert sharpness.bracket[0] <= sharpness.lr <= sharpness.bracket[1]
+        assert 1 - sharpness.bracket[0] / sharpness.bracket[1] < 1 / 16
+        assert sharpness.passes <= 7
 
 
 def test_along_the_top_direction_it_is_the_sharpness() -> None:
@@ -58,9 +58,9 @@ def test_along_the_top_direction_it_is_the_sharpness() -> None:
         {"lr": 0.01},
         {"lr": 50.0},
     ):
-        found = critical_sharpness(model, half_squares, (x, y), **options)
-        assert found.value == pytest.approx(float(values[-1]), rel=0.07)
-        assert found.converged
+        sharpness = critical_sharpness(model, half_squares, (x, y), **options)
+        assert sharpness.value == pytest.approx(float(values[-1]), rel=0.07)
+        assert sharpness.converged
 
 
 def trained_cnn() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -81,21 +81,21 @@ def trained_cnn() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
 def test_on_a_trained_network_it_is_where_the_loss_rises_first() -> None:
     """Catches a crossing that is skipped: the oracle scans the loss in steps of 2 %."""
     model, (x, y) = trained_cnn()
-    found = critical_sharpness(model, nn.MSELoss(), (x, y))
+    sharpness = critical_sharpness(model, nn.MSELoss(), (x, y))
     model.zero_grad()
     base = nn.functional.mse_loss(model(x), y)
     base.backward()
     weights = [p.detach().clone() for p in model.parameters()]
-    eta, other = found.lr / 10, copy.deepcopy(model)
+    eta, stepped = sharpness.lr / 10, copy.deepcopy(model)
     for _ in range(200):
-        for p, w, q in zip(other.parameters(), weights, model.parameters(), strict=True):
+        for p, w, q in zip(stepped.parameters(), weights, model.parameters(), strict=True):
             p.data.copy_(w - eta * q.grad)
         with torch.no_grad():
-            if nn.functional.mse_loss(other(x), y) > base:
+            if nn.functional.mse_loss(stepped(x), y) > base:
                 break
         eta *= 1.02
-    # The bar; the bracket gives 6 %.
-    assert found.lr == pytest.approx(eta, rel=0.2)
+    # Required accuracy; the bracket gives 6 %.
+    assert sharpness.lr == pytest.approx(eta, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Adam that maximizes", "Muon and AdamW"])
@@ -136,7 +136,7 @@ def test_an_optimizer_is_tried_and_left_as_it_is(name: str) -> None:
     before = [p.detach().clone() for p in params]
     gradients = [p.grad.clone() for p in params]
     states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
-    found = critical_sharpness(model, loss_fn, (x, y), optimizer=optimizers)
+    sharpness = critical_sharpness(model, loss_fn, (x, y), optimizer=optimizers)
     for p, b, g in zip(params, before, gradients, strict=True):
         assert torch.equal(p, b)
         assert torch.equal(p.grad, g)
@@ -151,22 +151,22 @@ def test_an_optimizer_is_tried_and_left_as_it_is(name: str) -> None:
     problem = Problem(model, loss_fn, (x, y)).transformed(sign=sign)
     expected = critical_sharpness(problem, direction=along, lr=rate)
     # Two brackets of the same crossing, each interpolated.
-    assert found.value == pytest.approx(expected.value, rel=0.01)
+    assert sharpness.value == pytest.approx(expected.value, rel=0.01)
 
 
 def test_a_reference_is_the_loss_that_counts() -> None:
     """Catches the step of the wrong loss: with steps along loss 1, loss 2 has another crossing."""
     model, (x, y), hessian = quadratic()
-    tuned, kept = Problem(model, half_squares, (x[:6], y[:6])), Problem(model, half_squares, (x, y))
-    found = critical_sharpness(tuned, reference=kept)
-    along, slope = tuned.gradient(), kept.gradient()
+    half, full = Problem(model, half_squares, (x[:6], y[:6])), Problem(model, half_squares, (x, y))
+    sharpness = critical_sharpness(half, reference=full)
+    along, slope = half.gradient(), full.gradient()
     # The closed form on a quadratic.
     exact = float(along @ hessian @ along / (along @ slope))
-    assert found.value == pytest.approx(exact, rel=1e-9)
+    assert sharpness.value == pytest.approx(exact, rel=1e-9)
     with pytest.raises(TypeError, match=r"reference=.*expected a Problem"):
-        critical_sharpness(tuned, reference=model)
+        critical_sharpness(half, reference=model)
     with pytest.raises(ValueError, match="over the same parameters"):
-        critical_sharpness(tuned, reference=Problem(quadratic()[0], half_squares, (x, y)))
+        critical_sharpness(half, reference=Problem(quadratic()[0], half_squares, (x, y)))
 
 
 def test_directions_without_a_crossing_say_so() -> None:
@@ -183,7 +183,7 @@ def test_directions_without_a_crossing_say_so() -> None:
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    """Catches errors that name neither the argument nor the way out."""
+    """Catches errors that name neither the argument nor a remedy."""
     model, (x, y), _ = quadratic()
 
     def ask(**options: Any) -> None:
@@ -208,7 +208,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_a_monitor_measures_it_along_the_step_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches the wrong point or step, a search without its last result, and gradients.
+    """Catches the wrong point or step, a search that ignores its last result, and gradients.
 
     Forward passes are counted: at most seven, without a backward pass.
     """
@@ -236,11 +236,11 @@ def test_a_monitor_measures_it_along_the_step_taken(monkeypatch: pytest.MonkeyPa
         passes.clear()
         optimizer.step()
         assert len(passes) <= 7
-        found = monitor.margins["critical_sharpness"]
+        result = monitor.margins["critical_sharpness"]
         exact = float(gradient @ hessian @ gradient / (gradient @ gradient))
         # Rounding of the losses, over a twentieth of their change.
-        assert found.value == pytest.approx(exact, rel=1e-7)
-        assert found.limit == pytest.approx(2 / 0.1)
+        assert result.value == pytest.approx(exact, rel=1e-7)
+        assert result.limit == pytest.approx(2 / 0.1)
         assert monitor.margins.critical_sharpness_ratio == pytest.approx(exact * 0.05, rel=1e-7)
 
 
@@ -258,7 +258,7 @@ def test_near_a_minimum_with_loss_left_it_comes_from_two_gradients(distance: flo
     gradient = hessian @ (model.weight.detach().double().T - minimum)
     exact = float(gradient.T @ hessian @ gradient / gradient.square().sum())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    found = critical_sharpness(model, loss_fn, (x, y))
+    sharpness = critical_sharpness(model, loss_fn, (x, y))
     quantities = ("critical_sharpness",)
     with StabilityMonitor(
         optimizer, model, loss_fn, (x, y), every=1, quantities=quantities
@@ -266,15 +266,15 @@ def test_near_a_minimum_with_loss_left_it_comes_from_two_gradients(distance: flo
         loss_fn(model(x), y).backward()
         optimizer.step()
     # Gradients of 6e-5 to 2e-3 have rounding errors of about 1e-6, of terms of size 1.
-    assert found.value == pytest.approx(exact, rel=0.02)
+    assert sharpness.value == pytest.approx(exact, rel=0.02)
     assert monitor.margins.critical_sharpness == pytest.approx(exact, rel=0.02)
-    assert found.converged
+    assert sharpness.converged
     assert monitor.margins.converged
-    assert found.bracket == (0.0, math.inf)
+    assert sharpness.bracket == (0.0, math.inf)
 
 
 def test_a_trial_step_is_not_counted_by_global_hooks() -> None:
-    """Catches a step that torch's global hooks, such as a profiler's, see and no optimizer took."""
+    """Catches a trial step that torch's global hooks, such as a profiler's, count as a step."""
     model, data, _ = quadratic()
     steps: list[Any] = []
     hook = register_optimizer_step_post_hook(

@@ -22,25 +22,27 @@ LOSSES: dict[str, tuple[Callable[[float], float], float, float]] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("known", [False, True], ids=["", "with slope"])
-def test_the_bracket_holds_the_first_crossing(name: str, known: bool) -> None:
+@pytest.mark.parametrize("slope_known", [False, True], ids=["", "with slope"])
+def test_the_bracket_holds_the_first_crossing(name: str, slope_known: bool) -> None:
     """Catches a bracket next to the crossing, too wide a one, and a line that is followed for long.
 
     The oracle is the closed form; plain doubling and bisection from the same starts takes up to 24.
     """
     loss, slope, crossing = LOSSES[name]
     for start in crossing * np.geomspace(0.05, 20, 41):
-        found = first_rise(loss, loss(0), start, tol=TOL, passes=30, slope=slope if known else None)
+        rise = first_rise(
+            loss, loss(0), start, tol=TOL, passes=30, slope=slope if slope_known else None
+        )
         # Rounding of the loss at the crossing itself, relative to its slope there.
-        assert found.low <= crossing * (1 + 1e-12)
-        assert crossing <= found.high * (1 + 1e-12)
-        assert 1 - found.low / found.high < TOL
-        assert found.low <= found.share <= found.high
+        assert rise.low <= crossing * (1 + 1e-12)
+        assert crossing <= rise.high * (1 + 1e-12)
+        assert 1 - rise.low / rise.high < TOL
+        assert rise.low <= rise.share <= rise.high
         if name == "quadratic":
-            assert found.share == pytest.approx(crossing, rel=1e-9)
-            assert found.passes <= 7
+            assert rise.share == pytest.approx(crossing, rel=1e-9)
+            assert rise.passes <= 7
         if 0.9 < start / crossing < 1.1 and name in ("quadratic", "cubic"):
-            assert found.passes <= 4
+            assert rise.passes <= 4
 
 
 def test_losses_that_never_cross() -> None:
@@ -54,19 +56,23 @@ def test_losses_that_never_cross() -> None:
     assert (broken.low, broken.passes) == (0.0, 24)
 
 
-@pytest.mark.parametrize("far", [1e-4, 1e-2, 100.0])
-def test_few_losses_find_a_crossing_far_away(far: float) -> None:
-    """Catches doubling towards it. A network's loss rises by powers of the distance, then as a line."""
+@pytest.mark.parametrize("distance", [1e-4, 1e-2, 100.0])
+def test_few_losses_find_a_crossing_far_away(distance: float) -> None:
+    """Catches a search that doubles its way to the crossing. A network's loss rises by powers of
+    the distance, then as a line.
+    """
 
     def loss(t: float) -> float:
         return -t + t**1.6 / (1 + t / 30) ** 0.6 + 0.2 * t**2 / (1 + t)
 
     slopes = np.geomspace(0.1, 2, 100_000)
     crossing = slopes[[loss(t) > 0 for t in slopes].index(True)]
-    found = first_rise(loss, 0.0, far * crossing, tol=TOL, passes=6, slope=-1.0)
-    assert found.low <= crossing <= found.high
-    assert 1 - found.low / found.high < TOL
-    assert found.passes <= 6
+    rise = first_rise(loss, 0.0, distance * crossing, tol=TOL, passes=6, slope=-1.0)
+    assert rise.low <= crossing <= rise.high
+    assert 1 - rise.low / rise.high < TOL
+    assert rise.passes <= 6
     # One trial fewer leaves a wider bracket, which holds it all the same.
-    early = first_rise(loss, 0.0, far * crossing, tol=TOL, passes=found.passes - 1, slope=-1.0)
-    assert early.low <= crossing <= early.high
+    one_less = first_rise(
+        loss, 0.0, distance * crossing, tol=TOL, passes=rise.passes - 1, slope=-1.0
+    )
+    assert one_less.low <= crossing <= one_less.high

@@ -61,7 +61,7 @@ def flat(tensors: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_quadratics_it_is_the_curvature_along_the_step(name: str) -> None:
-    r"""Catches a step that is not the whole one, and a gradient or a loss of another point.
+    r"""Catches a partial step, and a gradient or a loss of another point.
 
     The oracle is :math:`-\tfrac12\delta^\top H\delta/(g^\top\delta)` with the dense Hessian. With a
     window of one step, steps uphill have no value and are counted.
@@ -92,19 +92,19 @@ def test_on_quadratics_it_is_the_curvature_along_the_step(name: str) -> None:
         slope = float(gradient @ step)
         assert monitor.margins is not None
         assert monitor.margins.failure is None
-        found = monitor.margins["realised_edge"]
+        edge = monitor.margins["realised_edge"]
         uphill += slope >= 0
-        assert found.details["uphill"] == uphill
+        assert edge.details["uphill"] == uphill
         if slope >= 0:
-            assert found.value is None
+            assert edge.value is None
             continue
-        assert found.value is not None
-        # The bar. What is seen is 1e-12: rounding of the losses over their difference.
-        assert found.value == pytest.approx(
+        assert edge.value is not None
+        # Required accuracy; 1e-12 is measured: rounding of the losses over their difference.
+        assert edge.value == pytest.approx(
             float(-0.5 * step @ hessian @ step / slope), rel=1e-8, abs=1e-8
         )
-        assert (found.value > 1) == (rise > 0)
-        assert found.limit == 1.0
+        assert (edge.value > 1) == (rise > 0)
+        assert edge.limit == 1.0
 
 
 def test_gradient_descent_on_an_eigenvector() -> None:
@@ -163,16 +163,16 @@ def test_the_split_is_what_it_says(name: str) -> None:
         scale = flat(rule.preconditioner.entries)  # type: ignore[attr-defined]
     sharpness = float(torch.linalg.eigvals(scale[:, None] * hessian).real.max())
     norm = float(step @ (step / scale))
-    monitor_of_one = monitor.margins
+    margins = monitor.margins
     rows = monitor._measurer.memory["realised_edge"]
     fall, slope, metric = rows[-1]
     assert metric == pytest.approx(rule.max_sharpness * norm, rel=1e-9)
     assert slope == pytest.approx(float(gradient @ step), rel=1e-9)
     assert fall - slope == pytest.approx(float(step @ hessian @ step) / 2, rel=1e-9)
-    split = monitor_of_one.edge_split
+    split = margins.edge_split
     assert split.available == pytest.approx(sharpness / rule.max_sharpness, rel=1e-6)
     product = split.available * split.used / split.calibration
-    assert product == pytest.approx(monitor_of_one.realised_edge, rel=1e-12)
+    assert product == pytest.approx(margins.realised_edge, rel=1e-12)
 
 
 def test_small_batches_are_averaged_apart() -> None:
@@ -187,9 +187,9 @@ def test_small_batches_are_averaged_apart() -> None:
     monitor = StabilityMonitor(optimizer, model, half_squares, (x, y), realised_window=20, **ONLY)
     rows = []
     for _ in range(30):
-        part = torch.randint(40, (2,))
+        batch = torch.randint(40, (2,))
         optimizer.zero_grad()
-        half_squares(model(x[part]), y[part]).backward()
+        half_squares(model(x[batch]), y[batch]).backward()
         before = model.weight.detach().clone()
         optimizer.step()
         with torch.no_grad():
@@ -198,15 +198,15 @@ def test_small_batches_are_averaged_apart() -> None:
             slope = ((residual.T @ x / 40) * (model.weight - before)).sum()
         rows.append((float(fall), float(slope)))
     falls, slopes = torch.tensor(rows[-20:], dtype=torch.float64).T
-    found = monitor.margins["realised_edge"]
-    assert found.details["steps"] == 20
-    assert found.details["uphill"] == sum(slope >= 0 for _, slope in rows)
-    assert found.value == pytest.approx(1 - float(falls.sum() / slopes.sum()), rel=1e-9)
-    left = (falls.sum() - falls) / (slopes.sum() - slopes)
-    jackknife = float(((left - left.mean()).square().sum() * 19 / 20).sqrt())
+    edge = monitor.margins["realised_edge"]
+    assert edge.details["steps"] == 20
+    assert edge.details["uphill"] == sum(slope >= 0 for _, slope in rows)
+    assert edge.value == pytest.approx(1 - float(falls.sum() / slopes.sum()), rel=1e-9)
+    leave_one_out = (falls.sum() - falls) / (slopes.sum() - slopes)
+    jackknife = float(((leave_one_out - leave_one_out.mean()).square().sum() * 19 / 20).sqrt())
     # Both are estimates: they agree to first order in the weight of one step, 1/20.
-    assert found.details["standard_error"] == pytest.approx(jackknife, rel=0.2)
-    assert found.measurement.residual == found.details["standard_error"] / abs(found.value)
+    assert edge.details["standard_error"] == pytest.approx(jackknife, rel=0.2)
+    assert edge.measurement.residual == edge.details["standard_error"] / abs(edge.value)
 
 
 def test_where_the_loss_is_rounding_gradients_tell() -> None:
@@ -237,9 +237,11 @@ def test_no_second_derivative_is_built() -> None:
     x = torch.randn(8, 2, dtype=torch.float64)
     y = x.sum(1, keepdim=True).sin()
     optimizer = Unread(model.parameters(), lr=0.1)
-    both = ("realised_edge", "critical_sharpness")
+    quantities = ("realised_edge", "critical_sharpness")
     # Without a warning: their limits hold for any rule.
-    monitor = StabilityMonitor(optimizer, model, nn.MSELoss(), (x, y), every=1, quantities=both)
+    monitor = StabilityMonitor(
+        optimizer, model, nn.MSELoss(), (x, y), every=1, quantities=quantities
+    )
     for _ in range(3):
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
@@ -248,10 +250,10 @@ def test_no_second_derivative_is_built() -> None:
         assert (margins.failure, margins.failures) == (None, {})
         assert margins.realised_edge is not None
         assert margins.method == "first derivatives, in float64"[:17]
-    found = stableopt.critical_sharpness(model, nn.MSELoss(), (x, y))
-    assert found.converged
+    sharpness = stableopt.critical_sharpness(model, nn.MSELoss(), (x, y))
+    assert sharpness.converged
     problem = Problem(model, nn.MSELoss(), (x, y), second_derivatives=False)
-    # Asked for, second derivatives are checked after all.
+    # When requested, second derivatives are checked.
     with pytest.raises(AssertionError, match="a second derivative was built"):
         _ = problem.obstacle
     with pytest.raises(AssertionError, match="a second derivative was built"):
@@ -363,13 +365,14 @@ def test_what_the_last_step_left_is_used_only_where_it_holds(
 ) -> None:
     """Catches a gradient reused where weights, running statistics or the loss itself have changed.
 
-    The oracle measures each step as well, by a share of the time that is never used up, and keeps
-    nothing. Steps too small for the loss's digits need both gradients: kept, they cost one a step.
+    The oracle measures each step too, within a time budget that is never exhausted, and keeps
+    nothing. Steps too small for the loss's digits need both gradients: with the last one kept, one
+    a step.
     """
     torch.manual_seed(0)
     x, y = torch.randn(16, 3), torch.randn(16, 2)
-    parts = [nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 2)]
-    model, state = nn.Sequential(*parts), {"weight": 0.0}
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4) if norm else nn.Tanh(), nn.Linear(4, 2)]
+    model, state = nn.Sequential(*layers), {"weight": 0.0}
     calls = {"losses": 0}
 
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -377,11 +380,13 @@ def test_what_the_last_step_left_is_used_only_where_it_holds(
         return (outputs - targets).square().mean() + state["weight"] * outputs.square().mean()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-    shared = {"quantities": ("realised_edge",), "realised_window": 1}
+    options = {"quantities": ("realised_edge",), "realised_window": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # batch norm in training mode
-        kept = StabilityMonitor(optimizer, model, loss_fn, (x, y), every=1, **shared)
-        afresh = StabilityMonitor(optimizer, model, loss_fn, (x, y), max_overhead=1e12, **shared)
+        reusing = StabilityMonitor(optimizer, model, loss_fn, (x, y), every=1, **options)
+        recomputing = StabilityMonitor(
+            optimizer, model, loss_fn, (x, y), max_overhead=1e12, **options
+        )
     passes = []
     for step in range(5):
         between(step, model, state)
@@ -390,10 +395,10 @@ def test_what_the_last_step_left_is_used_only_where_it_holds(
         calls["losses"] = 0
         optimizer.step()
         passes.append(calls["losses"])
-    assert len(kept.history) == len(afresh.history) == 5
-    for one, other in zip(kept.history, afresh.history, strict=True):
-        assert one.realised_edge == other.realised_edge
-        assert one.loss == other.loss
-    # Afresh: two gradients and a loss.
+    assert len(reusing.history) == len(recomputing.history) == 5
+    for reused, recomputed in zip(reusing.history, recomputing.history, strict=True):
+        assert reused.realised_edge == recomputed.realised_edge
+        assert reused.loss == recomputed.loss
+    # Recomputing takes two gradients and a loss.
     holds = between is _quiet and not norm
     assert passes[-1] == (2 if holds else 3) + 3

@@ -1,4 +1,4 @@
-"""The blocks that users name, by everything that names modules and parameters."""
+"""Blocks that users name: by module, parameter, pattern or mapping."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ NAMES, PARAMS = zip(*((n, p) for n, p in MODEL.named_parameters() if p.requires_
 
 
 def names_in(blocks: Any) -> dict[str, list[str]]:
-    found = blocks_of(MODEL, NAMES, PARAMS, blocks)
-    return {block.name: [NAMES[index] for index in block.indices] for block in found}
+    chosen = blocks_of(MODEL, NAMES, PARAMS, blocks)
+    return {block.name: [NAMES[index] for index in block.indices] for block in chosen}
 
 
 def test_layers_are_the_modules_that_hold_parameters() -> None:
     """Catches a container as a layer, a frozen parameter, and a tied one in two layers."""
-    found = names_in(None)
-    assert list(found) == [
+    layers = names_in(None)
+    assert list(layers) == [
         "scale",
         "embed",
         *(f"blocks.{i}.{m}" for i in "01" for m in ("fc", "norm")),
     ]
-    assert found["blocks.1.norm"] == ["blocks.1.norm.weight", "blocks.1.norm.bias"]
-    assert [name for names in found.values() for name in names] == list(NAMES)
+    assert layers["blocks.1.norm"] == ["blocks.1.norm.weight", "blocks.1.norm.bias"]
+    assert [name for names in layers.values() for name in names] == list(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def test_layers_are_the_modules_that_hold_parameters() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_what_names_blocks(blocks: Any, expected: list[str]) -> None:
-    """Catches a star that crosses levels, a tied name that is not found, and order."""
+    """Catches a star that crosses levels, a tied name that is not found, and a wrong order."""
     assert list(names_in(blocks)) == expected
 
 
 def test_a_mapping_gives_names_and_unions() -> None:
-    """Catches one block for each match of a named pattern, and an order of its own."""
-    found = names_in({"norms": "blocks.*.norm", "first": [MODEL.blocks[0]["fc"], MODEL.scale]})
-    assert list(found) == ["norms", "first"]
-    assert found["norms"] == [n for n in NAMES if "norm" in n]
-    assert found["first"] == ["scale", "blocks.0.fc.weight", "blocks.0.fc.bias"]
+    """Catches a named pattern split into one block a match, and blocks in another order."""
+    blocks = names_in({"norms": "blocks.*.norm", "first": [MODEL.blocks[0]["fc"], MODEL.scale]})
+    assert list(blocks) == ["norms", "first"]
+    assert blocks["norms"] == [n for n in NAMES if "norm" in n]
+    assert blocks["first"] == ["scale", "blocks.0.fc.weight", "blocks.0.fc.bias"]
     assert names_in({"tied": "head"}) == {"tied": ["embed.weight"]}
 
 
 @pytest.mark.parametrize(
-    ("blocks", "error", "says"),
+    ("blocks", "error", "message"),
     [
         ("block.*", ValueError, r"'block\.\*' matches no module.*'blocks\.0'"),
         ("head.bias", ValueError, "head.bias"),
@@ -94,16 +94,18 @@ def test_a_mapping_gives_names_and_unions() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Parameter) else str(value),
 )
-def test_clumsy_users_learn_what_is_wrong(blocks: Any, error: type[Exception], says: str) -> None:
-    """Catches a typing error that measures nothing, silently."""
-    with pytest.raises(error, match=says):
+def test_clumsy_users_learn_what_is_wrong(
+    blocks: Any, error: type[Exception], message: str
+) -> None:
+    """Catches a misspelt name that silently measures nothing."""
+    with pytest.raises(error, match=message):
         blocks_of(MODEL, NAMES, PARAMS, blocks)
 
 
 def test_what_is_gone_is_left_out_where_that_is_no_error() -> None:
     """Catches a running measurement that ends because a named layer froze."""
-    named = blocks_of(MODEL, NAMES, PARAMS, ["head.bias", "embed"], strict=False)
-    assert [block.name for block in named] == ["embed"]
+    blocks = blocks_of(MODEL, NAMES, PARAMS, ["head.bias", "embed"], strict=False)
+    assert [block.name for block in blocks] == ["embed"]
     assert blocks_of(MODEL, NAMES, PARAMS, "head.bias", strict=False) == blocks_of(
         MODEL, NAMES, PARAMS
     )

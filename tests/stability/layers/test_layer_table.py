@@ -60,7 +60,7 @@ def test_one_kind_of_layer_is_one_row() -> None:
 
 
 def test_ratios_and_the_largest() -> None:
-    """Catches a limit of zero that divides, and an order by another column than the asked one."""
+    """Catches a division by a limit of zero, and rows ordered by another column than requested."""
     layers = Layers(("a", "b"), (1, 1), {"sharpness": (2.0, 1.0), "limit": (8.0, 0.0)})
     assert layers.column("ratio") == (0.25, math.inf)
     assert [layer.name for layer in layers.largest(2)] == ["b", "a"]

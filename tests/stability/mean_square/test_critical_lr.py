@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from first_order import half_squares
 from oracles import dense_hessians, small_data, small_network
 from torch import Tensor, nn
 
@@ -19,11 +20,6 @@ from stableopt.stability.rules.coordinates import as_seen_by
 Data = tuple[Tensor, Tensor]
 
 
-def half_square(z: Tensor, y: Tensor) -> Tensor:
-    """Return the mean over samples of half the squared distance."""
-    return 0.5 * (z - y).square().flatten(1).sum(1).mean()
-
-
 def fitted(model: nn.Module, data: Data) -> Data:
     """Return the data with targets that the model fits: Hessians are Gauss–Newton matrices there."""
     return data[0], model(data[0]).detach()
@@ -32,17 +28,17 @@ def fitted(model: nn.Module, data: Data) -> Data:
 def linear_problem(rows: Tensor) -> Problem:
     """Return the problem whose samples have the Hessians J_i J_i^T, fitted by the present weights."""
     model = nn.Linear(rows.shape[1], 1, bias=False).double()
-    return Problem(model, half_square, (rows.double(), model(rows.double()).detach()))
+    return Problem(model, half_squares, (rows.double(), model(rows.double()).detach()))
 
 
 def test_models_with_three_gradients_that_the_box_misjudges() -> None:
     """J = (1,1), (1,-1), (1,0) as a linear model: Theorem 1 at 1, the exact threshold at 1.10102.
     Catches a factor of the loss on the way from the model to the Gram matrix.
     """
-    found = critical_lr(linear_problem(torch.tensor([[1.0, 1], [1, -1], [1, 0]])), 1, tol=1e-7)
-    assert found.theorem1 == pytest.approx(1.0, rel=1e-12)
-    assert found.value == pytest.approx(1.10102, abs=1e-5)
-    assert found.hessian_sharpness == pytest.approx(found.sharpness, rel=1e-4)
+    critical = critical_lr(linear_problem(torch.tensor([[1.0, 1], [1, -1], [1, 0]])), 1, tol=1e-7)
+    assert critical.theorem1 == pytest.approx(1.0, rel=1e-12)
+    assert critical.value == pytest.approx(1.10102, abs=1e-5)
+    assert critical.hessian_sharpness == pytest.approx(critical.sharpness, rel=1e-4)
 
 
 def test_a_chain_of_scalars() -> None:
@@ -60,7 +56,7 @@ def test_a_chain_of_scalars() -> None:
             return self.w.prod() * x
 
     x = torch.tensor([[1.0], [2.0], [0.5], [1.5]], dtype=torch.float64)
-    problem = Problem(Chain(), half_square, (x, 1.5 * x))
+    problem = Problem(Chain(), half_squares, (x, 1.5 * x))
     g = sum((1.5 / w) ** 2 for w in (0.5, 2.0, 1.5))
     m2, m4 = g * float((x**2).mean()), g**2 * float((x**4).mean())
     dual = DualCurvature.from_problem(problem)
@@ -78,8 +74,8 @@ def test_orthogonal_and_diagonal_models() -> None:
     """
     k = torch.tensor([1.0, 5.0, 2.0, 0.5])
     for batch_size in (1, 3):
-        found = critical_lr(linear_problem(torch.diag(k.sqrt())), batch_size, tol=1e-7)
-        assert found.value == pytest.approx(2 * batch_size / 5, rel=1e-6)
+        critical = critical_lr(linear_problem(torch.diag(k.sqrt())), batch_size, tol=1e-7)
+        assert critical.value == pytest.approx(2 * batch_size / 5, rel=1e-6)
 
     class Gains(nn.Module):
         def __init__(self) -> None:
@@ -93,8 +89,8 @@ def test_orthogonal_and_diagonal_models() -> None:
     a, s2 = (x**2).mean(0), (x**2).var(0, correction=0)
     for batch_size in (1, 2):
         expected = float((2 * a / (a**2 + noise_factor(batch_size, 4) * s2)).min())
-        found = critical_lr(Problem(Gains(), half_square, (x, x)), batch_size, tol=1e-7)
-        assert found.value == pytest.approx(expected, rel=1e-6)
+        critical = critical_lr(Problem(Gains(), half_squares, (x, x)), batch_size, tol=1e-7)
+        assert critical.value == pytest.approx(expected, rel=1e-6)
 
 
 def test_groups_are_a_preconditioner(network: nn.Module, data: Data) -> None:
@@ -120,8 +116,8 @@ def test_groups_are_a_preconditioner(network: nn.Module, data: Data) -> None:
     )
     d = torch.cat([torch.full((k,), f) for k, f in zip((15, 5, 15, 3), scale, strict=True)])
     expected = critical_lr(DualCurvature.from_factors((2 / 3) ** 0.5 * jacobian * d), 2)
-    found = critical_lr(problem.transformed(scale=scale), 2)
-    assert found.value == pytest.approx(expected.value, rel=1e-8)
+    critical = critical_lr(problem.transformed(scale=scale), 2)
+    assert critical.value == pytest.approx(expected.value, rel=1e-8)
     optimizer = torch.optim.SGD(
         [{"params": [p], "lr": f**2} for p, f in zip(network.parameters(), scale, strict=True)],
         lr=1.0,
@@ -129,7 +125,7 @@ def test_groups_are_a_preconditioner(network: nn.Module, data: Data) -> None:
     margins = measure(
         network, nn.MSELoss(), data, optimizer=optimizer, batch_size=2, quantities=("critical_lr",)
     )
-    # There the largest rate is 9, and D^2 = rates / 9.
+    # The optimizer's largest rate is 9, and D^2 = rates / 9.
     assert margins.critical_lr == pytest.approx(9 * expected.value, rel=1e-6)
 
 
@@ -137,12 +133,14 @@ def test_weight_decay_of_the_problem_or_the_rule(problem: Problem) -> None:
     """Catches decay counted twice, or in one place only; and decay that would turn the modes."""
     rule = UpdateRule(1.0, weight_decay=0.4)
     expected = critical_lr(problem, 2, update_rule=rule)
-    found = critical_lr(problem.transformed(weight_decay=[0.4] * 4), 2)
-    assert found.value == pytest.approx(expected.value, rel=1e-12)
+    critical = critical_lr(problem.transformed(weight_decay=[0.4] * 4), 2)
+    assert critical.value == pytest.approx(expected.value, rel=1e-12)
     # Decay lowers the edge without noise, and may yet raise the rate that noise allows.
     assert expected.full_batch == pytest.approx(2 / (expected.sharpness + 0.4), rel=1e-12)
     halved = problem.transformed(scale=[0.5] * 4, weight_decay=[1.6] * 4)
-    assert critical_lr(halved, 7).value == pytest.approx(2 / (found.sharpness / 4 + 0.4), rel=1e-12)
+    assert critical_lr(halved, 7).value == pytest.approx(
+        2 / (critical.sharpness / 4 + 0.4), rel=1e-12
+    )
     with pytest.raises(ValueError, match=r"from 0 to 0.4 to the curvature"):
         critical_lr(problem.transformed(weight_decay=[0.4, 0.0, 0.4, 0.4]), 2)
 
@@ -158,13 +156,13 @@ def test_leading_directions_bracket_the_exact_rate(
     rule = UpdateRule(1.0, momentum=momentum)
     for batch_size in (1, 3):
         exact = critical_lr(problem, batch_size, update_rule=rule, tol=1e-6)
-        few = critical_lr(problem, batch_size, update_rule=rule, max_rows=20, directions=3)
+        restricted = critical_lr(problem, batch_size, update_rule=rule, max_rows=20, directions=3)
         assert exact.exact
-        assert not few.exact
-        assert few.theorem1 is None
+        assert not restricted.exact
+        assert restricted.theorem1 is None
         # Also with momentum, and eigenvectors that have not converged; 1e-9: rounding.
-        assert few.lower < exact.value < few.value * (1.0 + 1e-9)
-        assert few.value < 1.5 * exact.value
+        assert restricted.lower < exact.value < restricted.value * (1.0 + 1e-9)
+        assert restricted.value < 1.5 * exact.value
         full = critical_lr(
             problem, batch_size, update_rule=rule, max_rows=1, directions=38, tol=1e-6
         )
@@ -192,7 +190,7 @@ def test_margins_and_records(network: nn.Module, data: Data) -> None:
 
 
 def test_the_monitor_measures_them(network: nn.Module, data: Data) -> None:
-    """Catches start vectors or limits that the other quantities have and these do not."""
+    """Catches start vectors or limits that these quantities lack."""
     optimizer = stableopt.SGD(network.parameters(), lr=0.05, momentum=0.5)
     names = ("sharpness", "critical_lr", "batch_sharpness")
     x, y = data
@@ -206,17 +204,17 @@ def test_the_monitor_measures_them(network: nn.Module, data: Data) -> None:
     expected = critical_lr(Problem(network, nn.MSELoss(), data), 2, update_rule=rule)
     assert monitor.margins is not None
     assert monitor.margins.critical_lr == pytest.approx(expected.value, rel=1e-6)
-    again = copy.deepcopy(monitor.state_dict())
-    monitor.load_state_dict(again)
+    state = copy.deepcopy(monitor.state_dict())
+    monitor.load_state_dict(state)
 
 
 def test_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
     """Catches noise for an optimizer that has none."""
     descent = stableopt.GD(network.parameters(), lr=0.1)
     data = fitted(network, data)
-    found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=("critical_lr",))
+    margins = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=("critical_lr",))
     dual = DualCurvature.from_problem(Problem(network, nn.MSELoss(), data))
-    assert found.critical_lr == pytest.approx(2 / dual.sharpness, rel=1e-12)
+    assert margins.critical_lr == pytest.approx(2 / dual.sharpness, rel=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -234,10 +232,12 @@ def test_batch_sharpness_against_dense_hessians(
             for i in range(7)
         ]
     )
-    bent = torch.einsum("ni,nij,nj->n", gradients, hessians, gradients)
-    found = batch_sharpness(problem, 1)
-    assert found.value == pytest.approx(float(bent.sum() / gradients.square().sum()), rel=1e-10)
-    assert found.batches == 7
+    curvatures = torch.einsum("ni,nij,nj->n", gradients, hessians, gradients)
+    sharpness = batch_sharpness(problem, 1)
+    assert sharpness.value == pytest.approx(
+        float(curvatures.sum() / gradients.square().sum()), rel=1e-10
+    )
+    assert sharpness.batches == 7
     mean, h = gradients.mean(0), hessians.mean(0)
     full = batch_sharpness(problem, 7)
     assert full.value == pytest.approx(float(mean @ h @ mean / (mean @ mean)), rel=1e-10)
@@ -256,15 +256,15 @@ def test_batch_sharpness_of_pairs_is_near_that_of_all_pairs(network: nn.Module, 
             rows = [i, j]
             g = Problem(network, nn.MSELoss(), (data[0][rows], data[1][rows])).gradient()
             terms.append([float(g @ hessians[rows].mean(0) @ g), float(g @ g)])
-    bent, squares = torch.tensor(terms, dtype=torch.float64).mean(0)
+    curvatures, squares = torch.tensor(terms, dtype=torch.float64).mean(0)
     state = torch.get_rng_state()
-    found = batch_sharpness(problem, 2, num_batches=100)
+    sharpness = batch_sharpness(problem, 2, num_batches=100)
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.value is not None
-    assert 0 < found.standard_error < 0.2 * found.value
-    assert abs(found.value - float(bent / squares)) < 5 * found.standard_error
-    assert batch_sharpness(problem, 2, num_batches=100) == found
-    assert batch_sharpness(problem, 2, num_batches=100, seed=1) != found
+    assert sharpness.value is not None
+    assert 0 < sharpness.standard_error < 0.2 * sharpness.value
+    assert abs(sharpness.value - float(curvatures / squares)) < 5 * sharpness.standard_error
+    assert batch_sharpness(problem, 2, num_batches=100) == sharpness
+    assert batch_sharpness(problem, 2, num_batches=100, seed=1) != sharpness
 
 
 def test_no_gradient_has_no_batch_sharpness() -> None:
@@ -273,11 +273,11 @@ def test_no_gradient_has_no_batch_sharpness() -> None:
     x = torch.ones(3, 2).double()
     y = model(x).detach()
     assert batch_sharpness(Problem(model, nn.MSELoss(), (x, y)), 1).value is None
-    found = measure(
+    margins = measure(
         model, nn.MSELoss(), (x, y), lr=0.1, batch_size=1, quantities=("batch_sharpness",)
     )
-    assert found.failure is None
-    assert found.batch_sharpness is None
+    assert margins.failure is None
+    assert margins.batch_sharpness is None
 
 
 def test_real_steps_stay_below_and_leave_above() -> None:
@@ -288,12 +288,12 @@ def test_real_steps_stay_below_and_leave_above() -> None:
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
     x, _ = small_data(12)
     y = model(x).detach()
-    # Single runs leave later than their mean square does, with momentum much later.
+    # Single runs escape at higher rates than the mean square, with momentum at much higher ones.
     for momentum, above in ((0.0, 1.3), (0.9, 2.0)):
         value = critical_lr(
             Problem(model, nn.MSELoss(), (x, y)), 1, update_rule=UpdateRule(1.0, momentum)
         ).value
-        for factor, leaves in ((0.9, False), (above, True)):
+        for factor, escapes in ((0.9, False), (above, True)):
             walker = copy.deepcopy(model)
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
@@ -301,17 +301,17 @@ def test_real_steps_stay_below_and_leave_above() -> None:
                     p += 1e-6 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
             before = float(nn.MSELoss()(walker(x), y).detach())
             optimizer = torch.optim.SGD(walker.parameters(), lr=factor * value, momentum=momentum)
-            left = False
+            escaped = False
             for _ in range(1000):
                 row = torch.randint(12, (1,), generator=generator)
                 optimizer.zero_grad()
                 loss = nn.MSELoss()(walker(x[row]), y[row])
                 loss.backward()
                 optimizer.step()
-                left = left or float(loss.detach()) > 1e4 * before
-                if left:
+                escaped = escaped or float(loss.detach()) > 1e4 * before
+                if escaped:
                     break
-            assert left == leaves, (momentum, factor)
+            assert escaped == escapes, (momentum, factor)
 
 
 def test_bad_input_is_named(network: nn.Module, data: Data, problem: Problem) -> None:
@@ -358,8 +358,10 @@ def test_curvature_that_is_not_there_or_not_finite(data: Data) -> None:
         network[0].weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError):
         critical_lr(Problem(network, nn.MSELoss(), data), 1)
-    found = measure(network, nn.MSELoss(), data, lr=0.1, batch_size=1, quantities=("critical_lr",))
-    assert found.failure is not None
+    margins = measure(
+        network, nn.MSELoss(), data, lr=0.1, batch_size=1, quantities=("critical_lr",)
+    )
+    assert margins.failure is not None
 
 
 def test_a_search_that_was_cut_short_says_so() -> None:
@@ -398,6 +400,6 @@ def test_a_model_stands_for_its_problem(network: nn.Module, data: Data) -> None:
     loss_fn(network(data[0]), data[1]).backward()
     adam.step()
     rule = UpdateRule.from_optimizer(adam)
-    seen = as_seen_by(Problem(network, loss_fn, data), rule, [adam])
-    found = critical_lr(network, loss_fn, data, 2, update_rule=rule)
-    assert found == critical_lr(seen, 2, update_rule=rule)
+    preconditioned = as_seen_by(Problem(network, loss_fn, data), rule, [adam])
+    critical = critical_lr(network, loss_fn, data, 2, update_rule=rule)
+    assert critical == critical_lr(preconditioned, 2, update_rule=rule)

@@ -96,7 +96,7 @@ def growth(hessians: Tensor, p: float, rule: UpdateRule, decay: float, lr: float
 
     mean = step(hessians.mean(0) + decay * eye)
     differences = [step(h + decay * eye) - mean for h in hessians]
-    noise = torch.stack([torch.kron(each, each) for each in differences]).mean(0)
+    noise = torch.stack([torch.kron(difference, difference) for difference in differences]).mean(0)
     moments = torch.kron(mean, mean) + p * noise
     return float(torch.linalg.eigvals(moments).abs().max())
 
@@ -106,18 +106,18 @@ def test_residuals_that_cancel_in_the_mean() -> None:
     Hessian is Gauss–Newton's: its threshold, 1, is 37 times too large.
     """
     problem, expected = unfitted(), 4 / (4 + 4 * 36)
-    found = critical_lr(problem, 1)
-    assert found.hessians == "true"
-    assert found.value == pytest.approx(expected, rel=1e-6)
-    assert found.lower == found.theorem1 == pytest.approx(expected, rel=1e-6)
-    assert found.exact
-    assert found.residual_share == pytest.approx((36 / 37) ** 0.5)
+    critical = critical_lr(problem, 1)
+    assert critical.hessians == "true"
+    assert critical.value == pytest.approx(expected, rel=1e-6)
+    assert critical.lower == critical.theorem1 == pytest.approx(expected, rel=1e-6)
+    assert critical.exact
+    assert critical.residual_share == pytest.approx((36 / 37) ** 0.5)
     of_gauss_newton = critical_lr(problem, 1, hessians="gauss-newton")
     assert of_gauss_newton.value == pytest.approx(1.0)
     assert of_gauss_newton.hessians == "gauss-newton"
     assert critical_batch_size(problem, expected) == 1
     assert critical_batch_size(problem, expected * 1.001) == 2
-    assert stableopt.suggest(problem, batch_sizes=(1,)).answer("SGD", 1).lr == found.value
+    assert stableopt.suggest(problem, batch_sizes=(1,)).answer("SGD", 1).lr == critical.value
     for lr in (0.99 * expected, 1.01 * expected):
         margins = measure(problem, lr=lr, batch_size=1, quantities=("theorem1", "critical_lr"))
         assert margins.theorem1 is not None
@@ -136,13 +136,13 @@ def test_second_moments_turn_at_the_exact_threshold(name: str, seed: int) -> Non
     with_decay = UpdateRule(1.0, rule.momentum, nesterov=rule.nesterov, weight_decay=decay)
     for batch_size in (1, 3, 8):
         p = noise_factor(batch_size, 8)
-        found = critical_lr(problem, batch_size, update_rule=with_decay, tol=1e-6)
-        assert found.exact
-        assert found.hessians == "true"
+        critical = critical_lr(problem, batch_size, update_rule=with_decay, tol=1e-6)
+        assert critical.exact
+        assert critical.hessians == "true"
         for lr, grows in ((1 - 1e-6, False), (1 + 1e-6, True)):
-            assert (growth(hessians, p, rule, decay, lr * found.value) > 1 + GROWS) == grows
-        assert growth(hessians, p, rule, decay, found.lower) <= 1 + GROWS
-        assert found.lower >= 0.99 * found.value
+            assert (growth(hessians, p, rule, decay, lr * critical.value) > 1 + GROWS) == grows
+        assert growth(hessians, p, rule, decay, critical.lower) <= 1 + GROWS
+        assert critical.lower >= 0.99 * critical.value
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -150,9 +150,9 @@ def test_second_moments_turn_at_the_exact_threshold(name: str, seed: int) -> Non
 def test_leading_directions_bound_the_threshold(
     name: str, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a bound on the wrong side: as for larger models, with two directions of each kind, and
-    with or without the mean square of all. Eigenvectors that depend on the seed change the bounds, not
-    that they are bounds.
+    """Catches a bound on the wrong side: as for larger models, with two directions of each kind,
+    and with or without the mean square of all. Other seeds give other eigenvectors and other
+    bounds, which must hold as well.
     """
     problem, hessians, decay = noisy_minimum(1)
     rule = RULES[name]
@@ -161,11 +161,11 @@ def test_leading_directions_bound_the_threshold(
     monkeypatch.setattr(hessian_curvature, "MAX_PARAMETERS", 0)
     monkeypatch.setattr(hessian_curvature, "MAX_DENSE", 256 if dense else 0)
     for seed in range(3):
-        found = critical_lr(problem, 2, update_rule=with_decay, directions=2, seed=seed)
-        assert not found.exact
-        assert found.value >= exact * (1 - 1e-6)
-        assert growth(hessians, noise_factor(2, 8), rule, decay, found.lower) <= 1 + GROWS
-        assert found.lower > 0 or not dense
+        critical = critical_lr(problem, 2, update_rule=with_decay, directions=2, seed=seed)
+        assert not critical.exact
+        assert critical.value >= exact * (1 - 1e-6)
+        assert growth(hessians, noise_factor(2, 8), rule, decay, critical.lower) <= 1 + GROWS
+        assert critical.lower > 0 or not dense
 
 
 def test_negative_curvature_is_said_instead_of_a_stable_rate() -> None:
@@ -176,12 +176,12 @@ def test_negative_curvature_is_said_instead_of_a_stable_rate() -> None:
     assert least < 0
     for rule in RULES.values():
         for batch_size in (1, 7):
-            found = critical_lr(problem, batch_size, update_rule=rule)
-            assert not found.exact
-            assert found.lower == 0
-            assert found.obstacle is not None
-            assert f"negative curvature here, {least:.3g}" in found.obstacle
-            assert 0 < found.value <= found.full_batch
+            critical = critical_lr(problem, batch_size, update_rule=rule)
+            assert not critical.exact
+            assert critical.lower == 0
+            assert critical.obstacle is not None
+            assert f"negative curvature here, {least:.3g}" in critical.obstacle
+            assert 0 < critical.value <= critical.full_batch
         assert critical_batch_size(problem, 1e-3, update_rule=rule) is None
     # Weight decay above it makes a minimum of the saddle.
     decayed = critical_lr(problem, 1, update_rule=UpdateRule(1.0, weight_decay=1.01 * -least))
@@ -207,10 +207,10 @@ def test_a_direction_that_is_flat_only_in_the_mean() -> None:
 
     x = torch.tensor([[1, 3], [-1, 3], [1, -3], [-1, -3]], dtype=torch.float64)
     problem = Problem(Two(), nn.MSELoss(), (x, torch.ones(4, 1, dtype=torch.float64)))
-    found = critical_lr(problem, 1)
-    assert found.lower == found.theorem1 == 0
-    assert found.obstacle is not None
-    assert "their mean has none" in found.obstacle
+    critical = critical_lr(problem, 1)
+    assert critical.lower == critical.theorem1 == 0
+    assert critical.obstacle is not None
+    assert "their mean has none" in critical.obstacle
     full = critical_lr(problem, 4)
     assert full.obstacle is None
     assert full.lower == full.value == pytest.approx(1.0)
@@ -221,10 +221,10 @@ def test_fitted_samples_use_their_rows() -> None:
     """Catches true Hessians, which many parameters make inexact, where Gauss–Newton is the same."""
     model, (x, _) = small_network(), small_data()
     problem = Problem(model, nn.MSELoss(), (x, model(x).detach()))
-    found = critical_lr(problem, 2)
-    assert found.hessians == "gauss-newton"
-    assert found.residual_share == 0
-    assert found.value == critical_lr(DualCurvature.from_problem(problem), 2).value
+    critical = critical_lr(problem, 2)
+    assert critical.hessians == "gauss-newton"
+    assert critical.residual_share == 0
+    assert critical.value == critical_lr(DualCurvature.from_problem(problem), 2).value
     true = critical_lr(problem, 2, hessians="true", tol=1e-6)
     assert true.exact
     assert true.value == pytest.approx(critical_lr(problem, 2, tol=1e-6).value, rel=1e-6)
@@ -240,10 +240,13 @@ def test_bad_choices_are_named() -> None:
     assert math.isinf(critical_lr(DualCurvature(torch.zeros(3, 3), 3), 1).value)
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_samples_that_are_nearly_fitted(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a lower bound of Gauss–Newton matrices taken for one of the loss: with few parameters
-    Hessians are used all the same; with many, as if these were, the lower end allows for the share.
+@pytest.mark.parametrize("few_parameters", [True, False])
+def test_samples_that_are_nearly_fitted(
+    few_parameters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a lower bound of Gauss–Newton matrices reported for the loss. With few parameters,
+    Hessians are used all the same; with many, which the test pretends, the lower bound allows for
+    the residual share.
     """
     model, (x, _) = small_network(), small_data()
     generator = torch.Generator().manual_seed(3)
@@ -254,9 +257,9 @@ def test_samples_that_are_nearly_fitted(few: bool, monkeypatch: pytest.MonkeyPat
     assert true.residual_share is not None
     assert 1e-9 < true.residual_share < FITTED
     assert (true.hessians, true.exact) == ("true", True)
-    if not few:
+    if not few_parameters:
         monkeypatch.setattr(hessian_curvature, "_ENTRIES", 0)
-    found = critical_lr(problem, 2, update_rule=UpdateRule(1.0, weight_decay=decay))
-    assert found.hessians == ("true" if few else "gauss-newton")
-    assert found.lower <= true.value * (1 + 1e-6)  # the search's tolerance
-    assert found.value == pytest.approx(true.value, rel=2 * true.residual_share)
+    critical = critical_lr(problem, 2, update_rule=UpdateRule(1.0, weight_decay=decay))
+    assert critical.hessians == ("true" if few_parameters else "gauss-newton")
+    assert critical.lower <= true.value * (1 + 1e-6)  # the search's tolerance
+    assert critical.value == pytest.approx(true.value, rel=2 * true.residual_share)

@@ -18,9 +18,9 @@ def symmetric(size: int, seed: int) -> Tensor:
 
 def test_they_contain_the_leading_eigenvectors_of_each() -> None:
     """Catches vectors of one operator that the other's push out of the basis."""
-    ones, others = (torch.linspace(0, 1, 60, dtype=torch.float64) for _ in range(2))
-    ones[:3], others[-2:] = torch.tensor([5.0, 7.0, 9.0]), torch.tensor([20.0, 30.0])
-    basis = leading_directions([Dense(torch.diag(d)) for d in (ones, others)], 4, seed=0)
+    first, second = (torch.linspace(0, 1, 60, dtype=torch.float64) for _ in range(2))
+    first[:3], second[-2:] = torch.tensor([5.0, 7.0, 9.0]), torch.tensor([20.0, 30.0])
+    basis = leading_directions([Dense(torch.diag(d)) for d in (first, second)], 4, seed=0)
     assert basis.shape == (60, 8)
     eye = torch.eye(60, dtype=torch.float64)
     assert torch.allclose(basis.T @ basis, eye[:8, :8], atol=1e-12)

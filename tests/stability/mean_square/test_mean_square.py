@@ -6,6 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from sample_factors import factors
 from torch import Tensor
 
 from stableopt import UpdateRule, critical_batch_size, critical_lr
@@ -24,11 +25,6 @@ RULES = {
     "decay": UpdateRule(lr=1.0, weight_decay=0.3),
     "nesterov with decay": UpdateRule(lr=1.0, momentum=0.6, nesterov=True, weight_decay=0.2),
 }
-
-
-def factors(n: int = 6, outputs: int = 2, d: int = 5, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, outputs, d, generator=generator, dtype=torch.float64)
 
 
 def dual(rows: Tensor) -> DualCurvature:
@@ -68,14 +64,14 @@ def test_all_subsets_grow_above_and_not_below(name: str, batch_size: int) -> Non
     data, second moments shrink just below the critical rate and grow just above, for each rule.
     """
     rule, rows = RULES[name], factors(n=5, outputs=2, d=3)
-    found = critical_lr(dual(rows), batch_size, update_rule=rule, tol=1e-7)
-    assert found.converged
-    assert found.exact
+    critical = critical_lr(dual(rows), batch_size, update_rule=rule, tol=1e-7)
+    assert critical.converged
+    assert critical.exact
     # 1e-6 on either side of it: the accuracy that is claimed.
-    assert growth(rows, batch_size, rule, found.value * (1 - 1e-6)) < 1
-    assert growth(rows, batch_size, rule, found.value * (1 + 1e-6)) > 1
-    assert 0.95 * found.value < found.lower <= found.value
-    assert growth(rows, batch_size, rule, found.lower) <= 1 + 1e-12
+    assert growth(rows, batch_size, rule, critical.value * (1 - 1e-6)) < 1
+    assert growth(rows, batch_size, rule, critical.value * (1 + 1e-6)) > 1
+    assert 0.95 * critical.value < critical.lower <= critical.value
+    assert growth(rows, batch_size, rule, critical.lower) <= 1 + 1e-12
 
 
 def test_directions_without_curvature_do_not_matter() -> None:
@@ -87,10 +83,10 @@ def test_directions_without_curvature_do_not_matter() -> None:
     wide = rows @ rotation
     wide[3] = wide[2]
     rows[3] = rows[2]
-    found = critical_lr(dual(wide), 2, tol=1e-7)
+    critical = critical_lr(dual(wide), 2, tol=1e-7)
     assert len(dual(wide).modes.eigenvalues) == 3
-    assert growth(rows, 2, PLAIN, found.value * (1 - 1e-6)) < 1
-    assert growth(rows, 2, PLAIN, found.value * (1 + 1e-6)) > 1
+    assert growth(rows, 2, PLAIN, critical.value * (1 - 1e-6)) < 1
+    assert growth(rows, 2, PLAIN, critical.value * (1 + 1e-6)) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
@@ -105,20 +101,20 @@ def test_diagonal_samples_in_closed_form(batch_size: int) -> None:
     a, s2 = curvature.mean(0), curvature.var(0, correction=0)
     p = noise_factor(batch_size, 6)
     expected = float((2 * a / (a**2 + p * s2)).min())
-    found = critical_lr(dual(rows), batch_size, tol=1e-7)
-    assert found.value == pytest.approx(expected, rel=1e-6)
-    assert found.theorem1 == pytest.approx(expected, rel=1e-12)
+    critical = critical_lr(dual(rows), batch_size, tol=1e-7)
+    assert critical.value == pytest.approx(expected, rel=1e-6)
+    assert critical.theorem1 == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
 def test_orthogonal_samples_in_closed_form(batch_size: int) -> None:
     """eta* = 2B/k_max, a = k_max/n, s = k_max sqrt(n-1)/n. Catches p for n instead of n - 1."""
     sizes = torch.tensor([1.0, 5.0, 2.0, 0.5, 3.0]).double()
-    found = critical_lr(dual(torch.diag(sizes.sqrt()).unsqueeze(1)), batch_size, tol=1e-7)
-    assert found.value == pytest.approx(2 * batch_size / 5, rel=1e-6)
-    assert found.sharpness == pytest.approx(1.0, rel=1e-12)
-    both = DualCurvature(torch.diag(sizes), 5)
-    assert both.non_uniformity == pytest.approx(5 * 2 / 5, rel=1e-12)
+    critical = critical_lr(dual(torch.diag(sizes.sqrt()).unsqueeze(1)), batch_size, tol=1e-7)
+    assert critical.value == pytest.approx(2 * batch_size / 5, rel=1e-6)
+    assert critical.sharpness == pytest.approx(1.0, rel=1e-12)
+    curvature = DualCurvature(torch.diag(sizes), 5)
+    assert curvature.non_uniformity == pytest.approx(5 * 2 / 5, rel=1e-12)
 
 
 def test_parallel_samples_in_closed_form() -> None:
@@ -130,8 +126,10 @@ def test_parallel_samples_in_closed_form() -> None:
     m2, m4 = float((alpha**2).mean()), float((alpha**4).mean())
     for batch_size in (1, 2, 4):
         p = noise_factor(batch_size, 4)
-        found = critical_lr(dual((alpha[:, None] * direction).unsqueeze(1)), batch_size, tol=1e-7)
-        assert found.value == pytest.approx(2 * m2 / (m2**2 + p * (m4 - m2**2)), rel=1e-9)
+        critical = critical_lr(
+            dual((alpha[:, None] * direction).unsqueeze(1)), batch_size, tol=1e-7
+        )
+        assert critical.value == pytest.approx(2 * m2 / (m2**2 + p * (m4 - m2**2)), rel=1e-9)
 
 
 def test_the_box_is_not_necessary() -> None:
@@ -139,10 +137,10 @@ def test_the_box_is_not_necessary() -> None:
     Catches a sufficient condition given out as the exact one.
     """
     rows = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]], [[1.0, 0.0]]])
-    found = critical_lr(dual(rows), 1, tol=1e-8)
-    assert found.theorem1 == pytest.approx(1.0, abs=1e-12)
+    critical = critical_lr(dual(rows), 1, tol=1e-8)
+    assert critical.theorem1 == pytest.approx(1.0, abs=1e-12)
     assert 1 / dual(rows).non_uniformity == pytest.approx(1.06066, abs=1e-5)
-    assert found.value == pytest.approx(1.10102, abs=1e-5)
+    assert critical.value == pytest.approx(1.10102, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -169,11 +167,11 @@ def test_it_never_falls_as_batches_grow_and_batch_sizes_follow(name: str) -> Non
     smallest at a rate must allow it, and the one below must not.
     """
     rule, rows = RULES[name], factors(n=7)
-    found = [critical_lr(dual(rows), b, update_rule=rule, tol=1e-6) for b in range(1, 8)]
-    values = [f.value for f in found]
+    thresholds = [critical_lr(dual(rows), b, update_rule=rule, tol=1e-6) for b in range(1, 8)]
+    values = [t.value for t in thresholds]
     assert values == sorted(values)
-    assert all(f.theorem1 is None or f.theorem1 <= f.value * (1 + 1e-9) for f in found)
-    assert all(f.lower <= f.value <= f.full_batch for f in found)
+    assert all(t.theorem1 is None or t.theorem1 <= t.value * (1 + 1e-9) for t in thresholds)
+    assert all(t.lower <= t.value <= t.full_batch for t in thresholds)
     for size, value in enumerate(values, start=1):
         assert critical_batch_size(dual(rows), value, update_rule=rule) == size
         above = critical_batch_size(dual(rows), value * 1.0001, update_rule=rule)
@@ -200,7 +198,7 @@ def test_weights_against_the_pair_recursion(name: str) -> None:
     edge = UpdateRule(lr, rule.momentum, rule.dampening, rule.nesterov).max_sharpness
     h = edge * torch.tensor([1e-3, 0.1, 0.4, 0.8, 0.99], dtype=torch.float64)
     step = LinearStep(lr, rule.momentum, rule.dampening, rule.nesterov)
-    found = mode_weights(h[:, None], h, step)
+    weights = mode_weights(h[:, None], h, step)
     bare = UpdateRule(lr, rule.momentum, rule.dampening, rule.nesterov)
     zero = step_matrices(torch.zeros(1, 1).double(), bare, lr)
     noise = (step_matrices(torch.ones(1, 1).double(), bare, lr) - zero)[:, 0]
@@ -212,16 +210,16 @@ def test_weights_against_the_pair_recursion(name: str) -> None:
                 torch.eye(4).double() - torch.kron(left, right), torch.kron(noise, noise)
             )
             # The solve loses four digits near the edge, where moments are large.
-            assert float(found[i, j] * moments[0]) == pytest.approx(1.0, rel=1e-9)
+            assert float(weights[i, j] * moments[0]) == pytest.approx(1.0, rel=1e-9)
 
 
 def test_nesterov_at_vanishing_curvature() -> None:
     """Catches the cancellation: at h of 1e-14, w -> (1 - beta)(h_a + h_b)/eta, and never below 0."""
     h = torch.tensor([1e-14, 3e-9, 2e-16], dtype=torch.float64)
     for beta in (0.1, 0.9, 0.99):
-        found = mode_weights(h[:, None], h, LinearStep(0.5, beta, nesterov=True))
+        weights = mode_weights(h[:, None], h, LinearStep(0.5, beta, nesterov=True))
         # To first order in h: the next is 1e-9 / (1 - beta)^2.
-        assert torch.allclose(found, (1 - beta) * (h[:, None] + h) / 0.5, rtol=1e-4, atol=0)
+        assert torch.allclose(weights, (1 - beta) * (h[:, None] + h) / 0.5, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2])
@@ -255,14 +253,14 @@ def test_one_mode_is_the_scalar_recursion(name: str) -> None:
     rule = RULES[name]
     curvature = torch.tensor([1.0, 2.0, 6.0]).double()
     for batch_size in (1, 2):
-        found = critical_lr(
+        critical = critical_lr(
             dual(curvature.sqrt().view(3, 1, 1)), batch_size, update_rule=rule, tol=1e-7
         )
         noise = noise_factor(batch_size, 3) * float(curvature.var(correction=0))
         radius = mean_square_radius(
             3.0,
             noise,
-            found.value,
+            critical.value,
             momentum=rule.momentum,
             dampening=rule.dampening,
             nesterov=rule.nesterov,
@@ -279,7 +277,7 @@ def test_noise_gain_is_its_definition() -> None:
     weights = mode_weights(h[:, None], h, LinearStep(0.1)) + p * h[:, None] * h
     gain = NoiseGain(modes, weights, p)
     s = factors(n=3, outputs=2, d=2, seed=3)
-    gathered = sum(f.T @ each @ f for f, each in zip(modes.factors, s, strict=True))
+    gathered = sum(f.T @ block @ f for f, block in zip(modes.factors, s, strict=True))
     expected = [p / 3 * f @ (gathered / weights) @ f.T for f in modes.factors]
     assert torch.allclose(gather(modes.factors, s.flatten()), gathered)
     assert torch.allclose(gain @ s.flatten(), torch.stack(expected).flatten())
@@ -311,15 +309,15 @@ def test_the_mean_over_simulated_steps_grows_above_and_not_below(name: str) -> N
     def mean_square(lr: float) -> list[float]:
         x = torch.randn(walkers, 2, generator=generator, dtype=torch.float64).requires_grad_()
         optimizer = torch.optim.SGD([x], lr=lr, momentum=rule.momentum, nesterov=rule.nesterov)
-        found = []
+        means = []
         for _ in range(60):
             order = torch.rand(walkers, 4, generator=generator).argsort(1)[:, :2]
             outputs = (rows[order] * x.unsqueeze(1)).sum(2)
             optimizer.zero_grad()
             (outputs.square().mean(1) / 2).sum().backward()
             optimizer.step()
-            found.append(float(x.detach().square().sum(1).mean()))
-        return found
+            means.append(float(x.detach().square().sum(1).mean()))
+        return means
 
     below, above = mean_square(0.7 * value), mean_square(1.3 * value)
     assert sum(below[-10:]) < sum(below[10:20])

@@ -52,12 +52,14 @@ def sample_products(name: str) -> Callable[[Tensor], Tensor]:
 
     # The mean of a sample without targets is 0 / 0.
     counting = [index for index in range(N) if weights[index] > 0]
-    kept = {} if name in DIFFERENCED else {i: gradient(i, twice=True) for i in counting}
+    gradients = {} if name in DIFFERENCED else {i: gradient(i, twice=True) for i in counting}
 
     def product(index: int, vector: Tensor) -> Tensor:
         if name not in DIFFERENCED:
-            found = torch.autograd.grad(kept[index], params, vector, retain_graph=True, **options)
-            return flat(found)
+            images = torch.autograd.grad(
+                gradients[index], params, vector, retain_graph=True, **options
+            )
+            return flat(images)
         length = vector.norm()
         slopes = []
         for step in (STEP, -2 * STEP):
@@ -123,11 +125,11 @@ def test_a_loss_that_divides_by_its_own_count() -> None:
 
     with pytest.raises(ValueError, match=r"sample_weight= \(often each sample's number of targets"):
         Problem.from_batch_loss(model, smoothed, batch, chunk_size=3)
-    given = Problem.from_batch_loss(
+    weighted = Problem.from_batch_loss(
         model, smoothed, batch, chunk_size=3, sample_weight=of_next_words
     )
-    seen = Problem.from_batch_loss(model, loss_of, causal())
-    vector = torch.ones(seen.num_params, dtype=torch.float64)
-    expected = Hessian(seen) @ vector
+    reference = Problem.from_batch_loss(model, loss_of, causal())
+    vector = torch.ones(reference.num_params, dtype=torch.float64)
+    expected = Hessian(reference) @ vector
     # The model's own loss is of single precision.
-    assert (Hessian(given) @ vector - expected).norm() <= 1e-5 * expected.norm()
+    assert (Hessian(weighted) @ vector - expected).norm() <= 1e-5 * expected.norm()

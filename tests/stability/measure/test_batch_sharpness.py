@@ -37,25 +37,25 @@ def of_samples(problem: Problem, rows: list[int]) -> tuple[Tensor, Tensor]:
         loss = problem.loss(theta, (x[rows], y[rows]))
         slopes = torch.autograd.grad(loss, theta, create_graph=True)
         flat = torch.cat([slope.reshape(-1) for slope in slopes])
-        bent = [torch.autograd.grad(entry, theta, retain_graph=True) for entry in flat]
-    columns = [torch.cat([part.reshape(-1) for part in row]) for row in bent]
+        hessian_rows = [torch.autograd.grad(entry, theta, retain_graph=True) for entry in flat]
+    columns = [torch.cat([block.reshape(-1) for block in row]) for row in hessian_rows]
     return flat.detach(), torch.stack(columns)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_definitions_and_momentum_form_by_dense_matrices(chunk_size: int | None) -> None:
     """Catches definitions that are swapped, and a direction used in one factor alone."""
-    problem, whole = problem_of(chunk_size=chunk_size), problem_of()
-    samples = [of_samples(whole, [row]) for row in range(6)]
+    problem, unchunked = problem_of(chunk_size=chunk_size), problem_of()
+    samples = [of_samples(unchunked, [row]) for row in range(6)]
     buffer = torch.linspace(-0.3, 0.4, problem.num_params, dtype=DOUBLE)
     for step in (None, lambda g: 0.9 * buffer + g):
         directions = [g if step is None else step(g) for g, _ in samples]
         pairs = zip(directions, samples, strict=True)
         above, below = zip(*[(s @ h @ s, s @ g) for s, (g, h) in pairs], strict=True)
-        found = batch_sharpness(problem, 1, step=step)
-        assert found.value == pytest.approx(float(sum(above) / sum(below)), rel=1e-10)
+        sharpness = batch_sharpness(problem, 1, step=step)
+        assert sharpness.value == pytest.approx(float(sum(above) / sum(below)), rel=1e-10)
         ratios = [float(a / b) for a, b in zip(above, below, strict=True)]
-        assert found.mean_of_ratios == pytest.approx(sum(ratios) / 6, rel=1e-10)
+        assert sharpness.mean_of_ratios == pytest.approx(sum(ratios) / 6, rel=1e-10)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -103,13 +103,13 @@ def test_margins_have_the_limit_at_the_measured_sharpness() -> None:
 def test_sequential_stop() -> None:
     """Catches averages that go on, that stop at one lucky pair, and errors that are not reported."""
     problem = problem_of(40)
-    every = batch_sharpness(problem, 2, num_batches=200)
+    full = batch_sharpness(problem, 2, num_batches=200)
     loose = batch_sharpness(problem, 2, num_batches=200, rel_error=0.3)
     assert loose.converged
     assert 8 <= loose.batches < 200
     assert loose.standard_error <= 0.3 * loose.value
     # Five standard errors of the shorter average.
-    assert abs(loose.value - every.value) < 5 * loose.standard_error
+    assert abs(loose.value - full.value) < 5 * loose.standard_error
     bounded = batch_sharpness(problem, 2, num_batches=10, rel_error=1e-6)
     assert (bounded.batches, bounded.converged) == (10, False)
 
@@ -122,14 +122,14 @@ def test_sharpest_batch_between_its_bounds() -> None:
             float(torch.linalg.eigvalsh(of_samples(problem, list(rows))[1])[-1])
             for rows in itertools.combinations(range(6), size)
         )
-        found = largest_batch_sharpness(problem, size, num_batches=40)
+        sharpness = largest_batch_sharpness(problem, size, num_batches=40)
         # Eigen-searches to 1e-3, with upper bounds that are up to 5 % higher.
-        assert found.lower == pytest.approx(sharpest, rel=1e-3)
-        assert sharpest <= found.upper
+        assert sharpness.lower == pytest.approx(sharpest, rel=1e-3)
+        assert sharpest <= sharpness.upper
         if size != 2:
-            assert found.upper <= 1.06 * sharpest
-        assert found.certifies(1.9 / found.upper)
-        assert not found.certifies(2.1 / found.upper)
+            assert sharpness.upper <= 1.06 * sharpest
+        assert sharpness.certifies(1.9 / sharpness.upper)
+        assert not sharpness.certifies(2.1 / sharpness.upper)
     margins = measure(problem, lr=0.1, batch_size=2, quantities=("largest_batch_sharpness",))[
         "largest_batch_sharpness"
     ]

@@ -18,10 +18,10 @@ def test_a_default_search_does_not_return_the_second_eigenvalue() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double()
     x, y = torch.randn(10, 4, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
     margins = stableopt.measure(model, nn.MSELoss(), (x, y), quantities=("sharpness",))
-    found = margins.measurements["sharpness"]
-    assert found.converged
-    assert found.value == pytest.approx(1.02434, rel=1e-5)  # by LAPACK, to its digits here
-    assert found.certified
+    measurement = margins.measurements["sharpness"]
+    assert measurement.converged
+    assert measurement.value == pytest.approx(1.02434, rel=1e-5)  # by LAPACK, to its digits here
+    assert measurement.certified
 
 
 def test_margins_carry_the_bound_of_a_root_and_of_a_value() -> None:
@@ -33,11 +33,13 @@ def test_margins_carry_the_bound_of_a_root_and_of_a_value() -> None:
     margins = stableopt.measure(model, nn.MSELoss(), (x, y), quantities=quantities)
     record = margins.record()
     for name in quantities:
-        found = margins.measurements[name]
-        assert found.upper_bound is not None
+        measurement = margins.measurements[name]
+        assert measurement.upper_bound is not None
         # 5 % of an eigenvalue are at most 5 % of its root.
-        assert found.value <= found.upper_bound <= 1.05 * found.value * (1 + 1e-12)
-        assert record[f"{name}_upper_bound"] == margins[name].upper_bound == found.upper_bound
+        assert (
+            measurement.value <= measurement.upper_bound <= 1.05 * measurement.value * (1 + 1e-12)
+        )
+        assert record[f"{name}_upper_bound"] == margins[name].upper_bound == measurement.upper_bound
     assert margins.certified
     assert record["certified"] == 1.0
     assert StabilityMargins.from_dict(margins.to_dict()) == margins
@@ -52,14 +54,15 @@ def test_an_open_gap_is_said() -> None:
     torch.manual_seed(0)
     data = (torch.randn(30, 60), torch.randn(30, 4))
     margins = stableopt.measure(model, nn.MSELoss(), data, max_iter=4)
-    found = margins.measurements["sharpness"]
-    assert not found.converged
+    measurement = margins.measurements["sharpness"]
+    assert not measurement.converged
     assert not margins.certified
-    assert found.upper_bound is not None
+    assert measurement.upper_bound is not None
 
 
 def test_errors_of_products_widen_the_bound() -> None:
     """Catches a bound that trusts products by finite differences."""
-    found = Measurement(10.0, 1e-3, 12, 0.1, converged=True, upper_bound=10.4).within(0.01, 0.03)
-    assert found.upper_bound == pytest.approx(10.504)  # 10.4 and one per cent of it
-    assert not found.certified
+    exact = Measurement(10.0, 1e-3, 12, 0.1, converged=True, upper_bound=10.4)
+    measurement = exact.within(0.01, 0.03)
+    assert measurement.upper_bound == pytest.approx(10.504)  # 10.4 and one per cent of it
+    assert not measurement.certified

@@ -69,12 +69,14 @@ def symmetric(size: int, seed: int) -> Tensor:
     return (drawn + drawn.T) / 2
 
 
-def found(matrix: Tensor, norm: StepNorm, seed: int = 0, **options: Any) -> GeneralisedSharpness:
+def maximised(
+    matrix: Tensor, norm: StepNorm, seed: int = 0, **options: Any
+) -> GeneralisedSharpness:
     gradient = torch.randn(
         len(matrix), generator=torch.Generator().manual_seed(seed + 1), dtype=DOUBLE
     )
-    known = {"tol": 1e-6, "max_iter": 200, "seed": seed, **options}
-    return search(Dense(matrix), gradient, norm, **known)
+    arguments = {"tol": 1e-6, "max_iter": 200, "seed": seed, **options}
+    return search(Dense(matrix), gradient, norm, **arguments)
 
 
 def over_vertices(matrix: Tensor, radii: Tensor) -> float:
@@ -92,7 +94,7 @@ def test_signs_against_all_vertices() -> None:
             torch.ones(size, dtype=DOUBLE) if seed % 2 else torch.linspace(0.5, 2, size).double()
         )
         best = over_vertices(matrix, radii)
-        value = found(matrix, SignNorm([torch.zeros(size)], [radii], lr=0.1), seed).value
+        value = maximised(matrix, SignNorm([torch.zeros(size)], [radii], lr=0.1), seed).value
         # Rounding of sums of 49 products.
         assert value <= best + 1e-12 * abs(best)
         hits += value >= best - 1e-12 * abs(best)
@@ -121,7 +123,7 @@ def test_never_below_frank_wolfe(definite: bool) -> None:
         matrix = matrix @ matrix if definite else matrix
         starts = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
         reference = max(frank_wolfe(matrix, norm, shapes, start) for start in starts)
-        result = found(matrix, norm, seed, starts=6)
+        result = maximised(matrix, norm, seed, starts=6)
         # The ascent ends at gains of 1e-7, and later ones are about ten times as large together.
         assert result.value >= reference * (1 - 1e-5)
         parts = [v.view(s) for v, s in zip(result.maximiser.split([12, 8]), shapes, strict=True)]
@@ -134,7 +136,7 @@ def test_one_layer_is_its_top_singular_value() -> None:
     """H = vec(A) vec(A)^T: S is the squared nuclear norm of A, times r^2 for a radius r."""
     a = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     nuclear = float(torch.linalg.matrix_norm(a, "nuc"))
-    result = found(torch.outer(a.reshape(-1), a.reshape(-1)), SpectralNorm([a], [2.0], lr=0.5))
+    result = maximised(torch.outer(a.reshape(-1), a.reshape(-1)), SpectralNorm([a], [2.0], lr=0.5))
     assert result.value == pytest.approx((2 * nuclear) ** 2)
     assert result.limit == pytest.approx(2 * result.dual_norm / 0.5)
     assert result.ratio == pytest.approx(result.value / result.limit)
@@ -144,7 +146,7 @@ def test_block_values_do_not_add_up() -> None:
     """Catches layers maximised one by one: off-diagonal blocks count."""
     params = [torch.zeros(2), torch.zeros(2)]
     matrix = torch.ones(4, 4, dtype=DOUBLE)
-    assert found(matrix, SignNorm(params, lr=1.0)).value == pytest.approx(16.0)  # not 4 + 4
+    assert maximised(matrix, SignNorm(params, lr=1.0)).value == pytest.approx(16.0)  # not 4 + 4
 
 
 def network(seed: int = 0) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
@@ -218,13 +220,15 @@ def test_parameters_of_other_optimizers_stay() -> None:
     model, loss_fn, data = network()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norm = SpectralNorm(matrices, lr=0.1)
-    every = generalised_sharpness(Problem(model, loss_fn, data), norm, starts=0)
-    own = generalised_sharpness(Problem(model, loss_fn, data, params=matrices), norm, starts=0)
+    all_params = generalised_sharpness(Problem(model, loss_fn, data), norm, starts=0)
+    only_matrices = generalised_sharpness(
+        Problem(model, loss_fn, data, params=matrices), norm, starts=0
+    )
     # The same ascent from the gradient's oracle, with zeros for the biases.
-    assert every.value == pytest.approx(own.value, rel=1e-6)
-    assert every.dual_norm == pytest.approx(own.dual_norm)
+    assert all_params.value == pytest.approx(only_matrices.value, rel=1e-6)
+    assert all_params.dual_norm == pytest.approx(only_matrices.dual_norm)
     sizes = [p.numel() for p in model.parameters()]
-    assert float(every.maximiser.split(sizes)[1].abs().max()) == 0.0
+    assert float(all_params.maximiser.split(sizes)[1].abs().max()) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_muon_at_the_edge_has_a_ratio_of_one(coefficients: dict[str, Any]) -> No
 
 
 def test_the_map_is_torchs_and_what_is_measured_reproduces_itself() -> None:
-    """Catches another polynomial, and a maximum over its image, which no run comes to."""
+    """Catches another polynomial, and a maximum over its image, which no run reaches."""
     model, loss_fn, data = network()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     muon = torch.optim.Muon(matrices, lr=0.02, **PLAIN)
@@ -290,13 +294,15 @@ def test_the_map_is_torchs_and_what_is_measured_reproduces_itself() -> None:
     step = norm.oracle(problem.unflatten(problem.gradient()))
     result = generalised_sharpness(problem, norm)
     trained(muon, model, data, 1)
-    for p, start, part in zip(matrices, before, step, strict=True):
+    for p, start, direction in zip(matrices, before, step, strict=True):
         # In bfloat16, with 8 bits, and five iterations.
-        torch.testing.assert_close((start - p.detach()) / 0.02, part, rtol=0.1, atol=0.05)
+        torch.testing.assert_close((start - p.detach()) / 0.02, direction, rtol=0.1, atol=0.05)
     image = Hessian(problem) @ result.maximiser
-    again = torch.cat([d.reshape(-1) for d in norm.oracle(problem.unflatten(image))])
+    next_maximiser = torch.cat([d.reshape(-1) for d in norm.oracle(problem.unflatten(image))])
     # The next value is as near to the mean of the last as they are to each other.
-    assert float(again @ (Hessian(problem) @ again)) == pytest.approx(result.value, rel=0.15)
+    assert float(next_maximiser @ (Hessian(problem) @ next_maximiser)) == pytest.approx(
+        result.value, rel=0.15
+    )
     largest = generalised_sharpness(problem, SpectralNorm(matrices, norm.radii, lr=0.02))
     assert result.value < largest.value * 1.2**2
 
@@ -351,7 +357,7 @@ def test_numbers_that_are_not_finite() -> None:
     assert "not finite" in str(margins.failure)
     matrix = torch.full((3, 3), math.inf, dtype=DOUBLE)
     with pytest.raises(NonFiniteError):
-        found(matrix, SignNorm([torch.zeros(3)], lr=1.0))
+        maximised(matrix, SignNorm([torch.zeros(3)], lr=1.0))
 
 
 def test_zero_gradient() -> None:
@@ -372,11 +378,11 @@ def test_its_chart_is_among_the_custom_scalars(tmp_path: Path) -> None:
     sink = stableopt.TensorBoardSink(tmp_path, max_diagrams=0)
     sink(1, StabilityMargins(step=1, results=results).record())
     sink.close()
-    measured, other = (
+    measured, unmeasured = (
         {tag for _, tags in charts.values() for tag in tags}
         for charts in (
             layout({"generalised_sharpness"})["edge of stability"],
             layout(())["edge of stability"],
         )
     )
-    assert {"stability/gen_sharp_ratio", "stability/gen_sharp_value"} <= measured - other
+    assert {"stability/gen_sharp_ratio", "stability/gen_sharp_value"} <= measured - unmeasured

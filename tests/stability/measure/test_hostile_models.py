@@ -171,7 +171,7 @@ def contents(value: Any) -> Any:
 def traces(setting: Setting) -> list[Any]:
     """Return everything that a measurement might change."""
     modules = [m for m in (setting.model, setting.loss) if isinstance(m, nn.Module)]
-    held = [contents(m.__dict__) for module in modules for m in module.modules()]
+    attributes = [contents(m.__dict__) for module in modules for m in module.modules()]
     grads = [contents(p.grad) for module in modules for p in module.parameters()]
     numpy_state = np.random.get_state()  # noqa: NPY002
     switches = (
@@ -191,20 +191,20 @@ def traces(setting: Setting) -> list[Any]:
         len(torch.nn.modules.module._global_forward_hooks),
     )
     generators = (torch.get_rng_state(), repr(random.getstate()), numpy_state[1].tolist())
-    return [held, grads, switches, generators, numpy_state[2:], data_of(setting)]
+    return [attributes, grads, switches, generators, numpy_state[2:], data_of(setting)]
 
 
 def data_of(setting: Setting) -> Any:
-    own = [] if hasattr(setting.data, "sampler") else list(tensors_in(setting.data))
-    return [contents(t) for t in (*own, *tensors_in(setting.batches))]
+    tensors = [] if hasattr(setting.data, "sampler") else list(tensors_in(setting.data))
+    return [contents(t) for t in (*tensors, *tensors_in(setting.batches))]
 
 
-def same(left: Any, right: Any) -> bool:
+def equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         # NaN counts as equal to NaN.
         return torch.equal(left.nan_to_num(), right.nan_to_num()) and left.shape == right.shape
     if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(equal, left, right))
     return bool(left == right)
 
 
@@ -226,13 +226,13 @@ def test_nothing_is_left_behind(name: str) -> None:
     except Exception:
         assert name in REFUSED
     after = traces(setting)
-    for what, left, right in zip(
+    for kind, old, new in zip(
         ("attributes", "gradients", "switches", "generators", "numpy", "data"),
         before,
         after,
         strict=True,
     ):
-        assert same(left, right), what
+        assert equal(old, new), kind
 
 
 # -- threads -------------------------------------------------------------------------------------
@@ -242,22 +242,22 @@ def test_another_thread_trains_as_before() -> None:
     """Catches process-wide switches that reach another thread while it trains: its activations
     would not be recomputed, or its autocast would be off.
     """
-    model, calls, seen = Checkpointed(reentrant=False), [], []
+    model, calls, autocast_on = Checkpointed(reentrant=False), [], []
     model.inner.register_forward_hook(lambda *_: calls.append(1))
-    waiting, done = threading.Event(), threading.Event()
+    waiting, trained = threading.Event(), threading.Event()
 
     def training() -> None:
         waiting.wait(timeout=10)
         model(torch.randn(3, 3, dtype=torch.float64)).sum().backward()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            seen.append(torch.is_autocast_enabled("cpu"))
-        done.set()
+            autocast_on.append(torch.is_autocast_enabled("cpu"))
+        trained.set()
 
     thread = threading.Thread(target=training)
     thread.start()
     with Problem(mlp(), MSE, pair()).evaluation():
         waiting.set()
-        assert done.wait(timeout=10)
+        assert trained.wait(timeout=10)
     thread.join(timeout=10)
     assert len(calls) == 4  # two blocks, each called and recomputed
-    assert seen == [True]
+    assert autocast_on == [True]

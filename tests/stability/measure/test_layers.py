@@ -23,13 +23,13 @@ from stableopt.stability import MatrixPreconditioner
 X, Y = small_data()
 MSE = nn.MSELoss()
 
-# What is asked for. Residuals of 1e-10 leave errors in eigenvectors of that size over the gap.
+# Required accuracy. Residuals of 1e-10 leave errors in eigenvectors of that size over the gap.
 BAR = 1e-8
 EXACT: dict[str, Any] = {"tol": 1e-10, "max_iter": 200}
 
 
 class Tied(nn.Module):
-    """A weight that two layers share, one that is frozen, and one of the root's own."""
+    """A weight that two layers share, one that is frozen, and one of the root module itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,19 +50,19 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 def dense(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Return the Hessian of the mean loss in the trainable parameters."""
-    named = trainable(model)
-    sizes = [p.numel() for p in named.values()]
+    params = trainable(model)
+    sizes = [p.numel() for p in params.values()]
 
     def loss(flat: Tensor) -> Tensor:
-        parts = zip(named.items(), flat.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        parts = zip(params.items(), flat.split(sizes), strict=True)  # type: ignore[no-untyped-call]
         state = {name: part.view_as(p) for (name, p), part in parts}
         return MSE(functional_call(model, state, (x,)), y)
 
-    flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
+    flat = torch.cat([p.detach().reshape(-1) for p in params.values()])
     return torch.autograd.functional.hessian(loss, flat)  # type: ignore[no-untyped-call]
 
 
-def places(model: nn.Module, *prefixes: str) -> Tensor:
+def indices(model: nn.Module, *prefixes: str) -> Tensor:
     """Return the places of the parameters whose names begin with one of ``prefixes``."""
     spans, start = [], 0
     for name, p in trainable(model).items():
@@ -112,12 +112,12 @@ def test_blocks_agree_with_dense_ones(name: str) -> None:
     scale, decay = torch.ones(len(dense(model, X, Y)), dtype=torch.float64), 0.0
     if name == "AdamW":
         assert rule.preconditioner is not None
-        whole = rule.preconditioner.over(list(trainable(model).values()))
-        scale = (whole @ torch.ones_like(scale)).sqrt()
+        preconditioner = rule.preconditioner.over(list(trainable(model).values()))
+        scale = (preconditioner @ torch.ones_like(scale)).sqrt()
     elif name == "groups":
-        scale[places(model, "decoder.bias", "scale")] = 0.3**0.5
+        scale[indices(model, "decoder.bias", "scale")] = 0.3**0.5
         decay = torch.diag(torch.full_like(scale, 0.3))
-        decay[places(model, "decoder.bias", "scale")] = 0.0
+        decay[indices(model, "decoder.bias", "scale")] = 0.0
     plain = dense(model, X, Y)
     mean = scale[:, None] * (plain + decay) * scale
     vector = torch.linalg.eigh(mean)[1][:, -1]
@@ -128,14 +128,14 @@ def test_blocks_agree_with_dense_ones(name: str) -> None:
     assert layers.parameters == (3, 12, 9, 3)
     assert margins["layers"].ratio == max(layers.column("ratio"))  # type: ignore[type-var]
     for layer in layers:
-        at = places(model, layer.name)
+        index = indices(model, layer.name)
         assert layer.converged
-        assert layer.sharpness == pytest.approx(top(mean[at][:, at]), rel=BAR)
+        assert layer.sharpness == pytest.approx(top(mean[index][:, index]), rel=BAR)
         assert layer.limit == pytest.approx(rule.max_sharpness)
-        assert layer.share == pytest.approx(float(vector[at].square().sum()), abs=BAR)
+        assert layer.share == pytest.approx(float(vector[index].square().sum()), abs=BAR)
         assert layer.non_uniformity is None
-        # A standard error of 16 probes is itself off by a fifth: four of them.
-        expected, error = float(plain.diagonal()[at].mean()), layer.mean_curvature_error
+        # Four standard errors; with 16 probes the standard error itself is off by a fifth.
+        expected, error = float(plain.diagonal()[index].mean()), layer.mean_curvature_error
         assert error is not None
         assert layer.mean_curvature == pytest.approx(expected, abs=4 * error + 1e-12)
     assert sum(layers.column("share")) == pytest.approx(1.0, abs=1e-12)  # type: ignore[arg-type]
@@ -163,11 +163,11 @@ def test_the_non_uniformity_of_blocks() -> None:
     P = UpdateRule.from_optimizer(optimizer).preconditioner
     assert P is not None
     root = (P @ torch.ones(33, dtype=torch.float64)).sqrt()
-    each = torch.stack([dense(model, X[i : i + 1], Y[i : i + 1]) for i in range(len(X))])
-    each = root[:, None] * each * root
+    hessians = torch.stack([dense(model, X[i : i + 1], Y[i : i + 1]) for i in range(len(X))])
+    hessians = root[:, None] * hessians * root
     for layer in margins.layers or ():
-        at = places(model, layer.name)
-        spread = covariance(each[:, at][:, :, at])
+        index = indices(model, layer.name)
+        spread = covariance(hessians[:, index][:, :, index])
         assert layer.non_uniformity == pytest.approx(top(spread) ** 0.5, rel=BAR)
         assert layer.non_uniformity_limit == margins.non_uniformity_limit
 
@@ -187,11 +187,11 @@ def test_a_preconditioner_that_is_not_diagonal() -> None:
     gradient = Problem(model, MSE, (X, Y)).gradient()
     layers = margins.layers
     assert layers is not None
-    for layer, at in zip(layers, (slice(0, 20), slice(20, 38)), strict=True):
-        assert layer.sharpness == pytest.approx(top(P[at, at] @ H[at, at]), rel=BAR)
-        assert layer.share == pytest.approx(float(vector[at].square().sum()), abs=1e-7)
-    own = root @ gradient
-    expected = float((vector @ own) ** 2 / (own @ own))
+    for layer, index in zip(layers, (slice(0, 20), slice(20, 38)), strict=True):
+        assert layer.sharpness == pytest.approx(top(P[index, index] @ H[index, index]), rel=BAR)
+        assert layer.share == pytest.approx(float(vector[index].square().sum()), abs=1e-7)
+    scaled_gradient = root @ gradient
+    expected = float((vector @ scaled_gradient) ** 2 / (scaled_gradient @ scaled_gradient))
     details = margins["preconditioned_sharpness"].details
     assert details["gradient_share"] == pytest.approx(expected, rel=1e-6)
     assert "step_share" not in details
@@ -226,13 +226,13 @@ def test_several_optimizers_have_limits_of_their_own() -> None:
     adam = UpdateRule.from_optimizer(fast)
     assert adam.preconditioner is not None
     P = adam.preconditioner.over(list(model[3].parameters())) @ torch.ones(12).double()
-    last = places(model, "3")
-    own = P.sqrt()[:, None] * H[last][:, last] * P.sqrt()
-    first, middle = places(model, "0"), places(model, "2")
+    last = indices(model, "3")
+    preconditioned = P.sqrt()[:, None] * H[last][:, last] * P.sqrt()
+    first, middle = indices(model, "0"), indices(model, "2")
     expected = [
         (top(H[first][:, first]), UpdateRule.from_optimizer(slow).max_sharpness),
         (top(H[middle][:, middle]), None),
-        (top(own), adam.max_sharpness),
+        (top(preconditioned), adam.max_sharpness),
     ]
     for layer, (value, limit) in zip(layers, expected, strict=True):
         assert layer.sharpness == pytest.approx(value, rel=BAR)
@@ -256,25 +256,25 @@ def test_the_free_part_is_that_of_the_tracked_directions() -> None:
     assert margins is not None
     optimizer = monitor.optimizer
     problem = Problem(model, MSE, (X, Y))
-    before = [p.detach().clone() for p in model.parameters()]
+    current = [p.detach().clone() for p in model.parameters()]
     expected = {"sharpness": torch.ones(problem.num_params, dtype=torch.float64)}
     P = UpdateRule.from_optimizer(optimizer).preconditioner
     assert P is not None
     expected["preconditioned_sharpness"] = (P @ expected["sharpness"]).sqrt()
-    # The step is the last one: undo it by the rule, which is what theta was before.
-    again = wide_network()
-    other = torch.optim.AdamW(again.parameters(), lr=0.01)
-    MSE(again(X), Y).backward()
-    other.step()
-    pairs = zip(before, again.parameters(), strict=True)
+    # A twin takes the first of the two steps: it has the parameters before the last.
+    twin = wide_network()
+    twin_optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    MSE(twin(X), Y).backward()
+    twin_optimizer.step()
+    pairs = zip(current, twin.parameters(), strict=True)
     change = torch.cat([(a - b.detach()).reshape(-1) for a, b in pairs])
     for name, root in expected.items():
         rows = monitor._measurer.starts[name][:-1]
         gradient, step = root * problem.gradient(), change / root
         details = margins[name].details
         for key, vector in (("gradient_share", gradient), ("step_share", step)):
-            whole = float((rows @ vector).square().sum() / vector.square().sum())
-            assert details[key] == pytest.approx(whole, rel=1e-6)
+            share = float((rows @ vector).square().sum() / vector.square().sum())
+            assert details[key] == pytest.approx(share, rel=1e-6)
         shares = margins[name].layers
         assert shares is not None
         assert sum(shares.column("share")) == pytest.approx(1.0, abs=1e-12)  # type: ignore[arg-type]
@@ -288,9 +288,9 @@ def test_the_free_part_is_that_of_the_tracked_directions() -> None:
 def test_the_free_part_takes_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a gradient or a Hessian-vector product of its own."""
     passes = []
-    own = Problem.loss_and_gradient
+    loss_and_gradient = Problem.loss_and_gradient
     monkeypatch.setattr(
-        Problem, "loss_and_gradient", lambda *a, **k: passes.append(1) or own(*a, **k)
+        Problem, "loss_and_gradient", lambda *a, **k: passes.append(1) or loss_and_gradient(*a, **k)
     )
     product = Hessian.products
     counted = []
@@ -369,32 +369,35 @@ def test_without_second_derivatives() -> None:
             return Once.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
     model[1] = Activation()
-    found: StabilityMargins = measure(model, MSE, (X, Y), lr=0.1, quantities=("layers",))
-    assert "differences" in (found.method or "")
-    assert "gradient_share" not in found["sharpness"].details
-    for one, other in zip(margins.layers or (), found.layers or (), strict=True):
-        assert other.sharpness == pytest.approx(one.sharpness, rel=1e-5)  # of the differences
-        assert other.mean_curvature == pytest.approx(one.mean_curvature, rel=1e-4)
+    by_differences: StabilityMargins = measure(model, MSE, (X, Y), lr=0.1, quantities=("layers",))
+    assert "differences" in (by_differences.method or "")
+    assert "gradient_share" not in by_differences["sharpness"].details
+    for exact, difference in zip(margins.layers or (), by_differences.layers or (), strict=True):
+        # Errors of the differences.
+        assert difference.sharpness == pytest.approx(exact.sharpness, rel=1e-5)
+        assert difference.mean_curvature == pytest.approx(exact.mean_curvature, rel=1e-4)
 
 
 @NEEDS_FSDP_ON_CPU
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     """Catches shares, traces and blocks of one rank's shard or of one rank's samples."""
-    zero, one = run(layers_of_ranks, 2, tmp_path)
-    alone = measured(wide_network(), small_data(SAMPLES))
-    assert zero == one
-    for way, accuracy in (("DDP", 1e-8), ("FSDP", 1e-4)):  # FSDP takes differences
+    first_rank, second_rank = run(layers_of_ranks, 2, tmp_path)
+    single_process = measured(wide_network(), small_data(SAMPLES))
+    assert first_rank == second_rank
+    for strategy, accuracy in (("DDP", 1e-8), ("FSDP", 1e-4)):  # FSDP takes differences
         for name in ("share", "sharpness"):
-            expected = alone["columns"][name]
-            assert zero[way]["columns"][name] == pytest.approx(expected, rel=accuracy, abs=1e-7)
-        assert zero[way]["parameters"] == alone["parameters"]
-    assert zero["DDP"]["columns"]["mean_curvature"] == pytest.approx(
-        alone["columns"]["mean_curvature"], rel=1e-8
+            expected = single_process["columns"][name]
+            assert first_rank[strategy]["columns"][name] == pytest.approx(
+                expected, rel=accuracy, abs=1e-7
+            )
+        assert first_rank[strategy]["parameters"] == single_process["parameters"]
+    assert first_rank["DDP"]["columns"]["mean_curvature"] == pytest.approx(
+        single_process["columns"]["mean_curvature"], rel=1e-8
     )
     # Each rank draws its own part of the probes: the oracle is the dense diagonal.
     diagonal = dense(wide_network(), *small_data(SAMPLES)).diagonal()
-    parts = diagonal.split([28, 40, 10, 18])  # type: ignore[no-untyped-call]
-    columns = zero["FSDP"]["columns"]
-    pairs = zip(parts, columns["mean_curvature"], columns["mean_curvature_error"], strict=True)
-    for part, mean, error in pairs:
-        assert mean == pytest.approx(float(part.mean()), abs=4 * error)
+    blocks = diagonal.split([28, 40, 10, 18])  # type: ignore[no-untyped-call]
+    columns = first_rank["FSDP"]["columns"]
+    pairs = zip(blocks, columns["mean_curvature"], columns["mean_curvature_error"], strict=True)
+    for block, mean, error in pairs:
+        assert mean == pytest.approx(float(block.mean()), abs=4 * error)

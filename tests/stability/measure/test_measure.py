@@ -28,18 +28,20 @@ def test_all_quantities_against_dense_matrices(network: nn.Module, data: Data) -
     hessians = dense_hessians(network, nn.MSELoss(), *data)
     h, sigma = hessians.mean(0), covariance(hessians)
     lr, batch = 0.8, 2
-    found = measure(network, nn.MSELoss(), data, lr=lr, batch_size=batch, quantities=ALL, tol=1e-8)
+    margins = measure(
+        network, nn.MSELoss(), data, lr=lr, batch_size=batch, quantities=ALL, tol=1e-8
+    )
     contraction = torch.eye(38, dtype=torch.float64) - lr * h
     bound = contraction @ contraction + lr**2 * noise_factor(batch, 7) * sigma
-    assert found.converged
-    assert found.sharpness == pytest.approx(largest(h), rel=1e-9)
-    assert found.non_uniformity == pytest.approx(math.sqrt(largest(sigma)), rel=1e-9)
-    assert found.theorem1 == pytest.approx(largest(bound), rel=1e-9)
-    assert found.loss == pytest.approx(float(nn.MSELoss()(network(data[0]), data[1]).detach()))
-    assert found.sharpness_limit == 2 / lr
-    assert found.non_uniformity_limit == pytest.approx(math.sqrt(2 * 6 / 5) / lr)
-    assert found.dataset_size == 7
-    assert all(m.seconds > 0 and m.products > 0 for m in found.measurements.values())
+    assert margins.converged
+    assert margins.sharpness == pytest.approx(largest(h), rel=1e-9)
+    assert margins.non_uniformity == pytest.approx(math.sqrt(largest(sigma)), rel=1e-9)
+    assert margins.theorem1 == pytest.approx(largest(bound), rel=1e-9)
+    assert margins.loss == pytest.approx(float(nn.MSELoss()(network(data[0]), data[1]).detach()))
+    assert margins.sharpness_limit == 2 / lr
+    assert margins.non_uniformity_limit == pytest.approx(math.sqrt(2 * 6 / 5) / lr)
+    assert margins.dataset_size == 7
+    assert all(m.seconds > 0 and m.products > 0 for m in margins.measurements.values())
 
 
 def test_theorem1_is_one_on_the_region_of_diagonal_problems() -> None:
@@ -57,8 +59,8 @@ def test_theorem1_is_one_on_the_region_of_diagonal_problems() -> None:
         def half(z: Tensor, y: Tensor) -> Tensor:
             return 0.5 * (z - y).square().mean()
 
-        found = measure(model, half, data, lr=edge, batch_size=batch, quantities=("theorem1",))
-        assert found.theorem1 == pytest.approx(1.0, rel=1e-9)
+        margins = measure(model, half, data, lr=edge, batch_size=batch, quantities=("theorem1",))
+        assert margins.theorem1 == pytest.approx(1.0, rel=1e-9)
     # B = n: no noise, and the edge is 2 / a.
     assert edge == pytest.approx(2 / a)
 
@@ -92,23 +94,23 @@ def test_groups_with_their_own_rates_are_a_preconditioner(network: nn.Module, da
     rates = torch.cat([torch.full((20,), 0.1), torch.full((18,), 0.4)]).double()
     decay = torch.cat([torch.full((20,), 0.5), torch.zeros(18)]).double()
     top = torch.linalg.eigvals(rates[:, None] * (h + torch.diag(decay))).real.max()
-    found = measure(network, nn.MSELoss(), data, optimizer=optimizer, tol=1e-8)
+    margins = measure(network, nn.MSELoss(), data, optimizer=optimizer, tol=1e-8)
     # |1 - mu| = 1 at mu = 2.
-    assert found.preconditioned_sharpness_ratio == pytest.approx(float(top) / 2, rel=1e-7)
-    assert found.sharpness == pytest.approx(largest(h), rel=1e-7)
-    assert found.sharpness_limit is None
-    assert found.stable
-    assert found.lr == 0.4
+    assert margins.preconditioned_sharpness_ratio == pytest.approx(float(top) / 2, rel=1e-7)
+    assert margins.sharpness == pytest.approx(largest(h), rel=1e-7)
+    assert margins.sharpness_limit is None
+    assert margins.stable
+    assert margins.lr == 0.4
 
 
 def test_maximize_looks_at_minus_the_loss(network: nn.Module, data: Data) -> None:
     """Catches the largest eigenvalue of H reported for an optimizer that climbs."""
     h = dense_hessians(network, nn.MSELoss(), *data).mean(0)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, maximize=True)
-    found = measure(network, nn.MSELoss(), data, optimizer=optimizer, tol=1e-8)
-    assert found.sharpness == pytest.approx(largest(-h), rel=1e-8)
-    assert found.loss is not None
-    assert found.loss > 0
+    margins = measure(network, nn.MSELoss(), data, optimizer=optimizer, tol=1e-8)
+    assert margins.sharpness == pytest.approx(largest(-h), rel=1e-8)
+    assert margins.loss is not None
+    assert margins.loss > 0
 
 
 def test_the_edge_it_reports_is_where_gradient_descent_turns() -> None:
@@ -145,42 +147,42 @@ def test_the_edge_it_reports_is_where_gradient_descent_turns() -> None:
 
 def test_without_a_rule_there_are_values_and_no_limits(network: nn.Module, data: Data) -> None:
     """Catches a default learning rate that the user did not choose."""
-    found = measure(network, nn.MSELoss(), data)
-    assert found.sharpness > 0
-    assert found.sharpness_limit is None
-    assert found.non_uniformity_limit is None
-    assert found.sharpness_ratio is None
-    assert found.stable is None
-    assert found.lr is None
+    margins = measure(network, nn.MSELoss(), data)
+    assert margins.sharpness > 0
+    assert margins.sharpness_limit is None
+    assert margins.non_uniformity_limit is None
+    assert margins.sharpness_ratio is None
+    assert margins.stable is None
+    assert margins.lr is None
 
 
 def test_momentum_and_gd_limits(network: nn.Module, data: Data) -> None:
     """Catches a rule that is read in part, and a limit on the non-uniformity of full batches."""
     momentum = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.2)
-    found = measure(network, nn.MSELoss(), data, optimizer=momentum, batch_size=3)
-    assert found.sharpness_limit == pytest.approx(37.8)
+    margins = measure(network, nn.MSELoss(), data, optimizer=momentum, batch_size=3)
+    assert margins.sharpness_limit == pytest.approx(37.8)
     descent = stableopt.GD(network.parameters(), lr=0.1)
-    both = ("sharpness", "non_uniformity")
-    found = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=both)
-    assert found.non_uniformity_limit == math.inf
-    assert found.non_uniformity_ratio == 0
-    assert found.batch_size == 7
-    assert found.stable
+    quantities = ("sharpness", "non_uniformity")
+    margins = measure(network, nn.MSELoss(), data, optimizer=descent, quantities=quantities)
+    assert margins.non_uniformity_limit == math.inf
+    assert margins.non_uniformity_ratio == 0
+    assert margins.batch_size == 7
+    assert margins.stable
 
 
 def test_a_loss_that_is_not_finite_is_a_failed_measurement(network: nn.Module, data: Data) -> None:
     """Catches a NaN reported as a sharpness, and an exception instead of a record."""
     x, y = data
-    for bad in (float("nan"), float("inf")):
+    for target in (float("nan"), float("inf")):
         targets = y.clone()
-        targets[3, 1] = bad
-        found = measure(network, nn.MSELoss(), (x, targets), lr=0.1)
-        assert found.failure is not None
-        assert "loss is" in found.failure
-        assert found.sharpness is None
-        assert not found.converged
-        assert found.record()["failed"] == 1.0
-        assert found.sharpness_limit == 20.0
+        targets[3, 1] = target
+        margins = measure(network, nn.MSELoss(), (x, targets), lr=0.1)
+        assert margins.failure is not None
+        assert "loss is" in margins.failure
+        assert margins.sharpness is None
+        assert not margins.converged
+        assert margins.record()["failed"] == 1.0
+        assert margins.sharpness_limit == 20.0
 
 
 def test_margins_and_ratios() -> None:
@@ -194,15 +196,15 @@ def test_margins_and_ratios() -> None:
     assert margins.non_uniformity_margin == -2.0
     assert margins.stable is False
     assert StabilityMargins(sharpness=1.0, sharpness_limit=-1.0).stable is False
-    own = StabilityMargins(
+    preconditioned = StabilityMargins(
         sharpness=90.0, preconditioned_sharpness=3.0, preconditioned_sharpness_limit=2.0
     )
-    assert own.preconditioned_sharpness_ratio == 1.5
-    assert own.preconditioned_sharpness_margin == -1.0
-    assert own.record()["preconditioned_sharpness_ratio"] == 1.5
-    assert own.stable is False
-    assert own.sharpness_ratio is None
-    assert (own.limited_sharpness, own.edge_ratio) == (3.0, 1.5)
+    assert preconditioned.preconditioned_sharpness_ratio == 1.5
+    assert preconditioned.preconditioned_sharpness_margin == -1.0
+    assert preconditioned.record()["preconditioned_sharpness_ratio"] == 1.5
+    assert preconditioned.stable is False
+    assert preconditioned.sharpness_ratio is None
+    assert (preconditioned.limited_sharpness, preconditioned.edge_ratio) == (3.0, 1.5)
     assert (margins.limited_sharpness, margins.edge_ratio) == (15.0, 0.75)
     assert set(StabilityMargins().record()) == {"seconds", "failed", "converged", "certified"}
 
@@ -343,13 +345,13 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Data], object], type[Exception], str
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_bad_input_is_named_and_nothing_is_changed(call: str) -> None:
-    """Catches an error that leaves the user to guess, or a model left in eval mode by it."""
-    function, kind, named = CALLS[call]
+@pytest.mark.parametrize("case", CALLS)
+def test_bad_input_is_named_and_nothing_is_changed(case: str) -> None:
+    """Catches an error that does not name what is wrong, and a model left in eval mode by it."""
+    function, kind, message = CALLS[case]
     model, data = small_network(), small_data()
     state = torch.get_rng_state()
-    with pytest.raises(kind, match=named):
+    with pytest.raises(kind, match=message):
         function(model, data)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
@@ -376,10 +378,10 @@ def test_a_small_excess_is_not_hidden_by_the_flat_directions() -> None:
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if left_side(middle) < 1.02 else (low, middle)
-    found = measure(
+    margins = measure(
         model, nn.MSELoss(), (x, y), lr=low, batch_size=2, quantities=("theorem1",), tol=0.03
     )
-    assert found.theorem1 == pytest.approx(1.02, abs=1e-3)
+    assert margins.theorem1 == pytest.approx(1.02, abs=1e-3)
 
 
 def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, data: Data) -> None:
@@ -387,12 +389,11 @@ def test_theorem1_of_gradient_descent_needs_no_batch_size(network: nn.Module, da
     optimizer = stableopt.GD(network.parameters(), lr=0.3)
     h = dense_hessians(network, nn.MSELoss(), *data).mean(0)
     monitor = optimizer.track(network, nn.MSELoss(), data, quantities=("theorem1",), tol=1e-8)
-    monitor._counter.observed.append(
-        100
-    )  # steps of more samples than the probe has: warnings are errors
-    found = monitor.measure()
+    # Steps of more samples than the probe has: warnings are errors.
+    monitor._counter.observed.append(100)
+    margins = monitor.measure()
     contraction = torch.eye(38, dtype=torch.float64) - 0.3 * h
-    assert found.theorem1 == pytest.approx(largest(contraction @ contraction), rel=1e-6)
+    assert margins.theorem1 == pytest.approx(largest(contraction @ contraction), rel=1e-6)
 
 
 def test_the_failure_of_one_quantity_leaves_the_others() -> None:

@@ -27,17 +27,17 @@ def example() -> Any:
     return module
 
 
-def run(way: str, gpt: Any, width: int, micro_batch: int) -> None:
+def train_or_measure(task: str, gpt: Any, width: int, micro_batch: int) -> None:
     """Train for a step, or measure, on twice the micro-batch."""
     ids = torch.randint(96, (2 * micro_batch, CONTEXT))
     model = gpt.GPT(96, CONTEXT, width=width, layers=4, heads=4)
     optimizer = torch.optim.AdamW(model.parameters())
-    # In a run that measures, the optimizer has its state, and gradients are there.
-    for rows in (2, micro_batch) if way == "training" else (2,):
+    # A run that measures also has the optimizer's state, and gradients.
+    for rows in (2, micro_batch) if task == "training" else (2,):
         optimizer.zero_grad()
         gpt.loss_fn(model(ids[:rows]), ids[:rows]).backward()
         optimizer.step()
-    if way == "measurement":
+    if task == "measurement":
         margins = stableopt.measure(
             model,
             gpt.loss_fn,
@@ -50,14 +50,14 @@ def run(way: str, gpt: Any, width: int, micro_batch: int) -> None:
         assert margins.preconditioned_sharpness is not None
 
 
-def peak(way: str) -> float:
+def peak(task: str) -> float:
     """Return by how many MiB training, or a measurement, raises the process's peak memory."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     gpt = example()
-    run(way, gpt, 8, 2)  # what torch sets up on first use is neither's
+    train_or_measure(task, gpt, 8, 2)  # the first run sets up torch
     before = peak_mib()
-    run(way, gpt, 96, MICRO_BATCH)
+    train_or_measure(task, gpt, 96, MICRO_BATCH)
     return peak_mib() - before
 
 
@@ -66,12 +66,12 @@ def test_a_measurement_takes_at_most_half_more_than_a_training_step() -> None:
     """Catches passes of a whole micro-batch held for the second derivative, or all passes kept: ten
     times the memory of a training step here.
 
-    A fresh process each, since peaks never fall; the model, its optimizer and data are in both. 85
-    and 102 MiB were seen.
+    Each runs in a fresh process, since peaks never fall; both hold the model, its optimizer and
+    data. Measured: 85 and 102 MiB.
     """
     peaks = {}
-    for way in ("training", "measurement"):
-        code = f"from test_memory import peak; print(peak({way!r}))"
-        peaks[way] = peak_of_process(code, HERE, **EAGER_RETURN)
+    for task in ("training", "measurement"):
+        code = f"from test_memory import peak; print(peak({task!r}))"
+        peaks[task] = peak_of_process(code, HERE, **EAGER_RETURN)
     assert peaks["training"] > 70  # MiB: so much that the ratio is of activations
     assert peaks["measurement"] < 1.5 * peaks["training"]

@@ -34,9 +34,9 @@ from stableopt.stability.measure.evaluation import Evaluation
 Data = tuple[Tensor, Tensor]
 
 
-def _step_length(at: Evaluation) -> QuantityResult:
-    assert at.rule is not None
-    length = at.rule.lr * float(at.problem.gradient().norm())
+def _step_length(evaluation: Evaluation) -> QuantityResult:
+    assert evaluation.rule is not None
+    length = evaluation.rule.lr * float(evaluation.problem.gradient().norm())
     return QuantityResult(length, measurement=Measurement(length, 0.0, 1, 0.0, True))
 
 
@@ -63,17 +63,17 @@ def gradient_norm(network: nn.Module, data: Data) -> float:
 
 
 def test_measure_takes_a_registered_quantity(network: nn.Module, data: Data, toy: Quantity) -> None:
-    """Catches a list of quantities that is written down twice."""
+    """Catches a second list of quantities, which lacks the registered one."""
     names = ("step_length", "sharpness")
-    found = measure(network, nn.MSELoss(), data, lr=0.5, batch_size=4, quantities=names)
-    result = found["step_length"]
+    margins = measure(network, nn.MSELoss(), data, lr=0.5, batch_size=4, quantities=names)
+    result = margins["step_length"]
     assert result.value == pytest.approx(0.5 * gradient_norm(network, data))
     assert result.limit == 4.0
     assert result.ratio == pytest.approx(result.value / 4)
     assert result.measurement is not None
     assert result.measurement.seconds > 0
-    assert list(found.measurements) == ["sharpness", "step_length"]
-    assert StabilityMargins.from_dict(found.to_dict()) == found
+    assert list(margins.measurements) == ["sharpness", "step_length"]
+    assert StabilityMargins.from_dict(margins.to_dict()) == margins
     with pytest.raises(ValueError, match="step_length needs a learning rate and a batch size"):
         measure(network, nn.MSELoss(), data, lr=0.5, quantities=("step_length",))
 
@@ -126,9 +126,9 @@ def test_the_monitor_and_its_sinks_carry_a_registered_quantity(
     state = monitor.state_dict()
     del QUANTITIES["step_length"]
     try:
-        again = StabilityMargins.from_dict(state["history"][0])
-        assert again["step_length"].value == record["step_length"]
-        assert again.record() == record
+        restored = StabilityMargins.from_dict(state["history"][0])
+        assert restored["step_length"].value == record["step_length"]
+        assert restored.record() == record
         with pytest.raises(KeyError, match="expected one of sharpness"):
             StabilityMargins()["step_length"]
     finally:
@@ -201,7 +201,7 @@ def test_flat_checkpoints_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "named"),
+    ("call", "message"),
     [
         (lambda: register(QUANTITIES["sharpness"]), "registered already"),
         (lambda: Quantity("two words", _step_length), "name='two words'"),
@@ -210,9 +210,9 @@ def test_flat_checkpoints_are_read() -> None:
         (lambda: Chart("title", "x", tag="t", short_tag="longer"), "short_tag='longer'"),
     ],
 )
-def test_bad_entries_are_named(call, named: str) -> None:
-    """Catches an entry whose keys in a record would be another's."""
-    with pytest.raises(ValueError, match=named):
+def test_bad_entries_are_named(call, message: str) -> None:
+    """Catches an entry whose keys in a record clash with another's."""
+    with pytest.raises(ValueError, match=message):
         call()
 
 
@@ -227,8 +227,8 @@ def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None
     UpdateRule.register(Halving, lambda opt: UpdateRule(lr=opt.param_groups[0]["lr"] / 2))
     try:
         optimizer = Halving(network.parameters(), lr=0.5)
-        found = measure(network, nn.MSELoss(), data, optimizer=optimizer)
-        assert found["sharpness"].limit == 2 / 0.25
+        margins = measure(network, nn.MSELoss(), data, optimizer=optimizer)
+        assert margins["sharpness"].limit == 2 / 0.25
         with StabilityMonitor(optimizer, network, nn.MSELoss(), data, every=1) as monitor:
             assert monitor.measure().sharpness_limit == 2 / 0.25
     finally:

@@ -16,34 +16,38 @@ from stableopt.steering.target import lr_at_limit
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
-@pytest.mark.parametrize("every", [1, 2, 5, 6])
-def test_lookahead_over_gradient_descent(every: int, share: float) -> None:
+@pytest.mark.parametrize("inner_steps", [1, 2, 5, 6])
+def test_lookahead_over_gradient_descent(inner_steps: int, share: float) -> None:
     """Catches another power, and the parity: (1 - k)^n is positive for even n."""
-    expected = 1 + ((2 - share) / share) ** (1 / every) if every % 2 else 2.0
-    assert lookahead_edge(1.0, ((1.0,), (1.0,)), every, share) == pytest.approx(expected, rel=1e-10)
+    expected = 1 + ((2 - share) / share) ** (1 / inner_steps) if inner_steps % 2 else 2.0
+    assert lookahead_edge(1.0, ((1.0,), (1.0,)), inner_steps, share) == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
-@pytest.mark.parametrize("every", [1, 3, 4])
+@pytest.mark.parametrize("inner_steps", [1, 3, 4])
 @pytest.mark.parametrize(("beta", "c"), [(0.5, 1.0), (0.9, 0.9)])
 def test_lookahead_of_all_of_the_way_is_the_optimizer_inside(
-    every: int, beta: float, c: float
+    inner_steps: int, beta: float, c: float
 ) -> None:
     """Catches a round that loses the momentum: with alpha = 1 it changes nothing."""
     pair = momentum_filter(beta, 1.0, 0.0, 1.0)
     # The edge touches the circle, where a root is accurate to the tolerance over its slope.
-    assert lookahead_edge(c, pair, every, 1.0) == pytest.approx((1 + beta) * (1 + c), rel=1e-9)
+    assert lookahead_edge(c, pair, inner_steps, 1.0) == pytest.approx(
+        (1 + beta) * (1 + c), rel=1e-9
+    )
 
 
-def real(package: str, inner: torch.optim.Optimizer, every: int) -> Any:
+def real_lookahead(package: str, inner: torch.optim.Optimizer, inner_steps: int) -> Any:
     if package == "torch_optimizer":
-        return torch_optimizer.Lookahead(inner, k=every, alpha=0.4)
+        return torch_optimizer.Lookahead(inner, k=inner_steps, alpha=0.4)
     kinds = pytest.importorskip(package, reason=f"needs {package}")
-    return kinds.Lookahead(inner, k=every, alpha=0.4)
+    return kinds.Lookahead(inner, k=inner_steps, alpha=0.4)
 
 
 @pytest.mark.parametrize("package", ["torch_optimizer", "pytorch_optimizer"])
-@pytest.mark.parametrize(("every", "momentum"), [(3, 0.0), (4, 0.8)])
-def test_the_real_lookahead(package: str, every: int, momentum: float) -> None:
+@pytest.mark.parametrize(("inner_steps", "momentum"), [(3, 0.0), (4, 0.8)])
+def test_the_real_lookahead(package: str, inner_steps: int, momentum: float) -> None:
     """Catches the inner limit for the outer: rounds of the real class shrink at 0.98 of the limit, and
     grow at 1.02.
     """
@@ -51,11 +55,11 @@ def test_the_real_lookahead(package: str, every: int, momentum: float) -> None:
     for factor, grows in ((0.98, False), (1.02, True)):
         p = nn.Parameter(torch.ones(2, dtype=torch.float64))
         inner = torch.optim.SGD([p], lr=1.0, momentum=momentum)
-        optimizer = real(package, inner, every)
+        optimizer = real_lookahead(package, inner, inner_steps)
         unit = UpdateRule.from_optimizer(optimizer)
-        assert unit.lookahead == (every, 0.4)
+        assert unit.lookahead == (inner_steps, 0.4)
         inner.param_groups[0]["lr"] = factor * unit.max_sharpness / 3.0
-        for _ in range(150 * every):
+        for _ in range(150 * inner_steps):
             p.grad = curvature * p.detach()
             optimizer.step()
         assert float(p.detach().norm()) > 10 if grows else float(p.detach().norm()) < 0.1
@@ -117,30 +121,34 @@ def gradient(p: nn.Parameter, curvature: Tensor) -> None:
 def test_what_is_not_known_with_lookahead_or_ascent(
     network: nn.Module, data: tuple[Tensor, Tensor]
 ) -> None:
-    """Catches the non-uniformity's limit of the rule inside."""
-    rule, both = UpdateRule(lr=0.1, lookahead=(5, 0.5)), ("sharpness", "non_uniformity")
-    found = measure(network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=both)
-    assert found.sharpness_limit == pytest.approx((1 + 3**0.2) / 0.1)
-    assert found.non_uniformity is not None
-    assert found.non_uniformity_limit is None
+    """Catches the inner rule's limit on the non-uniformity."""
+    rule, quantities = UpdateRule(lr=0.1, lookahead=(5, 0.5)), ("sharpness", "non_uniformity")
+    margins = measure(
+        network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=quantities
+    )
+    assert margins.sharpness_limit == pytest.approx((1 + 3**0.2) / 0.1)
+    assert margins.non_uniformity is not None
+    assert margins.non_uniformity_limit is None
     batches = ("sharpness", "batch_sharpness")
-    found = measure(network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=batches)
-    assert found["batch_sharpness"].limit is None
+    margins = measure(
+        network, nn.MSELoss(), data, update_rule=rule, batch_size=2, quantities=batches
+    )
+    assert margins["batch_sharpness"].limit is None
     with pytest.raises(ValueError, match="not known with lookahead or ascent"):
         rule.max_non_uniformity(2)
-    for options, says in (
+    for options, message in (
         ({"lookahead": (0, 0.5)}, r"lookahead=\(0, 0\.5\)"),
         ({"lookahead": (5, 1.5)}, "alpha"),
         ({"ascent": -1.0}, "ascent=-1.0"),
         ({"ascent": 1.0, "lookahead": (5, 0.5)}, "with a preconditioner, groups or lookahead"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             UpdateRule(lr=0.1, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"ascent": 0.3}, {"lookahead": (5, 0.5), "momentum": 0.5}])
 def test_learning_rates_at_a_limit(options: dict[str, Any]) -> None:
-    """Catches a limit inverted as if it were a multiple of 1/lr, as that of SAM is not."""
+    """Catches a limit inverted as if it were proportional to 1/lr: SAM's is not."""
     rule = UpdateRule(lr=0.1, **options)
     assert lr_at_limit(rule, rule.max_sharpness) == pytest.approx(0.1, rel=1e-9)
     decaying = UpdateRule(lr=0.1, lookahead=(5, 0.5), decoupled_weight_decay=0.1)
@@ -154,11 +162,11 @@ def test_sinks_and_suggestions_of_lookahead(
     """Catches a region with the inner optimizer's limits, or one that stops a sink, and its rates."""
     kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
     optimizer = kinds.Lookahead(torch.optim.Adam(network.parameters()), k=2)
-    seen: list[Any] = []
+    events: list[Any] = []
 
     class Sink:
         def receive(self, event: Any) -> None:
-            seen.append((event.region, event.record()))
+            events.append((event.region, event.record()))
 
     with StabilityMonitor(
         optimizer,
@@ -172,7 +180,7 @@ def test_sinks_and_suggestions_of_lookahead(
     ):
         nn.MSELoss()(network(data[0]), data[1]).backward()
         optimizer.step()
-    ((region, record),) = seen
+    ((region, record),) = events
     assert region is None
     assert record["preconditioned_sharpness_limit"] > 0
     assert "non_uniformity_limit" not in record

@@ -31,10 +31,10 @@ def classes(package: str) -> list[Any]:
     """Return a parameter for each public class of ``package`` with a step."""
     if importlib.util.find_spec(package.split(".")[0]) is None:
         return [pytest.param(package, marks=pytest.mark.skip(reason=f"needs {package}"))]
-    found = vars(importlib.import_module(package)).values()
+    members = vars(importlib.import_module(package)).values()
     return [
         pytest.param(kind, id=f"{package}.{kind.__name__}")
-        for kind in found
+        for kind in members
         if inspect.isclass(kind)
         and kind is not torch.optim.Optimizer
         and callable(getattr(kind, "step", None))
@@ -43,11 +43,13 @@ def classes(package: str) -> list[Any]:
 
 
 EVERY = [
-    each for name in ("torch.optim", "torch_optimizer", "schedulefree") for each in classes(name)
+    parameter
+    for name in ("torch.optim", "torch_optimizer", "schedulefree")
+    for parameter in classes(name)
 ]
 
 
-def made(kind: type, model: nn.Module) -> Any:
+def build(kind: type, model: nn.Module) -> Any:
     """Return an optimizer of ``kind``, around SGD if it needs another one."""
     if "params" not in inspect.signature(kind).parameters:
         return kind(torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[call-arg]
@@ -80,9 +82,10 @@ def with_edges() -> set[str]:
         {"params": [nn.Parameter(torch.ones(2, 2))]},
         {"params": [nn.Parameter(torch.ones(2))]},
     ]
-    here = [case for name, case in PACKAGED.items() if installed(name)]
-    found = [type(case.make([dict(g) for g in groups])) for case in [*CASES.values(), *here]]
-    return {f"{kind.__module__}.{kind.__qualname__}" for kind in found}
+    available = [case for name, case in PACKAGED.items() if installed(name)]
+    cases = [*CASES.values(), *available]
+    kinds = [type(case.make([dict(g) for g in groups])) for case in cases]
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
 
 
 @pytest.mark.filterwarnings("ignore")  # the packages' own
@@ -93,22 +96,22 @@ def test_every_optimizer_is_known_or_measured(kind: type) -> None:
     """
     torch.manual_seed(0)
     model = nn.Linear(3, 2, bias=kind is not getattr(torch.optim, "Muon", None))
-    optimizer, data = made(kind, model), (torch.randn(8, 3), torch.randn(8, 2))
+    optimizer, data = build(kind, model), (torch.randn(8, 3), torch.randn(8, 2))
     if callable(getattr(optimizer, "train", None)):
         optimizer.train()
     with StabilityMonitor(optimizer, model, nn.MSELoss(), data, every=3, batch_size=4) as monitor:
         for _ in range(3):
             step(optimizer, model)
-    (found,) = monitor.history
-    assert found.failure is None
-    assert found.sharpness is not None
+    (margins,) = monitor.history
+    assert margins.failure is None
+    assert margins.sharpness is not None
     rule = UpdateRule.from_optimizer(optimizer)
     if rule.unknown is None:
-        assert found.edge_ratio is not None
+        assert margins.edge_ratio is not None
         assert f"{kind.__module__}.{kind.__qualname__}" in with_edges() | AROUND
     else:
         assert kind.__name__ in rule.unknown
-        assert found.edge_ratio is None
+        assert margins.edge_ratio is None
         assert (
             "register" in rule.unknown or rule.norm is not None or "does not move" in rule.unknown
         )
@@ -116,16 +119,16 @@ def test_every_optimizer_is_known_or_measured(kind: type) -> None:
 
 def test_most_are_known() -> None:
     """Catches a class that has lost its reader: as many of each package as today, at least."""
-    known: dict[str, int] = {}
-    for each in EVERY:
-        kind = each.values[0]
+    counts: dict[str, int] = {}
+    for parameter in EVERY:
+        kind = parameter.values[0]
         if isinstance(kind, type) and UpdateRule.reader_of(kind)[1] is not None:
             package = kind.__module__.split(".")[0]
-            known[package] = known.get(package, 0) + 1
+            counts[package] = counts.get(package, 0) + 1
     # Muon came with a later version of torch than the oldest that is supported.
-    assert known["torch"] >= 14
-    assert known["torch_optimizer"] == 12
-    assert known.get("schedulefree", 4) == 4
+    assert counts["torch"] >= 14
+    assert counts["torch_optimizer"] == 12
+    assert counts.get("schedulefree", 4) == 4
 
 
 def test_the_table_of_optimizers_has_every_reader() -> None:

@@ -18,22 +18,24 @@ from stableopt.steering.target import lr_at_limit
 
 
 def adan(beta1: float, beta2: float) -> Filter:
-    """M + beta2 d, m the average of g and d that of g - g'."""
+    """Return the filter of Adan: m + beta2 d, where m averages g, and d averages g - g'."""
     mean, difference = np.array([1 - beta1]), beta2 * (1 - beta2) * np.array([1.0, -1.0])
-    one, two = np.array([1.0, -beta1]), np.array([1.0, -beta2])
-    num = np.polymul(mean, two), np.polymul(difference, one)
-    return tuple(np.append(num[0], 0.0) + num[1]), tuple(np.polymul(one, two))
+    denominator1, denominator2 = np.array([1.0, -beta1]), np.array([1.0, -beta2])
+    num = np.polymul(mean, denominator2), np.polymul(difference, denominator1)
+    return tuple(np.append(num[0], 0.0) + num[1]), tuple(np.polymul(denominator1, denominator2))
 
 
 def ademamix(beta1: float, beta3: float, alpha: float) -> Filter:
-    """M + alpha s, fast and slow averages."""
-    one, three = np.array([1.0, -beta1]), np.array([1.0, -beta3])
-    num = (1 - beta1) * three + alpha * (1 - beta3) * one
-    return tuple(num), tuple(np.polymul(one, three))
+    """Return the filter of AdEMAMix: m + alpha s, the fast and the slow average."""
+    denominator1, denominator3 = np.array([1.0, -beta1]), np.array([1.0, -beta3])
+    num = (1 - beta1) * denominator3 + alpha * (1 - beta3) * denominator1
+    return tuple(num), tuple(np.polymul(denominator1, denominator3))
 
 
 def schedule_free(c: float, beta: float, mu: float) -> Filter:
-    """Where the gradient is, at y = (1 - beta) z + beta x, with momentum mu in z."""
+    """Return the filter of schedule-free steps: the gradient is at y = (1 - beta) z + beta x, with
+    momentum mu in z.
+    """
     num = (1 - mu) * np.array([1 - beta + beta * c, -(1 - beta) * (1 - c)])
     return tuple(num), tuple(np.polymul([1.0, -mu], [1.0, -(1 - c)]))
 
@@ -89,15 +91,15 @@ def test_closed_forms_follow_from_the_filter(seed: int) -> None:
         )
         a = float(random.uniform(0.1, 0.9)) * closed.max_sharpness
 
-        def same(one: float, other: float) -> None:
-            assert one == pytest.approx(other, rel=1e-10, abs=1e-10)
+        def agree(actual: float, expected: float) -> None:
+            assert actual == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
-        same(step.max_sharpness, closed.max_sharpness)
-        same(step.min_sharpness, closed.min_sharpness)
-        same(step.max_lr(closed.max_sharpness), closed.lr)
-        same(step.max_non_uniformity(0.5), closed.max_non_uniformity(0.5))
-        same(step.max_non_uniformity(0.5, a), closed.max_non_uniformity(0.5, a))
-        same(step.mean_square_radius(a, 0.1 * a), closed.mean_square_radius(a, 0.1 * a))
+        agree(step.max_sharpness, closed.max_sharpness)
+        agree(step.min_sharpness, closed.min_sharpness)
+        agree(step.max_lr(closed.max_sharpness), closed.lr)
+        agree(step.max_non_uniformity(0.5), closed.max_non_uniformity(0.5))
+        agree(step.max_non_uniformity(0.5, a), closed.max_non_uniformity(0.5, a))
+        agree(step.mean_square_radius(a, 0.1 * a), closed.mean_square_radius(a, 0.1 * a))
 
 
 @pytest.mark.parametrize("c", [1.0, 0.5])
@@ -168,9 +170,9 @@ def test_learning_rates_of_filters() -> None:
         rule = UpdateRule(lr=0.3, decoupled_weight_decay=decay, filter=pair)
         assert lr_at_limit(rule, rule.max_sharpness) == pytest.approx(0.3, rel=1e-10)
     heavy = UpdateRule(lr=0.1, momentum=0.9)
-    same = UpdateRule(lr=0.1, filter=((1.0,), (1.0, -0.9)))
-    assert momentum_gate(same, 1.2) == pytest.approx(momentum_gate(heavy, 1.2), rel=1e-10)
-    assert same.memory == pytest.approx(0.9)
+    heavy_filter = UpdateRule(lr=0.1, filter=((1.0,), (1.0, -0.9)))
+    assert momentum_gate(heavy_filter, 1.2) == pytest.approx(momentum_gate(heavy, 1.2), rel=1e-10)
+    assert heavy_filter.memory == pytest.approx(0.9)
     assert (UpdateRule(lr=0.0, filter=pair).max_sharpness, rule.min_sharpness) == (
         math.inf,
         pytest.approx(-0.2 * sum(pair[1]) / sum(pair[0])),
@@ -182,19 +184,19 @@ def test_learning_rates_of_filters() -> None:
         (((1.5, -0.5), (1.0, -0.5)), {"momentum": 0.5, "nesterov": True}),
         (((1.0,), (1.0,)), {}),
     ):
-        found, expected = (
-            critical_lr(*problem, batch_size=2, update_rule=UpdateRule(lr=1.0, **each))
-            for each in ({"filter": pair}, options)
+        critical, expected = (
+            critical_lr(*problem, batch_size=2, update_rule=UpdateRule(lr=1.0, **settings))
+            for settings in ({"filter": pair}, options)
         )
         # 1 - tau has the rounding of a subtraction.
-        assert found.value == pytest.approx(expected.value, rel=1e-10)
-    other = UpdateRule(lr=1.0, filter=FILTERS["Adan"])
+        assert critical.value == pytest.approx(expected.value, rel=1e-10)
+    adan_rule = UpdateRule(lr=1.0, filter=FILTERS["Adan"])
     with pytest.raises(ValueError, match=r"filter=.*expected the step of torch\.optim\.SGD"):
-        critical_lr(*problem, batch_size=2, update_rule=other)
+        critical_lr(*problem, batch_size=2, update_rule=adan_rule)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"filter": (1.0, 2.0)}, r"filter=\(1\.0, 2\.0\): expected \(num, den\)"),
         ({"filter": ((), (1.0,))}, "sequences of finite numbers"),
@@ -207,9 +209,9 @@ def test_learning_rates_of_filters() -> None:
         ({"filter": ((1.0,), (1.0,)), "nesterov": True}, "in the filter alone"),
     ],
 )
-def test_what_is_no_filter_is_named(options: dict, says: str) -> None:
+def test_what_is_no_filter_is_named(options: dict, message: str) -> None:
     """Catches a filter that never forgets or ascends, and two momenta at once."""
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         UpdateRule(lr=0.1, **options)
 
 

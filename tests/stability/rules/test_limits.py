@@ -87,9 +87,9 @@ def test_the_recursion_is_torch_optim_sgd(rule: str) -> None:
     """
     a, s = 2.0, 1.5
     expected = simulated_moments(RULES[rule], [a - s, a + s], steps=400)
-    found = mean_square_radius(a, s**2, lr=0.3, **RULES[rule])
+    radius = mean_square_radius(a, s**2, lr=0.3, **RULES[rule])
     # 400 power steps leave (second / first eigenvalue)^400.
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert radius == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.3, 2.0])
@@ -177,7 +177,7 @@ def test_noise_factor_by_enumeration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "named"),
+    ("call", "message"),
     [
         (lambda: noise_factor(0), "batch_size=0"),
         (lambda: noise_factor(5, 4), "batch_size=5 is above dataset_size=4"),
@@ -196,9 +196,9 @@ def test_noise_factor_by_enumeration() -> None:
         (lambda: StabilityRegion(UpdateRule(0.1), 1).boundary(1), "num=1"),
     ],
 )
-def test_bad_arguments_are_named(call, named: str) -> None:
+def test_bad_arguments_are_named(call, message: str) -> None:
     """Catches an error that does not name the argument."""
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         call()
 
 

@@ -1,4 +1,4 @@
-"""What a repeated step at a quadratic does not show: clipped updates, modes, and options."""
+"""Readers of clipped updates, modes and options, which repeated steps on a quadratic do not test."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def test_the_real_step_is_the_preconditioner_times_the_gradient(case: str, steps
     there: Adafactor's depend on gradients and parameters, Adadelta's on its own last step.
     """
     package, kind, options = CLIPPED[case]
-    of = getattr(needs(package), kind)
-    optimizer, step, gradient = stepped(lambda params: of(params, **options), steps, size=3.0)
+    optimizer_class = getattr(needs(package), kind)
+    optimizer, step, gradient = stepped(
+        lambda params: optimizer_class(params, **options), steps, size=3.0
+    )
     rule = UpdateRule.from_optimizer(optimizer)
     assert rule.preconditioner is not None
     predicted = -rule.lr * (rule.preconditioner @ gradient)
@@ -78,8 +80,8 @@ def test_the_real_step_is_the_preconditioner_times_the_gradient(case: str, steps
 @pytest.mark.parametrize("package", ["torch.optim", "transformers"])
 def test_adafactor_without_gradients_is_not_known(package: str) -> None:
     """Catches a clipping of 1 assumed where the gradient that decides is gone."""
-    of = needs(package).Adafactor
-    optimizer, _, _ = stepped(lambda params: of(params), 3)
+    optimizer_class = needs(package).Adafactor
+    optimizer, _, _ = stepped(lambda params: optimizer_class(params), 3)
     assert UpdateRule.from_optimizer(optimizer).unknown is None
     optimizer.zero_grad()
     assert "scales its update by the gradient" in str(UpdateRule.from_optimizer(optimizer).unknown)
@@ -87,8 +89,12 @@ def test_adafactor_without_gradients_is_not_known(package: str) -> None:
 
 def test_schedule_free_modes() -> None:
     """Catches margins of the averages x against the limit of y, and a limit where nothing moves."""
-    free = needs("schedulefree")
-    for kind in (free.SGDScheduleFree, free.AdamWScheduleFree, free.RAdamScheduleFree):
+    schedulefree = needs("schedulefree")
+    for kind in (
+        schedulefree.SGDScheduleFree,
+        schedulefree.AdamWScheduleFree,
+        schedulefree.RAdamScheduleFree,
+    ):
         params = [nn.Parameter(torch.ones(2))]
         optimizer = kind(params, lr=0.1)
         fresh = UpdateRule.from_optimizer(optimizer)
@@ -99,21 +105,21 @@ def test_schedule_free_modes() -> None:
         for _ in range(3):
             params[0].grad = torch.ones(2)
             optimizer.step()
-        known = UpdateRule.from_optimizer(optimizer)
-        if kind is free.RAdamScheduleFree:
-            assert "does not move the parameters" in str(known.unknown)
+        trained_rule = UpdateRule.from_optimizer(optimizer)
+        if kind is schedulefree.RAdamScheduleFree:
+            assert "does not move the parameters" in str(trained_rule.unknown)
             continue
-        assert known.momentum == pytest.approx(2 / 3)
+        assert trained_rule.momentum == pytest.approx(2 / 3)
         optimizer.eval()
         assert "call optimizer.train()" in str(UpdateRule.from_optimizer(optimizer).unknown)
         optimizer.train()
-        assert UpdateRule.from_optimizer(optimizer).max_sharpness == known.max_sharpness
+        assert UpdateRule.from_optimizer(optimizer).max_sharpness == trained_rule.max_sharpness
 
 
 def test_schedule_free_limit_tends_to_that_of_the_gradients_share() -> None:
     """Catches the roles of x and z exchanged: the limit is 2 / ((1 - beta) gamma) for small c."""
-    free = needs("schedulefree")
-    optimizer = free.SGDScheduleFree([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    schedulefree = needs("schedulefree")
+    optimizer = schedulefree.SGDScheduleFree([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
     optimizer.train()
     optimizer.param_groups[0].update(
         k=10**9, weight_sum=0.1**2 * 10**9, lr_max=0.1, scheduled_lr=0.1
@@ -132,33 +138,33 @@ UNREAD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", UNREAD)
 def test_options_that_change_the_step_are_not_read(case: str) -> None:
-    """Catches the limit of the usual step for another one."""
-    kind, options, says = UNREAD[case]
-    of = getattr(needs("pytorch_optimizer"), kind)
-    rule = UpdateRule.from_optimizer(of([nn.Parameter(torch.ones(2, 2))], **options))
-    assert says in str(rule.unknown)
+    """Catches the default step's limit where options change the step."""
+    kind, options, message = UNREAD[case]
+    optimizer_class = getattr(needs("pytorch_optimizer"), kind)
+    rule = UpdateRule.from_optimizer(optimizer_class([nn.Parameter(torch.ones(2, 2))], **options))
+    assert message in str(rule.unknown)
 
 
 def test_filters_and_joining_decay_of_groups_that_differ_have_no_limit() -> None:
     """Catches one group's filter, or its decay, taken for that of all."""
     adan = needs("pytorch_optimizer").Adan
-    one, two = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    first_param, second_param = (nn.Parameter(torch.ones(2)) for _ in range(2))
 
     def unknown(optimizer: torch.optim.Optimizer) -> str:
-        for p in (one, two):
+        for p in (first_param, second_param):
             p.grad = torch.ones(2)
         optimizer.step()
         return str(UpdateRule.from_optimizer(optimizer).unknown)
 
-    def groups(**second: Any) -> list[dict[str, Any]]:
-        return [{"params": [one]}, {"params": [two], **second}]
+    def groups(**options: Any) -> list[dict[str, Any]]:
+        return [{"params": [first_param]}, {"params": [second_param], **options}]
 
     assert "different filters of the gradients" in unknown(adan(groups(betas=(0.9, 0.9, 0.9))))
     apart = adan(groups(weight_decay=0.1), weight_decouple=True)
     assert "different decoupled weight decay" in unknown(apart)
-    free = needs("schedulefree").AdamWScheduleFree(groups(weight_decay=0.1))
-    free.train()
-    assert "parameters of different weight decay" in unknown(free)
+    schedule_free = needs("schedulefree").AdamWScheduleFree(groups(weight_decay=0.1))
+    schedule_free.train()
+    assert "parameters of different weight decay" in unknown(schedule_free)
 
 
 def test_sophia_does_not_react_where_it_clips() -> None:
@@ -189,9 +195,12 @@ def test_a_monitor_follows_filters_and_schedule_free_optimizers(
     network: nn.Module, data: tuple[Tensor, Tensor]
 ) -> None:
     """Catches a reader that works on a state alone, and not in the hook of a real run."""
-    free, adan = needs("schedulefree").AdamWScheduleFree, needs("pytorch_optimizer").Adan
-    for optimizer in (free(network.parameters(), lr=1e-3), adan(network.parameters(), lr=1e-3)):
-        if isinstance(optimizer, free):
+    schedule_free, adan = needs("schedulefree").AdamWScheduleFree, needs("pytorch_optimizer").Adan
+    for optimizer in (
+        schedule_free(network.parameters(), lr=1e-3),
+        adan(network.parameters(), lr=1e-3),
+    ):
+        if isinstance(optimizer, schedule_free):
             optimizer.train()
         with StabilityMonitor(optimizer, network, nn.MSELoss(), data, every=2) as monitor:
             for _ in range(4):
@@ -221,18 +230,20 @@ def test_bitsandbytes_of_8_bits(kind: str, shape: tuple[int, int]) -> None:
         for p, optimizer in zip(ps, optimizers, strict=True):
             p.grad = gradient.clone()
             optimizer.step()
-    own, exact = (UpdateRule.from_optimizer(optimizer) for optimizer in optimizers)
-    assert own.max_sharpness == pytest.approx(exact.max_sharpness)
-    _agree(own, exact, shape, rounded="8bit" in kind and shape[0] == 64)
+    eight_bits, exact = (UpdateRule.from_optimizer(optimizer) for optimizer in optimizers)
+    assert eight_bits.max_sharpness == pytest.approx(exact.max_sharpness)
+    _agree(eight_bits, exact, shape, rounded="8bit" in kind and shape[0] == 64)
 
 
-def _agree(own: UpdateRule, exact: UpdateRule, shape: tuple[int, int], *, rounded: bool) -> None:
-    assert own.preconditioner is not None
+def _agree(
+    eight_bits: UpdateRule, exact: UpdateRule, shape: tuple[int, int], *, rounded: bool
+) -> None:
+    assert eight_bits.preconditioner is not None
     assert exact.preconditioner is not None
     ones = torch.ones(shape[0] * shape[1])
-    off = ((own.preconditioner @ ones) / (exact.preconditioner @ ones) - 1).abs()
+    error = ((eight_bits.preconditioner @ ones) / (exact.preconditioner @ ones) - 1).abs()
     # Eight bits resolve a second moment to about 2 %, the smallest less well.
-    assert float(off.median()) < (2e-2 if rounded else 1e-5)
+    assert float(error.median()) < (2e-2 if rounded else 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -243,9 +254,8 @@ def test_torchao_of_8_bits(
 ) -> None:
     """Catches the decay of Adam8bit decoupled, or that of AdamW8bit coupled, and codes for moments."""
     kinds = needs("torchao.optim")
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: function
-    )  # no compiler needed
+    # No compiler is needed.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     torch.manual_seed(0)
     ps = [nn.Parameter(torch.ones(shape)) for _ in range(2)]
     twin = torch.optim.AdamW if kind == "AdamW8bit" else torch.optim.Adam
@@ -258,10 +268,10 @@ def test_torchao_of_8_bits(
         for p, optimizer in zip(ps, optimizers, strict=True):
             p.grad = gradient.clone()
             optimizer.step()
-    own, exact = (UpdateRule.from_optimizer(optimizer) for optimizer in optimizers)
-    assert own.max_sharpness == pytest.approx(exact.max_sharpness)
-    assert own.weight_decay == exact.weight_decay
-    _agree(own, exact, shape, rounded=shape[0] == 64)
+    eight_bits, exact = (UpdateRule.from_optimizer(optimizer) for optimizer in optimizers)
+    assert eight_bits.max_sharpness == pytest.approx(exact.max_sharpness)
+    assert eight_bits.weight_decay == exact.weight_decay
+    _agree(eight_bits, exact, shape, rounded=shape[0] == 64)
 
 
 def test_classes_are_known_by_name_without_their_package() -> None:
@@ -283,26 +293,26 @@ def test_measures_with_a_muon_beside_it_are_not_refused(data: tuple[Tensor, Tens
     lion = needs("pytorch_optimizer").Lion
     model = nn.Linear(3, 2).double()
     with pytest.warns(RuntimeWarning, match="generalised_sharpness"):
-        found = measure(
+        margins = measure(
             model,
             nn.MSELoss(),
             (data[0], torch.zeros(7, 2).double()),
             optimizer=lion(model.parameters()),
         )
-    assert found.sharpness is not None
-    assert found.edge_ratio is None
+    assert margins.sharpness is not None
+    assert margins.edge_ratio is None
 
 
 @pytest.mark.parametrize("kind", ["RAdam", "Adamax", "Adadelta", "ASGD"])
 def test_complex_parameters_are_read_as_their_real_view(kind: str) -> None:
     """Catches the root of a complex number where torch takes that of each part."""
     torch.manual_seed(0)
-    own = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
-    real = nn.Parameter(torch.view_as_real(own.detach()).clone())
-    optimizers = [getattr(torch.optim, kind)([p]) for p in (own, real)]
+    complex_param = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128))
+    real_param = nn.Parameter(torch.view_as_real(complex_param.detach()).clone())
+    optimizers = [getattr(torch.optim, kind)([p]) for p in (complex_param, real_param)]
     for _ in range(8):
-        own.grad = torch.randn(3, 2, dtype=torch.complex128)
-        real.grad = torch.view_as_real(own.grad).clone()
+        complex_param.grad = torch.randn(3, 2, dtype=torch.complex128)
+        real_param.grad = torch.view_as_real(complex_param.grad).clone()
         for optimizer in optimizers:
             optimizer.step()
     rules = [UpdateRule.from_optimizer(optimizer) for optimizer in optimizers]
@@ -312,7 +322,7 @@ def test_complex_parameters_are_read_as_their_real_view(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["Lion", "AdaBelief", "Lamb"])
 def test_ascent_that_the_optimizer_says_once_is_read(name: str) -> None:
-    """Catches the Hessian of the loss for that of its negative, where groups do not say it."""
+    """Catches the Hessian of the loss for that of its negative, where no group has ``maximize``."""
     kind = getattr(needs("pytorch_optimizer"), name)
     params = [nn.Parameter(torch.ones(2))]
     assert UpdateRule.from_optimizer(kind(params, lr=0.1, maximize=True)).maximize
@@ -321,7 +331,7 @@ def test_ascent_that_the_optimizer_says_once_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("option", ["cautious", "use_gc"])
 def test_options_that_make_lion_another_step_are_named(option: str) -> None:
-    """Catches the norm of plain signs for steps that are none."""
+    """Catches the norm of sign descent for steps that are not signs."""
     lion = needs("pytorch_optimizer").Lion(
         [nn.Parameter(torch.ones(2, 2))], lr=0.1, **{option: True}
     )

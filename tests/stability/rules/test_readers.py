@@ -14,23 +14,23 @@ from torch import Tensor
 from stableopt import UpdateRule, measure
 
 
-def every(*times: int) -> list[Any]:
+def cases_at(*times: int) -> list[Any]:
     # L-BFGS has found the minimum after ten steps.
-    found = [
+    params = [
         pytest.param(case, min(t, 8 if "LBFGS" in name else t), id=f"{name}, step {t}")
         for name, case in CASES.items()
         for t in times
     ]
     for name, case in PACKAGED.items():
         missing = pytest.mark.skipif(not installed(name), reason=f"needs {name.split('.')[0]}")
-        found += [
+        params += [
             pytest.param(case, max(t, case.least), id=f"{name}, step {t}", marks=missing)
             for t in times
         ]
-    return found
+    return params
 
 
-@pytest.mark.parametrize(("case", "t"), every(3, 30))
+@pytest.mark.parametrize(("case", "t"), cases_at(3, 30))
 def test_the_real_class_crosses_where_its_rule_says(case: Case, t: int) -> None:
     """Catches a wrong limit, a wrong preconditioner, a state entry read for another, a bias correction
     left out or made twice. At the critical rate the matrix of the real step has an eigenvalue of size 1,
@@ -76,26 +76,26 @@ def scalar_roots(rule: UpdateRule, matrix: Tensor) -> Tensor:
     """Return the roots of the mode of each eigenvalue of ``matrix``, and 0 for what repeats others."""
     step = rule.linear_step
     beta, c = rule.momentum, 1 - rule.lr * rule.decoupled_weight_decay
-    now, mean = (1.0, beta) if rule.nesterov else (1 - rule.momentum_share, rule.momentum_share)
-    found = [np.zeros(1 if rule.filter else 0)]
+    direct, mean = (1.0, beta) if rule.nesterov else (1 - rule.momentum_share, rule.momentum_share)
+    roots = [np.zeros(1 if rule.filter else 0)]
     for eigenvalue in torch.linalg.eigvals(matrix).real.tolist():
         k = rule.lr * (eigenvalue + step.weight_decay)
         if rule.filter is None:
-            trace = c + beta - (now + mean * (1 - rule.dampening)) * k
-            found.append(np.roots([1, -trace, beta * c - beta * now * k]))
+            trace = c + beta - (direct + mean * (1 - rule.dampening)) * k
+            roots.append(np.roots([1, -trace, beta * c - beta * direct * k]))
         else:
             num, den = rule.filter
-            found.append(np.roots(np.polymul([1, -c], den) + k * np.append(0.0, num)))
-    return torch.from_numpy(np.concatenate(found))
+            roots.append(np.roots(np.polymul([1, -c], den) + k * np.append(0.0, num)))
+    return torch.from_numpy(np.concatenate(roots))
 
 
-@pytest.mark.parametrize(("case", "t"), every(3))
+@pytest.mark.parametrize(("case", "t"), cases_at(3))
 def test_measured_and_dense_preconditioned_sharpness_agree(case: Case, t: int) -> None:
     """Catches a preconditioner applied in another order of parameters than the Hessian's, a decay on
     the wrong side of it, or a root that is none.
     """
     frozen = Frozen(case, t)
-    found = measure(
+    margins = measure(
         frozen.model,
         frozen.loss_fn,
         frozen.data,
@@ -105,12 +105,12 @@ def test_measured_and_dense_preconditioned_sharpness_agree(case: Case, t: int) -
     )
     top = float(torch.linalg.eigvals(frozen.preconditioned()).real.max())
     if not UpdateRule.from_optimizer(frozen.optimizer).preconditioned:
-        assert found.sharpness_ratio == pytest.approx(frozen.ratio(), rel=1e-8)
+        assert margins.sharpness_ratio == pytest.approx(frozen.ratio(), rel=1e-8)
         return
-    assert found.preconditioned_sharpness == pytest.approx(top, rel=1e-8)
-    assert found.preconditioned_sharpness_ratio == pytest.approx(frozen.ratio(), rel=1e-8)
-    assert found.sharpness == pytest.approx(
+    assert margins.preconditioned_sharpness == pytest.approx(top, rel=1e-8)
+    assert margins.preconditioned_sharpness_ratio == pytest.approx(frozen.ratio(), rel=1e-8)
+    assert margins.sharpness == pytest.approx(
         float(torch.linalg.eigvalsh(frozen.hessian)[-1]), rel=1e-8
     )
-    assert found.sharpness_limit is None
-    assert found.stable == (frozen.ratio() <= 1)
+    assert margins.sharpness_limit is None
+    assert margins.stable == (frozen.ratio() <= 1)

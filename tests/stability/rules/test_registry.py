@@ -25,8 +25,10 @@ def test_torch_optimizer_is_not_imported_and_its_classes_are_known() -> None:
         "rule = stableopt.UpdateRule.from_optimizer(torch_optimizer.Yogi([torch.zeros(1)], lr=0.5));"
         "print(rule.max_sharpness)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(76.0)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert float(process.stdout) == pytest.approx(76.0)
 
 
 def test_a_subclass_with_a_step_of_its_own_is_unknown() -> None:
@@ -99,9 +101,10 @@ def test_a_step_that_is_not_known_has_no_limits(network: nn.Module, data: Data) 
         with pytest.raises(ValueError, match=r"limit .* is not known: optimizer is Mine.*register"):
             limit()
     with pytest.warns(RuntimeWarning, match="optimizer is Mine, whose update rule is not known"):
-        found = measure(network, MSE, data, optimizer=Mine(network.parameters()), batch_size=2)
-    assert found.sharpness is not None
-    assert (found.sharpness_limit, found.preconditioned_sharpness, found.stable) == (None,) * 3
+        margins = measure(network, MSE, data, optimizer=Mine(network.parameters()), batch_size=2)
+    assert margins.sharpness is not None
+    unknown = (margins.sharpness_limit, margins.preconditioned_sharpness, margins.stable)
+    assert unknown == (None,) * 3
 
 
 def test_rates_that_are_no_numbers_do_not_stop_an_unknown_optimizer() -> None:

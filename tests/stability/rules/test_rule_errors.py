@@ -85,6 +85,6 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_named(case: str, network: nn.Module) -> None:
     """Catches an error from deep inside, or a wrong number without one."""
-    call, kind, named = BAD[case]
-    with warnings.catch_warnings(), pytest.raises(kind, match=named):
+    call, kind, message = BAD[case]
+    with warnings.catch_warnings(), pytest.raises(kind, match=message):
         call(network)

@@ -29,9 +29,9 @@ def test_non_uniformity_and_theorem_1_are_those_of_preconditioned_samples(
     take(optimizer, network, data, 4)
     hessians = dense_hessians(network, MSE, *data)
     root = dense(UpdateRule.from_optimizer(optimizer)).sqrt()
-    own = torch.stack([root @ h @ root for h in hessians])
-    h, sigma = own.mean(0) + 0.4 * root @ root, covariance(own)
-    found = measure(
+    preconditioned = torch.stack([root @ h @ root for h in hessians])
+    h, sigma = preconditioned.mean(0) + 0.4 * root @ root, covariance(preconditioned)
+    margins = measure(
         network,
         MSE,
         data,
@@ -42,11 +42,11 @@ def test_non_uniformity_and_theorem_1_are_those_of_preconditioned_samples(
     )
     contraction = torch.eye(38, dtype=torch.float64) - 0.003 * h
     bound = contraction @ contraction + 0.003**2 * noise_factor(2, 7) * sigma
-    assert found.preconditioned_sharpness == pytest.approx(top(h), rel=1e-8)
-    assert found.non_uniformity == pytest.approx(math.sqrt(top(sigma)), rel=1e-8)
-    assert found.non_uniformity_limit == pytest.approx(math.sqrt(2 * 6 / 5) / 0.003)
-    assert found.theorem1 == pytest.approx(top(bound), rel=1e-8)
-    assert found.loss == pytest.approx(float(MSE(network(data[0]), data[1]).detach()))
+    assert margins.preconditioned_sharpness == pytest.approx(top(h), rel=1e-8)
+    assert margins.non_uniformity == pytest.approx(math.sqrt(top(sigma)), rel=1e-8)
+    assert margins.non_uniformity_limit == pytest.approx(math.sqrt(2 * 6 / 5) / 0.003)
+    assert margins.theorem1 == pytest.approx(top(bound), rel=1e-8)
+    assert margins.loss == pytest.approx(float(MSE(network(data[0]), data[1]).detach()))
 
 
 @pytest.mark.parametrize("kind", ["LBFGS", "Shampoo"])
@@ -56,10 +56,10 @@ def test_a_preconditioner_that_is_not_diagonal_has_no_non_uniformity(
     """Catches a number for what cannot be measured, and a default that raises."""
     optimizer = KINDS[kind](network.parameters())
     take(optimizer, network, data, 3)
-    found = measure(network, MSE, data, optimizer=optimizer, batch_size=2)
-    assert found.preconditioned_sharpness is not None
-    assert found.non_uniformity is None
-    assert found.non_uniformity_limit == (math.inf if kind == "LBFGS" else None)
+    margins = measure(network, MSE, data, optimizer=optimizer, batch_size=2)
+    assert margins.preconditioned_sharpness is not None
+    assert margins.non_uniformity is None
+    assert margins.non_uniformity_limit == (math.inf if kind == "LBFGS" else None)
     for name in ("non_uniformity", "theorem1"):
         with pytest.raises(ValueError, match=f"{name} needs a preconditioner with a root"):
             measure(network, MSE, data, optimizer=optimizer, batch_size=2, quantities=(name,))
@@ -93,11 +93,12 @@ def test_lbfgs_takes_the_length_that_its_line_search_chose(network: nn.Module, d
     take(optimizer, network, data, 2)
     length = optimizer.state[network[0].weight]["t"]
     assert UpdateRule.from_optimizer(optimizer).lr == float(length)
-    first = torch.optim.LBFGS(network.parameters(), lr=1.0, max_iter=1)
-    take(first, network, data)
+    one_step = torch.optim.LBFGS(network.parameters(), lr=1.0, max_iter=1)
+    take(one_step, network, data)
     # The first step is along the gradient, at a length of torch's own.
-    assert UpdateRule.from_optimizer(first).lr == float(first.state[network[0].weight]["t"]) != 1.0
-    assert torch.equal(dense(UpdateRule.from_optimizer(first)), torch.eye(38, dtype=torch.float64))
+    rule = UpdateRule.from_optimizer(one_step)
+    assert rule.lr == float(one_step.state[network[0].weight]["t"]) != 1.0
+    assert torch.equal(dense(rule), torch.eye(38, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("with_optimizer", [True, False])
@@ -119,11 +120,11 @@ def test_a_rule_that_the_user_gives_may_have_a_preconditioner(
         with StabilityMonitor(
             optimizer, network, MSE, data, update_rule=lambda optimizer: rule, tol=1e-10
         ) as monitor:
-            found = monitor.measure()
+            margins = monitor.measure()
     else:
-        found = measure(network, MSE, data, update_rule=rule, tol=1e-10)
-    assert found.preconditioned_sharpness == pytest.approx(top(matrix @ h), rel=1e-8)
-    assert found.preconditioned_sharpness_limit == 20.0
+        margins = measure(network, MSE, data, update_rule=rule, tol=1e-10)
+    assert margins.preconditioned_sharpness == pytest.approx(top(matrix @ h), rel=1e-8)
+    assert margins.preconditioned_sharpness_limit == 20.0
 
 
 def test_a_monitor_follows_adam(network: nn.Module, data: Data) -> None:
@@ -133,14 +134,14 @@ def test_a_monitor_follows_adam(network: nn.Module, data: Data) -> None:
     for _ in range(4):
         take(optimizer, network, data)
         h = dense_hessians(network, MSE, *data).mean(0)
-        found = monitor.margins
-        assert found is not None
+        margins = monitor.margins
+        assert margins is not None
         expected = top(dense(UpdateRule.from_optimizer(optimizer)) @ h)
         # The residual of 1e-9 is squared in a Ritz value.
-        assert found.preconditioned_sharpness == pytest.approx(expected, rel=1e-8)
-        assert found.preconditioned_sharpness_limit == pytest.approx(3800.0)
-        assert found.sharpness == pytest.approx(top(h), rel=1e-8)
-        assert found.converged
+        assert margins.preconditioned_sharpness == pytest.approx(expected, rel=1e-8)
+        assert margins.preconditioned_sharpness_limit == pytest.approx(3800.0)
+        assert margins.sharpness == pytest.approx(top(h), rel=1e-8)
+        assert margins.converged
     state = monitor.state_dict()
     assert {"sharpness", "preconditioned_sharpness"} == set(state["starts"])
     monitor.load_state_dict(state)
@@ -153,10 +154,10 @@ def test_steps_on_the_wrong_side_of_the_limit_are_seen_to_be_unstable() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     take(optimizer, model, data, 3)
     optimizer.param_groups[0]["lr"] = 1e6
-    found = measure(model, MSE, data, optimizer=optimizer)
-    assert found.preconditioned_sharpness_ratio is not None
-    assert found.preconditioned_sharpness_ratio > 1
-    assert found.stable is False
+    margins = measure(model, MSE, data, optimizer=optimizer)
+    assert margins.preconditioned_sharpness_ratio is not None
+    assert margins.preconditioned_sharpness_ratio > 1
+    assert margins.stable is False
 
 
 def test_problem_coordinates_of_float32(data: Data) -> None:
@@ -165,6 +166,6 @@ def test_problem_coordinates_of_float32(data: Data) -> None:
     x, y = data[0].float(), data[1].float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
     take(optimizer, model, (x, y), 2)
-    found = measure(model, MSE, (x, y), optimizer=optimizer, batch_size=1)
-    assert found.preconditioned_sharpness is not None
+    margins = measure(model, MSE, (x, y), optimizer=optimizer, batch_size=1)
+    assert margins.preconditioned_sharpness is not None
     assert Problem(model, MSE, (x, y)).dtype == torch.float32

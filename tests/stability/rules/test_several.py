@@ -34,7 +34,7 @@ PAIRS: dict[str, tuple[Make, Make]] = {
 }
 
 
-def held(optimizers: list[torch.optim.Optimizer]) -> None:
+def hold_adam(optimizers: list[torch.optim.Optimizer]) -> None:
     """Hold second moments and bias corrections of Adam constant."""
     for optimizer in optimizers:
         for state in optimizer.state.values():
@@ -59,7 +59,7 @@ def stepped(
             p.grad = part.clone()
         for optimizer in optimizers:
             optimizer.step()
-        held(optimizers)
+        hold_adam(optimizers)
         if step == 0:  # which Adam takes at full length
             for p in params:
                 p.data.fill_(1e-9)
@@ -100,23 +100,23 @@ def test_blocks_that_are_not_diagonal_are_applied_each_to_its_own() -> None:
     """Catches tensors handed to the wrong block, and a factor that is lost."""
     x, y, z = (torch.zeros(size) for size in (1, 2, 3))
     blocks = [DiagonalPreconditioner([x, y], [2.0, 3.0]), DiagonalPreconditioner([z], [5.0])]
-    both = BlockPreconditioner(blocks, [1.0, 10.0])
-    assert (both @ torch.ones(6)).tolist() == [2, 3, 3, 50, 50, 50]
-    assert (both.over([z, x]) @ torch.ones(4)).tolist() == [50, 50, 50, 2]
+    joint = BlockPreconditioner(blocks, [1.0, 10.0])
+    assert (joint @ torch.ones(6)).tolist() == [2, 3, 3, 50, 50, 50]
+    assert (joint.over([z, x]) @ torch.ones(4)).tolist() == [50, 50, 50, 2]
 
 
 def test_before_a_step_the_joint_preconditioner_is_not_known_yet() -> None:
     """Catches a rule that is called unknown for good where a step will make it known."""
-    one, two = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-    optimizers = [torch.optim.Adam([one]), torch.optim.AdamW([two])]
+    first_param, second_param = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    optimizers = [torch.optim.Adam([first_param]), torch.optim.AdamW([second_param])]
     assert "has not taken a step" in str(UpdateRule.of(optimizers).unknown)
-    for p, optimizer in zip((one, two), optimizers, strict=True):
+    for p, optimizer in zip((first_param, second_param), optimizers, strict=True):
         p.grad = torch.ones(1)
         optimizer.step()
     rule = UpdateRule.of(optimizers)
     assert rule.unknown is None
     assert rule.momentum == 0.9
-    alike = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in (one, two)]
+    alike = [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in (first_param, second_param)]
     assert UpdateRule.of(alike) == UpdateRule.from_optimizer(alike[0])
 
 
@@ -147,10 +147,10 @@ def test_groups_with_other_momenta_are_blocks_with_limits_of_their_own(name: str
     blocks = rule.preconditioner.blocks
     assert [block.name for block in blocks] == [f"{name}, group 0", f"{name}, group 1"]
     for block, p, value in zip(blocks, params, values, strict=True):
-        alone = torch.optim.SGD([p], lr=0.1, momentum=value) if name == "SGD" else optimizer
+        separate = torch.optim.SGD([p], lr=0.1, momentum=value) if name == "SGD" else optimizer
         assert block.params == [p]
         if name == "SGD":
-            assert block.rule == UpdateRule.from_optimizer(alone)
+            assert block.rule == UpdateRule.from_optimizer(separate)
         else:
             assert block.rule.momentum == value[0]
 
@@ -179,15 +179,17 @@ def test_a_decay_that_flips_signs_has_no_limit(weight_decay: float) -> None:
 
 
 def test_rounding_of_computed_settings_does_not_set_groups_apart() -> None:
-    """Catches averages of schedule-free SGD whose weights differ by one unit in the last place."""
+    """Catches groups that count as different because the weights of schedule-free averages differ
+    by one unit in the last place.
+    """
     schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     params = [torch.ones(1, requires_grad=True) for _ in range(2)]
     pairs = list(zip(params, (0.1, 0.3), strict=True))
-    one = [schedulefree.SGDScheduleFree([{"params": [p], "lr": lr} for p, lr in pairs])]
-    two = [schedulefree.SGDScheduleFree([p], lr=lr) for p, lr in pairs]
+    grouped = [schedulefree.SGDScheduleFree([{"params": [p], "lr": lr} for p, lr in pairs])]
+    separate = [schedulefree.SGDScheduleFree([p], lr=lr) for p, lr in pairs]
     inner = torch.optim.SGD([{"params": [p], "lr": lr} for p, lr in pairs])
     wrapped = [schedulefree.ScheduleFreeWrapper(inner)]
-    for optimizers in (one, two, wrapped):
+    for optimizers in (grouped, separate, wrapped):
         for optimizer in optimizers:
             optimizer.train()
         for _ in range(12):

@@ -31,49 +31,51 @@ def test_before_its_first_step_nothing_is_known_and_said_to_be(
     assert rule.preconditioned
     with pytest.raises(ValueError, match="has not taken a step"):
         rule.preconditioner @ torch.ones(38)
-    both = ("sharpness", "non_uniformity")
-    says = r"(preconditioned_sharpness|non_uniformity) was not measured: .* has not taken a step"
-    with pytest.warns(RuntimeWarning, match=says):
-        found = measure(
+    quantities = ("sharpness", "non_uniformity")
+    message = r"(preconditioned_sharpness|non_uniformity) was not measured: .* has not taken a step"
+    with pytest.warns(RuntimeWarning, match=message):
+        margins = measure(
             network,
             MSE,
             data,
             optimizer=optimizer,
             batch_size=2,
-            quantities=both if rule.diagonal else ("sharpness",),
+            quantities=quantities if rule.diagonal else ("sharpness",),
             tol=1e-6,
         )
     h = dense_hessians(network, MSE, *data).mean(0)
-    assert found.sharpness == pytest.approx(top(h), rel=1e-6)
-    assert found.failure is None
+    assert margins.sharpness == pytest.approx(top(h), rel=1e-6)
+    assert margins.failure is None
     for name in ("sharpness", "preconditioned_sharpness", "non_uniformity"):
-        assert getattr(found, f"{name}_limit") is None
-    unknown = (found.preconditioned_sharpness, found.limited_sharpness, found.non_uniformity)
-    assert (*unknown, found.stable) == (None,) * 4
+        assert getattr(margins, f"{name}_limit") is None
+    unknown = (margins.preconditioned_sharpness, margins.limited_sharpness, margins.non_uniformity)
+    assert (*unknown, margins.stable) == (None,) * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rule_is_a_copy_and_survives_checkpoints(
     kind: str, network: nn.Module, data: Data
 ) -> None:
-    """Catches entries that follow later steps, and a state that is read by what a checkpoint lacks."""
+    """Catches entries that change with later steps, and a reader that needs more than a checkpoint
+    has.
+    """
     torch.manual_seed(0)
     optimizer = KINDS[kind](network.parameters())
     take(optimizer, network, data, 3)
     rule = UpdateRule.from_optimizer(optimizer)
     before = dense(rule)
-    again = KINDS[kind](network.parameters())
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert torch.equal(dense(UpdateRule.from_optimizer(again)), before)
-    assert UpdateRule.from_optimizer(again).max_sharpness == rule.max_sharpness
+    restored = KINDS[kind](network.parameters())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(dense(UpdateRule.from_optimizer(restored)), before)
+    assert UpdateRule.from_optimizer(restored).max_sharpness == rule.max_sharpness
     take(optimizer, network, data)
     assert torch.equal(dense(rule), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_are_matched_by_identity(kind: str, network: nn.Module, data: Data) -> None:
-    """Catches P taken in the optimizer's order for a Hessian in the model's, and a part of it taken
-    with what is left out.
+    """Catches P in the optimizer's order next to a Hessian in the model's, and, where only some
+    parameters count, entries of the others.
     """
     torch.manual_seed(0)
     backwards = list(network.parameters())[::-1]
@@ -84,14 +86,14 @@ def test_parameters_are_matched_by_identity(kind: str, network: nn.Module, data:
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     index = torch.cat([torch.arange(a, b) for a, b in itertools.pairwise(starts)][::-1])
     p = dense(UpdateRule.from_optimizer(optimizer))[index][:, index]
-    found = measure(network, MSE, data, optimizer=optimizer, quantities=("sharpness",), tol=1e-10)
-    assert found.preconditioned_sharpness == pytest.approx(top(p @ h), rel=1e-8)
+    margins = measure(network, MSE, data, optimizer=optimizer, quantities=("sharpness",), tol=1e-10)
+    assert margins.preconditioned_sharpness == pytest.approx(top(p @ h), rel=1e-8)
     head = list(network[2].parameters())
-    part = measure(
+    of_head = measure(
         network, MSE, data, optimizer=optimizer, quantities=("sharpness",), params=head, tol=1e-10
     )
     expected = top(p[20:, 20:] @ h[20:, 20:])
-    assert part.preconditioned_sharpness == pytest.approx(expected, rel=1e-8)
+    assert of_head.preconditioned_sharpness == pytest.approx(expected, rel=1e-8)
 
 
 def test_parameters_that_came_late_have_their_own_bias_correction(
@@ -149,11 +151,11 @@ def test_nadam_with_parameters_at_different_steps_is_refused(
 def test_apollo_warms_up(network: nn.Module, data: Data) -> None:
     """Catches the rate of the next step for that of the last, on which Apollo's limit depends."""
     optimizer = torch_optimizer.Apollo(network.parameters(), lr=0.5, warmup=4, init_lr=0.1)
-    found = []
+    rates = []
     for _ in range(6):
         take(optimizer, network, data)
-        found.append(UpdateRule.from_optimizer(optimizer).lr)
-    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+        rates.append(UpdateRule.from_optimizer(optimizer).lr)
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
 
 
 @pytest.mark.filterwarnings("ignore:This overload of add")  # the class's own

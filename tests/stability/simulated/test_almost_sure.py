@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from first_order import half_squares
 from sample_factors import factors
 from scipy.optimize import brentq
-from torch import Tensor, nn
+from torch import nn
 
 import stableopt
 from stableopt import UpdateRule, almost_sure_critical_lr
@@ -30,17 +31,17 @@ def product_of_matrices(modes: Modes, step: LinearStep, size: int, steps: int) -
     samples = (modes.factors.mT @ modes.factors).numpy()
     n, r, _ = samples.shape
     eye, zero = np.eye(r), np.zeros((r, r))
-    dice = np.random.default_rng(1)
-    x, total = np.concatenate([dice.standard_normal(r), np.zeros(r)]), 0.0
-    for number in range(steps):
-        own = dice.choice(n, size, replace=False)
-        gradient = np.hstack([samples[own].mean(0) + step.weight_decay * eye, zero])
+    generator = np.random.default_rng(1)
+    x, total = np.concatenate([generator.standard_normal(r), np.zeros(r)]), 0.0
+    for index in range(steps):
+        batch = generator.choice(n, size, replace=False)
+        gradient = np.hstack([samples[batch].mean(0) + step.weight_decay * eye, zero])
         buffer = np.hstack([zero, step.momentum * eye]) + step.gain * gradient
         update = gradient + step.momentum * buffer if step.nesterov else buffer
         x = np.vstack([np.hstack([eye, zero]) - step.lr * update, buffer]) @ x
         norm = np.linalg.norm(x)
         x /= norm
-        if number >= steps // 10:
+        if index >= steps // 10:
             total += math.log(norm)
     return total / (steps - steps // 10)
 
@@ -53,11 +54,15 @@ def test_one_dimension(curvatures: tuple[float, ...], low: float, high: float) -
     h = np.array(curvatures)
     exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), low, high)
     dual = one_dimension(*curvatures)
-    found = almost_sure_critical_lr(dual, 1, replicas=64)
-    assert found.value == pytest.approx(exact, rel=0.01)
-    # The bracket is of two standard errors; another one on either side is sure enough for a test.
-    assert found.lower - (exact - found.lower) < exact < found.upper + (found.upper - found.value)
-    assert found.value > stableopt.critical_lr(dual, 1).value
+    critical = almost_sure_critical_lr(dual, 1, replicas=64)
+    assert critical.value == pytest.approx(exact, rel=0.01)
+    # The bracket has two standard errors on either side; the upper side is doubled.
+    assert (
+        critical.lower - (exact - critical.lower)
+        < exact
+        < critical.upper + (critical.upper - critical.value)
+    )
+    assert critical.value > stableopt.critical_lr(dual, 1).value
 
 
 @pytest.mark.parametrize(
@@ -72,11 +77,11 @@ def test_one_dimension(curvatures: tuple[float, ...], low: float, high: float) -
 def test_against_a_product_of_dense_matrices(size: int, step: LinearStep) -> None:
     """Catches a wrong momentum, and a growth of the square for that of the norm."""
     modes = Modes.from_factors(factors(5, 1, 2))
-    found = lyapunov_exponent(modes, step, size)
+    exponent = lyapunov_exponent(modes, step, size)
     exact = product_of_matrices(modes, step, size, 20_000)
     # Four standard errors of one estimate, and as much again for the other, of about as many steps.
-    assert abs(found.per_step - exact) < 8 * found.standard_error
-    assert found.standard_error < 0.1 * abs(exact) + 0.01
+    assert abs(exponent.per_step - exact) < 8 * exponent.standard_error
+    assert exponent.standard_error < 0.1 * abs(exact) + 0.01
 
 
 @pytest.mark.parametrize("reshuffled", [False, True])
@@ -85,25 +90,25 @@ def test_samples_that_are_alike(size: int, reshuffled: bool) -> None:
     """All batches are one: log |1 - lr|, without error."""
     modes = Modes.from_factors(torch.ones(4, 1, 1))
     step = LinearStep(0.5)
-    found = lyapunov_exponent(modes, step, size, reshuffled=reshuffled, replicas=8, steps=40)
-    assert found.per_step == pytest.approx(math.log(0.5), rel=1e-12)
-    assert found.standard_error < 1e-12
+    exponent = lyapunov_exponent(modes, step, size, reshuffled=reshuffled, replicas=8, steps=40)
+    assert exponent.per_step == pytest.approx(math.log(0.5), rel=1e-12)
+    assert exponent.standard_error < 1e-12
 
 
 def test_reshuffled_batches_in_one_dimension() -> None:
     """An epoch has every sample once: its growth is the same in every order."""
     dual = one_dimension(0.2, 3.8)
     step = LinearStep(0.55)
-    found = lyapunov_exponent(dual.modes, step, 1, reshuffled=True, replicas=8, steps=160)
+    exponent = lyapunov_exponent(dual.modes, step, 1, reshuffled=True, replicas=8, steps=160)
     exact = (math.log(abs(1 - 0.55 * 0.2)) + math.log(abs(1 - 0.55 * 3.8))) / 2
-    assert found.per_step == pytest.approx(exact, rel=1e-10)
+    assert exponent.per_step == pytest.approx(exact, rel=1e-10)
 
 
 def test_the_full_batch_is_gradient_descent() -> None:
     """With B = n the threshold is 2/a, and known exactly."""
     dual = DualCurvature.from_factors(factors(4, 1, 3))
-    found = almost_sure_critical_lr(dual, 4)
-    assert found.value == found.lower == found.upper == pytest.approx(2 / dual.sharpness)
+    critical = almost_sure_critical_lr(dual, 4)
+    assert critical.value == critical.lower == critical.upper == pytest.approx(2 / dual.sharpness)
 
 
 @pytest.mark.parametrize(
@@ -115,20 +120,20 @@ def test_the_full_batch_is_gradient_descent() -> None:
     ],
 )
 def test_samples_without_common_directions(rows: list[list[float]], exact: float) -> None:
-    """Each direction is left alone by half of the steps. Catches a start that they reduce to zero."""
+    """Half of the steps leave a direction unchanged. Catches a start that they reduce to zero."""
     factor = torch.tensor(rows, dtype=torch.float64)
-    found = almost_sure_critical_lr(DualCurvature(factor @ factor.T, 2), 1)
+    critical = almost_sure_critical_lr(DualCurvature(factor @ factor.T, 2), 1)
     # A direction's curvature is h in half of the steps and 0 else: |1 - lr h| = 1 at lr = 2/h.
-    assert found.value == pytest.approx(exact, rel=0.01)
+    assert critical.value == pytest.approx(exact, rel=0.01)
 
 
 def test_a_threshold_above_that_without_noise() -> None:
     """At lr = 1 every step with h = 1 ends at the minimum, though lr = 2/a is the limit of GD."""
-    found = almost_sure_critical_lr(one_dimension(1.0, 3.0), 1)
+    critical = almost_sure_critical_lr(one_dimension(1.0, 3.0), 1)
     h = np.array([1.0, 3.0])
     exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), 1.05, 3.0)
-    assert found.full_batch == pytest.approx(1.0)
-    assert found.value == pytest.approx(exact, rel=0.01)
+    assert critical.full_batch == pytest.approx(1.0)
+    assert critical.value == pytest.approx(exact, rel=0.01)
 
 
 def test_sgd_converges_between_the_two_thresholds_and_not_above() -> None:
@@ -136,14 +141,11 @@ def test_sgd_converges_between_the_two_thresholds_and_not_above() -> None:
     rows = factors(4, 1, 2, seed=3).squeeze(1)
     model = nn.Linear(2, 1, bias=False).double()
 
-    def half_square(z: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * (z - y).square().mean()
-
     y = model(rows).detach()
     fitted = model.weight.detach().clone()
-    found = almost_sure_critical_lr(model, half_square, (rows, y), batch_size=1)
-    mean_square = stableopt.critical_lr(model, half_square, (rows, y), batch_size=1).value
-    assert mean_square < found.lower
+    critical = almost_sure_critical_lr(model, half_squares, (rows, y), batch_size=1)
+    mean_square = stableopt.critical_lr(model, half_squares, (rows, y), batch_size=1).value
+    assert mean_square < critical.lower
 
     def distance(lr: float) -> float:
         torch.manual_seed(0)
@@ -152,24 +154,24 @@ def test_sgd_converges_between_the_two_thresholds_and_not_above() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         for i in torch.randint(4, (1500,)):
             optimizer.zero_grad()
-            half_square(model(rows[i]), y[i]).backward()
+            half_squares(model(rows[i]), y[i]).backward()
             optimizer.step()
         return float((model.weight.detach() - fitted).norm())
 
-    assert distance((mean_square + found.value) / 2) < 1e-3
-    assert distance(1.1 * found.value) > 1e3
+    assert distance((mean_square + critical.value) / 2) < 1e-3
+    assert distance(1.1 * critical.value) > 1e3
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"),
+    ("name", "value"),
     [("batch_size", 0), ("batch_size", 5), ("replicas", 7), ("steps", 2), ("seed", 0.5)],
 )
-def test_arguments_out_of_range(name: str, bad: Any) -> None:
+def test_arguments_out_of_range(name: str, value: Any) -> None:
     """The message names the argument and its value."""
-    arguments: dict[str, Any] = {"batch_size": 2, "replicas": 8, "steps": 40, name: bad}
+    arguments: dict[str, Any] = {"batch_size": 2, "replicas": 8, "steps": 40, name: value}
     modes = Modes.from_factors(factors(4, 1, 2))
     size = arguments.pop("batch_size")
-    with pytest.raises(ValueError, match=f"{name}={bad}"):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
         lyapunov_exponent(modes, LinearStep(0.1), size, **arguments)
 
 

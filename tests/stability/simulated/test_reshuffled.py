@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from first_order import half_squares
 from sample_factors import factors
-from torch import Tensor, nn
+from torch import nn
 
 import stableopt
 from stableopt import UpdateRule
@@ -25,8 +26,8 @@ def enumerated(modes: Modes, step: LinearStep, batch_size: int) -> float:
     total, count = torch.zeros(4 * r * r, 4 * r * r).double(), 0
     for order in itertools.permutations(range(n)):
         epoch = torch.eye(2 * r).double()
-        for own in torch.tensor(order).split(batch_size):
-            gradient = torch.cat([samples[own].mean(0) + step.weight_decay * eye, zero], 1)
+        for batch in torch.tensor(order).split(batch_size):
+            gradient = torch.cat([samples[batch].mean(0) + step.weight_decay * eye, zero], 1)
             buffer = torch.cat([zero, step.momentum * eye], 1) + step.gain * gradient
             update = gradient + step.momentum * buffer if step.nesterov else buffer
             parameter = torch.cat([eye, zero], 1) - step.lr * update
@@ -52,39 +53,39 @@ def test_growth_against_all_orders(
     resampling that forgets what is left of an epoch, and a wrong momentum.
     """
     modes = Modes.from_factors(factors(n, outputs, d))
-    found = reshuffled_growth(modes, step, batch_size, replicas=256)
+    growth = reshuffled_growth(modes, step, batch_size, replicas=256)
     exact = enumerated(modes, step, batch_size)
     # Four standard errors, and the bias of a finite population.
-    assert abs(found.per_epoch - exact) < 4 * found.standard_error + 4 / 256
-    assert found.standard_error < 0.05 * (1 + abs(exact))
+    assert abs(growth.per_epoch - exact) < 4 * growth.standard_error + 4 / 256
+    assert growth.standard_error < 0.05 * (1 + abs(exact))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_samples_that_are_alike(batch_size: int) -> None:
     """All orders are one: K log (1 - lr)^2, without error."""
     modes = Modes.from_factors(torch.ones(4, 1, 1))
-    found = reshuffled_growth(modes, LinearStep(0.5), batch_size, replicas=8, epochs=8)
-    assert found.per_epoch == pytest.approx(
+    growth = reshuffled_growth(modes, LinearStep(0.5), batch_size, replicas=8, epochs=8)
+    assert growth.per_epoch == pytest.approx(
         2 * math.ceil(4 / batch_size) * math.log(0.5), rel=1e-12
     )
-    assert found.standard_error < 1e-12
+    assert growth.standard_error < 1e-12
 
 
 def test_the_full_batch_is_gradient_descent() -> None:
     """With B = n the threshold is 2/a."""
     dual = DualCurvature.from_factors(factors(4, 1, 3))
-    found = reshuffled_critical_lr(dual, 4, replicas=8, epochs=8)
-    assert found.value == found.lower == found.upper == pytest.approx(2 / dual.sharpness)
+    critical = reshuffled_critical_lr(dual, 4, replicas=8, epochs=8)
+    assert critical.value == critical.lower == critical.upper == pytest.approx(2 / dual.sharpness)
 
 
 def test_a_threshold_above_that_without_noise() -> None:
     """With h = 1 and 3 an epoch is (1 - lr)(1 - 3 lr): it shrinks up to 4/3, and GD up to 1."""
     rows = torch.tensor([[1.0], [3.0]], dtype=torch.float64).sqrt()
-    found = reshuffled_critical_lr(DualCurvature(rows @ rows.T, 2), 1, replicas=128)
-    assert found.full_batch == pytest.approx(1)
+    critical = reshuffled_critical_lr(DualCurvature(rows @ rows.T, 2), 1, replicas=128)
+    assert critical.full_batch == pytest.approx(1)
     # The bias of a finite population.
-    assert found.value == pytest.approx(4 / 3, rel=2 / 128)
-    assert found.lower < 4 / 3 < found.upper
+    assert critical.value == pytest.approx(4 / 3, rel=2 / 128)
+    assert critical.lower < 4 / 3 < critical.upper
 
 
 def test_threshold_of_a_model_brackets_that_of_all_orders() -> None:
@@ -92,14 +93,13 @@ def test_threshold_of_a_model_brackets_that_of_all_orders() -> None:
     rows = factors(4, 1, 2, seed=3).squeeze(1)
     model = nn.Linear(2, 1, bias=False).double()
 
-    def half_square(z: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * (z - y).square().mean()
-
-    found = reshuffled_critical_lr(model, half_square, (rows, model(rows).detach()), batch_size=1)
+    critical = reshuffled_critical_lr(
+        model, half_squares, (rows, model(rows).detach()), batch_size=1
+    )
     modes = DualCurvature(rows @ rows.T, 4).modes
-    assert found.lower < found.value < found.upper
-    assert enumerated(modes, LinearStep(found.lower), 1) < 0
-    assert enumerated(modes, LinearStep(found.upper), 1) > 0
+    assert critical.lower < critical.value < critical.upper
+    assert enumerated(modes, LinearStep(critical.lower), 1) < 0
+    assert enumerated(modes, LinearStep(critical.upper), 1) > 0
 
 
 def test_reshuffling_allows_more_than_independent_batches() -> None:
@@ -107,28 +107,28 @@ def test_reshuffling_allows_more_than_independent_batches() -> None:
     rows = factors(4, 1, 2, seed=3).squeeze(1)
     dual = DualCurvature(rows @ rows.T, 4)
     assert reshuffled_critical_lr(dual, 1, epochs=24).lower > stableopt.critical_lr(dual, 1).value
-    three = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
-    ragged = DualCurvature(three @ three.T, 3)
+    three_rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [1.0, 0.0]])
+    ragged = DualCurvature(three_rows @ three_rows.T, 3)
     assert reshuffled_critical_lr(ragged, 2).upper < stableopt.critical_lr(ragged, 2).value
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"),
+    ("name", "value"),
     [("batch_size", 0), ("batch_size", 5), ("replicas", 7), ("epochs", 6), ("seed", -1)],
 )
-def test_arguments_out_of_range(name: str, bad: int) -> None:
+def test_arguments_out_of_range(name: str, value: int) -> None:
     """The message names the argument and its value."""
-    arguments = {"batch_size": 2, "replicas": 8, "epochs": 8, name: bad}
+    arguments = {"batch_size": 2, "replicas": 8, "epochs": 8, name: value}
     modes = Modes.from_factors(factors(4, 1, 2))
     size = arguments.pop("batch_size")
-    with pytest.raises(ValueError, match=f"{name}={bad}"):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
         reshuffled_growth(modes, LinearStep(0.1), size, **arguments)
 
 
 def test_seven_epochs_have_a_standard_error() -> None:
     """Catches one block after the epochs at the start, whose spread is NaN: never sure."""
-    found = reshuffled_growth(Modes.from_factors(factors(4, 1, 2)), LinearStep(0.2), 2, epochs=7)
-    assert 0 < found.standard_error < math.inf
+    growth = reshuffled_growth(Modes.from_factors(factors(4, 1, 2)), LinearStep(0.2), 2, epochs=7)
+    assert 0 < growth.standard_error < math.inf
 
 
 def test_no_curvature_and_too_much() -> None:

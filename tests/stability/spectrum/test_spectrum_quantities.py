@@ -67,13 +67,13 @@ def test_each_matrix_is_the_dense_one(prefix: str, rule: str, trained: Any) -> N
     values = torch.linalg.eigvalsh(matrix).flip(0)
 
     top, trace, spectrum = (margins[name] for name in names)
-    found = [top.value, *(v for key, v in top.details.items() if key.isdigit())]
-    assert found == pytest.approx(values[: len(found)].tolist(), rel=1e-8)
+    largest = [top.value, *(v for key, v in top.details.items() if key.isdigit())]
+    assert largest == pytest.approx(values[: len(largest)].tolist(), rel=1e-8)
     sharpest = "preconditioned_sharpness_limit" if rule == "adam" else "sharpness_limit"
     limit = getattr(margins, "non_uniformity_limit" if prefix == "sigma_" else sharpest)
     assert top.limit == pytest.approx(limit**2 if prefix == "sigma_" else limit)
     assert top.details["above"] == int((values > top.limit).sum())
-    assert len(found) == min(max(int((values > 0.75 * top.limit).sum()) + 1, 3), 20)
+    assert len(largest) == min(max(int((values > 0.75 * top.limit).sum()) + 1, 3), 20)
     assert trace.value == pytest.approx(float(values.sum()), rel=1e-8)
     assert trace.details["effective_rank"] == pytest.approx(float(values.sum() / values[0]))
     assert spectrum.density is not None
@@ -139,8 +139,8 @@ def test_a_monitor_keeps_the_eigenvalues_warm_and_the_spectrum_rare(tmp_path: Pa
         assert {"2", "3"} <= margins["top_eigenvalues"].details.keys()
     products = [m["top_eigenvalues"].measurement.products for m in monitor.history]
     assert max(products[1:]) < products[0]
-    again = StabilityMargins.from_dict(json.loads(json.dumps(monitor.history[0].to_dict())))
-    assert again == monitor.history[0]
+    restored = StabilityMargins.from_dict(json.loads(json.dumps(monitor.history[0].to_dict())))
+    assert restored == monitor.history[0]
 
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     assert [event.step for event in events.Histograms("spectra/spectrum")] == [1, 4]
@@ -188,9 +188,9 @@ def test_the_figure_shows_the_density_the_limit_and_the_largest() -> None:
     assert set(drawn["limit"].get_xdata()) == {5.0}
     assert axes.get_yscale() == "log"
     curve = next(line for line in axes.lines if len(line.get_xdata()) > 100)
-    place, height = curve.get_xdata(), curve.get_ydata()
-    assert place[height.argmax()] == pytest.approx(0.0, abs=0.01)  # a thousand points over 6.6
-    assert axes.get_ylim()[0] < 0.1 * height[abs(place - 4).argmin()]
+    x, density = curve.get_xdata(), curve.get_ydata()
+    assert x[density.argmax()] == pytest.approx(0.0, abs=0.01)  # a thousand points over 6.6
+    assert axes.get_ylim()[0] < 0.1 * density[abs(x - 4).argmin()]
     assert len(plot.spectrum(DENSITY).axes[0].lines) == 1
     with pytest.raises(ValueError, match="without a density of 'spectrum'"):
         plot.spectrum(StabilityMargins())
