@@ -251,7 +251,7 @@ def test_a_call_may_take_as_many_tensors_as_there_are_samples() -> None:
     data = small_data()
     for build, method in ((Split, "structured"), (Joined, "vmap")):
         network = build()
-        operator = on(network, data)
+        operator = non_uniformity(network, data)
         assert operator.method == method
         expected = covariance(dense_hessians(network, nn.MSELoss(), *data))
         eye = torch.eye(len(expected), dtype=torch.float64)
