@@ -143,7 +143,7 @@ def gated_staircase(
       again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
 
     Without momentum the gate is ``gate``; with momentum it is the ratio at which an escape grows
-    equally fast (:func:`momentum_gate`).
+    equally fast (``momentum_gate``).
 
     A measurement that did not converge never raises the rate, since it may be too low.
 
