@@ -26,6 +26,7 @@ __all__ = [
     "StepPreconditioner",
     "UnknownPreconditioner",
     "UnknownStep",
+    "decay_factor",
 ]
 
 
@@ -202,3 +203,13 @@ class UnknownStep(UnknownPreconditioner):
     Args:
         reason: why the step is unknown, and the remedy.
     """
+
+
+def decay_factor(shrink: float) -> float:
+    """Return 2/(1 + c), by which decoupled weight decay enters the preconditioner."""
+    if not shrink < 2:
+        raise ValueError(
+            f"decoupled weight decay multiplies the parameters by {1 - shrink} in a step: expected more"
+            " than -1; lower lr or weight_decay"
+        )
+    return 2 / (2 - shrink)

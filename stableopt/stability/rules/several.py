@@ -25,6 +25,7 @@ from stableopt.stability.rules.preconditioner import (
     StepPreconditioner,
     UnknownPreconditioner,
     UnknownStep,
+    decay_factor,
 )
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
@@ -215,8 +216,8 @@ def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
         top_speed = _speed(fastest)
         factors = [_speed(rule) / top_speed if top_speed else 1.0 for rule in rules]
         if not same_shrink:
-            # As in diagonal_rule: decay that differs becomes a part of the preconditioner.
-            factors = [f * 2 / (2 - shrink) for f, shrink in zip(factors, shrinks, strict=True)]
+            # As in stepped_rule: decay that differs becomes a part of the preconditioner.
+            factors = [f * decay_factor(s) for f, s in zip(factors, shrinks, strict=True)]
         preconditioner = _block_diagonal([_block_preconditioner(b) for b in blocks], factors)
     return replace(
         fastest,
@@ -245,13 +246,13 @@ def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
     if not all(_agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has its own limit"
-    factors = [1 - block.rule.lr * block.rule.decoupled_weight_decay for block in blocks]
-    if min(factors) <= -1 and len(set(factors)) > 1:  # equal ones enter the joint limit
-        block = blocks[factors.index(min(factors))]
-        return (
-            f"decoupled weight decay of {block.name} multiplies its parameters by {min(factors):g} in a"
-            " step: lower lr or weight_decay"
-        )
+    shrinks = [block.rule.lr * block.rule.decoupled_weight_decay for block in blocks]
+    if len(set(shrinks)) > 1:  # equal ones enter the joint limit
+        for block, shrink in zip(blocks, shrinks, strict=True):
+            try:
+                decay_factor(shrink)
+            except ValueError as error:
+                return f"{block.name}: {error}"
     return None
 
 

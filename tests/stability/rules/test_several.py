@@ -175,7 +175,9 @@ def test_a_decay_that_flips_signs_has_no_limit(weight_decay: float) -> None:
         optimizer.step()
     reason = rule_of(optimizers).unknown
     assert reason is not None
-    assert f"decay of AdamW multiplies its parameters by {1 - weight_decay:g}" in reason
+    assert (
+        f"AdamW: decoupled weight decay multiplies the parameters by {1 - weight_decay}" in reason
+    )
 
 
 def test_rounding_of_computed_settings_does_not_set_groups_apart() -> None:

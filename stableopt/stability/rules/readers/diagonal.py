@@ -30,6 +30,7 @@ from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
     UnknownPreconditioner,
+    decay_factor,
 )
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
@@ -140,7 +141,7 @@ def stepped_rule(
     def factor(step: Step | None) -> float:
         if step is None or not lr:
             return 1.0
-        return rate(step) / lr * (1.0 if same_shrink else _decay_factor(shrink(step)))
+        return rate(step) / lr * (1.0 if same_shrink else decay_factor(shrink(step)))
 
     preconditioner: StepPreconditioner
     if taken:
@@ -167,16 +168,6 @@ def stepped_rule(
 
 def _real(state: dict[str, Any]) -> dict[str, Any]:
     return {key: real_view(v) if isinstance(v, Tensor) else v for key, v in state.items()}
-
-
-def _decay_factor(shrink: float) -> float:
-    """Return 2/(1 + c), by which decoupled weight decay enters the preconditioner."""
-    if not shrink < 2:
-        raise ValueError(
-            f"decoupled weight decay multiplies the parameters by {1 - shrink} in a step: expected more"
-            " than -1; lower lr or weight_decay"
-        )
-    return 2 / (2 - shrink)
 
 
 def _common_momentum(momenta: list[tuple[float, float, float]]) -> tuple[float, float, float]:
