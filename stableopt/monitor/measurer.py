@@ -23,7 +23,7 @@ from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIE
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import as_seen_by, check_params
 from stableopt.stability.rules.limits import noise_factor
-from stableopt.stability.rules.preconditioner import UnknownStep
+from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -77,12 +77,15 @@ class Measurer:
         self._seed = whole("seed", seed, least=0)
         check_params(optimizers, problem, explicit=explicit)
         rule = self.rule()
-        if isinstance(rule.preconditioner, UnknownStep) and quantities is DEFAULT_QUANTITIES:
+        stays_unknown = isinstance(rule.preconditioner, UnknownStep) and not isinstance(
+            rule.preconditioner, AwaitedStep
+        )
+        if stays_unknown and quantities is DEFAULT_QUANTITIES:
             quantities = (*quantities, "realised_edge")  # the only margin that needs no rule
         self.quantities = check_quantities(quantities, rule, sharded=problem.sharded, steps=True)
         needs_limits = not all(QUANTITIES[name].any_rule for name in self.quantities)
-        if needs_limits and isinstance(rule.preconditioner, UnknownStep):
-            warn("limits are not known", rule.preconditioner.reason)
+        if needs_limits and stays_unknown:
+            warn("limits are not known", str(rule.unknown))
         as_seen_by(problem, rule, optimizers)  # raises if groups and problem do not match
         self._probe_is_dataset = dataset_size is None
         size = problem.num_samples if dataset_size is None else dataset_size

@@ -36,6 +36,7 @@ from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.coordinates import problem_of
+from stableopt.stability.rules.readers.ascent import note_ascent
 from stableopt.stability.rules.several import optimizers_in
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -202,7 +203,7 @@ class StabilityMonitor:
         before = self._before_step if needs_start else None
         try:
             for each in self.optimizers:
-                self._handles += observe_steps(each, before, self._after_step)
+                self._handles += observe_steps(each, before, self._after_step, self._at_ascent)
             if batch_size is None:
                 self._counter.calibrate(problem)
         except Exception:
@@ -316,6 +317,13 @@ class StabilityMonitor:
         if self._measurer.needs_steps and self._schedule.may_measure(self.step + 1, ranks):
             cache = self._measurer.step_end_cache if self._schedule.each_step else None
             self._step_start = TakenStep.begin(self._measurer.problem.params, cache)
+
+    @eager
+    def _at_ascent(self, optimizer: torch.optim.Optimizer) -> None:
+        try:
+            note_ascent(optimizer)
+        except Exception as error:  # training must continue
+            self._warn("the gradient before the ascent of SAM was not read", str(error))
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -70,14 +70,30 @@ class ObservedMethod:
 
 
 class ObservedStepPart(ObservedMethod):
-    """A wrapper around a part of a step, which the training loop calls, or ``step`` itself."""
+    """A wrapper around a part of a step, which the training loop calls, or ``step`` itself.
+
+    ``before`` and ``after`` are called outside ``step`` only, ``at_part`` always, after ``before``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        name: str,
+        before: Hook | None,
+        after: Hook | None,
+        at_part: Callable[[Any], object] | None = None,
+    ) -> None:
+        super().__init__(optimizer, name, before, after)
+        self._at_part = at_part
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the part; outside ``step`` also call the functions, without the part's arguments."""
+        """Call the part, with the calls before and after it, which do not receive its arguments."""
         alone = self.active and not running_steps(self._optimizer)
         if alone and self._before is not None:
             self._before(self._optimizer, (self._optimizer,), {})
+        if self.active and self._at_part is not None:
+            self._at_part(self._optimizer)
         result = self._method(*args, **kwargs)
         if alone and self._after is not None:
             self._after(self._optimizer, (self._optimizer,), {})
@@ -88,7 +104,12 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]:
+def observe_steps(
+    optimizer: Any,
+    before: Hook | None,
+    after: Hook,
+    at_first_part: Callable[[Any], object] | None = None,
+) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
     If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance. A
@@ -99,6 +120,8 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
         before: called like torch's pre-hooks, with optimizer, arguments and keyword arguments; it may
             return replaced arguments and keyword arguments.
         after: called like torch's post-hooks.
+        at_first_part: called with the optimizer at the first part of a step in parts, in ``step`` too:
+            the gradients are still those at the parameters before the step.
 
     Raises:
         TypeError: for an optimizer without ``step``, or whose ``step`` cannot be set.
@@ -124,7 +147,7 @@ def observe_steps(optimizer: Any, before: Hook | None, after: Hook) -> list[Any]
         handles.append(optimizer.register_step_post_hook(after))
         names = [name for name in _STEP_PARTS if callable(getattr(optimizer, name, None))]
         if len(names) > 1:
-            handles.append(ObservedStepPart(optimizer, names[0], before, None))
+            handles.append(ObservedStepPart(optimizer, names[0], before, None, at_first_part))
             handles.append(ObservedStepPart(optimizer, names[-1], None, after))
         return handles
     if not callable(getattr(optimizer, "step", None)):

@@ -132,7 +132,9 @@ class FlightRecorder:
         self._handles: list[Any] = []
         try:
             for optimizer in monitor.optimizers:
-                self._handles += observe_steps(optimizer, self._before_step, self._after_step)
+                self._handles += observe_steps(
+                    optimizer, self._before_step, self._after_step, self._at_ascent
+                )
         except Exception:
             self.close()
             raise
@@ -268,14 +270,15 @@ class FlightRecorder:
     def _observed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return ``closure`` wrapped so that its first evaluation records the step's loss and gradients.
 
-        A line search evaluates the closure again, at points that are not those of the step.
+        A line search evaluates the closure again, at points that are not those of the step; SAM
+        evaluates it only there.
         """
         evaluated = False
 
         @eager
         def observed() -> Any:
             nonlocal evaluated
-            if evaluated:
+            if evaluated or self._pending.has_gradients:
                 with self._pending.repeated():
                     return closure()
             loss = closure()
@@ -284,6 +287,11 @@ class FlightRecorder:
             return loss
 
         return observed
+
+    @eager
+    def _at_ascent(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record the gradients before SAM ascends."""
+        self._guarded(self._pending.gradients)
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.isolation.isolated import measuring
-from stableopt.curvature.problem.parameters import real_view
-from stableopt.distributed.fsdp import local
+from stableopt.curvature.problem.gradient_norms import norms_of_gradients, widest
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.evidence import StepRecord
 from stableopt.recorder.weight_sample import WeightSample
 from stableopt.stability.measure.layers import layer_of
 
-__all__ = ["PendingSteps", "Reported", "norms_of_gradients"]
+__all__ = ["PendingSteps", "Reported"]
 
 _MOST_INDICES = 1024
 """Identifiers of a batch that are kept."""
@@ -199,6 +198,11 @@ class PendingSteps:
         skipped = getattr(optimizer, "found_inf", None)
         self._open = PendingStep(step, self._weights.norms(self._sample), skipped=skipped)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients of the open step are recorded."""
+        return self._open is not None and self._open.gradients is not None
+
     def gradients(self) -> None:
         """Record the gradients of the open step, and what the training loop reported about it."""
         if self._open is None or self._open.gradients is not None:
@@ -272,36 +276,11 @@ def _read(values: Sequence[Scalar | None]) -> list[float | None]:
     tensors = {k: value for k, value in enumerate(values) if isinstance(value, Tensor)}
     for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
         group = {k: tensor for k, tensor in tensors.items() if tensor.device == device}
-        dtype = _widest(group.values())
+        dtype = widest(group.values())
         read = torch.stack([tensor.to(dtype) for tensor in group.values()]).tolist()
         for k, number in zip(group, read, strict=True):
             numbers[k] = number
     return numbers
-
-
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return double precision if a tensor has it, else single precision."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def norms_of_gradients(params: Sequence[Tensor]) -> Tensor:
-    """Return the norm of each parameter's gradient, 0 for a parameter without one.
-
-    The norms are in single precision, or in double precision if a gradient is.
-    """
-    norms = [torch.zeros((), device=p.device) if p.grad is None else _norm(p.grad) for p in params]
-    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
-        dtype = _widest(norms)
-        norms = [norm.to(norms[0].device, dtype) for norm in norms]
-    return torch.stack(norms)
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    values = local(gradient.detach())
-    values = real_view(values.coalesce().values() if values.is_sparse else values)
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
-    return norm
 
 
 def moved(before: Mapping[str, float], lengths: Mapping[str, float]) -> dict[str, float]:

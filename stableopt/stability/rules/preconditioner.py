@@ -21,6 +21,7 @@ from torch import Tensor
 from stableopt.curvature.problem.parameters import real_view
 
 __all__ = [
+    "AwaitedStep",
     "DiagonalPreconditioner",
     "MatrixPreconditioner",
     "StepPreconditioner",
@@ -203,6 +204,10 @@ class UnknownStep(UnknownPreconditioner):
     Args:
         reason: why the step is unknown, and the remedy.
     """
+
+
+class AwaitedStep(UnknownStep):
+    """A placeholder for the P of an optimizer whose step is known once a monitor has observed one."""
 
 
 def decay_factor(shrink: float) -> float:

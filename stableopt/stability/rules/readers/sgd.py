@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
+from stableopt.stability.rules.readers.ascent import ascent_norm
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import common_value
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -70,9 +72,28 @@ def read_lookahead(optimizer: Any) -> UpdateRule:
 
 
 def read_sam(optimizer: Any) -> UpdateRule:
-    """Return a rule without limits: that of SAM needs the gradient's norm before the ascent step."""
-    return UpdateRule.unknown_step(
-        optimizer,
-        "the limit of SAM depends on the gradient's norm before the ascent step, which SAM does not"
-        " keep: pass update_rule=lambda optimizer: UpdateRule(lr=..., ascent=rho / norm)",
+    """Read SAM (Foret et al., 2021) over SGD, whose ascent a monitor has observed.
+
+    The class may be any that has ``first_step``, ``base_optimizer``, and ``rho`` in its groups.
+    """
+    groups, inner = optimizer.param_groups, UpdateRule.from_optimizer(optimizer.base_optimizer)
+    if isinstance(inner.preconditioner, UnknownStep):
+        return inner
+    if any(group.get("adaptive") for group in groups) or getattr(optimizer, "use_gc", False):
+        reason = "adaptive SAM, or SAM of centralised gradients, has no known limit"
+        return UpdateRule.unknown_step(optimizer, reason)
+    if inner.preconditioned or inner.lookahead is not None:
+        reason = "SAM over anything but SGD with one learning rate has no known limit"
+        return UpdateRule.unknown_step(optimizer, reason)
+    rho, norm = (
+        common_value("rho", [float(group["rho"]) for group in groups]),
+        ascent_norm(optimizer),
     )
+    if norm is not None:
+        return replace(inner, ascent=rho / norm)
+    reason = (
+        "the limit of SAM depends on the gradient's norm before the ascent step, which SAM does not"
+        " keep: a StabilityMonitor observes it; elsewhere pass update_rule=lambda optimizer:"
+        " UpdateRule(lr=..., ascent=rho / norm)"
+    )
+    return replace(inner, preconditioner=AwaitedStep(reason))
