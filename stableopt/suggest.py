@@ -42,9 +42,13 @@ from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.along_step.critical_sharpness import critical_sharpness
 from stableopt.stability.mean_square.choice import FITTED, curvature_of
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
-from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, leaves
+from stableopt.stability.mean_square.hessian_curvature import (
+    HessianCurvature,
+    Negated,
+    why_unstable,
+)
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
-from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
+from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
@@ -305,7 +309,7 @@ class _Search:
             self.notes.append(f"bounds by the sharpness alone: {error}")
             smallest = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
             if smallest < -FITTED * abs(sharpness):
-                self.note_unstable(leaves(smallest))
+                self.note_unstable(why_unstable(smallest))
             return _Curvature(sharpness, smallest, None, None)
         return _Curvature(sharpness, 0.0, samples, share)
 
@@ -365,7 +369,7 @@ def _adam_problem(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[P
             " that its second moments are known; leave it out to use those at this point"
         )
     rule = dataclasses.replace(rule, decoupled_weight_decay=0.0)
-    preconditioned = as_seen_by(problem, rule, [optimizer]).without_weight_decay()
+    preconditioned = in_rule_coordinates(problem, rule, [optimizer]).without_weight_decay()
     return preconditioned, dataclasses.replace(rule.linear_step, lr=1.0)
 
 

@@ -13,7 +13,7 @@ from benchmarks.training.spec import LOST
 from benchmarks.training.update import SGD, Update
 from stableopt import UpdateRule
 from stableopt.curvature import DualCurvature
-from stableopt.stability.rules.coordinates import as_seen_by
+from stableopt.stability.rules.coordinates import in_rule_coordinates
 
 __all__ = ["Allowed", "Threshold", "Thresholds", "curvature_of"]
 
@@ -110,5 +110,7 @@ def curvature_of(start: Start, update: Update) -> DualCurvature:
     problem = stableopt.Problem(model, mean_squared_error, images.samples)
     preconditioner = update.preconditioner(model, images)
     if preconditioner is not None:
-        problem = as_seen_by(problem, UpdateRule(lr=1.0, preconditioner=preconditioner), ())
+        problem = in_rule_coordinates(
+            problem, UpdateRule(lr=1.0, preconditioner=preconditioner), ()
+        )
     return DualCurvature.from_problem(problem)

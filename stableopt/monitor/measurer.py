@@ -21,7 +21,7 @@ from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
-from stableopt.stability.rules.coordinates import as_seen_by, check_params
+from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.several import rule_of
@@ -86,7 +86,7 @@ class Measurer:
         needs_limits = not all(QUANTITIES[name].any_rule for name in self.quantities)
         if needs_limits and stays_unknown:
             warn("limits are not known", str(rule.unknown))
-        as_seen_by(problem, rule, optimizers)  # raises if groups and problem do not match
+        in_rule_coordinates(problem, rule, optimizers)  # raises if groups and problem do not match
         self._probe_is_dataset = dataset_size is None
         size = problem.num_samples if dataset_size is None else dataset_size
         self._dataset_size = whole("dataset_size", size)
@@ -182,7 +182,7 @@ class Measurer:
             )
         cold = self.measured % (self._cold_every + 1) == 0
         margins, subspaces = measure_at(
-            as_seen_by(self.problem, rule, self._optimizers),
+            in_rule_coordinates(self.problem, rule, self._optimizers),
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from stableopt._support.arguments import instance, positive, require_keys
 from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.stability.rules.coordinates import as_seen_by, outside_coordinates
+from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import broadcast_tensors, decide_together
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
@@ -288,7 +288,7 @@ class StabilityLR(LRScheduler):
     def _top_direction(self) -> list[Tensor]:
         """Return the direction of the parameters in which the step is the least stable."""
         rule, eigenvectors = self.monitor.update_rule, self.monitor.eigenvectors
-        problem = as_seen_by(self.monitor.problem, rule, self.monitor.optimizers)
+        problem = in_rule_coordinates(self.monitor.problem, rule, self.monitor.optimizers)
         if "preconditioned_sharpness" not in eigenvectors:
             return problem.unflatten(eigenvectors["sharpness"])
         direction = eigenvectors["preconditioned_sharpness"]

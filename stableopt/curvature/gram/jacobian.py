@@ -32,10 +32,10 @@ def check_outputs(problem: Problem) -> None:
     """
     problem.check_samples("a Gauss–Newton matrix of samples")
     problem.check_twice()
-    if problem.of_loss:
+    if problem.names_in_loss:
         raise ValueError(
-            f"params: {', '.join(problem.of_loss[:3])} belong to the loss. Gauss–Newton matrices need"
-            " parameters that the model's outputs depend on: leave these out for this quantity"
+            f"params: {', '.join(problem.names_in_loss[:3])} belong to the loss. Gauss–Newton matrices"
+            " need parameters that the model's outputs depend on: leave these out for this quantity"
         )
     if problem.loss_fn is None:
         raise ValueError(

@@ -35,7 +35,7 @@ class Plan:
     """How a problem's passes are recorded; the trial of the product completes it.
 
     Attributes:
-        seen: the result of :func:`rows_seen` for the samples of the trial; with ``None``, every tensor
+        rows: the result of :func:`rows_seen` for the samples of the trial; with ``None``, every tensor
             counts as one with sample rows.
         units: modules that are called by vmap over the samples, each with copies of the parameters.
         decisions: the rows of those calls that take a parameter, in order. They hold for every pass,
@@ -44,7 +44,7 @@ class Plan:
         copied: indices of the parameters that have a copy for each sample.
     """
 
-    seen: Rows | None = None
+    rows: Rows | None = None
     units: list[nn.Module] = field(default_factory=list)
     decisions: Rows = field(default_factory=list)
     ways: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))

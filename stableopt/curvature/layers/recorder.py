@@ -169,7 +169,7 @@ class Recorder(TorchFunctionMode):
         return batched
 
     def _has_rows(self, tensor: Tensor) -> bool:
-        seen, index = self._plan.seen, self._num_calls - 1
+        seen, index = self._plan.rows, self._num_calls - 1
         if not self._in_unit and seen is not None and seen[index:][:1] == [(self._call_name, [])]:
             raise UnfitError(f"{self._call_name} takes another number of tensors for other samples")
         if tensor.dim() == 0 or tensor.shape[0] % self.size:

@@ -54,7 +54,7 @@ def fastest_method(mean: Hessian, memory: int, structured: StructuredProduct | N
     if structured is None and (problem.num_params < _LARGE or at_once < 2):
         return "vmap" if at_once >= WORTH_VMAP else "loop"
     key = f"{structured is not None} {at_once}"
-    seconds = _SECONDS.on(problem)
+    seconds = _SECONDS.of(problem)
     if key not in seconds:
         local = _seconds(mean, at_once, structured)
         of_ranks = problem.ranks.all_gather_object(local)

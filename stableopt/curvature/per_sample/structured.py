@@ -125,7 +125,7 @@ class StructuredProduct:
         """Return the problem's plan; test it again as long as some parameters are untested."""
         problem = self._problem
         all_indices = set(range(len(problem.params)))
-        trial = _TRIALS.on(problem).setdefault("structured", _Trial(untested=all_indices))
+        trial = _TRIALS.of(problem).setdefault("structured", _Trial(untested=all_indices))
         self._plan = trial.plan or Plan()
         if trial.failure is None and (trial.plan is None or trial.untested):
             try:
@@ -238,7 +238,7 @@ class StructuredProduct:
                     raise
                 inside = {id(m) for unit in new_units for m in unit.modules() if m is not unit}
                 outermost = [unit for unit in (*units, *new_units) if id(unit) not in inside]
-                self._plan = Plan(self._plan.seen, outermost)
+                self._plan = Plan(self._plan.rows, outermost)
 
     def _owners(self, parameters: set[int]) -> list[nn.Module]:
         """Return the modules that hold the parameters of these indices, except the model itself."""

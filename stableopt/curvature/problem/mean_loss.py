@@ -173,7 +173,7 @@ class MeanLoss(abc.ABC):
         self.shapes = [real_view(local(p).detach()).shape for p in params]
         self.num_params = sum(shape.numel() for shape in self.shapes)
         in_model = {id(p) for p in self.model.parameters()}
-        self.of_loss = [
+        self.names_in_loss = [
             name for name, p in zip(names, params, strict=True) if id(p) not in in_model
         ]
         self.masks: list[Tensor | None] = [None] * len(params)
@@ -386,11 +386,11 @@ class Memo(Generic[T]):
     >>> from stableopt.curvature import Problem
     >>> problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
     >>> widths = Memo[int]()
-    >>> widths.on(problem)["layer"] = 2
-    >>> widths.on(problem.transformed(sign=-1.0)), Memo[int]().on(problem)
+    >>> widths.of(problem)["layer"] = 2
+    >>> widths.of(problem.transformed(sign=-1.0)), Memo[int]().of(problem)
     ({'layer': 2}, {})
     """
 
-    def on(self, problem: MeanLoss) -> dict[str, T]:
+    def of(self, problem: MeanLoss) -> dict[str, T]:
         """Return the facts about ``problem``, by name."""
         return problem.memos.setdefault(self, {})

@@ -344,9 +344,9 @@ class Problem(DifferentiableLoss):
 
     def _state(self, module: nn.Module, theta: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
         counted = {
-            name if name in self.of_loss else prefix + name: (p, value)
+            name if name in self.names_in_loss else prefix + name: (p, value)
             for name, p, value in zip(self.names, self.params, theta, strict=True)
-            if module is not self.model or name not in self.of_loss
+            if module is not self.model or name not in self.names_in_loss
         }
         changed = {prefix + name for name in self._changed_in_forward}
         return swapped_state(module, counted, changed, self.precision)

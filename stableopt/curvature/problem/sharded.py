@@ -104,10 +104,10 @@ class ShardedProblem(MeanLoss):
 
     def _set_parameters(self, names: list[str], params: list[nn.Parameter]) -> None:
         super()._set_parameters(names, params)
-        if self.of_loss or any(p.is_complex() for p in params):
+        if self.names_in_loss or any(p.is_complex() for p in params):
             raise ValueError(
                 "params: under fully_shard, only real parameters of the model can be measured; leave"
-                f" out complex ones, and those of the loss ({self.of_loss})"
+                f" out complex ones, and those of the loss ({self.names_in_loss})"
             )
         self.total_params = sum(p.numel() for p in params)
         for name, p in zip(names, params, strict=True):

@@ -156,7 +156,7 @@ class LinearizationCache(Generic[P]):
 
     def _bytes_per_sample(self, kind: str, compute: Callable[[Any, int], Any]) -> float | None:
         """Return the bytes ``compute`` saves for one more sample; ``None`` if they cannot be counted."""
-        bytes_by_kind = _BYTES.on(self._problem)
+        bytes_by_kind = _BYTES.of(self._problem)
         if kind not in bytes_by_kind:
             batch, size = next(self._problem.chunks(_TRIED))
             try:

@@ -105,7 +105,7 @@ class ShardedHessian(Operator):
 
     @property
     def _factor(self) -> float:
-        return _STEP.on(self.problem).get("step", STEP)
+        return _STEP.of(self.problem).get("step", STEP)
 
     @property
     def _step(self) -> float:
@@ -129,7 +129,7 @@ class ShardedHessian(Operator):
             if not next_disagreement < disagreement / 2:
                 break
             disagreement, factor = next_disagreement, factor / 2
-        _STEP.on(problem)["step"] = factor
+        _STEP.of(problem)["step"] = factor
         if disagreement > _UNSURE and problem.ranks.rank == 0:
             warnings.warn(
                 f"the Hessian by differences of FSDP's gradients changes by {disagreement:.0%} between"

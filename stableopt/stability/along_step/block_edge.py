@@ -13,7 +13,7 @@ import math
 
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.rules.coordinates import as_seen_by
+from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.several import Block, SeparateBlocks
 
 __all__ = ["block_edge"]
@@ -38,7 +38,9 @@ def block_edge(evaluation: Evaluation) -> QuantityResult:
 def _edge_ratio(evaluation: Evaluation, block: Block) -> Measurement:
     """Measure the edge ratio of one block; infinite if decay alone makes the step unstable."""
     rule, limit = block.rule, block.rule.max_sharpness
-    problem = as_seen_by(evaluation.problem.restricted(block.params), rule, [block.optimizer])
+    problem = in_rule_coordinates(
+        evaluation.problem.restricted(block.params), rule, [block.optimizer]
+    )
     # Without warm starts: the monitor's have the size of the whole problem.
     on_block = Evaluation(
         problem, rule, None, None, evaluation.tol, evaluation.max_iter, evaluation.seed

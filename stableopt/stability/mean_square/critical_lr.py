@@ -33,7 +33,7 @@ from stableopt.stability.mean_square.crossing import Crossing, Family, first_cro
 from stableopt.stability.mean_square.hessian_curvature import HessianCurvature
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.mean_square.second_moments import mode_weights
-from stableopt.stability.rules.coordinates import as_seen_by, problem_of
+from stableopt.stability.rules.coordinates import in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -367,7 +367,7 @@ def problem_and_number(
         return model, number
     problem = require_samples(problem_of(model, loss_fn, data), "a Gauss–Newton matrix of samples")
     if not has_problem and rule is not None:
-        problem = as_seen_by(problem, rule, ())
+        problem = in_rule_coordinates(problem, rule, ())
     return problem, number
 
 

@@ -113,14 +113,14 @@ class FactorFamily(Family):
         weights: V.
         noise: ``t -> p``, positive for positive t.
         t_max: the largest t to consider.
-        spill: the correction of V for modes that are not exact, ``(r, r)``, or 0.
+        correction: the correction of V for modes that are not exact, ``(r, r)``, or 0.
     """
 
     modes: Modes
     weights: Weights
     noise: Callable[[float], float]
     t_max: float
-    spill: Tensor | float = 0.0
+    correction: Tensor | float = 0.0
 
     @property
     def size(self) -> int:
@@ -143,7 +143,7 @@ class FactorFamily(Family):
 
     def _weight_matrix(self, t: float) -> Tensor:
         h = self.modes.eigenvalues
-        return self.weights(t, h.unsqueeze(1), h) + self.spill
+        return self.weights(t, h.unsqueeze(1), h) + self.correction
 
     def apply(self, matrices: Tensor, t: float) -> Tensor:
         """Return the gain of S."""
@@ -177,7 +177,7 @@ class BlockFamily(Family):
     weights: Weights
     noise: Callable[[float], float]
     t_max: float
-    spill: Tensor | float = 0.0
+    correction: Tensor | float = 0.0
 
     @property
     def size(self) -> int:
@@ -199,7 +199,7 @@ class BlockFamily(Family):
 
     def _weight_matrix(self, t: float) -> Tensor:
         h = self.modes.eigenvalues
-        return self.weights(t, h.unsqueeze(1), h) + self.spill
+        return self.weights(t, h.unsqueeze(1), h) + self.correction
 
     def to_vector(self, matrices: Tensor, t: float) -> Tensor:
         """Return Y = V^(1/2) X, entry by entry."""

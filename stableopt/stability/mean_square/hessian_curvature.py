@@ -19,10 +19,14 @@ from stableopt.curvature import Hessian, NonUniformity, Operator, Problem, top_e
 from stableopt.curvature.per_sample.blocks import hessian_blocks
 from stableopt.stability.mean_square.crossing import BlockFamily, Crossing, Weights, root
 from stableopt.stability.mean_square.leading import leading_directions
-from stableopt.stability.mean_square.second_moments import HessianModes, mode_weights, spills
+from stableopt.stability.mean_square.second_moments import (
+    HessianModes,
+    mode_weights,
+    weight_corrections,
+)
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "few_entries", "leaves"]
+__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "few_entries", "why_unstable"]
 
 MAX_PARAMETERS = 64
 """Parameters up to which all entries of the samples' Hessians are used: a product with second moments
@@ -139,7 +143,7 @@ class HessianCurvature:
     def obstacle(self, noise: float) -> str | None:
         """Return why no learning rate is stable, or ``None`` if no reason is known."""
         if self.least < 0:
-            return leaves(self.least)
+            return why_unstable(self.least)
         if noise and self.dense is not None and self.dense.flat_noise:
             return (
                 f"samples have curvature, {self.dense.flat_noise:.3g}, along a direction in which their"
@@ -161,11 +165,13 @@ class HessianCurvature:
     ) -> list[BlockFamily]:
         """Return gains whose crossings bound the threshold from above."""
         families = []
-        for kept, correction in spills(self.modes.eigenvalues, self.modes.spill, step):
+        for kept, correction in weight_corrections(
+            self.modes.eigenvalues, self.modes.residual_bounds, step
+        ):
             modes = HessianModes(
                 self.modes.eigenvalues[kept],
                 self.modes.blocks[:, kept][:, :, kept],
-                self.modes.spill[kept],
+                self.modes.residual_bounds[kept],
             )
             families.append(BlockFamily(modes, weights, noise, t_max, correction))
         return families
@@ -277,7 +283,7 @@ def few_entries(problem: Problem) -> bool:
     return d <= MAX_PARAMETERS and problem.num_samples * d**2 <= _ENTRIES
 
 
-def leaves(least: float) -> str:
+def why_unstable(least: float) -> str:
     """Return the message about the negative curvature ``least``."""
     return (
         f"the Hessian has negative curvature here, {least:.3g}: at any learning rate training leaves"
@@ -307,6 +313,6 @@ def _restrict(
     ritz_vectors = (basis.double() @ vectors).to(basis)
     residuals = (hessian @ ritz_vectors).double() - ritz_vectors.double() * values[positive]
     # A Gram matrix of k vectors is at most k times its diagonal.
-    spill = count * residuals.square().sum(0)
-    modes = HessianModes(values[positive] + weight_decay, blocks, spill)
+    residual_bounds = count * residuals.square().sum(0)
+    modes = HessianModes(values[positive] + weight_decay, blocks, residual_bounds)
     return modes, float(values[0]) + weight_decay, float(values[-1])

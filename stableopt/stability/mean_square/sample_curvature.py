@@ -21,7 +21,7 @@ from stableopt.curvature.gram.gram import (
 from stableopt.curvature.gram.jacobian import check_outputs
 from stableopt.stability.mean_square.crossing import Crossing, FactorFamily, Weights, root
 from stableopt.stability.mean_square.leading import leading_directions
-from stableopt.stability.mean_square.second_moments import gather, mode_weights, spills
+from stableopt.stability.mean_square.second_moments import gather, mode_weights, weight_corrections
 from stableopt.stability.rules.limits import LinearStep
 
 __all__ = ["SampleCurvature"]
@@ -95,8 +95,8 @@ class SampleCurvature:
         sharpness_bound = samples.largest
         if solver_bound is not None:
             sharpness_bound = min(solver_bound, sharpness_bound)
-        spill = count * residuals.square().sum(0)
-        return cls(modes, top, False, _Bounds(samples, max(sharpness_bound, top), spill))
+        residual_bounds = count * residuals.square().sum(0)
+        return cls(modes, top, False, _Bounds(samples, max(sharpness_bound, top), residual_bounds))
 
     @property
     def empty(self) -> bool:
@@ -120,7 +120,7 @@ class SampleCurvature:
         h, factors = self.modes.eigenvalues, self.modes.factors
         return [
             FactorFamily(Modes(h[kept], factors[:, :, kept]), weights, noise, t_max, correction)
-            for kept, correction in spills(h, self.bounds.spill, step)
+            for kept, correction in weight_corrections(h, self.bounds.residual_bounds, step)
         ]
 
     def theorem1_lr(self, noise: float, step: LinearStep) -> float | None:
@@ -191,9 +191,10 @@ class _Bounds:
         samples: sizes of the single samples' matrices.
         sharpness_bound: an upper bound of the mean's largest eigenvalue. If it comes from the
             eigen-solver, it fails with a probability of at most 0.2 %.
-        spill: as for :func:`~stableopt.stability.mean_square.second_moments.spills`.
+        residual_bounds: as for
+            :func:`~stableopt.stability.mean_square.second_moments.weight_corrections`.
     """
 
     samples: SampleSizes
     sharpness_bound: float
-    spill: Tensor
+    residual_bounds: Tensor

@@ -35,7 +35,7 @@ __all__ = [
     "gather",
     "mode_weights",
     "sandwich",
-    "spills",
+    "weight_corrections",
 ]
 
 _CONVERGED = 1e-6
@@ -139,13 +139,13 @@ class HessianModes:
     Attributes:
         eigenvalues: positive eigenvalues of the mean, ascending, ``(r,)``.
         blocks: :math:`A_i`, ``(n, r, r)``, symmetric and possibly indefinite.
-        spill: :math:`e_a \ge 0` ``(r,)``. :math:`\mathrm{diag}(e)` bounds the Gram matrix of the
-            eigenvectors' residuals :math:`Hq_a - h_aq_a`; zero for exact eigenvectors.
+        residual_bounds: :math:`e_a \ge 0` ``(r,)``. :math:`\mathrm{diag}(e)` bounds the Gram
+            matrix of the eigenvectors' residuals :math:`Hq_a - h_aq_a`; zero for exact eigenvectors.
     """
 
     eigenvalues: Tensor
     blocks: Tensor
-    spill: Tensor
+    residual_bounds: Tensor
 
 
 def sandwich(blocks: Tensor, matrix: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ class MomentGain(Operator):
         return (self._noise * self._roots * sandwich(self._blocks, moment)).flatten()
 
 
-def spills(
-    eigenvalues: Tensor, spill: Tensor, step: LinearStep
+def weight_corrections(
+    eigenvalues: Tensor, residual_bounds: Tensor, step: LinearStep
 ) -> Iterator[tuple[Tensor, Tensor | float]]:
     r"""Yield sets of Ritz vectors, and the corrections ``(k, k)`` or 0 that make their weights a bound.
 
@@ -207,19 +207,20 @@ def spills(
 
     Args:
         eigenvalues: Ritz values ``(r,)``.
-        spill: r times the squared norm of each residual; ``diag(spill)`` bounds :math:`R^\top R`.
+        residual_bounds: r times the squared norm of each residual, ``(r,)``; as a diagonal matrix they
+            bound :math:`R^\top R`.
         step: the update rule.
     """
-    exact = spill <= _CONVERGED**2 * eigenvalues**2
+    exact = residual_bounds <= _CONVERGED**2 * eigenvalues**2
     if step.momentum == 0 or bool(exact.all()):
-        yield torch.arange(len(spill), device=spill.device), 0.0
+        yield torch.arange(len(residual_bounds), device=residual_bounds.device), 0.0
     elif step.nesterov:
         if bool(exact.any()):
             yield exact.nonzero().flatten(), 0.0
     else:
         factor = step.momentum / (1 - step.momentum**2)
-        order = (spill / eigenvalues**2).argsort()
+        order = (residual_bounds / eigenvalues**2).argsort()
         for count in {len(order), (len(order) + 1) // 2, (len(order) + 3) // 4}:
             kept = order[:count].sort().values
-            correction = factor * spill[kept] * count / len(order)
+            correction = factor * residual_bounds[kept] * count / len(order)
             yield kept, correction.unsqueeze(1) + correction

@@ -34,7 +34,7 @@ from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.quantities import Chart, Quantity, register
-from stableopt.stability.rules.coordinates import as_seen_by
+from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.several import SeparateBlocks
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -135,7 +135,7 @@ def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
         if part.rule.unknown is not None or not in_part:
             continue
         restricted = problem.restricted(part.params)
-        whole = as_seen_by(restricted, part.rule, [part.optimizer]).coordinates
+        whole = in_rule_coordinates(restricted, part.rule, [part.optimizer]).coordinates
         for number, block in enumerate(evaluation.blocks):
             if set(block.indices) <= set(in_part):  # otherwise no single optimizer trains the block
                 coordinates = coordinates_of(whole, [in_part.index(i) for i in block.indices])

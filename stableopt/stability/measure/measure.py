@@ -23,7 +23,7 @@ from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
-from stableopt.stability.rules.coordinates import as_seen_by, check_params, problem_of
+from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
 from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
@@ -140,7 +140,7 @@ def measure(
         chosen = params is not None or isinstance(model, MeanLoss)
         check_params(optimizers, problem, explicit=chosen)
     if rule is not None:
-        problem = as_seen_by(problem, rule, optimizers)
+        problem = in_rule_coordinates(problem, rule, optimizers)
     if dataset_size is None:
         dataset_size = problem.num_samples
     dataset_size = whole("dataset_size", dataset_size)

@@ -1,4 +1,4 @@
-"""`problem_of`, `as_seen_by`: a model's problem, and the coordinates in which a step has one rate."""
+"""`problem_of`: a model's problem; `in_rule_coordinates`: coordinates in which a step has one rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stableopt.curvature.problem.sharded import problem_for
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["as_seen_by", "check_params", "outside_coordinates", "problem_of"]
+__all__ = ["check_params", "in_rule_coordinates", "outside_coordinates", "problem_of"]
 
 P = TypeVar("P", bound=MeanLoss)
 
@@ -71,7 +71,9 @@ def check_params(
         )
 
 
-def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Optimizer]) -> P:
+def in_rule_coordinates(
+    problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Optimizer]
+) -> P:
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
     The coordinates of a preconditioned rule include learning rates by group, a diagonal preconditioner
@@ -101,7 +103,7 @@ def as_seen_by(problem: P, rule: UpdateRule, optimizers: Sequence[torch.optim.Op
 
 
 def outside_coordinates(rule: UpdateRule, params: Sequence[Tensor]) -> StepPreconditioner | None:
-    """Return P over ``params`` if it is not in the coordinates of :func:`as_seen_by`, else ``None``."""
+    """Return P over ``params`` unless :func:`in_rule_coordinates` includes it; then ``None``."""
     p = None if rule.preconditioner is None else rule.preconditioner.over(params)
     return None if isinstance(p, DiagonalPreconditioner) else p
 

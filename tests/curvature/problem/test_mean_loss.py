@@ -58,12 +58,12 @@ def test_coordinates_of_another_number_of_parameters_are_refused() -> None:
 def test_facts_are_shared_by_coordinates_but_not_by_problems() -> None:
     """Catches facts that are recomputed in each coordinate system, or kept for other parameters."""
     memo, problem = Memo[int](), small_problem()
-    memo.on(problem)["found"] = 1
-    assert memo.on(problem.transformed(sign=-1.0)) == {"found": 1}
-    assert Memo[int]().on(problem) == {}
+    memo.of(problem)["found"] = 1
+    assert memo.of(problem.transformed(sign=-1.0)) == {"found": 1}
+    assert Memo[int]().of(problem) == {}
     problem.params[0].requires_grad_(False)
-    assert memo.on(problem.current()) == {}
-    assert memo.on(small_problem()) == {}
+    assert memo.of(problem.current()) == {}
+    assert memo.of(small_problem()) == {}
 
 
 def test_sharded_problems_implement_the_protocol_by_themselves() -> None:

@@ -15,7 +15,7 @@ import stableopt
 from stableopt import StabilityMargins, UpdateRule, critical_batch_size, critical_lr, measure
 from stableopt.curvature import DualCurvature, NonFiniteError, Problem
 from stableopt.stability import batch_sharpness, noise_factor
-from stableopt.stability.rules.coordinates import as_seen_by
+from stableopt.stability.rules.coordinates import in_rule_coordinates
 
 Data = tuple[Tensor, Tensor]
 
@@ -400,6 +400,6 @@ def test_a_model_stands_for_its_problem(network: nn.Module, data: Data) -> None:
     loss_fn(network(data[0]), data[1]).backward()
     adam.step()
     rule = UpdateRule.from_optimizer(adam)
-    preconditioned = as_seen_by(Problem(network, loss_fn, data), rule, [adam])
+    preconditioned = in_rule_coordinates(Problem(network, loss_fn, data), rule, [adam])
     critical = critical_lr(network, loss_fn, data, 2, update_rule=rule)
     assert critical == critical_lr(preconditioned, 2, update_rule=rule)
