@@ -66,8 +66,8 @@ class StabilityMonitor:
             if neither is given. A first measurement that is expected to take more than a second waits
             until the training time allows it.
         batch_size: samples in a step, of all ranks. By default the median of the last five steps,
-            counted in the model's forward passes, except under ``torch.jit.script`` or with
-            ``fullgraph=True`` around the model.
+            counted in the model's forward passes, except under ``torch.jit.script``, with
+            ``fullgraph=True`` around the model, or if compiled code of the model has already run.
         dataset_size: samples in the training set, by default those of the probe set.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
             ``docs/reading-margins.md``. The default, sharpness, adds the preconditioned sharpness if

@@ -36,6 +36,7 @@ class SampleCounter:
     Attributes:
         active: whether forward passes are counted.
         passed: the model's samples for each sample of the loss: two in a loss of pairs.
+        dims: the number of dimensions of a batch loss's inputs; an input with one less is a sample.
         observed: the model's samples in each of the last five steps, oldest first.
     """
 
@@ -43,6 +44,7 @@ class SampleCounter:
         self.active, self.dim = True, dim
         self.observed: deque[int] = deque(maxlen=_OBSERVED_STEPS)
         self.passed = 1
+        self.dims: int | None = None
         self._params, self._first_version = params, 0
         self._count, self._seen_forward, self._calibrating = 0, False, False
 
@@ -61,9 +63,9 @@ class SampleCounter:
         return max(1, median_low(self.observed) // self.passed) if self.observed else None
 
     def calibrate(self, problem: MeanLoss) -> None:
-        """Determine :attr:`passed` from one evaluation of a batch loss, which calls the model itself."""
+        """Determine :attr:`passed` and :attr:`dims` from one evaluation of a batch loss."""
         if problem.loss_fn is not None:
-            return  # loss_fn(model(x), y) passes each sample once
+            return  # loss_fn(model(x), y) passes each sample once, in batches
         self._calibrating = True
         try:
             problem.value()
@@ -77,6 +79,7 @@ class SampleCounter:
         """Count the samples of a training forward pass."""
         if self._calibrating:
             self.add((args, kwargs))
+            self.dims = next((t.dim() for t in tensors_in((args, kwargs)) if t.dim()), None)
             return
         # Skip validation, which runs without gradients, and the passes of measurements.
         if not self.active or not torch.is_grad_enabled() or measuring():
@@ -96,7 +99,7 @@ class SampleCounter:
         """Count ``batch``, and stop counting forward passes."""
         if self.active:
             self.observed.clear()
-        self.active, self.passed = False, 1
+        self.active, self.passed, self.dims = False, 1, None
         self.add(batch)
 
     def add(self, batch: Any) -> None:
@@ -106,10 +109,11 @@ class SampleCounter:
         if packed is not None:
             self._count += int(packed.batch_sizes[0])
         else:
-            sizes = (
-                t.shape[self.dim if t.dim() > self.dim else 0] for t in tensors_in(batch) if t.dim()
-            )
-            self._count += next(sizes, 0)
+            first = next((t for t in tensors_in(batch) if t.dim()), None)
+            if first is not None and self.dims is not None and first.dim() == self.dims - 1:
+                self._count += 1
+            elif first is not None:
+                self._count += first.shape[self.dim if first.dim() > self.dim else 0]
 
     def end_step(self) -> None:
         """Record the samples since the last call, if any, as one step."""

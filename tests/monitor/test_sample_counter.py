@@ -233,3 +233,32 @@ def test_a_loss_of_pairs_counts_pairs(form: str) -> None:
     monitor.count_samples(X[:5])
     optimizer.step()
     assert monitor.batch_size == 5
+
+
+def test_a_step_on_one_of_the_stacked_batches_is_one_sample() -> None:
+    """Catches the pairs of a contrastive loss counted as samples, each of which is a whole batch."""
+    torch.manual_seed(0)
+    encoder = nn.Linear(4, 2)
+    optimizer = stableopt.SGD(encoder.parameters(), lr=0.1)
+    views = torch.randn(12, 8, 4)
+
+    def contrastive(model: nn.Module, batches: Tensor) -> Tensor:
+        codes = model(batches)
+        similarities = codes @ codes.mT
+        labels = torch.arange(similarities.shape[-1]).expand(similarities.shape[:-1])
+        return nn.functional.cross_entropy(similarities.flatten(0, -2), labels.flatten())
+
+    problem = stableopt.Problem.from_batch_loss(encoder, contrastive, views)
+    quantities = ("sharpness", "non_uniformity")
+    monitor = optimizer.track(problem, every=1, quantities=quantities)
+    sizes, limits = [], []
+    for batch in (views[0], views[1], views[:2]):
+        optimizer.zero_grad()
+        contrastive(encoder, batch).backward()
+        monitor._counter.observed.clear()  # the size of this step alone
+        optimizer.step()
+        sizes.append(monitor.batch_size)
+        assert monitor.margins is not None
+        limits.append(monitor.margins.non_uniformity_limit)
+    assert sizes == [1, 1, 2]
+    assert limits == [limit(0.1, size, 12) for size in sizes]

@@ -30,6 +30,7 @@ from stableopt.curvature.problem.draws import (
     depends_on_draws,
     draws_random_numbers,
     fix_draw,
+    seed_of,
 )
 from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
@@ -76,7 +77,8 @@ class Problem(DifferentiableLoss):
         params: the d parameters to differentiate in; by default all trainable ones of ``model``.
             Parameters of a module that ``loss_fn`` is or holds are allowed. Complex parameters are
             represented by their real view.
-        chunk_size: the most samples evaluated at once. Less memory, the same result.
+        chunk_size: the most samples evaluated at once. Less memory, the same result,
+            unless the loss draws random numbers: each chunk has its own draw.
         max_samples: the most samples to use, by default all: of tensors and of data sets in order a
             random choice, the same one each time, and of other data the first ones.
         dtype: the precision, by default the parameters'. ``torch.float32`` and ``torch.float64`` cast
@@ -307,7 +309,7 @@ class Problem(DifferentiableLoss):
         Call it inside :meth:`evaluation`.
         """
         if self._random:
-            fix_draw(self.device, self._objective.generators)
+            fix_draw(seed_of(batch), self.device, self._objective.generators)
         in_call = self._in_call and torch.is_grad_enabled() and any(t.requires_grad for t in theta)
 
         def evaluate(part: Any) -> Tensor:

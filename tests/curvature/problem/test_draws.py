@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.curvature import Hessian, NonUniformity, Problem
+from stableopt.curvature.problem.draws import seed_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1)).double()
 
@@ -24,6 +25,10 @@ def denoising(draw: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor],
     return lambda model, x: (model(x + 3 * draw(x)) - x).square().mean()
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def own_generator() -> Callable[[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(5)
     return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -34,17 +39,18 @@ def own_generator() -> Callable[[Tensor], Tensor]:
 )
 @pytest.mark.parametrize("chunk_size", [None, 8])
 def test_sharpness_is_that_of_one_draw(make_draw: Any, chunk_size: int | None) -> None:
-    """Catches a random loss refused as "not a mean over samples", and a new draw in each product or
-    chunk pass.
+    """Catches a random loss refused as "not a mean over samples", a new draw in each product, and chunks
+    that share their draw.
     """
     with pytest.warns(UserWarning, match="loss_fn draws random numbers: a measurement repeats one"):
         problem = Problem.from_batch_loss(
             linear(), denoising(make_draw()), X, chunk_size=chunk_size
         )
-    noise = torch.randn(
-        chunk_size or 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    noisy_inputs = X + 3 * noise.repeat(24 // len(noise), 1)
+    noise = [
+        torch.randn(chunk.shape, generator=generator(seed_of(chunk)), dtype=torch.float64)
+        for chunk in X.split(chunk_size or 24)
+    ]
+    noisy_inputs = X + 3 * torch.cat(noise)
     expected = torch.kron(torch.eye(3).double(), 2 * noisy_inputs.T @ noisy_inputs / (3 * 24))
     hessian = Hessian(problem)
     eye = torch.eye(9).double()
@@ -52,6 +58,38 @@ def test_sharpness_is_that_of_one_draw(make_draw: Any, chunk_size: int | None) -
         matrix = torch.stack([hessian @ row for row in eye])
         # A quadratic loss: both are sums of 24 products, up to rounding.
         assert torch.allclose(matrix, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_denoiser_that_starts_at_zero_is_random(chunk_size: int | None) -> None:
+    """Catches a loss whose draw hardly matters at the start, such as the squared norm of much noise.
+
+    It was not refused for samples when it mattered later, and refused as "not a mean" for some sizes.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 64)).double()
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        noise = torch.randn_like(x)
+        return (model(x + noise) - noise).square().mean()
+
+    x = X.repeat(1, 22)[:, :64]
+    with pytest.warns(UserWarning, match="a measurement repeats one draw of each chunk"):
+        problem = Problem.from_batch_loss(model, loss, x, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="put the noise into the batch"):
+        NonUniformity(problem)
+
+
+def test_draws_that_change_nothing_are_not_noticed() -> None:
+    """Catches a warning about a model that draws, as for layers to drop in training, and uses none."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        torch.rand(())
+        return (model(x) - x).square().mean()
+
+    NonUniformity(Problem.from_batch_loss(linear(), loss, X))
 
 
 def test_samples_are_refused_with_the_way_out() -> None:
