@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -133,17 +134,32 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         """Create the monitor, now that optimizer and checkpoint are ready."""
         self._close()
         self._records = []
+        probe = self._probe_set(args, kwargs.get("train_dataloader"))
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._start(
             kwargs["optimizer"],
             kwargs["model"],
             self._loss_of(args),
-            self._probe_set(kwargs.get("train_dataloader")),
+            probe,
             lambda step, record: self._records.append(record),
             state.global_step,
             lambda monitor: self._load(monitor, args, state) if state.global_step else None,
             process_group=dist.group.WORLD if distributed else None,
         )
+        if probe is not self._data:
+            self._check_samples(probe)
+
+    def _check_samples(self, probe: DataLoader[Any]) -> None:
+        """Warn if the collator made fewer samples than rows, so that training counts other samples."""
+        assert self.monitor is not None
+        rows = min(len(probe.dataset), self._options.get("max_samples") or sys.maxsize)  # type: ignore[arg-type]
+        samples = self.monitor.problem.own_samples
+        if samples < rows and probe.batch_size == _PROBE_BATCH:
+            _warn(
+                f"the trainer's collator makes {samples} samples of {rows} rows, in batches of"
+                f" {_PROBE_BATCH} rows: limits that depend on the batch size are not those of training."
+                " Pass a DataLoader as data, with the batch size of a device"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the measurements of the step."""
@@ -227,7 +243,7 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
                 )
         return _models_loss
 
-    def _probe_set(self, train_dataloader: Any) -> Any:
+    def _probe_set(self, args: Any, train_dataloader: Any) -> Any:
         """Return the data; a data set of rows becomes a loader that collates like the trainer's."""
         data = self._data
         training_sets = (
@@ -240,8 +256,17 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
         is_batches = isinstance(data, (IterableDataset, DataLoader, Mapping, Tensor, list, tuple))
         if is_training_set or (has_rows and not is_batches):
             collate = getattr(train_dataloader, "collate_fn", None)
-            return DataLoader(data, batch_size=_PROBE_BATCH, collate_fn=collate)
+            # A collator that joins a batch into one row makes one sample of it, in training too.
+            joined = args.per_device_train_batch_size if _joins_rows(collate) else _PROBE_BATCH
+            return DataLoader(data, batch_size=joined, collate_fn=collate)
         return data
+
+
+def _joins_rows(collate: Any) -> bool:
+    """Return whether a collator joins the rows of a batch into one, without padding."""
+    collate = getattr(collate, "data_collator", collate)  # the trainer's, which drops columns
+    flattening = getattr(_transformers, "DataCollatorWithFlattening", ())
+    return isinstance(collate, flattening) or bool(getattr(collate, "padding_free", False))
 
 
 def _models_loss(model: Any, batch: Any) -> Tensor:

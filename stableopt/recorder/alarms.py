@@ -53,7 +53,7 @@ class AlarmRules:
             a minimum single samples make batch losses jump by less.
         loss_factor: the smallest factor between the loss and the median of the losses before. A loss
             above this factor times the loss at the start is a spike by itself, unless the spread of
-            the first losses explains it.
+            the first losses explains it. If the run starts at almost zero, no rise counts.
         ratio: the (preconditioned) sharpness over its limit, while the loss on the probe set does not
             fall. Ratios around 1, and with full batches up to about 1.5, are harmless: training at the
             edge of stability has them. So is a larger ratio while the loss falls.
@@ -119,6 +119,8 @@ class AlarmRules:
         )
 
     def _loss(self, evidence: Evidence) -> Alarm | None:
+        if evidence.starts_at_zero:
+            return None
         losses = [
             (record.step, record.loss) for record in evidence.steps if record.loss is not None
         ]
@@ -150,7 +152,7 @@ class AlarmRules:
     def _probe_loss(self, evidence: Evidence) -> Alarm | None:
         records = [record for record in evidence.measured if record.margins.loss is not None]
         losses = [float(record.margins.loss or 0.0) for record in records]
-        if len(losses) < 3:
+        if len(losses) < 3 or evidence.starts_at_zero:
             return None
         first, step = evidence.first_loss, records[-1].step
         return self._rise(losses, step, first, "the loss on the probe set")

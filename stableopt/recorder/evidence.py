@@ -120,6 +120,18 @@ class Evidence:
             return 0.0
         return stdev(self.first_losses) if len(self.first_losses) >= FIRST_LOSSES else math.inf
 
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the first loss is below a thousandth of the first 20, so that a rise is no sign.
+
+        The loss of a policy on its own samples starts at zero, and grows as the policy learns.
+
+        >>> Evidence([], [], first_losses=[1e-9, -1e-4, 5e-4]).starts_at_zero
+        True
+        """
+        sizes = [abs(loss) for loss in self.first_losses]
+        return bool(sizes) and sizes[0] < 1e-3 * sum(sizes) / len(sizes)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts."""
         return {

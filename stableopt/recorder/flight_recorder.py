@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stableopt._support.arguments import instance, require_keys, whole
 from stableopt._support.torch_internals import eager
@@ -329,13 +329,25 @@ class FlightRecorder:
         ]
 
     def _weight_gains(self) -> dict[str, float]:
-        """Return the root mean square of each weight matrix times the root of its number of inputs."""
+        """Return the root mean square of each weight matrix times the root of its number of inputs.
+
+        An embedding that is not also a linear layer has one active input.
+        """
         problem = self._monitor.problem
+        modules = list(problem.model.modules())
+        embeddings = {
+            id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        }
+        embeddings -= {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
         named = [(n, p) for n, p in zip(problem.names, problem.params, strict=True) if p.dim() > 1]
         if not named or problem.sharded:
             return {}
         with torch.no_grad():
-            gains = [p.detach().float().square().sum() / p.shape[0] for _, p in named]
+            gains = [
+                p.detach().float().square().sum()
+                / (p.numel() if id(p) in embeddings else p.shape[0])
+                for _, p in named
+            ]
         return {
             layer_of(name): gain**0.5
             for (name, _), gain in zip(named, torch.stack(gains).tolist(), strict=True)

@@ -7,6 +7,7 @@ import random
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import stableopt
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import (
+        DataCollatorWithFlattening,
         GPT2Config,
         GPT2LMHeadModel,
         Trainer,
@@ -361,6 +363,28 @@ def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
     trainer_in(tmp_path, [reference], max_steps=2).train()
     # The same samples, in chunks of another size.
     assert callback.margins.sharpness == pytest.approx(reference.margins.sharpness, rel=1e-2)
+
+
+def test_a_collator_that_joins_rows_makes_samples_as_in_training(tmp_path: Path) -> None:
+    """Catches a probe whose samples are eight batches of training joined: B is in other units."""
+    rows = [{"input_ids": words.tolist()} for words in Texts(64).words]
+    joining = DataCollatorWithFlattening()
+
+    def hidden(features: Any) -> dict[str, Any]:
+        return {k: v for k, v in joining(features).items() if isinstance(v, Tensor)}
+
+    for collate, samples in ((joining, 16), (hidden, 2)):
+        callback = StabilityCallback(rows, every=2)
+        trainer = trainer_in(tmp_path, [callback], max_steps=2)
+        trainer.model.config.n_positions = 8
+        trainer.train_dataset, trainer.data_collator = rows, collate
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        texts = [str(w.message) for w in caught if "collator makes" in str(w.message)]
+        assert callback.monitor.problem.num_samples == samples
+        assert callback.monitor.batch_size == 1
+        assert texts == ([] if collate is joining else [mock.ANY])
 
 
 def test_files_have_names_of_their_own(tmp_path: Path) -> None:

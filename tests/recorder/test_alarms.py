@@ -182,6 +182,19 @@ def test_losses_of_single_samples_give_no_alarm() -> None:
             assert alarms(means) == []
 
 
+def test_a_loss_that_starts_at_zero_may_grow() -> None:
+    """Catches alarms of a policy's loss, which starts at zero and is beta KL once the policy learns."""
+    growing = [1e-9, *(1e-6 * k**2 for k in range(1, 300))]
+    assert alarms(growing) == []
+    # Between them the loss leaps: no sign either, and not a number stays one.
+    leaping = [1e-9, *([1e-4] * 60), *([0.1] * 10)]
+    evidence = Evidence(steps(leaping), [], first_level(leaping[:20]), first_losses=leaping[:20])
+    assert AlarmRules().alarm(evidence) is None
+    broken = [*leaping, math.nan]
+    evidence = Evidence(steps(broken), [], first_level(leaping[:20]), first_losses=leaping[:20])
+    assert kind(evidence) == "not finite"
+
+
 def test_a_loss_that_explodes_is_found_in_the_first_steps_if_weights_do() -> None:
     """Catches a first level that the explosion raises, and alarms for losses that vary by chance."""
     losses = [11.0, 370.0, 120.0, 50.0, 35.0]

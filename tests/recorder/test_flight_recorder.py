@@ -35,6 +35,25 @@ def run(tmp_path: Path) -> Iterator[Run]:
     made.monitor.close()
 
 
+def test_an_embedding_has_one_active_input(tmp_path: Path) -> None:
+    """Catches torch's default embedding blamed for weights that are not divided by many inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(512, 256), nn.Linear(256, 256), nn.Linear(256, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    words = torch.randint(512, (8,))
+    for tied, gain in ((False, 1.0), (True, 16.0)):
+        if tied:
+            model[1].weight = nn.Parameter(model[0].weight.detach()[:256])
+            model[0].weight = model[1].weight
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with StabilityMonitor(
+            optimizer, model, LOSS, (words % 256, torch.zeros(8, 4)), every=100
+        ) as monitor:
+            recorder = FlightRecorder(monitor, tmp_path)
+            assert recorder.evidence.first_gains["0"] == pytest.approx(gain, rel=0.02)
+            recorder.close()
+
+
 @pytest.fixture(scope="module")
 def spiked(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a run whose learning rate rises from 0.1 to 3 at step 81."""
