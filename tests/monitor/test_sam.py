@@ -87,7 +87,7 @@ def train(
 
 
 def test_sam_trains_at_its_own_edge() -> None:
-    """Catches the limit 2/η, of which full-batch SAM reaches less than half.
+    """Catches the limit 2/η, twice what full-batch SAM reaches, and more.
 
     At the edge of stability the ratio oscillates around 1, here between 0.99 and 1.06.
     """
@@ -170,7 +170,7 @@ def test_other_kinds_of_sam_have_no_limit(make: Callable[[Any], Any], reason: st
 
 
 def test_without_an_observed_step_the_limit_is_not_known() -> None:
-    """Catches a limit of a copy, of a step that nobody observed, or from a gradient of zero."""
+    """Catches a limit of a copy, of a step that no monitor observed, or from a gradient of zero."""
     model, x, y = setting()
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
     train(optimizer, model, x, y, 1)

@@ -236,7 +236,7 @@ def test_a_loss_of_pairs_counts_pairs(form: str) -> None:
 
 
 def test_a_step_on_one_of_the_stacked_batches_is_one_sample() -> None:
-    """Catches the pairs of a contrastive loss counted as samples, each of which is a whole batch."""
+    """Catches the pairs of a contrastive loss counted as samples: a sample is a whole batch."""
     torch.manual_seed(0)
     encoder = nn.Linear(4, 2)
     optimizer = stableopt.SGD(encoder.parameters(), lr=0.1)
