@@ -122,7 +122,7 @@ class Evidence:
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the first loss is below a thousandth of the first 20, so that a rise is no sign.
+        """Whether the first loss is below a thousandth of the first 20, so that a rise says nothing.
 
         The loss of a policy on its own samples starts at zero, and grows as the policy learns.
 
