@@ -42,11 +42,7 @@ from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.along_step.critical_sharpness import critical_sharpness
 from stableopt.stability.mean_square.choice import FITTED, curvature_of
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS, threshold
-from stableopt.stability.mean_square.hessian_curvature import (
-    HessianCurvature,
-    Negated,
-    why_unstable,
-)
+from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, at_saddle
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import LinearStep, noise_factor
@@ -309,7 +305,7 @@ class _Search:
             self.notes.append(f"bounds by the sharpness alone: {error}")
             smallest = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
             if smallest < -FITTED * abs(sharpness):
-                self.note_unstable(why_unstable(smallest))
+                self.note_unstable(at_saddle(smallest))
             return _Curvature(sharpness, smallest, None, None)
         return _Curvature(sharpness, 0.0, samples, share)
 

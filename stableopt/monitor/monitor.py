@@ -35,8 +35,8 @@ from stableopt.stability.layers.blocks import Blocks
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
+from stableopt.stability.rules.ascent import note_ascent
 from stableopt.stability.rules.coordinates import problem_of
-from stableopt.stability.rules.readers.ascent import note_ascent
 from stableopt.stability.rules.several import optimizers_in
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -151,7 +151,7 @@ class StabilityMonitor:
     ) -> None:
         self.optimizers = optimizers_in(optimizer)
         self.sinks = check_sinks(sinks)
-        quantities = _reusable(quantities)
+        quantities = tuple(quantities) if isinstance(quantities, Iterator) else quantities
         check_derivatives = isinstance(model, MeanLoss) or needs_second_derivatives(quantities)
         problem = problem_of(
             model,
@@ -391,11 +391,6 @@ class StabilityMonitor:
         self._schedule.restore(pending=bool(state["pending"]))
         self._counter.observed.clear()
         self._counter.observed.extend(state["observed"])
-
-
-def _reusable(quantities: Iterable[str]) -> Iterable[str]:
-    """Return ``quantities``, an iterator as a tuple; keep the identity of DEFAULT_QUANTITIES."""
-    return tuple(quantities) if isinstance(quantities, Iterator) else quantities
 
 
 def needs_second_derivatives(quantities: Iterable[str]) -> bool:

@@ -329,10 +329,7 @@ class FlightRecorder:
         ]
 
     def _weight_gains(self) -> dict[str, float]:
-        """Return the root mean square of each weight matrix times the root of its number of inputs.
-
-        An embedding that is not also a linear layer has one active input.
-        """
+        """Return the root mean square of each weight matrix times the root of its active inputs."""
         problem = self._monitor.problem
         modules = list(problem.model.modules())
         embeddings = {

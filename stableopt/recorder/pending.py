@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.isolation.isolated import measuring
-from stableopt.curvature.problem.gradient_norms import norms_of_gradients, widest
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.evidence import StepRecord
 from stableopt.recorder.weight_sample import WeightSample
 from stableopt.stability.measure.layers import layer_of
+from stableopt.stability.rules.gradient_norms import norms_of_gradients, widest
 
 __all__ = ["PendingSteps", "Reported"]
 

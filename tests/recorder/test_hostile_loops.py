@@ -14,7 +14,7 @@ from recorded_runs import LOSS, Run, data
 from torch import Tensor, nn
 
 from stableopt import FlightRecorder, StabilityMonitor
-from stableopt.curvature.problem.gradient_norms import norms_of_gradients
+from stableopt.stability.rules.gradient_norms import norms_of_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
 

@@ -77,8 +77,7 @@ class Problem(DifferentiableLoss):
         params: the d parameters to differentiate in; by default all trainable ones of ``model``.
             Parameters of a module that ``loss_fn`` is or holds are allowed. Complex parameters are
             represented by their real view.
-        chunk_size: the most samples evaluated at once. Less memory, the same result,
-            unless the loss draws random numbers: each chunk has its own draw.
+        chunk_size: the most samples evaluated at once: less memory, the same result but for noise.
         max_samples: the most samples to use, by default all: of tensors and of data sets in order a
             random choice, the same one each time, and of other data the first ones.
         dtype: the precision, by default the parameters'. ``torch.float32`` and ``torch.float64`` cast
@@ -216,7 +215,6 @@ class Problem(DifferentiableLoss):
         # With random numbers a sample's loss differs between batches.
         if self._random or draws_random_numbers(evaluating(batch), self._objective.generators):
             return
-
         coarse = UNEQUAL_SINGLE if self.precision.autocast is None else UNEQUAL_HALF
         difference = self._gradient_difference(survey)
         if difference <= coarse:

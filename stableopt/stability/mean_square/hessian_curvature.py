@@ -26,7 +26,7 @@ from stableopt.stability.mean_square.second_moments import (
 )
 from stableopt.stability.rules.limits import LinearStep
 
-__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "few_entries", "why_unstable"]
+__all__ = ["MAX_PARAMETERS", "HessianCurvature", "Negated", "at_saddle", "few_entries"]
 
 MAX_PARAMETERS = 64
 """Parameters up to which all entries of the samples' Hessians are used: a product with second moments
@@ -143,7 +143,7 @@ class HessianCurvature:
     def obstacle(self, noise: float) -> str | None:
         """Return why no learning rate is stable, or ``None`` if no reason is known."""
         if self.least < 0:
-            return why_unstable(self.least)
+            return at_saddle(self.least)
         if noise and self.dense is not None and self.dense.flat_noise:
             return (
                 f"samples have curvature, {self.dense.flat_noise:.3g}, along a direction in which their"
@@ -283,7 +283,7 @@ def few_entries(problem: Problem) -> bool:
     return d <= MAX_PARAMETERS and problem.num_samples * d**2 <= _ENTRIES
 
 
-def why_unstable(least: float) -> str:
+def at_saddle(least: float) -> str:
     """Return the message about the negative curvature ``least``."""
     return (
         f"the Hessian has negative curvature here, {least:.3g}: at any learning rate training leaves"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from stableopt.stability.rules.ascent import ascent_norm
 from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
-from stableopt.stability.rules.readers.ascent import ascent_norm
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import common_value
 from stableopt.stability.rules.update_rule import UpdateRule

@@ -8,9 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from stableopt.curvature.problem.gradient_norms import norms_of_gradients
 from stableopt.distributed.fsdp import local
-from stableopt.stability.rules.readers.param_groups import params_of
+from stableopt.stability.rules.gradient_norms import norms_of_gradients
 
 __all__ = ["ascent_norm", "note_ascent"]
 
@@ -22,7 +21,7 @@ def note_ascent(optimizer: Any) -> None:
 
     Under ``fully_shard`` nothing is kept: a rank has only its part of the gradient.
     """
-    params = params_of(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     if params and all(local(p) is p for p in params):
         _NORMS[optimizer] = norms_of_gradients(params).norm()
 
