@@ -24,6 +24,9 @@ __all__ = [
 FIRST_LOSSES = 20
 """Batch losses averaged for the loss at the start: one loss of a small batch is too noisy."""
 
+_ZERO_LOSS = 1e-6
+"""Loss that is zero up to the rounding of a mean of advantages, in single precision."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -122,15 +125,16 @@ class Evidence:
 
     @property
     def starts_at_zero(self) -> bool:
-        """Whether the first loss is below a thousandth of the first 20, so that a rise says nothing.
+        """Whether the first loss is zero up to rounding, and later ones are not: a rise says nothing.
 
-        The loss of a policy on its own samples starts at zero, and grows as the policy learns.
+        The loss of a policy on its own samples is minus the mean of its advantages, which is zero. It
+        grows as the policy learns.
 
         >>> Evidence([], [], first_losses=[1e-9, -1e-4, 5e-4]).starts_at_zero
         True
         """
         sizes = [abs(loss) for loss in self.first_losses]
-        return bool(sizes) and sizes[0] < 1e-3 * sum(sizes) / len(sizes)
+        return bool(sizes) and sizes[0] < min(_ZERO_LOSS, 1e-3 * sum(sizes) / len(sizes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and dicts."""

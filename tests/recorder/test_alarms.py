@@ -195,6 +195,11 @@ def test_a_loss_that_starts_at_zero_may_grow() -> None:
     assert kind(evidence) == "not finite"
 
 
+def test_an_explosion_in_the_first_steps_does_not_start_at_zero() -> None:
+    """Catches a first loss that is small only next to those of an explosion."""
+    assert not Evidence([], [], first_losses=[0.01, 3.0, 1e5, 1e12]).starts_at_zero
+
+
 def test_a_loss_that_explodes_is_found_in_the_first_steps_if_weights_do() -> None:
     """Catches a first level that the explosion raises, and alarms for losses that vary by chance."""
     losses = [11.0, 370.0, 120.0, 50.0, 35.0]

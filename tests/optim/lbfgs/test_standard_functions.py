@@ -156,9 +156,10 @@ def test_evaluations_of_torch(function: Function, start: list[float], dtype: tor
     ours = list(losses(stableopt.LBFGS, function, start, dtype))
     torchs = list(losses(torch.optim.LBFGS, function, start, dtype))
     assert len(ours) <= 1.25 * len(torchs)
-    # Both stop where the loss falls by less than 1e-9, or by rounding: that of Goldstein and Price's
-    # function is 40 times the precision, since its terms are far larger than their sum.
-    rounding = 200 * torch.finfo(dtype).eps * abs(torchs[-1])
+    # Both stop where the loss falls by less than 1e-9, or by rounding. Near its minimum Goldstein and
+    # Price's function is rounded by up to 141 times the precision, since its terms are far larger than
+    # their sum; two values differ by up to twice as much.
+    rounding = 2 * 141 * torch.finfo(dtype).eps * abs(torchs[-1])
     assert ours[-1] <= torchs[-1] + 1e-8 + rounding
 
 
