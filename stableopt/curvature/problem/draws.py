@@ -84,7 +84,9 @@ def seed_of(batch: Any) -> int:
     total = 0
     for tensor in tensors_in(batch):
         if tensor.layout is torch.strided and not tensor.is_nested:
-            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            # A copy, since a part of a batch may begin at an odd byte.
+            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+            content = copied.reshape(-1).view(torch.uint8)
             numbers = content if len(content) % 4 else content.view(torch.int32)
             total += int(numbers.sum(dtype=torch.int64))
     return total % 2**32  # the range of NumPy's seeds

@@ -82,6 +82,17 @@ def test_a_denoiser_that_starts_at_zero_is_random(chunk_size: int | None) -> Non
         NonUniformity(problem)
 
 
+def test_the_seed_of_a_part_of_a_batch() -> None:
+    """Catches bytes that are read as words from an odd place, and a part with the seed of the whole."""
+    batch = {
+        "x": torch.arange(24, dtype=torch.uint8).view(8, 3),
+        "mask": torch.ones(8).bool(),
+        "k": 1,
+    }
+    parts = [{key: v[1:5] if key != "k" else v for key, v in batch.items()}, batch]
+    assert len({seed_of(part) for part in parts}) == 2
+
+
 def test_draws_that_change_nothing_are_not_noticed() -> None:
     """Catches a warning about a model that draws, as for layers to drop in training, and uses none."""
 
