@@ -74,7 +74,7 @@ def trained(kind, **options):
     with stableopt.StabilityMonitor(optimizer, model, loss_fn, data, every=15) as monitor:
         for _ in range(1500):
             closure()
-            optimizer.step(closure) if kind is SAM else optimizer.step()
+            optimizer.step(closure if kind is SAM else None)
     return monitor.history
 
 

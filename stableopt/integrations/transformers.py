@@ -46,9 +46,8 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
     """Measures the stability margins while a ``transformers.Trainer`` trains.
 
     Training with the callback is bit for bit the training without it. Every finite number of a record
-    is logged as
-    ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the monitor's
-    state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), so a resumed run
+    is logged as ``<prefix>/<name>`` at the step of its measurement. Each checkpoint folder gets the
+    monitor's state as ``stability.pt`` (with another prefix ``stability-<prefix>.pt``), so a resumed run
     measures as an uninterrupted one. (The trainer's own mechanism, ``ExportableState``, is off by
     default and restores only what JSON can hold.) If nothing can be measured, there is an error
     before the first step; a measurement that fails later is recorded, and training continues.
@@ -152,7 +151,10 @@ class StabilityCallback(Tracked, _transformers.TrainerCallback):  # type: ignore
     def _check_samples(self, probe: DataLoader[Any]) -> None:
         """Warn if the collator made fewer samples than rows, so that training counts other samples."""
         assert self.monitor is not None
-        rows = min(len(probe.dataset), self._options.get("max_samples") or sys.maxsize)  # type: ignore[arg-type]
+        data: Any = probe.dataset
+        if not hasattr(data, "__len__"):  # streamed
+            return
+        rows = min(len(data), self._options.get("max_samples") or sys.maxsize)
         samples = self.monitor.problem.own_samples
         if samples < rows and probe.batch_size == _PROBE_BATCH:
             _warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import stableopt
 
@@ -352,6 +353,13 @@ def test_any_optimizer_that_the_monitor_takes(tmp_path: Path) -> None:
     assert callback.margins.sharpness_limit == pytest.approx(2 * 1.5 / 0.05)
 
 
+class Streamed(IterableDataset):
+    """The same rows, without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (Texts()[k] for k in range(16))
+
+
 @pytest.mark.parametrize("rows", [Texts(), [Texts()[k] for k in range(16)]], ids=["own", "list"])
 def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
     """Catches rows of the training set used as batches."""
@@ -363,6 +371,20 @@ def test_the_training_set_is_a_probe_set(tmp_path: Path, rows: Any) -> None:
     trainer_in(tmp_path, [reference], max_steps=2).train()
     # The same samples, in chunks of another size.
     assert callback.margins.sharpness == pytest.approx(reference.margins.sharpness, rel=1e-2)
+
+
+def test_a_streamed_training_set_is_a_probe_set(tmp_path: Path) -> None:
+    """Catches a check of the rows that needs their number."""
+    rows = Streamed()
+    callback = StabilityCallback(rows, every=2)
+    trainer = trainer_in(tmp_path, [callback], max_steps=2)
+    trainer.train_dataset = rows
+    trainer.train()
+    problem = stableopt.Problem.from_batch_loss(
+        trainer.model, lambda model, rows: model(**rows).loss, batch(16)
+    )
+    expected = stableopt.measure(problem, lr=1.0, quantities=("sharpness",)).sharpness
+    assert callback.margins.sharpness == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_collator_that_joins_rows_makes_samples_as_in_training(tmp_path: Path) -> None:

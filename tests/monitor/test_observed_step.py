@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from monitored_runs import MSE, X, Y
+from sam import SAM
 from torch import nn
 
 from stableopt import StabilityMonitor, critical_sharpness
@@ -164,35 +165,6 @@ def test_what_cannot_be_observed_is_refused() -> None:
     assert not model._forward_pre_hooks
 
 
-class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization (Foret et al., 2021) over SGD, with its step in two parts."""
-
-    def __init__(self, params: Any, lr: float, rho: float) -> None:
-        super().__init__(params, {"lr": lr, "rho": rho})
-        self.sgd = torch.optim.SGD(self.param_groups, lr=lr)
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        params = self.param_groups[0]["params"]
-        norm = torch.cat([p.grad.flatten() for p in params]).norm()
-        self.climbed = [self.param_groups[0]["rho"] / norm * p.grad for p in params]
-        torch._foreach_add_(params, self.climbed)
-        self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        torch._foreach_sub_(self.param_groups[0]["params"], self.climbed)
-        self.sgd.step()
-        self.zero_grad()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.first_step()
-        with torch.enable_grad():
-            closure()
-        self.second_step()
-
-
 @pytest.mark.parametrize("form", ["two calls", "closure"])
 def test_a_step_in_parts_is_one_step(form: str) -> None:
     """Catches a monitor that never measures, measures twice, or at the wrong weights.
@@ -201,7 +173,7 @@ def test_a_step_in_parts_is_one_step(form: str) -> None:
     """
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
-    optimizer = SAM(model.parameters(), lr=0.1, rho=0.05)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # its limits are not known
         monitor = StabilityMonitor(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sam import SAM
 from torch import Tensor, nn
 
 from stableopt import FlightRecorder, StabilityMonitor, UpdateRule, measure
@@ -17,42 +18,6 @@ from stableopt.stability import readers
 MSE = nn.MSELoss()
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-
-
-class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization (Foret et al., 2021), as people copy it into their projects."""
-
-    def __init__(
-        self, params: Any, base: Any, rho: float, adaptive: bool = False, **kw: Any
-    ) -> None:
-        super().__init__(params, {"rho": rho, "adaptive": adaptive, **kw})
-        self.base_optimizer = base(self.param_groups, **kw)
-        self.param_groups = self.base_optimizer.param_groups
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        norm = torch.cat([p.grad.flatten() for p in self._params()]).norm() + 1e-12
-        rho = self.param_groups[0]["rho"]
-        self.climbed = [(p, rho / norm * p.grad) for p in self._params()]
-        for p, distance in self.climbed:
-            p += distance
-        self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        for p, distance in self.climbed:
-            p -= distance
-        self.base_optimizer.step()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.first_step()
-        with torch.enable_grad():
-            closure()
-        self.second_step()
 
 
 @pytest.fixture(autouse=True)

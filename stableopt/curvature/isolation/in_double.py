@@ -61,7 +61,7 @@ class InDouble(TorchFunctionMode):
 def _grouped_product(rows: Tensor, matrices: Tensor, offs: Tensor, **others: Any) -> Tensor:
     """Return ``torch.nn.functional.grouped_mm``, which has no kernel in double precision."""
     if rows.dim() != 2 or matrices.dim() != 3 or others.get("bias") is not None:
-        raise NotImplementedError(
+        raise RuntimeError(  # like torch, for a combination without a kernel
             "grouped_mm in double precision: expected 2-d rows, a 3-d stack of matrices, and no bias"
         )
     parts, start = [], 0

@@ -67,8 +67,11 @@ class MeanOverSamples(Operator):
     """Whether the first product also computes the mean of :meth:`collect`."""
 
     def collect(self, passes: Any) -> Sequence[Tensor | None]:
-        """Return a by-product of one chunk's passes, such as gradients, one tensor per parameter."""
-        raise NotImplementedError
+        """Return a by-product of one chunk's passes, such as gradients, one tensor per parameter.
+
+        By default there is none.
+        """
+        return ()
 
     def product(self, vector: Tensor) -> Tensor:
         """Return the matrix times ``vector`` ``(d,)``, without a graph."""
