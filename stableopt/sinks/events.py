@@ -57,7 +57,12 @@ class Measured:
         if rule.preconditioned:
             # In preconditioned coordinates the matrix contains the weight decay, not the limit.
             rule = replace(
-                rule, preconditioner=None, group_lrs=(), group_weight_decays=(), weight_decay=0.0
+                rule,
+                preconditioner=None,
+                weight_decay=0.0,
+                group_lrs=(),
+                group_weight_decays=(),
+                group_filtered_decays=(),
             )
         return StabilityRegion(rule, self.margins.batch_size, self.margins.dataset_size)
 

@@ -187,7 +187,7 @@ class Frozen:
             self.again()
 
     def preconditioned(self) -> Tensor:
-        """Return P (H + Lambda), dense, as the rule has them."""
+        """Return P (H + Lambda), dense, as the rule has them, with the decay of groups after P."""
         rule = UpdateRule.from_optimizer(self.optimizer)
         eye = torch.eye(8, dtype=torch.float64)
         p = (
@@ -198,7 +198,8 @@ class Frozen:
         # Without a preconditioner the limit includes the decay.
         shared = rule.weight_decay if rule.preconditioned else 0.0
         decays = rule.group_weight_decays or (shared,) * 2
-        return p @ (self.hessian + torch.diag(self.by_group(decays)))
+        after = torch.diag(self.by_group(rule.group_filtered_decays or (0.0, 0.0)))
+        return p @ (self.hessian + torch.diag(self.by_group(decays))) + after
 
     @staticmethod
     def by_group(values: tuple[float, ...]) -> Tensor:

@@ -255,6 +255,15 @@ PACKAGED = {
         ),
         "z",
     ),
+    "schedulefree.AdamWScheduleFree, decays": Case(
+        packaged("schedulefree:AdamWScheduleFree", lr=0.01), "z", {"weight_decay": 0.4}
+    ),
+    "schedulefree.AdamWScheduleFree, rates and decays": Case(
+        packaged("schedulefree:AdamWScheduleFree", lr=0.01, weight_decay=0.4),
+        "z",
+        {"weight_decay": 2.0},
+        {"lr": 0.003},
+    ),
     "schedulefree.RAdamScheduleFree": Case(
         packaged(
             "schedulefree:RAdamScheduleFree", lr=0.01, betas=(0.9, 0.99), silent_sgd_phase=False

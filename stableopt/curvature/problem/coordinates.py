@@ -26,7 +26,7 @@ class Coordinates:
         device: the device of all vectors.
         sign: 1, or -1 for -f.
         scale: the diagonal of D: for each parameter a number, or a tensor of its shape.
-        weight_decay: the diagonal of Lambda: a coefficient for each parameter.
+        weight_decay: the diagonal of Lambda, in the same form.
 
     >>> shapes = [torch.Size([1, 2]), torch.Size([1])]
     >>> plain = Coordinates(["weight", "bias"], shapes, torch.float32, torch.device("cpu"))
@@ -43,7 +43,7 @@ class Coordinates:
     device: torch.device
     sign: float = 1.0
     scale: tuple[Tensor | float, ...] = ()
-    weight_decay: tuple[float, ...] = ()
+    weight_decay: tuple[Tensor | float, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.shapes)
@@ -55,7 +55,7 @@ class Coordinates:
         *,
         sign: float = 1.0,
         scale: Sequence[Tensor | float] | None = None,
-        weight_decay: Sequence[float] | None = None,
+        weight_decay: Sequence[Tensor | float] | None = None,
     ) -> Coordinates:
         """Return other coordinates of the same parameters.
 
@@ -64,21 +64,33 @@ class Coordinates:
         Raises:
             ValueError: if the number of values, or a shape, differs from the parameters'.
         """
-        for name, values in (("scale", scale), ("weight_decay", weight_decay)):
-            if values is not None and len(values) != len(self.shapes):
-                raise ValueError(
-                    f"{name} has {len(values)} values: expected one for each of the"
-                    f" {len(self.shapes)} parameters"
-                )
-        factors = (1.0,) * len(self.shapes) if scale is None else scale
-        checked = (
-            _checked_scale(name, factor, shape)
-            for name, factor, shape in zip(self.names, factors, self.shapes, strict=True)
-        )
-        decays = () if weight_decay is None else weight_decay
         return dataclasses.replace(
-            self, sign=sign, scale=tuple(checked), weight_decay=tuple(decays)
+            self,
+            sign=sign,
+            scale=self._checked("scale", scale),
+            weight_decay=self._checked("weight_decay", weight_decay),
         )
+
+    def _checked(
+        self, what: str, diagonal: Sequence[Tensor | float] | None
+    ) -> tuple[Tensor | float, ...]:
+        """Return a diagonal as numbers and local tensors, empty for ``None``."""
+        if diagonal is None:
+            return ()
+        if len(diagonal) != len(self.shapes):
+            raise ValueError(
+                f"{what} has {len(diagonal)} values: expected one for each of the"
+                f" {len(self.shapes)} parameters"
+            )
+        parts = zip(self.names, diagonal, self.shapes, strict=True)
+        return tuple(
+            _checked_part(f"{what} of {name!r}", part, shape) for name, part, shape in parts
+        )
+
+    @property
+    def decays(self) -> bool:
+        """Whether Lambda is not zero."""
+        return any(isinstance(decay, Tensor) or decay for decay in self.weight_decay)
 
     def masked(self, masks: Sequence[Tensor | None]) -> Coordinates:
         """Return the coordinates in which the entries with mask zero are constant."""
@@ -126,7 +138,7 @@ class Coordinates:
 
     def add_decay(self, product: Tensor, tangent: Sequence[Tensor]) -> None:
         r"""Add :math:`D\Lambda` times ``tangent`` to ``product``, in place."""
-        if any(self.weight_decay):
+        if self.decays:
             decays = zip(self.weight_decay, tangent, strict=True)
             product += self.flatten([decay * part for decay, part in decays])
 
@@ -136,15 +148,15 @@ def _aligned(part: Tensor) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format) if part.shape[-1:] == (2,) else part
 
 
-def _checked_scale(name: str, factor: Tensor | float, shape: torch.Size) -> Tensor | float:
-    if not isinstance(factor, Tensor):
-        return float(factor)
-    factor = local(factor)
-    if factor.shape != shape:
+def _checked_part(name: str, part: Tensor | float, shape: torch.Size) -> Tensor | float:
+    if not isinstance(part, Tensor):
+        return float(part)
+    part = local(part)
+    if part.shape != shape:
         raise ValueError(
-            f"scale of {name!r} has shape {tuple(factor.shape)}: expected {tuple(shape)}, or a number"
+            f"{name} has shape {tuple(part.shape)}: expected {tuple(shape)}, or a number"
         )
-    return factor.detach()
+    return part.detach()
 
 
 def _scaled(tensor: Tensor, factor: Tensor | float) -> Tensor:

@@ -217,7 +217,7 @@ class MeanLoss(abc.ABC):
         *,
         sign: float = 1.0,
         scale: Sequence[Tensor | float] | None = None,
-        weight_decay: Sequence[float] | None = None,
+        weight_decay: Sequence[Tensor | float] | None = None,
     ) -> P:
         r"""Return the problem in the coordinates of an optimizer with several parameter groups.
 
@@ -230,7 +230,7 @@ class MeanLoss(abc.ABC):
         Args:
             sign: 1, or -1 to measure -f.
             scale: the diagonal of D: for each parameter a factor, or a tensor of its shape.
-            weight_decay: the diagonal of Lambda: a coefficient for each parameter.
+            weight_decay: the diagonal of Lambda: for each parameter a coefficient, or a tensor.
 
         >>> from stableopt.curvature import Problem
         >>> model = nn.Linear(2, 1)
@@ -277,7 +277,7 @@ class MeanLoss(abc.ABC):
         return self.coordinates.scale
 
     @property
-    def weight_decay(self) -> tuple[float, ...]:
+    def weight_decay(self) -> tuple[Tensor | float, ...]:
         """The diagonal of Lambda, for each parameter."""
         return self.coordinates.weight_decay
 

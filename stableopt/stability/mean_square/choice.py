@@ -142,7 +142,7 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
             f"update_rule has the preconditioner {p}: expected a known diagonal one, and the problem in"
             " its coordinates, problem.transformed(scale=roots of its entries)"
         )
-    undecayed = any(rule.group_weight_decays) and not any(problem.weight_decay)
+    undecayed = any(rule.group_weight_decays) and not problem.coordinates.decays
     if (rule.group_lrs and unscaled) or undecayed:
         raise ValueError(
             "update_rule has several groups: expected the problem in coordinates with one learning rate"
@@ -153,7 +153,7 @@ def step_of(problem: Problem | DualCurvature, rule: UpdateRule | None) -> Linear
 
 def _shared_decay(problem: Problem) -> float:
     """Return the number that the problem's weight decay adds to every curvature."""
-    if not any(problem.weight_decay):
+    if not problem.coordinates.decays:
         return 0.0
     added = [
         decay * torch.as_tensor(factor, dtype=torch.float64) ** 2

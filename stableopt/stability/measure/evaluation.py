@@ -112,7 +112,7 @@ class Evaluation:
     def hessian(self) -> Hessian | ShardedHessian:
         """Return the Hessian in the rule's coordinates."""
         if self._hessian is None and self._plain_hessian is not None:
-            if self.preconditioner and not any(self.problem.weight_decay):
+            if self.preconditioner and not self.problem.coordinates.decays:
                 self._hessian = self._plain_hessian
             else:
                 # Drop the cached passes of the plain Hessian: two sets may not fit in memory.

@@ -77,8 +77,8 @@ def in_rule_coordinates(
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
     The coordinates of a preconditioned rule include learning rates by group, a diagonal preconditioner
-    and coupled weight decay. Any other preconditioner is left to :func:`outside_coordinates`. For other
-    rules, and for an unknown one, only the sign of the loss is changed.
+    and weight decay of the matrix. Any other preconditioner is left to :func:`outside_coordinates`. For
+    other rules, and for an unknown one, only the sign of the loss is changed.
 
     Raises:
         ValueError: if the rule has groups and ``optimizers``, which assign parameters to groups, is
@@ -88,8 +88,9 @@ def in_rule_coordinates(
     if not rule.preconditioned or rule.unknown is not None:
         return problem.transformed(sign=sign)
     scale: list[Tensor | float] | None = None
-    decays = [rule.weight_decay] * len(problem.params)
-    if rule.group_lrs or rule.group_weight_decays:
+    decays: list[Tensor | float] = [rule.weight_decay] * len(problem.params)
+    indices: list[int] = []
+    if rule.group_lrs or rule.group_weight_decays or rule.group_filtered_decays:
         indices = _group_indices(problem, optimizers)
         if rule.group_weight_decays:
             decays = [rule.group_weight_decays[i] for i in indices]
@@ -99,7 +100,23 @@ def in_rule_coordinates(
         p = rule.preconditioner.over(problem.params)
         if isinstance(p, DiagonalPreconditioner):
             scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in p.roots()]
+            if rule.group_filtered_decays:
+                # P(H + Λ) with Λ = λ''/P, where P is not zero.
+                filtered = [rule.group_filtered_decays[i] for i in indices]
+                pairs = zip(decays, filtered, p.entries, strict=True)
+                decays = [
+                    decay + _quotient(added, entry, problem.dtype) for decay, added, entry in pairs
+                ]
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
+
+
+def _quotient(decay: float, entry: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """Return ``decay / entry``, zero where the entry is zero."""
+    if not decay:
+        return 0.0
+    if not isinstance(entry, Tensor):
+        return decay / entry if entry else 0.0
+    return (decay / entry).masked_fill_(entry == 0, 0.0).to(dtype)
 
 
 def outside_coordinates(rule: UpdateRule, params: Sequence[Tensor]) -> StepPreconditioner | None:

@@ -45,6 +45,8 @@ _MAY_DIFFER = {
     "weight_decay",
     "group_lrs",
     "group_weight_decays",
+    "filtered_weight_decay",
+    "group_filtered_decays",
     "decoupled_weight_decay",
     "preconditioner",
 }
@@ -208,13 +210,19 @@ def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
     decays = tuple(decay for block in blocks for decay in _group_decays(block))
     same_decay = len(set(decays)) == 1
     reasons = [rule.unknown for rule in rules if rule.unknown is not None]
+    top_speed = _speed(fastest)
+    factors = [_speed(rule) / top_speed if top_speed else 1.0 for rule in rules]
+    filtered = tuple(
+        factor * decay
+        for block, factor in zip(blocks, factors, strict=True)
+        for decay in _filtered_decays(block)
+    )
+    same_filtered = len(set(filtered)) == 1
     preconditioner: StepPreconditioner
     if reasons:
         diagonal = all(rule.diagonal for rule in rules)
         preconditioner = UnknownPreconditioner(reasons[0], diagonal=diagonal)
     else:
-        top_speed = _speed(fastest)
-        factors = [_speed(rule) / top_speed if top_speed else 1.0 for rule in rules]
         if not same_shrink:
             # As in stepped_rule: decay that differs becomes a part of the preconditioner.
             factors = [f * decay_factor(s) for f, s in zip(factors, shrinks, strict=True)]
@@ -225,6 +233,8 @@ def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
         group_lrs=(),
         weight_decay=decays[0] if same_decay else 0.0,
         group_weight_decays=() if same_decay else decays,
+        filtered_weight_decay=filtered[0] if same_filtered else 0.0,
+        group_filtered_decays=() if same_filtered else filtered,
         decoupled_weight_decay=shrinks[0] / fastest.lr if same_shrink and fastest.lr else 0.0,
         preconditioner=preconditioner,
     )
@@ -246,6 +256,9 @@ def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
     if not all(_agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has its own limit"
+    decays_after = any(decay for block in blocks for decay in _filtered_decays(block))
+    if decays_after and not all(block.rule.diagonal for block in blocks):
+        return "no limit is known for weight decay after a preconditioner that is not diagonal"
     shrinks = [block.rule.lr * block.rule.decoupled_weight_decay for block in blocks]
     if len(set(shrinks)) > 1:  # equal ones enter the joint limit
         for block, shrink in zip(blocks, shrinks, strict=True):
@@ -294,6 +307,13 @@ def _group_decays(block: Block) -> tuple[float, ...]:
     """Return the coupled weight decay of each group."""
     rule = block.rule
     return rule.group_weight_decays or (rule.weight_decay,) * len(block.optimizer.param_groups)
+
+
+def _filtered_decays(block: Block) -> tuple[float, ...]:
+    """Return the decay of each group that joins the preconditioned gradient."""
+    rule = block.rule
+    count = len(block.optimizer.param_groups)
+    return rule.group_filtered_decays or (rule.filtered_weight_decay,) * count
 
 
 def _block_diagonal(

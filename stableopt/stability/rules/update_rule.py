@@ -44,7 +44,6 @@ Lookahead, change the step."""
 
 
 def _qualified_names(kind: type) -> list[str]:
-    """Return the names of a class and its bases, with their modules."""
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
 
@@ -77,10 +76,10 @@ class UpdateRule:
     covers ``torch.optim.SGD`` (P = 1; with Nesterov's momentum the bracket is :math:`g + \beta m'`)
     and adaptive optimizers, where P is a snapshot of the last step. With P = 1 the limit is on
     :math:`\lambda_{\max}(H)`, and weight decay lowers the limit. Otherwise it is on
-    :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, which includes the weight decay
-    :math:`\Lambda`. Two cases of SGD also count as preconditioned: learning rates :math:`\eta_g` by
-    group, which are :math:`P = \mathrm{diag}(\eta_g)/\eta` at the largest rate :math:`\eta`; and weight
-    decay that differs between groups.
+    :math:`\lambda_{\max}(P(H+\Lambda))`, the *preconditioned* sharpness, with coupled weight decay, and
+    a :math:`\lambda''` that differs between groups, in :math:`\Lambda`. Two cases of SGD also count as
+    preconditioned: learning rates by group, which are :math:`P = \mathrm{diag}(\eta_g)/\eta` at the
+    largest rate :math:`\eta`; and weight decay that differs between groups.
 
     Attributes:
         lr: learning rate, the largest among the groups.
@@ -100,7 +99,9 @@ class UpdateRule:
             :class:`~stableopt.stability.LinearStep`. It replaces momentum, dampening, nesterov and
             momentum_share.
         filtered_weight_decay: lambda'', which is added to the gradient after P and before the momentum,
-            as in schedule-free AdamW.
+            as in schedule-free AdamW; 0 if it differs between groups.
+        group_filtered_decays: this decay of each group, times the group's learning rate over ``lr``;
+            empty if all are ``filtered_weight_decay``. The preconditioner has to be diagonal.
         lookahead: ``(k, alpha)`` of Lookahead (Zhang et al., 2019): after every k steps the parameters
             move a share 1 - alpha of the way back; ``None`` without it.
         ascent: rho / norm of SAM, which takes its gradient after an ascent step of length rho, where
@@ -134,6 +135,7 @@ class UpdateRule:
     preconditioner: StepPreconditioner | None = None
     filter: Filter | None = None
     filtered_weight_decay: float = 0.0
+    group_filtered_decays: tuple[float, ...] = ()
     lookahead: tuple[int, float] | None = None
     ascent: float = 0.0
 
@@ -162,6 +164,8 @@ class UpdateRule:
             raise ValueError(
                 "group_lrs with a preconditioner: expected the preconditioner to contain the rates"
             )
+        if self.group_filtered_decays and (self.preconditioner is None or not self.diagonal):
+            raise ValueError("group_filtered_decays: expected a diagonal preconditioner")
         checked = self.linear_step  # raises for values out of range
         object.__setattr__(self, "filter", checked.filter)
 

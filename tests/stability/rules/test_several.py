@@ -180,6 +180,30 @@ def test_a_decay_that_flips_signs_has_no_limit(weight_decay: float) -> None:
     )
 
 
+def test_decay_after_the_preconditioner_joins_like_that_of_groups() -> None:
+    """Catches the decay of the optimizer with the largest rate taken for that of all."""
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    groups = [
+        {"params": [params[0]], "lr": 0.1, "weight_decay": 0.4},
+        {"params": [params[1]], "lr": 0.3, "weight_decay": 0.4},
+    ]
+    grouped = [schedulefree.AdamWScheduleFree([dict(group) for group in groups])]
+    separate = [schedulefree.AdamWScheduleFree([dict(group)]) for group in groups]
+    rules = []
+    for optimizers in (grouped, separate):
+        for optimizer in optimizers:
+            optimizer.train()
+        for p in params:
+            p.grad = torch.ones(1)
+        for optimizer in optimizers:
+            optimizer.step()
+        rules.append(rule_of(optimizers))
+    for rule in rules:
+        assert rule.group_filtered_decays == pytest.approx((0.4 / 3, 0.4))
+        assert rule.max_sharpness == pytest.approx(rules[0].max_sharpness)
+
+
 def test_rounding_of_computed_settings_does_not_set_groups_apart() -> None:
     """Catches groups that count as different because the weights of schedule-free averages differ
     by one unit in the last place.

@@ -121,16 +121,11 @@ def stepped_rule(
     shrinks = [shrink(step) for step in last_steps]
     same_shrink = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
     filters = None if filter is None else [filter(step) for step in last_steps]
-    filtered_decays = {
-        filtered_decay(step.group) * (rate(step) / lr if lr else 1.0) for step in last_steps
-    }
     different = None
     if filters and not all(filters_agree(filters[0], other, SAME) for other in filters):
         different = "filters of the gradients"
     elif filters and not same_shrink:
         different = "decoupled weight decay"
-    elif len(filtered_decays) > 1:
-        different = "weight decay"
     if different is not None:
         return UpdateRule.unknown_step(
             optimizer,
@@ -160,10 +155,29 @@ def stepped_rule(
         filter=filters[0] if filters else None,
         **decay_of([weight_decay(group) for group in groups]),
         decoupled_weight_decay=shrinks[0] / lr if same_shrink and lr else 0.0,
-        filtered_weight_decay=filtered_decays.pop(),
+        **_filtered_decay_of(groups, last_steps, lr, rate, filtered_decay),
         maximize=common_value("maximize", maximizes(optimizer)),
         preconditioner=preconditioner,
     )
+
+
+def _filtered_decay_of(
+    groups: Sequence[Group],
+    steps: Sequence[Step],
+    lr: float,
+    rate: Callable[[Step], float],
+    decay: Callable[[Group], float],
+) -> dict[str, Any]:
+    """Return the arguments of ``UpdateRule`` for decay that joins the gradient after P, by group.
+
+    A group without a step does not decay.
+    """
+    by_group = {
+        id(step.group): decay(step.group) * (rate(step) / lr if lr else 1.0) for step in steps
+    }
+    if len(set(by_group.values())) == 1:
+        return {"filtered_weight_decay": by_group.popitem()[1]}
+    return {"group_filtered_decays": tuple(by_group.get(id(group), 0.0) for group in groups)}
 
 
 def _real(state: dict[str, Any]) -> dict[str, Any]:
