@@ -57,6 +57,7 @@ class LRMeasured:
         min_lr: the smallest allowed rate.
         max_lr: the largest allowed rate.
         loss_cap: the loss above which training counts as diverging, or infinity.
+        restored: whether the last decision was a cut that restored the last good weights.
     """
 
     margins: StabilityMargins
@@ -65,6 +66,7 @@ class LRMeasured:
     min_lr: float = 0.0
     max_lr: float = math.inf
     loss_cap: float = math.inf
+    restored: bool = False
 
     @property
     def lr(self) -> float:
@@ -334,11 +336,6 @@ def _compound(factor: float, steps: float) -> float:
         return math.inf
 
 
-def after_restore(state: State) -> State:
-    """Return the law's state after a restore of good weights: a new divergence gives a new cut."""
-    return {name: value for name, value in state.items() if name not in ("lost", "held_until")}
-
-
 def _why_not_raise(measured: LRMeasured, state: State, tries: int) -> str | None:
     """Return why the rate must not rise, now or ever again; or ``None``."""
     if state.get("cuts", 0) >= tries:
@@ -356,6 +353,8 @@ def _cut_or_hold(
     margins, step = measured.margins, measured.margins.step
     if step < state.get("step", -math.inf):  # the counter was not restored with a checkpoint
         state = {name: value for name, value in state.items() if name not in _STEPS}
+    if measured.restored:  # a new divergence gives a new cut
+        state = {name: value for name, value in state.items() if name not in ("lost", "held_until")}
     steps = max(step - state.get("step", step - 1), 1)
     held_until = state.get("held_until", -math.inf)
     state = {**state, "step": step}

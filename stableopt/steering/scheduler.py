@@ -21,7 +21,6 @@ from stableopt.steering.lr_laws import (
     Law,
     LRMeasured,
     State,
-    after_restore,
     gated_staircase,
     keep_margin,
     new_state,
@@ -138,6 +137,7 @@ class StabilityLR(LRScheduler):
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._state: State = new_state()
         self._last_measured: int | None = None
+        self._restored = self._kicked = False
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
@@ -157,6 +157,8 @@ class StabilityLR(LRScheduler):
             "last_lr": list(self._last_lr),
             "step_count": self._step_count,
             "seen": self._last_measured,
+            "restored": self._restored,
+            "kicked": self._kicked,
             "law": dict(self._state),
             "bounds": {name: getattr(self, name) for name in _BOUNDS},
             "target": {
@@ -181,6 +183,7 @@ class StabilityLR(LRScheduler):
         self._last_lr = list(state_dict["last_lr"])
         self._step_count = state_dict["step_count"]
         self._last_measured, self._state = state_dict["seen"], dict(state_dict["law"])
+        self._restored, self._kicked = state_dict["restored"], state_dict["kicked"]
         for name in _BOUNDS:
             setattr(self, name, state_dict["bounds"][name])
 
@@ -242,7 +245,10 @@ class StabilityLR(LRScheduler):
         if self.target.unit == "present":
             return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)]
         rule = at_lr(self.monitor.update_rule, lr)
-        measured = LRMeasured(margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap)
+        measured = LRMeasured(
+            margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap, self._restored
+        )
+        self._restored = False
         decision, self._state = self.law(measured, self._state)
         if decision.kind == "cut":
             return [decision, *self._restore(margins.step, decision.why)]
@@ -256,8 +262,7 @@ class StabilityLR(LRScheduler):
         if self._last_good is None or self._last_good.step is None:
             return []
         why = f"back to the weights of step {self._last_good.step}: {reason}"
-        if not self.dry_run:
-            self._state = after_restore(self._state)
+        self._restored = not self.dry_run
         old, new = float(step), float(self._last_good.step)
         return [Decision("weights", "restore", old, new, why, step=step)]
 
@@ -268,8 +273,7 @@ class StabilityLR(LRScheduler):
         if not self._kick or a is None:
             return []
         ratio = a / at_lr(measured.rule, decision.new).max_sharpness
-        kicked = bool(self._state.get("kicked"))
-        self._state = {**self._state, "kicked": float(ratio > 1)}
+        kicked, self._kicked = self._kicked, ratio > 1
         if ratio <= 1 or kicked:
             return []
         why = f"the sharpness is {ratio:.2f} of its limit, and the point must be left"

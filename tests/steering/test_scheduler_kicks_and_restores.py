@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
+from stableopt.steering.decision import Decision
+from stableopt.steering.lr_laws import Law, LRMeasured, State
 
 
 def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
@@ -95,10 +97,19 @@ def test_a_kick_is_along_the_direction_of_the_optimizers_own_limit() -> None:
     monitor.close()
 
 
-def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstable() -> None:
+def stateless(measured: LRMeasured, state: State) -> tuple[Decision, State]:
+    """Go to the largest rate, and remember nothing."""
+    return measured.decide("raise", measured.max_lr, "at once"), {}
+
+
+@pytest.mark.parametrize("law", [None, stateless])
+def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstable(
+    law: Law | None,
+) -> None:
     """Catches a kick at a stable point, at every measurement, or along a flat direction.
 
-    The loss is quadratic, so nothing else moves the weights at its minimum.
+    The loss is quadratic, so nothing else moves the weights at its minimum. Whether the weights were
+    kicked is not a part of the law's state.
     """
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -108,7 +119,7 @@ def test_a_kick_is_once_along_the_top_eigenvector_when_the_point_becomes_unstabl
     optimizer = torch.optim.SGD(model.parameters(), lr=2 / 9 / 1.005)
     monitor = StabilityMonitor(optimizer, model, MSE, (x, y), every=1, batch_size=2)
     scheduler = StabilityLR(
-        optimizer, monitor, TargetRegion(sharpness=(0, 1.0)), kick=1e-2, max_lr=2 / 9 * 1.02
+        optimizer, monitor, TargetRegion(sharpness=(0, 1.0)), law=law, kick=1e-2, max_lr=0.226
     )
     kicks, norms = [], []
     for _ in range(3):
