@@ -78,6 +78,13 @@ class MeasuredRecord:
     margins: StabilityMargins
     shares: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, margins: StabilityMargins) -> MeasuredRecord:
+        """Return the record of ``margins``, with the shares in ``margins.layers``."""
+        layers = margins.layers
+        largest = () if layers is None else layers.largest(len(layers), by="share")
+        return cls(margins, {layer.name: layer.share or 0.0 for layer in largest})
+
     @property
     def step(self) -> int:
         """The number of steps done before the measurement."""

@@ -31,7 +31,7 @@ from stableopt.recorder.report import why, write_report
 from stableopt.recorder.verdict import Verdict, verdict
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
-from stableopt.stability.measure.layers import layer_of, layer_shares
+from stableopt.stability.layers.blocks import layer_of
 
 __all__ = ["FlightRecorder"]
 
@@ -188,15 +188,9 @@ class FlightRecorder:
         self._pending.end()  # the monitor's step hook runs before the recorder's
         self._read_pending()
         problem, margins = self._monitor.problem, event.margins
-        shares: dict[str, float] = {}
-        vectors = self._monitor.eigenvectors
-        vector = vectors.get("preconditioned_sharpness", vectors.get("sharpness"))
-        if margins.failure is None and vector is not None and not problem.sharded:
-            sizes = [shape.numel() for shape in problem.shapes]
-            shares = layer_shares(vector, problem.names, sizes)
         if self._first_probe is None and math.isfinite(margins.loss or math.nan):
             self._first_probe = margins.loss
-        self._measured.append(MeasuredRecord(margins, shares))
+        self._measured.append(MeasuredRecord.of(margins))
         alarm = self._check()
         if alarm is None and self._keep_weights and margins.failure is None:
             self._last_good = {

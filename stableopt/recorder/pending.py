@@ -18,7 +18,7 @@ from stableopt.curvature.isolation.isolated import measuring
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.evidence import StepRecord
 from stableopt.recorder.weight_sample import WeightSample
-from stableopt.stability.measure.layers import layer_of
+from stableopt.stability.layers.blocks import layer_of
 from stableopt.stability.rules.gradient_norms import norms_of_gradients, widest
 
 __all__ = ["PendingSteps", "Reported"]

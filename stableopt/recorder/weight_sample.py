@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stableopt.curvature.problem.parameters import real_view
 from stableopt.distributed.fsdp import local
-from stableopt.stability.measure.layers import layer_of
+from stableopt.stability.layers.blocks import layer_of
 
 __all__ = ["WeightSample"]
 

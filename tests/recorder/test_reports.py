@@ -1,4 +1,4 @@
-"""Reports of the flight recorder where one of their parts fails."""
+"""Reports of the flight recorder: their shares, and what they hold where one of their parts fails."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from recorded_runs import Run
+from recorded_runs import LOSS, Run, data
+from torch import nn
 
+import stableopt
+from stableopt import FlightRecorder, StabilityMonitor
 from stableopt.recorder import flight_recorder
 from stableopt.report import read_run
 
@@ -149,3 +152,28 @@ def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:
     names = {file.name for file in run.recorder.reports[0].iterdir()}
     assert names == {"report.json", "report.md", "report.png"}
     json.loads((run.recorder.reports[0] / "report.json").read_text())
+
+
+def test_its_shares_are_those_of_the_margins(tmp_path: Path) -> None:
+    """Catches shares of a covector, which is what a search with L-BFGS's preconditioner keeps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    x, y = data()
+    optimizer = stableopt.LBFGS(model.parameters(), lr=0.1)
+    with StabilityMonitor(optimizer, model, LOSS, (x, y), every=3) as monitor:
+        recorder = FlightRecorder(monitor, tmp_path)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss: torch.Tensor = LOSS(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        recorder.close()
+    layers = monitor.history[-1].layers
+    assert layers is not None
+    shares = dict(zip(layers.names, layers.column("share"), strict=True))
+    assert recorder.evidence.measured[-1].shares == shares
+    assert list(shares) == ["0", "2"]

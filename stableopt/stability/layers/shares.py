@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.eigen.inner_product import InnerProduct
-from stableopt.stability.layers.blocks import Block, layer_of
+from stableopt.stability.layers.blocks import Block
 from stableopt.stability.layers.table import Layers
 
-__all__ = ["Directions", "full_sizes", "layer_shares", "shares_of", "without_columns"]
+__all__ = ["Directions", "full_sizes", "shares_of", "without_columns"]
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,3 @@ def _projected_change(directions: Directions, inner: InnerProduct) -> tuple[Tens
         return None  # the step's norm would need the inverse of P
     projection = inner.dot(_basis(directions, inner), directions.change)
     return projection.square().sum(), inner.norm(directions.change).square()
-
-
-def layer_shares(vector: Tensor, names: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
-    """Return the share of each layer in the squared norm of ``vector``, the largest first.
-
-    Args:
-        vector: a vector ``(d,)``, such as an eigenvector.
-        names: names of the parameters, in the order of the vector.
-        sizes: the number of elements of each parameter; they sum to d.
-
-    Raises:
-        ValueError: if the sizes do not sum to d.
-
-    >>> layer_shares(torch.tensor([3.0, 0.0, 4.0]), ["0.weight", "0.bias", "1.weight"], [1, 1, 1])
-    {'1': 0.64, '0': 0.36}
-    """
-    if sum(sizes) != vector.numel():
-        raise ValueError(f"sizes sum to {sum(sizes)}: expected the {vector.numel()} of the vector")
-    indices_of: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        indices_of.setdefault(layer_of(name), []).append(index)
-    blocks = [Block(layer, tuple(indices)) for layer, indices in indices_of.items()]
-    layers, _, _ = shares_of(Directions(vector), blocks, sizes, InnerProduct())
-    pairs = zip(layers.names, layers.columns["share"], strict=True)
-    return dict(sorted(pairs, key=lambda item: -item[1]))

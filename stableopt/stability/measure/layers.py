@@ -28,8 +28,8 @@ from stableopt.curvature.problem.coordinates import Coordinates
 from stableopt.curvature.problem.cost import MOST_VECTORS
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.principal_block import PrincipalBlock, coordinates_of
-from stableopt.stability.layers.blocks import Block, layer_of
-from stableopt.stability.layers.shares import full_sizes, layer_shares, without_columns
+from stableopt.stability.layers.blocks import Block
+from stableopt.stability.layers.shares import full_sizes, without_columns
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -39,7 +39,7 @@ from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, Ste
 from stableopt.stability.rules.several import SeparateBlocks
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["layer_of", "layer_shares", "measured_layers"]
+__all__ = ["measured_layers"]
 
 _PROBES = 16
 """Random sign vectors in an estimate of the traces. The standard error is a third for a block whose
