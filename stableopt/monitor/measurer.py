@@ -33,6 +33,10 @@ _UNKNOWN = 60
 """Assumed cost, in gradients, of a quantity without a cost estimate: a dozen structured products."""
 
 
+_WITH_EIGENVECTOR = ("sharpness", "preconditioned_sharpness", "non_uniformity")
+"""Quantities whose warm start is an eigenvector. Others keep, for instance, those of all layers."""
+
+
 class Measurer:
     """Measures the problem at the present parameters, warm-started from the last eigenvectors.
 
@@ -143,7 +147,8 @@ class Measurer:
 
     def eigenvectors(self) -> dict[str, Tensor]:
         """Return the top eigenvectors ``(d,)`` by quantity, in the problem's precision."""
-        return {name: rows[0].to(self.problem.dtype) for name, rows in self.starts.items()}
+        starts = {name: self.starts[name] for name in _WITH_EIGENVECTOR if name in self.starts}
+        return {name: rows[0].to(self.problem.dtype) for name, rows in starts.items()}
 
     @property
     def needs_steps(self) -> bool:

@@ -240,11 +240,11 @@ class StabilityMonitor:
 
     @property
     def eigenvectors(self) -> dict[str, Tensor]:
-        """The top eigenvectors ``(d,)`` of the latest measurement, by quantity.
+        """The top eigenvectors ``(d,)`` of the latest ``"sharpness"`` and its like, by quantity.
 
-        They are in the coordinates of the update rule. If these do not include the preconditioner P,
-        as with L-BFGS, they are covectors: P times a covector is the eigenvector. Above three million
-        parameters they are rounded to bfloat16.
+        Those of ``"preconditioned_sharpness"`` and ``"non_uniformity"`` are in the update rule's
+        coordinates. If P is not diagonal, as with L-BFGS, they are covectors: P times a covector is the
+        eigenvector. Above three million parameters they are rounded to bfloat16.
         """
         return self._measurer.eigenvectors()
 

@@ -71,6 +71,15 @@ def test_an_error_becomes_a_failure_unless_a_rank_is_lost(error: Exception, kept
         measuring.measure(3)
 
 
+def test_eigenvectors_are_those_of_matrices() -> None:
+    """Catches the warm start of a quantity that is no eigenvector, such as the vectors of all layers."""
+    measuring = measurer(quantities=("sharpness", "layers"))
+    measuring.measure(3)
+    assert set(measuring.starts) == {"sharpness", "layers"}
+    assert set(measuring.eigenvectors()) == {"sharpness"}
+    assert float(measuring.eigenvectors()["sharpness"].norm()) == pytest.approx(1.0)
+
+
 def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
     """Catches a search that starts from vectors of another model or precision."""
     measuring = measurer()
