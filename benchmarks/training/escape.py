@@ -67,10 +67,11 @@ def box(
     rule = update.rule(lr)
     a, a_max = sharpness, rule.max_sharpness
     s, s_max = non_uniformity, rule.max_non_uniformity(batch_size, n)
+    a_name, s_name = ("2/η", "√B/η") if update == SGD else ("its limit", "its limit")
     if a > a_max:
-        return Prediction(True, f"a = {a:.2f} > 2/η = {a_max:.2f}: unstable, will escape")
+        return Prediction(True, f"a = {a:.2f} > {a_name} = {a_max:.2f}: unstable, will escape")
     if s > s_max:
-        return Prediction(True, f"s = {s:.2f} > √B/η = {s_max:.2f}: unstable, will escape")
+        return Prediction(True, f"s = {s:.2f} > {s_name} = {s_max:.2f}: unstable, will escape")
     return Prediction(
         False, f"a = {a:.2f} ≤ {a_max:.2f} and s = {s:.2f} ≤ {s_max:.2f}: stable, will stay"
     )
@@ -196,6 +197,7 @@ class Switch(Job):
             lr=self.lr,
             batch_size=self.batch_size or n,
             n=n,
+            update=self.update,
         )
         predicted = "escape" if prediction.escapes else "stay"
         work.restored()

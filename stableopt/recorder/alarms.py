@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal, TypeAlias
 
 from stableopt._support.arguments import positive, whole
 from stableopt.recorder.evidence import Evidence, robust_score
@@ -27,17 +28,21 @@ _EXPLOSIVE_MOVE = 0.5
 """Relative movement of a layer in one step that explains a loss which explodes at once."""
 
 
+Kind: TypeAlias = Literal["not finite", "loss", "ratio", "realised edge"]
+"""The events that trigger a report."""
+
+
 @dataclass(frozen=True)
 class Alarm:
     """An event that triggers a report.
 
     Attributes:
-        kind: ``"not finite"``, ``"loss"``, ``"ratio"`` or ``"realised edge"``.
+        kind: one of :data:`Kind`.
         step: the step at which the event was detected.
         text: the event, as a sentence without capital and full stop.
     """
 
-    kind: str
+    kind: Kind
     step: int
     text: str
 
@@ -179,7 +184,9 @@ class AlarmRules:
             edge = margins.results.get("realised_edge")
             if edge is None or edge.value is None:
                 return None
-            error = edge.measurement.residual * abs(edge.value) if edge.measurement else 0.0
+            error = (
+                (edge.measurement.residual or 0.0) * abs(edge.value) if edge.measurement else 0.0
+            )
             if edge.value - 2 * error <= 1:
                 return None
         return Alarm(

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-__all__ = ["Verdict"]
+__all__ = ["Cause", "Verdict"]
 
-_ADVICE = {
+Cause: TypeAlias = Literal[
+    "learning rate", "weights", "batch", "batch size", "layer", "edge", "not finite", "unknown"
+]
+"""The causes that a :class:`Verdict` can name."""
+
+_ADVICE: dict[Cause, str] = {
     "learning rate": "Lower the peak of the learning rate, or warm up longer.",
     "weights": "Find the code outside the optimizer that wrote the weights.",
     "batch size": "Raise the batch size, or lower the learning rate with it.",
@@ -33,8 +39,7 @@ class Verdict:
     """The likely cause of an alarm.
 
     Attributes:
-        cause: ``"learning rate"``, ``"weights"``, ``"batch"``, ``"batch size"``, ``"layer"``,
-            ``"edge"``, ``"not finite"`` or ``"unknown"``.
+        cause: one of :data:`Cause`.
         text: the explanation, one or more sentences.
         layer: the layer where the cause is, or ``None`` if unknown.
         step: the step at which it began, or ``None`` if unknown.
@@ -43,7 +48,7 @@ class Verdict:
     'Lower the peak of the learning rate, or warm up longer.'
     """
 
-    cause: str
+    cause: Cause
     text: str
     layer: str | None = None
     step: int | None = None
@@ -51,4 +56,4 @@ class Verdict:
     @property
     def advice(self) -> str:
         """What to do about the cause."""
-        return _ADVICE.get(self.cause, _ADVICE["unknown"])
+        return _ADVICE[self.cause]

@@ -10,7 +10,7 @@ from statistics import median
 
 from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, MeasuredRecord
-from stableopt.recorder.finding import Verdict
+from stableopt.recorder.finding import Cause, Verdict
 from stableopt.recorder.learning_rate import changed_rate, runaway_group, too_fast, warming_up
 from stableopt.recorder.odd_batch import clipped_at, odd_batch
 
@@ -121,7 +121,7 @@ def _batch(case: _Case) -> Verdict | None:
     odd, runaway = case.odd, case.runaway
     if odd is None or (runaway is not None and (runaway.step or 0) < (odd.step or 0)):
         return None
-    return replace(odd, cause="batch")
+    return odd
 
 
 def _layer(case: _Case) -> Verdict | None:
@@ -144,7 +144,7 @@ def _runaway(case: _Case) -> Verdict | None:
     runaway = case.runaway
     if runaway is None:
         return None
-    return replace(runaway, cause="learning rate", text=runaway.text + case.edge_text)
+    return replace(runaway, text=runaway.text + case.edge_text)
 
 
 def _warm_up(case: _Case) -> Verdict | None:
@@ -215,5 +215,5 @@ def _edge(evidence: Evidence) -> Verdict | None:
     text = f"The {name} {verb} {over.ratio:.3g} times its limit at step {over.step:,}"
     layer, share = next(iter(over.shares.items()), (None, 0.0))
     text += f", {share:.0%} of it in {layer}." if layer else "."
-    cause = "layer" if share >= _MAJORITY else "edge"
+    cause: Cause = "layer" if share >= _MAJORITY else "edge"
     return Verdict(cause, text, layer, over.step)

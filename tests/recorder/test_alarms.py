@@ -117,9 +117,7 @@ def test_the_realised_edge_alarms_after_several_measurements_beyond_two_errors()
                     results={
                         "realised_edge": QuantityResult(
                             value=value,
-                            measurement=None
-                            if value is None
-                            else Measurement(value, error, 1, 0.0, True),
+                            measurement=None if value is None else Measurement(value, error, 1),
                         )
                     }
                 )

@@ -171,7 +171,7 @@ def test_a_lost_loss_asks_for_less_noise_once() -> None:
 
 def test_what_was_not_measured_changes_nothing() -> None:
     """Catches a failure taken for a non-uniformity of zero."""
-    poor = Measurement(9.0, 0.5, 50, 0.1, converged=False)
+    poor = Measurement(9.0, 0.5, 50, converged=False)
     for margins, says in (
         (StabilityMargins(step=9), "not measured"),
         (StabilityMargins(step=9, failure="RuntimeError: memory"), "memory"),
@@ -280,7 +280,7 @@ def test_nothing_is_said_of_a_failed_measurement() -> None:
         StabilityMargins(failure="x"),
         StabilityMargins(
             sharpness=1.0,
-            measurements={"sharpness": Measurement(1.0, 0.5, 9, 0.1, converged=False)},
+            measurements={"sharpness": Measurement(1.0, 0.5, 9, converged=False)},
         ),
     ):
         assert verdict(Situation(margins, target, lr=0.5), {}) == (None, {})

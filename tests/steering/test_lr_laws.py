@@ -371,7 +371,7 @@ def test_what_was_not_measured_raises_nothing() -> None:
 
     A Ritz value that has not converged is too low, so the rate would seem to have room.
     """
-    poor = Measurement(15.0, 0.5, 50, 0.1, converged=False)
+    poor = Measurement(15.0, 0.5, 50, converged=False)
     margins = StabilityMargins(step=5, sharpness=15.0, measurements={"sharpness": poor})
     for law, target in ((gated_staircase, TARGET), (keep_margin, TargetRegion.within_limits(0.9))):
         measured = LRMeasured(margins, UpdateRule(lr=0.1), target, min_lr=0.01)

@@ -250,14 +250,14 @@ def along_taken_step(evaluation: Evaluation) -> QuantityResult:
         crossing = _parabola_crossing(along.slope, along.slope_after, rounding)
         if crossing is not None:
             value = 2 / (crossing * rate)
-            measurement = Measurement(value, 0.0, rise.passes, 0.0, True)
+            measurement = Measurement(value, None, rise.passes)
             return QuantityResult(value, measurement=measurement, details=details)
     if rise.low == 0:
         return QuantityResult(details=details)  # the step is not a descent step
     eta = rise.share * rate
     evaluation.memory["critical_lr_along_step"] = eta
     width = 1 - rise.low / rise.high
-    measurement = Measurement(2 / eta, width, rise.passes, 0.0, _converged(rise, TOL))
+    measurement = Measurement(2 / eta, width, rise.passes, _converged(rise, TOL))
     return QuantityResult(2 / eta, measurement=measurement, details=details)
 
 

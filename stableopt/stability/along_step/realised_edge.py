@@ -110,5 +110,5 @@ def _averaged(rows: list[list[Any]], error: float, *, uphill: float) -> Quantity
         details["calibration"] = -2 * slopes / lengths
     relative = standard_error / abs(value) if value else 0.0
     # An average has a standard error instead of a residual, and counts as converged.
-    measurement = Measurement(value, relative, len(rows), 0.0, True)
+    measurement = Measurement(value, relative, len(rows))
     return QuantityResult(value=value, measurement=measurement, details=details)

@@ -44,7 +44,7 @@ def measured_largest_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
         max_iter=evaluation.max_iter,
         seed=evaluation.seed,
     )
-    measurement = Measurement(bounds.upper, 0.0, bounds.products, 0.0, math.isfinite(bounds.upper))
+    measurement = Measurement(bounds.upper, None, bounds.products, math.isfinite(bounds.upper))
     return QuantityResult.from_measurement(measurement, lower=bounds.lower)
 
 
@@ -63,7 +63,7 @@ def _average(evaluation: Evaluation, value: float | None, error: float) -> Quant
         return QuantityResult()
     # An average has a standard error instead of a residual, and counts as converged.
     relative = error / abs(value) if value else 0.0
-    measurement = Measurement(value, relative, _batch_averages(evaluation).batches, 0.0, True)
+    measurement = Measurement(value, relative, _batch_averages(evaluation).batches)
     return QuantityResult(value, _limit(evaluation), measurement=measurement)
 
 

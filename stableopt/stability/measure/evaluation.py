@@ -198,15 +198,10 @@ class Evaluation:
             self.subspaces[name] = pair.subspace
         elif self.starts is not None and preconditioner is None:
             self.subspaces[name] = pair.vector[None].to(WARM_START_DTYPE)
-        measurement = Measurement(
-            value(pair.value),
-            pair.relative_residual / degree,
-            pair.products,
-            0.0,
-            pair.converged,
-            upper_bound=None if pair.upper_bound is None else value(pair.upper_bound),
-        ).within(self.difference_error(operator), self.tol)
-        result = QuantityResult.from_measurement(measurement)
+        measurement = Measurement.of_eigenpair(pair, value, degree)
+        result = QuantityResult.from_measurement(
+            measurement.within(self.difference_error(operator), self.tol)
+        )
         if not shares:
             return result
         layers, details = self._shares(pair, operator, preconditioner)

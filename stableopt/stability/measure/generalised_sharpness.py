@@ -215,8 +215,7 @@ def measured_generalised_sharpness(evaluation: Evaluation) -> QuantityResult:
     )
     if evaluation.starts is not None:
         evaluation.subspaces[name] = result.maximiser[None]
-    # An ascent has no residual.
-    measurement = Measurement(result.value, 0.0, result.products, 0.0, result.converged)
+    measurement = Measurement(result.value, None, result.products, result.converged)
     return QuantityResult(value=result.value, limit=result.limit, measurement=measurement)
 
 

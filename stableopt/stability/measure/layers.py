@@ -32,7 +32,7 @@ from stableopt.stability.layers.blocks import Block
 from stableopt.stability.layers.shares import full_sizes, without_columns
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.evaluation import Evaluation
-from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult, root
 from stableopt.stability.measure.quantities import Chart, Quantity, register
 from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
@@ -185,15 +185,8 @@ def _sharpness(
         warm_start.keep(pair.subspace)
     elif rule.preconditioner is None:
         warm_start.keep(pair.vector[None])
-    measurement = Measurement(
-        pair.value,
-        pair.relative_residual,
-        pair.products,
-        0.0,
-        pair.converged,
-        upper_bound=pair.upper_bound,
-    )
-    return measurement.within(evaluation.difference_error(hessian), evaluation.tol)
+    error = evaluation.difference_error(hessian)
+    return Measurement.of_eigenpair(pair).within(error, evaluation.tol)
 
 
 class _WarmStart:
@@ -284,8 +277,7 @@ def _non_uniformity(evaluation: Evaluation, block: Block, rule: _BlockRule) -> M
     pair = top_eigenpair(
         operator, tol=2 * evaluation.tol, max_iter=evaluation.max_iter, seed=evaluation.seed
     )
-    root = max(pair.value, 0.0) ** 0.5  # rounding can make the eigenvalue negative
-    return Measurement(root, pair.relative_residual / 2, pair.products, 0.0, pair.converged)
+    return Measurement.of_eigenpair(pair, root, degree=2)
 
 
 register(

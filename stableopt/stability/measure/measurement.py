@@ -1,17 +1,20 @@
-"""`Measurement`: a value with its accuracy and cost; `QuantityResult`: a measurement with its limit."""
+"""`Measurement`: a value with its accuracy and cost; `QuantityResult`: a measurement with its limit.
+
+`root` maps the top eigenvalue of a covariance to the quantity.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from stableopt.curvature.eigen.result import GAP
+from stableopt.curvature.eigen.result import GAP, Eigenpair
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 
-__all__ = ["Measurement", "QuantityResult"]
+__all__ = ["Measurement", "QuantityResult", "root"]
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,44 @@ class Measurement:
     Attributes:
         value: the value itself.
         residual: the relative residual ``|Av - xv| / |x|`` of the eigenpair; half of it if the value
-            is the root of the eigenvalue x. For an average, the relative standard error.
+            is the root of the eigenvalue x. For an average, the relative standard error. ``None`` for a
+            value that has neither, such as a bound.
         products: the number of operator products.
-        seconds: wall time.
         converged: whether the residual is below the tolerance and, after a random start, a value more
             than 5 % higher is improbable.
+        seconds: wall time.
         upper_bound: an upper bound of the value, wrong for at most 0.2 % of random starts; ``None``
             if it is not known, as after a warm start.
 
-    >>> Measurement(10.0, 1e-3, 12, 0.1, converged=True, upper_bound=10.3).certified
+    >>> Measurement(10.0, 1e-3, 12, upper_bound=10.3).certified
     True
     """
 
     value: float
-    residual: float
+    residual: float | None
     products: int
-    seconds: float
-    converged: bool
+    converged: bool = True
+    seconds: float = 0.0
     upper_bound: float | None = None
+
+    @classmethod
+    def of_eigenpair(
+        cls, pair: Eigenpair, value: Callable[[float], float] = float, degree: int = 1
+    ) -> Measurement:
+        """Return the measurement of a function of the eigenvalue.
+
+        Args:
+            pair: the top eigenpair.
+            value: the function.
+            degree: the eigenvalue's relative error over the function's: 2 for a square root.
+        """
+        return cls(
+            value(pair.value),
+            pair.relative_residual / degree,
+            pair.products,
+            pair.converged,
+            upper_bound=None if pair.upper_bound is None else value(pair.upper_bound),
+        )
 
     @property
     def certified(self) -> bool:
@@ -59,7 +82,7 @@ class Measurement:
         """
         if error == 0:
             return self
-        residual, bound = max(self.residual, error), self.upper_bound
+        residual, bound = max(self.residual or 0.0, error), self.upper_bound
         return dataclasses.replace(
             self,
             residual=residual,
@@ -120,6 +143,11 @@ class QuantityResult:
         """Return the result with its ratio: value over limit or, with ``limits_lr``, lr over value."""
         ratio = _ratio(lr, self.value) if limits_lr else _ratio(self.value, self.limit)
         return dataclasses.replace(self, ratio=ratio)
+
+
+def root(eigenvalue: float) -> float:
+    """Return the root of an eigenvalue that only rounding makes negative; then 0."""
+    return math.sqrt(max(eigenvalue, 0.0))
 
 
 def _ratio(value: float | None, limit: float | None) -> float | None:

@@ -27,7 +27,7 @@ from stableopt.stability.measure.batch_quantities import (
 )
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_generalised_sharpness
-from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult, root
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
 from stableopt.stability.rules.several import SeparateBlocks
@@ -259,9 +259,6 @@ def _preconditioned_sharpness(evaluation: Evaluation) -> QuantityResult:
 
 
 def _non_uniformity(evaluation: Evaluation) -> QuantityResult:
-    def root(eigenvalue: float) -> float:
-        return float(max(eigenvalue, 0.0) ** 0.5)  # rounding can make it negative
-
     return evaluation.top_eigenvalue(
         "non_uniformity", evaluation.non_uniformity(), value=root, degree=2
     )
@@ -311,7 +308,7 @@ def _critical_lr(evaluation: Evaluation) -> QuantityResult:
         with_hessian=False,
         seed=evaluation.seed,
     )
-    measurement = Measurement(rate.value, rate.residual, rate.products, 0.0, rate.converged)
+    measurement = Measurement(rate.value, rate.residual, rate.products, rate.converged)
     return QuantityResult.from_measurement(measurement, lower=rate.lower)
 
 
@@ -351,6 +348,7 @@ register(
         "theorem1",
         _theorem1,
         needs={"rule", "batch_size", "per_sample", "no_momentum", "step"},
+        limit=lambda *_: 1.0,
     )
 )
 register(

@@ -68,7 +68,6 @@ def measured_eigenvalues(
         values[0],
         float(relative[0]),
         eigenpairs.products,
-        0.0,
         eigenpairs.converged,
         upper_bound=bound,
     )
@@ -93,7 +92,7 @@ def measured_trace(
         most_vectors=evaluation.vectors_held(),
     )
     relative = estimate.standard_error / abs(estimate.value) if estimate.value else 0.0
-    measurement = Measurement(estimate.value, relative, estimate.products, 0.0, estimate.converged)
+    measurement = Measurement(estimate.value, relative, estimate.products, estimate.converged)
     details = {"standard_error": estimate.standard_error}
     if estimate.largest > 0:
         details["effective_rank"] = estimate.effective_rank
@@ -124,7 +123,7 @@ def measured_density(
     steps = STEPS if vectors >= MOST_VECTORS else vectors
     density = spectral_density(operator, starts=STARTS, steps=steps, seed=evaluation.seed)
     low, high = density.nodes[0], density.nodes[-1]
-    measurement = Measurement(low, 0.0, density.products, 0.0, converged=True)
+    measurement = Measurement(low, None, density.products)
     # Rounding moves zero eigenvalues to both sides of 0.
     rounding = 1e-6 * max(abs(low), abs(high))
     negative = float(density.cumulative(torch.tensor([-rounding])))

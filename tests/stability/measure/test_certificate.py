@@ -47,9 +47,9 @@ def test_margins_carry_the_bound_of_a_root_and_of_a_value() -> None:
 
 def test_an_open_gap_is_said() -> None:
     """Catches a value without a bound, or with one far above it, that counts as certified."""
-    assert not Measurement(10.0, 1e-3, 3, 0.1, converged=True).certified
-    assert not Measurement(10.0, 1e-3, 3, 0.1, converged=True, upper_bound=10.6).certified
-    assert Measurement(-10.0, 1e-3, 3, 0.1, converged=True, upper_bound=-9.6).certified
+    assert not Measurement(10.0, 1e-3, 3, converged=True).certified
+    assert not Measurement(10.0, 1e-3, 3, converged=True, upper_bound=10.6).certified
+    assert Measurement(-10.0, 1e-3, 3, converged=True, upper_bound=-9.6).certified
     model = nn.Linear(60, 4)
     torch.manual_seed(0)
     data = (torch.randn(30, 60), torch.randn(30, 4))
@@ -62,7 +62,7 @@ def test_an_open_gap_is_said() -> None:
 
 def test_errors_of_products_widen_the_bound() -> None:
     """Catches a bound that trusts products by finite differences."""
-    exact = Measurement(10.0, 1e-3, 12, 0.1, converged=True, upper_bound=10.4)
+    exact = Measurement(10.0, 1e-3, 12, converged=True, upper_bound=10.4)
     measurement = exact.within(0.01, 0.03)
     assert measurement.upper_bound == pytest.approx(10.504)  # 10.4 and one per cent of it
     assert not measurement.certified

@@ -37,7 +37,7 @@ Data = tuple[Tensor, Tensor]
 def _step_length(evaluation: Evaluation) -> QuantityResult:
     assert evaluation.rule is not None
     length = evaluation.rule.lr * float(evaluation.problem.gradient().norm())
-    return QuantityResult(length, measurement=Measurement(length, 0.0, 1, 0.0, True))
+    return QuantityResult(length, measurement=Measurement(length, 0.0, 1))
 
 
 @pytest.fixture
