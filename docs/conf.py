@@ -60,6 +60,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 1e9,
     "copyfile_regex": r"",
     "abort_on_example_error": True,
+    "parallel": 2,
 }
 
 nitpicky = True

@@ -181,9 +181,12 @@ class Measurer:
         dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
         needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
         if step and needs_batch_size and batch_size is None:
+            reason = "no samples of a step were counted"
+            if not self._counter.passed:
+                reason = "the size of the model's inputs is no multiple of the batch size"
             self._warn(
                 "the limit of the non-uniformity is not known",
-                "no samples of a step were counted; pass batch_size=, or call count_samples",
+                f"{reason}; pass batch_size=, or call count_samples",
             )
         cold = self.measured % (self._cold_every + 1) == 0
         margins, subspaces = measure_at(

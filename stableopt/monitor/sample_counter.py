@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from stableopt._support.torch_internals import eager, in_backward
+from stableopt._support.torch_internals import eager, in_backward, vmap_size
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
 from stableopt.curvature.problem.mean_loss import MeanLoss
@@ -35,7 +35,8 @@ class SampleCounter:
 
     Attributes:
         active: whether forward passes are counted.
-        passed: the model's samples for each sample of the loss: two in a loss of pairs.
+        passed: the model's samples for each sample of the loss: two in a loss of pairs. 0 if they are
+            not in proportion, so that the batch size is not known.
         dims: the number of dimensions of a batch loss's inputs; an input with one less is a sample.
         observed: the model's samples in each of the last five steps, oldest first.
     """
@@ -46,7 +47,8 @@ class SampleCounter:
         self.passed = 1
         self.dims: int | None = None
         self._params, self._first_version = params, 0
-        self._count, self._seen_forward, self._calibrating = 0, False, False
+        self._count, self._seen_forward = 0, False
+        self._calibrating, self._passes = False, list[list[int]]()
 
     @property
     def __name__(self) -> str:
@@ -59,30 +61,58 @@ class SampleCounter:
 
     @property
     def batch_size(self) -> int | None:
-        """The median of :attr:`observed`, in the loss's samples; ``None`` before the first step."""
-        return max(1, median_low(self.observed) // self.passed) if self.observed else None
+        """The median of :attr:`observed`, in the loss's samples; ``None`` if it is not known."""
+        if not self.observed or not self.passed:
+            return None
+        return max(1, median_low(self.observed) // self.passed)
 
     def calibrate(self, problem: MeanLoss) -> None:
-        """Determine :attr:`passed` and :attr:`dims` from one evaluation of a batch loss."""
+        """Determine :attr:`dim`, :attr:`dims` and :attr:`passed` from evaluations of a batch loss.
+
+        The dimension of samples is the one whose size, summed over all passes, is a multiple of the
+        number of samples for any chunk size. Nodes of graphs, or a list of images, have none.
+        """
         if problem.loss_fn is not None:
             return  # loss_fn(model(x), y) passes each sample once, in batches
-        self._calibrating = True
+        with problem.evaluation():
+            largest = next(size for _, size in problem.chunks())
+        totals = [self._totals(problem, size) for size in {largest, max(1, largest // 2)}]
+        dims = range(min(map(len, totals)))
+        if not dims:
+            return  # the loss calls parts of the model only
+        samples = problem.own_samples
+        multiples = {
+            dim: totals[0][dim] // samples
+            for dim in dims
+            if len({sizes[dim] for sizes in totals}) == 1 and totals[0][dim] % samples == 0
+        }
+        if self.dim not in multiples:
+            self.dim = next(iter(multiples), 0)
+        self.passed = multiples.get(self.dim, 0)
+
+    def _totals(self, problem: MeanLoss, chunk_size: int) -> list[int]:
+        """Return the sum over the passes of all data of the first input's size, by dimension."""
+        self._calibrating, self._passes = True, []
         try:
-            problem.value()
-            passed, remainder = divmod(self._count, problem.own_samples)
+            problem.value(chunk_size=chunk_size)
+            if self._passes:
+                self.dims = len(self._passes[-1])
+            return [sum(sizes) for sizes in zip(*self._passes, strict=False)]
         finally:
-            self._count, self._calibrating = 0, False
-        self.passed = passed if passed and not remainder else 1
+            self._calibrating, self._passes = False, []
 
     @eager
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Count the samples of a training forward pass."""
-        if self._calibrating:
-            self.add((args, kwargs))
-            self.dims = next((t.dim() for t in tensors_in((args, kwargs)) if t.dim()), None)
+        # Skip validation, and targets that a loss computes: both run without gradients.
+        if not torch.is_grad_enabled():
             return
-        # Skip validation, which runs without gradients, and the passes of measurements.
-        if not self.active or not torch.is_grad_enabled() or measuring():
+        if self._calibrating:
+            first = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
+            if first is not None:
+                self._passes.append([size * vmap_size(first) for size in first.shape])
+            return
+        if not self.active or measuring():
             return
         version = sum(p._version for p in self._params())
         if not self._count:
@@ -104,16 +134,15 @@ class SampleCounter:
 
     def add(self, batch: Any) -> None:
         """Count the samples of ``batch``: the size of its first tensor."""
-        # The first batch size of a packed sequence is the number of its samples.
         packed = next(_packed_sequences(batch), None)
-        if packed is not None:
+        first = next((t for t in tensors_in(batch) if t.dim()), None)
+        if packed is not None:  # its first batch size is the number of its samples
             self._count += int(packed.batch_sizes[0])
-        else:
-            first = next((t for t in tensors_in(batch) if t.dim()), None)
-            if first is not None and self.dims is not None and first.dim() == self.dims - 1:
-                self._count += 1
-            elif first is not None:
-                self._count += first.shape[self.dim if first.dim() > self.dim else 0]
+        elif first is not None and self.dims is not None and first.dim() == self.dims - 1:
+            self._count += vmap_size(first)
+        elif first is not None:
+            rows = first.shape[self.dim if first.dim() > self.dim else 0]
+            self._count += rows * vmap_size(first)
 
     def end_step(self) -> None:
         """Record the samples since the last call, if any, as one step."""

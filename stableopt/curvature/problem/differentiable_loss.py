@@ -19,6 +19,7 @@ from stableopt.curvature.problem.cost import Cost, expected_costs
 from stableopt.curvature.problem.data.batches import cut, map_tensors
 from stableopt.curvature.problem.derivatives.derivative_checks import check_derivatives
 from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
+from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves
 from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
 from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
 from stableopt.distributed.collectives import Ranks
@@ -73,6 +74,8 @@ class DifferentiableLoss(MeanLoss):
     _facts = _DerivativeFacts()
     _in_call = False
     """Whether gradients are taken inside the functional call, while the model holds the parameters."""
+    _needs_leaves = False
+    """Whether the loss can be evaluated only at parameters that require gradients."""
     _samples_independent = False
     """Whether the check of the weights has excluded that samples see each other."""
 
@@ -92,9 +95,23 @@ class DifferentiableLoss(MeanLoss):
     def loss(self, theta: Theta, batch: Any) -> Tensor:
         """Return the mean loss of ``batch`` at ``theta``, times ``sign``: a differentiable scalar."""
 
+    def _loss_value(self, point: Theta, batch: Any) -> Tensor:
+        """Return the loss of ``batch`` at ``point``, without its derivatives."""
+        # A graph from leaves takes memory, so most losses are evaluated at constants.
+        return self.loss(tuple(alias_leaves(point)) if self._needs_leaves else point, batch)
+
+    def _fails_at_constants(self, batch: Any) -> bool:
+        """Return whether the loss itself differentiates, as gradient penalties and meta-gradients do."""
+        try:
+            self._evaluated([t.detach() for t in self.theta()], batch)
+        except RuntimeError:
+            return True
+        return False
+
     def _check_derivatives(self, batch: Any, size: int, *, twice: bool) -> None:
         """Check the derivatives of the loss of a batch; with ``twice`` also second derivatives."""
         batch = cut(batch, 0, self._num_checked_samples(batch, size))
+        self._needs_leaves = self._fails_at_constants(batch)
         gradient_error = None
         try:
             self._facts = self._derivative_facts(batch, twice=twice)

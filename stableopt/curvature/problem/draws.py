@@ -20,8 +20,10 @@ _DRAWS = 16
 """Draws that are averaged to distinguish a random mean from a random sum."""
 
 _SUM_RATIO = 1.5
-"""Ratio of a doubled batch's loss to the batch's loss above which it is not a mean; that of a sum is 2.
-The noise of 16 averaged draws must stay below half of the loss."""
+"""Ratio of a doubled batch's loss to the batch's loss above which it is not a mean: a sum has 2."""
+
+_ERRORS = 4.0
+"""Standard errors by which the two averages must differ: the loss of a critic is close to zero."""
 
 _NOISY = 1e-5
 """Standard deviation over draws, relative to the loss, above which the draw matters: above the rounding
@@ -61,7 +63,9 @@ def depends_on_draws(
     average, doubled_average = float(losses.mean()), float(doubled_losses.mean())
     if not float(losses.std()) > _NOISY * abs(average):
         return False
-    if abs(doubled_average) > _SUM_RATIO * abs(average):
+    error = float(losses.var() + doubled_losses.var()) ** 0.5 / _DRAWS**0.5
+    differ = abs(doubled_average - average) > _ERRORS * error
+    if differ and abs(doubled_average) > _SUM_RATIO * abs(average):
         raise ValueError(
             f"loss_fn is not a mean over samples: over {_DRAWS} random draws a batch has loss"
             f" {average:.6g} on average, the same batch twice over {doubled_average:.6g}; expected the"

@@ -370,7 +370,7 @@ class Problem(DifferentiableLoss):
             total = torch.zeros((), dtype=torch.float64)
 
         def add(batch: Any, size: int) -> None:
-            total.add_(size * self.loss(point, batch).detach().double().cpu())
+            total.add_(size * self._loss_value(point, batch).detach().double().cpu())
 
         chunks = self.chunks(chunk_size)
         return float(mean_over_chunks(self, [total], add, chunks, evaluating=evaluating)[0])

@@ -146,3 +146,17 @@ def test_training_draws_as_without_a_measurement(make_draw: Any) -> None:
         return losses
 
     assert train(tracked=False) == train(tracked=True)
+
+
+@pytest.mark.filterwarnings("ignore:loss_fn draws")
+def test_a_random_mean_near_zero_is_accepted() -> None:
+    """Catches a ratio of two averages that are noise, as of a critic at its initialisation."""
+
+    def critic_loss(model: nn.Module, x: Tensor) -> Tensor:
+        loss: Tensor = model(torch.randn_like(x)).mean() - model(x).mean()
+        return loss
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        critic = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1)).double()
+        Problem.from_batch_loss(critic, critic_loss, X)
