@@ -16,7 +16,7 @@ from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
-from stableopt.stability.measure.evaluation import WARM_START_DTYPE
+from stableopt.stability.measure.evaluation import WARM_START_DTYPE, Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
@@ -171,35 +171,34 @@ class Measurer:
         self._summed_batch_size = (
             int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
         )
-        # A full-batch rule may evaluate the batch several times a step: the count is not its size.
-        batch_size = None if rule.full_batch else self.batch_size
-        dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
-        needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
-        if step and needs_batch_size and batch_size is None:
+        if not rule.full_batch:
+            batch_size, dataset_size = self.batch_size, self._effective_dataset_size()
+        else:  # it may evaluate the batch several times a step: the count is not its size
+            batch_size = dataset_size = self._dataset_size
+        if step and "non_uniformity" in self.quantities and batch_size is None:
             self._warn(
                 "the limit of the non-uniformity is not known",
                 "no samples of a step were counted; pass batch_size=, or call count_samples",
             )
         cold = self.measured % (self._cold_every + 1) == 0
-        margins, subspaces = measure_at(
+        evaluation = Evaluation(
             in_rule_coordinates(self.problem, rule, self._optimizers),
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,
-            quantities=self._current_quantities(),
             tol=self.tol,
             max_iter=self.max_iter,
             # A new seed for each measurement: the same noise would always miss the same direction.
             seed=self._seed + self.measured,
             starts={} if cold else self.starts,
-            step=step,
             taken_step=taken_step,
             memory=self.memory,
             window=self._window,
             blocks=self._blocks,
         )
+        margins = measure_at(evaluation, self._current_quantities(), step=step)
         self.measured += 1
-        self.starts = subspaces
+        self.starts = evaluation.subspaces if margins.failure is None else {}
         return Measured(step, margins, rule)
 
     def _current_quantities(self) -> list[str]:
