@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import positive, whole
-from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
@@ -18,7 +18,7 @@ from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.evaluation import WARM_START_DTYPE, Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.measure import check_quantities, measure_at
+from stableopt.stability.measure.measure import check_quantities, measurable, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
@@ -132,13 +132,12 @@ class Measurer:
 
     def expected_seconds(self) -> float:
         """Return the expected seconds of a measurement, from the time of one gradient."""
-        if not isinstance(self.problem, DifferentiableLoss) or self.problem.sharded:
+        if not isinstance(self.problem, Problem):
             return 0.0
         costs = self.problem.cost(tol=self.tol)
-        rule, names = self.rule(), list(self.quantities)
-        if "sharpness" in names and rule.preconditioned:
-            names.append("preconditioned_sharpness")
         assumed = _UNKNOWN * costs["gradient"].seconds
+        now, after_a_step = measurable(self.quantities, self.rule())
+        names = (*now, *after_a_step)
         return sum(costs[name].seconds if name in costs else assumed for name in names)
 
     def eigenvectors(self) -> dict[str, Tensor]:

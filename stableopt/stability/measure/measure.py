@@ -28,7 +28,7 @@ from stableopt.stability.rules.preconditioner import UnknownStep
 from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["check_quantities", "measure", "measure_at"]
+__all__ = ["check_quantities", "measurable", "measure", "measure_at"]
 
 
 def measure(
@@ -195,7 +195,7 @@ def measure_at(
     """
     problem, rule, results = evaluation.problem, evaluation.rule, evaluation.results
     batch_size, dataset_size = evaluation.batch_size, evaluation.dataset_size
-    names, without_step = _measurable(quantities, rule)
+    names, without_step = measurable(quantities, rule)
     results |= {
         name: QuantityResult(limit=quantity.limit_of(rule, batch_size, dataset_size))
         for name, quantity in QUANTITIES.items()
@@ -254,7 +254,7 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
     return dataclasses.replace(result, limit=limit, measurement=measurement)
 
 
-def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
+def measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
     """Return the quantities to measure now, and those that need the optimizer's first step.
 
     Sharpness adds the preconditioned sharpness and the edge ratios of blocks, as the rule has them.
