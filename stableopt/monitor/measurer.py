@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import positive, whole
-from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
-from stableopt.stability.measure.evaluation import WARM_START_DTYPE
+from stableopt.stability.measure.evaluation import WARM_START_DTYPE, Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.measure import check_quantities, measure_at
+from stableopt.stability.measure.measure import check_quantities, measurable, measure_at
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
@@ -136,13 +136,12 @@ class Measurer:
 
     def expected_seconds(self) -> float:
         """Return the expected seconds of a measurement, from the time of one gradient."""
-        if not isinstance(self.problem, DifferentiableLoss) or self.problem.sharded:
+        if not isinstance(self.problem, Problem):
             return 0.0
         costs = self.problem.cost(tol=self.tol)
-        rule, names = self.rule(), list(self.quantities)
-        if "sharpness" in names and rule.preconditioned:
-            names.append("preconditioned_sharpness")
         assumed = _UNKNOWN * costs["gradient"].seconds
+        now, after_a_step = measurable(self.quantities, self.rule())
+        names = (*now, *after_a_step)
         return sum(costs[name].seconds if name in costs else assumed for name in names)
 
     def eigenvectors(self) -> dict[str, Tensor]:
@@ -176,11 +175,11 @@ class Measurer:
         self._summed_batch_size = (
             int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
         )
-        # A full-batch rule may evaluate the batch several times a step: the count is not its size.
-        batch_size = None if rule.full_batch else self.batch_size
-        dataset_size = self._dataset_size if rule.full_batch else self._effective_dataset_size()
-        needs_batch_size = "non_uniformity" in self.quantities and not rule.full_batch
-        if step and needs_batch_size and batch_size is None:
+        if not rule.full_batch:
+            batch_size, dataset_size = self.batch_size, self._effective_dataset_size()
+        else:  # it may evaluate the batch several times a step: the count is not its size
+            batch_size = dataset_size = self._dataset_size
+        if step and "non_uniformity" in self.quantities and batch_size is None:
             reason = "no samples of a step were counted"
             if not self._counter.passed:
                 reason = "the size of the model's inputs is no multiple of the batch size"
@@ -189,25 +188,24 @@ class Measurer:
                 f"{reason}; pass batch_size=, or call count_samples",
             )
         cold = self.measured % (self._cold_every + 1) == 0
-        margins, subspaces = measure_at(
+        evaluation = Evaluation(
             in_rule_coordinates(self.problem, rule, self._optimizers),
             rule,
             batch_size=batch_size,
             dataset_size=dataset_size,
-            quantities=self._current_quantities(),
             tol=self.tol,
             max_iter=self.max_iter,
             # A new seed for each measurement: the same noise would always miss the same direction.
             seed=self._seed + self.measured,
             starts={} if cold else self.starts,
-            step=step,
             taken_step=taken_step,
             memory=self.memory,
             window=self._window,
             blocks=self._blocks,
         )
+        margins = measure_at(evaluation, self._current_quantities(), step=step)
         self.measured += 1
-        self.starts = subspaces
+        self.starts = evaluation.subspaces if margins.failure is None else {}
         return Measured(step, margins, rule)
 
     def _current_quantities(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from monitored_runs import MSE, X, Y, linear
 
 from stableopt import Problem, UpdateRule
+from stableopt.curvature import Cost
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.sinks.delivery import WarnOnce
+from stableopt.stability.rules.several import SeparateBlocks
 
 
 def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
@@ -89,3 +92,23 @@ def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
     assert rounded["sharpness"].dtype == torch.bfloat16  # as of a large model
     with pytest.raises(ValueError, match=r"sharpness has shape \(3, 3\).*has 2 parameters"):
         measuring.checked({"sharpness": torch.eye(3)})
+
+
+@pytest.mark.parametrize(
+    ("rule", "quantities", "seconds"),
+    [
+        (None, ("layers",), 2 + 60),
+        (UpdateRule(lr=0.1, preconditioner=SeparateBlocks("", [])), ("sharpness",), 2 + 60),
+    ],
+    ids=["the sharpness of layers", "the edges of several optimizers"],
+)
+def test_the_estimate_has_the_quantities_that_others_add(
+    monkeypatch: pytest.MonkeyPatch, rule: Any, quantities: tuple[str, ...], seconds: float
+) -> None:
+    """Catches a first measurement that takes longer than the estimate that schedules it."""
+    names = ("gradient", "sharpness", "preconditioned_sharpness")
+    cost = {name: Cost(1, 1.0, 2.0**power, 0) for power, name in enumerate(names)}
+    monkeypatch.setattr(Problem, "cost", lambda self, *, tol: cost)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # several optimizers have no common limit
+        assert measurer(rule, quantities=quantities).expected_seconds() == seconds

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import stableopt
 import stableopt.monitor.measurer
 import stableopt.monitor.monitor
+from stableopt.stability.measure.evaluation import Evaluation
 
 
 def dense_hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -82,9 +83,10 @@ def test_warm_starts_and_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[set[str], int]] = []
     measure_at = stableopt.monitor.measurer.measure_at
 
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        given.append((set(kwargs["starts"]), kwargs["seed"]))
-        return measure_at(*args, **kwargs)
+    def recorded(evaluation: Evaluation, *args: Any, **kwargs: Any) -> Any:
+        assert evaluation.starts is not None
+        given.append((set(evaluation.starts), evaluation.seed))
+        return measure_at(evaluation, *args, **kwargs)
 
     monkeypatch.setattr(stableopt.monitor.measurer, "measure_at", recorded)
     model, optimizer, _ = start(cold_every=2, seed=7)

@@ -90,7 +90,6 @@ class Recorder(TorchFunctionMode):
         self._head_numbers: dict[int, int] = {}
         self._paused = self._replaying = False
         self._num_calls = self._num_decisions = 0
-        self._in_unit = False
         self._call_name = ""
         self._call_tensors: list[Tensor] = []
 
@@ -170,11 +169,11 @@ class Recorder(TorchFunctionMode):
 
     def _has_rows(self, tensor: Tensor) -> bool:
         seen, index = self._plan.rows, self._num_calls - 1
-        if not self._in_unit and seen is not None and seen[index:][:1] == [(self._call_name, [])]:
+        if not self._paused and seen is not None and seen[index:][:1] == [(self._call_name, [])]:
             raise UnfitError(f"{self._call_name} takes another number of tensors for other samples")
         if tensor.dim() == 0 or tensor.shape[0] % self.size:
             return False
-        if self._in_unit:
+        if self._paused:
             return len(tensor) == self.size
         if seen is None:
             return True
@@ -312,11 +311,14 @@ class Recorder(TorchFunctionMode):
         return results, lambda tensors: _with_tensors(output_leaves, output_spec, tensors)
 
     def enter_unit(self, module: nn.Module, args: Any) -> None:
-        """Pause the recording inside a unit."""
-        self._paused = self._in_unit = True
+        """Pause the recording inside a unit: a forward pre-hook."""
+        if not self._replaying:
+            self._paused = True
 
     def leave_unit(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Call a unit again, by vmap over the samples."""
+        """Call a unit again, by vmap over the samples, and end the pause: a forward hook."""
+        if self._replaying:
+            return None
         self._replaying, size = True, self.size
         named = module.named_parameters(remove_duplicate=False)
         copies = {name: self.copies(t) for name, t in named if id(t) in self._index_of}
@@ -334,7 +336,7 @@ class Recorder(TorchFunctionMode):
 
         dims = (dict.fromkeys(copies, 0), *(0 if m else None for m in mapped))
         results = iter(quiet_vmap(of_sample, dims, copies, *inputs))
-        self._replaying = self._paused = self._in_unit = False
+        self._replaying = self._paused = False
         return map_tensors(lambda _: next(results), output)
 
 

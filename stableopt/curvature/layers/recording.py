@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
-
-from torch import nn
 
 from stableopt.curvature.layers.calls import CALLS
 from stableopt.curvature.layers.plan import Plan
@@ -22,27 +19,7 @@ def recorded(plan: Plan, theta: Theta, size: int) -> Iterator[Recorder]:
     recorder = Recorder(plan, theta, size, CALLS)
     with ExitStack() as stack:
         for unit in plan.units:
-            before, after = _unit_hooks(recorder)
-            stack.callback(unit.register_forward_pre_hook(before).remove)
-            stack.callback(unit.register_forward_hook(after, with_kwargs=True).remove)
+            enter, leave = recorder.enter_unit, recorder.leave_unit
+            stack.callback(unit.register_forward_pre_hook(enter).remove)
+            stack.callback(unit.register_forward_hook(leave, with_kwargs=True).remove)
         yield recorder
-
-
-def _unit_hooks(recorder: Recorder) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    inside = False
-
-    def before(module: nn.Module, args: Any) -> None:
-        if not inside:
-            recorder.enter_unit(module, args)
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return None
-        inside = True
-        try:
-            return recorder.leave_unit(module, args, kwargs, output)
-        finally:
-            inside = False
-
-    return before, after

@@ -22,10 +22,6 @@ from stableopt.curvature.layers.kinds import Kind, Lookup, Matrix
 __all__ = ["Cotangents", "Use", "along_rows"]
 
 
-_FORMED = 1
-"""Factor on the work with Gram matrices up to which forming the matrices costs as much."""
-
-
 class Use(NamedTuple):
     """One use of a parameter by all samples, without an autograd graph.
 
@@ -144,7 +140,7 @@ def _worthwhile(maps: Sequence[Use], scale: Tensor | float, size: int) -> bool:
     if positions == 1:
         return True
     outputs, inputs = _kind(maps[0]).sizes(maps[0].head, maps[0].slope)
-    return outputs * inputs > _FORMED * positions * (outputs + inputs)
+    return outputs * inputs > positions * (outputs + inputs)
 
 
 def _maps_of(maps: Sequence[Use], size: int) -> _Maps:

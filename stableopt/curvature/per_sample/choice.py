@@ -78,17 +78,17 @@ def _seconds(mean: Hessian, at_once: int, structured: StructuredProduct | None) 
         return min(times) / count
 
     with problem.evaluation():
-        batch, size, *_ = drawn_samples(problem)
-        sample = cut(batch, 0, 1)
+        drawn = drawn_samples(problem)
+        sample = cut(drawn.batch, 0, 1)
         times = {"loop": seconds_per_sample(lambda: loop_product(mean, sample, 1, vector, zero), 1)}
-        count = min(size, _SAMPLES)
+        count = min(drawn.size, _SAMPLES)
         if structured is not None:
-            product = structured.cached_product(cut(batch, 0, count), count, vector)
+            product = structured.cached_product(cut(drawn.batch, 0, count), count, vector)
             times["structured"] = seconds_per_sample(product, count)
         times["vmap"] = float("inf")
         count = min(count, at_once)
         if count > 1:
-            samples = cut(batch, 0, count)
+            samples = cut(drawn.batch, 0, count)
             try:
                 times["vmap"] = seconds_per_sample(
                     lambda: vmap_product(mean, samples, count, vector, zero), count

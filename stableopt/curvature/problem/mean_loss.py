@@ -27,7 +27,7 @@ from stableopt.curvature.problem.parameters import (
     select_parameters,
     unwrapped,
 )
-from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights
+from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeights, SampleWeights
 from stableopt.distributed.collectives import Ranks
 from stableopt.distributed.fsdp import local
 
@@ -83,7 +83,7 @@ class MeanLoss(abc.ABC):
         self.layout = Layout.of(batch_dim, paired=self.loss_fn is not None)
         self._dtype, self._batch_statistics = dtype, batch_statistics
         self._second_derivatives = second_derivatives
-        self._weights: EqualWeights = EqualWeights()
+        self._weights: SampleWeights = EqualWeights()
         if sample_weight is not None:
             if batch_statistics:
                 raise ValueError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.weights.survey import SPREAD_SAMPLES, Survey, joined
 
 __all__ = [
-    "Drawn",
     "distinct_samples",
     "drawn_samples",
     "gather_over_chunks",
@@ -128,44 +128,24 @@ def quiet_vmap(function: Callable[..., Any], in_dims: Any, *args: Any) -> Any:
         return torch.vmap(function, in_dims=in_dims, randomness="same")(*args)
 
 
-class Drawn(NamedTuple):
-    """Samples drawn from all data of a rank.
-
-    Attributes:
-        batch: the samples as a batch.
-        size: their number.
-        largest: the size of the largest chunk of the data.
-        all: whether these are all samples of the rank.
-    """
-
-    batch: Any
-    size: int
-    largest: int
-    all: bool
-
-
-def drawn_samples(problem: MeanLoss) -> Drawn:
-    """Return up to 64 samples of one shape, drawn from all data in one reading.
+def drawn_samples(problem: MeanLoss) -> Survey:
+    """Return up to 64 samples of one shape, drawn from all data of a rank in one reading.
 
     If fewer than 4 drawn samples share a shape, the samples are from the largest chunk instead.
     """
-    sizes: list[int] = []
-
-    def chunks() -> Iterator[tuple[Any, int]]:
-        for batch, size in problem.chunks():
-            sizes.append(size)
-            yield batch, size
-
-    survey = Survey.of(chunks(), most=SPREAD_SAMPLES)
-    batch, count, largest = survey.batch, survey.size, max(sizes)
-    if count < min(_TRIED_SAMPLES, largest):
-        chunk = next(batch for batch, size in problem.chunks() if size == largest)
-        step = -(-largest // SPREAD_SAMPLES)
-        batch, count = joined([cut(chunk, i, i + 1) for i in range(0, largest, step)])
-    return Drawn(batch, count, largest, count == sum(sizes))
+    survey = Survey.of(problem.chunks())
+    largest = survey.largest
+    if survey.size >= min(_TRIED_SAMPLES, largest):
+        return survey
+    chunk = next(batch for batch, size in problem.chunks() if size == largest)
+    step = -(-largest // SPREAD_SAMPLES)
+    batch, size = joined([cut(chunk, i, i + 1) for i in range(0, largest, step)])
+    return replace(survey, batch=batch, size=size)
 
 
-def distinct_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tuple[Any, int] | None:
+def distinct_samples(
+    drawn: Survey, contribution: Callable[[Any], Tensor]
+) -> tuple[Any, int] | None:
     """Return four of the samples, as a batch, with distinct contributions of comparable size.
 
     A fast product that confuses samples gives the same sum if their contributions are alike or vanish,
@@ -177,7 +157,8 @@ def distinct_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tup
         contribution: the contribution ``(d,)`` of a batch of one sample to a sum.
 
     >>> x = torch.tensor([[0.0], [1.0], [1.0], [2.0], [3.0], [100.0], [4.0], [5.0]])
-    >>> distinct_samples(Drawn(x, 8, 8, True), lambda sample: sample.flatten())[0].flatten()
+    >>> drawn = Survey(num_samples=8, batch=x, size=8, largest=8, mixed=False)
+    >>> distinct_samples(drawn, lambda sample: sample.flatten())[0].flatten()
     tensor([1., 2., 3., 4.])
     """
     contributions: list[Tensor] = []
@@ -192,7 +173,7 @@ def distinct_samples(drawn: Drawn, contribution: Callable[[Any], Tensor]) -> tup
         if len(chosen) == count:
             break
     else:
-        if not drawn.all:
+        if not drawn.complete:
             return None
         others = [index for index in range(drawn.size) if index not in chosen]
         chosen = [*chosen, *others][:count]

@@ -245,10 +245,10 @@ class Problem(DifferentiableLoss):
             return
         given = isinstance(self._weights, GivenWeights)
         totals = self.ranks.all_gather_object(self._totals)
-        had_weights = type(self._weights) is not EqualWeights
+        had_weights = not isinstance(self._weights, EqualWeights)
         self._weights = weights_of(totals, self._weights)
         # Ranks whose losses take different means have no weights in common.
-        incompatible = had_weights and type(self._weights) is EqualWeights
+        incompatible = had_weights and isinstance(self._weights, EqualWeights)
         facts = (self._difference, incompatible, self.batches.num_chunks)
         differences, clashes, counts = zip(*self.ranks.all_gather_object(facts), strict=True)
         if self._random:

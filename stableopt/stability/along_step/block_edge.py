@@ -43,7 +43,13 @@ def _edge_ratio(evaluation: Evaluation, block: Block) -> Measurement:
     )
     # Without warm starts: the monitor's have the size of the whole problem.
     on_block = Evaluation(
-        problem, rule, None, None, evaluation.tol, evaluation.max_iter, evaluation.seed
+        problem,
+        rule,
+        batch_size=None,
+        dataset_size=None,
+        tol=evaluation.tol,
+        max_iter=evaluation.max_iter,
+        seed=evaluation.seed,
     )
     result = on_block.top_eigenvalue(
         block.name,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from stableopt.curvature.errors import NonFiniteError
+from stableopt.curvature.problem.derivatives.short_differences import LEAST_LOSS
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
@@ -34,9 +35,6 @@ WINDOW = 32
 
 _ROUNDINGS = 1000
 """The change of the loss must exceed so many rounding errors, 1e-4 of the loss in single precision."""
-
-_LEAST_LOSS = 0.01
-"""Smaller losses have the rounding error of this one: a cross entropy is a difference of logits."""
 
 _FIELDS = ("realised_edge", "realised_edge_uphill")
 
@@ -69,7 +67,7 @@ def _loss_change(along: AlongStep) -> tuple[float, float]:
 
 def loss_rounding(problem: MeanLoss, *losses: float) -> float:
     """Return the rounding error of losses of this size."""
-    return _eps(problem) * max(_LEAST_LOSS, *map(abs, losses))
+    return _eps(problem) * max(LEAST_LOSS, *map(abs, losses))
 
 
 def _eps(problem: MeanLoss) -> float:

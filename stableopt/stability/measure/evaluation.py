@@ -24,7 +24,7 @@ from stableopt.curvature.problem.cost import MOST_VECTORS, vectors_held
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.curvature.products.sharded_hessian import ShardedHessian, hessian_of
-from stableopt.stability.layers.blocks import Block, blocks_of
+from stableopt.stability.layers.blocks import Block
 from stableopt.stability.layers.shares import Directions, full_sizes, shares_of
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.batch_sharpness import BatchSharpness
@@ -54,13 +54,13 @@ class Evaluation:
         seed: seed of the random starts.
         starts: the last measurement's subspaces by quantity, as warm starts; ``None`` without
             tracking, and then no subspaces are kept.
-        subspaces: the subspaces of this measurement by quantity.
-        results: the results so far by quantity.
-        batch_averages: the batch sharpness, once a quantity has computed it.
         taken_step: the step just taken, or ``None``.
         memory: numbers and lists that quantities keep from one measurement of a run to the next.
         window: the number of measured steps in an average along steps; ``None`` for the default.
-        blocks: the blocks of parameters to measure, by default the layers.
+        blocks: the blocks of parameters to measure, by default none.
+        subspaces: the subspaces of this measurement by quantity.
+        results: the results so far by quantity.
+        batch_averages: the batch sharpness, once a quantity has computed it.
     """
 
     problem: MeanLoss
@@ -71,23 +71,19 @@ class Evaluation:
     max_iter: int
     seed: int
     starts: Mapping[str, Tensor] | None = None
+    taken_step: TakenStep | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    window: int | None = None
+    blocks: tuple[Block, ...] = ()
     subspaces: dict[str, Tensor] = field(default_factory=dict, init=False)
-    results: Mapping[str, QuantityResult] = field(default_factory=dict, init=False)
+    results: dict[str, QuantityResult] = field(default_factory=dict, init=False)
     batch_averages: BatchSharpness | None = field(default=None, init=False)
-    taken_step: TakenStep | None = field(default=None, init=False)
-    memory: dict[str, Any] = field(default_factory=dict, init=False)
-    window: int | None = field(default=None, init=False)
-    blocks: tuple[Block, ...] = field(default=(), init=False)
     _along: AlongStep | None = field(default=None, init=False)
     _plain_hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
     _hessian: Hessian | ShardedHessian | None = field(default=None, init=False)
     _non_uniformity: NonUniformity | None = field(default=None, init=False)
     _gauss_newton: GaussNewton | None = field(default=None, init=False)
     _loss: float | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        problem = self.problem
-        self.blocks = blocks_of(problem.model, problem.names, problem.params)
 
     @property
     def preconditioned(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,19 +17,18 @@ from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.distributed.collectives import LostRankError
-from stableopt.stability.layers.blocks import Block, Blocks, blocks_of
+from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
-from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep
 from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["check_quantities", "measure", "measure_at"]
+__all__ = ["check_quantities", "measurable", "measure", "measure_at"]
 
 
 def measure(
@@ -147,17 +146,17 @@ def measure(
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, dataset_size)  # raises for a batch above n
-    margins, _ = measure_at(
+    evaluation = Evaluation(
         problem,
         rule,
-        blocks=blocks_of(problem.model, problem.names, problem.params, blocks),
-        batch_size=batch_size,
+        batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
         dataset_size=dataset_size,
-        quantities=check_quantities(quantities, rule, sharded=problem.sharded),
         tol=tol,
         max_iter=max_iter,
         seed=seed,
+        blocks=blocks_of(problem.model, problem.names, problem.params, blocks),
     )
+    margins = measure_at(evaluation, check_quantities(quantities, rule, sharded=problem.sharded))
     for name, reason in margins.failures.items():
         warnings.warn(f"{name} was not measured: {reason}", RuntimeWarning, stacklevel=2)
     return margins
@@ -187,46 +186,27 @@ def check_quantities(
 
 
 def measure_at(
-    problem: MeanLoss,
-    rule: UpdateRule | None,
-    *,
-    batch_size: int | None,
-    dataset_size: int | None,
-    quantities: Sequence[str],
-    tol: float,
-    max_iter: int,
-    seed: int,
-    starts: Mapping[str, Tensor] | None = None,
-    step: int = 0,
-    taken_step: TakenStep | None = None,
-    memory: dict[str, Any] | None = None,
-    window: int | None = None,
-    blocks: tuple[Block, ...] = (),
-) -> tuple[StabilityMargins, dict[str, Tensor]]:
-    """Measure ``problem``, which is in the rule's coordinates; return margins and subspaces.
+    evaluation: Evaluation, quantities: Sequence[str], *, step: int = 0
+) -> StabilityMargins:
+    """Measure ``quantities`` at the point of ``evaluation``, which has taken no measurement yet.
 
-    ``starts`` has the subspaces of the last measurement by quantity; with ``None``, no subspaces are
-    returned. With a preconditioned rule, sharpness includes the preconditioned sharpness.
-    ``taken_step``, ``memory``, ``window`` and ``blocks`` are those of :class:`Evaluation`.
+    With a preconditioned rule, sharpness includes the preconditioned sharpness. ``step`` is the number
+    of the step in the margins.
     """
-    samples = dataset_size if rule is not None and rule.full_batch else batch_size
-    names, without_step = _measurable(quantities, rule)
-    results = {
+    problem, rule, results = evaluation.problem, evaluation.rule, evaluation.results
+    batch_size, dataset_size = evaluation.batch_size, evaluation.dataset_size
+    names, without_step = measurable(quantities, rule)
+    results |= {
         name: QuantityResult(limit=quantity.limit_of(rule, batch_size, dataset_size))
         for name, quantity in QUANTITIES.items()
         if quantity.in_box or name in names
     }
     if rule is not None:
         results |= {name: QuantityResult(failure=rule.unknown) for name in without_step}
-    evaluation = Evaluation(problem, rule, samples, dataset_size, tol, max_iter, seed, starts)
-    evaluation.results = results
-    evaluation.taken_step, evaluation.window = taken_step, window
-    evaluation.memory = {} if memory is None else memory
-    evaluation.blocks = blocks or evaluation.blocks
     margins = StabilityMargins(
         step=step,
         lr=None if rule is None else rule.lr,
-        batch_size=samples,
+        batch_size=batch_size,
         dataset_size=dataset_size,
         results=results,
         method=problem.method,
@@ -237,7 +217,7 @@ def measure_at(
         # Tensors of a surrounding inference mode do not allow in-place changes.
         with torch.inference_mode(False):
             for name in names:
-                QUANTITIES[name].check_known(rule, samples)
+                QUANTITIES[name].check_known(rule, batch_size)
                 timed = partial(_timed, name, evaluation, results[name].limit)
                 try:
                     # If one rank fails, `attempt` makes all fail: they go on with the same quantity.
@@ -258,8 +238,8 @@ def measure_at(
     if not abs(loss) < float("inf"):
         failure = f"the loss is {loss}"
     if failure is not None:
-        return dataclasses.replace(margins, failure=f"not finite: {failure}"), {}
-    return dataclasses.replace(margins, loss=loss, results=results), evaluation.subspaces
+        return dataclasses.replace(margins, failure=f"not finite: {failure}")
+    return dataclasses.replace(margins, loss=loss, results=results)
 
 
 def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityResult:
@@ -274,7 +254,7 @@ def _timed(name: str, evaluation: Evaluation, limit: float | None) -> QuantityRe
     return dataclasses.replace(result, limit=limit, measurement=measurement)
 
 
-def _measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
+def measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list[str], list[str]]:
     """Return the quantities to measure now, and those that need the optimizer's first step.
 
     Sharpness adds the preconditioned sharpness and the edge ratios of blocks, as the rule has them.

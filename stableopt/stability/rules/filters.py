@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -29,8 +30,8 @@ from numpy.polynomial import chebyshev
 __all__ = [
     "SAME",
     "Filter",
+    "agree",
     "checked_filter",
-    "filters_agree",
     "largest_variance",
     "lookahead_edge",
     "matrices",
@@ -262,10 +263,15 @@ def lookahead_edge(kept: float, pair: Filter, every: int, share: float) -> float
     return low
 
 
-def filters_agree(first: Filter, second: Filter, tol: float) -> bool:
-    """Return whether the coefficients of two filters agree up to ``tol``, an absolute difference."""
+def agree(first: Any, second: Any) -> bool:
+    """Return whether two settings, such as momenta or filters, are equal up to rounding errors.
 
-    def close(a: Sequence[float], b: Sequence[float]) -> bool:
-        return len(a) == len(b) and all(abs(x - y) <= tol for x, y in zip(a, b, strict=True))
+    Floats may differ by :data:`SAME`. Tuples are compared entry by entry.
 
-    return close(first[0], second[0]) and close(first[1], second[1])
+    >>> agree(((1.0,), (1.0, -0.9)), ((1.0,), (1.0, -0.9 + 1e-15))), agree(0.9, 0.99)
+    (True, False)
+    """
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(agree, first, second))
+    floats = isinstance(first, float) and isinstance(second, float)
+    return bool(first == second or (floats and abs(first - second) <= SAME))

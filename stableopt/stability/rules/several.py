@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.filters import SAME
+from stableopt.stability.rules.filters import agree
 from stableopt.stability.rules.norms import NormedStep
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
@@ -253,7 +253,7 @@ def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
                 " realised_edge with this one"
             )
     first, *others = (_momentum_settings(block.rule) for block in blocks)
-    if not all(_agree(first, other) for other in others):
+    if not all(agree(first, other) for other in others):
         momenta = "; ".join(f"{b.name}: {b.rule.memory:g}" for b in blocks)
         return f"the momenta differ ({momenta}), so each has its own limit"
     decays_after = any(decay for block in blocks for decay in _filtered_decays(block))
@@ -274,14 +274,6 @@ def _momentum_settings(rule: UpdateRule) -> tuple[Any, ...]:
     heavy_ball = not rule.nesterov and rule.momentum_share == 1
     ignored = _MAY_DIFFER | {"dampening"} if heavy_ball else _MAY_DIFFER
     return tuple(getattr(rule, field.name) for field in fields(rule) if field.name not in ignored)
-
-
-def _agree(first: Any, second: Any) -> bool:
-    """Return whether settings are equal, up to rounding errors of computed ones."""
-    if isinstance(first, tuple) and isinstance(second, tuple):
-        return len(first) == len(second) and all(map(_agree, first, second))
-    floats = isinstance(first, float) and isinstance(second, float)
-    return bool(first == second or (floats and abs(first - second) <= SAME))
 
 
 def _speed(rule: UpdateRule) -> float:

@@ -39,7 +39,11 @@ from stableopt.curvature.problem.derivatives.second_derivative import (
     trusted_difference,
     usable_point,
 )
-from stableopt.curvature.problem.derivatives.short_differences import short_difference, tolerance
+from stableopt.curvature.problem.derivatives.short_differences import (
+    LEAST_LOSS,
+    short_difference,
+    tolerance,
+)
 
 __all__ = [
     "Obstacle",
@@ -57,9 +61,6 @@ _BENT = 0.05
 
 _ROUNDINGS = 1000
 """Rounding errors of the loss that a difference must exceed to give a slope."""
-
-_LEAST_LOSS = 0.01
-"""A smaller loss is rounded like a loss of this size: a cross-entropy is a difference of logits."""
 
 _REMEDY = (
     "A reversed or straight-through gradient, or a detached part of the loss, gives a direction for the"
@@ -151,7 +152,7 @@ def check_gradient(function: Function, point: Sequence[Tensor]) -> None:
     size, dtype = norm(leaves), leaves[0].dtype
     if size == 0:
         return
-    loss_size = max(abs(float(value.detach())), _LEAST_LOSS)
+    loss_size = max(abs(float(value.detach())), LEAST_LOSS)
     noise = _ROUNDINGS * torch.finfo(dtype).eps * loss_size
     # One direction at a time: each is as large as all parameters.
     for choose_direction in (balanced_direction, random_direction):

@@ -14,6 +14,7 @@ from stableopt.curvature.problem.derivatives.graphs import (
     lacks_derivative,
 )
 from stableopt.curvature.problem.derivatives.short_differences import (
+    LEAST_LOSS,
     Difference,
     generic_point,
     short_difference,
@@ -35,10 +36,6 @@ __all__ = [
     "trusted_difference",
     "usable_point",
 ]
-
-_LEAST_LOSS = 0.01
-"""A gradient has at least the rounding error of a loss of this size: where a softmax saturates, it is a
-difference of probabilities near 1."""
 
 _ROUNDINGS = 10
 """Rounding errors of a gradient that a difference must exceed to give a slope."""
@@ -68,12 +65,8 @@ def usable_point(function: Function, point: Sequence[Tensor]) -> list[Tensor]:
     return near if bool(torch.isfinite(function(near))) else fresh_leaves(point)
 
 
-def norm(tensors: Sequence[Tensor]) -> float:
-    """Return the norm of all ``tensors`` together."""
-    return _norm(tensors)
-
-
-def _norm(tensors: Sequence[Tensor | None]) -> float:
+def norm(tensors: Sequence[Tensor | None]) -> float:
+    """Return the norm of all ``tensors`` together; ``None`` counts as zero."""
     parts = [dense(t.detach()).norm() for t in tensors if t is not None]
     return float(torch.stack(parts).norm()) if parts else 0.0
 
@@ -101,7 +94,7 @@ def balanced_direction(
     gradients: Sequence[Tensor | None], like: Sequence[Tensor]
 ) -> list[Tensor] | None:
     """Return the unit vector along the gradient after scaling each parameter's part to the same norm."""
-    if not 0 < _norm(gradients) < float("inf"):
+    if not 0 < norm(gradients) < float("inf"):
         return None
     parts = []
     for gradient, t in zip(gradients, like, strict=True):
@@ -149,7 +142,7 @@ def trusted_difference(
     gradient, size = gradient_along(function, leaves, direction, summary), norm(leaves)
     dtype = leaves[0].dtype
     slope = float(gradient(0.0).norm()) if slope is None else slope
-    gradient_size = max(slope, _LEAST_LOSS / size if size > 0 else 0.0)
+    gradient_size = max(slope, LEAST_LOSS / size if size > 0 else 0.0)
     noise = _ROUNDINGS * torch.finfo(dtype).eps * gradient_size
     return short_difference(gradient, size, dtype, noise=noise, expected=expected)
 
@@ -194,7 +187,7 @@ def compare_twice(function: Function, point: Sequence[Tensor]) -> None:
         return
     custom = bool(hooks) or has_custom_function(value)
     gradients = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    compared, slope = False, _norm(gradients)
+    compared, slope = False, norm(gradients)
     # One direction at a time: each is as large as all parameters.
     for choose_direction in (balanced_direction, random_direction):
         direction = choose_direction(gradients, leaves)

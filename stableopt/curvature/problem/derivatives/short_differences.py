@@ -17,9 +17,14 @@ from torch import Tensor
 
 from stableopt.curvature.autodiff import central_difference, displaced
 
-__all__ = ["Difference", "Slope", "generic_point", "short_difference", "tolerance"]
+__all__ = ["LEAST_LOSS", "Difference", "generic_point", "short_difference", "tolerance"]
 
 V = TypeVar("V", float, Tensor)
+
+LEAST_LOSS = 0.01
+"""A smaller loss is rounded like a loss of this size: a cross entropy is a difference of logits.
+A gradient is rounded like this loss over the norm of the point: where a softmax saturates, it is a
+difference of probabilities near 1."""
 
 _STEPS = {torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9), torch.float32: (1e-2, 1e-3, 1e-4)}
 """Steps relative to the norm of the point. In double precision, rounding is 1e-7 of a
@@ -54,9 +59,6 @@ class Difference(Generic[V]):
 
     value: V
     gap: float
-
-
-Slope = Difference[float]
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -37,19 +37,26 @@ class Survey:
         num_samples: the number of samples in the data.
         batch: the drawn samples as a batch.
         size: the number of drawn samples.
+        largest: the size of the largest chunk of the data.
         mixed: whether a tensor contains one of the ``sought`` values, or shapes differ between batches;
             samples may then have different numbers of targets that count.
 
     >>> batch = torch.zeros(3, 2), torch.tensor([4, 0, -100])
     >>> survey = Survey.of([(batch, 3)], sought=[-100], most=2)
-    >>> survey.num_samples, survey.size, survey.mixed
-    (3, 2, True)
+    >>> survey.num_samples, survey.size, survey.largest, survey.complete, survey.mixed
+    (3, 2, 3, False, True)
     """
 
     num_samples: int
     batch: Any
     size: int
+    largest: int
     mixed: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether the drawn samples are all samples of the data."""
+        return self.size == self.num_samples
 
     @classmethod
     def of(
@@ -63,9 +70,10 @@ class Survey:
         generator = torch.Generator().manual_seed(0)
         # The samples with the smallest random keys are a draw without replacement.
         kept: list[tuple[float, Any]] = []
-        mixed, count, last_shapes = False, 0, None
+        mixed, count, largest, last_shapes = False, 0, 0, None
         for batch, size in chunks:
             count += size
+            largest = max(largest, size)
             shapes = [t.shape[1:] for t in tensors_in(batch)]
             mixed = mixed or last_shapes not in (None, shapes) or _contains(batch, sought)
             last_shapes = shapes
@@ -78,7 +86,7 @@ class Survey:
             ]
             kept = sorted(kept, key=lambda pair: pair[0])[:most]
         batch, size = joined([sample for _, sample in kept])
-        return cls(count, batch, size, mixed)
+        return cls(count, batch, size, largest, mixed)
 
 
 def _contains(batch: Any, sought: Collection[int | None]) -> bool:

@@ -16,6 +16,7 @@ from stableopt.curvature.problem.weights.weights import (
     EqualWeights,
     GivenWeights,
     LossWeights,
+    SampleWeights,
     WeightedMean,
     WeightedMeans,
 )
@@ -142,8 +143,8 @@ class WeightTotals:
 
 
 def weights_of(
-    totals: Sequence[WeightTotals], given: EqualWeights, *, complete: bool = True
-) -> EqualWeights:
+    totals: Sequence[WeightTotals], given: SampleWeights, *, complete: bool = True
+) -> SampleWeights:
     """Return the samples' weights, from the totals of the ranks.
 
     Args:

@@ -19,6 +19,7 @@ a loss adds several weighted means, each has its own weights.
 
 from __future__ import annotations
 
+import abc
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,14 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.curvature.problem.data.batches import sample_count, tensors_in
 
-__all__ = ["EqualWeights", "GivenWeights", "LossWeights", "WeightedMean", "WeightedMeans"]
+__all__ = [
+    "EqualWeights",
+    "GivenWeights",
+    "LossWeights",
+    "SampleWeights",
+    "WeightedMean",
+    "WeightedMeans",
+]
 
 _OF_CLASSES = (
     nn.functional.cross_entropy,
@@ -143,13 +151,14 @@ class WeightedMeans(TorchFunctionMode):
         return self._replace(len(self.seen) - 1, mean)
 
 
-class EqualWeights:
-    """A loss that is a plain mean over its samples."""
+class SampleWeights(abc.ABC):
+    """The weights of the samples in a loss."""
 
     def attached(self, batch: Any, start: int, size: int) -> Any:
         """Return the batch of samples ``start`` to ``start + size`` with their weights, if needed."""
         return batch
 
+    @abc.abstractmethod
     def mean(
         self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
     ) -> Tensor:
@@ -160,11 +169,20 @@ class EqualWeights:
             batch: a batch with its weights.
             in_loss: whether ``evaluate`` calls only ``loss_fn``, and not the model.
         """
+
+
+class EqualWeights(SampleWeights):
+    """A loss that is a plain mean over its samples."""
+
+    def mean(
+        self, evaluate: Callable[[Any], Tensor], batch: Any, *, in_loss: bool = False
+    ) -> Tensor:
+        r"""Return the loss of the batch, which is the mean of the samples' :math:`\tilde f_i`."""
         return evaluate(batch)
 
 
 @dataclass(frozen=True)
-class LossWeights(EqualWeights):
+class LossWeights(SampleWeights):
     """The weights that torch's losses take from classes and targets.
 
     Attributes:
@@ -207,7 +225,7 @@ class _WeightedBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GivenWeights(EqualWeights):
+class GivenWeights(SampleWeights):
     """The user's weights, for a loss that divides by their sum over a batch.
 
     Attributes:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.parameters import real_view
-from stableopt.stability.rules.filters import SAME, Filter, filters_agree
+from stableopt.stability.rules.filters import SAME, Filter, agree
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -122,7 +122,7 @@ def stepped_rule(
     same_shrink = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
     filters = None if filter is None else [filter(step) for step in last_steps]
     different = None
-    if filters and not all(filters_agree(filters[0], other, SAME) for other in filters):
+    if filters and not all(agree(filters[0], other) for other in filters):
         different = "filters of the gradients"
     elif filters and not same_shrink:
         different = "decoupled weight decay"
@@ -187,7 +187,7 @@ def _real(state: dict[str, Any]) -> dict[str, Any]:
 def _common_momentum(momenta: list[tuple[float, float, float]]) -> tuple[float, float, float]:
     first = momenta[0]
     for other in momenta[1:]:
-        if max(abs(a - b) for a, b in zip(first, other, strict=True)) > SAME:
+        if not agree(first, other):
             raise ValueError(
                 f"parameters have momentum (beta, tau, nu) of {first} and {other}: expected one for"
                 " all, so the same betas in all groups, and as many steps where the momentum changes"

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stableopt.stability.rules.filters import agree
+
 __all__ = ["NOT_STEPPED", "common_value", "decay_of", "params_of", "step_counts"]
 
 T = TypeVar("T")
@@ -16,14 +18,13 @@ T = TypeVar("T")
 NOT_STEPPED = "{} has not taken a step yet, and its preconditioner depends on its steps"
 
 
-def common_value(name: str, values: list[T], tol: float = 0.0) -> T:
-    """Return the first of ``values``, which have to be equal.
+def common_value(name: str, values: list[T]) -> T:
+    """Return the first of ``values``, which have to agree.
 
     Raises:
-        ValueError: if they differ; numbers may differ by ``tol``.
+        ValueError: if they differ by more than rounding errors.
     """
-    first: Any = values[0]
-    if any(value != first and not (tol and abs(value - first) <= tol) for value in values):
+    if not all(agree(values[0], value) for value in values):
         raise ValueError(
             f"param_groups have {name} {values}: expected one value; groups may differ in lr,"
             " weight_decay and settings of the preconditioner; or pass update_rule="

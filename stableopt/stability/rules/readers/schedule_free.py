@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.filters import SAME
 from stableopt.stability.rules.readers.adaptive import rectified
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import common_value, params_of
@@ -52,7 +51,7 @@ def _weight(group: Group) -> float:
 
 def _common_weight(groups: Sequence[Group]) -> float:
     weights = [_weight(group) for group in groups]
-    return common_value("the weight of the newest point", weights, tol=SAME)
+    return common_value("the weight of the newest point", weights)
 
 
 def _rate(group: Group) -> float:
