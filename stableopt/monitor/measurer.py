@@ -182,7 +182,7 @@ class Measurer:
         if step and "non_uniformity" in self.quantities and batch_size is None:
             reason = "no samples of a step were counted"
             if not self._counter.passed:
-                reason = "the size of the model's inputs is no multiple of the batch size"
+                reason = "the size of the model's inputs is not a multiple of the batch size"
             self._warn(
                 "the limit of the non-uniformity is not known",
                 f"{reason}; pass batch_size=, or call count_samples",

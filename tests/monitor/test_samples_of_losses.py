@@ -118,7 +118,7 @@ def test_inputs_without_a_dimension_of_samples_leave_the_batch_size_unknown(
     loss: Loss, data: Tensor, model: Callable[[], nn.Module]
 ) -> None:
     """Catches nodes, or features, taken for samples: a limit that is too high by their number's root."""
-    with pytest.warns(RuntimeWarning, match=r"no multiple of the batch size; pass batch_size="):
+    with pytest.warns(RuntimeWarning, match=r"not a multiple of the batch size; pass batch_size="):
         monitor = train(loss, data, model())
     assert monitor.batch_size is None
     assert monitor.margins is not None

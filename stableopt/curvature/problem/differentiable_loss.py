@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import positive
-from stableopt.curvature.autodiff import saved_bytes
+from stableopt.curvature.autodiff import dense, saved_bytes
 from stableopt.curvature.errors import DifferenceError, SecondDerivativeError
 from stableopt.curvature.problem.cost import Cost, expected_costs
 from stableopt.curvature.problem.data.batches import cut, map_tensors
@@ -21,7 +21,8 @@ from stableopt.curvature.problem.derivatives.derivative_checks import check_deri
 from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
 from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves
 from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
-from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
+from stableopt.curvature.problem.mean_loss import MeanLoss, Memo, Theta
+from stableopt.curvature.problem.parameters import trains_on_batch_statistics
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["LARGE", "DifferentiableLoss"]
@@ -30,6 +31,15 @@ P = TypeVar("P", bound="DifferentiableLoss")
 
 LARGE = 2**25
 """Number of parameters above which derivatives are checked in the problem's own precision."""
+
+_CANCELLED = 1e-3
+"""Gradient in training, relative to that with running statistics, of a bias in front of batch norm: zero
+up to rounding."""
+
+_NORM_SAMPLES = 64
+"""Samples whose gradient shows which parameters batch norm cancels."""
+
+_NAMES = Memo[frozenset[str]]()
 
 _MANY_BYTES = 32 * 2**20
 """Bytes that autograd saves for a few samples above which derivatives are checked on one sample."""
@@ -107,6 +117,43 @@ class DifferentiableLoss(MeanLoss):
         except RuntimeError:
             return True
         return False
+
+    @property
+    def cancelled(self) -> frozenset[str]:
+        """Names of parameters that batch norm cancels in training: the biases in front of it.
+
+        Batch statistics leave them without a gradient. With the running statistics of a measurement they
+        have one, and a curvature that training does not have.
+        """
+        known = _NAMES.of(self)
+        if "cancelled" not in known:
+            names = self._without_gradient_in_training()
+            known["cancelled"] = frozenset.intersection(*self.ranks.all_gather_object(names))
+        return known["cancelled"]
+
+    def _without_gradient_in_training(self) -> frozenset[str]:
+        if self._batch_statistics or not trains_on_batch_statistics(self.model):
+            return frozenset()
+        in_training = copy.copy(self)
+        in_training._batch_statistics = True
+        try:
+            norms, trained_norms = (each._gradient_norms() for each in (self, in_training))
+        except (ValueError, RuntimeError):  # a single sample has no batch statistics
+            return frozenset()
+        return frozenset(
+            name
+            for name, norm, trained in zip(self.names, norms, trained_norms, strict=True)
+            if trained < _CANCELLED * norm
+        )
+
+    def _gradient_norms(self) -> list[float]:
+        """Return the norm of each parameter's gradient on some samples."""
+        theta = self.theta()
+        with self.evaluation():
+            batch, size = next(self.chunks())
+            loss = self.loss(theta, cut(batch, 0, min(size, _NORM_SAMPLES)))
+            gradients = torch.autograd.grad(loss, theta, allow_unused=True)
+        return [0.0 if g is None else float(dense(g).norm()) for g in gradients]
 
     def _check_derivatives(self, batch: Any, size: int, *, twice: bool) -> None:
         """Check the derivatives of the loss of a batch; with ``twice`` also second derivatives."""

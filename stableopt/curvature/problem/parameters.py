@@ -152,6 +152,12 @@ def check_batch_norm(model: nn.Module) -> None:
         )
 
 
+def trains_on_batch_statistics(model: nn.Module) -> bool:
+    """Return whether batch norm is in training mode, or the whole model is in eval mode at present."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return any(module.training or not model.training for module in norms)
+
+
 def check_embeddings(model: nn.Module, params: Iterable[Tensor]) -> None:
     """Raise ``ValueError`` for embeddings among ``params`` whose gradient is divided by frequencies."""
     counting = {id(p) for p in params}

@@ -254,8 +254,9 @@ class Evaluation:
     def _scaled_parts(self, along: AlongStep) -> Iterator[Tensor]:
         parts = along.problem.unflatten(along.change)
         for part, factor in zip(parts, self.problem.scale, strict=True):
-            # 0 / 0 becomes 0: the entry did not move.
-            yield (part / factor).masked_fill_(part == 0, 0.0)
+            constant = torch.as_tensor(factor, device=part.device) == 0
+            # Entries that did not move, and constant ones, have no part in the step.
+            yield (part / factor).masked_fill_((part == 0) | constant, 0.0)
 
     def difference_error(self, operator: Operator) -> float:
         """Return the largest relative error of products by finite differences; else 0."""

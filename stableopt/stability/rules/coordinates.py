@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.curvature.problem.sharded import problem_for
@@ -77,8 +78,9 @@ def in_rule_coordinates(
     """Return ``problem`` in the coordinates in which ``rule`` has one learning rate for all parameters.
 
     The coordinates of a preconditioned rule include learning rates by group, a diagonal preconditioner
-    and weight decay of the matrix. Any other preconditioner is left to :func:`outside_coordinates`. For
-    other rules, and for an unknown one, only the sign of the loss is changed.
+    and weight decay of the matrix. Parameters that batch norm cancels in training are constant there.
+    Any other preconditioner is left to :func:`outside_coordinates`. For other rules, and for an unknown
+    one, only the sign of the loss is changed.
 
     Raises:
         ValueError: if the rule has groups and ``optimizers``, which assign parameters to groups, is
@@ -99,7 +101,13 @@ def in_rule_coordinates(
     if rule.preconditioner is not None:
         p = rule.preconditioner.over(problem.params)
         if isinstance(p, DiagonalPreconditioner):
-            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in p.roots()]
+            # Adaptive steps divide by the zero gradient of a bias that batch norm cancels in training.
+            cancelled = (
+                problem.cancelled if isinstance(problem, DifferentiableLoss) else frozenset()
+            )
+            roots = zip(problem.names, p.roots(), strict=True)
+            kept = [0.0 if name in cancelled else root for name, root in roots]
+            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in kept]
             if rule.group_filtered_decays:
                 # P(H + Λ) with Λ = λ''/P, where P is not zero.
                 filtered = [rule.group_filtered_decays[i] for i in indices]
