@@ -84,6 +84,8 @@ class DifferentiableLoss(MeanLoss):
     _facts = _DerivativeFacts()
     _in_call = False
     """Whether gradients are taken inside the functional call, while the model holds the parameters."""
+    _random = False
+    """Whether the loss draws random numbers that matter."""
     _needs_leaves = False
     """Whether the loss can be evaluated only at parameters that require gradients."""
     _samples_independent = False
@@ -196,7 +198,9 @@ class DifferentiableLoss(MeanLoss):
 
     def _runs_in(self: P, twin: P, batch: Any) -> bool:
         """Return whether the loss can be evaluated in the precision of ``twin``."""
-        value = float(self._evaluated(self.theta(), batch).detach())
+        # A generator draws other numbers in another precision, so random losses are not compared.
+        random = self._random
+        value = None if random else float(self._evaluated(self.theta(), batch).detach())
         return runs_alike(
             twin.theta(), lambda point: twin._evaluated(point, twin._cast(batch)), value
         )

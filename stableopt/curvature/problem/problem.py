@@ -125,7 +125,6 @@ class Problem(DifferentiableLoss):
 
     sharded = False
     equal_weights = True
-    _random = False
     _may_write_params = True
     """Whether a forward pass may write to ``params``."""
     _unequal_message = ""

@@ -160,3 +160,25 @@ def test_a_random_mean_near_zero_is_accepted() -> None:
         torch.manual_seed(seed)
         critic = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1)).double()
         Problem.from_batch_loss(critic, critic_loss, X)
+
+
+@pytest.mark.filterwarnings("ignore:loss_fn draws")
+def test_its_derivative_is_checked_in_double_precision() -> None:
+    """Catches a check that single precision blurs, since the draws differ between the precisions.
+
+    Contrastive divergence ignores that its samples depend on the model: 2 % of the slope here.
+    """
+
+    def divergence(model: nn.Module, x: Tensor) -> Tensor:
+        walker = torch.randn_like(x)
+        for _ in range(3):
+            walker = walker.detach().requires_grad_()
+            walker = walker - 0.1 * torch.autograd.grad(model(walker).sum(), walker)[0]
+        low, high = model(x), model(walker.detach())
+        return (low - high).mean() + (low.square() + high.square()).mean() / 10
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+        with pytest.raises(ValueError, match="the gradient is not the derivative of the loss"):
+            Problem.from_batch_loss(model, divergence, X.float())
