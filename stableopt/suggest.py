@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import whole
+from stableopt._support.arguments import finite_size, whole
 from stableopt._support.deprecation import warn_renamed
 from stableopt.curvature import (
     Hessian,
@@ -162,7 +162,7 @@ def suggest(
     *,
     batch_sizes: Iterable[int] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    dataset_size: int | None = None,
+    dataset_size: float | None = None,
     max_rows: int = MAX_ROWS,
     curvature: bool = True,
     batch_dim: BatchDim | None = None,
@@ -181,7 +181,8 @@ def suggest(
             factor :math:`1-\eta\lambda/2`, is ignored. If its dynamics under noise are not known, as for
             NAdam, the bound is that of the full batch. By default AdamW with the second moments that it
             would reach here, :math:`v = \bar g^2 + \operatorname{Var}(g_i)/B`, from 64 samples.
-        dataset_size: samples in the training set, if ``data`` is a part of it.
+        dataset_size: samples in the training set, if ``data`` is a part of it; ``math.inf`` for an
+            endless stream.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used.
         curvature: ``False`` computes only ``one_step``, by one gradient and a few forward passes for
             each optimizer; ``optimizer`` can then be any that can take a trial step.
@@ -218,10 +219,10 @@ def suggest(
         return Suggestions((), None, mean_loss.num_samples, seconds, (), mean_loss.method, one_step)
     problem = require_samples(mean_loss, "a learning rate for each batch size")
     n = problem.num_samples
-    dataset_size = n if dataset_size is None else whole("dataset_size", dataset_size, least=n)
-    sizes = _sizes(batch_sizes, dataset_size)
+    size = finite_size(dataset_size, n, least=n)
+    sizes = _sizes(batch_sizes, size)
     rows: list[Suggestion] = []
-    search = _Search(problem, dataset_size, whole("max_rows", max_rows), seed, notes)
+    search = _Search(problem, size, whole("max_rows", max_rows), seed, notes)
     plain = search.curvature_at(problem)
     for name, step in ((_SGD, LinearStep(1.0)), (_MOMENTUM, LinearStep(1.0, momentum=0.9))):
         rows += [search.answer(name, plain, step, batch_size) for batch_size in sizes]
@@ -238,7 +239,7 @@ def suggest(
         mean, variance = _gradient_moments(problem)
         step = LinearStep(1.0, momentum=_BETA, dampening=_BETA)
         for batch_size in sizes:
-            second = mean**2 + noise_factor(batch_size, dataset_size) * variance
+            second = mean**2 + noise_factor(batch_size, size) * variance
             roots = [1 / (part.sqrt() + _EPSILON).sqrt() for part in problem.unflatten(second)]
             curvature_in_adam = search.curvature_at(problem.transformed(scale=roots))
             rows.append(search.answer(_ADAMW, curvature_in_adam, step, batch_size))
@@ -282,7 +283,7 @@ class _Curvature:
 @dataclass(frozen=True)
 class _Search:
     problem: Problem
-    dataset_size: int
+    dataset_size: int | None
     max_rows: int
     seed: int
     notes: list[str]
@@ -343,10 +344,11 @@ class _Search:
         )
 
 
-def _sizes(batch_sizes: Iterable[int] | None, n: int) -> Sequence[int]:
+def _sizes(batch_sizes: Iterable[int] | None, dataset_size: int | None) -> Sequence[int]:
+    n = math.inf if dataset_size is None else dataset_size
     if batch_sizes is None:
         powers = [4**k for k in range(4) if 4**k < n]
-        return [*powers, n]
+        return powers if dataset_size is None else [*powers, dataset_size]
     if isinstance(batch_sizes, int):
         batch_sizes = [batch_sizes]
     sizes = [whole("batch_sizes", size) for size in batch_sizes]

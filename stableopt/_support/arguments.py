@@ -1,4 +1,4 @@
-"""Checks of arguments: `whole` and `positive` numbers, `instance`, `require_keys`."""
+"""Checks of arguments: `whole` and `positive` numbers, `finite_size`, `instance`, `require_keys`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["instance", "positive", "require_keys", "whole"]
+__all__ = ["finite_size", "instance", "positive", "require_keys", "whole"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,17 @@ def positive(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number")
     return number
+
+
+def finite_size(dataset_size: Any, samples: int, *, least: int = 1) -> int | None:
+    """Return ``dataset_size``, or the given ``samples`` if it is ``None``; ``None`` for infinity.
+
+    >>> finite_size(None, 60), finite_size(1000, 60), finite_size(math.inf, 60)
+    (60, 1000, None)
+    """
+    if isinstance(dataset_size, float) and dataset_size == math.inf:
+        return None
+    return whole("dataset_size", samples if dataset_size is None else dataset_size, least=least)
 
 
 def instance(name: str, value: Any, kind: type[T]) -> T:

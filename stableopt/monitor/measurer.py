@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import finite_size, positive, whole
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.collectives import LostRankError
@@ -63,7 +63,7 @@ class Measurer:
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None,
         quantities: Iterable[str],
         batch_size: int | None,
-        dataset_size: int | None,
+        dataset_size: float | None,
         tol: float,
         max_iter: int,
         cold_every: int,
@@ -92,8 +92,9 @@ class Measurer:
             warn("limits are not known", str(rule.unknown))
         in_rule_coordinates(problem, rule, optimizers)  # raises if groups and problem do not match
         self._probe_is_dataset = dataset_size is None
-        size = problem.num_samples if dataset_size is None else dataset_size
-        self._dataset_size = whole("dataset_size", size)
+        self._dataset_size = finite_size(dataset_size, problem.num_samples)
+        if rule.full_batch and self._dataset_size is None:
+            raise ValueError("dataset_size=inf: expected a finite number: a step takes all samples")
         self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
         if self._batch_size is not None:
             noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
@@ -245,7 +246,7 @@ class Measurer:
     def _effective_dataset_size(self) -> int | None:
         """Return the dataset size; ``None``, for infinite, if observed steps exceed the probe set."""
         batch_size, size = self.batch_size, self._dataset_size
-        if self._batch_size is None and batch_size is not None and batch_size > size:
+        if self._batch_size is None and size is not None and (batch_size or 0) > size:
             if not self._probe_is_dataset:
                 raise ValueError(
                     f"dataset_size={size} is below the {batch_size} samples observed in a step: pass"

@@ -68,7 +68,7 @@ class StabilityMonitor:
         batch_size: samples in a step, of all ranks. By default the median of the last five steps,
             counted in the model's forward passes, except under ``torch.jit.script``, with
             ``fullgraph=True`` around the model, or if compiled code of the model has already run.
-        dataset_size: samples in the training set, by default those of the probe set.
+        dataset_size: samples in the training set, by default those of the probe set; or ``math.inf``.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
             ``docs/reading-margins.md``. The default, sharpness, adds the preconditioned sharpness if
             the optimizer has a preconditioner, since the limit is on it, and the edge ratio of each
@@ -130,7 +130,7 @@ class StabilityMonitor:
         every: int | None = None,
         max_overhead: float | None = None,
         batch_size: int | None = None,
-        dataset_size: int | None = None,
+        dataset_size: float | None = None,
         quantities: Iterable[str] = DEFAULT_QUANTITIES,
         sinks: Iterable[Sink] = (),
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None = None,

@@ -33,7 +33,7 @@ class StabilityRegion:
         rule: the update rule. The region of a preconditioned rule, such as Adam's, is one of
             *preconditioned* sharpness and non-uniformity. Plain ones are not comparable with it.
         batch_size: samples in a step; ``None`` for the full batch, which has no limit on s.
-        dataset_size: samples in the training set; ``None`` for infinitely many.
+        dataset_size: samples in the training set; ``None`` or infinity for infinitely many.
 
     >>> region = StabilityRegion(UpdateRule(lr=0.1), batch_size=4)
     >>> region.max_sharpness, region.max_non_uniformity
@@ -44,7 +44,7 @@ class StabilityRegion:
 
     rule: UpdateRule
     batch_size: int | None = None
-    dataset_size: int | None = None
+    dataset_size: float | None = None
 
     def __post_init__(self) -> None:
         self.rule.max_non_uniformity(self.batch_size, self.dataset_size)  # raises if B > n

@@ -241,7 +241,7 @@ class StabilityController:
             self.monitor.update_rule,
             self._target,
             batch_size=self.batch.batch_size * ranks,
-            dataset_size=size or 10**12,
+            dataset_size=size or 10**12,  # an endless stream: more than any batch
             smallest=self.batch.nearest(1) * ranks,
             largest=largest,
             loss_cap=math.inf if self.scheduler is None else self.scheduler.loss_cap,

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import finite_size, positive, whole
 from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.gram.gram import DualCurvature
@@ -118,7 +118,7 @@ def critical_lr(
     batch_size: int | None = None,
     *,
     update_rule: UpdateRule | None = None,
-    dataset_size: int | None = None,
+    dataset_size: float | None = None,
     max_rows: int = MAX_ROWS,
     directions: int = 32,
     with_hessian: bool = True,
@@ -152,7 +152,8 @@ def critical_lr(
             a problem it is the second argument: ``critical_lr(problem, 4)``.
         update_rule: momentum, dampening, Nesterov's form and weight decay; its ``lr`` is ignored.
             Plain SGD by default.
-        dataset_size: samples in the training set, if ``data`` is only a part of it.
+        dataset_size: samples in the training set, if ``data`` is only a part of it; ``math.inf`` for an
+            endless stream.
         max_rows: rows nC up to which all directions of Gauss–Newton matrices are used. Above it, only
             leading directions of the mean curvature and, without momentum, of :math:`\Sigma` are used.
             ``exact`` is then false, and ``value`` an upper bound that depends on ``seed``; with
@@ -185,7 +186,7 @@ def critical_lr(
     problem, batch_size = problem_and_number(batch_size, model, loss_fn, data, update_rule)
     step = step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
-    size = _dataset_size(problem, dataset_size)
+    size = finite_size(dataset_size, problem.num_samples, least=problem.num_samples)
     noise = 0.0 if batch_size is None else noise_factor(batch_size, size)
     curvature, share = curvature_of(
         problem,
@@ -274,7 +275,7 @@ def critical_batch_size(
     lr: float | None = None,
     *,
     update_rule: UpdateRule | None = None,
-    dataset_size: int | None = None,
+    dataset_size: float | None = None,
     max_rows: int = MAX_ROWS,
     directions: int = 32,
     hessians: Choice = "auto",
@@ -294,7 +295,7 @@ def critical_batch_size(
         lr: the learning rate; that of ``update_rule`` is ignored. After a problem it is the second
             argument: ``critical_batch_size(problem, 0.1)``.
         update_rule: the rule.
-        dataset_size: samples n in the training set.
+        dataset_size: samples n in the training set, or ``math.inf``.
         max_rows: rows nC up to which all directions are used.
         directions: the number of leading directions above that.
         hessians: the matrices, as for :func:`critical_lr`.
@@ -303,8 +304,8 @@ def critical_batch_size(
         seed: seed of the eigen-solver.
 
     Returns:
-        A number from 1 to n; a lower bound if not all directions are used. ``None`` if even the full
-        batch is unstable: either ``lr`` is too large, or the Hessian has negative curvature.
+        A number from 1 to n; a lower bound if not all directions are used. ``None`` if every batch size
+        is unstable: either ``lr`` is too large, or the Hessian has negative curvature.
         ``critical_lr(...).obstacle`` is ``None`` in the first case, and the reason in the second.
 
     Raises:
@@ -319,7 +320,7 @@ def critical_batch_size(
     problem, lr = problem_and_number(lr, model, loss_fn, data, update_rule)
     lr, step = positive("lr", lr), step_of(problem, update_rule)
     tol, max_iter, seed = positive("tol", tol), whole("max_iter", max_iter), _seed(seed)
-    size = _dataset_size(problem, dataset_size)
+    size = finite_size(dataset_size, problem.num_samples, least=problem.num_samples)
     curvature, _ = curvature_of(
         problem,
         hessians,
@@ -343,8 +344,9 @@ def critical_batch_size(
     families = curvature.families(weights, lambda noise: noise, 1.0, step)
     full_noise = Crossing(1.0, 1.0, 0.0, 0, converged=True)
     max_noise = _first(families, full_noise, tol=tol, max_iter=max_iter, seed=seed).value
-    min_batch = size / (1 + max_noise * (size - 1))
-    return min(max(math.ceil(min_batch * (1 - _ON_THE_EDGE)), 1), size)
+    min_batch = 1 / max_noise if size is None else size / (1 + max_noise * (size - 1))
+    batch_size = max(math.ceil(min_batch * (1 - _ON_THE_EDGE)), 1)
+    return batch_size if size is None else min(batch_size, size)
 
 
 def problem_and_number(
@@ -373,13 +375,3 @@ def problem_and_number(
 
 def _seed(seed: int) -> int:
     return whole("seed", seed, least=0)
-
-
-def _dataset_size(problem: Problem | DualCurvature, dataset_size: int | None) -> int:
-    samples = problem.num_samples
-    if dataset_size is None:
-        return samples
-    size = whole("dataset_size", dataset_size)
-    if size < samples:
-        raise ValueError(f"dataset_size={size}: expected at least the {samples} samples given")
-    return size

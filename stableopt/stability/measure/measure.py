@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import finite_size, positive, whole
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
@@ -40,7 +40,7 @@ def measure(
     lr: float | None = None,
     update_rule: UpdateRule | None = None,
     batch_size: int | None = None,
-    dataset_size: int | None = None,
+    dataset_size: float | None = None,
     quantities: Iterable[str] = DEFAULT_QUANTITIES,
     params: Iterable[Tensor] | None = None,
     chunk_size: int | None = None,
@@ -69,7 +69,8 @@ def measure(
             are ``None``.
         batch_size: samples in a step. Without it the limit of the non-uniformity is ``None``, unless
             the optimizer is :class:`stableopt.GD`.
-        dataset_size: samples in the training set, if ``data`` is only a part of it.
+        dataset_size: samples in the training set, if ``data`` is only a part of it; ``math.inf`` for an
+            endless stream.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
             ``docs/reading-margins.md``, or of quantities that you register
             (:func:`~stableopt.stability.register`). The default is the sharpness, the cheapest; with
@@ -140,17 +141,20 @@ def measure(
         check_params(optimizers, problem, explicit=chosen)
     if rule is not None:
         problem = in_rule_coordinates(problem, rule, optimizers)
-    if dataset_size is None:
-        dataset_size = problem.num_samples
-    dataset_size = whole("dataset_size", dataset_size)
+    size = finite_size(dataset_size, problem.num_samples)
+    full_batch = rule is not None and rule.full_batch
+    if full_batch and size is None:
+        raise ValueError(
+            "dataset_size=inf: expected a finite number, since a step takes all samples"
+        )
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
-        noise_factor(batch_size, dataset_size)  # raises for a batch above n
+        noise_factor(batch_size, size)  # raises for a batch above n
     evaluation = Evaluation(
         problem,
         rule,
-        batch_size=dataset_size if rule is not None and rule.full_batch else batch_size,
-        dataset_size=dataset_size,
+        batch_size=size if full_batch else batch_size,
+        dataset_size=size,
         tol=tol,
         max_iter=max_iter,
         seed=seed,

@@ -12,6 +12,7 @@ registry. A new quantity is one entry::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -292,19 +293,13 @@ def _theorem1(evaluation: Evaluation) -> QuantityResult:
 
 # -- other searches and averages -------------------------------------------------------------------
 
-_MANY = 10**12
-"""Batches in the finite data set that stands for an infinite one; its noise factor p is 1/B."""
-
 
 def _critical_lr(evaluation: Evaluation) -> QuantityResult:
-    dataset_size = evaluation.dataset_size
-    if dataset_size is None and evaluation.batch_size is not None:
-        dataset_size = _MANY * evaluation.batch_size
     rate = critical_lr(
         require_samples(evaluation.problem, "critical_lr"),
         evaluation.batch_size,
         update_rule=evaluation.rule,
-        dataset_size=dataset_size,
+        dataset_size=math.inf if evaluation.dataset_size is None else evaluation.dataset_size,
         with_hessian=False,
         seed=evaluation.seed,
     )

@@ -257,12 +257,12 @@ class LinearStep:
         return float(np.abs(np.linalg.eigvals(moments)).max())
 
 
-def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
+def noise_factor(batch_size: int, dataset_size: float | None = None) -> float:
     r"""Return :math:`p = (n-B)/(B(n-1))`, the variance of a batch mean relative to one sample's.
 
     Args:
         batch_size: samples B in a step.
-        dataset_size: samples n to draw from; ``None`` stands for infinitely many, p = 1/B.
+        dataset_size: samples n to draw from; ``None`` or infinity stands for a stream, p = 1/B.
 
     Raises:
         ValueError: if B is not positive, or above n.
@@ -271,7 +271,7 @@ def noise_factor(batch_size: int, dataset_size: int | None = None) -> float:
     (0.25, 1.0, 0.0)
     """
     batch_size = whole("batch_size", batch_size)
-    if dataset_size is None:
+    if dataset_size is None or dataset_size == math.inf:
         return 1.0 / batch_size
     dataset_size = whole("dataset_size", dataset_size)
     if batch_size > dataset_size:
@@ -320,7 +320,7 @@ def min_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:
 def max_non_uniformity(
     lr: float,
     batch_size: int,
-    dataset_size: int | None = None,
+    dataset_size: float | None = None,
     *,
     sharpness: float | None = None,
     **step: Unpack[StepOptions],

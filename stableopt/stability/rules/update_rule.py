@@ -266,7 +266,7 @@ class UpdateRule:
     def max_non_uniformity(
         self,
         batch_size: int | None,
-        dataset_size: int | None = None,
+        dataset_size: float | None = None,
         *,
         sharpness: float | None = None,
     ) -> float:
