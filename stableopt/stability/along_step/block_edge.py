@@ -14,7 +14,7 @@ import math
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.rules.coordinates import in_rule_coordinates
-from stableopt.stability.rules.several import Block, SeparateBlocks
+from stableopt.stability.rules.several import OptimizerBlock, SeparateBlocks
 
 __all__ = ["block_edge"]
 
@@ -35,7 +35,7 @@ def block_edge(evaluation: Evaluation) -> QuantityResult:
     return QuantityResult(largest.value, measurement=largest, details=details)
 
 
-def _edge_ratio(evaluation: Evaluation, block: Block) -> Measurement:
+def _edge_ratio(evaluation: Evaluation, block: OptimizerBlock) -> Measurement:
     """Measure the edge ratio of one block; infinite if decay alone makes the step unstable."""
     rule, limit = block.rule, block.rule.max_sharpness
     problem = in_rule_coordinates(

@@ -30,8 +30,8 @@ from stableopt.stability.rules.preconditioner import (
 from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
 
 __all__ = [
-    "Block",
     "BlockPreconditioner",
+    "OptimizerBlock",
     "SeparateBlocks",
     "optimizers_in",
     "rule_of",
@@ -54,7 +54,7 @@ _MAY_DIFFER = {
 
 
 @dataclass(frozen=True)
-class Block:
+class OptimizerBlock:
     """One of several optimizers: its rule, and the parameters that it updates.
 
     Attributes:
@@ -81,7 +81,7 @@ class SeparateBlocks(UnknownStep):
         blocks: the optimizers, each with its own rule.
     """
 
-    def __init__(self, reason: str, blocks: Sequence[Block]) -> None:
+    def __init__(self, reason: str, blocks: Sequence[OptimizerBlock]) -> None:
         super().__init__(reason)
         self.blocks = tuple(blocks)
 
@@ -145,13 +145,13 @@ def rule_of(optimizers: Sequence[torch.optim.Optimizer]) -> UpdateRule:
     """
     if len(optimizers) == 1:
         return _read(optimizers[0])
-    blocks: list[Block] = []
+    blocks: list[OptimizerBlock] = []
     counts: Counter[str] = Counter()
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         counts[kind] += 1
         name = kind if counts[kind] == 1 else f"{kind}{counts[kind]}"
-        blocks.append(Block(name, optimizer, _read(optimizer)))
+        blocks.append(OptimizerBlock(name, optimizer, _read(optimizer)))
     return _joint_rule(blocks)
 
 
@@ -172,7 +172,7 @@ def _read(optimizer: torch.optim.Optimizer) -> UpdateRule:
     try:
         return _joint_rule(
             [
-                Block(f"{kind}, group {index}", group, UpdateRule.from_optimizer(group))
+                OptimizerBlock(f"{kind}, group {index}", group, UpdateRule.from_optimizer(group))
                 for index, group in enumerate(groups)
             ]
         )
@@ -189,7 +189,7 @@ def _with_one_group(
     return part
 
 
-def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
+def _joint_rule(blocks: Sequence[OptimizerBlock]) -> UpdateRule:
     """Return one rule for all blocks, without limits if the blocks have no joint limit."""
     rules = [block.rule for block in blocks]
     if len({rule.maximize for rule in rules}) > 1:
@@ -240,7 +240,7 @@ def _joint_rule(blocks: Sequence[Block]) -> UpdateRule:
     )
 
 
-def _no_joint_limit(blocks: Sequence[Block]) -> str | None:
+def _no_joint_limit(blocks: Sequence[OptimizerBlock]) -> str | None:
     """Return why the blocks have no joint limit, or ``None`` if they have one."""
     for block in blocks:
         p = block.rule.preconditioner
@@ -281,7 +281,7 @@ def _speed(rule: UpdateRule) -> float:
     return rule.lr * (1 - rule.dampening if rule.momentum else 1.0)
 
 
-def _block_preconditioner(block: Block) -> StepPreconditioner:
+def _block_preconditioner(block: OptimizerBlock) -> StepPreconditioner:
     """Return the preconditioner of a block over its parameters, with the rates of its groups."""
     rule = block.rule
     if rule.preconditioner is not None:
@@ -295,13 +295,13 @@ def _block_preconditioner(block: Block) -> StepPreconditioner:
     return DiagonalPreconditioner(block.params, entries)
 
 
-def _group_decays(block: Block) -> tuple[float, ...]:
+def _group_decays(block: OptimizerBlock) -> tuple[float, ...]:
     """Return the coupled weight decay of each group."""
     rule = block.rule
     return rule.group_weight_decays or (rule.weight_decay,) * len(block.optimizer.param_groups)
 
 
-def _filtered_decays(block: Block) -> tuple[float, ...]:
+def _filtered_decays(block: OptimizerBlock) -> tuple[float, ...]:
     """Return the decay of each group that joins the preconditioned gradient."""
     rule = block.rule
     count = len(block.optimizer.param_groups)
