@@ -64,8 +64,10 @@ _ROUNDINGS = 1000
 
 _REMEDY = (
     "A reversed or straight-through gradient, or a detached part of the loss, gives a direction for the"
-    " optimizer, but has no curvature. A backward that solves an adjoint equation must be exact, and use"
-    " the parameters of its forward pass: differentiate through the solver's steps instead"
+    " optimizer, but has no curvature: put values that training holds fixed, such as the old"
+    " log-probabilities of a policy loss, into the batch. A backward that solves an adjoint equation"
+    " must be exact, and use the parameters of its forward pass: differentiate through the solver's"
+    " steps instead"
 )
 
 
