@@ -16,40 +16,17 @@ from unittest import mock
 import matplotlib
 import pytest
 import torch
+from report_files import alarm, margins, write
 from torch import nn
 
 from stableopt import JSONLinesSink, StabilityMonitor
 from stableopt.__main__ import main
-from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict
-from stableopt.recorder.evidence import MeasuredRecord
-from stableopt.recorder.report import write_report
 from stableopt.report import Run, notebook, page, read_run, write_page, writer
 from stableopt.report.charts import charts, heat_map, thinned
 from stableopt.report.summary import rows, sentence
 from stableopt.stability import StabilityMargins
 
 HOSTILE = "<script>alert(1)</script>\"'&$\\x$"
-
-
-def margins(step: int, ratio: float = 0.5, **more: Any) -> StabilityMargins:
-    return StabilityMargins(
-        step=step, lr=0.1, loss=1.0, sharpness=20 * ratio, sharpness_limit=20.0, **more
-    )
-
-
-def write(folder: Path, *measured: StabilityMargins) -> Path:
-    sink = JSONLinesSink(folder / "margins.jsonl")
-    for its in measured:
-        sink(its.step, its.record())
-    return sink.path
-
-
-def alarm(folder: Path, layer: str = "2") -> Path:
-    steps = [StepRecord(k, 0.1, 1.0 + k, {layer: 1.0}, [1, 2]) for k in range(1, 6)]
-    measured = [MeasuredRecord(margins(k, 0.4 * k), {layer: 0.9, "0": 0.1}) for k in (2, 4)]
-    verdict = Verdict("layer", f"The loss rose in {layer}.", layer, 4)
-    rose = Alarm("loss", 5, f"the loss of {layer} rose")
-    return write_report(folder, rose, verdict, Evidence(steps, measured))
 
 
 class Elements(HTMLParser):
