@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stableopt._support.arguments import instance, positive, require_keys
 from stableopt.distributed.collectives import world
+from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
 from stableopt.stability.rules.update_rule import base_optimizer
@@ -47,7 +48,8 @@ class StabilityLR(LRScheduler):
     The rate of the fastest group stays within ``min_lr`` and ``max_lr``. A rate outside of them, initial
     or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
 
-    In a distributed run rank 0 decides, and every rank must call ``step()``.
+    In a distributed run rank 0 decides, and every rank must call ``step()``. If training goes on after
+    the monitor was closed, rank 0 warns once, and the rate stays.
 
     Args:
         optimizer: the optimizer.
@@ -81,8 +83,8 @@ class StabilityLR(LRScheduler):
 
     Raises:
         TypeError: for an optimizer, monitor or target of another type.
-        ValueError: for numbers out of range, a monitor of another optimizer or without the
-            sharpness, or a target that does not bound the sharpness.
+        ValueError: for numbers out of range, a monitor that is closed, of another optimizer or without
+            the sharpness, or a target that does not bound the sharpness.
 
     >>> import stableopt
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -138,6 +140,7 @@ class StabilityLR(LRScheduler):
         self._state: State = new_state()
         self._last_measured: int | None = None
         self._restored = self._kicked = False
+        self._after_closing = StepsAfterClosing(monitor, "StabilityLR keeps the learning rate")
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
@@ -202,6 +205,7 @@ class StabilityLR(LRScheduler):
         return changes
 
     def _decide(self) -> list[Decision]:
+        self._after_closing.check()
         present = _fastest(self.optimizer)
         if present == 0:
             return []
@@ -318,7 +322,7 @@ def _check(
     optimizer: torch.optim.Optimizer, monitor: StabilityMonitor, target: TargetRegion
 ) -> None:
     instance("optimizer", optimizer, torch.optim.Optimizer)
-    instance("monitor", monitor, StabilityMonitor)
+    open_monitor(monitor)
     instance("target", target, TargetRegion)
     if len(monitor.optimizers) > 1:
         raise ValueError(
