@@ -29,7 +29,7 @@ from stableopt.recorder.evidence import (
 )
 from stableopt.recorder.layers import layers_by_group, weight_gains
 from stableopt.recorder.pending import PendingSteps
-from stableopt.recorder.report import why, write_report
+from stableopt.recorder.report import reason_of, report_folder, why, write_report
 from stableopt.recorder.verdict import Verdict, verdict
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
@@ -72,7 +72,7 @@ class FlightRecorder:
     Raises:
         TypeError: for a ``monitor`` or ``rules`` of another kind, and for optimizers whose steps cannot
             be observed.
-        ValueError: for numbers out of range, and for a closed monitor.
+        ValueError: for numbers out of range, a closed monitor, and a ``folder`` that exists as a file.
 
     >>> import tempfile
     >>> from torch import nn
@@ -111,7 +111,7 @@ class FlightRecorder:
             )
         self._monitor = open_monitor(monitor)
         self._rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
-        self.folder = Path(folder)
+        self.folder = report_folder(folder)
         self._window, self._check_every = whole("window", window), whole("check_every", check_every)
         self._measure = measure and not monitor.problem.ranks.several
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
@@ -121,6 +121,7 @@ class FlightRecorder:
         self._first_losses: list[float] = []
         self._first_probe: float | None = None
         self._quiet_until = 0  # alarms of earlier steps are not reported
+        self._last_lost = -math.inf  # the step of the last alarm whose report could not be written
         self._next_measurement = 0  # no alarm triggers a measurement before this step
         self._reporting = self._stopped = False
         self._unchecked = 0  # steps of the evidence that the rules have not seen
@@ -342,14 +343,15 @@ class FlightRecorder:
             return alarm
         self._reporting = True
         try:
-            self.reports.append(self._report(alarm, past))
+            is_written = self._report(alarm, past)
         finally:
             self._reporting = False
-        self._quiet_until = alarm.step + self._window
+        if is_written:
+            self._quiet_until = alarm.step + self._window
         return alarm
 
-    def _report(self, alarm: Alarm, past: Evidence | None) -> Path:
-        """Write the report of ``alarm``, which names its own missing parts; return its folder.
+    def _report(self, alarm: Alarm, past: Evidence | None) -> bool:
+        """Write the report of ``alarm``, which names its own missing parts; return whether that worked.
 
         ``past`` is the evidence at an alarm of an earlier block of steps, else ``None``.
         """
@@ -371,10 +373,24 @@ class FlightRecorder:
         except Exception as error:
             cause = Verdict("unknown", f"{alarm.text[0].upper()}{alarm.text[1:]}.")
             missing["the cause"] = why(error)
-        path = write_report(self.folder, alarm, cause, evidence, self._last_good, missing)
+        try:
+            path = write_report(self.folder, alarm, cause, evidence, self._last_good, missing)
+        except Exception as error:
+            self._warn_of_lost(alarm, cause, error)
+            return False
+        self.reports.append(path)
         for part, reason in missing.items():
             self._warn(f"the report of step {alarm.step} lacks {part}", reason)
-        return path
+        return True
+
+    def _warn_of_lost(self, alarm: Alarm, cause: Verdict, error: Exception) -> None:
+        """Warn of a lost report, with its verdict; not again while later attempts follow closely."""
+        if alarm.step > self._last_lost + self._window:
+            self._warn.always(
+                f"the report of step {alarm.step} ({cause.cause}) could not be written to"
+                f" {self.folder}: {reason_of(error)}. {cause.text}"
+            )
+        self._last_lost = alarm.step
 
     def __repr__(self) -> str:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"
