@@ -237,13 +237,14 @@ class FlightRecorder:
             ValueError: if an entry is missing.
         """
         require_keys(state, self.state_dict())
+        # Read everything that can raise before changing anything.
         evidence = Evidence.from_dict(state["evidence"])
+        reports, quiet_until = [Path(path) for path in state["reports"]], int(state["quiet_until"])
         self._steps = deque(evidence.steps, maxlen=self._window)
         self._measured = deque(evidence.measured, maxlen=self._window)
         self._first_losses, self._first_probe = list(evidence.first_losses), evidence.first_loss
         self._first_gains = dict(evidence.first_gains)
-        self._quiet_until = int(state["quiet_until"])
-        self.reports = [Path(path) for path in state["reports"]]
+        self._quiet_until, self.reports = quiet_until, reports
 
     def _stops(self) -> bool:
         """Return whether the recorder has stopped, as it does if steps follow that the monitor misses.

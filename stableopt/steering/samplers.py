@@ -315,5 +315,10 @@ class AdaptiveAccumulation(_BatchSize):
         return {"batch_size": self.batch_size}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue with the size of a :meth:`state_dict`."""
+        """Continue with the size of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: for a missing entry, or a size that is not allowed.
+        """
+        require_keys(state_dict, ("batch_size",))
         self.batch_size = state_dict["batch_size"]

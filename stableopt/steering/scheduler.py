@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from stableopt._support.arguments import instance, positive, require_keys
+from stableopt._support.arguments import instance, non_negative, positive, require_keys
 from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
@@ -135,7 +135,7 @@ class StabilityLR(LRScheduler):
         if not self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr={self.min_lr} is above max_lr={self.max_lr}")
         self.loss_cap = _bound("loss_cap", loss_cap, math.inf, open_end=math.inf)
-        self._kick = 0.0 if kick == 0 else positive("kick", kick)
+        self._kick = non_negative("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._state: State = new_state()
         self._last_measured: int | None = None
@@ -315,6 +315,8 @@ def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
 def _bound(name: str, value: float | None, default: float, *, open_end: float) -> float:
     if value is None:
         return default
+    if open_end == 0:
+        return non_negative(name, value)
     return open_end if value == open_end else positive(name, value)
 
 
