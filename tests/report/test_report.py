@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -347,6 +348,28 @@ def test_rows_and_sentences() -> None:
     )
     assert sentence(Run("x", [{"step": 1, "failed": 1.0}])) == "Every measurement failed."
     assert heat_map(run) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "labels"),
+    [
+        ((0.9, 120.0, 2e6), r"1e-?\d"),
+        ((2e-4, 0.3), r"1e-?\d"),
+        ((0.9, 120.0), r"[\d.]+"),
+        ((8000.0, 12000.0), r"0|\d{1,2},000"),
+        ((8e6, 1.2e7), r"0|[\d.]+e\d"),
+        ((4e-4, 1.2e-3), r"0|[\d.]+e-\d"),
+    ],
+)
+def test_the_labels_of_an_axis_have_one_format(losses: Sequence[float], labels: str) -> None:
+    """Catches 100, 1e+04 and 1e6 at one axis."""
+    records = [{"step": k, "failed": 0.0, "loss": loss} for k, loss in enumerate(losses)]
+    (chart,) = charts(Run("x", records))
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", chart.svg)
+    numbers = [text for text in texts[texts.index("step") + 1 :] if text != "probe set"]
+    assert len(numbers) > 1
+    assert all(re.fullmatch(labels, text) for text in numbers), numbers
+    assert max(map(len, numbers)) <= 7
 
 
 def test_figures_ignore_the_settings_of_the_user() -> None:
