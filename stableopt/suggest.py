@@ -203,7 +203,8 @@ def suggest(
     options: dict[str, Any] = {"batch_dim": batch_dim}
     if isinstance(model, nn.Module) and not curvature:
         options["second_derivatives"] = False
-    if isinstance(optimizer, (list, tuple)):
+    is_instance = hasattr(optimizer, "param_groups") and not isinstance(optimizer, type)
+    if optimizer is not None and not is_instance:
         raise TypeError(f"optimizer={optimizer!r}: expected one optimizer")
     mean_loss = problem_of(model, loss_fn, data, **options)
     notes: list[str] = []

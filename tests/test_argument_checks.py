@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from stableopt._support.arguments import instance, require_keys
+import pytest
+import torch
+from torch import nn
+
+from stableopt import (
+    AdaptiveAccumulation,
+    AdaptiveBatchSampler,
+    FlightRecorder,
+    StabilityController,
+    StabilityLR,
+    StabilityMonitor,
+    TargetRegion,
+    UpdateRule,
+    critical_sharpness,
+    suggest,
+)
+from stableopt._support.arguments import instance, non_negative, require_keys
+
+FLAT = TargetRegion(sharpness=(0, 4.0))
 
 
 def test_an_instance_is_returned_and_anything_else_is_named() -> None:
@@ -20,3 +41,73 @@ def test_missing_keys_are_named_and_others_allowed() -> None:
     require_keys({"step": 1, "later": 2}, ("step",))
     with pytest.raises(ValueError, match=r"state_dict lacks \['seen', 'step'\]"):
         require_keys({"later": 2}, {"step": 0, "seen": 1})
+    with pytest.raises(ValueError, match=r"evidence lacks \['step'\]"):
+        require_keys({}, ("step",), name="evidence")
+
+
+def test_zero_is_offered_where_it_is_allowed() -> None:
+    """Catches a message that asks for a positive number although 0 is right."""
+    assert non_negative("kick", 0) == 0.0
+    for value in (-1, math.inf, math.nan, True, "1"):
+        with pytest.raises(ValueError, match=r"kick=.*: expected 0 or a positive number"):
+            non_negative("kick", value)
+
+
+class Tracked:
+    """Everything that has a `load_state_dict`, around one small model."""
+
+    def __init__(self, folder: Path) -> None:
+        model = nn.Linear(2, 1)
+        self.problem = model, nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1))
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        self.monitor = StabilityMonitor(self.optimizer, *self.problem, every=1)
+        self.recorder = FlightRecorder(self.monitor, folder)
+        self.scheduler = StabilityLR(self.optimizer, self.monitor, FLAT)
+        self.controller = StabilityController(self.monitor, FLAT, lr=self.scheduler)
+        self.sampler = AdaptiveBatchSampler(range(4), 2)
+        self.accumulation = AdaptiveAccumulation([torch.zeros(4)], 4)
+
+
+@pytest.mark.parametrize("state", [None, 3, []])
+def test_a_state_of_another_kind_is_named(tmp_path: Path, state: Any) -> None:
+    """Catches an AttributeError from within, as for a checkpoint without an entry for the monitor."""
+    run = Tracked(tmp_path)
+    for name in ("monitor", "recorder", "scheduler", "controller", "sampler", "accumulation"):
+        holder = getattr(run, name)
+        with pytest.raises(TypeError, match=r"state_dict=.*: expected a Mapping"):
+            holder.load_state_dict(state)
+        with pytest.raises(ValueError, match="state_dict lacks"):
+            holder.load_state_dict({})
+    kept = run.recorder.state_dict()
+    with pytest.raises(TypeError, match=r"evidence=.*: expected a Mapping"):
+        run.recorder.load_state_dict({**kept, "evidence": state})
+    with pytest.raises(TypeError):
+        run.recorder.load_state_dict({**kept, "quiet_until": 99, "reports": 3})
+    assert run.recorder.state_dict() == kept
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, 3, "SGD"])
+def test_what_is_no_optimizer_is_named(tmp_path: Path, optimizer: Any) -> None:
+    """Catches an AttributeError for a class, which is an easy slip for its instance."""
+    run = Tracked(tmp_path)
+    calls: list[Callable[[], object]] = [
+        lambda: suggest(*run.problem, optimizer=optimizer),
+        lambda: suggest(*run.problem, optimizer=optimizer, curvature=False),
+        lambda: critical_sharpness(*run.problem, optimizer=optimizer),
+        lambda: StabilityMonitor(optimizer, *run.problem),
+        lambda: UpdateRule.from_optimizer(optimizer),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"optimizer=.*: expected (a torch|one optimizer)"):
+            call()
+
+
+def test_bounds_of_a_rate_say_what_they_allow(tmp_path: Path) -> None:
+    """Catches a kick or a smallest rate that are said to exclude 0."""
+    run = Tracked(tmp_path)
+    for name in ("kick", "min_lr"):
+        StabilityLR(run.optimizer, run.monitor, FLAT, **{name: 0})
+        with pytest.raises(ValueError, match=f"{name}=-1: expected 0 or a positive number"):
+            StabilityLR(run.optimizer, run.monitor, FLAT, **{name: -1})
+    with pytest.raises(ValueError, match="max_lr=-1: expected a positive number"):
+        StabilityLR(run.optimizer, run.monitor, FLAT, max_lr=-1)

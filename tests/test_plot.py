@@ -95,6 +95,14 @@ def test_one_point_is_an_end() -> None:
     assert plot.to_rgb(figure).std() > 0
 
 
+def test_a_history_without_one_quantity_says_so() -> None:
+    """Catches an empty diagram, as of the default quantities, that looks like a run without steps."""
+    history = [StabilityMargins(step=k, sharpness=3.0) for k in range(3)]
+    for points, said in ((history, ["not measured"]), ([], []), (PATH, [])):
+        axes = plot.diagram(REGION, points).axes[0]
+        assert [text.get_text() for text in axes.texts] == said
+
+
 def test_axes_are_named_and_may_be_given() -> None:
     """Catches a figure that ignores ``ax`` and leaves a grid of panels empty."""
     figure = plot.diagram(REGION)

@@ -1,4 +1,4 @@
-"""Checks of arguments: `whole` and `positive` numbers, `finite_size`, `instance`, `require_keys`."""
+"""Checks of arguments: `whole`, `positive` and `non_negative` numbers, `finite_size`, `instance`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["finite_size", "instance", "positive", "require_keys", "whole"]
+__all__ = ["finite_size", "instance", "non_negative", "positive", "require_keys", "whole"]
 
 T = TypeVar("T")
 
@@ -35,12 +35,21 @@ def positive(name: str, value: Any) -> float:
     >>> positive("tol", 1e-3)
     0.001
     """
-    try:
-        number = math.nan if isinstance(value, (str, bool)) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _number(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number")
+    return number
+
+
+def non_negative(name: str, value: Any) -> float:
+    """Return ``value`` as a ``float`` if it is zero or a positive finite number.
+
+    >>> non_negative("kick", 0)
+    0.0
+    """
+    number = _number(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}={value!r}: expected 0 or a positive number")
     return number
 
 
@@ -55,6 +64,14 @@ def finite_size(dataset_size: Any, samples: int, *, least: int = 1) -> int | Non
     return whole("dataset_size", samples if dataset_size is None else dataset_size, least=least)
 
 
+def _number(value: Any) -> float:
+    """Return ``value`` as a ``float``, NaN if it is not a number."""
+    try:
+        return math.nan if isinstance(value, (str, bool)) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def instance(name: str, value: Any, kind: type[T]) -> T:
     """Return ``value`` if it is an instance of ``kind``, else raise a ``TypeError``.
 
@@ -66,8 +83,12 @@ def instance(name: str, value: Any, kind: type[T]) -> T:
     return value
 
 
-def require_keys(state_dict: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Raise a ``ValueError`` if ``state_dict`` lacks one of ``keys``."""
+def require_keys(
+    state_dict: Mapping[str, Any], keys: Iterable[str], name: str = "state_dict"
+) -> None:
+    """Raise a ``ValueError`` if ``state_dict`` lacks one of ``keys``, a ``TypeError`` if it has none."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{name}={state_dict!r}: expected a Mapping")
     missing = set(keys) - state_dict.keys()
     if missing:
-        raise ValueError(f"state_dict lacks {sorted(missing)}")
+        raise ValueError(f"{name} lacks {sorted(missing)}")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature import Problem
-from stableopt.monitor.monitor import StabilityMonitor, needs_second_derivatives
+from stableopt.monitor.measurer import needs_second_derivatives
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder import FlightRecorder
 from stableopt.sinks.delivery import Sink, check_sinks
 from stableopt.stability import StabilityMargins

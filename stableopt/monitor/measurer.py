@@ -27,7 +27,7 @@ from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
-__all__ = ["Measurer"]
+__all__ = ["Measurer", "needs_second_derivatives"]
 
 _UNKNOWN = 60
 """Assumed cost, in gradients, of a quantity without a cost estimate: a dozen structured products."""
@@ -258,3 +258,10 @@ class Measurer:
             )
             return None
         return size
+
+
+def needs_second_derivatives(quantities: Iterable[str]) -> bool:
+    """Return whether a quantity needs more than losses and gradients; true if none is valid."""
+    names = quantities if isinstance(quantities, Iterable) else ()
+    valid = [QUANTITIES[name] for name in names if name in QUANTITIES]
+    return not valid or not all(quantity.first_order for quantity in valid)

@@ -25,7 +25,7 @@ from stableopt._support.torch_internals import eager
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.joint_step import JointStep, nested
-from stableopt.monitor.measurer import Measurer
+from stableopt.monitor.measurer import Measurer, needs_second_derivatives
 from stableopt.monitor.observed_step import observe_steps
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, step_moved
@@ -33,7 +33,7 @@ from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.blocks import Blocks
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.ascent import note_ascent
 from stableopt.stability.rules.coordinates import problem_of
@@ -216,6 +216,11 @@ class StabilityMonitor:
         return self.optimizers[0]
 
     @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called: the monitor then sees no further step."""
+        return not self._handles
+
+    @property
     def margins(self) -> StabilityMargins | None:
         """The latest measurement, a failed one included; ``None`` before the first."""
         return self.history[-1] if self.history else None
@@ -391,10 +396,3 @@ class StabilityMonitor:
         self._schedule.restore(pending=bool(state["pending"]))
         self._counter.observed.clear()
         self._counter.observed.extend(state["observed"])
-
-
-def needs_second_derivatives(quantities: Iterable[str]) -> bool:
-    """Return whether a quantity needs more than losses and gradients; true if none is valid."""
-    names = quantities if isinstance(quantities, Iterable) else ()
-    valid = [QUANTITIES[name] for name in names if name in QUANTITIES]
-    return not valid or not all(quantity.first_order for quantity in valid)

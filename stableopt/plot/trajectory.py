@@ -49,8 +49,8 @@ def diagram(
         region: the region; several by label, as before and after a change of the learning rate; or
             ``None``.
         points: the trajectory, oldest first: :class:`StabilityMargins` or pairs (sharpness,
-            non-uniformity). Points that lack one of them are left out. With a preconditioner both
-            are the preconditioned quantities.
+            non-uniformity). Points that lack one of them are left out; if all do, the diagram says
+            "not measured". With a preconditioner both are the preconditioned quantities.
         target: a box to draw: ``(low, high)`` of the sharpness and of the non-uniformity, infinity
             for an open end.
         marks: pairs (step, label) of changes during the run, drawn on the trajectory at that step.
@@ -93,6 +93,8 @@ def diagram(
     if len(path):
         _draw_path(axes, steps, path, unit)
         _draw_marks(axes, steps, path, marks)
+    elif items:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
     preconditioned = any(
         isinstance(item, StabilityMargins) and item.preconditioned_sharpness for item in items
     )

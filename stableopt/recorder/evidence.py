@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any
 
+from stableopt._support.arguments import require_keys
 from stableopt.stability.measure.margins import StabilityMargins
 
 __all__ = [
@@ -167,6 +168,7 @@ class Evidence:
         >>> Evidence.from_dict(evidence.to_dict()) == evidence
         True
         """
+        require_keys(state, ("steps", "measured", "first_loss", "first_gains"), name="evidence")
         return cls(
             [StepRecord(**step) for step in state["steps"]],
             [

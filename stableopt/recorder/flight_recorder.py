@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
 from stableopt._support.torch_internals import eager
+from stableopt.monitor.closing import open_monitor, warn_of_closed
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.monitor.observed_step import observe_steps
@@ -26,12 +27,12 @@ from stableopt.recorder.evidence import (
     StepRecord,
     first_level,
 )
+from stableopt.recorder.layers import layers_by_group, weight_gains
 from stableopt.recorder.pending import PendingSteps
-from stableopt.recorder.report import why, write_report
+from stableopt.recorder.report import reason_of, report_folder, why, write_report
 from stableopt.recorder.verdict import Verdict, verdict
 from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
-from stableopt.stability.layers.blocks import layer_of
 
 __all__ = ["FlightRecorder"]
 
@@ -47,7 +48,8 @@ class FlightRecorder:
     The recorder keeps only numbers, of the last ``window`` steps and measurements. In each step the
     device computes the norm of each parameter's gradient and of a sample of its weights; the recorder
     reads them every ``check_every`` steps. It never changes training and never raises into it; each
-    error is warned of once. In a distributed run rank 0 writes, from its own gradients.
+    error is warned of once. In a distributed run rank 0 writes, from its own gradients. If training goes
+    on after the monitor was closed, the recorder stops with a warning.
 
     Args:
         monitor: the monitor of the run, such as ``optimizer.track(…)`` returns.
@@ -70,7 +72,7 @@ class FlightRecorder:
     Raises:
         TypeError: for a ``monitor`` or ``rules`` of another kind, and for optimizers whose steps cannot
             be observed.
-        ValueError: for numbers out of range.
+        ValueError: for numbers out of range, a closed monitor, and a ``folder`` that exists as a file.
 
     >>> import tempfile
     >>> from torch import nn
@@ -107,9 +109,9 @@ class FlightRecorder:
                 "monitor=None: expected a StabilityMonitor. That of a callback exists once training has"
                 " started; StabilityCallback(..., recorder=folder) makes the recorder then"
             )
-        self._monitor = instance("monitor", monitor, StabilityMonitor)
+        self._monitor = open_monitor(monitor)
         self._rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
-        self.folder = Path(folder)
+        self.folder = report_folder(folder)
         self._window, self._check_every = whole("window", window), whole("check_every", check_every)
         self._measure = measure and not monitor.problem.ranks.several
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
@@ -119,12 +121,13 @@ class FlightRecorder:
         self._first_losses: list[float] = []
         self._first_probe: float | None = None
         self._quiet_until = 0  # alarms of earlier steps are not reported
+        self._last_lost = -math.inf  # the step of the last alarm whose report could not be written
         self._next_measurement = 0  # no alarm triggers a measurement before this step
-        self._reporting = False
+        self._reporting = self._stopped = False
         self._unchecked = 0  # steps of the evidence that the rules have not seen
         self._early_alarm: tuple[Alarm, Evidence] | None = None
         self._last_good: dict[str, Tensor] | None = None
-        self._first_gains = self._weight_gains()
+        self._first_gains = weight_gains(monitor.problem)
         self._is_writer = monitor.problem.ranks.rank == 0
         self._warn = WarnOnce(active=self._is_writer)
         self.reports: list[Path] = []
@@ -161,6 +164,8 @@ class FlightRecorder:
                 :func:`torch.nn.utils.clip_grad_norm_` returns it. The recorder itself sees only the
                 clipped gradients, in which an odd batch does not show.
         """
+        if self._stops():
+            return
         try:
             self._pending.report(loss, batch, grad_norm)
         except Exception as error:
@@ -174,14 +179,14 @@ class FlightRecorder:
             list(self._measured),
             first_level(self._first_losses, self._first_probe),
             self._first_gains,
-            self._layers_by_group(),
+            layers_by_group(self._monitor.problem, self._monitor.optimizers),
             max((torch.finfo(p.dtype).eps for p in self._monitor.problem.params), default=0.0),
             tuple(self._first_losses),
         )
 
     def receive(self, event: Event) -> None:
         """Take a measurement from the monitor, whose sink this is."""
-        if isinstance(event, Measured):
+        if isinstance(event, Measured) and not self._stopped:
             self._guarded(lambda: self._record_measurement(event))
 
     def _record_measurement(self, event: Measured) -> None:
@@ -201,7 +206,9 @@ class FlightRecorder:
 
     def close(self) -> None:
         """Check once more, and detach from optimizer and monitor."""
-        self._guarded(self._check)
+        if not self._stopped:
+            self._guarded(self._check)
+        self._stopped = True
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -230,13 +237,26 @@ class FlightRecorder:
             ValueError: if an entry is missing.
         """
         require_keys(state, self.state_dict())
+        # Read everything that can raise before changing anything.
         evidence = Evidence.from_dict(state["evidence"])
+        reports, quiet_until = [Path(path) for path in state["reports"]], int(state["quiet_until"])
         self._steps = deque(evidence.steps, maxlen=self._window)
         self._measured = deque(evidence.measured, maxlen=self._window)
         self._first_losses, self._first_probe = list(evidence.first_losses), evidence.first_loss
         self._first_gains = dict(evidence.first_gains)
-        self._quiet_until = int(state["quiet_until"])
-        self.reports = [Path(path) for path in state["reports"]]
+        self._quiet_until, self.reports = quiet_until, reports
+
+    def _stops(self) -> bool:
+        """Return whether the recorder has stopped, as it does if steps follow that the monitor misses.
+
+        Without the monitor's count of steps and its measurements, a report would name wrong steps.
+        """
+        if self._monitor.closed and not self._stopped:
+            self._guarded(self._check)
+            self._stopped = True
+            what = f"the flight recorder stopped after step {self._monitor.step}"
+            warn_of_closed(self._warn, what)
+        return self._stopped
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Call ``action``; warn of an error instead of raising it into training."""
@@ -247,7 +267,7 @@ class FlightRecorder:
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if nested(optimizer) or not self._joint.begins(optimizer):
+        if nested(optimizer) or self._stops() or not self._joint.begins(optimizer):
             return None
         self._guarded(lambda: self._pending.begin(optimizer))
         # args[0] is the optimizer; a closure may be any later argument.
@@ -289,7 +309,7 @@ class FlightRecorder:
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if nested(optimizer) or not self._joint.ends(optimizer):
+        if nested(optimizer) or self._stopped or not self._joint.ends(optimizer):
             return
         self._guarded(self._pending.end)
         if len(self._pending) >= self._check_every:
@@ -313,37 +333,6 @@ class FlightRecorder:
         if self._early_alarm is None and alarm is not None and alarm.step >= self._quiet_until:
             self._early_alarm = alarm, evidence
 
-    def _layers_by_group(self) -> list[list[str]]:
-        problem = self._monitor.problem
-        layers = {id(p): layer_of(n) for n, p in zip(problem.names, problem.params, strict=True)}
-        return [
-            list(dict.fromkeys(layers[id(p)] for p in group["params"] if id(p) in layers))
-            for optimizer in self._monitor.optimizers
-            for group in optimizer.param_groups
-        ]
-
-    def _weight_gains(self) -> dict[str, float]:
-        """Return the root mean square of each weight matrix times the root of its active inputs."""
-        problem = self._monitor.problem
-        modules = list(problem.model.modules())
-        embeddings = {
-            id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-        }
-        embeddings -= {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
-        named = [(n, p) for n, p in zip(problem.names, problem.params, strict=True) if p.dim() > 1]
-        if not named or problem.sharded:
-            return {}
-        with torch.no_grad():
-            gains = [
-                p.detach().float().square().sum()
-                / (p.numel() if id(p) in embeddings else p.shape[0])
-                for _, p in named
-            ]
-        return {
-            layer_of(name): gain**0.5
-            for (name, _), gain in zip(named, torch.stack(gains).tolist(), strict=True)
-        }
-
     def _check(self) -> Alarm | None:
         """Return the alarm that the rules give, if any, and write its report."""
         self._read_pending()
@@ -355,14 +344,15 @@ class FlightRecorder:
             return alarm
         self._reporting = True
         try:
-            self.reports.append(self._report(alarm, past))
+            is_written = self._report(alarm, past)
         finally:
             self._reporting = False
-        self._quiet_until = alarm.step + self._window
+        if is_written:
+            self._quiet_until = alarm.step + self._window
         return alarm
 
-    def _report(self, alarm: Alarm, past: Evidence | None) -> Path:
-        """Write the report of ``alarm``, which names its own missing parts; return its folder.
+    def _report(self, alarm: Alarm, past: Evidence | None) -> bool:
+        """Write the report of ``alarm``, which names its own missing parts; return whether that worked.
 
         ``past`` is the evidence at an alarm of an earlier block of steps, else ``None``.
         """
@@ -384,10 +374,24 @@ class FlightRecorder:
         except Exception as error:
             cause = Verdict("unknown", f"{alarm.text[0].upper()}{alarm.text[1:]}.")
             missing["the cause"] = why(error)
-        path = write_report(self.folder, alarm, cause, evidence, self._last_good, missing)
+        try:
+            path = write_report(self.folder, alarm, cause, evidence, self._last_good, missing)
+        except Exception as error:
+            self._warn_of_lost(alarm, cause, error)
+            return False
+        self.reports.append(path)
         for part, reason in missing.items():
             self._warn(f"the report of step {alarm.step} lacks {part}", reason)
-        return path
+        return True
+
+    def _warn_of_lost(self, alarm: Alarm, cause: Verdict, error: Exception) -> None:
+        """Warn of a lost report, with its verdict; not again while later attempts follow closely."""
+        if alarm.step > self._last_lost + self._window:
+            self._warn.always(
+                f"the report of step {alarm.step} ({cause.cause}) could not be written to"
+                f" {self.folder}: {reason_of(error)}. {cause.text}"
+            )
+        self._last_lost = alarm.step
 
     def __repr__(self) -> str:
         return f"FlightRecorder({str(self.folder)!r}, reports={len(self.reports)})"

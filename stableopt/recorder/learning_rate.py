@@ -12,7 +12,7 @@ from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf
 from stableopt.recorder.finding import Verdict
 
-__all__ = ["changed_rate", "runaway_group", "too_fast", "warming_up"]
+__all__ = ["changed_rate", "moved_far_in", "runaway_group", "too_fast", "warming_up"]
 
 _LR_RISE, _LR_STEPS = 1.2, 50
 """Factor over the rate that the schedule would have, and steps before the alarm, of a recent rise."""
@@ -153,11 +153,11 @@ def runaway_group(evidence: Evidence, trouble: int, odd: Verdict | None) -> Verd
     steps = [s for s in evidence.steps if 0 <= trouble - s.step <= _LR_STEPS and s.lrs]
     last_far: dict[str, int] = {}
     for record in steps:
-        last_far |= dict.fromkeys(_far(record), record.step)
+        last_far |= dict.fromkeys(moved_far_in(record), record.step)
     for record in steps:
         far = {
             layer: length
-            for layer, length in _far(record).items()
+            for layer, length in moved_far_in(record).items()
             if trouble - last_far[layer] <= within
         }
         if far:
@@ -187,7 +187,7 @@ def _runaway(evidence: Evidence, record: StepRecord, layer: str, length: float) 
     return Verdict("learning rate", text, layer, record.step)
 
 
-def _far(step: StepRecord) -> dict[str, float]:
+def moved_far_in(step: StepRecord) -> dict[str, float]:
     """Return the layers that a step moved far, with the relative length of the step."""
     lengths = {layer: finite_or_inf(length) for layer, length in step.moved.items()}
     return {layer: length for layer, length in lengths.items() if length >= _MAX_STABLE_MOVE}

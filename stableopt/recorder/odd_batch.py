@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 
 from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf, robust_score
 from stableopt.recorder.finding import Verdict
+from stableopt.recorder.learning_rate import moved_far_in
 
 __all__ = ["clipped_at", "odd_batch"]
 
@@ -31,6 +32,10 @@ _BEYOND_GROWTH = 3.0
 
 _RATIOS = 2
 """Latest measurements that count for the growth: Adam's first ones are often far above the limit."""
+
+_JUST_BEFORE, _RISING = 3, 2.0
+"""Number of steps just before a batch, and factor of the mean of their losses over the usual, from which
+a sharpness above its limit is the likelier cause: an odd batch comes without notice."""
 
 _LOSS_JUMP, _LOSS_RISE = 3.0, 0.1
 """Factor of an odd batch's loss over the largest loss before, and its smallest rise as a share of the
@@ -76,6 +81,8 @@ def _by_gradient(
         (record, norm), before = steps[index], norms[max(0, index - _MAX_HISTORY) : index]
         if record.step < recent or not all(map(math.isfinite, before)):
             continue
+        if _was_unstable(evidence, record.step):
+            continue
         jump = norm / max(before[-1], 1e-300)
         smallest_jump = max(_GRADIENT_JUMP, _BEYOND_GROWTH * _growth(evidence, record.step))
         stands_out = norm > _STANDS_OUT * max(before[-_RECENT_STEPS:]) and jump > smallest_jump
@@ -107,8 +114,11 @@ def _by_loss(evidence: Evidence, recent: int) -> Verdict | None:
             and robust_score(loss, before) > _SCORE
             and loss - usual > _LOSS_RISE * abs(evidence.first_loss or losses[0])
         )
-        is_last = index + 1 == len(losses)
-        if high and (is_last or losses[index + 1] <= max(most, _RETURN * loss)):
+        if index + 1 < len(losses):
+            is_passing = losses[index + 1] <= max(most, _RETURN * loss)
+        else:  # the next batch is not known yet
+            is_passing = _growth(evidence, record.step) == 1
+        if high and is_passing and not _was_unstable(evidence, record.step):
             text = (
                 f"The loss of the batch{_samples(record)} at step {record.step:,} was {loss:.3g},"
                 f" where {usual:.3g} was usual, before any step could react to it."
@@ -150,6 +160,32 @@ def _growth(evidence: Evidence, step: int) -> float:
     measured = [record for record in evidence.measured if record.step < step]
     ratios = [record.ratio for record in measured if record.ratio is not None]
     return max([1.0, *(2 * ratio - 1 for ratio in ratios[-_RATIOS:])])
+
+
+def _was_unstable(evidence: Evidence, step: int) -> bool:
+    """Return whether training was unstable before ``step``, which then explains a jump at it.
+
+    The signs are a sharpness above its limit, and just before ``step`` weights that moved far, or
+    losses that rose. Gradients also grow where training begins to learn, which is not a sign. The
+    sharpness may have crossed its limit after the last measurement before ``step``, so the next one
+    counts too: an odd batch can leave a large sharpness behind, but no such signs before it.
+    """
+    ratios = [
+        (record.step, record.ratio) for record in evidence.measured if record.ratio is not None
+    ]
+    earlier = [ratio for measured, ratio in ratios if measured < step][-_RATIOS:]
+    later = [ratio for measured, ratio in ratios if measured >= step][:1]
+    if max([*earlier, *later], default=0.0) <= 1:
+        return False
+    moved_far = any(
+        moved_far_in(record) for record in evidence.steps if 0 < step - record.step <= _JUST_BEFORE
+    )
+    losses = [record.loss for record in evidence.steps if record.step < step]
+    before = [loss for loss in losses[-_MAX_HISTORY:] if loss is not None]
+    if moved_far or not before:
+        return moved_far
+    usual = median(before)  # a policy's loss may be negative
+    return fmean(before[-_JUST_BEFORE:]) - usual > (_RISING - 1) * abs(usual)
 
 
 def _samples(record: StepRecord) -> str:

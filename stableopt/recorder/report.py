@@ -24,7 +24,7 @@ from stableopt.recorder.finding import Verdict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "markdown", "why", "write_report"]
+__all__ = ["draw", "markdown", "reason_of", "report_folder", "why", "write_report"]
 
 _LONGEST = 300
 """Characters of an error message: those of LaTeX fill pages."""
@@ -68,6 +68,7 @@ def write_report(
         Exception: if neither ``report.json`` nor ``report.md`` can be written.
     """
     missing = {} if missing is None else missing
+    errors: dict[str, Exception] = {}
     folder.mkdir(parents=True, exist_ok=True)
     # A killed process leaves this folder behind; its name says that it is incomplete.
     partial = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
@@ -78,7 +79,7 @@ def write_report(
             write(partial / "part")
             os.replace(partial / "part", partial / name)
         except Exception as error:
-            missing[name] = why(error)
+            missing[name], errors[name] = why(error), error
             with suppress(OSError):
                 (partial / "part").unlink()
         return name not in missing
@@ -94,7 +95,7 @@ def write_report(
         has_json = write_part("report.json", write_json)
         has_markdown = write_part("report.md", write_markdown)
         if not (has_json or has_markdown):
-            raise OSError(missing["report.json"])
+            raise errors["report.json"]
 
     try:
         write_texts(figure=False)  # before the figure, which may fail on a full disk
@@ -122,6 +123,24 @@ def why(error: Exception) -> str:
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return shorten(f"{type(error).__name__}: {text}", _LONGEST)
+
+
+def report_folder(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if it is a folder, or can become one."""
+    folder = Path(path)
+    place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if os.path.lexists(place) and not os.path.isdir(place):
+        raise ValueError(f"folder={str(path)!r}: expected a folder, and {place} is not one")
+    return folder
+
+
+def reason_of(error: Exception) -> str:
+    """Return the operating system's reason of an error, or for another error :func:`why`.
+
+    >>> reason_of(FileExistsError(17, "File exists")), reason_of(ValueError("so"))
+    ('File exists', 'ValueError: so')
+    """
+    return (isinstance(error, OSError) and error.strerror) or why(error)
 
 
 def _json(alarm: Alarm, verdict: Verdict, evidence: Evidence, missing: Mapping[str, str]) -> str:

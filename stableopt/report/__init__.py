@@ -7,7 +7,8 @@ Three examples::
     notebook(Run.of_history("demo", monitor.history))  # the element of a monitor in a notebook
 """
 
-from stableopt.report.run import Run, read_run
+from stableopt.report.reading import read_run
+from stableopt.report.run import Run
 from stableopt.report.writer import notebook, page, write_page
 
 __all__ = ["Run", "notebook", "page", "read_run", "write_page"]

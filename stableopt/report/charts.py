@@ -6,12 +6,12 @@ import importlib
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stableopt.report.run import FlightReport, Run, number
-from stableopt.report.summary import shown, titled, with_ratio
+from stableopt.report.summary import scientific, titled, with_ratio
 from stableopt.stability.measure.quantities import QUANTITIES
 
 __all__ = ["Chart", "HeatMap", "charts", "charts_of_report", "heat_map", "thinned"]
@@ -262,11 +262,27 @@ def _draw(
         axes.plot(crosses, [0.03] * len(crosses), "x", markersize=4, label="failed", **bottom)
     axes.xaxis.set_major_locator(_ticker("MaxNLocator")(5, integer=True))
     axes.xaxis.set_major_formatter(_ticker("FuncFormatter")(lambda x, _: f"{x:,.0f}"))
-    axes.yaxis.set_major_formatter(_ticker("FuncFormatter")(lambda y, _: shown(y)))
+    tick_label = _tick_label(*axes.get_ylim(), is_log=axes.get_yscale() == "log")
+    axes.yaxis.set_major_formatter(_ticker("FuncFormatter")(lambda y, _: tick_label(y)))
     axes.set_xlabel("step")
     if any(label for label, _, _ in lines):  # other charts have the same marks without a legend
         ends_with_alarm = list(alarms) == [round(axes.dataLim.x1)]
         axes.legend(loc="upper left" if ends_with_alarm else "upper right")
+
+
+def _tick_label(low: float, high: float, *, is_log: bool) -> Callable[[float], str]:
+    """Return the one format of all tick labels of an axis from ``low`` to ``high``.
+
+    Its labels have at most seven characters.
+
+    >>> [_tick_label(0.5, 2e4, is_log=True)(10.0**k) for k in (0, 2, 4)]
+    ['1e0', '1e2', '1e4']
+    >>> [_tick_label(0.0, 1.2e4, is_log=False)(k) for k in (0, 8000.0, 12000.0)]
+    ['0', '8,000', '12,000']
+    """
+    largest = max(abs(low), abs(high))
+    is_plain = low >= 1e-3 and high < 1e4 if is_log else 1e-2 <= largest < 1e6
+    return (lambda y: f"{y:,.6g}") if is_plain else scientific
 
 
 def _is_drawable(y: float) -> bool:

@@ -45,17 +45,27 @@ def titled(name: str) -> str:
 def shown(value: float) -> str:
     """Return a number as the page shows it.
 
-    >>> shown(0.123456), shown(0.00015), shown(123456.7), shown(math.nan), shown(math.inf)
-    ('0.1235', '1.5e-4', '1.235e5', '–', '∞')
+    >>> shown(0.123456), shown(0.00015), shown(12345.6), shown(math.nan), shown(math.inf)
+    ('0.1235', '1.5e-4', '1.235e4', '–', '∞')
     """
     if math.isnan(value):
         return "–"
-    if 0 < abs(value) < 1e-3 or 1e5 <= abs(value) < math.inf:
-        mantissa, _, exponent = f"{value:.3e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.4g}"
+    plain = f"{value:.4g}"
+    return scientific(value) if "e" in plain or 0 < abs(value) < 1e-3 else plain
+
+
+def scientific(value: float) -> str:
+    """Return a finite number as mantissa and exponent.
+
+    >>> scientific(10_000.0), scientific(-0.00015), scientific(0.0)
+    ('1e4', '-1.5e-4', '0')
+    """
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.3e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def with_ratio(record: Record) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stableopt.report.charts import Chart, charts, charts_of_report, heat_map
-from stableopt.report.run import FlightReport, Run, number, read_run
+from stableopt.report.reading import read_run
+from stableopt.report.run import FlightReport, Run, number
 from stableopt.report.summary import counts, level, rows, sentence, shown, with_ratio
 
 if TYPE_CHECKING:

@@ -37,6 +37,11 @@ class WarnOnce:
             self._reasons.add(why)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=3)
 
+    def always(self, text: str) -> None:
+        """Warn of an event that does not repeat."""
+        if self._active:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
 
 def check_sinks(sinks: Any) -> list[Sink]:
     """Return ``sinks``, one sink or an iterable of them, as a list.

@@ -9,6 +9,7 @@ from typing import Any
 
 from stableopt._support.arguments import instance, positive, require_keys, whole
 from stableopt.distributed.collectives import world
+from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 from stableopt.steering.agreement import decide_together
@@ -63,7 +64,8 @@ class StabilityController:
 
     Raises:
         TypeError: for arguments of a wrong kind.
-        ValueError: if the target bounds a quantity that nothing controls, or that is not measured.
+        ValueError: for a closed monitor, and if the target bounds a quantity that nothing controls, or
+            that is not measured.
 
     >>> import stableopt, torch
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -91,7 +93,7 @@ class StabilityController:
         patience: int = 50,
         dry_run: bool = False,
     ) -> None:
-        instance("monitor", monitor, StabilityMonitor)
+        open_monitor(monitor)
         instance("target", target, TargetRegion)
         if batch is not None and not hasattr(batch, "resize"):
             raise TypeError(
@@ -111,6 +113,7 @@ class StabilityController:
             self.decisions = self.scheduler.decisions
         self._batch_state: State = new_state()
         self._verdict_state: State = new_state()
+        self._after_closing = StepsAfterClosing(monitor, "StabilityController keeps the batch size")
         self._settled = 0  # measurements in a row within the target's sharpness
         self._last_measured: int | None = None
 
@@ -179,6 +182,8 @@ class StabilityController:
         self.decisions.load(state_dict["decisions"])
 
     def _decide(self) -> list[Decision]:
+        if self.scheduler is None:  # it warns itself
+            self._after_closing.check()
         margins = self.monitor.margins
         if margins is None or margins.step == self._last_measured:
             return []

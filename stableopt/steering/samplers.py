@@ -231,12 +231,12 @@ class AdaptiveAccumulation(_BatchSize):
 
     Yields for each step a list of ``(share, batch)``. The share is the batch's fraction of the step's
     samples, or of the sum of their weights. So the gradients of ``share * loss`` add up to the gradient
-    of the mean loss, also if batches differ in size. The size is read before each step. The last
+    of the mean loss, also if the last batch is smaller. The size is read before each step. The last
     step of an epoch may be shorter.
 
     Args:
         loader: a loader, or any re-iterable of batches.
-        micro_batch_size: samples in one of its batches.
+        micro_batch_size: samples in each of its batches; the last one may have fewer.
         batch_size: samples in a step at the start, a multiple of ``micro_batch_size``; by default
             one batch.
         max_batch_size: the largest allowed size; ``None`` for no bound.
@@ -245,8 +245,9 @@ class AdaptiveAccumulation(_BatchSize):
             not ignored, ``(y != -100).sum(1)``. By default all samples have the same weight.
 
     Raises:
-        ValueError: for sizes out of range; while iterating, for a batch with targets of -100, which
-            torch's losses ignore, without ``sample_weight``.
+        ValueError: for sizes out of range; while iterating, for a batch of another size than
+            ``micro_batch_size``, and for a batch with targets of -100, which torch's losses ignore,
+            without ``sample_weight``.
 
     >>> import torch
     >>> batches = [(torch.zeros(2), torch.zeros(2))] * 4
@@ -272,11 +273,23 @@ class AdaptiveAccumulation(_BatchSize):
     def __iter__(self) -> Iterator[list[tuple[float, Any]]]:
         batches = iter(self.loader)
         while group := list(islice(batches, self.batch_size // self._unit)):
+            for place, batch in enumerate(group, start=1):
+                self._check_size(batch, chain(group[place:], batches))
             weights = [self._weight(batch) for batch in group]
             total = sum(weights)
             # A batch of weight 0 is left out, since its mean loss is 0/0.
             pairs = zip(weights, group, strict=True)
             yield [(weight / total, batch) for weight, batch in pairs if weight]
+
+    def _check_size(self, batch: Any, later: Iterator[Any]) -> None:
+        """Raise a ``ValueError`` unless ``batch`` has the unit's size, or is the last and smaller."""
+        size = sample_count(batch)
+        # The loader is asked for a batch ahead only where that decides.
+        if size > self._unit or (size < self._unit and any(True for _ in later)):
+            raise ValueError(
+                f"micro_batch_size={self._unit}: a batch of the loader has {size} samples; pass the"
+                " loader's batch size"
+            )
 
     def _weight(self, batch: Any) -> float:
         """Return the sum of the weights of a batch's samples."""
@@ -302,5 +315,10 @@ class AdaptiveAccumulation(_BatchSize):
         return {"batch_size": self.batch_size}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue with the size of a :meth:`state_dict`."""
+        """Continue with the size of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: for a missing entry, or a size that is not allowed.
+        """
+        require_keys(state_dict, ("batch_size",))
         self.batch_size = state_dict["batch_size"]

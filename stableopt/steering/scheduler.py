@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from stableopt._support.arguments import instance, positive, require_keys
+from stableopt._support.arguments import instance, non_negative, positive, require_keys
 from stableopt.distributed.collectives import world
+from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
 from stableopt.stability.rules.update_rule import base_optimizer
@@ -47,7 +48,8 @@ class StabilityLR(LRScheduler):
     The rate of the fastest group stays within ``min_lr`` and ``max_lr``. A rate outside of them, initial
     or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
 
-    In a distributed run rank 0 decides, and every rank must call ``step()``.
+    In a distributed run rank 0 decides, and every rank must call ``step()``. If training goes on after
+    the monitor was closed, rank 0 warns once, and the rate stays.
 
     Args:
         optimizer: the optimizer.
@@ -81,8 +83,8 @@ class StabilityLR(LRScheduler):
 
     Raises:
         TypeError: for an optimizer, monitor or target of another type.
-        ValueError: for numbers out of range, a monitor of another optimizer or without the
-            sharpness, or a target that does not bound the sharpness.
+        ValueError: for numbers out of range, a monitor that is closed, of another optimizer or without
+            the sharpness, or a target that does not bound the sharpness.
 
     >>> import stableopt
     >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -133,11 +135,12 @@ class StabilityLR(LRScheduler):
         if not self.min_lr <= self.max_lr:
             raise ValueError(f"min_lr={self.min_lr} is above max_lr={self.max_lr}")
         self.loss_cap = _bound("loss_cap", loss_cap, math.inf, open_end=math.inf)
-        self._kick = 0.0 if kick == 0 else positive("kick", kick)
+        self._kick = non_negative("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._state: State = new_state()
         self._last_measured: int | None = None
         self._restored = self._kicked = False
+        self._after_closing = StepsAfterClosing(monitor, "StabilityLR keeps the learning rate")
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
@@ -202,6 +205,7 @@ class StabilityLR(LRScheduler):
         return changes
 
     def _decide(self) -> list[Decision]:
+        self._after_closing.check()
         present = _fastest(self.optimizer)
         if present == 0:
             return []
@@ -311,6 +315,8 @@ def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:
 def _bound(name: str, value: float | None, default: float, *, open_end: float) -> float:
     if value is None:
         return default
+    if open_end == 0:
+        return non_negative(name, value)
     return open_end if value == open_end else positive(name, value)
 
 
@@ -318,7 +324,7 @@ def _check(
     optimizer: torch.optim.Optimizer, monitor: StabilityMonitor, target: TargetRegion
 ) -> None:
     instance("optimizer", optimizer, torch.optim.Optimizer)
-    instance("monitor", monitor, StabilityMonitor)
+    open_monitor(monitor)
     instance("target", target, TargetRegion)
     if len(monitor.optimizers) > 1:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
@@ -70,26 +71,35 @@ def verdict(
         if state.get("reached"):
             return None, state
         state = {**state, "reached": 1.0}
-        return _decision(situation, "reached", f"within the target: {target}"), state
-    distance, miss = max(misses)
+        bounded = next(name for name in bounded_values(margins) if target.bounds(name) != OPEN)
+        return _decision(situation, "reached", f"within the target: {target}", bounded), state
+    miss = max(misses)
+    distance, name, text = miss
     if state.get("reached"):
         state = {**state, "reached": 0.0, "since": 0.0, "best": distance}
-        return _decision(situation, "missed", f"{miss} again"), state
+        return _decision(situation, "missed", f"{text} again", name), state
     why = _why_forbidden(situation, miss)
     if why is not None:
-        return _decision(situation, "unreachable", why), state
+        return _decision(situation, "unreachable", why, name), state
     if distance < 0.9 * state.get("best", math.inf) or _rate_moves(situation):
         return None, {**state, "since": 0.0, "best": distance}
     since = state.get("since", 0.0) + 1  # measurements without progress
     if since < patience:
         return None, {**state, "since": since}
-    return _decision(situation, "unreachable", _why_stuck(situation, miss)), {**state, "since": 0.0}
+    why = _why_stuck(situation, miss)
+    return _decision(situation, "unreachable", why, name), {**state, "since": 0.0}
 
 
-def _misses(
-    margins: StabilityMargins, target: TargetRegion, band: float
-) -> list[tuple[float, str]]:
-    """Return the logarithmic distance and a text for each bound missed by more than ``band``."""
+class _Miss(NamedTuple):
+    """A missed bound: the logarithmic distance to it, the quantity, and both in words."""
+
+    distance: float
+    name: str
+    text: str
+
+
+def _misses(margins: StabilityMargins, target: TargetRegion, band: float) -> list[_Miss]:
+    """Return each bound missed by more than ``band``."""
     misses = []
     for name, value in bounded_values(margins).items():
         low, high = target.bounds(name)
@@ -97,9 +107,11 @@ def _misses(
             continue
         title = name.replace("_", "-")
         if value > high * (1 + band):
-            misses.append((math.log(value / high), f"{title} {value:.3g} is above {high:.3g}"))
+            text = f"{title} {value:.3g} is above {high:.3g}"
+            misses.append(_Miss(math.log(value / high), name, text))
         elif value < low * (1 - band):
-            misses.append((math.log(low / value), f"{title} {value:.3g} is below {low:.3g}"))
+            text = f"{title} {value:.3g} is below {low:.3g}"
+            misses.append(_Miss(math.log(low / value), name, text))
     return misses
 
 
@@ -116,36 +128,36 @@ def _rate_moves(situation: Situation) -> bool:
     return rises or falls
 
 
-def _why_forbidden(situation: Situation, miss: str) -> str | None:
+def _why_forbidden(situation: Situation, miss: _Miss) -> str | None:
     """Return why the target's rate cannot be set, or ``None``."""
-    target_lr = situation.target_lr
+    target_lr, is_sharpness = situation.target_lr, miss.name == "sharpness"
     if situation.cuts >= TRIES:
-        return f"{miss}, and the rate had to be cut {situation.cuts} times on the way: {_FLOOR}"
-    if miss.startswith("sharpness") and target_lr is not None and target_lr > situation.max_lr:
+        floor = f": {_FLOOR}" if is_sharpness else ""
+        return f"{miss.text}, and the rate had to be cut {situation.cuts} times on the way{floor}"
+    if is_sharpness and target_lr is not None and target_lr > situation.max_lr:
         if situation.lr < situation.max_lr:
             return None  # the rate still rises, and the target may be reached below max_lr
-        return f"{miss}, which takes a rate of {target_lr:.3g}, above max_lr={situation.max_lr:.3g}"
+        return f"{miss.text}, which takes a rate of {target_lr:.3g}, above max_lr={situation.max_lr:.3g}"
     return None
 
 
-def _why_stuck(situation: Situation, miss: str) -> str:
+def _why_stuck(situation: Situation, miss: _Miss) -> str:
     """Return why the target is not approached although the learning rate no longer moves."""
     low, loss = situation.target.bounds("sharpness")[0], situation.margins.loss
-    if miss.startswith("sharpness") and "below" in miss:
+    if miss.name == "sharpness" and "below" in miss.text:
         remaining = "" if loss is None else f" {loss:.2g}"
         return (
             f"target sharpness {low:.4g} is above what the loss left to descend{remaining} can produce:"
-            f" {miss}"
+            f" {miss.text}"
         )
-    if miss.startswith("non-uniformity") and situation.batch_size == situation.smallest:
-        return f"{miss}, and no smaller batch than {situation.smallest} is allowed"
-    return f"{miss}, and hardly comes nearer"
+    if miss.name == "non_uniformity" and situation.batch_size == situation.smallest:
+        return f"{miss.text}, and no smaller batch than {situation.smallest} is allowed"
+    return f"{miss.text}, and hardly comes nearer"
 
 
-def _decision(situation: Situation, kind: Kind, why: str) -> Decision:
-    """Return a decision about the target, with the sharpness, or else the non-uniformity, as value."""
+def _decision(situation: Situation, kind: Kind, why: str, name: str) -> Decision:
+    """Return a decision about the target, with the quantity ``name`` as its value."""
     margins = situation.margins
-    a = margins.limited_sharpness
-    measured = margins.non_uniformity if a is None else a
+    measured = bounded_values(margins)[name]
     value = math.nan if measured is None else measured
     return Decision("target", kind, value, value, why, measured, None, margins.step)

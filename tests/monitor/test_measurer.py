@@ -75,7 +75,7 @@ def test_an_error_becomes_a_failure_unless_a_rank_is_lost(error: Exception, kept
 
 
 def test_eigenvectors_are_those_of_matrices() -> None:
-    """Catches the warm start of a quantity that is no eigenvector, such as the vectors of all layers."""
+    """Catches the warm start of another quantity, such as the vectors of all layers."""
     measuring = measurer(quantities=("sharpness", "layers"))
     measuring.measure(3)
     assert set(measuring.starts) == {"sharpness", "layers"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,7 @@ def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning) as caught:
         alarm(run, steps=15)
     messages = [str(warning.message) for warning in caught]
-    assert sum("flight recorder failed" in message for message in messages) == 1
+    assert sum("could not be written" in message for message in messages) == 1
     assert len(run.monitor.history) == 2  # that at the alarm, and that of step 10
     assert run.recorder.reports == []
     (tmp_path / "file").unlink()
@@ -136,6 +138,40 @@ def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
     assert len(run.recorder.reports) == 1
     alarm(run)
     assert len(run.recorder.reports) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_warned_of_once(tmp_path: Path) -> None:
+    """Catches a full disk or a typing error that ends the training, and a verdict that is lost with
+    its report.
+    """
+    run = Run(tmp_path / "file" / "flight", window=20)
+    (tmp_path / "file").write_text("")
+    run.train(60)
+    run.optimizer.param_groups[0]["lr"] = 3.0
+    with pytest.warns(RuntimeWarning) as caught:
+        run.train(60)
+    (said,) = [str(warning.message) for warning in caught if "report" in str(warning.message)]
+    place = re.escape(str(tmp_path / "file" / "flight"))
+    assert re.fullmatch(
+        rf"the report of step \d+ \(learning rate\) could not be written to {place}: Not a directory\. "
+        r".* The learning rate rose from 0\.1 to 3 at step 61\..*",
+        said,
+    )
+
+
+def test_a_disk_without_room_is_named_once(tmp_path: Path) -> None:
+    """Catches the name of the error twice, and a second alarm, much later, whose verdict is lost."""
+    run = Run(tmp_path, measure=False, window=30)
+    full = mock.patch.object(Path, "write_text", side_effect=OSError("no room"))
+    with full, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alarm(run)
+        run.train(40)
+        alarm(run)
+    first, second = [str(warning.message) for warning in caught if "report" in str(warning.message)]
+    assert "step 1 (not finite) could not be written" in first
+    assert first.count("OSError") == 1
+    assert "step 46 (not finite) could not be written" in second
 
 
 def test_a_full_disk_leaves_what_fits(tmp_path: Path) -> None:

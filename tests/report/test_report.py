@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,40 +17,17 @@ from unittest import mock
 import matplotlib
 import pytest
 import torch
+from report_files import alarm, margins, write
 from torch import nn
 
 from stableopt import JSONLinesSink, StabilityMonitor
 from stableopt.__main__ import main
-from stableopt.recorder import Alarm, Evidence, StepRecord, Verdict
-from stableopt.recorder.evidence import MeasuredRecord
-from stableopt.recorder.report import write_report
 from stableopt.report import Run, notebook, page, read_run, write_page, writer
 from stableopt.report.charts import charts, heat_map, thinned
 from stableopt.report.summary import rows, sentence
 from stableopt.stability import StabilityMargins
 
 HOSTILE = "<script>alert(1)</script>\"'&$\\x$"
-
-
-def margins(step: int, ratio: float = 0.5, **more: Any) -> StabilityMargins:
-    return StabilityMargins(
-        step=step, lr=0.1, loss=1.0, sharpness=20 * ratio, sharpness_limit=20.0, **more
-    )
-
-
-def write(folder: Path, *measured: StabilityMargins) -> Path:
-    sink = JSONLinesSink(folder / "margins.jsonl")
-    for its in measured:
-        sink(its.step, its.record())
-    return sink.path
-
-
-def alarm(folder: Path, layer: str = "2") -> Path:
-    steps = [StepRecord(k, 0.1, 1.0 + k, {layer: 1.0}, [1, 2]) for k in range(1, 6)]
-    measured = [MeasuredRecord(margins(k, 0.4 * k), {layer: 0.9, "0": 0.1}) for k in (2, 4)]
-    verdict = Verdict("layer", f"The loss rose in {layer}.", layer, 4)
-    rose = Alarm("loss", 5, f"the loss of {layer} rose")
-    return write_report(folder, rose, verdict, Evidence(steps, measured))
 
 
 class Elements(HTMLParser):
@@ -370,6 +348,28 @@ def test_rows_and_sentences() -> None:
     )
     assert sentence(Run("x", [{"step": 1, "failed": 1.0}])) == "Every measurement failed."
     assert heat_map(run) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "labels"),
+    [
+        ((0.9, 120.0, 2e6), r"1e-?\d"),
+        ((2e-4, 0.3), r"1e-?\d"),
+        ((0.9, 120.0), r"[\d.]+"),
+        ((8000.0, 12000.0), r"0|\d{1,2},000"),
+        ((8e6, 1.2e7), r"0|[\d.]+e\d"),
+        ((4e-4, 1.2e-3), r"0|[\d.]+e-\d"),
+    ],
+)
+def test_the_labels_of_an_axis_have_one_format(losses: Sequence[float], labels: str) -> None:
+    """Catches 100, 1e+04 and 1e6 at one axis."""
+    records = [{"step": k, "failed": 0.0, "loss": loss} for k, loss in enumerate(losses)]
+    (chart,) = charts(Run("x", records))
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", chart.svg)
+    numbers = [text for text in texts[texts.index("step") + 1 :] if text != "probe set"]
+    assert len(numbers) > 1
+    assert all(re.fullmatch(labels, text) for text in numbers), numbers
+    assert max(map(len, numbers)) <= 7
 
 
 def test_figures_ignore_the_settings_of_the_user() -> None:

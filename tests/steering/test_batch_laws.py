@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -271,6 +272,27 @@ def test_the_smallest_batch_is_named() -> None:
     assert "above 4, and no smaller batch than 2 is allowed" in verdicts[0].why
     verdicts = judge([6.0] * 9, UNIFORM, target_lr=None, batch_size=5, smallest=2)
     assert "hardly comes nearer" in verdicts[0].why
+
+
+def test_a_verdict_has_the_number_of_the_quantity_that_it_is_about() -> None:
+    """Catches the sharpness as the value of a missed non-uniformity, and its floor as the reason."""
+    margins = StabilityMargins(step=9, sharpness=1.5, non_uniformity=6.0)
+    both = TargetRegion(sharpness=(0, 4.0), non_uniformity=(0, 4.0))
+    for target in (UNIFORM, both):
+        situation = Situation(margins, target, lr=0.5)
+        stuck, _ = verdict(situation, {"best": 0.0}, patience=1)
+        again, _ = verdict(situation, {"reached": 1.0})
+        cut, _ = verdict(replace(situation, cuts=3), {})
+        for decision in (stuck, again, cut):
+            assert decision is not None
+            assert (decision.old, decision.new, decision.measured) == (6.0, 6.0, 6.0)
+            assert "sharpness" not in str(decision)
+    for target, value in ((TargetRegion(sharpness=(0, 4.0)), 1.5), (both, 1.5)):
+        within = Situation(replace(margins, non_uniformity=2.0), target, lr=0.5)
+        reached, _ = verdict(within, {})
+        assert (reached.kind, reached.measured) == ("reached", value)
+    reached, _ = verdict(Situation(replace(margins, non_uniformity=2.0), UNIFORM, lr=0.5), {})
+    assert (reached.kind, reached.measured) == ("reached", 2.0)
 
 
 def test_nothing_is_said_of_a_failed_measurement() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,33 @@ def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
     other.load_state_dict(accumulation.state_dict())
     assert other.batch_size == 8
     assert list(AdaptiveAccumulation([], 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "micro", "whole"),
+    [
+        ([16, 16], 8, 0),
+        ([2, 2], 8, 0),
+        ([8, 8, 8, 5, 8], 8, 1),
+        ([8, 5, 8, 8], 8, 0),
+        ([8, 8, 9], 8, 1),
+        ([8, 8, 8, 5], 8, 2),
+        ([8, 8, 3], 8, 2),
+        ([3], 8, 1),
+    ],
+)
+def test_accumulation_refuses_batches_of_another_size(
+    sizes: list[int], micro: int, whole: int
+) -> None:
+    """Catches steps of 32 samples where `batch_size` says 16, and a refused last batch."""
+    accumulation = AdaptiveAccumulation([torch.zeros(n) for n in sizes], micro, 2 * micro)
+    groups = []
+    fits = set(sizes[:-1]) <= {micro} and sizes[-1] <= micro
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"micro_batch_size={micro}: a"):
+        groups.extend(iter(accumulation))
+    for group in accumulation if fits else ():
+        assert sum(len(batch) for _, batch in group) <= accumulation.batch_size
+    assert len(groups) == whole
 
 
 def test_accumulation_weighs_batches_as_the_loss_does() -> None:

@@ -43,7 +43,8 @@ def test_a_monitor_without_measurements_changes_nothing() -> None:
     scheduler.step()
     assert run.rates() != [0.05]  # the measurement before is fresh for it
     run.monitor.close()
-    run.go(scheduler, 3)
+    with pytest.warns(RuntimeWarning, match="the monitor is closed"):
+        run.go(scheduler, 3)
     assert len(scheduler.decisions) == 1
 
 

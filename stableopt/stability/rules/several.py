@@ -121,7 +121,8 @@ def optimizers_in(given: Any) -> tuple[torch.optim.Optimizer, ...]:
     """
     optimizers = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     # Wrappers such as schedulefree's are not optimizers, but have groups and steps.
-    if not optimizers or not all(hasattr(o, "param_groups") for o in optimizers):
+    fits = (hasattr(o, "param_groups") and not isinstance(o, type) for o in optimizers)
+    if not optimizers or not all(fits):
         raise TypeError(f"optimizer={given!r}: expected a torch.optim.Optimizer, or a list of them")
     optimizers = tuple(base_optimizer(optimizer) for optimizer in optimizers)
     holders: Counter[int] = Counter()

@@ -297,7 +297,7 @@ class UpdateRule:
         subclass that overrides ``step``, has a rule without limits, and ``unknown`` is the reason.
 
         Raises:
-            TypeError: for complex parameters.
+            TypeError: for complex parameters, and for anything but an optimizer.
             ValueError: for groups that differ in more than learning rate, weight decay and settings
                 of the preconditioner.
         """
@@ -305,10 +305,10 @@ class UpdateRule:
         kind, reader = cls.reader_of(type(optimizer))
         if reader is not None:
             return reader(optimizer)
+        if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"optimizer={optimizer!r}: expected a torch.optim.Optimizer")
         name = type(optimizer).__name__
-        reason = "no reader is registered"
-        if kind is not None:
-            reason = f"it overrides step of {kind.__name__}"
+        reason = f"it overrides step of {kind.__name__}" if kind else "no reader is registered"
         return cls.unknown_step(
             optimizer,
             f"optimizer is {name}, whose update rule is not known ({reason}): register a reader with"

@@ -70,7 +70,7 @@ def test_thresholds_agree_with_those_of_a_huge_data_set() -> None:
 
 
 def test_suggestions_have_no_full_batch() -> None:
-    """Catches a row for a batch of all samples, of which there are infinitely many."""
+    """Catches a row for a batch of all samples, although the data have no end."""
     model, data = setting()
     found = stableopt.suggest(model, MSE, data, dataset_size=math.inf)
     assert {row.batch_size for row in found.rows} == {1, 4, 16, 64}
@@ -79,7 +79,7 @@ def test_suggestions_have_no_full_batch() -> None:
 
 
 def test_a_step_on_all_of_them_is_refused() -> None:
-    """Catches a full batch whose size is not known, and numbers that are no size."""
+    """Catches a full batch whose size is not known, and numbers that cannot be a size."""
     model, data = setting()
     rule = UpdateRule(lr=0.1, full_batch=True)
     with pytest.raises(ValueError, match="a step takes all samples"):
