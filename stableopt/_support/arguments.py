@@ -61,7 +61,10 @@ def finite_size(dataset_size: Any, samples: int, *, least: int = 1) -> int | Non
     """
     if isinstance(dataset_size, float) and dataset_size == math.inf:
         return None
-    return whole("dataset_size", samples if dataset_size is None else dataset_size, least=least)
+    size = whole("dataset_size", samples if dataset_size is None else dataset_size)
+    if size < least:
+        raise ValueError(f"dataset_size={size}: expected at least the {least} samples given")
+    return size
 
 
 def _number(value: Any) -> float:

@@ -38,8 +38,8 @@ class Measurement:
     """
 
     value: float
-    residual: float | None
-    products: int
+    residual: float | None = None
+    products: int = 0
     converged: bool = True
     seconds: float = 0.0
     upper_bound: float | None = None
