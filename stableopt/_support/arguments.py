@@ -53,13 +53,19 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
-def finite_size(dataset_size: Any, samples: int, *, least: int = 1) -> int | None:
+def finite_size(
+    dataset_size: Any, samples: int, *, least: int = 1, full_batch: bool = False
+) -> int | None:
     """Return ``dataset_size``, or the given ``samples`` if it is ``None``; ``None`` for infinity.
+
+    Infinity is refused for a ``full_batch``.
 
     >>> finite_size(None, 60), finite_size(1000, 60), finite_size(math.inf, 60)
     (60, 1000, None)
     """
     if isinstance(dataset_size, float) and dataset_size == math.inf:
+        if full_batch:
+            raise ValueError("dataset_size=inf: expected a finite number: a step takes all samples")
         return None
     size = whole("dataset_size", samples if dataset_size is None else dataset_size)
     if size < least:

@@ -92,9 +92,9 @@ class Measurer:
             warn("limits are not known", str(rule.unknown))
         in_rule_coordinates(problem, rule, optimizers)  # raises if groups and problem do not match
         self._probe_is_dataset = dataset_size is None
-        self._dataset_size = finite_size(dataset_size, problem.num_samples)
-        if rule.full_batch and self._dataset_size is None:
-            raise ValueError("dataset_size=inf: expected a finite number: a step takes all samples")
+        self._dataset_size = finite_size(
+            dataset_size, problem.num_samples, full_batch=rule.full_batch
+        )
         self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
         if self._batch_size is not None:
             noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n

@@ -70,22 +70,25 @@ class SampleCounter:
         """Determine :attr:`dim`, :attr:`dims` and :attr:`passed` from evaluations of a batch loss.
 
         The dimension of samples is the one whose size, summed over all passes, is a multiple of the
-        number of samples for any chunk size. Nodes of graphs, or a list of images, have none.
+        number of samples for any chunk size, on all ranks. Nodes of graphs, or lists of images, have
+        none.
         """
         if problem.loss_fn is not None:
             return  # loss_fn(model(x), y) passes each sample once, in batches
         with problem.evaluation():
             largest = next(size for _, size in problem.chunks())
-        totals = [self._totals(problem, size) for size in {largest, max(1, largest // 2)}]
-        dims = range(min(map(len, totals)))
-        if not dims:
-            return  # the loss calls parts of the model only
+        # Two evaluations on every rank, also on one with a single sample: they wait for each other.
+        whole, halved = (self._totals(problem, size) for size in (largest, max(1, largest // 2)))
         samples = problem.own_samples
-        multiples = {
-            dim: totals[0][dim] // samples
-            for dim in dims
-            if len({sizes[dim] for sizes in totals}) == 1 and totals[0][dim] % samples == 0
+        own = {
+            (dim, total // samples)
+            for dim, (total, same) in enumerate(zip(whole, halved, strict=False))
+            if total == same and total % samples == 0
         }
+        gathered = problem.ranks.all_gather_object((bool(whole), own))
+        if not any(passes for passes, _ in gathered):
+            return  # the loss calls parts of the model only
+        multiples = dict(sorted(set.intersection(*(pairs for _, pairs in gathered))))
         if self.dim not in multiples:
             self.dim = next(iter(multiples), 0)
         self.passed = multiples.get(self.dim, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import small_data, small_network
 from rank_processes import run, shard
-from rank_workers.monitoring import clocks, failing, isolated, tracking
+from rank_workers.monitoring import clocks, counted, failing, isolated, tracking
 from rank_workers.shares import SAMPLES
 from torch import nn
 
@@ -106,3 +106,10 @@ def test_shards_are_unequal_and_none_is_empty() -> None:
         assert sum(sizes) == SAMPLES
         assert min(sizes) > 0
         assert len(set(sizes)) > 1
+
+
+def test_ranks_agree_on_the_dimension_of_samples(tmp_path: Path) -> None:
+    """Catches ranks that wait for each other, and two time steps of a rank with one sample taken for
+    samples.
+    """
+    assert run(counted, 2, tmp_path) == [6, 6]

@@ -141,12 +141,8 @@ def measure(
         check_params(optimizers, problem, explicit=chosen)
     if rule is not None:
         problem = in_rule_coordinates(problem, rule, optimizers)
-    size = finite_size(dataset_size, problem.num_samples)
     full_batch = rule is not None and rule.full_batch
-    if full_batch and size is None:
-        raise ValueError(
-            "dataset_size=inf: expected a finite number, since a step takes all samples"
-        )
+    size = finite_size(dataset_size, problem.num_samples, full_batch=full_batch)
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
         noise_factor(batch_size, size)  # raises for a batch above n

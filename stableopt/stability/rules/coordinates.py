@@ -101,13 +101,11 @@ def in_rule_coordinates(
     if rule.preconditioner is not None:
         p = rule.preconditioner.over(problem.params)
         if isinstance(p, DiagonalPreconditioner):
-            # Adaptive steps divide by the zero gradient of a bias that batch norm cancels in training.
-            cancelled = (
-                problem.cancelled if isinstance(problem, DifferentiableLoss) else frozenset()
-            )
+            cancelled: frozenset[str] = frozenset()
+            if isinstance(problem, DifferentiableLoss):
+                cancelled = problem.cancelled
             roots = zip(problem.names, p.roots(), strict=True)
-            kept = [0.0 if name in cancelled else root for name, root in roots]
-            scale = [r.to(problem.dtype) if isinstance(r, Tensor) else r for r in kept]
+            scale = [_factor(root, problem.dtype, name in cancelled) for name, root in roots]
             if rule.group_filtered_decays:
                 # P(H + Λ) with Λ = λ''/P, where P is not zero.
                 filtered = [rule.group_filtered_decays[i] for i in indices]
@@ -116,6 +114,17 @@ def in_rule_coordinates(
                     decay + _quotient(added, entry, problem.dtype) for decay, added, entry in pairs
                 ]
     return problem.transformed(sign=sign, scale=scale, weight_decay=decays)
+
+
+def _factor(root: Tensor | float, dtype: torch.dtype, is_cancelled: bool) -> Tensor | float:
+    """Return the scale of a parameter from its root of P, 0 for an adaptive step that is not defined.
+
+    Adaptive steps, whose roots are tensors, divide by the gradient, and that of a bias which batch norm
+    cancels in training is zero.
+    """
+    if not isinstance(root, Tensor):
+        return root
+    return 0.0 if is_cancelled else root.to(dtype)
 
 
 def _quotient(decay: float, entry: Tensor | float, dtype: torch.dtype) -> Tensor | float:

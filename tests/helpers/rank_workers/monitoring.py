@@ -75,6 +75,23 @@ def tracking() -> dict[str, Any]:
     }
 
 
+def counted() -> int | None:
+    """Return the batch size of a time-first batch loss, where one rank has a single sample to probe."""
+    model, rank = small_network(), dist.get_rank()
+    x = small_data(SAMPLES)[0]
+
+    def loss(model: nn.Module, samples: Tensor) -> Tensor:
+        return model(torch.stack([samples, -samples])).square().mean()
+
+    problem = Problem.from_batch_loss(model, loss, x[:1] if rank else x[1:6], process_group=group())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with stableopt.StabilityMonitor(optimizer, problem, every=1) as monitor:
+        loss(model, x[:3]).backward()  # the same batch on all ranks, whose weights stay equal
+        optimizer.step()
+    size: int | None = monitor.batch_size
+    return size
+
+
 def clocks() -> list[int]:
     """Measure by the clock, where each rank has another; return the steps that were measured."""
     stableopt.monitor.schedule.time = Steps([1.0, 1000.0][dist.get_rank()])  # type: ignore[assignment]

@@ -88,9 +88,24 @@ def test_other_parameters_are_not(model: nn.Module, options: dict[str, Any]) -> 
 
 
 def test_sgd_keeps_the_curvature_of_eval_mode() -> None:
-    """Catches parameters that vanish from the plain sharpness, that of the loss in eval mode."""
+    """Catches parameters that vanish from the plain sharpness, that of the loss in eval mode, also where
+    two optimizers have different rates.
+    """
     model, optimizer = trained(kind=torch.optim.SGD)
-    top = torch.linalg.eigvalsh(dense_hessians(model.eval(), CE, *data()).mean(0))[-1]
+    hessian = dense_hessians(model.eval(), CE, *data()).mean(0)
     model.train()
     margins = measure(model, CE, data(), optimizer=optimizer, tol=1e-9)
-    assert margins.sharpness == pytest.approx(float(top), rel=1e-8)
+    assert margins.sharpness == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-8)
+
+    parts = {True: [model.get_parameter("0.bias")], False: []}
+    parts[False] = [p for p in model.parameters() if p is not parts[True][0]]
+    pair = [torch.optim.SGD(part, lr=2e-3 if is_bias else 1e-3) for is_bias, part in parts.items()]
+    roots = torch.cat(
+        [
+            torch.full_like(p, 1.0 if p is parts[True][0] else 0.5**0.5).flatten()
+            for p in model.parameters()
+        ]
+    )
+    top = torch.linalg.eigvalsh(roots[:, None] * hessian * roots)[-1]
+    margins = measure(model, CE, data(), optimizer=pair, tol=1e-9)
+    assert margins.preconditioned_sharpness == pytest.approx(float(top), rel=1e-8)
