@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
+from trainer_runs import (
+    TRAINERS_OWN_WARNINGS,
+    Texts,
+    batch,
+    language_model,
+    numbers,
+    same,
+    state_of,
+    trainer_in,
+)
 
 import stableopt
 
@@ -22,95 +30,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from transformers import (
         DataCollatorWithFlattening,
-        GPT2Config,
-        GPT2LMHeadModel,
         Trainer,
         TrainerCallback,
-        TrainingArguments,
     )
 
     from stableopt.integrations.transformers import StabilityCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    # Pinned memory without a GPU.
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-]
-
-
-class Texts(Dataset):
-    """Rows of random words, some of them shorter, as a language model's collator has them."""
-
-    def __init__(self, n: int = 16) -> None:
-        self.words = torch.randint(12, (n, 6), generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.words[index], "labels": self.words[index]}
-
-
-def batch(n: int = 16) -> dict[str, Tensor]:
-    words = Texts(n).words
-    return {"input_ids": words, "labels": words}
-
-
-def language_model() -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=12, n_positions=8, n_embd=8, n_layer=1, n_head=2)
-    assert config.resid_pdrop == 0.1  # dropout is on
-    return GPT2LMHeadModel(config)
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-
-
-def trainer_in(
-    folder: Path, callbacks: Any = (), model: nn.Module | None = None, **options: Any
-) -> Trainer:
-    seed_all(0)
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 12,
-        "learning_rate": 0.01,
-        "logging_steps": 3,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        **options,
-    }
-    arguments = TrainingArguments(output_dir=str(folder), **arguments)
-    model = language_model() if model is None else model
-    trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
-    for callback in callbacks:
-        callback.attach(trainer)
-    return trainer
-
-
-def state_of(trainer: Trainer) -> list[Any]:
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return [
-        *trainer.model.state_dict().values(),
-        *(t for s in trainer.optimizer.state_dict()["state"].values() for t in s.values()),
-        torch.get_rng_state(),
-        torch.tensor(losses, dtype=torch.float64),
-        np.random.get_state()[1],  # noqa: NPY002
-        np.array(random.getstate()[1]),
-    ]
-
-
-def same(a: list[Any], b: list[Any]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def numbers(history: Any) -> list[dict[str, float]]:
-    """Return records without the times."""
-    return [{k: v for k, v in m.record().items() if k != "seconds"} for m in history]
+pytestmark = TRAINERS_OWN_WARNINGS
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -436,87 +362,3 @@ def test_a_broken_state_does_not_end_the_run(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="was not read"):
         trainer_in(tmp_path, [callback], max_steps=4, **options).train(resume_from_checkpoint=True)
     assert [m.step for m in callback.history] == [4]
-
-
-def reporting_trainer(callback: StabilityCallback, *args: Any, **options: Any) -> Trainer:
-    """Return a trainer that reports its losses, as docs/diagnosing.md says."""
-
-    class Reporting(Trainer):
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss = super().training_step(*args, **kwargs)
-            callback.recorder.loss(loss * self.current_gradient_accumulation_steps)
-            return loss
-
-    made = trainer_in(*args, [callback], **options)
-    made.__class__ = Reporting
-    return made
-
-
-@pytest.mark.parametrize("micro_batches", [1, 3])
-def test_a_recorder_that_the_callback_makes(tmp_path: Path, micro_batches: int) -> None:
-    """Catches a recorder that is missing during training or never closed, and scaled micro-batch losses.
-
-    The oracle is the trainer's log. A step at the end of an epoch has fewer micro-batches.
-    """
-    with pytest.raises(TypeError, match="recorder=3"):
-        StabilityCallback(batch(), recorder=3)
-    callback = StabilityCallback(batch(), every=4, recorder=tmp_path / "reports")
-    assert callback.recorder is None
-    made = reporting_trainer(
-        callback, tmp_path / "run", gradient_accumulation_steps=micro_batches, logging_steps=1
-    )
-    made.train()
-    steps = callback.recorder.evidence.steps
-    assert [step.step for step in steps] == list(range(1, 13))
-    logged = [log["loss"] for log in made.state.log_history if "loss" in log]
-    # 1e-4: the trainer may round what it logs.
-    assert [step.loss for step in steps] == pytest.approx(logged, abs=1e-4)
-    assert callback.recorder.reports == []
-    assert callback.recorder not in callback.monitor.sinks
-
-
-def test_an_error_in_training_closes_the_recorder(tmp_path: Path) -> None:
-    """Catches a recorder that does not check the last steps before an error."""
-    callback = StabilityCallback(batch(), every=50, recorder=tmp_path / "reports")
-    made = reporting_trainer(callback, tmp_path / "run")
-
-    class Failing(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                callback.recorder.loss(torch.nan)
-            if state.global_step == 7:
-                raise ArithmeticError
-
-    made.add_callback(Failing())
-    callback.attach(made)  # a second time
-    with pytest.raises(ArithmeticError):
-        made.train()
-    assert [path.name for path in callback.recorder.reports] == ["step-7"]
-    assert callback.monitor.sinks[1:] == []
-    assert not made.optimizer.optimizer._optimizer_step_pre_hooks
-
-
-def test_a_resumed_run_keeps_its_evidence(tmp_path: Path) -> None:
-    """Catches a window, and a first loss, that begin at the checkpoint."""
-    options = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
-    whole = StabilityCallback(batch(8), every=2, recorder=tmp_path / "reports")
-    reporting_trainer(whole, tmp_path / "run", max_steps=4, **options).train()
-    callback = StabilityCallback(batch(8), every=2, recorder=tmp_path / "reports")
-    reporting_trainer(callback, tmp_path / "run", max_steps=6, **options).train(
-        resume_from_checkpoint=True
-    )
-    before, after = whole.recorder.evidence, callback.recorder.evidence
-    assert [step.step for step in after.steps] == [1, 2, 3, 4, 5, 6]
-    assert after.steps[:4] == before.steps
-    assert [step.step for step in after.measured] == [2, 4, 6]
-    assert after.first_loss == before.first_loss
-    callback = StabilityCallback(batch(8), every=2, recorder=tmp_path / "reports")
-    path = tmp_path / "run" / "checkpoint-4" / "stability.pt"
-    torch.save({**torch.load(path, weights_only=True), "recorder": {}}, path)
-    with pytest.warns(
-        RuntimeWarning, match="starts without evidence of the run before: ValueError"
-    ):
-        reporting_trainer(callback, tmp_path / "run", max_steps=5, **options).train(
-            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4")
-        )
-    assert [m.step for m in callback.history] == [2, 4]
