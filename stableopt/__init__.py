@@ -29,7 +29,7 @@ from stableopt.stability import (
     critical_sharpness,
     measure,
 )
-from stableopt.suggest import Suggestion, Suggestions, suggest
+from stableopt.suggestions import Suggestion, Suggestions, suggest
 
 if TYPE_CHECKING:
     from stableopt import steering

@@ -19,7 +19,7 @@ from stableopt import (
 )
 from stableopt._support.deprecation import renamed_keywords
 from stableopt.curvature import DualCurvature, InverseHessian
-from stableopt.suggest import Suggestion, Suggestions
+from stableopt.suggestions import Suggestion, Suggestions
 
 
 def test_update_rule_of_is_from_optimizer() -> None:
