@@ -23,6 +23,7 @@ from benchmarks.experiments import NAMES
 from benchmarks.experiments import experiment as experiment_class
 from benchmarks.framework.experiment import PRESETS, Experiment
 from benchmarks.framework.publish import publish
+from benchmarks.framework.publish import redraw as redraw_tables
 from benchmarks.framework.settings import configured
 from benchmarks.framework.terminal import LEGEND, show
 from benchmarks.perf import BY_DEFAULT, PARTS
@@ -30,6 +31,7 @@ from benchmarks.report import report as written_report
 from benchmarks.runner import Job, Place, Store, in_order, run_all
 from benchmarks.runner.bars import Bars
 from benchmarks.runner.estimate import estimate, readable
+from benchmarks.runner.files import read_json
 from benchmarks.runner.schedule import Summary
 from benchmarks.runner.schedule import shard as jobs_of_shard
 from benchmarks.runner.workers import executor as made_executor
@@ -316,6 +318,27 @@ def figures(names: Names = (), into: Path | None = None, out: Path = RUNS) -> in
     for preset, experiment in sweeps:
         files = publish(experiment, preset, Store(out), into or out)
         text = f"{experiment.name}: {len(files)} files in {files[-1].parent}"
+        Console().print(text, soft_wrap=True)
+    return 0
+
+
+@app.command
+def redraw(names: Names = (), results: Path = RESULTS) -> int:
+    """Draw published tables again, and check their claims, after a change of a figure.
+
+    Args:
+        names: experiments; all by default.
+        results: folder that ``figures --into`` wrote.
+    """
+    folders = [path.parent for path in sorted(results.glob("*/*/*/about.json"))]
+    chosen = [folder for folder in folders if not names or folder.name in names]
+    if not chosen:
+        raise ValueError(f"redraw: nothing was published in {results}, 'figures --into' fills it")
+    for folder in chosen:
+        settings = read_json(folder / "about.json")["settings"]
+        experiment = experiment_class(folder.name).from_json(settings)
+        files = redraw_tables(experiment, folder, sorted(folder.glob("*.csv")))
+        text = f"{folder.name}: {len(files)} files in {folder}"
         Console().print(text, soft_wrap=True)
     return 0
 

@@ -130,6 +130,8 @@ def benchmarks_after(words: list[str], here: Here) -> None:
     here.patch.chdir(ran)
     if words[3] == "report":
         words = [*words, "--to", str(here.folder / "REPORT.md")]
+    if words[3] == "redraw":
+        words = [*words, "--results", str(ran / "runs")]
     assert benchmarks_cli.main(words[3:]) == 0
 
 
@@ -181,7 +183,7 @@ CHECKS: dict[str, Callable[[list[str], Here], None]] = {
     r"python -m benchmarks (run|paper) .+": benchmarks_run,
     r"(python -m benchmarks )?perf .+": benchmarks_perf,
     r"python -m benchmarks gpu.*": benchmarks_gpu,
-    r"python -m benchmarks (list|status|figures|report)\b.*": benchmarks_after,
+    r"python -m benchmarks (list|status|figures|redraw|report)\b.*": benchmarks_after,
     r"python -m benchmarks perf": benchmarks_perf,
     r"python -m stableopt doctor.*": doctor,
     r"python -m stableopt report .+": report,

@@ -1,9 +1,9 @@
 """Non-uniformity goes with sharpness: Figure 7 of the paper.
 
 Over minima found at several learning rates and batch sizes, non-uniformity is roughly proportional to
-sharpness. On `cifar10` the network is a 14-layer ResNet, trained on 10,000 images. In training its batch
-norm couples the samples of a batch, so the network is measured in evaluation mode, with running
-statistics, where each sample has its own Hessian.
+sharpness. On `cifar10` the `paper` preset has a 14-layer ResNet and 10,000 images, and the `small` one a
+small VGG and 1,000 images. In training the ResNet's batch norm couples the samples of a batch, so the
+network is measured in evaluation mode, with running statistics, where each sample has its own Hessian.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`publish`: writes the tables, figures and claims of finished jobs, without training."""
+"""`publish`: writes the tables, figures and claims of finished jobs; `redraw`: from published tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.framework.tables import read_table, write_table
 from benchmarks.runner import Store, in_order
 from benchmarks.runner.files import write_json
 
-__all__ = ["claims_in", "publish"]
+__all__ = ["claims_in", "publish", "redraw"]
 
 
 def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> list[Path]:
@@ -28,19 +28,34 @@ def publish(experiment: Experiment, preset: str, store: Store, folder: Path) -> 
     """
     target = folder / preset / experiment.data / experiment.name
     target.mkdir(parents=True, exist_ok=True)
-    written, tables = [], {}
-    for name, content in experiment.tables(store).items():
-        path = target / f"{name}.csv"
-        write_table(path, content)
-        tables[name] = read_table(path)
-        written.append(path)
-        figure = experiment.draw(name, tables[name])
-        if figure is not None:
-            written += _save(figure, path)
-    claims = list(experiment.claims(tables)) if tables else []
-    write_json(target / "claims.json", [asdict(claim) for claim in claims])
+    tables = {target / f"{name}.csv": rows for name, rows in experiment.tables(store).items()}
+    for path, rows in tables.items():
+        write_table(path, rows)
+    drawn = redraw(experiment, target, tables)
     write_json(target / "about.json", _about(experiment, preset, store))
-    return [*written, target / "claims.json", target / "about.json"]
+    return [*tables, *drawn, target / "about.json"]
+
+
+def redraw(experiment: Experiment, target: Path, tables: Iterable[Path]) -> list[Path]:
+    """Write the figures and claims of published tables.
+
+    Args:
+        experiment: the experiment, with the settings of the tables.
+        target: the folder to write to.
+        tables: the tables' files.
+
+    Returns:
+        The paths of the new files.
+    """
+    frames = {path: read_table(path) for path in tables}
+    written = []
+    for path, frame in frames.items():
+        figure = experiment.draw(path.stem, frame)
+        if figure is not None:
+            written += _save(figure, target / path.name)
+    claims = experiment.claims({path.stem: frame for path, frame in frames.items()})
+    write_json(target / "claims.json", [asdict(claim) for claim in claims] if frames else [])
+    return [*written, target / "claims.json"]
 
 
 def claims_in(folder: Path) -> Sequence[Claim]:

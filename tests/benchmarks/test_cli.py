@@ -195,6 +195,12 @@ def test_figures_are_drawn_from_what_there_is_and_come_out_the_same(
     assert len(files) == 5
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    for file in files:
+        if file.suffix in (".png", ".svg") or file.name == "claims.json":
+            (tmp_path / "a" / file).unlink()
+    main(capsys, "redraw", "gd-sharpness", "--results", tmp_path / "a")
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("broken", ["", '{"experiment": "renamed"}', "a removed setting"])
@@ -285,6 +291,7 @@ def test_list_names_experiments_and_timings(capsys: pytest.CaptureFixture[str]) 
         (["run"], "expected NAME"),
         ([], "Missing subcommand"),
         (["figures"], "nothing was run in"),
+        (["redraw", "--results", "nowhere"], "nothing was published in nowhere"),
         (["figures", "sharpness"], "nothing was run in"),
         (["report", "--results", "nowhere"], "nowhere is empty"),
         (["paper", "--time-budget", "3 days"], "'3 days': expected a number of"),

@@ -145,18 +145,20 @@ class AfterLBFGS(Experiment):
             finish(axes, "steps before the end", "preconditioned sharpness / its limit", log="y")
             return figure
         counts = list(dict.fromkeys(frame.random_labels))
+        names = frame.method + ", η = " + frame.lr.map("{:g}".format)
+        # The colours are those of all runs: in some panels a whole setting diverges.
+        colours = dict(coloured(names))
         figure, axes = panels(len(counts), sharey=False)
         for panel, count in zip(axes, counts, strict=True):
             courses = frame[(frame.random_labels == count) & ~frame.diverged]
-            names = courses.method + ", η = " + courses.lr.map("{:g}".format)
-            for label, colour in coloured(names):
-                mean = courses[names == label].groupby("step").gain.mean()
+            for label, runs in courses.groupby(names, sort=False):
+                mean = runs.groupby("step").gain.mean()
                 trace(
                     panel,
                     mean.index.to_numpy(),
                     100 * mean,
-                    label,
-                    colour,
+                    str(label),
+                    colours[label],
                     marker="o",
                     markersize=3,
                 )

@@ -141,8 +141,9 @@ class LossShape(Experiment):
                 1,
                 printed="the assumption of linear stability",
                 theory="",
-                ours=f"until the loss has risen by {rises.min():.2g} to {rises.max():.2g} times"
-                f" itself, at {len(rises)} minima",
+                ours="until the loss has risen by"
+                f" {' to '.join(dict.fromkeys(f'{x:.2g}' for x in (rises.min(), rises.max())))} times"
+                f" its value, at {len(rises)} {'minimum' if len(rises) == 1 else 'minima'}",
                 tolerance=f"{WITHIN:.0%} of the quadratic until the loss has doubled",
                 why="until it has risen tenfold, which counts as an escape:"
                 f" {(rises >= 9).sum()} of {len(rises)}",
