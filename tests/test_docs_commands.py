@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from small_runs import run_in_this_process
 
 import stableopt
 from benchmarks import cli as benchmarks_cli
@@ -64,7 +65,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with results, for the commands that read them."""
     folder = tmp_path_factory.mktemp("ran")
     arguments = ["run", "toy", "--preset", "smoke", "--out", str(folder / "runs")]
-    assert benchmarks_cli.main(arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        run_in_this_process(patch)
+        assert benchmarks_cli.main(arguments) == 0
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import run_in_this_process
 
 from benchmarks import agenda, cli, experiments, report
 from benchmarks.experiments import gd_sharpness
@@ -36,16 +37,8 @@ SETTINGS = {"n": 60, "target_loss": 0.06, "lrs": (0.5, 500.0)}
 
 @pytest.fixture(autouse=True)
 def only_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run jobs in this process, where the tests can see them, and quickly."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    made = cli.made_executor
-
-    def executor(name: str, workers: int) -> Any:
-        made(name, workers)
-        return lambda: ThreadPoolExecutor(1)
-
-    monkeypatch.setattr(cli, "made_executor", executor)
+    """Run jobs where the tests can see them, and quickly."""
+    run_in_this_process(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,30 @@
-"""Runs of an experiment in a test: small, and without rendering, which takes longest."""
+"""Runs of an experiment in a test: small, in the test's process, or without rendering."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import cli
 from benchmarks.framework.experiment import Experiment
 from benchmarks.framework.tables import read_table, write_table
 from benchmarks.runner import Place, Store, run_all
 
-__all__ = ["small_run"]
+__all__ = ["run_in_this_process", "small_run"]
+
+
+def run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line run jobs in this process, without a new process that imports torch."""
+    made = cli.made_executor
+
+    def executor(name: str, workers: int) -> Any:
+        made(name, workers)
+        return lambda: ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(cli, "made_executor", executor)
 
 
 def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Any], set[str], Store]:

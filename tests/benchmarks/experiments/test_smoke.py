@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_runs import run_in_this_process
 
 from benchmarks import cli
 from benchmarks.experiments import NAMES, experiment
@@ -15,8 +16,9 @@ from benchmarks.runner import Store
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name: str, tmp_path: Path) -> None:
+def test_smoke(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches stages that do not fit together, an empty table, and a figure of another table."""
+    run_in_this_process(monkeypatch)
     assert cli.main(["run", name, "--preset", "smoke", "--out", str(tmp_path)]) == 0
     kind = experiment(name)
     folder = tmp_path / "smoke" / kind.datasets[0] / name
