@@ -88,7 +88,7 @@ class PredictionBeyond(Experiment):
             "n": 16,
             "target_loss": 3e-3,
             "batch_sizes": (1, 4),
-            "fractions": (0.1, 0.5, 1.2),
+            "fractions": (0.1, 1.2),
             "steps": 100,
         },
         ("small", ""): {"seeds": (0, 1, 2, 3)},

@@ -196,7 +196,7 @@ class Settling(Experiment):
             "start_loss": 3e-3,
             "target_loss": 1e-3,
             "max_steps": 2000,
-            "batch_sizes": (1, 4),
+            "batch_sizes": (4,),
             "ratios": (0.5, 1.5),
         },
         ("small", ""): {"seeds": (0, 1)},
