@@ -18,7 +18,7 @@ from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder import FlightRecorder
 from stableopt.sinks.delivery import Sink, check_sinks
 from stableopt.stability import StabilityMargins
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
+from stableopt.stability.measure.registry import DEFAULT_QUANTITIES
 
 __all__ = ["Tracked"]
 

@@ -19,7 +19,7 @@ from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.evaluation import WARM_START_DTYPE, Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measure import check_quantities, measurable, measure_at
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
 from stableopt.stability.rules.limits import noise_factor

@@ -33,7 +33,7 @@ from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.blocks import Blocks
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES
+from stableopt.stability.measure.registry import DEFAULT_QUANTITIES
 from stableopt.stability.measure.taken_step import TakenStep
 from stableopt.stability.rules.ascent import note_ascent
 from stableopt.stability.rules.coordinates import problem_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from stableopt.report.run import FlightReport, Run, number
 from stableopt.report.summary import scientific, titled, with_ratio
-from stableopt.stability.measure.quantities import QUANTITIES
+from stableopt.stability.measure.registry import QUANTITIES
 
 __all__ = ["Chart", "HeatMap", "charts", "charts_of_report", "heat_map", "thinned"]
 

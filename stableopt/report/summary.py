@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stableopt.report.run import Record, Run, number
 from stableopt.sinks.console import NEAR, OVER
-from stableopt.stability.measure.quantities import QUANTITIES
+from stableopt.stability.measure.registry import QUANTITIES
 
 __all__ = ["Row", "counts", "rows", "sentence", "shown", "titled", "with_ratio"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.table import shortened
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.quantities import QUANTITIES
+from stableopt.stability.measure.registry import QUANTITIES
 
 if TYPE_CHECKING:
     from rich.console import Console

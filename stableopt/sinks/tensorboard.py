@@ -20,7 +20,7 @@ from stableopt.sinks.diagrams import Diagrams, LayerMaps
 from stableopt.sinks.events import Event, Measured
 from stableopt.sinks.layer_scalars import LayerScalars
 from stableopt.stability.measure.margins import StabilityMargins
-from stableopt.stability.measure.quantities import QUANTITIES, Chart, split
+from stableopt.stability.measure.registry import QUANTITIES, Chart, split
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +70,7 @@ class TensorBoardSink:
     - *Custom Scalars*: sharpness, preconditioned sharpness and non-uniformity relative to their
       limits, with a band from 0.99 to 1.01, and in their own units, with a band of ±1 % around the
       limit; other quantities according to their
-      :class:`~stableopt.stability.measure.quantities.Chart`. A value without a limit, such as the
+      :class:`~stableopt.stability.measure.registry.Chart`. A value without a limit, such as the
       non-uniformity of full-batch gradient descent or the plain sharpness of a preconditioned
       optimizer, is only among the scalars.
     - *Scalars*: every finite number of a record, as ``stability/<name>`` of at most 25 characters

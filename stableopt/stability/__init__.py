@@ -1,11 +1,10 @@
 """Linear stability: update rules, their limits, and measured margins."""
 
-from stableopt.stability.along_step import registered as _  # noqa: F401 registers quantities
 from stableopt.stability.along_step.critical_sharpness import CriticalSharpness, critical_sharpness
+from stableopt.stability.built_in import BUILT_IN as _BUILT_IN  # noqa: F401 registers quantities
 from stableopt.stability.layers.table import Layer, Layers
 from stableopt.stability.mean_square.critical_lr import CriticalLR, critical_batch_size, critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure import layers as _layers  # noqa: F401 registers quantities
 from stableopt.stability.measure.batch_sharpness import (
     BatchSharpness,
     batch_sharpness,
@@ -22,7 +21,7 @@ from stableopt.stability.measure.largest_batch_sharpness import (
 from stableopt.stability.measure.margins import EdgeSplit, StabilityMargins
 from stableopt.stability.measure.measure import measure
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
+from stableopt.stability.measure.registry import QUANTITIES, Chart, Quantity, register
 from stableopt.stability.region import StabilityRegion
 from stableopt.stability.rules import readers
 from stableopt.stability.rules.limits import (
@@ -48,7 +47,6 @@ from stableopt.stability.rules.preconditioner import (
     UnknownStep,
 )
 from stableopt.stability.rules.update_rule import UpdateRule
-from stableopt.stability.spectrum import registered as __  # noqa: F401 registers quantities
 from stableopt.stability.spectrum.zeroth_order import ZerothOrderLR, zeroth_order_lr
 
 __all__ = [

@@ -9,7 +9,7 @@ import simulated_runs
 import torch
 from simulated_device import NEEDS_SIMULATED_DEVICE, on_both
 
-from stableopt.stability.measure.quantities import QUANTITIES
+from stableopt.stability.measure.registry import QUANTITIES
 
 pytestmark = NEEDS_SIMULATED_DEVICE
 

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 import stableopt
 from stableopt import StabilityMargins, TensorBoardSink
 from stableopt.stability.measure.measurement import QuantityResult
-from stableopt.stability.measure.quantities import QUANTITIES, Chart, Quantity, register
+from stableopt.stability.measure.registry import QUANTITIES, Chart, Quantity, register
 
 
 def adam_alone(step: int) -> StabilityMargins:

@@ -33,7 +33,7 @@ from stableopt.stability.layers.shares import full_sizes, without_columns
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult, root
-from stableopt.stability.measure.quantities import Chart, Quantity, register
+from stableopt.stability.measure.registry import Chart, Quantity
 from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
 from stableopt.stability.rules.several import SeparateBlocks
@@ -280,11 +280,9 @@ def _non_uniformity(evaluation: Evaluation, block: Block, rule: _BlockRule) -> M
     return Measurement.of_eigenpair(pair, root, degree=2)
 
 
-register(
-    Quantity(
-        "layers",
-        measured_layers,
-        needs={"step"},
-        chart=Chart("sharpest layer", r"$\max_b\lambda_{\max}(P_bH_{bb})$", tag="layer"),
-    )
+LAYERS = Quantity(
+    "layers",
+    measured_layers,
+    needs={"step"},
+    chart=Chart("sharpest layer", r"$\max_b\lambda_{\max}(P_bH_{bb})$", tag="layer"),
 )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 from stableopt.stability.measure.measurement import Measurement, QuantityResult
-from stableopt.stability.measure.quantities import QUANTITIES, split
+from stableopt.stability.measure.registry import QUANTITIES, split
 
 __all__ = ["EdgeSplit", "StabilityMargins"]
 

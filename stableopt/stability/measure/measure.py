@@ -21,7 +21,7 @@ from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
-from stableopt.stability.measure.quantities import DEFAULT_QUANTITIES, QUANTITIES
+from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import noise_factor
 from stableopt.stability.rules.preconditioner import UnknownStep

@@ -1,4 +1,4 @@
-"""Registers top eigenvalues, trace and spectrum of Hessian, Gauss-Newton matrix and covariance."""
+"""`SPECTRUM`: top eigenvalues, trace and spectrum of Hessian, Gauss-Newton matrix and covariance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from stableopt.curvature import Operator
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import QuantityResult
-from stableopt.stability.measure.quantities import QUANTITIES, Need, Quantity, register
+from stableopt.stability.measure.quantities import non_uniformity_limit
+from stableopt.stability.measure.registry import Need, Quantity
 from stableopt.stability.rules.update_rule import UpdateRule
 from stableopt.stability.spectrum.measured import (
     OperatorOf,
@@ -18,7 +19,7 @@ from stableopt.stability.spectrum.measured import (
     measured_trace,
 )
 
-__all__: list[str] = []
+__all__ = ["SPECTRUM"]
 
 _Limit = Callable[[UpdateRule, int | None, int | None], float | None]
 
@@ -32,7 +33,7 @@ def _hessian_limit(
 def _sigma_limit(
     rule: UpdateRule, batch_size: int | None, dataset_size: int | None
 ) -> float | None:
-    limit = QUANTITIES["non_uniformity"].limit_of(rule, batch_size, dataset_size)
+    limit = non_uniformity_limit(rule, batch_size, dataset_size)
     return None if limit is None else limit**2
 
 
@@ -54,19 +55,24 @@ def _eigenvalues(name: str, operator_of: OperatorOf, evaluation: Evaluation) -> 
     return measured_eigenvalues(name, evaluation, operator_of, limit, preconditioned)
 
 
-def _register_spectrum(prefix: str, operator_of: OperatorOf, limit: _Limit) -> None:
-    """Register top eigenvalues, trace and spectrum of one operator."""
+def _spectrum(prefix: str, operator_of: OperatorOf, limit: _Limit) -> tuple[Quantity, ...]:
+    """Return top eigenvalues, trace and spectrum of one operator."""
     of_hessian = operator_of is _hessian
     needs: frozenset[Need] = frozenset({"step"} if of_hessian else {"step", "per_sample"})
     options: dict[str, Any] = {"operator_of": operator_of, "of_hessian": of_hessian}
-    name = f"{prefix}top_eigenvalues"
-    register(Quantity(name, partial(_eigenvalues, name, operator_of), needs=needs, limit=limit))
-    name = f"{prefix}trace"
-    register(Quantity(name, partial(measured_trace, name, **options), needs=needs))
-    name = f"{prefix}spectrum"
-    register(Quantity(name, partial(measured_density, **options), needs=needs, rare=True))
+    top, trace = f"{prefix}top_eigenvalues", f"{prefix}trace"
+    measured_top = partial(_eigenvalues, top, operator_of)
+    measured_spectrum = partial(measured_density, **options)
+    return (
+        Quantity(top, measured_top, needs=needs, limit=limit),
+        Quantity(trace, partial(measured_trace, trace, **options), needs=needs),
+        Quantity(f"{prefix}spectrum", measured_spectrum, needs=needs, rare=True),
+    )
 
 
-_register_spectrum("", _hessian, _hessian_limit)
-_register_spectrum("gauss_newton_", _gauss_newton, _hessian_limit)
-_register_spectrum("sigma_", _sigma, _sigma_limit)
+SPECTRUM = (
+    *_spectrum("", _hessian, _hessian_limit),
+    *_spectrum("gauss_newton_", _gauss_newton, _hessian_limit),
+    *_spectrum("sigma_", _sigma, _sigma_limit),
+)
+"""In the order of measurement."""

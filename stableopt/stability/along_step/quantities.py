@@ -1,13 +1,13 @@
-"""Registers the quantities along the step."""
+"""`ALONG_STEP`: the quantities along the step."""
 
 from stableopt.stability.along_step.block_edge import block_edge
 from stableopt.stability.along_step.critical_sharpness import along_taken_step
 from stableopt.stability.along_step.realised_edge import realised_edge
-from stableopt.stability.measure.quantities import Chart, Quantity, register
+from stableopt.stability.measure.registry import Chart, Quantity
 
-__all__: list[str] = []
+__all__ = ["ALONG_STEP"]
 
-register(
+ALONG_STEP = (
     Quantity(
         "block_edge",
         block_edge,
@@ -15,9 +15,7 @@ register(
         limit=lambda _, __, ___: 1.0,
         any_rule=True,
         chart=Chart("sharpness of a block", r"$\max_b\lambda_{\max}(P_bH_{bb})$", "blocks"),
-    )
-)
-register(
+    ),
     Quantity(
         "realised_edge",
         realised_edge,
@@ -26,9 +24,7 @@ register(
         any_rule=True,
         first_order=True,
         chart=Chart("realised edge", r"$\zeta$", tag="realised", short_tag="real"),
-    )
-)
-register(
+    ),
     Quantity(
         "critical_sharpness",
         along_taken_step,
@@ -37,5 +33,6 @@ register(
         any_rule=True,
         first_order=True,
         chart=Chart("critical sharpness", r"$\lambda_c$", tag="crit_shrp", short_tag="crit"),
-    )
+    ),
 )
+"""In the order of measurement."""
