@@ -34,6 +34,7 @@ from stableopt.stability.measure.measurement import Measurement, QuantityResult
 from stableopt.stability.measure.taken_step import dot
 from stableopt.stability.rules.coordinates import check_params, problem_of
 from stableopt.stability.rules.several import optimizers_in, rule_of
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["CriticalSharpness", "along_taken_step", "critical_sharpness"]
 
@@ -179,50 +180,84 @@ def critical_sharpness(
     problem = evaluated = problem.transformed(sign=sign)
     if reference is not None:
         evaluated = _checked_reference(reference, problem).transformed(sign=sign)
-    rate = 1.0 if rule is None or not rule.lr else rule.lr
-    passes, base, slope = 0, None, None
-    if direction is not None:
-        along = _direction_parts(direction, problem)
+    if direction is None:
+        step = _next_step(problem, optimizers, rule, sign)
     else:
-        loss, gradient = problem.loss_and_gradient()
-        if optimizers:
-            # An optimizer that maximizes changes the sign of the gradient itself.
-            change = trial_step(optimizers, problem, sign * gradient)
-            along = [part.to(problem.dtype) / -rate for part in change]
-        else:
-            along = problem.unflatten(gradient)
-        # The forward pass of the gradient also returns the loss.
-        passes, base = 1, loss if evaluated is problem else None
-        slope = -dot(problem, gradient, _flat(along))
-    _check_direction(along, problem)
-    theta = problem.theta()
-    if base is None:
+        step = _Step(_direction_parts(direction, problem))
+    _check_direction(step.along, problem)
+    return _searched(problem, evaluated, step, rule, lr=lr, tol=tol, max_passes=max_passes)
+
+
+@dataclass(frozen=True)
+class _Step:
+    r"""A direction u, with what its computation has shown of the loss.
+
+    Attributes:
+        along: u, a tensor for each parameter.
+        loss: the loss at the point; ``None`` if not known.
+        slope: :math:`-g^\top u`; ``None`` if not known.
+    """
+
+    along: Sequence[Tensor]
+    loss: float | None = None
+    slope: float | None = None
+
+
+def _next_step(
+    problem: MeanLoss,
+    optimizers: Sequence[torch.optim.Optimizer],
+    rule: UpdateRule | None,
+    sign: float,
+) -> _Step:
+    """Return the optimizers' next step with the gradient of the problem, or that of gradient descent."""
+    # The forward pass of the gradient also returns the loss.
+    loss, gradient = problem.loss_and_gradient()
+    if optimizers:
+        rate = 1.0 if rule is None or not rule.lr else rule.lr
+        # An optimizer that maximizes changes the sign of the gradient itself.
+        change = trial_step(optimizers, problem, sign * gradient)
+        along = [part.to(problem.dtype) / -rate for part in change]
+    else:
+        along = problem.unflatten(gradient)
+    return _Step(along, loss, -dot(problem, gradient, _flat(along)))
+
+
+def _searched(
+    problem: MeanLoss,
+    evaluated: MeanLoss,
+    step: _Step,
+    rule: UpdateRule | None,
+    *,
+    lr: float | None,
+    tol: float,
+    max_passes: int,
+) -> CriticalSharpness:
+    """Search for the first learning rate at which the step raises the loss of ``evaluated``."""
+    passes = 0 if step.loss is None else 1
+    base = step.loss
+    if base is None or evaluated is not problem:
         passes, base = passes + 1, evaluated.value()
     if not math.isfinite(base):
         raise NonFiniteError(f"the loss is {base}")
-    start = _first_lr(lr, rule, base, slope)
+    theta = problem.theta()
+    start = _first_lr(lr, rule, base, step.slope)
 
     def loss_at(eta: float) -> float:
         with torch.no_grad():
-            moved = tuple(t.detach() - eta * u for t, u in zip(theta, along, strict=True))
+            moved = tuple(t.detach() - eta * u for t, u in zip(theta, step.along, strict=True))
             return evaluated.value(moved)
 
     # With a reference, the gradient is not that of the evaluated loss.
-    known_slope = slope if evaluated is problem else None
-    rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=known_slope)
+    slope = step.slope if evaluated is problem else None
+    rise = first_rise(loss_at, base, start, tol=tol, passes=max_passes - passes, slope=slope)
+    passes += rise.passes
     rounding = loss_rounding(evaluated, base)
-    if known_slope is not None and rise.depth < _ROUNDINGS * rounding:
-        eta = _crossing_from_gradients(problem, theta, along, known_slope, rounding)
+    if slope is not None and rise.depth < _ROUNDINGS * rounding:
+        eta = _crossing_from_gradients(problem, theta, step.along, slope, rounding)
         if eta is not None:
-            spent = passes + rise.passes + 1
-            return CriticalSharpness(2 / eta, eta, (0.0, math.inf), spent, True)
-    return CriticalSharpness(
-        2 / rise.share,
-        rise.share,
-        (rise.low, rise.high),
-        passes + rise.passes,
-        _converged(rise, tol),
-    )
+            return CriticalSharpness(2 / eta, eta, (0.0, math.inf), passes + 1, True)
+    bracket = (rise.low, rise.high)
+    return CriticalSharpness(2 / rise.share, rise.share, bracket, passes, _converged(rise, tol))
 
 
 def along_taken_step(evaluation: Evaluation) -> QuantityResult:
@@ -338,12 +373,12 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _first_lr(lr: float | None, rule: Any, base: float, slope: float | None) -> float:
+def _first_lr(lr: float | None, rule: UpdateRule | None, base: float, slope: float | None) -> float:
     """Return the first learning rate to try."""
     if lr is not None:
         return positive("lr", lr)
     if rule is not None and rule.lr:
-        return float(rule.lr)
+        return rule.lr
     if slope is not None and slope < 0 and base > 0:
         # Half of 4 L / |slope|, where a parabola that falls to zero would return to L.
         return -2 * base / slope
