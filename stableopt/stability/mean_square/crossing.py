@@ -52,14 +52,32 @@ _FAR = 1e100
 """Factor below the largest t at which the search for a crossing ends."""
 
 
+Weights = Callable[[float, Tensor, Tensor], Tensor]
+"""``(t, h_a, h_b) -> V``, for tensors of eigenvalues that broadcast."""
+
+
+@dataclass(frozen=True)
 class Family(abc.ABC):
     """Noise gains that grow with a parameter t: the learning rate, or the noise itself.
 
     Attributes:
+        modes: the samples' curvature.
+        weights: V.
+        noise: ``t -> p``, positive for positive t.
         t_max: the largest t to consider.
+        correction: the correction of V for modes that are not exact, ``(r, r)``, or 0.
     """
 
+    modes: Modes | HessianModes
+    weights: Weights
+    noise: Callable[[float], float]
     t_max: float
+    correction: Tensor | float = 0.0
+
+    def weight_matrix(self, t: float) -> Tensor:
+        """Return V with its correction, ``(r, r)``."""
+        h = self.modes.eigenvalues
+        return self.weights(t, h.unsqueeze(1), h) + self.correction
 
     @property
     @abc.abstractmethod
@@ -100,27 +118,11 @@ class Family(abc.ABC):
         """Return the upper bound on the largest eigenvalue from S = I."""
 
 
-Weights = Callable[[float, Tensor, Tensor], Tensor]
-"""``(t, h_a, h_b) -> V``, for tensors of eigenvalues that broadcast."""
-
-
 @dataclass(frozen=True)
 class FactorFamily(Family):
-    """Gains of Gauss–Newton matrices: S is one C x C matrix per sample.
-
-    Attributes:
-        modes: the samples' curvature.
-        weights: V.
-        noise: ``t -> p``, positive for positive t.
-        t_max: the largest t to consider.
-        correction: the correction of V for modes that are not exact, ``(r, r)``, or 0.
-    """
+    """Gains of Gauss–Newton matrices: S is one C x C matrix per sample."""
 
     modes: Modes
-    weights: Weights
-    noise: Callable[[float], float]
-    t_max: float
-    correction: Tensor | float = 0.0
 
     @property
     def size(self) -> int:
@@ -139,11 +141,7 @@ class FactorFamily(Family):
 
     def operator(self, t: float) -> NoiseGain:
         """Return the gain at t."""
-        return NoiseGain(self.modes, self._weight_matrix(t), self.noise(t))
-
-    def _weight_matrix(self, t: float) -> Tensor:
-        h = self.modes.eigenvalues
-        return self.weights(t, h.unsqueeze(1), h) + self.correction
+        return NoiseGain(self.modes, self.weight_matrix(t), self.noise(t))
 
     def apply(self, matrices: Tensor, t: float) -> Tensor:
         """Return the gain of S."""
@@ -155,7 +153,7 @@ class FactorFamily(Family):
         squares = gather(self.modes.factors, matrices.flatten()) ** 2
 
         def quotient(t: float) -> float:
-            return self.noise(t) / n * float((squares / self._weight_matrix(t)).sum()) / norm**2
+            return self.noise(t) / n * float((squares / self.weight_matrix(t)).sum()) / norm**2
 
         return root(quotient, t_max)
 
@@ -168,16 +166,9 @@ class FactorFamily(Family):
 
 @dataclass(frozen=True)
 class BlockFamily(Family):
-    """Gains of Hessians, which may be indefinite: S is the second moment X itself.
-
-    The attributes are those of :class:`FactorFamily`.
-    """
+    """Gains of Hessians, which may be indefinite: S is the second moment X itself."""
 
     modes: HessianModes
-    weights: Weights
-    noise: Callable[[float], float]
-    t_max: float
-    correction: Tensor | float = 0.0
 
     @property
     def size(self) -> int:
@@ -195,24 +186,20 @@ class BlockFamily(Family):
 
     def operator(self, t: float) -> MomentGain:
         """Return the gain at t."""
-        return MomentGain(self.modes.blocks, self._weight_matrix(t), self.noise(t))
-
-    def _weight_matrix(self, t: float) -> Tensor:
-        h = self.modes.eigenvalues
-        return self.weights(t, h.unsqueeze(1), h) + self.correction
+        return MomentGain(self.modes.blocks, self.weight_matrix(t), self.noise(t))
 
     def to_vector(self, matrices: Tensor, t: float) -> Tensor:
         """Return Y = V^(1/2) X, entry by entry."""
-        return (matrices * self._weight_matrix(t).sqrt()).flatten()
+        return (matrices * self.weight_matrix(t).sqrt()).flatten()
 
     def from_vector(self, vector: Tensor, t: float) -> Tensor:
         """Return X = Y / V^(1/2)."""
-        return vector.view(-1, self.size, self.size) * self._weight_matrix(t).rsqrt()
+        return vector.view(-1, self.size, self.size) * self.weight_matrix(t).rsqrt()
 
     def apply(self, matrices: Tensor, t: float) -> Tensor:
         """Return the noise of X, divided by V."""
         image = sandwich(self.modes.blocks, matrices[0])
-        return (self.noise(t) * image / self._weight_matrix(t)).unsqueeze(0)
+        return (self.noise(t) * image / self.weight_matrix(t)).unsqueeze(0)
 
     def quotient_crossing(self, matrices: Tensor, t_max: float) -> float:
         """Return the t at which the quotient of X's noise and contraction passes 1."""
@@ -221,7 +208,7 @@ class BlockFamily(Family):
         product = float((x * sandwich(self.modes.blocks, x)).sum())
 
         def quotient(t: float) -> float:
-            return self.noise(t) * product / float((x**2 * self._weight_matrix(t)).sum())
+            return self.noise(t) * product / float((x**2 * self.weight_matrix(t)).sum())
 
         return root(quotient, t_max)
 
