@@ -13,11 +13,22 @@ from stableopt.stability import QUANTITIES, Chart
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["chart_of", "figure_of", "finish", "imported", "require_matplotlib", "to_rgb"]
+__all__ = [
+    "chart_of",
+    "figure_of",
+    "finish",
+    "imported",
+    "require_matplotlib",
+    "spans_decades",
+    "to_rgb",
+]
 
 # Okabe and Ito's palette, distinct under every common colour blindness.
 VERMILION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 GREY = "#555555"
+
+LOG_FROM = 20.0
+"""Ratio of the largest to the smallest number from which axes and colours are logarithmic."""
 
 
 def to_rgb(figure: Figure) -> NDArray[np.uint8]:
@@ -43,6 +54,15 @@ def chart_of(name: str) -> Chart:
     chart = QUANTITIES[name].chart
     assert chart is not None
     return chart
+
+
+def spans_decades(low: float, high: float) -> bool:
+    """Return whether positive numbers from ``low`` to ``high`` need a logarithmic axis.
+
+    >>> spans_decades(0.1, 3.0), spans_decades(1.0, 3.0), spans_decades(0.0, 3.0)
+    (True, False, False)
+    """
+    return 0 < LOG_FROM * low < high
 
 
 def finish(axes: Any) -> None:

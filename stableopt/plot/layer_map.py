@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.plot.canvas import GREY, VERMILION, figure_of, imported
+from stableopt.plot.canvas import GREY, VERMILION, figure_of, imported, spans_decades
 from stableopt.stability import StabilityMargins
 from stableopt.stability.layers.table import COLUMNS, shortened
 
@@ -26,9 +26,6 @@ _TITLES = {
     "mean_curvature": "tr(H) / number of parameters",
     "non_uniformity": "non-uniformity of the layer",
 }
-
-_LOG_FROM = 20.0
-"""Ratio of the largest to the smallest number from which colours are logarithmic."""
 
 _DECADES = 4
 """Largest number of decades of logarithmic colours; smaller values have the darkest colour."""
@@ -184,7 +181,7 @@ def _colours(table: NDArray[np.float64], column: str) -> tuple[Any, Any]:
     if column == "ratio" and high > 1:
         colours, high = colours.with_extremes(over=VERMILION), 1.0
     positive = finite[finite > 0]
-    if positive.size and column != "share" and high > _LOG_FROM * positive.min():
+    if positive.size and column != "share" and spans_decades(float(positive.min()), high):
         lowest = max(float(positive.min()), high / 10**_DECADES)
         return colours, scales.LogNorm(lowest, high, clip=False)
     if column == "share" and len(table) > _LINEAR_SCALE_LAYERS:

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.plot.canvas import BLUE, GREY, VERMILION, chart_of, figure_of, finish
+from stableopt.plot.canvas import (
+    BLUE,
+    GREY,
+    VERMILION,
+    chart_of,
+    figure_of,
+    finish,
+    spans_decades,
+)
 from stableopt.stability import QUANTITIES, StabilityMargins
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["margins"]
-
-_LOG_FROM = 20.0
-"""Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 
 def margins(
@@ -118,7 +123,7 @@ def _draw_panel(
     axes.plot(steps, values, marker=marker, markersize=3, color=BLUE, linewidth=1.3, label=label)
     drawn = np.concatenate([measured, finite])
     low, high = float(drawn.min()), float(drawn.max())
-    if low > 0 and high > _LOG_FROM * low:
+    if spans_decades(low, high):
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
     else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stableopt.plot.canvas import BLUE, GREEN, PURPLE, VERMILION, spans_decades
 from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, MeasuredRecord, StepRecord
 from stableopt.recorder.finding import Verdict
@@ -39,9 +40,6 @@ _MEASUREMENTS_HEADER = """\
 _STEPS_HEADER = """\
 | step | learning rate | loss | gradient norm | largest in | batch |
 | ---: | ---: | ---: | ---: | --- | --- |"""
-
-_LOG_FROM = 20.0
-"""Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 
 def write_report(
@@ -267,24 +265,24 @@ def draw(alarm: Alarm, evidence: Evidence) -> Figure:
     steps, measured = evidence.steps, evidence.measured
     margins = [record.margins for record in measured]
     _line(panels[0], [(s.step, s.loss) for s in steps], "batch", "#999999")
-    _line(panels[0], [(m.step, m.loss) for m in margins], "probe set", "#0072B2", "o-")
-    _line(panels[1], [(m.step, m.edge_ratio) for m in margins], "sharpness", "#D55E00", "o-")
+    _line(panels[0], [(m.step, m.loss) for m in margins], "probe set", BLUE, "o-")
+    _line(panels[1], [(m.step, m.edge_ratio) for m in margins], "sharpness", VERMILION, "o-")
     ratios = [(m.step, m.non_uniformity_ratio) for m in margins]
-    _line(panels[1], ratios, "non-uniformity", "#009E73", "o-")
+    _line(panels[1], ratios, "non-uniformity", GREEN, "o-")
     panels[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="limit")
-    _line(panels[2], [(s.step, _norm(s)) for s in steps if s.grad_norms], "", "#0072B2")
-    _line(panels[3], [(s.step, s.lr) for s in steps], "", "#0072B2")
+    _line(panels[2], [(s.step, _norm(s)) for s in steps if s.grad_norms], "", BLUE)
+    _line(panels[3], [(s.step, s.lr) for s in steps], "", BLUE)
     titles = ("loss", "value / limit", "norm of the gradient", "learning rate")
     for panel, title in zip(panels, titles, strict=True):
         panel.set_title(title)
-        panel.axvline(alarm.step, color="#CC79A7", linewidth=1)
+        panel.axvline(alarm.step, color=PURPLE, linewidth=1)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
             panel.legend(frameon=False, fontsize="small")
         values = [y for line in panel.get_lines()[:-1] for y in line.get_ydata()]
         positive = [y for y in values if 0 < y < math.inf]
-        spans_decades = bool(positive) and max(positive) > _LOG_FROM * min(positive)
-        if spans_decades and title != "learning rate":
+        wide = bool(positive) and spans_decades(min(positive), max(positive))
+        if wide and title != "learning rate":
             panel.set_yscale("log")
     for panel in panels[2:]:
         panel.set_xlabel("step")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stableopt.plot.canvas import spans_decades
 from stableopt.report.run import FlightReport, Run, number
 from stableopt.report.summary import scientific, titled, with_ratio
 from stableopt.stability.measure.registry import QUANTITIES
@@ -25,9 +26,6 @@ _COLUMNS, _ROWS = 120, 24
 
 _LARGEST = 1e30
 """Largest number drawn: larger ones, as at the end of a diverging run, would flatten all others."""
-
-_LOG_FROM = 20.0
-"""Ratio of the largest to the smallest number from which an axis is logarithmic."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -249,7 +247,7 @@ def _draw(
         axes.axhline(limit, color=_RED, linestyle="--", lw=1.2)
         numbers.append(limit)
     low, high = min(numbers), max(numbers)
-    if low > 0 and high > _LOG_FROM * low:
+    if spans_decades(low, high):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("")
     elif low >= 0:

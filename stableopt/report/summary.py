@@ -38,8 +38,7 @@ def titled(name: str) -> str:
     >>> titled("non_uniformity"), titled("my_own")
     ('non-uniformity', 'my own')
     """
-    chart = QUANTITIES[name].chart if name in QUANTITIES else None
-    return chart.title if chart else name.replace("_", " ")
+    return QUANTITIES[name].title if name in QUANTITIES else name.replace("_", " ")
 
 
 def shown(value: float) -> str:

@@ -149,10 +149,8 @@ def margins_table(margins: StabilityMargins, note: str = "") -> Table:
     for name, result in margins.results.items():
         if result.value is None and result.failure is None:
             continue
-        chart = QUANTITIES[name].chart
-        title = chart.title if chart else name.replace("_", " ")
         value = "failed" if result.value is None else _number(result.value)
-        table.add_row(title, value, _number(result.limit), _coloured(result.ratio))
+        table.add_row(QUANTITIES[name].title, value, _number(result.limit), _coloured(result.ratio))
     if margins.layers is not None:
         table.add_section()
         table.add_row(Text("layers (% of the top eigenvector)", style="italic"))

@@ -129,6 +129,11 @@ class Quantity:
                 f" {', '.join('_' + part for part in _PARTS)}"
             )
 
+    @property
+    def title(self) -> str:
+        """The quantity in words."""
+        return self.chart.title if self.chart else self.name.replace("_", " ")
+
     def limit_of(
         self, rule: UpdateRule | None, batch_size: int | None, dataset_size: int | None
     ) -> float | None:
