@@ -68,7 +68,7 @@ class AfterLBFGS(Experiment):
         # after some 500 steps, of 60 ms each on one core.
         ("paper", "fashion-mnist"): {
             **{"seeds": (0, 1, 2, 3, 4), "random_labels": (0, 150, 300), "lbfgs_lr": 0.1},
-            **{"gd_lrs": (0.3,), "gd_steps": 4000, "sgd_lrs": (0.1, 0.3), "last": 20},
+            **{"gd_lrs": (0.3,), "gd_steps": 2000, "sgd_lrs": (0.1, 0.3), "last": 20},
         },
     }
 
