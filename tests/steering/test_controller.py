@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,12 @@ def test_its_turn_has_hysteresis() -> None:
     """Catches batch-size steering that stops and starts as measurements vary around the bound."""
     run = Run()
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=2, band=0.05)
-    turns = [
-        controller._sharpness_settled(stableopt.StabilityMargins(sharpness=a))
-        for a in (104.0, 106.0, 104.0, 103.0, 109.0, 111.0, 104.0, 104.0)
-    ]
+    turns, memory = [], controller._memory
+    for a in (104.0, 106.0, 104.0, 103.0, 109.0, 111.0, 104.0, 104.0):
+        margins = stableopt.StabilityMargins(sharpness=a)
+        is_settled, settled = controller._sharpness_settled(margins, memory)
+        turns.append(is_settled)
+        memory = replace(memory, settled=settled)
     assert turns == [False, False, False, True, True, False, False, True]
 
 

@@ -317,7 +317,9 @@ def _rank(rank: int, folder: str) -> None:
     served += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
     log, sunk = DecisionLog(maxlen=9), []
-    shared = list(decide_together(lambda: [decision], log, sunk.append, dry_run=False))
+    shared, memory = decide_together(
+        lambda: ([decision], f"memory of {rank}"), log, sunk.append, dry_run=False
+    )
     weight = torch.full((2,), float(rank))
     broadcast_tensors([weight])
     result = {
@@ -325,6 +327,7 @@ def _rank(rank: int, folder: str) -> None:
         "size": sampler.batch_size,
         "decisions": [each.to_dict() for each in shared],
         "weight": weight.tolist(),
+        "memory": memory,
         "log": log.state(),
         "sunk": len(sunk),
         "world": world().size,
@@ -346,6 +349,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert sorted(flat) == list(range(20))
     assert [rank_zero["sunk"], rank_one["sunk"], rank_zero["world"]] == [1, 0, 2]
     assert rank_one["weight"] == [0.0, 0.0]
+    assert rank_zero["memory"] == rank_one["memory"] == "memory of 0"
     (decided,), (received,) = rank_zero["decisions"], rank_one["decisions"]
     assert decided == received
     assert (received["new"], received["why"]) == (0.2, "rank 0")
