@@ -1,4 +1,7 @@
-"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick_along` perturbs them."""
+"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick_along` perturbs them.
+
+`least_stable_direction` is the direction of a kick.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.parameters import real_view
+from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
 
-__all__ = ["LastGood", "kick_along"]
+__all__ = ["LastGood", "kick_along", "least_stable_direction"]
 
 
 class LastGood:
@@ -19,7 +24,7 @@ class LastGood:
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    >>> good.keep(step=5)
+    >>> good.keep()
     >>> _ = nn.init.constant_(model.weight, float("nan"))
     >>> good.put_back()
     >>> bool(model.weight.isfinite())
@@ -30,16 +35,14 @@ class LastGood:
         self._optimizer, self._model = optimizer, model
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._states: list[tuple[Tensor, dict[str, Any]]] = []
-        self.step: int | None = None
 
-    def keep(self, step: int) -> None:
-        """Take a snapshot after ``step`` steps."""
+    def keep(self) -> None:
+        """Take a snapshot."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         # The optimizer may hold parameters outside the model; each tensor is copied once.
         tensors = {id(t): t for t in [*params, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
         self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in params]
-        self.step = step
 
     def put_back(self) -> None:
         """Restore the snapshot."""
@@ -61,3 +64,17 @@ def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float
     with torch.no_grad():
         for p, tangent in zip(params, tangents, strict=True):
             p.add_(tangent * (size * norm / length))
+
+
+def least_stable_direction(monitor: StabilityMonitor) -> list[Tensor]:
+    """Return the direction of the parameters in which the step is the least stable."""
+    rule, eigenvectors = monitor.update_rule, monitor.eigenvectors
+    problem = in_rule_coordinates(monitor.problem, rule, monitor.optimizers)
+    if "preconditioned_sharpness" not in eigenvectors:
+        return problem.unflatten(eigenvectors["sharpness"])
+    direction = eigenvectors["preconditioned_sharpness"]
+    preconditioner = outside_coordinates(rule, problem.params)
+    if preconditioner is not None:
+        # Then the eigenvector is a covector, which P maps to a direction.
+        direction = preconditioner @ direction
+    return problem.unflatten(direction)

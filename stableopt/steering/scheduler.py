@@ -16,7 +16,6 @@ from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
-from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import broadcast_tensors, decide_together, decision_is_due
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
@@ -28,7 +27,7 @@ from stableopt.steering.lr_laws import (
     keep_margin,
     new_state,
 )
-from stableopt.steering.rollback import LastGood, kick_along
+from stableopt.steering.rollback import LastGood, kick_along, least_stable_direction
 from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
@@ -44,6 +43,7 @@ class _Memory:
         target: the region, absolute once it is resolved.
         law: the state of the law.
         measured: the step of the last measurement that was decided on.
+        good: the step of the last good measurement, whose weights :class:`LastGood` keeps.
         restored: whether the last decision restored the weights.
         unstable: whether the point was last unstable at the decided rate, so a kick would be a second.
     """
@@ -51,6 +51,7 @@ class _Memory:
     target: TargetRegion
     law: State
     measured: int | None = None
+    good: int | None = None
     restored: bool = False
     unstable: bool = False
 
@@ -139,8 +140,8 @@ class StabilityLR(LRScheduler):
         _check(optimizer, monitor, target)
         if monitor.problem.sharded and (restore or kick):
             raise ValueError(
-                "restore and kick broadcast rank 0's weights, which is impossible for weights sharded by"
-                " fully_shard: omit both arguments"
+                "restore and kick need whole weights on every rank, and fully_shard shards them: omit"
+                " both arguments"
             )
         if restore is None:
             restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
@@ -207,8 +208,8 @@ class StabilityLR(LRScheduler):
             TargetRegion(**state_dict["target"]),
             dict(state_dict["law"]),
             state_dict["seen"],
-            state_dict["restored"],
-            state_dict["kicked"],
+            restored=state_dict["restored"],
+            unstable=state_dict["kicked"],
         )
         self.decisions.load(state_dict["decisions"])
         self.last_epoch = state_dict["last_epoch"]
@@ -238,9 +239,13 @@ class StabilityLR(LRScheduler):
             decisions, memory = self._apply_law(margins, lr)
             return [*clip, *decisions], memory
 
+        before = self._memory.measured
         decisions, self._memory = decide_together(
             decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
         )
+        is_new = self._memory.measured != before
+        if self._last_good is not None and is_new and self._memory.good == self._memory.measured:
+            self._last_good.keep()
         changes = []
         for decision in decisions:
             if decision.dry_run:
@@ -301,17 +306,17 @@ class StabilityLR(LRScheduler):
         if not is_good:
             return [decision], memory
         if self._last_good is not None and not self.dry_run:
-            self._last_good.keep(margins.step)
+            memory = replace(memory, good=margins.step)
         kicks, unstable = self._kick_if_unstable(measured, decision)
         return [decision, *kicks], replace(memory, unstable=unstable)
 
     def _restore(self, step: int, reason: str) -> list[Decision]:
         """Return the decision to restore the last good weights after a cut, if there are any."""
-        if self._last_good is None or self._last_good.step is None:
+        good = self._memory.good
+        if good is None:
             return []
-        why = f"back to the weights of step {self._last_good.step}: {reason}"
-        old, new = float(step), float(self._last_good.step)
-        return [Decision("weights", "restore", old, new, why, step=step)]
+        why = f"back to the weights of step {good}: {reason}"
+        return [Decision("weights", "restore", float(step), float(good), why, step=step)]
 
     def _kick_if_unstable(
         self, measured: LRMeasured, decision: Decision
@@ -331,27 +336,15 @@ class StabilityLR(LRScheduler):
         return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)], True
 
     def _change_weights(self, decision: Decision) -> None:
-        """Restore or kick the weights on rank 0, and broadcast them."""
-        problem = self.monitor.problem
-        if world().rank == 0:
-            if decision.kind == "restore" and self._last_good is not None:
-                self._last_good.put_back()
-            elif decision.kind == "kick":
-                kick_along(problem.params, self._top_direction(), decision.new)
-        broadcast_tensors([*problem.params, *problem.model.buffers()])
-
-    def _top_direction(self) -> list[Tensor]:
-        """Return the direction of the parameters in which the step is the least stable."""
-        rule, eigenvectors = self.monitor.update_rule, self.monitor.eigenvectors
-        problem = in_rule_coordinates(self.monitor.problem, rule, self.monitor.optimizers)
-        if "preconditioned_sharpness" not in eigenvectors:
-            return problem.unflatten(eigenvectors["sharpness"])
-        direction = eigenvectors["preconditioned_sharpness"]
-        preconditioner = outside_coordinates(rule, problem.params)
-        if preconditioner is not None:
-            # Then the eigenvector is a covector, which P maps to a direction.
-            direction = preconditioner @ direction
-        return problem.unflatten(direction)
+        """Restore the weights of this rank, or kick those of rank 0 and broadcast them."""
+        if decision.kind == "restore" and self._last_good is not None:
+            # Each rank has its own snapshot, so the optimizer's state needs no broadcast.
+            self._last_good.put_back()
+        elif decision.kind == "kick":
+            params = self.monitor.problem.params
+            if world().rank == 0:
+                kick_along(params, least_stable_direction(self.monitor), decision.new)
+            broadcast_tensors(params)
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rank_processes import run
 from rank_workers.training import (
+    measured_apart,
     quasi_newton,
+    restored,
     steered,
     steered_seldom,
 )
@@ -44,3 +46,23 @@ def test_ranks_communicate_only_about_new_measurements(tmp_path: Path) -> None:
     assert set(zero["broadcast at"]) == {1, 5, 10, 15, 20}
     assert zero["target"] == ["absolute", "absolute"]
     assert zero["state"]["seen"] == zero["state"]["scheduler"]["seen"] == 20
+
+
+def test_rank_0_decides_for_ranks_that_measure_separately(tmp_path: Path) -> None:
+    """Catches ranks that wait in a broadcast for others that have no new measurement."""
+    zero, one = run(measured_apart, 2, tmp_path)
+    assert zero == one
+    assert set(zero["steps"]) <= {3, 6, 9, 12}  # rank 1 measures at even steps
+    assert "restore" in zero["kinds"]
+
+
+def test_every_rank_restores_weights_and_momentum(tmp_path: Path) -> None:
+    """Catches momentum that only rank 0 restores: equal weights at first, and replicas that part with
+    the next step.
+    """
+    zero, one = run(restored, 2, tmp_path)
+    assert "restore" in zero["kinds"]
+    assert zero == one
+    for name in ("weights", "momentum"):
+        assert zero[name][5] == zero[name][4]  # step 6 diverges
+        assert zero[name][7] != zero[name][6]
