@@ -12,11 +12,18 @@ from torch import Tensor
 from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.sinks.events import Decided, Event
+from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, DecisionLog
 
-__all__ = ["broadcast_tensors", "decide_together", "decision_is_due"]
+__all__ = ["broadcast_tensors", "decide_together", "decision_is_due", "new_margins"]
 
 M = TypeVar("M")
+
+
+def new_margins(monitor: StabilityMonitor, last: int | None) -> StabilityMargins | None:
+    """Return the latest measurement, unless it is that of step ``last``."""
+    margins = monitor.margins
+    return None if margins is None or margins.step == last else margins
 
 
 def decision_is_due(own: bool, monitor: StabilityMonitor) -> bool:

@@ -12,7 +12,7 @@ from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
-from stableopt.steering.agreement import decide_together, decision_is_due
+from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,
@@ -148,7 +148,7 @@ class StabilityController:
             self.scheduler.step()
         elif world().rank == 0:
             self._after_closing.check()
-        margins = self._new_margins()
+        margins = new_margins(self.monitor, self._memory.measured)
         if not decision_is_due(margins is not None, self.monitor):
             return
         decisions, self._memory = decide_together(
@@ -170,11 +170,7 @@ class StabilityController:
         return {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "batch_size": None if self.batch is None else self.batch.batch_size,
-            "target": [
-                list(self.target.sharpness),
-                list(self.target.non_uniformity),
-                self.target.unit,
-            ],
+            "target": self.target.to_dict(),
             "batch_law": dict(self._memory.batch_law),
             "verdict": dict(self._memory.verdict),
             "settled": self._memory.settled,
@@ -186,7 +182,9 @@ class StabilityController:
         """Continue from a :meth:`state_dict`, with the same controls; load the monitor's as well.
 
         Raises:
-            ValueError: for a missing entry, or a controller with other controls.
+            Exception: ``ValueError`` for a missing entry, a batch size that is not allowed, or a
+                controller with other controls; or any error over an entry of a wrong kind. Controller,
+                scheduler and batch size then stay as they were.
         """
         require_keys(state_dict, self.state_dict())
         for name, control in (("scheduler", self.scheduler), ("batch_size", self.batch)):
@@ -195,23 +193,23 @@ class StabilityController:
                     f"state_dict: its {name} does not fit this controller: expected the state of one"
                     " that controls the same"
                 )
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state_dict["scheduler"])
-        if self.batch is not None:
-            self.batch.batch_size = state_dict["batch_size"]
-        self._memory = _Memory(
-            TargetRegion(*state_dict["target"]),
+        # Read everything that can raise before changing anything.
+        memory = _Memory(
+            TargetRegion.from_dict(state_dict["target"]),
             dict(state_dict["batch_law"]),
             dict(state_dict["verdict"]),
             state_dict["settled"],
             state_dict["seen"],
         )
-        self.decisions.load(state_dict["decisions"])
-
-    def _new_margins(self) -> StabilityMargins | None:
-        """Return the measurement to decide on, if there is one."""
-        margins = self.monitor.margins
-        return None if margins is None or margins.step == self._memory.measured else margins
+        decisions = self.decisions.read(state_dict["decisions"])
+        if self.scheduler is not None:
+            self.scheduler._read_state(state_dict["scheduler"])
+        if self.batch is not None:  # a refused size changes nothing
+            self.batch.batch_size = state_dict["batch_size"]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state_dict["scheduler"])
+        self._memory = memory
+        self.decisions.replace(decisions)
 
     def _decide(self, margins: StabilityMargins) -> tuple[list[Decision], _Memory]:
         """Return the decisions on a new measurement, and the new memory."""

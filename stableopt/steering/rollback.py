@@ -1,7 +1,4 @@
-"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick_along` perturbs them.
-
-`least_stable_direction` is the direction of a kick.
-"""
+"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick` perturbs them."""
 
 from __future__ import annotations
 
@@ -13,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.parameters import real_view
+from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
+from stableopt.steering.agreement import broadcast_tensors
 
-__all__ = ["LastGood", "kick_along", "least_stable_direction"]
+__all__ = ["LastGood", "kick"]
 
 
 class LastGood:
@@ -56,7 +55,18 @@ class LastGood:
                 self._optimizer.state.pop(p, None)
 
 
-def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
+def kick(monitor: StabilityMonitor, size: float) -> None:
+    """Move the weights where the step is the least stable, by ``size`` times their norm.
+
+    Rank 0 moves its weights, and every rank gets them: all must call it.
+    """
+    params = monitor.problem.params
+    if world().rank == 0:
+        _kick_along(params, _least_stable_direction(monitor), size)
+    broadcast_tensors(params)
+
+
+def _kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
     """Move ``params`` in place along ``tangents``, by ``size`` times the norm of ``params``."""
     params = [real_view(p.detach()) for p in params]
     norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
@@ -66,7 +76,7 @@ def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float
             p.add_(tangent * (size * norm / length))
 
 
-def least_stable_direction(monitor: StabilityMonitor) -> list[Tensor]:
+def _least_stable_direction(monitor: StabilityMonitor) -> list[Tensor]:
     """Return the direction of the parameters in which the step is the least stable."""
     rule, eigenvectors = monitor.update_rule, monitor.eigenvectors
     problem = in_rule_coordinates(monitor.problem, rule, monitor.optimizers)

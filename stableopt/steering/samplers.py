@@ -222,8 +222,10 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
             ValueError: for a missing entry, or a size that is not allowed.
         """
         require_keys(state_dict, ("batch_size", "rest"))
+        # Read everything that can raise before changing anything; a refused size changes nothing.
+        remaining = list(state_dict["rest"])
         self.batch_size = state_dict["batch_size"]
-        self._resumed = list(state_dict["rest"]) or None
+        self._resumed = remaining or None
 
     def __getstate__(self) -> dict[str, Any]:
         # Samplers' iterators are mostly generators, which cannot be copied or pickled; those of lists

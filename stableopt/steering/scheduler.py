@@ -17,7 +17,7 @@ from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 from stableopt.stability.rules.update_rule import base_optimizer
-from stableopt.steering.agreement import broadcast_tensors, decide_together, decision_is_due
+from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
 from stableopt.steering.lr_laws import (
     Law,
@@ -27,7 +27,7 @@ from stableopt.steering.lr_laws import (
     keep_margin,
     new_state,
 )
-from stableopt.steering.rollback import LastGood, kick_along, least_stable_direction
+from stableopt.steering.rollback import LastGood, kick
 from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
@@ -189,11 +189,7 @@ class StabilityLR(LRScheduler):
             "kicked": self._memory.unstable,
             "law": dict(self._memory.law),
             "bounds": {name: getattr(self, name) for name in _BOUNDS},
-            "target": {
-                "sharpness": list(self.target.sharpness),
-                "non_uniformity": list(self.target.non_uniformity),
-                "unit": self.target.unit,
-            },
+            "target": self.target.to_dict(),
             "decisions": self.decisions.state(),
         }
 
@@ -201,23 +197,33 @@ class StabilityLR(LRScheduler):
         """Continue from a :meth:`state_dict`; load the states of optimizer and monitor as well.
 
         Raises:
-            ValueError: for a missing entry.
+            Exception: ``ValueError`` for a missing entry, or any error over one of a wrong kind. The
+                scheduler then stays as it was.
         """
+        attributes, decisions = self._read_state(state_dict)
+        vars(self).update(attributes)
+        self.decisions.replace(decisions)
+
+    def _read_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Decision]]:
+        """Return the attributes and decisions of ``state_dict``; raise if it is refused."""
         require_keys(state_dict, self.state_dict())
-        self._memory = _Memory(
-            TargetRegion(**state_dict["target"]),
+        require_keys(state_dict["bounds"], _BOUNDS, "state_dict['bounds']")
+        memory = _Memory(
+            TargetRegion.from_dict(state_dict["target"]),
             dict(state_dict["law"]),
             state_dict["seen"],
             restored=state_dict["restored"],
             unstable=state_dict["kicked"],
         )
-        self.decisions.load(state_dict["decisions"])
-        self.last_epoch = state_dict["last_epoch"]
-        self.base_lrs = list(state_dict["base_lrs"])
-        self._last_lr = list(state_dict["last_lr"])
-        self._step_count = state_dict["step_count"]
-        for name in _BOUNDS:
-            setattr(self, name, state_dict["bounds"][name])
+        attributes = {
+            "_memory": memory,
+            "last_epoch": state_dict["last_epoch"],
+            "base_lrs": list(state_dict["base_lrs"]),
+            "_last_lr": list(state_dict["last_lr"]),
+            "_step_count": state_dict["step_count"],
+            **{name: state_dict["bounds"][name] for name in _BOUNDS},
+        }
+        return attributes, self.decisions.read(state_dict["decisions"])
 
     def _act(self) -> list[Decision]:
         """Carry out decisions on the weights; return those that change the rate."""
@@ -229,7 +235,9 @@ class StabilityLR(LRScheduler):
         # A dry run leaves the rate, so a decision to clip it would come again at each step.
         lr = present if self.dry_run else self._clipped(present)
         clip = [] if lr == present else self._clip(present)
-        margins = self._new_margins()
+        margins = None
+        if self._step_count > 1:  # torch calls step once in the constructor
+            margins = new_margins(self.monitor, self._memory.measured)
         if not decision_is_due(bool(clip) or margins is not None, self.monitor):
             return []
 
@@ -255,13 +263,6 @@ class StabilityLR(LRScheduler):
             elif decision.changes:
                 changes.append(decision)
         return changes
-
-    def _new_margins(self) -> StabilityMargins | None:
-        """Return the measurement to decide on, if there is one."""
-        margins = self.monitor.margins
-        if self._step_count <= 1:  # torch calls step once in the constructor
-            return None
-        return None if margins is None or margins.step == self._memory.measured else margins
 
     def _clipped(self, lr: float) -> float:
         """Return ``lr`` clipped to the bounds, or a bound that it equals up to rounding."""
@@ -336,15 +337,12 @@ class StabilityLR(LRScheduler):
         return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)], True
 
     def _change_weights(self, decision: Decision) -> None:
-        """Restore the weights of this rank, or kick those of rank 0 and broadcast them."""
+        """Restore or kick the weights."""
         if decision.kind == "restore" and self._last_good is not None:
             # Each rank has its own snapshot, so the optimizer's state needs no broadcast.
             self._last_good.put_back()
         elif decision.kind == "kick":
-            params = self.monitor.problem.params
-            if world().rank == 0:
-                kick_along(params, least_stable_direction(self.monitor), decision.new)
-            broadcast_tensors(params)
+            kick(self.monitor, decision.new)
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:

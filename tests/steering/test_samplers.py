@@ -322,6 +322,9 @@ def test_bad_states_are_refused() -> None:
     sampler = AdaptiveBatchSampler(range(9), 3)
     with pytest.raises(ValueError, match="lacks"):
         sampler.load_state_dict({"batch_size": 3})
+    with pytest.raises(TypeError):
+        sampler.load_state_dict({"batch_size": 2, "rest": None})
+    assert sampler.batch_size == 3
     with pytest.raises(ValueError, match="batches=1: only 0 were requested"):
         sampler.state_dict(batches=1)
     with pytest.raises(TypeError, match="without a length"):
