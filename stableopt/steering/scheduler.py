@@ -16,6 +16,7 @@ from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
+from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.stability.rules.update_rule import base_optimizer
 from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
@@ -330,7 +331,7 @@ class StabilityLR(LRScheduler):
         a = margins.limited_sharpness
         if not self._kick or a is None:
             return [], was_unstable
-        ratio = a / at_lr(measured.rule, decision.new).max_sharpness
+        ratio = ratio_to_limit(a, at_lr(measured.rule, decision.new).max_sharpness)
         if ratio <= 1 or was_unstable:
             return [], ratio > 1
         why = f"the sharpness is {ratio:.2f} of its limit, and the point must be left"
