@@ -276,15 +276,14 @@ class StabilityController:
         assert self.batch is not None
         ranks = world().size
         size = margins.dataset_size
-        largest = self.batch.nearest(size or math.inf) * ranks if size else None
         return BatchMeasured(
             margins,
             self.monitor.update_rule,
             target,
             batch_size=self.batch.batch_size * ranks,
-            dataset_size=size or 10**12,  # an endless stream: more than any batch
+            dataset_size=10**12 if size is None else size,  # an endless stream: above any batch
             smallest=self.batch.nearest(1) * ranks,
-            largest=largest,
+            largest=None if size is None else self.batch.nearest(size) * ranks,
             loss_cap=math.inf if self.scheduler is None else self.scheduler.loss_cap,
         )
 
