@@ -99,7 +99,6 @@ class StabilityLR(LRScheduler):
         last_epoch: as in torch.
 
     Attributes:
-        target: the region; one relative to the present is absolute once it is resolved.
         decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
         max_lr: the largest rate.
