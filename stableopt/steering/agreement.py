@@ -1,42 +1,65 @@
-"""`decide_together`: broadcasts rank 0's decisions; `broadcast_tensors`: broadcasts its weights."""
+"""`decide_together`: broadcasts rank 0's decisions and memory; `broadcast_tensors`: its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from stableopt.distributed.collectives import world
+from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.sinks.events import Decided, Event
+from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, DecisionLog
 
-__all__ = ["broadcast_tensors", "decide_together"]
+__all__ = ["broadcast_tensors", "decide_together", "decision_is_due", "new_margins"]
+
+M = TypeVar("M")
+
+
+def new_margins(monitor: StabilityMonitor, last: int | None) -> StabilityMargins | None:
+    """Return the latest measurement, unless it is that of step ``last``."""
+    margins = monitor.margins
+    return None if margins is None or margins.step == last else margins
+
+
+def decision_is_due(own: bool, monitor: StabilityMonitor) -> bool:
+    """Return whether to call :func:`decide_together` at this step: the same answer on every rank.
+
+    ``own`` is whether this rank sees something to decide. Ranks that measure together have the same
+    measurements and rates, so they all see the same, and most steps need no communication. If ranks
+    measure separately, none knows whether rank 0 has measured, so they decide together at every step.
+    """
+    return own or monitor.problem.ranks.size < world().size
 
 
 def decide_together(
-    decide: Callable[[], list[Decision]],
+    decide: Callable[[], tuple[list[Decision], M]],
     log: DecisionLog,
     deliver: Callable[[Event], object],
     *,
     dry_run: bool,
-) -> Iterator[Decision]:
-    """Yield and log rank 0's decisions on every rank; rank 0 also delivers them to the sinks.
+) -> tuple[list[Decision], M]:
+    """Log and return rank 0's decisions on every rank, and its memory; rank 0 also delivers them.
 
-    ``decide`` is called on rank 0. A decision without a change is left out if it repeats the reason of
-    the last one about its subject.
+    ``decide``, called on rank 0, returns the decisions and what to remember until the next call. A
+    decision without a change is left out if it repeats the reason of the last one about its subject.
     """
     ranks = world()
-    decisions: list[Decision] = []
-    if ranks.rank == 0:
-        decisions = [replace(decision, dry_run=dry_run) for decision in decide()]
-    for decision in ranks.broadcast_object(decisions):
+    own: Any = decide() if ranks.rank == 0 else None
+    decisions, memory = ranks.broadcast_object(own)
+    logged = []
+    for decision in decisions:
+        decision = replace(decision, dry_run=dry_run)
         if decision.changes or not log.repeats(decision):
             log.append(decision)
+            logged.append(decision)
             if ranks.rank == 0:
                 deliver(Decided(decision.step, decision))
-            yield decision
+    return logged, memory
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from stableopt.stability import StabilityMargins, UpdateRule
+from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.lr_laws import TRIES, UNCONVERGED, State, why_diverging, why_unusable
 from stableopt.steering.target import TargetRegion
@@ -146,7 +147,7 @@ def batch_staircase(
         held_since = state.get("held", step)
         gate_size = _smallest_size(measured, s / last_gate)
         if step - held_since < patience or present <= gate_size:
-            ratio = s / measured.limit(present)
+            ratio = ratio_to_limit(s, measured.limit(present))
             why = f"{why}; it is {ratio:.2f} of its limit, at the gate: escaping"
             return measured.decide("hold", present, why), {**state, "held": held_since}
     smaller = max(present * factor, target_size)
@@ -183,7 +184,7 @@ def keep_batch_margin(
     waiting = margins.step < state.get("until", -math.inf)
     if not waiting:
         s, tolerance, state = _averaged(s, state, band)
-    ratio = s / measured.limit(present)
+    ratio = ratio_to_limit(s, measured.limit(present))
     why = f"the non-uniformity is {ratio:.2f} of its limit, to be at most {share:g}"
     within = ratio <= share * (1 + tolerance)
     if within or waiting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stableopt._support.arguments import instance, positive, require_keys, whole
@@ -12,7 +12,7 @@ from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
-from stableopt.steering.agreement import decide_together
+from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.batch_laws import (
     BatchLaw,
     BatchMeasured,
@@ -27,6 +27,25 @@ from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, res
 from stableopt.steering.verdict import Situation, verdict
 
 __all__ = ["StabilityController"]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a controller remembers from one measurement to the next, the same on every rank.
+
+    Attributes:
+        target: the region, absolute once it is resolved.
+        batch_law: the state of the law of the batch size.
+        verdict: the state of the verdict.
+        settled: measurements in a row within the target's sharpness.
+        measured: the step of the last measurement that was decided on.
+    """
+
+    target: TargetRegion
+    batch_law: State
+    verdict: State
+    settled: int = 0
+    measured: int | None = None
 
 
 class StabilityController:
@@ -103,7 +122,6 @@ class StabilityController:
         self._settle, self._patience = whole("settle", settle), whole("patience", patience)
         self._band = positive("band", band)
         self.scheduler = _scheduler(monitor, target, lr, dry_run)
-        self._target = target
         _check_controls(monitor, target, self.scheduler, batch)
         default_law = batch_staircase if target.share is None else keep_batch_margin
         self._batch_law: BatchLaw = batch_law or default_law
@@ -111,16 +129,13 @@ class StabilityController:
             self.decisions = DecisionLog(maxlen=REMEMBERED)
         else:
             self.decisions = self.scheduler.decisions
-        self._batch_state: State = new_state()
-        self._verdict_state: State = new_state()
+        self._memory = _Memory(target, new_state(), new_state())
         self._after_closing = StepsAfterClosing(monitor, "StabilityController keeps the batch size")
-        self._settled = 0  # measurements in a row within the target's sharpness
-        self._last_measured: int | None = None
 
     @property
     def target(self) -> TargetRegion:
         """The region; one relative to the present is absolute once it is resolved."""
-        return self._target
+        return self._memory.target
 
     @property
     def marks(self) -> list[tuple[float, str]]:
@@ -131,9 +146,18 @@ class StabilityController:
         """Decide if there is a new measurement; call this after each ``optimizer.step()``."""
         if self.scheduler is not None:
             self.scheduler.step()
-        for decision in decide_together(
-            self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
-        ):
+        elif world().rank == 0:
+            self._after_closing.check()
+        margins = new_margins(self.monitor, self._memory.measured)
+        if not decision_is_due(margins is not None, self.monitor):
+            return
+        decisions, self._memory = decide_together(
+            lambda: ([], self._memory) if margins is None else self._decide(margins),
+            self.decisions,
+            self.monitor.deliver,
+            dry_run=self.dry_run,
+        )
+        for decision in decisions:
             if decision.what == "batch_size" and decision.changes and not decision.dry_run:
                 assert self.batch is not None
                 self.batch.resize(self._local(decision.new))
@@ -146,15 +170,11 @@ class StabilityController:
         return {
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "batch_size": None if self.batch is None else self.batch.batch_size,
-            "target": [
-                list(self._target.sharpness),
-                list(self._target.non_uniformity),
-                self._target.unit,
-            ],
-            "batch_law": dict(self._batch_state),
-            "verdict": dict(self._verdict_state),
-            "settled": self._settled,
-            "seen": self._last_measured,
+            "target": self.target.to_dict(),
+            "batch_law": dict(self._memory.batch_law),
+            "verdict": dict(self._memory.verdict),
+            "settled": self._memory.settled,
+            "seen": self._memory.measured,
             "decisions": self.decisions.state(),
         }
 
@@ -162,7 +182,9 @@ class StabilityController:
         """Continue from a :meth:`state_dict`, with the same controls; load the monitor's as well.
 
         Raises:
-            ValueError: for a missing entry, or a controller with other controls.
+            Exception: ``ValueError`` for a missing entry, a batch size that is not allowed, or a
+                controller with other controls; or any error over an entry of a wrong kind. Controller,
+                scheduler and batch size then stay as they were.
         """
         require_keys(state_dict, self.state_dict())
         for name, control in (("scheduler", self.scheduler), ("batch_size", self.batch)):
@@ -171,95 +193,108 @@ class StabilityController:
                     f"state_dict: its {name} does not fit this controller: expected the state of one"
                     " that controls the same"
                 )
+        # Read everything that can raise before changing anything.
+        memory = _Memory(
+            TargetRegion.from_dict(state_dict["target"]),
+            dict(state_dict["batch_law"]),
+            dict(state_dict["verdict"]),
+            state_dict["settled"],
+            state_dict["seen"],
+        )
+        decisions = self.decisions.read(state_dict["decisions"])
+        if self.scheduler is not None:
+            self.scheduler._read_state(state_dict["scheduler"])
+        if self.batch is not None:  # a refused size changes nothing
+            self.batch.batch_size = state_dict["batch_size"]
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state_dict["scheduler"])
-        if self.batch is not None:
-            self.batch.batch_size = state_dict["batch_size"]
-        self._target = TargetRegion(*state_dict["target"])
-        self._batch_state = dict(state_dict["batch_law"])
-        self._verdict_state = dict(state_dict["verdict"])
-        self._settled, self._last_measured = state_dict["settled"], state_dict["seen"]
-        self.decisions.load(state_dict["decisions"])
+        self._memory = memory
+        self.decisions.replace(decisions)
 
-    def _decide(self) -> list[Decision]:
-        if self.scheduler is None:  # it warns itself
-            self._after_closing.check()
-        margins = self.monitor.margins
-        if margins is None or margins.step == self._last_measured:
-            return []
-        self._last_measured = margins.step
-        self._target = resolved(self._target, margins)
-        if self._target.unit == "present":
+    def _decide(self, margins: StabilityMargins) -> tuple[list[Decision], _Memory]:
+        """Return the decisions on a new measurement, and the new memory."""
+        target = resolved(self.target, margins)
+        memory = replace(self._memory, target=target, measured=margins.step)
+        if target.unit == "present":
             if self.scheduler is not None:
-                return []  # the scheduler has decided to hold
+                return [], memory  # the scheduler has decided to hold
             size = 0.0 if self.batch is None else float(self.batch.batch_size)
-            return [Decision("batch_size", "hold", size, size, UNRESOLVED, step=margins.step)]
+            hold = Decision("batch_size", "hold", size, size, UNRESOLVED, step=margins.step)
+            return [hold], memory
         decisions = []
-        steers_batch = self.batch is not None and self._target.non_uniformity != OPEN
-        if steers_batch and self._sharpness_settled(margins):
-            decisions.append(self._decide_batch_size(margins))
-        if self._target.unit == "absolute":
-            outcome, self._verdict_state = verdict(
-                self._situation(margins),
-                self._verdict_state,
+        if self.batch is not None and target.non_uniformity != OPEN:
+            is_settled, settled = self._sharpness_settled(margins, memory)
+            memory = replace(memory, settled=settled)
+            if is_settled:
+                decision, law = self._decide_batch_size(margins, memory)
+                decisions.append(decision)
+                memory = replace(memory, batch_law=dict(law))
+        if target.unit == "absolute":
+            outcome, state = verdict(
+                self._situation(margins, target),
+                memory.verdict,
                 band=self._band,
                 patience=self._patience,
             )
+            memory = replace(memory, verdict=dict(state))
             if outcome is not None:
                 decisions.append(outcome)
-        return decisions
+        return decisions, memory
 
-    def _decide_batch_size(self, margins: StabilityMargins) -> Decision:
+    def _decide_batch_size(
+        self, margins: StabilityMargins, memory: _Memory
+    ) -> tuple[Decision, State]:
         assert self.batch is not None
-        measured = self._batch_measured(margins)
-        decision, self._batch_state = self._batch_law(measured, self._batch_state)
+        measured = self._batch_measured(margins, memory.target)
+        decision, state = self._batch_law(measured, memory.batch_law)
         # The sampler takes the nearest multiple of its unit.
         local = self._local(decision.new) if decision.changes else self.batch.batch_size
-        return replace(decision, new=local * world().size)
+        return replace(decision, new=local * world().size), state
 
-    def _sharpness_settled(self, margins: StabilityMargins) -> bool:
-        """Return whether the sharpness has settled, or is not steered, so the batch size may change."""
-        if self.scheduler is None or self._target.unit == "limit":
-            return True
-        a, (_, high) = margins.limited_sharpness, self._target.bounds("sharpness")
+    def _sharpness_settled(self, margins: StabilityMargins, memory: _Memory) -> tuple[bool, int]:
+        """Return whether the sharpness has settled, so the batch size may change, and the new count.
+
+        A sharpness that is not steered counts as settled.
+        """
+        settled = memory.settled
+        if self.scheduler is None or memory.target.unit == "limit":
+            return True, settled
+        a, (_, high) = margins.limited_sharpness, memory.target.bounds("sharpness")
         if a is None or not margins.converged:
-            return self._settled >= self._settle
+            return settled >= self._settle, settled
         last = self.decisions.latest("lr")
         if last is not None and last.step == margins.step and last.changes:
-            self._settled = 0
-            return False
+            return False, 0
         # Only the upper bound counts: no batch size raises the sharpness.
-        if self._settled >= self._settle:
-            if a > high * (1 + 2 * self._band):
-                self._settled = 0
+        if settled >= self._settle:
+            settled = 0 if a > high * (1 + 2 * self._band) else settled
         else:
-            self._settled = self._settled + 1 if a <= high * (1 + self._band) else 0
-        return self._settled >= self._settle
+            settled = settled + 1 if a <= high * (1 + self._band) else 0
+        return settled >= self._settle, settled
 
-    def _batch_measured(self, margins: StabilityMargins) -> BatchMeasured:
+    def _batch_measured(self, margins: StabilityMargins, target: TargetRegion) -> BatchMeasured:
         assert self.batch is not None
         ranks = world().size
         size = margins.dataset_size
-        largest = self.batch.nearest(size or math.inf) * ranks if size else None
         return BatchMeasured(
             margins,
             self.monitor.update_rule,
-            self._target,
+            target,
             batch_size=self.batch.batch_size * ranks,
-            dataset_size=size or 10**12,  # an endless stream: more than any batch
+            dataset_size=10**12 if size is None else size,  # an endless stream: above any batch
             smallest=self.batch.nearest(1) * ranks,
-            largest=largest,
+            largest=None if size is None else self.batch.nearest(size) * ranks,
             loss_cap=math.inf if self.scheduler is None else self.scheduler.loss_cap,
         )
 
-    def _situation(self, margins: StabilityMargins) -> Situation:
+    def _situation(self, margins: StabilityMargins, target: TargetRegion) -> Situation:
         scheduler, batch = self.scheduler, self.batch
         rule = self.monitor.update_rule
         return Situation(
             margins,
-            self._target,
+            target,
             lr=rule.lr,
-            target_lr=None if scheduler is None else self._target.lr_for(at_lr(rule, rule.lr)),
+            target_lr=None if scheduler is None else target.lr_for(at_lr(rule, rule.lr)),
             max_lr=math.inf if scheduler is None else scheduler.max_lr,
             batch_size=None if batch is None else batch.batch_size,
             smallest=1 if batch is None else batch.nearest(1),

@@ -98,12 +98,16 @@ class DecisionLog(deque[Decision]):
         return last is not None and _words(last) == _words(decision)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return plain values, for checkpoints; :meth:`load` reads them."""
+        """Return plain values, for checkpoints; :meth:`read` reads them."""
         return [decision.to_dict() for decision in self]
 
-    def load(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the decisions by those of a :meth:`state`."""
-        decisions = [Decision.from_dict(entry) for entry in state]
+    @staticmethod
+    def read(state: Iterable[Mapping[str, Any]]) -> list[Decision]:
+        """Return the decisions of a :meth:`state`."""
+        return [Decision.from_dict(entry) for entry in state]
+
+    def replace(self, decisions: Iterable[Decision]) -> None:
+        """Replace the decisions by others."""
         self.clear()
         self.extend(decisions)
 

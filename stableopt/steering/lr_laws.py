@@ -28,6 +28,7 @@ from typing import TypeAlias
 
 from stableopt._support.deprecation import renamed_names
 from stableopt.stability import StabilityMargins, UpdateRule
+from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.stability.rules.filters import stable_range
 from stableopt.steering.decision import Decision, Kind
 from stableopt.steering.target import TargetRegion, lr_at_limit
@@ -87,7 +88,7 @@ class LRMeasured:
     def ratio(self) -> float:
         """The measured sharpness over the limit at the present rate, not that of the measurement."""
         assert self.sharpness is not None
-        return self.sharpness / self.limit
+        return ratio_to_limit(self.sharpness, self.limit)
 
     def decide(self, kind: Kind, lr: float, why: str) -> Decision:
         """Return a decision for the rate ``lr``, clipped to the bounds.
@@ -138,8 +139,8 @@ def gated_staircase(
     - holds η for :math:`\beta/(1-\beta)` steps once m is back at 1 or below, since the momentum of the
       escape still moves the weights;
     - lowers η by ``rate`` a step if :math:`\eta > \eta_{\mathrm{target}}` and the sharpness, or its
-      limit, is below the target's lower bound. Otherwise it keeps η: every minimum sharper than the
-      target is unstable already;
+      limit, is below the target's lower bound, or if weight decay makes every minimum unstable.
+      Otherwise it keeps η: every minimum sharper than the target is unstable already;
     - multiplies η by ``cut`` if the loss is not finite or above the cap, and then holds it for
       ``hold`` steps. Each cut halves the gate's distance from 1. After ``tries`` cuts η never rises
       again, unless it has stayed at :math:`\eta_{\mathrm{target}}` for ``100 * hold`` steps.
@@ -179,7 +180,8 @@ def gated_staircase(
         if step - state["arrived"] >= 100 * hold:
             state = {name: value for name, value in state.items() if name != "cuts"}
         return measured.decide("keep", lr, "this is the target's rate"), state
-    if lr > goal and measured.sharpness >= low and measured.limit >= low:
+    some_are_stable = measured.limit >= low and measured.limit > 0
+    if lr > goal and measured.sharpness >= low and some_are_stable:
         why = f"every minimum sharper than the target is unstable from a rate of {target_lr:.4g} up"
         return measured.decide("keep", lr, why), state
     if lr > goal:
@@ -259,9 +261,11 @@ def keep_margin(
     if measured.ratio > share:
         if lr <= measured.min_lr:
             return measured.decide("hold", lr, f"{why}, but the rate is at its floor"), state
-        goal = lr_at_limit(measured.rule, measured.sharpness / share)
-        # Beyond the limit the rate falls at once, since the point is unstable.
-        lowest = lr * (1 - rate) ** steps if measured.ratio <= 1 else 0.0
+        goal, lowest = 0.0, lr * (1 - rate) ** steps
+        if measured.sharpness > 0:  # else weight decay alone makes the step unstable
+            goal = lr_at_limit(measured.rule, measured.sharpness / share)
+            # Beyond the limit the rate falls at once, since the point is unstable.
+            lowest = lowest if measured.ratio <= 1 else 0.0
         return measured.decide("lower", max(goal, lowest), why), state
     reason = _why_not_raise(measured, state, tries)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick_along` perturbs them."""
+"""Changes of the weights by steering: `LastGood` restores a snapshot, `kick` perturbs them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.curvature.problem.parameters import real_view
+from stableopt.distributed.collectives import world
+from stableopt.monitor.monitor import StabilityMonitor
+from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
+from stableopt.steering.agreement import broadcast_tensors
 
-__all__ = ["LastGood", "kick_along"]
+__all__ = ["LastGood", "kick"]
 
 
 class LastGood:
@@ -19,7 +23,7 @@ class LastGood:
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    >>> good.keep(step=5)
+    >>> good.keep()
     >>> _ = nn.init.constant_(model.weight, float("nan"))
     >>> good.put_back()
     >>> bool(model.weight.isfinite())
@@ -30,16 +34,14 @@ class LastGood:
         self._optimizer, self._model = optimizer, model
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._states: list[tuple[Tensor, dict[str, Any]]] = []
-        self.step: int | None = None
 
-    def keep(self, step: int) -> None:
-        """Take a snapshot after ``step`` steps."""
+    def keep(self) -> None:
+        """Take a snapshot."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         # The optimizer may hold parameters outside the model; each tensor is copied once.
         tensors = {id(t): t for t in [*params, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
         self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in params]
-        self.step = step
 
     def put_back(self) -> None:
         """Restore the snapshot."""
@@ -53,7 +55,18 @@ class LastGood:
                 self._optimizer.state.pop(p, None)
 
 
-def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
+def kick(monitor: StabilityMonitor, size: float) -> None:
+    """Move the weights where the step is the least stable, by ``size`` times their norm.
+
+    Rank 0 moves its weights, and every rank gets them: all must call it.
+    """
+    params = monitor.problem.params
+    if world().rank == 0:
+        _kick_along(params, _least_stable_direction(monitor), size)
+    broadcast_tensors(params)
+
+
+def _kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
     """Move ``params`` in place along ``tangents``, by ``size`` times the norm of ``params``."""
     params = [real_view(p.detach()) for p in params]
     norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
@@ -61,3 +74,17 @@ def kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float
     with torch.no_grad():
         for p, tangent in zip(params, tangents, strict=True):
             p.add_(tangent * (size * norm / length))
+
+
+def _least_stable_direction(monitor: StabilityMonitor) -> list[Tensor]:
+    """Return the direction of the parameters in which the step is the least stable."""
+    rule, eigenvectors = monitor.update_rule, monitor.eigenvectors
+    problem = in_rule_coordinates(monitor.problem, rule, monitor.optimizers)
+    if "preconditioned_sharpness" not in eigenvectors:
+        return problem.unflatten(eigenvectors["sharpness"])
+    direction = eigenvectors["preconditioned_sharpness"]
+    preconditioner = outside_coordinates(rule, problem.params)
+    if preconditioner is not None:
+        # Then the eigenvector is a covector, which P maps to a direction.
+        direction = preconditioner @ direction
+    return problem.unflatten(direction)

@@ -106,6 +106,8 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     once, in its order. ``drop_last`` leaves out a last batch that is shorter than the size *at that
     time*: then each index occurs at most once, and fewer than a batch are missing.
 
+    A copy or a pickle has the same :meth:`state_dict`, also within an epoch.
+
     In a distributed run use a ``DistributedSampler``, and change the size by :meth:`resize` on
     every rank. Sizes count the samples of one rank.
 
@@ -159,7 +161,7 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         indices = self._indices = iter(self.sampler if resumed is None else resumed)
         yielded = self._yielded = []
         while True:
-            # state_dict exhausts self._indices and replaces it. A newer epoch replaces it too, but
+            # _remaining exhausts self._indices and replaces it. A newer epoch replaces it too, but
             # then this epoch goes on with its own iterator.
             indices = self._indices if yielded is self._yielded else indices
             size = self.batch_size
@@ -209,9 +211,7 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         if used > len(self._yielded):
             raise ValueError(f"batches={batches}: only {len(self._yielded)} were requested")
         prefetched = chain.from_iterable(self._yielded[used:])
-        remaining = list(self._indices)
-        self._indices = iter(remaining)
-        return {"batch_size": self.batch_size, "rest": [*prefetched, *remaining]}
+        return {"batch_size": self.batch_size, "rest": [*prefetched, *self._remaining()]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue within the epoch: the next iteration yields its remaining batches.
@@ -222,8 +222,22 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
             ValueError: for a missing entry, or a size that is not allowed.
         """
         require_keys(state_dict, ("batch_size", "rest"))
+        # Read everything that can raise before changing anything; a refused size changes nothing.
+        remaining = list(state_dict["rest"])
         self.batch_size = state_dict["batch_size"]
-        self._resumed = list(state_dict["rest"]) or None
+        self._resumed = remaining or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Samplers' iterators are mostly generators, which cannot be copied or pickled; those of lists
+        # can. A sampler without a length may be endless, and has no state of its position.
+        remaining = self._remaining() if isinstance(self.sampler, Sized) else []
+        return {**vars(self), "_indices": iter(remaining), "_yielded": list(self._yielded)}
+
+    def _remaining(self) -> list[int]:
+        """Return the indices of this epoch that were not requested."""
+        remaining = list(self._indices)
+        self._indices = iter(remaining)
+        return remaining
 
 
 class AdaptiveAccumulation(_BatchSize):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from stableopt._support.arguments import instance, non_negative, positive, requi
 from stableopt.distributed.collectives import world
 from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.stability.rules.coordinates import in_rule_coordinates, outside_coordinates
+from stableopt.stability import StabilityMargins
+from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.stability.rules.update_rule import base_optimizer
-from stableopt.steering.agreement import broadcast_tensors, decide_together
+from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
 from stableopt.steering.lr_laws import (
     Law,
@@ -26,12 +28,33 @@ from stableopt.steering.lr_laws import (
     keep_margin,
     new_state,
 )
-from stableopt.steering.rollback import LastGood, kick_along
+from stableopt.steering.rollback import LastGood, kick
 from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
 
 _BOUNDS = ("min_lr", "max_lr", "loss_cap")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a scheduler remembers from one measurement to the next, the same on every rank.
+
+    Attributes:
+        target: the region, absolute once it is resolved.
+        law: the state of the law.
+        measured: the step of the last measurement that was decided on.
+        good: the step of the last good measurement, whose weights :class:`LastGood` keeps.
+        restored: whether the last decision restored the weights.
+        unstable: whether the point was last unstable at the decided rate, so a kick would be a second.
+    """
+
+    target: TargetRegion
+    law: State
+    measured: int | None = None
+    good: int | None = None
+    restored: bool = False
+    unstable: bool = False
 
 
 class StabilityLR(LRScheduler):
@@ -48,8 +71,9 @@ class StabilityLR(LRScheduler):
     The rate of the fastest group stays within ``min_lr`` and ``max_lr``. A rate outside of them, initial
     or set by another scheduler, moves to the nearer bound at once. A rate of 0 stays 0.
 
-    In a distributed run rank 0 decides, and every rank must call ``step()``. If training goes on after
-    the monitor was closed, rank 0 warns once, and the rate stays.
+    In a distributed run rank 0 decides, and every rank must call ``step()``. Ranks that measure
+    together communicate only at a new measurement. If training goes on after the monitor was closed,
+    rank 0 warns once, and the rate stays.
 
     Args:
         optimizer: the optimizer.
@@ -75,7 +99,6 @@ class StabilityLR(LRScheduler):
         last_epoch: as in torch.
 
     Attributes:
-        target: the region; one relative to the present is absolute once it is resolved.
         decisions: the latest 10,000 :class:`~stableopt.steering.decision.Decision`.
         min_lr: the smallest rate, of the fastest group.
         max_lr: the largest rate.
@@ -117,8 +140,8 @@ class StabilityLR(LRScheduler):
         _check(optimizer, monitor, target)
         if monitor.problem.sharded and (restore or kick):
             raise ValueError(
-                "restore and kick broadcast rank 0's weights, which is impossible for weights sharded by"
-                " fully_shard: omit both arguments"
+                "restore and kick need whole weights on every rank, and fully_shard shards them: omit"
+                " both arguments"
             )
         if restore is None:
             restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
@@ -126,7 +149,6 @@ class StabilityLR(LRScheduler):
         initial_lr = _fastest(optimizer, "initial_lr")
         lowest, highest = (initial_lr / 10, initial_lr) if keeps_margin else (0.0, math.inf)
         self.monitor = monitor
-        self.target = target
         self.law: Law = law or (keep_margin if keeps_margin else gated_staircase)
         self.dry_run = dry_run
         self.decisions = DecisionLog(maxlen=REMEMBERED)
@@ -137,11 +159,14 @@ class StabilityLR(LRScheduler):
         self.loss_cap = _bound("loss_cap", loss_cap, math.inf, open_end=math.inf)
         self._kick = non_negative("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
-        self._state: State = new_state()
-        self._last_measured: int | None = None
-        self._restored = self._kicked = False
+        self._memory = _Memory(target, new_state())
         self._after_closing = StepsAfterClosing(monitor, "StabilityLR keeps the learning rate")
         super().__init__(optimizer, last_epoch)
+
+    @property
+    def target(self) -> TargetRegion:
+        """The region; one relative to the present is absolute once it is resolved."""
+        return self._memory.target
 
     def get_lr(self) -> list[float | Tensor]:
         """Decide if there is a new measurement; return the rate of each group. ``step`` calls this."""
@@ -159,16 +184,12 @@ class StabilityLR(LRScheduler):
             "base_lrs": list(self.base_lrs),
             "last_lr": list(self._last_lr),
             "step_count": self._step_count,
-            "seen": self._last_measured,
-            "restored": self._restored,
-            "kicked": self._kicked,
-            "law": dict(self._state),
+            "seen": self._memory.measured,
+            "restored": self._memory.restored,
+            "kicked": self._memory.unstable,
+            "law": dict(self._memory.law),
             "bounds": {name: getattr(self, name) for name in _BOUNDS},
-            "target": {
-                "sharpness": list(self.target.sharpness),
-                "non_uniformity": list(self.target.non_uniformity),
-                "unit": self.target.unit,
-            },
+            "target": self.target.to_dict(),
             "decisions": self.decisions.state(),
         }
 
@@ -176,26 +197,65 @@ class StabilityLR(LRScheduler):
         """Continue from a :meth:`state_dict`; load the states of optimizer and monitor as well.
 
         Raises:
-            ValueError: for a missing entry.
+            Exception: ``ValueError`` for a missing entry, or any error over one of a wrong kind. The
+                scheduler then stays as it was.
         """
+        attributes, decisions = self._read_state(state_dict)
+        vars(self).update(attributes)
+        self.decisions.replace(decisions)
+
+    def _read_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Decision]]:
+        """Return the attributes and decisions of ``state_dict``; raise if it is refused."""
         require_keys(state_dict, self.state_dict())
-        self.target = TargetRegion(**state_dict["target"])
-        self.decisions.load(state_dict["decisions"])
-        self.last_epoch = state_dict["last_epoch"]
-        self.base_lrs = list(state_dict["base_lrs"])
-        self._last_lr = list(state_dict["last_lr"])
-        self._step_count = state_dict["step_count"]
-        self._last_measured, self._state = state_dict["seen"], dict(state_dict["law"])
-        self._restored, self._kicked = state_dict["restored"], state_dict["kicked"]
-        for name in _BOUNDS:
-            setattr(self, name, state_dict["bounds"][name])
+        require_keys(state_dict["bounds"], _BOUNDS, "state_dict['bounds']")
+        memory = _Memory(
+            TargetRegion.from_dict(state_dict["target"]),
+            dict(state_dict["law"]),
+            state_dict["seen"],
+            restored=state_dict["restored"],
+            unstable=state_dict["kicked"],
+        )
+        attributes = {
+            "_memory": memory,
+            "last_epoch": state_dict["last_epoch"],
+            "base_lrs": list(state_dict["base_lrs"]),
+            "_last_lr": list(state_dict["last_lr"]),
+            "_step_count": state_dict["step_count"],
+            **{name: state_dict["bounds"][name] for name in _BOUNDS},
+        }
+        return attributes, self.decisions.read(state_dict["decisions"])
 
     def _act(self) -> list[Decision]:
         """Carry out decisions on the weights; return those that change the rate."""
+        if world().rank == 0:
+            self._after_closing.check()
+        present = _fastest(self.optimizer)
+        if present == 0:
+            return []
+        # A dry run leaves the rate, so a decision to clip it would come again at each step.
+        lr = present if self.dry_run else self._clipped(present)
+        clip = [] if lr == present else self._clip(present)
+        margins = None
+        if self._step_count > 1:  # torch calls step once in the constructor
+            margins = new_margins(self.monitor, self._memory.measured)
+        if not decision_is_due(bool(clip) or margins is not None, self.monitor):
+            return []
+
+        def decide() -> tuple[list[Decision], _Memory]:
+            if margins is None:
+                return clip, self._memory
+            decisions, memory = self._apply_law(margins, lr)
+            return [*clip, *decisions], memory
+
+        before = self._memory.measured
+        decisions, self._memory = decide_together(
+            decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
+        )
+        is_new = self._memory.measured != before
+        if self._last_good is not None and is_new and self._memory.good == self._memory.measured:
+            self._last_good.keep()
         changes = []
-        for decision in decide_together(
-            self._decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
-        ):
+        for decision in decisions:
             if decision.dry_run:
                 continue
             if decision.kind in ("restore", "kick"):
@@ -203,18 +263,6 @@ class StabilityLR(LRScheduler):
             elif decision.changes:
                 changes.append(decision)
         return changes
-
-    def _decide(self) -> list[Decision]:
-        self._after_closing.check()
-        present = _fastest(self.optimizer)
-        if present == 0:
-            return []
-        # A dry run leaves the rate, so a decision to clip it would come again at each step.
-        lr = present if self.dry_run else self._clipped(present)
-        decisions = [] if lr == present else self._clip(present)
-        if self._step_count > 1:  # torch calls step once in the constructor
-            decisions += self._apply_law(lr)
-        return decisions
 
     def _clipped(self, lr: float) -> float:
         """Return ``lr`` clipped to the bounds, or a bound that it equals up to rounding."""
@@ -239,72 +287,62 @@ class StabilityLR(LRScheduler):
         why = f"the rate was below min_lr={bound:.4g}"
         return [Decision("lr", "raise", lr, bound, why, step=step)]
 
-    def _apply_law(self, lr: float) -> list[Decision]:
-        """Return the decisions on a new measurement at the rate ``lr``."""
-        margins = self.monitor.margins
-        if margins is None or margins.step == self._last_measured:
-            return []
-        self._last_measured = margins.step
-        self.target = resolved(self.target, margins)
-        if self.target.unit == "present":
-            return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)]
+    def _apply_law(self, margins: StabilityMargins, lr: float) -> tuple[list[Decision], _Memory]:
+        """Return the decisions on a new measurement at the rate ``lr``, and the new memory."""
+        restored, target = self._memory.restored, resolved(self.target, margins)
+        memory = replace(self._memory, target=target, measured=margins.step, restored=False)
+        if target.unit == "present":
+            return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)], memory
         rule = at_lr(self.monitor.update_rule, lr)
         measured = LRMeasured(
-            margins, rule, self.target, self.min_lr, self.max_lr, self.loss_cap, self._restored
+            margins, rule, target, self.min_lr, self.max_lr, self.loss_cap, restored
         )
-        self._restored = False
-        decision, self._state = self.law(measured, self._state)
+        decision, law = self.law(measured, memory.law)
+        memory = replace(memory, law=dict(law))
         if decision.kind == "cut":
-            return [decision, *self._restore(margins.step, decision.why)]
+            restores = self._restore(margins.step, decision.why)
+            restored = bool(restores) and not self.dry_run
+            return [decision, *restores], replace(memory, restored=restored)
         is_good = margins.failure is None and (margins.loss or 0.0) <= self.loss_cap
-        if self._last_good is not None and is_good and not self.dry_run:
-            self._last_good.keep(margins.step)
-        return [decision, *(self._kick_if_unstable(measured, decision) if is_good else [])]
+        if not is_good:
+            return [decision], memory
+        if self._last_good is not None and not self.dry_run:
+            memory = replace(memory, good=margins.step)
+        kicks, unstable = self._kick_if_unstable(measured, decision)
+        return [decision, *kicks], replace(memory, unstable=unstable)
 
     def _restore(self, step: int, reason: str) -> list[Decision]:
         """Return the decision to restore the last good weights after a cut, if there are any."""
-        if self._last_good is None or self._last_good.step is None:
+        good = self._memory.good
+        if good is None:
             return []
-        why = f"back to the weights of step {self._last_good.step}: {reason}"
-        self._restored = not self.dry_run
-        old, new = float(step), float(self._last_good.step)
-        return [Decision("weights", "restore", old, new, why, step=step)]
+        why = f"back to the weights of step {good}: {reason}"
+        return [Decision("weights", "restore", float(step), float(good), why, step=step)]
 
-    def _kick_if_unstable(self, measured: LRMeasured, decision: Decision) -> list[Decision]:
-        """Return the decision to kick the weights, once the decided rate makes the point unstable."""
-        margins = measured.margins
+    def _kick_if_unstable(
+        self, measured: LRMeasured, decision: Decision
+    ) -> tuple[list[Decision], bool]:
+        """Return the decision to kick the weights, once the decided rate makes the point unstable.
+
+        Also return whether it does.
+        """
+        margins, was_unstable = measured.margins, self._memory.unstable
         a = margins.limited_sharpness
         if not self._kick or a is None:
-            return []
-        ratio = a / at_lr(measured.rule, decision.new).max_sharpness
-        kicked, self._kicked = self._kicked, ratio > 1
-        if ratio <= 1 or kicked:
-            return []
+            return [], was_unstable
+        ratio = ratio_to_limit(a, at_lr(measured.rule, decision.new).max_sharpness)
+        if ratio <= 1 or was_unstable:
+            return [], ratio > 1
         why = f"the sharpness is {ratio:.2f} of its limit, and the point must be left"
-        return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)]
+        return [Decision("weights", "kick", 0.0, self._kick, why, a, step=margins.step)], True
 
     def _change_weights(self, decision: Decision) -> None:
-        """Restore or kick the weights on rank 0, and broadcast them."""
-        problem = self.monitor.problem
-        if world().rank == 0:
-            if decision.kind == "restore" and self._last_good is not None:
-                self._last_good.put_back()
-            elif decision.kind == "kick":
-                kick_along(problem.params, self._top_direction(), decision.new)
-        broadcast_tensors([*problem.params, *problem.model.buffers()])
-
-    def _top_direction(self) -> list[Tensor]:
-        """Return the direction of the parameters in which the step is the least stable."""
-        rule, eigenvectors = self.monitor.update_rule, self.monitor.eigenvectors
-        problem = in_rule_coordinates(self.monitor.problem, rule, self.monitor.optimizers)
-        if "preconditioned_sharpness" not in eigenvectors:
-            return problem.unflatten(eigenvectors["sharpness"])
-        direction = eigenvectors["preconditioned_sharpness"]
-        preconditioner = outside_coordinates(rule, problem.params)
-        if preconditioner is not None:
-            # Then the eigenvector is a covector, which P maps to a direction.
-            direction = preconditioner @ direction
-        return problem.unflatten(direction)
+        """Restore or kick the weights."""
+        if decision.kind == "restore" and self._last_good is not None:
+            # Each rank has its own snapshot, so the optimizer's state needs no broadcast.
+            self._last_good.put_back()
+        elif decision.kind == "kick":
+            kick(self.monitor, decision.new)
 
 
 def _fastest(optimizer: torch.optim.Optimizer, key: str = "lr") -> float:

@@ -14,9 +14,9 @@ on the non-uniformity is :math:`s`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stableopt import plot
 from stableopt._support.arguments import positive, whole
@@ -259,6 +259,24 @@ class TargetRegion:
         self._require_absolute("plot")
         target = (self.bounds("sharpness"), self.bounds("non_uniformity"))
         return plot.diagram(region, points, target=target, ax=ax)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for checkpoints; :meth:`from_dict` reads them."""
+        return {
+            "sharpness": list(self.sharpness),
+            "non_uniformity": list(self.non_uniformity),
+            "unit": self.unit,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> TargetRegion:
+        """Return the region that :meth:`to_dict` wrote.
+
+        >>> target = TargetRegion.flatter(by=2)
+        >>> TargetRegion.from_dict(target.to_dict()) == target
+        True
+        """
+        return cls(**state)
 
     def __str__(self) -> str:
         unit = {"absolute": "", "present": " of the present", "limit": " of the limit"}[self.unit]

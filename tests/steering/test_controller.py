@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,12 @@ def test_its_turn_has_hysteresis() -> None:
     """Catches batch-size steering that stops and starts as measurements vary around the bound."""
     run = Run()
     controller = StabilityController(run.monitor, WIDE, batch=run.sampler, settle=2, band=0.05)
-    turns = [
-        controller._sharpness_settled(stableopt.StabilityMargins(sharpness=a))
-        for a in (104.0, 106.0, 104.0, 103.0, 109.0, 111.0, 104.0, 104.0)
-    ]
+    turns, memory = [], controller._memory
+    for a in (104.0, 106.0, 104.0, 103.0, 109.0, 111.0, 104.0, 104.0):
+        margins = stableopt.StabilityMargins(sharpness=a)
+        is_settled, settled = controller._sharpness_settled(margins, memory)
+        turns.append(is_settled)
+        memory = replace(memory, settled=settled)
     assert turns == [False, False, False, True, True, False, False, True]
 
 
@@ -228,6 +231,36 @@ def test_a_run_resumes_where_it_was() -> None:
         StabilityController(Run().monitor, TargetRegion(sharpness=(0, 1.0))).load_state_dict(
             state["controller"]
         )
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    """Catches a controller that is half the one of the checkpoint after an error."""
+    run = Run(every=1)
+    target = TargetRegion(sharpness=(0, 100.0), non_uniformity=(0, 0.2))
+    controller = StabilityController(run.monitor, target, batch=run.sampler)
+    run.go(3, controller)
+    good = copy.deepcopy(controller.state_dict())
+    assert good["target"] == good["scheduler"]["target"] == target.to_dict()
+    wrong: dict[str, Any] = {
+        "batch_size": 48,  # above the largest
+        "target": {"sharpness": [3.0, 1.0]},
+        "batch_law": None,
+        "verdict": None,
+        "decisions": [{"what": "lr"}],
+    }
+    within = {"target": {}, "law": None, "bounds": {"min_lr": 0.1}, "decisions": [{}], "last_lr": 1}
+    states = [{name: value} for name, value in wrong.items()]
+    states += [{"scheduler": {**other(good["scheduler"]), name: within[name]}} for name in within]
+    states.append({"scheduler": {}})
+    for state in states:
+        with pytest.raises((TypeError, ValueError)):
+            controller.load_state_dict({**good, **{"scheduler": other(good["scheduler"])}, **state})
+        assert controller.state_dict() == good, state
+
+
+def other(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """Return a changed state of a scheduler."""
+    return {**scheduler, "last_epoch": 77, "seen": 77, "decisions": []}
 
 
 def test_accumulation_is_a_knob_as_well() -> None:

@@ -36,9 +36,9 @@ def test_it_survives_checkpoints_and_copies() -> None:
     log = DecisionLog([hold("lr", "a"), hold("lr", "b"), hold("lr", "c")], maxlen=2)
     assert [decision.why for decision in log] == ["b", "c"]
     other = DecisionLog(maxlen=2)
-    other.load(json.loads(json.dumps(log.state())))
+    other.replace(log.read(json.loads(json.dumps(log.state()))))
     for twin in (other, copy.deepcopy(log), pickle.loads(pickle.dumps(log))):
         assert (type(twin), list(twin), twin.maxlen) == (DecisionLog, list(log), 2)
     with pytest.raises(TypeError, match="unknown"):
-        log.load([{"unknown": 1}])
+        log.replace(log.read([{"unknown": 1}]))
     assert len(log) == 2

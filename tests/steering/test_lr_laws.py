@@ -478,3 +478,18 @@ def test_the_margin_has_hysteresis() -> None:
     assert keep_margin(measured_at(0.1, 21.0, **bounds), {})[0].new == pytest.approx(1 / 21)
     up, _ = keep_margin(measured_at(0.1, 8.0, step=99, **bounds), {"step": 0.0})
     assert up.new == pytest.approx(0.45 * 2 / 8.0)
+
+
+@pytest.mark.parametrize("a", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("lr", [20.0, 30.0])
+def test_no_law_raises_a_rate_that_decay_alone_makes_unstable(lr: float, a: float) -> None:
+    """Catches a negative ratio taken for a small one: from a rate of 20 up the limit is 0 or less."""
+    rule, target = UpdateRule(lr=lr, weight_decay=0.1), TargetRegion(sharpness=(0, 5.0))
+    margins = StabilityMargins(step=1, sharpness=a)
+    share = LRMeasured(margins, rule, HALF, min_lr=0.01)
+    assert share.ratio == math.inf
+    lowered, _ = keep_margin(share, {})
+    assert lowered.kind == "lower"
+    # 2/lr - 0.1 is twice the sharpness at lr = 2/2.1; without a positive sharpness no rate is known.
+    assert lowered.new == pytest.approx(2 / 2.1 if a > 0 else 0.99 * lr)
+    assert gated_staircase(LRMeasured(margins, rule, target), {})[0].kind == "lower"

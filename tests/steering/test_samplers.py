@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import random
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 import torch.multiprocessing as multiprocessing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -25,7 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from stableopt import AdaptiveAccumulation, AdaptiveBatchSampler
+from stableopt import AdaptiveBatchSampler
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
@@ -41,6 +41,12 @@ class Indices(Dataset):
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+class Zeros:
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 0
 
 
 def shuffled(n: int, seed: int = 0) -> RandomSampler:
@@ -192,6 +198,31 @@ def test_a_resumed_epoch_can_be_saved_and_resumed_again() -> None:
     assert list(other) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
 
 
+def pickled(original: Any) -> Any:
+    return pickle.loads(pickle.dumps(original))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_within_an_epoch_continues_as_the_original(copied: Callable[[Any], Any]) -> None:
+    """Catches a sampler that cannot be copied once it was iterated, and a copy that takes indices from
+    the original.
+    """
+    sampler = AdaptiveBatchSampler(RandomSampler(range(10)), 3)
+    loader = DataLoader(Indices(10), batch_sampler=sampler)
+    batches = iter(loader)
+    next(batches)
+    copied(loader)
+    other, again = copied(sampler), copied(sampler)
+    state = other.state_dict(batches=1)
+    assert state == sampler.state_dict(batches=1)
+    other.load_state_dict(state)
+    assert list(other) == [batch.tolist() for batch in batches]
+    assert len(list(again)) == 4  # as a second loop over the original: a whole epoch
+    endless = AdaptiveBatchSampler(Zeros(), 2)
+    next(iter(endless))
+    assert next(iter(copied(endless))) == [0, 0]
+
+
 def test_a_finished_epoch_resumes_as_a_new_one() -> None:
     """Catches an empty epoch after resuming from a checkpoint between two epochs."""
     sampler = AdaptiveBatchSampler(range(5), 2)
@@ -291,6 +322,9 @@ def test_bad_states_are_refused() -> None:
     sampler = AdaptiveBatchSampler(range(9), 3)
     with pytest.raises(ValueError, match="lacks"):
         sampler.load_state_dict({"batch_size": 3})
+    with pytest.raises(TypeError):
+        sampler.load_state_dict({"batch_size": 2, "rest": None})
+    assert sampler.batch_size == 3
     with pytest.raises(ValueError, match="batches=1: only 0 were requested"):
         sampler.state_dict(batches=1)
     with pytest.raises(TypeError, match="without a length"):
@@ -317,7 +351,9 @@ def _rank(rank: int, folder: str) -> None:
     served += list(batches)
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
     log, sunk = DecisionLog(maxlen=9), []
-    shared = list(decide_together(lambda: [decision], log, sunk.append, dry_run=False))
+    shared, memory = decide_together(
+        lambda: ([decision], f"memory of {rank}"), log, sunk.append, dry_run=False
+    )
     weight = torch.full((2,), float(rank))
     broadcast_tensors([weight])
     result = {
@@ -325,6 +361,7 @@ def _rank(rank: int, folder: str) -> None:
         "size": sampler.batch_size,
         "decisions": [each.to_dict() for each in shared],
         "weight": weight.tolist(),
+        "memory": memory,
         "log": log.state(),
         "sunk": len(sunk),
         "world": world().size,
@@ -346,115 +383,11 @@ def test_ranks_agree(tmp_path: Path) -> None:
     assert sorted(flat) == list(range(20))
     assert [rank_zero["sunk"], rank_one["sunk"], rank_zero["world"]] == [1, 0, 2]
     assert rank_one["weight"] == [0.0, 0.0]
+    assert rank_zero["memory"] == rank_one["memory"] == "memory of 0"
     (decided,), (received,) = rank_zero["decisions"], rank_one["decisions"]
     assert decided == received
     assert (received["new"], received["why"]) == (0.2, "rank 0")
     assert rank_zero["log"] == rank_one["log"] == [decided]
-
-
-# -- accumulation ----------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    n=st.integers(1, 40), micro=st.integers(1, 6), counts=st.lists(st.integers(1, 5), min_size=1)
-)
-def test_accumulation_is_the_mean_over_the_step(n: int, micro: int, counts: list[int]) -> None:
-    """Catches shares that forget a ragged last batch, and a loader that ends within a step."""
-    x = torch.linspace(-1, 1, n, dtype=torch.float64).unsqueeze(1)
-    loader = DataLoader(list(zip(x, x**2, strict=True)), batch_size=micro)
-    accumulation = AdaptiveAccumulation(loader, micro)
-    weight = torch.full((1,), 0.5, dtype=torch.float64, requires_grad=True)
-    mean, start = nn.MSELoss(), 0
-    steps = iter(accumulation)
-    for turn in range(10**6):
-        accumulation.batch_size = micro * counts[turn % len(counts)]
-        group = next(steps, None)
-        if group is None:
-            break
-        weight.grad = None
-        for share, (a, b) in group:
-            (share * mean(weight * a, b)).backward()
-        rows = slice(start, start + sum(len(batch[0]) for _, batch in group))
-        (expected,) = torch.autograd.grad(mean(weight * x[rows], x[rows] ** 2), weight)
-        # Sums of at most 30 terms of size one in float64.
-        torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-14)
-        start = rows.stop
-    assert start == n
-
-
-def test_accumulation_refuses_what_its_loader_cannot_give() -> None:
-    """Catches a size between two multiples that is silently rounded."""
-    batches = [torch.zeros(4)] * 3
-    accumulation = AdaptiveAccumulation(batches, 4, max_batch_size=12)
-    assert accumulation.batch_size == 4
-    assert accumulation.nearest(7) == 8
-    assert accumulation.nearest(100) == 12
-    with pytest.raises(ValueError, match="batch_size=6"):
-        accumulation.batch_size = 6
-    with pytest.raises(ValueError, match="batch_size=6"):
-        AdaptiveAccumulation(batches, 4, 6)
-    accumulation.resize(8)
-    assert len(accumulation) == 2
-    other = AdaptiveAccumulation(batches, 4)
-    other.load_state_dict(accumulation.state_dict())
-    assert other.batch_size == 8
-    assert list(AdaptiveAccumulation([], 4)) == []
-
-
-@pytest.mark.parametrize(
-    ("sizes", "micro", "whole"),
-    [
-        ([16, 16], 8, 0),
-        ([2, 2], 8, 0),
-        ([8, 8, 8, 5, 8], 8, 1),
-        ([8, 5, 8, 8], 8, 0),
-        ([8, 8, 9], 8, 1),
-        ([8, 8, 8, 5], 8, 2),
-        ([8, 8, 3], 8, 2),
-        ([3], 8, 1),
-    ],
-)
-def test_accumulation_refuses_batches_of_another_size(
-    sizes: list[int], micro: int, whole: int
-) -> None:
-    """Catches steps of 32 samples where `batch_size` says 16, and a refused last batch."""
-    accumulation = AdaptiveAccumulation([torch.zeros(n) for n in sizes], micro, 2 * micro)
-    groups = []
-    fits = set(sizes[:-1]) <= {micro} and sizes[-1] <= micro
-    with nullcontext() if fits else pytest.raises(ValueError, match=f"micro_batch_size={micro}: a"):
-        groups.extend(iter(accumulation))
-    for group in accumulation if fits else ():
-        assert sum(len(batch) for _, batch in group) <= accumulation.batch_size
-    assert len(groups) == whole
-
-
-def test_accumulation_weighs_batches_as_the_loss_does() -> None:
-    """Catches weights by samples for a mean over tokens: 63 % off, without an error."""
-    torch.manual_seed(0)
-    x, y = torch.randint(7, (2, 16, 12))
-    for row in range(16):
-        y[row, 12 if row < 8 else 2 :] = -100
-    y[4:8] = -100  # a batch without any target
-    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7)).double()
-    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 16, 4)]
-
-    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-
-    expected = torch.autograd.grad(loss(x, y), list(model.parameters()))
-    with pytest.raises(ValueError, match=r"ignored targets \(-100\).*sample_weight="):
-        list(AdaptiveAccumulation(batches, 4, 16))
-    (group,) = AdaptiveAccumulation(
-        batches, 4, 16, sample_weight=lambda batch: (batch[1] != -100).sum(1)
-    )
-    model.zero_grad()
-    for share, batch in group:
-        (share * loss(*batch)).backward()
-    # Sums of some hundred terms in double precision.
-    torch.testing.assert_close(
-        [p.grad for p in model.parameters()], list(expected), rtol=1e-12, atol=1e-14
-    )
 
 
 def test_sampler_and_workers_leave_global_random_state_alone() -> None:

@@ -1,6 +1,6 @@
 """`Measurement`: a value with its accuracy and cost; `QuantityResult`: a measurement with its limit.
 
-`root` maps the top eigenvalue of a covariance to the quantity.
+`ratio_to_limit` compares the two, and `root` maps the top eigenvalue of a covariance to the quantity.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stableopt.curvature.eigen.result import GAP, Eigenpair
 from stableopt.curvature.spectrum.density import SpectralDensity
 from stableopt.stability.layers.table import Layers
 
-__all__ = ["Measurement", "QuantityResult", "root"]
+__all__ = ["Measurement", "QuantityResult", "ratio_to_limit", "root"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class QuantityResult:
 
     def compared(self, lr: float | None = None, *, limits_lr: bool = False) -> QuantityResult:
         """Return the result with its ratio: value over limit or, with ``limits_lr``, lr over value."""
-        ratio = _ratio(lr, self.value) if limits_lr else _ratio(self.value, self.limit)
+        value, limit = (lr, self.value) if limits_lr else (self.value, self.limit)
+        ratio = None if value is None or limit is None else ratio_to_limit(value, limit)
         return dataclasses.replace(self, ratio=ratio)
 
 
@@ -150,8 +151,10 @@ def root(eigenvalue: float) -> float:
     return math.sqrt(max(eigenvalue, 0.0))
 
 
-def _ratio(value: float | None, limit: float | None) -> float | None:
-    if value is None or limit is None:
-        return None
-    # Under a limit of zero or less, no value is stable.
+def ratio_to_limit(value: float, limit: float) -> float:
+    """Return value over limit; infinity under a limit of zero or less, where no value is stable.
+
+    >>> ratio_to_limit(15.0, 20.0), ratio_to_limit(1.0, -0.1)
+    (0.75, inf)
+    """
     return value / limit if limit > 0 else math.inf

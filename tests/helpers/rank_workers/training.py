@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 import stableopt
 import stableopt.monitor.schedule
 from rank_workers.shares import SAMPLES, own
+from stableopt.distributed.collectives import Ranks
 
 
 def reduced(loss: Tensor) -> Tensor:
@@ -86,4 +88,83 @@ def steered() -> dict[str, Any]:
         "observed": monitor.batch_size,
         "weights": [p.tolist() for p in model.parameters()],
         "changes": [[d.what, d.kind, d.new] for d in controller.decisions if d.changes],
+    }
+
+
+def steered_seldom() -> dict[str, Any]:
+    """Steer replicas that are measured at every fifth step, and count the broadcasts."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 3).double())
+    x, y = own(small_data(SAMPLES))
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05)
+    monitor = optimizer.track(model, nn.MSELoss(), (x, y), every=5)
+    controller = stableopt.StabilityController(monitor, stableopt.TargetRegion.flatter(by=2))
+    broadcast_at = []
+    broadcast_object = Ranks.broadcast_object
+
+    def counted(ranks: Ranks, sent: Any, source: int = 0) -> Any:
+        broadcast_at.append(monitor.step)
+        return broadcast_object(ranks, sent, source)
+
+    with mock.patch.object(Ranks, "broadcast_object", counted):
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            controller.step()
+    return {
+        "broadcast at": broadcast_at,
+        "state": controller.state_dict(),
+        "target": [controller.target.unit, controller.scheduler.target.unit],
+    }
+
+
+def measured_apart() -> dict[str, Any]:
+    """Steer replicas whose monitors measure a rank's own samples, each on a schedule of its own."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 3).double())
+    x, y = own(small_data(SAMPLES))
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    every = [3, 2][dist.get_rank()]
+    monitor = optimizer.track(model.module, nn.MSELoss(), (x, y), every=every)
+    target = stableopt.TargetRegion(sharpness=(0, 20.0))
+    controller = stableopt.StabilityController(monitor, target, lr={"loss_cap": 50.0})
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        (loss * 1e4 if step == 5 else loss).backward()
+        optimizer.step()
+        controller.step()
+    return {
+        "state": controller.state_dict(),
+        "weights": [p.tolist() for p in model.parameters()],
+        "momentum": [optimizer.state[p]["momentum_buffer"].tolist() for p in model.parameters()],
+        "steps": [d.step for d in controller.decisions],
+        "kinds": [d.kind for d in controller.decisions],
+    }
+
+
+def restored() -> dict[str, Any]:
+    """Let replicas with momentum diverge once, and train on after the weights were restored."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 3).double())
+    x, y = own(small_data(SAMPLES))
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    monitor = optimizer.track(model, nn.MSELoss(), (x, y), every=1)
+    target = stableopt.TargetRegion(sharpness=(0, 20.0))
+    scheduler = stableopt.StabilityLR(optimizer, monitor, target, loss_cap=50.0)
+    weights, momentum = [], []
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        (loss * 1e4 if step == 5 else loss).backward()
+        optimizer.step()
+        scheduler.step()
+        weights.append([p.tolist() for p in model.parameters()])
+        buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+        momentum.append([buffer.tolist() for buffer in buffers])
+    return {
+        "weights": weights,
+        "momentum": momentum,
+        "kinds": [d.kind for d in scheduler.decisions],
     }
