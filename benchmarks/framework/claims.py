@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 
-__all__ = ["Claim", "all_of", "at_least", "at_most", "close_to", "increasing", "spread"]
+__all__ = ["Claim", "all_of", "at_least", "at_most", "close_to", "increasing", "span", "spread"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,16 @@ def spread(values: Iterable[float], form: str = ".3g", of: str = "seed") -> str:
     if len(known) == 1:
         return f"{known[0]:{form}} (1 {of})"
     return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} {of}s)"
+
+
+def span(values: Iterable[float], form: str = ".2f") -> str:
+    """Return the smallest and the largest value, or one number if they print alike.
+
+    >>> span([0.5, 0.7, 0.6]), span([0.72, 0.721])
+    ('0.50 to 0.70', '0.72')
+    """
+    known = list(values)
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(known), max(known))))
 
 
 def _bounded(

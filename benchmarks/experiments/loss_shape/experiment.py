@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.experiments.loss_shape.jobs import LOSSES, WITHIN, Course, Line
-from benchmarks.framework.claims import Claim, all_of, at_least, spread
+from benchmarks.framework.claims import Claim, all_of, at_least, span, spread
 from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import BLUE, VERMILION, finish, limit, panels, trace
 from benchmarks.framework.tables import Row, table
@@ -141,9 +141,8 @@ class LossShape(Experiment):
                 1,
                 printed="the assumption of linear stability",
                 theory="",
-                ours="until the loss has risen by"
-                f" {' to '.join(dict.fromkeys(f'{x:.2g}' for x in (rises.min(), rises.max())))} times"
-                f" its value, at {len(rises)} {'minimum' if len(rises) == 1 else 'minima'}",
+                ours=f"until the loss has risen by {span(rises, '.2g')} times its value, at"
+                f" {len(rises)} {'minimum' if len(rises) == 1 else 'minima'}",
                 tolerance=f"{WITHIN:.0%} of the quadratic until the loss has doubled",
                 why="until it has risen tenfold, which counts as an escape:"
                 f" {(rises >= 9).sum()} of {len(rises)}",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pandas as pd
 
 from benchmarks.experiments.quasi_newton.jobs import METHODS, Budget, Search, Training
-from benchmarks.framework.claims import Claim, all_of, spread
+from benchmarks.framework.claims import Claim, all_of, span, spread
 from benchmarks.framework.experiment import Case, Experiment, Tables, case_of
 from benchmarks.framework.plotting import coloured, finish, limit, panels, points
 from benchmarks.training.data import Dataset
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "QuasiNewton"]
 
 LBFGS = "L-BFGS"
+
+
+_ESCAPED = 0.9
+"""Share of the sharpness below which a run has left its minimum: GD ends at 0.98 or more of it where it
+stays."""
 
 
 @dataclass(frozen=True)
@@ -174,14 +179,20 @@ def _escapes(name: str, runs: pd.DataFrame, before: pd.DataFrame) -> Iterator[Cl
         return
     lost = len(runs) - len(pairs)
     diverged = f"{lost} of {len(runs)} diverged" if lost else ""
+    kept = pairs.sharpness / pairs.sharpness_before
+    unstable = pairs.sharpness_before > 2 / pairs.lr
+    starts = f"{unstable.sum()} of {len(pairs)} start above 2/η"
+    if 0 < unstable.sum() < len(pairs):
+        starts += f", and end at {span(kept[unstable])} of the start; the others at"
+        starts += f" {span(kept[~unstable])}"
     yield all_of(
         f"{name}: escapes to a flatter minimum, Figure 9",
-        [*(pairs.sharpness < pairs.sharpness_before), *[False] * lost],
+        [*(kept < _ESCAPED), *[False] * lost],
         printed="flatter",
         ours=f"a from {_spread(pairs.sharpness_before)} to {_spread(pairs.sharpness)};"
         f" η = {pairs.lr.iloc[0]:g}",
-        tolerance="every seed",
-        why=diverged,
+        tolerance=f"every seed, to below {_ESCAPED:g} of the start",
+        why="; ".join(filter(None, [starts, diverged])),
     )
     gains = 100 * (pairs.test - pairs.test_before)
     error = gains.std() / len(gains) ** 0.5 if len(gains) > 1 else 0.0

@@ -120,3 +120,9 @@ def test_claims_follow_the_numbers() -> None:
     after[1]["sharpness"], after[1]["test"] = 7.0, 0.91  # gains of 5 and 1 points: 3 ± 4
     verdicts = [c.reproduced for c in SMALL.claims({"solutions": table(before + after)})]
     assert verdicts == [False, False]
+    after[1]["sharpness"] = 5.9  # a run that stays becomes a little flatter
+    escapes, _ = SMALL.claims({"solutions": table(before + after)})
+    assert not escapes.reproduced
+    before[1]["sharpness"], after[1]["sharpness"] = 1.9, 1.88
+    escapes, _ = SMALL.claims({"solutions": table(before + after)})
+    assert escapes.why == "1 of 2 start above 2/η, and end at 0.80 of the start; the others at 0.99"
