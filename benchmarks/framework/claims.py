@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
 
-__all__ = ["Claim", "all_of", "at_least", "at_most", "close_to", "increasing", "span", "spread"]
+__all__ = [
+    "Claim",
+    "all_of",
+    "at_least",
+    "at_most",
+    "clearly_positive",
+    "close_to",
+    "increasing",
+    "span",
+    "spread",
+]
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,17 @@ def spread(values: Iterable[float], form: str = ".3g", of: str = "seed") -> str:
     if len(known) == 1:
         return f"{known[0]:{form}} (1 {of})"
     return f"{mean(known):{form}} ± {stdev(known):{form.lstrip('+')}} ({len(known)} {of}s)"
+
+
+def clearly_positive(values: Iterable[float]) -> bool:
+    """Return whether the mean is two standard errors above 0: a single value has none.
+
+    >>> clearly_positive([0.5, 0.7, 0.6]), clearly_positive([1.0, 2.0, -1.5]), clearly_positive([0.1])
+    (True, False, True)
+    """
+    known = list(values)
+    error = stdev(known) / len(known) ** 0.5 if len(known) > 1 else 0.0
+    return mean(known) > 2 * error
 
 
 def span(values: Iterable[float], form: str = ".2f") -> str:
