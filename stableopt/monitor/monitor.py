@@ -292,7 +292,7 @@ class StabilityMonitor:
         if problem.device.type == "cuda":
             # Kernels that training has queued do not count as measuring time.
             torch.cuda.synchronize(problem.device)
-        with self._schedule.timed(self.step):
+        with self._schedule.timed():
             event = measure(self.step)
             self.history.append(event.margins)
             self._warn_of(event.margins)
