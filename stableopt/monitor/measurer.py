@@ -209,6 +209,20 @@ class Measurer:
         self.starts = evaluation.subspaces if margins.failure is None else {}
         return Measured(step, margins, rule)
 
+    def warn_of(self, margins: StabilityMargins) -> None:
+        """Warn once for each reason why ``margins`` lack a number, or have one that did not converge."""
+        if margins.failure is not None:
+            self._warn(f"the measurement at step {margins.step} failed", margins.failure)
+        elif margins.failures:
+            for name, reason in margins.failures.items():
+                self._warn(f"{name} was not measured at step {margins.step}", reason)
+        elif not margins.converged:
+            reason = f"in {self.max_iter} products; raise max_iter or tol"
+            failed = {name for name, m in margins.measurements.items() if not m.converged}
+            if failed == {"critical_sharpness"}:
+                reason = "the bracket of critical_sharpness is wide"
+            self._warn(f"the measurement at step {margins.step} did not converge", reason)
+
     def _current_quantities(self) -> list[str]:
         """Return the quantities of this measurement; rare ones only once in ``spectrum_every``."""
         with_rare = self.measured % self._spectrum_every == 0

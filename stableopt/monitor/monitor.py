@@ -286,6 +286,8 @@ class StabilityMonitor:
     def deliver(self, event: Event) -> None:
         """Send ``event`` to the sinks; warn once for each reason why a sink fails."""
         deliver(event, self.sinks, self._warn)
+        if self.closed:  # by a sink, which flushed those that got the event after it too early
+            flush(self.sinks, self._warn)
 
     def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
         problem = self.problem
@@ -295,23 +297,10 @@ class StabilityMonitor:
         with self._schedule.timed():
             event = measure(self.step)
             self.history.append(event.margins)
-            self._warn_of(event.margins)
+            self._measurer.warn_of(event.margins)
             if problem.ranks.rank == 0:
                 self.deliver(event)
         return event.margins
-
-    def _warn_of(self, margins: StabilityMargins) -> None:
-        if margins.failure is not None:
-            self._warn(f"the measurement at step {margins.step} failed", margins.failure)
-        elif margins.failures:
-            for name, reason in margins.failures.items():
-                self._warn(f"{name} was not measured at step {margins.step}", reason)
-        elif not margins.converged:
-            reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
-            failed = {name for name, m in margins.measurements.items() if not m.converged}
-            if failed == {"critical_sharpness"}:
-                reason = "the bracket of critical_sharpness is wide"
-            self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
