@@ -62,7 +62,7 @@ class WeightSample:
         kinds = {(p.dtype, p.device) for p in self._params}
         with torch.inference_mode(False), torch.no_grad():
             strided = zip(self._params, self._strides, strict=True)
-            parts = [_values(p)[::stride] for p, stride in strided]
+            parts = [_entries(_values(p), stride) for p, stride in strided]
             if kinds != {(torch.float32, device)}:
                 exact = any(part.dtype == torch.float64 for part in parts)
                 dtype = torch.float64 if exact else torch.float32
@@ -77,4 +77,25 @@ class WeightSample:
 
 
 def _values(p: Tensor) -> Tensor:
-    return real_view(local(p.detach())).reshape(-1)
+    return real_view(local(p.detach()))
+
+
+def _entries(values: Tensor, step: int) -> Tensor:
+    """Return every ``step``-th entry, in any order, without a copy of the others."""
+    if values.is_contiguous():
+        return values.reshape(-1)[::step]
+    if _dense(values):
+        # In the order of the memory, since `reshape` would copy weights in channels_last.
+        return values.as_strided((values.numel(),), (1,))[::step]
+    places = torch.arange(0, values.numel(), step, device=values.device)
+    return values[torch.unravel_index(places, values.shape)]
+
+
+def _dense(values: Tensor) -> bool:
+    """Return whether the entries fill a part of the memory, each place once."""
+    expected = 1
+    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -12,8 +12,10 @@ import pytest
 import torch
 from recorded_runs import LOSS, Run, data
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stableopt import FlightRecorder, StabilityMonitor
+from stableopt.recorder.weight_sample import WeightSample
 from stableopt.stability.rules.gradient_norms import norms_of_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
@@ -266,6 +268,51 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
     del expected[2]
     # 1e-6: in single precision.
     assert norms == pytest.approx(expected, rel=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what operations write to new memory, and the numbers that they give to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = self.read = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.read += op is torch.ops.aten._local_scalar_dense.default
+        if isinstance(result, Tensor) and not op.is_view:
+            self.written += result.numel()
+        return result
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.permute(3, 1, 0, 2),
+    "with an offset": lambda t: torch.cat([t, t]).to(memory_format=torch.channels_last)[32:],
+    "with gaps": lambda t: torch.cat([t, t], dim=3)[..., :4],
+    "expanded": lambda t: t[:, :1].expand(-1, 64, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_any_layout_are_sampled_without_a_copy(layout: str) -> None:
+    """Catches all weights copied at each step where they are not contiguous, as under channels_last,
+    and a sample that misses entries or takes others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = LAYOUTS[layout](torch.randn(32, 64, 4, 4, generator=generator))
+    sample = WeightSample([nn.Parameter(weight)], ["0.weight"])
+    with Counted() as counted:
+        taken = sample.take()
+    # The sample itself, and where entries lie with gaps, their positions in each dimension.
+    assert counted.written <= 64 * 256 < weight.numel()
+    assert len(taken) == 256
+    assert set(taken.tolist()) <= set(weight.flatten().tolist())
+    if layout != "expanded":
+        assert len(set(taken.tolist())) == 256
+    # 20 %: five times the error of a norm from 256 entries.
+    assert float(sample.norms(taken)) == pytest.approx(float(weight.norm()), rel=0.2)
 
 
 def test_a_compiled_step_has_the_report_of_an_eager_one(
