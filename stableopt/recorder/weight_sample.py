@@ -47,7 +47,8 @@ class WeightSample:
         self._params = tuple(params)
         self.layers = list(dict.fromkeys(map(layer_of, names)))
         numels = [_values(p).numel() for p in self._params]
-        self._strides = [max(-(-numel // _MAX_ENTRIES), 1) for numel in numels]
+        # Odd, so that the steps meet every column of a matrix whose width is a power of two.
+        self._strides = [max(-(-numel // _MAX_ENTRIES), 1) | 1 for numel in numels]
         sizes = [-(-n // stride) for n, stride in zip(numels, self._strides, strict=True)]
         device = self._params[0].device
         rows = [self.layers.index(layer_of(name)) for name in names]
