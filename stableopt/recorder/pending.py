@@ -127,6 +127,7 @@ class PendingStep:
     Attributes:
         step: the record to complete.
         before: the norm of each layer's weights before the step.
+        lrs: the learning rate of each group, ``None`` where it has none.
         gradients: the norm of each parameter's gradient.
         loss, total_norm: what the training loop reported.
         skipped: whether a gradient scaler skips the step.
@@ -136,6 +137,7 @@ class PendingStep:
 
     step: StepRecord
     before: Tensor
+    lrs: Sequence[Scalar | None] = ()
     gradients: Tensor | None = None
     loss: Scalar | None = None
     total_norm: Scalar | None = None
@@ -187,16 +189,16 @@ class PendingSteps:
         """
         problem = self._monitor.problem
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
-        lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
-        group_lrs = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
+        # Rates in tensors, which schedulers change in place, are copied, and stay on the device.
+        lrs = [None if group.get("lr") is None else _scalar(group["lr"]) for group in groups]
         if problem is not self._problem:  # as when layers thaw
             self._weights, self._problem = WeightSample(problem.params, problem.names), problem
             self._norms_after = {}
         self._sample = self._weights.take()
-        step = StepRecord(self._monitor.step + 1, max(lrs, default=0.0), lrs=group_lrs)
+        step = StepRecord(self._monitor.step + 1, lr=0.0)  # `read` fills in the rate
         self._scale = getattr(optimizer, "grad_scale", None)
         skipped = getattr(optimizer, "found_inf", None)
-        self._open = PendingStep(step, self._weights.norms(self._sample), skipped=skipped)
+        self._open = PendingStep(step, self._weights.norms(self._sample), lrs, skipped=skipped)
 
     @property
     def has_gradients(self) -> bool:
@@ -239,6 +241,7 @@ class PendingSteps:
         if not self._pending:
             return []
         steps, self._pending = self._pending, []
+        rates = iter(_read([lr for pending in steps for lr in pending.lrs]))
         losses = _read([pending.loss for pending in steps])
         total_norms = _read([pending.total_norm for pending in steps])
         skipped = _read([pending.skipped for pending in steps])
@@ -247,6 +250,7 @@ class PendingSteps:
         for pending, loss, total_norm, skip in zip(
             steps, losses, total_norms, skipped, strict=True
         ):
+            lrs = [lr for lr in islice(rates, len(pending.lrs)) if lr is not None]
             gradients: dict[str, float] = {}
             for name in self._problem.names:
                 layer = layer_of(name)
@@ -259,6 +263,8 @@ class PendingSteps:
             records.append(
                 replace(
                     pending.step,
+                    lr=max(lrs, default=0.0),
+                    lrs=lrs if len(lrs) == len(pending.lrs) and len(set(lrs)) > 1 else (),
                     loss=loss,
                     grad_norms={} if skip else gradients,
                     moved=moved(before, lengths),

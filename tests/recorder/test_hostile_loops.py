@@ -285,6 +285,39 @@ class Counted(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_rates_in_tensors_are_read_with_the_other_numbers(tmp_path: Path, several: bool) -> None:
+    """Catches a wait for the device at each step, where capturable optimizers keep their rate; and the
+    rate of a later step, since schedulers change the tensor in place.
+    """
+    reads = []
+    for recorded in (False, True):
+        model, (x, y) = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), data()
+        layers = [
+            {"params": layer.parameters(), "lr": torch.tensor(0.5 ** (1 + several * k))}
+            for k, layer in enumerate(model)
+        ]
+        optimizer = torch.optim.SGD(layers, foreach=False)
+        monitor = StabilityMonitor(optimizer, model, LOSS, (x, y), every=10**6, batch_size=4)
+        recorder = FlightRecorder(monitor, tmp_path, check_every=10)
+        if not recorded:
+            recorder.close()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            LOSS(model(x), y).backward()
+            with Counted() as counted:
+                optimizer.step()
+            reads.append(counted.read)
+            scheduler.step()
+        monitor.close()
+    recorder.close()
+    assert reads[3:] == reads[:3]
+    kept, rates = recorder.evidence.steps, (0.5, 0.25, 0.125)
+    assert [step.lr for step in kept] == list(rates)
+    assert [list(step.lrs) for step in kept] == [[lr, lr / 2] if several else [] for lr in rates]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "channels_last": lambda t: t.to(memory_format=torch.channels_last),
