@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -173,9 +174,9 @@ class Measurer:
         """
         rule = self.rule()
         self._update_problem()
-        self._summed_batch_size = (
-            int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
-        )
+        own = math.nan if self._counter.failed else self._counter.batch_size or 0
+        total = self.problem.ranks.all_reduce_sum(own)
+        self._summed_batch_size = None if math.isnan(total) else int(total) or None
         if not rule.full_batch:
             batch_size, dataset_size = self.batch_size, self._effective_dataset_size()
         else:  # it may evaluate the batch several times a step: the count is not its size

@@ -67,7 +67,8 @@ class StabilityMonitor:
             until the training time allows it.
         batch_size: samples in a step, of all ranks. By default the median of the last five steps,
             counted in the model's forward passes, except under ``torch.jit.script``, with
-            ``fullgraph=True`` around the model, or if compiled code of the model has already run.
+            ``fullgraph=True`` around the model, if compiled code of the model has already run, or for
+            a batch loss under ``fully_shard``.
         dataset_size: samples in the training set, by default those of the probe set; or ``math.inf``.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
             ``docs/reading-margins.md``. The default, sharpness, adds the preconditioned sharpness if
@@ -166,8 +167,10 @@ class StabilityMonitor:
             second_derivatives=None if check_derivatives else False,
             process_group=process_group,
         )
-        self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
+        self._counter = SampleCounter(
+            lambda: self.problem.params, problem.layout.dims[0], self._warn
+        )
         self._measurer = Measurer(
             self.optimizers,
             problem,
