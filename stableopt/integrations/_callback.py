@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,13 @@ class _IgnoringRecorder:
         """Ignore a loss, which does not belong to a step."""
 
 
-_PROBLEM_OPTIONS = ("params", "chunk_size", "dtype", "sample_weight", "batch_dim", "process_group")
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+_PROBLEM_OPTIONS = _keywords(StabilityMonitor) & _keywords(Problem)
+"""Options of the monitor that go to the problem, since a monitor that is given one refuses them."""
 
 
 class Tracked:
@@ -51,7 +58,12 @@ class Tracked:
         if batch_loss is not None and not callable(batch_loss):
             raise TypeError(f"batch_loss={batch_loss!r}: expected a function of model and batch")
         self._data, self._batch_loss, self._prefix = data, batch_loss, prefix
-        self._sinks, self._options = check_sinks(sinks), options
+        self._sinks = check_sinks(sinks)
+        # An iterator can be read only once, and each training reads the options.
+        self._options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, Iterator) else value
+            for name, value in options.items()
+        }
         if not isinstance(recorder, (str, os.PathLike, type(None))):
             raise TypeError(f"recorder={recorder!r}: expected the folder of its reports")
         self._report_folder = recorder

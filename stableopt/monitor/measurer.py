@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -173,9 +174,9 @@ class Measurer:
         """
         rule = self.rule()
         self._update_problem()
-        self._summed_batch_size = (
-            int(self.problem.ranks.all_reduce_sum(self._counter.batch_size or 0)) or None
-        )
+        own = math.nan if self._counter.failed else self._counter.batch_size or 0
+        total = self.problem.ranks.all_reduce_sum(own)
+        self._summed_batch_size = None if math.isnan(total) else int(total) or None
         if not rule.full_batch:
             batch_size, dataset_size = self.batch_size, self._effective_dataset_size()
         else:  # it may evaluate the batch several times a step: the count is not its size
@@ -208,6 +209,20 @@ class Measurer:
         self.measured += 1
         self.starts = evaluation.subspaces if margins.failure is None else {}
         return Measured(step, margins, rule)
+
+    def warn_of(self, margins: StabilityMargins) -> None:
+        """Warn once for each reason why ``margins`` lack a number, or have one that did not converge."""
+        if margins.failure is not None:
+            self._warn(f"the measurement at step {margins.step} failed", margins.failure)
+        elif margins.failures:
+            for name, reason in margins.failures.items():
+                self._warn(f"{name} was not measured at step {margins.step}", reason)
+        elif not margins.converged:
+            reason = f"in {self.max_iter} products; raise max_iter or tol"
+            failed = {name for name, m in margins.measurements.items() if not m.converged}
+            if failed == {"critical_sharpness"}:
+                reason = "the bracket of critical_sharpness is wide"
+            self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     def _current_quantities(self) -> list[str]:
         """Return the quantities of this measurement; rare ones only once in ``spectrum_every``."""

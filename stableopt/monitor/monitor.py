@@ -67,7 +67,8 @@ class StabilityMonitor:
             until the training time allows it.
         batch_size: samples in a step, of all ranks. By default the median of the last five steps,
             counted in the model's forward passes, except under ``torch.jit.script``, with
-            ``fullgraph=True`` around the model, or if compiled code of the model has already run.
+            ``fullgraph=True`` around the model, if compiled code of the model has already run, or for
+            a batch loss under ``fully_shard``.
         dataset_size: samples in the training set, by default those of the probe set; or ``math.inf``.
         quantities: names of :data:`~stableopt.stability.QUANTITIES`, listed in
             ``docs/reading-margins.md``. The default, sharpness, adds the preconditioned sharpness if
@@ -166,8 +167,10 @@ class StabilityMonitor:
             second_derivatives=None if check_derivatives else False,
             process_group=process_group,
         )
-        self._counter = SampleCounter(lambda: self.problem.params, problem.layout.dims[0])
         self._warn = WarnOnce(active=problem.ranks.rank == 0)
+        self._counter = SampleCounter(
+            lambda: self.problem.params, problem.layout.dims[0], self._warn
+        )
         self._measurer = Measurer(
             self.optimizers,
             problem,
@@ -286,32 +289,21 @@ class StabilityMonitor:
     def deliver(self, event: Event) -> None:
         """Send ``event`` to the sinks; warn once for each reason why a sink fails."""
         deliver(event, self.sinks, self._warn)
+        if self.closed:  # by a sink, which flushed those that got the event after it too early
+            flush(self.sinks, self._warn)
 
     def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
         problem = self.problem
         if problem.device.type == "cuda":
             # Kernels that training has queued do not count as measuring time.
             torch.cuda.synchronize(problem.device)
-        with self._schedule.timed(self.step):
+        with self._schedule.timed():
             event = measure(self.step)
             self.history.append(event.margins)
-            self._warn_of(event.margins)
+            self._measurer.warn_of(event.margins)
             if problem.ranks.rank == 0:
                 self.deliver(event)
         return event.margins
-
-    def _warn_of(self, margins: StabilityMargins) -> None:
-        if margins.failure is not None:
-            self._warn(f"the measurement at step {margins.step} failed", margins.failure)
-        elif margins.failures:
-            for name, reason in margins.failures.items():
-                self._warn(f"{name} was not measured at step {margins.step}", reason)
-        elif not margins.converged:
-            reason = f"in {self._measurer.max_iter} products; raise max_iter or tol"
-            failed = {name for name, m in margins.measurements.items() if not m.converged}
-            if failed == {"critical_sharpness"}:
-                reason = "the bracket of critical_sharpness is wide"
-            self._warn(f"the measurement at step {margins.step} did not converge", reason)
 
     @eager
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

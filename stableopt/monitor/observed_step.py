@@ -100,6 +100,73 @@ class ObservedStepPart(ObservedMethod):
         return result
 
 
+class NextStep(ObservedMethod):
+    """A wrapper around ``step`` that calls ``actions`` before the next step, and then goes.
+
+    torch iterates over the hooks of an optimizer while they run, and raises if they have changed. A
+    call of ``step`` that has not begun is the first moment at which they may.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, "step", self._act, None)
+        self.actions: list[Callable[[], object]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Schedulers mark a step that they have wrapped, and warn if the mark is lost.
+        if name == "_method":
+            raise AttributeError(name)
+        return getattr(self._method, name)
+
+    def _act(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.remove()
+        for action in self.actions:
+            action()
+
+
+def between_steps(optimizer: Any, action: Callable[[], object]) -> None:
+    """Call ``action`` now, or before the next step if a step of ``optimizer`` is running."""
+    if not running_steps(optimizer):
+        action()
+        return
+    step = vars(optimizer).get("step")
+    next_step = step if isinstance(step, NextStep) else NextStep(optimizer)
+    next_step.actions.append(action)
+
+
+class StepHook:
+    """One of torch's hooks of a step, which may be made and removed by a hook of the same optimizer.
+
+    Args:
+        optimizer: the optimizer.
+        register: its method that registers the hook.
+        function: called like the hook until :meth:`remove`.
+    """
+
+    def __init__(self, optimizer: Any, register: Callable[[Hook], Any], function: Hook) -> None:
+        self._optimizer = optimizer
+        self._function: Hook | None = function
+        self._handle: Any = None
+        between_steps(optimizer, lambda: self._register(register))
+
+    @eager
+    def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Call the function, unless the hook was removed."""
+        return None if self._function is None else self._function(optimizer, args, kwargs)
+
+    def _register(self, register: Callable[[Hook], Any]) -> None:
+        if self._function is not None:
+            self._handle = register(self)
+
+    def remove(self) -> None:
+        """End the calls at once; the optimizer's hooks change between two steps."""
+        self._function = None
+        between_steps(self._optimizer, self._unregister)
+
+    def _unregister(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
 def _identity(value: Any) -> Any:
     return value
 
@@ -112,7 +179,8 @@ def observe_steps(
 ) -> list[Any]:
     """Call ``before`` and ``after`` around each step; return handles with ``remove()``.
 
-    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance. A
+    If the optimizer has torch's step hooks, these are used; else ``step`` is wrapped on the instance.
+    A hook or a sink may call this, and ``remove()``: what it changes takes effect after the step. A
     step in parts, such as SAM's ``first_step`` and ``second_step``, is observed as one step.
 
     Args:
@@ -143,8 +211,8 @@ def observe_steps(
     if _has_hooks(optimizer):
         handles: list[Any] = []
         if before is not None:
-            handles.append(optimizer.register_step_pre_hook(before))
-        handles.append(optimizer.register_step_post_hook(after))
+            handles.append(StepHook(optimizer, optimizer.register_step_pre_hook, before))
+        handles.append(StepHook(optimizer, optimizer.register_step_post_hook, after))
         names = [name for name in _STEP_PARTS if callable(getattr(optimizer, name, None))]
         if len(names) > 1:
             handles.append(ObservedStepPart(optimizer, names[0], before, None, at_first_part))

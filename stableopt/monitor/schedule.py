@@ -53,17 +53,23 @@ class Schedule:
         self._every = None if every is None else whole("every", every)
         share = DEFAULT_OVERHEAD if max_overhead is None else max_overhead
         self._max_overhead = positive("max_overhead", share)
-        self.restore(pending=False)
-        self._seconds, self._last_seconds, self._last_step = 0.0, 0.0, 0
+        self._seconds, self._last_seconds = 0.0, 0.0
         if self._every is None:
             expected = first_seconds()
             # Counted as if it had just been taken: the training time must now pay for it.
             self._last_seconds = expected if expected > _FREE else 0.0
-        self._began = self._last_end = time.perf_counter()
+        self.restore(pending=False)
+        self._began = self._last_end
 
     def restore(self, *, pending: bool) -> None:
         """Continue a resumed run, in which a measurement was ``pending`` or not."""
         self.pending, self._next_broadcast = pending, 0
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Count time and steps from now: the training time pays for the last measurement."""
+        # Steps are counted here, since the monitor's count may include those of an earlier process.
+        self._last_end, self._steps_since = time.perf_counter(), 0
 
     @property
     def each_step(self) -> bool:
@@ -77,14 +83,14 @@ class Schedule:
         return self._seconds / training if training > 0 else math.inf
 
     @contextmanager
-    def timed(self, step: int) -> Iterator[None]:
-        """Record the wall time of the block as a measurement after ``step``, also if it raises."""
+    def timed(self) -> Iterator[None]:
+        """Record the wall time of the block as a measurement, also if it raises."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._last_end = time.perf_counter()
-            self._last_seconds, self._last_step = self._last_end - began, step
+            self._start_waiting()
+            self._last_seconds = self._last_end - began
             self._seconds += self._last_seconds
 
     def may_measure(self, step: int, ranks: Ranks) -> bool:
@@ -102,8 +108,9 @@ class Schedule:
         """Whether to measure after ``step``; rank 0 decides for all.
 
         ``moved`` returns whether the step changed the parameters. If it did not, a measurement that is
-        due waits for the next step that does.
+        due waits for the next step that does. Call this once after each step.
         """
+        self._steps_since += 1
         if ranks.several and step < self._next_broadcast:
             return False
         self.pending = self.pending or self._due(step)
@@ -128,7 +135,7 @@ class Schedule:
         if self._every is not None:
             return self._every - step % self._every
         waited = time.perf_counter() - self._last_end
-        step_seconds = waited / max(step - self._last_step, 1)
+        step_seconds = waited / self._steps_since
         remaining = self._last_seconds / self._max_overhead - waited
         # Half the estimate, since steps differ in length: a few broadcasts lead to the due step.
         return max(1, int(remaining / step_seconds / 2))

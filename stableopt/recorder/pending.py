@@ -37,20 +37,20 @@ class Reported:
 
     Attributes:
         total_norm: the norm of the gradient before clipping, or ``None``.
-        batch: identifiers of the samples, or ``None``.
+        parts: identifiers of the samples of each micro-batch, as a list, or a tensor on its device.
 
     >>> reported = Reported()
     >>> reported.add(1, [3])
     >>> reported.add(torch.tensor(2.0, dtype=torch.bfloat16), [4], grad_norm=torch.tensor(7.0))
-    >>> reported.loss, reported.batch, reported.total_norm
-    (tensor(1.5000), [3, 4], tensor(7.))
+    >>> reported.loss, reported.parts, reported.total_norm
+    (tensor(1.5000), [[3], [4]], tensor(7.))
     """
 
     def __init__(self) -> None:
         self._sum: Scalar | None = None
         self._micro_batches = 0
         self.total_norm: Scalar | None = None
-        self.batch: list[Any] | None = None
+        self.parts: list[list[Any] | Tensor] = []
 
     def add(self, loss: Any, batch: Any = None, grad_norm: Any = None) -> None:
         """Add a micro-batch. The last norm counts: it is the norm of the accumulated gradient."""
@@ -58,13 +58,22 @@ class Reported:
         self._sum = value if self._sum is None else _sum(self._sum, value)
         self._micro_batches += 1
         if batch is not None:
-            self.batch = [*(self.batch or ()), *_identifiers(batch)][:_MOST_INDICES]
+            self._add_identifiers(batch)
         if grad_norm is not None:
             if hasattr(grad_norm, "full_tensor"):
                 raise TypeError("grad_norm is a DTensor: pass grad_norm.full_tensor()")
             if isinstance(grad_norm, Tensor):
                 grad_norm = grad_norm.reshape(())
             self.total_norm = _scalar(grad_norm)
+
+    def _add_identifiers(self, batch: Any) -> None:
+        if sum(map(len, self.parts)) >= _MOST_INDICES:
+            return
+        if isinstance(batch, Tensor) and not batch.is_cpu:
+            # Read later; a copy, since loops fill one tensor of indices again and again.
+            self.parts.append(batch.detach().reshape(batch.shape or 1)[:_MOST_INDICES].clone())
+        else:
+            self.parts.append(_identifiers(batch))
 
     @property
     def loss(self) -> Scalar | None:
@@ -107,6 +116,12 @@ def _identifiers(batch: Any) -> list[Any]:
     return [_plain(identifier) for identifier in islice(batch, _MOST_INDICES)]
 
 
+def _batch(parts: Sequence[list[Any] | Tensor]) -> list[Any] | None:
+    """Return the identifiers of all micro-batches, or ``None`` if there are none."""
+    lists = [_identifiers(part) if isinstance(part, Tensor) else part for part in parts]
+    return [each for part in lists for each in part][:_MOST_INDICES] if lists else None
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
@@ -127,6 +142,8 @@ class PendingStep:
     Attributes:
         step: the record to complete.
         before: the norm of each layer's weights before the step.
+        lrs: the learning rate of each group, ``None`` where it has none.
+        parts: identifiers of the samples of each micro-batch.
         gradients: the norm of each parameter's gradient.
         loss, total_norm: what the training loop reported.
         skipped: whether a gradient scaler skips the step.
@@ -136,6 +153,8 @@ class PendingStep:
 
     step: StepRecord
     before: Tensor
+    lrs: Sequence[Scalar | None] = ()
+    parts: Sequence[list[Any] | Tensor] = ()
     gradients: Tensor | None = None
     loss: Scalar | None = None
     total_norm: Scalar | None = None
@@ -187,16 +206,16 @@ class PendingSteps:
         """
         problem = self._monitor.problem
         groups = [group for o in self._monitor.optimizers for group in o.param_groups]
-        lrs = [float(group["lr"]) for group in groups if group.get("lr") is not None]
-        group_lrs = lrs if len(lrs) == len(groups) and len(set(lrs)) > 1 else ()
+        # Rates in tensors, which schedulers change in place, are copied, and stay on the device.
+        lrs = [None if group.get("lr") is None else _scalar(group["lr"]) for group in groups]
         if problem is not self._problem:  # as when layers thaw
             self._weights, self._problem = WeightSample(problem.params, problem.names), problem
             self._norms_after = {}
         self._sample = self._weights.take()
-        step = StepRecord(self._monitor.step + 1, max(lrs, default=0.0), lrs=group_lrs)
+        step = StepRecord(self._monitor.step + 1, lr=0.0)  # `read` fills in the rate
         self._scale = getattr(optimizer, "grad_scale", None)
         skipped = getattr(optimizer, "found_inf", None)
-        self._open = PendingStep(step, self._weights.norms(self._sample), skipped=skipped)
+        self._open = PendingStep(step, self._weights.norms(self._sample), lrs, skipped=skipped)
 
     @property
     def has_gradients(self) -> bool:
@@ -208,7 +227,7 @@ class PendingSteps:
         if self._open is None or self._open.gradients is not None:
             return
         reported, self._next = self._next, Reported()
-        self._open.step = replace(self._open.step, batch=reported.batch)
+        self._open.parts = reported.parts
         self._open.loss, self._open.total_norm = reported.loss, reported.total_norm
         norms = norms_of_gradients(self._problem.params)
         scale = self._scale
@@ -239,6 +258,7 @@ class PendingSteps:
         if not self._pending:
             return []
         steps, self._pending = self._pending, []
+        rates = iter(_read([lr for pending in steps for lr in pending.lrs]))
         losses = _read([pending.loss for pending in steps])
         total_norms = _read([pending.total_norm for pending in steps])
         skipped = _read([pending.skipped for pending in steps])
@@ -247,6 +267,7 @@ class PendingSteps:
         for pending, loss, total_norm, skip in zip(
             steps, losses, total_norms, skipped, strict=True
         ):
+            lrs = [lr for lr in islice(rates, len(pending.lrs)) if lr is not None]
             gradients: dict[str, float] = {}
             for name in self._problem.names:
                 layer = layer_of(name)
@@ -259,7 +280,10 @@ class PendingSteps:
             records.append(
                 replace(
                     pending.step,
+                    lr=max(lrs, default=0.0),
+                    lrs=lrs if len(lrs) == len(pending.lrs) and len(set(lrs)) > 1 else (),
                     loss=loss,
+                    batch=_batch(pending.parts),
                     grad_norms={} if skip else gradients,
                     moved=moved(before, lengths),
                     changed=changed(self._norms_after, before),

@@ -47,14 +47,15 @@ class WeightSample:
         self._params = tuple(params)
         self.layers = list(dict.fromkeys(map(layer_of, names)))
         numels = [_values(p).numel() for p in self._params]
-        self._strides = [max(-(-numel // _MAX_ENTRIES), 1) for numel in numels]
+        # Odd, so that the steps meet every column of a matrix whose width is a power of two.
+        self._strides = [max(-(-numel // _MAX_ENTRIES), 1) | 1 for numel in numels]
         sizes = [-(-n // stride) for n, stride in zip(numels, self._strides, strict=True)]
         device = self._params[0].device
         rows = [self.layers.index(layer_of(name)) for name in names]
-        counts = torch.tensor(sizes, device=device)
-        self._rows = torch.repeat_interleave(torch.tensor(rows, device=device), counts)
+        counts = torch.tensor(sizes).to(device)
+        self._rows = torch.repeat_interleave(torch.tensor(rows).to(device), counts)
         factors = [numel / max(size, 1) for numel, size in zip(numels, sizes, strict=True)]
-        self._factors = torch.repeat_interleave(torch.tensor(factors, device=device), counts)
+        self._factors = torch.repeat_interleave(torch.tensor(factors).to(device), counts)
 
     def take(self) -> Tensor:
         """Return the sample of the present weights, in double precision if weights are, else single."""
@@ -62,7 +63,7 @@ class WeightSample:
         kinds = {(p.dtype, p.device) for p in self._params}
         with torch.inference_mode(False), torch.no_grad():
             strided = zip(self._params, self._strides, strict=True)
-            parts = [_values(p)[::stride] for p, stride in strided]
+            parts = [_entries(_values(p), stride) for p, stride in strided]
             if kinds != {(torch.float32, device)}:
                 exact = any(part.dtype == torch.float64 for part in parts)
                 dtype = torch.float64 if exact else torch.float32
@@ -77,4 +78,25 @@ class WeightSample:
 
 
 def _values(p: Tensor) -> Tensor:
-    return real_view(local(p.detach())).reshape(-1)
+    return real_view(local(p.detach()))
+
+
+def _entries(values: Tensor, step: int) -> Tensor:
+    """Return every ``step``-th entry, in any order, without a copy of the others."""
+    if values.is_contiguous():
+        return values.reshape(-1)[::step]
+    if _dense(values):
+        # In the order of the memory, since `reshape` would copy weights in channels_last.
+        return values.as_strided((values.numel(),), (1,))[::step]
+    places = torch.arange(0, values.numel(), step, device=values.device)
+    return values[torch.unravel_index(places, values.shape)]
+
+
+def _dense(values: Tensor) -> bool:
+    """Return whether the entries fill a part of the memory, each place once."""
+    expected = 1
+    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

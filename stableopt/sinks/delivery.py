@@ -64,9 +64,10 @@ def deliver(event: Event, sinks: Iterable[Sink], warn: WarnOnce) -> None:
     """Send ``event`` to each sink; warn of a sink that fails.
 
     A sink with ``receive`` gets the event. Any other sink is called with the step and a fresh record;
-    its ``note(step, text)``, if it has one, gets the reason of a decision.
+    its ``note(step, text)``, if it has one, gets the reason of a decision. A sink may add and remove
+    sinks: this event still goes to those that were there.
     """
-    for sink in sinks:
+    for sink in tuple(sinks):
         try:
             if isinstance(sink, EventSink):
                 sink.receive(event)
@@ -84,7 +85,7 @@ def flush(sinks: Iterable[Sink], warn: WarnOnce) -> None:
 
     An error raised here would hide the error that ends a ``with`` block.
     """
-    for sink in sinks:
+    for sink in tuple(sinks):
         flush_sink = getattr(sink, "flush", None)
         if callable(flush_sink):
             try:

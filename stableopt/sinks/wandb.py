@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 __all__ = ["WandbSink"]
 
@@ -14,7 +14,7 @@ __all__ = ["WandbSink"]
 class _Logged(NamedTuple):
     """The last record that a sink logged to a run, with all notes of its step."""
 
-    sink: int
+    sink: ReferenceType[WandbSink]
     step: int
     row: int | None
     note: str
@@ -73,7 +73,7 @@ class WandbSink:
         latest, row = _LATEST.get(run), _row(run)
         note = values.get("note", "")
         if latest is not None and latest.row == row:  # training has not committed the latest record
-            if (latest.sink, latest.step) == (id(self), int(step)):
+            if latest.sink() is self and latest.step == int(step):
                 note = "\n".join(filter(None, (latest.note, note)))
             else:
                 run.log({}, commit=True)
@@ -82,7 +82,7 @@ class WandbSink:
         named = {f"stability/{name}": value for name, value in values.items()}
         # A commit would raise the run's step, and wandb drops rows that training logs with a lower one.
         run.log({"stability/step": int(step), **named}, commit=False)
-        _LATEST[run] = _Logged(id(self), int(step), row, note)
+        _LATEST[run] = _Logged(ref(self), int(step), row, note)
 
     def __repr__(self) -> str:
         return f"WandbSink({self._run!r})"

@@ -11,6 +11,7 @@ from oracles import small_data
 from rank_processes import NEEDS_FSDP_ON_CPU, run, shard
 from rank_workers.fully_sharded import (
     divided_by_own_weights,
+    fsdp_counted,
     fsdp_measured,
     fsdp_tracked,
     fsdp_weighted,
@@ -111,6 +112,14 @@ def test_sharded_models_are_tracked(tmp_path: Path) -> None:
     assert zero["sharpness"] == pytest.approx(expected, rel=1e-3)
     expected = [margins.preconditioned_sharpness for margins in monitor.history]
     assert zero["preconditioned"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_samples_of_a_loss_of_pairs_are_unknown_unless_the_loop_counts_them(tmp_path: Path) -> None:
+    """Catches twice the batch size, where the probe set's passes do not show how often the loss runs
+    the model: they run without gradients, and a rank repeats a batch where another has more.
+    """
+    for found in run(fsdp_counted, 2, tmp_path):
+        assert found == {"observed": None, "counted": 6}
 
 
 def test_what_sharded_models_cannot_give_is_refused(tmp_path: Path) -> None:

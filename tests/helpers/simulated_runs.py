@@ -296,6 +296,33 @@ def steered(device: str) -> tuple[list[float], dict[str, float]]:
     return rates, _numbers(monitor.margins.record())
 
 
+def recorded(device: str, folder: str) -> tuple[list[Any], list[int]]:
+    """Return what a flight recorder keeps of each step, and its reads in each step and at the end."""
+    model, (x, y) = network(device), samples(device)
+    rate = torch.tensor(0.5).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, foreach=False)
+    monitor = stableopt.StabilityMonitor(optimizer, model, MSE, (x, y), every=100, batch_size=4)
+    recorder = stableopt.FlightRecorder(monitor, folder, check_every=100)
+    rows, reads = torch.arange(4).to(device), []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = MSE(model(x[rows]), y[rows])
+        loss.backward()
+        with Counting() as transfers:
+            recorder.loss(loss, rows)
+            recorder.loss(loss, rows[step], grad_norm=loss)
+            optimizer.step()
+        reads.append(transfers.places_in("recorder/"))
+        with torch.no_grad():
+            rows += 1
+            optimizer.param_groups[0]["lr"].mul_(0.5)
+    with Counting() as transfers:
+        recorder.close()
+    reads.append(transfers.places_in("recorder/"))
+    kept = [(s.lr, s.batch, s.loss, s.total_norm) for s in recorder.evidence.steps]
+    return kept, reads
+
+
 MOMENTUM = {"SGD": {"momentum": 0.9}, "AdamW": {}, "LBFGS": {"max_iter": 3}}
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from monitored_runs import hooks_left
 from torch import Tensor, nn
 
 import stableopt
@@ -136,3 +140,99 @@ def test_closing_at_the_end_in_any_order_says_nothing(tmp_path: Path, monitor_la
                 run.step(recorder.loss)
         scheduler.step()
         run.step(recorder.loss)
+
+
+def untracked(steps: int) -> nn.Module:
+    """Return the model after ``steps`` without a monitor."""
+    torch.manual_seed(0)
+    run = Training()
+    run.monitor.close()
+    for _ in range(steps):
+        run.step()
+    return run.model
+
+
+@pytest.mark.parametrize("what", ["close the monitor", "close the recorder", "track", "record"])
+@pytest.mark.parametrize("other", ["a recorder", "a hook"])
+def test_a_sink_may_attach_and_detach(tmp_path: Path, what: str, other: str) -> None:
+    """Catches hooks that change while torch iterates over them: the step would raise, after it was
+    taken, if another hook follows.
+
+    The sink acts at step 2; the monitor measures every second step.
+    """
+    torch.manual_seed(0)
+    run, seen = Training(), list[int]()
+    former, recorders = run.monitor, list[FlightRecorder]()
+
+    def act(step: int, record: dict[str, float]) -> None:
+        if what == "close the monitor":
+            former.close()
+        elif what == "close the recorder":
+            recorders[0].close()
+        elif what == "track":
+            run.monitor = run.track()
+        else:
+            recorders.append(FlightRecorder(run.monitor, tmp_path))
+        seen.append(step)
+
+    former.sinks.append(act)
+    if other == "a recorder" or what == "close the recorder":
+        recorders.append(FlightRecorder(former, tmp_path))
+    if other == "a hook":
+        run.optimizer.register_step_post_hook(lambda *_: seen.append(-1))
+    for _ in range(2):
+        run.step()
+    assert former.closed == (what in ("close the monitor", "track"))
+    former.sinks.remove(act)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the flight recorder stopped after step 2")
+        for _ in range(2):
+            run.step()
+    assert seen == ([-1, 2, -1, -1, -1] if other == "a hook" else [2])
+    assert [m.step for m in former.history] == ([2] if former.closed else [2, 4])
+    if what == "track":
+        assert run.monitor.step == 2
+        assert [m.step for m in run.monitor.history] == [2]
+    if what == "record":
+        assert [step.step for step in recorders[-1].evidence.steps] == [3, 4]
+    for each in (*recorders, run.monitor):
+        each.close()
+    assert hooks_left(run.optimizer, run.model) == (other == "a hook")
+    assert "step" not in vars(run.optimizer)
+    assert torch.equal(run.model.weight, untracked(4).weight)
+
+
+def test_hooks_that_leave_in_a_step_leave_no_trace_in_copies() -> None:
+    """Catches an optimizer that is copied with them, and a warning of a scheduler whose mark is lost."""
+    run = Training()
+    run.monitor.sinks.append(lambda step, record: run.monitor.close())
+    run.monitor = run.optimizer.track(
+        run.model, LOSS, (run.x, run.y), every=1, sinks=run.monitor.sinks
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 1)
+    run.optimizer.register_step_post_hook(lambda *_: None)
+    run.step()
+    assert run.monitor.closed
+    for copied in (copy.deepcopy(run.optimizer), pickle.loads(pickle.dumps(run.optimizer))):
+        assert hooks_left(copied, nn.Module()) == 0
+        assert "step" not in vars(copied)
+    scheduler.step()  # warnings are errors here
+    run.step()
+    assert hooks_left(run.optimizer, run.model) == 1
+
+
+def test_a_sink_after_the_one_that_closes_is_flushed_last() -> None:
+    """Catches a last record that stays in a buffer: the sinks were flushed before it came."""
+    run, calls = Training(), list[Any]()
+
+    class Buffered:
+        def __call__(self, step: int, record: dict[str, float]) -> None:
+            calls.append(step)
+
+        def flush(self) -> None:
+            calls.append("flush")
+
+    run.monitor.sinks += [lambda step, record: run.monitor.close(), Buffered()]
+    for _ in range(4):
+        run.step()
+    assert calls[-2:] == [2, "flush"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -262,3 +263,47 @@ def test_a_step_on_one_of_the_stacked_batches_is_one_sample() -> None:
         limits.append(monitor.margins.non_uniformity_limit)
     assert sizes == [1, 1, 2]
     assert limits == [limit(0.1, size, 12) for size in sizes]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_batch_counts_its_samples(layout: torch.layout) -> None:
+    """Catches a forward pass that raises under a monitor, since nested tensors have no shape."""
+    model, optimizer, monitor = start(every=5)
+    rows = [X[:2], X[2:5], X[5:6]]
+    output = model(torch.nested.as_nested_tensor(rows, layout=layout))
+    sum(part.square().mean() for part in output.unbind()).backward()
+    optimizer.step()
+    assert monitor.batch_size == 3
+
+
+class Sizeless(Tensor):
+    """A tensor that does not say how large it is."""
+
+    def dim(self) -> int:
+        raise NotImplementedError("no dimensions")
+
+
+def test_a_batch_that_cannot_be_counted_leaves_the_size_unknown() -> None:
+    """Catches a forward pass that raises for want of a count, and a step counted in part.
+
+    Steps whose samples are counted follow, and give the size again.
+    """
+    model, optimizer, monitor = start(every=100)
+    odd = X[:4].as_subclass(Sizeless)
+    train(model, optimizer)
+    assert monitor.batch_size == 4
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            MSE(model(odd), Y[:4]).backward()
+            MSE(model(X[:3]), Y[:3]).backward()
+            optimizer.step()
+            assert monitor.batch_size is None
+    (warning,) = caught
+    assert "samples of a step were not counted: NotImplementedError: no dim" in str(warning.message)
+    train(model, optimizer, rows=slice(0, 5))
+    assert monitor.batch_size == 5
+    monitor.count_samples(odd)  # warned of already
+    optimizer.step()
+    assert monitor.batch_size is None

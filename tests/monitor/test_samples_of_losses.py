@@ -129,6 +129,26 @@ def test_inputs_without_a_dimension_of_samples_leave_the_batch_size_unknown(
     assert given.margins.non_uniformity_ratio is not None
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_inputs_of_a_loss_count_their_samples(layout: torch.layout) -> None:
+    """Catches an error where samples differ in a dimension, which then has no size of its own."""
+    model, x = nn.Linear(4, 2), X.view(8, 3, 4)
+    lengths = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2])
+
+    def of_sequences(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows = [row[: int(length)] for row, length in zip(*batch, strict=True)]
+        outputs = model(torch.nested.as_nested_tensor(rows, layout=layout)).unbind()
+        return torch.stack([output.square().mean() for output in outputs]).mean()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    problem = Problem.from_batch_loss(model, of_sequences, [(x, lengths)])
+    with StabilityMonitor(optimizer, problem, every=5) as monitor:
+        of_sequences(model, (x[:5], lengths[:5])).backward()
+        optimizer.step()
+    assert monitor.batch_size == 5
+
+
 def test_a_loss_that_differentiates_is_evaluated() -> None:
     """Catches values at constants, which a gradient penalty cannot differentiate."""
     model = network()

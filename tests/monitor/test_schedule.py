@@ -172,6 +172,30 @@ def test_ranks_ask_rank_0_only_when_it_may_be_time() -> None:
     assert ranks.asked == 4  # at the first step, to learn when to ask again, and each time
 
 
+@pytest.mark.parametrize("resumed", [0, 100_000])
+def test_ranks_look_again_in_time_wherever_the_count_of_steps_begins(
+    monkeypatch: pytest.MonkeyPatch, resumed: int
+) -> None:
+    """Catches steps of an earlier run counted into the length of a step, so that rank 0 is asked again
+    only after 100,000 times the wait; and time from before a checkpoint was read that pays.
+    """
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(stableopt.monitor.schedule, "time", clock)
+    schedule, ranks = Schedule(max_overhead=1 / 32, first_seconds=lambda: 2.0), TwoRanks()
+    clock.now += 6.0
+    schedule.restore(pending=False)
+    turns = []
+    for step in range(1, 131):
+        clock.now += 1.0
+        turns.append(schedule.should_measure(resumed + step, lambda: True, ranks))
+        if turns[-1]:
+            with schedule.timed():
+                clock.now += 2.0
+    assert [step for step, turn in enumerate(turns, 1) if turn] == [64, 128]
+    assert ranks.asked < 20  # the rest is halved: about seven times for each wait of 64 steps
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     """Catches failing measurements at each step because their time does not count."""
@@ -181,7 +205,7 @@ def test_a_failed_measurement_is_paid_for_too(monkeypatch: pytest.MonkeyPatch, f
     schedule = Schedule(max_overhead=0.25)
     assert schedule.should_measure(1, lambda: True, Ranks())
     try:
-        with schedule.timed(1):
+        with schedule.timed():
             clock.now += 2.0
             if fails:
                 raise OSError

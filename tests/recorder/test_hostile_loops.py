@@ -12,8 +12,10 @@ import pytest
 import torch
 from recorded_runs import LOSS, Run, data
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stableopt import FlightRecorder, StabilityMonitor
+from stableopt.recorder.weight_sample import WeightSample
 from stableopt.stability.rules.gradient_norms import norms_of_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:the measurement at step:RuntimeWarning")
@@ -266,6 +268,98 @@ def test_a_gradient_scaler_changes_no_norm(tmp_path: Path, fused: bool, unscale:
     del expected[2]
     # 1e-6: in single precision.
     assert norms == pytest.approx(expected, rel=1e-6)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what operations write to new memory, and the numbers that they give to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = self.read = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        self.read += op is torch.ops.aten._local_scalar_dense.default
+        if isinstance(result, Tensor) and not op.is_view:
+            self.written += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_rates_in_tensors_are_read_with_the_other_numbers(tmp_path: Path, several: bool) -> None:
+    """Catches a wait for the device at each step, where capturable optimizers keep their rate; and the
+    rate of a later step, since schedulers change the tensor in place.
+    """
+    reads = []
+    for recorded in (False, True):
+        model, (x, y) = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), data()
+        layers = [
+            {"params": layer.parameters(), "lr": torch.tensor(0.5 ** (1 + several * k))}
+            for k, layer in enumerate(model)
+        ]
+        optimizer = torch.optim.SGD(layers, foreach=False)
+        monitor = StabilityMonitor(optimizer, model, LOSS, (x, y), every=10**6, batch_size=4)
+        recorder = FlightRecorder(monitor, tmp_path, check_every=10)
+        if not recorded:
+            recorder.close()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            LOSS(model(x), y).backward()
+            with Counted() as counted:
+                optimizer.step()
+            reads.append(counted.read)
+            scheduler.step()
+        monitor.close()
+    recorder.close()
+    assert reads[3:] == reads[:3]
+    kept, rates = recorder.evidence.steps, (0.5, 0.25, 0.125)
+    assert [step.lr for step in kept] == list(rates)
+    assert [list(step.lrs) for step in kept] == [[lr, lr / 2] if several else [] for lr in rates]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.permute(3, 1, 0, 2),
+    "with an offset": lambda t: torch.cat([t, t]).to(memory_format=torch.channels_last)[32:],
+    "with gaps": lambda t: torch.cat([t, t], dim=3)[..., :4],
+    "expanded": lambda t: t[:, :1].expand(-1, 64, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_any_layout_are_sampled_without_a_copy(layout: str) -> None:
+    """Catches all weights copied at each step where they are not contiguous, as under channels_last,
+    and a sample that misses entries or takes others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = LAYOUTS[layout](torch.randn(32, 64, 4, 4, generator=generator))
+    sample = WeightSample([nn.Parameter(weight)], ["0.weight"])
+    with Counted() as counted:
+        taken = sample.take()
+    # The sample itself, and where entries lie with gaps, their positions in each dimension.
+    assert counted.written <= 64 * 256 < weight.numel()
+    assert 250 <= len(taken) <= 256
+    assert set(taken.tolist()) <= set(weight.flatten().tolist())
+    if layout != "expanded":
+        assert len(set(taken.tolist())) == len(taken)
+    # 20 %: five times the error of a norm from 256 entries.
+    assert float(sample.norms(taken)) == pytest.approx(float(weight.norm()), rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["column", "imaginary part"])
+def test_a_sample_meets_every_column(kind: str) -> None:
+    """Catches equal steps that are a multiple of a row's length, or of the two parts of a complex
+    number: the sample is then one column alone, here one of zeros.
+    """
+    weight = torch.ones(512, 512)
+    weight[:, 0] = 0
+    if kind == "imaginary part":
+        weight = torch.complex(torch.zeros(512, 512), weight)
+    sample = WeightSample([nn.Parameter(weight)], ["0.weight"])
+    # 20 %: five times the error of a norm from 256 entries.
+    assert float(sample.norms(sample.take())) == pytest.approx(float(weight.norm()), rel=0.2)
 
 
 def test_a_compiled_step_has_the_report_of_an_eager_one(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import simulated_runs
 import torch
-from simulated_device import NEEDS_SIMULATED_DEVICE, on_both
+from simulated_device import DEVICE, NAME, NEEDS_SIMULATED_DEVICE, on_both
 
 from stableopt.stability.measure.registry import QUANTITIES
 
@@ -110,6 +110,22 @@ def test_steering_is_that_of_the_cpu(tmp_path: Path) -> None:
     assert len(set(cpu[0])) == 5
     assert device[0] == pytest.approx(cpu[0], rel=SAME)
     agree(device[1], cpu[1])
+
+
+def test_a_recorder_waits_for_the_device_only_when_it_reads(tmp_path: Path) -> None:
+    """Catches a read at each step, as of a rate or of samples' indices on the device; and values that
+    the training loop has changed in place when they are read.
+    """
+    (of_cpu, _), (of_device, reads), _ = on_both(simulated_runs.recorded, tmp_path, str(tmp_path))
+    assert reads[:3] == [0, 0, 0] or DEVICE != NAME  # transfers are counted on the simulated one
+    assert [step[:2] for step in of_device] == [step[:2] for step in of_cpu]
+    assert [step[:2] for step in of_cpu] == [
+        (0.5, [0, 1, 2, 3, 0]),
+        (0.25, [1, 2, 3, 4, 2]),
+        (0.125, [2, 3, 4, 5, 4]),
+    ]
+    for step, same in zip(of_device, of_cpu, strict=True):
+        assert step[2:] == pytest.approx(same[2:], rel=SAME)
 
 
 @pytest.mark.parametrize("name", list(simulated_runs.MOMENTUM))

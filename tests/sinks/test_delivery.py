@@ -91,6 +91,26 @@ def test_a_failing_sink_is_warned_of_once_and_the_next_is_served() -> None:
     assert good.received == [(3, MARGINS.record())] * 2
 
 
+def test_a_sink_may_remove_itself() -> None:
+    """Catches the sink after it, which misses the event."""
+    last = Noting()
+
+    def once(step: int, record: dict[str, float]) -> None:
+        sinks.remove(once)
+
+    class Flushed(Noting):
+        def flush(self) -> None:
+            sinks.remove(self)
+            last.received.append("flush")
+
+    sinks: list[Any] = [once, last]
+    deliver(MEASURED, sinks, WarnOnce())
+    assert last.received == [(3, MARGINS.record())]
+    sinks = [Flushed(), Flushed()]
+    flush(sinks, WarnOnce())
+    assert last.received[1:] == ["flush"] * 2
+
+
 def test_other_ranks_do_not_warn() -> None:
     """Catches a warning from each rank, and a failing sink after which the next gets nothing."""
     good = Noting()

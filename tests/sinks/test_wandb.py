@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,30 @@ def test_records_of_two_monitors_are_rows_of_their_own(run: Any, tmp_path: Path)
     rows = logged(tmp_path)
     values = [(r["stability/step"], r["stability/sharpness"]) for r in rows]
     assert values == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_sink_made_where_another_was_has_a_row_of_its_own() -> None:
+    """Catches a record that replaces that of a sink which no longer exists, where a new sink has its
+    place in memory, and a run that its sinks keep in memory.
+    """
+
+    class Run:
+        step, commits = 0, 0
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            pass
+
+        def log(self, data: dict[str, Any], commit: bool = False) -> None:
+            self.commits += commit
+
+    run = Run()
+    for value in range(20):
+        WandbSink(run)(1, {"sharpness": float(value)})  # gone at once
+    assert run.commits == 19
+    kept = weakref.ref(run)
+    del run
+    gc.collect()
+    assert kept() is None
 
 
 def test_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ class MeanLoss(abc.ABC):
         """Return a copy of this rank's part of the parameters as they are now."""
 
     @abc.abstractmethod
-    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+    def value(self, theta: Theta | None = None) -> float:
         """Return the mean loss over all samples, times ``sign``, at ``theta`` or the parameters."""
 
     @abc.abstractmethod

@@ -241,7 +241,7 @@ class ShardedProblem(MeanLoss):
         with torch.inference_mode(False), torch.no_grad():
             return tuple(local(p.detach()).clone() for p in self.params)
 
-    def value(self, theta: Theta | None = None, chunk_size: int | None = None) -> float:
+    def value(self, theta: Theta | None = None) -> float:
         """Return the mean loss over all samples of all ranks, times ``sign``, chunk by chunk."""
         point = self.theta() if theta is None else theta
         return self.at(point, None, 0.0, lambda: self._passes(backward=False))[0]

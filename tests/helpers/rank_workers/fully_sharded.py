@@ -188,6 +188,27 @@ def unsure() -> dict[str, Any]:
     return found
 
 
+def fsdp_counted() -> dict[str, int | None]:
+    """Return the batch sizes that a monitor observes: for a loss that passes each sample twice, and
+    where the loop counts them.
+    """
+    model, (x, _) = fully_sharded(wide_network()), own(small_data(SAMPLES))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return (model(x) - model(-x)).square().mean()
+
+    problem, found = ShardedProblem.from_batch_loss(model, loss, x, chunk_size=2), {}
+    with stableopt.StabilityMonitor(optimizer, problem, every=1) as monitor:
+        for name in ("observed", "counted"):
+            if name == "counted":
+                monitor.count_samples(x[:3])
+            loss(model, x[:3]).backward()
+            optimizer.step()
+            found[name] = monitor.batch_size
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Ask for what sharded models cannot give."""
     data = own(small_data(SAMPLES))
