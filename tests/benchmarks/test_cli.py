@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from small_runs import run_in_this_process
 
-from benchmarks import agenda, cli, experiments, report
+from benchmarks import agenda, cli, experiments, report, sweep_runner
 from benchmarks.experiments import gd_sharpness
 from benchmarks.framework.publish import publish
 from benchmarks.framework.tables import read_table, records
@@ -169,7 +169,7 @@ def test_workers_share_the_threads(
         places.append(place)
         return Summary()
 
-    monkeypatch.setattr(cli, "run_all", look)
+    monkeypatch.setattr(sweep_runner, "run_all", look)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     assert cli.main([*RUN, "-j", str(workers), "--out", str(tmp_path)]) == 0
     assert [place.threads for place in places] == [each]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cli
+from benchmarks import sweep_runner
 from benchmarks.framework.experiment import Experiment
 from benchmarks.framework.tables import read_table, write_table
 from benchmarks.runner import Place, Store, run_all
@@ -18,13 +18,13 @@ __all__ = ["run_in_this_process", "small_run"]
 
 def run_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command line run jobs in this process, without a new process that imports torch."""
-    made = cli.made_executor
+    made = sweep_runner.made_executor
 
     def executor(name: str, workers: int) -> Any:
         made(name, workers)
         return lambda: ThreadPoolExecutor(1)
 
-    monkeypatch.setattr(cli, "made_executor", executor)
+    monkeypatch.setattr(sweep_runner, "made_executor", executor)
 
 
 def small_run(experiment: Experiment, folder: Path) -> tuple[dict[str, Any], set[str], Store]:

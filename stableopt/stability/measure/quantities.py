@@ -8,13 +8,14 @@ from stableopt.curvature import Hessian
 from stableopt.curvature.problem.sharded import require_samples
 from stableopt.stability.mean_square.critical_lr import critical_lr
 from stableopt.stability.mean_square.theorem1 import SecondMomentExcess
-from stableopt.stability.measure.batch_quantities import (
-    measured_batch_sharpness,
-    measured_largest_batch_sharpness,
-    measured_mean_batch_sharpness,
+from stableopt.stability.measure.batch_sharpness import (
+    BatchSharpness,
+    batch_sharpness,
+    batch_sharpness_limit,
 )
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.generalised_sharpness import measured_generalised_sharpness
+from stableopt.stability.measure.largest_batch_sharpness import largest_batch_sharpness
 from stableopt.stability.measure.measurement import Measurement, QuantityResult, root
 from stableopt.stability.measure.registry import Chart, Quantity
 from stableopt.stability.rules.limits import noise_factor
@@ -80,6 +81,64 @@ def _critical_lr(evaluation: Evaluation) -> QuantityResult:
     return QuantityResult.from_measurement(measurement, lower=rate.lower)
 
 
+def _batch_sharpness(evaluation: Evaluation) -> QuantityResult:
+    """Measure the ratio of means, over batches up to a relative error of ``tol``, and at most 64."""
+    averages = _batch_averages(evaluation)
+    return _batch_average(evaluation, averages.value, averages.standard_error)
+
+
+def _mean_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
+    """Measure the mean of ratios, over the same batches."""
+    averages = _batch_averages(evaluation)
+    return _batch_average(evaluation, averages.mean_of_ratios, averages.mean_of_ratios_error)
+
+
+def _largest_batch_sharpness(evaluation: Evaluation) -> QuantityResult:
+    """Measure the bounds of the sharpest batch."""
+    assert evaluation.batch_size is not None
+    problem = require_samples(evaluation.problem, "largest_batch_sharpness")
+    bounds = largest_batch_sharpness(
+        problem,
+        evaluation.batch_size,
+        tol=evaluation.tol,
+        max_iter=evaluation.max_iter,
+        seed=evaluation.seed,
+    )
+    measurement = Measurement(bounds.upper, None, bounds.products, math.isfinite(bounds.upper))
+    return QuantityResult.from_measurement(measurement, lower=bounds.lower)
+
+
+def _batch_averages(evaluation: Evaluation) -> BatchSharpness:
+    assert evaluation.batch_size is not None
+    if evaluation.batch_averages is None:
+        problem = require_samples(evaluation.problem, "batch_sharpness")
+        evaluation.batch_averages = batch_sharpness(
+            problem, evaluation.batch_size, rel_error=evaluation.tol, seed=evaluation.seed
+        )
+    return evaluation.batch_averages
+
+
+def _batch_average(evaluation: Evaluation, value: float | None, error: float) -> QuantityResult:
+    if value is None:
+        return QuantityResult()
+    # An average has a standard error instead of a residual, and counts as converged.
+    relative = error / abs(value) if value else 0.0
+    measurement = Measurement(value, relative, _batch_averages(evaluation).batches)
+    return QuantityResult(value, _batch_limit(evaluation), measurement=measurement)
+
+
+def _batch_limit(evaluation: Evaluation) -> float | None:
+    if (
+        evaluation.rule is None
+        or evaluation.rule.unknown is not None
+        or not evaluation.rule.noise_known
+    ):
+        return None
+    name = "preconditioned_sharpness" if evaluation.preconditioned else "sharpness"
+    sharpness = evaluation.results.get(name, QuantityResult()).value
+    return batch_sharpness_limit(evaluation.rule.linear_step, sharpness)
+
+
 CURVATURE = (
     Quantity(
         "sharpness",
@@ -118,13 +177,13 @@ CURVATURE = (
     ),
     Quantity(
         "batch_sharpness",
-        measured_batch_sharpness,
+        _batch_sharpness,
         needs={"batch_size", "per_sample", "step"},
         chart=Chart("batch sharpness", r"$E[g_B^\top H_Bg_B]/E\|g_B\|^2$", "batch", "batch"),
     ),
     Quantity(
         "mean_batch_sharpness",
-        measured_mean_batch_sharpness,
+        _mean_batch_sharpness,
         needs={"batch_size", "per_sample", "step"},
         chart=Chart(
             "mean batch sharpness", r"$E[g_B^\top H_Bg_B/\|g_B\|^2]$", "meanbatch", "meanb"
@@ -132,7 +191,7 @@ CURVATURE = (
     ),
     Quantity(
         "largest_batch_sharpness",
-        measured_largest_batch_sharpness,
+        _largest_batch_sharpness,
         needs={"batch_size", "per_sample", "step"},
         limit=lambda rule, _, __: 2 / rule.lr if rule.plain and rule.lr else None,
         chart=Chart("sharpest batch, at most", r"$\max_B\lambda_{\max}(H_B)$", "max_batch", "maxb"),
