@@ -122,7 +122,7 @@ def benchmarks_gpu(words: list[str], here: Here) -> None:
     """Check that its options exist, without starting a part."""
     from benchmarks.gpu import script
 
-    here.patch.setattr(benchmarks_cli.torch.cuda, "is_available", lambda: True)
+    here.patch.setattr("torch.cuda.is_available", lambda: True)
     here.patch.setattr(script, "run", lambda *_, **__: [])
     assert benchmarks_cli.main(words[3:]) == 0
 
