@@ -9,7 +9,7 @@ and :math:`\Sigma` give an upper bound, and a condition on all directions a lowe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,7 +110,7 @@ class HessianCurvature:
         eye = torch.eye(d, dtype=problem.dtype, device=problem.device) if d <= MAX_DENSE else None
         if eye is not None and few_entries(problem):
             blocks = hessian_blocks(problem, eye)
-            blocks = blocks + weight_decay * torch.eye(d).to(blocks)
+            blocks = blocks + weight_decay * _identity(d, blocks)
             return cls._from_blocks(problem, blocks, weight_decay, seed)
         hessian, spread = Hessian(problem), NonUniformity(problem)
         basis = leading_directions([hessian, spread], min(directions, d), seed=seed)
@@ -119,7 +119,16 @@ class HessianCurvature:
         if eye is not None:
             mean = (hessian @ eye).double() + weight_decay * eye.double()
             mean_square = mean @ mean + (spread @ eye).double()
-            dense = _DenseBounds.from_moments(mean, mean_square, problem.dtype)
+            # Blocks of all flat directions at once, unless their entries are too many.
+            width = max(1, math.isqrt(_ENTRIES // problem.num_samples))
+
+            def blocks_along(flat: Tensor) -> Iterator[Tensor]:
+                for part in torch.split(flat.to(eye), width, dim=1):
+                    yield hessian_blocks(problem, part) + weight_decay * _identity(
+                        part.shape[1], flat
+                    )
+
+            dense = _DenseBounds.from_moments(mean, mean_square, blocks_along, problem.dtype)
             least = dense.least
         else:
             lowest = -top_eigenpair(Negated(hessian), tol=_TOL, seed=seed).value
@@ -134,7 +143,9 @@ class HessianCurvature:
     ) -> HessianCurvature:
         """Return all modes from the samples' Hessians ``(n, d, d)``."""
         mean, mean_square = blocks.mean(0), (blocks @ blocks).mean(0)
-        dense = _DenseBounds.from_moments(mean, mean_square, problem.dtype)
+        dense = _DenseBounds.from_moments(
+            mean, mean_square, lambda flat: [flat.T @ blocks @ flat], problem.dtype
+        )
         blocks = dense.vectors.T @ blocks @ dense.vectors
         modes = HessianModes(dense.values, blocks, torch.zeros_like(dense.values))
         top = float(dense.values[-1]) - weight_decay if len(dense.values) else 0.0
@@ -147,7 +158,7 @@ class HessianCurvature:
         if noise and self.dense is not None and self.dense.flat_noise:
             return (
                 f"samples have curvature, {self.dense.flat_noise:.3g}, along a direction in which their"
-                " mean has none: its second moment grows at any learning rate"
+                " mean has none up to rounding: its second moment grows at any learning rate"
             )
         return None
 
@@ -218,8 +229,8 @@ class _DenseBounds:
         vectors: their eigenvectors ``(d, r)``.
         squares: the mean of the squared Hessians in the basis of these, ``(r, r)``.
         least: the smallest eigenvalue of the mean if it is negative; else 0.
-        flat_noise: the largest root mean square curvature of samples along an eigenvector of the mean
-            without curvature; 0 if it is rounding.
+        flat_noise: the root mean square curvature of samples along directions in which the mean has no
+            curvature; 0 if it is rounding.
     """
 
     values: Tensor
@@ -229,25 +240,39 @@ class _DenseBounds:
     flat_noise: float
 
     @classmethod
-    def from_moments(cls, mean: Tensor, mean_square: Tensor, dtype: torch.dtype) -> _DenseBounds:
-        """Return the bounds for the mean and the mean square, ``(d, d)``, computed in ``dtype``."""
+    def from_moments(
+        cls,
+        mean: Tensor,
+        mean_square: Tensor,
+        blocks_along: Callable[[Tensor], Iterable[Tensor]],
+        dtype: torch.dtype,
+    ) -> _DenseBounds:
+        """Return the bounds for the mean and the mean square, ``(d, d)``, computed in ``dtype``.
+
+        ``blocks_along`` returns the samples' Hessians along directions ``(d, k)``, ``(n, k, k)``, or
+        several such blocks along parts of the directions.
+        """
         values, vectors = torch.linalg.eigh((mean + mean.T) / 2)
         mean_square = (mean_square + mean_square.T) / 2
         rounding = _rounding(dtype, len(values), float(values.abs().max()))
         positive = values > rounding
         least = float(values[0])
         flat = vectors[:, ~positive]
-        curvatures = (flat * (mean_square @ flat)).sum(0).clamp(min=0).sqrt()
-        flat_noise = float(curvatures.max()) if len(curvatures) else 0.0
         top_square = float(torch.linalg.eigvalsh(mean_square)[-1])
-        noise_rounding = _rounding(dtype, len(values), top_square) ** 0.5
+        noise_rounding = _rounding(dtype, len(values), max(top_square, 0.0) ** 0.5)
+        # The mean square has the rounding of top^2, so its root resolves no curvature below the root of
+        # the rounding. The samples' own curvatures have the rounding of the top curvature.
+        flat_noise = _coupling(mean_square, flat, _rounding(dtype, len(values), top_square))
+        if flat.shape[1]:
+            noises = (_cancelling(blocks, noise_rounding) for blocks in blocks_along(flat))
+            flat_noise = max(flat_noise, *noises)
         basis = vectors[:, positive]
         return cls(
             values[positive],
             basis,
             basis.T @ mean_square @ basis,
             least if least < -rounding else 0.0,
-            flat_noise if flat_noise > noise_rounding else 0.0,
+            flat_noise,
         )
 
     def theorem1_lr(self, noise: float) -> float:
@@ -296,6 +321,40 @@ def _rounding(dtype: torch.dtype, d: int, scale: float) -> float:
     return _ROUNDING * d * torch.finfo(dtype).eps * abs(scale)
 
 
+def _identity(size: int, like: Tensor) -> Tensor:
+    """Return the identity with the type and device of ``like``."""
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def _cancelling(blocks: Tensor, rounding: float) -> float:
+    r"""Return the root mean square of samples' curvatures that cancel in the mean; 0 up to ``rounding``.
+
+    ``blocks`` ``(n, k, k)`` are along directions in which the mean has no curvature up to rounding. The
+    mean of their absolute values :math:`(B_i^2)^{1/2}` is then above ``rounding`` only if curvatures of
+    either sign cancel. Samples that are positive semi-definite have the mean itself, even if one sample
+    has all of the curvature and the root mean square is larger.
+    """
+    values, vectors = torch.linalg.eigh(blocks)
+    absolute = ((vectors * values.abs().unsqueeze(1)) @ vectors.mT).mean(0)
+    if float(torch.linalg.eigvalsh(absolute)[-1]) <= rounding:
+        return 0.0
+    return math.sqrt(float(torch.linalg.eigvalsh((blocks @ blocks).mean(0))[-1]))
+
+
+def _coupling(mean_square: Tensor, flat: Tensor, rounding: float) -> float:
+    r"""Return the largest root mean square of :math:`H_iv`, for v in ``flat``; 0 up to ``rounding``.
+
+    Besides curvature along v it contains the coupling of v to other directions. ``rounding`` is that of
+    the square. Positive semi-definite samples have couplings up to the root of the curvature along v,
+    and of rounding in it, so smaller couplings mean nothing.
+    """
+    if not flat.shape[1]:
+        return 0.0
+    squares = (flat * (mean_square @ flat)).sum(0)
+    largest = float(squares.max())
+    return math.sqrt(largest) if largest > rounding else 0.0
+
+
 def _restrict(
     hessian: Hessian, basis: Tensor, weight_decay: float
 ) -> tuple[HessianModes, float, float]:
@@ -309,7 +368,7 @@ def _restrict(
     positive = values + weight_decay > rounding
     vectors = vectors[:, positive]
     count = vectors.shape[1]
-    blocks = vectors.T @ blocks @ vectors + weight_decay * torch.eye(count).to(blocks)
+    blocks = vectors.T @ blocks @ vectors + weight_decay * _identity(count, blocks)
     ritz_vectors = (basis.double() @ vectors).to(basis)
     residuals = (hessian @ ritz_vectors).double() - ritz_vectors.double() * values[positive]
     # A Gram matrix of k vectors is at most k times its diagonal.

@@ -217,6 +217,61 @@ def test_a_direction_that_is_flat_only_in_the_mean() -> None:
     assert critical_batch_size(problem, 0.5) == 4
 
 
+class Diagonal(nn.Module):
+    """x w^2 / 2: at zero, the samples' Hessians are diagonal, with any entries."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0.5 * x * self.w**2).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("few_entries", [True, False])
+@pytest.mark.parametrize("mean", [1e-5, 0.0])
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(64, torch.float32), (64, torch.float64), (80, torch.float32)]
+)
+def test_curvature_that_cancels_below_the_root_of_the_rounding(
+    d: int, dtype: torch.dtype, mean: float, few_entries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eta* = 2a / (a^2 + s^2) along the last direction, for s = 0.8 % of the top. Catches its s, taken
+    from mean squares whose rounding in single precision is larger, counted as rounding: a stable rate
+    of 2. With too few entries allowed, blocks of parts of the directions show it as well.
+    """
+    if not few_entries:
+        monkeypatch.setattr(hessian_curvature, "_ENTRIES", 4 * 10**2)
+    curvature = torch.full((4, d), 0.5, dtype=dtype)
+    curvature[:, 0] = 1.0
+    curvature[:, 1 : d // 2] = 0.0
+    curvature[:, -1] = mean + 0.008 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=dtype)
+    data = curvature / 2, -torch.ones(4, 1, dtype=dtype)
+    critical = critical_lr(Problem(Diagonal(d).to(dtype), square, data), 1, with_hessian=False)
+    expected = 2 * mean / (mean**2 + 0.008**2)
+    if dtype == torch.float64 and mean > 0:
+        assert critical.obstacle is None
+        assert critical.lower <= expected * (1 + 1e-9)
+        assert critical.lower == pytest.approx(expected, rel=1e-6 if few_entries else 0.5)
+    else:  # the mean itself is below the rounding
+        assert critical.lower == 0
+        assert "samples have curvature, 0.008" in str(critical.obstacle)
+        assert not critical.exact
+
+
+def test_small_curvature_of_single_samples_does_not_cancel() -> None:
+    """Catches an obstacle at curvature below the rounding of the mean, all of which is in one sample:
+    none is negative, so that the direction is stable like the others.
+    """
+    rows = torch.zeros(100, 64)
+    rows[:, 0] = 1.0
+    rows[0, 1] = 0.05
+    model = nn.Linear(64, 1, bias=False)
+    critical = critical_lr(model, square, (rows, torch.ones(100, 1)), 1, hessians="true")
+    assert critical.obstacle is None
+    assert critical.exact
+
+
 def test_fitted_samples_use_their_rows() -> None:
     """Catches true Hessians, which many parameters make inexact, where Gauss–Newton is the same."""
     model, (x, _) = small_network(), small_data()
