@@ -260,8 +260,8 @@ def test_curvature_that_cancels_below_the_root_of_the_rounding(
 
 
 def test_small_curvature_of_single_samples_does_not_cancel() -> None:
-    """Catches an obstacle at curvature below the rounding of the mean, all of which is in one sample:
-    none is negative, so that the direction is stable like the others.
+    """Catches an obstacle where one sample has all of a curvature that is rounding in the mean: no
+    sample has a negative one, so the direction is stable like the others.
     """
     rows = torch.zeros(100, 64)
     rows[:, 0] = 1.0
