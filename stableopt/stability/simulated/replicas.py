@@ -96,13 +96,14 @@ class Replicas:
             total = _by_replica(factors, x, batch)
         return total / batch.shape[1]
 
-    def advance(self) -> None:
-        """Take a step on the next batch."""
-        step, (x, buffer) = self.step, self.state
-        gradient = step.lr * (self.gradients(self.draw()) + step.weight_decay * x)
+    def advance(self) -> Tensor:
+        """Take a step on the next batch, and return the batch ``(count, B)``."""
+        batch, step, (x, buffer) = self.draw(), self.step, self.state
+        gradient = step.lr * (self.gradients(batch) + step.weight_decay * x)
         buffer = step.momentum * buffer + step.gain * gradient
         update = gradient + step.momentum * buffer if step.nesterov else buffer
         self.state = torch.stack([x - update, buffer if step.momentum else torch.zeros_like(x)])
+        return batch
 
 
 def _by_sample(factors: Tensor, x: Tensor, samples: Tensor, replicas: Sequence[Tensor]) -> Tensor:
