@@ -97,7 +97,7 @@ def test_two_dimensions_against_all_subsets(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_threshold_in_two_dimensions(seed: int) -> None:
-    """Catches a bracket beside the threshold, for instance from an early stop after few blocks."""
+    """Catches a bracket next to the threshold, for instance from an early stop after few blocks."""
     rows = two_dimensions(seed)
     dual = DualCurvature.from_factors(rows.unsqueeze(1))
     critical = reshuffled_critical_lr(dual, 1, epochs=24)
@@ -122,7 +122,7 @@ def test_growth_that_a_forecast_misses() -> None:
     assert abs(growth.per_epoch - exact) < 3 * growth.standard_error < 0.15
 
 
-def test_growth_beside_flat_directions() -> None:
+def test_growth_next_to_flat_directions() -> None:
     """Catches a start in which directions without growth hide one that grows by 2 % per epoch."""
     h, lr = torch.full((16,), 1e-4, dtype=torch.float64), 1.0
     h[0] = 1 + math.exp(0.01)
