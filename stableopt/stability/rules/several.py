@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.stability.rules.filters import agree
+from stableopt.stability.rules.filters import agree, no_lookahead_edge
 from stableopt.stability.rules.norms import NormedStep
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
@@ -267,6 +267,11 @@ def _no_joint_limit(blocks: Sequence[OptimizerBlock]) -> str | None:
                 decay_factor(shrink)
             except ValueError as error:
                 return f"{block.name}: {error}"
+        # As in stepped_rule, the factors of different decay are exact for a momentum only.
+        if any(block.rule.filter is not None for block in blocks):
+            return "no limit is known for filters of the gradients and different decoupled weight decay"
+        if any(block.rule.lookahead is not None for block in blocks):
+            return no_lookahead_edge(max(shrinks))
     return None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stableopt import StabilityMonitor, UpdateRule, measure, suggest
 from stableopt.stability.rules.filters import lookahead_edge, momentum_filter
+from stableopt.stability.rules.several import rule_of
 from stableopt.steering.target import lr_at_limit
 
 
@@ -76,6 +77,75 @@ def test_lookahead_over_what_is_not_known_is_not_known() -> None:
     assert "changes the momentum" in str(UpdateRule.from_optimizer(reset).unknown)
     adam = kinds.Lookahead(torch.optim.Adam([p]))
     assert "has not taken a step" in str(UpdateRule.from_optimizer(adam).unknown)
+
+
+LR, BETA, ROUND = 0.1, 0.9, (5, 0.5)
+
+
+def lookahead_over_decays(kinds: Any, decays: tuple[float, float]) -> Any:
+    """Return Lookahead after four steps of AdamW, whose groups differ in weight decay."""
+    params = [nn.Parameter(torch.tensor([value])) for value in (0.3, -0.2)]
+    groups = [{"params": [p], "weight_decay": d} for p, d in zip(params, decays, strict=True)]
+    inner = torch.optim.AdamW(groups, lr=LR, betas=(BETA, 0.99))
+    optimizer = kinds.Lookahead(inner, k=ROUND[0], alpha=ROUND[1])
+    for step in range(4):
+        for p, gradient in zip(params, (0.5 + 0.1 * step, -0.4 + 0.2 * step), strict=True):
+            p.grad = torch.tensor([gradient])
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("decays", [(0.0, 0.01), (1.0, 1.0)])
+def test_lookahead_over_decoupled_decay(decays: tuple[float, float]) -> None:
+    """The radius of a round of two coupled parameters, with the preconditioner held, is 1 at the limit.
+    Catches factors of the decay that move the limit by more than 0.5 %.
+    """
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    optimizer = lookahead_over_decays(kinds, decays)
+    rule = UpdateRule.from_optimizer(optimizer)
+    hessian, eye = np.array([[2.0, 0.7], [0.7, 1.0]]), np.eye(2)
+    moments = [float(optimizer.optimizer.state[p]["exp_avg_sq"]) for p in params_of(optimizer)]
+    entries = (np.sqrt(np.array(moments) / (1 - 0.99**4)) + 1e-8) * (1 - BETA**4)
+
+    def radius(scale: float) -> float:
+        rates, gradient = np.diag(LR / entries), (1 - BETA) * scale * hessian
+        kept = np.diag(1 - LR * np.array(decays))
+        step = np.block([[kept - rates @ gradient, -BETA * rates], [gradient, BETA * eye]])
+        power = np.linalg.matrix_power(step, ROUND[0])
+        power[:2] *= ROUND[1]
+        power[:2, :2] += (1 - ROUND[1]) * eye
+        return float(np.abs(np.linalg.eigvals(power)).max())
+
+    assert rule.preconditioner is not None
+    matrix = np.stack([(rule.preconditioner @ column).numpy() for column in torch.eye(2)], axis=1)
+    top = float(np.linalg.eigvals(matrix @ hessian).real.max())
+    at_limit = rule.max_sharpness / top  # the multiple of the Hessian with that limit
+    assert radius(0.995 * at_limit) <= 1 + 1e-9
+    assert radius(1.005 * at_limit) > 1 + 1e-9
+
+
+@pytest.mark.parametrize("decays", [(0.0, 1.0), (1.0, 1.01), (0.0, 0.02)])
+def test_lookahead_over_decay_that_differs_much(decays: tuple[float, float]) -> None:
+    """Catches a limit that is a quarter too low, and a check of the difference: decays of 1 and 1.01
+    are as far off.
+    """
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    rule = UpdateRule.from_optimizer(lookahead_over_decays(kinds, decays))
+    assert f"lr * weight_decay is {LR * max(decays):.3g}" in str(rule.unknown)
+    with pytest.raises(ValueError, match="Lookahead over different decoupled weight decay"):
+        _ = rule.max_sharpness
+
+
+@pytest.mark.parametrize("decays", [(0.0, 1.0), (0.0, 0.01)])
+def test_two_lookaheads_of_different_decay(decays: tuple[float, float]) -> None:
+    """Catches the joint rule of two optimizers, which contains the same factors."""
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    both = [lookahead_over_decays(kinds, (decay, decay)) for decay in decays]
+    assert (rule_of(both).unknown is None) == (max(decays) < 0.1)
+
+
+def params_of(optimizer: Any) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 0.3, 40.0])

@@ -105,6 +105,22 @@ def test_blocks_that_are_not_diagonal_are_applied_each_to_its_own() -> None:
     assert (joint.over([z, x]) @ torch.ones(4)).tolist() == [50, 50, 50, 2]
 
 
+def test_filters_and_different_decay_have_no_joint_limit() -> None:
+    """Catches the factors of the decay, which are exact for a momentum, with the averages of Adan."""
+    kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    for decays, known in (((0.5, 0.5), True), ((0.5, 0.1), False)):
+        optimizers = [
+            kinds.Adan([p], lr=0.1, weight_decay=decay, weight_decouple=True)
+            for p, decay in zip(params, decays, strict=True)
+        ]
+        for p, optimizer in zip(params, optimizers, strict=True):
+            p.grad = torch.ones(1)
+            optimizer.step()
+        unknown = UpdateRule.of(optimizers).unknown
+        assert unknown is None if known else "filters of the gradients" in str(unknown)
+
+
 def test_before_a_step_the_joint_preconditioner_is_not_known_yet() -> None:
     """Catches a rule that is called unknown for good where a step will make it known."""
     first_param, second_param = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)

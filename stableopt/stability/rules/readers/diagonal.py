@@ -141,6 +141,7 @@ def stepped_rule(
     preconditioner: StepPreconditioner
     if taken:
         preconditioner = build(params, [(step, factor(step)) for step in steps])
+        preconditioner.shrink = 0.0 if same_shrink else max(shrinks)
     else:
         reason = NOT_STEPPED.format(type(optimizer).__name__)
         preconditioner = UnknownPreconditioner(reason, diagonal=diagonal)

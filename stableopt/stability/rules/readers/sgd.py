@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from stableopt.stability.rules.ascent import ascent_norm
+from stableopt.stability.rules.filters import no_lookahead_edge
 from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import common_value
@@ -68,6 +69,12 @@ def read_lookahead(optimizer: Any) -> UpdateRule:
             "Lookahead that changes the momentum, or over another Lookahead, has no known limit"
         )
         return UpdateRule.unknown_step(optimizer, reason)
+    # Decay that differs is in P, as it is without Lookahead, where that is exact.
+    no_edge = no_lookahead_edge(
+        0.0 if inner.preconditioner is None else inner.preconditioner.shrink
+    )
+    if no_edge is not None:
+        return UpdateRule.unknown_step(optimizer, no_edge)
     return replace(inner, lookahead=(int(optimizer.k), float(optimizer.alpha)))
 
 
