@@ -46,7 +46,8 @@ MAX_ROWS = 2048
 
 _SHARES = 2
 """Residual shares by which the lower bound of Gauss–Newton matrices is reduced. The threshold's own
-error was at most 1.3 residual shares at 242 minima of small networks."""
+error was at most 1.3 residual shares at 242 minima of small networks, but is larger where directions
+with hardly any curvature decide (:data:`~stableopt.stability.mean_square.choice.FITTED`)."""
 
 _ON_THE_EDGE = 1e-6
 """Relative rounding error up to which a learning rate equals a limit."""
