@@ -103,8 +103,8 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-# At the end of an epoch, and in the middle of one.
-@pytest.mark.parametrize(("stop", "elsewhere"), [(4, False), (6, True)])
+@pytest.mark.parametrize("stop", [4, 6])  # at the end of an epoch, and in the middle of one
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int, elsewhere: bool) -> None:
     """Catches state that a checkpoint lacks, or that is looked for in the wrong place."""
     # The trainer forgets losses that it has summed but not yet logged.
