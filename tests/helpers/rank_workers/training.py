@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -119,6 +120,19 @@ def steered_seldom() -> dict[str, Any]:
     }
 
 
+def steps_with_a_spike(
+    steps: int, model: nn.Module, data: tuple[Tensor, Tensor], optimizer: torch.optim.Optimizer
+) -> Iterator[None]:
+    """Train, and yield after each step; the gradient of the sixth is 10,000 times too large."""
+    x, y = data
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        (loss * 1e4 if step == 5 else loss).backward()
+        optimizer.step()
+        yield
+
+
 def measured_apart() -> dict[str, Any]:
     """Steer replicas whose monitors measure a rank's own samples, each on a schedule of its own."""
     torch.manual_seed(0)
@@ -129,11 +143,7 @@ def measured_apart() -> dict[str, Any]:
     monitor = optimizer.track(model.module, nn.MSELoss(), (x, y), every=every)
     target = stableopt.TargetRegion(sharpness=(0, 20.0))
     controller = stableopt.StabilityController(monitor, target, lr={"loss_cap": 50.0})
-    for step in range(12):
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), y)
-        (loss * 1e4 if step == 5 else loss).backward()
-        optimizer.step()
+    for _ in steps_with_a_spike(12, model, (x, y), optimizer):
         controller.step()
     return {
         "state": controller.state_dict(),
@@ -154,11 +164,7 @@ def restored() -> dict[str, Any]:
     target = stableopt.TargetRegion(sharpness=(0, 20.0))
     scheduler = stableopt.StabilityLR(optimizer, monitor, target, loss_cap=50.0)
     weights, momentum = [], []
-    for step in range(8):
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), y)
-        (loss * 1e4 if step == 5 else loss).backward()
-        optimizer.step()
+    for _ in steps_with_a_spike(8, model, (x, y), optimizer):
         scheduler.step()
         weights.append([p.tolist() for p in model.parameters()])
         buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
