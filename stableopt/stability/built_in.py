@@ -1,7 +1,7 @@
 """Registers the library's own quantities, in the order of measurement.
 
-A quantity may use the results and the cached passes of those before it: the spectra know whether their
-operator's largest eigenvalue is known.
+A quantity may use the results of those before it: ``layers`` and the limit of the batch sharpness use
+the sharpness.
 """
 
 from stableopt.stability.along_step.quantities import ALONG_STEP
