@@ -38,8 +38,8 @@ class StepPreconditioner(abc.ABC):
         params: the parameters, in the order of a flat vector.
         shapes: shapes of the parameters' real views: ``(..., 2)`` for complex ones.
         diagonal: whether P is a diagonal matrix.
-        shrink: the largest share of a parameter that decoupled weight decay removes in a step, if the
-            shares differ and P contains a :func:`decay_factor` for each; else 0.
+        shrink: the largest share :math:`1 - c` of a parameter that decoupled weight decay removes in a
+            step, if the shares differ and P contains a factor :math:`2/(1 + c)` for each; else 0.
     """
 
     diagonal = False
