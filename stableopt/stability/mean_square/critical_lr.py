@@ -45,9 +45,9 @@ MAX_ROWS = 2048
 """Rows nC up to which all directions are used: about twenty products of 4 (nC)^3 operations."""
 
 _SHARES = 2
-"""Residual shares by which the lower bound of Gauss–Newton matrices is reduced. The threshold's own
-error was at most 1.3 residual shares at 242 minima of small networks, but is larger where directions
-with hardly any curvature decide (:data:`~stableopt.stability.mean_square.choice.FITTED`)."""
+"""Residual shares by which the lower bound of Gauss–Newton matrices is reduced. It allows for errors
+along directions with curvature of their own; for others see
+:data:`~stableopt.stability.mean_square.choice.FITTED`."""
 
 _ON_THE_EDGE = 1e-6
 """Relative rounding error up to which a learning rate equals a limit."""
@@ -62,7 +62,8 @@ class CriticalLR:
             the search did not converge, ``value`` is too large. Infinity if no sample has curvature.
         lower: a learning rate up to which no second moment grows; 0 if none is known. With Gauss–Newton
             matrices it is reduced by twice ``residual_share``, an allowance for the true Hessians that
-            is measured, not proven. If not all directions were used it may rest on an eigen-solver's
+            is measured, not proven, and does not cover slow growth along directions with hardly any
+            curvature. If not all directions were used it may rest on an eigen-solver's
             ``upper_bound``, which fails with a probability of at most 0.2 %.
         theorem1: the largest learning rate that the sufficient condition (8) of Wu, Ma & E allows;
             ``None`` with momentum, which it does not cover, and with too many directions.

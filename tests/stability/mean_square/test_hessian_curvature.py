@@ -272,6 +272,34 @@ def test_small_curvature_of_single_samples_does_not_cancel() -> None:
     assert critical.exact
 
 
+class Single(nn.Module):
+    """x_1 w + x_0 w^2 / 2: at zero, H_i has curvature of the outputs and of the residual."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(d, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0.5 * x[..., 0] * self.w**2 + x[..., 1] * self.w).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("d", [40, 64, 65, 400])
+def test_the_share_does_not_depend_on_the_number_of_parameters(d: int) -> None:
+    """eta* = 2a / (a^2 + c^2) along the last of d parameters. Catches a share that is averaged over
+    random directions, which falls with d: the samples counted as fitted from 100 parameters on, with a
+    threshold 9 times too large.
+    """
+    a, c = 1e-4, 0.03
+    x = torch.zeros(4, d, 2, dtype=torch.float64)
+    x[:, 0, 1] = 2**-0.5  # curvature 1 along the first
+    x[:, -1, 0] = (a + c * torch.tensor([1.0, -1.0, 1.0, -1.0])) / 2
+    problem = Problem(Single(d), square, (x, -torch.ones(4, 1).double()))
+    critical = critical_lr(problem, 1, with_hessian=False)
+    assert critical.residual_share == pytest.approx((a**2 + c**2) ** 0.5, rel=1e-6)
+    assert critical.hessians == "true"
+    assert critical.value == pytest.approx(2 * a / (a**2 + c**2), rel=1e-4)
+
+
 def test_fitted_samples_use_their_rows() -> None:
     """Catches true Hessians, which many parameters make inexact, where Gauss–Newton is the same."""
     model, (x, _) = small_network(), small_data()
