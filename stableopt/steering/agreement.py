@@ -47,9 +47,10 @@ def decide_together(
 
     ``decide``, called on rank 0, returns the decisions and what to remember until the next call. A
     decision without a change is left out if it repeats the reason of the last one about its subject.
+    An error of ``decide``, such as one of a user's law, is raised on every rank.
     """
     ranks = world()
-    own: Any = decide() if ranks.rank == 0 else None
+    own: Any = ranks.raise_together(lambda: decide() if ranks.rank == 0 else None)
     decisions, memory = ranks.broadcast_object(own)
     logged = []
     for decision in decisions:

@@ -58,11 +58,16 @@ class LastGood:
 def kick(monitor: StabilityMonitor, size: float) -> None:
     """Move the weights where the step is the least stable, by ``size`` times their norm.
 
-    Rank 0 moves its weights, and every rank gets them: all must call it.
+    Rank 0 moves its weights, and every rank gets them: all must call it. An error of rank 0 is raised
+    on all.
     """
-    params = monitor.problem.params
-    if world().rank == 0:
-        _kick_along(params, _least_stable_direction(monitor), size)
+    params, ranks = monitor.problem.params, world()
+
+    def move() -> None:
+        if ranks.rank == 0:
+            _kick_along(params, _least_stable_direction(monitor), size)
+
+    ranks.raise_together(move)
     broadcast_tensors(params)
 
 

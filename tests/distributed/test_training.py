@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rank_processes import run
 from rank_workers.training import (
+    failing,
     measured_apart,
     quasi_newton,
     restored,
@@ -66,3 +67,10 @@ def test_every_rank_restores_weights_and_momentum(tmp_path: Path) -> None:
     for name in ("weights", "momentum"):
         assert zero[name][5] == zero[name][4]  # step 6 diverges
         assert zero[name][7] != zero[name][6]
+
+
+def test_an_error_of_rank_0_ends_every_rank(tmp_path: Path) -> None:
+    """Catches ranks that wait for decisions, or for kicked weights, until the timeout of the group."""
+    zero, one = run(failing, 2, tmp_path)
+    assert zero == {"law": "ValueError: no", "kick": "ValueError: no"}
+    assert one == {"law": "ValueError: on rank 0: no", "kick": "ValueError: on rank 0: no"}

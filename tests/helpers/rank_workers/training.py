@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from oracles import small_data, small_network
@@ -18,6 +19,7 @@ import stableopt
 import stableopt.monitor.schedule
 from rank_workers.shares import SAMPLES, own
 from stableopt.distributed.collectives import Ranks
+from stableopt.steering import rollback
 
 
 def reduced(loss: Tensor) -> Tensor:
@@ -174,3 +176,28 @@ def restored() -> dict[str, Any]:
         "momentum": momentum,
         "kinds": [d.kind for d in scheduler.decisions],
     }
+
+
+def failing() -> dict[str, str]:
+    """Steer replicas by a law that raises, and kick them along a direction that cannot be found."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 3).double())
+    data = own(small_data(SAMPLES))
+    optimizer = stableopt.SGD(model.parameters(), lr=0.05)
+    monitor = optimizer.track(model, nn.MSELoss(), data, every=1)
+    no = mock.Mock(side_effect=ValueError("no"))
+    target = stableopt.TargetRegion(sharpness=(0, 20.0))
+    scheduler = stableopt.StabilityLR(optimizer, monitor, target, law=no)
+    errors = {}
+    for _ in steps_with_a_spike(1, model, data, optimizer):
+        errors["law"] = caught(scheduler.step)
+    with mock.patch.object(rollback, "_least_stable_direction", no):
+        errors["kick"] = caught(lambda: rollback.kick(monitor, 0.1))
+    return errors
+
+
+def caught(action: Callable[[], object]) -> str:
+    """Return the error of ``action`` in words."""
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        action()
+    return f"{error.type.__name__}: {error.value}"
