@@ -376,15 +376,19 @@ class StabilityMonitor:
         """Continue from a :meth:`state_dict`.
 
         Raises:
-            ValueError: if a key is missing, or the subspaces do not have this model's size.
+            Exception: ``ValueError`` if a key is missing, or the subspaces do not have this model's
+                size; or any error over an entry of a wrong kind. The monitor then stays as it was.
         """
         require_keys(state, self.state_dict().keys() - {"memory"})  # older checkpoints lack it
         # Read everything that can raise before changing anything.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
-        self.step, self.history = state["step"], deque(history, maxlen=_HISTORY)
-        self._measurer.measured, self._measurer.starts = state["measured"], starts
-        self._measurer.memory = copy.deepcopy(dict(state.get("memory", {})))
+        step, measured = int(state["step"]), int(state["measured"])
+        memory = copy.deepcopy(dict(state.get("memory", {})))
+        observed = [int(samples) for samples in state["observed"]]
+        self.step, self.history = step, deque(history, maxlen=_HISTORY)
+        self._measurer.measured, self._measurer.starts = measured, starts
+        self._measurer.memory = memory
         self._schedule.restore(pending=bool(state["pending"]))
         self._counter.observed.clear()
-        self._counter.observed.extend(state["observed"])
+        self._counter.observed.extend(observed)

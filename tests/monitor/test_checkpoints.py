@@ -95,9 +95,13 @@ def test_a_bad_checkpoint_changes_nothing() -> None:
         monitor.load_state_dict({"starts": {}})
     with pytest.raises(KeyError):
         monitor.load_state_dict({**state, "step": 99, "history": [{}]})
+    for name, wrong in [("measured", None), ("memory", 3), ("observed", None), ("observed", ["x"])]:
+        with pytest.raises((TypeError, ValueError)):
+            monitor.load_state_dict({**state, "step": 99, "history": [], name: wrong})
     assert monitor.step == 1
     assert len(monitor.history) == 1
     assert monitor.state_dict()["starts"]
+    assert monitor.state_dict()["observed"] == state["observed"]
 
 
 def test_a_state_of_an_earlier_version_is_read() -> None:
