@@ -197,3 +197,16 @@ def test_a_batch_that_cannot_be_cut_is_explained() -> None:
         Problem.from_batch_loss(model, held_edges, {"x": x, "y": y})
     with pytest.raises(ValueError, match=r"have \[10, 2, 10\] samples.*torch.arange\(n\)"):
         Problem.from_batch_loss(model, held_edges, {"x": x, "edges": GRAPH, "y": y})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_with_an_alternative(layout: torch.layout) -> None:
+    """Catches torch's own error, which names an operation that the user does not know of."""
+    rows = [torch.zeros(2, 3), torch.zeros(1, 3)]
+    x = torch.nested.as_nested_tensor(rows, layout=layout)
+    for data in ((x, torch.zeros(2)), [(x, torch.zeros(2))]):
+        with pytest.raises(
+            TypeError, match=r"cut into samples; pass padded tensors, or the samples'"
+        ):
+            Problem(nn.Linear(3, 1), nn.MSELoss(), data)

@@ -147,7 +147,7 @@ class Batches:
     sampler that selects samples (a subset, weights) is used.
 
     Raises:
-        TypeError: if ``data`` can be read only once, or cannot be read at all.
+        TypeError: if ``data`` can be read only once, cannot be read at all, or have nested tensors.
         ValueError: if ``chunk_size`` is not positive; on iteration, if the data are empty, or have no
             length and no end within a million samples.
 
@@ -199,6 +199,11 @@ class Batches:
                 raise TypeError(
                     f"data: expected batches (x, y), got {_describe(batch)}; for dictionaries and"
                     " models with their own loss use Problem.from_batch_loss"
+                )
+            if any(tensor.is_nested for tensor in tensors_in(batch)):
+                raise TypeError(
+                    "data: a nested tensor cannot be cut into samples; pass padded tensors, or the"
+                    " samples' indices as data, torch.arange(n), and let the loss look up the rest"
                 )
             size = sample_count(batch)
             total += size
