@@ -207,7 +207,7 @@ def _joint_rule(blocks: Sequence[OptimizerBlock]) -> UpdateRule:
     if all(rule == rules[0] and not rule.preconditioned for rule in rules):
         return rules[0]
     shrinks = [rule.lr * rule.decoupled_weight_decay for rule in rules]
-    same_shrink = len(set(shrinks)) == 1
+    same_shrink = agree(min(shrinks), max(shrinks))
     decays = tuple(decay for block in blocks for decay in _group_decays(block))
     same_decay = len(set(decays)) == 1
     reasons = [rule.unknown for rule in rules if rule.unknown is not None]
@@ -261,7 +261,7 @@ def _no_joint_limit(blocks: Sequence[OptimizerBlock]) -> str | None:
     if decays_after and not all(block.rule.diagonal for block in blocks):
         return "no limit is known for weight decay after a preconditioner that is not diagonal"
     shrinks = [block.rule.lr * block.rule.decoupled_weight_decay for block in blocks]
-    if len(set(shrinks)) > 1:  # equal ones enter the joint limit
+    if not agree(min(shrinks), max(shrinks)):  # equal ones enter the joint limit
         for block, shrink in zip(blocks, shrinks, strict=True):
             try:
                 decay_factor(shrink)

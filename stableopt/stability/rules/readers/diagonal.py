@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.problem.parameters import real_view
-from stableopt.stability.rules.filters import SAME, Filter, agree
+from stableopt.stability.rules.filters import Filter, agree
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -119,7 +119,7 @@ def stepped_rule(
     last_steps = taken or [Step(group, {}, 1.0) for group in groups]
     lr = max(rate(step) for step in last_steps)
     shrinks = [shrink(step) for step in last_steps]
-    same_shrink = max(shrinks) - min(shrinks) <= SAME * max(shrinks)
+    same_shrink = agree(min(shrinks), max(shrinks))
     filters = None if filter is None else [filter(step) for step in last_steps]
     different = None
     if filters and not all(agree(filters[0], other) for other in filters):
