@@ -328,3 +328,33 @@ def test_no_stable_rate_is_said_once() -> None:
     found = stableopt.suggest(model, MSE, (x, 3 * (2 * x).sin()), batch_sizes=(1, 2, 6))
     assert sum("no rate is stable" in note for note in found.notes) == 1
     assert str(found).count("negative curvature") == 1
+
+
+class Scaled(nn.Module):
+    """x w, at w = 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.w
+
+
+@pytest.mark.parametrize(("negative", "is_saddle"), [(0.008, True), (0.0, False)])
+def test_a_batch_loss_with_little_negative_curvature_is_at_a_saddle(
+    negative: float, is_saddle: bool
+) -> None:
+    """Catches a limit for rounding that takes 0.8 % of the sharpness for a minimum, exactly stable."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        out = model(x)
+        return (out[:, 0] ** 2 - negative * out[:, 1] ** 2).mean() / 2
+
+    data = torch.ones(4, 2, dtype=torch.float64)
+    problem = stableopt.Problem.from_batch_loss(Scaled(), loss, data)
+    found = stableopt.suggest(problem, batch_sizes=(4,))
+    row = found.answer("SGD", 4)
+    assert row.lr == pytest.approx(2.0, rel=1e-4)
+    assert (row.exact, row.lower) == ((False, None) if is_saddle else (True, row.lr))
+    assert any("negative curvature" in note for note in found.notes) == is_saddle

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from stableopt.curvature import Hessian, Problem, SecondDerivativeError, top_eigenpair
-from stableopt.stability.mean_square.choice import FITTED, curvature_of
+from stableopt.stability.mean_square.choice import curvature_of
 from stableopt.stability.mean_square.critical_lr import threshold
 from stableopt.stability.mean_square.hessian_curvature import HessianCurvature, Negated, at_saddle
 from stableopt.stability.mean_square.sample_curvature import SampleCurvature
@@ -17,6 +17,9 @@ __all__ = ["PointCurvature", "Search"]
 
 _DIRECTIONS = 8
 """Leading directions used if there are too many directions for all."""
+
+_NEGATIVE = 4e-3
+"""Negative curvature, relative to the sharpness, up to which a point counts as a minimum."""
 
 _UNSTABLE = "no rate is stable"
 
@@ -78,7 +81,7 @@ class Search:
         except (ValueError, TypeError, SecondDerivativeError) as error:
             self.note(f"bounds by the sharpness alone: {error}")
             smallest = -top_eigenpair(Negated(hessian), tol=1e-2, seed=self.seed).value
-            if smallest < -FITTED * abs(sharpness):
+            if smallest < -_NEGATIVE * abs(sharpness):
                 self._note_unstable(at_saddle(smallest))
             return PointCurvature(sharpness, smallest, None, None)
         return PointCurvature(sharpness, 0.0, samples, share)
@@ -102,7 +105,7 @@ class Search:
                     f"{name}: bounds of the full batch, since its second moments are not known"
                 )
             # Without noise, and at a minimum, the edge of the Hessian is the threshold.
-            exact = noise == 0 and point.smallest >= -FITTED * abs(point.sharpness)
+            exact = noise == 0 and point.smallest >= -_NEGATIVE * abs(point.sharpness)
             seconds = time.perf_counter() - began
             return Suggestion(name, batch_size, edge, edge if exact else None, exact, seconds)
         result = threshold(point.samples, step, noise, share=point.share, seed=self.seed)
