@@ -34,10 +34,10 @@ class ObservedMethod:
         # An earlier wrapper on the instance, such as a scheduler's call counter.
         self._former_attribute = vars(optimizer).get(name)
         self.active = True
-        # Schedulers read attributes of the bound method, such as __func__.
         functools.update_wrapper(self, self._method, updated=())
         if isinstance(self._method, MethodType):
-            self.__self__, self.__func__ = self._method.__self__, self._method.__func__
+            # Schedulers wrap the function of a bound method, so it leads back here.
+            self.__self__, self.__func__ = self._method.__self__, self._as_function()
         setattr(optimizer, name, self)
 
     @eager
@@ -51,6 +51,13 @@ class ObservedMethod:
         if self.active and self._after is not None:
             self._after(self._optimizer, (self._optimizer, *args), kwargs)
         return result
+
+    def _as_function(self) -> Callable[..., Any]:
+        @functools.wraps(self._method)
+        def method(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return method
 
     def remove(self) -> None:
         """Restore the optimizer's former method."""

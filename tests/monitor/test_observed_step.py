@@ -145,6 +145,37 @@ def test_a_wrapper_put_around_it_later_stays() -> None:
     assert (first.step, second.step) == (0, 2)
 
 
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+def test_a_scheduler_made_after_the_monitor_leaves_it_its_steps() -> None:
+    """Catches a scheduler that wraps the function of ``step`` inside the observation, which ends it."""
+    model = nn.Linear(2, 1)
+    optimizer: Any = Uninitialised(model.parameters(), 0.1)
+    optimizer.defaults = {}
+    monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    assert train(optimizer, model) == ["stepped"] * 3
+    assert monitor.step == 3
+
+
+def test_a_monitor_of_a_hook_outlives_a_scheduler_that_follows() -> None:
+    """Catches hooks that wait for the next step, and are lost where a scheduler wraps it first."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitors: list[StabilityMonitor] = []
+
+    def track(*_: Any) -> None:
+        if not monitors:
+            monitors.append(StabilityMonitor(optimizer, model, MSE, (X, Y), every=1))
+
+    optimizer.register_step_post_hook(track)
+    train(optimizer, model, 1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in range(3):
+        train(optimizer, model, 1)
+        scheduler.step()  # warns if it does not see the step
+    assert (monitors[0].step, len(monitors[0].history)) == (3, 3)
+
+
 class Fixed(Wrapper):
     """A wrapper that refuses attributes."""
 
