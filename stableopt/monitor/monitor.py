@@ -292,6 +292,11 @@ class StabilityMonitor:
         if self.closed:  # by a sink, which flushed those that got the event after it too early
             flush(self.sinks, self._warn)
 
+    def close_together(self) -> None:
+        """Close on every rank if a sink of rank 0 has closed the monitor; every rank must call it."""
+        if self.problem.ranks.any(self.closed) and not self.closed:
+            self.close()
+
     def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
         problem = self.problem
         if problem.device.type == "cuda":
@@ -303,6 +308,7 @@ class StabilityMonitor:
             self._measurer.warn_of(event.margins)
             if problem.ranks.rank == 0:
                 self.deliver(event)
+            self.close_together()
         return event.margins
 
     @eager
@@ -347,7 +353,10 @@ class StabilityMonitor:
             return None
 
     def close(self) -> None:
-        """Remove the hooks from optimizer and model, and flush the sinks; keep ``history``."""
+        """Remove the hooks from optimizer and model, and flush the sinks; keep ``history``.
+
+        Several ranks must all call it, but for a sink, which closes the monitor on every rank.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []

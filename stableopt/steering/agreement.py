@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stableopt.distributed.collectives import world
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.sinks.events import Decided, Event
+from stableopt.sinks.events import Decided
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, DecisionLog
 
@@ -39,11 +39,11 @@ def decision_is_due(own: bool, monitor: StabilityMonitor) -> bool:
 def decide_together(
     decide: Callable[[], tuple[list[Decision], M]],
     log: DecisionLog,
-    deliver: Callable[[Event], object],
+    monitor: StabilityMonitor,
     *,
     dry_run: bool,
 ) -> tuple[list[Decision], M]:
-    """Log and return rank 0's decisions on every rank, and its memory; rank 0 also delivers them.
+    """Log and return rank 0's decisions on every rank, and its memory; its monitor delivers them.
 
     ``decide``, called on rank 0, returns the decisions and what to remember until the next call. A
     decision without a change is left out if it repeats the reason of the last one about its subject.
@@ -59,7 +59,8 @@ def decide_together(
             log.append(decision)
             logged.append(decision)
             if ranks.rank == 0:
-                deliver(Decided(decision.step, decision))
+                monitor.deliver(Decided(decision.step, decision))
+    monitor.close_together()
     return logged, memory
 
 

@@ -154,7 +154,7 @@ class StabilityController:
         decisions, self._memory = decide_together(
             lambda: ([], self._memory) if margins is None else self._decide(margins),
             self.decisions,
-            self.monitor.deliver,
+            self.monitor,
             dry_run=self.dry_run,
         )
         for decision in decisions:

@@ -249,7 +249,7 @@ class StabilityLR(LRScheduler):
 
         before = self._memory.measured
         decisions, self._memory = decide_together(
-            decide, self.decisions, self.monitor.deliver, dry_run=self.dry_run
+            decide, self.decisions, self.monitor, dry_run=self.dry_run
         )
         is_new = self._memory.measured != before
         if self._last_good is not None and is_new and self._memory.good == self._memory.measured:

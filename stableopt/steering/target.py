@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from stableopt import plot
-from stableopt._support.arguments import positive, whole
+from stableopt._support.arguments import positive, require_keys, whole
 from stableopt._support.deprecation import warn_renamed
 from stableopt.stability import StabilityMargins, UpdateRule
 
@@ -272,10 +272,15 @@ class TargetRegion:
     def from_dict(cls, state: Mapping[str, Any]) -> TargetRegion:
         """Return the region that :meth:`to_dict` wrote.
 
+        Raises:
+            TypeError: for anything but a mapping.
+            ValueError: for a missing entry.
+
         >>> target = TargetRegion.flatter(by=2)
         >>> TargetRegion.from_dict(target.to_dict()) == target
         True
         """
+        require_keys(state, ("sharpness", "non_uniformity", "unit"), name="target")
         return cls(**state)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import small_data, small_network
 from rank_processes import run, shard
-from rank_workers.monitoring import clocks, counted, failing, isolated, tracking
+from rank_workers.monitoring import clocks, closed, counted, failing, isolated, tracking
 from rank_workers.shares import SAMPLES
 from torch import nn
 
@@ -113,3 +113,10 @@ def test_ranks_agree_on_the_dimension_of_samples(tmp_path: Path) -> None:
     samples.
     """
     assert run(counted, 2, tmp_path) == [6, 6]
+
+
+def test_a_sink_closes_the_monitor_on_every_rank(tmp_path: Path) -> None:
+    """Catches a monitor that its sink closes on rank 0, where sinks run, while other ranks wait for it:
+    after a measurement, and after a decision of steering.
+    """
+    assert run(closed, 2, tmp_path) == [{"measured": [2, True], "decided": [3, True]}] * 2

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -352,7 +353,10 @@ def _rank(rank: int, folder: str) -> None:
     decision = Decision("lr", "raise", 0.1, 0.2 + rank, f"rank {rank}", step=7)
     log, sunk = DecisionLog(maxlen=9), []
     shared, memory = decide_together(
-        lambda: ([decision], f"memory of {rank}"), log, sunk.append, dry_run=False
+        lambda: ([decision], f"memory of {rank}"),
+        log,
+        mock.Mock(deliver=sunk.append),
+        dry_run=False,
     )
     weight = torch.full((2,), float(rank))
     broadcast_tensors([weight])

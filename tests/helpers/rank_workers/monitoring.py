@@ -222,3 +222,29 @@ def losing(how: str) -> dict[str, Any]:
         seconds = time.monotonic() - began
         return {"error": type(error).__name__, "message": str(error), "seconds": seconds}
     return {"error": None, "history": len(monitor.history)}
+
+
+def closed() -> dict[str, Any]:
+    """Train on after a sink has closed the monitor; return its last step, and whether it is closed."""
+    x, y = own(small_data(SAMPLES))
+    found = {}
+    for kind in ("measured", "decided"):
+        model = nn.parallel.DistributedDataParallel(small_network())
+        optimizer = stableopt.SGD(model.parameters(), lr=0.1)
+        monitor = optimizer.track(model, nn.MSELoss(), (x, y), every=1)
+
+        def close(step: int, record: Any, kind: str = kind, monitor: Any = monitor) -> None:
+            if (step == 2 and kind == "measured") or "decision" in record:
+                monitor.close()
+
+        monitor.sinks.append(close)
+        target = stableopt.TargetRegion(sharpness=(0, 1000.0))
+        scheduler = stableopt.StabilityLR(optimizer, monitor, target, max_lr=0.2)
+        for step in range(5):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            if kind == "decided" and step >= 2:
+                scheduler.step()
+        found[kind] = [monitor.step, monitor.closed]
+    return found
