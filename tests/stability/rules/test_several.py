@@ -109,14 +109,17 @@ def test_filters_and_different_decay_have_no_joint_limit() -> None:
     """Catches the factors of the decay, which are exact for a momentum, with the averages of Adan."""
     kinds = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
     params = [torch.ones(1, requires_grad=True) for _ in range(2)]
-    # lr * decay is the same in the second but for rounding.
-    for settings, known in (
-        (((0.1, 0.5), (0.1, 0.5)), True),
-        (((0.001, 0.3), (0.003, 0.1)), True),
-        (((0.1, 0.5), (0.1, 0.1)), False),
+    for kind, settings, known in (
+        (kinds.Adan, ((0.1, 0.5), (0.1, 0.5)), True),
+        (kinds.Adan, ((0.1, 0.5), (0.1, 0.1)), False),
+        (
+            kinds.AdEMAMix,
+            ((0.001, 0.3), (0.003, 0.1)),
+            True,
+        ),  # lr * decay is equal but for rounding
     ):
         optimizers = [
-            kinds.Adan([p], lr=lr, weight_decay=decay, weight_decouple=True)
+            kind([p], lr=lr, weight_decay=decay, weight_decouple=True)
             for p, (lr, decay) in zip(params, settings, strict=True)
         ]
         for p, optimizer in zip(params, optimizers, strict=True):
