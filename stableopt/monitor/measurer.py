@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -228,6 +229,10 @@ class Measurer:
         """Return the quantities of this measurement; rare ones only once in ``spectrum_every``."""
         with_rare = self.measured % self._spectrum_every == 0
         return [name for name in self.quantities if with_rare or not QUANTITIES[name].rare]
+
+    def restore(self, measured: int, starts: dict[str, Tensor], memory: dict[str, Any]) -> None:
+        """Continue after ``measured`` measurements, from the :meth:`checked` starts and the memory."""
+        self.measured, self.starts, self.memory = measured, starts, copy.deepcopy(memory)
 
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return saved ``starts`` on the problem's device, in its precision or rounded.

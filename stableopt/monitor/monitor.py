@@ -200,8 +200,7 @@ class StabilityMonitor:
         if batch_size is None:
             # First of all hooks: torch.jit modules refuse it, and then no other hook remains.
             module = model if isinstance(model, nn.Module) else problem.model
-            hook = module.register_forward_pre_hook(self._counter, with_kwargs=True)
-            self._handles.append(hook)
+            self._handles.append(module.register_forward_pre_hook(self._counter, with_kwargs=True))
         needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
         before = self._before_step if needs_start else None
         try:
@@ -393,11 +392,9 @@ class StabilityMonitor:
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]
         step, measured = int(state["step"]), int(state["measured"])
-        memory = copy.deepcopy(dict(state.get("memory", {})))
+        memory = dict(state.get("memory", {}))
         observed = [int(samples) for samples in state["observed"]]
         self.step, self.history = step, deque(history, maxlen=_HISTORY)
-        self._measurer.measured, self._measurer.starts = measured, starts
-        self._measurer.memory = memory
+        self._measurer.restore(measured, starts, memory)
         self._schedule.restore(pending=bool(state["pending"]))
-        self._counter.observed.clear()
-        self._counter.observed.extend(observed)
+        self._counter.restore(observed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from statistics import median_low
 from typing import Any
@@ -78,6 +78,11 @@ class SampleCounter:
         if not self.observed or not self.passed:
             return None
         return max(1, median_low(self.observed) // self.passed)
+
+    def restore(self, observed: Iterable[int]) -> None:
+        """Continue after the ``observed`` steps of a resumed run."""
+        self.observed.clear()
+        self.observed.extend(observed)
 
     def calibrate(self, problem: MeanLoss) -> None:
         """Determine :attr:`dim`, :attr:`dims` and :attr:`passed` from evaluations of a batch loss.
