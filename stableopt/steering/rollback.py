@@ -18,8 +18,18 @@ from stableopt.steering.agreement import broadcast_tensors
 __all__ = ["LastGood", "kick"]
 
 
+_SCHEDULED = {
+    *("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay"),
+    *("momentum", "base_momentum", "max_momentum", "betas"),
+}
+"""Numbers of a parameter group that schedules write, rather than the steps of the optimizer."""
+
+
 class LastGood:
     """A snapshot of parameters, buffers and optimizer state.
+
+    The state includes the numbers that some optimizers keep in their parameter groups, such as
+    Prodigy's estimates, but no hyperparameter that a schedule may have changed.
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -34,6 +44,7 @@ class LastGood:
         self._optimizer, self._model = optimizer, model
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._states: list[tuple[Tensor, dict[str, Any]]] = []
+        self._numbers: list[dict[str, Any]] = []
 
     def keep(self) -> None:
         """Take a snapshot."""
@@ -42,17 +53,40 @@ class LastGood:
         tensors = {id(t): t for t in [*params, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
         self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in params]
+        self._numbers = [_numbers(group) for group in self._optimizer.param_groups]
+
+    def keep_finite(self) -> bool:
+        """Take a snapshot if the optimizer's parameters are finite; return whether they are."""
+        params = (p for group in self._optimizer.param_groups for p in group["params"])
+        finite = all(bool(p.isfinite().all()) for p in params)
+        if finite:
+            self.keep()
+        return finite
 
     def put_back(self) -> None:
-        """Restore the snapshot."""
+        """Restore the snapshot. Parameters that joined the optimizer since lose their state."""
         with torch.no_grad():
             for tensor, saved in self._saved:
                 tensor.copy_(saved)
-        for p, state in self._states:
+        groups = self._optimizer.param_groups
+        states: dict[Tensor, dict[str, Any]] = {p: {} for group in groups for p in group["params"]}
+        for p, state in (states | dict(self._states)).items():
             if state:
                 self._optimizer.state[p] = copy.deepcopy(state)
             else:
                 self._optimizer.state.pop(p, None)
+        for group, numbers in zip(groups, self._numbers, strict=False):  # groups may have joined
+            group.update(copy.deepcopy(numbers))
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the numbers in ``group`` that the optimizer's steps may write."""
+    return {
+        name: copy.deepcopy(value)
+        for name, value in group.items()
+        if name not in _SCHEDULED
+        and (isinstance(value, (int, float, Tensor)) and not isinstance(value, bool))
+    }
 
 
 def kick(monitor: StabilityMonitor, size: float) -> None:

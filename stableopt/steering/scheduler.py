@@ -160,6 +160,7 @@ class StabilityLR(LRScheduler):
         self._kick = non_negative("kick", kick)
         self._last_good = LastGood(optimizer, monitor.problem.model) if restore else None
         self._memory = _Memory(target, new_state())
+        self._resumed = False
         self._after_closing = StepsAfterClosing(monitor, "StabilityLR keeps the learning rate")
         super().__init__(optimizer, last_epoch)
 
@@ -196,6 +197,9 @@ class StabilityLR(LRScheduler):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`; load the states of optimizer and monitor as well.
 
+        The weights to restore after a divergence are not part of the state. The first step after
+        loading keeps those at hand, if they are finite, until the next good measurement.
+
         Raises:
             Exception: ``ValueError`` for a missing entry, or any error over one of a wrong kind. The
                 scheduler then stays as it was.
@@ -203,6 +207,7 @@ class StabilityLR(LRScheduler):
         attributes, decisions = self._read_state(state_dict)
         vars(self).update(attributes)
         self.decisions.replace(decisions)
+        self._resumed = True
 
     def _read_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Decision]]:
         """Return the attributes and decisions of ``state_dict``; raise if it is refused."""
@@ -229,6 +234,10 @@ class StabilityLR(LRScheduler):
         """Carry out decisions on the weights; return those that change the rate."""
         if world().rank == 0:
             self._after_closing.check()
+        if self._resumed:  # not while loading: model and optimizer may be loaded later
+            self._resumed = False
+            if self._last_good is not None and not self.dry_run and self._last_good.keep_finite():
+                self._memory = replace(self._memory, good=self.monitor.step)
         present = _fastest(self.optimizer)
         if present == 0:
             return []

@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from steered_runs import FLAT, MSE, Run, Y
+from steered_runs import FLAT, MSE, Run, X, Y, network
 from torch import Tensor, nn
 
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
 from stableopt.steering.decision import Decision
 from stableopt.steering.lr_laws import Law, LRMeasured, State
+from stableopt.steering.rollback import LastGood
 
 
 def test_it_goes_back_to_the_last_good_weights_only_if_asked() -> None:
@@ -52,6 +53,68 @@ def test_each_divergence_after_a_restore_is_cut_and_restored() -> None:
     assert kinds[-8:] == ["cut", "restore"] * 4
     assert all(map(torch.equal, run.weights(), good))
     assert run.rates()[0] == pytest.approx(0.7**4 * 0.05 * 1.01**3)
+
+
+def test_parameters_that_join_after_the_snapshot_lose_their_momentum() -> None:
+    """Catches a momentum of infinity that outlives the restore, and cuts for ever after it."""
+    run = Run(momentum=0.9)
+    scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
+    run.go(scheduler, 2)
+    joined = nn.Parameter(torch.zeros(1))
+    run.optimizer.add_param_group({"params": [joined]})
+    run.optimizer.state[joined]["momentum_buffer"] = torch.tensor([math.inf])
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        run.go(scheduler, 1, Y * math.nan)
+    assert joined not in run.optimizer.state
+    assert all(bool(p.isfinite().all()) for p in run.weights())
+
+
+def test_a_snapshot_holds_what_an_optimizer_writes_into_its_groups() -> None:
+    """Catches Prodigy's estimates that stay NaN, which ends its adaptation, and a schedule undone."""
+    prodigy = pytest.importorskip("prodigyopt", reason="needs prodigyopt").Prodigy
+    model = network()
+    optimizer = prodigy(model.parameters(), lr=1.0)
+    good = LastGood(optimizer, model)
+
+    def step(y: Tensor) -> None:
+        optimizer.zero_grad()
+        MSE(model(X), y).backward()
+        optimizer.step()
+
+    step(Y)
+    good.keep()
+    before = dict(optimizer.param_groups[0])
+    step(Y * math.nan)
+    assert math.isnan(optimizer.param_groups[0]["d_numerator"])
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.1)
+    good.put_back()
+    assert optimizer.param_groups[0] == {**before, "lr": 0.5, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_resumed_run_restores_the_weights_of_its_first_step(finite: bool) -> None:
+    """Catches a run without weights to go back to until its first measurement, which the run that was
+    not interrupted has; and weights kept that are lost already.
+    """
+    first = Run(momentum=0.9, every=5)
+    scheduler = StabilityLR(first.optimizer, first.monitor, FLAT)
+    first.go(scheduler, 6)
+    parts = first.model, first.optimizer, first.monitor, scheduler
+    saved = [copy.deepcopy(part.state_dict()) for part in parts]
+    second = Run(momentum=0.9, every=5)
+    resumed = StabilityLR(second.optimizer, second.monitor, FLAT)
+    # The scheduler first: the weights at hand are not those of the checkpoint yet.
+    for part, state in reversed(
+        list(zip((second.model, second.optimizer, second.monitor, resumed), saved, strict=True))
+    ):
+        part.load_state_dict(state)
+    second.go(resumed, 1, Y if finite else Y * math.nan)
+    kept = second.weights()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        second.go(resumed, 3, Y * math.nan)
+    kinds = [decision.kind for decision in resumed.decisions]
+    assert kinds[-2:] == (["cut", "restore"] if finite else [kinds[-2], "cut"])
+    assert all(map(torch.equal, second.weights(), kept)) == finite
 
 
 @pytest.mark.parametrize(
