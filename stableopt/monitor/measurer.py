@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -230,9 +231,36 @@ class Measurer:
         with_rare = self.measured % self._spectrum_every == 0
         return [name for name in self.quantities if with_rare or not QUANTITIES[name].rare]
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Undo what a measurement in the block changes, so that the next does not depend on it."""
+        problem, starts, measured = self.problem, self.starts, self.measured
+        memory, end = copy.deepcopy(self.memory), self.step_end_cache.end
+        try:
+            yield
+        finally:
+            self.measured, self.memory, self.step_end_cache.end = measured, memory, end
+            if self.problem is problem:  # else the starts are those of other parameters
+                self.starts = starts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next measurement depends on, as plain numbers, dicts and tensors."""
+        return {
+            "measured": self.measured,
+            # The next measurement would drop starts of other parameters, as before unfreezing.
+            "starts": {} if self._has_other_params() else dict(self.starts),
+            "memory": copy.deepcopy(self.memory),
+        }
+
     def restore(self, measured: int, starts: dict[str, Tensor], memory: dict[str, Any]) -> None:
-        """Continue after ``measured`` measurements, from the :meth:`checked` starts and the memory."""
+        """Continue from the entries of a :meth:`state_dict`; the starts are :meth:`checked`."""
         self.measured, self.starts, self.memory = measured, starts, copy.deepcopy(memory)
+
+    def _has_other_params(self) -> bool:
+        try:
+            return self.problem.current() is not self.problem
+        except ValueError:  # no parameter is trainable
+            return True
 
     def checked(self, starts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return saved ``starts`` on the problem's device, in its precision or rounded.

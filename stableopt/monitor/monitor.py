@@ -12,7 +12,6 @@ A monitor combines a step hook, a :class:`~stableopt.monitor.schedule.Schedule`,
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -203,9 +202,10 @@ class StabilityMonitor:
             self._handles.append(module.register_forward_pre_hook(self._counter, with_kwargs=True))
         needs_start = self._measurer.needs_steps or len(self.optimizers) > 1
         before = self._before_step if needs_start else None
+        at_ascent = self._warn.guarded("the gradient before SAM's ascent was not read", note_ascent)
         try:
             for each in self.optimizers:
-                self._handles += observe_steps(each, before, self._after_step, self._at_ascent)
+                self._handles += observe_steps(each, before, self._after_step, at_ascent)
             if batch_size is None:
                 self._counter.calibrate(problem)
         except Exception:
@@ -277,13 +277,19 @@ class StabilityMonitor:
         """
         self._counter.count_only(batch)
 
-    def measure(self) -> StabilityMargins:
+    def measure(self, *, aside: bool = False) -> StabilityMargins:
         """Measure now, record the result and send it to the sinks; call it on every rank.
+
+        Args:
+            aside: send it to the sinks only: history, steering and later measurements do not see it.
 
         Raises:
             Exception: any error except a loss or curvature that is not finite.
         """
-        return self._record(self._measurer.measure)
+        if not aside:
+            return self._record(self._measurer.measure)
+        with self._measurer.undone():
+            return self._record(self._measurer.measure, in_history=False)
 
     def deliver(self, event: Event) -> None:
         """Send ``event`` to the sinks; warn once for each reason why a sink fails."""
@@ -296,14 +302,17 @@ class StabilityMonitor:
         if self.problem.ranks.any(self.closed) and not self.closed:
             self.close()
 
-    def _record(self, measure: Callable[[int], Measured]) -> StabilityMargins:
+    def _record(
+        self, measure: Callable[[int], Measured], *, in_history: bool = True
+    ) -> StabilityMargins:
         problem = self.problem
         if problem.device.type == "cuda":
             # Kernels that training has queued do not count as measuring time.
             torch.cuda.synchronize(problem.device)
         with self._schedule.timed():
             event = measure(self.step)
-            self.history.append(event.margins)
+            if in_history:
+                self.history.append(event.margins)
             self._measurer.warn_of(event.margins)
             if problem.ranks.rank == 0:
                 self.deliver(event)
@@ -319,13 +328,6 @@ class StabilityMonitor:
         if self._measurer.needs_steps and self._schedule.may_measure(self.step + 1, ranks):
             cache = self._measurer.step_end_cache if self._schedule.each_step else None
             self._step_start = TakenStep.begin(self._measurer.problem.params, cache)
-
-    @eager
-    def _at_ascent(self, optimizer: torch.optim.Optimizer) -> None:
-        try:
-            note_ascent(optimizer)
-        except Exception as error:  # training must continue
-            self._warn("the gradient before the ascent of SAM was not read", str(error))
 
     @eager
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -372,11 +374,9 @@ class StabilityMonitor:
         """Return steps, history and subspaces as plain numbers, lists, dicts and tensors."""
         return {
             "step": self.step,
-            "measured": self._measurer.measured,
             "pending": self._schedule.pending,
             "observed": list(self._counter.observed),
-            "starts": dict(self._measurer.starts),
-            "memory": copy.deepcopy(self._measurer.memory),
+            **self._measurer.state_dict(),
             "history": [margins.to_dict() for margins in self.history],
         }
 

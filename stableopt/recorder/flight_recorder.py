@@ -59,8 +59,8 @@ class FlightRecorder:
             late check finds the alarms that earlier checks would have found.
         rules: what counts as a spike.
         measure: whether an alarm from losses or gradients triggers a measurement, so that the report
-            shows the curvature at that moment. Ignored in a distributed run, where every rank would
-            have to measure.
+            shows the curvature at that moment; sinks receive it, steering does not. Ignored in a
+            distributed run, where every rank would have to measure.
         most_reports: the largest number of reports.
         keep_weights: whether to keep a copy of the model's weights from the last measurement without
             an alarm, and to write it into the report as ``last_good.pt``, for
@@ -363,7 +363,7 @@ class FlightRecorder:
             # If the report cannot be written, the next check tries again, without this measurement.
             self._next_measurement = now + self._window
             try:
-                self._monitor.measure()  # `receive` gets the result
+                self._monitor.measure(aside=True)  # `receive` gets the result
             except Exception as error:
                 missing["the measurement at the alarm"] = why(error)
         evidence = self.evidence

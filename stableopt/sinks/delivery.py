@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from stableopt.sinks.events import Decided, Event
 
 __all__ = ["EventSink", "Sink", "WarnOnce", "check_sinks", "deliver", "flush"]
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -36,6 +38,17 @@ class WarnOnce:
         if self._active and why not in self._reasons:
             self._reasons.add(why)
             warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=3)
+
+    def guarded(self, what: str, function: Callable[[T], object]) -> Callable[[T], None]:
+        """Return ``function`` with a warning that ``what`` happened instead of its errors."""
+
+        def call(argument: T) -> None:
+            try:
+                function(argument)
+            except Exception as error:  # training must continue
+                self(what, str(error))
+
+        return call
 
     def always(self, text: str) -> None:
         """Warn of an event that does not repeat."""

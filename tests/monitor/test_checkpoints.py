@@ -153,3 +153,30 @@ def test_a_state_of_an_earlier_version_is_read() -> None:
     assert (monitor.margins.sharpness_ratio, monitor.batch_size) == (0.3, 4)
     train(model, optimizer)
     assert [m.step for m in monitor.history] == [4, 6]  # what was pending is not forgotten
+
+
+def test_a_checkpoint_after_unfreezing_is_resumed() -> None:
+    """Catches warm starts of the parameters before, which the next measurement drops, and loading
+    refuses.
+    """
+
+    def build(*, frozen: bool) -> tuple[nn.Module, stableopt.SGD, StabilityMonitor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+        model[0].requires_grad_(not frozen)
+        optimizer = stableopt.SGD(model.parameters(), lr=0.05)
+        return model, optimizer, optimizer.track(model, MSE, (X, Y), every=2)
+
+    model, optimizer, monitor = build(frozen=True)
+    train(model, optimizer)
+    train(model, optimizer)
+    model[0].requires_grad_(True)
+    train(model, optimizer)
+    saved = through_file([part.state_dict() for part in (model, optimizer, monitor)])
+    train(model, optimizer)
+    resumed = build(frozen=False)
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    train(resumed[0], resumed[1])
+    assert [m.step for m in resumed[2].history] == [2, 4]
+    assert list(timeless(resumed[2])) == list(timeless(monitor))

@@ -375,7 +375,7 @@ def test_a_compiled_step_has_the_report_of_an_eager_one(
             run.optimizer.step = torch.compile(run.optimizer.step, backend="eager")
         run.train(9)
         torch._dynamo.reset()
-        outcomes.append([run.report()["alarm"], [m.step for m in run.monitor.history]])
+        outcomes.append([run.report()["alarm"], [m.step for m in run.recorder.evidence.measured]])
         run.monitor.close()
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1] == [5]

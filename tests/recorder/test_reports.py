@@ -120,6 +120,27 @@ def test_what_the_user_set_in_matplotlib_changes_no_report(tmp_path: Path) -> No
     assert (run.recorder.reports[0] / "report.png").exists()
 
 
+def test_the_measurement_at_an_alarm_is_of_the_report_alone(tmp_path: Path) -> None:
+    """Catches steering that acts on it, and later measurements with other seeds and warm starts: the
+    recorder would change training.
+    """
+    rates, measured = [], []
+    for record in (False, True):
+        run = Run(tmp_path / str(record), record=record, measure=True)
+        received: list[int] = []
+        run.monitor.sinks.append(lambda step, _, steps=received: steps.append(step))
+        target = stableopt.TargetRegion(sharpness=(0, 4.0))
+        scheduler = stableopt.StabilityLR(run.optimizer, run.monitor, target)
+        for step in range(40):
+            run.train(1, spoil=50.0 if step == 24 else 1.0)
+            scheduler.step()
+        rates.append(scheduler.get_last_lr())
+        measured.append([(m.step, m.sharpness) for m in run.monitor.history])
+        assert received.count(25) + received.count(26) == record
+    assert rates[0] == rates[1]
+    assert measured[0] == measured[1]
+
+
 def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
     """Catches a failed report that is not tried again for 200 steps.
 
@@ -131,7 +152,7 @@ def test_a_report_that_cannot_be_written_is_tried_again(tmp_path: Path) -> None:
         alarm(run, steps=15)
     messages = [str(warning.message) for warning in caught]
     assert sum("could not be written" in message for message in messages) == 1
-    assert len(run.monitor.history) == 2  # that at the alarm, and that of step 10
+    assert len(run.recorder.evidence.measured) == 2  # that at the alarm, and that of step 10
     assert run.recorder.reports == []
     (tmp_path / "file").unlink()
     alarm(run)
