@@ -56,7 +56,7 @@ def test_each_divergence_after_a_restore_is_cut_and_restored() -> None:
 
 
 def test_parameters_that_join_after_the_snapshot_lose_their_momentum() -> None:
-    """Catches a momentum of infinity that outlives the restore, and cuts for ever after it."""
+    """Catches a momentum of infinity that outlives the restore, and cuts for good after it."""
     run = Run(momentum=0.9)
     scheduler = StabilityLR(run.optimizer, run.monitor, FLAT)
     run.go(scheduler, 2)
