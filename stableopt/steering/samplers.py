@@ -14,6 +14,7 @@ Three examples::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, Protocol, cast
 
@@ -95,6 +96,22 @@ class _BatchSize:
         return self.batch_size
 
 
+@dataclass
+class _Epoch:
+    """The position within an epoch, which its iterator and the sampler share."""
+
+    indices: Iterator[int]  # not yet requested
+    ahead: list[int] = field(default_factory=list)  # the sizes of the first batches of ``indices``
+    taken: int = 0  # batches that were used before the loaded state was saved
+    yielded: list[list[int]] = field(default_factory=list)  # batches that were requested since
+
+    def remaining(self) -> list[int]:
+        """Return the indices that were not requested."""
+        remaining = list(self.indices)
+        self.indices = iter(remaining)
+        return remaining
+
+
 class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     r"""A ``BatchSampler`` whose batch size may change at any time, also within an epoch.
 
@@ -144,9 +161,8 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     ) -> None:
         self._set_bounds(batch_size, min_batch_size, max_batch_size, multiple_of)
         super().__init__(sampler, self.batch_size, drop_last)
-        self._indices: Iterator[int] = iter(())
-        self._yielded: list[list[int]] = []  # the batches of this epoch
-        self._resumed: list[int] | None = None  # the remaining indices of a loaded epoch
+        self._epoch = _Epoch(iter(()))
+        self._resumes = False  # the next iteration continues a loaded epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Forward to the sampler, as ``DistributedSampler`` needs before every epoch."""
@@ -157,18 +173,17 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         # A generator runs only when the first batch is requested. That matters for a loader with
         # workers, which makes two iterators and discards one.
-        resumed, self._resumed = self._resumed, None
-        indices = self._indices = iter(self.sampler if resumed is None else resumed)
-        yielded = self._yielded = []
+        if not self._resumes:
+            self._epoch = _Epoch(iter(self.sampler))
+        self._resumes = False
+        # A newer iterator replaces self._epoch; this one goes on with its own.
+        epoch = self._epoch
         while True:
-            # _remaining exhausts self._indices and replaces it. A newer epoch replaces it too, but
-            # then this epoch goes on with its own iterator.
-            indices = self._indices if yielded is self._yielded else indices
-            size = self.batch_size
-            batch = list(islice(indices, size))
+            size = epoch.ahead.pop(0) if epoch.ahead else self.batch_size
+            batch = list(islice(epoch.indices, size))
             if not batch or (self.drop_last and len(batch) < size):
                 return
-            yielded.append(batch)
+            epoch.yielded.append(batch)
             yield batch
 
     def whole_epoch(self) -> BatchSampler:
@@ -189,29 +204,46 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         It is also the length of the ``DataLoader``. Between :meth:`load_state_dict` and the next
         iteration it counts the remaining batches of the epoch.
         """
-        samples = len(cast(Sized, self.sampler if self._resumed is None else self._resumed))
-        return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        ahead = self._epoch.ahead if self._resumes else []
+        rest = self._epoch.remaining() if self._resumes else self.sampler
+        samples = len(cast(Sized, rest)) - sum(ahead)
+        whole_batches, short = divmod(samples, self.batch_size)
+        return len(ahead) + whole_batches + (short > 0 and not self.drop_last)
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Return the size and the remaining indices of this epoch: plain integers.
+        """Return the size and the position in this epoch: plain integers and lists.
+
+        ``rest`` lists the remaining indices, also those of prefetched batches. ``ahead`` lists the
+        sizes of those batches, so that a resumed run yields the same ones. ``taken`` is ``batches``.
 
         Args:
-            batches: the number of batches of this epoch that training has used. A loader with workers
-                prefetches more, and those must be yielded again. By default all requested batches.
+            batches: the number of batches of this epoch that training has used, with those before
+                the last :meth:`load_state_dict`. A loader with workers prefetches more, and those
+                must be yielded again. By default all requested batches.
 
         Raises:
-            ValueError: if fewer batches were requested.
+            ValueError: if fewer batches were requested, or if the loaded state was saved after more.
             TypeError: for a sampler without a length, which may be endless.
         """
         if not isinstance(self.sampler, Sized):
             raise TypeError(f"sampler={self.sampler!r}: without a length it may be endless")
-        if self._resumed is not None:  # no iteration since the state was loaded
-            return {"batch_size": self.batch_size, "rest": list(self._resumed)}
-        used = len(self._yielded) if batches is None else whole("batches", batches, least=0)
-        if used > len(self._yielded):
-            raise ValueError(f"batches={batches}: only {len(self._yielded)} were requested")
-        prefetched = chain.from_iterable(self._yielded[used:])
-        return {"batch_size": self.batch_size, "rest": [*prefetched, *self._remaining()]}
+        epoch = self._epoch
+        requested = epoch.taken + len(epoch.yielded)
+        used = requested if batches is None else whole("batches", batches, least=0)
+        if used > requested:
+            raise ValueError(f"batches={batches}: only {requested} were requested")
+        if used < epoch.taken:
+            raise ValueError(
+                f"batches={batches}: the loaded state was saved after {epoch.taken} batches of this"
+                " epoch; count them too"
+            )
+        unused = epoch.yielded[used - epoch.taken :]
+        return {
+            "batch_size": self.batch_size,
+            "rest": [*chain.from_iterable(unused), *epoch.remaining()],
+            "ahead": [*map(len, unused), *epoch.ahead],
+            "taken": used,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue within the epoch: the next iteration yields its remaining batches.
@@ -219,25 +251,32 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
         If the epoch was complete, the next iteration is a new epoch.
 
         Raises:
-            ValueError: for a missing entry, or a size that is not allowed.
+            ValueError: for a missing entry, a size that is not allowed, or entries that contradict
+                each other.
         """
         require_keys(state_dict, ("batch_size", "rest"))
         # Read everything that can raise before changing anything; a refused size changes nothing.
-        remaining = list(state_dict["rest"])
+        rest = list(state_dict["rest"])
+        # States of earlier versions lack the other entries.
+        ahead = [whole("ahead", size) for size in state_dict.get("ahead", ())]
+        if sum(ahead) > len(rest):
+            raise ValueError(f"ahead={ahead}: expected at most {len(rest)} samples, those of rest")
+        taken = whole("taken", state_dict.get("taken", 0), least=0)
         self.batch_size = state_dict["batch_size"]
-        self._resumed = remaining or None
+        self._resumes = bool(rest)
+        self._epoch = _Epoch(iter(rest), ahead, taken if rest else 0)
 
     def __getstate__(self) -> dict[str, Any]:
         # Samplers' iterators are mostly generators, which cannot be copied or pickled; those of lists
         # can. A sampler without a length may be endless, and has no state of its position.
-        remaining = self._remaining() if isinstance(self.sampler, Sized) else []
-        return {**vars(self), "_indices": iter(remaining), "_yielded": list(self._yielded)}
-
-    def _remaining(self) -> list[int]:
-        """Return the indices of this epoch that were not requested."""
-        remaining = list(self._indices)
-        self._indices = iter(remaining)
-        return remaining
+        epoch, finite = self._epoch, self._resumes or isinstance(self.sampler, Sized)
+        copied = replace(
+            epoch,
+            indices=iter(epoch.remaining() if finite else ()),
+            ahead=list(epoch.ahead),
+            yielded=list(epoch.yielded),
+        )
+        return {**vars(self), "_epoch": copied}
 
 
 class AdaptiveAccumulation(_BatchSize):
