@@ -92,7 +92,7 @@ class Ranks:
             return value
         if isinstance(value, Tensor):
             return self._all_reduced(value.clone())
-        return float(self._all_reduced(torch.tensor(value, dtype=torch.float64)))
+        return float(self._all_reduced(torch.tensor(value, dtype=torch.float64, device="cpu")))
 
     def all_reduce_mean(self, totals: list[Tensor], add: Callable[[], int]) -> list[Tensor]:
         """Return the means over the samples of all ranks.
@@ -193,7 +193,7 @@ class Ranks:
 
     def _raise_on_all_if_any(self, error: Exception | None) -> None:
         """Raise on every rank if any rank passes an error."""
-        failed = torch.tensor(float(error is not None), dtype=torch.float64)
+        failed = torch.tensor(float(error is not None), dtype=torch.float64, device="cpu")
         failures = failed.to(self._backend_device(failed.device))
         self._run_or_lose_rank(lambda: dist.all_reduce(failures, group=self.group))
         if float(failures) > 0:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt._support.tensors import as_tensor
 from stableopt.curvature.problem.parameters import group_of
 from stableopt.integrations._callback import Tracked
 from stableopt.sinks.delivery import Sink
@@ -149,7 +150,7 @@ class StabilityCallback(Tracked, _callback_class()):  # type: ignore[misc]
         # A metric that is missing this time becomes NaN instead of keeping its former value.
         former = [name for name in metrics if name.startswith(f"{self._prefix}/")]
         values = {**dict.fromkeys(former, math.nan), **self._metrics(margins.record())}
-        metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        metrics.update({name: as_tensor(value) for name, value in values.items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach the monitor; its history remains."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from stableopt._support.arguments import positive, whole
+from stableopt._support.tensors import as_tensor
 from stableopt.distributed.collectives import Ranks
 
 __all__ = ["Schedule", "step_moved"]
@@ -151,4 +152,4 @@ def step_moved(optimizer: torch.optim.Optimizer) -> bool:
     if all(rate is not None and float(rate) == 0 for rate in rates):
         return False
     found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is None or not bool(torch.as_tensor(found_inf).any())
+    return found_inf is None or not bool(as_tensor(found_inf).any())

@@ -62,7 +62,7 @@ def spectrum(
     axes: Any = figure_of((6.4, 3.6)).add_subplot() if ax is None else ax
     figure: Figure = axes.get_figure()
     low, high = density.nodes[0] - 4 * density.width, density.nodes[-1] + 4 * density.width
-    grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+    grid = torch.linspace(low, high, _POINTS, dtype=torch.float64, device="cpu")
     curve = density.density(grid).numpy()
     # The axis ends at a tenth of the peak of a single eigenvalue.
     peak_of_one = 1 / (density.size * density.width * math.sqrt(2 * math.pi))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from stableopt._support.tensors import as_tensor
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.recorder.evidence import StepRecord
@@ -85,7 +86,7 @@ def _scalar(value: Any) -> Scalar:
     """Return a number as a float, and a tensor as its mean in at least single precision."""
     if not isinstance(value, Tensor) and isinstance(value, Real):
         return float(value)
-    tensor = torch.as_tensor(value).detach()
+    tensor = as_tensor(value).detach()
     if tensor.is_complex():
         raise TypeError(f"a loss of {tensor.dtype}: expected a real number")
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).mean()

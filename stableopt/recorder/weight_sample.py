@@ -52,10 +52,12 @@ class WeightSample:
         sizes = [-(-n // stride) for n, stride in zip(numels, self._strides, strict=True)]
         device = self._params[0].device
         rows = [self.layers.index(layer_of(name)) for name in names]
-        counts = torch.tensor(sizes).to(device)
-        self._rows = torch.repeat_interleave(torch.tensor(rows).to(device), counts)
+        counts = torch.tensor(sizes, device="cpu").to(device)
+        of_param = torch.tensor(rows, device="cpu").to(device)
+        self._rows = torch.repeat_interleave(of_param, counts)
         factors = [numel / max(size, 1) for numel, size in zip(numels, sizes, strict=True)]
-        self._factors = torch.repeat_interleave(torch.tensor(factors).to(device), counts)
+        of_param = torch.tensor(factors, device="cpu").to(device)
+        self._factors = torch.repeat_interleave(of_param, counts)
 
     def take(self) -> Tensor:
         """Return the sample of the present weights, in double precision if weights are, else single."""

@@ -149,7 +149,7 @@ def _enlarged(rows: Tensor, more: int) -> Tensor:
 
 def block_diagonal(size: int, block: Tensor) -> Tensor:
     """Return the block diagonal matrix of the identity of ``size`` and ``block``."""
-    matrix = torch.zeros(size + block.shape[0], size + block.shape[1], dtype=block.dtype)
-    matrix[:size, :size] = torch.eye(size, dtype=block.dtype)
+    matrix = block.new_zeros(size + block.shape[0], size + block.shape[1])
+    matrix[:size, :size].fill_diagonal_(1.0)
     matrix[size:, size:] = block
     return matrix

@@ -92,10 +92,10 @@ class StartPolynomials:
 
         The points are above all Ritz values.
         """
-        values = torch.zeros(self.deflated + 1, len(points), dtype=torch.float64)
+        values = torch.zeros(self.deflated + 1, len(points), dtype=torch.float64, device="cpu")
         values[-1] = 1.0
         largest = values[-1]
-        probability = torch.ones(len(points), dtype=torch.float64)
+        probability = torch.ones_like(points)
         for column, beta, weights, fresh in self.rows:
             following = (points * values[-1] - column @ values) / beta
             # At overflow the sum becomes infinite, then NaN, which fmax ignores.
@@ -122,7 +122,7 @@ class StartPolynomials:
         """
         low, high = math.log(nearest), math.log(_FARTHEST * scale)
         for _ in range(2):
-            gaps = torch.linspace(low, high, _POINTS, dtype=torch.float64).exp()
+            gaps = torch.linspace(low, high, _POINTS, dtype=torch.float64, device="cpu").exp()
             too_likely = self.missed(largest + gaps) > uncertainty
             if bool(too_likely[-1]):
                 return None
@@ -170,7 +170,7 @@ class Deflation:
         sets = len(self.images_outside)
         for images in self.images_outside:
             gram[: images.shape[1], : images.shape[1]] += sets * (images.T @ images)
-        gaps = scale * torch.logspace(_APART, 0, _BEYOND, dtype=torch.float64)
+        gaps = scale * torch.logspace(_APART, 0, _BEYOND, dtype=torch.float64, device="cpu")
         values = self.eigenvalues(count)
         nearest = complement_bound + gaps
         points = torch.cat([values[values > nearest[0]], nearest])

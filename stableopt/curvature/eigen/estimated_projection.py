@@ -35,10 +35,11 @@ _ROUNDING = 1e-6
 
 def probe(count: int, generator: torch.Generator) -> Tensor:
     """Return the probe's coordinates ``(k,)``. Random signs keep errors from adding up."""
-    weights = torch.arange(count, dtype=torch.float64).clamp(min=1) ** -0.5
+    weights = torch.arange(count, dtype=torch.float64, device="cpu").clamp(min=1) ** -0.5
     weights[0] = 0.0
     weights[-1] = _EXPLORER * weights[:-1].norm()
-    weights[torch.rand(count, generator=generator, dtype=torch.float64) < 0.5] *= -1
+    draws = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    weights[draws < 0.5] *= -1
     unit: Tensor = weights / weights.norm()
     return unit
 
@@ -60,7 +61,7 @@ class EstimatedProjection:
         self, weights: Tensor, first: Tensor, second: Tensor, generator: torch.Generator
     ) -> None:
         self._kept = kept = len(weights)
-        start = torch.zeros(kept, dtype=torch.float64)
+        start = torch.zeros(kept, dtype=torch.float64, device="cpu")
         start[0] = 1.0
         self._tested = pad(torch.stack([start, weights]), (0, len(second) - kept))
         self._images = torch.stack([pad(first, (0, len(second) - len(first))), second])
@@ -71,7 +72,7 @@ class EstimatedProjection:
         self._probe_residual = float(second[kept:].norm())
         self._explorer_image = 1
         self._exploration_draw, row = torch.rand(
-            2, generator=generator, dtype=torch.float64
+            2, generator=generator, dtype=torch.float64, device="cpu"
         ).tolist()
         # The explorer, and a random kept direction. The square favours the first ones.
         self._to_explore = [kept - 1, 1 + int(row**2 * (kept - 2))]
@@ -141,7 +142,7 @@ class EstimatedProjection:
         probability = _EXPLORATION_RATES[0 if self._always_settled else 1]
         while self._to_explore and (not enough or self._exploration_draw < probability):
             index = self._to_explore.pop(0)
-            axis = torch.eye(self._images.shape[1], dtype=torch.float64)[index]
+            axis = torch.eye(self._images.shape[1], dtype=torch.float64, device="cpu")[index]
             direction = self._orthogonal_to_tested(axis)
             norm = float(direction.norm())
             if norm > _UNTESTED:

@@ -87,7 +87,7 @@ class LanczosIteration:
         self._wanted = wanted
         self._eps: float = torch.finfo(operator.dtype).eps
         self._polynomials = StartPolynomials(self.size)
-        self._projected = torch.zeros(width, width, dtype=torch.float64)
+        self._projected = torch.zeros(width, width, dtype=torch.float64, device="cpu")
         self._discarded: list[Tensor] = []
         self._magnitude: Tensor | None = None
         self._restarted = False
@@ -163,7 +163,7 @@ class LanczosIteration:
 
         It holds for a start that is uniform on the sphere.
         """
-        point = torch.tensor([float(self.ritz_values[-1]) + gap], dtype=torch.float64)
+        point = self.ritz_values[-1:] + gap
         return float(self._polynomials_with_residual().missed(point))
 
     def upper_bound(self) -> float | None:
@@ -208,7 +208,7 @@ class LanczosIteration:
         if invariant:
             noise = self._inner.noise(self._operator, self._seed, draw=self.products)
             following = self.basis.orthogonal(noise.covector)
-        image = torch.zeros(self.multiplied, dtype=torch.float64)
+        image = torch.zeros(self.multiplied, dtype=torch.float64, device="cpu")
         image[-1] = self.beta
         self._restarted = self.basis.num_rows == self._width
         if self._restarted:
@@ -263,7 +263,7 @@ class LanczosIteration:
         if len(pairs) < self.multiplied:
             self._restart(pairs)
             self.ritz_values = self.ritz_values[pairs]
-            self.ritz_coordinates = torch.eye(len(pairs)).double()
+            self.ritz_coordinates = torch.eye(len(pairs), dtype=torch.float64, device="cpu")
         noise = self._inner.noise(self._operator, self._seed, draw=self.products)
         self.deflation = Deflation(self.projected.clone(), tuple(self._discarded))
         self.basis.append(self.basis.orthogonal(noise.covector))
@@ -291,7 +291,7 @@ class LanczosIteration:
 
     def ritz_vectors(self, count: int) -> Basis:
         """Return the ``count`` best Ritz vectors, the largest first; they replace the basis."""
-        weights = torch.zeros(count, self.basis.num_rows, dtype=torch.float64)
+        weights = torch.zeros(count, self.basis.num_rows, dtype=torch.float64, device="cpu")
         weights[:, : self.multiplied] = self.ritz_coordinates.flip(1)[:, :count].T
         self.basis.combine(weights)
         return self.basis.shrunk()
@@ -301,7 +301,7 @@ class LanczosIteration:
 
         ``point`` is above all Ritz values of B.
         """
-        points = torch.tensor([point], dtype=torch.float64)
+        points = torch.tensor([point], dtype=torch.float64, device="cpu")
         return float(self._polynomials_with_residual().missed(points))
 
     def upper_bounds(self, count: int) -> Tensor | None:
@@ -326,9 +326,8 @@ class LanczosIteration:
         pending = self.basis.num_rows - self.multiplied
         room = self._width - pending - self._wanted - 1
         count = self._wanted + min(_RESTARTED - 1, max(room // 2, 0))
-        return torch.arange(
-            self.multiplied - min(count, max(self.multiplied - 1, 1)), self.multiplied
-        )
+        first = self.multiplied - min(count, max(self.multiplied - 1, 1))
+        return torch.arange(first, self.multiplied, device="cpu")
 
     def _complement_ritz_pairs(self) -> tuple[Tensor, Tensor]:
         """Return the Ritz values and vectors of B, in the rows since :meth:`start_in_complement`."""
@@ -346,7 +345,7 @@ class LanczosIteration:
 
         The shape is ``(pending + 1, multiplied)``.
         """
-        last = torch.zeros(1, self.multiplied, dtype=torch.float64)
+        last = torch.zeros(1, self.multiplied, dtype=torch.float64, device="cpu")
         last[0, -1] = self.beta
         return torch.cat([self._images_in_pending_rows(), last])
 

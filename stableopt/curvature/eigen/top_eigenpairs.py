@@ -184,7 +184,7 @@ class _Pairs:
             if settled and verdict == "unknown":
                 iteration.start_in_complement(count, 1 if width == size else _ROOM)
             elif blocked:
-                iteration.remultiply(torch.tensor(blocked))
+                iteration.remultiply(torch.tensor(blocked, device="cpu"))
             else:
                 iteration.extend()
                 if iteration.products == given:

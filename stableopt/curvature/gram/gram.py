@@ -295,7 +295,7 @@ def _gram_of_rows(problem: Problem, theta: Theta, outputs: int, at_once: int) ->
                 break
             if chunk is None:
                 shape = (stop - start) // outputs, outputs
-                rows = [torch.empty(*shape, s.numel()).to(theta[0]) for s in problem.shapes]
+                rows = [theta[0].new_empty(*shape, s.numel()) for s in problem.shapes]
             else:
                 rows = chunk[1]
             rows = [ranks.broadcast(part, owner) for part in rows]

@@ -247,7 +247,8 @@ def check_replicas(ranks: Ranks, params: Sequence[Tensor]) -> None:
     projection = square = 0.0
     for p in params:
         value = real_view(p.detach()).double().cpu()
-        projection += float((value * torch.randn(value.shape, generator=generator)).sum())
+        noise = torch.randn(value.shape, generator=generator, device="cpu")
+        projection += float((value * noise).sum())
         square += float(value.square().sum())
     size = sum(p.numel() for p in params)
     projections, sizes = zip(*ranks.all_gather_object((projection, size)), strict=True)

@@ -366,7 +366,7 @@ class Problem(DifferentiableLoss):
         # With gradients on: without them some modules take another path, and models that
         # differentiate in their forward pass fail.
         with torch.inference_mode(False):
-            total = torch.zeros((), dtype=torch.float64)
+            total = torch.zeros((), dtype=torch.float64, device="cpu")
 
         def add(batch: Any, size: int) -> None:
             total.add_(size * self._loss_value(point, batch).detach().double().cpu())

@@ -65,18 +65,19 @@ class SpectralDensity:
             raise ValueError(
                 f"width={width}: expected a positive number; cumulative() needs no width"
             )
-        nodes, weights = self._tensors()
+        nodes, weights = self._tensors(grid.device)
         distances = (grid.double()[:, None] - nodes) / width
         gaussians = torch.exp(-distances.square() / 2) / (width * math.sqrt(2 * math.pi))
         return gaussians @ weights
 
     def cumulative(self, grid: Tensor) -> Tensor:
         """Return the share of eigenvalues at or below each of ``grid`` ``(n,)``, a step function."""
-        nodes, weights = self._tensors()
+        nodes, weights = self._tensors(grid.device)
         return (grid.double()[:, None] >= nodes).double() @ weights
 
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        nodes, weights = torch.tensor([self.nodes, self.weights], dtype=torch.float64)
+    def _tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        pairs = [self.nodes, self.weights]
+        nodes, weights = torch.tensor(pairs, dtype=torch.float64, device="cpu").to(device)
         return nodes, weights
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt._support.tensors import as_tensor
+
 __all__ = ["Objective", "flat_kind", "largest", "wide_dot"]
 
 
@@ -99,7 +101,7 @@ class Objective:
                 )
             loss = loss.detach().reshape(())
         if self._reduce_loss is not None:
-            loss = self._reduce_loss(torch.as_tensor(loss))
+            loss = self._reduce_loss(as_tensor(loss, device=self.params[0].device))
         gradient = self._gradient()
         if self._groups[0]["maximize"]:
             loss, gradient = -loss, gradient.neg_()

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from stableopt._support.tensors import as_tensor
 from stableopt.curvature import Hessian, Problem, top_eigenpair
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.gram.gram import DualCurvature, count_outputs
@@ -162,7 +163,7 @@ def _shared_decay(problem: Problem) -> float:
     if not problem.coordinates.decays:
         return 0.0
     added = [
-        decay * torch.as_tensor(factor, dtype=torch.float64) ** 2
+        decay * as_tensor(factor, dtype=torch.float64) ** 2
         for decay, factor in zip(problem.weight_decay, problem.scale, strict=True)
     ]
     smallest = min(float(term.min()) for term in added)

@@ -154,7 +154,7 @@ class SampleCurvature:
         edge = step.max_lr(sharpness)
         if noise == 0 or sharpness <= 0:
             return edge
-        h = torch.linspace(0, sharpness, _GRID + 1, dtype=torch.float64)[1:]
+        h = torch.linspace(0, sharpness, _GRID + 1, dtype=torch.float64, device="cpu")[1:]
         largest = self.bounds.samples.largest
 
         def bound(lr: float) -> float:

@@ -124,7 +124,7 @@ def batch_sharpness(
 
 def _average(terms: list[tuple[float, float]], rel_error: float | None) -> BatchSharpness:
     """Average the pairs of ``s @ H @ s`` and ``s @ g``, one for each batch."""
-    curvatures, slopes = torch.tensor(terms, dtype=torch.float64).T
+    curvatures, slopes = torch.tensor(terms, dtype=torch.float64, device="cpu").T
     count, mean_slope = len(terms), float(slopes.mean())
     if mean_slope == 0:
         return BatchSharpness(None, 0.0, count)
@@ -206,7 +206,7 @@ def _batch_rows(
     one_order_suffices = batch_size in (1, n) and per_order <= num_batches
     remaining = per_order if one_order_suffices else num_batches
     while remaining > 0:
-        order = torch.randperm(n, generator=generator)
+        order = torch.randperm(n, generator=generator, device="cpu")
         for number in range(min(per_order, remaining)):
             yield order[number * batch_size : (number + 1) * batch_size].sort().values
         remaining -= per_order

@@ -264,7 +264,7 @@ class Evaluation:
         if differences is None:
             return 0.0
         # Each rank differentiates its own samples; all report the largest error.
-        error = torch.tensor([differences.error], dtype=torch.float64)
+        error = torch.tensor([differences.error], dtype=torch.float64, device="cpu")
         return float(self.problem.ranks.all_gather(error).max())
 
     def vectors_held(self) -> int:

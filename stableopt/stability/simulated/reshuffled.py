@@ -215,7 +215,8 @@ def _mean_growth(log_factors: list[float]) -> Growth:
     of a normal logarithm is below the logarithm of the mean by half its variance, which the scatter of
     blocks gives.
     """
-    epochs = torch.tensor(log_factors[len(log_factors) // _BURN_IN :], dtype=torch.float64)
+    settled = log_factors[len(log_factors) // _BURN_IN :]
+    epochs = torch.tensor(settled, dtype=torch.float64, device="cpu")
     means = [block.mean() for block in torch.split(epochs, _BLOCK) if len(block) == _BLOCK]
     error = float(torch.stack(means).std() / len(means) ** 0.5)
     bias, freedom = error**2 * len(epochs) / 2, len(means) - 1

@@ -126,7 +126,7 @@ def measured_density(
     measurement = Measurement(low, None, density.products)
     # Rounding moves zero eigenvalues to both sides of 0.
     rounding = 1e-6 * max(abs(low), abs(high))
-    negative = float(density.cumulative(torch.tensor([-rounding])))
+    negative = float(density.cumulative(torch.tensor([-rounding], device="cpu")))
     details = {"largest": high, "negative": negative}
     return QuantityResult(low, measurement=measurement, details=details, density=density)
 

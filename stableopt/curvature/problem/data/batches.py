@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
@@ -249,8 +250,8 @@ def _source(data: Any, chunk_size: int | None, paired: bool) -> tuple[Any, bool]
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
             _refuse_once_only(data)
-            return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK), False
-        return DataLoader(data, batch_size=chunk_size or DEFAULT_CHUNK, shuffle=False), False
+            return QuietLoader(data, batch_size=chunk_size or DEFAULT_CHUNK), False
+        return QuietLoader(data, batch_size=chunk_size or DEFAULT_CHUNK, shuffle=False), False
     if _is_batch(data, paired):
         return [data], True
     if isinstance(data, Tensor):
@@ -323,14 +324,25 @@ def _structure_of(part: Any) -> list[Any]:
     return [type(part), keys, *tensors] if tensors else []
 
 
+class QuietLoader(DataLoader[Any]):
+    """A loader whose iterators draw their seeds from a generator of its own."""
+
+    def __iter__(self) -> Any:
+        # Else torch draws from the global generator. It draws on the default device of this moment.
+        device = torch.get_default_device()
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device)
+        return super().__iter__()
+
+
 def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader over the same samples that shares no state with ``loader``."""
     common: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": 0}
     if isinstance(loader.dataset, IterableDataset):
         _refuse_once_only(loader.dataset)
-        return DataLoader(loader.dataset, batch_size=loader.batch_size, **common)
+        return QuietLoader(loader.dataset, batch_size=loader.batch_size, **common)
     if _reads_all(loader.sampler, loader.dataset) and loader.batch_size is not None:
-        return DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **common)
+        return QuietLoader(loader.dataset, batch_size=loader.batch_size, shuffle=False, **common)
     batches: Any = loader.batch_sampler
     if batches is not None:
         # A sampler in the middle of an epoch may offer a whole epoch without advancing itself.
@@ -338,9 +350,9 @@ def _reread(loader: DataLoader[Any]) -> DataLoader[Any]:
         if callable(whole_epoch):
             batches = whole_epoch()
             if _reads_all(batches.sampler, loader.dataset):
-                return DataLoader(loader.dataset, batch_size=batches.batch_size, **common)
-        return DataLoader(loader.dataset, batch_sampler=batches, **common)
-    return DataLoader(loader.dataset, batch_size=None, sampler=loader.sampler, **common)
+                return QuietLoader(loader.dataset, batch_size=batches.batch_size, **common)
+        return QuietLoader(loader.dataset, batch_sampler=batches, **common)
+    return QuietLoader(loader.dataset, batch_size=None, sampler=loader.sampler, **common)
 
 
 def _reads_all(sampler: Any, dataset: Any) -> bool:

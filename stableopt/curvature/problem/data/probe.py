@@ -27,6 +27,7 @@ from stableopt.curvature.isolation.reachable import HeldState, generator_states
 from stableopt.curvature.problem.data.batches import (
     MOST_UNSIZED,
     Batches,
+    QuietLoader,
     cut,
     has_length,
     map_tensors,
@@ -95,8 +96,6 @@ def _read_by(data: Any) -> list[Any]:
 
 def _in_fixed_order(source: DataLoader[Any], max_samples: int | None) -> Any:
     """Return ``source`` with the indices of one epoch of its sampler."""
-    # Without a generator of its own, a loader draws from the global one for each iterator.
-    source.generator = torch.Generator()
     if isinstance(source.dataset, IterableDataset):
         return source if max_samples is None else _First(source, max_samples)
     whole_batches = source.batch_sampler is None
@@ -116,11 +115,12 @@ def _in_fixed_order(source: DataLoader[Any], max_samples: int | None) -> Any:
             list(chain.from_iterable(order)),
             list(chain.from_iterable(_indices(sampler, max_samples))),
         )
-    common: Any = {"collate_fn": source.collate_fn, "generator": source.generator}
     if whole_batches:
-        fixed = DataLoader(source.dataset, batch_size=None, sampler=order, **common)
+        fixed = QuietLoader(
+            source.dataset, batch_size=None, sampler=order, collate_fn=source.collate_fn
+        )
         return fixed if max_samples is None else _First(fixed, max_samples)
-    return DataLoader(source.dataset, batch_sampler=order, **common)
+    return QuietLoader(source.dataset, batch_sampler=order, collate_fn=source.collate_fn)
 
 
 def _indices(sampler: Any, max_samples: int | None) -> Iterator[Any]:
@@ -155,7 +155,7 @@ def _warn_of(reason: str, samples: int) -> None:
 
 def _choice(size: int, max_samples: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randperm(size, generator=generator)[:max_samples].sort().values
+    return torch.randperm(size, generator=generator, device="cpu")[:max_samples].sort().values
 
 
 def _cut(source: Any, max_samples: int) -> Any:

@@ -281,7 +281,7 @@ def _twice_differentiable(call: _Call) -> bool:
         state = {**call.buffers, **dict(zip(parameters, leaves, strict=False))}
         outputs = functional_call(call.module, state, args, kwargs)
         sums = [(out * out).sum() for out in tensors_in(outputs) if out.is_floating_point()]
-        return torch.stack(sums).sum() if sums else torch.zeros(())
+        return torch.stack(sums).sum() if sums else torch.zeros((), device="cpu")
 
     try:
         differentiate_twice(sum_of_squares, point)

@@ -145,7 +145,7 @@ def generic_point(point: Sequence[Tensor]) -> list[Tensor]:
     near: list[Tensor] = []
     for t, size in zip(point, sizes, strict=True):  # one at a time, since a model may be large
         dtype = t.dtype if t.numel() > _MANY else torch.float64
-        noise = torch.randn(t.shape, generator=generator, dtype=dtype).to(t)
+        noise = torch.randn(t.shape, generator=generator, dtype=dtype, device="cpu").to(t)
         near += displaced([t], [noise.mul_(size or overall or 1.0)], _AWAY)
     return near
 

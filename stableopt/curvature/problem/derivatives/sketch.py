@@ -41,7 +41,9 @@ def sketch(parts: Iterable[Tensor], device: torch.device | str = "cpu") -> Tenso
         if len(signs) < needed:
             # On the host, so that the signs are the same on every device.
             generator = torch.Generator().manual_seed(0)
-            bits = torch.randint(0, 2, (needed,), generator=generator, dtype=torch.int8)
+            bits = torch.randint(
+                0, 2, (needed,), generator=generator, dtype=torch.int8, device="cpu"
+            )
             signs = bits.mul_(2).sub_(1).to(device)
         for block in torch.split(entries, _BLOCK):
             block_signs = signs.roll(num_blocks * _SHIFT)[: len(block)]

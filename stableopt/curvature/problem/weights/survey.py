@@ -77,7 +77,7 @@ class Survey:
             shapes = [t.shape[1:] for t in tensors_in(batch)]
             mixed = mixed or last_shapes not in (None, shapes) or _contains(batch, sought)
             last_shapes = shapes
-            keys = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
+            keys = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").tolist()
             bound = kept[-1][0] if len(kept) == most else 1.0
             drawn = sorted((key, index) for index, key in enumerate(keys) if key < bound)[:most]
             kept += [

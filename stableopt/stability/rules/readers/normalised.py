@@ -46,7 +46,8 @@ def read_muon(optimizer: torch.optim.Optimizer) -> UpdateRule:
     )
     norm: SpectralNorm = iterated
     # Singular values below 0.02 hardly contribute to a step.
-    if float((iterated.mapped(torch.linspace(0.02, 1.0, 50)) - 1).abs().max()) < _CONVERGED:
+    values = torch.linspace(0.02, 1.0, 50, device="cpu")
+    if float((iterated.mapped(values) - 1).abs().max()) < _CONVERGED:
         norm = SpectralNorm(iterated.params, iterated.radii, lr=lr)
     momentum, nesterov = (
         common_value(key, [g[key] for g in groups]) for key in ("momentum", "nesterov")

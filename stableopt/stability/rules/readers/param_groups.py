@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from stableopt._support.tensors import as_tensor
 from stableopt.stability.rules.filters import agree
 
 __all__ = ["NOT_STEPPED", "common_value", "decay_of", "params_of", "step_counts"]
@@ -71,7 +72,7 @@ def step_counts(optimizer: torch.optim.Optimizer) -> dict[int, float]:
             state = optimizer.state.get(p, {})
             step = state.get("step", group_count) if state else None
             if step is not None:
-                count = torch.as_tensor(step)
+                count = as_tensor(step)
                 by_device[count.device].append((id(p), count))
     counts: dict[int, float] = {}
     for pairs in by_device.values():
