@@ -108,8 +108,8 @@ def kick(monitor: StabilityMonitor, size: float) -> None:
 def _kick_along(params: Sequence[Tensor], tangents: Sequence[Tensor], size: float) -> None:
     """Move ``params`` in place along ``tangents``, by ``size`` times the norm of ``params``."""
     params = [real_view(p.detach()) for p in params]
-    norm = torch.sqrt(sum((p.square().sum() for p in params), torch.tensor(0.0)))
-    length = torch.sqrt(sum((t.square().sum() for t in tangents), torch.tensor(0.0)))
+    norm = sum(float(p.square().sum()) for p in params) ** 0.5
+    length = sum(float(t.square().sum()) for t in tangents) ** 0.5
     with torch.no_grad():
         for p, tangent in zip(params, tangents, strict=True):
             p.add_(tangent * (size * norm / length))
