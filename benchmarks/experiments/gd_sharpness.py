@@ -57,7 +57,7 @@ class GDSharpness(Experiment):
     presets: ClassVar = {
         ("smoke", ""): {"n": 100, "lrs": (1.0, 4.0, 500.0), "target_loss": 0.02},
         ("small", "digits"): {"seeds": (0, 1), "target_loss": 1e-3},
-        ("small", "fashion-mnist"): {"lrs": (0.1, 0.5, 1.0, 5.0)},
+        ("small", "fashion-mnist"): {"seeds": (0, 1, 2, 3, 4), "lrs": (0.1, 0.5, 1.0, 5.0)},
         ("small", "cifar10-2"): {"lrs": (0.05, 0.1), "target_loss": 1e-3},
         ("paper", "digits"): {"seeds": (0, 1, 2, 3, 4)},
         ("paper", ""): {"seeds": (0, 1, 2, 3, 4), "lrs": (0.01, 0.05, 0.1, 0.5, 1.0, 5.0)},
