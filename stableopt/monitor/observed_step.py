@@ -62,6 +62,7 @@ class ObservedMethod:
     def remove(self) -> None:
         """Restore the optimizer's former method."""
         self.active = False
+        self._before = self._after = None  # a scheduler that has wrapped this object keeps it
         if vars(self._optimizer).get(self._name) is not self:
             return  # another wrapper replaced this one, and stays
         if self._former_attribute is None:
@@ -92,6 +93,11 @@ class ObservedStepPart(ObservedMethod):
     ) -> None:
         super().__init__(optimizer, name, before, after)
         self._at_part = at_part
+
+    def remove(self) -> None:
+        """Restore the optimizer's former method."""
+        super().remove()
+        self._at_part = None
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,19 @@ from stableopt.steering.agreement import broadcast_tensors
 __all__ = ["LastGood", "kick"]
 
 
-_SCHEDULED = {
-    *("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "weight_decay"),
-    *("momentum", "base_momentum", "max_momentum", "betas"),
+_WRITTEN = {
+    *("d", "d_max", "d_numerator", "d_denom", "d_hat", "k"),  # Prodigy, D-Adaptation
+    *("numerator_weighted", "gsq_weighted", "sk_l1"),  # D-Adaptation
+    *("weight_sum", "lr_max", "scheduled_lr"),  # schedule-free
 }
-"""Numbers of a parameter group that schedules write, rather than the steps of the optimizer."""
+"""Numbers of a parameter group that the steps of optimizers write; others are hyperparameters."""
 
 
 class LastGood:
     """A snapshot of parameters, buffers and optimizer state.
 
-    The state includes the numbers that some optimizers keep in their parameter groups, such as
-    Prodigy's estimates, but no hyperparameter that a schedule may have changed.
+    The state includes what the steps of some optimizers write into their parameter groups, such as
+    Prodigy's estimates, but no hyperparameter, which a schedule or the user may have changed.
 
     >>> model = nn.Linear(1, 1)
     >>> good = LastGood(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -44,7 +45,7 @@ class LastGood:
         self._optimizer, self._model = optimizer, model
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._states: list[tuple[Tensor, dict[str, Any]]] = []
-        self._numbers: list[dict[str, Any]] = []
+        self._written: dict[int, dict[str, Any]] = {}  # by the first parameter of a group
 
     def keep(self) -> None:
         """Take a snapshot."""
@@ -53,7 +54,11 @@ class LastGood:
         tensors = {id(t): t for t in [*params, *self._model.parameters(), *self._model.buffers()]}
         self._saved = [(t, t.detach().clone()) for t in tensors.values()]
         self._states = [(p, copy.deepcopy(self._optimizer.state.get(p, {}))) for p in params]
-        self._numbers = [_numbers(group) for group in self._optimizer.param_groups]
+        self._written = {
+            id(group["params"][0]): _copied(group, group.keys() & _WRITTEN)
+            for group in self._optimizer.param_groups
+            if group["params"]
+        }
 
     def keep_finite(self) -> bool:
         """Take a snapshot if the optimizer's parameters are finite; return whether they are."""
@@ -75,18 +80,15 @@ class LastGood:
                 self._optimizer.state[p] = copy.deepcopy(state)
             else:
                 self._optimizer.state.pop(p, None)
-        for group, numbers in zip(groups, self._numbers, strict=False):  # groups may have joined
-            group.update(copy.deepcopy(numbers))
+        for group in groups:
+            written = self._written.get(id(group["params"][0]), {}) if group["params"] else {}
+            group.update(_copied(written, written))
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the numbers in ``group`` that the optimizer's steps may write."""
-    return {
-        name: copy.deepcopy(value)
-        for name, value in group.items()
-        if name not in _SCHEDULED
-        and (isinstance(value, (int, float, Tensor)) and not isinstance(value, bool))
-    }
+def _copied(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the named entries; tensors among them are copied."""
+    named = ((name, entries[name]) for name in names)
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in named}
 
 
 def kick(monitor: StabilityMonitor, size: float) -> None:

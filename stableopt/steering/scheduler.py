@@ -45,6 +45,7 @@ class _Memory:
         law: the state of the law.
         measured: the step of the last measurement that was decided on.
         good: the step of the last good measurement, whose weights :class:`LastGood` keeps.
+        unmeasured: whether these are of a resumed run's first step instead, to be restored once.
         restored: whether the last decision restored the weights.
         unstable: whether the point was last unstable at the decided rate, so a kick would be a second.
     """
@@ -53,6 +54,7 @@ class _Memory:
     law: State
     measured: int | None = None
     good: int | None = None
+    unmeasured: bool = False
     restored: bool = False
     unstable: bool = False
 
@@ -197,8 +199,8 @@ class StabilityLR(LRScheduler):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`; load the states of optimizer and monitor as well.
 
-        The weights to restore after a divergence are not part of the state. The first step after
-        loading keeps those at hand, if they are finite, until the next good measurement.
+        The weights to restore are not part of the state. Until the next good measurement those of
+        the first step after loading, if they are finite, can be restored once.
 
         Raises:
             Exception: ``ValueError`` for a missing entry, or any error over one of a wrong kind. The
@@ -237,7 +239,7 @@ class StabilityLR(LRScheduler):
         if self._resumed:  # not while loading: model and optimizer may be loaded later
             self._resumed = False
             if self._last_good is not None and not self.dry_run and self._last_good.keep_finite():
-                self._memory = replace(self._memory, good=self.monitor.step)
+                self._memory = replace(self._memory, good=self.monitor.step, unmeasured=True)
         present = _fastest(self.optimizer)
         if present == 0:
             return []
@@ -311,12 +313,12 @@ class StabilityLR(LRScheduler):
         if decision.kind == "cut":
             restores = self._restore(margins.step, decision.why)
             restored = bool(restores) and not self.dry_run
-            return [decision, *restores], replace(memory, restored=restored)
-        is_good = margins.failure is None and (margins.loss or 0.0) <= self.loss_cap
-        if not is_good:
+            good = None if memory.unmeasured else memory.good
+            return [decision, *restores], replace(memory, restored=restored, good=good)
+        if margins.failure is not None or not (margins.loss or 0.0) <= self.loss_cap:
             return [decision], memory
         if self._last_good is not None and not self.dry_run:
-            memory = replace(memory, good=margins.step)
+            memory = replace(memory, good=margins.step, unmeasured=False)
         kicks, unstable = self._kick_if_unstable(measured, decision)
         return [decision, *kicks], replace(memory, unstable=unstable)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -155,6 +157,22 @@ def test_a_scheduler_made_after_the_monitor_leaves_it_its_steps() -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, 10)
     assert train(optimizer, model) == ["stepped"] * 3
     assert monitor.step == 3
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+def test_a_scheduler_does_not_keep_a_closed_monitor() -> None:
+    """Catches the probe data of a closed monitor that live as long as the scheduler's wrapper."""
+    model = nn.Linear(2, 1)
+    optimizer: Any = Uninitialised(model.parameters(), 0.1)
+    optimizer.defaults = {}
+    monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    monitor.close()
+    left = weakref.ref(monitor)
+    del monitor
+    gc.collect()
+    assert left() is None
+    assert train(optimizer, model) == ["stepped"] * 3
 
 
 def test_a_monitor_of_a_hook_outlives_a_scheduler_that_follows() -> None:

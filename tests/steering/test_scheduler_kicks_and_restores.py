@@ -70,7 +70,9 @@ def test_parameters_that_join_after_the_snapshot_lose_their_momentum() -> None:
 
 
 def test_a_snapshot_holds_what_an_optimizer_writes_into_its_groups() -> None:
-    """Catches Prodigy's estimates that stay NaN, which ends its adaptation, and a schedule undone."""
+    """Catches Prodigy's estimates that stay NaN, which ends its adaptation, and settings undone that a
+    schedule or the user has changed.
+    """
     prodigy = pytest.importorskip("prodigyopt", reason="needs prodigyopt").Prodigy
     model = network()
     optimizer = prodigy(model.parameters(), lr=1.0)
@@ -86,9 +88,25 @@ def test_a_snapshot_holds_what_an_optimizer_writes_into_its_groups() -> None:
     before = dict(optimizer.param_groups[0])
     step(Y * math.nan)
     assert math.isnan(optimizer.param_groups[0]["d_numerator"])
-    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.1)
+    settings = {"lr": 0.5, "weight_decay": 0.1, "eps": 1e-6, "d_coef": 2.0}
+    optimizer.param_groups[0].update(settings)
     good.put_back()
-    assert optimizer.param_groups[0] == {**before, "lr": 0.5, "weight_decay": 0.1}
+    assert optimizer.param_groups[0] == {**before, **settings}
+
+
+def test_unmeasured_weights_are_restored_once() -> None:
+    """Catches a run that was saved in a spike of the loss, and goes back to it after every cut."""
+    run = Run(momentum=0.9)
+    target = TargetRegion(sharpness=(0, 40.0))
+    scheduler = StabilityLR(run.optimizer, run.monitor, target, loss_cap=1.0)
+    scheduler.load_state_dict(scheduler.state_dict())
+    with torch.no_grad():
+        run.model[2].bias.add_(8.0)
+    run.go(scheduler, 4)
+    kinds = [decision.kind for decision in scheduler.decisions]
+    assert kinds == ["cut", "restore", "cut", "hold", "hold"]
+    assert run.monitor.margins is not None
+    assert run.monitor.margins.loss < 1.0
 
 
 @pytest.mark.parametrize("finite", [True, False])
