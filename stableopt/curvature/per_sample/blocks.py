@@ -158,13 +158,21 @@ def _rows_of(problem: Problem, scalar: Scalar, of_sample: OfSample) -> Callable[
     return rows
 
 
+def _twice(multiply: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+    """Return the square of a matrix times ``vector``, which single precision may not hold."""
+    image = multiply(vector)
+    size = image.abs().amax()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return multiply(image / size).double() * size.double()
+
+
 def _mean_square(problem: Problem, scalar: Scalar, basis: Tensor) -> Tensor:
     r"""Return :math:`\frac1n\sum_i A_i^2Q` ``(d, k)`` for the samples' Hessians A of ``scalar``."""
     total = torch.zeros_like(basis.T, dtype=torch.float64)
     rows = _rows_of(
         problem,
         scalar,
-        lambda multiply: torch.stack([multiply(multiply(vector)) for vector in basis.unbind(1)]),
+        lambda multiply: torch.stack([_twice(multiply, v) for v in basis.unbind(1)]),
     )
 
     def add(batch: Any, size: int) -> None:

@@ -113,3 +113,19 @@ def test_a_batch_loss_has_no_known_outputs() -> None:
     )
     with pytest.raises(ValueError, match=r"Problem\(model, loss_fn, data\)"):
         residual_share(problem, torch.ones(38, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_the_share_in_single_precision_does_not_depend_on_the_scale(scale: float) -> None:
+    """Catches squares that single precision does not hold: a share of 0, or one that is not a number."""
+    model, (x, y) = small_network().float(), (t.float() for t in small_data())
+
+    def share(factor: float) -> float:
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return factor * (outputs - targets).square().mean()
+
+        problem = Problem(model, loss, (x, y))
+        eye = torch.eye(problem.num_params)
+        return residual_share(problem, eye[:, :3], start=eye[:, 0])
+
+    assert share(scale) == pytest.approx(share(1.0), rel=1e-4)
