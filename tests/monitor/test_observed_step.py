@@ -147,14 +147,20 @@ def test_a_wrapper_put_around_it_later_stays() -> None:
     assert (first.step, second.step) == (0, 2)
 
 
-@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
-def test_a_scheduler_made_after_the_monitor_leaves_it_its_steps() -> None:
-    """Catches a scheduler that wraps the function of ``step`` inside the observation, which ends it."""
+def scheduled_after_the_monitor() -> tuple[nn.Module, Any, StabilityMonitor]:
+    """Return a model, its optimizer without step hooks, and a monitor that is older than a scheduler."""
     model = nn.Linear(2, 1)
     optimizer: Any = Uninitialised(model.parameters(), 0.1)
     optimizer.defaults = {}
     monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
     torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    return model, optimizer, monitor
+
+
+@pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
+def test_a_scheduler_made_after_the_monitor_leaves_it_its_steps() -> None:
+    """Catches a scheduler that wraps the function of ``step`` inside the observation, which ends it."""
+    model, optimizer, monitor = scheduled_after_the_monitor()
     assert train(optimizer, model) == ["stepped"] * 3
     assert monitor.step == 3
 
@@ -162,11 +168,7 @@ def test_a_scheduler_made_after_the_monitor_leaves_it_its_steps() -> None:
 @pytest.mark.filterwarnings("ignore:limits are not known:RuntimeWarning")
 def test_a_scheduler_does_not_keep_a_closed_monitor() -> None:
     """Catches the probe data of a closed monitor that live as long as the scheduler's wrapper."""
-    model = nn.Linear(2, 1)
-    optimizer: Any = Uninitialised(model.parameters(), 0.1)
-    optimizer.defaults = {}
-    monitor = StabilityMonitor(optimizer, model, MSE, (X, Y), every=1)
-    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    model, optimizer, monitor = scheduled_after_the_monitor()
     monitor.close()
     left = weakref.ref(monitor)
     del monitor
