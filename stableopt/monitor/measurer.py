@@ -247,7 +247,7 @@ class Measurer:
         """Return what the next measurement depends on, as plain numbers, dicts and tensors."""
         return {
             "measured": self.measured,
-            # The next measurement would drop starts of other parameters, as before unfreezing.
+            # Starts from before unfreezing are of other parameters: the next measurement drops them.
             "starts": {} if self._has_other_params() else dict(self.starts),
             "memory": copy.deepcopy(self.memory),
         }

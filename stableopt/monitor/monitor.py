@@ -356,7 +356,7 @@ class StabilityMonitor:
     def close(self) -> None:
         """Remove the hooks from optimizer and model, and flush the sinks; keep ``history``.
 
-        Several ranks must all call it, but for a sink, which closes the monitor on every rank.
+        Every rank must call it. If a sink of rank 0 calls it, the monitor closes on all ranks.
         """
         for handle in self._handles:
             handle.remove()
