@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument(
         "path",
         metavar="FOLDER",
-        help="of the run: the file of a JSONLinesSink, and the reports of a FlightRecorder",
+        help="the folder of the run, with the file of a JSONLinesSink or reports of a FlightRecorder",
     )
     report.add_argument("--out", metavar="FILE", help="the page; by default FOLDER/report.html")
     chosen = parser.parse_args(arguments)

@@ -88,7 +88,9 @@ def positional_keywords(*names: str, **renamed: str) -> Callable[[Callable[P, T]
                 raise TypeError(f"expected at most {len(names)} positional arguments: {names}")
             for name in names[: len(values)]:
                 if name in kwargs:
-                    raise TypeError(f"{name} and its position are both given: expected one of them")
+                    raise TypeError(
+                        f"{name} is given by position and by keyword: expected one of them"
+                    )
             if values:
                 title = f"{function.__qualname__} with positional arguments"
                 warn_renamed(title, "keywords: " + ", ".join(names[: len(values)]))

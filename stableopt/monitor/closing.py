@@ -1,7 +1,7 @@
-"""What depends on a monitor refuses a closed one, and warns if training goes on after it was closed.
+"""Checks that refuse a closed monitor, and a warning if training continues after it was closed.
 
-Closing a monitor at the end of training is normal, before or after its recorder. So nothing is said
-until a further step comes.
+Closing a monitor at the end of training is normal, before or after its recorder. So the warning waits
+for a further step.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from stableopt._support.arguments import instance
+from stableopt._support.warn_once import WarnOnce
 from stableopt.monitor.monitor import StabilityMonitor
-from stableopt.sinks.delivery import WarnOnce
 
 __all__ = ["StepsAfterClosing", "open_monitor", "warn_of_closed"]
 

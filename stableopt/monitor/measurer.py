@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from stableopt._support.arguments import finite_size, positive, whole
+from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import Problem
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.sample_counter import SampleCounter
-from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Measured
 from stableopt.stability.layers.blocks import Blocks, blocks_of
 from stableopt.stability.measure.evaluation import WARM_START_DTYPE, Evaluation
@@ -25,7 +25,7 @@ from stableopt.stability.measure.measure import check_quantities, measurable, me
 from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
-from stableopt.stability.rules.limits import noise_factor
+from stableopt.stability.rules.limits import checked_batch_size
 from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -43,8 +43,7 @@ _WITH_EIGENVECTOR = ("sharpness", "preconditioned_sharpness", "non_uniformity")
 class Measurer:
     """Measures the problem at the present parameters, warm-started from the last eigenvectors.
 
-    The arguments are those of :class:`~stableopt.StabilityMonitor`, and ``explicit``: whether the user
-    chose the parameters to measure.
+    The arguments are those of :class:`~stableopt.StabilityMonitor`.
 
     Attributes:
         problem: the problem; a new one after the model's trainable parameters change.
@@ -62,7 +61,6 @@ class Measurer:
         counter: SampleCounter,
         warn: WarnOnce,
         *,
-        explicit: bool,
         update_rule: UpdateRule | Callable[[Any], UpdateRule] | None,
         quantities: Iterable[str],
         batch_size: int | None,
@@ -75,14 +73,14 @@ class Measurer:
         spectrum_every: int = 20,
         blocks: Blocks | None = None,
     ) -> None:
-        self._optimizers, self.problem, self._explicit = optimizers, problem, explicit
+        self._optimizers, self.problem = optimizers, problem
         self._counter, self._warn = counter, warn
         self._update_rule = update_rule
         self.tol, self.max_iter = positive("tol", tol), whole("max_iter", max_iter)
         self._cold_every = whole("cold_every", cold_every, least=0)
         self._spectrum_every = whole("spectrum_every", spectrum_every)
         self._seed = whole("seed", seed, least=0)
-        check_params(optimizers, problem, explicit=explicit)
+        check_params(optimizers, problem)
         rule = self.rule()
         stays_unknown = isinstance(rule.preconditioner, UnknownStep) and not isinstance(
             rule.preconditioner, AwaitedStep
@@ -98,9 +96,9 @@ class Measurer:
         self._dataset_size = finite_size(
             dataset_size, problem.num_samples, full_batch=rule.full_batch
         )
-        self._batch_size = None if batch_size is None else whole("batch_size", batch_size)
-        if self._batch_size is not None:
-            noise_factor(self._batch_size, self._dataset_size)  # raises for a batch above n
+        self._batch_size = batch_size
+        if batch_size is not None:
+            self._batch_size = checked_batch_size(batch_size, self._dataset_size)
         self._window = None if window is None else whole("realised_window", window)
         self._blocks_argument = list(blocks) if isinstance(blocks, Iterator) else blocks
         self._blocks = blocks_of(
@@ -285,7 +283,7 @@ class Measurer:
         """Replace the problem if the model's trainable parameters have changed, as by unfreezing."""
         problem = self.problem.current()
         if problem is not self.problem:
-            check_params(self._optimizers, problem, explicit=self._explicit)
+            check_params(self._optimizers, problem)
             self.problem, self.starts = problem, {}
             self._blocks = blocks_of(
                 problem.model, problem.names, problem.params, self._blocks_argument, strict=False

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stableopt._support.arguments import require_keys
 from stableopt._support.torch_internals import eager
+from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.monitor.joint_step import JointStep, nested
@@ -28,7 +29,7 @@ from stableopt.monitor.measurer import Measurer, needs_second_derivatives
 from stableopt.monitor.observed_step import observe_steps
 from stableopt.monitor.sample_counter import SampleCounter
 from stableopt.monitor.schedule import Schedule, step_moved
-from stableopt.sinks.delivery import Sink, WarnOnce, check_sinks, deliver, flush
+from stableopt.sinks.delivery import Sink, check_sinks, deliver, flush
 from stableopt.sinks.events import Event, Measured
 from stableopt.stability.layers.blocks import Blocks
 from stableopt.stability.measure.margins import StabilityMargins
@@ -175,7 +176,6 @@ class StabilityMonitor:
             problem,
             self._counter,
             self._warn,
-            explicit=params is not None,
             update_rule=update_rule,
             quantities=quantities,
             batch_size=batch_size,

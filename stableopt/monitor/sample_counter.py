@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt._support.torch_internals import eager, in_backward, vmap_size
+from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature.isolation.isolated import measuring
 from stableopt.curvature.problem.data.batches import tensors_in
 from stableopt.curvature.problem.mean_loss import MeanLoss
 from stableopt.curvature.problem.problem import Problem
-from stableopt.sinks.delivery import WarnOnce
 
 __all__ = ["SampleCounter"]
 

@@ -59,9 +59,9 @@ class AlarmRules:
         loss_factor: the smallest factor between the loss and the median of the losses before. A loss
             above this factor times the loss at the start is a spike by itself, unless the spread of
             the first losses explains it. If the run starts at almost zero, no rise counts.
-        ratio: the (preconditioned) sharpness over its limit, while the loss on the probe set does not
-            fall. Ratios around 1, and with full batches up to about 1.5, are harmless: training at the
-            edge of stability has them. So is a larger ratio while the loss falls.
+        ratio: the (preconditioned) sharpness over its limit above which an alarm is raised, unless the
+            loss on the probe set falls. Ratios around 1, and with full batches up to about 1.5, are
+            harmless: training at the edge of stability has them.
         patience: the number of consecutive measurements whose realised edge exceeds 1 by two standard
             errors.
 
@@ -104,7 +104,9 @@ class AlarmRules:
                     return Alarm("not finite", step, f"the gradient of {layer} is not finite")
         last = evidence.measured[-1].margins if evidence.measured else None
         if last is not None and (last.failure or "").startswith("not finite"):
-            return Alarm("not finite", last.step, f"the probe set is measured as {last.failure}")
+            return Alarm(
+                "not finite", last.step, f"the measurement on the probe set is {last.failure}"
+            )
         return None
 
     def _ratio(self, evidence: Evidence) -> Alarm | None:
@@ -119,9 +121,7 @@ class AlarmRules:
         # The first known loss is its own reference.
         if loss is not None and reference is not None and loss <= reference:
             return None
-        return Alarm(
-            "ratio", last.step, f"the sharpness is {last.ratio:.3g} times what the step allows"
-        )
+        return Alarm("ratio", last.step, f"the sharpness is {last.ratio:.3g} times its limit")
 
     def _loss(self, evidence: Evidence) -> Alarm | None:
         if evidence.starts_at_zero:
@@ -184,13 +184,11 @@ class AlarmRules:
             edge = margins.results.get("realised_edge")
             if edge is None or edge.value is None:
                 return None
-            error = (
-                (edge.measurement.residual or 0.0) * abs(edge.value) if edge.measurement else 0.0
-            )
+            error = 0.0 if edge.measurement is None else edge.measurement.absolute_error
             if edge.value - 2 * error <= 1:
                 return None
         return Alarm(
             "realised edge",
             last[-1].step,
-            f"the last {self.patience} measured steps raised the loss instead of lowering it",
+            f"the realised edge is above 1 in {self.patience} measurements in a row: the loss rises",
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stableopt._support.arguments import instance, require_keys, whole
 from stableopt._support.torch_internals import eager
+from stableopt._support.warn_once import WarnOnce
 from stableopt.monitor.closing import open_monitor, warn_of_closed
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
@@ -31,7 +32,6 @@ from stableopt.recorder.layers import layers_by_group, weight_gains
 from stableopt.recorder.pending import PendingSteps
 from stableopt.recorder.report import reason_of, report_folder, why, write_report
 from stableopt.recorder.verdict import Verdict, verdict
-from stableopt.sinks.delivery import WarnOnce
 from stableopt.sinks.events import Event, Measured
 
 __all__ = ["FlightRecorder"]

@@ -121,7 +121,7 @@ def _by_loss(evidence: Evidence, recent: int) -> Verdict | None:
         if high and is_passing and not _was_unstable(evidence, record.step):
             text = (
                 f"The loss of the batch{_samples(record)} at step {record.step:,} was {loss:.3g},"
-                f" where {usual:.3g} was usual, before any step could react to it."
+                f" where {usual:.3g} was usual, before the optimizer's step on it."
             )
             ceiling = clipped_at(evidence)
             if ceiling is not None:

@@ -135,7 +135,7 @@ def _layer(case: _Case) -> Verdict | None:
         return None
     text = (
         f"The weights of {layer} were {gains[layer] / others:.3g} times as large as those of the other"
-        f" layers when recording began, for its number of inputs.{case.edge_text}"
+        f" layers when recording began, relative to its number of inputs.{case.edge_text}"
     )
     return Verdict("layer", text, layer, case.alarm.step)
 

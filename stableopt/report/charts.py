@@ -104,8 +104,8 @@ def charts_of_report(report: FlightReport) -> list[Chart]:
     """Return the charts of the steps before an alarm."""
     alarms = [report.step]
     losses = [_step_and_loss(step) for step in report.steps]
-    probe = [(step, loss) for step, loss, _, _ in report.measured]
-    ratios = [(step, ratio) for step, _, ratio, _ in report.measured]
+    probe = [(each.step, each.loss) for each in report.measured]
+    ratios = [(each.step, each.ratio) for each in report.measured]
     norms = [(step["step"], _norm(step.get("grad_norms"))) for step in report.steps]
     rates = [(step["step"], number(step.get("lr"))) for step in report.steps]
     lines = [("batch", losses, _MUTED), ("probe set", probe, _BLUE)]

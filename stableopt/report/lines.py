@@ -77,15 +77,16 @@ class Lines:
         A loss identifies it: the losses of two runs differ in some digit.
         """
         return not self.contradicts(report) and any(
-            math.isfinite(loss) and loss in self._losses.get(step, ())
-            for step, loss, *_ in report.measured
+            math.isfinite(each.loss) and each.loss in self._losses.get(each.step, ())
+            for each in report.measured
         )
 
     def contradicts(self, report: FlightReport) -> bool:
         """Return whether ``report`` has another loss at a step than all lines of this step."""
         return any(
-            step in self._losses and not any(_equal(loss, line) for line in self._losses[step])
-            for step, loss, *_ in report.measured
+            each.step in self._losses
+            and not any(_equal(each.loss, line) for line in self._losses[each.step])
+            for each in report.measured
         )
 
     def matching(self, reports: Iterable[FlightReport]) -> list[FlightReport]:
@@ -104,7 +105,7 @@ class Lines:
         return kept
 
     def _matches(self, report: FlightReport, losses: dict[int, float], steps: set[int]) -> bool:
-        for step, loss, *_ in report.measured:
+        for step, loss, _, _ in report.measured:
             if not _equal(losses.get(step, loss), loss):
                 return False
             # Unless the run was resumed, lines are missing for other reasons, such as a full disk.

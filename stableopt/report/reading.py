@@ -1,8 +1,8 @@
 """`read_run`: reads the run in a folder, and refuses a folder with several runs.
 
 A flight report belongs to the nearest folder above it that has JSON lines of a run. If there is none,
-the reports of a recorder are a run of their own, unless the only lines, elsewhere in the folder, have
-their measurements.
+the reports of a recorder are a separate run. They belong to the run of a JSON-lines file elsewhere in
+the folder if it is the only one and contains their measurements.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         raise FileNotFoundError(f"{path}: {kind}")
     is_report_folder = folder.name.startswith("step-") and (folder / "report.json").is_file()
     if is_report_folder and path.suffix != ".jsonl":
-        raise ValueError(f"{path} is of one report: pass the folder of the run, {folder.parent}")
+        raise ValueError(
+            f"{path} holds a single report: pass the folder of the run, {folder.parent}"
+        )
     return _run_of_file(path) if path.is_file() else _run_in_folder(path)
 
 
@@ -106,7 +108,9 @@ def _run_in_folder(folder: Path) -> Run:
     others = [place for place, measured in recorders.items() if len(runs) != 1 or not measured]
     if len(runs) + len(others) > 1:
         names = ", ".join(str(place.relative_to(folder)) for place in [*runs, *others])
-        raise ValueError(f"{folder}: expected one run, and it has those of {names}; pass one")
+        raise ValueError(
+            f"{folder}: expected one run, but found several: {names}; pass one of them"
+        )
     unreadable = sum(lines.unreadable for lines in lines_by_file.values()) + broken
     return _run(folder, lines, reports, unreadable, skipped)
 
@@ -118,7 +122,7 @@ def _run(
     own = []
     for file, report in sorted(reports, key=lambda pair: pair[1].step):
         if lines is not None and lines.contradicts(report):
-            skipped.append(f"{file}: of another run, by its measurements")
+            skipped.append(f"{file}: its measurements are those of another run")
         else:
             own.append(report)
     name = path.resolve().name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stableopt.stability.measure.margins import StabilityMargins
 
@@ -13,6 +13,22 @@ __all__ = ["FlightReport", "Record", "Run", "number"]
 
 Record = Mapping[str, Any]
 """A measurement: its ``step``, and numbers by name, as :class:`~stableopt.JSONLinesSink` writes them."""
+
+
+class MeasuredBefore(NamedTuple):
+    """A measurement before an alarm.
+
+    Attributes:
+        step: the step.
+        loss: the loss on the probe set.
+        ratio: the (preconditioned) sharpness over its limit.
+        shares: the share of each layer in the top eigenvector.
+    """
+
+    step: int
+    loss: float
+    ratio: float
+    shares: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class FlightReport:
         layer: the layer where the cause is, or ``""``.
         verdict: the explanation, one or more sentences.
         steps: the steps before, oldest first.
-        measured: ``(step, loss, ratio, shares)`` of the measurements before.
+        measured: the measurements before.
     """
 
     step: int
@@ -35,7 +51,7 @@ class FlightReport:
     layer: str
     verdict: str
     steps: Sequence[Record]
-    measured: Sequence[tuple[int, float, float, Mapping[str, float]]]
+    measured: Sequence[MeasuredBefore]
 
     @classmethod
     def of(cls, content: Any) -> FlightReport:
@@ -50,7 +66,7 @@ class FlightReport:
             margins = StabilityMargins.from_dict(record["margins"])
             shares = {str(name): _share(share) for name, share in record["shares"].items()}
             loss, ratio = number(margins.loss), number(margins.edge_ratio)
-            measured.append((_step(margins.step), loss, ratio, shares))
+            measured.append(MeasuredBefore(_step(margins.step), loss, ratio, shares))
         return cls(
             _step(alarm["step"]),
             str(alarm["text"]),
@@ -104,7 +120,7 @@ class Run:
         """The share of each layer in the top eigenvector, by step; steps without shares are left out."""
         by_step: dict[int, Mapping[str, float]] = {}
         for report in self.reports:
-            by_step |= {step: shares for step, _, _, shares in report.measured if shares}
+            by_step |= {each.step: each.shares for each in report.measured if each.shares}
         for record in self.records:
             layers = record.get("by_layer")
             if not isinstance(layers, Mapping):

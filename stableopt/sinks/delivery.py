@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from stableopt._support.warn_once import WarnOnce
 from stableopt.sinks.events import Decided, Event
 
-__all__ = ["EventSink", "Sink", "WarnOnce", "check_sinks", "deliver", "flush"]
-
-T = TypeVar("T")
+__all__ = ["EventSink", "Sink", "check_sinks", "deliver", "flush"]
 
 
 @runtime_checkable
@@ -24,36 +22,6 @@ class EventSink(Protocol):
 Sink: TypeAlias = Callable[[int, dict[str, float]], Any] | EventSink
 """A callable that takes ``(step, record)``, or an :class:`EventSink`; either may have a ``flush()``,
 which the monitor calls when it closes."""
-
-
-class WarnOnce:
-    """Issues a ``RuntimeWarning`` once for each reason; ``active=False`` issues none."""
-
-    def __init__(self, active: bool = True) -> None:
-        self._active = active
-        self._reasons: set[str] = set()
-
-    def __call__(self, what: str, why: str) -> None:
-        """Warn that ``what`` happened, unless an earlier warning had the reason ``why``."""
-        if self._active and why not in self._reasons:
-            self._reasons.add(why)
-            warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=3)
-
-    def guarded(self, what: str, function: Callable[[T], object]) -> Callable[[T], None]:
-        """Return ``function`` with a warning that ``what`` happened instead of its errors."""
-
-        def call(argument: T) -> None:
-            try:
-                function(argument)
-            except Exception as error:  # training must continue
-                self(what, str(error))
-
-        return call
-
-    def always(self, text: str) -> None:
-        """Warn of an event that does not repeat."""
-        if self._active:
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def check_sinks(sinks: Any) -> list[Sink]:

@@ -148,7 +148,7 @@ def batch_staircase(
         gate_size = _smallest_size(measured, s / last_gate)
         if step - held_since < patience or present <= gate_size:
             ratio = ratio_to_limit(s, measured.limit(present))
-            why = f"{why}; it is {ratio:.2f} of its limit, at the gate: escaping"
+            why = f"{why}; it is {ratio:.2f} of its limit: a smaller batch would pass the gate"
             return measured.decide("hold", present, why), {**state, "held": held_since}
     smaller = max(present * factor, target_size)
     if present <= target_size:  # the box forbids s already, and its escape may just be slow
@@ -185,7 +185,7 @@ def keep_batch_margin(
     if not waiting:
         s, tolerance, state = _averaged(s, state, band)
     ratio = ratio_to_limit(s, measured.limit(present))
-    why = f"the non-uniformity is {ratio:.2f} of its limit, to be at most {share:g}"
+    why = f"the non-uniformity is {ratio:.2f} of its limit, and should be at most {share:g}"
     within = ratio <= share * (1 + tolerance)
     if within or waiting:
         return measured.decide("keep" if within else "hold", present, why), state

@@ -344,7 +344,8 @@ def _check_controls(
     is_share = target.share is not None
     if target.sharpness != OPEN and scheduler is None and not is_share:
         raise ValueError(
-            f"target {target} bounds the sharpness, and lr=False leaves it alone: pass lr=True"
+            f"target {target} bounds the sharpness, but lr=False leaves the learning rate alone: pass"
+            " lr=True"
         )
     if target.non_uniformity == OPEN:
         return

@@ -182,7 +182,7 @@ def gated_staircase(
         return measured.decide("keep", lr, "this is the target's rate"), state
     some_are_stable = measured.limit >= low and measured.limit > 0
     if lr > goal and measured.sharpness >= low and some_are_stable:
-        why = f"every minimum sharper than the target is unstable from a rate of {target_lr:.4g} up"
+        why = f"every minimum sharper than the target is unstable at rates above {target_lr:.4g}"
         return measured.decide("keep", lr, why), state
     if lr > goal:
         lowered = max(goal, lr * (1 - rate) ** steps)
@@ -196,7 +196,8 @@ def gated_staircase(
         raised = min(raised, lr_at_limit(measured.rule, measured.sharpness / gate))
     if raised <= lr:
         why = (
-            f"the sharpness is {measured.ratio:.3g} of its limit, at the gate {gate:.4g}: escaping"
+            f"the sharpness is {measured.ratio:.3g} of its limit, not below the gate {gate:.4g}:"
+            " waiting for the escape to end"
         )
         return measured.decide("hold", lr, why), state
     beta = measured.rule.memory
@@ -256,7 +257,7 @@ def keep_margin(
     decision, steps, state = _cut_or_hold(measured, state, cut=cut, hold=hold)
     if decision is not None:
         return decision, state
-    why = f"the sharpness is {measured.ratio:.2f} of its limit, to be at most {share:g}"
+    why = f"the sharpness is {measured.ratio:.2f} of its limit, and should be at most {share:g}"
     assert measured.sharpness is not None
     if measured.ratio > share:
         if lr <= measured.min_lr:

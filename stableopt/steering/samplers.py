@@ -226,7 +226,7 @@ class AdaptiveBatchSampler(_BatchSize, BatchSampler):
             TypeError: for a sampler without a length, which may be endless.
         """
         if not isinstance(self.sampler, Sized):
-            raise TypeError(f"sampler={self.sampler!r}: without a length it may be endless")
+            raise TypeError(f"sampler={self.sampler!r}: expected a sampler with a length (__len__)")
         epoch = self._epoch
         requested = epoch.taken + len(epoch.yielded)
         used = requested if batches is None else whole("batches", batches, least=0)

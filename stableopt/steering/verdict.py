@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
@@ -39,7 +39,7 @@ class Situation:
     cuts: int = 0
 
 
-_FLOOR = "a network has a least sharpness, of its output's bias if nothing else"
+_FLOOR = "the network may have no minimum this flat: an output bias alone has curvature"
 """Why a small sharpness may be unreachable."""
 
 
@@ -74,7 +74,7 @@ def verdict(
         bounded = next(name for name in bounded_values(margins) if target.bounds(name) != OPEN)
         return _decision(situation, "reached", f"within the target: {target}", bounded), state
     miss = max(misses)
-    distance, name, text = miss
+    distance, name, text = miss.distance, miss.name, miss.text
     if state.get("reached"):
         state = {**state, "reached": 0.0, "since": 0.0, "best": distance}
         return _decision(situation, "missed", f"{text} again", name), state
@@ -91,10 +91,11 @@ def verdict(
 
 
 class _Miss(NamedTuple):
-    """A missed bound: the logarithmic distance to it, the quantity, and both in words."""
+    """A missed bound: the logarithmic distance to it, the quantity, its side, and all in words."""
 
     distance: float
     name: str
+    side: Literal["above", "below"]
     text: str
 
 
@@ -108,10 +109,10 @@ def _misses(margins: StabilityMargins, target: TargetRegion, band: float) -> lis
         title = name.replace("_", "-")
         if value > high * (1 + band):
             text = f"{title} {value:.3g} is above {high:.3g}"
-            misses.append(_Miss(math.log(value / high), name, text))
+            misses.append(_Miss(math.log(value / high), name, "above", text))
         elif value < low * (1 - band):
             text = f"{title} {value:.3g} is below {low:.3g}"
-            misses.append(_Miss(math.log(low / value), name, text))
+            misses.append(_Miss(math.log(low / value), name, "below", text))
     return misses
 
 
@@ -144,7 +145,7 @@ def _why_forbidden(situation: Situation, miss: _Miss) -> str | None:
 def _why_stuck(situation: Situation, miss: _Miss) -> str:
     """Return why the target is not approached although the learning rate no longer moves."""
     low, loss = situation.target.bounds("sharpness")[0], situation.margins.loss
-    if miss.name == "sharpness" and "below" in miss.text:
+    if (miss.name, miss.side) == ("sharpness", "below"):
         remaining = "" if loss is None else f" {loss:.2g}"
         return (
             f"target sharpness {low:.4g} is above what the loss left to descend{remaining} can produce:"
@@ -152,7 +153,7 @@ def _why_stuck(situation: Situation, miss: _Miss) -> str:
         )
     if miss.name == "non_uniformity" and situation.batch_size == situation.smallest:
         return f"{miss.text}, and no smaller batch than {situation.smallest} is allowed"
-    return f"{miss.text}, and hardly comes nearer"
+    return f"{miss.text}, and has hardly come closer"
 
 
 def _decision(situation: Situation, kind: Kind, why: str, name: str) -> Decision:

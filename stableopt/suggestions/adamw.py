@@ -36,7 +36,7 @@ def running_adam(problem: Problem, optimizer: torch.optim.Optimizer) -> tuple[Pr
         TypeError: for an optimizer without a known diagonal preconditioner.
     """
     rule = UpdateRule.from_optimizer(optimizer)
-    check_params([optimizer], problem, explicit=True)
+    check_params([optimizer], problem)
     known = rule.preconditioner is not None and rule.unknown is None and rule.noise_known
     if not known or rule.preconditioner is None or not rule.preconditioner.diagonal:
         raise TypeError(

@@ -88,7 +88,7 @@ class Suggestions:
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in lines
         ]
-        head = f"Largest linearly stable learning rate, by {self.num_samples} samples"
+        head = f"Largest linearly stable learning rate, from {self.num_samples} samples"
         cost = f"found in {self.seconds:.1f} s"
         if self.sharpness is not None:
             cost = f"sharpness {self.sharpness:.4g} ({self.method}); {cost}"

@@ -132,7 +132,7 @@ def _running(
 
 def _adam(search: Search, sizes: Sequence[int]) -> list[Suggestion]:
     """Return the answers for AdamW, whose second moments differ between batch sizes."""
-    search.note(f"AdamW: with the second moments that batches have here, beta1 = {BETA}")
+    search.note(f"AdamW: with the second moments of batches at this point, beta1 = {BETA}")
     if (stride := gradient_stride(search.problem)) > 1:
         search.note(f"the gradient's variance is that of one sample in {stride}")
     step = LinearStep(1.0, momentum=BETA, dampening=BETA)

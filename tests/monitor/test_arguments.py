@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,6 +94,24 @@ def test_parameter_that_the_model_does_not_hold() -> None:
         optimizer.track(model, MSE, (X, Y))
     assert hooks_left(optimizer, model) == 0
     optimizer.track(model, MSE, (X, Y), every=1, params=model.parameters())
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda optimizer, problem: stableopt.measure(problem, optimizer=optimizer),
+        lambda optimizer, problem: stableopt.critical_sharpness(problem, optimizer=optimizer),
+        StabilityMonitor,
+    ],
+    ids=["measure", "critical_sharpness", "monitor"],
+)
+def test_parameters_chosen_by_a_problem(measured: Callable[[Any, Any], Any]) -> None:
+    """Catches an optimizer of two networks accepted for a whole model, or refused for chosen ones."""
+    model, other = linear(), linear()
+    optimizer = stableopt.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"holds 1 parameters that are not the model's.*params="):
+        measured(optimizer, stableopt.Problem(model, MSE, (X, Y)))
+    measured(optimizer, stableopt.Problem(model, MSE, (X, Y), params=model.parameters()))
 
 
 def test_optimizer_of_unknown_rule() -> None:

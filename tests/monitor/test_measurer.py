@@ -10,11 +10,11 @@ import torch
 from monitored_runs import MSE, X, Y, linear
 
 from stableopt import Problem, UpdateRule
+from stableopt._support.warn_once import WarnOnce
 from stableopt.curvature import Cost
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
-from stableopt.sinks.delivery import WarnOnce
 from stableopt.stability.rules.several import SeparateBlocks
 
 
@@ -22,7 +22,6 @@ def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
     defaults: dict[str, Any] = {
-        "explicit": False,
         "quantities": ("sharpness",),
         "batch_size": 4,
         "dataset_size": None,

@@ -68,7 +68,7 @@ def test_logs_and_reports_next_to_each_other_are_one_run(tmp_path: Path) -> None
     run = read_run(tmp_path)
     assert (run.reports, run.superseded) == ([], 3)
     (skipped,) = run.skipped
-    assert skipped.endswith("step-5-2/report.json: of another run, by its measurements")
+    assert skipped.endswith("step-5-2/report.json: its measurements are those of another run")
 
 
 def test_runs_in_one_folder_have_the_alarms_of_their_measurements(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from stableopt import StabilityMargins, StabilityRegion, UpdateRule
+from stableopt._support.warn_once import WarnOnce
 from stableopt.sinks import Decided, Measured
-from stableopt.sinks.delivery import WarnOnce, check_sinks, deliver, flush
+from stableopt.sinks.delivery import check_sinks, deliver, flush
 from stableopt.sinks.events import Event
 from stableopt.steering import Decision
 

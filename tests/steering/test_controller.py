@@ -311,7 +311,7 @@ def test_what_cannot_be_steered_is_refused() -> None:
         ((run.monitor, 3.0), {}, TypeError, "target=3.0"),
         ((run.monitor, flat), {"lr": 0.1}, TypeError, "lr=0.1"),
         ((run.monitor, flat), {"batch": 8}, TypeError, "batch=8"),
-        ((run.monitor, flat), {"lr": False}, ValueError, "lr=False leaves it alone"),
+        ((run.monitor, flat), {"lr": False}, ValueError, "lr=False leaves the learning rate alone"),
         ((run.monitor, WIDE), {}, ValueError, "pass batch="),
         ((plain.monitor, WIDE), {"batch": run.sampler}, ValueError, "bounds the non-uniformity"),
         ((full, WIDE), {"batch": run.sampler}, ValueError, "needs SGD"),

@@ -150,7 +150,7 @@ def test_the_gate_bounds_the_ratio() -> None:
     assert decision.new == pytest.approx(2 * 1.2 / 20.0, rel=1e-12)
     held, _ = gated_staircase(measured_at(0.1, a=25.0, step=1000), state, gate=1.2)
     assert (held.kind, held.new) == ("hold", 0.1)
-    assert "at the gate 1.2: escaping" in held.why
+    assert "not below the gate 1.2: waiting for the escape" in held.why
 
 
 def test_it_goes_to_the_target_and_not_beyond() -> None:

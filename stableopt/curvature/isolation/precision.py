@@ -73,7 +73,7 @@ class Precision:
             if not kind.is_floating_point or (cast is None and kind not in _FULL):
                 hint = ""
                 if kind.is_floating_point:
-                    hint = "; pass dtype=torch.float32 to measure it cast to that"
+                    hint = "; pass dtype=torch.float32 to cast it for the measurement"
                 raise TypeError(
                     f"parameter {name!r} has dtype {p.dtype}: curvature needs float32 or float64"
                     f"{hint}, or leave it out by params="

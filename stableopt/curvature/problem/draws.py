@@ -30,7 +30,7 @@ _NOISY = 1e-5
 of sums in another order. A denoiser that starts at zero varies by a percent, later by a third."""
 
 RANDOM = (
-    "loss_fn draws random numbers, and its noise is not a sample's own: put the noise into the batch, as"
+    "loss_fn draws random numbers that do not belong to single samples: put the noise into the batch, as"
     ' in Problem.from_batch_loss(model, loss, {"x": x, "noise": noise})'
 )
 

@@ -51,6 +51,9 @@ class MeanLoss(abc.ABC):
     sharded: ClassVar[bool]
     """Whether each rank holds a shard of every vector."""
 
+    all_trainable: bool
+    """Whether the parameters are all trainable ones of the model, and not chosen by ``params``."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -99,7 +102,7 @@ class MeanLoss(abc.ABC):
         if not batch_statistics:
             for module in (self.model, *self._objective.held_modules):
                 check_batch_norm(module)
-        self._all_trainable = params is None
+        self.all_trainable = params is None
         self._set_parameters(*select_parameters(self.model, params, self._objective))
         check_embeddings(self.model, self.params)
         # An error in one rank's data is raised on all ranks.
@@ -258,7 +261,7 @@ class MeanLoss(abc.ABC):
         chosen = {id(p) for p in params}
         kept = [(n, p) for n, p in zip(self.names, self.params, strict=True) if id(p) in chosen]
         other = copy.copy(self)
-        other._all_trainable = False
+        other.all_trainable = False
         other._set_parameters([name for name, _ in kept], [p for _, p in kept])
         return other
 
@@ -297,14 +300,14 @@ class MeanLoss(abc.ABC):
     @property
     def own_samples(self) -> int:
         """The number of samples on this rank."""
-        with self.evaluation():
-            return self.batches.num_samples
+        return self.counts()[0]
 
-    @property
-    def one_chunk(self) -> bool:
-        """Whether all samples are evaluated at once."""
-        with self.evaluation():
-            return self.batches.num_chunks == 1
+    def counts(self) -> tuple[int, int]:
+        """Return the numbers of samples and of chunks on this rank."""
+        if self.batches.known_counts is None:
+            with self.evaluation():  # counting data of unknown length reads them
+                return self.batches.num_samples, self.batches.num_chunks
+        return self.batches.known_counts
 
     def chunks(self, chunk_size: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield ``(batch, size)`` on the model's device, of at most ``chunk_size`` samples each.
@@ -369,7 +372,7 @@ class MeanLoss(abc.ABC):
         Raises:
             ValueError: if parameters chosen by ``params`` no longer belong to the model.
         """
-        chosen = None if self._all_trainable else self.params
+        chosen = None if self.all_trainable else self.params
         names, params = select_parameters(self.model, chosen, self._objective)
         if [id(p) for p in params] == [id(p) for p in self.params]:
             return self

@@ -78,8 +78,8 @@ class Problem(DifferentiableLoss):
             Parameters of a module that ``loss_fn`` is or holds are allowed. Complex parameters are
             represented by their real view.
         chunk_size: the most samples evaluated at once: less memory, the same result but for noise.
-        max_samples: the most samples to use, by default all: of tensors and of data sets in order a
-            random choice, the same one each time, and of other data the first ones.
+        max_samples: the most samples to use, by default all. Tensors and data sets read in order give
+            a random choice, the same each time; other data give their first samples.
         dtype: the precision, by default the parameters'. ``torch.float32`` and ``torch.float64`` cast
             parameters, buffers and data; ``torch.bfloat16`` and ``torch.float16`` turn on autocast.
         batch_statistics: whether batch norm normalises by the statistics of each batch, as in

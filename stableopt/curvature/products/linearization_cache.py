@@ -121,7 +121,8 @@ class LinearizationCache(Generic[P]):
             chunk_bytes = min(chunk_bytes, _CPU_CHUNK)
         if sample_bytes is None:
             # Samples depend on their batch, or bytes cannot be counted: keep the user's batches.
-            return None, int(problem.one_chunk)
+            _, num_chunks = problem.counts()
+            return None, int(num_chunks == 1)
         # Each chunk's passes hold gradients of the parameters' size; a large model's only for a moment.
         parameter_bytes = problem.num_params * problem.dtype.itemsize
         gradient_bytes = 0 if problem.large else parameter_bytes

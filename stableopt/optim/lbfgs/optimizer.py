@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from stableopt._support.arguments import whole
 from stableopt._support.torch_internals import eager
+from stableopt._support.warn_once import WarnOnce
 from stableopt.optim.lbfgs.compact import CompactPairs
 from stableopt.optim.lbfgs.iterations import Iterations, StepEnd
 from stableopt.optim.lbfgs.memory import PairMemory
@@ -151,7 +151,7 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         self._memory: PairMemory | None = None
         self._memory_owner: tuple[dict[str, Any] | None, Any] = None, None
         self._last_end: StepEnd | None = None
-        self._warned: set[str] = set()
+        self._warn = WarnOnce()
 
     @property
     def _params(self) -> list[Tensor]:
@@ -318,12 +318,6 @@ class LBFGS(Tracking, torch.optim.LBFGS):
         finally:
             state["func_evals"] += objective.evaluations
         return objective.first_returned
-
-    def _warn(self, event: str, consequence: str) -> None:
-        """Warn once for each event."""
-        if event not in self._warned:
-            self._warned.add(event)
-            warnings.warn(f"{event}: {consequence}", RuntimeWarning, stacklevel=2)
 
 
 def _as_kind(value: Any, kind: tuple[int, torch.dtype, torch.device]) -> Any:

@@ -9,10 +9,8 @@ the point. If all are below 1, the optimizers can still leave it together, since
 
 from __future__ import annotations
 
-import math
-
 from stableopt.stability.measure.evaluation import Evaluation
-from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult, ratio_to_limit
 from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.several import OptimizerBlock, SeparateBlocks
 
@@ -55,7 +53,7 @@ def _edge_ratio(evaluation: Evaluation, block: OptimizerBlock) -> Measurement:
         block.name,
         on_block.hessian(),
         preconditioner=on_block.preconditioner,
-        value=lambda eigenvalue: eigenvalue / limit if limit > 0 else math.inf,
+        value=lambda eigenvalue: ratio_to_limit(eigenvalue, limit),
     )
     assert result.measurement is not None
     return result.measurement

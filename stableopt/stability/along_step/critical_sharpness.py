@@ -173,7 +173,7 @@ def critical_sharpness(
     )
     rule = rule_of(optimizers) if optimizers else None
     if optimizers:
-        check_params(optimizers, problem, explicit=is_problem or params is not None)
+        check_params(optimizers, problem)
     sign = problem.sign
     if rule is not None:
         sign = -1.0 if rule.maximize else 1.0

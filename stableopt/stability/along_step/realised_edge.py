@@ -106,7 +106,5 @@ def _averaged(rows: list[list[Any]], error: float, *, uphill: float) -> Quantity
     details["standard_error"] = standard_error
     if math.isfinite(lengths) and lengths > 0:
         details["calibration"] = -2 * slopes / lengths
-    relative = standard_error / abs(value) if value else 0.0
-    # An average has a standard error instead of a residual, and counts as converged.
-    measurement = Measurement(value, relative, len(rows))
+    measurement = Measurement.of_average(value, standard_error, len(rows))
     return QuantityResult(value=value, measurement=measurement, details=details)

@@ -34,7 +34,7 @@ from stableopt._support.arguments import positive, whole
 from stableopt.curvature import Hessian, NonFiniteError, Operator, Problem
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.stability.measure.evaluation import Evaluation
-from stableopt.stability.measure.measurement import Measurement, QuantityResult
+from stableopt.stability.measure.measurement import Measurement, QuantityResult, ratio_to_limit
 from stableopt.stability.rules.norms import StepNorm
 
 __all__ = ["GeneralisedSharpness", "generalised_sharpness", "measured_generalised_sharpness"]
@@ -86,7 +86,7 @@ class GeneralisedSharpness:
     @property
     def ratio(self) -> float:
         """Value over limit: 1 at the edge, infinite at zero gradient; a lower bound, as ``value``."""
-        return self.value / self.limit if self.limit > 0 else float("inf")
+        return ratio_to_limit(self.value, self.limit)
 
 
 def generalised_sharpness(

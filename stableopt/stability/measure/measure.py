@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt._support.arguments import finite_size, positive, whole
+from stableopt._support.arguments import finite_size, positive
 from stableopt.curvature import NonFiniteError
 from stableopt.curvature.problem.data.layout import BatchDim
 from stableopt.curvature.problem.mean_loss import MeanLoss
@@ -23,7 +23,7 @@ from stableopt.stability.measure.margins import StabilityMargins
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
-from stableopt.stability.rules.limits import noise_factor
+from stableopt.stability.rules.limits import checked_batch_size
 from stableopt.stability.rules.preconditioner import UnknownStep
 from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -137,15 +137,13 @@ def measure(
     if rule is not None and isinstance(rule.preconditioner, UnknownStep):
         warnings.warn(f"limits are not known: {rule.unknown}", RuntimeWarning, stacklevel=2)
     if optimizers:
-        chosen = params is not None or isinstance(model, MeanLoss)
-        check_params(optimizers, problem, explicit=chosen)
+        check_params(optimizers, problem)
     if rule is not None:
         problem = in_rule_coordinates(problem, rule, optimizers)
     full_batch = rule is not None and rule.full_batch
     size = finite_size(dataset_size, problem.num_samples, full_batch=full_batch)
     if batch_size is not None:
-        batch_size = whole("batch_size", batch_size)
-        noise_factor(batch_size, size)  # raises for a batch above n
+        batch_size = checked_batch_size(batch_size, size)
     evaluation = Evaluation(
         problem,
         rule,

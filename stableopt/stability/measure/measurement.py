@@ -63,6 +63,23 @@ class Measurement:
             upper_bound=None if pair.upper_bound is None else value(pair.upper_bound),
         )
 
+    @classmethod
+    def of_average(
+        cls, value: float, standard_error: float, products: int, *, converged: bool = True
+    ) -> Measurement:
+        """Return the measurement of an average, with its standard error as a residual.
+
+        >>> Measurement.of_average(2.0, 0.5, 8).residual
+        0.25
+        """
+        relative = standard_error / abs(value) if value else 0.0
+        return cls(value, relative, products, converged)
+
+    @property
+    def absolute_error(self) -> float:
+        """The residual or standard error in the units of the value; 0 if the value has neither."""
+        return (self.residual or 0.0) * abs(self.value)
+
     @property
     def certified(self) -> bool:
         """Whether ``upper_bound`` is at most 5 % above the value.

@@ -121,9 +121,7 @@ def _batch_averages(evaluation: Evaluation) -> BatchSharpness:
 def _batch_average(evaluation: Evaluation, value: float | None, error: float) -> QuantityResult:
     if value is None:
         return QuantityResult()
-    # An average has a standard error instead of a residual, and counts as converged.
-    relative = error / abs(value) if value else 0.0
-    measurement = Measurement(value, relative, _batch_averages(evaluation).batches)
+    measurement = Measurement.of_average(value, error, _batch_averages(evaluation).batches)
     return QuantityResult(value, _batch_limit(evaluation), measurement=measurement)
 
 

@@ -143,6 +143,8 @@ class AlongStep:
             pairs = zip(problem.params, self.before, strict=True)
             changes = [_local_view(p).to(problem.dtype) - t for p, t in pairs]
             self.change = self.problem.flatten(changes)
+        self._known_start: tuple[float, Tensor] | None = None
+        self._known_end: tuple[float, Tensor] | None = None
 
     @cached_property
     def moved(self) -> bool:
@@ -151,34 +153,43 @@ class AlongStep:
         largest = float(torch.linalg.vector_norm(self.change, math.inf)) if len(self.change) else 0
         return self.problem.ranks.any(largest != 0)
 
-    @cached_property
     def _start(self) -> tuple[float, Tensor]:
-        """Loss and gradient before the step."""
+        """Return loss and gradient before the step."""
+        if self._known_start is None:
+            self._known_start = self._cached_start()
+        if self._known_start is None:
+            self._known_start = self.problem.loss_and_gradient(self.before)
+        return self._known_start
+
+    def _cached_start(self) -> tuple[float, Tensor] | None:
+        """Return the cached end of the last step; disable the cache if this step starts elsewhere."""
         start, cache = self._step.start, self._step.cache
         # All ranks agree on these conditions and on the loss.
-        if cache is not None and cache.enabled and cache.used:
-            if not self.problem.ranks.any(start is None):
-                assert start is not None
-                if self._loss_before_then_end() == start.loss:
-                    return start.loss, start.gradient
-            cache.enabled, cache.end = False, None
-        return self.problem.loss_and_gradient(self.before)
+        if cache is None or not cache.enabled or not cache.used:
+            return None
+        if not self.problem.ranks.any(start is None):
+            assert start is not None
+            if self._loss_before_then_end() == start.loss:
+                return start.loss, start.gradient
+        cache.enabled, cache.end = False, None
+        return None
 
     def _loss_before_then_end(self) -> float:
-        """Return the loss before the step; also compute :attr:`_end`, in the same evaluation."""
+        """Return the loss before the step; also compute the end, in the same evaluation."""
         problem = self.problem
         if not isinstance(problem, Problem) or problem.ranks.several:
             return self.loss_before
         with problem.evaluation() as again:
             loss = problem.value(self.before, evaluating=True)
             again()
-            self._end = self._stored(problem.loss_and_gradient(evaluating=True))
+            self._known_end = self._stored(problem.loss_and_gradient(evaluating=True))
         return loss
 
-    @cached_property
     def _end(self) -> tuple[float, Tensor]:
-        """Loss and gradient after the step."""
-        return self._stored(self.problem.loss_and_gradient())
+        """Return loss and gradient after the step."""
+        if self._known_end is None:
+            self._known_end = self._stored(self.problem.loss_and_gradient())
+        return self._known_end
 
     def _stored(self, end: tuple[float, Tensor]) -> tuple[float, Tensor]:
         """Store the loss and gradient after the step in the cache, if there is one; return them."""
@@ -189,36 +200,36 @@ class AlongStep:
             cache.end, cache.used = StepEnd(params, values, *end), True
         return end
 
-    @property
-    def _start_computed(self) -> bool:
-        return "_start" in vars(self)
-
     @cached_property
     def loss_before(self) -> float:
         """The loss at the parameters before the step."""
-        return self._start[0] if self._start_computed else self.problem.value(self.before)
+        known = self._known_start
+        return self.problem.value(self.before) if known is None else known[0]
 
     @cached_property
     def loss_after(self) -> float:
         """The loss at the present parameters."""
         cache = self._step.cache
-        next_needs_end = self._start_computed and cache is not None and cache.enabled
-        return self._end[0] if next_needs_end or "_end" in vars(self) else self.problem.value()
+        start_known = self._known_start is not None
+        next_needs_end = start_known and cache is not None and cache.enabled
+        if next_needs_end or self._known_end is not None:
+            return self._end()[0]
+        return self.problem.value()
 
     @property
     def known_slope(self) -> float | None:
         """:attr:`slope`, if the gradient before the step is already computed; else ``None``."""
-        return self.slope if self._start_computed else None
+        return None if self._known_start is None else self.slope
 
     @cached_property
     def slope(self) -> float:
         r""":math:`g^\top\delta`, with the gradient g before the step."""
-        return dot(self.problem, self._start[1], self.change)
+        return dot(self.problem, self._start()[1], self.change)
 
     @cached_property
     def slope_after(self) -> float:
         r""":math:`g^\top\delta`, with the gradient g after the step."""
-        return dot(self.problem, self._end[1], self.change)
+        return dot(self.problem, self._end()[1], self.change)
 
     def loss_at(self, share: float) -> float:
         """Return the loss at the parameters before the step plus ``share`` times the step."""

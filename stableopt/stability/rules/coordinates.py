@@ -50,12 +50,10 @@ def problem_of(
     return problem_for(model, loss_fn, data, process_group=group, **given)
 
 
-def check_params(
-    optimizers: Sequence[torch.optim.Optimizer], problem: MeanLoss, *, explicit: bool
-) -> None:
+def check_params(optimizers: Sequence[torch.optim.Optimizer], problem: MeanLoss) -> None:
     """Raise ``ValueError`` unless ``optimizers`` together update exactly the parameters of ``problem``.
 
-    With ``explicit`` the user chose the parameters, and the optimizers may update others too.
+    If the user chose the parameters by ``params``, the optimizers may update others too.
     """
     held = {id(p) for group in _groups(optimizers) for p in group["params"]}
     for name, p in zip(problem.names, problem.params, strict=True):
@@ -65,7 +63,7 @@ def check_params(
                 " requires_grad_(False), or choose the parameters to measure by params="
             )
     foreign = len(held - {id(p) for p in problem.model.parameters()})
-    if foreign and not explicit:
+    if foreign and problem.all_trainable:
         raise ValueError(
             f"the optimizer holds {foreign} parameters that are not the model's, so its steps depend"
             " on more than the model's curvature; choose the parameters to measure by params="

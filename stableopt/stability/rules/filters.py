@@ -251,8 +251,8 @@ def no_lookahead_edge(shrink: float) -> str | None:
     if shrink <= _DIFFERENT_SHRINK:
         return None
     return (
-        "Lookahead over different decoupled weight decay has no known limit: lr * weight_decay is"
-        f" {shrink:.3g}, and expected at most {_DIFFERENT_SHRINK:g}, or one decay for all parameters"
+        "Lookahead has no known limit where decoupled weight decay differs between parameters:"
+        f" lr * weight_decay={shrink:.3g}, expected at most {_DIFFERENT_SHRINK:g}, or one decay for all"
     )
 
 

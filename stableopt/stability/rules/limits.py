@@ -257,6 +257,20 @@ class LinearStep:
         return float(np.abs(np.linalg.eigvals(moments)).max())
 
 
+def checked_batch_size(batch_size: int, dataset_size: float | None) -> int:
+    """Return ``batch_size``; ``dataset_size`` is ``None`` or infinity for a stream.
+
+    Raises:
+        ValueError: unless both are positive whole numbers, and the batch is not above the data set.
+    """
+    batch_size = whole("batch_size", batch_size)
+    if dataset_size is None or dataset_size == math.inf:
+        return batch_size
+    if batch_size > whole("dataset_size", dataset_size):
+        raise ValueError(f"batch_size={batch_size} is above dataset_size={dataset_size}")
+    return batch_size
+
+
 def noise_factor(batch_size: int, dataset_size: float | None = None) -> float:
     r"""Return :math:`p = (n-B)/(B(n-1))`, the variance of a batch mean relative to one sample's.
 
@@ -270,15 +284,12 @@ def noise_factor(batch_size: int, dataset_size: float | None = None) -> float:
     >>> noise_factor(4), noise_factor(1, 10), noise_factor(10, 10)
     (0.25, 1.0, 0.0)
     """
-    batch_size = whole("batch_size", batch_size)
+    batch_size = checked_batch_size(batch_size, dataset_size)
     if dataset_size is None or dataset_size == math.inf:
         return 1.0 / batch_size
-    dataset_size = whole("dataset_size", dataset_size)
-    if batch_size > dataset_size:
-        raise ValueError(f"batch_size={batch_size} is above dataset_size={dataset_size}")
     if batch_size == dataset_size:
         return 0.0
-    return (dataset_size - batch_size) / (batch_size * (dataset_size - 1))
+    return float((dataset_size - batch_size) / (batch_size * (dataset_size - 1)))
 
 
 def max_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:

@@ -250,8 +250,8 @@ def _no_joint_limit(blocks: Sequence[OptimizerBlock]) -> str | None:
             if not isinstance(p, NormedStep):
                 return reason
             return (
-                f"{reason} of its parameters alone, with a monitor of {block.name} and params=, or"
-                " realised_edge with this one"
+                f"{reason} of its parameters alone, with a second monitor of {block.name} and params=,"
+                " or realised_edge with this monitor"
             )
     first, *others = (_momentum_settings(block.rule) for block in blocks)
     if not all(agree(first, other) for other in others):

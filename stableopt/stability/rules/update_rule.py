@@ -383,7 +383,7 @@ class UpdateRule:
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
-        """Register ``reader`` for optimizers of class ``kind`` and subclasses with its ``step``.
+        """Register ``reader`` for class ``kind``, and subclasses that keep its ``step``.
 
         A string of module and qualified name, such as ``"lion_pytorch.lion_pytorch.Lion"``, stands for
         a class without importing it.

@@ -91,9 +91,11 @@ def measured_trace(
         seed=evaluation.seed,
         most_vectors=evaluation.vectors_held(),
     )
-    relative = estimate.standard_error / abs(estimate.value) if estimate.value else 0.0
-    measurement = Measurement(estimate.value, relative, estimate.products, estimate.converged)
-    details = {"standard_error": estimate.standard_error}
+    error = estimate.standard_error
+    measurement = Measurement.of_average(
+        estimate.value, error, estimate.products, converged=estimate.converged
+    )
+    details = {"standard_error": error}
     if estimate.largest > 0:
         details["effective_rank"] = estimate.effective_rank
     if of_hessian and not evaluation.preconditioned and estimate.value > 0:

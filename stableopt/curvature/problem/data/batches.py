@@ -143,6 +143,7 @@ class Batches:
 
     Attributes:
         chosen: the argument ``chunk_size``.
+        known_counts: the numbers of samples and of chunks, ``None`` before the first reading.
 
     A ``DataLoader`` that shuffles or drops its last batch is read as the whole data set in order. A
     sampler that selects samples (a subset, weights) is used.
@@ -162,14 +163,14 @@ class Batches:
         if chunk_size is not None:
             chunk_size = whole("chunk_size", chunk_size)
         self.paired, self.chosen = paired, chunk_size
-        self._counts: tuple[int, int] | None = None
+        self.known_counts: tuple[int, int] | None = None
         self.source, one_batch = _source(data, chunk_size, paired)
         self.chunk_size = DEFAULT_CHUNK if one_batch and chunk_size is None else chunk_size
 
     def with_chunk_size(self, chunk_size: int) -> Batches:
         """Return the same data cut into chunks of at most ``chunk_size`` samples."""
         other = object.__new__(Batches)
-        other.__dict__ = {**self.__dict__, "chunk_size": chunk_size, "_counts": None}
+        other.__dict__ = {**self.__dict__, "chunk_size": chunk_size, "known_counts": None}
         return other
 
     @property
@@ -184,14 +185,14 @@ class Batches:
 
     def forget_counts(self) -> None:
         """Forget the number of samples after a change of ``source``."""
-        self._counts = None
+        self.known_counts = None
 
     def _counted(self) -> tuple[int, int]:
-        if self._counts is None:
+        if self.known_counts is None:
             for _ in self:
                 pass
-        assert self._counts is not None
-        return self._counts
+        assert self.known_counts is not None
+        return self.known_counts
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         total = chunks = 0
@@ -225,7 +226,7 @@ class Batches:
                 yield cut(batch, start, stop), stop - start
         if not total:
             raise ValueError("data is empty: expected at least one sample")
-        self._counts = (total, chunks)
+        self.known_counts = (total, chunks)
 
 
 def has_length(source: Any) -> bool:

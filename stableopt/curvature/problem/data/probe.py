@@ -59,8 +59,8 @@ def fixed_probe(
         data: in any form that :class:`Batches` takes.
         chunk_size: as for :class:`Batches`.
         paired: as for :class:`Batches`.
-        max_samples: the most samples to use, by default all: of tensors and of data sets in order a
-            random choice, the same one each time, and of other data the first ones.
+        max_samples: the most samples to use, by default all. Tensors and data sets read in order give
+            a random choice, the same each time; other data give their first samples.
         layout: the samples' dimension in the tensors of ``data``, by default the first.
 
     Raises:
@@ -213,7 +213,7 @@ def _fix_content(batches: Batches, held: HeldState) -> None:
     batches.forget_counts()
     if drew_globally or drew_from_held or not equal:
         samples = batches.num_samples
-        reason = ", from a generator that cannot be found and put back" if hidden else ""
+        reason = ", from a generator that cannot be found and restored" if hidden else ""
         _warn_of(f"reading it draws random numbers{reason}", samples)
 
 

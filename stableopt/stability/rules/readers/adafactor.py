@@ -72,8 +72,7 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
     return without_gradients(optimizer) or diagonal_rule(
         optimizer,
         entries,
-        shrink=lambda step: float(step.group["lr"]) * float(step.group["weight_decay"]),
-        weight_decay=lambda group: 0.0,
+        decoupled=True,
     )
 
 
@@ -134,6 +133,6 @@ def read_transformers_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
         entries,
         momentum=momentum,
         rate=base_rate,
+        decoupled=True,
         shrink=shrink,
-        weight_decay=lambda group: 0.0,
     )

@@ -23,10 +23,7 @@ from stableopt.stability.rules.update_rule import UpdateRule
 __all__ = [
     "adam_entries",
     "averaged",
-    "coupled_decay",
-    "decoupled_shrink",
     "late_eps_entries",
-    "lr_times_decay",
     "read_adadelta",
     "read_adagrad",
     "read_adam",
@@ -49,20 +46,9 @@ def averaged(step: Step) -> tuple[float, float, float]:
     return beta, beta, 1.0
 
 
-def lr_times_decay(step: Step) -> float:
-    """Return eta lambda, for weight decay that is always decoupled."""
-    return float(step.group["lr"]) * float(step.group["weight_decay"])
-
-
-def decoupled_shrink(step: Step) -> float:
-    """Return eta lambda if the weight decay is decoupled, else 0."""
-    return lr_times_decay(step) if step.group.get("decoupled_weight_decay", False) else 0.0
-
-
-def coupled_decay(group: Group) -> float:
-    """Return lambda if the weight decay is a part of the gradient, else 0."""
-    decoupled = group.get("decoupled_weight_decay", False)
-    return 0.0 if decoupled else float(group["weight_decay"])
+def _decoupled(group: Group) -> bool:
+    """Return whether a group of one of torch's optimizers has decoupled weight decay."""
+    return bool(group.get("decoupled_weight_decay", False))
 
 
 def adam_entries(step: Step, second: Tensor) -> Tensor:
@@ -88,8 +74,7 @@ def read_adam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         lambda step: adam_entries(step, _second_moment(step)),
         momentum=averaged,
-        shrink=lr_times_decay if always else decoupled_shrink,
-        weight_decay=lambda group: 0.0 if always else coupled_decay(group),
+        decoupled=True if always else _decoupled,
     )
 
 
@@ -129,8 +114,7 @@ def read_bitsandbytes(optimizer: Any) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
-        shrink=lr_times_decay,
-        weight_decay=lambda group: 0.0,
+        decoupled=True,
     )
 
 
@@ -158,9 +142,7 @@ def read_radam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         beta1 = float(step.group["betas"][0])
         return torch.full_like(second, 1 / (1 - beta1**step.steps))
 
-    return diagonal_rule(
-        optimizer, entries, momentum=averaged, shrink=decoupled_shrink, weight_decay=coupled_decay
-    )
+    return diagonal_rule(optimizer, entries, momentum=averaged, decoupled=_decoupled)
 
 
 def read_adamax(optimizer: torch.optim.Optimizer) -> UpdateRule:
@@ -226,9 +208,7 @@ def read_nadam(optimizer: torch.optim.NAdam) -> UpdateRule:
         of_gradient, of_momentum = _nadam_weights(step)
         return beta, tau, of_momentum / (of_gradient + of_momentum)
 
-    return diagonal_rule(
-        optimizer, entries, momentum=momentum, shrink=decoupled_shrink, weight_decay=coupled_decay
-    )
+    return diagonal_rule(optimizer, entries, momentum=momentum, decoupled=_decoupled)
 
 
 def read_rmsprop(optimizer: torch.optim.RMSprop) -> UpdateRule:

@@ -41,7 +41,7 @@ from stableopt.stability.rules.readers.param_groups import (
 )
 from stableopt.stability.rules.update_rule import UpdateRule, maximizes
 
-__all__ = ["Step", "diagonal_rule", "stepped_rule"]
+__all__ = ["Step", "diagonal_rule", "lr_times_decay", "stepped_rule"]
 
 Group = dict[str, Any]
 
@@ -53,6 +53,11 @@ class Step(NamedTuple):
     state: dict[str, Any]
     steps: float
     param: Tensor | None = None
+
+
+def lr_times_decay(step: Step) -> float:
+    """Return eta lambda, the share of the parameter that most decoupled weight decay removes."""
+    return float(step.group["lr"]) * float(step.group["weight_decay"])
 
 
 Build = Callable[[Sequence[Tensor], Sequence[tuple[Step | None, float]]], StepPreconditioner]
@@ -90,8 +95,9 @@ def stepped_rule(
     momentum: Callable[[Step], tuple[float, float, float]] = lambda step: (0.0, 0.0, 1.0),
     filter: Callable[[Step], Filter] | None = None,
     rate: Callable[[Step], float] = lambda step: float(step.group["lr"]),
-    shrink: Callable[[Step], float] = lambda step: 0.0,
-    weight_decay: Callable[[Group], float] = lambda group: float(group["weight_decay"]),
+    decoupled: bool | Callable[[Group], bool] = False,
+    shrink: Callable[[Step], float] | None = None,
+    weight_decay: Callable[[Group], float] | None = None,
     filtered_decay: Callable[[Group], float] = lambda group: 0.0,
 ) -> UpdateRule:
     """Return the rule of an optimizer from the last step of each parameter.
@@ -103,10 +109,23 @@ def stepped_rule(
         momentum: beta, tau and nu, the same for all parameters.
         filter: a filter of the gradients, instead of ``momentum``.
         rate: the learning rate of the step.
-        shrink: the share 1 - c of the parameter that decoupled weight decay removes.
-        weight_decay: coupled weight decay.
+        decoupled: whether weight decay is decoupled, and not a part of the gradient.
+        shrink: the share 1 - c of the parameter that decoupled weight decay removes, by default its
+            learning rate times ``weight_decay``.
+        weight_decay: coupled weight decay, by default ``weight_decay`` unless it is decoupled.
         filtered_decay: decay that joins the gradient after the preconditioner.
     """
+
+    def is_decoupled(group: Group) -> bool:
+        return decoupled(group) if callable(decoupled) else decoupled
+
+    def lr_decay(step: Step) -> float:
+        return lr_times_decay(step) if is_decoupled(step.group) else 0.0
+
+    def coupled_decay(group: Group) -> float:
+        return 0.0 if is_decoupled(group) else float(group["weight_decay"])
+
+    shrink, weight_decay = shrink or lr_decay, weight_decay or coupled_decay
     groups, params = optimizer.param_groups, params_of(optimizer)
     counts = step_counts(optimizer)
     steps = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stableopt.stability.rules.filters import Filter
 from stableopt.stability.rules.readers.adaptive import averaged
-from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
+from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule, lr_times_decay
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["read_adan", "read_ademamix", "read_prodigy", "read_sophia", "unknown_option"]
@@ -35,15 +35,15 @@ def unknown_option(optimizer: torch.optim.Optimizer) -> UpdateRule | None:
     return None
 
 
+def _decoupled(group: Group) -> bool:
+    return bool(group["weight_decouple"])
+
+
 def _shrink(step: Step) -> float:
-    group = step.group
-    if not group["weight_decouple"]:
+    if not _decoupled(step.group):
         return 0.0
-    return float(group["weight_decay"]) * (1.0 if group.get("fixed_decay") else float(group["lr"]))
-
-
-def _coupled(group: Group) -> float:
-    return 0.0 if group["weight_decouple"] else float(group["weight_decay"])
+    fixed = step.group.get("fixed_decay", False)
+    return float(step.group["weight_decay"]) if fixed else lr_times_decay(step)
 
 
 def _inverse_root(step: Step, beta: float) -> Tensor:
@@ -104,8 +104,8 @@ def read_adan(optimizer: Any) -> UpdateRule:
         lambda step: _inverse_root(step, float(step.group["betas"][2])),
         filter=averages,
         rate=rate,
+        decoupled=True,
         shrink=lambda step: 1 - kept(step),
-        weight_decay=lambda group: 0.0,
     )
 
 
@@ -127,8 +127,8 @@ def read_ademamix(optimizer: Any) -> UpdateRule:
         optimizer,
         lambda step: _inverse_root(step, float(step.group["betas"][1])),
         filter=averages,
+        decoupled=_decoupled,
         shrink=_shrink,
-        weight_decay=_coupled,
     )
 
 
@@ -193,6 +193,6 @@ def read_sophia(optimizer: Any) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
+        decoupled=_decoupled,
         shrink=_shrink,
-        weight_decay=_coupled,
     )

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from stableopt.stability.rules.preconditioner import StepPreconditioner, UnknownPreconditioner
-from stableopt.stability.rules.readers.adaptive import averaged, lr_times_decay
-from stableopt.stability.rules.readers.diagonal import Step, stepped_rule
+from stableopt.stability.rules.readers.adaptive import averaged
+from stableopt.stability.rules.readers.diagonal import Step, lr_times_decay, stepped_rule
 from stableopt.stability.rules.readers.param_groups import (
     NOT_STEPPED,
     decay_of,
@@ -175,6 +175,5 @@ def read_soap(optimizer: Any) -> UpdateRule:
         diagonal=False,
         momentum=averaged,
         rate=lambda step: float(step.group["lr"]) * (1 - lr_times_decay(step)),
-        shrink=lr_times_decay,
-        weight_decay=lambda group: 0.0,
+        decoupled=True,
     )

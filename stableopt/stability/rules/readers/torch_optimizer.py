@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stableopt.stability.rules.filters import Filter
 from stableopt.stability.rules.readers.adafactor import without_gradients
-from stableopt.stability.rules.readers.adaptive import averaged, late_eps_entries, lr_times_decay
+from stableopt.stability.rules.readers.adaptive import averaged, late_eps_entries, rectified
 from stableopt.stability.rules.readers.diagonal import Group, Step, diagonal_rule
 from stableopt.stability.rules.readers.sgd import read_sgd
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -55,8 +55,7 @@ def read_adahessian(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
-        shrink=lr_times_decay,
-        weight_decay=lambda group: 0.0,
+        decoupled=True,
     )
 
 
@@ -69,16 +68,12 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
     decoupled = bool(optimizer._weight_decouple)
 
     def entries(step: Step) -> Tensor:
-        group, state, t = step.group, step.state, step.steps
-        variance: Tensor = state["max_exp_avg_var" if group["amsgrad"] else "exp_avg_var"]
-        factor = 1.0
-        if optimizer._rectify:
-            beta2, rho_inf = float(group["betas"][1]), float(state["rho_inf"])
-            rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-            if rho <= 4:
-                return torch.ones_like(variance)
-            factor = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-        return _corrected_inverse(step, variance.sqrt()) * float(factor**0.5)
+        key = "max_exp_avg_var" if step.group["amsgrad"] else "exp_avg_var"
+        variance: Tensor = step.state[key]
+        factor = rectified(step, 4.0) if optimizer._rectify else 1.0
+        if factor is None:
+            return torch.ones_like(variance)
+        return _corrected_inverse(step, variance.sqrt()) * factor
 
     def shrink(step: Step) -> float:
         decay = float(step.group["weight_decay"]) if decoupled else 0.0
@@ -88,8 +83,8 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
+        decoupled=decoupled,
         shrink=shrink,
-        weight_decay=lambda group: 0.0 if decoupled else float(group["weight_decay"]),
     )
 
 
@@ -148,8 +143,7 @@ def read_adamod(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         entries,
         momentum=averaged,
-        shrink=lr_times_decay,
-        weight_decay=lambda group: 0.0,
+        decoupled=True,
     )
 
 
@@ -167,8 +161,7 @@ def read_qhm(optimizer: Any) -> UpdateRule:
         optimizer,
         lambda step: torch.ones_like(step.state["momentum_buffer"]),
         momentum=momentum,
-        shrink=lambda step: lr_times_decay(step) if decoupled(step.group) else 0.0,
-        weight_decay=lambda group: 0.0 if decoupled(group) else float(group["weight_decay"]),
+        decoupled=decoupled,
     )
 
 
@@ -202,8 +195,7 @@ def read_qhadam(optimizer: torch.optim.Optimizer) -> UpdateRule:
         optimizer,
         entries,
         momentum=momentum,
-        shrink=lambda step: lr_times_decay(step) if decoupled(step.group) else 0.0,
-        weight_decay=lambda group: 0.0 if decoupled(group) else float(group["weight_decay"]),
+        decoupled=decoupled,
     )
 
 
