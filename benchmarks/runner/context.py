@@ -33,8 +33,19 @@ class Work:
         self.folder = store.part(job)
         self._store = store
         self._last_progress = 0.0
+        self._began, self._seconds_before = _clocks(), 0.0
         self._trace_path = self.folder / "trace.jsonl"
         self._checkpoint_path = self.folder / "checkpoint.pt"
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of work on the job, with those before the checkpoint from which it resumed.
+
+        On a CPU, time in which the process was paused or waited for a core does not count.
+        """
+        wall, cpu = (now - then for now, then in zip(_clocks(), self._began, strict=True))
+        on_cpu = torch.device(self.place.device).type == "cpu"
+        return self._seconds_before + (min(wall, cpu) if on_cpu else wall)
 
     def result(self, need: Named) -> Any:
         """Return the result of a job that this one needs."""
@@ -70,7 +81,7 @@ class Work:
         self._trace_path.touch()
         length = self._trace_path.stat().st_size
         partial = self._checkpoint_path.with_suffix(".partial")
-        torch.save({"state": state, "trace": length}, partial)
+        torch.save({"state": state, "trace": length, "seconds": self.seconds}, partial)
         to_disk(self._trace_path)
         to_disk(partial)
         os.replace(partial, self._checkpoint_path)
@@ -88,6 +99,7 @@ class Work:
             self._checkpoint_path, weights_only=True, map_location=self.place.device
         )
         os.truncate(self._trace_path, checkpoint["trace"])
+        self._began, self._seconds_before = _clocks(), checkpoint.get("seconds", 0.0)
         state: dict[str, Any] = checkpoint["state"]
         return state
 
@@ -101,3 +113,8 @@ class Work:
             (self.folder / name).unlink(missing_ok=True)
         for partial in self.folder.glob("*.partial"):  # left by a process killed while writing
             partial.unlink()
+
+
+def _clocks() -> tuple[float, float]:
+    """Return the present wall time and CPU time of this process."""
+    return time.perf_counter(), time.process_time()

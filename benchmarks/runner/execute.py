@@ -59,13 +59,12 @@ def _run(jobs: Sequence[Job], store: Store, place: Place) -> dict[str, float]:
         workspaces.append(Work(job, store, place))
         abouts.append(_about(job, place, len(jobs)))
         write_json(workspaces[-1].folder / "job.json", abouts[-1])
-    start = time.perf_counter()
     try:
         if len(jobs) == 1:
             results = [jobs[0].run(workspaces[0])]
         else:
             results = type(jobs[0]).run_together(list(jobs), workspaces)
-        seconds = (time.perf_counter() - start) / len(jobs)
+        seconds = workspaces[0].seconds / len(jobs)
         for workspace, about, result in zip(workspaces, abouts, results, strict=True):
             write_json(workspace.folder / "result.json", result)
             write_json(workspace.folder / "job.json", {**about, "seconds": seconds})

@@ -12,7 +12,7 @@ import torch
 from filelock import Timeout
 from runner_jobs import Failing, Member, Number, Unwritable, Walk
 
-from benchmarks.runner import Job, Place, Store, Work
+from benchmarks.runner import Job, Place, Store, Work, context
 from benchmarks.runner.execute import work
 from benchmarks.runner.files import read_lines
 
@@ -128,6 +128,22 @@ def test_a_checkpoint_without_a_trace(tmp_path: Path) -> None:
     work.checkpoint({"step": 3})
     assert work.restored() == {"step": 3}
     assert work.restored() == {"step": 3}
+
+
+def test_seconds_of_work_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a resumed job that forgets its first hours, and one that counts those of a pause."""
+    store, job, now = Store(tmp_path), Number(1.0), {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(context, "_clocks", lambda: tuple(now.values()))
+    store.part(job).mkdir(parents=True)
+    first = Work(job, store, HERE)
+    now.update(wall=30.0, cpu=10.0)  # paused for 20 seconds
+    first.checkpoint({"step": 3})
+    now.update(wall=40.0, cpu=20.0)  # lost with the process
+    resumed = Work(job, store, HERE)
+    resumed.restored()
+    now.update(wall=45.0, cpu=27.0)  # two threads
+    assert first.seconds == 27.0
+    assert resumed.seconds == 10.0 + 5.0
 
 
 def hold(root: Path, job: Job, ready: Any, go: Any) -> None:
