@@ -26,7 +26,6 @@ from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.measure.taken_step import StepEndCache, TakenStep
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates
 from stableopt.stability.rules.limits import checked_batch_size
-from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
 from stableopt.stability.rules.several import rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
@@ -82,9 +81,7 @@ class Measurer:
         self._seed = whole("seed", seed, least=0)
         check_params(optimizers, problem)
         rule = self.rule()
-        stays_unknown = isinstance(rule.preconditioner, UnknownStep) and not isinstance(
-            rule.preconditioner, AwaitedStep
-        )
+        stays_unknown = not (rule.has_limit or rule.awaits_step)
         if stays_unknown and quantities is DEFAULT_QUANTITIES:
             quantities = (*quantities, "realised_edge")  # the only margin that needs no rule
         self.quantities = check_quantities(quantities, rule, sharded=problem.sharded, steps=True)

@@ -17,7 +17,7 @@ from stableopt.monitor.closing import StepsAfterClosing, open_monitor
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.stability import StabilityMargins
 from stableopt.stability.measure.measurement import ratio_to_limit
-from stableopt.stability.rules.update_rule import base_optimizer
+from stableopt.stability.rules.reader_registry import base_optimizer
 from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
 from stableopt.steering.lr_laws import (

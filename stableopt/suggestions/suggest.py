@@ -32,7 +32,7 @@ from stableopt.stability.along_step.critical_sharpness import critical_sharpness
 from stableopt.stability.mean_square.critical_lr import MAX_ROWS
 from stableopt.stability.rules.coordinates import problem_of
 from stableopt.stability.rules.limits import LinearStep
-from stableopt.stability.rules.update_rule import base_optimizer
+from stableopt.stability.rules.reader_registry import base_optimizer
 from stableopt.suggestions.adamw import BETA, expected_scales, gradient_stride, running_adam
 from stableopt.suggestions.result import Suggestion, Suggestions
 from stableopt.suggestions.search import Search

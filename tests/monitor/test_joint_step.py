@@ -225,4 +225,4 @@ def test_what_is_no_optimizer_is_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         UpdateRule.of([a])  # of a list of one is not the deprecated name
-    assert len(UpdateRule.of([b, a]).preconditioner.blocks) == 2  # type: ignore[union-attr]
+    assert len(UpdateRule.of([b, a]).blocks) == 2

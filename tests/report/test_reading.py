@@ -24,7 +24,7 @@ def test_the_reports_of_two_runs_are_no_page(tmp_path: Path, capsys: pytest.Capt
     """Catches a page that mixes the alarms of runs without JSON lines."""
     for run in ("a", "b"):
         alarm(tmp_path / run / "reports")
-    with pytest.raises(ValueError, match="it has those of a/reports, b/reports; pass one"):
+    with pytest.raises(ValueError, match="found several: a/reports, b/reports; pass one"):
         read_run(tmp_path)
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])

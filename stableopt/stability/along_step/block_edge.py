@@ -12,7 +12,7 @@ from __future__ import annotations
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import Measurement, QuantityResult, ratio_to_limit
 from stableopt.stability.rules.coordinates import in_rule_coordinates
-from stableopt.stability.rules.several import OptimizerBlock, SeparateBlocks
+from stableopt.stability.rules.several import OptimizerBlock
 
 __all__ = ["block_edge"]
 
@@ -20,9 +20,8 @@ __all__ = ["block_edge"]
 def block_edge(evaluation: Evaluation) -> QuantityResult:
     """Measure the largest edge ratio of the blocks; ``details`` has all ratios by name."""
     assert evaluation.rule is not None
-    assert isinstance(evaluation.rule.preconditioner, SeparateBlocks)
     ratios: dict[str, Measurement] = {}
-    for block in evaluation.rule.preconditioner.blocks:
+    for block in evaluation.rule.blocks:
         trained = {id(p) for p in block.params}
         if block.rule.unknown is None and any(id(p) in trained for p in evaluation.problem.params):
             ratios[block.name] = _edge_ratio(evaluation, block)

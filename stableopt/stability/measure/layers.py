@@ -36,7 +36,6 @@ from stableopt.stability.measure.measurement import Measurement, QuantityResult,
 from stableopt.stability.measure.registry import Chart, Quantity
 from stableopt.stability.rules.coordinates import in_rule_coordinates
 from stableopt.stability.rules.preconditioner import DiagonalPreconditioner, StepPreconditioner
-from stableopt.stability.rules.several import SeparateBlocks
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["measured_layers"]
@@ -127,9 +126,7 @@ def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
         ]
     plain = problem.transformed(sign=problem.sign).coordinates
     block_rules = [_BlockRule(coordinates_of(plain, block.indices)) for block in evaluation.blocks]
-    if not isinstance(rule.preconditioner, SeparateBlocks):
-        return block_rules
-    for part in rule.preconditioner.blocks:  # one for each optimizer
+    for part in rule.blocks:  # one for each optimizer without a joint limit
         trained = {id(p) for p in part.params}
         in_part = [index for index, p in enumerate(problem.params) if id(p) in trained]
         if part.rule.unknown is not None or not in_part:

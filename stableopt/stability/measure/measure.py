@@ -24,8 +24,7 @@ from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.registry import DEFAULT_QUANTITIES, QUANTITIES
 from stableopt.stability.rules.coordinates import check_params, in_rule_coordinates, problem_of
 from stableopt.stability.rules.limits import checked_batch_size
-from stableopt.stability.rules.preconditioner import UnknownStep
-from stableopt.stability.rules.several import SeparateBlocks, optimizers_in, rule_of
+from stableopt.stability.rules.several import optimizers_in, rule_of
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["check_quantities", "measurable", "measure", "measure_at"]
@@ -134,7 +133,7 @@ def measure(
         batch_dim=batch_dim,
         process_group=process_group,
     )
-    if rule is not None and isinstance(rule.preconditioner, UnknownStep):
+    if rule is not None and not rule.has_limit:
         warnings.warn(f"limits are not known: {rule.unknown}", RuntimeWarning, stacklevel=2)
     if optimizers:
         check_params(optimizers, problem)
@@ -263,9 +262,9 @@ def measurable(quantities: Sequence[str], rule: UpdateRule | None) -> tuple[list
     if "sharpness" in names and rule is not None:
         if rule.preconditioned:
             names.add("preconditioned_sharpness")
-        if isinstance(rule.preconditioner, SeparateBlocks):
+        if rule.blocks:
             names.add("block_edge")
-    unreadable = rule is not None and isinstance(rule.preconditioner, UnknownStep)
+    unreadable = rule is not None and not rule.has_limit
     if rule is None or unreadable or not rule.preconditioned:
         names = {name for name in names if "preconditioner" not in QUANTITIES[name].needs}
     waiting: set[str] = set()

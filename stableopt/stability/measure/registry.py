@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 from stableopt.stability.measure.evaluation import Evaluation
 from stableopt.stability.measure.measurement import QuantityResult
-from stableopt.stability.rules.preconditioner import UnknownStep
-from stableopt.stability.rules.several import SeparateBlocks
 from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["DEFAULT_QUANTITIES", "QUANTITIES", "Chart", "Need", "Quantity", "register", "split"]
@@ -161,13 +159,11 @@ class Quantity:
                 f"quantities: {self.name} belongs to a step, and measure() sees no step: expected a"
                 " StabilityMonitor, which records steps, or critical_sharpness(), which tries one"
             )
-        unreadable = rule is not None and isinstance(rule.preconditioner, UnknownStep)
+        unreadable = rule is not None and not rule.has_limit
         needs_rule = bool(self.needs & {"rule", "preconditioner"})
         if needs_rule and rule is not None and unreadable and rule.norm is None:
             raise ValueError(f"quantities: {self.name} needs the update rule. {rule.unknown}")
-        if "blocks" in self.needs and not (
-            rule is not None and isinstance(rule.preconditioner, SeparateBlocks)
-        ):
+        if "blocks" in self.needs and not (rule is not None and rule.blocks):
             raise ValueError(
                 f"quantities: {self.name} needs several optimizers whose momenta differ; measure the"
                 " sharpness instead"

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from stableopt.stability.rules.filters import agree, no_lookahead_edge
-from stableopt.stability.rules.norms import NormedStep
 from stableopt.stability.rules.preconditioner import (
     DiagonalPreconditioner,
     StepPreconditioner,
@@ -27,7 +26,8 @@ from stableopt.stability.rules.preconditioner import (
     UnknownStep,
     decay_factor,
 )
-from stableopt.stability.rules.update_rule import UpdateRule, base_optimizer
+from stableopt.stability.rules.reader_registry import base_optimizer
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = [
     "BlockPreconditioner",
@@ -244,10 +244,9 @@ def _joint_rule(blocks: Sequence[OptimizerBlock]) -> UpdateRule:
 def _no_joint_limit(blocks: Sequence[OptimizerBlock]) -> str | None:
     """Return why the blocks have no joint limit, or ``None`` if they have one."""
     for block in blocks:
-        p = block.rule.preconditioner
-        if isinstance(p, UnknownStep):
-            reason = f"no limit is known for all parameters together: {p.reason}"
-            if not isinstance(p, NormedStep):
+        if not block.rule.has_limit:
+            reason = f"no limit is known for all parameters together: {block.rule.unknown}"
+            if block.rule.norm is None:
                 return reason
             return (
                 f"{reason} of its parameters alone, with a second monitor of {block.name} and params=,"

@@ -9,9 +9,8 @@ Three examples::
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,46 +22,20 @@ from stableopt.stability.rules.filters import Filter, lookahead_edge
 from stableopt.stability.rules.limits import LinearStep, noise_factor
 from stableopt.stability.rules.norms import StepNorm
 from stableopt.stability.rules.preconditioner import (
+    AwaitedStep,
     StepPreconditioner,
     UnknownPreconditioner,
     UnknownStep,
 )
+from stableopt.stability.rules.reader_registry import REGISTRY, Reader, base_optimizer
 
-__all__ = ["UpdateRule", "base_optimizer", "maximizes"]
-
-Reader = Callable[[Any], "UpdateRule"]
-
-_readers: dict[type | str, Reader] = {}
-
-_WRAPPERS = {
-    "accelerate.optimizer.AcceleratedOptimizer",
-    "lightning.pytorch.core.optimizer.LightningOptimizer",
-    "pytorch_lightning.core.optimizer.LightningOptimizer",
-}
-"""Classes that only forward ``step`` to their ``optimizer``. Others with an ``optimizer``, such as
-Lookahead, change the step."""
-
-
-def _qualified_names(kind: type) -> list[str]:
-    return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
-
-
-def _step_function(kind: type) -> Any:
-    """Return the function ``step`` of a class, without torch's wrappers around it."""
-    return inspect.unwrap(getattr(kind, "step", None))  # type: ignore[arg-type]
+__all__ = ["UpdateRule", "maximizes"]
 
 
 def maximizes(optimizer: torch.optim.Optimizer) -> list[bool]:
     """Return for each group whether it ascends; some packages have one setting for all groups."""
     default = getattr(optimizer, "maximize", False)
     return [bool(group.get("maximize", default)) for group in optimizer.param_groups]
-
-
-def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside Accelerate's and Lightning's wrappers, which lack step hooks."""
-    while not _WRAPPERS.isdisjoint(_qualified_names(type(optimizer))):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
-    return optimizer
 
 
 @dataclass(frozen=True)
@@ -225,6 +198,21 @@ class UpdateRule:
         return p.reason if isinstance(p, UnknownPreconditioner) else None
 
     @property
+    def has_limit(self) -> bool:
+        """Whether the limits are known, perhaps without P, which an optimizer's first step shows."""
+        return not isinstance(self.preconditioner, UnknownStep)
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether a monitor finds the limits by observing a step, as for SAM."""
+        return isinstance(self.preconditioner, AwaitedStep)
+
+    @property
+    def blocks(self) -> tuple[Any, ...]:
+        """The optimizers of a step without a joint limit, each with its rule; empty for other steps."""
+        return getattr(self.preconditioner, "blocks", ())
+
+    @property
     def norm(self) -> StepNorm | None:
         """The norm of a normalised step, such as Muon's or that of signs; ``None`` for other steps.
 
@@ -233,7 +221,7 @@ class UpdateRule:
         return getattr(self.preconditioner, "norm", None)
 
     def _require_limit(self) -> None:
-        if isinstance(self.preconditioner, UnknownStep):
+        if not self.has_limit:
             raise ValueError(f"the limit of the update rule is not known: {self.unknown}")
 
     @property
@@ -327,15 +315,7 @@ class UpdateRule:
         >>> UpdateRule.reader_of(Own)
         (<class 'torch.optim.sgd.SGD'>, None)
         """
-        overridden = None
-        for base, name in zip(kind.__mro__, _qualified_names(kind), strict=True):
-            reader = _readers.get(base) or _readers.get(name)
-            if reader is None:
-                continue
-            if _step_function(base) is _step_function(kind):
-                return base, reader
-            overridden = overridden or base
-        return overridden, None
+        return REGISTRY.find(kind)
 
     @classmethod
     def unknown_step(cls, optimizer: torch.optim.Optimizer, reason: str) -> UpdateRule:
@@ -361,9 +341,9 @@ class UpdateRule:
 
         If their momenta agree, the result is one rule with the block-diagonal preconditioner
         :math:`P = \mathrm{diag}(\eta_b P_b)/\eta`. Otherwise no limit holds for all parameters
-        together: ``unknown`` is the reason, and ``preconditioner.blocks`` has the rule of each
-        optimizer. An optimizer without a reader has a rule without limits. For a single optimizer this
-        is the former name of :meth:`from_optimizer`.
+        together: ``unknown`` is the reason, and ``blocks`` has the rule of each optimizer. An optimizer
+        without a reader has a rule without limits. For a single optimizer this is the former name of
+        :meth:`from_optimizer`.
 
         Raises:
             TypeError: for anything but optimizers.
@@ -379,7 +359,8 @@ class UpdateRule:
         if isinstance(optimizers, torch.optim.Optimizer):
             warn_renamed("UpdateRule.of", "UpdateRule.from_optimizer")
             return cls.from_optimizer(optimizers)
-        return _readers[tuple](tuple(optimizers))  # registered by the package of the readers
+        assert REGISTRY.joint is not None  # the package of the readers sets it
+        return REGISTRY.joint(tuple(optimizers))
 
     @classmethod
     def register(cls, kind: type | str, reader: Reader) -> None:
@@ -393,8 +374,4 @@ class UpdateRule:
         >>> UpdateRule.from_optimizer(Mine([torch.zeros(1)])).max_sharpness
         8.0
         """
-        if not isinstance(kind, (type, str)):
-            raise TypeError(
-                f"kind={kind!r}: expected a class, or a string of its module and qualified name"
-            )
-        _readers[kind] = reader
+        REGISTRY.register(kind, reader)

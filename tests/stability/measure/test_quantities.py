@@ -222,7 +222,7 @@ class Halving(torch.optim.SGD):
 
 def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None:
     """Catches a second list of known optimizers besides the readers."""
-    from stableopt.stability.rules.update_rule import _readers
+    from stableopt.stability.rules.reader_registry import REGISTRY
 
     UpdateRule.register(Halving, lambda opt: UpdateRule(lr=opt.param_groups[0]["lr"] / 2))
     try:
@@ -232,4 +232,4 @@ def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None
         with StabilityMonitor(optimizer, network, nn.MSELoss(), data, every=1) as monitor:
             assert monitor.measure().sharpness_limit == 2 / 0.25
     finally:
-        del _readers[Halving]
+        REGISTRY.remove(Halving)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from stableopt.stability.rules.reader_registry import REGISTRY, Reader
 from stableopt.stability.rules.readers import (
     adafactor,
     adaptive,
@@ -20,7 +21,7 @@ from stableopt.stability.rules.readers import (
     torch_optimizer,
 )
 from stableopt.stability.rules.several import optimizers_in, rule_of
-from stableopt.stability.rules.update_rule import Reader, UpdateRule
+from stableopt.stability.rules.update_rule import UpdateRule
 
 __all__ = ["READERS"]
 
@@ -76,4 +77,4 @@ READERS: dict[type | str, Reader] = {
 
 for _kind, _reader in READERS.items():
     UpdateRule.register(_kind, _reader)
-UpdateRule.register(tuple, lambda optimizers: rule_of(optimizers_in(optimizers)))
+REGISTRY.joint = lambda optimizers: rule_of(optimizers_in(optimizers))

@@ -12,7 +12,7 @@ import torch
 
 from stableopt.stability.rules.ascent import ascent_norm
 from stableopt.stability.rules.filters import no_lookahead_edge
-from stableopt.stability.rules.preconditioner import AwaitedStep, UnknownStep
+from stableopt.stability.rules.preconditioner import AwaitedStep
 from stableopt.stability.rules.readers.diagonal import Step, diagonal_rule
 from stableopt.stability.rules.readers.param_groups import common_value
 from stableopt.stability.rules.update_rule import UpdateRule
@@ -84,7 +84,7 @@ def read_sam(optimizer: Any) -> UpdateRule:
     The class may be any that has ``first_step``, ``base_optimizer``, and ``rho`` in its groups.
     """
     groups, inner = optimizer.param_groups, UpdateRule.from_optimizer(optimizer.base_optimizer)
-    if isinstance(inner.preconditioner, UnknownStep):
+    if not inner.has_limit:
         return inner
     if any(group.get("adaptive") for group in groups) or getattr(optimizer, "use_gc", False):
         reason = "adaptive SAM, or SAM of centralised gradients, has no known limit"
