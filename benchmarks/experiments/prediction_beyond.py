@@ -85,7 +85,7 @@ class PredictionBeyond(Experiment):
         ("smoke", ""): {
             "kinds": ("heavy ball",),
             "seeds": (0, 1),
-            "n": 16,
+            "n": 8,
             "target_loss": 3e-3,
             "batch_sizes": (1, 4),
             "fractions": (0.1, 1.2),

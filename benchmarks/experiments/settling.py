@@ -191,7 +191,7 @@ class Settling(Experiment):
     columns: ClassVar = {"settled": ()}
     presets: ClassVar = {
         ("smoke", ""): {
-            "n": 16,
+            "n": 8,
             "lrs": (1.0,),
             "start_loss": 3e-3,
             "target_loss": 1e-3,

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.perf.timing import Config, report
 
-__all__ = ["Config", "run"]
+__all__ = ["Config", "run", "seconds_of"]
 
 MODULES = ("torch", "stableopt")
 
@@ -26,8 +26,8 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     console = console or Console()
     with console.status("imports"):
         for module in MODULES:  # fills __pycache__ and the disk's cache
-            _seconds(module)
-        turns = [[_seconds(module) for module in MODULES] for _ in range(3 * config.repeats)]
+            seconds_of(module)
+        turns = [[seconds_of(module) for module in MODULES] for _ in range(3 * config.repeats)]
     torch_seconds = median(turn[0] for turn in turns)
     rows = [
         {"module": module, "seconds": median(times), "of_torch": median(times) / torch_seconds}
@@ -40,7 +40,8 @@ def run(config: Config, console: Console | None = None) -> list[dict[str, Any]]:
     return report(config, console, "imports", title, columns, rows)
 
 
-def _seconds(module: str) -> float:
+def seconds_of(module: str) -> float:
+    """Return the seconds that the import of ``module`` takes in a fresh process."""
     code = f"import time; began = time.perf_counter(); import {module};"
     code += " print(time.perf_counter() - began)"
     command = [sys.executable, "-c", code]

@@ -55,7 +55,7 @@ class AfterLBFGS(Experiment):
     presets: ClassVar = {
         ("smoke", ""): {
             **{"n": 100, "random_labels": (15,), "max_steps": 20, "target_loss": 0.02},
-            **{"gd_lrs": (0.5,), "gd_steps": 120, "sgd_lrs": (0.3,), "sgd_steps": 120, "last": 3},
+            **{"gd_lrs": (0.5,), "gd_steps": 60, "sgd_lrs": (0.3,), "sgd_steps": 60, "last": 3},
         },
         ("small", ""): {"seeds": (0, 1, 2), "max_steps": 1000},
         ("small", "fashion-mnist"): {

@@ -55,7 +55,7 @@ class LossShape(Experiment):
     presets: ClassVar = {
         ("smoke", ""): {
             **{"n": 100, "lrs": (1.0,), "target_loss": 0.02},
-            **{"course_steps": 100, "looks": 6},
+            **{"course_steps": 50, "looks": 4},
         },
         ("small", "digits"): {"target_loss": 1e-3, "lrs": (0.5, 2.0), "course_steps": 3000},
         # With a tenth of the images cross-entropy can take the many steps in which it vanishes. At

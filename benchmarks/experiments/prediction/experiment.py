@@ -55,7 +55,7 @@ class Prediction(Experiment):
     columns: ClassVar = {"cases": (), "growths": ()}
     presets: ClassVar = {
         ("smoke", ""): {
-            "n": 16,
+            "n": 8,
             "lrs": (1.0,),
             "target_loss": 3e-3,
             "batch_sizes": (1, 4),

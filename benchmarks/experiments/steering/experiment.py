@@ -62,9 +62,9 @@ class Steering(Experiment, Budget):
     }
     presets: ClassVar = {
         ("smoke", ""): {
-            **{"n": 60, "start_loss": 0.06, "steps": 20, "sgd_steps": 20, "batch_size": 16},
+            **{"n": 30, "start_loss": 0.06, "steps": 8, "sgd_steps": 8, "batch_size": 16},
             **{"measure_every": 4, "grid_lrs": (1.5, 2.0), "grid_ramps": (1,)},
-            **{"scratch_steps": 20, "scratch_lrs": (0.1,)},
+            **{"scratch_steps": 8, "scratch_lrs": (0.1,)},
         },
         ("small", "digits"): {
             **{"seeds": (0, 1), "sgd_steps": 2000, "grid_lrs": (1.5, 2.0, 4.0)},

@@ -190,12 +190,30 @@ def test_ensembles_end_to_end(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "perf-ensemble.json") == rows
 
 
-def test_imports_end_to_end(tmp_path: Path) -> None:
-    """Catches a ratio of the wrong way round, or to something that is not torch's own import."""
+def test_imports_are_timed_in_fresh_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a module that is imported already, or a start of Python that counts as import."""
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.2)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert all(0.2 <= imports.seconds_of("slow_module") < 60 for _ in range(2))
+
+
+def test_imports_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a ratio of the wrong way round, the first import counted, and modules not in turns."""
+    seconds = {"torch": [9.0, 1.0, 4.0, 2.0], "stableopt": [9.0, 3.0, 5.0, 8.0]}
+    imported: list[str] = []
+
+    def seconds_of(module: str) -> float:
+        imported.append(module)
+        return seconds[module].pop(0)
+
+    monkeypatch.setattr(imports, "seconds_of", seconds_of)
     torch_alone, ours = imports.run(config(tmp_path), quiet())
+    assert imported == ["torch", "stableopt"] * 4
     assert (torch_alone["module"], torch_alone["of_torch"]) == ("torch", 1.0)
-    assert ours["of_torch"] == ours["seconds"] / torch_alone["seconds"]
-    assert len(ours["of_torch_in_turns"]) == 3
+    assert (torch_alone["seconds"], ours["seconds"], ours["of_torch"]) == (2.0, 5.0, 2.5)
+    assert ours["of_torch_in_turns"] == [3.0, 1.25, 4.0]
     assert rows_of(tmp_path / "perf-imports.json") == [torch_alone, ours]
 
 

@@ -54,7 +54,7 @@ def test_one_dimension(curvatures: tuple[float, ...], low: float, high: float) -
     h = np.array(curvatures)
     exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), low, high)
     dual = one_dimension(*curvatures)
-    critical = almost_sure_critical_lr(dual, 1, replicas=64)
+    critical = almost_sure_critical_lr(dual, 1, replicas=128, steps=1000)
     assert critical.value == pytest.approx(exact, rel=0.01)
     # The bracket has two standard errors on either side; the upper side is doubled.
     assert (
@@ -129,7 +129,7 @@ def test_samples_without_common_directions(rows: list[list[float]], exact: float
 
 def test_a_threshold_above_that_without_noise() -> None:
     """At lr = 1 every step with h = 1 ends at the minimum, though lr = 2/a is the limit of GD."""
-    critical = almost_sure_critical_lr(one_dimension(1.0, 3.0), 1)
+    critical = almost_sure_critical_lr(one_dimension(1.0, 3.0), 1, replicas=64, steps=1000)
     h = np.array([1.0, 3.0])
     exact = brentq(lambda lr: np.log(abs(1 - lr * h)).mean(), 1.05, 3.0)
     assert critical.full_batch == pytest.approx(1.0)
