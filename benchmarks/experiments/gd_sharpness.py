@@ -43,6 +43,8 @@ class GDSharpness(Experiment):
 
     Attributes:
         lrs: learning rates.
+        slow_lrs: learning rates so small that training takes hours.
+        slow_seeds: their seeds.
         n: number of training images.
         target_loss: training loss at which GD stops.
         max_steps: largest number of steps.
@@ -57,20 +59,30 @@ class GDSharpness(Experiment):
     presets: ClassVar = {
         ("smoke", ""): {"n": 100, "lrs": (1.0, 4.0, 500.0), "target_loss": 0.02},
         ("small", "digits"): {"seeds": (0, 1), "target_loss": 1e-3},
-        ("small", "fashion-mnist"): {"seeds": (0, 1, 2, 3, 4), "lrs": (0.1, 0.5, 1.0, 5.0)},
+        ("small", "fashion-mnist"): {
+            **{"seeds": (0, 1, 2, 3, 4), "lrs": (0.1, 0.5, 1.0, 5.0)},
+            **{"slow_lrs": (0.05,), "slow_seeds": (0, 1)},
+        },
         ("small", "cifar10-2"): {"lrs": (0.05, 0.1), "target_loss": 1e-3},
         ("paper", "digits"): {"seeds": (0, 1, 2, 3, 4)},
-        ("paper", ""): {"seeds": (0, 1, 2, 3, 4), "lrs": (0.01, 0.05, 0.1, 0.5, 1.0, 5.0)},
+        ("paper", ""): {
+            **{"seeds": (0, 1, 2, 3, 4), "lrs": (0.1, 0.5, 1.0, 5.0)},
+            **{"slow_lrs": (0.01, 0.05), "slow_seeds": (0, 1)},
+        },
     }
 
     lrs: tuple[float, ...] = (0.5, 1.0, 2.0)
+    slow_lrs: tuple[float, ...] = ()
+    slow_seeds: tuple[int, ...] = (0,)
     n: int = 1000
     target_loss: float = 1e-4
     max_steps: int = 1_000_000
 
     def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each learning rate and seed."""
-        return {"sharpness": minima(self, Dataset(self.data, self.n), lrs=self.lrs)}
+        data = Dataset(self.data, self.n)
+        slow = minima(self, data, lrs=self.slow_lrs, seeds=self.slow_seeds)
+        return {"sharpness": [*slow, *minima(self, data, lrs=self.lrs)]}
 
     def rows(self, name: str, case: Case, minimum: Minimum, store: Store) -> Iterable[Row]:
         """Return a row with 2/η and the printed sharpness."""

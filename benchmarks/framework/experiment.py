@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "Case", "Experiment", "Tables", "case_of"]
 
 PRESETS = ("smoke", "small", "paper")
-"""Smoke: a test that it runs. Small: up to an hour on two cores. Paper: the paper's sizes, for a GPU."""
+"""Smoke: a test that it runs. Small: hours at most on two cores. Paper: the paper's sizes, for a GPU."""
 
 Tables = Mapping[str, pd.DataFrame]
 """Tables by name; tables without rows are left out."""

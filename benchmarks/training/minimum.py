@@ -178,11 +178,12 @@ def minima(
     lrs: Sequence[float],
     batch_sizes: Sequence[int | None] = (None,),
     scales: Sequence[float | None] = (None,),
+    seeds: Sequence[int] | None = None,
     **shared: Any,
 ) -> list[Case]:
     """Return a case for each scale, learning rate, batch size and seed.
 
-    ``target_loss``, ``max_steps`` and ``seeds`` are the experiment's.
+    ``target_loss`` and ``max_steps`` are the experiment's, and so are ``seeds`` by default.
 
     >>> from benchmarks.experiments.gd_sharpness import GDSharpness
     >>> experiment = GDSharpness(seeds=(0, 1))
@@ -195,7 +196,7 @@ def minima(
         for scale in scales
         for lr in lrs
         for size in batch_sizes
-        for seed in experiment.seeds
+        for seed in (experiment.seeds if seeds is None else seeds)
     ]
     return [case_of(job, "lr", "batch_size", "scale", "seed") for job in jobs]
 

@@ -92,7 +92,7 @@ class Escape(Experiment):
             **{"lr": 0.1, "random_labels": (0, 200), "target_loss": 1e-4, "settle_loss": 3e-4},
             **{"batch_sizes": (1, 4, 100), "gd_lrs": (0.3, 0.5)},
             **{"scatter_lrs": (0.1, 0.5, 1.0), "scatter_batch_sizes": (4, 25)},
-            "scatter_seeds": (0, 1, 2, 3, 4),
+            **{"seeds": (0, 1, 2), "scatter_seeds": (0, 1, 2, 3, 4)},
         },
         ("paper", "digits"): {**PAPER, "random_labels": (0, 150)},
         ("paper", "fashion-mnist"): {
