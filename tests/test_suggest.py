@@ -95,6 +95,23 @@ def test_a_running_adam_brings_its_second_moments() -> None:
         stableopt.suggest(model, MSE, data, optimizer=fresh)
 
 
+@pytest.mark.parametrize("curvature", [True, False])
+def test_a_running_optimizer_of_more_parameters(curvature: bool) -> None:
+    """Catches a refusal: the optimizer may also train the loss's parameters, or another network."""
+    start, data = small_network(), small_data()
+    rates = []
+    for more in ([], [nn.Parameter(torch.ones(2))]):
+        model = copy.deepcopy(start)
+        adam = torch.optim.AdamW([*model.parameters(), *more], lr=1e-2)
+        MSE(model(data[0]), data[1]).backward()
+        adam.step()
+        found = stableopt.suggest(
+            model, MSE, data, batch_sizes=(7,), optimizer=adam, curvature=curvature
+        )
+        rates.append([*(row.lr for row in found.rows), *found.one_step.values()])
+    assert rates[0] == rates[1]
+
+
 def test_bounds_where_the_threshold_is_out_of_reach() -> None:
     """Catches a bound sold as the threshold: for too many directions, for a loss inside the model."""
     model, (x, _) = small_network(), small_data()

@@ -96,6 +96,9 @@ def suggest(
     if optimizer is not None and not is_instance:
         raise TypeError(f"optimizer={optimizer!r}: expected one optimizer")
     mean_loss = problem_of(model, loss_fn, data, **options)
+    if optimizer is not None and mean_loss.all_trainable:
+        # The optimizer may also update parameters outside the model, such as those of the loss.
+        mean_loss = mean_loss.restricted(mean_loss.params)
     n = mean_loss.num_samples
     if not curvature:
         one_step = _one_step_rates(mean_loss, optimizer)

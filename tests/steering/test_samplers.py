@@ -328,7 +328,7 @@ def test_bad_states_are_refused() -> None:
     assert sampler.batch_size == 3
     with pytest.raises(ValueError, match="batches=1: only 0 were requested"):
         sampler.state_dict(batches=1)
-    with pytest.raises(TypeError, match="without a length"):
+    with pytest.raises(TypeError, match="expected a sampler with a length"):
         AdaptiveBatchSampler((i for i in range(9)), 3).state_dict()
 
 

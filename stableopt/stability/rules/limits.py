@@ -287,9 +287,8 @@ def noise_factor(batch_size: int, dataset_size: float | None = None) -> float:
     batch_size = checked_batch_size(batch_size, dataset_size)
     if dataset_size is None or dataset_size == math.inf:
         return 1.0 / batch_size
-    if batch_size == dataset_size:
-        return 0.0
-    return float((dataset_size - batch_size) / (batch_size * (dataset_size - 1)))
+    size = int(dataset_size)  # small integers of NumPy and torch would overflow
+    return 0.0 if batch_size == size else (size - batch_size) / (batch_size * (size - 1))
 
 
 def max_sharpness(lr: float, **step: Unpack[StepOptions]) -> float:

@@ -210,7 +210,7 @@ class UpdateRule:
     @property
     def blocks(self) -> tuple[Any, ...]:
         """The optimizers of a step without a joint limit, each with its rule; empty for other steps."""
-        return getattr(self.preconditioner, "blocks", ())
+        return () if self.has_limit else getattr(self.preconditioner, "blocks", ())
 
     @property
     def norm(self) -> StepNorm | None:

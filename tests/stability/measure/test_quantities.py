@@ -23,6 +23,7 @@ from stableopt.sinks.tensorboard import layout
 from stableopt.stability import (
     QUANTITIES,
     Chart,
+    DiagonalPreconditioner,
     Measurement,
     Quantity,
     QuantityResult,
@@ -218,6 +219,20 @@ def test_bad_entries_are_named(call, message: str) -> None:
 
 class Halving(torch.optim.SGD):
     """Steps at half of its learning rate."""
+
+
+def test_blocks_of_a_preconditioner_are_not_those_of_optimizers(
+    network: nn.Module, data: Data
+) -> None:
+    """Catches an attribute of the user's own preconditioner taken for a step without a joint limit."""
+
+    class Kronecker(DiagonalPreconditioner):
+        blocks = torch.ones(3, 3)
+
+    params = list(network.parameters())
+    rule = UpdateRule(lr=0.1, preconditioner=Kronecker(params, [2.0] * len(params)))
+    assert rule.blocks == ()
+    assert measure(network, nn.MSELoss(), data, update_rule=rule).edge_ratio is not None
 
 
 def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None:

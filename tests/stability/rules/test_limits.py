@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_noise_factor_is_the_variance_of_a_mean_without_replacement(n: int, data
     """Catches n and n - 1 exchanged: checked against n (n-1) p B = n (n - B)."""
     batch = data.draw(st.integers(1, n))
     assert noise_factor(batch, n) * batch * (n - 1) == pytest.approx(n - batch)
+
+
+@pytest.mark.parametrize("n", [np.int16(30_000), torch.tensor(200, dtype=torch.uint8)], ids=repr)
+def test_noise_factor_of_small_integers(n: Any) -> None:
+    """Catches a product of B and n - 1 in a type that cannot hold it."""
+    assert noise_factor(100, n) == noise_factor(100, int(n)) > 0
 
 
 def test_noise_factor_by_enumeration() -> None:

@@ -159,11 +159,15 @@ def test_apollo_warms_up(network: nn.Module, data: Data) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This overload of add")  # the class's own
-@pytest.mark.parametrize("t", [3, 5, 40])
-def test_rectified_adabelief(t: int, network: nn.Module, data: Data) -> None:
-    """Catches the rectification upside down: the real class's step is -eta P m, m its average."""
+@pytest.mark.parametrize(("t", "last_beta"), [(3, 0.999), (5, 0.999), (40, 0.999), (40, 0.95)])
+def test_rectified_adabelief(t: int, last_beta: float, network: nn.Module, data: Data) -> None:
+    """Catches the rectification upside down, and that of another beta than the optimizer's first.
+
+    The real class's step is -eta P m, with m its average.
+    """
     optimizer = torch_optimizer.AdaBelief(network.parameters(), lr=0.01, rectify=True)
     take(optimizer, network, data, t - 1)
+    optimizer.param_groups[0]["betas"] = (0.9, last_beta)
     before = torch.cat([p.detach().clone().reshape(-1) for p in network.parameters()])
     take(optimizer, network, data, 1)
     after = torch.cat([p.detach().reshape(-1) for p in network.parameters()])

@@ -118,13 +118,15 @@ def read_bitsandbytes(optimizer: Any) -> UpdateRule:
     )
 
 
-def rectified(step: Step, threshold: float) -> float | None:
+def rectified(step: Step, threshold: float, rho_inf: float | None = None) -> float | None:
     """Return RAdam's rectification r, or ``None`` while the second moment is unreliable.
 
-    The second moment is unreliable while its effective averaging length is at most ``threshold``.
+    The second moment is unreliable while its effective averaging length is at most ``threshold``. The
+    largest such length is ``rho_inf``, by default that of the present ``betas``.
     """
     beta2 = float(step.group["betas"][1])
-    rho_inf = 2 / (1 - beta2) - 1
+    if rho_inf is None:
+        rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * step.steps * beta2**step.steps / (1 - beta2**step.steps)
     if rho <= threshold:
         return None

@@ -70,7 +70,10 @@ def read_adabelief(optimizer: Any) -> UpdateRule:
     def entries(step: Step) -> Tensor:
         key = "max_exp_avg_var" if step.group["amsgrad"] else "exp_avg_var"
         variance: Tensor = step.state[key]
-        factor = rectified(step, 4.0) if optimizer._rectify else 1.0
+        factor: float | None = 1.0
+        if optimizer._rectify:
+            # The optimizer keeps this length from its first step, though betas may change.
+            factor = rectified(step, 4.0, float(step.state["rho_inf"]))
         if factor is None:
             return torch.ones_like(variance)
         return _corrected_inverse(step, variance.sqrt()) * factor
