@@ -4,6 +4,7 @@ Over minima found at several learning rates and batch sizes, non-uniformity is r
 sharpness. On `cifar10` the `paper` preset has a 14-layer ResNet and 10,000 images, and the `small` one a
 small VGG and 1,000 images. In training the ResNet's batch norm couples the samples of a batch, so the
 network is measured in evaluation mode, with running statistics, where each sample has its own Hessian.
+Its sharpness is that of all images, its non-uniformity that of the first 1,000.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Correlation(Experiment):
         target_loss: training loss at which a run stops.
         max_steps: largest number of steps.
         network: see :func:`benchmarks.training.networks.network`.
+        sample: number of training images on which s is measured; ``None`` for all.
     """
 
     name = "correlation"
@@ -63,8 +65,7 @@ class Correlation(Experiment):
         },
         ("small", "cifar10-2"): {"lrs": (0.05,), "batch_sizes": (4, 25, 100), "full_batch": False},
         ("paper", "cifar10"): {
-            "n": 10_000,
-            "network": "resnet",
+            **{"n": 10_000, "network": "resnet", "sample": 1000},
             "lrs": (0.1, 0.5, 1.0),
             "batch_sizes": (100, 250, 1000),
             "full_batch": False,
@@ -85,13 +86,14 @@ class Correlation(Experiment):
     target_loss: float = 1e-3
     max_steps: int = 1_000_000
     network: str | None = None
+    sample: int | None = None
 
     def cases(self) -> dict[str, list[Case]]:
         """Return a minimum for each learning rate, batch size and seed."""
         sizes = (*self.batch_sizes, *([None] if self.full_batch else []))
         data = Dataset(self.data, self.n)
         grid = {"lrs": self.lrs, "batch_sizes": sizes}
-        return {"correlation": minima(self, data, **grid, network=self.network)}
+        return {"correlation": minima(self, data, **grid, network=self.network, sample=self.sample)}
 
     def draw(self, name: str, frame: pd.DataFrame) -> Figure:
         """Return non-uniformity against sharpness, coloured by batch size."""

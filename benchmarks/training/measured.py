@@ -22,22 +22,33 @@ def measured(
     lr: float,
     batch_size: int | None = None,
     non_uniformity: bool = True,
+    sample: int | None = None,
 ) -> dict[str, Any]:
-    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD."""
+    """Return sharpness and non-uniformity, with relative residuals and the limits of SGD or GD.
+
+    The non-uniformity is that of the first ``sample`` images, by default of all.
+    """
     model.eval()  # for batch norm: see resnet14
-    margins = stableopt.measure(
-        model,
-        mean_squared_error,
-        images.samples,
-        lr=lr,
-        batch_size=batch_size or len(images.x),
-        quantities=BOTH if non_uniformity else ("sharpness",),
-        chunk_size=images.chunk_size,
-        max_iter=300,
-    )
+    parts: list[tuple[tuple[str, ...], int | None]] = [(BOTH, None)]
+    if not non_uniformity:
+        parts = [(("sharpness",), None)]
+    elif sample is not None:
+        parts = [(("sharpness",), None), (("non_uniformity",), sample)]
     row: dict[str, Any] = {}
-    for name, measurement in margins.measurements.items():
-        row[name] = getattr(margins, name)
-        row[f"{name}_relative_residual"] = measurement.residual
-        row[f"{name}_limit"] = getattr(margins, f"{name}_limit")
+    for quantities, count in parts:
+        margins = stableopt.measure(
+            model,
+            mean_squared_error,
+            (images.x[:count], images.y[:count]),
+            lr=lr,
+            batch_size=batch_size or len(images.x),
+            dataset_size=len(images.x),
+            quantities=quantities,
+            chunk_size=images.chunk_size,
+            max_iter=300,
+        )
+        for name, measurement in margins.measurements.items():
+            row[name] = getattr(margins, name)
+            row[f"{name}_relative_residual"] = measurement.residual
+            row[f"{name}_limit"] = getattr(margins, f"{name}_limit")
     return row

@@ -71,6 +71,7 @@ class Solution(Job):
         network: see :func:`benchmarks.training.networks.network`.
         scale: scale of the initialisation; see there.
         non_uniformity: whether to measure the non-uniformity; the sharpness is always measured.
+        sample: number of training images on which it is measured, the first ones; ``None`` for all.
         sharpness_every: steps between measurements of the sharpness for the trace, in addition to
             those at powers of two; ``None`` for none.
 
@@ -90,6 +91,7 @@ class Solution(Job):
     scale: float | None = None
     non_uniformity: bool = True
     sharpness_every: int | None = None
+    sample: int | None = None
 
     def model(self, device: str = "cpu") -> nn.Module:
         """Return the initialised network."""
@@ -143,6 +145,7 @@ class Solution(Job):
             lr=self.lr,
             batch_size=self.batch_size,
             non_uniformity=self.non_uniformity,
+            sample=self.sample,
         )
         return {**result, "test_accuracy": images.accuracy(model), **margins}
 

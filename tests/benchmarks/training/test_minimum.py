@@ -66,6 +66,21 @@ def test_the_recorded_residual_is_relative_to_the_eigenvalue_once() -> None:
     assert recorded["sharpness_relative_residual"] == margins.measurements["sharpness"].residual
 
 
+def test_a_non_uniformity_of_the_first_images() -> None:
+    """Catches a sharpness of these images only, and a limit for batches that are drawn from them."""
+    images, model = FEW.load(), network("digits", seed=0)
+    whole = solution.measured(model, images, lr=1.0, batch_size=4)
+    part = solution.measured(model, images, lr=1.0, batch_size=4, sample=6)
+    first = images.x[:6], images.y[:6]
+    names = ("non_uniformity",)
+    of_first = stableopt.measure(model, nn.MSELoss(), first, quantities=names, max_iter=300)
+    assert part == {
+        **whole,
+        "non_uniformity": of_first.non_uniformity,
+        "non_uniformity_relative_residual": of_first.measurements["non_uniformity"].residual,
+    }
+
+
 def test_sgd_is_the_plain_loop(tmp_path: Path) -> None:
     """Catches batches in another order than the seed's, and a test of the loss in mid-epoch."""
     job = replace(QUICK, batch_size=5, seed=3, target_loss=1e-9, max_steps=8)
