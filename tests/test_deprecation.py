@@ -101,7 +101,7 @@ def test_pairs_in_the_old_order_make_the_same_inverse_hessian() -> None:
         by_keyword = InverseHessian.from_pairs(pairs_y=y, pairs_s=s, gamma=0.5)
     assert torch.equal(by_position @ torch.ones(2), expected)
     assert torch.equal(by_keyword @ torch.ones(2), expected)
-    with pytest.raises(TypeError, match="y and its position"):
+    with pytest.raises(TypeError, match="y is given by position and by keyword"):
         InverseHessian.from_pairs(y, y=y, s=s)
     with pytest.raises(TypeError, match="at most 3 positional"):
         InverseHessian.from_pairs(y, s, 0.5, 1.0)

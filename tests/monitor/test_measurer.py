@@ -15,7 +15,7 @@ from stableopt.curvature import Cost
 from stableopt.distributed.collectives import LostRankError
 from stableopt.monitor.measurer import Measurer
 from stableopt.monitor.sample_counter import SampleCounter
-from stableopt.stability.rules.several import SeparateBlocks
+from stableopt.stability.rules.several import OptimizerBlock, SeparateBlocks
 
 
 def measurer(rule: Any = None, loss_fn: Any = MSE, **options: Any) -> Measurer:
@@ -93,11 +93,14 @@ def test_saved_eigenvectors_are_checked_before_they_are_used() -> None:
         measuring.checked({"sharpness": torch.eye(3)})
 
 
+ALONE = OptimizerBlock("SGD", torch.optim.SGD([torch.zeros(1)], lr=0.1), UpdateRule(lr=0.1))
+
+
 @pytest.mark.parametrize(
     ("rule", "quantities", "seconds"),
     [
         (None, ("layers",), 2 + 60),
-        (UpdateRule(lr=0.1, preconditioner=SeparateBlocks("", [])), ("sharpness",), 2 + 60),
+        (UpdateRule(lr=0.1, preconditioner=SeparateBlocks("", [ALONE])), ("sharpness",), 2 + 60),
     ],
     ids=["the sharpness of layers", "the edges of several optimizers"],
 )
