@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from stableopt.stability.rules.update_rule import UpdateRule
+__all__ = ["ReaderRegistry", "base_optimizer"]
 
-__all__ = ["REGISTRY", "Reader", "ReaderRegistry", "base_optimizer"]
-
-Reader = Callable[[Any], "UpdateRule"]
-"""A function of an optimizer that returns its rule."""
+Rule = TypeVar("Rule")
 
 _WRAPPERS = {
     "accelerate.optimizer.AcceleratedOptimizer",
@@ -25,13 +21,15 @@ _WRAPPERS = {
 Lookahead, change the step."""
 
 
-class ReaderRegistry:
+class ReaderRegistry(Generic[Rule]):
     """Readers by optimizer class, which may be a string of its module and qualified name.
+
+    A reader is a function of an optimizer that returns its rule.
 
     Attributes:
         joint: the reader of several optimizers together.
 
-    >>> registry = ReaderRegistry()
+    >>> registry = ReaderRegistry[str]()
     >>> registry.register("torch.optim.sgd.SGD", lambda optimizer: "the rule")  # by its name
     >>> base, reader = registry.find(torch.optim.SGD)
     >>> base, reader(None)
@@ -39,10 +37,10 @@ class ReaderRegistry:
     """
 
     def __init__(self) -> None:
-        self._readers: dict[type | str, Reader] = {}
-        self.joint: Reader | None = None
+        self._readers: dict[type | str, Callable[[Any], Rule]] = {}
+        self.joint: Callable[[Any], Rule] | None = None
 
-    def register(self, kind: type | str, reader: Reader) -> None:
+    def register(self, kind: type | str, reader: Callable[[Any], Rule]) -> None:
         """Register ``reader`` for class ``kind``, and subclasses that keep its ``step``."""
         if not isinstance(kind, (type, str)):
             raise TypeError(
@@ -54,7 +52,7 @@ class ReaderRegistry:
         """Remove the reader of ``kind``."""
         del self._readers[kind]
 
-    def find(self, kind: type) -> tuple[type | None, Reader | None]:
+    def find(self, kind: type) -> tuple[type | None, Callable[[Any], Rule] | None]:
         """Return the first base of ``kind`` with a reader for its ``step``, and the reader.
 
         If ``kind`` overrides ``step``, the reader is ``None``, and the base is the first with a reader.
@@ -68,10 +66,6 @@ class ReaderRegistry:
                 return base, reader
             overridden = overridden or base
         return overridden, None
-
-
-REGISTRY = ReaderRegistry()
-"""The registry that :class:`~stableopt.UpdateRule` uses."""
 
 
 def base_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ Three examples::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,15 @@ from stableopt.stability.rules.preconditioner import (
     UnknownPreconditioner,
     UnknownStep,
 )
-from stableopt.stability.rules.reader_registry import REGISTRY, Reader, base_optimizer
+from stableopt.stability.rules.reader_registry import ReaderRegistry, base_optimizer
 
-__all__ = ["UpdateRule", "maximizes"]
+__all__ = ["REGISTRY", "Reader", "UpdateRule", "maximizes"]
+
+
+Reader = Callable[[Any], "UpdateRule"]
+
+REGISTRY: ReaderRegistry[UpdateRule] = ReaderRegistry()
+"""The readers of known optimizers, which the package of the readers registers."""
 
 
 def maximizes(optimizer: torch.optim.Optimizer) -> list[bool]:

@@ -237,7 +237,7 @@ def test_blocks_of_a_preconditioner_are_not_those_of_optimizers(
 
 def test_an_optimizer_reader_is_one_call(network: nn.Module, data: Data) -> None:
     """Catches a second list of known optimizers besides the readers."""
-    from stableopt.stability.rules.reader_registry import REGISTRY
+    from stableopt.stability.rules.update_rule import REGISTRY
 
     UpdateRule.register(Halving, lambda opt: UpdateRule(lr=opt.param_groups[0]["lr"] / 2))
     try:

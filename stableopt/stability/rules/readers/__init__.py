@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from stableopt.stability.rules.reader_registry import REGISTRY, Reader
 from stableopt.stability.rules.readers import (
     adafactor,
     adaptive,
@@ -21,7 +20,7 @@ from stableopt.stability.rules.readers import (
     torch_optimizer,
 )
 from stableopt.stability.rules.several import optimizers_in, rule_of
-from stableopt.stability.rules.update_rule import UpdateRule
+from stableopt.stability.rules.update_rule import REGISTRY, Reader, UpdateRule
 
 __all__ = ["READERS"]
 
