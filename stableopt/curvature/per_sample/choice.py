@@ -11,7 +11,7 @@ from torch import Tensor
 from stableopt.curvature.per_sample.generic import loop_product, samples_at_once, vmap_product
 from stableopt.curvature.per_sample.structured import StructuredProduct
 from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.mean_loss import Memo
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.over_chunks import drawn_samples
 from stableopt.curvature.products.hessian import Hessian
 

@@ -32,7 +32,7 @@ from stableopt.curvature.layers.recording import recorded
 from stableopt.curvature.per_sample.generic import loop_product
 from stableopt.curvature.per_sample.passes import Chunk, Passes, inner_products
 from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.mean_loss import Memo
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.over_chunks import (
     distinct_samples,
     drawn_samples,

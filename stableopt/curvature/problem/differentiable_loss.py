@@ -21,7 +21,8 @@ from stableopt.curvature.problem.derivatives.derivative_checks import check_deri
 from stableopt.curvature.problem.derivatives.graphs import has_custom_function, has_kinks
 from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves
 from stableopt.curvature.problem.loss_checks import CHECKED_SAMPLES, runs_alike
-from stableopt.curvature.problem.mean_loss import MeanLoss, Memo, Theta
+from stableopt.curvature.problem.mean_loss import MeanLoss, Theta
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.parameters import trains_on_batch_statistics
 from stableopt.distributed.collectives import Ranks
 

@@ -6,7 +6,7 @@ import abc
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,12 @@ from stableopt.curvature.problem.weights.weights import EqualWeights, GivenWeigh
 from stableopt.distributed.collectives import Ranks
 from stableopt.distributed.fsdp import local
 
-__all__ = ["MeanLoss", "Memo", "Theta"]
+__all__ = ["MeanLoss", "Theta"]
 
 Theta = tuple[Tensor, ...]
 """Values of the parameters: one tensor for each, in the problem's order."""
 
 P = TypeVar("P", bound="MeanLoss")
-T = TypeVar("T")
 
 
 class MeanLoss(abc.ABC):
@@ -265,6 +264,10 @@ class MeanLoss(abc.ABC):
         other._set_parameters([name for name, _ in kept], [p for _, p in kept])
         return other
 
+    def untransformed(self: P) -> P:
+        """Return the problem without scale and weight decay, with the same sign."""
+        return self.transformed(sign=self.sign)
+
     def without_weight_decay(self: P) -> P:
         """Return the problem in the same coordinates without weight decay."""
         return self.transformed(sign=self.sign, scale=self.scale)
@@ -379,21 +382,3 @@ class MeanLoss(abc.ABC):
         other = copy.copy(self)
         other._set_parameters(names, params)
         return other
-
-
-class Memo(Generic[T]):
-    """Cached facts about a problem's parameters, shared by all its coordinates.
-
-    Each module that computes such facts has its own memo. The problem stores the values.
-
-    >>> from stableopt.curvature import Problem
-    >>> problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
-    >>> widths = Memo[int]()
-    >>> widths.of(problem)["layer"] = 2
-    >>> widths.of(problem.transformed(sign=-1.0)), Memo[int]().of(problem)
-    ({'layer': 2}, {})
-    """
-
-    def of(self, problem: MeanLoss) -> dict[str, T]:
-        """Return the facts about ``problem``, by name."""
-        return problem.memos.setdefault(self, {})

@@ -22,16 +22,16 @@ from torch.func import functional_call
 from stableopt.curvature.autodiff import flat
 from stableopt.curvature.isolation.plain_kernels import AttentionWatcher
 from stableopt.curvature.problem.data.batches import cut, map_tensors
-from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
-from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves, fresh_leaves
-from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
-from stableopt.curvature.problem.draws import (
+from stableopt.curvature.problem.data.draws import (
     RANDOM,
     depends_on_draws,
     draws_random_numbers,
     fix_draw,
     seed_of,
 )
+from stableopt.curvature.problem.derivatives.gradient_in_call import gradient_in_call
+from stableopt.curvature.problem.derivatives.second_derivative import alias_leaves, fresh_leaves
+from stableopt.curvature.problem.differentiable_loss import DifferentiableLoss
 from stableopt.curvature.problem.held import check_leaves, masks_of_hooks
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stableopt.curvature.autodiff import central_difference
 from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.draws import draws_random_numbers
+from stableopt.curvature.problem.data.draws import draws_random_numbers
 from stableopt.curvature.problem.loss_checks import (
     CHECKED_SAMPLES,
     UNEQUAL_HALF,

@@ -13,7 +13,7 @@ from weakref import WeakMethod
 
 from stableopt.curvature.autodiff import saved_bytes
 from stableopt.curvature.problem.data.batches import cut
-from stableopt.curvature.problem.mean_loss import Memo
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.problem import Problem
 
 __all__ = ["MEMORY", "LinearizationCache"]

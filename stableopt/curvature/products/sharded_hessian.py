@@ -24,7 +24,8 @@ from stableopt.curvature.autodiff import central_difference
 from stableopt.curvature.eigen.inner_product import InnerProduct
 from stableopt.curvature.operator import Operator
 from stableopt.curvature.problem.coordinates import Coordinates
-from stableopt.curvature.problem.mean_loss import MeanLoss, Memo
+from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.problem import Problem
 from stableopt.curvature.problem.sharded import STEP, ShardedProblem, cube_root
 from stableopt.curvature.products.hessian import Hessian
@@ -100,7 +101,7 @@ class ShardedHessian(Operator):
     def _untransformed(self) -> ShardedHessian:
         """The Hessian in untransformed coordinates, at the same point."""
         other = copy.copy(self)
-        other.problem = self.problem.transformed(sign=self.problem.sign)
+        other.problem = self.problem.untransformed()
         return other
 
     @property

@@ -76,13 +76,12 @@ class Iterations:
         self.memory, self.warn = memory, warn
         unchanged = last_end is not None and last_end.versions == objective.versions()
         self.last_end = last_end if unchanged else None
-        # The two-loop recursion keeps torch's arithmetic, which overflows in half precision.
-        compact = options["direction"] == "compact"
         dtype = objective.dtype
         half = dtype in (torch.float16, torch.bfloat16)
-        self._dot = wide_dot if compact else Tensor.dot
-        self._sum_dtype = torch.float32 if compact and half else dtype
-        self._limits = torch.finfo(dtype) if compact else None
+        # The two-loop recursion keeps torch's arithmetic, which overflows in half precision.
+        self._compact = options["direction"] == "compact"
+        self._dot = wide_dot if self._compact else Tensor.dot
+        self._sum_dtype = torch.float32 if self._compact and half else dtype
         equal = all(float(rate) == float(rates[0]) for rate in rates)
         self.lr: Number = memory.numbers(rates[0])[0] if equal else max(map(float, rates))
         self._root_ratios = [] if equal else [math.sqrt(float(rate) / self.lr) for rate in rates]
@@ -127,7 +126,7 @@ class Iterations:
             last_move = self.last_move = Move(direction, 0.0, trial.gradient, trial.loss)
             if slope > -options["tolerance_change"]:
                 # Torch stores the length although it does not move; noise could make that a pair.
-                last_move.t = t if options["direction"] == "two_loop" else 0.0
+                last_move.t = 0.0 if self._compact else t
                 break
             start = Trial(0, trial.loss, slope, trial.gradient, trial.largest)
             if options["line_search_fn"] is None and iteration == options["max_iter"]:
@@ -270,7 +269,7 @@ class Iterations:
         line = _Line(objective, self.last_move.direction, float(size))
 
         # As in torch, the two-loop recursion computes the pair's products only at the search's end.
-        pair, latest = fixed or self._limits is not None, start
+        pair, latest = fixed or self._compact, start
 
         def evaluate(t: Number) -> Trial:
             nonlocal latest
@@ -288,8 +287,9 @@ class Iterations:
             else:
                 budget = self.options["max_eval"] - objective.evaluations
                 rounding = 0.0
-                if self._limits is not None:
-                    rounding = _ROUNDINGS * self._limits.eps * (abs(start.loss) + self._limits.tiny)
+                if self._compact:
+                    limits = torch.finfo(objective.dtype)
+                    rounding = _ROUNDINGS * limits.eps * (abs(start.loss) + limits.tiny)
                 end, finite = strong_wolfe(
                     evaluate, start, t, size, budget=budget, rounding=rounding
                 )
@@ -299,7 +299,7 @@ class Iterations:
                     # The memory holds the gradient change of the latest trial, not of this one.
                     end = replace(end, products=())
             line.set(0.0 if end is None else end.t)
-        if end is None or fixed or self._limits is None:
+        if end is None or fixed or not self._compact:
             return end, False
         # Parameters are compared only if the loss is the same, which is rare.
         return end, end is start or (end.loss == start.loss and line.stayed())

@@ -101,7 +101,7 @@ class Evaluation:
             return self.hessian()
         if self._plain_hessian is None:
             self._plain_hessian = hessian_of(
-                self.problem.transformed(sign=self.problem.sign), gradient=True, lasting=False
+                self.problem.untransformed(), gradient=True, lasting=False
             )
         return self._plain_hessian
 

@@ -124,7 +124,7 @@ def _block_rules(evaluation: Evaluation) -> list[_BlockRule]:
             _block_rule(evaluation, rule, block, coordinates_of(whole, block.indices))
             for block in evaluation.blocks
         ]
-    plain = problem.transformed(sign=problem.sign).coordinates
+    plain = problem.untransformed().coordinates
     block_rules = [_BlockRule(coordinates_of(plain, block.indices)) for block in evaluation.blocks]
     for part in rule.blocks:  # one for each optimizer without a joint limit
         trained = {id(p) for p in part.params}
@@ -236,7 +236,7 @@ def _mean_curvatures(
 ) -> tuple[list[float | None], list[float | None]]:
     """Return the mean diagonal entry of the Hessian in each block, and its standard error."""
     problem = evaluation.problem
-    plain = problem.transformed(sign=problem.sign).coordinates
+    plain = problem.untransformed().coordinates
     whole = PrincipalBlock(hessian, range(len(problem.params)), plain)
     sizes, inner = [shape.numel() for shape in plain.shapes], whole.inner_product
     estimates = []  # of the trace on each parameter, one row for each draw

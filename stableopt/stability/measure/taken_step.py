@@ -134,7 +134,7 @@ class AlongStep:
     """
 
     def __init__(self, problem: MeanLoss, step: TakenStep) -> None:
-        self.problem = problem.transformed(sign=problem.sign)
+        self.problem = problem.untransformed()
         self._step = step
         before = step.values_before(problem.params)
         with torch.inference_mode(False), torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt.curvature import Hessian, NonUniformity, Problem
-from stableopt.curvature.problem.draws import seed_of
+from stableopt.curvature.problem.data.draws import seed_of
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(1)).double()
 

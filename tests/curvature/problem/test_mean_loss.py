@@ -8,7 +8,8 @@ from torch import nn
 
 from stableopt.curvature import GaussNewton, Hessian, Problem, ShardedProblem
 from stableopt.curvature.problem.coordinates import Coordinates
-from stableopt.curvature.problem.mean_loss import MeanLoss, Memo
+from stableopt.curvature.problem.mean_loss import MeanLoss
+from stableopt.curvature.problem.memo import Memo
 from stableopt.curvature.problem.sharded import require_samples
 
 DATA = torch.ones(4, 2), torch.zeros(4, 1)
