@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,21 +19,18 @@ from stableopt.monitor.closing import open_monitor, warn_of_closed
 from stableopt.monitor.joint_step import JointStep, nested
 from stableopt.monitor.monitor import StabilityMonitor
 from stableopt.monitor.observed_step import observe_steps
-from stableopt.recorder.alarms import BLOCK, Alarm, AlarmRules
-from stableopt.recorder.evidence import (
-    FIRST_LOSSES,
-    Evidence,
-    MeasuredRecord,
-    StepRecord,
-    first_level,
-)
-from stableopt.recorder.layers import layers_by_group, weight_gains
+from stableopt.recorder.alarms import Alarm, AlarmRules
+from stableopt.recorder.evidence import Evidence
+from stableopt.recorder.evidence_log import EvidenceLog, Found
 from stableopt.recorder.pending import PendingSteps
 from stableopt.recorder.report import reason_of, report_folder, why, write_report
 from stableopt.recorder.verdict import Verdict, verdict
 from stableopt.sinks.events import Event, Measured
 
 __all__ = ["FlightRecorder"]
+
+_STATE = ("evidence", "quiet_until", "reports")
+"""Entries that every state has."""
 
 
 class FlightRecorder:
@@ -110,24 +106,17 @@ class FlightRecorder:
                 " started; StabilityCallback(..., recorder=folder) makes the recorder then"
             )
         self._monitor = open_monitor(monitor)
-        self._rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
+        rules = instance("rules", AlarmRules() if rules is None else rules, AlarmRules)
         self.folder = report_folder(folder)
         self._window, self._check_every = whole("window", window), whole("check_every", check_every)
         self._measure = measure and not monitor.problem.ranks.several
         self._most_reports, self._keep_weights = whole("most_reports", most_reports), keep_weights
-        self._steps: deque[StepRecord] = deque(maxlen=self._window)
-        self._measured: deque[MeasuredRecord] = deque(maxlen=self._window)
+        self._log = EvidenceLog(monitor, rules, self._window)
         self._pending = PendingSteps(monitor)
-        self._first_losses: list[float] = []
-        self._first_probe: float | None = None
-        self._quiet_until = 0  # alarms of earlier steps are not reported
         self._last_lost = -math.inf  # the step of the last alarm whose report could not be written
         self._next_measurement = 0  # no alarm triggers a measurement before this step
         self._reporting = self._stopped = False
-        self._unchecked = 0  # steps of the evidence that the rules have not seen
-        self._early_alarm: tuple[Alarm, Evidence] | None = None
         self._last_good: dict[str, Tensor] | None = None
-        self._first_gains = weight_gains(monitor.problem)
         self._is_writer = monitor.problem.ranks.rank == 0
         self._warn = WarnOnce(active=self._is_writer)
         self.reports: list[Path] = []
@@ -174,15 +163,7 @@ class FlightRecorder:
     @property
     def evidence(self) -> Evidence:
         """The kept steps and measurements, without steps that are still on the device."""
-        return Evidence(
-            list(self._steps),
-            list(self._measured),
-            first_level(self._first_losses, self._first_probe),
-            self._first_gains,
-            layers_by_group(self._monitor.problem, self._monitor.optimizers),
-            max((torch.finfo(p.dtype).eps for p in self._monitor.problem.params), default=0.0),
-            tuple(self._first_losses),
-        )
+        return self._log.evidence
 
     def receive(self, event: Event) -> None:
         """Take a measurement from the monitor, whose sink this is."""
@@ -192,15 +173,12 @@ class FlightRecorder:
     def _record_measurement(self, event: Measured) -> None:
         self._pending.end()  # the monitor's step hook runs before the recorder's
         self._read_pending()
-        problem, margins = self._monitor.problem, event.margins
-        if self._first_probe is None and math.isfinite(margins.loss or math.nan):
-            self._first_probe = margins.loss
-        self._measured.append(MeasuredRecord.of(margins))
-        alarm = self._check()
-        if alarm is None and self._keep_weights and margins.failure is None:
+        self._log.add_measurement(event.margins)
+        found = self._check()
+        if found is None and self._keep_weights and event.margins.failure is None:
             self._last_good = {
                 name: value.detach().to("cpu", copy=True)
-                for name, value in problem.model.state_dict().items()
+                for name, value in self._monitor.problem.model.state_dict().items()
                 if isinstance(value, Tensor)
             }
 
@@ -224,27 +202,19 @@ class FlightRecorder:
     def state_dict(self) -> dict[str, Any]:
         """Return the evidence and the reports' paths as plain numbers, lists and dicts, no weights."""
         self._read_pending()
-        return {
-            "evidence": self.evidence.to_dict(),
-            "quiet_until": self._quiet_until,
-            "reports": [str(path) for path in self.reports],
-        }
+        return {**self._log.state_dict(), "reports": [str(path) for path in self.reports]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`.
+        """Continue from a :meth:`state_dict`; steps that this recorder has seen are forgotten.
 
         Raises:
             ValueError: if an entry is missing.
         """
-        require_keys(state, self.state_dict())
-        # Read everything that can raise before changing anything.
-        evidence = Evidence.from_dict(state["evidence"])
-        reports, quiet_until = [Path(path) for path in state["reports"]], int(state["quiet_until"])
-        self._steps = deque(evidence.steps, maxlen=self._window)
-        self._measured = deque(evidence.measured, maxlen=self._window)
-        self._first_losses, self._first_probe = list(evidence.first_losses), evidence.first_loss
-        self._first_gains = dict(evidence.first_gains)
-        self._quiet_until, self.reports = quiet_until, reports
+        require_keys(state, _STATE)
+        reports = [Path(path) for path in state["reports"]]
+        self._log.load_state_dict(state)
+        self.reports, self._pending = reports, PendingSteps(self._monitor)
+        self._last_lost, self._next_measurement, self._last_good = -math.inf, 0, None
 
     def _stops(self) -> bool:
         """Return whether the recorder has stopped, as it does if steps follow that the monitor misses.
@@ -316,50 +286,33 @@ class FlightRecorder:
             self._guarded(self._check)
 
     def _read_pending(self) -> None:
-        """Read the pending steps from the device, and apply the rules after every ``BLOCK`` of them."""
+        """Read the pending steps from the device, and apply the rules to each block of them."""
         for step in self._pending.read():
-            if self._unchecked == BLOCK:
-                self._guarded(self._check_block)
-            self._steps.append(step)
-            self._unchecked += 1
-            loss = step.loss
-            if loss is not None and math.isfinite(loss) and len(self._first_losses) < FIRST_LOSSES:
-                self._first_losses.append(float(loss))
+            self._guarded(self._log.check_block)
+            self._log.add_step(step)
 
-    def _check_block(self) -> None:
-        """Apply the rules among many steps; keep the first alarm, and its evidence, for `_check`."""
-        self._unchecked, evidence = 0, self.evidence
-        alarm = self._rules.alarm(evidence)
-        if self._early_alarm is None and alarm is not None and alarm.step >= self._quiet_until:
-            self._early_alarm = alarm, evidence
-
-    def _check(self) -> Alarm | None:
+    def _check(self) -> Found | None:
         """Return the alarm that the rules give, if any, and write its report."""
         self._read_pending()
-        early, self._early_alarm, self._unchecked = self._early_alarm, None, 0
-        alarm, past = early or (self._rules.alarm(self.evidence), None)
-        if alarm is None or self._reporting or alarm.step < self._quiet_until:
-            return alarm
+        found = self._log.check()
+        if found is None or self._reporting or found.alarm.step < self._log.quiet_until:
+            return found
         if not self._is_writer or len(self.reports) >= self._most_reports:
-            return alarm
+            return found
         self._reporting = True
         try:
-            is_written = self._report(alarm, past)
+            is_written = self._report(found)
         finally:
             self._reporting = False
         if is_written:
-            self._quiet_until = alarm.step + self._window
-        return alarm
+            self._log.quiet_until = found.alarm.step + self._window
+        return found
 
-    def _report(self, alarm: Alarm, past: Evidence | None) -> bool:
-        """Write the report of ``alarm``, which names its own missing parts; return whether that worked.
-
-        ``past`` is the evidence at an alarm of an earlier block of steps, else ``None``.
-        """
-        missing: dict[str, str] = {}
-        last_measured = self._measured[-1].step if self._measured else -1
+    def _report(self, found: Found) -> bool:
+        """Write a report, which names its own missing parts; return whether that worked."""
+        alarm, missing = found.alarm, dict[str, str]()
         now = self._monitor.step
-        if self._measure and last_measured < now and now >= self._next_measurement:
+        if self._measure and self._log.measured_at < now and now >= self._next_measurement:
             # If the report cannot be written, the next check tries again, without this measurement.
             self._next_measurement = now + self._window
             try:
@@ -367,8 +320,8 @@ class FlightRecorder:
             except Exception as error:
                 missing["the measurement at the alarm"] = why(error)
         evidence = self.evidence
-        if past is not None:
-            evidence = replace(past, measured=evidence.measured)
+        if found.past is not None:
+            evidence = replace(found.past, measured=evidence.measured)
         try:
             cause = verdict(alarm, evidence)
         except Exception as error:

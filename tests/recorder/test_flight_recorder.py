@@ -198,19 +198,6 @@ def test_memory_and_disk_are_bounded(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(run.recorder.reports)
 
 
-def test_a_checkpoint_continues_the_window(tmp_path: Path) -> None:
-    """Catches a resumed run that has lost the evidence of earlier steps."""
-    whole = Run(tmp_path / "a")
-    whole.train(40)
-    state = whole.recorder.state_dict()
-    torch.save(state, tmp_path / "state.pt")
-    other = Run(tmp_path / "b")
-    other.recorder.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert other.recorder.evidence == whole.recorder.evidence
-    with pytest.raises(ValueError, match="evidence"):
-        other.recorder.load_state_dict({})
-
-
 def test_the_last_good_weights_are_those_before_the_spike(spiked: Run) -> None:
     """Catches weights that are kept after the alarm, or that need pickle to load."""
     kept = torch.load(spiked.recorder.reports[0] / "last_good.pt", weights_only=True)
