@@ -387,7 +387,7 @@ class StabilityMonitor:
             Exception: ``ValueError`` if a key is missing, or the subspaces do not have this model's
                 size; or any error over an entry of a wrong kind. The monitor then stays as it was.
         """
-        require_keys(state, self.state_dict().keys() - {"memory"})  # older checkpoints lack it
+        require_keys(state, ("step", "pending", "observed", "measured", "starts", "history"))
         # Read everything that can raise before changing anything.
         starts = self._measurer.checked(state["starts"])
         history = [StabilityMargins.from_dict(margins) for margins in state["history"]]

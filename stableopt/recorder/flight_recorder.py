@@ -29,7 +29,7 @@ from stableopt.sinks.events import Event, Measured
 
 __all__ = ["FlightRecorder"]
 
-_STATE = ("evidence", "quiet_until", "reports")
+STATE_KEYS = ("evidence", "quiet_until", "reports")
 """Entries that every state has."""
 
 
@@ -210,7 +210,7 @@ class FlightRecorder:
         Raises:
             ValueError: if an entry is missing.
         """
-        require_keys(state, _STATE)
+        require_keys(state, STATE_KEYS)
         reports = [Path(path) for path in state["reports"]]
         self._log.load_state_dict(state)
         self.reports, self._pending = reports, PendingSteps(self._monitor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stableopt import plot
@@ -82,14 +81,11 @@ class Diagrams(_Images):
             self._region = region
             self._keep(margins)
 
-    def mark(self, step: int, record: Mapping[str, float]) -> None:
-        """Mark the changes of a decision, given its record; ignore records of measurements."""
-        if not self._left or "decision" not in record:
-            return
-        for label in _changes(record):
-            # Of a staircase only the first step has a mark: more would hide the trajectory.
-            if not self._marks or self._marks[-1][1] != label:
-                self._marks.append((step, label))
+    def mark(self, step: int, label: str) -> None:
+        """Mark a decision on the trajectory."""
+        # Of a staircase only the first step has a mark: more would hide the trajectory.
+        if self._left and (not self._marks or self._marks[-1][1] != label):
+            self._marks.append((step, label))
 
     def _write(self, writer: Any) -> None:
         figure = plot.diagram(self._region, self._kept, marks=self._marks)
@@ -114,16 +110,3 @@ class LayerMaps(_Images):
             pixels = plot.to_rgb(plot.layers(self._kept, column))
             tag = f"stability/layers_{column}"
             writer.add_image(tag, pixels, self._newest.step, dataformats="HWC")
-
-
-def _changes(record: Mapping[str, float]) -> Iterator[str]:
-    """Yield what a decision changes, such as ``"lr up"``.
-
-    >>> list(_changes({"decision": 1.0, "batch_size_from": 8.0, "batch_size_to": 4.0}))
-    ['batch size down']
-    """
-    for key, new in record.items():
-        name = key.removesuffix("_to")
-        old = record.get(f"{name}_from", new)
-        if name != key and old != new:
-            yield f"{name.replace('_', ' ')} {'up' if new > old else 'down'}"

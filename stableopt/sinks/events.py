@@ -13,10 +13,18 @@ __all__ = ["Decided", "Decision", "Event", "Measured"]
 
 
 class Decision(Protocol):
-    """The part of :class:`stableopt.steering.Decision` that sinks use: ``record()`` and ``str``.
+    """The part of :class:`stableopt.steering.Decision` that sinks use.
 
     ``str(decision)`` is the reason in words.
     """
+
+    @property
+    def label(self) -> str:
+        """What is done to what, such as ``"raise lr"``."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the value changes."""
 
     def record(self) -> dict[str, float]:
         """Return the numbers of the decision by name."""

@@ -148,6 +148,8 @@ class TensorBoardSink:
         if isinstance(event, Measured):
             self._write(event.step, record, event.margins, event.region)
         else:
+            if event.decision.changes:
+                self._diagrams.mark(event.step, event.decision.label)
             self._write(event.step, record)
             self.note(event.step, str(event.decision))
 
@@ -211,7 +213,6 @@ class TensorBoardSink:
             scalars |= self._layer_scalars.of(margins.layers)
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
-        self._diagrams.mark(step, record)
         if margins is not None:
             self._diagrams.add(margins, region)
             self._maps.add(margins)

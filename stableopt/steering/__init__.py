@@ -16,14 +16,8 @@ from stableopt.steering.batch_laws import (
 )
 from stableopt.steering.controller import StabilityController
 from stableopt.steering.decision import Decision
-from stableopt.steering.lr_laws import (
-    Law,
-    LRMeasured,
-    State,
-    gated_staircase,
-    keep_margin,
-    new_state,
-)
+from stableopt.steering.law_state import State, new_state
+from stableopt.steering.lr_laws import Law, LRMeasured, gated_staircase, keep_margin
 from stableopt.steering.samplers import AdaptiveAccumulation, AdaptiveBatchSampler
 from stableopt.steering.scheduler import StabilityLR
 from stableopt.steering.target import TargetRegion

@@ -18,8 +18,9 @@ from typing import TypeAlias
 
 from stableopt.stability import StabilityMargins, UpdateRule
 from stableopt.stability.measure.measurement import ratio_to_limit
-from stableopt.steering.decision import Decision, Kind
-from stableopt.steering.lr_laws import TRIES, UNCONVERGED, State, why_diverging, why_unusable
+from stableopt.steering.decision import Decision, Kind, kind_of_change
+from stableopt.steering.law_state import State, at_step, without
+from stableopt.steering.lr_laws import TRIES, UNCONVERGED, why_diverging, why_unusable
 from stableopt.steering.target import TargetRegion
 
 __all__ = ["BatchLaw", "BatchMeasured", "batch_staircase", "keep_batch_margin"]
@@ -52,18 +53,26 @@ class BatchMeasured:
     largest: int | None = None
     loss_cap: float = math.inf
 
+    @property
+    def most(self) -> int:
+        """The largest size in effect: ``largest``, or the whole data set."""
+        return self.dataset_size if self.largest is None else min(self.largest, self.dataset_size)
+
     def limit(self, batch_size: int) -> float:
         """Return the largest stable non-uniformity at a batch size."""
         size = min(max(batch_size, 1), self.dataset_size)
         return self.rule.max_non_uniformity(size, self.dataset_size)
 
     def decide(self, kind: Kind, batch_size: float, why: str) -> Decision:
-        """Return a decision for ``batch_size``; a new size is clipped to the allowed range."""
+        """Return a decision for ``batch_size``; a new size is clipped to the allowed range.
+
+        If clipping prevents or reverses the change, ``kind`` is that of the actual change.
+        """
         present, margins = self.batch_size, self.margins
         size = int(batch_size)
         if size != present:
-            largest = self.dataset_size if self.largest is None else self.largest
-            size = min(max(size, self.smallest), largest, self.dataset_size)
+            size = min(max(size, self.smallest), self.most)
+        kind = kind_of_change(kind, present, size)
         measured, limit = margins.non_uniformity, self.limit(present)
         return Decision("batch_size", kind, present, size, why, measured, limit, margins.step)
 
@@ -112,9 +121,10 @@ def batch_staircase(
     """
     margins, present = measured.margins, measured.batch_size
     step = margins.step
+    state = at_step(state, step, "until", "held")
     waiting = step < state.get("until", -math.inf)
-    kept = {name: value for name, value in state.items() if name not in ("held", "mean", "count")}
-    changed: State = {**kept, "until": step + dwell}  # the state after a change
+    # The state after a change.
+    changed: State = {**without(state, "held", "mean", "count"), "until": step + dwell}
     diverging = why_diverging(margins, measured.loss_cap)
     if diverging is not None and not waiting:
         changed = {**changed, "raises": state.get("raises", 0) + 1}
@@ -134,6 +144,8 @@ def batch_staircase(
     why = f"the non-uniformity {s:.3g} is {side} the target's {bound:.3g}"
     if waiting:
         return measured.decide("hold", present, f"{why}; the last change still takes effect"), state
+    if side == "below" and present >= measured.most:
+        return measured.decide("hold", present, f"{why}; no larger batch is allowed"), state
     if side == "below":
         return measured.decide("raise", math.ceil(present / factor), why), changed
     if state.get("raises", 0) >= tries:
@@ -171,16 +183,18 @@ def keep_batch_margin(
     >>> keep_batch_margin(measured, {})[0].new        # the limit at 16 is 8.06
     16
     """
-    margins, present, share = measured.margins, measured.batch_size, measured.target.share
-    if share is None:
+    margins, present, target = measured.margins, measured.batch_size, measured.target
+    if target.unit != "limit":
         raise ValueError(
-            f"target {measured.target}: keep_batch_margin needs TargetRegion.within_limits(share)"
+            f"target {target}: keep_batch_margin needs TargetRegion.within_limits(share)"
         )
+    _, share = target.bounds("non_uniformity")
     reason = _unusable(margins)
     if reason is not None:
         return measured.decide("hold", present, reason), state
     assert margins.non_uniformity is not None
     s, tolerance = margins.non_uniformity, band
+    state = at_step(state, margins.step, "until")
     waiting = margins.step < state.get("until", -math.inf)
     if not waiting:
         s, tolerance, state = _averaged(s, state, band)
@@ -190,7 +204,8 @@ def keep_batch_margin(
     if within or waiting:
         return measured.decide("keep" if within else "hold", present, why), state
     size = _smallest_size(measured, s / share)
-    return measured.decide("raise", max(size, present), why), {"until": margins.step + dwell}
+    changed: State = {**without(state, "mean", "count"), "until": margins.step + dwell}
+    return measured.decide("raise", max(size, present), why), changed
 
 
 def _averaged(value: float, state: State, band: float) -> tuple[float, float, State]:

@@ -20,13 +20,19 @@ from stableopt.steering.batch_laws import (
     keep_batch_margin,
 )
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog, marks
-from stableopt.steering.lr_laws import State, new_state
+from stableopt.steering.law_state import State, new_state
 from stableopt.steering.samplers import Resizable
 from stableopt.steering.scheduler import StabilityLR
-from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
-from stableopt.steering.verdict import Situation, verdict
+from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, resolved
+from stableopt.steering.target_status import Situation, target_status
 
 __all__ = ["StabilityController"]
+
+STATE_KEYS = (
+    *("scheduler", "batch_size", "target", "batch_law", "verdict", "settled", "seen"),
+    "decisions",
+)
+"""The entries of a state."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,16 @@ class _Memory:
     Attributes:
         target: the region, absolute once it is resolved.
         batch_law: the state of the law of the batch size.
-        verdict: the state of the verdict.
+        status: the state of :func:`~stableopt.steering.target_status.target_status`.
         settled: measurements in a row within the target's sharpness.
-        measured: the step of the last measurement that was decided on.
+        last_step: the step of the last measurement that was decided on.
     """
 
     target: TargetRegion
     batch_law: State
-    verdict: State
+    status: State
     settled: int = 0
-    measured: int | None = None
+    last_step: int | None = None
 
 
 class StabilityController:
@@ -58,7 +64,7 @@ class StabilityController:
     hysteresis the two controls would chase each other, since both act on both quantities.
 
     Every decision, with its reason, is appended to ``decisions``, sent to the monitor's sinks, and
-    marked in figures. So is the verdict that the target is reached, or unreachable.
+    marked in figures. So is whether the target is reached, missed again or unreachable.
 
     In a distributed run rank 0 decides, and every rank must call ``step()``.
 
@@ -123,7 +129,7 @@ class StabilityController:
         self._band = positive("band", band)
         self.scheduler = _scheduler(monitor, target, lr, dry_run)
         _check_controls(monitor, target, self.scheduler, batch)
-        default_law = batch_staircase if target.share is None else keep_batch_margin
+        default_law = keep_batch_margin if target.unit == "limit" else batch_staircase
         self._batch_law: BatchLaw = batch_law or default_law
         if self.scheduler is None:
             self.decisions = DecisionLog(maxlen=REMEMBERED)
@@ -148,7 +154,7 @@ class StabilityController:
             self.scheduler.step()
         elif world().rank == 0:
             self._after_closing.check()
-        margins = new_margins(self.monitor, self._memory.measured)
+        margins = new_margins(self.monitor, self._memory.last_step)
         if not decision_is_due(margins is not None, self.monitor):
             return
         decisions, self._memory = decide_together(
@@ -172,10 +178,11 @@ class StabilityController:
             "batch_size": None if self.batch is None else self.batch.batch_size,
             "target": self.target.to_dict(),
             "batch_law": dict(self._memory.batch_law),
-            "verdict": dict(self._memory.verdict),
+            "verdict": dict(self._memory.status),
             "settled": self._memory.settled,
-            "seen": self._memory.measured,
-            "decisions": self.decisions.state(),
+            "seen": self._memory.last_step,
+            # A scheduler shares its log, and saves it.
+            "decisions": None if self.scheduler is not None else self.decisions.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -186,14 +193,14 @@ class StabilityController:
                 controller with other controls; or any error over an entry of a wrong kind. Controller,
                 scheduler and batch size then stay as they were.
         """
-        require_keys(state_dict, self.state_dict())
+        require_keys(state_dict, STATE_KEYS)
         for name, control in (("scheduler", self.scheduler), ("batch_size", self.batch)):
             if (state_dict[name] is None) != (control is None):
                 raise ValueError(
                     f"state_dict: its {name} does not fit this controller: expected the state of one"
                     " that controls the same"
                 )
-        # Read everything that can raise before changing anything.
+        # Read everything that can raise before changing anything; each control refuses on its own.
         memory = _Memory(
             TargetRegion.from_dict(state_dict["target"]),
             dict(state_dict["batch_law"]),
@@ -201,24 +208,31 @@ class StabilityController:
             state_dict["settled"],
             state_dict["seen"],
         )
-        decisions = self.decisions.read(state_dict["decisions"])
-        if self.scheduler is not None:
-            self.scheduler._read_state(state_dict["scheduler"])
-        if self.batch is not None:  # a refused size changes nothing
+        decisions = None
+        if self.scheduler is None:
+            decisions = self.decisions.read(state_dict["decisions"])
+        batch_size = None if self.batch is None else self.batch.batch_size
+        if self.batch is not None:
             self.batch.batch_size = state_dict["batch_size"]
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state_dict["scheduler"])
+            try:
+                self.scheduler.load_state_dict(state_dict["scheduler"])
+            except Exception:
+                if self.batch is not None and batch_size is not None:
+                    self.batch.batch_size = batch_size
+                raise
         self._memory = memory
-        self.decisions.replace(decisions)
+        if decisions is not None:
+            self.decisions.replace(decisions)
 
     def _decide(self, margins: StabilityMargins) -> tuple[list[Decision], _Memory]:
         """Return the decisions on a new measurement, and the new memory."""
         target = resolved(self.target, margins)
-        memory = replace(self._memory, target=target, measured=margins.step)
+        memory = replace(self._memory, target=target, last_step=margins.step)
         if target.unit == "present":
             if self.scheduler is not None:
                 return [], memory  # the scheduler has decided to hold
-            size = 0.0 if self.batch is None else float(self.batch.batch_size)
+            size = float(self._batch_size or 0)
             hold = Decision("batch_size", "hold", size, size, UNRESOLVED, step=margins.step)
             return [hold], memory
         decisions = []
@@ -230,13 +244,13 @@ class StabilityController:
                 decisions.append(decision)
                 memory = replace(memory, batch_law=dict(law))
         if target.unit == "absolute":
-            outcome, state = verdict(
+            outcome, state = target_status(
                 self._situation(margins, target),
-                memory.verdict,
+                memory.status,
                 band=self._band,
                 patience=self._patience,
             )
-            memory = replace(memory, verdict=dict(state))
+            memory = replace(memory, status=dict(state))
             if outcome is not None:
                 decisions.append(outcome)
         return decisions, memory
@@ -294,12 +308,17 @@ class StabilityController:
             margins,
             target,
             lr=rule.lr,
-            target_lr=None if scheduler is None else target.lr_for(at_lr(rule, rule.lr)),
+            target_lr=None if scheduler is None else target.lr_for(rule),
             max_lr=math.inf if scheduler is None else scheduler.max_lr,
-            batch_size=None if batch is None else batch.batch_size,
-            smallest=1 if batch is None else batch.nearest(1),
+            batch_size=self._batch_size,
+            smallest=1 if batch is None else batch.nearest(1) * world().size,
             cuts=self._cuts(),
         )
+
+    @property
+    def _batch_size(self) -> int | None:
+        """The number of samples in a step over all ranks, or ``None`` if nothing changes it."""
+        return None if self.batch is None else self.batch.batch_size * world().size
 
     def _cuts(self) -> int:
         """Return the number of cuts of the learning rate since the target was last reached."""
@@ -341,7 +360,7 @@ def _check_controls(
     scheduler: StabilityLR | None,
     batch: Resizable | None,
 ) -> None:
-    is_share = target.share is not None
+    is_share = target.unit == "limit"
     if target.sharpness != OPEN and scheduler is None and not is_share:
         raise ValueError(
             f"target {target} bounds the sharpness, but lr=False leaves the learning rate alone: pass"

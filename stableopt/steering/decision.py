@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["REMEMBERED", "Decision", "DecisionLog", "Kind", "What", "marks"]
+__all__ = ["REMEMBERED", "Decision", "DecisionLog", "Kind", "What", "kind_of_change", "marks"]
 
 REMEMBERED = 10_000
 """Decisions in the log of a scheduler or controller."""
@@ -55,6 +55,11 @@ class Decision:
         """Whether the value changes."""
         return self.old != self.new
 
+    @property
+    def label(self) -> str:
+        """What is done to what, as in ``"raise lr"``: the label of a mark in a figure."""
+        return f"{self.kind} {self.what.replace('_', ' ')}"
+
     def __str__(self) -> str:
         change = f"{self.old:.4g} → {self.new:.4g}" if self.changes else f"{self.new:.4g}"
         mode = " (dry run)" if self.dry_run else ""
@@ -83,6 +88,19 @@ class Decision:
     def from_dict(cls, state: Mapping[str, Any]) -> Decision:
         """Return the decision that :meth:`to_dict` wrote."""
         return cls(**state)
+
+
+def kind_of_change(kind: Kind, old: float, new: float) -> Kind:
+    """Return ``kind``, or the kind of the actual change if bounds prevented or reversed it.
+
+    >>> kind_of_change("raise", 64, 64), kind_of_change("lower", 8, 16), kind_of_change("cut", 8, 4)
+    ('hold', 'raise', 'cut')
+    """
+    if new > old:
+        return "raise"
+    if new < old:
+        return "cut" if kind == "cut" else "lower"
+    return "hold" if kind in ("raise", "lower") else kind
 
 
 class DecisionLog(deque[Decision]):
@@ -128,5 +146,5 @@ def marks(decisions: Iterable[Decision]) -> list[tuple[float, str]]:
     for decision in decisions:
         if latest_kind.get(decision.what) != decision.kind:
             latest_kind[decision.what] = decision.kind
-            labels.append((decision.step, f"{decision.kind} {decision.what.replace('_', ' ')}"))
+            labels.append((decision.step, decision.label))
     return labels

@@ -22,7 +22,7 @@ control-laws`` shows how):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,18 +30,13 @@ from stableopt._support.deprecation import renamed_names
 from stableopt.stability import StabilityMargins, UpdateRule
 from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.stability.rules.filters import stable_range
-from stableopt.steering.decision import Decision, Kind
+from stableopt.steering.decision import Decision, Kind, kind_of_change
+from stableopt.steering.law_state import State, at_step, without
 from stableopt.steering.target import TargetRegion, lr_at_limit
 
-__all__ = ["LRMeasured", "Law", "State", "gated_staircase", "keep_margin", "new_state"]
-
-State: TypeAlias = Mapping[str, float]
-"""The memory of a law: plain numbers by name, which a checkpoint can hold."""
+__all__ = ["LRMeasured", "Law", "gated_staircase", "keep_margin", "why_diverging", "why_unusable"]
 
 UNCONVERGED = "the measurement did not converge"
-
-_STEPS = ("step", "held_until", "escaping", "arrived")
-"""Entries of a law's state that are steps of the monitor's counter."""
 
 TRIES = 3
 """Failures after which a law no longer moves in the direction that failed."""
@@ -93,17 +88,13 @@ class LRMeasured:
     def decide(self, kind: Kind, lr: float, why: str) -> Decision:
         """Return a decision for the rate ``lr``, clipped to the bounds.
 
-        If clipping reverses the change, ``kind`` is that of the actual change.
+        If clipping prevents or reverses the change, ``kind`` is that of the actual change.
         """
         new = min(max(lr, self.min_lr), self.max_lr)
         if new != lr:
             bound = "min_lr" if new > lr else "max_lr"
             why = f"{why}; {bound}={new:.4g}"
-            if new > self.lr:
-                kind = "raise"
-            elif new < self.lr and kind in ("raise", "keep", "hold"):
-                kind = "lower"
-        step = self.margins.step
+        kind, step = kind_of_change(kind, self.lr, new), self.margins.step
         return Decision("lr", kind, self.lr, new, why, self.sharpness, self.limit, step)
 
 
@@ -111,11 +102,6 @@ Law: TypeAlias = Callable[[LRMeasured, State], tuple[Decision, State]]
 """``law(measured, state) -> (decision, state)``."""
 
 __getattr__ = renamed_names(__name__, Measured="LRMeasured")
-
-
-def new_state() -> State:
-    """Return the state of a law before its first call."""
-    return {}
 
 
 def gated_staircase(
@@ -178,7 +164,7 @@ def gated_staircase(
     if math.isclose(lr, goal, rel_tol=1e-9):
         state = {**state, "arrived": state.get("arrived", step)}
         if step - state["arrived"] >= 100 * hold:
-            state = {name: value for name, value in state.items() if name != "cuts"}
+            state = without(state, "cuts")
         return measured.decide("keep", lr, "this is the target's rate"), state
     some_are_stable = measured.limit >= low and measured.limit > 0
     if lr > goal and measured.sharpness >= low and some_are_stable:
@@ -356,13 +342,12 @@ def _cut_or_hold(
     Also return the number of steps since the last call, 1 at the first, and the new state.
     """
     margins, step = measured.margins, measured.margins.step
-    if step < state.get("step", -math.inf):  # the counter was not restored with a checkpoint
-        state = {name: value for name, value in state.items() if name not in _STEPS}
+    last = state.get("step", math.inf)
+    state = at_step(state, step, "held_until", "escaping", "arrived")
     if measured.restored:  # a new divergence gives a new cut
-        state = {name: value for name, value in state.items() if name not in ("lost", "held_until")}
-    steps = max(step - state.get("step", step - 1), 1)
+        state = without(state, "lost", "held_until")
+    steps = step - last if step > last else 1
     held_until = state.get("held_until", -math.inf)
-    state = {**state, "step": step}
     diverging = why_diverging(margins, measured.loss_cap)
     if diverging is not None:
         lost = diverging == margins.failure
@@ -371,7 +356,7 @@ def _cut_or_hold(
             why = f"{diverging}; the rate was cut already"
             return measured.decide("hold", measured.lr, why), steps, state
         cuts = state.get("cuts", 0) + 1
-        state = {name: value for name, value in state.items() if name != "arrived"}
+        state = without(state, "arrived")
         state = {**state, "held_until": step + hold, "lost": float(lost), "cuts": cuts}
         return measured.decide("cut", cut * measured.lr, diverging), steps, state
     state = {**state, "lost": 0.0}

@@ -20,20 +20,20 @@ from stableopt.stability.measure.measurement import ratio_to_limit
 from stableopt.stability.rules.reader_registry import base_optimizer
 from stableopt.steering.agreement import decide_together, decision_is_due, new_margins
 from stableopt.steering.decision import REMEMBERED, Decision, DecisionLog
-from stableopt.steering.lr_laws import (
-    Law,
-    LRMeasured,
-    State,
-    gated_staircase,
-    keep_margin,
-    new_state,
-)
+from stableopt.steering.law_state import State, new_state
+from stableopt.steering.lr_laws import Law, LRMeasured, gated_staircase, keep_margin
 from stableopt.steering.rollback import LastGood, kick
 from stableopt.steering.target import OPEN, UNRESOLVED, TargetRegion, at_lr, resolved
 
 __all__ = ["StabilityLR"]
 
 _BOUNDS = ("min_lr", "max_lr", "loss_cap")
+
+STATE_KEYS = (
+    *("last_epoch", "base_lrs", "last_lr", "step_count"),
+    *("seen", "restored", "kicked", "law", "bounds", "target", "decisions"),
+)
+"""The entries of a state."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Memory:
     Attributes:
         target: the region, absolute once it is resolved.
         law: the state of the law.
-        measured: the step of the last measurement that was decided on.
+        last_step: the step of the last measurement that was decided on.
         good: the step of the last good measurement, whose weights :class:`LastGood` keeps.
         unmeasured: whether these are of a resumed run's first step instead, to be restored once.
         restored: whether the last decision restored the weights.
@@ -52,7 +52,7 @@ class _Memory:
 
     target: TargetRegion
     law: State
-    measured: int | None = None
+    last_step: int | None = None
     good: int | None = None
     unmeasured: bool = False
     restored: bool = False
@@ -147,7 +147,7 @@ class StabilityLR(LRScheduler):
             )
         if restore is None:
             restore = monitor.update_rule.memory > 0 and not monitor.problem.sharded
-        keeps_margin = target.share is not None
+        keeps_margin = target.unit == "limit"
         initial_lr = _fastest(optimizer, "initial_lr")
         lowest, highest = (initial_lr / 10, initial_lr) if keeps_margin else (0.0, math.inf)
         self.monitor = monitor
@@ -187,7 +187,7 @@ class StabilityLR(LRScheduler):
             "base_lrs": list(self.base_lrs),
             "last_lr": list(self._last_lr),
             "step_count": self._step_count,
-            "seen": self._memory.measured,
+            "seen": self._memory.last_step,
             "restored": self._memory.restored,
             "kicked": self._memory.unstable,
             "law": dict(self._memory.law),
@@ -206,14 +206,8 @@ class StabilityLR(LRScheduler):
             Exception: ``ValueError`` for a missing entry, or any error over one of a wrong kind. The
                 scheduler then stays as it was.
         """
-        attributes, decisions = self._read_state(state_dict)
-        vars(self).update(attributes)
-        self.decisions.replace(decisions)
-        self._resumed = True
-
-    def _read_state(self, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], list[Decision]]:
-        """Return the attributes and decisions of ``state_dict``; raise if it is refused."""
-        require_keys(state_dict, self.state_dict())
+        # Read everything that can raise before changing anything.
+        require_keys(state_dict, STATE_KEYS)
         require_keys(state_dict["bounds"], _BOUNDS, "state_dict['bounds']")
         memory = _Memory(
             TargetRegion.from_dict(state_dict["target"]),
@@ -230,7 +224,10 @@ class StabilityLR(LRScheduler):
             "_step_count": state_dict["step_count"],
             **{name: state_dict["bounds"][name] for name in _BOUNDS},
         }
-        return attributes, self.decisions.read(state_dict["decisions"])
+        decisions = self.decisions.read(state_dict["decisions"])
+        vars(self).update(attributes)
+        self.decisions.replace(decisions)
+        self._resumed = True
 
     def _act(self) -> list[Decision]:
         """Carry out decisions on the weights; return those that change the rate."""
@@ -248,7 +245,7 @@ class StabilityLR(LRScheduler):
         clip = [] if lr == present else self._clip(present)
         margins = None
         if self._step_count > 1:  # torch calls step once in the constructor
-            margins = new_margins(self.monitor, self._memory.measured)
+            margins = new_margins(self.monitor, self._memory.last_step)
         if not decision_is_due(bool(clip) or margins is not None, self.monitor):
             return []
 
@@ -258,12 +255,12 @@ class StabilityLR(LRScheduler):
             decisions, memory = self._apply_law(margins, lr)
             return [*clip, *decisions], memory
 
-        before = self._memory.measured
+        before = self._memory.last_step
         decisions, self._memory = decide_together(
             decide, self.decisions, self.monitor, dry_run=self.dry_run
         )
-        is_new = self._memory.measured != before
-        if self._last_good is not None and is_new and self._memory.good == self._memory.measured:
+        is_new = self._memory.last_step != before
+        if self._last_good is not None and is_new and self._memory.good == self._memory.last_step:
             self._last_good.keep()
         changes = []
         for decision in decisions:
@@ -301,7 +298,7 @@ class StabilityLR(LRScheduler):
     def _apply_law(self, margins: StabilityMargins, lr: float) -> tuple[list[Decision], _Memory]:
         """Return the decisions on a new measurement at the rate ``lr``, and the new memory."""
         restored, target = self._memory.restored, resolved(self.target, margins)
-        memory = replace(self._memory, target=target, measured=margins.step, restored=False)
+        memory = replace(self._memory, target=target, last_step=margins.step, restored=False)
         if target.unit == "present":
             return [Decision("lr", "hold", lr, lr, UNRESOLVED, step=margins.step)], memory
         rule = at_lr(self.monitor.update_rule, lr)

@@ -61,11 +61,12 @@ class TargetRegion:
         sharpness: ``(low, high)``, in units of the curvature; ``None`` for an open end.
         non_uniformity: ``(low, high)``, likewise.
         unit: the unit of the bounds: ``"absolute"`` values, multiples of the values measured at the
-            start of steering (``"present"``), or shares of the limits (``"limit"``).
+            start of steering (``"present"``), or shares of the limits (``"limit"``), which are upper
+            bounds below 1.
 
     Raises:
-        ValueError: for bounds that are negative or in the wrong order, a box without a bound, or an
-            unknown unit.
+        ValueError: for bounds that are negative or in the wrong order, a box without a bound, an
+            unknown unit, or bounds that are not shares of a limit.
 
     >>> target = TargetRegion(sharpness=(None, 4.0))
     >>> target.lr_for(UpdateRule(lr=0.1)), target.contains(3.0, 50.0), target.contains(5.0, 1.0)
@@ -83,6 +84,14 @@ class TargetRegion:
             raise ValueError(f"unit={self.unit!r}: expected 'absolute', 'present' or 'limit'")
         if self.sharpness == OPEN and self.non_uniformity == OPEN:
             raise ValueError("sharpness and non_uniformity: expected a bound in at least one")
+        if self.unit == "limit":
+            for name in ("sharpness", "non_uniformity"):
+                low, high = self.bounds(name)
+                if low > 0 or 1 <= high < math.inf:
+                    raise ValueError(
+                        f"{name}={(low, high)} with unit='limit': expected an upper bound below 1, and"
+                        " no lower bound"
+                    )
 
     @classmethod
     def flatter(cls, by: float) -> TargetRegion:
@@ -126,7 +135,7 @@ class TargetRegion:
 
     @property
     def share(self) -> float | None:
-        """The largest share of the limits; ``None`` for a region in other units."""
+        """The largest share of the sharpness's limit; ``None`` for a region in other units."""
         return self.bounds("sharpness")[1] if self.unit == "limit" else None
 
     def bounds(self, name: str) -> Bounds:

@@ -25,8 +25,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 import stableopt
 from stableopt import StabilityMargins, TensorBoardSink
+from stableopt.sinks import Decided
 from stableopt.stability.measure.measurement import QuantityResult
 from stableopt.stability.measure.registry import QUANTITIES, Chart, Quantity, register
+from stableopt.steering import Decision
 
 
 def adam_alone(step: int) -> StabilityMargins:
@@ -248,19 +250,24 @@ def test_decisions_are_scalars_words_and_marks(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     for step in (1, 2, 3):
         sink(step, sgd(step).record())
-        sink(step, {"decision": 1.0, "lr_from": 0.1 * step, "lr_to": 0.1 * step + 0.1})
-        sink.note(step, f"raise lr at {step}")
-    sink(4, {"decision": 1.0, "batch_size_from": 8.0, "batch_size_to": 4.0})
-    sink(4, {"decision": 1.0, "lr_from": 0.4, "lr_to": 0.4})
-    assert sink._diagrams._marks == [(1, "lr up"), (4, "batch size down")]
+        sink.receive(
+            Decided(step, Decision("lr", "raise", 0.1 * step, 0.1 * step + 0.1, "why", step=step))
+        )
+    for decision in (
+        Decision("weights", "restore", 4.0, 2.0, "why", step=4),
+        Decision("batch_size", "lower", 8.0, 4.0, "why", step=4),
+        Decision("lr", "hold", 0.4, 0.4, "why", step=4),
+    ):
+        sink.receive(Decided(4, decision))
+    marks = [(1, "raise lr"), (4, "restore weights"), (4, "lower batch size")]
+    assert sink._diagrams._marks == marks
     sink.close()
     events = read(tmp_path)
     assert steps_of(events, "stability/lr_to") == [1, 2, 3, 4]
     assert steps_of(events, "stability/batch_size_to") == [4]
     words = events.Tensors("stability/decisions/text_summary")
-    assert [event.tensor_proto.string_val[0].decode() for event in words] == [
-        f"raise lr at {step}" for step in (1, 2, 3)
-    ]
+    texts = [event.tensor_proto.string_val[0].decode() for event in words]
+    assert texts[:2] == ["step 1: raise lr 0.1 → 0.2: why", "step 2: raise lr 0.2 → 0.3: why"]
 
 
 def test_a_negative_number_of_diagrams_is_refused(tmp_path: Path) -> None:

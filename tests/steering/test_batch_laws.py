@@ -13,9 +13,10 @@ from stableopt import StabilityMargins, TargetRegion, UpdateRule
 from stableopt.stability import Measurement
 from stableopt.steering.batch_laws import BatchMeasured, batch_staircase, keep_batch_margin
 from stableopt.steering.decision import Decision, marks
-from stableopt.steering.lr_laws import State
-from stableopt.steering.verdict import Situation, verdict
+from stableopt.steering.law_state import State
+from stableopt.steering.target_status import Situation, target_status
 
+RULES = {"band": 0.1, "patience": 20}
 UNIFORM = TargetRegion(non_uniformity=(2.0, 4.0))  # at 0.5 and n = 1000 the box forbids by B = 3
 
 
@@ -91,7 +92,7 @@ def test_it_waits_for_the_effect_of_a_change() -> None:
     _, state = batch_staircase(measured_at(6.0, 64, step=10), {}, dwell=100)
     waiting, after = batch_staircase(measured_at(6.0, 32, step=109), state, dwell=100)
     assert (waiting.kind, waiting.new) == ("hold", 32)
-    assert after == state
+    assert after == {**state, "step": 109}
     assert batch_staircase(measured_at(6.0, 32, step=110), state, dwell=100)[0].new == 16
 
 
@@ -187,7 +188,7 @@ def test_what_was_not_measured_changes_nothing() -> None:
             (keep_batch_margin, TargetRegion.within_limits(0.5)),
         ):
             decision, state = law(BatchMeasured(margins, UpdateRule(lr=0.5), target, 16, 1000), {})
-            assert (decision.kind, decision.new, state) == ("hold", 16, {})
+            assert (decision.kind, decision.new, state) == ("hold", 16, {"step": 9})
             assert says in decision.why
 
 
@@ -213,6 +214,30 @@ def test_a_margin_raises_the_batch_until_the_share_is_kept() -> None:
         keep_batch_margin(measured_at(4.0, 4), {})
 
 
+def test_a_bound_that_prevents_a_change_is_said() -> None:
+    """Catches a decision to raise a batch size that is the largest already."""
+    for size, options in ((1000, {}), (64, {"largest": 64})):
+        measured = measured_at(1.0, size, **options)
+        decision, _ = batch_staircase(measured, averaged(1.0))
+        assert (decision.kind, decision.new) == ("hold", size)
+        assert decision.why.endswith("below the target's 2; no larger batch is allowed")
+        diverged, _ = batch_staircase(replace(measured, loss_cap=1e-3), {})
+        assert (diverged.kind, diverged.new) == ("hold", size)
+    above = measured_at(1.0, 100, largest=64)  # the bound is below the present size
+    assert above.decide("raise", 200, "").kind == "lower"
+
+
+def test_a_step_counter_that_went_back_does_not_block_the_law() -> None:
+    """Catches a wait until a step of the run before the checkpoint was lost."""
+    old: State = {**averaged(6.0), "step": 90_000.0, "until": 90_100.0, "held": 90_000.0}
+    decision, state = batch_staircase(measured_at(6.0, 64, step=10), old)
+    assert (decision.kind, decision.new) == ("lower", 32)
+    assert state["until"] == 110
+    share = measured_at(6.0, 4, step=10, target=TargetRegion.within_limits(0.5))
+    decision, _ = keep_batch_margin(share, old)
+    assert decision.kind == "raise"
+
+
 # -- verdicts --------------------------------------------------------------------------------------
 
 
@@ -224,7 +249,7 @@ def judge(values: list[float], target: TargetRegion, **more: Any) -> list[Decisi
     patience = more.pop("patience", 5)
     for step, a in enumerate(values):
         margins = StabilityMargins(step=step, sharpness=a, non_uniformity=a, loss=2e-4)
-        decision, state = verdict(
+        decision, state = target_status(
             Situation(margins, target, **more), state, band=0.05, patience=patience
         )
         verdicts += [] if decision is None else [decision]
@@ -281,18 +306,20 @@ def test_a_verdict_has_the_number_of_the_quantity_that_it_is_about() -> None:
     both = TargetRegion(sharpness=(0, 4.0), non_uniformity=(0, 4.0))
     for target in (UNIFORM, both):
         situation = Situation(margins, target, lr=0.5)
-        stuck, _ = verdict(situation, {"best": 0.0}, patience=1)
-        again, _ = verdict(situation, {"reached": 1.0})
-        cut, _ = verdict(replace(situation, cuts=3), {})
+        stuck, _ = target_status(situation, {"best": 0.0}, band=0.1, patience=1)
+        again, _ = target_status(situation, {"reached": 1.0}, **RULES)
+        cut, _ = target_status(replace(situation, cuts=3), {}, **RULES)
         for decision in (stuck, again, cut):
             assert decision is not None
             assert (decision.old, decision.new, decision.measured) == (6.0, 6.0, 6.0)
             assert "sharpness" not in str(decision)
     for target, value in ((TargetRegion(sharpness=(0, 4.0)), 1.5), (both, 1.5)):
         within = Situation(replace(margins, non_uniformity=2.0), target, lr=0.5)
-        reached, _ = verdict(within, {})
+        reached, _ = target_status(within, {}, **RULES)
         assert (reached.kind, reached.measured) == ("reached", value)
-    reached, _ = verdict(Situation(replace(margins, non_uniformity=2.0), UNIFORM, lr=0.5), {})
+    reached, _ = target_status(
+        Situation(replace(margins, non_uniformity=2.0), UNIFORM, lr=0.5), {}, **RULES
+    )
     assert (reached.kind, reached.measured) == ("reached", 2.0)
 
 
@@ -306,7 +333,7 @@ def test_nothing_is_said_of_a_failed_measurement() -> None:
             measurements={"sharpness": Measurement(1.0, 0.5, 9, converged=False)},
         ),
     ):
-        assert verdict(Situation(margins, target, lr=0.5), {}) == (None, {})
+        assert target_status(Situation(margins, target, lr=0.5), {}, **RULES) == (None, {})
 
 
 # -- decisions -------------------------------------------------------------------------------------

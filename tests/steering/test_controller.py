@@ -26,6 +26,7 @@ from stableopt import (
     TargetRegion,
 )
 from stableopt.steering import batch_staircase
+from stableopt.steering.controller import STATE_KEYS
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 2, generator=GENERATOR)
@@ -154,7 +155,7 @@ def test_decisions_are_marks_in_the_figures(tmp_path: Path) -> None:
     assert set(zip(*line.get_data(), strict=True)) <= set(points)
     lines = stableopt.plot.margins(run.monitor.history, marks=controller.marks).axes[0]
     assert "lower batch size" in [text.get_text() for text in lines.get_legend().get_texts()]
-    assert sink._diagrams._marks[0][1] == "batch size down"
+    assert sink._diagrams._marks[0][1] == "lower batch size"
     sink.close()
 
 
@@ -246,7 +247,6 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         "target": {"sharpness": [3.0, 1.0]},
         "batch_law": None,
         "verdict": None,
-        "decisions": [{"what": "lr"}],
     }
     within = {"target": {}, "law": None, "bounds": {"min_lr": 0.1}, "decisions": [{}], "last_lr": 1}
     states = [{name: value} for name, value in wrong.items()]
@@ -256,6 +256,33 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
         with pytest.raises((TypeError, ValueError)):
             controller.load_state_dict({**good, **{"scheduler": other(good["scheduler"])}, **state})
         assert controller.state_dict() == good, state
+
+
+def test_decisions_are_in_one_place_of_a_state() -> None:
+    """Catches two copies of a shared log, a lost one, and a wrong one that changes something."""
+    target = TargetRegion(non_uniformity=(0, 0.2))
+    run = Run(every=1)
+    both = StabilityController(
+        run.monitor, replace(target, sharpness=(0, 100.0)), batch=run.sampler
+    )
+    alone = StabilityController(run.monitor, target, batch=run.sampler, lr=False)
+    run.go(3, both)
+    run.go(3, alone)
+    for controller in (both, alone):
+        state = controller.state_dict()
+        decisions = list(controller.decisions)
+        assert decisions
+        assert set(state) == set(STATE_KEYS)
+        controller.decisions.clear()
+        controller.load_state_dict(state)
+        assert list(controller.decisions) == decisions
+    assert both.state_dict()["decisions"] is None
+    repeated = {**both.state_dict(), "decisions": [d.to_dict() for d in both.decisions]}
+    both.load_state_dict(repeated)  # as older versions wrote it
+    good = alone.state_dict()
+    with pytest.raises(TypeError):
+        alone.load_state_dict({**good, "batch_size": 2, "decisions": [{"what": "lr"}]})
+    assert alone.state_dict() == good
 
 
 def other(scheduler: dict[str, Any]) -> dict[str, Any]:

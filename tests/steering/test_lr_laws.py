@@ -18,14 +18,13 @@ from hypothesis import strategies as st
 from stableopt import StabilityMargins, TargetRegion, UpdateRule
 from stableopt.stability import Measurement
 from stableopt.steering.decision import Decision
+from stableopt.steering.law_state import State, new_state
 from stableopt.steering.lr_laws import (
     Law,
     LRMeasured,
-    State,
     gated_staircase,
     keep_margin,
     momentum_gate,
-    new_state,
 )
 
 SHARP = 25.04  # of u = 5, v = 1/5

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LinearLR, SequentialLR
 
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
-from stableopt.steering.lr_laws import LRMeasured, State
+from stableopt.steering.law_state import State
+from stableopt.steering.lr_laws import LRMeasured
 
 
 def test_it_acts_once_for_each_fresh_measurement() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import stableopt
 from stableopt import StabilityLR, StabilityMonitor, TargetRegion
 from stableopt.steering.decision import Decision
-from stableopt.steering.lr_laws import Law, LRMeasured, State
+from stableopt.steering.law_state import State
+from stableopt.steering.lr_laws import Law, LRMeasured
 from stableopt.steering.rollback import LastGood
 
 

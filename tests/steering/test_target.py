@@ -104,6 +104,13 @@ def test_a_margin_is_a_share_of_the_limit() -> None:
     assert target.contains(0.7, 0.8)
     assert not target.contains(0.7, 0.81)
     assert TargetRegion(sharpness=(0, 1)).share is None
+    assert TargetRegion(non_uniformity=(0, 0.5), unit="limit").share == math.inf
+    for bounds in ((0.1, 0.5), (0.0, 1.0), (0.1, None)):
+        for name in ("sharpness", "non_uniformity"):
+            with pytest.raises(
+                ValueError, match=f"^{name}=.*expected an upper bound below 1, and no"
+            ):
+                TargetRegion(**{name: bounds}, unit="limit")
     with pytest.raises(ValueError, match="lr_for of a share of the limits: expected"):
         target.lr_for(UpdateRule(lr=0.1))
 

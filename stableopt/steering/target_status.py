@@ -1,4 +1,4 @@
-"""`verdict`: whether the target is reached, missed or unreachable, by the measurements."""
+"""`target_status`: whether the target is reached, missed or unreachable, by the measurements."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Literal, NamedTuple
 
 from stableopt.stability import StabilityMargins
 from stableopt.steering.decision import Decision, Kind
-from stableopt.steering.lr_laws import TRIES, State
+from stableopt.steering.law_state import State
+from stableopt.steering.lr_laws import TRIES
 from stableopt.steering.target import OPEN, TargetRegion, bounded_values
 
-__all__ = ["Situation", "verdict"]
+__all__ = ["Situation", "target_status"]
 
 
 @dataclass(frozen=True)
 class Situation:
-    """The input of a verdict.
+    """The input of :func:`target_status`.
 
     Attributes:
         margins: the fresh measurement.
@@ -24,8 +25,8 @@ class Situation:
         lr: the learning rate.
         target_lr: the learning rate that the target asks for, or ``None``.
         max_lr: the largest allowed learning rate.
-        batch_size: the batch size, or ``None`` if nothing changes it.
-        smallest: the smallest allowed batch size.
+        batch_size: the batch size over all ranks, or ``None`` if nothing changes it.
+        smallest: the smallest allowed batch size, likewise.
         cuts: the number of cuts of the learning rate since the target was last reached.
     """
 
@@ -43,8 +44,8 @@ _FLOOR = "the network may have no minimum this flat: an output bias alone has cu
 """Why a small sharpness may be unreachable."""
 
 
-def verdict(
-    situation: Situation, state: State, *, band: float = 0.1, patience: int = 20
+def target_status(
+    situation: Situation, state: State, *, band: float, patience: int
 ) -> tuple[Decision | None, State]:
     """Return a decision if the target is newly reached, missed again or unreachable; else ``None``.
 
@@ -54,7 +55,7 @@ def verdict(
 
     >>> margins = StabilityMargins(step=9, sharpness=4.1)
     >>> situation = Situation(margins, TargetRegion(sharpness=(0, 4.0)), lr=0.5, target_lr=0.5)
-    >>> verdict(situation, {})[0].kind
+    >>> target_status(situation, {}, band=0.1, patience=20)[0].kind
     'reached'
     """
     margins, target = situation.margins, situation.target
