@@ -189,12 +189,12 @@ def keep_batch_margin(
             f"target {target}: keep_batch_margin needs TargetRegion.within_limits(share)"
         )
     _, share = target.bounds("non_uniformity")
+    state = at_step(state, margins.step, "until")
     reason = _unusable(margins)
     if reason is not None:
         return measured.decide("hold", present, reason), state
     assert margins.non_uniformity is not None
     s, tolerance = margins.non_uniformity, band
-    state = at_step(state, margins.step, "until")
     waiting = margins.step < state.get("until", -math.inf)
     if not waiting:
         s, tolerance, state = _averaged(s, state, band)
