@@ -17,13 +17,14 @@ _ADVICE: dict[Cause, str] = {
     "weights": "Find the code outside the optimizer that wrote the weights.",
     "batch size": "Raise the batch size, or lower the learning rate with it.",
     "batch": (
-        "Look at these samples. Resume from a checkpoint before them and skip them, or clip gradients."
+        "Look at these samples. Resume from a checkpoint before them and skip them. Clipping helps if"
+        " their gradient is finite."
     ),
     "layer": (
         "If the layer's weights started too large, initialise them smaller, or give its group a lower"
-        " learning rate. Otherwise lower the learning rate or β₂, or warm up longer."
+        " learning rate. Otherwise lower the learning rate (with Adam also β₂), or warm up longer."
     ),
-    "edge": "Lower the learning rate or β₂, or warm up longer.",
+    "edge": "Lower the learning rate (with Adam also β₂), or warm up longer.",
     "not finite": (
         "Resume from the last checkpoint, and look for an overflow in the loss or in half precision."
     ),

@@ -143,7 +143,8 @@ class FlightRecorder:
         """Report the loss of the next step's batch, and optionally its samples and gradient norm.
 
         Several calls before a step are its micro-batches: their losses are averaged, and their samples
-        are concatenated. The call does not synchronize with the device. With a closure, only the first
+        are concatenated. So do not report a batch whose step the loop skips: it would count as one of
+        the next step's. The call does not synchronize with the device. With a closure, only the first
         evaluation in a step counts; evaluations by the monitor never do.
 
         Args:

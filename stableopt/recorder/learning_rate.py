@@ -12,7 +12,14 @@ from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf
 from stableopt.recorder.finding import Verdict
 
-__all__ = ["changed_rate", "moved_far_in", "runaway_group", "too_fast", "warming_up"]
+__all__ = [
+    "changed_rate",
+    "high_from_the_start",
+    "moved_far_in",
+    "runaway_group",
+    "too_fast",
+    "warming_up",
+]
 
 _LR_RISE, _LR_STEPS = 1.2, 50
 """Factor over the rate that the schedule would have, and steps before the alarm, of a recent rise."""
@@ -119,6 +126,29 @@ def warming_up(alarm: Alarm, evidence: Evidence) -> str | None:
         return None
     phase = "was still rising in warm-up" if end >= rates[-1][0] else "had just risen in warm-up"
     return f"{phase}, from {first:.3g} at step {start:,} to {top:.3g} at step {end:,}"
+
+
+def high_from_the_start(alarm: Alarm, evidence: Evidence) -> str | None:
+    """Return a sentence about a learning rate with which training has never worked, or ``None``.
+
+    It has not if the evidence begins with the first step, and most of the losses after it are above
+    its loss.
+
+    >>> steps = [StepRecord(k, 20.0, loss=1.0 * k) for k in range(1, 31)]
+    >>> high_from_the_start(Alarm("loss", 30, "the loss rose"), Evidence(steps, []))
+    'The learning rate is 20 since step 1, and most losses since then are above the first one.'
+    """
+    losses = [s.loss for s in evidence.steps if s.loss is not None and s.step <= alarm.step]
+    if len(losses) < 2 or evidence.steps[0].step != 1 or evidence.starts_at_zero:
+        return None
+    first, *later = map(finite_or_inf, losses)
+    if median(later) <= first:
+        return None
+    lr = evidence.steps[0].lr
+    return (
+        f"The learning rate is {lr:.3g} since step 1, and most losses since then are above the first"
+        " one."
+    )
 
 
 def too_fast(alarm: Alarm, evidence: Evidence) -> str | None:

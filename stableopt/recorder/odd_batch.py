@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 
 from stableopt.recorder.alarms import Alarm
-from stableopt.recorder.evidence import Evidence, StepRecord, finite_or_inf, robust_score
+from stableopt.recorder.evidence import Evidence, StepRecord, robust_score
 from stableopt.recorder.finding import Verdict
 from stableopt.recorder.learning_rate import moved_far_in
 
@@ -87,16 +87,28 @@ def _by_gradient(
         smallest_jump = max(_GRADIENT_JUMP, _BEYOND_GROWTH * _growth(evidence, record.step))
         stands_out = norm > _STANDS_OUT * max(before[-_RECENT_STEPS:]) and jump > smallest_jump
         if not math.isfinite(norm) or (stands_out and robust_score(norm, before) > _SCORE):
-            norms_by_layer = {name: finite_or_inf(x) for name, x in record.grad_norms.items()}
-            # A skipped step has a norm from the training loop, and no gradients.
-            layer = max(norms_by_layer, key=lambda name: norms_by_layer[name], default=None)
+            layer, place = _place(record)
             text = (
                 f"The gradient of the batch{_samples(record)} at step {record.step:,} was {norm:.3g},"
-                f" where {median(before):.3g} was usual"
-                + (f"; it is largest in {layer}." if layer else ".")
+                f" where {median(before):.3g} was usual{place}."
             )
             return Verdict("batch", text, layer, record.step)
     return None
+
+
+def _place(record: StepRecord) -> tuple[str | None, str]:
+    """Return the layer where the gradient is largest, or alone not finite, and a clause on it.
+
+    A loss that is not finite gives all layers gradients that are not finite, and so does clipping.
+    """
+    norms = record.grad_norms
+    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if not norms or len(bad) == len(norms):  # a step that a scaler skips has no gradients
+        return None, "; it is not finite in any layer" if bad else ""
+    if bad:
+        return bad[0], f"; it is not finite in {', '.join(bad[:3])}"
+    layer = max(norms, key=lambda name: norms[name])
+    return layer, f"; it is largest in {layer}"
 
 
 def _by_loss(evidence: Evidence, recent: int) -> Verdict | None:

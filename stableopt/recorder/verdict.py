@@ -11,7 +11,13 @@ from statistics import median
 from stableopt.recorder.alarms import Alarm
 from stableopt.recorder.evidence import Evidence, MeasuredRecord
 from stableopt.recorder.finding import Cause, Verdict
-from stableopt.recorder.learning_rate import changed_rate, runaway_group, too_fast, warming_up
+from stableopt.recorder.learning_rate import (
+    changed_rate,
+    high_from_the_start,
+    runaway_group,
+    too_fast,
+    warming_up,
+)
 from stableopt.recorder.odd_batch import clipped_at, odd_batch
 
 __all__ = ["Verdict", "verdict"]
@@ -64,6 +70,13 @@ class _Case:
         """The group whose weights moved far before the odd batch, or else before the alarm."""
         trouble = self.alarm.step if self.odd is None else self.odd.step or self.alarm.step
         return runaway_group(self.evidence, trouble, self.odd)
+
+    @cached_property
+    def high_rate(self) -> str | None:
+        """A sentence on a learning rate that has been too high since the first measurement."""
+        if self.edge is None or self.edge.step != self.evidence.measured[0].step:
+            return None
+        return high_from_the_start(self.alarm, self.evidence)
 
     @property
     def clipping_text(self) -> str:
@@ -137,6 +150,8 @@ def _layer(case: _Case) -> Verdict | None:
         f"The weights of {layer} were {gains[layer] / others:.3g} times as large as those of the other"
         f" layers when recording began, relative to its number of inputs.{case.edge_text}"
     )
+    if case.high_rate is not None:
+        text = f"{text} {case.high_rate}"
     return Verdict("layer", text, layer, case.alarm.step)
 
 
@@ -155,6 +170,12 @@ def _warm_up(case: _Case) -> Verdict | None:
     text = f"The learning rate {rising}. {case.edge_text.strip() or near}{case.clipping_text}"
     layer = None if case.edge is None else case.edge.layer
     return Verdict("learning rate", text, layer, case.alarm.step)
+
+
+def _high_rate(case: _Case) -> Verdict | None:
+    if case.high_rate is None or case.edge is None:
+        return None
+    return Verdict("learning rate", case.high_rate + case.edge_text, case.edge.layer, 1)
 
 
 def _sharp(case: _Case) -> Verdict | None:
@@ -190,6 +211,7 @@ _CAUSES = (
     _layer,  # weights that start far larger than those of other layers make the neighbours sharp
     _runaway,  # a group with a higher rate, whose weights move far first
     _warm_up,
+    _high_rate,  # after warm-up and groups, which say more about the rate
     _sharp,
     _not_finite,
     _unknown,

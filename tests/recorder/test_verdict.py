@@ -55,6 +55,47 @@ def test_a_raised_learning_rate_comes_first() -> None:
     )
 
 
+def test_a_rate_that_never_worked_is_blamed() -> None:
+    """Catches a layer blamed for a constant learning rate that was too high from the first step."""
+    steps = [replace(step(k, lr=20.0), loss=0.3 * 1.5**k) for k in range(1, 61)]
+    measured = [measured_at(5, 90.0, {"0": 1.0}), measured_at(10, 300.0, {"0": 1.0})]
+    result = verdict_on(steps, measured)
+    assert (result.cause, result.step, result.layer) == ("learning rate", 1, "0")
+    assert result.text.endswith(
+        "The learning rate is 20 since step 1, and most losses since then are above the first one. The"
+        " sharpness was 90 times its limit at step 5, 100% of it in 0."
+    )
+    # Weights that started large are blamed first, and the rate is mentioned.
+    large = verdict_on(steps, measured, {"0": 30.0, "2": 1.0})
+    assert large.cause == "layer"
+    assert "The learning rate is 20 since step 1" in large.text
+    # Training that worked before, or evidence without the first steps, has another cause.
+    worked = [replace(each, loss=0.3 / k) for k, each in enumerate(steps, start=1)]
+    for others in (worked, steps[5:]):
+        assert verdict_on(others, measured).cause == "layer"
+    later = [measured_at(3, 0.9), *measured]
+    assert verdict_on(steps, later).cause == "layer"
+
+
+@pytest.mark.parametrize(
+    ("norms", "layer", "place"),
+    [
+        ({"0": math.nan, "2": math.nan}, None, "it is not finite in any layer"),
+        ({"0": 1.0, "2": math.inf}, "2", "it is not finite in 2"),
+        ({"0": 50.0, "2": 1.0}, "0", "it is largest in 0"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_largest_nowhere(
+    norms: dict[str, float], layer: str | None, place: str
+) -> None:
+    """Catches the first of several layers without a finite gradient called the largest."""
+    steps = [replace(s, grad_norms=norms) if s.step == 50 else s for s in CALM]
+    result = verdict_on(steps, [])
+    assert (result.cause, result.step, result.layer) == ("batch", 50, layer)
+    assert result.text.endswith(f"{place}.")
+    assert "Clipping helps if their gradient is finite" in result.advice
+
+
 def test_an_old_or_small_rise_is_not_blamed() -> None:
     """Catches a verdict that blames an early warm-up or a small rise for a later spike."""
     old = [step(k, lr=0.01 if k < 5 else 0.1) for k in range(1, 61)]
