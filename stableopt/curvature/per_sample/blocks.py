@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stableopt.curvature.autodiff import vjp
+from stableopt.curvature.errors import NonFiniteError
 from stableopt.curvature.per_sample.generic import VMAP_MEMORY, samples_at_once
 from stableopt.curvature.problem.over_chunks import (
     gather_over_chunks,
@@ -44,6 +45,7 @@ def hessian_blocks(problem: Problem, basis: Tensor) -> Tensor:
     all ranks in order. This takes k products with each :math:`H_i`, in memory independent of n.
 
     Raises:
+        NonFiniteError: if the Hessian of a sample is not finite.
         SecondDerivativeError: for a model that cannot be differentiated twice.
 
     >>> model = torch.nn.Linear(1, 1, bias=False).double()   # f_i = x_i^2 w^2
@@ -59,6 +61,9 @@ def hessian_blocks(problem: Problem, basis: Tensor) -> Tensor:
     )
     at_once = max(1, samples_at_once(problem, VMAP_MEMORY))
     blocks = gather_over_chunks(problem, rows, at_once).double()
+    bad = (~blocks.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise NonFiniteError(f"the Hessian of sample {int(bad[0])} is not finite")
     return (blocks + blocks.mT) / 2
 
 
@@ -68,8 +73,7 @@ def residual_share(problem: Problem, vectors: Tensor, *, start: Tensor | None = 
     It is a ratio of root mean squares over the samples, that of :math:`\|R_iv\|` over that of
     :math:`\|H_iv\|`, each for the v of length 1 in the span at which it is largest. Along all directions
     it is :math:`(\lambda_{\max}(\sum_i R_i^2)/\lambda_{\max}(\sum_i H_i^2))^{1/2}`. It takes single
-    samples, since the :math:`R_i` may cancel in the mean. It is 0 if no sample has curvature,
-    and NaN if some is not finite.
+    samples, since the :math:`R_i` may cancel in the mean. It is 0 if no sample has curvature.
 
     Args:
         problem: the problem.
@@ -79,6 +83,7 @@ def residual_share(problem: Problem, vectors: Tensor, *, start: Tensor | None = 
             hold almost nothing of residual parts along a few.
 
     Raises:
+        NonFiniteError: if the Hessian of a sample is not finite.
         ValueError: for a problem from a batch loss, which does not separate outputs and loss.
         SecondDerivativeError: for a model that cannot be differentiated twice.
 
@@ -108,7 +113,7 @@ def residual_share(problem: Problem, vectors: Tensor, *, start: Tensor | None = 
     def largest(scalar: Scalar) -> float:
         square = vectors.double().T @ _mean_square(problem, scalar, vectors)
         if not bool(square.isfinite().all()):
-            return math.nan
+            raise NonFiniteError("the Hessian of a sample is not finite")
         return max(0.0, float(torch.linalg.eigvalsh((square + square.T) / 2)[-1]))
 
     whole = largest(problem.loss)
@@ -122,6 +127,8 @@ def residual_share(problem: Problem, vectors: Tensor, *, start: Tensor | None = 
         residual = float(image.norm())  # at most the largest eigenvalue
         if residual == 0:
             return 0.0
+        if not math.isfinite(residual):
+            raise NonFiniteError("the residual part of a sample's Hessian is not finite")
         vector = (image / residual).to(start)
     return math.sqrt(residual / whole)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stableopt.curvature.problem.data.batches import tensors_in
+from stableopt.curvature.problem.data.batches import cut, map_tensors, tensors_in
 from stableopt.curvature.problem.weights.survey import Survey
 from stableopt.curvature.problem.weights.weights import (
     EqualWeights,
@@ -129,17 +129,28 @@ class WeightTotals:
         return cls(n, tuple(map(sum, zip(*rows, strict=True))), False, in_model)
 
     @classmethod
-    def of_given(cls, weights: GivenWeights, chunks: Iterable[Any]) -> WeightTotals:
+    def of_given(
+        cls, weights: GivenWeights, chunks: Iterable[Any]
+    ) -> tuple[WeightTotals, GivenWeights]:
         """Return the totals of the user's weights, which are attached to ``chunks``.
+
+        Also return the weights, with a ``stand_in`` if it is needed.
 
         Raises:
             ValueError: if the number of weights is not that of the samples.
         """
         n, total = 0, 0.0
+        has_zero, heaviest = False, None
         for batch in chunks:
             n, total = n + len(batch.weight), total + float(batch.weight.sum())
+            has_zero = has_zero or bool((batch.weight == 0).any())
+            if heaviest is None and float(batch.weight.max()) > 0:
+                index = int(batch.weight.argmax())
+                heaviest = map_tensors(Tensor.clone, cut(batch, index, index + 1))
         weights.check_number(n)
-        return cls(n, (total,), False)
+        if has_zero:
+            weights = dataclasses.replace(weights, stand_in=heaviest)
+        return cls(n, (total,), False), weights
 
 
 def weights_of(

@@ -22,14 +22,14 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stableopt.curvature.problem.data.batches import sample_count, tensors_in
+from stableopt.curvature.problem.data.batches import map_tensors, sample_count, tensors_in
 
 __all__ = [
     "EqualWeights",
@@ -232,6 +232,8 @@ class GivenWeights(SampleWeights):
         given: the samples' weights ``(n,)``, or a function of a batch that returns them.
         paired: whether batches are pairs.
         average: the average weight of a sample.
+        stand_in: a sample with a positive weight, if some sample has weight zero. It replaces a batch
+            without weight, whose loss is 0/0; its own loss is then multiplied by zero.
 
     >>> weights = GivenWeights(torch.tensor([1.0, 3.0]), paired=True, average=2.0)
     >>> batch = weights.attached((torch.ones(1), torch.zeros(1)), 1, 1)
@@ -242,6 +244,7 @@ class GivenWeights(SampleWeights):
     given: Tensor | Callable[[Any], Tensor]
     paired: bool
     average: float = 1.0
+    stand_in: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.given, Tensor) and not callable(self.given):
@@ -300,5 +303,25 @@ class GivenWeights(SampleWeights):
     ) -> Tensor:
         r"""Return the mean of the samples' :math:`\tilde f_i`."""
         weight: Tensor = batch.weight
+        if self.stand_in is not None:
+            batch = _with_weight(batch, self.stand_in)
         loss = evaluate(batch if self.paired else batch.batch)
         return loss * (weight.mean() / self.average).to(loss.dtype)
+
+
+def _with_weight(batch: Any, stand_in: Any) -> Any:
+    """Return the batch, or copies of the sample ``stand_in`` if all of its samples have weight zero.
+
+    The choice is part of the computation, since vmap takes no branches.
+    """
+    weightless = (batch.weight == 0).all()
+    others = iter(list(tensors_in(stand_in)))
+
+    def chosen(t: Tensor) -> Tensor:
+        other = next(others)
+        # Batches may differ in shape, as padded texts do; then the sample cannot replace them.
+        if not t.dim() or t.shape[1:] != other.shape[1:]:
+            return t
+        return torch.where(weightless, other.to(t.dtype), t)
+
+    return map_tensors(chosen, batch)
