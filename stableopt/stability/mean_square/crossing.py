@@ -251,8 +251,8 @@ def first_crossing(family: Family, *, tol: float, max_iter: int, seed: int) -> C
     lower = root(family.identity_bound, family.t_max)
     matrices = family.identity()
     value = family.quotient_crossing(matrices, family.t_max)
-    products, rounds, residual = 0, 0, math.inf
     converged = lower >= family.t_max
+    products, rounds, residual = 0, 0, 0.0 if converged else math.inf
     while not converged and products < max_iter:
         solve_tol = max(tol, _FIRST_TOLS[rounds]) if rounds < len(_FIRST_TOLS) else tol
         pair = top_eigenpair(

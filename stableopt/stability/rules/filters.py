@@ -214,7 +214,12 @@ def largest_variance(kept: float, pair: Filter, mean: float | None = None) -> fl
         step = constant + k * slope
         noise = np.outer(slope[:, 0], slope[:, 0])
         moments = np.eye(step.size) - np.kron(step, step)
-        return 1 / float(np.linalg.solve(moments, noise.ravel())[0])
+        try:
+            second_moment = float(np.linalg.solve(moments, noise.ravel())[0])
+        except np.linalg.LinAlgError:
+            second_moment = math.inf
+        # At the ends of the stable range it is infinite, and rounding may make it negative.
+        return 1 / second_moment if second_moment > 0 else 0.0
 
     if mean is not None:
         return variance(mean)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import stableopt
 from stableopt import UpdateRule, critical_batch_size, critical_lr, measure
-from stableopt.curvature import DualCurvature, Problem
+from stableopt.curvature import DualCurvature, NonFiniteError, Problem
 from stableopt.stability import noise_factor
 from stableopt.stability.mean_square import hessian_curvature
 from stableopt.stability.mean_square.choice import FITTED
@@ -321,6 +321,34 @@ def test_bad_choices_are_named() -> None:
     with pytest.raises(ValueError, match="hessians='true': expected a Problem"):
         critical_lr(dual, 1, hessians="true")
     assert math.isinf(critical_lr(DualCurvature(torch.zeros(3, 3), 3), 1).value)
+
+
+@pytest.mark.parametrize("hessians", ["auto", "true"])
+def test_a_hessian_that_is_not_finite_is_no_flat_sample(hessians: str) -> None:
+    """Catches a sample whose NaN counts as no curvature: every learning rate was stable."""
+
+    class Distance(nn.Module):  # not differentiable where it is zero
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, -0.5], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight).square().sqrt().unsqueeze(-1)
+
+    x = torch.tensor([[0.5, 1.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    y = torch.tensor([[0.0], [1.0], [0.3]], dtype=torch.float64)
+    for ask, argument in ((critical_lr, 1), (critical_batch_size, 0.1)):
+        with pytest.raises(NonFiniteError, match="not finite"):
+            ask(Distance(), nn.MSELoss(), (x, y), argument, hessians=hessians)
+
+
+def test_a_bound_that_decides_has_no_residual() -> None:
+    """Catches an infinite residual of an answer that took no eigen-solve."""
+    model = nn.Linear(2, 1, bias=False).double()
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64).repeat(3, 1)
+    found = critical_lr(model, nn.MSELoss(), (x, model(x).detach()), 1, hessians="true")
+    assert (found.converged, found.products, found.residual) == (True, 0, 0.0)
+    assert found.value == pytest.approx(2 / 10)
 
 
 @pytest.mark.parametrize("few_parameters", [True, False])

@@ -10,8 +10,8 @@ import torch
 from oracles import small_data, small_network
 from torch import nn
 
-from stableopt import UpdateRule, critical_lr
-from stableopt.stability import LinearStep, mean_square_radius
+from stableopt import StabilityRegion, UpdateRule, critical_lr
+from stableopt.stability import LinearStep, batch_sharpness_limit, mean_square_radius
 from stableopt.stability.rules.filters import Filter, matrices, stable_range
 from stableopt.steering.lr_laws import momentum_gate
 from stableopt.steering.target import lr_at_limit
@@ -124,6 +124,21 @@ def test_the_crossing_is_the_first_and_the_recursion_has_it(name: str, c: float)
         steps = int(min(5_000, 400 + 10 / abs(radius(factor * high) - 1)))
         half, full = (simulated(pair, c, factor * high, n) for n in (steps // 2 + 400, steps + 400))
         assert full > half if factor > 1 else full < half
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_no_noise_is_stable_at_the_ends_of_the_range(name: str) -> None:
+    """Catches a singular system, or the root of a negative number, where a point is at its limit."""
+    rule = UpdateRule(lr=0.1, filter=FILTERS[name])
+    region, limit = StabilityRegion(rule, batch_size=4), rule.max_sharpness
+    for factor in (1.0, 1 - 1e-12):
+        s = rule.max_non_uniformity(4, sharpness=factor * limit)
+        assert 0 <= s < 1e-4 * rule.max_non_uniformity(4)
+    boundary = [s for _, s in region.boundary(9, kind="exact")]
+    assert all(s >= 0 for s in boundary)
+    assert max(boundary) > 0
+    a_and_s = batch_sharpness_limit(rule.linear_step, 2 * limit)
+    assert a_and_s == pytest.approx(limit, rel=1e-6)
 
 
 def test_published_values() -> None:

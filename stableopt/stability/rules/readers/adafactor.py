@@ -47,7 +47,8 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
     r"""Read ``torch.optim.Adafactor``.
 
     :math:`\alpha = \max(\epsilon_2, \mathrm{rms}(\theta))\,\min(\eta, 1/\sqrt t)`. The root mean square
-    before the step is computed from the parameters after it.
+    before the step is computed from the parameters after it. After a step as large as the parameters,
+    such as a first one with a learning rate of 1 or more, the rule is unknown: two sizes are possible.
     """
 
     def entries(step: Step) -> Tensor:
@@ -69,21 +70,32 @@ def read_adafactor(optimizer: torch.optim.Optimizer) -> UpdateRule:
         rms_before = _rms_before(p, update, rate, 1 - lr * float(group["weight_decay"]))
         return inverse * (max(eps2, rms_before) * rate / (lr * kappa) if lr else 0.0)
 
-    return without_gradients(optimizer) or diagonal_rule(
-        optimizer,
-        entries,
-        decoupled=True,
-    )
+    try:
+        return without_gradients(optimizer) or diagonal_rule(optimizer, entries, decoupled=True)
+    except _UncertainSizeError:
+        reason = (
+            "Adafactor took a step as large as a parameter, whose size before it is then not certain:"
+            " lower the learning rate, or measure after the next steps"
+        )
+        return UpdateRule.unknown_step(optimizer, reason)
+
+
+class _UncertainSizeError(Exception):
+    """A parameter before the step may have had two sizes."""
 
 
 def _rms_before(p: Tensor, update: Tensor, rate: float, kept: float) -> float:
-    r"""Solve :math:`x = \mathrm{rms}(\theta)` with :math:`\theta_+ = c\theta - xru` for x."""
+    r"""Solve :math:`x = \mathrm{rms}(\theta)` with :math:`\theta_+ = c\theta - xru` for x.
+
+    Raises:
+        _UncertainSizeError: if more than one x may solve it.
+    """
     n = p.numel() * kept**2
     # A quadratic equation: coefficient x^2 - 2 along x = square.
     square, along = float(p.square().sum()) / n, rate * float((p * update).sum()) / n
     coefficient = 1 - rate**2 * float(update.square().sum()) / n
-    if coefficient <= 0:  # no solution is certain after a step as large as the parameters
-        return _rms(p)
+    if coefficient <= 0:
+        raise _UncertainSizeError
     return (along + math.sqrt(along**2 + coefficient * square)) / coefficient
 
 

@@ -39,6 +39,10 @@ __all__ = [
 _BLOCK = 256
 """Entries of a state of bitsandbytes that share one scale."""
 
+_DECAY_ROUNDS = 10
+"""Rounds that find Adadelta's parameter before a step, to the precision of a float. If decay alone would
+turn a parameter's sign, they may end at another solution, and P is off by some percent."""
+
 
 def averaged(step: Step) -> tuple[float, float, float]:
     """Return the momentum of an exponential average with the first of ``betas``."""
@@ -162,19 +166,27 @@ def read_adadelta(optimizer: torch.optim.Optimizer) -> UpdateRule:
     r"""Read ``torch.optim.Adadelta``: :math:`P = \sqrt{(\Delta+\epsilon)/(v+\epsilon)}`.
 
     The step uses :math:`\Delta` before the update of this average, which is reconstructed from the
-    gradient. Without a gradient, :math:`\Delta` after the step is used.
+    gradient. With weight decay the gradient includes the parameter before the step, which is found by
+    iteration. Without a gradient, :math:`\Delta` after the step is used.
     """
 
     def entries(step: Step) -> Tensor:
         group, state, rho = step.group, step.state, float(step.group["rho"])
-        variance, deltas = state["square_avg"] + group["eps"], state["acc_delta"]
-        if step.param is not None and step.param.grad is not None:
-            sign = -1.0 if group["maximize"] else 1.0
-            g = sign * real_view(step.param.grad) + group["weight_decay"] * real_view(step.param)
+        eps, decay = group["eps"], float(group["weight_decay"])
+        variance, deltas = state["square_avg"] + eps, state["acc_delta"]
+        diagonal: Tensor = ((deltas + eps) / variance).sqrt()
+        if step.param is None or step.param.grad is None:
+            return diagonal
+        gradient = -real_view(step.param.grad) if group["maximize"] else real_view(step.param.grad)
+        after = before = real_view(step.param)
+        for _ in range(_DECAY_ROUNDS if decay else 1):
+            g = gradient + decay * before
             # The step set acc_delta = rho Delta + weight (Delta + eps).
             weight = (1 - rho) * g.square() / variance
-            deltas = (deltas - weight * group["eps"]) / (rho + weight)
-        diagonal: Tensor = ((deltas + group["eps"]) / variance).sqrt()
+            diagonal = (((deltas - weight * eps) / (rho + weight) + eps) / variance).sqrt()
+            # With this P the parameter before the step solves a linear equation.
+            step_size = float(group["lr"]) * diagonal
+            before = (after + step_size * gradient) / (1 - step_size * decay)
         return diagonal
 
     return diagonal_rule(optimizer, entries)
